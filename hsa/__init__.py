@@ -1,0 +1,64 @@
+"""Headwise Selective Attention merge for Whisper fine-tunes: streamed, exact, as fast as a copy.
+
+Importing this package imports neither torch nor triton nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hsa._version import __version__
+from hsa.errors import (
+    BackendUnavailable,
+    DestinationError,
+    HeaderError,
+    HsaError,
+    MachineError,
+    MismatchError,
+    NonFiniteError,
+    RequestError,
+    SourceChanged,
+    SourceError,
+)
+
+if TYPE_CHECKING:
+    from hsa.api import merge
+    from hsa.config import MergeConfig
+    from hsa.report import MergeReport, TensorReport
+
+_LAZY = {
+    "merge": "hsa.api",
+    "MergeConfig": "hsa.config",
+    "MergeReport": "hsa.report",
+    "TensorReport": "hsa.report",
+}
+
+__all__ = [
+    "BackendUnavailable",
+    "DestinationError",
+    "HeaderError",
+    "HsaError",
+    "MachineError",
+    "MergeConfig",
+    "MergeReport",
+    "MismatchError",
+    "NonFiniteError",
+    "RequestError",
+    "SourceChanged",
+    "SourceError",
+    "TensorReport",
+    "__version__",
+    "merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,279 @@
+"""`hsa.merge`: sources to a finished output directory; and the same as a plan alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from hsa import assets, fsio, provenance, report
+from hsa.backends import Backend, resolve
+from hsa.card import check_fields
+from hsa.checkpoint import INDEX, Role, open_checkpoint
+from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
+from hsa.errors import RequestError
+from hsa.layout import parse_size
+from hsa.memory import PeakMemory
+from hsa.output import PROVENANCE, Staging, check_destination
+from hsa.pipeline import Options, Outcome, execute
+from hsa.plan import MergePlan, Sources, make_plan
+from hsa.report import MergeReport, PlanReport, TensorReport
+
+PathLike = str | os.PathLike[str]
+CARD = "README.md"
+EXTRA_THREADS = 1
+"""Threads beyond the cores: while one waits for the disk, another computes."""
+
+MAX_THREADS = 16
+"""More wait on the disk and hold memory without finishing sooner."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a merge is told; see `merge` for the meaning of each field."""
+
+    sources: Mapping[Role, PathLike]
+    output: PathLike
+    config: MergeConfig
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    assets_from: Role = "primary"
+    max_shard_size: str | int | None = None
+    ids: Mapping[Role, str | None] | None = None
+    card: Mapping[str, str] | None = None
+    digest: bool = True
+    sync: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.assets_from not in get_args(Role):
+            raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {self.assets_from!r}")
+        if self.threads is not None and (not isinstance(self.threads, int) or not 1 <= self.threads <= 256):
+            raise RequestError(f"threads must be a whole number from 1 to 256, got {self.threads!r}")
+        for role, claimed in (self.ids or {}).items():
+            if claimed is not None and (not claimed.strip() or not claimed.isprintable() or os.path.isabs(claimed)):
+                raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
+        check_fields(self.card or {})
+        if isinstance(self.max_shard_size, int):
+            parse_size(str(self.max_shard_size))
+        elif self.max_shard_size is not None:
+            parse_size(self.max_shard_size)
+
+
+def merge(
+    *,
+    base: PathLike,
+    primary: PathLike,
+    secondary: PathLike,
+    output: PathLike,
+    k: PerTensor = 0.6,
+    lam: PerTensor = 0.5,
+    alpha: PerTensor = 0.2,
+    targets: Preset = "encoder-qkv",
+    attention_scale: float = 1.0,
+    non_attention_scale: float = 1.0,
+    num_heads: int | None = None,
+    num_layers: int | None = None,
+    numerics: Numerics = "exact",
+    load_dtype: LoadDtype | None = None,
+    dtype: OutputDtype = "auto",
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    assets_from: Role = "primary",
+    max_shard_size: str | int | None = None,
+    base_id: str | None = None,
+    primary_id: str | None = None,
+    secondary_id: str | None = None,
+    card: Mapping[str, str] | None = None,
+    digest: bool = True,
+    sync: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint directory.
+
+    Args:
+        base, primary, secondary: local Hugging Face checkpoint directories with safetensors weights.
+        output: the directory to write; it appears whole or not at all.
+        k: share of heads kept per tensor, in [0, 1], or a percentage up to 100.
+        lam: weight of primary's task vector in a selected head, in [0, 1].
+        alpha: layer exponent, at least 0. `k`, `lam` and `alpha` also take a mapping from every target
+            tensor's name to its own value.
+        targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
+        attention_scale, non_attention_scale: factors on the task vectors of targets and of all else.
+        num_heads, num_layers: instead of what config.json says, for both stacks.
+        numerics: `exact`, or `reference` for the reference script's own torch operations.
+        load_dtype: with `reference`, how its loader reads: `auto` or `float32`.
+        dtype: element type of the output; `auto` keeps each tensor's.
+        backend, device: where to compute; only `auto` chooses.
+        threads: worker threads; by default the usable cores and one more.
+        assets_from: whose tokenizer and processor files are taken.
+        max_shard_size: bytes, or a size such as `5GB`; by default primary's own shards.
+        base_id, primary_id, secondary_id: hub ids to record instead of the directories' names.
+        card: model card fields, of `hsa.card.FIELDS`.
+        digest: record BLAKE3 digests of whole files.
+        sync: fsync everything before the output appears.
+        overwrite: replace an earlier output.
+        progress: called now and then with bytes done and bytes in all.
+
+    Returns the report, with heads, scores and margins per tensor.
+
+    Raises RequestError, SourceError, MachineError or a subclass (see `hsa.errors`); nothing is left behind then.
+    Source: SPEC section 1, after Shankar et al., Computer Speech & Language, 2026, 102012.
+    """
+    config = MergeConfig(
+        k,
+        lam,
+        alpha,
+        targets,
+        attention_scale,
+        non_attention_scale,
+        num_heads,
+        num_layers,
+        numerics,
+        load_dtype,
+        dtype,
+    )
+    request = Request(
+        sources={"base": base, "primary": primary, "secondary": secondary},
+        output=output,
+        config=config,
+        backend=backend,
+        device=device,
+        threads=threads,
+        assets_from=assets_from,
+        max_shard_size=max_shard_size,
+        ids={"base": base_id, "primary": primary_id, "secondary": secondary_id},
+        card=card,
+        digest=digest,
+        sync=sync,
+        overwrite=overwrite,
+    )
+    return run(request, progress)
+
+
+def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
+    """Do what a request says; see `merge`."""
+    started = time.perf_counter()
+    memory, tally = PeakMemory(), fsio.Tally()
+    with ExitStack() as stack:
+        job = _prepare(request, tally, stack)
+        owner: Role = "base" if request.config.numerics == "reference" else "primary"
+        found = assets.collect(job.sources, owner, request.assets_from, job.plan.output_dtype, tally)
+        staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
+        options = Options(request.threads or default_threads(), request.digest, request.sync)
+        total = job.plan.bytes_to_write
+        step = None if progress is None else lambda done: progress(done, total)
+        outcome = execute(job.plan, job.sources, job.backend, staging, options, tally, memory, step)
+        for source in job.sources:
+            source.check_unchanged()
+        _write_rest(request, job, outcome, found, staging, tally)
+        staging.publish()
+        memory.sample()
+    notes, warnings = report.findings(job.plan, outcome.targets)
+    if not request.digest:
+        notes.append(
+            "without whole-file digests a later verification cannot tell whether copied tensors and the small files "
+            "are still what was written, only whether the targets follow from the sources"
+        )
+    return MergeReport(
+        output=job.destination,
+        seconds=time.perf_counter() - started,
+        bytes_read=tally.read,
+        bytes_written=tally.written,
+        peak_memory_bytes=memory.peak,
+        backend=job.backend.name,
+        device=job.backend.device,
+        route=job.plan.route,
+        parameters=request.config.as_dict(),
+        tensors={o.target.primary.name: TensorReport.of(o) for o in outcome.targets},
+        notes=(*job.plan.notes, *found.notes, *notes),
+        warnings=(*found.warnings, *warnings),
+    )
+
+
+def dry_run(request: Request) -> PlanReport:
+    """The plan of a request: reads headers and configs, writes nothing."""
+    tally = fsio.Tally()
+    with ExitStack() as stack:
+        job = _prepare(request, tally, stack)
+        plan = job.plan
+        existing = next(parent for parent in job.destination.parents if parent.exists())
+        return PlanReport(
+            output=job.destination,
+            route=plan.route,
+            backend=job.backend.name,
+            device=job.backend.device,
+            parameters=request.config.as_dict(),
+            targets=plan.targets,
+            files={file.name: file.size for file in plan.files},
+            bytes_to_read=tally.read + sum(plan.weight_bytes_read.values()),
+            bytes_to_write=plan.bytes_to_write,
+            free_bytes=fsio.free_bytes(existing),
+            notes=plan.notes,
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    sources: Sources
+    plan: MergePlan
+    backend: Backend
+    destination: Path
+
+
+def _prepare(request: Request, tally: fsio.Tally, stack: ExitStack) -> _Job:
+    backend = resolve(request.backend, request.device, request.config)
+    ids = request.ids or {}
+    base, primary, secondary = (
+        stack.enter_context(open_checkpoint(role, request.sources[role], tally, ids.get(role)))
+        for role in get_args(Role)
+    )
+    sources = Sources(base, primary, secondary)
+    folders = [source.path for source in sources]
+    destination = check_destination(request.output, folders, overwrite=request.overwrite)
+    limit = None if request.max_shard_size is None else parse_size(str(request.max_shard_size))
+    return _Job(sources, make_plan(request.config, sources, limit), backend, destination)
+
+
+def _write_rest(
+    request: Request, job: _Job, outcome: Outcome, found: assets.Assets, staging: Staging, tally: fsio.Tally
+) -> None:
+    """Index, configs, tokenizer files, card, and last the provenance, which holds the digest of all others."""
+    from hsa import card
+
+    small = dict(found.files)
+    if job.plan.index is not None:
+        small[INDEX] = job.plan.index
+    names = [*small, *(file.name for file in job.plan.files), CARD, PROVENANCE]
+    small[CARD] = card.render(job.plan, job.sources, outcome.targets, names, request.card or {})
+    digests: dict[str, str | None] = {file.name: outcome.digests.get(file.name) for file in job.plan.files}
+    for name, data in small.items():
+        staging.write(name, data, tally)
+        digests[name] = _digest(data) if request.digest else None
+    staging.write(
+        PROVENANCE,
+        provenance.build(job.plan, job.sources, job.backend.name, outcome.targets, digests, request.assets_from),
+        tally,
+    )
+
+
+def _digest(data: bytes) -> str:
+    from blake3 import blake3
+
+    return blake3(data).hexdigest()
+
+
+def default_threads() -> int:
+    """The cores this process may use and one more, at most 16."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:
+        cores = os.cpu_count() or 1
+    return min(cores + EXTRA_THREADS, MAX_THREADS)

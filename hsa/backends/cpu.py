@@ -1,0 +1,209 @@
+"""The exact numerics of SPEC section 2 in numpy: tile by tile, in scratch memory that stays in the cache.
+
+numpy's float32 operations are IEEE operations one at a time: nothing is contracted to a fused multiply-add,
+so the merged bytes are those of the formula as written. Squares are formed in float64, where the square of a
+float32 is exact, summed down the rows of a tile, and the lanes that remain are added by `math.fsum`, which
+is exact: a score depends on nothing but the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+
+from hsa.backends import Merged, NotFinite
+from hsa.checkpoint import Role
+from hsa.dtypes import STORAGE, Array, Float32, all_finite, narrow, size, widen
+from hsa.layout import Slice
+from hsa.target import Target, select
+
+TILE = 1 << 15
+"""Elements of a tile: with its scratch, about 0.9 MB, a core's second-level cache."""
+
+FOLD = 64
+"""Lanes left for the exact sum, where the width is a multiple of it."""
+
+
+class CpuBackend:
+    """Exact numerics on the CPU."""
+
+    name = "cpu"
+    device = "cpu"
+
+    def worker(self) -> CpuWorker:
+        return CpuWorker()
+
+
+class _Scratch:
+    """Buffers of one tile, reused; grown for a matrix whose row is wider than a tile."""
+
+    def __init__(self) -> None:
+        self._grow(TILE)
+
+    def _grow(self, elements: int) -> None:
+        self.elements = elements
+        self.wide = [np.empty(elements, np.float32) for _ in range(3)]
+        self.tv = [np.empty(elements, np.float32) for _ in range(2)]
+        self.bits = np.empty(elements, np.uint32)
+        self.square = np.empty(elements, np.float64)
+
+    def at_least(self, elements: int) -> None:
+        if elements > self.elements:
+            self._grow(elements)
+
+
+class CpuWorker:
+    """One thread's scratch memory and the arithmetic on it."""
+
+    def __init__(self) -> None:
+        self._scratch = _Scratch()
+
+    def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> Merged:
+        """Score, select and merge one tensor. Buffers: uint8, the tensors' bytes; `out` may be `primary`."""
+        rows, columns = target.matrix
+        self._scratch.at_least(max(rows if columns == 1 else 1, columns))
+        b = base.view(STORAGE[target.base.code]).reshape(rows, columns)
+        m1 = primary.view(STORAGE[target.primary.code]).reshape(rows, columns)
+        m2 = secondary.view(STORAGE[target.secondary.code]).reshape(rows, columns)
+        o = m1 if out is primary else out.view(STORAGE[target.out_code]).reshape(rows, columns)
+        moved = [False, False]
+        squared = [self._score(target, head, b, m1, m2, moved) for head in range(target.heads)]
+        for head, score in enumerate(squared):
+            if not math.isfinite(score):
+                raise NotFinite(_culprit(target, head, b, m1, m2), head)
+        selection = select(squared, target.keep)
+        chosen = set(selection.selected)
+        for head in range(target.heads):
+            if head in chosen:
+                self._blend(target, head, b, m1, m2, o)
+            elif target.scale != 1.0:
+                self._move(target, head, b, m1, o)
+            elif o is not m1:
+                self._cast(target, head, m1, o)
+        return Merged(selection, _changed(target, selection.selected), moved[0], moved[1])
+
+    def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
+        """Cast a slice, or move it along primary's task vector. Buffers: uint8."""
+        m1 = primary.view(STORAGE[piece.primary.code])
+        o = out.view(STORAGE[piece.code])
+        b = None if base is None or piece.base is None else base.view(STORAGE[piece.base.code])
+        for first in range(0, piece.count, TILE):
+            part = slice(first, min(first + TILE, piece.count))
+            wide = self._widen(0, piece.primary.code, m1[part])
+            if b is None or piece.base is None:
+                result = self._copy(wide)
+            else:
+                result = self._scaled(self._widen(1, piece.base.code, b[part]), wide, piece.scale)
+            self._narrow(piece.code, result, o[part])
+            if not all_finite(piece.code, o[part]):
+                raise NotFinite(None if all_finite(piece.primary.code, m1[part]) else "primary", None)
+
+    def _score(self, target: Target, head: int, b: Array, m1: Array, m2: Array, moved: list[bool]) -> float:
+        lanes: Array | None = None
+        for block in target.blocks(head, TILE):
+            tv1, tv2 = self._task_vectors(target, b[block], m1[block], m2[block])
+            moved[0] = moved[0] or bool(tv1.any())
+            moved[1] = moved[1] or bool(tv2.any())
+            np.abs(tv1, out=tv1)
+            np.abs(tv2, out=tv2)
+            proxy = np.add(tv1, tv2, out=tv1)
+            square = self._scratch.square[: proxy.size].reshape(proxy.shape)
+            np.copyto(square, proxy)
+            np.multiply(square, square, out=square)
+            sums = np.add.reduce(square, axis=0)
+            lanes = sums if lanes is None else np.add(lanes, sums, out=lanes)
+        assert lanes is not None
+        if lanes.size > FOLD and lanes.size % FOLD == 0:
+            lanes = np.add.reduce(lanes.reshape(-1, FOLD), axis=0)
+        values = lanes.tolist()
+        return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+
+    def _blend(self, target: Target, head: int, b: Array, m1: Array, m2: Array, o: Array) -> None:
+        c1, c2 = np.float32(target.c1), np.float32(target.c2)
+        for block in target.blocks(head, TILE):
+            tv1, tv2 = self._task_vectors(target, b[block], m1[block], m2[block])
+            wide = self._widen(0, target.base.code, b[block])
+            with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+                np.multiply(tv1, c1, out=tv1)
+                np.multiply(tv2, c2, out=tv2)
+                np.add(tv1, tv2, out=tv1)
+                if target.scale != 1.0:
+                    np.multiply(tv1, np.float32(target.scale), out=tv1)
+                np.add(wide, tv1, out=tv1)
+            self._store(target.out_code, tv1, o[block], head)
+
+    def _move(self, target: Target, head: int, b: Array, m1: Array, o: Array) -> None:
+        for block in target.blocks(head, TILE):
+            wide = self._widen(0, target.base.code, b[block])
+            value = self._scaled(wide, self._widen(1, target.primary.code, m1[block]), target.scale)
+            self._store(target.out_code, value, o[block], head)
+
+    def _cast(self, target: Target, head: int, m1: Array, o: Array) -> None:
+        for block in target.blocks(head, TILE):
+            value = self._copy(self._widen(0, target.primary.code, m1[block]))
+            self._store(target.out_code, value, o[block], head)
+
+    def _task_vectors(self, target: Target, b: Array, m1: Array, m2: Array) -> tuple[Float32, Float32]:
+        tv1 = self._scratch.tv[0][: b.size].reshape(b.shape)
+        tv2 = self._scratch.tv[1][: b.size].reshape(b.shape)
+        wide = self._widen(0, target.base.code, b)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            np.subtract(self._widen(1, target.primary.code, m1), wide, out=tv1)
+            np.subtract(self._widen(2, target.secondary.code, m2), wide, out=tv2)
+        return tv1, tv2
+
+    def _scaled(self, base: Float32, primary: Float32, scale: float) -> Float32:
+        value = self._scratch.tv[0][: base.size].reshape(base.shape)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            np.subtract(primary, base, out=value)
+            np.multiply(value, np.float32(scale), out=value)
+            np.add(base, value, out=value)
+        return value
+
+    def _copy(self, values: Float32) -> Float32:
+        copied = self._scratch.tv[0][: values.size].reshape(values.shape)
+        np.copyto(copied, values)
+        return copied
+
+    def _widen(self, slot: int, code: str, raw: Array) -> Float32:
+        out = self._scratch.wide[slot][: raw.size].reshape(raw.shape)
+        return widen(code, raw, out)
+
+    def _narrow(self, code: str, values: Float32, out: Array) -> None:
+        narrow(code, values, out, self._scratch.bits[: values.size].reshape(values.shape))
+
+    def _store(self, code: str, values: Float32, out: Array, head: int) -> None:
+        self._narrow(code, values, out)
+        if not all_finite(code, out):
+            raise NotFinite(None, head)
+
+
+def _culprit(target: Target, head: int, b: Array, m1: Array, m2: Array) -> Role | None:
+    """Which source holds NaN or Inf in a head; None where the task vectors themselves overflow."""
+    held: tuple[tuple[Role, str, Array], ...] = (
+        ("base", target.base.code, b),
+        ("primary", target.primary.code, m1),
+        ("secondary", target.secondary.code, m2),
+    )
+    for role, code, array in held:
+        if not all(all_finite(code, np.ascontiguousarray(array[block])) for block in target.blocks(head, TILE)):
+            return role
+    return None
+
+
+def _changed(target: Target, selected: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Byte ranges of the output tensor that may differ from primary's bytes, in order and apart."""
+    rows, columns = target.matrix
+    whole = rows * columns * size(target.out_code)
+    if target.scale != 1.0 or target.out_code != target.primary.code:
+        return ((0, whole),)
+    if not selected:
+        return ()
+    if target.projection.head_axis == 1:
+        return ((0, whole),)
+    step = whole // target.heads
+    starts = [selected[0]] + [after for before, after in pairwise(selected) if after != before + 1]
+    stops = [before + 1 for before, after in pairwise(selected) if after != before + 1] + [selected[-1] + 1]
+    return tuple((start * step, stop * step) for start, stop in zip(starts, stops, strict=True))

@@ -1,0 +1,108 @@
+"""Reference numerics: the reference script's tensor operations, in torch on the CPU, one tensor at a time.
+
+The operations, their order, their element types and their operands' shapes are the script's, so that three
+checkpoints of one element type give its very bytes. Source: the released script of the paper in SPEC section 1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hsa.backends import Merged, NotFinite
+from hsa.dtypes import NAMES, Array
+from hsa.layout import Slice
+from hsa.target import Target, of_selected
+
+
+class ScriptBackend:
+    """Reference numerics in torch on the CPU."""
+
+    name = "cpu"
+    device = "cpu"
+
+    def worker(self) -> ScriptWorker:
+        return ScriptWorker()
+
+
+class ScriptWorker:
+    """One thread's arithmetic; torch keeps to that one thread, for the pipeline has as many as there are cores."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+
+    @torch.no_grad()
+    def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> Merged:
+        """Score, select and merge one tensor. Buffers: uint8, the tensors' bytes."""
+        codes = target.load_codes
+        assert codes is not None
+        b = _tensor(base, target.base.code, codes["base"]).view(target.shape)
+        m1 = _tensor(primary, target.primary.code, codes["primary"]).view(target.shape)
+        m2 = _tensor(secondary, target.secondary.code, codes["secondary"]).view(target.shape)
+        for role, tensor in (("base", b), ("primary", m1), ("secondary", m2)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise NotFinite(role, _first_head(target, tensor))  # type: ignore[arg-type]
+        tv1, tv2 = m1 - b, m2 - b
+        proxy = tv1.abs() + tv2.abs()
+        scores = _scores(target, proxy)
+        chosen = _choose(scores, target)
+        mask = _spread(target, chosen.to(proxy.dtype), proxy).to(b.dtype)
+        lam = target.coefficient
+        blended = lam * tv1 + (1.0 - lam) * tv2
+        delta = mask * blended + (1.0 - mask) * tv1
+        result = _store(b + float(target.scale) * delta, target.out_code, out)
+        if not bool(torch.isfinite(result).all()):
+            raise NotFinite(None, _first_head(target, result.view(target.shape)))
+        squared = tuple(float(score) ** 2 for score in scores)
+        selected = tuple(int(head) for head in chosen.nonzero().flatten())
+        return Merged(of_selected(squared, selected), ((0, out.size),), bool(tv1.any()), bool(tv2.any()))
+
+    @torch.no_grad()
+    def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
+        """Move a slice along primary's task vector, or cast it. Buffers: uint8."""
+        codes = piece.load_codes
+        assert codes is not None
+        m1 = _tensor(primary, piece.primary.code, codes[piece.role])
+        if base is None or piece.base is None:
+            value = m1
+        else:
+            b = _tensor(base, piece.base.code, codes["base"])
+            value = b + float(piece.scale) * (m1 - b)
+        if not bool(torch.isfinite(_store(value, piece.code, out)).all()):
+            raise NotFinite(piece.role if not bool(torch.isfinite(m1).all()) else None, None)
+
+
+def _scores(target: Target, proxy: torch.Tensor) -> torch.Tensor:
+    if proxy.ndim == 1:
+        return proxy.abs().view(target.heads, -1).pow(2).sum(dim=1).sqrt()
+    across = 1 - target.projection.head_axis
+    channels: torch.Tensor = proxy.norm(p=2, dim=across)
+    return channels.view(target.heads, -1).pow(2).sum(dim=1).sqrt()
+
+
+def _choose(scores: torch.Tensor, target: Target) -> torch.Tensor:
+    if target.keep == 0:
+        return torch.zeros(target.heads, dtype=torch.bool)
+    if target.k in (1.0, 100.0):
+        return torch.ones(target.heads, dtype=torch.bool)
+    return scores >= torch.topk(scores, target.keep, largest=True).values.min()
+
+
+def _spread(target: Target, chosen: torch.Tensor, proxy: torch.Tensor) -> torch.Tensor:
+    mask = chosen.repeat_interleave(target.head_dim)
+    if proxy.ndim == 1:
+        return mask
+    return mask.unsqueeze(1 - target.projection.head_axis).expand_as(proxy)
+
+
+def _first_head(target: Target, tensor: torch.Tensor) -> int:
+    where = (~torch.isfinite(tensor)).nonzero()[0]
+    return int(where[target.projection.head_axis]) // target.head_dim
+
+
+def _tensor(raw: Array, code: str, load_code: str) -> torch.Tensor:
+    return torch.from_numpy(raw).view(getattr(torch, NAMES[code])).to(getattr(torch, NAMES[load_code]))
+
+
+def _store(value: torch.Tensor, code: str, out: Array) -> torch.Tensor:
+    stored = torch.from_numpy(out).view(getattr(torch, NAMES[code]))
+    return stored.copy_(value.reshape(-1))

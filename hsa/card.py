@@ -1,0 +1,233 @@
+"""The model card of an output: Hub metadata, the method with its exact parameters, and the heads merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hsa.checkpoint import Identity, Role
+from hsa.errors import RequestError
+from hsa.pipeline import TargetOutcome
+from hsa.plan import MergePlan, Sources
+from hsa.whisper import Stack
+
+FIELDS = (
+    "title",
+    "language",
+    "license",
+    "release_group",
+    "role",
+    "adaptation_context",
+    "source_artifact",
+    "intended_use",
+    "limitations",
+    "citation",
+)
+"""What `--card FIELD=VALUE` may set; `language` may hold several, separated by commas."""
+
+PAPER = """@article{shankar2026compositional,
+  title   = {Compositional domain adaptation for automatic speech recognition with headwise selective
+             attention merging},
+  author  = {Shankar, Natarajan Balaji and Wang, Zilai and Eren, Eray and Alwan, Abeer},
+  journal = {Computer Speech \\& Language},
+  pages   = {102012},
+  year    = {2026},
+  doi     = {10.1016/j.csl.2026.102012}
+}"""
+
+
+def parse_fields(pairs: Iterable[str]) -> dict[str, str]:
+    """`FIELD=VALUE` strings as a mapping; RequestError for an unknown field or a missing `=`."""
+    fields: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise RequestError(f"--card takes FIELD=VALUE, got {pair!r}")
+        fields[name] = value
+    return check_fields(fields)
+
+
+def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
+    """The fields, when every name is known; RequestError otherwise."""
+    unknown = [name for name in fields if name not in FIELDS]
+    if unknown:
+        raise RequestError(f"card field {unknown[0]!r} is unknown; there are {', '.join(FIELDS)}")
+    return dict(fields)
+
+
+def render(
+    plan: MergePlan,
+    sources: Sources,
+    outcomes: Sequence[TargetOutcome],
+    files: Iterable[str],
+    fields: Mapping[str, str],
+) -> bytes:
+    """The card's bytes. `files` are the output's file names."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    identities = {source.role: source.identity for source in sources}
+    parents = list(dict.fromkeys(identity.id for identity in identities.values()))
+    extra: dict[str, Any] = {}
+    if "language" in fields:
+        languages = [tag.strip() for tag in fields["language"].split(",") if tag.strip()]
+        extra["language"] = languages[0] if len(languages) == 1 else languages
+    if "license" in fields:
+        extra["license"] = fields["license"]
+    data = ModelCardData(
+        base_model=parents,
+        base_model_relation="merge",
+        library_name="transformers",
+        pipeline_tag="automatic-speech-recognition",
+        tags=["whisper", "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
+        **extra,
+    )
+    body = _body(plan, identities, outcomes, files, fields)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode("utf-8")
+
+
+def _body(
+    plan: MergePlan,
+    identities: Mapping[Role, Identity],
+    outcomes: Sequence[TargetOutcome],
+    files: Iterable[str],
+    fields: Mapping[str, str],
+) -> str:
+    chosen = sum(len(outcome.merged.selection.selected) for outcome in outcomes)
+    total = sum(outcome.target.heads for outcome in outcomes)
+    details = [("Model type", "Whisper sequence-to-sequence speech recognition model")]
+    details += [(role.capitalize(), _identity(identity)) for role, identity in identities.items()]
+    details += [
+        (label, escape(fields[field]))
+        for field, label in (
+            ("release_group", "Release group"),
+            ("role", "Role"),
+            ("adaptation_context", "Adaptation context"),
+            ("source_artifact", "Source artifact"),
+        )
+        if field in fields
+    ]
+    intended = escape(fields["intended_use"]) if "intended_use" in fields else INTENDED_USE
+    title = fields.get("title", f"HSA merge of {identities['primary'].id} and {identities['secondary'].id}")
+    sections = [
+        f"# {escape(title)}",
+        "## Model details",
+        _bullets(details),
+        "## Method",
+        METHOD,
+        _table(("parameter", "value"), _parameters(plan)),
+        "## Merged heads",
+        f"{chosen} of {total} heads in {len(outcomes)} target tensors. Scores and margins are in `hsa_merge.json`.",
+        _heads(outcomes),
+        "## Intended use",
+        intended,
+        "## How to load",
+        _loading(),
+        "## Files",
+        _bullets([(f"`{file}`", _FILE_TEXT.get(file, _kind(file))) for file in sorted(files)]),
+        "## Limitations",
+        escape(fields["limitations"]) if "limitations" in fields else LIMITATIONS,
+        "## Citation",
+        f"```bibtex\n{_fence(fields.get('citation', PAPER))}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+METHOD = """Headwise Selective Attention (HSA) merge composes two fine-tunes of one pretrained model without
+retraining. With `B` the base, `tv1` and `tv2` the task vectors of primary and secondary, each target tensor
+ranks its attention heads by the L2 norm of `|tv1| + |tv2|`. The heads kept become
+`B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)` with
+`lambda_i = lambda ** (alpha * (i + 1) / L)` in layer `i` of `L`; everything else stays primary's."""
+
+INTENDED_USE = """Speech recognition in the domains that primary and secondary were adapted to, and research on
+model merging. Measure it on your own data before you rely on it."""
+
+LIMITATIONS = """No weight was trained for this checkpoint, and no accuracy is claimed for it here: whether the
+merge helps, and with which parameters, is a question of measurement on data from the intended domain. It inherits
+the limits, biases and licence terms of base, primary and secondary."""
+
+
+def _parameters(plan: MergePlan) -> list[tuple[str, str]]:
+    shown = plan.config.as_dict()
+    if shown["load_dtype"] is None:
+        del shown["load_dtype"]
+    return [(name, _value(value)) for name, value in shown.items()]
+
+
+def _loading() -> str:
+    return (
+        "```python\n"
+        "from transformers import WhisperForConditionalGeneration, WhisperProcessor\n\n"
+        'path = "path/to/this/directory"\n'
+        "model = WhisperForConditionalGeneration.from_pretrained(path)\n"
+        "processor = WhisperProcessor.from_pretrained(path)\n"
+        "```"
+    )
+
+
+def _heads(outcomes: Sequence[TargetOutcome]) -> str:
+    stacks: dict[tuple[Stack, str, int], dict[str, str]] = {}
+    columns: list[str] = []
+    for outcome in outcomes:
+        p = outcome.target.projection
+        column = f"{p.kind} {p.part}"
+        if column not in columns:
+            columns.append(column)
+        heads = " ".join(map(str, outcome.merged.selection.selected)) or "none"
+        stacks.setdefault((p.stack, p.block, p.layer), {})[column] = heads
+    columns.sort(key=lambda column: ("qkvo".index(column[0]), column.endswith("bias")))
+    rows = []
+    for (stack, block, layer), cells in sorted(
+        stacks.items(), key=lambda item: (item[0][0] != "encoder", *item[0][1:])
+    ):
+        rows.append((f"{stack} {block.replace('_', ' ')}", str(layer), *(cells.get(column, "") for column in columns)))
+    return _table(("attention", "layer", *columns), rows)
+
+
+def _identity(identity: Identity) -> str:
+    text = f"`{_code(identity.id)}`"
+    return f"{text} at revision `{_code(identity.revision)}`" if identity.revision else text
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "from config.json"
+    if isinstance(value, dict):
+        return "given per tensor, see `hsa_merge.json`"
+    return f"`{value}`"
+
+
+def _kind(file: str) -> str:
+    return "weights" if file.endswith(".safetensors") else "tokenizer and feature extractor"
+
+
+_FILE_TEXT = {
+    "config.json": "architecture",
+    "generation_config.json": "generation defaults",
+    "model.safetensors.index.json": "which weights file holds which tensor",
+    "hsa_merge.json": "provenance: sources, parameters, heads, scores and digests",
+    "README.md": "this card",
+}
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _bullets(pairs: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"- {label}: {text}" for label, text in pairs)
+
+
+def escape(text: str) -> str:
+    """Text from users and files as plain words in Markdown: no markup, no HTML, one line."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", flat)
+
+
+def _code(text: str) -> str:
+    return "".join(c if c.isprintable() and c not in "`|" else "?" for c in text)
+
+
+def _fence(text: str) -> str:
+    return "".join(c for c in text if c.isprintable() or c == "\n").replace("```", "'''").strip()

@@ -1,0 +1,262 @@
+"""A checkpoint to read: a local Hugging Face directory, its files, its tensors and where their bytes lie."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from hsa import whisper
+from hsa.errors import HeaderError, MismatchError, SourceError
+from hsa.fsio import Source, Tally
+from hsa.header import Header, load_json, read_header
+
+Role = Literal["base", "primary", "secondary"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+MAX_TEXT = 128 << 20
+"""Bytes; the largest config, index or tokenizer file that is read."""
+
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]+)?")
+_HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?")
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor of a checkpoint: its name as stored, element type, shape, and absolute place in a shard."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a source says it is: a hub id or the directory's own name, and a revision where one is known."""
+
+    id: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weights file: its plain name, the open file and the checked header."""
+
+    name: str
+    source: Source
+    header: Header
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint; `tensors` maps canonical names (no `model.`) to places. Close it, or use `with`."""
+
+    role: Role
+    path: Path
+    identity: Identity
+    config: Mapping[str, Any]
+    tally: Tally
+    shards: tuple[Shard, ...] = ()
+    tensors: Mapping[str, TensorRef] = field(default_factory=dict)
+    index: bytes | None = None
+
+    def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
+        """Fill `view` with the tensor's bytes from byte `start` on."""
+        self.shards[tensor.shard].source.read_into(view, tensor.offset + start)
+
+    def check_unchanged(self) -> None:
+        for shard in self.shards:
+            shard.source.check_unchanged()
+
+    def file_of(self, tensor: TensorRef) -> str:
+        return f"{self.role} {self.path / self.shards[tensor.shard].name}"
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.source.close()
+        self.shards = ()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:
+    """Open a checkpoint directory: check its index, open its shards, check their headers. Reads no tensor data.
+
+    `claimed` is the identity to record (`org/name` or `org/name@revision`). Raises SourceError, HeaderError.
+    """
+    directory = _directory(role, path)
+    weights = directory / WEIGHTS
+    names: list[str]
+    index: bytes | None = None
+    placed: Mapping[str, str] | None = None
+    if _exists(weights):
+        names = [WEIGHTS]
+    elif _exists(directory / INDEX):
+        index = read_text(role, directory, INDEX, tally)
+        placed = _weight_map(index, f"{role}: {directory / INDEX}")
+        names = sorted(set(placed.values()))
+        _check_shards(role, directory, names)
+    else:
+        raise SourceError(_no_weights(role, directory))
+    config = _config(role, directory, tally)
+    whisper.architecture(config, f"{role} {directory}")
+    result = Checkpoint(role, directory, identify(directory, claimed), config, tally, index=index)
+    try:
+        for name in names:
+            source = Source(contained(role, directory, name), role, tally)
+            try:
+                shard = Shard(name, source, read_header(source))
+            except BaseException:
+                source.close()
+                raise
+            result.shards += (shard,)
+        result.tensors = _tensors(result, placed)
+    except BaseException:
+        result.close()
+        raise
+    return result
+
+
+def identify(directory: Path, claimed: str | None) -> Identity:
+    """The identity to record: what is claimed, else the hub snapshot's id, else the directory's own name."""
+    if claimed:
+        name, _, revision = claimed.partition("@")
+        return Identity(name, revision or None)
+    cached = _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:]))
+    if cached:
+        return Identity(cached["id"].replace("--", "/"), cached["revision"])
+    return Identity(directory.name)
+
+
+def contained(role: str, directory: Path, name: str) -> Path:
+    """The real path of a file of a source; SourceError when a link leads out of the directory.
+
+    The hub's cache keeps a snapshot's files as links into the repository's own `blobs`; those are let through.
+    """
+    allowed = [directory]
+    if _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])):
+        allowed.append(directory.parent.parent / "blobs")
+    try:
+        real = (directory / name).resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise SourceError(f"{role}: {directory / name} cannot be opened: {_reason(error)}") from error
+    if not any(real.is_relative_to(root) for root in allowed):
+        raise SourceError(
+            f"{role}: {directory / name} is a link that leads out of the directory, to {real}; refused: copy the "
+            f"file into the directory or give the directory that holds it"
+        )
+    return real
+
+
+def read_text(role: str, directory: Path, name: str, tally: Tally) -> bytes:
+    """The bytes of a small file of a source, read whole; SourceError when it cannot be read or is too large."""
+    source = Source(contained(role, directory, name), role, tally)
+    try:
+        if source.size > MAX_TEXT:
+            raise SourceError(f"{role}: {directory / name} has {source.size} bytes, at most {MAX_TEXT} are read")
+        return source.read(source.size)
+    finally:
+        source.close()
+
+
+def _directory(role: str, path: str | os.PathLike[str]) -> Path:
+    given = Path(path).expanduser()
+    looked = f"a directory with {CONFIG} and {WEIGHTS} or {INDEX}"
+    try:
+        directory = given.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        if _HUB_ID.fullmatch(os.fspath(path)) and not given.parent.exists():
+            raise SourceError(
+                f"{role}: {os.fspath(path)} is no local directory, and hub ids are not read yet; download it "
+                f"first (hf download {os.fspath(path).partition('@')[0]}) and give the directory: {looked}"
+            ) from error
+        raise SourceError(f"{role}: {given} cannot be found ({_reason(error)}); looked for {looked}") from error
+    if not directory.is_dir():
+        raise SourceError(f"{role}: {given} is not a directory; looked for {looked}")
+    return directory
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _no_weights(role: str, directory: Path) -> str:
+    for name in PICKLES:
+        if _exists(directory / name):
+            return (
+                f"{role}: {directory} holds pickle weights alone ({name}), which can run code when they are loaded "
+                f"and are refused; save the model as safetensors (save_pretrained does) and give that directory"
+            )
+    return f"{role}: {directory} holds no weights; looked for {WEIGHTS} and {INDEX}"
+
+
+def _config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
+    if not _exists(directory / CONFIG):
+        raise SourceError(f"{role}: {directory} has no {CONFIG}, which says how many heads and layers there are")
+    return load_json(read_text(role, directory, CONFIG, tally), f"{role}: {directory / CONFIG}", "config")
+
+
+def _weight_map(text: bytes, where: str) -> Mapping[str, str]:
+    placed = load_json(text, where, "index").get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
+        raise HeaderError(f"{where}: expected a weight_map from tensor names to file names")
+    return placed
+
+
+def _check_shards(role: str, directory: Path, names: list[str]) -> None:
+    """Refuse every bad name before anything is opened."""
+    for name in names:
+        if name != Path(name).name or name in ("", ".", "..") or "\0" in name or not name.endswith(".safetensors"):
+            raise SourceError(
+                f"{role}: {directory / INDEX} names the shard {name!r}; expected the plain name of a .safetensors "
+                f"file in the same directory"
+            )
+        if not _exists(directory / name):
+            raise SourceError(
+                f"{role}: {directory / INDEX} names the shard {name}, which is missing; download it again"
+            )
+    for name in names:
+        contained(role, directory, name)
+
+
+def _tensors(checkpoint: Checkpoint, placed: Mapping[str, str] | None) -> Mapping[str, TensorRef]:
+    found: dict[str, TensorRef] = {}
+    for number, shard in enumerate(checkpoint.shards):
+        where = f"{checkpoint.role}: {shard.source.path}"
+        for entry in shard.header.entries:
+            if placed is not None and placed.get(entry.name) != shard.name:
+                raise MismatchError(
+                    f"{where} holds tensor {entry.name}, which {INDEX} places in {placed.get(entry.name)}; the "
+                    f"download is mixed up, fetch it again"
+                )
+            name = whisper.canonical(entry.name)
+            if name in found:
+                raise MismatchError(
+                    f"{where}: tensor {entry.name} stands twice in the checkpoint, with and without model."
+                )
+            offset = len(shard.header.raw) + entry.start
+            found[name] = TensorRef(entry.name, entry.code, entry.shape, number, offset, entry.stop - entry.start)
+    for name, file in (placed or {}).items():
+        if whisper.canonical(name) not in found:
+            raise MismatchError(f"{checkpoint.role}: {INDEX} places tensor {name} in {file}, which does not hold it")
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

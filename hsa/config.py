@@ -1,0 +1,146 @@
+"""What a merge is asked to do: parameters, validated once and frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from hsa.errors import RequestError
+
+Preset = Literal["encoder-qkv", "attention-qkv", "attention-all"]
+Numerics = Literal["exact", "reference"]
+LoadDtype = Literal["auto", "float32"]
+OutputDtype = Literal["auto", "float32", "float16", "bfloat16"]
+PerTensor = float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Parameters of one merge; SPEC section 1 gives their meaning.
+
+    `k`, `lam` and `alpha` are numbers, or mappings from target tensor name (with or without the leading
+    `model.`) to number, which must then name every target. `k` above 1 is a percentage. `num_heads` and
+    `num_layers` override what the config files say, for both stacks.
+
+    Raises RequestError when a value is out of range or not finite, or when options exclude each other.
+    """
+
+    k: PerTensor = 0.6
+    lam: PerTensor = 0.5
+    alpha: PerTensor = 0.2
+    targets: Preset = "encoder-qkv"
+    attention_scale: float = 1.0
+    non_attention_scale: float = 1.0
+    num_heads: int | None = None
+    num_layers: int | None = None
+    numerics: Numerics = "exact"
+    load_dtype: LoadDtype | None = None
+    dtype: OutputDtype = "auto"
+
+    def __post_init__(self) -> None:
+        _per_tensor("k", self.k, 0.0, 100.0)
+        _per_tensor("lambda", self.lam, 0.0, 1.0)
+        _per_tensor("alpha", self.alpha, 0.0, math.inf)
+        _number("attention_scale", self.attention_scale, -math.inf, math.inf)
+        _number("non_attention_scale", self.non_attention_scale, -math.inf, math.inf)
+        _choice("targets", self.targets, get_args(Preset))
+        _choice("numerics", self.numerics, get_args(Numerics))
+        _choice("dtype", self.dtype, get_args(OutputDtype))
+        for name, count in (("num_heads", self.num_heads), ("num_layers", self.num_layers)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise RequestError(f"{name} must be a whole number of at least 1, got {count!r}")
+        if self.load_dtype is not None:
+            _choice("load_dtype", self.load_dtype, get_args(LoadDtype))
+            if self.numerics != "reference":
+                raise RequestError(
+                    "load_dtype says how the reference script's loader reads checkpoints and has a meaning "
+                    "with numerics 'reference' alone; add --numerics reference, or use --dtype for the output"
+                )
+        if self.numerics == "reference" and self.dtype != "auto":
+            raise RequestError(
+                f"numerics 'reference' writes base's dtype, as the reference script does, so dtype must be "
+                f"'auto', got {self.dtype!r}; use --load-dtype, or numerics 'exact'"
+            )
+
+    def of(self, parameter: Literal["k", "lam", "alpha"], name: str) -> float:
+        """The value of a parameter for the target tensor of that canonical name (no leading `model.`)."""
+        value: PerTensor = getattr(self, parameter)
+        if not isinstance(value, Mapping):
+            return float(value)
+        for key in (name, f"model.{name}"):
+            if key in value:
+                return float(value[key])
+        raise RequestError(f"{parameter} is given per tensor but has no value for target tensor {name}")
+
+    def check_names(self, names: set[str]) -> None:
+        """Refuse a per-tensor parameter that names a tensor which is no target."""
+        for parameter in ("k", "lam", "alpha"):
+            value = getattr(self, parameter)
+            if isinstance(value, Mapping):
+                unknown = [key for key in value if key.removeprefix("model.") not in names]
+                if unknown:
+                    raise RequestError(
+                        f"{parameter} is given for {unknown[0]!r}, which is no target of {self.targets!r}"
+                    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The parameters under their command-line names, for reports and provenance."""
+        return {
+            "k": _plain(self.k),
+            "lambda": _plain(self.lam),
+            "alpha": _plain(self.alpha),
+            "targets": self.targets,
+            "attention_scale": float(self.attention_scale),
+            "non_attention_scale": float(self.non_attention_scale),
+            "num_heads": self.num_heads,
+            "num_layers": self.num_layers,
+            "numerics": self.numerics,
+            "load_dtype": (self.load_dtype or "auto") if self.numerics == "reference" else None,
+            "dtype": self.dtype,
+        }
+
+
+def keep_count(k: float, heads: int) -> int:
+    """How many heads are kept of `heads`: max(1, round half to even of k * heads); none at k = 0."""
+    share = k / 100.0 if k > 1.0 else k
+    if share <= 0.0:
+        return 0
+    if share >= 1.0:
+        return heads
+    return max(1, round(share * heads))
+
+
+def layer_coefficient(lam: float, alpha: float, layer: int, layers: int) -> float:
+    """lambda_i = lambda ** (alpha * ((i + 1) / L)) in float64, with 0 ** 0 = 1."""
+    return math.pow(lam, alpha * ((layer + 1) / layers))
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    limits = "finite" if math.isinf(low) and math.isinf(high) else f"in [{low:g}, {high:g}]"
+    if math.isinf(high) and not math.isinf(low):
+        limits = f"finite and at least {low:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RequestError(f"{name} must be a number {limits}, got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise RequestError(f"{name} must be {limits}, got {value!r}")
+
+
+def _per_tensor(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, Mapping):
+        for tensor, number in value.items():
+            _number(f"{name} of {tensor}", number, low, high)
+    else:
+        _number(name, value, low, high)
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _plain(value: PerTensor) -> float | dict[str, float]:
+    if isinstance(value, Mapping):
+        return {name: float(number) for name, number in sorted(value.items())}
+    return float(value)

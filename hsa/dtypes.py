@@ -1,0 +1,102 @@
+"""Element types of safetensors files, and the conversions between them and float32 in numpy.
+
+numpy has no bfloat16, so its bits travel as uint16 and are widened and rounded in integer arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+
+BITS: dict[str, int] = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+"""Bits per element of every element type that safetensors 0.8 knows."""
+
+ARITHMETIC = ("F32", "F16", "BF16")
+"""Element types that a merge computes with and writes."""
+
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NAMES = {code: name for name, code in CODES.items()}
+STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+"""The numpy type that holds an element's bits."""
+
+
+def size(code: str) -> int:
+    """Bytes of one element of an arithmetic element type."""
+    return BITS[code] // 8
+
+
+def widen(code: str, raw: Array, out: Float32) -> Float32:
+    """Widen elements exactly to float32.
+
+    `raw` holds the storage of `code`; `out` has its shape. Returns `out`, or `raw` itself where it is float32
+    already.
+    """
+    if code == "F32":
+        return raw
+    if code == "F16":
+        np.copyto(out, raw)
+        return out
+    bits = out.view(np.uint32)
+    np.copyto(bits, raw)
+    np.left_shift(bits, 16, out=bits)
+    return out
+
+
+def narrow(code: str, values: Float32, out: Array, bits: npt.NDArray[np.uint32]) -> None:
+    """Round float32 to `code` once, to nearest even, into `out` (storage of `code`).
+
+    `values` is overwritten for bfloat16. Magnitudes beyond the range become infinities, which the caller
+    looks for; a NaN stays some NaN.
+    """
+    if code == "F32":
+        np.copyto(out, values)
+    elif code == "F16":
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.copyto(out, values, casting="same_kind")
+    else:
+        whole = values.view(np.uint32)
+        np.right_shift(whole, 16, out=bits)
+        np.bitwise_and(bits, 1, out=bits)
+        np.add(bits, 0x7FFF, out=bits)
+        np.add(bits, whole, out=bits)
+        np.right_shift(bits, 16, out=bits)
+        nan = (whole & 0x7FFFFFFF) > 0x7F800000
+        if nan.any():
+            bits[nan] = (whole[nan] >> 16) | 0x40
+        np.copyto(out, bits, casting="unsafe")
+
+
+def all_finite(code: str, raw: Array) -> bool:
+    """Whether no element is NaN or infinite; `raw` holds the storage of an arithmetic element type."""
+    if code == "F32":
+        return bool(np.isfinite(raw).all())
+    exponent = 0x7C00 if code == "F16" else 0x7F80
+    return not bool(((raw.view(np.uint16) & exponent) == exponent).any())

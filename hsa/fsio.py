@@ -1,0 +1,239 @@
+"""Every system call on a file that a merge makes, in one place: counted, complete, and with plain errors.
+
+Reads and writes go on until the whole range is done. An OSError becomes a SourceError, a SourceChanged or a
+MachineError that names the file; nothing else in the package touches weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hsa.errors import MachineError, SourceChanged, SourceError
+
+FICLONE = 0x40049409
+SYNC_FILE_RANGE_WRITE = 2
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+ALIGNMENT = 4096
+"""Bytes; file offset, length and address of a direct write are multiples of it."""
+
+_NO_SUPPORT = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTTY}
+
+
+class Tally:
+    """Bytes read and written so far, over all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.read = 0
+        self.written = 0
+
+    def add_read(self, count: int) -> None:
+        with self._lock:
+            self.read += count
+
+    def add_written(self, count: int) -> None:
+        with self._lock:
+            self.written += count
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What must stay equal while a source is read."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Fingerprint:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class Source:
+    """A file open for reading, and what it was when it was opened."""
+
+    def __init__(self, path: Path, label: str, tally: Tally) -> None:
+        self.path, self.label, self._tally = path, label, tally
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(f"{label}: cannot open {path}: {error.strerror}") from error
+        self.fingerprint = Fingerprint.of(os.fstat(self.fd))
+
+    @property
+    def size(self) -> int:
+        return self.fingerprint.size
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` (bytes) from `offset`; SourceChanged when the file ends before."""
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise MachineError(
+                    f"{self.label}: reading {len(view)} bytes at {offset} of {self.path} failed: {error.strerror}"
+                ) from error
+            if count == 0:
+                raise SourceChanged(
+                    f"{self.label}: {self.path} ended at byte {offset + done} while it was read, expected at "
+                    f"least {offset + len(view)}; something truncated it, run the merge again"
+                )
+            done += count
+        self._tally.add_read(done)
+
+    def read(self, count: int, offset: int = 0) -> bytes:
+        buffer = bytearray(count)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def check_unchanged(self) -> None:
+        """SourceChanged when the file, or what its path leads to, is no longer what was opened."""
+        try:
+            now = Fingerprint.of(os.fstat(self.fd))
+            named = Fingerprint.of(self.path.stat())
+        except OSError as error:
+            raise SourceChanged(f"{self.label}: {self.path} vanished during the run: {error.strerror}") from error
+        if now != self.fingerprint or named != self.fingerprint:
+            raise SourceChanged(
+                f"{self.label}: {self.path} changed while it was read (size, time or inode differ); the output "
+                f"was withdrawn, run the merge again once nothing writes to it"
+            )
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def create(path: Path, size: int) -> int:
+    """Create a file of `size` bytes with the umask's ordinary mode and reserve its blocks: a full disk shows here."""
+    with writing(path, size):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            if size:
+                _reserve(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def _reserve(fd: int, size: int) -> None:
+    """fallocate(2), not posix_fallocate(3), which writes every block where the filesystem cannot reserve."""
+    call: Callable[..., int] | None = getattr(_libc(), "fallocate", None)
+    if call is not None and call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+        return
+    code = ctypes.get_errno() if call is not None else errno.ENOSYS
+    if code not in _NO_SUPPORT:
+        raise OSError(code, os.strerror(code))
+    os.ftruncate(fd, size)
+
+
+def reopen_direct(path: Path) -> int | None:
+    """The file open for writes past the page cache, or None where the filesystem has no such thing."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if not direct:
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | direct)
+    except OSError:
+        return None
+
+
+def write_all(fd: int, view: memoryview, offset: int, tally: Tally) -> None:
+    """Write the whole of `view` at `offset`; OSError as it comes."""
+    done = 0
+    while done < len(view):
+        done += os.pwritev(fd, [view[done:]], offset + done)
+    tally.add_written(done)
+
+
+def start_writeback(fd: int, offset: int, count: int) -> None:
+    """Ask the kernel to begin writing a range to disk; a hint, so failure says nothing."""
+    call = getattr(_libc(), "sync_file_range", None)
+    if call is not None:
+        call(fd, ctypes.c_int64(offset), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE)
+
+
+def clone(source: int, destination: int) -> bool:
+    """Make `destination` share the blocks of `source`; False where the filesystem cannot."""
+    import fcntl
+
+    try:
+        fcntl.ioctl(destination, FICLONE, source)
+    except OSError as error:
+        if error.errno in _NO_SUPPORT or error.errno == errno.EPERM:
+            return False
+        raise
+    return True
+
+
+def sync(fd: int) -> None:
+    os.fsync(fd)
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename(source: Path, destination: Path) -> None:
+    os.rename(source, destination)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two directory entries in one step; False where the filesystem cannot."""
+    call: Callable[..., int] | None = getattr(_libc(), "renameat2", None)
+    if call is None:
+        return False
+    if call(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_SUPPORT:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+@contextmanager
+def writing(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an OSError inside into a MachineError that says what was needed and what there is."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(_explain(error, path, needed)) from error
+
+
+def free_bytes(path: Path) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def _explain(error: OSError, path: Path, needed: int | None) -> str:
+    text = f"cannot write {path}: {error.strerror}"
+    if needed is not None:
+        text += f"; {needed} bytes were needed"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            text += f", {free_bytes(path.parent)} bytes are free there"
+        return text + "; free some space, or choose another destination"
+    if error.errno == errno.EFBIG:
+        return text + "; a file-size limit is in force (ulimit -f), raise it or use --max-shard-size"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return text + "; choose a destination that you may write to"
+    return text
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,151 @@
+"""The header of a safetensors file: read and checked whole before any tensor is served, and written.
+
+Format: 8 bytes of little-endian header length, that many bytes of JSON, then the data without holes.
+Source: the format description of the safetensors library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hsa.dtypes import BITS
+from hsa.errors import HeaderError
+from hsa.fsio import Source
+
+MAX_HEADER = 100_000_000
+"""Bytes; what the safetensors library accepts."""
+
+MAX_RANK = 64
+"""Dimensions; numpy's own limit."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: element type, shape, and its byte range within the data."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's header. `raw` is the length and the JSON as they stand in the file; data begins after it."""
+
+    raw: bytes
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+
+
+def read_header(source: Source) -> Header:
+    """Read and check the header of an open file; HeaderError names file, tensor, expected and found."""
+    where = f"{source.label}: {source.path}"
+    if source.size < 8:
+        raise HeaderError(f"{where} is no safetensors file: {source.size} bytes, expected at least 8; copy it again")
+    length = int.from_bytes(source.read(8), "little")
+    if length > MAX_HEADER:
+        raise HeaderError(
+            f"{where}: header of {length} bytes, at most {MAX_HEADER} are allowed; not a safetensors file?"
+        )
+    if 8 + length > source.size:
+        raise HeaderError(
+            f"{where} is truncated: its header ends at byte {8 + length}, the file at {source.size}; copy it again"
+        )
+    raw = length.to_bytes(8, "little") + source.read(length, 8)
+    entries, metadata = parse(raw[8:], source.size - 8 - length, where)
+    return Header(raw, entries, metadata)
+
+
+def parse(text: bytes, data_size: int, where: str) -> tuple[tuple[Entry, ...], Mapping[str, str]]:
+    """Entries in order of their offsets, and the metadata, of a header's JSON; HeaderError when malformed."""
+    document = load_json(text, where, "header")
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise HeaderError(f"{where}: __metadata__ must map names to strings")
+    entries = sorted((_entry(name, value, where) for name, value in document.items()), key=lambda e: (e.start, e.stop))
+    position = 0
+    for entry in entries:
+        if entry.start != position:
+            problem = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
+            raise HeaderError(
+                f"{where}: tensor {entry.name} starts at data byte {entry.start}, expected {position}: it {problem}"
+            )
+        position = entry.stop
+    if position != data_size:
+        raise HeaderError(
+            f"{where}: tensors end at data byte {position}, the file holds {data_size} data bytes; copy it again"
+        )
+    return tuple(entries), metadata
+
+
+def serialize(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
+    """A header, length included, padded with spaces so that the data is 8-byte aligned."""
+    document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for entry in entries:
+        document[entry.name] = {
+            "dtype": entry.code,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.stop],
+        }
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
+    """A JSON object from UTF-8 bytes: no repeated names, no NaN; HeaderError says where it is malformed."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise HeaderError(f"{where}: {what} names {repeated!r} twice")
+        return found
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise HeaderError(
+            f"{where}: {what} is not valid JSON ({reason}); the file is damaged, copy it again"
+        ) from error
+    if not isinstance(document, dict):
+        raise HeaderError(f"{where}: {what} must be a JSON object, found {type(document).__name__}")
+    return document
+
+
+def _entry(name: str, value: Any, where: str) -> Entry:
+    label = f"{where}: tensor {name}"
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise HeaderError(f"{label}: expected exactly dtype, shape and data_offsets")
+    code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(code, str) or code not in BITS:
+        raise HeaderError(f"{label}: unknown dtype {code!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(size) for size in shape):
+        raise HeaderError(f"{label}: shape must be a list of whole numbers of at least 0, found {shape!r:.80}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o) for o in offsets):
+        raise HeaderError(f"{label}: data_offsets must be two whole numbers of at least 0, found {offsets!r:.80}")
+    start, stop = offsets
+    if stop < start:
+        raise HeaderError(f"{label}: data_offsets [{start}, {stop}] end before they start")
+    bits = math.prod(shape) * BITS[code]
+    if bits != (stop - start) * 8:
+        raise HeaderError(
+            f"{label}: shape {shape} of {code} takes {bits // 8} bytes, data_offsets [{start}, {stop}] hold "
+            f"{stop - start}"
+        )
+    return Entry(name, code, tuple(shape), start, stop)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

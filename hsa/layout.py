@@ -1,0 +1,251 @@
+"""What the weights files of an output are made of, byte for byte, and how tensors are spread over them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from hsa.checkpoint import WEIGHTS, Checkpoint, Role, TensorRef
+from hsa.dtypes import BITS, size
+from hsa.errors import RequestError
+from hsa.header import Entry, serialize
+from hsa.target import Target
+
+SLICE_ELEMENTS = 1 << 20
+"""Elements of a streamed tensor that are in memory at a time."""
+
+_UNITS = {
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+_SIZE = re.compile(rf"(?P<number>\d+(\.\d+)?)\s*(?P<unit>{'|'.join(_UNITS)})")
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Bytes that the plan knows already: a header."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The bytes of one tensor of a source, unchanged."""
+
+    role: Role
+    tensor: TensorRef
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        yield self.role, self.tensor.nbytes
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A target tensor, whole."""
+
+    target: Target
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.target.shape) * size(self.target.out_code)
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        for tensor, role in (
+            (self.target.base, "base"),
+            (self.target.primary, "primary"),
+            (self.target.secondary, "secondary"),
+        ):
+            yield role, tensor.nbytes  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`count` elements of a tensor that is no target, from element `first`, computed one by one.
+
+    The result is primary cast to `code` where `base` is None, else `base + scale * (primary - base)`. With
+    `load_codes` both are cast to those element types first and the arithmetic is the reference script's.
+    """
+
+    primary: TensorRef
+    base: TensorRef | None
+    first: int
+    count: int
+    code: str
+    scale: float
+    load_codes: Mapping[Role, str] | None = None
+    role: Role = "primary"
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * size(self.code)
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        yield self.role, self.count * size(self.primary.code)
+        if self.base is not None:
+            yield "base", self.count * size(self.base.code)
+
+
+Content = Literal | Copied | Merge | Slice
+Computed = Merge | Slice
+
+
+@dataclass(frozen=True)
+class TensorContent:
+    """One tensor of the output: name as stored, element type, shape, and its pieces in order."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    pieces: tuple[Content, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece at its place in a file."""
+
+    offset: int
+    content: Content
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.content.nbytes
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A weights file: its segments, in order and without holes.
+
+    `twin` is the number of primary's shard whose bytes stand at the same places, so that the file may start
+    as a clone of it; None where the layout differs.
+    """
+
+    name: str
+    size: int
+    segments: tuple[Segment, ...]
+    twin: int | None
+
+
+def slices(
+    primary: TensorRef,
+    base: TensorRef | None,
+    code: str,
+    *,
+    scale: float = 1.0,
+    load_codes: Mapping[Role, str] | None = None,
+    role: Role = "primary",
+) -> tuple[Slice, ...]:
+    """The pieces of a tensor that streams through memory."""
+    total = math.prod(primary.shape)
+    return tuple(
+        Slice(primary, base, first, min(SLICE_ELEMENTS, total - first), code, scale, load_codes, role)
+        for first in range(0, total, SLICE_ELEMENTS)
+    )
+
+
+def pack(
+    owner: Checkpoint, contents: Mapping[str, TensorContent], max_shard_size: int | None
+) -> tuple[tuple[OutputFile, ...], bytes | None]:
+    """Spread tensors over files: `owner`'s own shard layout, or shards of at most `max_shard_size` bytes.
+
+    Returns the files and the index, None for a single file. `contents` is keyed by canonical name.
+    """
+    if max_shard_size is None:
+        return _own_layout(owner, contents)
+    groups: list[list[TensorContent]] = [[]]
+    filled = 0
+    for content in contents.values():
+        if groups[-1] and filled + content.nbytes > max_shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(content)
+        filled += content.nbytes
+    if len(groups) == 1:
+        return (_file(WEIGHTS, groups[0], owner, None),), None
+    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    files = tuple(_file(name, group, owner, None) for name, group in zip(names, groups, strict=True))
+    return files, _index(dict(zip(names, groups, strict=True)))
+
+
+def _own_layout(
+    owner: Checkpoint, contents: Mapping[str, TensorContent]
+) -> tuple[tuple[OutputFile, ...], bytes | None]:
+    places = {name: ref.shard for name, ref in owner.tensors.items()}
+    groups = {
+        shard.name: [content for name, content in contents.items() if places[name] == number]
+        for number, shard in enumerate(owner.shards)
+    }
+    files = tuple(_file(shard.name, groups[shard.name], owner, number) for number, shard in enumerate(owner.shards))
+    if owner.index is None:
+        return files, None
+    unchanged = all(
+        (ref := owner.tensors.get(name)) is not None and ref.name == content.name and ref.nbytes == content.nbytes
+        for name, content in contents.items()
+    ) and len(contents) == len(owner.tensors)
+    return files, owner.index if unchanged else _index(groups)
+
+
+def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: int | None) -> OutputFile:
+    entries, position = [], 0
+    metadata = {"format": "pt"}
+    if shard is None:  # wider elements first, as the safetensors library does, so that each tensor is aligned
+        contents = sorted(contents, key=lambda content: -BITS[content.code])
+    else:
+        metadata = {**owner.shards[shard].header.metadata, **metadata}
+    for content in contents:
+        entries.append(Entry(content.name, content.code, content.shape, position, position + content.nbytes))
+        position += content.nbytes
+    raw, twin = None, None
+    if shard is not None:
+        own = owner.shards[shard].header
+        if tuple(entries) == own.entries and own.metadata.get("format") == "pt":
+            raw, twin = own.raw, shard
+    if raw is None:
+        raw = serialize(entries, metadata)
+    segments, offset = [Segment(0, Literal(raw))], len(raw)
+    for content in contents:
+        for piece in content.pieces:
+            if piece.nbytes:
+                segments.append(Segment(offset, piece))
+                offset += piece.nbytes
+    return OutputFile(name, offset, tuple(segments), twin if owner.role == "primary" else None)
+
+
+def _index(groups: Mapping[str, list[TensorContent]]) -> bytes:
+    weight_map = {content.name: name for name, contents in groups.items() for content in contents}
+    total = sum(content.nbytes for contents in groups.values() for content in contents)
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB (10**9), 500MiB (2**20) or 1000000; RequestError otherwise."""
+    match = _SIZE.fullmatch(text.strip().upper())
+    value = int(float(match["number"]) * _UNITS[match["unit"]]) if match else 0
+    if value < 1:
+        raise RequestError(f"max_shard_size must be a size such as 5GB or 500MiB, got {text!r}")
+    return value

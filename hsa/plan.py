@@ -1,0 +1,256 @@
+"""From parameters and headers to an immutable plan: what is merged, and what every output byte is made of.
+
+Reads no tensor data. The dry run, the error messages and the tests all come from the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hsa import whisper
+from hsa.checkpoint import Checkpoint, Role, TensorRef
+from hsa.config import MergeConfig, keep_count, layer_coefficient
+from hsa.dtypes import ARITHMETIC, CODES, NAMES
+from hsa.errors import MismatchError, SourceError
+from hsa.layout import Content, Copied, Merge, OutputFile, Slice, TensorContent, pack, slices
+from hsa.target import Target
+
+Route = Literal["patch", "rewrite"]
+ROLES: tuple[Role, ...] = ("base", "primary", "secondary")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The three open checkpoints."""
+
+    base: Checkpoint
+    primary: Checkpoint
+    secondary: Checkpoint
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return iter((self.base, self.primary, self.secondary))
+
+    def of(self, role: Role) -> Checkpoint:
+        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything a merge will do.
+
+    `route` is `patch` when the output is primary's files with target ranges overwritten, `rewrite` when every
+    tensor streams through. `weight_bytes_read` counts tensor data per source. `output_dtype` is the element
+    type that the written config.json must name, or None to leave it as it stands.
+    """
+
+    config: MergeConfig
+    route: Route
+    targets: tuple[Target, ...]
+    files: tuple[OutputFile, ...]
+    index: bytes | None
+    weight_bytes_read: Mapping[Role, int]
+    output_dtype: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(file.size for file in self.files) + len(self.index or b"")
+
+
+def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None = None) -> MergePlan:
+    """Check that the sources fit together and lay out the output.
+
+    Raises MismatchError (tensor, each source's value), SourceError (no target, an element type that cannot be
+    merged) or RequestError (per-tensor parameters that fit no target).
+    """
+    from hsa import script
+
+    loaded = script.load_codes(config, sources) if config.numerics == "reference" else None
+    targets = _targets(config, sources, loaded)
+    by_name = {target.projection.name: target for target in targets}
+    owner = sources.primary if loaded is None else sources.base
+    names = script.names(sources) if loaded is not None else dict(_stored_names(owner))
+    contents: dict[str, TensorContent] = {}
+    for name, stored in names.items():
+        if name in by_name:
+            target = by_name[name]
+            contents[name] = TensorContent(stored, target.out_code, target.shape, (Merge(target),))
+        elif loaded is not None:
+            contents[name] = script.content(name, stored, sources, config, loaded)
+        else:
+            contents[name] = _other(name, stored, sources, config)
+    files, index = pack(owner, contents, max_shard_size)
+    written = [piece for content in contents.values() for piece in content.pieces]
+    rewritten = any(isinstance(piece, Slice) for piece in written) or max_shard_size is not None
+    return MergePlan(
+        config=config,
+        route="rewrite" if rewritten or loaded is not None else "patch",
+        targets=targets,
+        files=files,
+        index=index,
+        weight_bytes_read=_bytes_read(written),
+        output_dtype=_output_dtype(config, loaded),
+        notes=tuple(_notes(sources, set(by_name))),
+    )
+
+
+def _targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, str] | None) -> tuple[Target, ...]:
+    found: dict[str, whisper.Projection] = {}
+    for source in sources:
+        for name in source.tensors:
+            projection = whisper.parse(name)
+            if projection is not None and whisper.is_target(projection, config.targets):
+                found[name] = projection
+    if not found:
+        raise SourceError(
+            f"primary {sources.primary.path} holds no tensor that {config.targets!r} would merge (looked for names "
+            f"like model.encoder.layers.0.self_attn.q_proj.weight); is it a Whisper checkpoint?"
+        )
+    config.check_names(set(found))
+    shapes = {role: whisper.architecture(sources.of(role).config, role) for role in ROLES}
+    targets = [_target(p, config, sources, shapes, loaded) for p in found.values()]
+    return tuple(sorted(targets, key=lambda t: (t.primary.shard, t.primary.offset)))
+
+
+def _target(
+    projection: whisper.Projection,
+    config: MergeConfig,
+    sources: Sources,
+    shapes: Mapping[Role, whisper.Architecture],
+    loaded: Mapping[Role, str] | None,
+) -> Target:
+    name, stack = projection.name, projection.stack
+    refs = {role: sources.of(role).tensors.get(name) for role in ROLES}
+    present = {role: ref for role, ref in refs.items() if ref is not None}
+    if len(present) < len(ROLES):
+        missing = ", ".join(role for role in ROLES if role not in present)
+        raise MismatchError(
+            f"target tensor {name} is missing from {missing} and stands in {', '.join(present)}; the three must be "
+            f"fine-tunes of one model with one naming"
+        )
+    _agree(name, "shape", {role: list(ref.shape) for role, ref in present.items()})
+    if config.num_heads is None:
+        _agree(name, "number of heads", {role: shapes[role].heads[stack] for role in ROLES})
+    for role, ref in present.items():
+        if ref.code not in ARITHMETIC:
+            raise SourceError(
+                f"{sources.of(role).file_of(ref)}: target tensor {ref.name} has dtype {ref.code}, expected one of "
+                f"{', '.join(ARITHMETIC)}"
+            )
+    owner: Role = "primary" if loaded is None else "base"
+    heads = config.num_heads or shapes[owner].heads[stack]
+    layers = config.num_layers or shapes[owner].layers[stack]
+    shape = present["primary"].shape
+    if len(shape) != (2 if projection.part == "weight" else 1) or 0 in shape:
+        raise MismatchError(f"target tensor {name} has shape {list(shape)}, expected a matrix weight or a vector bias")
+    width = shape[projection.head_axis]
+    if width % heads:
+        raise SourceError(
+            f"target tensor {name} of shape {list(shape)} cannot be split into {heads} heads: {width} is not a "
+            f"multiple of {heads}; is the number of heads right?"
+        )
+    if projection.layer >= layers:
+        raise MismatchError(
+            f"target tensor {name} lies in layer {projection.layer}, but the {stack} has {layers} layers by "
+            f"{'--num-layers' if config.num_layers else f'the config.json of {owner}'}"
+        )
+    coefficient = layer_coefficient(config.of("lam", name), config.of("alpha", name), projection.layer, layers)
+    cast = CODES[config.dtype] if config.dtype != "auto" else present["primary"].code
+    return Target(
+        projection=projection,
+        shape=shape,
+        heads=heads,
+        k=config.of("k", name),
+        keep=keep_count(config.of("k", name), heads),
+        coefficient=coefficient,
+        c1=float(np.float32(coefficient)),
+        c2=float(np.float32(1.0 - coefficient)),
+        scale=config.attention_scale,
+        base=present["base"],
+        primary=present["primary"],
+        secondary=present["secondary"],
+        out_code=cast if loaded is None else loaded["base"],
+        load_codes=loaded,
+    )
+
+
+def _agree(name: str, what: str, values: Mapping[Role, object]) -> None:
+    if len({str(value) for value in values.values()}) > 1:
+        each = ", ".join(f"{role} {value}" for role, value in values.items())
+        raise MismatchError(f"target tensor {name}: the {what} differs: {each}; the three must agree")
+
+
+def _stored_names(owner: Checkpoint) -> Iterator[tuple[str, str]]:
+    for name, ref in sorted(owner.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
+        yield name, ref.name
+
+
+def _other(name: str, stored: str, sources: Sources, config: MergeConfig) -> TensorContent:
+    """A tensor that is no target: primary's bytes, cast or scaled where asked."""
+    primary = sources.primary.tensors[name]
+    floating = primary.code in ARITHMETIC
+    code = CODES[config.dtype] if config.dtype != "auto" and _is_float(primary.code) else primary.code
+    scaled = config.non_attention_scale != 1.0 and _is_float(primary.code)
+    if code == primary.code and not scaled:
+        return TensorContent(stored, code, primary.shape, (Copied("primary", primary),))
+    if not floating:
+        raise SourceError(
+            f"{sources.primary.file_of(primary)}: tensor {primary.name} has dtype {primary.code}, which can be copied "
+            f"but not cast or scaled; drop --dtype and --non-attention-scale"
+        )
+    base = base_of(name, primary, sources, f"non_attention_scale {config.non_attention_scale:g}") if scaled else None
+    return TensorContent(stored, code, primary.shape, slices(primary, base, code, scale=config.non_attention_scale))
+
+
+def base_of(name: str, primary: TensorRef, sources: Sources, needed_by: str) -> TensorRef:
+    """Base's tensor where the arithmetic needs it; MismatchError when it is missing or has another shape."""
+    base = sources.base.tensors.get(name)
+    if base is None:
+        raise MismatchError(f"tensor {primary.name} is missing from base, and {needed_by} needs it")
+    if base.shape != primary.shape:
+        raise MismatchError(
+            f"tensor {primary.name}: the shape differs: base {list(base.shape)}, primary {list(primary.shape)}, and "
+            f"{needed_by} needs both"
+        )
+    if base.code not in ARITHMETIC:
+        raise SourceError(
+            f"{sources.base.file_of(base)}: tensor {base.name} has dtype {base.code}, and {needed_by} needs one of "
+            f"{', '.join(ARITHMETIC)}"
+        )
+    return base
+
+
+def _is_float(code: str) -> bool:
+    return code.startswith(("F", "BF"))
+
+
+def _bytes_read(pieces: Sequence[Content]) -> dict[Role, int]:
+    totals: dict[Role, int] = dict.fromkeys(ROLES, 0)
+    for piece in pieces:
+        for role, count in piece.reads():
+            totals[role] += count
+    return totals
+
+
+def _output_dtype(config: MergeConfig, loaded: Mapping[Role, str] | None) -> str | None:
+    if loaded is not None:
+        return NAMES[loaded["base"]]
+    return None if config.dtype == "auto" else config.dtype
+
+
+def _notes(sources: Sources, targets: set[str]) -> Iterator[str]:
+    primary = sources.primary
+    for other in (sources.base, sources.secondary):
+        missing = [name for name in primary.tensors if name not in other.tensors]
+        if missing:
+            yield f"{len(missing)} tensors of primary are missing from {other.role}, such as {missing[0]}"
+        for name, ref in primary.tensors.items():
+            theirs = other.tensors.get(name)
+            if name not in targets and theirs is not None and theirs.shape != ref.shape:
+                yield f"{name} has shape {list(ref.shape)} in primary and {list(theirs.shape)} in {other.role}"
+    if whisper.UNTIED_OUTPUT in primary.tensors:
+        yield f"primary stores {whisper.UNTIED_OUTPUT} beside {whisper.EMBEDDING}; each is kept as it stands"

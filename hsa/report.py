@@ -1,0 +1,170 @@
+"""What `hsa.merge` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsa.pipeline import TargetOutcome
+from hsa.plan import MergePlan
+from hsa.target import TIE_RISK, Target
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One merged tensor: stack and layer, the heads selected, every head's score, and the margin of the cut.
+
+    `scores` are L2 norms (not squared), one per head. `margin` is None where nothing or everything is kept.
+    """
+
+    name: str
+    stack: str
+    layer: int
+    kind: str
+    part: str
+    heads: int
+    keep: int
+    selected: tuple[int, ...]
+    scores: tuple[float, ...]
+    margin: float | None
+    coefficient: float
+
+    @classmethod
+    def of(cls, outcome: TargetOutcome) -> TensorReport:
+        target, selection = outcome.target, outcome.merged.selection
+        projection = target.projection
+        return cls(
+            target.primary.name,
+            projection.stack,
+            projection.layer,
+            f"{projection.block}.{projection.kind}_proj",
+            projection.part,
+            target.heads,
+            target.keep,
+            selection.selected,
+            selection.scores,
+            selection.margin,
+            target.coefficient,
+        )
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """A finished merge (or, with `dry_run`, a planned one, whose tensors carry no scores).
+
+    Sizes are bytes, `seconds` wall time. `tensors` is keyed by tensor name as primary stores it.
+    """
+
+    output: Path
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    peak_memory_bytes: int
+    backend: str
+    device: str
+    route: str
+    parameters: Mapping[str, Any]
+    tensors: Mapping[str, TensorReport]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def selected_heads(self) -> int:
+        return sum(len(tensor.selected) for tensor in self.tensors.values())
+
+    @property
+    def total_heads(self) -> int:
+        return sum(tensor.heads for tensor in self.tensors.values())
+
+    @property
+    def narrowest(self) -> TensorReport | None:
+        """The tensor with the smallest margin; None where no tensor has one."""
+        measured = [tensor for tensor in self.tensors.values() if tensor.margin is not None]
+        return min(measured, key=lambda tensor: tensor.margin or 0.0, default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `hsa merge --json` prints."""
+        narrowest = self.narrowest
+        return {
+            "output": str(self.output),
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "backend": self.backend,
+            "device": self.device,
+            "route": self.route,
+            "target_tensors": len(self.tensors),
+            "selected_heads": self.selected_heads,
+            "total_heads": self.total_heads,
+            "min_margin": narrowest.margin if narrowest else None,
+            "min_margin_tensor": narrowest.name if narrowest else None,
+            "parameters": dict(self.parameters),
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a merge would do: nothing was read but headers, and nothing written. Sizes are bytes."""
+
+    output: Path
+    route: str
+    backend: str
+    device: str
+    parameters: Mapping[str, Any]
+    targets: tuple[Target, ...]
+    files: Mapping[str, int]
+    bytes_to_read: int
+    bytes_to_write: int
+    free_bytes: int
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `hsa merge --dry-run --json` prints."""
+        return {
+            "dry_run": True,
+            "output": str(self.output),
+            "route": self.route,
+            "backend": self.backend,
+            "device": self.device,
+            "target_tensors": len(self.targets),
+            "total_heads": sum(target.heads for target in self.targets),
+            "targets": [target.primary.name for target in self.targets],
+            "files": dict(self.files),
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_to_write": self.bytes_to_write,
+            "free_bytes": self.free_bytes,
+            "parameters": dict(self.parameters),
+            "notes": list(self.notes),
+        }
+
+
+def findings(plan: MergePlan, outcomes: Sequence[TargetOutcome]) -> tuple[list[str], list[str]]:
+    """Notes and warnings that only the finished computation can give."""
+    notes, warnings = [], []
+    for role, moved in (
+        ("primary", any(outcome.merged.primary_moved for outcome in outcomes)),
+        ("secondary", any(outcome.merged.secondary_moved for outcome in outcomes)),
+    ):
+        if not moved:
+            warnings.append(
+                f"base and {role} are equal on all {len(outcomes)} target tensors: is --{role} really a fine-tune, "
+                f"and of this base?"
+            )
+    close = [o for o in outcomes if o.merged.selection.margin is not None and o.merged.selection.margin < TIE_RISK]
+    if close:
+        warnings.append(
+            f"{len(close)} tensors have a margin below {TIE_RISK:g}, such as {close[0].target.primary.name}: another "
+            f"backend or machine could select other heads there"
+        )
+    tied = [o for o in outcomes if len(o.merged.selection.selected) > o.target.keep]
+    if tied:
+        notes.append(
+            f"{len(tied)} tensors have ties at the cut, such as {tied[0].target.primary.name}: "
+            f"all tied heads are merged"
+        )
+    return notes, warnings

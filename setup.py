@@ -1,0 +1,55 @@
+"""Metadata and dependencies of hsa-merge, once. The folder kernels/ installs as hsa.kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).resolve().parent
+
+VERSION = {}
+exec((HERE / "hsa" / "_version.py").read_text(encoding="utf-8"), VERSION)  # noqa: S102
+
+setup(
+    name="hsa-merge",
+    version=VERSION["__version__"],
+    description="Headwise Selective Attention merge for Whisper fine-tunes: streamed, exact, as fast as a copy",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=["hsa", "hsa.backends", "hsa.kernels"],
+    package_dir={"hsa": "hsa", "hsa.backends": "hsa/backends", "hsa.kernels": "kernels"},
+    package_data={"hsa": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11,<3",
+        "triton>=3.6,<4; platform_system == 'Linux'",
+        "transformers>=5.17,<6",
+        "safetensors>=0.6,<1",
+        "numpy>=1.26,<3",
+        "huggingface_hub>=1.0,<3",
+        "typer>=0.20,<1",
+        "rich>=13,<16",
+        "blake3>=1.0,<2",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "pre-commit>=4,<5",
+            "build>=1.2,<2",
+        ],
+    },
+    entry_points={"console_scripts": ["hsa = hsa.__main__:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
