@@ -9,7 +9,7 @@ from setuptools import setup
 HERE = Path(__file__).resolve().parent
 
 VERSION = {}
-exec((HERE / "hsa" / "_version.py").read_text(encoding="utf-8"), VERSION)  # noqa: S102
+exec((HERE / "hsa" / "_version.py").read_text(encoding="utf-8"), VERSION)
 
 setup(
     name="hsa-merge",

@@ -197,9 +197,7 @@ def test_scores_of_a_weight_by_hand() -> None:
 
 
 def test_scores_of_a_bias_by_hand() -> None:
-    squared = reference.head_scores(
-        f32(0, 0, 1, 1, 0, 0), f32(1, 0, 1, 2, 0, -2), f32(-1, 0, 1, 1, 0, 3), heads=3
-    )
+    squared = reference.head_scores(f32(0, 0, 1, 1, 0, 0), f32(1, 0, 1, 2, 0, -2), f32(-1, 0, 1, 1, 0, 3), heads=3)
     assert squared.tolist() == [4, 1, 25]
 
 
@@ -288,16 +286,12 @@ def test_margin(squared: list[float], k: float, expected: float | None) -> None:
     assert reference.margin(torch.tensor(squared, dtype=torch.float64), k) == expected
 
 
-@given(
-    triple=triples(WHOLE, (torch.float32,)), k=SHARES, dtype=st.sampled_from([torch.float32, torch.float64])
-)
+@given(triple=triples(WHOLE, (torch.float32,)), k=SHARES, dtype=st.sampled_from([torch.float32, torch.float64]))
 @settings(deadline=None)
 def test_scores_and_selection_of_whole_numbers(triple: Triple, k: float, dtype: torch.dtype) -> None:
     """Small integers: every sum is exact, ties are frequent."""
     scores = [0] * triple.heads
-    elements = zip(
-        *(t.flatten().tolist() for t in (triple.base, triple.primary, triple.secondary)), strict=True
-    )
+    elements = zip(*(t.flatten().tolist() for t in (triple.base, triple.primary, triple.secondary)), strict=True)
     for (base, primary, secondary), head in zip(elements, triple.heads_of_elements(), strict=True):
         scores[head] += int(abs(primary - base) + abs(secondary - base)) ** 2
     share = k / 100 if k > 1 else k
@@ -319,9 +313,7 @@ def test_merge_of_a_weight_by_hand() -> None:
     secondary = f32([9, 1], [5, 1], [1, 1], [1, 1])
     # Squared scores: (2 + 8)**2 + 4**2 = 116 and 1. k * H = 1. lambda_i = 0.25 ** (1 * 2/2) = 0.25.
     # Row 0: 1 + (0.25 * 2 + 0.75 * 8) = 7.5; row 1: 1 + 0.75 * 4 = 4.
-    result = reference.merge_tensor(
-        base, primary, secondary, k=0.5, lam=0.25, alpha=1, layer=1, layers=2, heads=2
-    )
+    result = reference.merge_tensor(base, primary, secondary, k=0.5, lam=0.25, alpha=1, layer=1, layers=2, heads=2)
     assert result.selected == (0,)
     assert result.squared_scores.tolist() == [116, 1]
     assert result.value.tolist() == [[7.5, 1], [4, 1], [1, 2], [1, 1]]
@@ -395,9 +387,7 @@ def test_sources_of_mixed_dtypes_by_hand() -> None:
 
 
 def test_coefficients_are_rounded_to_float32_each() -> None:
-    result = reference.merge_tensor(
-        f32(0, 0), f32(1, 0), f32(0, 1), k=1, lam=0.9, alpha=1, layer=0, layers=1, heads=1
-    )
+    result = reference.merge_tensor(f32(0, 0), f32(1, 0), f32(0, 1), k=1, lam=0.9, alpha=1, layer=0, layers=1, heads=1)
     # 0.9 * 2**24 = 15099494.4 and 0.1 * 2**27 = 13421772.8, rounded to whole numbers. The second comes from
     # 1 - 0.9 in float64: one less the rounded first would be 13421776 / 2**27.
     assert exact(result.value) == [Fraction(15099494, 2**24), Fraction(13421773, 2**27)]
@@ -463,9 +453,7 @@ def test_unselected_heads_at_scale_1_are_the_primary_bytes(dtype: torch.dtype) -
     base, primary = (torch.tensor([*values, 0.0], dtype=dtype) for values in ROUNDED_AWAY)
     secondary = torch.tensor([2.0**15, 0.0, 1.0, 1.5 * 2.0**15], dtype=dtype)
     # Scores 2**15, 0, 2 and 1.5 * 2**15; k * H = 1.
-    result = reference.merge_tensor(
-        base, primary, secondary, k=0.25, lam=0.5, alpha=1, layer=0, layers=1, heads=4
-    )
+    result = reference.merge_tensor(base, primary, secondary, k=0.25, lam=0.5, alpha=1, layer=0, layers=1, heads=4)
     assert result.selected == (3,)
     assert torch.equal(raw(result.value)[:3], raw(primary)[:3])
     assert result.value[3].item() == 0.75 * 2.0**15
@@ -517,9 +505,7 @@ def test_float32_merge_rounds_where_the_contract_says(
     def step(number: Fraction | float) -> Fraction:
         return rounded(number, torch.float32)
 
-    result = merge(
-        triple, k=k, lam=lam, alpha=alpha, layer=layer, layers=4, attention_scale=scale, out_dtype=out_dtype
-    )
+    result = merge(triple, k=k, lam=lam, alpha=alpha, layer=layer, layers=4, attention_scale=scale, out_dtype=out_dtype)
     final = out_dtype or triple.primary.dtype
     lambda_i = float(lam) ** (alpha * ((layer + 1) / 4))
     c1, c2, s = step(lambda_i), step(1.0 - lambda_i), step(scale)
@@ -591,14 +577,10 @@ def test_merge_is_within_the_error_bound_of_the_exact_value(
     triple: Triple, k: float, lam: float, alpha: float, layer: int, scale: float, dtype: torch.dtype
 ) -> None:
     """Both precisions against the formula in exact fractions, from the float64 ``lambda_i``."""
-    result = merge(
-        triple, k=k, lam=lam, alpha=alpha, layer=layer, layers=4, attention_scale=scale, dtype=dtype
-    )
+    result = merge(triple, k=k, lam=lam, alpha=alpha, layer=layer, layers=4, attention_scale=scale, dtype=dtype)
     lambda_i = Fraction(float(lam) ** (alpha * ((layer + 1) / 4)))
     s = Fraction(scale)
-    sources = zip(
-        exact(triple.base), exact(triple.primary), exact(triple.secondary), exact(result.value), strict=True
-    )
+    sources = zip(exact(triple.base), exact(triple.primary), exact(triple.secondary), exact(result.value), strict=True)
     for (base, primary, secondary, got), head in zip(sources, triple.heads_of_elements(), strict=True):
         c1 = lambda_i if head in result.selected else Fraction(1)
         tv1, tv2 = primary - base, secondary - base
@@ -653,9 +635,7 @@ def test_float32_scores_are_within_the_error_bound_of_float64() -> None:
 # --- properties of the method -----------------------------------------------------------------------------
 
 
-def assert_close_to_source(
-    result: reference.MergedTensor, triple: Triple, source: Tensor, roundings: int
-) -> None:
+def assert_close_to_source(result: reference.MergedTensor, triple: Triple, source: Tensor, roundings: int) -> None:
     """``B + tv`` in float32, where ``tv = source - B`` carries `roundings`, is `source` up to this bound.
 
     The sum rounds ``source + E`` once, ``E = gamma * |tv|``; products in the subnormals add ``eta`` each.
@@ -687,9 +667,7 @@ def test_k_0_returns_the_primary_bytes(triple: Triple, lam: float, alpha: float)
 @given(
     triple=triples(),
     k=SHARES,
-    ones=st.one_of(
-        st.tuples(st.just(1.0), ALPHAS), st.tuples(st.one_of(LAMBDAS, st.just(0.0)), st.just(0.0))
-    ),
+    ones=st.one_of(st.tuples(st.just(1.0), ALPHAS), st.tuples(st.one_of(LAMBDAS, st.just(0.0)), st.just(0.0))),
 )
 @settings(deadline=None)
 def test_lambda_1_or_alpha_0_returns_the_primary(triple: Triple, k: float, ones: tuple[float, float]) -> None:

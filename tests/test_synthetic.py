@@ -56,9 +56,7 @@ def header(file: Path) -> dict[str, Any]:
 
 def all_bytes(directory: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
     }
 
 
@@ -220,9 +218,7 @@ def test_token_ids_agree_between_tokenizer_and_configs(tmp_path: Path) -> None:
     id_of = tokenizer.convert_tokens_to_ids
     for settings in (config, generation):
         assert settings.decoder_start_token_id == id_of("<|startoftranscript|>")
-        assert (
-            settings.bos_token_id == settings.eos_token_id == settings.pad_token_id == tokenizer.eos_token_id
-        )
+        assert settings.bos_token_id == settings.eos_token_id == settings.pad_token_id == tokenizer.eos_token_id
         assert list(settings.begin_suppress_tokens) == [
             *tokenizer(" ", add_special_tokens=False).input_ids,
             id_of("<|endoftext|>"),
@@ -231,9 +227,7 @@ def test_token_ids_agree_between_tokenizer_and_configs(tmp_path: Path) -> None:
     assert generation.no_timestamps_token_id == id_of("<|notimestamps|>")
     assert generation.prev_sot_token_id == id_of("<|startofprev|>")
     assert generation.task_to_id == {task: id_of(f"<|{task}|>") for task in ("transcribe", "translate")}
-    assert generation.lang_to_id == {
-        token: id_of(token) for token in ("<|en|>", "<|de|>", "<|es|>", "<|fr|>")
-    }
+    assert generation.lang_to_id == {token: id_of(token) for token in ("<|en|>", "<|de|>", "<|es|>", "<|fr|>")}
     assert set(generation.suppress_tokens) == set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
     assert {"<|startoflm|>", "<|nospeech|>"} <= set(tokenizer.all_special_tokens)
     prompt = tokenizer.get_decoder_prompt_ids(language="en", task="transcribe")
@@ -241,12 +235,8 @@ def test_token_ids_agree_between_tokenizer_and_configs(tmp_path: Path) -> None:
     assert prompt == list(enumerate(map(id_of, expected), start=1))
 
 
-@pytest.mark.parametrize(
-    ("shape", "seconds", "mels"), [(None, 30, 80), (SHAPES["large-v3"], 30, 128), (ODD, 3, 9)]
-)
-def test_feature_extractor_fits_the_model(
-    shape: WhisperShape | None, seconds: int, mels: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("shape", "seconds", "mels"), [(None, 30, 80), (SHAPES["large-v3"], 30, 128), (ODD, 3, 9)])
+def test_feature_extractor_fits_the_model(shape: WhisperShape | None, seconds: int, mels: int, tmp_path: Path) -> None:
     synthetic.write_processor(tmp_path, shape)
     extractor = transformers.WhisperProcessor.from_pretrained(tmp_path).feature_extractor
     audio = np.random.default_rng(0).standard_normal(1000)
@@ -264,9 +254,7 @@ def test_window_of_no_whole_seconds_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [TEST, ODD], ids=["test", "odd"])
-def test_file_is_what_safetensors_would_write(
-    shape: WhisperShape, dtype: synthetic.DType, tmp_path: Path
-) -> None:
+def test_file_is_what_safetensors_would_write(shape: WhisperShape, dtype: synthetic.DType, tmp_path: Path) -> None:
     synthetic.write_checkpoint(tmp_path, shape, dtype=dtype, processor=False)
     file, again = tmp_path / "model.safetensors", tmp_path / "again"
     safetensors_torch.save_file(tensors(tmp_path), again, metadata={"format": "pt"})
@@ -301,9 +289,7 @@ def test_limit_that_is_not_exceeded_gives_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("role", ["base", "secondary"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_float32_rounded_once(
-    dtype: synthetic.DType, role: synthetic.Role, tmp_path: Path
-) -> None:
+def test_half_precision_is_float32_rounded_once(dtype: synthetic.DType, role: synthetic.Role, tmp_path: Path) -> None:
     synthetic.write_checkpoint(tmp_path / "wide", TEST, role=role, processor=False)
     synthetic.write_checkpoint(tmp_path / "half", TEST, role=role, dtype=dtype, processor=False)
     wide = tensors(tmp_path / "wide")
@@ -353,9 +339,7 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [TEST, ODD], ids=["test", "odd"])
-def test_block_size_changes_no_value(
-    shape: WhisperShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_block_size_changes_no_value(shape: WhisperShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row is written once and in its place, however many blocks a tensor takes."""
     loud = [("encoder", 0, "q", 1)]
     expected = synthetic.write_checkpoint(tmp_path / "whole", shape, role="primary", loud_heads=loud)
@@ -374,8 +358,7 @@ def test_another_seed_gives_other_tensors_everywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_both_task_vectors_live_in_every_tensor(dtype: synthetic.DType, tmp_path: Path) -> None:
     base, primary, secondary = (
-        tensors(path)
-        for path in synthetic.write_triple(tmp_path, TEST, dtype=dtype, processor=False).values()
+        tensors(path) for path in synthetic.write_triple(tmp_path, TEST, dtype=dtype, processor=False).values()
     )
     for name, tensor in base.items():
         first, second = primary[name].float() - tensor.float(), secondary[name].float() - tensor.float()
@@ -452,8 +435,7 @@ def test_loud_heads_are_louder_by_the_factor_and_the_rest_is_untouched(role: str
 
 def test_loud_heads_have_the_highest_scores(tmp_path: Path) -> None:
     base, primary, secondary = (
-        tensors(path)
-        for path in synthetic.write_triple(tmp_path, TEST, loud_heads=LOUD, processor=False).values()
+        tensors(path) for path in synthetic.write_triple(tmp_path, TEST, loud_heads=LOUD, processor=False).values()
     )
     for stack, layer, kind in {entry[:3] for entry in LOUD}:
         name = f"model.{stack}.layers.{layer}.self_attn.{kind}_proj.weight"
