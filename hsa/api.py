@@ -13,14 +13,14 @@ from typing import get_args
 from hsa import assets, fsio, provenance, report
 from hsa.backends import Backend, resolve
 from hsa.card import check_fields
-from hsa.checkpoint import INDEX, Role, open_checkpoint
+from hsa.checkpoint import INDEX, Role, Sources, open_checkpoint
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
-from hsa.errors import RequestError
+from hsa.errors import RequestError, SourceError
 from hsa.layout import parse_size
 from hsa.memory import PeakMemory
 from hsa.output import PROVENANCE, Staging, check_destination
 from hsa.pipeline import Options, Outcome, execute
-from hsa.plan import MergePlan, Sources, make_plan
+from hsa.plan import MergePlan, make_plan
 from hsa.report import MergeReport, PlanReport, TensorReport
 
 PathLike = str | os.PathLike[str]
@@ -56,7 +56,9 @@ class Request:
         if self.threads is not None and (not isinstance(self.threads, int) or not 1 <= self.threads <= 256):
             raise RequestError(f"threads must be a whole number from 1 to 256, got {self.threads!r}")
         for role, claimed in (self.ids or {}).items():
-            if claimed is not None and (not claimed.strip() or not claimed.isprintable() or os.path.isabs(claimed)):
+            if claimed is not None and (
+                not claimed.partition("@")[0].strip() or not claimed.isprintable() or os.path.isabs(claimed)
+            ):
                 raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
         check_fields(self.card or {})
         if isinstance(self.max_shard_size, int):
@@ -170,9 +172,12 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         options = Options(request.threads or default_threads(), request.digest, request.sync)
         total = job.plan.bytes_to_write
         step = None if progress is None else lambda done: progress(done, total)
-        outcome = execute(job.plan, job.sources, job.backend, staging, options, tally, memory, step)
-        for source in job.sources:
-            source.check_unchanged()
+        try:
+            outcome = execute(job.plan, job.sources, job.backend, staging, options, tally, memory, step)
+        except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
+            job.sources.check_unchanged()
+            raise
+        job.sources.check_unchanged()
         _write_rest(request, job, outcome, found, staging, tally)
         staging.publish()
         memory.sample()

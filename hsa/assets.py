@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsa.checkpoint import CONFIG, Checkpoint, Role, read_text
+from hsa.checkpoint import CONFIG, Checkpoint, Role, Sources, read_text
+from hsa.errors import SourceChanged
 from hsa.fsio import Tally
-from hsa.plan import Sources
+from hsa.header import load_json
 
 GENERATION_CONFIG = "generation_config.json"
 PROCESSOR_FILES = (
@@ -71,6 +72,9 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
 
 def _config(source: Checkpoint, dtype: str | None, tally: Tally) -> bytes:
     raw = read_text(source.role, source.path, CONFIG, tally)
+    where = f"{source.role}: {source.path / CONFIG}"
+    if load_json(raw, where, "config") != source.config:
+        raise SourceChanged(f"{where} changed while the source was read; run the merge again")
     if dtype is None:
         return raw
     config = dict(source.config)

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hsa.checkpoint import Identity, Role
+from hsa.checkpoint import Identity, Role, Sources
 from hsa.errors import RequestError
 from hsa.pipeline import TargetOutcome
-from hsa.plan import MergePlan, Sources
+from hsa.plan import MergePlan
 from hsa.whisper import Stack
 
 FIELDS = (

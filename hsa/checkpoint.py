@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from hsa import whisper
+from hsa.dtypes import ARITHMETIC
 from hsa.errors import HeaderError, MismatchError, SourceError
 from hsa.fsio import Source, Tally
 from hsa.header import Header, load_json, read_header
 
 Role = Literal["base", "primary", "secondary"]
+ROLES: tuple[Role, ...] = ("base", "primary", "secondary")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -95,6 +97,42 @@ class Checkpoint:
         self.close()
 
 
+@dataclass(frozen=True)
+class Sources:
+    """The three open checkpoints of a merge."""
+
+    base: Checkpoint
+    primary: Checkpoint
+    secondary: Checkpoint
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return iter((self.base, self.primary, self.secondary))
+
+    def of(self, role: Role) -> Checkpoint:
+        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
+
+    def check_unchanged(self) -> None:
+        for source in self:
+            source.check_unchanged()
+
+    def base_of(self, name: str, primary: TensorRef, needed_by: str) -> TensorRef:
+        """Base's tensor where the arithmetic needs it; MismatchError when it is missing or has another shape."""
+        base = self.base.tensors.get(name)
+        if base is None:
+            raise MismatchError(f"tensor {primary.name} is missing from base, and {needed_by} needs it")
+        if base.shape != primary.shape:
+            raise MismatchError(
+                f"tensor {primary.name}: the shape differs: base {list(base.shape)}, primary {list(primary.shape)}, "
+                f"and {needed_by} needs both"
+            )
+        if base.code not in ARITHMETIC:
+            raise SourceError(
+                f"{self.base.file_of(base)}: tensor {base.name} has dtype {base.code}, and {needed_by} needs one of "
+                f"{', '.join(ARITHMETIC)}"
+            )
+        return base
+
+
 def open_checkpoint(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:
     """Open a checkpoint directory: check its index, open its shards, check their headers. Reads no tensor data.
 
@@ -170,15 +208,20 @@ def read_text(role: str, directory: Path, name: str, tally: Tally) -> bytes:
     try:
         if source.size > MAX_TEXT:
             raise SourceError(f"{role}: {directory / name} has {source.size} bytes, at most {MAX_TEXT} are read")
-        return source.read(source.size)
+        text = source.read(source.size)
+        source.check_unchanged()
+        return text
     finally:
         source.close()
 
 
 def _directory(role: str, path: str | os.PathLike[str]) -> Path:
-    given = Path(path).expanduser()
+    given = Path(path)
     looked = f"a directory with {CONFIG} and {WEIGHTS} or {INDEX}"
+    if not os.fspath(path):
+        raise SourceError(f"{role}: no directory is given (an empty path); looked for {looked}")
     try:
+        given = given.expanduser()
         directory = given.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         if _HUB_ID.fullmatch(os.fspath(path)) and not given.parent.exists():
@@ -252,8 +295,9 @@ def _tensors(checkpoint: Checkpoint, placed: Mapping[str, str] | None) -> Mappin
                 )
             offset = len(shard.header.raw) + entry.start
             found[name] = TensorRef(entry.name, entry.code, entry.shape, number, offset, entry.stop - entry.start)
+    held = {ref.name for ref in found.values()}
     for name, file in (placed or {}).items():
-        if whisper.canonical(name) not in found:
+        if name not in held:
             raise MismatchError(f"{checkpoint.role}: {INDEX} places tensor {name} in {file}, which does not hold it")
     return found
 

@@ -20,7 +20,7 @@ from hsa.errors import HsaError, one_line
 if TYPE_CHECKING:
     from hsa.report import MergeReport, PlanReport
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """click's UsageError: typer brings a click of its own or uses the installed one, depending on its version."""
 
@@ -46,7 +46,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code: 0, 1 (machine), 2 (request or input), 130 or 128 + signal."""
     debug = "--debug" in arguments
     for number in SIGNALS:
-        signal.signal(number, _terminate)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _terminate)
     try:
         result = typer.main.get_command(app).main(list(arguments), prog_name="hsa", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -214,14 +215,14 @@ def _describe_report(report: MergeReport) -> str:
         f"peak memory {_bytes(report.peak_memory_bytes)}",
     ]
     if narrowest is not None:
-        lines.append(f"  narrowest margin {narrowest.margin:.2g} in {one_line(narrowest.name)}")
-    return "\n".join(lines)
+        lines.append(f"  narrowest margin {narrowest.margin:.2g} in {narrowest.name}")
+    return "\n".join(map(one_line, lines))
 
 
 def _describe_plan(plan: PlanReport) -> str:
     heads = sum(target.heads for target in plan.targets)
     kept = sum(target.keep for target in plan.targets)
-    names = f"{one_line(plan.targets[0].primary.name)} ... {one_line(plan.targets[-1].primary.name)}"
+    names = f"{plan.targets[0].primary.name} ... {plan.targets[-1].primary.name}"
     lines = [
         f"{plan.output} (dry run: nothing was written)",
         f"  route   {plan.route}, backend {plan.backend}",
@@ -229,9 +230,9 @@ def _describe_plan(plan: PlanReport) -> str:
         f"  read    {_bytes(plan.bytes_to_read)}",
         f"  write   {_bytes(plan.bytes_to_write)}, {_bytes(plan.free_bytes)} free",
         *(f"          {name}: {_bytes(size)}" for name, size in plan.files.items()),
-        *(f"  note    {one_line(note)}" for note in plan.notes),
+        *(f"  note    {note}" for note in plan.notes),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _bytes(count: int) -> str:

@@ -48,6 +48,11 @@ STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16
 """The numpy type that holds an element's bits."""
 
 
+_SIGN_AND_MAGNITUDE = np.int32(-0x70000001)
+_REBIAS = np.float32(2.0**112)
+_BEYOND_HALF = np.float32(65536.0)
+
+
 def size(code: str) -> int:
     """Bytes of one element of an arithmetic element type."""
     return BITS[code] // 8
@@ -62,12 +67,28 @@ def widen(code: str, raw: Array, out: Float32) -> Float32:
     if code == "F32":
         return raw
     if code == "F16":
-        np.copyto(out, raw)
+        _widen_half(raw, out)
         return out
     bits = out.view(np.uint32)
     np.copyto(bits, raw)
     np.left_shift(bits, 16, out=bits)
     return out
+
+
+def _widen_half(raw: Array, out: Float32) -> None:
+    """float16 to float32, several times as fast as numpy's own conversion, which handles one element at a time.
+
+    Sign and magnitude move to their places in float32, whose exponent then wants 112 more: multiplying by
+    2**112 is exact for normal and subnormal numbers. Infinities and NaN come out as 65536 and above, where no
+    finite float16 lies; a buffer with any goes through numpy.
+    """
+    bits = out.view(np.int32)
+    np.copyto(bits, raw.view(np.int16))
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, _SIGN_AND_MAGNITUDE, out=bits)
+    np.multiply(out, _REBIAS, out=out)
+    if out.size and (out.max() >= _BEYOND_HALF or out.min() <= -_BEYOND_HALF):
+        np.copyto(out, raw)
 
 
 def narrow(code: str, values: Float32, out: Array, bits: npt.NDArray[np.uint32]) -> None:

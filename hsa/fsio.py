@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ ALIGNMENT = 4096
 """Bytes; file offset, length and address of a direct write are multiples of it."""
 
 _NO_SUPPORT = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTTY}
+_MACHINE = {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+"""Why an open fails that is not the file's fault."""
 
 
 class Tally:
@@ -65,10 +68,15 @@ class Source:
     def __init__(self, path: Path, label: str, tally: Tally) -> None:
         self.path, self.label, self._tally = path, label, tally
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make it wait
         except OSError as error:
-            raise SourceError(f"{label}: cannot open {path}: {error.strerror}") from error
-        self.fingerprint = Fingerprint.of(os.fstat(self.fd))
+            kind = MachineError if error.errno in _MACHINE else SourceError
+            raise kind(f"{label}: cannot open {path}: {error.strerror}") from error
+        status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self.fd)
+            raise SourceError(f"{label}: {path} is not a regular file; expected a file with data in it")
+        self.fingerprint = Fingerprint.of(status)
 
     @property
     def size(self) -> int:
@@ -130,10 +138,13 @@ def create(path: Path, size: int) -> int:
 def _reserve(fd: int, size: int) -> None:
     """fallocate(2), not posix_fallocate(3), which writes every block where the filesystem cannot reserve."""
     call: Callable[..., int] | None = getattr(_libc(), "fallocate", None)
-    if call is not None and call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
-        return
-    code = ctypes.get_errno() if call is not None else errno.ENOSYS
+    code = errno.EINTR if call is not None else errno.ENOSYS
+    while call is not None and code == errno.EINTR:  # ctypes does not repeat an interrupted call, as os does
+        if call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+            return
+        code = ctypes.get_errno()
     if code not in _NO_SUPPORT:
+        os.ftruncate(fd, 0)  # give back what was reserved, so that the message tells what is free
         raise OSError(code, os.strerror(code))
     os.ftruncate(fd, size)
 

@@ -10,6 +10,8 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from hsa.dtypes import BITS
@@ -112,8 +114,13 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
     def constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def whole(digits: str) -> int | float:
+        return int(digits) if digits != "-0" else -0.0
+
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=whole)
+        if b"\\u" in text:  # an escaped lone surrogate is no text: it could not be written again
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise HeaderError(
@@ -139,6 +146,8 @@ def _entry(name: str, value: Any, where: str) -> Entry:
     if stop < start:
         raise HeaderError(f"{label}: data_offsets [{start}, {stop}] end before they start")
     bits = math.prod(shape) * BITS[code]
+    if any(elements * BITS[code] >= 1 << 64 for elements in accumulate(shape, mul)):
+        raise HeaderError(f"{label}: shape {shape!r:.80} of {code} is larger than any file")
     if bits != (stop - start) * 8:
         raise HeaderError(
             f"{label}: shape {shape} of {code} takes {bits // 8} bytes, data_offsets [{start}, {stop}] hold "

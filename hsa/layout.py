@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 from hsa.checkpoint import WEIGHTS, Checkpoint, Role, TensorRef
 from hsa.dtypes import BITS, size
@@ -18,6 +19,8 @@ SLICE_ELEMENTS = 1 << 20
 """Elements of a streamed tensor that are in memory at a time."""
 
 _UNITS = {
+    "": 1,
+    "B": 1,
     "KB": 10**3,
     "MB": 10**6,
     "GB": 10**9,
@@ -28,7 +31,7 @@ _UNITS = {
     "TIB": 2**40,
 }
 
-_SIZE = re.compile(rf"(?P<number>\d+(\.\d+)?)\s*(?P<unit>{'|'.join(_UNITS)})")
+_SIZE = re.compile(rf"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>{'|'.join(_UNITS)})")
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ def _index(groups: Mapping[str, list[TensorContent]]) -> bytes:
 def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB (10**9), 500MiB (2**20) or 1000000; RequestError otherwise."""
     match = _SIZE.fullmatch(text.strip().upper())
-    value = int(float(match["number"]) * _UNITS[match["unit"]]) if match else 0
+    value = int(Decimal(match["number"]) * _UNITS[match["unit"]]) if match else 0
     if value < 1:
         raise RequestError(f"max_shard_size must be a size such as 5GB or 500MiB, got {text!r}")
     return value

@@ -10,8 +10,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +24,10 @@ from hsa.errors import DestinationError, MachineError
 PROVENANCE = "hsa_merge.json"
 """The file that marks a directory as an output of this program."""
 
+NAME_MAX = 255
+"""Bytes of the longest file name, on every common filesystem."""
+
+_STAGING, _ASIDE = ".hsa-staging", ".hsa-replaced"
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -31,12 +38,27 @@ def check_destination(output: str | os.PathLike[str], sources: Iterable[Path], *
     Refused without `overwrite`: anything but an empty directory. Refused with it: anything but an earlier
     output or an empty directory.
     """
+    if not os.fspath(output):
+        raise DestinationError("output is an empty path; name a directory of its own for the output")
     try:
-        given = Path(os.path.abspath(Path(output).expanduser()))
+        given = Path.cwd() / Path(output).expanduser()
         destination = given.resolve()
+        longest = max(len(os.fsencode(part)) for part in destination.parts)
     except (OSError, RuntimeError, ValueError) as error:
         raise DestinationError(f"output {os.fspath(output)} cannot be resolved: {error}") from error
     label = f"output {destination}" if destination == given else f"output {given} (which is {destination})"
+    if longest > NAME_MAX:
+        raise DestinationError(f"{label} has a name of {longest} bytes, at most {NAME_MAX} are allowed; choose another")
+    try:
+        _refuse(destination, label, sources, overwrite=overwrite)
+    except OSError as error:
+        raise DestinationError(f"{label} cannot be looked at: {error.strerror}; choose another destination") from error
+    return destination
+
+
+def _refuse(destination: Path, label: str, sources: Iterable[Path], *, overwrite: bool) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        destination.lstat()
     _refuse_special(destination, label)
     for source in sources:
         relation = _relation(destination, source)
@@ -47,33 +69,67 @@ def check_destination(output: str | os.PathLike[str], sources: Iterable[Path], *
         existing = next(parent for parent in destination.parents if parent.exists())
         if not existing.is_dir():
             raise DestinationError(f"{label} cannot be made: {existing} is not a directory")
-    return destination
 
 
 def _refuse_special(destination: Path, label: str) -> None:
-    homes = {Path.home().resolve()}
-    try:
-        import pwd
-
-        homes |= {Path(entry.pw_dir).resolve() for entry in pwd.getpwall()}
-    except (ImportError, OSError):
-        pass
+    own, homes = _homes()
     if destination == Path(destination.anchor):
         raise DestinationError(f"{label} is the root directory; name a directory of its own for the output")
-    if destination in homes or any(home.is_relative_to(destination) for home in {Path.home().resolve()}):
+    if destination in homes or any(home.is_relative_to(destination) for home in own):
         raise DestinationError(f"{label} is or holds a home directory; name a directory of its own for the output")
-    if destination.is_mount():
+    if _is_mount(destination):
         raise DestinationError(f"{label} is a mount point and cannot be renamed; name a directory inside it")
+    if destination.name.startswith(".") and destination.name.endswith((_STAGING, _ASIDE)):
+        raise DestinationError(f"{label} has a name that hsa keeps for its own staging directories; choose another")
+
+
+def _homes() -> tuple[set[Path], set[Path]]:
+    """This user's home directories (by HOME and by the user database), and everybody's."""
+    own: set[str] = set()
+    every: set[str] = set()
+    with suppress(RuntimeError):  # a user that no database knows, without HOME
+        own.add(str(Path.home()))
+    with suppress(ImportError, OSError, KeyError):
+        import pwd
+
+        own.add(pwd.getpwuid(os.getuid()).pw_dir)
+        every |= {entry.pw_dir for entry in pwd.getpwall()}
+    resolved = {home: Path(os.path.realpath(home)) for home in own | every if os.path.isabs(home)}
+    return {resolved[home] for home in own if home in resolved}, set(resolved.values())
+
+
+def _is_mount(path: Path) -> bool:
+    """Also where the mounted directory lies on the same device, as with a bind mount, which stat(2) cannot tell."""
+    if path.is_mount():
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    escaped = (line.split(b" ")[4] for line in lines)
+    return os.fsencode(path) in {re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), e) for e in escaped}
 
 
 def _relation(destination: Path, source: Path) -> str | None:
-    if destination == source:
+    """By path and by inode, for a bind mount gives one directory two paths."""
+    if destination == source or _identity(destination) & _identity(source):
         return "is"
-    if source.is_relative_to(destination):
+    if source.is_relative_to(destination) or _identity(destination) & _identity(*source.parents):
         return "contains"
-    if destination.is_relative_to(source):
+    if destination.is_relative_to(source) or _identity(source) & _identity(*destination.parents):
         return "lies in"
     return None
+
+
+def _identity(*paths: Path) -> set[tuple[int, int]]:
+    """Device and inode of each of the paths that exists."""
+    found = set()
+    for path in paths:
+        with suppress(OSError):
+            status = path.stat()
+            if status.st_ino:
+                found.add((status.st_dev, status.st_ino))
+    return found
 
 
 def _refuse_occupied(destination: Path, label: str, *, overwrite: bool) -> None:
@@ -92,7 +148,7 @@ def _refuse_occupied(destination: Path, label: str, *, overwrite: bool) -> None:
         raise DestinationError(
             f"{label} is not empty: it holds {found}; choose another, or give --overwrite to replace an earlier output"
         )
-    if PROVENANCE not in held:
+    if not (destination / PROVENANCE).is_file():
         raise DestinationError(
             f"{label} is no earlier output of hsa: it holds {found} and no {PROVENANCE}; --overwrite replaces "
             f"nothing else, so move it away yourself"
@@ -100,11 +156,18 @@ def _refuse_occupied(destination: Path, label: str, *, overwrite: bool) -> None:
 
 
 def staging_path(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}.hsa-staging")
+    return _beside(destination, _STAGING)
 
 
 def _aside_path(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}.hsa-replaced")
+    return _beside(destination, _ASIDE)
+
+
+def _beside(destination: Path, suffix: str) -> Path:
+    name = f".{destination.name}{suffix}"
+    if len(os.fsencode(name)) > NAME_MAX:
+        name = f".{sha256(os.fsencode(destination.name)).hexdigest()}{suffix}"
+    return destination.with_name(name)
 
 
 class Staging:
@@ -119,12 +182,17 @@ class Staging:
         self.closed = False
         self._made: list[Path] = []
         with fsio.writing(self.path):
-            self._make_parents()
             try:
+                self._make_parents()
                 self._lock = self._acquire()
             except BaseException:
                 self._remove_parents()
                 raise
+        try:  # again, for another run may have ended, or a killed one's old output may be back
+            _refuse_occupied(self.destination, f"output {self.destination}", overwrite=self.overwrite)
+        except BaseException:
+            self._discard()
+            raise
 
     def __enter__(self) -> Staging:
         return self
@@ -152,7 +220,6 @@ class Staging:
 
     def publish(self) -> None:
         """Put the staged directory at the destination in one step, and make that lasting."""
-        parent = self.destination.parent
         with fsio.writing(self.destination):
             if self.sync:
                 fsio.sync_directory(self.path)
@@ -161,11 +228,18 @@ class Staging:
                 self._replace()
             else:
                 fsio.rename(self.path, self.destination)
-            if self.sync:
-                for directory in {parent, *(path.parent for path in self._made)}:
-                    fsio.sync_directory(directory)
+                try:
+                    self._sync_parents()
+                except OSError:
+                    fsio.rename(self.destination, self.path)
+                    raise
         self.closed = True
         os.close(self._lock)
+
+    def _sync_parents(self) -> None:
+        if self.sync:
+            for directory in {self.destination.parent, *(path.parent for path in self._made)}:
+                fsio.sync_directory(directory)
 
     def _make_parents(self) -> None:
         missing = [parent for parent in self.destination.parents if not parent.exists()]
@@ -185,49 +259,71 @@ class Staging:
 
     def _acquire(self) -> int:
         """Make and lock the staging directory, clearing what a killed run left there."""
-        aside = _aside_path(self.destination)
         for _ in range(100):
-            made = True
             try:
                 self.path.mkdir()
+                made = True
             except FileExistsError:
                 made = False
-                if not self.path.is_dir() or self.path.is_symlink():
-                    raise DestinationError(
-                        f"{self.path} is in the way and is no staging directory of hsa; move it away"
-                    ) from None
-            lock = _lock(self.path, made=made)
-            if lock is None:
-                raise DestinationError(
-                    f"another run is writing to {self.destination} (it holds {self.path}); wait for it to end, or "
-                    f"choose another output; where the filesystem has no locks, remove what a killed run left"
-                )
-            if _same(lock, self.path):
-                try:
-                    _clear(lock)
-                    if os.path.lexists(aside):
-                        self._recover(aside)
-                except BaseException:
-                    os.close(lock)
-                    raise
+            try:
+                lock = self._lock_staging(made=made)
+            except FileNotFoundError:  # the run that held it has just ended
+                continue
+            except BaseException:
+                if made:
+                    with suppress(OSError):
+                        self.path.rmdir()
+                raise
+            if lock is not None:
                 return lock
-            os.close(lock)
         raise MachineError(f"{self.path} keeps changing under this run; choose another output")
 
-    def _recover(self, aside: Path) -> None:
+    def _lock_staging(self, *, made: bool) -> int | None:
+        """The staging directory locked and empty; None when its name leads elsewhere by now."""
+        if not stat.S_ISDIR(self.path.lstat().st_mode):
+            raise DestinationError(f"{self.path} is in the way and is no staging directory of hsa; move it away")
+        lock = _lock(self.path, made=made)
+        if lock is None:
+            raise DestinationError(
+                f"another run is writing to {self.destination} (it holds {self.path}); wait for it to end, or "
+                f"choose another output; where the filesystem has no locks, remove what a killed run left"
+            )
+        try:
+            if _same(lock, self.path):
+                _clear(lock)
+                self._recover()
+                return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+        return None
+
+    def _recover(self) -> None:
         """Finish what a killed replacement left: put the old output back, or remove it when the new one stands."""
-        if os.path.lexists(self.destination):
-            _remove(aside)
-        else:
-            fsio.rename(aside, self.destination)
+        aside = _aside_path(self.destination)
+        if not os.path.lexists(aside):
+            return
+        old = _lock(aside, made=True)
+        if old is None:  # a run that is just ending still removes it
+            return
+        try:
+            if os.path.lexists(self.destination) and any(self.destination.iterdir()):
+                _clear(old)
+                aside.rmdir()
+            else:
+                fsio.rename(aside, self.destination)
+        finally:
+            os.close(old)
 
     def _replace(self) -> None:
         """Swap the new directory with the earlier output, then remove that one.
 
         Where the filesystem cannot swap, the old output steps aside first. Whatever interrupts this, the old
-        one is removed only when the new one stands, and is put back when nothing does.
+        one is removed only when the new one stands, and is put back when nothing does, or when the disk fails
+        to keep the swap.
         """
-        old = _lock(self.destination, made=False)
+        old = _lock(self.destination, made=True)
         if old is None:
             raise DestinationError(f"another run holds {self.destination}; wait for it to end")
         aside = _aside_path(self.destination)
@@ -235,18 +331,34 @@ class Staging:
             if not fsio.exchange(self.path, self.destination):
                 fsio.rename(self.destination, aside)
                 fsio.rename(self.path, self.destination)
-            if self.sync:
-                fsio.sync_directory(self.destination.parent)
-        finally:
-            for leftover in (self.path, aside):
-                if not _same(old, leftover):
-                    continue
-                if os.path.lexists(self.destination):
-                    _clear(old)
-                    leftover.rmdir()
+            try:
+                self._sync_parents()
+            except OSError:
+                if not _same(old, self.path):
+                    fsio.rename(self.destination, self.path)
+                    fsio.rename(aside, self.destination)
                 else:
-                    fsio.rename(leftover, self.destination)
-            os.close(old)
+                    fsio.exchange(self.path, self.destination)
+                raise
+        finally:
+            try:
+                self._retire(old, aside)
+            except BaseException:  # an interrupt in the middle of a long removal: finish it
+                self._retire(old, aside)
+                raise
+            finally:
+                os.close(old)
+
+    def _retire(self, old: int, aside: Path) -> None:
+        """Remove the old output from where it stepped to, or put it back when nothing stands in its place."""
+        for leftover in (self.path, aside):
+            if not _same(old, leftover):
+                continue
+            if os.path.lexists(self.destination):
+                _clear(old)
+                leftover.rmdir()
+            else:
+                fsio.rename(leftover, self.destination)
 
     def _discard(self) -> None:
         """Remove the staging directory, unless an interrupt came when it had already become the destination."""
@@ -303,12 +415,3 @@ def _clear(fd: int) -> None:
             os.rmdir(name, dir_fd=fd)
         else:
             os.unlink(name, dir_fd=fd)
-
-
-def _remove(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        _clear(fd)
-    finally:
-        os.close(fd)
-    os.rmdir(path)

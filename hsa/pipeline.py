@@ -21,13 +21,13 @@ import numpy as np
 
 from hsa import fsio
 from hsa.backends import Backend, Merged, NotFinite, Worker
-from hsa.checkpoint import Role, TensorRef
+from hsa.checkpoint import Role, Sources, TensorRef
 from hsa.dtypes import Array, size
-from hsa.errors import NonFiniteError
+from hsa.errors import MachineError, NonFiniteError
 from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment, Slice
 from hsa.memory import PeakMemory
 from hsa.output import Staging
-from hsa.plan import MergePlan, Sources
+from hsa.plan import MergePlan
 from hsa.target import Target
 
 DIRECT_PIECE = 4 << 20
@@ -197,6 +197,8 @@ class _Run:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+            if isinstance(error, RuntimeError) and not all(thread.ident is not None for thread in threads):
+                raise MachineError(f"cannot start {len(threads)} threads: {error}; give a smaller --threads") from error
             raise
         if self.failure is not None:
             raise self.failure
@@ -209,11 +211,12 @@ class _Run:
         return Outcome(ordered, digests)
 
     def close(self) -> None:
-        for file in self.files:
-            os.close(file.fd)
-            if file.direct is not None:
-                os.close(file.direct)
-        self.files = []
+        files, self.files = self.files, []
+        for file in files:
+            with fsio.writing(self.staging.file(file.plan.name)):  # a network filesystem may fail only here
+                os.close(file.fd)
+                if file.direct is not None:
+                    os.close(file.direct)
 
     def _create(self, file: OutputFile) -> _File:
         path = self.staging.file(file.name)
@@ -260,9 +263,15 @@ class _Run:
                     upcoming = next(computed, None)
                 yield _Task(file, number, start, stop)
 
+    def _piece(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(-1, self.piece)
+        except OSError as error:
+            raise MachineError(f"out of memory: {self.piece} bytes were needed; give a smaller --threads") from error
+
     def _work(self) -> None:
         try:
-            local = _Local(self.backend.worker(), mmap.mmap(-1, self.piece))
+            local = _Local(self.backend.worker(), self._piece())
             while True:
                 with self.changed:
                     if self.failure is not None:
@@ -363,9 +372,11 @@ class _Run:
                 f"it would be damaged, use a sound checkpoint"
             )
         ref = refs["primary"]
+        remedy = (
+            "write a wider type (--dtype float32 or bfloat16)" if code == "F16" else "do the three belong together?"
+        )
         return NonFiniteError(
-            f"{self.sources.primary.file_of(ref)}: tensor {ref.name}{head}: the result overflows {code}; write a "
-            f"wider type (--dtype float32 or bfloat16)"
+            f"{self.sources.primary.file_of(ref)}: tensor {ref.name}{head}: the result overflows {code}; {remedy}"
         )
 
     def _buffer(self, nbytes: int) -> Array:

@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from hsa import whisper
-from hsa.checkpoint import Checkpoint, Role, TensorRef
+from hsa import script, whisper
+from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
 from hsa.config import MergeConfig, keep_count, layer_coefficient
 from hsa.dtypes import ARITHMETIC, CODES, NAMES
 from hsa.errors import MismatchError, SourceError
@@ -20,22 +20,6 @@ from hsa.layout import Content, Copied, Merge, OutputFile, Slice, TensorContent,
 from hsa.target import Target
 
 Route = Literal["patch", "rewrite"]
-ROLES: tuple[Role, ...] = ("base", "primary", "secondary")
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The three open checkpoints."""
-
-    base: Checkpoint
-    primary: Checkpoint
-    secondary: Checkpoint
-
-    def __iter__(self) -> Iterator[Checkpoint]:
-        return iter((self.base, self.primary, self.secondary))
-
-    def of(self, role: Role) -> Checkpoint:
-        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
 
 
 @dataclass(frozen=True)
@@ -67,8 +51,6 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
     Raises MismatchError (tensor, each source's value), SourceError (no target, an element type that cannot be
     merged) or RequestError (per-tensor parameters that fit no target).
     """
-    from hsa import script
-
     loaded = script.load_codes(config, sources) if config.numerics == "reference" else None
     targets = _targets(config, sources, loaded)
     by_name = {target.projection.name: target for target in targets}
@@ -202,26 +184,8 @@ def _other(name: str, stored: str, sources: Sources, config: MergeConfig) -> Ten
             f"{sources.primary.file_of(primary)}: tensor {primary.name} has dtype {primary.code}, which can be copied "
             f"but not cast or scaled; drop --dtype and --non-attention-scale"
         )
-    base = base_of(name, primary, sources, f"non_attention_scale {config.non_attention_scale:g}") if scaled else None
+    base = sources.base_of(name, primary, f"non_attention_scale {config.non_attention_scale:g}") if scaled else None
     return TensorContent(stored, code, primary.shape, slices(primary, base, code, scale=config.non_attention_scale))
-
-
-def base_of(name: str, primary: TensorRef, sources: Sources, needed_by: str) -> TensorRef:
-    """Base's tensor where the arithmetic needs it; MismatchError when it is missing or has another shape."""
-    base = sources.base.tensors.get(name)
-    if base is None:
-        raise MismatchError(f"tensor {primary.name} is missing from base, and {needed_by} needs it")
-    if base.shape != primary.shape:
-        raise MismatchError(
-            f"tensor {primary.name}: the shape differs: base {list(base.shape)}, primary {list(primary.shape)}, and "
-            f"{needed_by} needs both"
-        )
-    if base.code not in ARITHMETIC:
-        raise SourceError(
-            f"{sources.base.file_of(base)}: tensor {base.name} has dtype {base.code}, and {needed_by} needs one of "
-            f"{', '.join(ARITHMETIC)}"
-        )
-    return base
 
 
 def _is_float(code: str) -> bool:

@@ -12,9 +12,9 @@ from importlib.metadata import version
 from typing import Any
 
 from hsa._version import __version__
-from hsa.checkpoint import Checkpoint, Role
+from hsa.checkpoint import Checkpoint, Role, Sources
 from hsa.pipeline import TargetOutcome
-from hsa.plan import MergePlan, Sources
+from hsa.plan import MergePlan
 
 FORMAT = 1
 DIGEST = "digest"

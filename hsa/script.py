@@ -8,17 +8,13 @@ Source: the released script of the paper in SPEC section 1, and the loading rule
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from hsa import whisper
-from hsa.checkpoint import Checkpoint, Role
+from hsa.checkpoint import Checkpoint, Role, Sources
 from hsa.config import MergeConfig
 from hsa.dtypes import ARITHMETIC, CODES
 from hsa.errors import MismatchError, SourceError
 from hsa.layout import TensorContent, slices
-
-if TYPE_CHECKING:
-    from hsa.plan import Sources
 
 COMPARE_BYTES = 1 << 20
 """Bytes of two tensors that are compared at a time."""
@@ -63,8 +59,6 @@ def names(sources: Sources) -> dict[str, str]:
 
 def content(name: str, stored: str, sources: Sources, config: MergeConfig, loaded: Mapping[Role, str]) -> TensorContent:
     """A tensor that is no target: `B + scale * (M1 - B)` in the script's arithmetic."""
-    from hsa.plan import base_of
-
     base = sources.base.tensors[name]
     primary = sources.primary.tensors.get(name)
     code = loaded["base"]
@@ -78,7 +72,7 @@ def content(name: str, stored: str, sources: Sources, config: MergeConfig, loade
                 f"{source.file_of(ref)}: tensor {ref.name} has dtype {ref.code}, numerics 'reference' needs one of "
                 f"{', '.join(ARITHMETIC)}"
             )
-    base = base_of(name, primary, sources, "numerics 'reference'")
+    base = sources.base_of(name, primary, "numerics 'reference'")
     pieces = slices(primary, base, code, scale=config.non_attention_scale, load_codes=loaded)
     return TensorContent(stored, code, base.shape, pieces)
 

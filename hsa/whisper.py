@@ -23,7 +23,7 @@ EMBEDDING = "decoder.embed_tokens.weight"
 UNTIED_OUTPUT = "proj_out.weight"
 
 _NAME = re.compile(
-    r"(?P<stack>encoder|decoder)\.layers\.(?P<layer>\d{1,6})\.(?P<block>self_attn|encoder_attn)"
+    r"(?P<stack>encoder|decoder)\.layers\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<block>self_attn|encoder_attn)"
     r"\.(?P<kind>q|k|v|out)_proj\.(?P<part>weight|bias)"
 )
 

@@ -98,7 +98,10 @@ class CpuWorker:
                 result = self._scaled(self._widen(1, piece.base.code, b[part]), wide, piece.scale)
             self._narrow(piece.code, result, o[part])
             if not all_finite(piece.code, o[part]):
-                raise NotFinite(None if all_finite(piece.primary.code, m1[part]) else "primary", None)
+                if not all_finite(piece.primary.code, m1[part]):
+                    raise NotFinite("primary", None)
+                damaged = b is not None and piece.base is not None and not all_finite(piece.base.code, b[part])
+                raise NotFinite("base" if damaged else None, None)
 
     def _score(self, target: Target, head: int, b: Array, m1: Array, m2: Array, moved: list[bool]) -> float:
         lanes: Array | None = None
@@ -108,7 +111,8 @@ class CpuWorker:
             moved[1] = moved[1] or bool(tv2.any())
             np.abs(tv1, out=tv1)
             np.abs(tv2, out=tv2)
-            proxy = np.add(tv1, tv2, out=tv1)
+            with np.errstate(over="ignore"):
+                proxy = np.add(tv1, tv2, out=tv1)
             square = self._scratch.square[: proxy.size].reshape(proxy.shape)
             np.copyto(square, proxy)
             np.multiply(square, square, out=square)

@@ -62,13 +62,13 @@ class ScriptWorker:
         codes = piece.load_codes
         assert codes is not None
         m1 = _tensor(primary, piece.primary.code, codes[piece.role])
-        if base is None or piece.base is None:
-            value = m1
-        else:
-            b = _tensor(base, piece.base.code, codes["base"])
+        held = {piece.role: m1}
+        value = m1
+        if base is not None and piece.base is not None:
+            b = held["base"] = _tensor(base, piece.base.code, codes["base"])
             value = b + float(piece.scale) * (m1 - b)
         if not bool(torch.isfinite(_store(value, piece.code, out)).all()):
-            raise NotFinite(piece.role if not bool(torch.isfinite(m1).all()) else None, None)
+            raise NotFinite(next((role for role, t in held.items() if not bool(torch.isfinite(t).all())), None), None)
 
 
 def _scores(target: Target, proxy: torch.Tensor) -> torch.Tensor:
