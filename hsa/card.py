@@ -124,7 +124,7 @@ def _body(
         "## How to load",
         _loading(),
         "## Files",
-        _bullets([(f"`{file}`", _FILE_TEXT.get(file, _kind(file))) for file in sorted(files)]),
+        _bullets([(f"`{_code(file)}`", _FILE_TEXT.get(file, _kind(file))) for file in sorted(files)]),
         "## Limitations",
         escape(fields["limitations"]) if "limitations" in fields else LIMITATIONS,
         "## Citation",

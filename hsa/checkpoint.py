@@ -298,7 +298,10 @@ def _tensors(checkpoint: Checkpoint, placed: Mapping[str, str] | None) -> Mappin
     held = {ref.name for ref in found.values()}
     for name, file in (placed or {}).items():
         if name not in held:
-            raise MismatchError(f"{checkpoint.role}: {INDEX} places tensor {name} in {file}, which does not hold it")
+            raise MismatchError(
+                f"{checkpoint.role}: {checkpoint.path / INDEX} places tensor {name} in {file}, which does not hold it; "
+                f"the download is mixed up, fetch it again"
+            )
     return found
 
 

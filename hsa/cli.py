@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """click's UsageError: typer brings a click of its own or uses the installed one, depending on its version."""
+GRACE = 3.0
+"""Seconds in which a second signal does not disturb the cleaning up after the first: wrappers send each twice."""
+
+_terminated = -GRACE
 
 app = typer.Typer(
     name="hsa",
@@ -59,12 +64,12 @@ def run(arguments: Sequence[str]) -> int:
         message = error.format_message()  # type: ignore[attr-defined]
         if not message:  # the bare command: its help is printed already
             return 2
-        return _fail(f"{message} See: hsa {_command(arguments)}--help", 2, debug)
+        return _fail(f"{message.rstrip('.')}. See: hsa {_command(arguments)}--help", 2, debug)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; nothing was left behind", 130, debug)
     except Terminated as error:
-        name = signal.Signals(error.number).name
-        return _fail(f"ended by {name}; nothing was left behind", 128 + error.number, debug)
+        how = "interrupted" if error.number == signal.SIGINT else f"ended by {signal.Signals(error.number).name}"
+        return _fail(f"{how}; nothing was left behind", 128 + error.number, debug)
     except MemoryError:
         return _fail("out of memory; give --threads 1, or free some", 1, debug)
     except OSError as error:
@@ -77,8 +82,12 @@ def _command(arguments: Sequence[str]) -> str:
     return f"{arguments[0]} " if arguments and arguments[0] in names else ""
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated(number)
+def _terminate(number: int, frame: FrameType | None) -> None:
+    global _terminated
+    now = time.monotonic()
+    if now >= _terminated + GRACE:
+        _terminated = now
+        raise Terminated(number)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import accumulate
 
 from hsa.checkpoint import WEIGHTS, Checkpoint, Role, TensorRef
 from hsa.dtypes import BITS, size
@@ -213,22 +214,16 @@ def _own_layout(
 
 
 def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: int | None) -> OutputFile:
-    entries, position = [], 0
     metadata = {"format": "pt"}
-    if shard is None:  # wider elements first, as the safetensors library does, so that each tensor is aligned
-        contents = sorted(contents, key=lambda content: -BITS[content.code])
-    else:
-        metadata = {**owner.shards[shard].header.metadata, **metadata}
-    for content in contents:
-        entries.append(Entry(content.name, content.code, content.shape, position, position + content.nbytes))
-        position += content.nbytes
     raw, twin = None, None
     if shard is not None:
         own = owner.shards[shard].header
-        if tuple(entries) == own.entries and own.metadata.get("format") == "pt":
+        metadata = {**own.metadata, **metadata}
+        if _entries(contents) == own.entries and own.metadata.get("format") == "pt":
             raw, twin = own.raw, shard
-    if raw is None:
-        raw = serialize(entries, metadata)
+    if raw is None:  # wider elements first, as the safetensors library does, so that each tensor is aligned
+        contents = sorted(contents, key=lambda content: -BITS[content.code])
+        raw = serialize(_entries(contents), metadata)
     segments, offset = [Segment(0, Literal(raw))], len(raw)
     for content in contents:
         for piece in content.pieces:
@@ -236,6 +231,15 @@ def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: in
                 segments.append(Segment(offset, piece))
                 offset += piece.nbytes
     return OutputFile(name, offset, tuple(segments), twin if owner.role == "primary" else None)
+
+
+def _entries(contents: list[TensorContent]) -> tuple[Entry, ...]:
+    """The tensors one after another."""
+    stops = tuple(accumulate(content.nbytes for content in contents))
+    return tuple(
+        Entry(content.name, content.code, content.shape, stop - content.nbytes, stop)
+        for content, stop in zip(contents, stops, strict=True)
+    )
 
 
 def _index(groups: Mapping[str, list[TensorContent]]) -> bytes:

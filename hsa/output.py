@@ -186,6 +186,7 @@ class Staging:
                 self._make_parents()
                 self._lock = self._acquire()
             except BaseException:
+                self._sweep()
                 self._remove_parents()
                 raise
         try:  # again, for another run may have ended, or a killed one's old output may be back
@@ -244,16 +245,18 @@ class Staging:
     def _make_parents(self) -> None:
         missing = [parent for parent in self.destination.parents if not parent.exists()]
         for parent in reversed(missing):
+            self._made.append(parent)
             try:
                 parent.mkdir()
             except FileExistsError:
-                continue
-            self._made.append(parent)
+                self._made.pop()
 
     def _remove_parents(self) -> None:
         for parent in reversed(self._made):
             try:
                 parent.rmdir()
+            except FileNotFoundError:
+                continue
             except OSError:
                 return
 
@@ -269,14 +272,20 @@ class Staging:
                 lock = self._lock_staging(made=made)
             except FileNotFoundError:  # the run that held it has just ended
                 continue
-            except BaseException:
-                if made:
-                    with suppress(OSError):
-                        self.path.rmdir()
-                raise
             if lock is not None:
                 return lock
         raise MachineError(f"{self.path} keeps changing under this run; choose another output")
+
+    def _sweep(self) -> None:
+        """Remove the staging directory when an interrupt left it without anybody who holds it."""
+        with suppress(OSError):
+            lock = _lock(self.path, made=False)
+            if lock is not None:
+                try:
+                    _clear(lock)
+                    self.path.rmdir()
+                finally:
+                    os.close(lock)
 
     def _lock_staging(self, *, made: bool) -> int | None:
         """The staging directory locked and empty; None when its name leads elsewhere by now."""

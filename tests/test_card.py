@@ -1,0 +1,335 @@
+"""The model card: Hub metadata that parses back, every section, and nothing that a hostile word can break."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import merge_arguments, read_tensors, run_hsa, snapshot, write_tensors
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+import hsa
+from hsa import card
+
+Triple = dict[str, Path]
+SECTIONS = [
+    "Model details",
+    "Method",
+    "Merged heads",
+    "Intended use",
+    "How to load",
+    "Files",
+    "Limitations",
+    "Citation",
+]
+"""SPEC section 3, in this order."""
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "a\n---\nlicense: evil\n---\n# Injected heading",
+    "x\r\n\r\n## Injected heading\r\n",
+    "```\n# Injected heading\n<b>bold</b>\n```",
+    "````\n# Injected heading\n",
+    "~~~\n# Injected heading",
+    "[click](javascript:alert(1)) ![image](http://x/y.png)",
+    "| cell | cell |\n| --- | --- |",
+    "`code` *em* _em_ **strong** ~~strike~~ <!-- comment -->",
+    "{{ jinja }} {% raw %} ${x} &amp; &lt;b&gt; \\ $x$",
+    "'single' \"double\" : # - ? ! % @ & *",
+    "\u202eright to left\u200b\ufeff\x00\x1b[31m\u2028line\u2029paragraph\x85next",
+    "  ",
+    "yes",
+    "null",
+    "1.0",
+    "- item",
+    "é 日本語 🎙",
+]
+IDS = [str(n) for n in range(len(HOSTILE))]
+
+
+def merge(triple: Triple, output: Path, **options: Any) -> ModelCard:
+    """Merge and load the card as the Hub's own library does."""
+    hsa.merge(**triple, output=output, sync=False, **options)
+    return ModelCard.load(output / "README.md")
+
+
+def headings(text: str) -> list[tuple[str, str]]:
+    """Level and text of every heading, as a Markdown parser sees them."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    return [
+        (token.tag, tokens[position + 1].content)
+        for position, token in enumerate(tokens)
+        if token.type == "heading_open"
+    ]
+
+
+def active(text: str) -> set[str]:
+    """The kinds of markup in a text that could carry a script, a picture or a link."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inline = [child for token in tokens for child in token.children or []]
+    return {token.type for token in [*tokens, *inline]} & {"html_block", "html_inline", "image", "link_open"}
+
+
+def section(text: str, name: str) -> str:
+    """The text under a heading."""
+    return text.split(f"\n## {name}\n", 1)[1].split("\n## ", 1)[0].strip()
+
+
+def check_structure(loaded: ModelCard, title: str | None = None) -> None:
+    """Exactly our headings, and no active markup."""
+    found = headings(loaded.text)
+    assert [text for tag, text in found if tag == "h2"] == SECTIONS
+    assert [tag for tag, _ in found] == ["h1"] + ["h2"] * len(SECTIONS)
+    assert active(loaded.text) == set()
+    if title is not None:
+        assert found[0] == ("h1", title)
+
+
+# --- content --------------------------------------------------------------------------------------------------
+
+
+def test_metadata_parses_back(shared_triple: Triple, tmp_path: Path) -> None:
+    loaded = merge(
+        shared_triple,
+        tmp_path / "out",
+        base_id="openai/whisper-tiny",
+        primary_id="org/first@main",
+        secondary_id="org/second",
+        card={"language": "en", "license": "apache-2.0"},
+    )
+    data = loaded.data.to_dict()
+    assert data["base_model"] == ["openai/whisper-tiny", "org/first", "org/second"]
+    assert data["base_model_relation"] == "merge"
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "automatic-speech-recognition")
+    assert (data["language"], data["license"]) == ("en", "apache-2.0")
+    assert {"whisper", "merge", "headwise-selective-attention"} <= set(data["tags"])
+    check_structure(loaded)
+    details = section(loaded.text, "Model details")
+    assert "- Primary: `org/first` at revision `main`" in details
+    assert "- Base: `openai/whisper-tiny`\n" in details
+
+
+def test_several_languages_and_no_fields(shared_triple: Triple, tmp_path: Path) -> None:
+    loaded = merge(shared_triple, tmp_path / "several", card={"language": "en, de ,,fr"})
+    assert loaded.data.to_dict()["language"] == ["en", "de", "fr"]
+    plain = merge(shared_triple, tmp_path / "plain").data.to_dict()
+    assert not {"language", "license"} & plain.keys()
+    assert plain["base_model"] == ["base", "primary", "secondary"]
+
+
+def test_a_source_named_twice_is_one_parent(shared_triple: Triple, tmp_path: Path) -> None:
+    loaded = merge(shared_triple, tmp_path / "out", primary_id="org/same@a", secondary_id="org/same@b")
+    assert loaded.data.to_dict()["base_model"] == ["base", "org/same"]
+
+
+def test_sections_say_what_was_done(shared_triple: Triple, tmp_path: Path) -> None:
+    parameters = {"k": 0.3, "lam": 0.45, "alpha": 0.35, "attention_scale": 0.9, "non_attention_scale": 1.1}
+    report = hsa.merge(
+        **shared_triple,
+        output=tmp_path / "out",
+        sync=False,
+        targets="attention-all",
+        dtype="bfloat16",
+        max_shard_size=100_000,
+        **parameters,  # type: ignore[arg-type]
+    )
+    loaded = ModelCard.load(tmp_path / "out" / "README.md")
+    check_structure(loaded, "HSA merge of primary and secondary")
+    method = section(loaded.text, "Method")
+    for name, value in (
+        *parameters.items(),
+        ("targets", "attention-all"),
+        ("dtype", "bfloat16"),
+        ("numerics", "exact"),
+    ):
+        shown = {"lam": "lambda"}.get(name, name)
+        assert re.search(rf"\| {shown} \| `{re.escape(str(value))}` \|", method), name
+    heads = section(loaded.text, "Merged heads")
+    assert f"{report.selected_heads} of {report.total_heads} heads in {len(report.tensors)} target tensors" in heads
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in heads.splitlines() if line.startswith("|")
+    ]
+    columns, table = rows[0], {(row[0], row[1]): row for row in rows[2:]}
+    assert len(table) == 6  # two layers of self-attention in both stacks, two of cross-attention
+    assert sum(cell != "" for row in table.values() for cell in row[2:]) == len(report.tensors)
+    for tensor in report.tensors.values():
+        block, kind = tensor.kind.split(".")
+        row = table[f"{tensor.stack} {block.replace('_', ' ')}", str(tensor.layer)]
+        cell = row[columns.index(f"{kind.removesuffix('_proj')} {tensor.part}")]
+        assert cell == " ".join(map(str, tensor.selected)), tensor.name
+    files = section(loaded.text, "Files")
+    listed = set(re.findall(r"^- `([^`]+)`", files, re.MULTILINE))
+    assert listed == {path.name for path in (tmp_path / "out").iterdir()}
+    load = section(loaded.text, "How to load")
+    assert "WhisperForConditionalGeneration.from_pretrained" in load and "WhisperProcessor.from_pretrained" in load
+    assert "10.1016/j.csl.2026.102012" in section(loaded.text, "Citation")
+    for name in ("Intended use", "Limitations"):
+        assert len(section(loaded.text, name)) > 80
+
+
+def test_the_code_in_the_card_runs(shared_triple: Triple, tmp_path: Path) -> None:
+    loaded = merge(shared_triple, tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", loaded.text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/directory", str(tmp_path / "out")), names)
+    assert type(names["model"]).__name__ == "WhisperForConditionalGeneration"
+    assert type(names["processor"]).__name__ == "WhisperProcessor"
+
+
+def test_none_selected_and_per_tensor_parameters(shared_triple: Triple, tmp_path: Path) -> None:
+    loaded = merge(shared_triple, tmp_path / "none", k=0)
+    assert "| none |" in section(loaded.text, "Merged heads")
+    names = [n for n in read_tensors(shared_triple["base"]) if re.search(r"encoder.*\.self_attn\.[qkv]_proj", n)]
+    loaded = merge(shared_triple, tmp_path / "each", lam=dict.fromkeys(names, 0.25))
+    assert re.search(r"\| lambda \| given per tensor", section(loaded.text, "Method"))
+
+
+def test_fields_reach_their_places(shared_triple: Triple, tmp_path: Path) -> None:
+    values = {
+        field: f"Words of {field.replace('_', ' ')}" for field in card.FIELDS if field not in ("language", "license")
+    }
+    loaded = merge(shared_triple, tmp_path / "out", card=values)
+    check_structure(loaded, "Words of title")
+    details = section(loaded.text, "Model details")
+    for field, label in (
+        ("release_group", "Release group"),
+        ("role", "Role"),
+        ("adaptation_context", "Adaptation context"),
+        ("source_artifact", "Source artifact"),
+    ):
+        assert f"- {label}: {values[field]}" in details
+    assert section(loaded.text, "Intended use") == values["intended_use"]
+    assert section(loaded.text, "Limitations") == values["limitations"]
+    assert section(loaded.text, "Citation") == f"```bibtex\n{values['citation']}\n```"
+
+
+# --- hostile words ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", HOSTILE, ids=IDS)
+def test_hostile_fields(shared_triple: Triple, word: str, tmp_path: Path) -> None:
+    fields = dict.fromkeys(card.FIELDS, word)
+    fields["language"] = word.replace(",", " ")
+    loaded = merge(shared_triple, tmp_path / "out", card=fields)
+    check_structure(loaded)
+    data = yaml.safe_load(re.split(r"^---$", loaded.content, flags=re.MULTILINE)[1])
+    assert data == loaded.data.to_dict()
+    assert data.keys() <= {
+        *("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "language", "license"),
+    }
+    assert data["library_name"] == "transformers"
+    assert isinstance(data["license"], str)
+    assert "\x1b" not in loaded.content and "\x00" not in loaded.content
+    assert "\u202e" not in loaded.text
+
+
+@pytest.mark.parametrize("word", [word for word in HOSTILE if "\x00" not in word and "/" not in word and word.strip()])
+def test_hostile_directory_names(shared_triple: Triple, word: str, tmp_path: Path) -> None:
+    """A directory's own name is its identity."""
+    path = Path(shutil.copytree(shared_triple["primary"], tmp_path / "sources" / word))
+    loaded = merge({**shared_triple, "primary": path}, tmp_path / "out")
+    check_structure(loaded)
+    assert loaded.data.to_dict()["base_model"] == ["base", word, "secondary"]
+    assert isinstance(loaded.data.to_dict()["base_model"][1], str)
+
+
+@pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip() and word.isprintable()])
+def test_hostile_ids(shared_triple: Triple, word: str, tmp_path: Path) -> None:
+    loaded = merge(shared_triple, tmp_path / "out", primary_id=word)
+    check_structure(loaded)
+    name = word.partition("@")[0]
+    assert name in loaded.data.to_dict()["base_model"]
+
+
+@pytest.mark.parametrize("word", ["", " ", "a\nb", "a\x1bb", "/root/secret/model", "@main"])
+def test_ids_that_are_no_ids_are_refused(shared_triple: Triple, word: str, tmp_path: Path) -> None:
+    with pytest.raises(hsa.RequestError, match="primary_id"):
+        merge(shared_triple, tmp_path / "out", primary_id=word)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_name_that_is_no_text(shared_triple: Triple, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        path = Path(shutil.copytree(shared_triple["primary"], tmp_path / "sources" / name))
+    except OSError:
+        pytest.skip("this filesystem takes no name that is not UTF-8")
+    loaded = merge({**shared_triple, "primary": path}, tmp_path / "out")
+    check_structure(loaded)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a`<script>x<!--.safetensors",
+        "a\n\n# Injected heading\n.safetensors",
+        "[x](y) ![z](w).safetensors",
+        "日本 é.safetensors",
+    ],
+)
+def test_hostile_shard_names(triple: Triple, name: str, tmp_path: Path) -> None:
+    """An index may give its shards any name; the card lists them."""
+    import json
+
+    path = triple["primary"]
+    write_tensors(path, read_tensors(path), shards=2)
+    index = path / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    old = "model-00001-of-00002.safetensors"
+    (path / old).rename(path / name)
+    document["weight_map"] = {k: name if v == old else v for k, v in document["weight_map"].items()}
+    index.write_text(json.dumps(document))
+    loaded = merge(triple, tmp_path / "out")
+    assert (tmp_path / "out" / name).exists()
+    check_structure(loaded)
+    files = section(loaded.text, "Files").splitlines()
+    assert len(files) == len(list((tmp_path / "out").iterdir()))
+    assert all(re.fullmatch(r"- `[^`]+`: [a-z :,]+", line) for line in files), files
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain words", "plain words"),
+        ("  many \t blanks\n and lines ", "many blanks and lines"),
+        ("a_b*c", r"a\_b\*c"),
+        ("<b>", r"\<b\>"),
+        (r"back\slash", r"back\\slash"),
+        ("\x1b[0m", r"\[0m"),
+    ],
+)
+def test_escape(text: str, expected: str) -> None:
+    assert card.escape(text) == expected
+
+
+@pytest.mark.parametrize("word", HOSTILE, ids=IDS)
+def test_escaped_text_shows_the_words_themselves(word: str) -> None:
+    """What a reader sees is the text, blanks folded and control characters gone."""
+    tokens = MarkdownIt("commonmark").parse(f"x {card.escape(word)}")
+    shown = "".join(child.content for token in tokens for child in token.children or [])
+    visible = " ".join("".join(c if c.isprintable() else " " for c in word).split())
+    assert shown == f"x {visible}".strip()
+    assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
+
+
+# --- fields from the command line -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("argument", "named"), [("colour=red", "colour"), ("language", "FIELD=VALUE"), ("=x", "''")])
+def test_bad_fields_are_refused(triple: Triple, argument: str, named: str, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    done = run_hsa(*merge_arguments(triple, tmp_path / "out", f"--card={argument}"))
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("hsa: error: ") and named in line
+    assert snapshot(tmp_path) == before
+
+
+def test_fields_may_hold_equals_signs() -> None:
+    assert card.parse_fields(["title=a=b", "license=mit"]) == {"title": "a=b", "license": "mit"}

@@ -1,0 +1,545 @@
+"""The CPU backend against the oracle: merged bytes equal, scores to rounding."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import raw_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from hsa import reference, whisper
+from hsa.backends import Merged, NotFinite, cpu
+from hsa.checkpoint import Role, TensorRef
+from hsa.config import keep_count, layer_coefficient
+from hsa.dtypes import Array
+from hsa.layout import Slice
+from hsa.target import Target
+
+CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = tuple(CODES)
+ROLES: tuple[Role, ...] = ("base", "primary", "secondary")
+NAMES = {
+    "weight": "encoder.layers.{}.self_attn.q_proj.weight",
+    "bias": "encoder.layers.{}.self_attn.v_proj.bias",
+    "columns": "decoder.layers.{}.encoder_attn.out_proj.weight",
+}
+POISON = 0xFF
+"""A byte of which every element type's NaN can be made."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Three sources and how they are merged; `kind` is a key of `NAMES`."""
+
+    base: Tensor
+    primary: Tensor
+    secondary: Tensor
+    heads: int
+    kind: str = "weight"
+    k: float = 0.6
+    lam: float = 0.5
+    alpha: float = 0.2
+    layer: int = 1
+    layers: int = 4
+    scale: float = 1.0
+    out: torch.dtype | None = None
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return self.out or self.primary.dtype
+
+    @property
+    def head_axis(self) -> int:
+        return 1 if self.kind == "columns" else 0
+
+    def target(self) -> Target:
+        projection = whisper.parse(NAMES[self.kind].format(self.layer))
+        assert projection is not None
+        coefficient = layer_coefficient(self.lam, self.alpha, self.layer, self.layers)
+        shape = tuple(self.base.shape)
+
+        def ref(tensor: Tensor) -> TensorRef:
+            size = tensor.numel() * tensor.element_size()
+            return TensorRef(projection.name, CODES[tensor.dtype], shape, 0, 0, size)
+
+        return Target(
+            projection=projection,
+            shape=shape,
+            heads=self.heads,
+            k=self.k,
+            keep=keep_count(self.k, self.heads),
+            coefficient=coefficient,
+            c1=float(np.float32(coefficient)),
+            c2=float(np.float32(1.0 - coefficient)),
+            scale=self.scale,
+            base=ref(self.base),
+            primary=ref(self.primary),
+            secondary=ref(self.secondary),
+            out_code=CODES[self.out_dtype],
+        )
+
+    def oracle(self) -> reference.MergedTensor:
+        return reference.merge_tensor(
+            self.base,
+            self.primary,
+            self.secondary,
+            k=self.k,
+            lam=self.lam,
+            alpha=self.alpha,
+            layer=self.layer,
+            layers=self.layers,
+            heads=self.heads,
+            head_axis=self.head_axis,
+            attention_scale=self.scale,
+            out_dtype=self.out_dtype,
+        )
+
+
+def buffer(tensor: Tensor) -> Array:
+    return np.frombuffer(raw_bytes(tensor), np.uint8).copy()
+
+
+def run(case: Case, *, in_place: bool = False, worker: cpu.CpuWorker | None = None) -> tuple[bytes, Merged]:
+    """The merged bytes, out of a poisoned buffer or in place of primary; the other sources must stay as they are."""
+    sources = [buffer(tensor) for tensor in (case.base, case.primary, case.secondary)]
+    before = [source.tobytes() for source in sources]
+    out = sources[1] if in_place else np.full(case.base.numel() * case.out_dtype.itemsize, POISON, np.uint8)
+    merged = (worker or cpu.CpuBackend().worker()).merge(case.target(), *sources, out)
+    untouched = [0, 2] if in_place else [0, 1, 2]
+    assert [sources[i].tobytes() for i in untouched] == [before[i] for i in untouched]
+    return out.tobytes(), merged
+
+
+def check(case: Case, worker: cpu.CpuWorker | None = None) -> Merged:
+    """Bytes, selection, scores and changed ranges of a case; in place too where the element types allow it."""
+    expected = case.oracle()
+    out, merged = run(case, worker=worker)
+    assert merged.selection.selected == expected.selected
+    assert out == raw_bytes(expected.value)
+    assert merged.selection.squared == pytest.approx(expected.squared_scores.tolist(), rel=1e-12, abs=0)
+    margin = reference.margin(expected.squared_scores, case.k)
+    assert merged.selection.margin == (None if margin is None else pytest.approx(margin, rel=1e-9, abs=1e-12))
+    check_changed(case, out, merged)
+    if case.out_dtype == case.primary.dtype:
+        again, alike = run(case, in_place=True, worker=worker)
+        assert again == out
+        assert alike == merged
+    return merged
+
+
+def check_changed(case: Case, out: bytes, merged: Merged) -> None:
+    """Ranges are in order, apart and inside; everything outside them is primary's; all selected rows are inside."""
+    inside = np.zeros(len(out), bool)
+    position = -1
+    for start, stop in merged.changed:
+        assert position < start < stop <= len(out)
+        position = stop
+        inside[start:stop] = True
+    if case.out_dtype != case.primary.dtype or case.scale != 1.0:
+        assert inside.all()
+        return
+    differs = np.frombuffer(out, np.uint8) != buffer(case.primary)
+    assert not (differs & ~inside).any()
+    if case.head_axis == 0:
+        expected = np.zeros((case.heads, len(out) // case.heads), bool)
+        expected[list(merged.selection.selected)] = True
+        assert np.array_equal(inside, expected.reshape(-1))
+    else:
+        assert inside.all() == bool(merged.selection.selected)
+
+
+def shape_of(kind: str, heads: int, head_dim: int, other: int) -> tuple[int, ...]:
+    width = heads * head_dim
+    return {"weight": (width, other), "bias": (width,), "columns": (other, width)}[kind]
+
+
+def draw(
+    shape: tuple[int, ...],
+    heads: int,
+    *,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = (torch.float32,) * 3,
+    delta: float = 0.01,
+    base: float = 0.05,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    """A case with normal weights and normal task vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    values = base * torch.randn(shape, generator=generator)
+    tensors = [values, *(values + delta * torch.randn(shape, generator=generator) for _ in range(2))]
+    return Case(*(tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)), heads=heads, **options)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tiles so small that every head takes several, with rows that do not fill the last."""
+    monkeypatch.setattr(cpu, "TILE", 48)
+    return 48
+
+
+# --- bytes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", [None, *DTYPES], ids=lambda dtype: str(dtype or "auto").removeprefix("torch."))
+@pytest.mark.parametrize("kind", NAMES)
+def test_every_mix_of_element_types(kind: str, out: torch.dtype | None) -> None:
+    worker = cpu.CpuBackend().worker()
+    for number, dtypes in enumerate(product(DTYPES, repeat=3)):
+        case = draw(shape_of(kind, 5, 3, 19), 5, dtypes=dtypes, kind=kind, out=out, seed=number)
+        merged = check(case, worker)
+        assert len(merged.selection.selected) == 3
+        for scale in (0.0, -0.5, 2.0):
+            check(replace(case, scale=scale), worker)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5, 7])
+@pytest.mark.parametrize(("head_dim", "other"), [(1, 1), (3, 5), (5, 37), (7, 65), (4, 127), (2, 128), (3, 192)])
+@pytest.mark.parametrize("kind", NAMES)
+def test_odd_shapes(kind: str, heads: int, head_dim: int, other: int, small_tiles: int) -> None:
+    for dtypes in ((torch.float32,) * 3, (torch.float16, torch.float32, torch.bfloat16)):
+        check(draw(shape_of(kind, heads, head_dim, other), heads, dtypes=dtypes, kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "head_dim", "other"),
+    [
+        ("weight", 3, 1, cpu.TILE + 77),  # a row wider than a tile
+        ("columns", 1, cpu.TILE + 64, 2),
+        ("bias", 3, cpu.TILE + 1, 1),
+        ("weight", 3, 45, 1001),  # a head of two tiles, the second partial
+        ("columns", 5, 33, 1111),
+        ("weight", 2, 64, 1024),  # a head of exactly two tiles
+    ],
+)
+def test_heads_of_several_real_tiles(kind: str, heads: int, head_dim: int, other: int) -> None:
+    check(draw(shape_of(kind, heads, head_dim, other), heads, kind=kind))
+    check(draw(shape_of(kind, heads, head_dim, other), heads, kind=kind, dtypes=(torch.bfloat16,) * 3, out=torch.half))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.5, 2.0, 0.1])
+@pytest.mark.parametrize("k", [0, 1, 1e-9, 0.3, 60, 100])
+@pytest.mark.parametrize("kind", NAMES)
+def test_shares_and_scales(kind: str, k: float, scale: float) -> None:
+    for dtypes in ((torch.float32,) * 3, (torch.float32, torch.float16, torch.float32)):
+        merged = check(draw(shape_of(kind, 7, 3, 11), 7, dtypes=dtypes, kind=kind, k=k, scale=scale))
+        assert len(merged.selection.selected) == {0: 0, 1: 7, 1e-9: 1, 0.3: 2, 60: 4, 100: 7}[k]
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0, 0.3, 1e-30])
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 50.0])
+@pytest.mark.parametrize("out", [None, torch.bfloat16])
+def test_coefficients(lam: float, alpha: float, out: torch.dtype | None) -> None:
+    case = draw((15, 8), 5, lam=lam, alpha=alpha, out=out, layer=3, layers=4)
+    check(case)
+    if lam == 1.0 or alpha == 0.0:  # lambda_i is 1: B + tv1, which is primary but for that sum's rounding
+        ours, _ = run(replace(case, out=None))
+        value = torch.frombuffer(bytearray(ours), dtype=torch.float32).view(15, 8)
+        rounding = 2.0**-24 * (value.abs() + 2 * (case.primary - case.base).abs())
+        assert ((value - case.primary).abs() <= rounding).all()
+
+
+def test_lambda_zero_and_every_head_gives_secondary_up_to_rounding() -> None:
+    case = draw((15, 8), 5, k=1, lam=0.0, alpha=1.0)
+    out, _ = run(case)
+    value = torch.frombuffer(bytearray(out), dtype=torch.float32).view(15, 8)
+    rounding = 2.0**-24 * (value.abs() + 2 * (case.secondary - case.base).abs())
+    assert ((value - case.secondary).abs() <= rounding).all()
+    assert not torch.equal(value, case.primary)
+
+
+def test_ties_at_the_cut_are_all_merged() -> None:
+    base = torch.zeros(10, 6)
+    strength = torch.tensor([3.0, 1.0, 2.0, 2.0, 2.0]).repeat_interleave(2)[:, None]
+    primary = (base + strength).contiguous()
+    case = Case(base, primary, -primary, heads=5, k=0.4)  # keep 2: the second place is shared by three
+    merged = check(case)
+    assert merged.selection.selected == (0, 2, 3, 4)
+    assert merged.selection.margin == (16 - 4) / 16
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("k", [0, 0.2, 1])
+def test_all_equal_inputs(kind: str, k: float) -> None:
+    tensor = torch.full(shape_of(kind, 5, 3, 7), 0.3)
+    merged = check(Case(tensor, tensor, tensor, heads=5, kind=kind, k=k))
+    assert merged.selection.squared == (0.0,) * 5
+    assert merged.selection.selected == (() if k == 0 else (0, 1, 2, 3, 4))
+    assert (merged.primary_moved, merged.secondary_moved) == (False, False)
+
+
+def test_a_moved_source_is_told_apart_even_by_one_element() -> None:
+    base = torch.full((9, 4), 0.3)
+    other = base.clone()
+    other[8, 3] = 0.5
+    assert check(Case(base, other, base, heads=3)).primary_moved
+    assert not check(Case(base, other, base, heads=3)).secondary_moved
+    assert check(Case(base, base, other, heads=3)).secondary_moved
+    assert not check(Case(base, base, other, heads=3)).primary_moved
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_one_head_selected_is_a_range_of_its_own(kind: str) -> None:
+    case = draw(shape_of(kind, 5, 2, 3), 5, kind=kind, k=0.2)
+    _, merged = run(case)
+    (head,) = merged.selection.selected
+    whole = case.base.numel() * 4
+    expected = (0, whole) if kind == "columns" else (head * whole // 5, (head + 1) * whole // 5)
+    assert merged.changed == (expected,)
+
+
+def test_signed_zeros_and_subnormals_survive() -> None:
+    for dtype in DTYPES:
+        tiny = torch.tensor([0.0, -0.0, 1.0, -1.0], dtype=dtype) * torch.finfo(dtype).smallest_normal
+        primary = torch.stack([tiny, tiny / 4, -tiny])
+        check(Case(torch.zeros(3, 4, dtype=dtype), primary, primary.flip(0), heads=3, k=0.4))
+        check(Case(primary, primary / 2, -primary, heads=3, k=1, scale=0.5))
+
+
+ELEMENTS = st.integers(-48, 48).map(lambda n: n / 16)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any shape, type and parameter; values whose squares sum exactly, so that ties are ties everywhere."""
+    heads, head_dim, other = draw(st.integers(1, 7)), draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    kind = draw(st.sampled_from(list(NAMES)))
+    shape = shape_of(kind, heads, head_dim, other)
+    tensors = [
+        torch.from_numpy(draw(arrays(np.float32, shape, elements=ELEMENTS))).to(draw(st.sampled_from(DTYPES)))
+        for _ in range(3)
+    ]
+    layers = draw(st.integers(1, 32))
+    return Case(
+        *tensors,
+        heads=heads,
+        kind=kind,
+        k=draw(st.one_of(st.sampled_from([0.0, 1.0, 0.6, 60.0]), st.floats(0, 100))),
+        lam=draw(st.one_of(st.sampled_from([0.0, 1.0, 0.5]), st.floats(0, 1))),
+        alpha=draw(st.one_of(st.sampled_from([0.0, 0.2]), st.floats(0, 10))),
+        layer=draw(st.integers(0, layers - 1)),
+        layers=layers,
+        scale=draw(st.one_of(st.just(1.0), st.floats(-3, 3, width=32))),
+        out=draw(st.sampled_from([None, *DTYPES])),
+    )
+
+
+@settings(max_examples=250, deadline=None)
+@given(cases())
+def test_bytes_are_the_oracles(case: Case) -> None:
+    check(case)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.randoms(use_true_random=False))
+def test_permuting_the_heads_permutes_the_result(case: Case, random: Any) -> None:
+    order = list(range(case.heads))
+    random.shuffle(order)
+
+    def permuted(tensor: Tensor) -> Tensor:
+        parts = tensor.chunk(case.heads, dim=case.head_axis)
+        return torch.cat([parts[head] for head in order], dim=case.head_axis)
+
+    moved = replace(case, **{role: permuted(getattr(case, role)) for role in ROLES})
+    out, merged = run(case)
+    result = torch.frombuffer(bytearray(out), dtype=case.out_dtype).view(case.base.shape)
+    ours, theirs = run(moved)
+    assert ours == raw_bytes(permuted(result))
+    assert theirs.selection.squared == tuple(merged.selection.squared[head] for head in order)
+
+
+# --- scores ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delta", [1e-25, 1e-12, 1e-3, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize("kind", NAMES)
+def test_score_error_against_float64(delta: float, kind: str) -> None:
+    """Base is as small as its task vectors, so that the differences themselves lose little; SPEC section 2."""
+    case = draw(shape_of(kind, 3, 64, 320), 3, delta=delta, base=delta, kind=kind)
+    _, merged = run(case)
+    wide = reference.head_scores(
+        case.base, case.primary, case.secondary, heads=3, head_axis=case.head_axis, dtype=torch.float64
+    )
+    assert min(merged.selection.squared) > 0
+    for ours, exact in zip(merged.selection.squared, wide.tolist(), strict=True):
+        assert abs(ours - exact) < 1e-6 * exact
+        assert abs(math.sqrt(ours) - math.sqrt(exact)) < 1e-6 * math.sqrt(exact)
+    assert merged.selection.scores == tuple(map(math.sqrt, merged.selection.squared))
+
+
+def test_scores_of_one_size_in_many_elements_do_not_drift() -> None:
+    base = torch.zeros(2, 1 << 20)
+    case = Case(base, base + 0.1, base + 0.1, heads=2)
+    _, merged = run(case)
+    exact = float(np.float32(0.1) * 2) ** 2 * (1 << 20)
+    assert merged.selection.squared == pytest.approx((exact, exact), rel=1e-12, abs=0)
+
+
+# --- the same every time ------------------------------------------------------------------------------------
+
+
+def test_workers_threads_and_reuse_change_nothing() -> None:
+    many = [
+        draw(shape_of(kind, 5, 7, 300), 5, kind=kind, dtypes=dtypes, seed=seed)
+        for seed, (kind, dtypes) in enumerate(product(NAMES, [(torch.float32,) * 3, (torch.float16,) * 3]))
+    ]
+    alone = [run(case) for case in many]
+    worker = cpu.CpuBackend().worker()
+    assert [run(case, worker=worker) for case in reversed(many)] == alone[::-1]
+    with ThreadPoolExecutor(5) as pool:
+        for _ in range(4):
+            assert list(pool.map(run, many)) == alone
+
+
+def test_tile_size_changes_no_merged_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [draw(shape_of(kind, 3, 8, 128), 3, kind=kind) for kind in NAMES]
+    expected = [run(case)[0] for case in many]
+    for tile in (1, 31, 1000):
+        monkeypatch.setattr(cpu, "TILE", tile)
+        assert [run(case)[0] for case in many] == expected
+
+
+# --- NaN, Inf and overflow ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("role", ROLES)
+def test_a_source_that_is_not_finite_is_named_with_its_head(role: Role, dtype: torch.dtype, value: float) -> None:
+    for kind, head, k in product(NAMES, (0, 2, 4), (0, 0.2, 1)):
+        case = draw(shape_of(kind, 5, 3, 7), 5, dtypes=(dtype,) * 3, kind=kind, k=k)
+        tensor = getattr(case, role).clone()
+        tensor.chunk(5, dim=case.head_axis)[head][-1] = value
+        with pytest.raises(NotFinite) as caught:
+            run(replace(case, **{role: tensor}))
+        assert (caught.value.role, caught.value.head) == (role, head)
+
+
+def test_the_first_head_that_is_not_finite_is_named() -> None:
+    case = draw((15, 4), 5)
+    case.secondary[4, 0] = math.nan  # head 1
+    case.primary[10, 0] = math.inf  # head 3
+    with pytest.raises(NotFinite) as caught:
+        run(case)
+    assert (caught.value.role, caught.value.head) == ("secondary", 1)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_cast_that_overflows_names_the_head_and_no_source(kind: str, k: float, scale: float) -> None:
+    case = draw(shape_of(kind, 5, 3, 7), 5, kind=kind, k=k, scale=scale, out=torch.float16)
+    for role in ROLES:
+        getattr(case, role).chunk(5, dim=case.head_axis)[3][-1] += 70000.0
+    with pytest.raises(NotFinite) as caught:
+        run(case)
+    assert (caught.value.role, caught.value.head) == (None, 3)
+    check(replace(case, out=torch.bfloat16))
+
+
+def test_a_result_that_overflows_names_the_head_and_no_source() -> None:
+    base = torch.zeros(6, 2)
+    primary = base.clone()
+    primary[4:] = 1e30
+    case = Case(base, primary, primary / 2, heads=3, k=0.3, scale=1e10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(NotFinite) as caught:
+            run(case)
+    assert (caught.value.role, caught.value.head) == (None, 2)
+
+
+@pytest.mark.parametrize("secondary", [3e38, -3e38, 0.0])
+@pytest.mark.parametrize("base", [0.0, -3e38])
+def test_differences_beyond_float32_are_refused_without_a_warning(base: float, secondary: float) -> None:
+    case = Case(torch.full((6, 2), base), torch.full((6, 2), 3e38), torch.full((6, 2), secondary), heads=3)
+    if base == 0.0 and secondary == 0.0:
+        check(case)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(NotFinite) as caught:
+            run(case)
+    assert (caught.value.role, caught.value.head) == (None, 0)
+
+
+# --- slices of tensors that are no target -------------------------------------------------------------------
+
+
+def slice_of(primary: Tensor, base: Tensor | None, out: torch.dtype, scale: float) -> tuple[bytes, Slice]:
+    def ref(tensor: Tensor) -> TensorRef:
+        size = tensor.numel() * tensor.element_size()
+        return TensorRef("other", CODES[tensor.dtype], tuple(tensor.shape), 0, 0, size)
+
+    piece = Slice(ref(primary), None if base is None else ref(base), 0, primary.numel(), CODES[out], scale)
+    held = np.full(primary.numel() * out.itemsize, POISON, np.uint8)
+    cpu.CpuBackend().worker().slice(piece, buffer(primary), None if base is None else buffer(base), held)
+    return held.tobytes(), piece
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7, -0.5, 2.0])
+@pytest.mark.parametrize("elements", [1, 63, cpu.TILE, cpu.TILE + 1])
+def test_scaled_slices(elements: int, scale: float) -> None:
+    for base_dtype, dtype, out in product(DTYPES, repeat=3):
+        case = draw((elements,), 1, dtypes=(base_dtype, dtype, dtype))
+        ours, _ = slice_of(case.primary, case.base, out, scale)
+        assert ours == raw_bytes(reference.merge_other(case.base, case.primary, scale=scale, out_dtype=out))
+
+
+@pytest.mark.parametrize("elements", [1, 63, cpu.TILE, 2 * cpu.TILE + 1])
+def test_cast_slices(elements: int) -> None:
+    for dtype, out in product(DTYPES, repeat=2):
+        primary = draw((elements,), 1, dtypes=(dtype,) * 3).primary
+        ours, _ = slice_of(primary, None, out, 1.0)
+        assert ours == raw_bytes(primary.to(out))
+
+
+def test_every_bfloat16_and_float16_pattern_is_cast_as_torch_casts_it() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
+        finite = every[torch.isfinite(every)].contiguous()
+        for out in DTYPES:
+            kept = finite[torch.isfinite(finite.to(out))].contiguous()
+            ours, _ = slice_of(kept, None, out, 1.0)
+            assert ours == raw_bytes(kept.to(out))
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays(np.uint32, st.integers(1, 200), elements=st.integers(0, 2**32 - 1)), st.sampled_from(DTYPES[1:]))
+def test_float32_is_rounded_to_nearest_even(bits: Any, out: torch.dtype) -> None:
+    values = torch.from_numpy(bits.view(np.float32).copy())
+    values[~torch.isfinite(values.to(out))] = 1.0
+    ours, _ = slice_of(values, None, out, 1.0)
+    assert ours == raw_bytes(values.to(out))
+
+
+@pytest.mark.parametrize("base", [None, "base"])
+def test_slices_that_are_not_finite(base: str | None) -> None:
+    case = draw((cpu.TILE + 5,), 1)
+    start = case.base if base else None
+    case.primary[-1] = math.nan
+    with pytest.raises(NotFinite) as caught:
+        slice_of(case.primary, start, torch.float32, 2.0)
+    assert caught.value.role == "primary"
+    case.primary[-1] = 1e6
+    with pytest.raises(NotFinite) as caught:
+        slice_of(case.primary, start, torch.float16, 2.0)
+    assert caught.value.role is None
+
+
+def test_a_slice_whose_base_is_not_finite_names_base() -> None:
+    case = draw((70,), 1)
+    case.base[3] = math.inf
+    with pytest.raises(NotFinite) as caught:
+        slice_of(case.primary, case.base, torch.float32, 2.0)
+    assert caught.value.role == "base"

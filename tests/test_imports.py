@@ -1,0 +1,360 @@
+"""What is imported when, and which way the arrows between modules point."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from helpers import merge_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "triton", "transformers", "huggingface_hub")
+
+LAYERS = (
+    ("_version", "errors", "dtypes", "memory", "reference", "synthetic_config"),
+    ("config", "fsio", "synthetic"),
+    ("header", "output", "whisper"),
+    ("checkpoint",),
+    ("target",),
+    ("layout",),
+    ("backends", "script"),
+    ("plan",),
+    ("pipeline",),
+    ("assets", "card", "provenance", "report"),
+    ("api",),
+    ("demo",),
+    ("cli",),
+    ("__main__",),
+)
+"""Modules and packages of hsa from the ground up: each imports from lower layers alone."""
+
+AT_IMPORT = {"torch": {"hsa.reference", "hsa.backends.script", "hsa.backends.triton"}}
+"""Which modules may import a heavy library when they are imported themselves; no merge in exact numerics does."""
+
+ANYWHERE = {
+    "torch": {*AT_IMPORT["torch"], "hsa.demo"},
+    "triton": {"hsa.backends.triton"},
+    "transformers": {"hsa.demo"},
+    "huggingface_hub": {"hsa.card"},
+    "hsa.reference": {"hsa.demo"},
+    "hsa.kernels": {"hsa.backends.triton"},
+}
+"""Which modules may import these at all, inside a function included."""
+
+
+# --- fresh processes ------------------------------------------------------------------------------------------
+
+
+def fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level names in sys.modules of a fresh process that ran `code`."""
+    done = fresh(f"{code}\nimport json, sys\nprint(json.dumps(sorted({{n.partition('.')[0] for n in sys.modules}})))")
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_probe_sees_what_is_imported() -> None:
+    assert "numpy" in loaded_after("import numpy")
+    assert "torch" in loaded_after("import hsa.reference")
+
+
+def test_import_hsa_is_light() -> None:
+    assert not loaded_after("import hsa") & {*HEAVY, "numpy", "typer", "safetensors"}
+
+
+def test_the_api_is_light() -> None:
+    assert not loaded_after("import hsa; hsa.merge; hsa.MergeConfig; hsa.MergeReport") & set(HEAVY)
+
+
+def test_every_public_name_resolves() -> None:
+    done = fresh(
+        "import hsa\n"
+        "for name in hsa.__all__: getattr(hsa, name)\n"
+        "assert set(hsa.__all__) <= set(dir(hsa))\n"
+        "for name in ('nothing', '__wrapped__'):\n"
+        "    assert not hasattr(hsa, name)\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["--version"], []], ids=" ".join)
+def test_help_needs_neither_torch_nor_numpy(arguments: list[str]) -> None:
+    done = fresh(
+        "import sys\nfrom hsa.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    code = end.code or 0\n"
+        "found = sorted({n.partition('.')[0] for n in sys.modules})\n"
+        "import json; print(); print(json.dumps([code, found]))\n",
+        *arguments,
+    )
+    assert done.returncode == 0, done.stderr
+    code, found = json.loads(done.stdout.splitlines()[-1])
+    assert code == (0 if arguments else 2)
+    assert "typer" in found
+    assert not set(found) & {*HEAVY, "numpy", "safetensors", "blake3"}
+    assert len(done.stdout) > len("0.1.0")
+
+
+WATCHED_MERGE = """
+import json, os, sys
+from pathlib import Path
+from blake3 import blake3
+seen = {}
+busy = False
+HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "safetensors")
+
+def hook(event, arguments):
+    global busy
+    if busy or event not in ("open", "import"):
+        return
+    busy = True
+    try:
+        if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+            path, flags = Path(os.fsdecode(arguments[0])), arguments[2]
+            if path.suffix == ".safetensors" and flags & os.O_CREAT and "first" not in seen:
+                seen["first"] = [name for name in HEAVY if name in sys.modules]
+        elif event == "import" and arguments[0] == "huggingface_hub" and "weights" not in seen:
+            parent = Path(sys.argv[-1])
+            staged = [p for p in parent.glob(".*/*.safetensors")]
+            seen["weights"] = {p.name: blake3(p.read_bytes()).hexdigest() for p in staged}
+    finally:
+        busy = False
+
+sys.addaudithook(hook)
+from hsa.cli import run
+code = run(sys.argv[1:-1])
+print(json.dumps({"code": code, "seen": seen, "end": [name for name in HEAVY if name in sys.modules]}))
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--dtype=float16", "--max-shard-size=50KB"]], ids=["patch", "rewrite"])
+def test_an_exact_merge_needs_no_torch_and_the_hub_library_only_for_the_card(
+    shared_triple: dict[str, Path], more: list[str], tmp_path: Path
+) -> None:
+    """Memory and time before the weights are written go to the weights: the card's library comes after them."""
+    output = tmp_path / "out"
+    done = fresh(WATCHED_MERGE, *merge_arguments(shared_triple, output, "--quiet", "--no-sync", *more), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    watched = json.loads(done.stdout.splitlines()[-1])
+    assert watched["code"] == 0
+    assert watched["seen"]["first"] == []
+    assert watched["end"] == ["huggingface_hub"]
+    from blake3 import blake3
+
+    written = {path.name: blake3(path.read_bytes()).hexdigest() for path in output.glob("*.safetensors")}
+    assert watched["seen"]["weights"] == written
+
+
+def test_reference_numerics_need_torch_and_not_transformers(shared_triple: dict[str, Path], tmp_path: Path) -> None:
+    arguments = merge_arguments(shared_triple, tmp_path / "out", "--quiet", "--no-sync", "--numerics=reference")
+    done = fresh(WATCHED_MERGE, *arguments, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    watched = json.loads(done.stdout.splitlines()[-1])
+    assert watched["seen"]["first"] == ["torch"]
+    assert "transformers" not in watched["end"]
+
+
+def test_a_refused_merge_and_a_dry_run_need_no_heavy_library(shared_triple: dict[str, Path], tmp_path: Path) -> None:
+    for more in (["--dry-run"], ["--k=-1"]):
+        done = fresh(WATCHED_MERGE, *merge_arguments(shared_triple, tmp_path / "out", "--quiet", *more), str(tmp_path))
+        watched = json.loads(done.stdout.splitlines()[-1])
+        assert watched["end"] == []
+        assert watched["code"] == (2 if "--k=-1" in more else 0)
+
+
+# --- arrows ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` imports `target`: dotted names; `lazy` inside a function, `checked` for type checkers alone."""
+
+    module: str
+    target: str
+    line: int
+    lazy: bool
+    checked: bool
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "kernels":
+        parts = ("hsa", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    module = module_name(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+
+    def visit(node: ast.AST, lazy: bool, checked: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            inside = lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            typed = checked or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(module, alias.name, child.lineno, inside, typed)
+            elif isinstance(child, ast.ImportFrom):
+                parents = package.split(".")[: len(package.split(".")) - child.level + 1] if child.level else []
+                start = ".".join([*parents, *([child.module] if child.module else [])])
+                for alias in child.names:
+                    yield Import(module, f"{start}.{alias.name}", child.lineno, inside, typed)
+            yield from visit(child, inside, typed)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), lazy=False, checked=False)
+
+
+SOURCES = sorted([*(ROOT / "hsa").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+IMPORTS = [found for path in SOURCES for found in imports_of(path)]
+MODULES = {module_name(path) for path in SOURCES}
+
+
+def unit(module: str) -> str | None:
+    """The module or package right below hsa; None for hsa itself and for anything else."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "hsa" and len(parts) > 1 else None
+
+
+def reaches(found: Import, name: str) -> bool:
+    return found.target == name or found.target.startswith(f"{name}.")
+
+
+def where(found: Import) -> str:
+    return f"{found.module}:{found.line} imports {found.target}"
+
+
+def test_the_parser_finds_the_imports() -> None:
+    pairs = {(found.module, found.target) for found in IMPORTS}
+    assert ("hsa.api", "hsa.plan.make_plan") in pairs
+    assert ("hsa.backends.cpu", "hsa.backends.Merged") in pairs
+    lazy = {(found.module, found.target.partition(".")[0]) for found in IMPORTS if found.lazy}
+    assert ("hsa.card", "huggingface_hub") in lazy
+    assert ("hsa.api", "time") not in lazy
+
+
+def test_every_module_has_a_layer() -> None:
+    placed = [name for layer in LAYERS for name in layer]
+    assert len(placed) == len(set(placed))
+    found = {name for module in MODULES if (name := unit(module)) is not None}
+    assert found - {*placed, "kernels"} == set(), "give each new module a layer in LAYERS"
+    assert set(placed) - found == set(), "LAYERS names modules that are gone"
+
+
+def test_imports_point_down() -> None:
+    rank = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    wrong = []
+    for found in IMPORTS:
+        importer, target = unit(found.module), unit(found.target)
+        if importer is None or importer == "kernels" or not reaches(found, "hsa"):
+            continue
+        if target is None or f"hsa.{target}" not in MODULES:
+            wrong.append(f"{where(found)}: import modules of hsa, not its lazy names")
+        elif target != "kernels" and target != importer and rank[target] >= rank[importer]:
+            wrong.append(where(found))
+    assert wrong == []
+
+
+def test_kernels_know_nothing_of_hsa() -> None:
+    kernels = [found for found in IMPORTS if unit(found.module) == "kernels"]
+    outward = [where(f) for f in kernels if reaches(f, "hsa") and not reaches(f, "hsa.kernels")]
+    assert outward == []
+    assert any(module.startswith("hsa.kernels") for module in MODULES)
+
+
+def test_the_oracle_shares_nothing_with_what_it_judges() -> None:
+    own = [found for found in IMPORTS if found.module == "hsa.reference"]
+    assert own
+    assert [where(found) for found in own if reaches(found, "hsa")] == []
+    assert {found.target.partition(".")[0] for found in own} <= {"__future__", "math", "dataclasses", "torch"}
+
+
+def test_heavy_libraries_are_imported_where_they_are_allowed_alone() -> None:
+    wrong = []
+    for name, allowed in ANYWHERE.items():
+        for found in IMPORTS:
+            if reaches(found, name) and not (found.module in allowed or unit(found.module) == "kernels"):
+                wrong.append(where(found))
+    for name in HEAVY:
+        eager = [found for found in IMPORTS if reaches(found, name) and not (found.lazy or found.checked)]
+        for found in eager:
+            if found.module not in AT_IMPORT.get(name, set()) and unit(found.module) != "kernels":
+                wrong.append(f"{where(found)} when it is imported itself")
+    assert wrong == []
+
+
+def test_nothing_imports_tests_or_bench() -> None:
+    outside = {path.stem for folder in ("tests", "bench") for path in (ROOT / folder).glob("*.py")}
+    outside |= {"tests", "bench"}
+    assert {"helpers", "full_load"} <= outside
+    assert [where(found) for found in IMPORTS if found.target.partition(".")[0] in outside] == []
+
+
+def test_the_folder_kernels_is_never_imported_by_its_bare_name() -> None:
+    """Hugging Face has a package of that name; ours is hsa.kernels."""
+    paths = [*SOURCES, *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")]
+    found = [i for path in paths for i in imports_of(path) if i.target.partition(".")[0] == "kernels"]
+    assert [where(i) for i in found] == []
+
+
+# --- the wheel -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel built from a copy of the sources."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("pip is not installed, which builds the wheel")
+    if importlib.util.find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77:
+        pytest.skip("setuptools 77 or newer is not installed, which --no-build-isolation needs")
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("hsa", "kernels", "tests", "bench"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(folder / "dist"), str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (folder / "dist").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_a_wheel_holds_hsa_alone(wheel: zipfile.ZipFile) -> None:
+    top = {name.partition("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"hsa"}
+    assert len(top) == 2
+
+
+def test_a_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
+    held = {name for name in wheel.namelist() if name.endswith(".py")}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hsa").rglob("*.py")}
+    expected |= {f"hsa/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
+    assert "hsa/kernels/__init__.py" in held
+    assert held == expected
+    assert "hsa/py.typed" in wheel.namelist()
+
+
+def test_the_wheel_installs_the_command_and_the_license(wheel: zipfile.ZipFile) -> None:
+    texts = {name.rpartition("/")[2]: name for name in wheel.namelist() if ".dist-info/" in name}
+    assert "hsa = hsa.__main__:main" in wheel.read(texts["entry_points.txt"]).decode()
+    assert "LICENSE" in texts
+    metadata = wheel.read(texts["METADATA"]).decode()
+    assert re.search(r"^License(-Expression)?: Apache-2\.0$", metadata, re.MULTILINE)
+    (python,) = re.findall(r"^Requires-Python: (.*)$", metadata, re.MULTILINE)
+    assert set(python.split(",")) == {">=3.10", "<3.14"}
