@@ -210,7 +210,8 @@ def _own_layout(
         (ref := owner.tensors.get(name)) is not None and ref.name == content.name and ref.nbytes == content.nbytes
         for name, content in contents.items()
     ) and len(contents) == len(owner.tensors)
-    return files, owner.index if unchanged else _index(groups)
+    loadable = isinstance(json.loads(owner.index).get("metadata"), dict)  # transformers does without none
+    return files, owner.index if unchanged and loadable else _index(groups)
 
 
 def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: int | None) -> OutputFile:
