@@ -24,12 +24,14 @@ from hsa.errors import (
 if TYPE_CHECKING:
     from hsa.api import merge
     from hsa.config import MergeConfig
+    from hsa.merger import Merger
     from hsa.report import MergeReport, TensorReport
 
 _LAZY = {
     "merge": "hsa.api",
     "MergeConfig": "hsa.config",
     "MergeReport": "hsa.report",
+    "Merger": "hsa.merger",
     "TensorReport": "hsa.report",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "MachineError",
     "MergeConfig",
     "MergeReport",
+    "Merger",
     "MismatchError",
     "NonFiniteError",
     "RequestError",

@@ -22,14 +22,10 @@ from hsa.output import PROVENANCE, Staging, check_destination
 from hsa.pipeline import Options, Outcome, execute
 from hsa.plan import MergePlan, make_plan
 from hsa.report import MergeReport, PlanReport, TensorReport
+from hsa.threads import default_threads
 
 PathLike = str | os.PathLike[str]
 CARD = "README.md"
-EXTRA_THREADS = 1
-"""Threads beyond the cores: while one waits for the disk, another computes."""
-
-MAX_THREADS = 16
-"""More wait on the disk and hold memory without finishing sooner."""
 
 
 @dataclass(frozen=True)
@@ -273,12 +269,3 @@ def _digest(data: bytes) -> str:
     from blake3 import blake3
 
     return blake3(data).hexdigest()
-
-
-def default_threads() -> int:
-    """The cores this process may use and one more, at most 16."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:
-        cores = os.cpu_count() or 1
-    return min(cores + EXTRA_THREADS, MAX_THREADS)

@@ -81,7 +81,8 @@ class Checkpoint:
             shard.source.check_unchanged()
 
     def file_of(self, tensor: TensorRef) -> str:
-        return f"{self.role} {self.path / self.shards[tensor.shard].name}"
+        held = self.path / self.shards[tensor.shard].name if self.shards else self.path
+        return f"{self.role} {held}"
 
     def close(self) -> None:
         for shard in self.shards:

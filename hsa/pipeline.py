@@ -365,16 +365,17 @@ class _Run:
 
     def _not_finite(self, error: NotFinite, refs: Mapping[Role, TensorRef], code: str) -> NonFiniteError:
         head = "" if error.head is None else f", head {error.head}"
+        scripted = self.plan.config.numerics == "reference"
         if error.role is not None:
             ref = refs[error.role]
+            read = ", as the script's loader reads it (or give --load-dtype float32)" if scripted else ""
             return NonFiniteError(
-                f"{self.sources.of(error.role).file_of(ref)}: tensor {ref.name}{head} holds NaN or Inf; a merge with "
-                f"it would be damaged, use a sound checkpoint"
+                f"{self.sources.of(error.role).file_of(ref)}: tensor {ref.name}{head} holds NaN or Inf{read}; a merge "
+                f"with it would be damaged, use a sound checkpoint"
             )
         ref = refs["primary"]
-        remedy = (
-            "write a wider type (--dtype float32 or bfloat16)" if code == "F16" else "do the three belong together?"
-        )
+        wider = "--load-dtype float32" if scripted else "--dtype float32 or bfloat16"
+        remedy = f"compute in a wider type ({wider})" if code == "F16" else "do the three belong together?"
         return NonFiniteError(
             f"{self.sources.primary.file_of(ref)}: tensor {ref.name}{head}: the result overflows {code}; {remedy}"
         )

@@ -52,7 +52,7 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
     merged) or RequestError (per-tensor parameters that fit no target).
     """
     loaded = script.load_codes(config, sources) if config.numerics == "reference" else None
-    targets = _targets(config, sources, loaded)
+    targets = find_targets(config, sources, loaded)
     by_name = {target.projection.name: target for target in targets}
     owner = sources.primary if loaded is None else sources.base
     names = script.names(sources) if loaded is not None else dict(_stored_names(owner))
@@ -80,7 +80,11 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
     )
 
 
-def _targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, str] | None) -> tuple[Target, ...]:
+def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, str] | None = None) -> tuple[Target, ...]:
+    """The target tensors in the order of primary's files, checked to agree; see `make_plan` for what it raises.
+
+    `loaded` gives the element types that reference numerics cast each source to, None in exact numerics.
+    """
     found: dict[str, whisper.Projection] = {}
     for source in sources:
         for name in source.tensors:

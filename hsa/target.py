@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsa.checkpoint import Role, TensorRef
 from hsa.whisper import Projection
@@ -41,6 +41,10 @@ class Target:
     def matrix(self) -> tuple[int, int]:
         """The shape as rows and columns; a bias is one column."""
         return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (self.shape[0], 1)
+
+    def writing(self, code: str) -> Target:
+        """The same target with its result in another element type."""
+        return self if code == self.out_code else replace(self, out_code=code)
 
     @property
     def head_dim(self) -> int:

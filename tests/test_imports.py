@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "triton", "transformers", "huggingface_hub")
 
 LAYERS = (
-    ("_version", "errors", "dtypes", "memory", "reference", "synthetic_config"),
+    ("_version", "errors", "dtypes", "memory", "reference", "synthetic_config", "threads"),
     ("config", "fsio", "synthetic"),
     ("header", "output", "whisper"),
     ("checkpoint",),
@@ -30,7 +30,7 @@ LAYERS = (
     ("layout",),
     ("backends", "script"),
     ("plan",),
-    ("pipeline",),
+    ("merger", "pipeline"),
     ("assets", "card", "provenance", "report"),
     ("api",),
     ("demo",),
@@ -39,7 +39,7 @@ LAYERS = (
 )
 """Modules and packages of hsa from the ground up: each imports from lower layers alone."""
 
-AT_IMPORT = {"torch": {"hsa.reference", "hsa.backends.script", "hsa.backends.triton"}}
+AT_IMPORT = {"torch": {"hsa.reference", "hsa.backends.script", "hsa.backends.triton", "hsa.merger"}}
 """Which modules may import a heavy library when they are imported themselves; no merge in exact numerics does."""
 
 ANYWHERE = {

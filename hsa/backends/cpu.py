@@ -9,6 +9,7 @@ is exact: a score depends on nothing but the inputs.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -24,6 +25,15 @@ TILE = 1 << 15
 
 FOLD = 64
 """Lanes left for the exact sum, where the width is a multiple of it."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Squared scores of a tensor's heads, and whether any element of each task vector is nonzero."""
+
+    squared: tuple[float, ...]
+    primary_moved: bool
+    secondary_moved: bool
 
 
 class CpuBackend:
@@ -62,19 +72,28 @@ class CpuWorker:
 
     def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> Merged:
         """Score, select and merge one tensor. Buffers: uint8, the tensors' bytes; `out` may be `primary`."""
-        rows, columns = target.matrix
-        self._scratch.at_least(max(rows if columns == 1 else 1, columns))
-        b = base.view(STORAGE[target.base.code]).reshape(rows, columns)
-        m1 = primary.view(STORAGE[target.primary.code]).reshape(rows, columns)
-        m2 = secondary.view(STORAGE[target.secondary.code]).reshape(rows, columns)
-        o = m1 if out is primary else out.view(STORAGE[target.out_code]).reshape(rows, columns)
+        scored = self.score(target, base, primary, secondary)
+        selection = select(scored.squared, target.keep)
+        self.apply(target, selection.selected, base, primary, secondary, out)
+        return Merged(selection, _changed(target, selection.selected), scored.primary_moved, scored.secondary_moved)
+
+    def score(self, target: Target, base: Array, primary: Array, secondary: Array) -> Scored:
+        """The squared saliency scores of one tensor's heads. Buffers: uint8. Raises NotFinite."""
+        b, m1, m2 = self._views(target, base, primary, secondary)
         moved = [False, False]
-        squared = [self._score(target, head, b, m1, m2, moved) for head in range(target.heads)]
+        squared = tuple(self._score(target, head, b, m1, m2, moved) for head in range(target.heads))
         for head, score in enumerate(squared):
             if not math.isfinite(score):
                 raise NotFinite(_culprit(target, head, b, m1, m2), head)
-        selection = select(squared, target.keep)
-        chosen = set(selection.selected)
+        return Scored(squared, moved[0], moved[1])
+
+    def apply(
+        self, target: Target, selected: tuple[int, ...], base: Array, primary: Array, secondary: Array, out: Array
+    ) -> None:
+        """Write one tensor with these heads merged. Buffers: uint8; `out` may be `primary`. Raises NotFinite."""
+        b, m1, m2 = self._views(target, base, primary, secondary)
+        o = m1 if out is primary else out.view(STORAGE[target.out_code]).reshape(target.matrix)
+        chosen = set(selected)
         for head in range(target.heads):
             if head in chosen:
                 self._blend(target, head, b, m1, m2, o)
@@ -82,7 +101,15 @@ class CpuWorker:
                 self._move(target, head, b, m1, o)
             elif o is not m1:
                 self._cast(target, head, m1, o)
-        return Merged(selection, _changed(target, selection.selected), moved[0], moved[1])
+
+    def _views(self, target: Target, base: Array, primary: Array, secondary: Array) -> tuple[Array, Array, Array]:
+        rows, columns = target.matrix
+        self._scratch.at_least(max(rows if columns == 1 else 1, columns))
+        return (
+            base.view(STORAGE[target.base.code]).reshape(rows, columns),
+            primary.view(STORAGE[target.primary.code]).reshape(rows, columns),
+            secondary.view(STORAGE[target.secondary.code]).reshape(rows, columns),
+        )
 
     def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
         """Cast a slice, or move it along primary's task vector. Buffers: uint8."""

@@ -1,0 +1,260 @@
+"""`Merger`: the target tensors of three sources, resident, for many merges with other parameters.
+
+Scores do not depend on lambda or alpha, and the ranking of heads not on k: they are computed once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hsa.backends import NotFinite
+from hsa.backends.cpu import CpuWorker, Scored
+from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef, open_checkpoint
+from hsa.config import MergeConfig, PerTensor, Preset
+from hsa.dtypes import CODES, NAMES, Array, size
+from hsa.errors import BackendUnavailable, MismatchError, NonFiniteError, RequestError
+from hsa.fsio import Tally
+from hsa.plan import find_targets
+from hsa.target import Target, select
+from hsa.threads import default_threads
+from hsa.whisper import MODEL_TYPE, canonical, is_target, parse
+
+Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
+Model = torch.nn.Module | Mapping[str, torch.Tensor]
+
+_CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A source's targets: what a plan needs to know of them, and their bytes by canonical name."""
+
+    checkpoint: Checkpoint
+    data: Mapping[str, Array]
+
+
+class Merger:
+    """Merges of three sources under many parameters, from target tensors kept in memory.
+
+    Args:
+        base, primary, secondary: each a checkpoint directory, a state dict, or a loaded Whisper model. Their target
+            tensors are copied, so that a source may be changed, or be the model that `apply_` writes to.
+        targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
+        attention_scale: factor on the task vectors of the targets.
+        num_heads, num_layers: instead of what the configs say, for both stacks; needed where all three are state
+            dicts, which say nothing of heads.
+        device: `auto` or `cpu`.
+        threads: worker threads; by default the usable cores and one more.
+
+    Merged values are those of `hsa.merge` with exact numerics, bit for bit.
+
+    Raises RequestError, SourceError, MismatchError, NonFiniteError, BackendUnavailable.
+    Source: SPEC sections 1, 2 and 5.
+    """
+
+    def __init__(
+        self,
+        base: Source,
+        primary: Source,
+        secondary: Source,
+        *,
+        targets: Preset = "encoder-qkv",
+        attention_scale: float = 1.0,
+        num_heads: int | None = None,
+        num_layers: int | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        if device not in ("auto", "cpu"):
+            raise BackendUnavailable(f"device {device!r} is not part of this version yet; use 'auto' or 'cpu'")
+        self._config = MergeConfig(
+            targets=targets, attention_scale=attention_scale, num_heads=num_heads, num_layers=num_layers
+        )
+        self._threads = default_threads() if threads is None else threads
+        given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
+        held = {role: _hold(role, given[role], targets) for role in ROLES}
+        _lend_config(held, num_heads, num_layers)
+        self._data = {role: held[role].data for role in ROLES}
+        self._sources = Sources(*(held[role].checkpoint for role in ROLES))
+        self._targets = find_targets(self._config, self._sources)
+        self._stored = {target.projection.name: target.primary.name for target in self._targets}
+        scored = self._each(self._targets, self._score)
+        self._scored: dict[str, Scored] = dict(zip(self._stored, scored, strict=True))
+
+    @property
+    def scores(self) -> dict[str, torch.Tensor]:
+        """The saliency scores of every target: float32 [H] by tensor name."""
+        return {
+            self._stored[name]: torch.tensor(scored.squared, dtype=torch.float64).sqrt().float()
+            for name, scored in self._scored.items()
+        }
+
+    def selected(self, k: PerTensor = 0.6) -> dict[str, tuple[int, ...]]:
+        """The heads that a merge with this `k` blends, by tensor name."""
+        return {target.primary.name: self._select(target) for target in self._with(k, 0.5, 0.2)}
+
+    def merge(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> dict[str, torch.Tensor]:
+        """The merged target tensors by name, new on every call: shapes and dtypes are primary's.
+
+        `k`, `lam` and `alpha` are numbers, or mappings from every target's name to a number.
+        """
+        out = {
+            target.primary.name: torch.empty(target.shape, dtype=getattr(torch, NAMES[target.out_code]))
+            for target in self._targets
+        }
+        self._write(out, self._with(k, lam, alpha))
+        return out
+
+    def apply_(self, model: Model, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> Model:
+        """Write the merged targets into a loaded model or a state dict, in place, and return it.
+
+        Every target is written whole, from the sources alone: what the model held there before does not matter.
+        Tensors that are no target are left as they are, so the model should be primary's. The values are rounded
+        once to the dtype of the model's own tensors.
+
+        Raises MismatchError when a target is missing from the model or has another shape.
+        """
+        held = _state_dict(model)
+        by_name = {canonical(name): tensor for name, tensor in held.items()}
+        out: dict[str, torch.Tensor] = {}
+        for target in self._targets:
+            tensor = by_name.get(target.projection.name)
+            if tensor is None or tuple(tensor.shape) != target.shape:
+                found = "nothing" if tensor is None else list(tensor.shape)
+                raise MismatchError(
+                    f"target tensor {target.primary.name} of shape {list(target.shape)}: the model holds {found}"
+                )
+            if tensor.dtype not in _CODE_OF:
+                raise MismatchError(
+                    f"target tensor {target.primary.name}: the model's dtype is {tensor.dtype}, expected one of "
+                    f"{', '.join(CODES)}"
+                )
+            out[target.primary.name] = tensor
+        self._write(out, self._with(k, lam, alpha))
+        return model
+
+    def _with(self, k: PerTensor, lam: PerTensor, alpha: PerTensor) -> tuple[Target, ...]:
+        config = MergeConfig(
+            k,
+            lam,
+            alpha,
+            self._config.targets,
+            self._config.attention_scale,
+            num_heads=self._config.num_heads,
+            num_layers=self._config.num_layers,
+        )
+        return find_targets(config, self._sources)
+
+    def _select(self, target: Target) -> tuple[int, ...]:
+        return select(self._scored[target.projection.name].squared, target.keep).selected
+
+    def _write(self, out: Mapping[str, torch.Tensor], targets: Iterable[Target]) -> None:
+        def one(target: Target, worker: CpuWorker) -> None:
+            tensor = out[target.primary.name].detach()
+            target = target.writing(_CODE_OF[tensor.dtype])
+            direct = tensor.device.type == "cpu" and tensor.is_contiguous()
+            place = tensor if direct else torch.empty(target.shape, dtype=tensor.dtype)
+            base, primary, secondary = (self._data[role][target.projection.name] for role in ROLES)
+            worker.apply(target, self._select(target), base, primary, secondary, _bytes(place))
+            if not direct:
+                tensor.copy_(place)
+
+        self._each(targets, one)
+
+    def _score(self, target: Target, worker: CpuWorker) -> Scored:
+        base, primary, secondary = (self._data[role][target.projection.name] for role in ROLES)
+        return worker.score(target, base, primary, secondary)
+
+    def _each(self, targets: Iterable[Target], work: Callable[[Target, CpuWorker], Any]) -> list[Any]:
+        """The work on every target, spread over threads that each have a worker of their own."""
+        todo = list(targets)
+        shares = [todo[number :: self._threads] for number in range(self._threads)]
+
+        def run(share: list[Target]) -> list[Any]:
+            worker = CpuWorker()
+            return [self._guarded(target, work, worker) for target in share]
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            done = list(pool.map(run, shares))
+        return [done[number % self._threads][number // self._threads] for number in range(len(todo))]
+
+    def _guarded(self, target: Target, work: Callable[[Target, CpuWorker], Any], worker: CpuWorker) -> Any:
+        try:
+            return work(target, worker)
+        except NotFinite as error:
+            head = "" if error.head is None else f", head {error.head}"
+            what = "the result overflows" if error.role is None else f"{error.role} holds NaN or Inf"
+            raise NonFiniteError(f"target tensor {target.primary.name}{head}: {what}") from None
+
+
+def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
+    if isinstance(model, torch.nn.Module):
+        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if isinstance(model, Mapping):
+        return model
+    raise RequestError(f"expected a loaded model or a state dict, got {type(model).__name__}")
+
+
+def _bytes(tensor: torch.Tensor) -> Array:
+    """The memory of a contiguous CPU tensor as one-dimensional uint8, shared."""
+    flat: Array = tensor.view(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _hold(role: Role, source: Source, preset: Preset) -> _Held:
+    if isinstance(source, (str, os.PathLike)):
+        with open_checkpoint(role, source, Tally()) as checkpoint:
+            data = {}
+            for name, ref in checkpoint.tensors.items():
+                if _wanted(name, preset):
+                    data[name] = np.empty(ref.nbytes, np.uint8)
+                    checkpoint.read_into(ref, data[name].data)
+            checkpoint.check_unchanged()
+            return _Held(checkpoint, data)
+    refs, data = {}, {}
+    for stored, tensor in _state_dict(source).items():
+        name = canonical(stored)
+        if not _wanted(name, preset):
+            continue
+        code = _CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        if code in NAMES:
+            data[name] = _bytes(tensor.detach().to("cpu", copy=True).contiguous())
+        nbytes = tensor.numel() * size(code) if code in NAMES else 0
+        refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
+    config = getattr(source, "config", None)
+    known = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    label = "state dict" if isinstance(source, Mapping) else "model"
+    return _Held(Checkpoint(role, Path(label), Identity(label), known, Tally(), tensors=refs), data)
+
+
+def _wanted(name: str, preset: Preset) -> bool:
+    projection = parse(name)
+    return projection is not None and is_target(projection, preset)
+
+
+def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: int | None) -> None:
+    """Give sources without a config another's; state dicts alone need both counts from the caller."""
+    known = next((h.checkpoint.config for h in held.values() if h.checkpoint.config), None)
+    if known is None:
+        if num_heads is None or num_layers is None:
+            raise RequestError(
+                "three state dicts say nothing of heads and layers: give num_heads and num_layers, or one source as a "
+                "directory or a model"
+            )
+        stacks = ("encoder", "decoder")
+        known = {
+            "model_type": MODEL_TYPE,
+            **{f"{stack}_attention_heads": num_heads for stack in stacks},
+            **{f"{stack}_layers": num_layers for stack in stacks},
+        }
+    for source in held.values():
+        if not source.checkpoint.config:
+            source.checkpoint.config = known
