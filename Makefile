@@ -5,13 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test test-interpret compile-check lint types bench clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
 
 test: lint types
 	$(BIN)/python -m pytest
+
+test-interpret: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels_merge.py tests/test_kernels_refusals.py
+
+compile-check: $(READY)
+	$(BIN)/python -m hsa.kernels.compile_check
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -2,9 +2,10 @@
 
     python bench/bench_merge.py [--shape large-v3] [--dtype float32] [--rounds 5] [--folder DIR] [--keep]
 
-Makes the triple (unless DIR holds it already), merges a small one first and compares every tensor with the
-oracle (no figures without that), then runs the programs in turn, each into a fresh destination with nothing
-left to write back from before. Prints medians with their spread and appends rows to bench/results/merge.csv.
+Makes the triple in a directory of its own (with --keep in DIR, unless it stands there already), merges a small one
+first and compares every tensor with the oracle (no figures without that), then runs the programs in turn, each into
+a fresh destination with nothing left to write back from before. Prints medians with their spread and appends rows to
+bench/results/merge.csv.
 Memory is RssAnon + RssShmem of the process and its children, sampled from outside.
 """
 
@@ -182,33 +183,30 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="large-v3")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the triple is made, or stands (default: temporary)")
-    parser.add_argument("--keep", action="store_true", help="leave the triple in the folder")
+    parser.add_argument("--folder", type=Path, help="where there is space (default: the temporary directory)")
+    parser.add_argument("--keep", action="store_true", help="make the triple in the folder, or use it there")
     options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="hsa-bench-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    triple = folder / f"{options.shape}-{options.dtype}"
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="hsa-bench-", dir=options.folder))
+    triple = (options.folder if options.keep and options.folder else scratch) / f"{options.shape}-{options.dtype}"
     try:
-        gate(Path(tempfile.mkdtemp(dir=folder)))
+        gate(scratch)
         if not all((triple / role / "config.json").exists() for role in ROLES):
             needed = 4 * model_bytes(options.shape, options.dtype)
-            free = shutil.disk_usage(folder).free
+            free = shutil.disk_usage(scratch).free
             if free < needed * 1.05:
-                raise SystemExit(f"the triple and one output need {needed} bytes in {folder}, {free} are free")
+                raise SystemExit(f"the triple and one output need {needed} bytes in {scratch}, {free} are free")
             write_triple(triple, SHAPES[options.shape], dtype=options.dtype, max_shard_bytes=5 * 10**9)
         measured = programs(triple)
         for number in range(options.rounds):
             for program in measured if number % 2 == 0 else reversed(measured):
-                run(program, folder / "out")
+                run(program, scratch / "out")
                 print(f"{program.name}: {program.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
         print(table(measured))
         append_rows(measured, options.shape, options.dtype)
     finally:
-        shutil.rmtree(folder / "out", ignore_errors=True)
-        for scratch in folder.glob("tmp*"):
-            shutil.rmtree(scratch, ignore_errors=True)
-        if not options.keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

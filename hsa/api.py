@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from hsa import assets, fsio, provenance, report
 from hsa.backends import Backend, resolve
 from hsa.card import check_fields
-from hsa.checkpoint import INDEX, Role, Sources, open_checkpoint
+from hsa.checkpoint import INDEX, Role, Sources, is_hub_id, open_checkpoint
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
 from hsa.errors import RequestError, SourceError
 from hsa.layout import parse_size
@@ -26,6 +27,9 @@ from hsa.threads import default_threads
 
 PathLike = str | os.PathLike[str]
 CARD = "README.md"
+
+
+_REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,17 @@ class Request:
     def __post_init__(self) -> None:
         if self.assets_from not in get_args(Role):
             raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {self.assets_from!r}")
-        if self.threads is not None and (not isinstance(self.threads, int) or not 1 <= self.threads <= 256):
+        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
+        if self.threads is not None and not (whole and 1 <= self.threads <= 256):
             raise RequestError(f"threads must be a whole number from 1 to 256, got {self.threads!r}")
         for role, claimed in (self.ids or {}).items():
-            if claimed is not None and (
-                not claimed.partition("@")[0].strip() or not claimed.isprintable() or os.path.isabs(claimed)
-            ):
+            if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
+                raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
+            if claimed is not None and "@" in claimed and not _REVISION.fullmatch(claimed.partition("@")[2]):
                 raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
         check_fields(self.card or {})
-        if isinstance(self.max_shard_size, int):
+        if self.max_shard_size is not None:
             parse_size(str(self.max_shard_size))
-        elif self.max_shard_size is not None:
-            parse_size(self.max_shard_size)
 
 
 def merge(
@@ -78,7 +81,7 @@ def merge(
     num_heads: int | None = None,
     num_layers: int | None = None,
     numerics: Numerics = "exact",
-    load_dtype: LoadDtype | None = None,
+    load_dtype: LoadDtype = "auto",
     dtype: OutputDtype = "auto",
     backend: str = "auto",
     device: str = "auto",
@@ -162,8 +165,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
     memory, tally = PeakMemory(), fsio.Tally()
     with ExitStack() as stack:
         job = _prepare(request, tally, stack)
-        owner: Role = "base" if request.config.numerics == "reference" else "primary"
-        found = assets.collect(job.sources, owner, request.assets_from, job.plan.output_dtype, tally)
+        found = _collect(request, job, tally)
         staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
         options = Options(request.threads or default_threads(), request.digest, request.sync)
         total = job.plan.bytes_to_write
@@ -200,12 +202,16 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
 
 
 def dry_run(request: Request) -> PlanReport:
-    """The plan of a request: reads headers and configs, writes nothing."""
+    """The plan of a request: reads headers and small files, writes nothing."""
     tally = fsio.Tally()
     with ExitStack() as stack:
         job = _prepare(request, tally, stack)
         plan = job.plan
+        found = _collect(request, job, tally)
+        needed = plan.bytes_to_write + sum(map(len, found.files.values()))
         existing = next(parent for parent in job.destination.parents if parent.exists())
+        free = fsio.free_bytes(existing)
+        short = [f"{needed} bytes are to be written and {free} are free in {existing}"] if free < needed else []
         return PlanReport(
             output=job.destination,
             route=plan.route,
@@ -215,10 +221,16 @@ def dry_run(request: Request) -> PlanReport:
             targets=plan.targets,
             files={file.name: file.size for file in plan.files},
             bytes_to_read=tally.read + sum(plan.weight_bytes_read.values()),
-            bytes_to_write=plan.bytes_to_write,
-            free_bytes=fsio.free_bytes(existing),
-            notes=plan.notes,
+            bytes_to_write=needed,
+            free_bytes=free,
+            notes=(*plan.notes, *found.notes),
+            warnings=(*found.warnings, *short),
         )
+
+
+def _collect(request: Request, job: _Job, tally: fsio.Tally) -> assets.Assets:
+    owner: Role = "base" if request.config.numerics == "reference" else "primary"
+    return assets.collect(job.sources, owner, request.assets_from, job.plan.output_dtype, tally)
 
 
 @dataclass(frozen=True)
@@ -260,9 +272,19 @@ def _write_rest(
         digests[name] = _digest(data) if request.digest else None
     staging.write(
         PROVENANCE,
-        provenance.build(job.plan, job.sources, job.backend.name, outcome.targets, digests, request.assets_from),
+        provenance.build(job.plan, job.sources, outcome.targets, digests, _settings(request, job)),
         tally,
     )
+
+
+def _settings(request: Request, job: _Job) -> dict[str, Any]:
+    limit = request.max_shard_size
+    return {
+        "assets_from": request.assets_from,
+        "backend": job.backend.name,
+        "card": dict(request.card or {}),
+        "max_shard_size": None if limit is None else parse_size(str(limit)),
+    }
 
 
 def _digest(data: bytes) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from hsa.checkpoint import Identity, Role, Sources
+from hsa.assets import FEATURES, TOKENS
+from hsa.checkpoint import Identity, Role, Sources, is_hub_id
+from hsa.compute import TargetOutcome
 from hsa.errors import RequestError
-from hsa.pipeline import TargetOutcome
 from hsa.plan import MergePlan
 from hsa.whisper import Stack
 
@@ -50,6 +51,9 @@ def parse_fields(pairs: Iterable[str]) -> dict[str, str]:
 
 def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
     """The fields, when every name is known; RequestError otherwise."""
+    for name, value in fields.items():
+        if not isinstance(value, str) or not value.strip():
+            raise RequestError(f"card field {name} must be a text that says something, got {value!r}")
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise RequestError(f"card field {unknown[0]!r} is unknown; there are {', '.join(FIELDS)}")
@@ -60,14 +64,14 @@ def render(
     plan: MergePlan,
     sources: Sources,
     outcomes: Sequence[TargetOutcome],
-    files: Iterable[str],
+    files: Collection[str],
     fields: Mapping[str, str],
 ) -> bytes:
     """The card's bytes. `files` are the output's file names."""
     from huggingface_hub import ModelCard, ModelCardData
 
     identities = {source.role: source.identity for source in sources}
-    parents = list(dict.fromkeys(identity.id for identity in identities.values()))
+    parents = list(dict.fromkeys(i.id for i in identities.values() if is_hub_id(i.id)))
     extra: dict[str, Any] = {}
     if "language" in fields:
         languages = [tag.strip() for tag in fields["language"].split(",") if tag.strip()]
@@ -75,8 +79,8 @@ def render(
     if "license" in fields:
         extra["license"] = fields["license"]
     data = ModelCardData(
-        base_model=parents,
-        base_model_relation="merge",
+        base_model=parents or None,
+        base_model_relation="merge" if parents else None,
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
         tags=["whisper", "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
@@ -90,7 +94,7 @@ def _body(
     plan: MergePlan,
     identities: Mapping[Role, Identity],
     outcomes: Sequence[TargetOutcome],
-    files: Iterable[str],
+    files: Collection[str],
     fields: Mapping[str, str],
 ) -> str:
     chosen = sum(len(outcome.merged.selection.selected) for outcome in outcomes)
@@ -114,7 +118,7 @@ def _body(
         "## Model details",
         _bullets(details),
         "## Method",
-        METHOD,
+        _method(plan),
         _table(("parameter", "value"), _parameters(plan)),
         "## Merged heads",
         f"{chosen} of {total} heads in {len(outcomes)} target tensors. Scores and margins are in `hsa_merge.json`.",
@@ -122,7 +126,7 @@ def _body(
         "## Intended use",
         intended,
         "## How to load",
-        _loading(),
+        _loading(processor=bool({*FEATURES} & {*files}) and bool({*TOKENS} & {*files})),
         "## Files",
         _bullets([(f"`{_code(file)}`", _FILE_TEXT.get(file, _kind(file))) for file in sorted(files)]),
         "## Limitations",
@@ -133,11 +137,28 @@ def _body(
     return "\n\n".join(sections) + "\n"
 
 
+def _method(plan: MergePlan) -> str:
+    config = plan.config
+    if config.attention_scale == config.non_attention_scale == 1.0:
+        rest = "Everything else stays primary's."
+    else:
+        rest = (
+            "Other heads of these tensors become `B + attention_scale * tv1`, all other tensors\n"
+            "`B + non_attention_scale * tv1`."
+        )
+    if config.numerics == "reference":
+        rest += (
+            "\nComputed with the reference script's own operations, which write every tensor as `B + scale * tv1` and\n"
+            "so may differ from primary in the last bit."
+        )
+    return f"{METHOD} {rest}"
+
+
 METHOD = """Headwise Selective Attention (HSA) merge composes two fine-tunes of one pretrained model without
 retraining. With `B` the base, `tv1` and `tv2` the task vectors of primary and secondary, each target tensor
 ranks its attention heads by the L2 norm of `|tv1| + |tv2|`. The heads kept become
 `B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)` with
-`lambda_i = lambda ** (alpha * (i + 1) / L)` in layer `i` of `L`; everything else stays primary's."""
+`lambda_i = lambda ** (alpha * (i + 1) / L)` in layer `i` of `L`."""
 
 INTENDED_USE = """Speech recognition in the domains that primary and secondary were adapted to, and research on
 model merging. Measure it on your own data before you rely on it."""
@@ -154,15 +175,19 @@ def _parameters(plan: MergePlan) -> list[tuple[str, str]]:
     return [(name, _value(value)) for name, value in shown.items()]
 
 
-def _loading() -> str:
-    return (
-        "```python\n"
-        "from transformers import WhisperForConditionalGeneration, WhisperProcessor\n\n"
-        'path = "path/to/this/directory"\n'
-        "model = WhisperForConditionalGeneration.from_pretrained(path)\n"
-        "processor = WhisperProcessor.from_pretrained(path)\n"
-        "```"
-    )
+def _loading(*, processor: bool) -> str:
+    lines = [
+        "```python",
+        "from transformers import WhisperForConditionalGeneration" + (", WhisperProcessor" if processor else ""),
+        "",
+        'path = "path/to/this/directory"',
+        "model = WhisperForConditionalGeneration.from_pretrained(path)",
+        *(["processor = WhisperProcessor.from_pretrained(path)"] if processor else []),
+        "```",
+    ]
+    if not processor:
+        lines += ["", "Tokenizer and feature extractor are not part of this checkpoint: take the pretrained model's."]
+    return "\n".join(lines)
 
 
 def _heads(outcomes: Sequence[TargetOutcome]) -> str:

@@ -27,6 +27,7 @@ MAX_TEXT = 128 << 20
 """Bytes; the largest config, index or tokenizer file that is read."""
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]+)?")
+_REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?(/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?)?", re.ASCII)
 _HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?")
 
 
@@ -132,6 +133,11 @@ class Sources:
                 f"{', '.join(ARITHMETIC)}"
             )
         return base
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the Hub would take this as the name of a model: `name` or `org/name`."""
+    return _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
 def open_checkpoint(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:

@@ -124,8 +124,8 @@ def merge(
         str, typer.Option(metavar="exact|reference", help="The exact formula, or the reference script's operations.")
     ] = "exact",
     load_dtype: Annotated[
-        str | None, typer.Option(metavar="auto|float32", help="With reference numerics: how its loader reads.")
-    ] = None,
+        str, typer.Option(metavar="auto|float32", help="With reference numerics: how its loader reads.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Output: auto, float32, float16 or bfloat16.")] = "auto",
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or triton.")] = "auto",
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -147,12 +147,16 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors alone.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Add the traceback to an error.")] = False,
+    patch: Annotated[bool, typer.Option("--patch", hidden=True)] = False,
 ) -> None:
     """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint."""
     from hsa import api
     from hsa.card import parse_fields
     from hsa.config import MergeConfig
+    from hsa.errors import RequestError
 
+    if patch:
+        raise RequestError("--patch is not part of this version yet; without it the merge is a whole checkpoint")
     request = api.Request(
         sources={"base": base, "primary": primary, "secondary": secondary},
         output=output,
@@ -240,6 +244,7 @@ def _describe_plan(plan: PlanReport) -> str:
         f"  write   {_bytes(plan.bytes_to_write)}, {_bytes(plan.free_bytes)} free",
         *(f"          {name}: {_bytes(size)}" for name, size in plan.files.items()),
         *(f"  note    {note}" for note in plan.notes),
+        *(f"  warning {warning}" for warning in plan.warnings),
     ]
     return "\n".join(map(one_line, lines))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from hsa.errors import RequestError
 
@@ -36,7 +38,7 @@ class MergeConfig:
     num_heads: int | None = None
     num_layers: int | None = None
     numerics: Numerics = "exact"
-    load_dtype: LoadDtype | None = None
+    load_dtype: LoadDtype = "auto"
     dtype: OutputDtype = "auto"
 
     def __post_init__(self) -> None:
@@ -51,13 +53,12 @@ class MergeConfig:
         for name, count in (("num_heads", self.num_heads), ("num_layers", self.num_layers)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise RequestError(f"{name} must be a whole number of at least 1, got {count!r}")
-        if self.load_dtype is not None:
-            _choice("load_dtype", self.load_dtype, get_args(LoadDtype))
-            if self.numerics != "reference":
-                raise RequestError(
-                    "load_dtype says how the reference script's loader reads checkpoints and has a meaning "
-                    "with numerics 'reference' alone; add --numerics reference, or use --dtype for the output"
-                )
+        _choice("load_dtype", self.load_dtype, get_args(LoadDtype))
+        if self.load_dtype != "auto" and self.numerics != "reference":
+            raise RequestError(
+                "load_dtype says how the reference script's loader reads checkpoints and has a meaning with numerics "
+                "'reference' alone; add --numerics reference, or use --dtype for the output"
+            )
         if self.numerics == "reference" and self.dtype != "auto":
             raise RequestError(
                 f"numerics 'reference' writes base's dtype, as the reference script does, so dtype must be "
@@ -72,7 +73,8 @@ class MergeConfig:
         for key in (name, f"model.{name}"):
             if key in value:
                 return float(value[key])
-        raise RequestError(f"{parameter} is given per tensor but has no value for target tensor {name}")
+        shown = "lambda" if parameter == "lam" else parameter
+        raise RequestError(f"{shown} is given per tensor but has no value for target tensor {name}")
 
     def check_names(self, names: set[str]) -> None:
         """Refuse a per-tensor parameter that names a tensor which is no target."""
@@ -81,9 +83,8 @@ class MergeConfig:
             if isinstance(value, Mapping):
                 unknown = [key for key in value if key.removeprefix("model.") not in names]
                 if unknown:
-                    raise RequestError(
-                        f"{parameter} is given for {unknown[0]!r}, which is no target of {self.targets!r}"
-                    )
+                    shown = "lambda" if parameter == "lam" else parameter
+                    raise RequestError(f"{shown} is given for {unknown[0]!r}, which is no target of {self.targets!r}")
 
     def as_dict(self) -> dict[str, Any]:
         """The parameters under their command-line names, for reports and provenance."""
@@ -97,7 +98,7 @@ class MergeConfig:
             "num_heads": self.num_heads,
             "num_layers": self.num_layers,
             "numerics": self.numerics,
-            "load_dtype": (self.load_dtype or "auto") if self.numerics == "reference" else None,
+            "load_dtype": self.load_dtype if self.numerics == "reference" else None,
             "dtype": self.dtype,
         }
 
@@ -121,9 +122,10 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
     limits = "finite" if math.isinf(low) and math.isinf(high) else f"in [{low:g}, {high:g}]"
     if math.isinf(high) and not math.isinf(low):
         limits = f"finite and at least {low:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RequestError(f"{name} must be a number {limits}, got {value!r}")
-    if not math.isfinite(value) or not low <= value <= high:
+    value = cast(float, value)
+    if not -sys.float_info.max <= value <= sys.float_info.max or not low <= value <= high:
         raise RequestError(f"{name} must be {limits}, got {value!r}")
 
 

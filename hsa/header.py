@@ -88,7 +88,7 @@ def parse(text: bytes, data_size: int, where: str) -> tuple[tuple[Entry, ...], M
 
 def serialize(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
     """A header, length included, padded with spaces so that the data is 8-byte aligned."""
-    document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    document: dict[str, Any] = {"__metadata__": dict(metadata)}
     for entry in entries:
         document[entry.name] = {
             "dtype": entry.code,

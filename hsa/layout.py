@@ -16,7 +16,7 @@ from hsa.errors import RequestError
 from hsa.header import Entry, serialize
 from hsa.target import Target
 
-SLICE_ELEMENTS = 1 << 20
+SLICE_ELEMENTS = 1 << 18
 """Elements of a streamed tensor that are in memory at a time."""
 
 _UNITS = {

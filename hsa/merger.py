@@ -6,21 +6,19 @@ Scores do not depend on lambda or alpha, and the ranking of heads not on k: they
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from hsa.backends import NotFinite
-from hsa.backends.cpu import CpuWorker, Scored
+from hsa.backends import Backend, resolve
+from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
 from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef, open_checkpoint
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.dtypes import CODES, NAMES, Array, size
-from hsa.errors import BackendUnavailable, MismatchError, NonFiniteError, RequestError
+from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
 from hsa.plan import find_targets
 from hsa.target import Target, select
@@ -29,8 +27,6 @@ from hsa.whisper import MODEL_TYPE, canonical, is_target, parse
 
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
-
-_CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,11 @@ class Merger:
         attention_scale: factor on the task vectors of the targets.
         num_heads, num_layers: instead of what the configs say, for both stacks; needed where all three are state
             dicts, which say nothing of heads.
-        device: `auto` or `cpu`.
-        threads: worker threads; by default the usable cores and one more.
+        backend, device: where to compute, as for `hsa.merge`; `device="cuda"` keeps the targets on that GPU, where
+            writing into a model on the same device allocates nothing after the first call with that model.
+        threads: worker threads on the CPU; by default the usable cores and one more.
+
+    `backend` and `device` are what was chosen.
 
     Merged values are those of `hsa.merge` with exact numerics, bit for bit.
 
@@ -70,31 +69,31 @@ class Merger:
         attention_scale: float = 1.0,
         num_heads: int | None = None,
         num_layers: int | None = None,
+        backend: str = "auto",
         device: str = "auto",
         threads: int | None = None,
     ) -> None:
-        if device not in ("auto", "cpu"):
-            raise BackendUnavailable(f"device {device!r} is not part of this version yet; use 'auto' or 'cpu'")
         self._config = MergeConfig(
             targets=targets, attention_scale=attention_scale, num_heads=num_heads, num_layers=num_layers
         )
-        self._threads = default_threads() if threads is None else threads
+        chosen = resolve(backend, device, self._config)
+        self.backend, self.device = chosen.name, chosen.device
         given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
         held = {role: _hold(role, given[role], targets) for role in ROLES}
         _lend_config(held, num_heads, num_layers)
-        self._data = {role: held[role].data for role in ROLES}
+        data = {role: held[role].data for role in ROLES}
         self._sources = Sources(*(held[role].checkpoint for role in ROLES))
         self._targets = find_targets(self._config, self._sources)
         self._stored = {target.projection.name: target.primary.name for target in self._targets}
-        scored = self._each(self._targets, self._score)
-        self._scored: dict[str, Scored] = dict(zip(self._stored, scored, strict=True))
+        self._resident = _make_resident(chosen, data, self._targets, default_threads() if threads is None else threads)
+        self._squared = dict(zip(self._stored, self._resident.score(self._targets), strict=True))
 
     @property
     def scores(self) -> dict[str, torch.Tensor]:
         """The saliency scores of every target: float32 [H] by tensor name."""
         return {
-            self._stored[name]: torch.tensor(scored.squared, dtype=torch.float64).sqrt().float()
-            for name, scored in self._scored.items()
+            self._stored[name]: torch.tensor(squared, dtype=torch.float64).sqrt().float()
+            for name, squared in self._squared.items()
         }
 
     def selected(self, k: PerTensor = 0.6) -> dict[str, tuple[int, ...]]:
@@ -132,7 +131,7 @@ class Merger:
                 raise MismatchError(
                     f"target tensor {target.primary.name} of shape {list(target.shape)}: the model holds {found}"
                 )
-            if tensor.dtype not in _CODE_OF:
+            if tensor.dtype not in CODE_OF:
                 raise MismatchError(
                     f"target tensor {target.primary.name}: the model's dtype is {tensor.dtype}, expected one of "
                     f"{', '.join(CODES)}"
@@ -154,45 +153,20 @@ class Merger:
         return find_targets(config, self._sources)
 
     def _select(self, target: Target) -> tuple[int, ...]:
-        return select(self._scored[target.projection.name].squared, target.keep).selected
+        return select(self._squared[target.projection.name], target.keep).selected
 
-    def _write(self, out: Mapping[str, torch.Tensor], targets: Iterable[Target]) -> None:
-        def one(target: Target, worker: CpuWorker) -> None:
-            tensor = out[target.primary.name].detach()
-            target = target.writing(_CODE_OF[tensor.dtype])
-            direct = tensor.device.type == "cpu" and tensor.is_contiguous()
-            place = tensor if direct else torch.empty(target.shape, dtype=tensor.dtype)
-            base, primary, secondary = (self._data[role][target.projection.name] for role in ROLES)
-            worker.apply(target, self._select(target), base, primary, secondary, _bytes(place))
-            if not direct:
-                tensor.copy_(place)
+    def _write(self, out: Mapping[str, torch.Tensor], targets: Sequence[Target]) -> None:
+        self._resident.write(targets, [out[target.primary.name] for target in targets])
 
-        self._each(targets, one)
 
-    def _score(self, target: Target, worker: CpuWorker) -> Scored:
-        base, primary, secondary = (self._data[role][target.projection.name] for role in ROLES)
-        return worker.score(target, base, primary, secondary)
+def _make_resident(
+    backend: Backend, data: Mapping[Role, Mapping[str, Array]], targets: Sequence[Target], threads: int
+) -> Resident:
+    if backend.name == "triton":
+        from hsa.backends.triton import TritonResident
 
-    def _each(self, targets: Iterable[Target], work: Callable[[Target, CpuWorker], Any]) -> list[Any]:
-        """The work on every target, spread over threads that each have a worker of their own."""
-        todo = list(targets)
-        shares = [todo[number :: self._threads] for number in range(self._threads)]
-
-        def run(share: list[Target]) -> list[Any]:
-            worker = CpuWorker()
-            return [self._guarded(target, work, worker) for target in share]
-
-        with ThreadPoolExecutor(self._threads) as pool:
-            done = list(pool.map(run, shares))
-        return [done[number % self._threads][number // self._threads] for number in range(len(todo))]
-
-    def _guarded(self, target: Target, work: Callable[[Target, CpuWorker], Any], worker: CpuWorker) -> Any:
-        try:
-            return work(target, worker)
-        except NotFinite as error:
-            head = "" if error.head is None else f", head {error.head}"
-            what = "the result overflows" if error.role is None else f"{error.role} holds NaN or Inf"
-            raise NonFiniteError(f"target tensor {target.primary.name}{head}: {what}") from None
+        return TritonResident(data, targets, backend.device)
+    return CpuResident(data, threads)
 
 
 def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
@@ -201,12 +175,6 @@ def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
     if isinstance(model, Mapping):
         return model
     raise RequestError(f"expected a loaded model or a state dict, got {type(model).__name__}")
-
-
-def _bytes(tensor: torch.Tensor) -> Array:
-    """The memory of a contiguous CPU tensor as one-dimensional uint8, shared."""
-    flat: Array = tensor.view(-1).view(torch.uint8).numpy()
-    return flat
 
 
 def _hold(role: Role, source: Source, preset: Preset) -> _Held:
@@ -224,9 +192,9 @@ def _hold(role: Role, source: Source, preset: Preset) -> _Held:
         name = canonical(stored)
         if not _wanted(name, preset):
             continue
-        code = _CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         if code in NAMES:
-            data[name] = _bytes(tensor.detach().to("cpu", copy=True).contiguous())
+            data[name] = bytes_of(tensor.detach().to("cpu", copy=True).contiguous())
         nbytes = tensor.numel() * size(code) if code in NAMES else 0
         refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
     config = getattr(source, "config", None)

@@ -13,22 +13,21 @@ import mmap
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from hsa import fsio
-from hsa.backends import Backend, Merged, NotFinite, Worker
-from hsa.checkpoint import Role, Sources, TensorRef
-from hsa.dtypes import Array, size
-from hsa.errors import MachineError, NonFiniteError
-from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment, Slice
+from hsa.backends import Backend
+from hsa.checkpoint import Sources
+from hsa.compute import Calculator, Desk, TargetOutcome
+from hsa.dtypes import Array
+from hsa.errors import MachineError
+from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment
 from hsa.memory import PeakMemory
 from hsa.output import Staging
 from hsa.plan import MergePlan
-from hsa.target import Target
 
 DIRECT_PIECE = 4 << 20
 """Bytes of a piece that is written past the page cache."""
@@ -52,15 +51,6 @@ class Options:
     threads: int
     digest: bool = True
     sync: bool = True
-
-
-@dataclass(frozen=True)
-class TargetOutcome:
-    """A merged target, and the BLAKE3 digest of its bytes in each source."""
-
-    target: Target
-    merged: Merged
-    digests: Mapping[Role, str]
 
 
 @dataclass(frozen=True)
@@ -94,13 +84,13 @@ class _File:
 
 @dataclass(frozen=True)
 class _Task:
-    """Compute a segment, or (with no segment) assemble and write a piece."""
+    """Compute segments, or (with none) assemble and write a piece."""
 
     file: _File
     number: int
     start: int
     stop: int
-    segment: Segment | None = None
+    segments: tuple[Segment, ...] = ()
 
 
 @dataclass
@@ -112,19 +102,12 @@ class _Result:
     changed: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Local:
     """One thread's own memory."""
 
-    worker: Worker
+    desk: Desk
     piece: mmap.mmap
-    raw: dict[str, Array] = field(default_factory=dict)
-
-    def scratch(self, slot: str, nbytes: int) -> Array:
-        held = self.raw.get(slot)
-        if held is None or held.size < nbytes:
-            held = self.raw[slot] = np.empty(nbytes, np.uint8)
-        return held[:nbytes]
 
 
 class _Stopped(Exception):
@@ -164,14 +147,13 @@ class _Run:
         tally: fsio.Tally,
         memory: PeakMemory,
     ) -> None:
-        self.plan, self.sources, self.backend, self.staging = plan, sources, backend, staging
+        self.plan, self.sources, self.staging = plan, sources, staging
         self.options, self.tally, self.memory = options, tally, memory
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
         self.done = 0
         self.results: dict[int, _Result] = {}
-        self.spare: list[Array] = []
-        self.outcomes: dict[str, TargetOutcome] = {}
+        self.calculator = Calculator(sources, backend, plan.config.numerics)
         self.files: list[_File] = []
         self.piece = CACHED_PIECE
         self.tasks: Iterator[_Task] = iter(())
@@ -207,7 +189,7 @@ class _Run:
                 with fsio.writing(self.staging.file(written.plan.name)):
                     fsio.sync(written.fd)
         digests = {file.plan.name: file.hasher.hexdigest() for file in self.files if file.hasher is not None}
-        ordered = tuple(self.outcomes[target.projection.name] for target in self.plan.targets)
+        ordered = tuple(self.calculator.outcomes[target.projection.name] for target in self.plan.targets)
         return Outcome(ordered, digests)
 
     def close(self) -> None:
@@ -250,18 +232,29 @@ class _Run:
         return None
 
     def _all_tasks(self) -> Iterator[_Task]:
-        """Every task in file order, computations right before the piece in which their result begins."""
+        """Every task in file order, computations right before the piece in which the first of their results begins."""
         for file in self.files:
-            computed = iter([segment for segment in file.plan.segments if isinstance(segment.content, Computed)])
-            upcoming = next(computed, None)
+            ahead = deque(segment for segment in file.plan.segments if isinstance(segment.content, Computed))
             for number, start in enumerate(range(0, file.plan.size, self.piece)):
                 stop = min(start + self.piece, file.plan.size)
-                while upcoming is not None and upcoming.offset < stop:
-                    first, last = upcoming.offset // self.piece, (upcoming.stop - 1) // self.piece
-                    self.results[id(upcoming)] = _Result(pieces_left=last - first + 1)
-                    yield _Task(file, number, start, stop, upcoming)
-                    upcoming = next(computed, None)
+                while ahead and ahead[0].offset < stop:
+                    group = self._draw_group(ahead)
+                    for segment in group:
+                        first, last = segment.offset // self.piece, (segment.stop - 1) // self.piece
+                        self.results[id(segment)] = _Result(pieces_left=last - first + 1)
+                    yield _Task(file, number, start, stop, group)
                 yield _Task(file, number, start, stop)
+
+    def _draw_group(self, ahead: deque[Segment]) -> tuple[Segment, ...]:
+        """The next segment, and the targets after it that the backend takes in the same go."""
+        group = [ahead.popleft()]
+        total = group[0].content.nbytes
+        while ahead and isinstance(group[0].content, Merge) and isinstance(ahead[0].content, Merge):
+            total += ahead[0].content.nbytes
+            if total > self.calculator.backend.group_bytes:
+                break
+            group.append(ahead.popleft())
+        return tuple(group)
 
     def _piece(self) -> mmap.mmap:
         try:
@@ -271,7 +264,7 @@ class _Run:
 
     def _work(self) -> None:
         try:
-            local = _Local(self.backend.worker(), self._piece())
+            local = _Local(Desk(self.calculator), self._piece())
             while True:
                 with self.changed:
                     if self.failure is not None:
@@ -279,8 +272,8 @@ class _Run:
                     task = next(self.tasks, None)
                 if task is None:
                     return
-                if task.segment is not None:
-                    self._compute(task.segment, local)
+                if task.segments:
+                    self._compute(task.segments, local)
                 else:
                     self._write(task, local)
         except _Stopped:
@@ -303,90 +296,13 @@ class _Run:
         if self.failure is not None:
             raise _Stopped
 
-    def _compute(self, segment: Segment, local: _Local) -> None:
-        content = segment.content
-        changed: tuple[tuple[int, int], ...] = ((0, content.nbytes),)
-        if isinstance(content, Merge):
-            out, changed = self._merge(content.target, local)
-        else:
-            assert isinstance(content, Slice)
-            out = self._slice(content, local)
+    def _compute(self, segments: Sequence[Segment], local: _Local) -> None:
+        computed = local.desk.compute([segment.content for segment in segments])  # type: ignore[misc]
         with self.changed:
-            result = self.results[id(segment)]
-            result.data, result.changed = out, changed
+            for segment, found in zip(segments, computed, strict=True):
+                result = self.results[id(segment)]
+                result.data, result.changed = found.data, found.changed
             self.changed.notify_all()
-
-    def _merge(self, target: Target, local: _Local) -> tuple[Array, tuple[tuple[int, int], ...]]:
-        from blake3 import blake3
-
-        in_place = target.load_codes is None and target.out_code == target.primary.code
-        raw: dict[Role, Array] = {
-            "base": local.scratch("base", target.base.nbytes),
-            "secondary": local.scratch("secondary", target.secondary.nbytes),
-        }
-        primary = self._buffer(target.primary.nbytes) if in_place else local.scratch("primary", target.primary.nbytes)
-        raw["primary"] = primary
-        refs: dict[Role, TensorRef] = {
-            "base": target.base,
-            "primary": target.primary,
-            "secondary": target.secondary,
-        }
-        digests: dict[Role, str] = {}
-        for role, ref in refs.items():
-            self.sources.of(role).read_into(ref, raw[role].data)
-            digests[role] = blake3(raw[role].data).hexdigest()
-        rows, columns = target.matrix
-        out = primary if in_place else self._buffer(rows * columns * size(target.out_code))
-        try:
-            merged = local.worker.merge(target, raw["base"], primary, raw["secondary"], out)
-        except NotFinite as error:
-            raise self._not_finite(error, refs, target.out_code) from None
-        with self.changed:
-            self.outcomes[target.projection.name] = TargetOutcome(target, merged, digests)
-        return out, merged.changed
-
-    def _slice(self, piece: Slice, local: _Local) -> Array:
-        start = piece.first * size(piece.primary.code)
-        primary = local.scratch("primary", piece.count * size(piece.primary.code))
-        self.sources.of(piece.role).read_into(piece.primary, primary.data, start)
-        base = None
-        if piece.base is not None:
-            base = local.scratch("base", piece.count * size(piece.base.code))
-            self.sources.base.read_into(piece.base, base.data, piece.first * size(piece.base.code))
-        out = self._buffer(piece.nbytes)
-        try:
-            local.worker.slice(piece, primary, base, out)
-        except NotFinite as error:
-            refs: dict[Role, TensorRef] = {piece.role: piece.primary}
-            if piece.base is not None:
-                refs["base"] = piece.base
-            raise self._not_finite(error, {"primary": piece.primary, **refs}, piece.code) from None
-        return out
-
-    def _not_finite(self, error: NotFinite, refs: Mapping[Role, TensorRef], code: str) -> NonFiniteError:
-        head = "" if error.head is None else f", head {error.head}"
-        scripted = self.plan.config.numerics == "reference"
-        if error.role is not None:
-            ref = refs[error.role]
-            read = ", as the script's loader reads it (or give --load-dtype float32)" if scripted else ""
-            return NonFiniteError(
-                f"{self.sources.of(error.role).file_of(ref)}: tensor {ref.name}{head} holds NaN or Inf{read}; a merge "
-                f"with it would be damaged, use a sound checkpoint"
-            )
-        ref = refs["primary"]
-        wider = "--load-dtype float32" if scripted else "--dtype float32 or bfloat16"
-        remedy = f"compute in a wider type ({wider})" if code == "F16" else "do the three belong together?"
-        return NonFiniteError(
-            f"{self.sources.primary.file_of(ref)}: tensor {ref.name}{head}: the result overflows {code}; {remedy}"
-        )
-
-    def _buffer(self, nbytes: int) -> Array:
-        """An uninitialised buffer, reused where one of that size is spare."""
-        with self.changed:
-            for position, spare in enumerate(self.spare):
-                if spare.size == nbytes:
-                    return self.spare.pop(position)
-        return np.empty(nbytes, np.uint8)
 
     def _write(self, task: _Task, local: _Local) -> None:
         file, start, stop = task.file, task.start, task.stop
@@ -420,8 +336,7 @@ class _Run:
                 result.pieces_left -= 1
                 if result.pieces_left == 0:
                     assert result.data is not None
-                    self.spare.append(result.data)
-                    del self.spare[: -2 * self.options.threads]
+                    self.calculator.give_back(result.data)
                     del self.results[id(segment)]
             self.done += stop - start
             self.changed.notify_all()

@@ -1,6 +1,7 @@
 """From parameters and headers to an immutable plan: what is merged, and what every output byte is made of.
 
-Reads no tensor data. The dry run, the error messages and the tests all come from the plan.
+Reads no tensor data, except that reference numerics compare a stored output projection with the embedding. The dry
+run, the error messages and the tests all come from the plan.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
         index=index,
         weight_bytes_read=_bytes_read(written),
         output_dtype=_output_dtype(config, loaded),
-        notes=tuple(_notes(sources, set(by_name))),
+        notes=tuple(_notes(sources, set(by_name), set(names))),
     )
 
 
@@ -97,9 +98,21 @@ def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, st
             f"like model.encoder.layers.0.self_attn.q_proj.weight); is it a Whisper checkpoint?"
         )
     config.check_names(set(found))
+    _check_complete(config, sources, set(found))
     shapes = {role: whisper.architecture(sources.of(role).config, role) for role in ROLES}
     targets = [_target(p, config, sources, shapes, loaded) for p in found.values()]
     return tuple(sorted(targets, key=lambda t: (t.primary.shard, t.primary.offset)))
+
+
+def _check_complete(config: MergeConfig, sources: Sources, found: set[str]) -> None:
+    """Every layer that primary's config promises must have its targets: a merge of half a model is no model."""
+    stacks = whisper.architecture(sources.primary.config, "primary").layers
+    for name in whisper.expected_targets(stacks, config.targets):
+        if name not in found:
+            raise MismatchError(
+                f"target tensor {name} is missing from base, primary and secondary, and the config.json of primary "
+                f"promises it; the checkpoints are incomplete, fetch them again"
+            )
 
 
 def _target(
@@ -210,7 +223,7 @@ def _output_dtype(config: MergeConfig, loaded: Mapping[Role, str] | None) -> str
     return None if config.dtype == "auto" else config.dtype
 
 
-def _notes(sources: Sources, targets: set[str]) -> Iterator[str]:
+def _notes(sources: Sources, targets: set[str], written: set[str]) -> Iterator[str]:
     primary = sources.primary
     for other in (sources.base, sources.secondary):
         missing = [name for name in primary.tensors if name not in other.tensors]
@@ -220,5 +233,7 @@ def _notes(sources: Sources, targets: set[str]) -> Iterator[str]:
             theirs = other.tensors.get(name)
             if name not in targets and theirs is not None and theirs.shape != ref.shape:
                 yield f"{name} has shape {list(ref.shape)} in primary and {list(theirs.shape)} in {other.role}"
-    if whisper.UNTIED_OUTPUT in primary.tensors:
-        yield f"primary stores {whisper.UNTIED_OUTPUT} beside {whisper.EMBEDDING}; each is kept as it stands"
+    if whisper.UNTIED_OUTPUT in written:
+        yield f"{whisper.UNTIED_OUTPUT} is stored beside {whisper.EMBEDDING} and written as a tensor of its own"
+    elif whisper.UNTIED_OUTPUT in primary.tensors:
+        yield f"primary's {whisper.UNTIED_OUTPUT} is left out, for base ties it to {whisper.EMBEDDING}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from hsa._version import __version__
 from hsa.checkpoint import Checkpoint, Role, Sources
-from hsa.pipeline import TargetOutcome
+from hsa.compute import TargetOutcome
 from hsa.plan import MergePlan
 
 FORMAT = 1
@@ -23,17 +23,17 @@ DIGEST = "digest"
 def build(
     plan: MergePlan,
     sources: Sources,
-    backend: str,
     outcomes: Sequence[TargetOutcome],
     files: Mapping[str, str | None],
-    assets_from: Role,
+    settings: Mapping[str, Any],
 ) -> bytes:
-    """The file's bytes. `files` maps every other file of the output to its BLAKE3 digest, None where left out."""
+    """The file's bytes. `files` maps every other file of the output to its BLAKE3 digest, None where left out;
+    `settings` is what besides the merge's own parameters shaped the output."""
     document: dict[str, Any] = {
         "format": FORMAT,
         "program": {"name": "hsa-merge", "version": __version__},
         "libraries": _libraries(plan),
-        "parameters": {**plan.config.as_dict(), "assets_from": assets_from, "backend": backend},
+        "parameters": {**plan.config.as_dict(), **settings},
         "sources": {source.role: _source(source, outcomes) for source in sources},
         "targets": {outcome.target.primary.name: _target(outcome) for outcome in outcomes},
         "files": {name: ({"blake3": digest} if digest else {}) for name, digest in sorted(files.items())},

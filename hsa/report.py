@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsa.pipeline import TargetOutcome
+from hsa.compute import TargetOutcome
 from hsa.plan import MergePlan
 from hsa.target import TIE_RISK, Target
 
@@ -52,7 +52,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """A finished merge (or, with `dry_run`, a planned one, whose tensors carry no scores).
+    """A finished merge.
 
     Sizes are bytes, `seconds` wall time. `tensors` is keyed by tensor name as primary stores it.
     """
@@ -109,7 +109,10 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What a merge would do: nothing was read but headers, and nothing written. Sizes are bytes."""
+    """What a merge would do: nothing was read but headers and small files, and nothing written.
+
+    Sizes are bytes; those to write leave out the model card and the provenance, which are made at the end.
+    """
 
     output: Path
     route: str
@@ -122,6 +125,7 @@ class PlanReport:
     bytes_to_write: int
     free_bytes: int
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """What `hsa merge --dry-run --json` prints."""
@@ -133,13 +137,14 @@ class PlanReport:
             "device": self.device,
             "target_tensors": len(self.targets),
             "total_heads": sum(target.heads for target in self.targets),
-            "targets": [target.primary.name for target in self.targets],
+            "targets": {t.primary.name: {"heads": t.heads, "keep": t.keep} for t in self.targets},
             "files": dict(self.files),
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "free_bytes": self.free_bytes,
             "parameters": dict(self.parameters),
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
         }
 
 

@@ -42,6 +42,10 @@ class Target:
         """The shape as rows and columns; a bias is one column."""
         return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (self.shape[0], 1)
 
+    def ref(self, role: Role) -> TensorRef:
+        """Where the tensor lies in a source."""
+        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
+
     def writing(self, code: str) -> Target:
         """The same target with its result in another element type."""
         return self if code == self.out_code else replace(self, out_code=code)

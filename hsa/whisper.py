@@ -6,7 +6,7 @@ Tensor names of Whisper stand in this module alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +70,18 @@ def is_target(projection: Projection, preset: Preset) -> bool:
     if projection.kind == "out":
         return preset == "attention-all" and projection.part == "weight"
     return projection.stack == "encoder" or preset != "encoder-qkv"
+
+
+def expected_targets(layers: Mapping[Stack, int], preset: Preset) -> Iterator[str]:
+    """Canonical names of the weights that a preset merges in a model with so many layers; biases may be missing."""
+    blocks: dict[Stack, tuple[Block, ...]] = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
+    for stack, count in layers.items():
+        for layer in range(count):
+            for block in blocks[stack]:
+                for kind in ("q", "k", "v", "out"):
+                    projection = parse(f"{stack}.layers.{layer}.{block}.{kind}_proj.weight")
+                    if projection is not None and is_target(projection, preset):
+                        yield projection.name
 
 
 @dataclass(frozen=True)

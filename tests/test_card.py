@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -50,6 +51,9 @@ HOSTILE = [
     "- item",
     "é 日本語 🎙",
 ]
+HUB_IDS = {"yes", "null", "1.0"}
+"""Those that the Hub would take as names, and YAML for something else."""
+
 IDS = [str(n) for n in range(len(HOSTILE))]
 
 
@@ -212,7 +216,33 @@ def test_fields_reach_their_places(shared_triple: Triple, tmp_path: Path) -> Non
 # --- hostile words ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", HOSTILE, ids=IDS)
+@pytest.mark.parametrize("value", ["", "  ", 5, ["en", "de"], None])
+def test_fields_that_say_nothing_are_refused(shared_triple: Triple, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(hsa.RequestError, match="card field title must be a text that says something"):
+        merge(shared_triple, tmp_path / "out", card={"title": value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_method_is_the_one_that_ran(shared_triple: Triple, tmp_path: Path) -> None:
+    plain = merge(shared_triple, tmp_path / "plain").text
+    scaled = merge(shared_triple, tmp_path / "scaled", non_attention_scale=0.5).text
+    script = merge(shared_triple, tmp_path / "script", numerics="reference").text
+    assert "Everything else stays primary's." in plain and "reference script" not in plain
+    assert "Everything else stays primary's." not in scaled
+    assert "all other tensors\n`B + non_attention_scale * tv1`" in scaled
+    assert "reference script's own operations" in script
+
+
+def test_without_processor_files_the_card_says_so(triple: Triple, tmp_path: Path) -> None:
+    for path in triple.values():
+        for name in ("vocab.json", "preprocessor_config.json"):
+            (path / name).unlink()
+    text = merge(triple, tmp_path / "out").text
+    assert "WhisperProcessor" not in text
+    assert "Tokenizer and feature extractor are not part of this checkpoint" in text
+
+
+@pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=IDS[:-1])
 def test_hostile_fields(shared_triple: Triple, word: str, tmp_path: Path) -> None:
     fields = dict.fromkeys(card.FIELDS, word)
     fields["language"] = word.replace(",", " ")
@@ -231,23 +261,45 @@ def test_hostile_fields(shared_triple: Triple, word: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("word", [word for word in HOSTILE if "\x00" not in word and "/" not in word and word.strip()])
 def test_hostile_directory_names(shared_triple: Triple, word: str, tmp_path: Path) -> None:
-    """A directory's own name is its identity."""
+    """A directory's own name is its identity, and a parent in the metadata where the Hub would take it."""
     path = Path(shutil.copytree(shared_triple["primary"], tmp_path / "sources" / word))
     loaded = merge({**shared_triple, "primary": path}, tmp_path / "out")
     check_structure(loaded)
-    assert loaded.data.to_dict()["base_model"] == ["base", word, "secondary"]
-    assert isinstance(loaded.data.to_dict()["base_model"][1], str)
+    parents = loaded.data.to_dict()["base_model"]
+    assert parents == (["base", word, "secondary"] if word in HUB_IDS else ["base", "secondary"])
+    assert all(isinstance(parent, str) for parent in parents)
+    assert json.loads((tmp_path / "out" / "hsa_merge.json").read_text())["sources"]["primary"]["id"] == word
 
 
 @pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip() and word.isprintable()])
 def test_hostile_ids(shared_triple: Triple, word: str, tmp_path: Path) -> None:
+    if word not in HUB_IDS:
+        with pytest.raises(hsa.RequestError, match="primary_id must be a hub id"):
+            merge(shared_triple, tmp_path / "out", primary_id=word)
+        assert not (tmp_path / "out").exists()
+        return
     loaded = merge(shared_triple, tmp_path / "out", primary_id=word)
     check_structure(loaded)
-    name = word.partition("@")[0]
-    assert name in loaded.data.to_dict()["base_model"]
+    assert word in loaded.data.to_dict()["base_model"]
 
 
-@pytest.mark.parametrize("word", ["", " ", "a\nb", "a\x1bb", "/root/secret/model", "@main"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "",
+        " ",
+        "a\nb",
+        "a\x1bb",
+        "/root/secret/model",
+        "@main",
+        "../../etc/x",
+        "a/b/c",
+        "a--b",
+        "org/name@",
+        "a@b\nc",
+        "-a/b",
+    ],
+)
 def test_ids_that_are_no_ids_are_refused(shared_triple: Triple, word: str, tmp_path: Path) -> None:
     with pytest.raises(hsa.RequestError, match="primary_id"):
         merge(shared_triple, tmp_path / "out", primary_id=word)

@@ -104,7 +104,8 @@ def test_choices(name: str, choices: str, value: Any) -> None:
 
 def test_load_dtype_means_nothing_in_exact_numerics() -> None:
     with pytest.raises(RequestError, match=r"load_dtype .*numerics 'reference' alone"):
-        MergeConfig(load_dtype="auto")
+        MergeConfig(load_dtype="float32")
+    assert MergeConfig(load_dtype="auto").as_dict()["load_dtype"] is None
     assert MergeConfig(numerics="reference", load_dtype="float32").as_dict()["load_dtype"] == "float32"
     assert MergeConfig(numerics="reference").as_dict()["load_dtype"] == "auto"
 
@@ -133,9 +134,9 @@ def test_a_mapping_is_read_under_both_name_forms(key: str) -> None:
 
 def test_a_mapping_must_name_every_target_and_no_other() -> None:
     config = MergeConfig(lam={NAME: 0.5})
-    with pytest.raises(RequestError, match=r"lam is given per tensor .* target tensor encoder\.layers\.1"):
+    with pytest.raises(RequestError, match=r"lambda is given per tensor .* target tensor encoder\.layers\.1"):
         config.of("lam", "encoder.layers.1.self_attn.q_proj.weight")
-    with pytest.raises(RequestError, match=f"lam is given for '{NAME}', which is no target of 'encoder-qkv'"):
+    with pytest.raises(RequestError, match=f"lambda is given for '{NAME}', which is no target of 'encoder-qkv'"):
         config.check_names({"encoder.layers.1.self_attn.q_proj.weight"})
 
 

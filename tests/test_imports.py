@@ -30,8 +30,10 @@ LAYERS = (
     ("layout",),
     ("backends", "script"),
     ("plan",),
-    ("merger", "pipeline"),
-    ("assets", "card", "provenance", "report"),
+    ("compute", "merger"),
+    ("pipeline",),
+    ("assets",),
+    ("card", "provenance", "report"),
     ("api",),
     ("demo",),
     ("cli",),
@@ -39,11 +41,13 @@ LAYERS = (
 )
 """Modules and packages of hsa from the ground up: each imports from lower layers alone."""
 
-AT_IMPORT = {"torch": {"hsa.reference", "hsa.backends.script", "hsa.backends.triton", "hsa.merger"}}
+AT_IMPORT = {
+    "torch": {"hsa.reference", "hsa.backends.script", "hsa.backends.resident", "hsa.backends.triton", "hsa.merger"}
+}
 """Which modules may import a heavy library when they are imported themselves; no merge in exact numerics does."""
 
 ANYWHERE = {
-    "torch": {*AT_IMPORT["torch"], "hsa.demo"},
+    "torch": {*AT_IMPORT["torch"], "hsa.demo", "hsa.backends"},
     "triton": {"hsa.backends.triton"},
     "transformers": {"hsa.demo"},
     "huggingface_hub": {"hsa.card"},

@@ -119,13 +119,16 @@ def test_content(shared_triple: Triple, tmp_path: Path) -> None:
         attention_scale=0.5,
         assets_from="secondary",
         base_id="openai/whisper-tiny@v1",
+        max_shard_size="5MB",
+        card={"title": "T"},
     )
+    settings = {"assets_from": "secondary", "backend": "cpu", "card": {"title": "T"}, "max_shard_size": 5_000_000}
     assert document["program"] == {"name": "hsa-merge", "version": hsa.__version__}
     assert document["libraries"]["python"] == platform.python_version()
     for library in ("numpy", "blake3"):
         assert document["libraries"][library] == version(library)
     assert "torch" not in document["libraries"]
-    assert document["parameters"] == {**report.parameters, "assets_from": "secondary", "backend": "cpu"}
+    assert document["parameters"] == {**report.parameters, **settings}
     assert (document["parameters"]["k"], document["parameters"]["lambda"]) == (0.3, 0.7)
     assert (document["sources"]["base"]["id"], document["sources"]["base"]["revision"]) == ("openai/whisper-tiny", "v1")
     assert (document["sources"]["primary"]["id"], document["sources"]["primary"]["revision"]) == ("primary", None)

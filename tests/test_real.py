@@ -49,7 +49,7 @@ def clips(real: Triple) -> Path:
 
 
 def is_target(name: str) -> bool:
-    return full_load.TARGET.fullmatch(name) is not None
+    return full_load.TARGETS["encoder-qkv"].fullmatch(name) is not None
 
 
 @pytest.mark.parametrize("k", [0.2, 0.6, 1.0])

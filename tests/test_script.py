@@ -104,10 +104,13 @@ def json_of(directory: Path, name: str) -> dict[str, Any]:
         {"k": 0.05, "lam": 1.0},
         {"lam": 0.3, "alpha": 0.0, "attention_scale": 0.7, "non_attention_scale": 1.3},
         {"k": 0.5, "attention_scale": -0.5, "non_attention_scale": 0.0},
+        {"targets": "attention-qkv", "k": 0.3},
+        {"targets": "attention-all", "k": 0.5, "lam": 0.1, "alpha": 0.9, "attention_scale": 0.7},
+        {"num_heads": 2, "num_layers": 9, "lam": 0.2},
     ],
     ids=lambda parameters: "-".join(f"{name}={value}" for name, value in parameters.items()) or "defaults",
 )
-def test_bytes_are_the_scripts(saved: Triple, load_dtype: str, parameters: dict[str, float], tmp_path: Path) -> None:
+def test_bytes_are_the_scripts(saved: Triple, load_dtype: str, parameters: dict[str, Any], tmp_path: Path) -> None:
     check(saved, tmp_path, load_dtype=load_dtype, **parameters)
 
 
@@ -117,8 +120,8 @@ def test_it_differs_from_exact_numerics_where_it_should(saved: Triple, tmp_path:
     hsa.merge(**saved, output=tmp_path / "exact", sync=False)
     exact = read_tensors(tmp_path / "exact")
     different = [name for name, tensor in read_tensors(ours).items() if raw_bytes(tensor) != raw_bytes(exact[name])]
-    assert any(full_load.TARGET.fullmatch(name) for name in different), different
-    assert any(full_load.TARGET.fullmatch(name) is None for name in different), different
+    assert any(full_load.TARGETS["encoder-qkv"].fullmatch(name) for name in different), different
+    assert any(full_load.TARGETS["encoder-qkv"].fullmatch(name) is None for name in different), different
 
 
 def test_reported_scores_are_those_of_the_loaders_type(saved: Triple, tmp_path: Path) -> None:

@@ -5,17 +5,25 @@ A backend makes one worker per thread; a worker owns its scratch memory and merg
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 from hsa.checkpoint import Role
 from hsa.config import MergeConfig
-from hsa.dtypes import Array
+from hsa.dtypes import Array, size
 from hsa.errors import BackendUnavailable, RequestError
 from hsa.layout import Slice
 from hsa.target import Selection, Target
 
 BACKENDS = ("auto", "cpu", "triton")
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Device files of NVIDIA's and AMD's drivers, and of either under WSL."""
+
+_NUMBERED = re.compile(r"cuda:[0-9]{1,3}")
 
 
 @dataclass(frozen=True)
@@ -30,30 +38,90 @@ class Merged:
 
 
 class NotFinite(Exception):
-    """NaN or Inf: in a source's tensor where `role` is given, else in the result of the arithmetic."""
+    """NaN or Inf: in a source's tensor where `role` is given, else in the result; `job` is the place in the group."""
 
-    def __init__(self, role: Role | None, head: int | None) -> None:
-        super().__init__(role, head)
-        self.role, self.head = role, head
+    def __init__(self, role: Role | None, head: int | None, job: int = 0) -> None:
+        super().__init__(role, head, job)
+        self.role, self.head, self.job = role, head, job
+
+
+@dataclass(frozen=True)
+class Job:
+    """A target to merge: the bytes of its three tensors and of its result, one-dimensional uint8.
+
+    `out` is `primary` itself where the result replaces it.
+    """
+
+    target: Target
+    base: Array
+    primary: Array
+    secondary: Array
+    out: Array
+
+    @property
+    def in_place(self) -> bool:
+        return self.out is self.primary
+
+    def source(self, role: Role) -> Array:
+        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
 
 
 class Worker(Protocol):
-    """One thread's share of a backend. Buffers are one-dimensional uint8 arrays of whole tensors or slices."""
+    """One thread's share of a backend."""
 
-    def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> Merged:
-        """Score, select and merge a target into `out`, which may be `primary` itself. Raises NotFinite."""
+    def merge_all(self, jobs: Sequence[Job]) -> list[Merged]:
+        """Score, select and merge a group of targets into their outputs. Raises NotFinite."""
 
     def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
-        """Compute a slice of a tensor that is no target into `out`. Raises NotFinite."""
+        """Compute a slice of a tensor that is no target into `out`; all uint8. Raises NotFinite."""
 
 
 class Backend(Protocol):
-    """A place to compute: its name, its device, and workers."""
+    """A place to compute: its name and device, how many bytes of targets a worker takes at a time, and workers."""
 
     name: str
     device: str
+    group_bytes: int
 
     def worker(self) -> Worker: ...
+
+    def empty(self, nbytes: int) -> Array:
+        """Host memory for a tensor's bytes, uninitialised uint8."""
+
+    def cost(self, target: Target) -> int:
+        """Bytes of host memory that merging a target takes while it lasts."""
+
+
+def buffers_cost(target: Target) -> int:
+    """Bytes of the three tensors and of a result of their size."""
+    return target.base.nbytes + 2 * target.primary.nbytes + target.secondary.nbytes
+
+
+def one_by_one(jobs: Sequence[Job], merge: Callable[[Target, Array, Array, Array, Array], Merged]) -> list[Merged]:
+    """`merge_all` for a worker that merges one target at a time."""
+    merged = []
+    for number, job in enumerate(jobs):
+        try:
+            merged.append(merge(job.target, job.base, job.primary, job.secondary, job.out))
+        except NotFinite as error:
+            raise NotFinite(error.role, error.head, number) from None
+    return merged
+
+
+def changed_ranges(target: Target, selected: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Byte ranges of the output tensor that may differ from primary's bytes, in order and apart."""
+    rows, columns = target.matrix
+    whole = rows * columns * size(target.out_code)
+    if target.scale != 1.0 or target.out_code != target.primary.code:
+        return ((0, whole),)
+    if not selected:
+        return ()
+    if target.projection.head_axis == 1:
+        return ((0, whole),)
+    step = whole // target.heads
+    starts = [selected[0]] + [after for before, after in pairwise(selected) if after != before + 1]
+    stops = [before + 1 for before, after in pairwise(selected) if after != before + 1] + [selected[-1] + 1]
+    return tuple((start * step, stop * step) for start, stop in zip(starts, stops, strict=True))
 
 
 def resolve(name: str, device: str, config: MergeConfig) -> Backend:
@@ -63,18 +131,15 @@ def resolve(name: str, device: str, config: MergeConfig) -> Backend:
     """
     if name not in BACKENDS:
         raise RequestError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "triton":
-        if config.numerics == "reference":
-            raise RequestError(
-                "numerics 'reference' repeats the script's torch operations on the CPU; use --backend cpu"
-            )
-        raise BackendUnavailable("backend 'triton' is not part of this version yet; use --backend cpu or auto")
-    if device not in ("auto", "cpu"):
-        if device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit()):
-            raise BackendUnavailable(
-                f"device {device!r} needs backend 'triton', which is not part of this version yet; use --device cpu"
-            )
+    if device not in ("auto", "cpu", "cuda") and not _NUMBERED.fullmatch(device):
         raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    on_gpu = name == "triton" or device.startswith("cuda")
+    if config.numerics == "reference" and on_gpu:
+        raise RequestError("numerics 'reference' repeats the script's torch operations on the CPU; use --backend cpu")
+    if name == "cpu" and on_gpu:
+        raise RequestError(f"backend 'cpu' has no device {device!r}; use --backend triton or auto")
+    if on_gpu or (name == "auto" and device == "auto" and config.numerics == "exact" and _sees_gpu()):
+        return _triton(device)
     if config.numerics == "reference":
         from hsa.backends.script import ScriptBackend
 
@@ -82,3 +147,22 @@ def resolve(name: str, device: str, config: MergeConfig) -> Backend:
     from hsa.backends.cpu import CpuBackend
 
     return CpuBackend()
+
+
+def _sees_gpu() -> bool:
+    """Whether a GPU's device file is there and torch can use it: torch is imported only after the first."""
+    if not any(Path(file).exists() for file in GPU_FILES):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _triton(device: str) -> Backend:
+    try:
+        from hsa.backends.triton import TritonBackend
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"backend 'triton' cannot be imported: {error}; install triton, or use --backend cpu"
+        ) from error
+    return TritonBackend(device)

@@ -9,14 +9,14 @@ is exact: a score depends on nothing but the inputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from hsa.backends import Merged, NotFinite
+from hsa.backends import Job, Merged, NotFinite, buffers_cost, changed_ranges, one_by_one
 from hsa.checkpoint import Role
-from hsa.dtypes import STORAGE, Array, Float32, all_finite, narrow, size, widen
+from hsa.dtypes import STORAGE, Array, Float32, all_finite, narrow, widen
 from hsa.layout import Slice
 from hsa.target import Target, select
 
@@ -41,9 +41,16 @@ class CpuBackend:
 
     name = "cpu"
     device = "cpu"
+    group_bytes = 0
 
     def worker(self) -> CpuWorker:
         return CpuWorker()
+
+    def empty(self, nbytes: int) -> Array:
+        return np.empty(nbytes, np.uint8)
+
+    def cost(self, target: Target) -> int:
+        return buffers_cost(target)
 
 
 class _Scratch:
@@ -70,12 +77,18 @@ class CpuWorker:
     def __init__(self) -> None:
         self._scratch = _Scratch()
 
+    def merge_all(self, jobs: Sequence[Job]) -> list[Merged]:
+        """Merge targets one after another."""
+        return one_by_one(jobs, self.merge)
+
     def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> Merged:
         """Score, select and merge one tensor. Buffers: uint8, the tensors' bytes; `out` may be `primary`."""
         scored = self.score(target, base, primary, secondary)
         selection = select(scored.squared, target.keep)
         self.apply(target, selection.selected, base, primary, secondary, out)
-        return Merged(selection, _changed(target, selection.selected), scored.primary_moved, scored.secondary_moved)
+        return Merged(
+            selection, changed_ranges(target, selection.selected), scored.primary_moved, scored.secondary_moved
+        )
 
     def score(self, target: Target, base: Array, primary: Array, secondary: Array) -> Scored:
         """The squared saliency scores of one tensor's heads. Buffers: uint8. Raises NotFinite."""
@@ -222,19 +235,3 @@ def _culprit(target: Target, head: int, b: Array, m1: Array, m2: Array) -> Role 
         if not all(all_finite(code, np.ascontiguousarray(array[block])) for block in target.blocks(head, TILE)):
             return role
     return None
-
-
-def _changed(target: Target, selected: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Byte ranges of the output tensor that may differ from primary's bytes, in order and apart."""
-    rows, columns = target.matrix
-    whole = rows * columns * size(target.out_code)
-    if target.scale != 1.0 or target.out_code != target.primary.code:
-        return ((0, whole),)
-    if not selected:
-        return ()
-    if target.projection.head_axis == 1:
-        return ((0, whole),)
-    step = whole // target.heads
-    starts = [selected[0]] + [after for before, after in pairwise(selected) if after != before + 1]
-    stops = [before + 1 for before, after in pairwise(selected) if after != before + 1] + [selected[-1] + 1]
-    return tuple((start * step, stop * step) for start, stop in zip(starts, stops, strict=True))

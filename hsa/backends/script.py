@@ -6,12 +6,20 @@ checkpoints of one element type give its very bytes. Source: the released script
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import numpy as np
 import torch
 
-from hsa.backends import Merged, NotFinite
+from hsa.backends import Job, Merged, NotFinite, buffers_cost, one_by_one
 from hsa.dtypes import NAMES, Array
 from hsa.layout import Slice
 from hsa.target import Target, of_selected
+
+TEMPORARIES = 8
+"""Whole tensors, at most float32, that the script's expressions hold at once."""
 
 
 class ScriptBackend:
@@ -19,16 +27,35 @@ class ScriptBackend:
 
     name = "cpu"
     device = "cpu"
+    group_bytes = 0
+
+    def __init__(self) -> None:
+        # All arithmetic in one thread: malloc keeps what a thread freed for that thread, and each would keep its own.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hsa-script")
 
     def worker(self) -> ScriptWorker:
-        return ScriptWorker()
+        return ScriptWorker(self._thread)
+
+    def empty(self, nbytes: int) -> Array:
+        return np.empty(nbytes, np.uint8)
+
+    def cost(self, target: Target) -> int:
+        return buffers_cost(target) + TEMPORARIES * 4 * math.prod(target.shape)
 
 
 class ScriptWorker:
-    """One thread's arithmetic; torch keeps to that one thread, for the pipeline has as many as there are cores."""
+    """One thread's way to the arithmetic, which torch spreads over the cores."""
 
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
+    def __init__(self, thread: Executor) -> None:
+        self._thread = thread
+
+    def merge_all(self, jobs: Sequence[Job]) -> list[Merged]:
+        """Merge targets one after another."""
+        return self._thread.submit(one_by_one, jobs, self.merge).result()
+
+    def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
+        """Move a slice along primary's task vector, or cast it. Buffers: uint8."""
+        self._thread.submit(self._slice, piece, primary, base, out).result()
 
     @torch.no_grad()
     def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> Merged:
@@ -46,19 +73,22 @@ class ScriptWorker:
         scores = _scores(target, proxy)
         chosen = _choose(scores, target)
         mask = _spread(target, chosen.to(proxy.dtype), proxy).to(b.dtype)
+        moved = bool(tv1.any()), bool(tv2.any())
+        del proxy
         lam = target.coefficient
         blended = lam * tv1 + (1.0 - lam) * tv2
+        del tv2
         delta = mask * blended + (1.0 - mask) * tv1
+        del blended, tv1
         result = _store(b + float(target.scale) * delta, target.out_code, out)
         if not bool(torch.isfinite(result).all()):
             raise NotFinite(None, _first_head(target, result.view(target.shape)))
         squared = tuple(float(score) ** 2 for score in scores)
         selected = tuple(int(head) for head in chosen.nonzero().flatten())
-        return Merged(of_selected(squared, selected), ((0, out.size),), bool(tv1.any()), bool(tv2.any()))
+        return Merged(of_selected(squared, selected), ((0, out.size),), *moved)
 
     @torch.no_grad()
-    def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
-        """Move a slice along primary's task vector, or cast it. Buffers: uint8."""
+    def _slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
         codes = piece.load_codes
         assert codes is not None
         m1 = _tensor(primary, piece.primary.code, codes[piece.role])
@@ -91,7 +121,7 @@ def _spread(target: Target, chosen: torch.Tensor, proxy: torch.Tensor) -> torch.
     mask = chosen.repeat_interleave(target.head_dim)
     if proxy.ndim == 1:
         return mask
-    return mask.unsqueeze(1 - target.projection.head_axis).expand_as(proxy)
+    return mask.unsqueeze(1 - target.projection.head_axis)
 
 
 def _first_head(target: Target, tensor: torch.Tensor) -> int:

@@ -1,0 +1,254 @@
+"""Exact numerics on a GPU: groups of targets go to the device, are merged in one launch, and what changed comes back.
+
+Each worker has a stream of its own, and page-locked host memory that files are read into and results come back to,
+so that the copies of one worker run beside the kernels of another. Under Triton's interpreter (TRITON_INTERPRET=1,
+set before this module is imported) the same kernels run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from hsa.backends import Job, Merged, NotFinite, buffers_cost, changed_ranges
+from hsa.backends.cpu import CpuWorker
+from hsa.backends.resident import Data, not_finite
+from hsa.checkpoint import ROLES, Role
+from hsa.dtypes import NAMES, Array
+from hsa.errors import BackendUnavailable
+from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
+from hsa.kernels.projections import Projections, interpreted
+from hsa.layout import Slice
+from hsa.target import Target, of_selected
+
+GROUP_BYTES = 16 << 20
+"""Bytes of primary's targets that a worker takes at a time: enough work for a launch, and bounded memory."""
+
+KEPT_TABLES = 4
+"""Sets of output tensors whose tables a resident merger remembers, and keeps alive."""
+
+_ROLE_OF: dict[str, Role] = {role: role for role in ROLES}
+
+_INTERPRETER = threading.Lock()
+"""Triton's interpreter keeps its state in globals: one launch at a time."""
+
+
+class TritonBackend:
+    """Exact numerics in Triton, on a CUDA or ROCm device or in the interpreter.
+
+    Raises BackendUnavailable when the device cannot be had; `device` is auto, cpu (the interpreter), cuda or cuda:N.
+    """
+
+    name = "triton"
+    group_bytes = GROUP_BYTES
+
+    def __init__(self, device: str) -> None:
+        self._device = _find(device)
+        self.device = str(self._device)
+
+    def worker(self) -> TritonWorker:
+        return TritonWorker(self._device)
+
+    def empty(self, nbytes: int) -> Array:
+        """Host memory, page-locked where there is a device to copy to."""
+        buffer: Array = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda").numpy()
+        return buffer
+
+    def cost(self, target: Target) -> int:
+        return buffers_cost(target)
+
+
+class TritonWorker:
+    """One thread's stream on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._cpu = CpuWorker()
+        self._moved: dict[Role, bool] = {"primary": False, "secondary": False}
+
+    def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
+        """Compute a slice of a tensor that is no target, on the CPU: it passes through its memory anyway."""
+        self._cpu.slice(piece, primary, base, out)
+
+    @torch.no_grad()
+    def merge_all(self, jobs: Sequence[Job]) -> list[Merged]:
+        """Score, select and merge a group of targets in one launch for each combination of dtypes."""
+        with self._exclusive():
+            held = {role: [self._upload(job, role) for job in jobs] for role in ROLES}
+            out = [
+                primary
+                if job.in_place
+                else torch.empty(job.target.shape, dtype=_dtype(job.target.out_code), device=self._device)
+                for job, primary in zip(jobs, held["primary"], strict=True)
+            ]
+            for role in self._moved:
+                self._moved[role] = self._moved[role] or any(map(_differ, held["base"], held[role]))
+            targets = [job.target for job in jobs]
+            projections = Projections(
+                held["base"],
+                held["primary"],
+                held["secondary"],
+                out,
+                heads=[target.heads for target in targets],
+                head_axis=[target.projection.head_axis for target in targets],
+            )
+            scores, selection = fused_merge(
+                projections,
+                keep=[target.keep for target in targets],
+                c1=[target.c1 for target in targets],
+                c2=[target.c2 for target in targets],
+                scale=targets[0].scale,
+            )
+            squared, chosen = scores.tolist(), selection.tolist()
+            for fault in faults(projections):
+                raise NotFinite(_ROLE_OF.get(fault.where), fault.head, fault.projection)
+            merged = []
+            for number, target in enumerate(targets):
+                heads = tuple(head for head in range(target.heads) if chosen[number][head])
+                result = of_selected(squared[number][: target.heads], heads)
+                merged.append(
+                    Merged(result, changed_ranges(target, heads), self._moved["primary"], self._moved["secondary"])
+                )
+            for job, tensor, found in zip(jobs, out, merged, strict=True):
+                self._download(job, tensor, found)
+            if self._stream is not None:
+                self._stream.synchronize()
+        return merged
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        stream = torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+        with _INTERPRETER if interpreted() else nullcontext(), stream:
+            yield
+
+    def _upload(self, job: Job, role: Role) -> torch.Tensor:
+        ref = job.target.ref(role)
+        host = torch.from_numpy(job.source(role)).view(_dtype(ref.code)).view(job.target.shape)
+        return host.to(self._device, non_blocking=True)
+
+    def _download(self, job: Job, tensor: torch.Tensor, merged: Merged) -> None:
+        """The ranges that changed, or everything where the output is no copy of primary yet."""
+        host, device = torch.from_numpy(job.out), tensor.view(-1).view(torch.uint8)
+        if job.in_place and self._device.type == "cpu":
+            return
+        for start, stop in merged.changed if job.in_place else ((0, job.out.size),):
+            host[start:stop].copy_(device[start:stop], non_blocking=True)
+
+
+class TritonResident:
+    """Targets in a GPU's memory: scored in one launch, then one launch for every candidate.
+
+    Writing into tensors of the same device allocates nothing there after the first call with these tensors.
+    """
+
+    def __init__(self, data: Data, targets: Sequence[Target], device: str) -> None:
+        self._device = _find(device)
+        self._held = {
+            role: [
+                torch.from_numpy(data[role][target.projection.name])
+                .view(_dtype(target.ref(role).code))
+                .view(target.shape)
+                for target in targets
+            ]
+            for role in ROLES
+        }
+        self._held = {role: [tensor.to(self._device) for tensor in held] for role, held in self._held.items()}
+        self._known: dict[tuple[tuple[int, torch.dtype], ...], Projections] = {}
+        self._own: dict[tuple[torch.dtype, ...], list[torch.Tensor]] = {}
+        self._scores: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def score(self, targets: Sequence[Target]) -> list[tuple[float, ...]]:
+        with _INTERPRETER if interpreted() else nullcontext():
+            projections = self._projections(targets, self._held["primary"])
+            self._scores = score_heads(projections).clone()
+            _raise_faults(projections, targets)
+            rows = self._scores.tolist()
+        return [tuple(row[: target.heads]) for row, target in zip(rows, targets, strict=True)]
+
+    @torch.no_grad()
+    def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
+        assert self._scores is not None
+        places = [tensor.detach() for tensor in out]
+        here = all(place.device == self._device and place.is_contiguous() for place in places)
+        written = places if here else self._buffers(places)
+        with _INTERPRETER if interpreted() else nullcontext():
+            projections = self._projections(targets, written)
+            apply_heads(
+                projections,
+                self._scores,
+                keep=[target.keep for target in targets],
+                c1=[target.c1 for target in targets],
+                c2=[target.c2 for target in targets],
+                scale=targets[0].scale,
+            )
+            _raise_faults(projections, targets)
+        if not here:
+            for place, tensor in zip(places, written, strict=True):
+                place.copy_(tensor)
+
+    def _buffers(self, places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of this device for results that go elsewhere, made once for each row of dtypes."""
+        dtypes = tuple(place.dtype for place in places)
+        if dtypes not in self._own:
+            self._own[dtypes] = [torch.empty(p.shape, dtype=p.dtype, device=self._device) for p in places]
+        return self._own[dtypes]
+
+    def _projections(self, targets: Sequence[Target], out: list[torch.Tensor]) -> Projections:
+        """The tables for these outputs, kept for the last few sets of them."""
+        key = tuple((tensor.data_ptr(), tensor.dtype) for tensor in out)
+        if key not in self._known:
+            while len(self._known) >= KEPT_TABLES:
+                del self._known[next(iter(self._known))]
+            self._known[key] = Projections(
+                self._held["base"],
+                self._held["primary"],
+                self._held["secondary"],
+                out,
+                heads=[target.heads for target in targets],
+                head_axis=[target.projection.head_axis for target in targets],
+            )
+        return self._known[key]
+
+
+def _raise_faults(projections: Projections, targets: Sequence[Target]) -> None:
+    for fault in faults(projections):
+        error = NotFinite(_ROLE_OF.get(fault.where), fault.head, fault.projection)
+        raise not_finite(error, targets[fault.projection])
+
+
+def _dtype(code: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, NAMES[code])
+    return found
+
+
+def _differ(base: torch.Tensor, tuned: torch.Tensor) -> bool:
+    return bool(torch.ne(base, tuned).any())
+
+
+def _find(device: str) -> torch.device:
+    if interpreted():
+        if device not in ("auto", "cpu"):
+            raise BackendUnavailable(
+                f"device {device!r}: with TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')} the kernels run on the "
+                f"CPU; unset it, or use --device cpu"
+            )
+        return torch.device("cpu")
+    if device == "cpu":
+        raise BackendUnavailable("backend 'triton' runs on a GPU; use --backend cpu for the CPU")
+    if not torch.cuda.is_available():
+        raise BackendUnavailable(
+            f"backend 'triton', device {device!r}: torch {torch.__version__} finds no GPU; use --backend cpu, or a CUDA"
+            f" or ROCm build of torch on a machine with a GPU"
+        )
+    found = torch.device("cuda" if device == "auto" else device)
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= torch.cuda.device_count():
+        raise BackendUnavailable(f"device {device!r}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return torch.device("cuda", index)

@@ -1,0 +1,176 @@
+"""From the sources' bytes to computed bytes: reading, digesting and merging of targets and slices, thread by thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from hsa.backends import Backend, Job, Merged, NotFinite
+from hsa.checkpoint import ROLES, Role, Sources, TensorRef
+from hsa.config import Numerics
+from hsa.dtypes import Array, size
+from hsa.errors import NonFiniteError
+from hsa.layout import Computed, Merge, Slice
+from hsa.target import Target
+
+BUDGET_BYTES = 80 << 20
+"""Memory of all computations under way: four targets of large-v3 in float32, whatever the number of threads."""
+
+SPARE_BYTES = 48 << 20
+"""Memory of buffers kept for reuse."""
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class TargetOutcome:
+    """A merged target, and the BLAKE3 digest of its bytes in each source."""
+
+    target: Target
+    merged: Merged
+    digests: Mapping[Role, str]
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Computed bytes, and the ranges of them that may differ from primary's."""
+
+    data: Array
+    changed: Ranges
+
+
+class Calculator:
+    """What the threads of a run share: the sources, finished outcomes by target name, and spare buffers."""
+
+    def __init__(self, sources: Sources, backend: Backend, numerics: Numerics) -> None:
+        self.sources, self.backend, self.numerics = sources, backend, numerics
+        self.outcomes: dict[str, TargetOutcome] = {}
+        self._lock = threading.Condition()
+        self._in_use = 0
+        self._spare: list[Array] = []
+
+    def buffer(self, nbytes: int) -> Array:
+        """An uninitialised buffer, reused where one of that size is spare."""
+        with self._lock:
+            for position, spare in enumerate(self._spare):
+                if spare.size == nbytes:
+                    return self._spare.pop(position)
+        return self.backend.empty(nbytes)
+
+    def give_back(self, buffer: Array) -> None:
+        with self._lock:
+            self._spare.append(buffer)
+            while sum(spare.size for spare in self._spare) > SPARE_BYTES:
+                del self._spare[0]
+
+    @contextmanager
+    def room_for(self, cost: int) -> Iterator[None]:
+        """Wait until the computations under way leave room for one more; the largest runs alone."""
+        with self._lock:
+            while self._in_use and self._in_use + cost > BUDGET_BYTES:
+                self._lock.wait()
+            self._in_use += cost
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_use -= cost
+                self._lock.notify_all()
+
+    def record(self, outcome: TargetOutcome) -> None:
+        with self._lock:
+            self.outcomes[outcome.target.projection.name] = outcome
+
+
+class Desk:
+    """One thread's place at a calculator: its worker."""
+
+    def __init__(self, calculator: Calculator) -> None:
+        self._shared = calculator
+        self._worker = calculator.backend.worker()
+
+    def compute(self, contents: Sequence[Computed]) -> list[Computation]:
+        """Compute targets as a group, or one slice. Raises NonFiniteError, SourceChanged, MachineError."""
+        first = contents[0]
+        if isinstance(first, Slice):
+            return [self._slice(first)]
+        return self._merge([content.target for content in contents if isinstance(content, Merge)])
+
+    def _merge(self, targets: Sequence[Target]) -> list[Computation]:
+        with self._shared.room_for(sum(map(self._shared.backend.cost, targets))):
+            return self._merge_now(targets)
+
+    def _merge_now(self, targets: Sequence[Target]) -> list[Computation]:
+        from blake3 import blake3
+
+        jobs, digests = [], []
+        for target in targets:
+            job = self._job(target)
+            found: dict[Role, str] = {}
+            for role in ROLES:
+                buffer = job.source(role)
+                self._shared.sources.of(role).read_into(target.ref(role), buffer.data)
+                found[role] = blake3(buffer.data).hexdigest()
+            jobs.append(job)
+            digests.append(found)
+        try:
+            merged = self._worker.merge_all(jobs)
+        except NotFinite as error:
+            target = targets[error.job]
+            refs = {role: target.ref(role) for role in ROLES}
+            raise self._not_finite(error, refs, target.out_code) from None
+        for target, result, found in zip(targets, merged, digests, strict=True):
+            self._shared.record(TargetOutcome(target, result, found))
+        for job in jobs:
+            for role in ROLES:
+                if job.source(role) is not job.out:
+                    self._shared.give_back(job.source(role))
+        return [Computation(job.out, result.changed) for job, result in zip(jobs, merged, strict=True)]
+
+    def _job(self, target: Target) -> Job:
+        """Buffers for a target: the result replaces primary's bytes where it has their element type."""
+        buffer = self._shared.buffer
+        primary = out = buffer(target.primary.nbytes)
+        if target.load_codes is not None or target.out_code != target.primary.code:
+            rows, columns = target.matrix
+            out = buffer(rows * columns * size(target.out_code))
+        return Job(target, buffer(target.base.nbytes), primary, buffer(target.secondary.nbytes), out)
+
+    def _slice(self, piece: Slice) -> Computation:
+        start = piece.first * size(piece.primary.code)
+        primary = self._shared.buffer(piece.count * size(piece.primary.code))
+        self._shared.sources.of(piece.role).read_into(piece.primary, primary.data, start)
+        base = None
+        if piece.base is not None:
+            base = self._shared.buffer(piece.count * size(piece.base.code))
+            self._shared.sources.base.read_into(piece.base, base.data, piece.first * size(piece.base.code))
+        out = self._shared.buffer(piece.nbytes)
+        try:
+            self._worker.slice(piece, primary, base, out)
+        except NotFinite as error:
+            refs: dict[Role, TensorRef] = {"primary": piece.primary, piece.role: piece.primary}
+            if piece.base is not None:
+                refs["base"] = piece.base
+            raise self._not_finite(error, refs, piece.code) from None
+        for buffer in (primary, base):
+            if buffer is not None:
+                self._shared.give_back(buffer)
+        return Computation(out, ((0, piece.nbytes),))
+
+    def _not_finite(self, error: NotFinite, refs: Mapping[Role, TensorRef], code: str) -> NonFiniteError:
+        head = "" if error.head is None else f", head {error.head}"
+        scripted = self._shared.numerics == "reference"
+        if error.role is not None:
+            ref, source = refs[error.role], self._shared.sources.of(error.role)
+            read = ", as the script's loader reads it (or give --load-dtype float32)" if scripted else ""
+            return NonFiniteError(
+                f"{source.file_of(ref)}: tensor {ref.name}{head} holds NaN or Inf{read}; a merge with it would be "
+                f"damaged, use a sound checkpoint"
+            )
+        ref = refs["primary"]
+        wider = "--load-dtype float32" if scripted else "--dtype float32 or bfloat16"
+        remedy = f"compute in a wider type ({wider})" if code == "F16" else "do the three belong together?"
+        file = self._shared.sources.primary.file_of(ref)
+        return NonFiniteError(f"{file}: tensor {ref.name}{head}: the result overflows {code}; {remedy}")

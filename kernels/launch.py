@@ -1,0 +1,274 @@
+"""Starting the kernels: one launch (`fused_merge`) or two (`score_heads`, then `apply_heads`).
+
+Every function works on a `Projections` that was built once, on the current stream of its device. All memory that a
+launch writes besides the outputs belongs to one stream's workspace, made on the first call there, so that later
+calls allocate nothing on the device and streams do not disturb each other. Two streams that write the same output
+tensors are the caller's to order.
+
+What is wrong with numbers is known only on the device: `faults` and `check` wait for it, nothing else does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from hsa.kernels import headwise, tuning
+from hsa.kernels.projections import Group, KernelInputError, KernelTypeError, Projections, Workspace
+from torch import Tensor
+
+CAUSES = {
+    headwise.BASE_BIT.value: "base",
+    headwise.PRIMARY_BIT.value: "primary",
+    headwise.SECONDARY_BIT.value: "secondary",
+    headwise.SCORE_BIT.value: "score",
+    headwise.RESULT_BIT.value: "result",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A head that holds NaN or Inf: `where` is base, primary, secondary, score (the task vectors overflow float32,
+    or the scores given were not finite) or result (a written value is not finite in the output's dtype)."""
+
+    projection: int
+    head: int
+    where: str
+
+
+class NonFinite(ArithmeticError):
+    """NaN or Inf in some head; `faults` lists all of them."""
+
+    def __init__(self, message: str, faults: Sequence[Fault]) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults)
+
+
+class NonFiniteInput(NonFinite):
+    """A projection's sources or scores are not finite. None of its output was written."""
+
+
+class NonFiniteResult(NonFinite):
+    """A value that was written is not finite: in place, primary is damaged and must be loaded again."""
+
+
+def fused_merge(
+    projections: Projections,
+    keep: Sequence[int] | int | Tensor,
+    c1: Sequence[float] | float | Tensor,
+    c2: Sequence[float] | float | Tensor,
+    *,
+    scale: float = 1.0,
+    programs: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score, select and merge all projections in one launch (one for each of `projections.groups`).
+
+    Args:
+        keep: heads to keep of each projection, 0 to H, or one number for all; ties at the cut are all selected.
+            Like c1 and c2, a tensor [G] on the device (int32; float32) is used where it lies and is not checked.
+        c1, c2: weights of primary's and secondary's task vector in selected heads, rounded to float32.
+        scale: factor of the displacement in every head, finite. At 1, unselected heads are primary's bits.
+        programs: how many programs to start, by default as tuned; no result depends on it.
+
+    Returns:
+        squared scores, float64 [G, P], and the selection, bool [G, P]; 0 and False beyond a projection's heads
+        (P is `projections.slots`). They are the stream's own and hold until its next call: clone to keep them.
+
+    A projection with a source that is not finite is not written, and no head of it selected: see `check`.
+
+    Raises KernelInputError, KernelTypeError. Source: see `headwise`.
+    """
+    scale = _finite("scale", scale)
+    if programs is not None and programs < 1:
+        raise KernelInputError(f"programs: expected at least 1, found {programs}")
+    with _on_device(projections):
+        space = projections.workspace()
+        counts = _keep(projections, keep, space)
+        weights = _weights("c1", projections, c1, space), _weights("c2", projections, c2, space)
+        space.zeroed.zero_()
+        base, primary, secondary, out = projections.addresses
+        for group, ticket in zip(projections.groups, space.tickets, strict=True):
+            work = len(group.queue)
+            grid = min(work, programs or _resident(projections, group))
+            headwise.fused_kernel[(grid,)](
+                base, primary, secondary, out, projections.geometry, group.queue, work,
+                space.partials, space.scores, space.selected, space.status, space.arrivals, space.released,
+                ticket, counts, *weights, scale, SCALED=scale != 1, **_options(projections, group),
+            )  # fmt: skip
+        return space.scores, space.selected.view(torch.bool)
+
+
+def score_heads(projections: Projections) -> Tensor:
+    """Squared scores of every head, float64 [G, P], 0 beyond a projection's heads; writes no output.
+
+    NaN or Inf where a source or a task vector is not finite: see `check`. The tensor is the stream's own and holds
+    until its next call: clone to keep it. Source: see `headwise`.
+    """
+    with _on_device(projections):
+        space = projections.workspace()
+        space.zeroed.zero_()
+        base, primary, secondary, _ = projections.addresses
+        for group in projections.groups:
+            options = _options(projections, group)
+            del options["OUT"], options["IN_PLACE"]
+            headwise.score_kernel[(len(group.items),)](
+                base, primary, secondary, projections.geometry, group.items,
+                space.partials, space.scores, space.status, space.arrivals, **options,
+            )  # fmt: skip
+        return space.scores
+
+
+def apply_heads(
+    projections: Projections,
+    scores: Tensor,
+    keep: Sequence[int] | int | Tensor,
+    c1: Sequence[float] | float | Tensor,
+    c2: Sequence[float] | float | Tensor,
+    *,
+    scale: float = 1.0,
+) -> Tensor:
+    """Select by scores that are known, and merge: `fused_merge` without its first read, for sweeps.
+
+    Args:
+        scores: squared scores, float64 [G, P], contiguous, as `score_heads` returns them (a clone, or the stream's
+            own). In place, scores must have been taken before primary was first overwritten.
+        keep, c1, c2, scale: as for `fused_merge`.
+
+    Returns:
+        the selection, bool [G, P], the stream's own until its next call.
+
+    A projection with a score that is not finite is not written, and no head of it selected: see `check`.
+
+    Raises KernelInputError, KernelTypeError.
+    """
+    scale = _finite("scale", scale)
+    _check_table("scores", scores, projections, torch.float64, (projections.count, projections.slots))
+    with _on_device(projections):
+        space = projections.workspace()
+        counts = _keep(projections, keep, space)
+        weights = _weights("c1", projections, c1, space), _weights("c2", projections, c2, space)
+        space.zeroed.zero_()
+        base, primary, secondary, out = projections.addresses
+        for group in projections.groups:
+            headwise.apply_kernel[(len(group.items),)](
+                base, primary, secondary, out, projections.geometry, group.items, scores, space.selected,
+                space.status, counts, *weights, scale, SCALED=scale != 1, **_options(projections, group),
+            )  # fmt: skip
+        return space.selected.view(torch.bool)
+
+
+def faults(projections: Projections) -> list[Fault]:
+    """What the current stream's last launch found wrong, by projection and head. Waits for the launch to end."""
+    with _on_device(projections):
+        status = projections.workspace().status.cpu()
+    found = []
+    for g, head in status.nonzero().tolist():
+        bits = int(status[g, head])
+        found += [Fault(g, head, where) for bit, where in CAUSES.items() if bits & bit]
+    return found
+
+
+def check(projections: Projections) -> None:
+    """Raise if the current stream's last launch met NaN or Inf: NonFiniteInput, else NonFiniteResult.
+
+    Waits for the launch to end.
+    """
+    found = faults(projections)
+    inputs = [fault for fault in found if fault.where != "result"]
+    if inputs:
+        raise NonFiniteInput(f"{_listed(inputs)}: expected finite numbers, found NaN or Inf", found)
+    if found:
+        raise NonFiniteResult(
+            f"{_listed(found)}: a merged value is not finite in the output's dtype; outputs that were written in "
+            "place must be loaded again",
+            found,
+        )
+
+
+def _listed(found: Sequence[Fault]) -> str:
+    first = found[0]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{first.where} of projection {first.projection}, head {first.head}{more}"
+
+
+@contextmanager
+def _on_device(projections: Projections) -> Iterator[None]:
+    if projections.device.type == "cuda":
+        with torch.cuda.device(projections.device):
+            yield
+    else:
+        yield
+
+
+def _options(projections: Projections, group: Group) -> dict[str, object]:
+    """Constexprs and compiler options."""
+    return {
+        **group.variant.constants(),
+        "P": projections.slots,
+        "ROWS": group.tuning.rows,
+        **tuning.compiler_options(group.tuning, amd=torch.version.hip is not None),
+    }
+
+
+def _resident(projections: Projections, group: Group) -> int:
+    if projections.device.type != "cuda":
+        return 1
+    properties = torch.cuda.get_device_properties(projections.device)
+    return int(properties.multi_processor_count) * group.tuning.per_processor
+
+
+def _keep(projections: Projections, keep: Sequence[int] | int | Tensor, space: Workspace) -> Tensor:
+    if isinstance(keep, Tensor):
+        return _check_table("keep", keep, projections, torch.int32, (projections.count,))
+    numbers = [keep] * projections.count if isinstance(keep, int) else list(keep)
+    _check_count("keep", numbers, projections)
+    for g, (number, heads) in enumerate(zip(numbers, projections.heads, strict=True)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise KernelTypeError(f"keep[{g}]: expected a whole number, found {number!r}")
+        if not 0 <= number <= heads:
+            raise KernelInputError(f"keep[{g}]: expected 0 to {heads}, found {number}")
+    return space.upload("keep", numbers, torch.int32)
+
+
+def _weights(name: str, projections: Projections, values: Sequence[float] | float | Tensor, space: Workspace) -> Tensor:
+    if isinstance(values, Tensor):
+        return _check_table(name, values, projections, torch.float32, (projections.count,))
+    numbers = [values] * projections.count if isinstance(values, (int, float)) else list(values)
+    _check_count(name, numbers, projections)
+    for g, number in enumerate(numbers):
+        _finite(f"{name}[{g}]", number)
+    return space.upload(name, [float(number) for number in numbers], torch.float32)
+
+
+def _check_count(name: str, values: Sequence[object], projections: Projections) -> None:
+    if len(values) != projections.count:
+        raise KernelInputError(
+            f"{name}: expected {projections.count} numbers, one for each projection, found {len(values)}"
+        )
+
+
+def _check_table(
+    name: str, table: Tensor, projections: Projections, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
+    if not isinstance(table, Tensor):
+        raise KernelTypeError(f"{name}: expected a tensor, found {type(table).__name__}")
+    if table.dtype != dtype:
+        raise KernelTypeError(f"{name}: expected {dtype}, found {table.dtype}")
+    if tuple(table.shape) != shape or not table.is_contiguous():
+        raise KernelInputError(
+            f"{name}: expected contiguous {shape}, found shape {tuple(table.shape)}, strides {table.stride()}"
+        )
+    if table.device != projections.device:
+        raise KernelInputError(f"{name}: expected device {projections.device}, found {table.device}")
+    return table
+
+
+def _finite(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise KernelTypeError(f"{name}: expected a number, found {value!r}")
+    if not math.isfinite(value):
+        raise KernelInputError(f"{name}: expected a finite number, found {value}")
+    return float(value)

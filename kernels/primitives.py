@@ -1,0 +1,124 @@
+# ruff: noqa: N803 -- constexprs of kernels are upper case
+"""Jit helpers that more than one kernel uses: addresses of a tile, reads, writes, rounding, ranking.
+
+Shape letters: G projections of a plan, H heads of a projection, P slots of a row of heads (the greatest H of the
+plan, rounded up to a power of two), S slabs. A tile row is WIDTH contiguous elements; a slab is ROWS tile rows of
+one head, and is what one unit of work owns.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+WIDTH = tl.constexpr(64)
+"""Elements of a tile row."""
+
+FIELDS = tl.constexpr(8)
+"""Numbers a projection has in the geometry table, in this order: heads, tile rows of a head, width of a run, pitch
+between runs, step between heads, slabs of a head, first slab of the projection, tile rows of a run."""
+
+HEADS = tl.constexpr(0)
+TILE_ROWS = tl.constexpr(1)
+RUN_WIDTH = tl.constexpr(2)
+PITCH = tl.constexpr(3)
+STEP = tl.constexpr(4)
+SLABS = tl.constexpr(5)
+FIRST = tl.constexpr(6)
+CHUNKS = tl.constexpr(7)
+
+NOT_FINITE = tl.constexpr(0x7F800000)
+"""Bits of float32 infinity: the magnitude bits of Inf and of every NaN are not below it."""
+
+
+@triton.jit
+def tile(geometry, g, head, slab, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Offsets (int64 [ROWS, WIDTH]) of one slab of a head in elements, and which of them exist (bool).
+
+    A head is a number of runs of `width` contiguous elements, `pitch` apart; heads begin `step` apart. Heads of
+    consecutive output rows are one run each; heads of columns have a run for every row.
+
+    ALIGNED promises that WIDTH divides the width and 16 the pitch and the step. Then only whole tile rows can be
+    missing, and their offsets are those of the head's first row, so that they can be read without a mask: AMD
+    compiles every masked load to a branch, and waits for one before it begins the next.
+    """
+    entry = geometry + g * FIELDS
+    pitch = tl.load(entry + PITCH)
+    step = tl.load(entry + STEP)
+    if ALIGNED:
+        pitch = tl.multiple_of(pitch, 16)
+        step = tl.multiple_of(step, 16)
+    # 32 bits: the host refuses heads with more tile rows, and a 64-bit division is several times as long.
+    row = slab * ROWS + tl.arange(0, ROWS)
+    exists = row < tl.load(entry + TILE_ROWS)
+    row = tl.where(exists, row, 0)
+    chunks = tl.load(entry + CHUNKS).to(tl.int32)
+    run = row // chunks
+    column = (row - run * chunks).to(tl.int64) * WIDTH
+    lane = tl.arange(0, WIDTH)
+    start = head * step + run.to(tl.int64) * pitch + column
+    offsets = start[:, None] + lane[None, :]
+    exists = exists[:, None]
+    if not ALIGNED:
+        exists = exists & (column[:, None] + lane[None, :] < tl.load(entry + RUN_WIDTH))
+    return offsets, exists
+
+
+@triton.jit
+def pointer(table, g, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address of a projection's tensor, as a pointer to DTYPE. table: int64 [G]."""
+    found = tl.load(table + g).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        # A loaded address says nothing of its alignment, and loads through it would be one element wide.
+        found = tl.multiple_of(found, 16)
+    return found
+
+
+@triton.jit
+def load(table, g, offsets, exists, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements of a projection's tensor as they are; where none exists, some element of the head or zero."""
+    if ALIGNED:
+        return tl.load(pointer(table, g, DTYPE, ALIGNED) + offsets)
+    return tl.load(pointer(table, g, DTYPE, ALIGNED) + offsets, mask=exists, other=0)
+
+
+@triton.jit
+def read(table, g, offsets, exists, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements of a projection's tensor widened to float32; where none exists, some element of the head or zero."""
+    return load(table, g, offsets, exists, DTYPE, ALIGNED).to(tl.float32)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """float32 rounded once, to nearest even, to DTYPE.
+
+    To bfloat16 in integers: the interpreter truncates, and targets without the instruction differ in NaN.
+    """
+    if tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The carry of a NaN's payload could end in a finite number.
+        nearest = tl.where(x == x, nearest, 0x7FC0)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def magnitude(x):
+    """The magnitude bits (int32) of a tensor's greatest float32; not below NOT_FINITE if any is NaN or Inf."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(tl.max(bits, axis=1), axis=0)
+
+
+@triton.jit
+def write(table, g, offsets, exists, x, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Round float32 to DTYPE and store it; returns the magnitude bits of what was stored, widened again."""
+    value = rounded(x, DTYPE)
+    tl.store(pointer(table, g, DTYPE, ALIGNED) + offsets, value, mask=exists)
+    return magnitude(tl.where(exists, value.to(tl.float32), 0.0))
+
+
+@triton.jit
+def finite(squared):
+    """Whether no score is NaN or Inf (bool). squared: float64 [P]."""
+    return tl.max((~(squared < float("inf"))).to(tl.int32), axis=0) == 0

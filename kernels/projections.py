@@ -1,0 +1,345 @@
+"""The tensors of a merge, checked once and laid out as tables that one launch reads.
+
+Nothing here starts a kernel. Shape letters as in `primitives`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from hsa.kernels import headwise, tuning
+from hsa.kernels.primitives import FIELDS, WIDTH
+from hsa.kernels.tuning import Tuning
+from torch import Tensor
+
+DTYPES = {
+    torch.float32: triton.language.float32,
+    torch.float16: triton.language.float16,
+    torch.bfloat16: triton.language.bfloat16,
+}
+
+ROLES = ("base", "primary", "secondary", "out")
+ALIGNMENT = 16
+MOST_HEADS = 64
+LEAST_SLOTS = 32
+"""Slots of a row of heads at the least, so that models of different size share compiled kernels."""
+
+
+class KernelInputError(ValueError):
+    """An argument that the kernels cannot work on. The message names it, its place, what was expected and found."""
+
+
+class KernelTypeError(KernelInputError, TypeError):
+    """An argument of the wrong type or dtype."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for, apart from the scale: dtypes by role, and what the host checked."""
+
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]
+    in_place: bool
+    aligned: bool
+
+    def constants(self) -> dict[str, object]:
+        base, primary, secondary, out = (DTYPES[dtype] for dtype in self.dtypes)
+        return {
+            "B": base,
+            "M1": primary,
+            "M2": secondary,
+            "OUT": out,
+            "ALIGNED": self.aligned,
+            "IN_PLACE": self.in_place,
+        }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A projection as heads of runs; all in elements."""
+
+    heads: int
+    runs: int
+    width: int
+    pitch: int
+    step: int
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.width // WIDTH.value)
+
+    @property
+    def regular(self) -> bool:
+        return self.width % WIDTH.value == 0 and self.pitch % ALIGNMENT == 0 and self.step % ALIGNMENT == 0
+
+    def fields(self, rows: int, first: int) -> list[int]:
+        """The projection's row of the geometry table, for slabs of `rows` tile rows."""
+        tile_rows = self.runs * self.chunks
+        slabs = -(-tile_rows // rows)
+        found = [self.heads, tile_rows, self.width, self.pitch, self.step, slabs, first, self.chunks]
+        assert len(found) == FIELDS.value
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The projections that share a launch: `items` int32 [S', 4] in order, `queue` int32 [2 S', 4] (see `headwise`)."""
+
+    variant: Variant
+    tuning: Tuning
+    items: Tensor
+    queue: Tensor
+
+
+class Projections:
+    """Target tensors of one model, ready to be merged any number of times.
+
+    Args:
+        base, primary, secondary: G tensors each, [d_out, d_in] or [d], contiguous, all on one device (a GPU; the CPU
+            in Triton's interpreter), float32, float16 or bfloat16, each its own.
+        out: G tensors to write, of the same shapes; by default primary itself, in place. An output may be the
+            primary of its own projection, and must otherwise share no memory with any source or other output.
+        heads: H of each projection, or one number for all; 1 to 64; divides the size of the head axis.
+        head_axis: 0 where a head is a run of output rows (q, k, v and their biases), 1 where it is a run of columns
+            (the weight of out_proj); of each projection, or one for all.
+        tuned: how launches are cut; by default `tuning.choose`.
+
+    Projections that differ in dtypes, in being in place, or in alignment cannot share a compiled kernel: they are
+    merged in one launch for each combination that occurs, in a model usually one. Alignment is that of addresses
+    (16 bytes) and of shapes (heads of a multiple of 64 contiguous elements, as in every Whisper weight and bias);
+    the others take a slower kernel that loads single elements.
+
+    The tensors' storage is kept alive. A parameter whose `.data` is replaced later is not followed.
+
+    Raises KernelInputError, KernelTypeError.
+    """
+
+    def __init__(
+        self,
+        base: Sequence[Tensor],
+        primary: Sequence[Tensor],
+        secondary: Sequence[Tensor],
+        out: Sequence[Tensor] | None = None,
+        *,
+        heads: Sequence[int] | int,
+        head_axis: Sequence[int] | int = 0,
+        tuned: Tuning | None = None,
+    ) -> None:
+        given = dict(zip(ROLES, (base, primary, secondary, primary if out is None else out), strict=True))
+        self._tensors = {role: _tensors(role, tensors) for role, tensors in given.items()}
+        self.count = _same_count(self._tensors)
+        self.device = _same_device(self._tensors)
+        self.heads = _numbers("heads", heads, self.count)
+        axes = _numbers("head_axis", head_axis, self.count)
+        self.slots = max(LEAST_SLOTS, triton.next_power_of_2(max(self.heads)))
+        shapes = [self._shape(g, self.heads[g], axes[g]) for g in range(self.count)]
+        in_place = [self._is_in_place(g) for g in range(self.count)]
+        self._refuse_overlap(in_place)
+        self._lay_out(shapes, in_place, tuned)
+        self._workspaces: dict[int, Workspace] = {}
+
+    def _shape(self, g: int, heads: int, axis: int) -> Shape:
+        shape = tuple(self._tensors["base"][g].shape)
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise KernelInputError(f"base[{g}]: expected a weight [d_out, d_in] or a bias [d], found shape {shape}")
+        for role in ROLES[1:]:
+            other = tuple(self._tensors[role][g].shape)
+            if other != shape:
+                raise KernelInputError(f"{role}[{g}]: expected the shape of base[{g}], {shape}, found {other}")
+        if axis not in range(len(shape)):
+            raise KernelInputError(f"head_axis[{g}]: expected an axis of shape {shape}, found {axis}")
+        if not 1 <= heads <= MOST_HEADS:
+            raise KernelInputError(f"heads[{g}]: expected 1 to {MOST_HEADS}, found {heads}")
+        if shape[axis] % heads:
+            raise KernelInputError(
+                f"heads[{g}]: expected a divisor of {shape[axis]}, the size of axis {axis} of base[{g}], found {heads}"
+            )
+        part = shape[axis] // heads
+        if axis == 1:
+            found = Shape(heads, shape[0], part, shape[1], part)
+        else:
+            run = part * (shape[1] if len(shape) == 2 else 1)
+            found = Shape(heads, 1, run, 0, run)
+        if found.runs * found.chunks >= 1 << 30:
+            raise KernelInputError(f"base[{g}]: a head of shape {shape} is too large, expected below 2**30 tile rows")
+        return found
+
+    def _is_in_place(self, g: int) -> bool:
+        out, primary = self._tensors["out"][g], self._tensors["primary"][g]
+        return out.data_ptr() == primary.data_ptr() and out.dtype == primary.dtype
+
+    def _refuse_overlap(self, in_place: Sequence[bool]) -> None:
+        """Refuse outputs that share memory with anything but their own primary: one sweep over address ranges."""
+        ranges = []
+        for role, tensors in self._tensors.items():
+            for g, tensor in enumerate(tensors):
+                if role != "primary" or not in_place[g]:
+                    start = tensor.data_ptr()
+                    ranges.append((start, start + tensor.numel() * tensor.element_size(), role, g))
+        reach_all = reach_out = (0, "", 0)
+        for start, stop, role, g in sorted(ranges):
+            reach = reach_all if role == "out" else reach_out
+            if start < reach[0]:
+                raise KernelInputError(
+                    f"out: expected every output to be its own primary or memory of its own, "
+                    f"found that {role}[{g}] overlaps {reach[1]}[{reach[2]}]"
+                )
+            if stop > reach_all[0]:
+                reach_all = (stop, role, g)
+            if role == "out" and stop > reach_out[0]:
+                reach_out = (stop, role, g)
+
+    def _lay_out(self, shapes: Sequence[Shape], in_place: Sequence[bool], tuned: Tuning | None) -> None:
+        addresses = [[tensor.data_ptr() for tensor in self._tensors[role]] for role in ROLES]
+        members: dict[Variant, list[int]] = {}
+        for g, shape in enumerate(shapes):
+            aligned = shape.regular and all(row[g] % ALIGNMENT == 0 for row in addresses)
+            dtypes = [self._tensors[role][g].dtype for role in ROLES]
+            variant = Variant((dtypes[0], dtypes[1], dtypes[2], dtypes[3]), in_place[g], aligned)
+            members.setdefault(variant, []).append(g)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        geometry: list[list[int]] = [[]] * self.count
+        self.groups: list[Group] = []
+        self.slabs = 0
+        for variant, indices in members.items():
+            sizes = [dtype.itemsize for dtype in variant.dtypes[:3]]
+            cut = tuned or tuning.choose(max(sizes), variant.aligned, name)
+            for g in indices:
+                geometry[g] = shapes[g].fields(cut.rows, self.slabs)
+                self.slabs += shapes[g].heads * geometry[g][5]
+            self.groups.append(self._group(variant, cut, indices, geometry))
+        # An even row length keeps every row at a multiple of 16 bytes, which Triton compiles for.
+        padded = [row + [0] * (self.count % 2) for row in addresses]
+        self.addresses = torch.tensor(padded, dtype=torch.int64).to(self.device)
+        self.geometry = torch.tensor(geometry, dtype=torch.int64).to(self.device)
+
+    def workspace(self) -> Workspace:
+        """The workspace of the device's current stream, made on the first call there."""
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        handle = 0 if stream is None else stream.cuda_stream
+        if handle not in self._workspaces:
+            if stream is not None:
+                # The allocator must not give a table away while another stream than its own still reads it.
+                for table in self._tables():
+                    table.record_stream(stream)
+            self._workspaces[handle] = Workspace(self)
+        return self._workspaces[handle]
+
+    def _tables(self) -> list[Tensor]:
+        return [self.addresses, self.geometry, *(t for group in self.groups for t in (group.items, group.queue))]
+
+    def _group(self, variant: Variant, cut: Tuning, indices: Sequence[int], geometry: list[list[int]]) -> Group:
+        items = [_units(g, geometry[g]) for g in indices]
+        steps = []
+        for step in range(len(items) + cut.lag):
+            if step < len(items):
+                steps.append(items[step])
+            if step >= cut.lag:
+                steps.append(_as_apply(items[step - cut.lag]))
+        return Group(variant, cut, torch.cat(items).to(self.device), torch.cat(steps).to(self.device))
+
+
+class Workspace:
+    """What one stream's launches write besides outputs, and the parameters they read; see `headwise` for each."""
+
+    def __init__(self, projections: Projections) -> None:
+        device, count, slots = projections.device, projections.count, projections.slots
+        groups = len(projections.groups)
+        # Every part starts at a multiple of 16 bytes, which Triton compiles for.
+        row = -(-count // 4) * 4
+        self.zeroed = torch.zeros(4 * groups + 2 * row + count * slots, dtype=torch.int32, device=device)
+        tickets, arrivals, released, status = self.zeroed.split([4 * groups, row, row, count * slots])
+        self.tickets = tickets.split(4)
+        self.arrivals, self.released, self.status = arrivals, released, status.view(count, slots)
+        self.partials = torch.zeros(projections.slabs, dtype=torch.float64, device=device)
+        self.scores = torch.zeros(count, slots, dtype=torch.float64, device=device)
+        self.selected = torch.zeros(count, slots, dtype=torch.uint8, device=device)
+        self._parameters: dict[str, tuple[list[float] | list[int], Tensor]] = {}
+
+    def upload(self, name: str, values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
+        """Numbers of the host, [G] on the device: copied only when they differ from the last ones of that name."""
+        last, buffer = self._parameters.get(name, ([], None))
+        if buffer is None:
+            buffer = torch.empty(len(values), dtype=dtype, device=self.zeroed.device)
+        if values != last:
+            # From pageable memory the copy has left the source when it returns, without waiting for the stream.
+            buffer.copy_(torch.tensor(values, dtype=dtype), non_blocking=True)
+            self._parameters[name] = (list(values), buffer)
+        return buffer
+
+
+def _units(g: int, fields: Sequence[int]) -> Tensor:
+    """Score units of a projection, int32 [H * slabs, 4]: heads in order, slabs in order."""
+    heads, slabs = fields[0], fields[5]
+    units = torch.empty(heads * slabs, 4, dtype=torch.int32)
+    units[:, 0] = headwise.SCORE.value
+    units[:, 1] = g
+    units[:, 2] = torch.arange(heads, dtype=torch.int32).repeat_interleave(slabs)
+    units[:, 3] = torch.arange(slabs, dtype=torch.int32).repeat(heads)
+    return units
+
+
+def _as_apply(units: Tensor) -> Tensor:
+    units = units.clone()
+    units[:, 0] = headwise.APPLY.value
+    return units
+
+
+def _tensors(role: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Aliases of a role's tensors, which keep their storage alive, each checked by itself."""
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise KernelTypeError(f"{role}: expected a sequence of tensors, found {type(tensors).__name__}")
+    for g, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise KernelTypeError(f"{role}[{g}]: expected a tensor, found {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            names = ", ".join(str(dtype) for dtype in DTYPES)
+            raise KernelTypeError(f"{role}[{g}]: expected one of {names}, found {tensor.dtype}")
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            raise KernelInputError(f"{role}[{g}]: expected a contiguous tensor, found {_layout(tensor)}")
+    return tuple(tensor.detach() for tensor in tensors)
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"strides {tensor.stride()}" if tensor.layout == torch.strided else f"layout {tensor.layout}"
+
+
+def _same_count(tensors: dict[str, tuple[Tensor, ...]]) -> int:
+    count = len(tensors["base"])
+    if count == 0:
+        raise KernelInputError("base: expected at least one tensor, found none")
+    for role in ROLES[1:]:
+        if len(tensors[role]) != count:
+            raise KernelInputError(f"{role}: expected {count} tensors, as many as base, found {len(tensors[role])}")
+    return count
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on the CPU, in this process."""
+    return not isinstance(headwise.fused_kernel, triton.runtime.JITFunction)
+
+
+def _same_device(tensors: dict[str, tuple[Tensor, ...]]) -> torch.device:
+    device = tensors["base"][0].device
+    expected = "cpu" if interpreted() else "cuda"
+    if device.type != expected:
+        why = " (kernels are interpreted)" if interpreted() else ""
+        raise KernelInputError(f"base[0]: expected a tensor on device {expected}{why}, found {device}")
+    for role in ROLES:
+        for g, tensor in enumerate(tensors[role]):
+            if tensor.device != device:
+                raise KernelInputError(f"{role}[{g}]: expected device {device}, that of base[0], found {tensor.device}")
+    return device
+
+
+def _numbers(name: str, values: Sequence[int] | int, count: int) -> tuple[int, ...]:
+    """One whole number for each projection, from one for all or a sequence."""
+    numbers = [values] * count if isinstance(values, int) else list(values)
+    if len(numbers) != count:
+        raise KernelInputError(f"{name}: expected {count} numbers, one for each projection, found {len(numbers)}")
+    for g, number in enumerate(numbers):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise KernelTypeError(f"{name}[{g}]: expected a whole number, found {number!r}")
+    return tuple(numbers)

@@ -1,0 +1,562 @@
+"""The kernels against the oracle, in Triton's interpreter: `test_kernels_process` starts a process for it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1: test_kernels_process runs this module so", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from hsa.kernels import headwise
+from hsa.kernels.launch import (
+    Fault,
+    NonFiniteInput,
+    NonFiniteResult,
+    apply_heads,
+    check,
+    faults,
+    fused_merge,
+    score_heads,
+)
+from hsa.kernels.primitives import magnitude, rounded
+from hsa.kernels.projections import Projections
+from hsa.kernels.tuning import NARROW, UNALIGNED, Tuning
+
+from hsa import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+BITS = {F32: torch.int32, F16: torch.int16, BF16: torch.int16}
+LARGE = Tuning(rows=2048, warps=8, stages=1, registers=128, per_processor=1, lag=1)
+"""Slabs that the interpreter runs fast; the width of a slab is no part of the result."""
+
+MIXES = {
+    "float32": (F32, F32, F32, None),
+    "float16": (F16, F16, F16, None),
+    "bfloat16": (BF16, BF16, BF16, None),
+    "float16-base": (F16, F32, F32, None),
+    "float16-tunes": (F32, F16, F16, None),
+    "bfloat16-tunes": (F32, BF16, BF16, None),
+    "float32-secondary": (F16, F16, F32, None),
+    "to-float16": (F16, F32, F32, F16),
+    "to-bfloat16": (F32, F32, F32, BF16),
+    "float32-new": (F32, F32, F32, F32),
+    "float16-new": (F16, F16, F16, F16),
+    "bfloat16-new": (BF16, BF16, BF16, BF16),
+    "to-float32": (F16, BF16, F16, F32),
+    "float16-to-bfloat16": (F16, F16, F16, BF16),
+}
+"""Dtypes of base, primary, secondary, and of a new output; None is in place."""
+
+
+@dataclass
+class Problem:
+    """The tensors of a model's projections, with what the oracle needs."""
+
+    base: list[Tensor]
+    primary: list[Tensor]
+    secondary: list[Tensor]
+    out: list[Tensor] | None
+    heads: int
+    axes: list[int]
+
+    def plan(self, tuned: Tuning | None = None) -> Projections:
+        return Projections(
+            self.base, self.primary, self.secondary, self.out, heads=self.heads, head_axis=self.axes, tuned=tuned
+        )
+
+    @property
+    def results(self) -> list[Tensor]:
+        return self.primary if self.out is None else self.out
+
+    def fresh(self) -> Problem:
+        """The same numbers in memory of their own, the outputs poisoned."""
+        out = None if self.out is None else [poison(tensor) for tensor in self.out]
+        copies = [[tensor.clone() for tensor in role] for role in (self.base, self.primary, self.secondary)]
+        return Problem(*copies, out, self.heads, self.axes)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    k: float = 0.6
+    lam: float = 0.5
+    alpha: float = 0.2
+    scale: float = 1.0
+
+    def keep(self, heads: int) -> int:
+        return reference.keep_count(self.k, heads)
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        coefficient = reference.layer_coefficient(self.lam, self.alpha, layer=2, layers=6)
+        return coefficient, 1.0 - coefficient
+
+
+def poison(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, math.nan)
+
+
+def make(
+    shapes: Sequence[tuple[int, ...]], heads: int, mix: str = "float32", axes: Sequence[int] = (), seed: int = 0
+) -> Problem:
+    """Base of spread 0.1, with task vectors that grow from head to head so that the ranking is clear."""
+    generator = torch.Generator().manual_seed(seed)
+    b, m1, m2, out = MIXES[mix]
+    axes = list(axes) or [0] * len(shapes)
+    problem = Problem([], [], [], None if out is None else [], heads, axes)
+    for shape, axis in zip(shapes, axes, strict=True):
+        order = torch.randperm(heads, generator=generator)
+        growth = (1 + order / heads).repeat_interleave(shape[axis] // heads)
+        growth = growth.view([-1 if a == axis else 1 for a in range(len(shape))])
+        base = torch.randn(shape, generator=generator) * 0.1
+        problem.base.append(base.to(b))
+        for tunes, dtype in ((problem.primary, m1), (problem.secondary, m2)):
+            tunes.append((base + growth * 0.01 * torch.randn(shape, generator=generator)).to(dtype))
+        if problem.out is not None:
+            problem.out.append(torch.full(shape, math.nan, dtype=out))
+    return problem
+
+
+def expected(problem: Problem, parameters: Parameters) -> list[reference.MergedTensor]:
+    found = [
+        reference.merge_tensor(
+            b, m1, m2, k=parameters.k, lam=parameters.lam, alpha=parameters.alpha, layer=2, layers=6,
+            heads=problem.heads, head_axis=axis, attention_scale=parameters.scale, out_dtype=out.dtype,
+        )
+        for b, m1, m2, out, axis in zip(
+            problem.base, problem.primary, problem.secondary, problem.results, problem.axes, strict=True
+        )
+    ]  # fmt: skip
+    # A result that is a source itself would change with it in place.
+    return [reference.MergedTensor(one.value.clone(), one.selected, one.squared_scores) for one in found]
+
+
+def same_bits(found: Tensor, wanted: Tensor) -> bool:
+    assert found.dtype == wanted.dtype
+    return torch.equal(found.view(BITS[found.dtype]), wanted.view(BITS[wanted.dtype]))
+
+
+def assert_equal(problem: Problem, scores: Tensor, selected: Tensor, wanted: list[reference.MergedTensor]) -> None:
+    heads = problem.heads
+    for g, want in enumerate(wanted):
+        error = (scores[g, :heads] - want.squared_scores).abs()
+        assert (error <= 1e-6 * want.squared_scores).all(), f"projection {g}: {error / want.squared_scores}"
+        assert not scores[g, heads:].any()
+        assert tuple(selected[g].nonzero().flatten().tolist()) == want.selected, f"projection {g}"
+        assert same_bits(problem.results[g], want.value), f"projection {g}"
+
+
+def assert_merges(
+    problem: Problem,
+    parameters: Parameters | None = None,
+    programs: int = 3,
+    tuned: Tuning | None = None,
+    two_launches: bool = True,
+) -> None:
+    """Both ways, from fresh memory, against the oracle."""
+    parameters = parameters or Parameters()
+    wanted = expected(problem, parameters)
+    for want in wanted:
+        margin = reference.margin(want.squared_scores, parameters.k)
+        assert margin is None or margin == 0 or margin > 1e-5, "another seed: this selection is not clear"
+    keep, (c1, c2) = parameters.keep(problem.heads), parameters.weights
+
+    fused = problem.fresh()
+    plan = fused.plan(tuned)
+    scores, selected = fused_merge(plan, keep, c1, c2, scale=parameters.scale, programs=programs)
+    assert_equal(fused, scores, selected, wanted)
+    check(plan)
+    if not two_launches:
+        return
+
+    apart = problem.fresh()
+    plan = apart.plan(tuned)
+    scores = score_heads(plan)
+    check(plan)
+    selected = apply_heads(plan, scores, keep, c1, c2, scale=parameters.scale)
+    assert_equal(apart, scores, selected, wanted)
+    check(plan)
+
+
+LAYER = [(128, 128), (128,), (128, 128)]
+"""A projection, a bias, and one with heads of columns."""
+
+
+@pytest.mark.parametrize("programs", [1, 3, 16])
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_mix_of_dtypes_at_every_grid_equals_the_oracle(mix: str, programs: int) -> None:
+    assert_merges(make(LAYER, 2, mix, [0, 0, 1]), Parameters(k=0.5), programs, two_launches=programs == 3)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(64, 1), (192, 3), (384, 6), (512, 8), (768, 12), (1280, 20)])
+@pytest.mark.parametrize("mix", ["float32", "float16"])
+def test_every_width_of_whisper(width: int, heads: int, mix: str) -> None:
+    assert_merges(make([(width, width), (width,)], heads, mix), tuned=LARGE)
+
+
+@pytest.mark.parametrize("heads", [1, 5, 16, 20])
+def test_columns_of_out_proj(heads: int) -> None:
+    width = 64 * heads
+    assert_merges(make([(width, width)], heads, "float16", [1]), tuned=LARGE)
+
+
+def test_default_slabs_cover_a_head_of_many() -> None:
+    assert_merges(make([(384, 384), (384, 384)], 6, "float16", [0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "axis"),
+    [
+        ((30, 7), 3, 0),
+        ((63,), 9, 0),
+        ((20, 70), 7, 1),
+        ((1, 1), 1, 0),
+        ((130, 65), 2, 0),
+        ((5, 190), 1, 1),
+        ((64,), 64, 0),
+    ],
+)
+@pytest.mark.parametrize("mix", ["float32", "float16-new"])
+def test_shapes_that_fill_no_tile(shape: tuple[int, ...], heads: int, axis: int, mix: str) -> None:
+    problem = make([shape], heads, mix, [axis])
+    assert not problem.plan().groups[0].variant.aligned
+    assert_merges(problem)
+
+
+@pytest.mark.parametrize("role", ["base", "primary", "secondary", "out"])
+def test_storage_that_is_not_aligned(role: str) -> None:
+    problem = make(LAYER, 2, "float16-new", [0, 0, 1])
+    wanted = expected(problem, Parameters())
+    tensors = getattr(problem, role)
+    for g, tensor in enumerate(tensors):
+        moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+        tensors[g] = moved.copy_(tensor)
+    plan = problem.plan()
+    assert [group.variant.aligned for group in plan.groups] == [False]
+    c1, c2 = Parameters().weights
+    scores, selected = fused_merge(plan, 1, c1, c2, programs=3)
+    assert_equal(problem, scores, selected, wanted)
+    for tensor in problem.results:
+        tensor.copy_(poison(tensor))
+    assert_equal(problem, score_heads(plan), apply_heads(plan, score_heads(plan).clone(), 1, c1, c2), wanted)
+
+
+def test_one_tensor_that_is_not_aligned_leaves_the_others_fast() -> None:
+    problem = make(LAYER, 2, "float16", [0, 0, 1])
+    problem.base[1] = torch.empty(129, dtype=F16)[1:].copy_(problem.base[1])
+    assert sorted(group.variant.aligned for group in problem.plan().groups) == [False, True]
+    wanted = expected(problem, Parameters())
+    c1, c2 = Parameters().weights
+    scores, selected = fused_merge(problem.plan(), 1, c1, c2)
+    assert_equal(problem, scores, selected, wanted)
+
+
+def test_a_write_stays_inside_its_tensor() -> None:
+    guard = 64
+    for shape, axis in (((30, 7), 0), ((128, 128), 1), ((128,), 0)):
+        problem = make([shape], 2, "float32-new", [axis])
+        size = math.prod(shape)
+        whole = torch.full((size + 2 * guard,), 7.0)
+        problem.out = [whole[guard : guard + size].view(shape)]
+        fused_merge(problem.plan(), 1, 0.5, 0.5)
+        assert (whole[:guard] == 7).all()
+        assert (whole[-guard:] == 7).all()
+        assert not (whole[guard:-guard] == 7).any()
+
+
+@pytest.mark.parametrize("k", [0.0, 0.01, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("mix", ["float32", "to-float16"])
+def test_keep_none_one_some_all(k: float, mix: str) -> None:
+    assert_merges(make([(256, 64), (256,)], 4, mix), Parameters(k=k))
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+@pytest.mark.parametrize("mix", ["float32", "bfloat16"])
+def test_coefficients_at_their_ends(lam: float, mix: str) -> None:
+    assert_merges(make([(256, 64), (256,)], 4, mix), Parameters(lam=lam))
+
+
+@pytest.mark.parametrize("scale", [0.7, -1.5, 0.0, 1.0 + 2**-40])
+@pytest.mark.parametrize("mix", ["float32", "float16", "bfloat16-new", "to-float16"])
+def test_a_scale_moves_every_head(scale: float, mix: str) -> None:
+    """A scale that float32 rounds to 1 is still no 1: B + (M1 - B) is then not M1, where B is much the greater."""
+    problem = make([(256, 64), (256,)], 4, mix)
+    problem.base[0][::64, :8], problem.primary[0][::64, :8] = 1.0, 1e-9
+    assert_merges(problem, Parameters(scale=scale))
+
+
+@pytest.mark.parametrize(("k", "place"), [(0.25, -1), (0.5, -1), (0.75, 0), (0.5, 0)])
+@pytest.mark.parametrize("mix", ["float32", "float16-new"])
+def test_ties_at_the_cut_are_all_selected(k: float, place: int, mix: str) -> None:
+    """Five of eight heads are equal to the one of the greatest score (place -1), or of the least (0)."""
+    problem = make([(512, 24), (512,)], 8, mix)
+    ranking = expected(problem, Parameters())[0].squared_scores.argsort()
+    source, others = ranking[place], ranking[1:5] if place == 0 else ranking[3:7]
+    for role in (problem.base, problem.primary, problem.secondary):
+        for tensor in role:
+            heads = tensor.view(8, 64, -1)
+            heads[others] = heads[source].clone()
+    weight = expected(problem, Parameters(k=k))[0]
+    assert len(weight.selected) == (5 if place == -1 else 8) > reference.keep_count(k, 8)
+    assert_merges(problem, Parameters(k=k))
+
+
+def test_equal_models_select_all_heads_and_keep_their_values() -> None:
+    problem = make([(256, 64)], 4)
+    problem.primary = [tensor.clone() for tensor in problem.base]
+    problem.secondary = [tensor.clone() for tensor in problem.base]
+    plan = problem.plan()
+    scores, selected = fused_merge(plan, 1, 0.3, 0.7)
+    assert not scores.any()
+    assert selected[0, :4].all()
+    assert same_bits(problem.primary[0], problem.base[0])
+
+
+def test_permuted_heads_give_the_permuted_result() -> None:
+    problem = make([(512, 64)], 8, "float32-new")
+    order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+
+    def permuted(tensors: list[Tensor]) -> list[Tensor]:
+        return [tensor.view(8, 64, -1)[order].reshape(tensor.shape).contiguous() for tensor in tensors]
+
+    other = Problem(permuted(problem.base), permuted(problem.primary), permuted(problem.secondary),
+                    [poison(problem.out[0])], 8, [0])  # fmt: skip
+    first, second = problem.plan(), other.plan()
+    _, selected = fused_merge(first, 5, 0.9, 0.1)
+    _, moved = fused_merge(second, 5, 0.9, 0.1)
+    assert selected[0, :8].sum() == 5
+    assert torch.equal(selected[0, order], moved[0, :8])
+    assert same_bits(permuted(problem.out)[0], other.out[0])
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_unselected_heads_keep_every_bit(dtype: torch.dtype) -> None:
+    bits = torch.arange(1 << 16, dtype=torch.int32)
+    values = bits.to(torch.int16).view(dtype) if dtype != F32 else (bits << 16 | (bits * 2 & 0xFFFF)).view(F32)
+    ordinary = torch.where(values.isfinite(), values, torch.zeros((), dtype=dtype))
+    ordinary = torch.where(ordinary.abs() < 1e15, ordinary, torch.ones((), dtype=dtype)).view(1024, 64)
+    assert (ordinary.view(BITS[dtype]) == torch.tensor(-0.0, dtype=dtype).view(BITS[dtype])).any()
+    problem = Problem([ordinary.clone()], [ordinary.clone()], [ordinary.clone()], [poison(ordinary)], 2, [0])
+    _, selected = fused_merge(problem.plan(), 0, 0.5, 0.5)
+    assert not selected.any()
+    assert same_bits(problem.out[0], ordinary)
+
+
+@triton.jit
+def _round_kernel(source, out, DTYPE: tl.constexpr, N: tl.constexpr):  # noqa: N803
+    lanes = tl.arange(0, N)
+    tl.store(out + lanes, rounded(tl.load(source + lanes), DTYPE))
+
+
+def test_bfloat16_is_rounded_to_nearest_even() -> None:
+    high = torch.arange(0, 1 << 16, 3, dtype=torch.int32)
+    lows = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    bits = ((high[:, None] << 16) | lows[None, :]).flatten()[: 1 << 17]
+    assert len(bits) == 1 << 17
+    source, out = bits.view(F32), torch.empty(len(bits), dtype=BF16)
+    _round_kernel[(1,)](source, out, DTYPE=tl.bfloat16, N=len(bits))
+    wanted = source.to(BF16)
+    numbers = ~source.isnan()
+    assert numbers.sum() > 1000
+    assert same_bits(out[numbers], wanted[numbers])
+    assert out[~numbers].isnan().all()
+    assert (~numbers).any()
+
+
+@triton.jit
+def _magnitude_kernel(source, out):
+    rows = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out, magnitude(tl.load(source + rows)))
+
+
+@pytest.mark.parametrize(("value", "bad"), [(math.nan, True), (math.inf, True), (-math.inf, True), (-3.4e38, False)])
+def test_magnitude_tells_numbers_from_the_rest(value: float, bad: bool) -> None:
+    source, out = torch.zeros(256), torch.zeros(1, dtype=torch.int32)
+    source[77] = value
+    _magnitude_kernel[(1,)](source, out)
+    assert (out.item() >= 0x7F800000) == bad
+
+
+# --- numbers that are not finite, or nearly not ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("role", ["base", "primary", "secondary"])
+@pytest.mark.parametrize("mix", ["float16", "float32-new"])
+def test_a_source_that_is_not_finite_stops_its_projection_alone(role: str, value: float, mix: str) -> None:
+    problem = make([(256, 64), (256, 64), (256,)], 4, mix)
+    getattr(problem, role)[1][130, 5] = value
+    untouched = problem.results[1].clone()
+    parameters = Parameters(k=0.5)
+    whole = problem.fresh()
+    plan = problem.plan()
+    _, selected = fused_merge(plan, 2, *parameters.weights, programs=3)
+    assert faults(plan) == [Fault(1, 2, role), Fault(1, 2, "score")]
+    assert same_bits(problem.results[1], untouched)
+    assert not selected[1].any()
+    wanted = expected(whole, parameters)
+    for g in (0, 2):
+        assert same_bits(problem.results[g], wanted[g].value)
+    with pytest.raises(NonFiniteInput, match=rf"{role} of projection 1, head 2 \(and 1 more\)") as raised:
+        check(plan)
+    assert raised.value.faults[0] == Fault(1, 2, role)
+
+    apart = whole.fresh()
+    untouched = apart.results[1].clone()
+    plan = apart.plan()
+    scores = score_heads(plan)
+    assert faults(plan) == [Fault(1, 2, role), Fault(1, 2, "score")]
+    selected = apply_heads(plan, scores, 2, *parameters.weights)
+    assert faults(plan) == [Fault(1, 2, "score")]
+    assert not selected[1].any()
+    assert same_bits(apart.results[1], untouched)
+    assert same_bits(apart.results[0], wanted[0].value)
+
+
+def test_faults_are_those_of_the_last_launch() -> None:
+    problem = make([(256, 64)], 4)
+    plan = problem.plan()
+    problem.secondary[0][0, 0] = math.nan
+    score_heads(plan)
+    assert faults(plan)
+    problem.secondary[0][0, 0] = 0.0
+    score_heads(plan)
+    assert faults(plan) == []
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+def test_a_result_that_overflows_is_found(keep: int) -> None:
+    problem = make([(256, 64), (256, 64)], 4, "float16-new")
+    problem.base[1].zero_()
+    problem.primary[1][70, 3] = problem.secondary[1][70, 3] = 40000.0
+    plan = problem.plan()
+    fused_merge(plan, keep, 0.5, 0.5, scale=2.0)
+    assert faults(plan) == [Fault(1, 1, "result")]
+    with pytest.raises(NonFiniteResult, match=r"result of projection 1, head 1: .*loaded again"):
+        check(plan)
+    apply_heads(plan, score_heads(plan).clone(), keep, 0.5, 0.5, scale=2.0)
+    assert faults(plan) == [Fault(1, 1, "result")]
+
+
+@pytest.mark.parametrize(("mix", "value"), [("to-float16", 70000.0), ("to-bfloat16", 3.4e38)])
+def test_a_cast_that_overflows_is_found(mix: str, value: float) -> None:
+    problem = make([(256, 64)], 4, mix)
+    problem.primary[0][200, 9] = value
+    plan = problem.plan()
+    fused_merge(plan, 0, 0.5, 0.5)
+    assert faults(plan) == [Fault(0, 3, "result")]
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-19, 1e19, 1e25, 1e37])
+@pytest.mark.parametrize("shape", [(256, 64), (28, 9)])
+def test_scores_are_right_at_the_ends_of_float32(size: float, shape: tuple[int, int]) -> None:
+    problem = make([shape], 4, "float32-new")
+    generator = torch.Generator().manual_seed(1)
+    problem.base[0].zero_()
+    for role in (problem.primary, problem.secondary):
+        role[0].copy_((torch.rand(shape, generator=generator) + 0.5) * size)
+    assert_merges(problem, Parameters(k=0.5))
+
+
+def test_task_vectors_that_overflow_are_refused() -> None:
+    problem = make([(256, 64)], 4)
+    problem.base[0][0, 0], problem.primary[0][0, 0] = -3e38, 3e38
+    plan = problem.plan()
+    fused_merge(plan, 2, 0.5, 0.5)
+    assert faults(plan) == [Fault(0, 0, "score")]
+
+
+# --- many projections, many calls -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lag", [1, 2, 9])
+@pytest.mark.parametrize("programs", [1, 16])
+def test_projections_of_all_kinds_in_one_plan(lag: int, programs: int) -> None:
+    parts = [make(LAYER, 2, mix, [0, 0, 1], seed=i) for i, mix in enumerate(("float32", "float16-new", "float16"))]
+    rows = Tuning(rows=64, warps=8, stages=1, registers=128, per_processor=1, lag=lag)
+    wanted = [expected(part, Parameters(k=0.5)) for part in parts]
+    roles = [[tensor for part in parts for tensor in getattr(part, role)] for role in ("base", "primary", "secondary")]
+    out = [tensor for part in parts for tensor in part.results]
+    plan = Projections(*roles, out, heads=2, head_axis=[0, 0, 1] * 3, tuned=rows)
+    assert len(plan.groups) == 3
+    scores, selected = fused_merge(plan, 1, *Parameters().weights, programs=programs)
+    for i, part in enumerate(parts):
+        assert_equal(part, scores[3 * i : 3 * i + 3], selected[3 * i : 3 * i + 3], wanted[i])
+
+
+@pytest.mark.parametrize("lag", [1, 3, 8])
+def test_no_unit_waits_for_a_later_one(lag: int) -> None:
+    tuned = Tuning(rows=32, warps=8, stages=1, registers=128, per_processor=1, lag=lag)
+    plan = make(LAYER * 2, 2, "float16", [0, 0, 1] * 2).plan(tuned)
+    (group,) = plan.groups
+    score, applied = headwise.SCORE.value, headwise.APPLY.value
+    units = [tuple(unit) for unit in group.queue.tolist()]
+    assert len(set(units)) == len(units) == 2 * len(group.items) == 2 * plan.slabs
+    for g in range(plan.count):
+        places = {kind: [i for i, unit in enumerate(units) if unit[:2] == (kind, g)] for kind in (score, applied)}
+        assert max(places[score]) < min(places[applied])
+    assert [unit[1:] for unit in units if unit[0] == score] == [unit[1:] for unit in units if unit[0] == applied]
+    slots = [plan.geometry[g][6] + head * plan.geometry[g][5] + slab for _, g, head, slab in group.items.tolist()]
+    assert sorted(map(int, slots)) == list(range(plan.slabs))
+
+
+def test_calls_leave_nothing_behind_for_the_next() -> None:
+    problem = make([(256, 64), (256,), (256, 256)], 4, "float32-new", [0, 0, 1])
+    plan = problem.plan()
+    results = []
+    for keep, lam in ((2, 0.5), (0, 0.5), (4, 0.25), (2, 0.5)):
+        space = plan.workspace()
+        space.partials.fill_(math.nan)
+        space.selected.fill_(1)
+        for tensor in problem.out:
+            tensor.fill_(math.nan)
+        scores, selected = fused_merge(plan, keep, lam, 1 - lam, programs=2)
+        assert selected.sum(dim=1).tolist() == [keep] * 3
+        results.append((scores.clone(), selected.clone(), [tensor.clone() for tensor in problem.out]))
+    first, last = results[0], results[-1]
+    assert torch.equal(first[0], last[0])
+    assert torch.equal(first[1], last[1])
+    assert all(same_bits(one, other) for one, other in zip(first[2], last[2], strict=True))
+    assert not same_bits(results[1][2][0], first[2][0])
+    assert not same_bits(results[2][2][0], first[2][0])
+
+
+def test_parameters_on_the_device_are_those_of_the_host() -> None:
+    problem = make([(256, 64), (256,), (256, 256)], 4, "float32-new")
+    plan = problem.plan()
+    keep, c1, c2 = [1, 2, 3], [0.9, 0.5, 0.1], [0.1, 0.6, 0.9]
+    _, selected = fused_merge(plan, keep, c1, c2)
+    assert selected.sum(dim=1).tolist() == keep
+    before = [tensor.clone() for tensor in problem.out]
+    for tensor in problem.out:
+        tensor.fill_(math.nan)
+    fused_merge(plan, torch.tensor(keep, dtype=torch.int32), torch.tensor(c1), torch.tensor(c2))
+    assert all(same_bits(one, other) for one, other in zip(before, problem.out, strict=True))
+
+
+def test_a_sweep_applies_cached_scores() -> None:
+    problem = make([(256, 64), (256,)], 4, "float16-new")
+    plan = problem.plan()
+    scores = score_heads(plan).clone()
+    for k, lam in ((0.25, 0.9), (0.75, 0.1), (1.0, 0.0)):
+        parameters = Parameters(k=k, lam=lam)
+        for tensor in problem.out:
+            tensor.fill_(math.nan)
+        selected = apply_heads(plan, scores, parameters.keep(4), *parameters.weights)
+        assert_equal(problem, scores, selected, expected(problem, parameters))
+
+
+def test_tuning_is_no_part_of_the_result() -> None:
+    problem = make([(192, 192)], 3, "bfloat16")
+    for tuned in (NARROW, UNALIGNED, LARGE):
+        assert_merges(problem, tuned=tuned)
