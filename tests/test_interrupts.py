@@ -105,7 +105,13 @@ def place(tmp_path: Path) -> Path:
     return place
 
 
-def start(arguments: Sequence[str], *, before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
+def as_from_a_terminal() -> None:
+    """Undo what nohup or a background shell around the tests did: an ignored signal stays ignored in children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(arguments: Sequence[str], *, before: Callable[[], object] = as_from_a_terminal) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "hsa", *arguments],
         stdout=subprocess.PIPE,
