@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-interpret compile-check lint types bench clean
+.PHONY: demo test test-interpret test-gpu compile-check lint types bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
@@ -15,6 +15,10 @@ test: lint types
 
 test-interpret: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels_merge.py tests/test_kernels_refusals.py
+
+# On a machine whose Python has torch already: make test-gpu BIN=/path/to/its/bin READY=
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_kernels_merge.py tests/test_kernels_refusals.py
 
 compile-check: $(READY)
 	$(BIN)/python -m hsa.kernels.compile_check
@@ -28,6 +32,9 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/bench_merge.py
+
+bench-gpu: $(READY)
+	$(BIN)/python bench/bench_kernels.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -360,7 +360,7 @@ class _Run:
             elif file.direct is not None and len(view) % fsio.ALIGNMENT == 0:
                 self._store_direct(file, start, view)
             else:
-                fsio.write_all(file.fd, view, start, self.tally)
+                fsio.write_all(file.fd, view, start, self.tally, fsio.CACHED_STEP)
                 if self.options.sync:
                     fsio.start_writeback(file.fd, start, len(view))
 

@@ -1,18 +1,16 @@
-"""The kernels against the oracle, in Triton's interpreter: `test_kernels_process` starts a process for it."""
+"""The kernels against the oracle, on a GPU or interpreted, for which `test_kernels_process` starts a process."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
+from gpu import DEVICE, NO_DEVICE
 from torch import Tensor
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1: test_kernels_process runs this module so", allow_module_level=True)
+if NO_DEVICE:
+    pytest.skip(NO_DEVICE, allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -30,166 +28,27 @@ from hsa.kernels.launch import (
 from hsa.kernels.primitives import magnitude, rounded
 from hsa.kernels.projections import Projections
 from hsa.kernels.tuning import NARROW, UNALIGNED, Tuning
+from kernel_problems import (
+    BF16,
+    BITS,
+    F16,
+    F32,
+    LARGE,
+    LAYER,
+    MIXES,
+    Parameters,
+    Problem,
+    assert_equal,
+    assert_merges,
+    expected,
+    make,
+    poison,
+    same_bits,
+)
 
 from hsa import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-BITS = {F32: torch.int32, F16: torch.int16, BF16: torch.int16}
-LARGE = Tuning(rows=2048, warps=8, stages=1, registers=128, per_processor=1, lag=1)
-"""Slabs that the interpreter runs fast; the width of a slab is no part of the result."""
-
-MIXES = {
-    "float32": (F32, F32, F32, None),
-    "float16": (F16, F16, F16, None),
-    "bfloat16": (BF16, BF16, BF16, None),
-    "float16-base": (F16, F32, F32, None),
-    "float16-tunes": (F32, F16, F16, None),
-    "bfloat16-tunes": (F32, BF16, BF16, None),
-    "float32-secondary": (F16, F16, F32, None),
-    "to-float16": (F16, F32, F32, F16),
-    "to-bfloat16": (F32, F32, F32, BF16),
-    "float32-new": (F32, F32, F32, F32),
-    "float16-new": (F16, F16, F16, F16),
-    "bfloat16-new": (BF16, BF16, BF16, BF16),
-    "to-float32": (F16, BF16, F16, F32),
-    "float16-to-bfloat16": (F16, F16, F16, BF16),
-}
-"""Dtypes of base, primary, secondary, and of a new output; None is in place."""
-
-
-@dataclass
-class Problem:
-    """The tensors of a model's projections, with what the oracle needs."""
-
-    base: list[Tensor]
-    primary: list[Tensor]
-    secondary: list[Tensor]
-    out: list[Tensor] | None
-    heads: int
-    axes: list[int]
-
-    def plan(self, tuned: Tuning | None = None) -> Projections:
-        return Projections(
-            self.base, self.primary, self.secondary, self.out, heads=self.heads, head_axis=self.axes, tuned=tuned
-        )
-
-    @property
-    def results(self) -> list[Tensor]:
-        return self.primary if self.out is None else self.out
-
-    def fresh(self) -> Problem:
-        """The same numbers in memory of their own, the outputs poisoned."""
-        out = None if self.out is None else [poison(tensor) for tensor in self.out]
-        copies = [[tensor.clone() for tensor in role] for role in (self.base, self.primary, self.secondary)]
-        return Problem(*copies, out, self.heads, self.axes)
-
-
-@dataclass(frozen=True)
-class Parameters:
-    k: float = 0.6
-    lam: float = 0.5
-    alpha: float = 0.2
-    scale: float = 1.0
-
-    def keep(self, heads: int) -> int:
-        return reference.keep_count(self.k, heads)
-
-    @property
-    def weights(self) -> tuple[float, float]:
-        coefficient = reference.layer_coefficient(self.lam, self.alpha, layer=2, layers=6)
-        return coefficient, 1.0 - coefficient
-
-
-def poison(tensor: Tensor) -> Tensor:
-    return torch.full_like(tensor, math.nan)
-
-
-def make(
-    shapes: Sequence[tuple[int, ...]], heads: int, mix: str = "float32", axes: Sequence[int] = (), seed: int = 0
-) -> Problem:
-    """Base of spread 0.1, with task vectors that grow from head to head so that the ranking is clear."""
-    generator = torch.Generator().manual_seed(seed)
-    b, m1, m2, out = MIXES[mix]
-    axes = list(axes) or [0] * len(shapes)
-    problem = Problem([], [], [], None if out is None else [], heads, axes)
-    for shape, axis in zip(shapes, axes, strict=True):
-        order = torch.randperm(heads, generator=generator)
-        growth = (1 + order / heads).repeat_interleave(shape[axis] // heads)
-        growth = growth.view([-1 if a == axis else 1 for a in range(len(shape))])
-        base = torch.randn(shape, generator=generator) * 0.1
-        problem.base.append(base.to(b))
-        for tunes, dtype in ((problem.primary, m1), (problem.secondary, m2)):
-            tunes.append((base + growth * 0.01 * torch.randn(shape, generator=generator)).to(dtype))
-        if problem.out is not None:
-            problem.out.append(torch.full(shape, math.nan, dtype=out))
-    return problem
-
-
-def expected(problem: Problem, parameters: Parameters) -> list[reference.MergedTensor]:
-    found = [
-        reference.merge_tensor(
-            b, m1, m2, k=parameters.k, lam=parameters.lam, alpha=parameters.alpha, layer=2, layers=6,
-            heads=problem.heads, head_axis=axis, attention_scale=parameters.scale, out_dtype=out.dtype,
-        )
-        for b, m1, m2, out, axis in zip(
-            problem.base, problem.primary, problem.secondary, problem.results, problem.axes, strict=True
-        )
-    ]  # fmt: skip
-    # A result that is a source itself would change with it in place.
-    return [reference.MergedTensor(one.value.clone(), one.selected, one.squared_scores) for one in found]
-
-
-def same_bits(found: Tensor, wanted: Tensor) -> bool:
-    assert found.dtype == wanted.dtype
-    return torch.equal(found.view(BITS[found.dtype]), wanted.view(BITS[wanted.dtype]))
-
-
-def assert_equal(problem: Problem, scores: Tensor, selected: Tensor, wanted: list[reference.MergedTensor]) -> None:
-    heads = problem.heads
-    for g, want in enumerate(wanted):
-        error = (scores[g, :heads] - want.squared_scores).abs()
-        assert (error <= 1e-6 * want.squared_scores).all(), f"projection {g}: {error / want.squared_scores}"
-        assert not scores[g, heads:].any()
-        assert tuple(selected[g].nonzero().flatten().tolist()) == want.selected, f"projection {g}"
-        assert same_bits(problem.results[g], want.value), f"projection {g}"
-
-
-def assert_merges(
-    problem: Problem,
-    parameters: Parameters | None = None,
-    programs: int = 3,
-    tuned: Tuning | None = None,
-    two_launches: bool = True,
-) -> None:
-    """Both ways, from fresh memory, against the oracle."""
-    parameters = parameters or Parameters()
-    wanted = expected(problem, parameters)
-    for want in wanted:
-        margin = reference.margin(want.squared_scores, parameters.k)
-        assert margin is None or margin == 0 or margin > 1e-5, "another seed: this selection is not clear"
-    keep, (c1, c2) = parameters.keep(problem.heads), parameters.weights
-
-    fused = problem.fresh()
-    plan = fused.plan(tuned)
-    scores, selected = fused_merge(plan, keep, c1, c2, scale=parameters.scale, programs=programs)
-    assert_equal(fused, scores, selected, wanted)
-    check(plan)
-    if not two_launches:
-        return
-
-    apart = problem.fresh()
-    plan = apart.plan(tuned)
-    scores = score_heads(plan)
-    check(plan)
-    selected = apply_heads(plan, scores, keep, c1, c2, scale=parameters.scale)
-    assert_equal(apart, scores, selected, wanted)
-    check(plan)
-
-
-LAYER = [(128, 128), (128,), (128, 128)]
-"""A projection, a bias, and one with heads of columns."""
 
 
 @pytest.mark.parametrize("programs", [1, 3, 16])
@@ -239,7 +98,7 @@ def test_storage_that_is_not_aligned(role: str) -> None:
     wanted = expected(problem, Parameters())
     tensors = getattr(problem, role)
     for g, tensor in enumerate(tensors):
-        moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+        moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)[1:].view(tensor.shape)
         tensors[g] = moved.copy_(tensor)
     plan = problem.plan()
     assert [group.variant.aligned for group in plan.groups] == [False]
@@ -253,7 +112,7 @@ def test_storage_that_is_not_aligned(role: str) -> None:
 
 def test_one_tensor_that_is_not_aligned_leaves_the_others_fast() -> None:
     problem = make(LAYER, 2, "float16", [0, 0, 1])
-    problem.base[1] = torch.empty(129, dtype=F16)[1:].copy_(problem.base[1])
+    problem.base[1] = torch.empty(129, dtype=F16, device=DEVICE)[1:].copy_(problem.base[1])
     assert sorted(group.variant.aligned for group in problem.plan().groups) == [False, True]
     wanted = expected(problem, Parameters())
     c1, c2 = Parameters().weights
@@ -266,7 +125,7 @@ def test_a_write_stays_inside_its_tensor() -> None:
     for shape, axis in (((30, 7), 0), ((128, 128), 1), ((128,), 0)):
         problem = make([shape], 2, "float32-new", [axis])
         size = math.prod(shape)
-        whole = torch.full((size + 2 * guard,), 7.0)
+        whole = torch.full((size + 2 * guard,), 7.0, device=DEVICE)
         problem.out = [whole[guard : guard + size].view(shape)]
         fused_merge(problem.plan(), 1, 0.5, 0.5)
         assert (whole[:guard] == 7).all()
@@ -344,7 +203,7 @@ def test_unselected_heads_keep_every_bit(dtype: torch.dtype) -> None:
     bits = torch.arange(1 << 16, dtype=torch.int32)
     values = bits.to(torch.int16).view(dtype) if dtype != F32 else (bits << 16 | (bits * 2 & 0xFFFF)).view(F32)
     ordinary = torch.where(values.isfinite(), values, torch.zeros((), dtype=dtype))
-    ordinary = torch.where(ordinary.abs() < 1e15, ordinary, torch.ones((), dtype=dtype)).view(1024, 64)
+    ordinary = torch.where(ordinary.abs() < 1e15, ordinary, torch.ones((), dtype=dtype)).view(1024, 64).to(DEVICE)
     assert (ordinary.view(BITS[dtype]) == torch.tensor(-0.0, dtype=dtype).view(BITS[dtype])).any()
     problem = Problem([ordinary.clone()], [ordinary.clone()], [ordinary.clone()], [poison(ordinary)], 2, [0])
     _, selected = fused_merge(problem.plan(), 0, 0.5, 0.5)
@@ -354,7 +213,7 @@ def test_unselected_heads_keep_every_bit(dtype: torch.dtype) -> None:
 
 @triton.jit
 def _round_kernel(source, out, DTYPE: tl.constexpr, N: tl.constexpr):  # noqa: N803
-    lanes = tl.arange(0, N)
+    lanes = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(out + lanes, rounded(tl.load(source + lanes), DTYPE))
 
 
@@ -363,10 +222,10 @@ def test_bfloat16_is_rounded_to_nearest_even() -> None:
     lows = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     bits = ((high[:, None] << 16) | lows[None, :]).flatten()[: 1 << 17]
     assert len(bits) == 1 << 17
-    source, out = bits.view(F32), torch.empty(len(bits), dtype=BF16)
-    _round_kernel[(1,)](source, out, DTYPE=tl.bfloat16, N=len(bits))
-    wanted = source.to(BF16)
-    numbers = ~source.isnan()
+    source, out = bits.view(F32).to(DEVICE), torch.empty(len(bits), dtype=BF16, device=DEVICE)
+    _round_kernel[(128,)](source, out, DTYPE=tl.bfloat16, N=len(bits) // 128)
+    wanted, out = source.cpu().to(BF16), out.cpu()
+    numbers = ~wanted.isnan()
     assert numbers.sum() > 1000
     assert same_bits(out[numbers], wanted[numbers])
     assert out[~numbers].isnan().all()
@@ -381,7 +240,7 @@ def _magnitude_kernel(source, out):
 
 @pytest.mark.parametrize(("value", "bad"), [(math.nan, True), (math.inf, True), (-math.inf, True), (-3.4e38, False)])
 def test_magnitude_tells_numbers_from_the_rest(value: float, bad: bool) -> None:
-    source, out = torch.zeros(256), torch.zeros(1, dtype=torch.int32)
+    source, out = torch.zeros(256, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
     source[77] = value
     _magnitude_kernel[(1,)](source, out)
     assert (out.item() >= 0x7F800000) == bad
@@ -540,7 +399,8 @@ def test_parameters_on_the_device_are_those_of_the_host() -> None:
     before = [tensor.clone() for tensor in problem.out]
     for tensor in problem.out:
         tensor.fill_(math.nan)
-    fused_merge(plan, torch.tensor(keep, dtype=torch.int32), torch.tensor(c1), torch.tensor(c2))
+    weights = torch.tensor([c1, c2], device=DEVICE)
+    fused_merge(plan, torch.tensor(keep, dtype=torch.int32, device=DEVICE), *weights)
     assert all(same_bits(one, other) for one, other in zip(before, problem.out, strict=True))
 
 

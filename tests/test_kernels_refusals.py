@@ -1,19 +1,19 @@
 # ruff: noqa: E501 -- one refusal a line reads best
-"""What the host refuses before a kernel starts; interpreted, so that CPU tensors are welcome."""
+"""What the host refuses before a kernel starts, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
+from gpu import DEVICE, NO_DEVICE
 from torch import Tensor
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1: test_kernels_process runs this module so", allow_module_level=True)
+if NO_DEVICE:
+    pytest.skip(NO_DEVICE, allow_module_level=True)
 
 from hsa.kernels import tuning
 from hsa.kernels.launch import apply_heads, fused_merge, score_heads
@@ -21,11 +21,11 @@ from hsa.kernels.projections import KernelInputError, KernelTypeError, Projectio
 
 
 def tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.zeros(shape or (128, 64), dtype=dtype) for _ in range(2)]
+    return [torch.zeros(shape or (128, 64), dtype=dtype, device=DEVICE) for _ in range(2)]
 
 
 def wide() -> Tensor:
-    return torch.zeros(128 * 64 * 3)
+    return torch.zeros(128 * 64 * 3, device=DEVICE)
 
 
 def overlapping_outputs() -> dict[str, object]:
@@ -35,12 +35,12 @@ def overlapping_outputs() -> dict[str, object]:
 
 def output_on_base() -> dict[str, object]:
     base = tensors()
-    return {"base": base, "out": [torch.zeros(128, 64), base[1]]}
+    return {"base": base, "out": [torch.zeros(128, 64, device=DEVICE), base[1]]}
 
 
 def output_beside_primary() -> dict[str, object]:
     memory = wide()
-    primary = [torch.zeros(128, 64), memory[: 128 * 64].view(128, 64)]
+    primary = [torch.zeros(128, 64, device=DEVICE), memory[: 128 * 64].view(128, 64)]
     return {"primary": primary, "out": [primary[0], memory[16 : 16 + 128 * 64].view(128, 64)]}
 
 
@@ -50,12 +50,15 @@ def output_on_another_primary() -> dict[str, object]:
 
 
 def in_place_on_a_shared_tensor() -> dict[str, object]:
-    shared = torch.zeros(128, 64)
-    return {"primary": [shared, torch.zeros(128, 64)], "secondary": [torch.zeros(128, 64), shared]}
+    shared = torch.zeros(128, 64, device=DEVICE)
+    return {
+        "primary": [shared, torch.zeros(128, 64, device=DEVICE)],
+        "secondary": [torch.zeros(128, 64, device=DEVICE), shared],
+    }
 
 
 def same_primary_twice() -> dict[str, object]:
-    shared = torch.zeros(128, 64)
+    shared = torch.zeros(128, 64, device=DEVICE)
     return {"primary": [shared, shared]}
 
 
@@ -64,6 +67,9 @@ def cast_over_primary() -> dict[str, object]:
     out = [tensor.view(torch.float16).view(-1)[: 128 * 64].view(128, 64) for tensor in primary]
     return {"primary": primary, "out": out}
 
+
+HERE = str(torch.zeros(1, device=DEVICE).device)
+WANTED = "cpu (kernels are interpreted)" if DEVICE == "cpu" else "cuda"
 
 REFUSED: list[tuple[str, Callable[[], dict[str, object]], type[Exception], str]] = [
     ("no sequence", lambda: {"base": torch.zeros(2, 128, 64)}, KernelTypeError, "base: expected a sequence"),
@@ -75,8 +81,8 @@ REFUSED: list[tuple[str, Callable[[], dict[str, object]], type[Exception], str]]
     ("transposed", lambda: {"base": [t.t() for t in tensors(64, 128)]}, KernelInputError, "base[0]: expected a contiguous tensor, found strides (1, 128)"),
     ("sparse", lambda: {"base": [t.to_sparse() for t in tensors()]}, KernelInputError, "base[0]: expected a contiguous tensor, found layout"),
     ("other shape", lambda: {"secondary": tensors(64, 128)}, KernelInputError, "secondary[0]: expected the shape of base[0], (128, 64), found (64, 128)"),
-    ("other device", lambda: {"secondary": [t.to("meta") for t in tensors()]}, KernelInputError, "secondary[0]: expected device cpu, that of base[0], found meta"),
-    ("wrong device", lambda: {"base": [t.to("meta") for t in tensors()]}, KernelInputError, "base[0]: expected a tensor on device cpu (kernels are interpreted), found meta"),
+    ("other device", lambda: {"secondary": [t.to("meta") for t in tensors()]}, KernelInputError, f"secondary[0]: expected device {HERE}, that of base[0], found meta"),
+    ("wrong device", lambda: {"base": [t.to("meta") for t in tensors()]}, KernelInputError, f"base[0]: expected a tensor on device {WANTED}, found meta"),
     ("three axes", lambda: {r: tensors(2, 64, 64) for r in ("base", "primary", "secondary")}, KernelInputError, "base[0]: expected a weight [d_out, d_in] or a bias [d], found shape (2, 64, 64)"),
     ("empty", lambda: {r: tensors(0, 64) for r in ("base", "primary", "secondary")}, KernelInputError, "found shape (0, 64)"),
     ("heads that do not divide", lambda: {"heads": 3}, KernelInputError, "heads[0]: expected a divisor of 128, the size of axis 0 of base[0], found 3"),
@@ -137,7 +143,7 @@ GOOD = {"keep": 1, "c1": 0.5, "c2": 0.5}
         ({"c1": [0.5] * 3}, KernelInputError, "c1: expected 2 numbers"),
         ({"c1": torch.ones(2, dtype=torch.float64)}, KernelTypeError, "c1: expected torch.float32, found torch.float64"),
         ({"c1": torch.ones(4)[::2]}, KernelInputError, "c1: expected contiguous (2,), found shape (2,), strides (2,)"),
-        ({"c1": torch.ones(2, device="meta")}, KernelInputError, "c1: expected device cpu, found meta"),
+        ({"c1": torch.ones(2, device="meta")}, KernelInputError, f"c1: expected device {HERE}, found meta"),
         ({"scale": math.inf}, KernelInputError, "scale: expected a finite number, found inf"),
         ({"scale": "1"}, KernelTypeError, "scale: expected a number, found '1'"),
         ({"programs": 0}, KernelInputError, "programs: expected at least 1, found 0"),
