@@ -154,6 +154,33 @@ def test_output_loads_and_transcribes(real: Triple, clips: Path, tmp_path: Path)
     assert wrong < 0.3 * total, f"{wrong} of {total} words are wrong"
 
 
+@torch.no_grad()
+def test_merger_writes_the_model_that_hsa_merge_wrote(real: Triple, clips: Path, tmp_path: Path) -> None:
+    """Logits on a clip, after other candidates were tried on the same model."""
+    import soundfile
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    def load(path: Path) -> WhisperForConditionalGeneration:
+        return WhisperForConditionalGeneration.from_pretrained(path, dtype="auto", local_files_only=True).eval()
+
+    hsa.merge(**real, output=tmp_path / "out", k=0.6, lam=0.1)
+    processor = WhisperProcessor.from_pretrained(tmp_path / "out", local_files_only=True)
+    samples, rate = soundfile.read(sorted(clips.glob("*.flac"))[0], dtype="float32")
+    features = processor(samples, sampling_rate=rate, return_tensors="pt").input_features
+    start = torch.tensor([[50257, 50362]])
+
+    def logits(model: WhisperForConditionalGeneration) -> torch.Tensor:
+        return model(input_features=features.to(model.dtype), decoder_input_ids=start).logits
+
+    model = load(real["primary"])
+    untouched = logits(model)
+    merger = hsa.Merger(real["base"], model, real["secondary"])
+    merger.apply_(model, k=1.0, lam=0.0)
+    merger.apply_(model, k=0.6, lam=0.1)
+    assert torch.equal(logits(model), logits(load(tmp_path / "out")))
+    assert not torch.equal(logits(model), untouched)
+
+
 def test_output_loads(real: Triple, tmp_path: Path) -> None:
     from transformers import WhisperForConditionalGeneration
 
