@@ -23,6 +23,7 @@ from hsa.output import PROVENANCE, Staging, check_destination
 from hsa.pipeline import Options, Outcome, execute
 from hsa.plan import MergePlan, make_plan
 from hsa.report import MergeReport, PlanReport, TensorReport
+from hsa.signals import deferred
 from hsa.threads import default_threads
 
 PathLike = str | os.PathLike[str]
@@ -166,7 +167,8 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
     with ExitStack() as stack:
         job = _prepare(request, tally, stack)
         found = _collect(request, job, tally)
-        staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
+        with deferred():  # a directory that was made must be known to the stack that removes it
+            staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
         options = Options(request.threads or default_threads(), request.digest, request.sync)
         total = job.plan.bytes_to_write
         step = None if progress is None else lambda done: progress(done, total)

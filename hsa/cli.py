@@ -17,11 +17,12 @@ import typer
 
 from hsa._version import __version__
 from hsa.errors import HsaError, one_line
+from hsa.signals import ENDING
 
 if TYPE_CHECKING:
     from hsa.report import MergeReport, PlanReport
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = ENDING
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """click's UsageError: typer brings a click of its own or uses the installed one, depending on its version."""
 GRACE = 3.0

@@ -19,7 +19,8 @@ import pytest
 from helpers import merge_arguments, snapshot
 
 import hsa
-from hsa import fsio
+from hsa import api, cli, fsio
+from hsa.output import Staging
 from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]
@@ -335,6 +336,31 @@ def test_a_signal_ends_a_run_in_one_line(
     assert stderr.startswith("hsa: error: ") and word in stderr
     assert os.listdir(place) == ["out"] * earlier
     assert not earlier or snapshot(place / "out") == whole[OLD]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_staging_directory_is_made(
+    shared_triple: Triple, place: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the making of the directory and the moment when somebody is in charge of removing it."""
+
+    class Struck(Staging):
+        def _acquire(self) -> int:
+            os.kill(os.getpid(), number)
+            lock = super()._acquire()
+            os.kill(os.getpid(), number)
+            return lock
+
+    monkeypatch.setattr(api, "Staging", Struck)
+    earlier = {of: signal.getsignal(of) for of in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    as_from_a_terminal()
+    monkeypatch.setattr(cli, "_terminated", -cli.GRACE)
+    try:
+        assert cli.run(merge_arguments(shared_triple, place / "out")) == 128 + number
+    finally:
+        for of, handler in earlier.items():
+            signal.signal(of, handler)
+    assert os.listdir(place) == []
 
 
 def test_a_signal_at_any_moment_leaves_nothing_half(large: Triple, whole: dict[float, Snapshot], place: Path) -> None:

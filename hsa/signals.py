@@ -1,0 +1,34 @@
+"""Holding back the signals that end a run, for the moments in which ending would leave something behind."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Until the block ends, note ending signals instead of handling them; then handle the first.
+
+    Handlers are swapped, not masked, for any thread of the process may be the one that a signal reaches. Only the
+    main thread runs handlers, so elsewhere this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[tuple[int, FrameType | None]] = []
+    handlers = {number: handler for number in ENDING if callable(handler := signal.getsignal(number))}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: noted.append((number, frame)))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for caught, frame in noted[:1]:
+        handlers[signal.Signals(caught)](caught, frame)
