@@ -346,7 +346,6 @@ def test_a_signal_while_the_staging_directory_is_made(
 
     class Struck(Staging):
         def _acquire(self) -> int:
-            os.kill(os.getpid(), number)
             lock = super()._acquire()
             os.kill(os.getpid(), number)
             return lock
