@@ -191,6 +191,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         output=job.destination,
         seconds=time.perf_counter() - started,
         bytes_read=tally.read,
+        bytes_read_by_source=dict(tally.read_by),
         bytes_written=tally.written,
         peak_memory_bytes=memory.peak,
         backend=job.backend.name,

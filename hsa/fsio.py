@@ -36,16 +36,21 @@ _MACHINE = {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
 class Tally:
-    """Bytes read and written so far, over all threads."""
+    """Bytes read and written so far, over all threads; those read by the label of their source as well."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.read = 0
+        self.read_by: dict[str, int] = {}
         self.written = 0
 
-    def add_read(self, count: int) -> None:
+    @property
+    def read(self) -> int:
         with self._lock:
-            self.read += count
+            return sum(self.read_by.values())
+
+    def add_read(self, label: str, count: int) -> None:
+        with self._lock:
+            self.read_by[label] = self.read_by.get(label, 0) + count
 
     def add_written(self, count: int) -> None:
         with self._lock:
@@ -103,7 +108,7 @@ class Source:
                     f"least {offset + len(view)}; something truncated it, run the merge again"
                 )
             done += count
-        self._tally.add_read(done)
+        self._tally.add_read(self.label, done)
 
     def read(self, count: int, offset: int = 0) -> bytes:
         buffer = bytearray(count)

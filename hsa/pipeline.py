@@ -24,6 +24,7 @@ from hsa.checkpoint import Sources
 from hsa.compute import Calculator, Desk, TargetOutcome
 from hsa.dtypes import Array
 from hsa.errors import MachineError
+from hsa.lanes import Lanes
 from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment
 from hsa.memory import PeakMemory
 from hsa.output import Staging
@@ -156,6 +157,7 @@ class _Run:
         self.calculator = Calculator(sources, backend, plan.config.numerics)
         self.files: list[_File] = []
         self.piece = CACHED_PIECE
+        self.lanes = None if options.sync else Lanes()
         self.tasks: Iterator[_Task] = iter(())
 
     def go(self, progress: Callable[[int], None] | None) -> Outcome:
@@ -205,7 +207,7 @@ class _Run:
         fd, cloned = self._clone(file), True
         if fd is None:
             fd, cloned = fsio.create(path, file.size), False
-        direct = fsio.reopen_direct(path) if self.options.sync and not cloned else None
+        direct = None if cloned else fsio.reopen_direct(path)
         hasher: Hasher | None = None
         if self.options.digest:
             from blake3 import blake3
@@ -358,11 +360,18 @@ class _Run:
                         if low < high:
                             fsio.write_all(file.fd, view[low:high], start + low, self.tally)
             elif file.direct is not None and len(view) % fsio.ALIGNMENT == 0:
-                self._store_direct(file, start, view)
+                if self.lanes is None:
+                    self._store_direct(file, start, view)
+                else:
+                    with self.lanes.write(len(view)) as lane:
+                        (self._store_direct if lane == "direct" else self._store_cached)(file, start, view)
             else:
-                fsio.write_all(file.fd, view, start, self.tally, fsio.CACHED_STEP)
-                if self.options.sync:
-                    fsio.start_writeback(file.fd, start, len(view))
+                self._store_cached(file, start, view)
+
+    def _store_cached(self, file: _File, start: int, view: memoryview) -> None:
+        fsio.write_all(file.fd, view, start, self.tally, fsio.CACHED_STEP)
+        if self.options.sync:
+            fsio.start_writeback(file.fd, start, len(view))
 
     def _store_direct(self, file: _File, start: int, view: memoryview) -> None:
         assert file.direct is not None

@@ -54,12 +54,15 @@ class TensorReport:
 class MergeReport:
     """A finished merge.
 
-    Sizes are bytes, `seconds` wall time. `tensors` is keyed by tensor name as primary stores it.
+    Sizes are bytes, `seconds` wall time. `bytes_read_by_source` splits `bytes_read` by role: of base and secondary only
+    headers, configs and targets are read where nothing else is needed. `tensors` is keyed by tensor name as primary
+    stores it.
     """
 
     output: Path
     seconds: float
     bytes_read: int
+    bytes_read_by_source: Mapping[str, int]
     bytes_written: int
     peak_memory_bytes: int
     backend: str
@@ -91,6 +94,7 @@ class MergeReport:
             "output": str(self.output),
             "seconds": self.seconds,
             "bytes_read": self.bytes_read,
+            "bytes_read_by_source": dict(self.bytes_read_by_source),
             "bytes_written": self.bytes_written,
             "peak_memory_bytes": self.peak_memory_bytes,
             "backend": self.backend,

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "triton", "transformers", "huggingface_hub")
 
 LAYERS = (
-    ("_version", "errors", "dtypes", "memory", "reference", "signals", "synthetic_config", "threads"),
+    ("_version", "errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config", "threads"),
     ("config", "fsio", "synthetic"),
     ("header", "output", "whisper"),
     ("checkpoint",),

@@ -568,6 +568,7 @@ def test_bytes_are_counted_exactly(triple: Triple, shards: int, tmp_path: Path) 
     ]
     assert {path.name for path in copied} >= {*own, "vocab.json"}
     allowed["primary"] += sum(path.stat().st_size for path in copied)
+    assert report.bytes_read_by_source == allowed
     assert report.bytes_read == sum(allowed.values())
     assert report.bytes_read < sum(f.stat().st_size for p in triple.values() for f in p.glob("*.safetensors"))
 

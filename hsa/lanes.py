@@ -1,0 +1,83 @@
+"""Two ways to write, past the page cache or through it, and which of them is the faster just now.
+
+With fsync the disk sets the pace, so direct writes are best wherever there are any. Without it a slow disk is best left
+to the page cache, while a fast one takes bytes sooner than the kernel finds free pages for them, and the cache slows
+down once it holds as much as it may. So both are timed while they write, and the faster one writes on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+Lane = Literal["direct", "cached"]
+
+WINDOW_BYTES = 64 << 20
+"""What is written before a lane's speed is taken."""
+
+RECHECK_WINDOWS = 32
+"""Windows on one lane after which the other one is tried again: a trial costs at most a few percent."""
+
+
+@dataclass
+class _Timing:
+    """A lane's window: bytes written, seconds in which at least one write was under way, and the last speed."""
+
+    under_way: int = 0
+    since: float = 0.0
+    busy: float = 0.0
+    written: int = 0
+    speed: float | None = None
+
+    def begin(self, now: float) -> None:
+        if not self.under_way:
+            self.since = now
+        self.under_way += 1
+
+    def end(self, now: float, nbytes: int) -> None:
+        self.under_way -= 1
+        self.busy += now - self.since
+        self.since = now
+        self.written += nbytes
+
+    def close(self) -> None:
+        self.speed = self.written / self.busy if self.busy > 0.0 else float("inf")
+        self.busy, self.written = 0.0, 0
+
+
+@dataclass
+class Lanes:
+    """Chooses a lane for every write of a run; shared by its threads. `clock` gives seconds."""
+
+    clock: Callable[[], float] = time.monotonic
+    current: Lane = "direct"
+    _timings: dict[Lane, _Timing] = field(default_factory=lambda: {"direct": _Timing(), "cached": _Timing()})
+    _stayed: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def write(self, nbytes: int) -> Iterator[Lane]:
+        """The lane to write `nbytes` on; what happens inside is timed."""
+        with self._lock:
+            lane = self.current
+            timing = self._timings[lane]
+            timing.begin(self.clock())
+        try:
+            yield lane
+        finally:
+            with self._lock:
+                timing.end(self.clock(), nbytes)
+                if lane == self.current and timing.written >= WINDOW_BYTES:
+                    timing.close()
+                    self._choose()
+
+    def _choose(self) -> None:
+        other: Lane = "cached" if self.current == "direct" else "direct"
+        own, its = self._timings[self.current].speed, self._timings[other].speed
+        self._stayed += 1
+        if its is None or self._stayed > RECHECK_WINDOWS or (own is not None and its > own):
+            self.current, self._stayed = other, 0

@@ -1,0 +1,230 @@
+"""A guard against regressions that counts work, never seconds: bytes, system calls, buffers, passes over the data."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import blake3
+import pytest
+
+import hsa
+from hsa import fsio, pipeline
+from hsa.backends import cpu
+from hsa.checkpoint import open_checkpoint
+from hsa.config import MergeConfig
+from hsa.fsio import Tally
+from hsa.layout import Merge
+from hsa.synthetic import SHAPES, WhisperShape, write_triple
+from hsa.whisper import is_target, parse
+
+Triple = dict[str, Path]
+Range = tuple[int, int]
+THREADS = 3
+
+
+def deeper(layers: int) -> WhisperShape:
+    """The smallest shape with another number of layers."""
+    return WhisperShape(**{**vars(SHAPES["test"]), "encoder_layers": layers, "decoder_layers": layers})
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Triple:
+    return write_triple(tmp_path_factory.mktemp("deep"), deeper(24))
+
+
+class Work:
+    """What a run did to files: the ranges read and written, by path, and the sizes of both kinds of call."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, list[Range]] = defaultdict(list)
+        self.written: dict[str, list[Range]] = defaultdict(list)
+
+    def reads_of(self, source: Path) -> list[Range]:
+        return [at for path, ranges in self.read.items() if Path(path).is_relative_to(source) for at in ranges]
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
+    """Every preadv and pwritev of the process, as the pipeline's only ways to read and write weights."""
+    work, preadv, pwritev = Work(), os.preadv, os.pwritev
+
+    def reading(fd: int, views: list[memoryview], offset: int) -> int:
+        count = preadv(fd, views, offset)
+        work.read[os.readlink(f"/proc/self/fd/{fd}")].append((offset, offset + count))
+        return count
+
+    def writing(fd: int, views: list[memoryview], offset: int) -> int:
+        count = pwritev(fd, views, offset)
+        work.written[os.readlink(f"/proc/self/fd/{fd}")].append((offset, offset + count))
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", reading)
+        patch.setattr(os, "pwritev", writing)
+        yield work
+
+
+def repeated(ranges: Iterable[Range]) -> int:
+    """Bytes that lie in more than one of the ranges."""
+    again, end = 0, 0
+    for start, stop in sorted(ranges):
+        again += max(0, min(end, stop) - start)
+        end = max(end, stop)
+    return again
+
+
+def length(ranges: Iterable[Range]) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+@pytest.mark.parametrize("options", [{}, {"sync": False, "digest": False}], ids=["durable", "quick"])
+def test_every_byte_is_read_once_and_written_once(
+    deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    with watched(monkeypatch) as work:
+        report = hsa.merge(**deep, output=tmp_path / "out", threads=THREADS, **options)
+    staged = f"{tmp_path}/.out.hsa-staging/model.safetensors"
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert length(work.written[staged]) == size
+    assert repeated(work.written[staged]) == 0
+    for role, source in deep.items():
+        weights = str(source / "model.safetensors")
+        assert repeated(work.read[weights]) == 0, f"{role} was passed over twice"
+        assert length(work.reads_of(source)) == report.bytes_read_by_source[role], f"{role} is miscounted"
+    assert length(work.read[str(deep["primary"] / "model.safetensors")]) == size
+
+
+@pytest.mark.parametrize("preset", ["encoder-qkv", "attention-all"])
+def test_of_base_and_secondary_only_headers_and_targets_are_read(
+    deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: Any
+) -> None:
+    with watched(monkeypatch) as work:
+        hsa.merge(**deep, output=tmp_path / "out", targets=preset, sync=False)
+    for role in ("base", "secondary"):
+        with open_checkpoint(role, deep[role], Tally()) as checkpoint:
+            header = len(checkpoint.shards[0].header.raw)
+            allowed = [
+                (ref.offset, ref.offset + ref.nbytes)
+                for name, ref in checkpoint.tensors.items()
+                if (projection := parse(name)) is not None and is_target(projection, preset)
+            ]
+        read = work.read[str(deep[role] / "model.safetensors")]
+        beyond = [at for at in read if at[0] >= header and not any(a <= at[0] and at[1] <= b for a, b in allowed)]
+        assert beyond == []
+        assert length(read) == header + length(allowed)
+
+
+def test_calls_are_few(deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call a tensor and source, and one a piece: not one a head or a page."""
+    with watched(monkeypatch) as work:
+        report = hsa.merge(**deep, output=tmp_path / "out", threads=THREADS)
+    with open_checkpoint("primary", deep["primary"], Tally()) as checkpoint:
+        tensors = len(checkpoint.tensors)
+    pieces = -(-checkpoint.tensors["decoder.embed_tokens.weight"].nbytes // (1 << 20)) + tensors
+    reads = sum(len(ranges) for path, ranges in work.read.items() if path.endswith(".safetensors"))
+    assert reads <= 2 * len(report.tensors) + tensors + 2 * pieces + 3 * 3
+    writes = work.written[f"{tmp_path}/.out.hsa-staging/model.safetensors"]
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert len(writes) <= -(-size // fsio.CACHED_STEP) + 1
+
+
+def test_buffers_do_not_grow_with_the_model(deep: Triple, shared_triple: Triple, tmp_path: Path) -> None:
+    def allocated(triple: Triple, name: str) -> tuple[int, int]:
+        """Tensors merged, and buffers that were allocated for them."""
+        count, empty = [0], cpu.CpuBackend.empty
+
+        def counted(self: cpu.CpuBackend, nbytes: int) -> Any:
+            count[0] += 1
+            return empty(self, nbytes)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu.CpuBackend, "empty", counted)
+            patch.setattr(pipeline, "DIRECT_PIECE", 1 << 16)  # fewer than all targets begin in a piece
+            patch.setattr(pipeline, "CACHED_PIECE", 1 << 16)
+            report = hsa.merge(**triple, output=tmp_path / name, threads=THREADS, sync=False)
+        return len(report.tensors), count[0]
+
+    few, many = allocated(shared_triple, "shallow"), allocated(deep, "deep")
+    assert many[0] == 12 * few[0]
+    sizes = 2  # of a weight and of a bias
+    under_way = THREADS * (3 + 5) * sizes  # three sources each, and results of up to five targets in a piece
+    assert many[1] <= under_way, f"{many[1]} buffers for {many[0]} tensors"
+
+
+def test_each_output_byte_is_digested_once(deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files in one pass; targets once more a source, for the sources' own digests."""
+    digested, real = [0], blake3.blake3
+
+    class Counting:
+        def __init__(self, data: Any = b"") -> None:
+            digested[0] += len(data)
+            self._inner = real(data)
+
+        def update(self, data: Any) -> Counting:
+            digested[0] += len(data)
+            self._inner.update(data)
+            return self
+
+        def hexdigest(self) -> str:
+            return str(self._inner.hexdigest())
+
+    monkeypatch.setattr(blake3, "blake3", Counting)
+    report = hsa.merge(**deep, output=tmp_path / "out", sync=False)
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    with open_checkpoint("primary", deep["primary"], Tally()) as checkpoint:
+        refs = {ref.name: ref.nbytes for ref in checkpoint.tensors.values()}
+        header = len(checkpoint.shards[0].header.raw)
+    targets = sum(refs[name] for name in report.tensors)
+    small = sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) - weights
+    assert weights + 3 * targets <= digested[0] <= weights + 3 * (targets + header) + 2 * small + (1 << 16)
+
+
+def test_heads_are_scored_once_and_blended_once(deep: Triple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = {"_score": 0, "_blend": 0}
+
+    def counted(name: str) -> Any:
+        inner = getattr(cpu.CpuWorker, name)
+
+        def call(self: cpu.CpuWorker, *arguments: Any) -> Any:
+            calls[name] += 1
+            return inner(self, *arguments)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(cpu.CpuWorker, name, counted(name))
+    report = hsa.merge(**deep, output=tmp_path / "out", sync=False)
+    assert calls == {"_score": report.total_heads, "_blend": report.selected_heads}
+
+    calls.update(_score=0, _blend=0)
+    merger = hsa.Merger(**deep, backend="cpu")
+    assert calls == {"_score": report.total_heads, "_blend": 0}
+    state = merger.merge(lam=0.1)
+    for lam in (0.2, 0.3, 0.4):
+        merger.apply_(state, lam=lam)
+    assert calls == {"_score": report.total_heads, "_blend": 4 * report.selected_heads}
+
+
+def test_a_merger_reads_its_sources_once(deep: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watched(monkeypatch) as work:
+        merger = hsa.Merger(**deep, backend="cpu")
+        built = {role: length(work.reads_of(path)) for role, path in deep.items()}
+        state = merger.merge(lam=0.1)
+        merger.apply_(state, lam=0.9)
+        assert {role: length(work.reads_of(path)) for role, path in deep.items()} == built
+    for path in deep.values():
+        assert repeated(work.read[str(path / "model.safetensors")]) == 0
+
+
+def test_a_plan_names_the_bytes_that_a_run_reads(deep: Triple) -> None:
+    from hsa.api import Request, dry_run
+
+    plan = dry_run(Request(sources=deep, output=deep["base"].parent / "never", config=MergeConfig()))  # type: ignore[arg-type]
+    reads = [Merge(target).reads() for target in plan.targets]
+    others = sum(count for each in reads for role, count in each if role != "primary")
+    assert plan.bytes_to_read < plan.bytes_to_write + others + (1 << 18)
