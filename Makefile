@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-interpret test-gpu compile-check lint types bench bench-gpu clean
+.PHONY: demo test test-interpret test-gpu compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
@@ -30,11 +30,31 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Under 30 minutes on 2 cores, with 24 GB of memory and 40 GB of free disk; bench-full takes hours.
 bench: $(READY)
 	$(BIN)/python bench/bench_merge.py
+	$(BIN)/python bench/bench_sweep.py
+	$(BIN)/python bench/bench_kernels.py --device cpu
+	$(BIN)/python bench/bench_wer.py
+	$(BIN)/python bench/report.py
+
+bench-full: $(READY)
+	$(BIN)/python bench/bench_merge.py --full
+	$(BIN)/python bench/bench_sweep.py --dtype float16
+	$(BIN)/python bench/bench_sweep.py --dtype float32
+	$(BIN)/python bench/bench_kernels.py --device cpu --all
+	$(BIN)/python bench/bench_wer.py
+	$(BIN)/python bench/report.py
 
 bench-gpu: $(READY)
-	$(BIN)/python bench/bench_kernels.py
+	$(BIN)/python bench/bench_kernels.py --device cuda
+
+# The kernel cases under pytest-benchmark, which keeps and compares runs of its own.
+bench-speed: $(READY)
+	$(BIN)/python -m pytest bench/test_kernels_speed.py --benchmark-only
+
+report: $(READY)
+	$(BIN)/python bench/report.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,432 +1,287 @@
-"""Time of the kernels on a GPU against a device copy, eager torch and torch.compile, side by side in one run.
+"""Time of a merge in memory against a copy: the kernels, eager torch and torch.compile on a GPU; on a CPU its backend.
 
-    python bench/bench_kernels.py [--dtype float32 ...] [--repetitions 30] [--results FILE] [--dry-run]
+    python bench/bench_kernels.py [--device auto|cuda|cpu] [--shape large-v3 ...] [--dtype float32 ...] [--all]
+                                  [--repetitions N] [--results FOLDER] [--commit NAME] [--dry-run [--bandwidth TB/S]]
 
-Works on the encoder's q, k and v weights of large-v3 (96 tensors of 1280 by 1280, random, made on the device), 60 % of
-the heads kept. Every way to merge is first compared with the oracle, bit for bit (no figures without that). Times are
-the device's own (events around a call that was queued while the device was busy, so that the host's share is hidden as
-far as it is short), medians with their spread. Sources rotate, and memory of another kind is read between two calls, so
-that the second-level cache holds nothing of the last one; primary is put back before each call, outside the time.
-Bytes counted are those that the formula must move: with q the bytes of the 96 weights of one model and s the share of
-selected heads, 3q + sq for one pass in place, 3q + q into a new buffer, 3q + 3sq + sq for two launches, 3sq + sq for
-the merge alone. --dry-run prints them, and the least times at a given bandwidth, without a GPU.
+Works on the encoder's q, k and v weights (large-v3: 96 tensors of 1280 by 1280, random), 60 % of the heads kept. Every
+way to merge is first compared with the oracle, ours bit for bit (no figures without that). On a GPU times are the
+device's own (events around a call that was queued while the device was busy, so that the host's share is hidden as far
+as it is short); on a CPU they are wall time, both sides with a thread for every usable core. Medians with their spread.
+Copies of the sources rotate, and other memory is read between two calls, so that the last-level cache holds nothing of
+the last one; primary is put back before each call, outside the time. GB/s are the bytes that the formula must move
+(`kernel_cases.TRAFFIC`), set against those of a copy in the same run, both directions counted. --dry-run prints bytes,
+and the least times at a given bandwidth; it needs no GPU.
+By default a GPU measures large-v3, a CPU three shapes; --all takes every shape and dtype that is not chosen.
 Prints a Markdown table and appends rows to bench/results/kernels.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import importlib.util
+import math
+import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import torch
+from kernel_cases import CASES, MIXES, SHAPES, TRAFFIC, WHOLE, Case, CpuProblem, GpuProblem, K, Mix, Problem, Shape
+from kernel_cases import volume as volume_of
+from rows import RESULTS, about, append, markdown
 
-# A checkout that is not installed has hsa beside this folder, and hsa.kernels in the folder kernels/.
-if importlib.util.find_spec("hsa") is None:
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-import hsa
 from hsa import reference
 
-ROOT = Path(__file__).resolve().parents[1]
-if importlib.util.find_spec("hsa.kernels") is None:
-    hsa.__path__.append(str(ROOT))
+Times = Mapping[str, Sequence[float]]
+"""Milliseconds of every call, by case."""
 
-Tensor = torch.Tensor
-RESULTS = Path(__file__).parent / "results" / "kernels.csv"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-K, LAM, ALPHA = 0.6, 0.5, 0.2
-SETS = 3
-WARM_UPS = 5
-COPY_BYTES = 1 << 30
-FLUSH_BYTES = 1 << 29
+SHAPES_MEASURED = {"cuda": ("large-v3",), "cpu": ("tiny", "small", "large-v3")}
+DTYPES_MEASURED = {
+    "cuda": ("float32", "float16", "bfloat16", "float16-base", "float32-secondary"),
+    "cpu": ("float32", "float16", "float16-base"),
+}
+REPETITIONS = {"cuda": 30, "cpu": 5}
+LEAST_REPETITIONS = {"cuda": 20, "cpu": 3}
+WARM_UPS = {"cuda": 5, "cpu": 1}
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+BANDWIDTH = {"cuda": 4.3, "cpu": 0.02}
+"""TB/s of the floors that --dry-run prints."""
+
+TIMES_CACHE = 4
+"""How many times the size of the last-level cache is read between two calls on the same memory."""
+
+LEAST_SETS = {"cuda": 3, "cpu": 1}
+UNKNOWN_CACHE = 64 << 20
 BUSY_CYCLES = 4_000_000
 """A few milliseconds: longer than the host needs to queue a call of the kernels."""
 
+SETTLED = 0.01
+"""Seconds until torch's threads have stopped to spin for more work, and leave the cores to others."""
 
-@dataclass(frozen=True)
-class Shape:
-    """The targets of an encoder: three weights a layer."""
+BUSY_LOAD = 0.5
 
-    layers: int = 32
-    width: int = 1280
-    heads: int = 20
-
-    @property
-    def count(self) -> int:
-        return 3 * self.layers
-
-    def model_bytes(self, dtype: torch.dtype) -> int:
-        return self.count * self.width * self.width * dtype.itemsize
-
-    @property
-    def coefficients(self) -> list[float]:
-        """Of every projection, three to a layer."""
-        return [reference.layer_coefficient(LAM, ALPHA, g // 3, self.layers) for g in range(self.count)]
-
-
-TRAFFIC: dict[str, Callable[[float], float]] = {
-    "one pass, in place": lambda share: 3 + share,
-    "one pass, new buffer": lambda share: 3 + 1,
-    "two launches, in place": lambda share: 3 + 3 * share + share,
-    "apply only, scores cached, in place": lambda share: 3 * share + share,
-    "eager torch, tensor by tensor": lambda share: 3 + share,
-    "eager torch, stacked": lambda share: 3 + share,
-    "torch.compile, tensor by tensor": lambda share: 3 + share,
-    "torch.compile, stacked": lambda share: 3 + share,
+HEAD = {
+    "shape": "shape",
+    "dtype": "dtype",
+    "case": "case",
+    "median_ms": "median ms",
+    "spread": "min to max ms",
+    "floor_ms": "floor ms",
+    "gb_s": "GB/s",
+    "of_copy": "of copy",
+    "times_eager": "x eager",
+    "times_compile": "x compile",
 }
-"""Bytes that a case must move, in units of q, by the share of selected heads."""
-
-OURS = tuple(TRAFFIC)[:4]
-WHOLE = OURS[:3]
-"""The cases that do all that the formula in torch does."""
+"""Columns of the printed table: names of the rows', and what stands above them."""
 
 
-@dataclass
-class Case:
-    """One way to merge, and what was measured of it."""
-
-    name: str
-    call: Callable[[int], object]
-    milliseconds: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.milliseconds)
+def usable_cores() -> int:
+    """Cores that this process may use: as many threads has either side."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
 
 
-@dataclass
-class Sources:
-    """Three models' targets and a new buffer, each one block [G, width, width], and primary as it was."""
-
-    base: Tensor
-    primary: Tensor
-    secondary: Tensor
-    out: Tensor
-    kept: Tensor
-
-    def restore(self) -> None:
-        self.primary.copy_(self.kept)
+def cache_bytes(device: str) -> int:
+    """Bytes of a device's last-level cache: a GPU's second, a CPU's last ones together."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    found: dict[int, dict[str, int]] = {}
+    for folder in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
+        level, cores, size = ((folder / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+        found.setdefault(int(level), {})[cores] = int(size.removesuffix("K")) << 10
+    return sum(found[max(found)].values()) if found else UNKNOWN_CACHE
 
 
-def make(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Sources:
-    """Base of spread 0.02; task vectors that grow from head to head, so that no selection hangs on rounding."""
-    generator = torch.Generator(device).manual_seed(seed)
-    size = (shape.count, shape.width, shape.width)
-    growth = 1 + torch.arange(shape.heads, device=device) / shape.heads
-    growth = growth.repeat_interleave(shape.width // shape.heads)[:, None]
-    blocks = [torch.empty(size, dtype=dtype, device=device) for _ in range(5)]
-    for g in range(shape.count):
-        base = torch.randn(size[1:], generator=generator, device=device) * 0.02
-        blocks[0][g] = base
-        for block in blocks[1:3]:
-            block[g] = base + growth * 1e-3 * torch.randn(size[1:], generator=generator, device=device)
-    blocks[4].copy_(blocks[1])
-    return Sources(*blocks)
+def problem_of(shape: Shape, mix: Mix, device: str) -> Problem:
+    """The problem, in as many copies of its sources as exceed the cache."""
+    enough = math.ceil(TIMES_CACHE * cache_bytes(device) / volume_of(shape, mix).sources)
+    sets = max(LEAST_SETS[device], enough)
+    return GpuProblem(shape, mix, sets) if device == "cuda" else CpuProblem(shape, mix, sets, usable_cores())
 
 
-def formula(base: Tensor, primary: Tensor, secondary: Tensor, c1: Tensor, keep: int, heads: int) -> Tensor:
-    """Weights [G, d, d], merged in plain torch with c1 [G, 1, 1]: scores, selection, result in primary's dtype."""
-    wide = base.float()
-    tv1, tv2 = primary.float() - wide, secondary.float() - wide
-    squared = (tv1.abs() + tv2.abs()).square().view(len(base), heads, -1).sum(dim=2)
-    cut = squared.topk(keep, dim=1).values[:, -1:]
-    chosen = (squared >= cut).repeat_interleave(base.shape[1] // heads, dim=1)[:, :, None]
-    return torch.where(chosen, (wide + (c1 * tv1 + (1 - c1) * tv2)).to(primary.dtype), primary)
+class Clock:
+    """Times calls on a device, each from a cache that holds none of its data."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cpu":
+            torch.set_num_threads(usable_cores())
+        self._other = torch.ones(TIMES_CACHE * cache_bytes(device) // 4, dtype=torch.int32, device=device)
+
+    def clear(self) -> None:
+        """Fill the cache with other memory."""
+        self._other.max()
+        if self.device == "cpu":
+            time.sleep(SETTLED)
+
+    def milliseconds(self, call: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+        before()
+        self.clear()
+        if self.device == "cpu":
+            started = time.perf_counter()
+            call()
+            return (time.perf_counter() - started) * 1e3
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BUSY_CYCLES)
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        return float(began.elapsed_time(ended))
 
 
-class Bench:
-    """All cases of one dtype on one device."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
-        from hsa.kernels import launch
-        from hsa.kernels.projections import Projections
-
-        self.shape, self.dtype, self.device = shape, dtype, device
-        self.launch = launch
-        self.keep = reference.keep_count(K, shape.heads)
-        c1 = shape.coefficients
-        self.c1 = torch.tensor(c1, dtype=torch.float32, device=device)
-        self.c2 = torch.tensor([1.0 - c for c in c1], dtype=torch.float32, device=device)
-        self.keeps = torch.full((shape.count,), self.keep, dtype=torch.int32, device=device)
-        self.sources = [make(shape, dtype, device, seed) for seed in range(SETS)]
-
-        def plan(of: Sources, out: Tensor) -> Projections:
-            roles = (of.base, of.primary, of.secondary, out)
-            return Projections(*(list(role) for role in roles), heads=shape.heads)
-
-        self.in_place = [plan(of, of.primary) for of in self.sources]
-        self.to_new = [plan(of, of.out) for of in self.sources]
-        self.scores = [launch.score_heads(held).clone() for held in self.in_place]
-
-    def fused(self, i: int) -> Tensor:
-        return self.launch.fused_merge(self.in_place[i], self.keeps, self.c1, self.c2)[1]
-
-    def fused_new(self, i: int) -> Tensor:
-        return self.launch.fused_merge(self.to_new[i], self.keeps, self.c1, self.c2)[1]
-
-    def two(self, i: int) -> Tensor:
-        scores = self.launch.score_heads(self.in_place[i])
-        return self.launch.apply_heads(self.in_place[i], scores, self.keeps, self.c1, self.c2)
-
-    def apply(self, i: int) -> Tensor:
-        return self.launch.apply_heads(self.in_place[i], self.scores[i], self.keeps, self.c1, self.c2)
-
-    def torch_each(self, merge: Callable[..., Tensor]) -> Callable[[int], None]:
-        def call(i: int) -> None:
-            of = self.sources[i]
-            for g in range(self.shape.count):
-                one = slice(g, g + 1)
-                c1 = self.c1[one, None, None]
-                found = merge(of.base[one], of.primary[one], of.secondary[one], c1, self.keep, self.shape.heads)
-                of.primary[one].copy_(found)
-
-        return call
-
-    def torch_stacked(self, merge: Callable[..., Tensor]) -> Callable[[int], None]:
-        def call(i: int) -> None:
-            of = self.sources[i]
-            c1 = self.c1[:, None, None]
-            of.primary.copy_(merge(of.base, of.primary, of.secondary, c1, self.keep, self.shape.heads))
-
-        return call
-
-    def cases(self, compiled: bool = True) -> list[Case]:
-        ours = (self.fused, self.fused_new, self.two, self.apply)
-        found = [Case(name, call) for name, call in zip(OURS, ours, strict=True)]
-        ways = [("eager torch", formula)]
-        if compiled:
-            ways.append(("torch.compile", torch.compile(formula, dynamic=False)))
-        for way, merge in ways:
-            found.append(Case(f"{way}, tensor by tensor", self.torch_each(merge)))
-            found.append(Case(f"{way}, stacked", self.torch_stacked(merge)))
-        return found
-
-    def gate(self) -> float:
-        """Compare every way of the kernels with the oracle, every projection of one set, bit for bit.
-
-        Returns the share of selected heads.
-        """
-        of, shape = self.sources[0], self.shape
-        bits = torch.int32 if self.dtype == torch.float32 else torch.int16
-        wanted = []
-        for g in range(shape.count):
-            merged = reference.merge_tensor(
-                of.base[g].cpu(), of.kept[g].cpu(), of.secondary[g].cpu(),
-                k=K, lam=LAM, alpha=ALPHA, layer=g // 3, layers=shape.layers, heads=shape.heads,
-            )  # fmt: skip
-            wanted.append(merged)
-        for name, call in zip(OURS, (self.fused, self.fused_new, self.two, self.apply), strict=True):
-            of.restore()
-            of.out.fill_(torch.nan)
-            selected = call(0).cpu()
-            self.launch.check(self.to_new[0] if name == "one pass, new buffer" else self.in_place[0])
-            result = (of.out if name == "one pass, new buffer" else of.primary).cpu()
-            for g, want in enumerate(wanted):
-                if tuple(selected[g].nonzero().flatten().tolist()) != want.selected:
-                    raise SystemExit(f"correctness gate: {name} selects other heads of projection {g} than the oracle")
-                if not torch.equal(result[g].view(bits), want.value.view(bits)):
-                    raise SystemExit(f"correctness gate: {name} differs from the oracle in projection {g}")
-        of.restore()
-        return sum(len(want.selected) for want in wanted) / (shape.count * shape.heads)
-
-    def agrees(self, case: Case) -> bool:
-        """Whether the formula in torch gives what the kernels give, up to a rounding of the last bit or two.
-
-        Heads selected otherwise differ by far more somewhere.
-        """
-        of = self.sources[0]
-        of.restore()
-        self.fused(0)
-        wanted = of.primary.clone()
-        of.restore()
-        case.call(0)
-        close = torch.allclose(of.primary, wanted, rtol=2 * torch.finfo(self.dtype).eps, atol=1e-7)
-        of.restore()
-        return close
-
-
-def timed(call: Callable[[], object], before: Callable[[], object], flush: Tensor) -> float:
-    """Milliseconds of one call on the device, from a cache that holds none of its data."""
-    before()
-    flush.max()
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(BUSY_CYCLES)
-    started.record()
-    call()
-    ended.record()
-    ended.synchronize()
-    return float(started.elapsed_time(ended))
-
-
-def measure(bench: Bench, cases: Sequence[Case], repetitions: int, flush: Tensor) -> None:
+def measure(problem: Problem, cases: Sequence[Case], repetitions: int, clock: Clock) -> Times:
     """Warm up, then time the cases in turn, so that a drift of clocks meets all alike."""
-    for number in range(-WARM_UPS, repetitions):
-        i = number % SETS
+    times: dict[str, list[float]] = {case.name: [] for case in cases}
+    for number in range(-WARM_UPS[clock.device], repetitions):
+        i = number % len(problem.sets)
         for case in cases if number % 2 == 0 else reversed(cases):
-            taken = timed(partial(case.call, i), bench.sources[i].restore, flush)
+            taken = clock.milliseconds(partial(case.call, i), problem.sets[i].restore)
+            if case.exact:
+                problem.check(case, i)
             if number >= 0:
-                case.milliseconds.append(taken)
-    for held in (*bench.in_place, *bench.to_new):
-        bench.launch.check(held)
+                times[case.name].append(taken)
+    return times
 
 
-def measure_copy(repetitions: int, flush: Tensor, device: str) -> float:
-    """Bytes a second of a device copy, both directions counted."""
-    source, out = (torch.ones(COPY_BYTES // 4, dtype=torch.int32, device=device) for _ in range(2))
-    every = [timed(lambda: out.copy_(source), lambda: None, flush) for _ in range(WARM_UPS + repetitions)]
-    return 2 * COPY_BYTES / statistics.median(every[WARM_UPS:]) * 1e3
+def measure_copy(repetitions: int, clock: Clock) -> float:
+    """Bytes a second of a copy, both directions counted."""
+    nbytes = max(COPY_BYTES[clock.device], TIMES_CACHE * cache_bytes(clock.device))
+    source, out = (torch.ones(nbytes // 4, dtype=torch.int32, device=clock.device) for _ in range(2))
+    warm_ups = WARM_UPS[clock.device]
+    every = [clock.milliseconds(lambda: out.copy_(source)) for _ in range(warm_ups + repetitions)]
+    return 2 * source.nbytes / statistics.median(every[warm_ups:]) * 1e3
 
 
-def rows_of(measured: Sequence[Case], dtype: str, nbytes: int, share: float, copy: float) -> list[dict[str, object]]:
-    def best(way: str) -> float | None:
-        return min((case.median for case in measured if case.name.startswith(way)), default=None)
+def rows_of(
+    device: str, problem: Problem, dtype: str, times: Times, copy: float, known: Mapping[str, str]
+) -> list[dict[str, object]]:
+    """A row for each measured case, `copy` in bytes a second."""
+    medians = {name: statistics.median(every) for name, every in times.items()}
 
-    eager, compiled = best("eager torch"), best("torch.compile")
+    def times_faster(way: str, name: str) -> str:
+        """Than the faster of the two ways to call the formula in torch."""
+        best = min((median for other, median in medians.items() if other.startswith(way)), default=None)
+        return f"{best / medians[name]:.2f}" if best and name in WHOLE else ""
+
+    moved = volume_of(problem.shape, problem.mix)
     rows = []
-    for case in measured:
-        moved = TRAFFIC[case.name](share) * nbytes
-        whole = case.name in WHOLE
+    for name, every in times.items():
+        nbytes, median = TRAFFIC[name](moved, problem.share), medians[name]
         rows.append(
             {
+                **known,
+                "device": device,
+                "threads": usable_cores() if device == "cpu" else "",
+                "shape": problem.shape.name,
                 "dtype": dtype,
-                "case": case.name,
-                "repetitions": len(case.milliseconds),
-                "median_ms": f"{case.median:.4f}",
-                "min_ms": f"{min(case.milliseconds):.4f}",
-                "max_ms": f"{max(case.milliseconds):.4f}",
-                "share_selected": f"{share:.4f}",
-                "bytes": round(moved),
-                "gb_s": f"{moved / case.median / 1e6:.0f}",
-                "copy_gb_s": f"{copy / 1e9:.0f}",
-                "of_copy": f"{moved / case.median * 1e3 / copy:.3f}",
-                "floor_ms": f"{moved / copy * 1e3:.4f}",
-                "times_eager": f"{eager / case.median:.2f}" if whole and eager else "",
-                "times_compile": f"{compiled / case.median:.2f}" if whole and compiled else "",
+                "case": name,
+                "repetitions": len(every),
+                "median_ms": f"{median:.4f}",
+                "min_ms": f"{min(every):.4f}",
+                "max_ms": f"{max(every):.4f}",
+                "share_selected": f"{problem.share:.4f}",
+                "bytes": round(nbytes),
+                "gb_s": f"{nbytes / median / 1e6:.1f}",
+                "copy_gb_s": f"{copy / 1e9:.1f}",
+                "of_copy": f"{nbytes / median * 1e3 / copy:.3f}",
+                "floor_ms": f"{nbytes / copy * 1e3:.4f}",
+                "times_eager": times_faster("eager torch", name),
+                "times_compile": times_faster("torch.compile", name),
             }
         )
     return rows
 
 
-def table(rows: Sequence[dict[str, object]]) -> str:
-    lines = [
-        "| dtype | case | median ms | min to max ms | floor ms | GB/s | of copy | x eager | x compile |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            "| {dtype} | {case} | {median_ms} | {min_ms} to {max_ms} | {floor_ms} | {gb_s} | {of_copy} | {times_eager} "
-            "| {times_compile} |".format(**row)
-        )
-    return "\n".join(lines)
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    spread = [{**row, "spread": f"{row['min_ms']} to {row['max_ms']}"} for row in rows]
+    return markdown(tuple(HEAD.values()), [[row[column] for column in HEAD] for row in spread])
 
 
-def _answer(*command: str) -> str:
-    """The first line that a program prints, or nothing where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return (done.stdout.splitlines() or [""])[0].strip()
-
-
-def about(commit: str | None) -> dict[str, object]:
-    """The machine and the versions of a row."""
-    import triton
-
-    return {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or _answer("git", "rev-parse", "--short", "HEAD") or "unknown",
-    }
-
-
-def append_rows(path: Path, rows: Sequence[dict[str, object]], known: dict[str, object]) -> None:
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*known, *rows[0]])
-        if new:
-            writer.writeheader()
-        writer.writerows({**known, **row} for row in rows)
-
-
-def dry_run(shape: Shape, dtypes: Sequence[str], bandwidth: float) -> str:
+def dry_run(device: str, shapes: Sequence[str], dtypes: Sequence[str], bandwidth: float) -> str:
     """What would be measured: bytes of every case, and the least time at a bandwidth in bytes a second."""
-    share = reference.keep_count(K, shape.heads) / shape.heads
-    lines = [
-        f"{shape.count} weights of {shape.width} by {shape.width}, {share:.0%} of the heads selected, "
-        f"floors at {bandwidth / 1e12:g} TB/s (given, not measured)",
-        "",
-        "| dtype | case | bytes | floor ms |",
-        "|---|---|---|---|",
-    ]
-    for name in dtypes:
-        for case, traffic in TRAFFIC.items():
-            moved = traffic(share) * shape.model_bytes(DTYPES[name])
-            lines.append(f"| {name} | {case} | {moved:.0f} | {moved / bandwidth * 1e3:.3f} |")
-    return "\n".join(lines)
+    lines = []
+    for shape in (SHAPES[name] for name in shapes):
+        share = reference.keep_count(K, shape.heads) / shape.heads
+        for dtype in dtypes:
+            for case in CASES[device]:
+                moved = TRAFFIC[case](volume_of(shape, MIXES[dtype]), share)
+                floor = f"{moved / bandwidth * 1e3:.3f}"
+                lines.append((shape.name, dtype, case, f"{share:.1%}", f"{moved:.0f}", floor))
+    return f"Floors at {bandwidth / 1e12:g} TB/s (given, not measured), shares of the heads selected\n\n" + markdown(
+        ("shape", "dtype", "case", "share", "bytes", "floor ms"), lines
+    )
 
 
-def run(shape: Shape, name: str, repetitions: int, copy: float, flush: Tensor) -> list[dict[str, object]]:
-    """All rows of one dtype."""
-    torch.compiler.reset()
-    bench = Bench(shape, DTYPES[name], flush.device.type)
-    share = bench.gate()
-    cases = []
-    for case in bench.cases():
-        try:
-            right = case.name in OURS or bench.agrees(case)
-        except Exception as error:  # torch.compile fails in many ways, none of which concerns the kernels
-            print(f"{name}, {case.name}: not measured, {type(error).__name__}: {error}".split("\n")[0], file=sys.stderr)
-            continue
-        if not right:
-            raise SystemExit(f"correctness gate: {case.name} in {name} is another formula than the kernels'")
-        cases.append(case)
-    measure(bench, cases, repetitions, flush)
-    return rows_of(cases, name, shape.model_bytes(DTYPES[name]), share, copy)
+def run(shape: Shape, dtype: str, repetitions: int, copy: float, clock: Clock, known: Mapping[str, str]) -> list[dict]:
+    """All rows of one shape and dtype, after the gate."""
+    with closing(problem_of(shape, MIXES[dtype], clock.device)) as problem:
+        cases = []
+        for case in problem.admitted():
+            if case.missing:
+                print(f"{shape.name}, {dtype}, {case.name}: not measured, {case.missing}", file=sys.stderr)
+            else:
+                cases.append(case)
+        times = measure(problem, cases, repetitions, clock)
+        return rows_of(clock.device, problem, dtype, times, copy, known)
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with what depends on the device filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), action="append", help="by default all three")
-    parser.add_argument("--repetitions", type=int, default=30, help="timed, at least 20 (default 30)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file that rows are appended to")
-    parser.add_argument("--commit", help="what the rows say, by default git's HEAD")
-    parser.add_argument("--dry-run", action="store_true", help="print bytes and floors; needs no GPU")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s for the floors of --dry-run (default 4.3)")
-    options = parser.parse_args()
-    if options.repetitions < 20:
-        parser.error("--repetitions: expected at least 20")
-    dtypes = options.dtype or list(DTYPES)
-    shape = Shape()
+    add = parser.add_argument
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU where torch finds one")
+    add("--shape", choices=tuple(SHAPES), action="append", help="repeatable; by default large-v3, on a CPU three")
+    add("--dtype", choices=tuple(MIXES), action="append", help="repeatable; by default the three or one and some mixed")
+    add("--all", action="store_true", help="every shape and every dtype, unless they are chosen")
+    add("--repetitions", type=int, help="timed calls (30, at least 20; on a CPU 5, at least 3)")
+    add("--results", type=Path, default=RESULTS, help="folder of the file kernels.csv that rows are appended to")
+    add("--commit", help="what the rows say where there is no git")
+    add("--dry-run", action="store_true", help="print bytes and floors, of a GPU unless --device is cpu; needs no GPU")
+    add("--bandwidth", type=float, help="TB/s for the floors of --dry-run (4.3; on a CPU 0.02)")
+    options = parser.parse_args(arguments)
+    if options.device == "auto":
+        options.device = "cuda" if options.dry_run or torch.cuda.is_available() else "cpu"
+    device = options.device
+    options.shape = options.shape or (tuple(SHAPES) if options.all else SHAPES_MEASURED[device])
+    options.dtype = options.dtype or (tuple(MIXES) if options.all else DTYPES_MEASURED[device])
+    options.bandwidth = options.bandwidth or BANDWIDTH[device]
+    options.repetitions = REPETITIONS[device] if options.repetitions is None else options.repetitions
+    if options.repetitions < LEAST_REPETITIONS[device]:
+        parser.error(f"--repetitions: expected at least {LEAST_REPETITIONS[device]}, found {options.repetitions}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    device = options.device
     if options.dry_run:
-        print(dry_run(shape, dtypes, options.bandwidth * 1e12))
+        print(dry_run(device, options.shape, options.dtype, options.bandwidth * 1e12))
         return
-    if not torch.cuda.is_available():
-        raise SystemExit(f"bench-gpu: torch {torch.__version__} finds no GPU; --dry-run prints what would be measured")
-    known = about(options.commit)
-    flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    copy = measure_copy(options.repetitions, flush, "cuda")
-    print(", ".join(f"{key} {value}" for key, value in known.items()), file=sys.stderr)
-    print(f"device copy: {copy / 1e12:.2f} TB/s, both directions counted", file=sys.stderr, flush=True)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            f"bench_kernels: torch {torch.__version__} finds no GPU; --device cpu measures the CPU backend, --dry-run "
+            "prints what would be measured"
+        )
+    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    known = about(("torch", "triton", "numpy"), gpu=gpu, commit=options.commit)
+    if device == "cpu" and (load := os.getloadavg()[0]) > BUSY_LOAD:
+        print(f"load average {load:.1f}: times suffer from what else runs here", file=sys.stderr)
+    clock = Clock(device)
+    copy = measure_copy(max(options.repetitions, 10), clock)
+    print(", ".join(f"{key} {value}" for key, value in known.items() if value), file=sys.stderr)
+    print(f"copy: {copy / 1e9:.1f} GB/s, both directions counted", file=sys.stderr, flush=True)
     every = []
-    for name in dtypes:
-        rows = run(shape, name, options.repetitions, copy, flush)
-        append_rows(options.results, rows, known)
-        every += rows
-        torch.cuda.empty_cache()
+    for name in options.shape:
+        for dtype in options.dtype:
+            found = run(SHAPES[name], dtype, options.repetitions, copy, clock, known)
+            append("kernels", found, options.results)
+            every += found
     print(table(every))
 
 

@@ -8,20 +8,14 @@ Writes OUT/base, OUT/primary and OUT/secondary. large-v3 in float32 takes 18.5 G
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import time
 from pathlib import Path
 
+from cases import ITEM_SIZE, model_bytes
+
 from hsa.layout import parse_size
-from hsa.synthetic import SHAPES, tensor_shapes, write_triple
-
-ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-def model_bytes(shape: str, dtype: str) -> int:
-    """Bytes of one model's tensors."""
-    return ITEM_SIZE[dtype] * sum(math.prod(dims) for dims in tensor_shapes(SHAPES[shape]).values())
+from hsa.synthetic import SHAPES, write_triple
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _FIELDS = ("RssAnon:", "RssShmem:")
@@ -43,9 +44,9 @@ def family(pid: int) -> list[int]:
     while ahead:
         current = ahead.pop()
         found.append(current)
-        for children in Path(f"/proc/{current}/task").glob("*/children"):
-            try:
-                ahead += [int(child) for child in children.read_text().split()]
-            except OSError:
-                continue
+        with suppress(OSError):  # a process or a thread that has just ended
+            for thread in os.listdir(f"/proc/{current}/task"):
+                with suppress(OSError):
+                    children = Path(f"/proc/{current}/task/{thread}/children").read_text()
+                    ahead += [int(child) for child in children.split()]
     return found
