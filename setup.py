@@ -20,8 +20,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=["hsa", "hsa.backends", "hsa.kernels"],
-    package_dir={"hsa": "hsa", "hsa.backends": "hsa/backends", "hsa.kernels": "kernels"},
+    packages=["hsa", "hsa.backends", "hsa.integrations", "hsa.kernels"],
+    package_dir={
+        "hsa": "hsa",
+        "hsa.backends": "hsa/backends",
+        "hsa.integrations": "hsa/integrations",
+        "hsa.kernels": "kernels",
+    },
     package_data={"hsa": ["py.typed"]},
     install_requires=[
         "torch>=2.11,<3",

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hsa._version import __version__
-from hsa.errors import HsaError, one_line
-from hsa.signals import ENDING
+from hsa.console import fail, guarded
+from hsa.errors import one_line
 
 if TYPE_CHECKING:
     from hsa.report import MergeReport, PlanReport
 
-SIGNALS = ENDING
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """click's UsageError: typer brings a click of its own or uses the installed one, depending on its version."""
-GRACE = 3.0
-"""Seconds in which a second signal does not disturb the cleaning up after the first: wrappers send each twice."""
-
-_terminated = -GRACE
 
 app = typer.Typer(
     name="hsa",
@@ -40,62 +31,31 @@ app = typer.Typer(
 )
 
 
-class Terminated(BaseException):
-    """A signal asked this process to end; carries its number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line and return its exit code: 0, 1 (machine), 2 (request or input), 130 or 128 + signal."""
+    """Run a command line and return its exit code; see `hsa.console.guarded`."""
     debug = "--debug" in arguments
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _terminate)
-    try:
-        result = typer.main.get_command(app).main(list(arguments), prog_name="hsa", standalone_mode=False)
+
+    def work() -> int:
+        try:
+            result = typer.main.get_command(app).main(list(arguments), prog_name="hsa", standalone_mode=False)
+        except typer.Exit as error:
+            return error.exit_code
+        except USAGE_ERROR as error:
+            message = error.format_message()  # type: ignore[attr-defined]
+            if not message:  # the bare command: its help is printed already
+                return 2
+            return fail(f"{message.rstrip('.')}. See: hsa {_command(arguments)}--help", 2, debug=debug)
+        except typer.Abort:
+            raise KeyboardInterrupt from None
         return result if isinstance(result, int) else 0
-    except HsaError as error:
-        return _fail(str(error), error.exit_code, debug)
-    except typer.Exit as error:
-        return error.exit_code
-    except USAGE_ERROR as error:
-        message = error.format_message()  # type: ignore[attr-defined]
-        if not message:  # the bare command: its help is printed already
-            return 2
-        return _fail(f"{message.rstrip('.')}. See: hsa {_command(arguments)}--help", 2, debug)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; nothing was left behind", 130, debug)
-    except Terminated as error:
-        how = "interrupted" if error.number == signal.SIGINT else f"ended by {signal.Signals(error.number).name}"
-        return _fail(f"{how}; nothing was left behind", 128 + error.number, debug)
-    except MemoryError:
-        return _fail("out of memory; give --threads 1, or free some", 1, debug)
-    except OSError as error:
-        return _fail(f"the system refused: {error}; see --debug", 1, debug)
+
+    return guarded(work, debug=debug)
 
 
 def _command(arguments: Sequence[str]) -> str:
     """The sub-command with a space after it, for a hint; nothing where there is none."""
     names = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
     return f"{arguments[0]} " if arguments and arguments[0] in names else ""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    global _terminated
-    now = time.monotonic()
-    if now >= _terminated + GRACE:
-        _terminated = now
-        raise Terminated(number)
-
-
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"hsa: error: {one_line(message)}", file=sys.stderr)
-    return code
 
 
 @app.callback(invoke_without_command=True)

@@ -35,6 +35,7 @@ from helpers import (
 from hsa import cli
 from hsa.checkpoint import CONFIG, INDEX, WEIGHTS
 from hsa.header import MAX_HEADER
+from hsa.signals import ENDING
 from hsa.synthetic import SHAPES, write_triple
 
 # A numpy warning of a worker thread would be a second line on stderr.
@@ -56,7 +57,7 @@ each_role = pytest.mark.parametrize("role", ROLES)
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
     """The command line takes over two signals of this process."""
-    before = {number: signal.getsignal(number) for number in cli.SIGNALS}
+    before = {number: signal.getsignal(number) for number in ENDING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -24,7 +24,7 @@ HEAVY = ("torch", "triton", "transformers", "huggingface_hub")
 LAYERS = (
     ("_version", "errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config", "threads"),
     ("config", "fsio", "synthetic"),
-    ("header", "output", "whisper"),
+    ("console", "header", "output", "whisper"),
     ("checkpoint",),
     ("target",),
     ("layout",),
@@ -35,7 +35,7 @@ LAYERS = (
     ("assets",),
     ("card", "provenance", "report"),
     ("api",),
-    ("demo",),
+    ("demo", "integrations"),
     ("cli",),
     ("__main__",),
 )

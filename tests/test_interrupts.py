@@ -19,7 +19,7 @@ import pytest
 from helpers import merge_arguments, snapshot
 
 import hsa
-from hsa import api, cli, fsio
+from hsa import api, cli, console, fsio
 from hsa.output import Staging
 from hsa.synthetic import SHAPES, write_triple
 
@@ -353,7 +353,7 @@ def test_a_signal_while_the_staging_directory_is_made(
     monkeypatch.setattr(api, "Staging", Struck)
     earlier = {of: signal.getsignal(of) for of in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     as_from_a_terminal()
-    monkeypatch.setattr(cli, "_terminated", -cli.GRACE)
+    monkeypatch.setattr(console, "_terminated", -console.GRACE)
     try:
         assert cli.run(merge_arguments(shared_triple, place / "out")) == 128 + number
     finally:
