@@ -105,7 +105,8 @@ class LiveModel:
             self._mergers[variant.targets].apply_(self.model, **variant.parameters)
         elif variant.name == "average":
             primary, secondary = self.states["primary"], self.states["secondary"]
-            self.put({name: (primary[name].float() + secondary[name].float()) / 2 for name in primary})
+            names = parameters_of(self.model)
+            self.put({name: (primary[name].float() + secondary[name].float()) / 2 for name in names})
         else:
             self.put(self.states[variant.name])
 

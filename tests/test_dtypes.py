@@ -129,6 +129,20 @@ def test_random_float32_bits(code: str) -> None:
     assert_same_bits(code, bits.view(np.float32))
 
 
+def test_float16_of_values_in_range_alone() -> None:
+    """Nothing here sends a whole array through numpy's conversion, as one infinity or NaN among the values does."""
+    bits = np.random.default_rng(1).integers(0, 1 << 32, 1 << 20, dtype=np.uint32)
+    high = np.concatenate([(PATTERNS.astype(np.uint32) << 16) | low for low in (0, 1, 0x0FFF, 0x1000, 0x1001, 0xFFFF)])
+    for values in (boundaries("F16"), bits.view(np.float32), high.view(np.float32)):
+        within = values[np.abs(values) < 65520]
+        assert len(within) > len(values) // 3
+        assert_same_bits("F16", within)
+        assert_same_bits("F16", -within)
+    below = np.nextafter(np.float32(65520), np.float32(0), dtype=np.float32)
+    assert narrowed("F16", np.array([below, -below], np.float32)).tolist() == [0x7BFF, 0xFBFF]
+    assert narrowed("F16", np.array([65520, 1], np.float32)).tolist() == [0x7C00, 0x3C00]
+
+
 @settings(max_examples=200, deadline=None)
 @given(values=st.lists(st.floats(width=32), min_size=1, max_size=20), code=st.sampled_from(HALVES))
 def test_any_float32(values: list[float], code: str) -> None:
