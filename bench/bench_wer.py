@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--triple", type=Path, default=os.environ.get("HSA_REAL_TRIPLE") or None)
     parser.add_argument("--clips", type=Path, default=os.environ.get("HSA_REAL_CLIPS") or None)
     parser.add_argument("--limit", type=int, default=0, help="only the first clips (default: all)")
-    parser.add_argument("--batch", type=int, default=30, help="clips transcribed at once")
+    parser.add_argument("--batch", type=int, default=20, help="clips transcribed at once")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of wer.csv")
     options = parser.parse_args(arguments)
     clips = options.clips or (options.triple and options.triple / "clips")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -381,3 +383,9 @@ def test_a_file_without_runs_is_refused(results: Path) -> None:
     (results / "merge.csv").write_text("date,shape,dtype,program\n2026-11-23,tiny,float32,cp -r\n")
     with pytest.raises(SystemExit, match=r"merge\.csv: expected the columns run"):
         block("merge", results)
+
+
+def test_the_readme_is_what_the_rows_say() -> None:
+    """Whoever adds rows or edits a table by hand must run `make report`."""
+    done = subprocess.run([sys.executable, report.__file__, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -187,6 +187,11 @@ class CpuWorker:
 
     def _cast(self, target: Target, head: int, m1: Array, o: Array) -> None:
         for block in target.blocks(head, TILE):
+            if target.out_code == target.primary.code:
+                np.copyto(o[block], m1[block])
+                if not all_finite(target.out_code, o[block]):
+                    raise NotFinite(None, head)
+                continue
             value = self._copy(self._widen(0, target.primary.code, m1[block]))
             self._store(target.out_code, value, o[block], head)
 
