@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def real() -> list[str]:
     if reason:
         pytest.skip(reason)
     return [f"--triple={place}", f"--clips={clips}"]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On a busy machine torch's threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- scoring -----------------------------------------------------------------------------------------------------
@@ -119,6 +129,7 @@ def test_without_clips_one_line_says_so(
 # --- on the real triple ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_rows_of_the_real_triple(
     real: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
