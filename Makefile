@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-interpret test-gpu compile-check lint types bench bench-full bench-speed bench-gpu report clean
+.PHONY: demo test test-interpret test-integrations test-gpu compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
@@ -15,6 +15,11 @@ test: lint types
 
 test-interpret: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels_merge.py tests/test_kernels_refusals.py
+
+# Against the other programs that the package works with; installs them first.
+test-integrations: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,integrations]"
+	$(BIN)/python -m pytest tests/integrations
 
 # On a machine whose Python has torch already: make test-gpu BIN=/path/to/its/bin READY=
 test-gpu: $(READY)

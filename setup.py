@@ -51,6 +51,9 @@ setup(
             "jiwer>=4,<5",
             "pytest-benchmark>=5,<6",
         ],
+        "integrations": [
+            "peft>=0.17,<1",
+        ],
     },
     entry_points={"console_scripts": ["hsa = hsa.__main__:main"]},
     classifiers=[

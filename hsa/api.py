@@ -14,11 +14,12 @@ from typing import Any, get_args
 from hsa import assets, fsio, provenance, report
 from hsa.backends import Backend, resolve
 from hsa.card import check_fields
-from hsa.checkpoint import INDEX, Role, Sources, is_hub_id, open_checkpoint
+from hsa.checkpoint import INDEX, Role, Sources, is_hub_id
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
 from hsa.errors import RequestError, SourceError
 from hsa.layout import parse_size
 from hsa.memory import PeakMemory
+from hsa.opening import open_source
 from hsa.output import PROVENANCE, Staging, check_destination
 from hsa.pipeline import Options, Outcome, execute
 from hsa.plan import MergePlan, make_plan
@@ -101,7 +102,8 @@ def merge(
     """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint directory.
 
     Args:
-        base, primary, secondary: local Hugging Face checkpoint directories with safetensors weights.
+        base, primary, secondary: local Hugging Face checkpoint directories, with safetensors or pickle weights. Primary
+            and secondary may be directories with a LoRA adapter of base, base and secondary OpenAI's own `.pt` files.
         output: the directory to write; it appears whole or not at all.
         k: share of heads kept per tensor, in [0, 1], or a percentage up to 100.
         lam: weight of primary's task vector in a selected head, in [0, 1].
@@ -247,9 +249,10 @@ class _Job:
 def _prepare(request: Request, tally: fsio.Tally, stack: ExitStack) -> _Job:
     backend = resolve(request.backend, request.device, request.config)
     ids = request.ids or {}
-    base, primary, secondary = (
-        stack.enter_context(open_checkpoint(role, request.sources[role], tally, ids.get(role)))
-        for role in get_args(Role)
+    base = stack.enter_context(open_source("base", request.sources["base"], tally, ids.get("base")))
+    fine_tunes: tuple[Role, ...] = ("primary", "secondary")
+    primary, secondary = (
+        stack.enter_context(open_source(role, request.sources[role], tally, ids.get(role), base)) for role in fine_tunes
     )
     sources = Sources(base, primary, secondary)
     folders = [source.path for source in sources]

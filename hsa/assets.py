@@ -71,8 +71,9 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
 
 
 def _config(source: Checkpoint, dtype: str | None, tally: Tally) -> bytes:
-    raw = read_text(source.role, source.path, CONFIG, tally)
-    where = f"{source.role}: {source.path / CONFIG}"
+    directory = source.config_from or source.path
+    raw = read_text(source.role, directory, CONFIG, tally)
+    where = f"{source.role}: {directory / CONFIG}"
     if load_json(raw, where, "config") != source.config:
         raise SourceChanged(f"{where} changed while the source was read; run the merge again")
     if dtype is None:

@@ -15,16 +15,31 @@ from hsa.dtypes import ARITHMETIC
 from hsa.errors import HeaderError, MismatchError, SourceError
 from hsa.fsio import Source, Tally
 from hsa.header import Header, load_json, read_header
+from hsa.pickled import read_state_dict
 
 Role = Literal["base", "primary", "secondary"]
+Kind = Literal["safetensors", "pickle", "openai", "adapter"]
 ROLES: tuple[Role, ...] = ("base", "primary", "secondary")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_TEXT = 128 << 20
 """Bytes; the largest config, index or tokenizer file that is read."""
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How weights are stored: the name of a single file, of an index of shards, and the suffix of either's files."""
+
+    weights: str
+    index: str
+    suffix: str
+
+
+SAFETENSORS = _Format(WEIGHTS, INDEX, ".safetensors")
+PICKLES = _Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]+)?")
 _REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?(/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?)?", re.ASCII)
@@ -53,16 +68,24 @@ class Identity:
 
 @dataclass(frozen=True)
 class Shard:
-    """One weights file: its plain name, the open file and the checked header."""
+    """One weights file: its plain name, the open file, the checked header, and the byte its offsets count from.
+
+    Of a file that torch.save wrote, the header is the description of its tensors.
+    """
 
     name: str
     source: Source
     header: Header
+    origin: int
 
 
 @dataclass
 class Checkpoint:
-    """An open checkpoint; `tensors` maps canonical names (no `model.`) to places. Close it, or use `with`."""
+    """An open checkpoint; `tensors` maps canonical names (no `model.`) to places. Close it, or use `with`.
+
+    `path` is a directory, or OpenAI's file; `config_from` the directory of its `config.json` where that is another one.
+    `notes` say what a user should know of how it was read.
+    """
 
     role: Role
     path: Path
@@ -72,6 +95,9 @@ class Checkpoint:
     shards: tuple[Shard, ...] = ()
     tensors: Mapping[str, TensorRef] = field(default_factory=dict)
     index: bytes | None = None
+    kind: Kind = "safetensors"
+    config_from: Path | None = None
+    notes: tuple[str, ...] = ()
 
     def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
         """Fill `view` with the tensor's bytes from byte `start` on."""
@@ -82,7 +108,8 @@ class Checkpoint:
             shard.source.check_unchanged()
 
     def file_of(self, tensor: TensorRef) -> str:
-        held = self.path / self.shards[tensor.shard].name if self.shards else self.path
+        inside = bool(self.shards) and self.kind != "openai"
+        held = self.path / self.shards[tensor.shard].name if inside else self.path
         return f"{self.role} {held}"
 
     def close(self) -> None:
@@ -146,36 +173,37 @@ def open_checkpoint(role: Role, path: str | os.PathLike[str], tally: Tally, clai
     `claimed` is the identity to record (`org/name` or `org/name@revision`). Raises SourceError, HeaderError.
     """
     directory = _directory(role, path)
-    weights = directory / WEIGHTS
-    names: list[str]
-    index: bytes | None = None
-    placed: Mapping[str, str] | None = None
-    if _exists(weights):
-        names = [WEIGHTS]
-    elif _exists(directory / INDEX):
-        index = read_text(role, directory, INDEX, tally)
-        placed = _weight_map(index, f"{role}: {directory / INDEX}")
-        names = sorted(set(placed.values()))
-        _check_shards(role, directory, names)
-    else:
-        raise SourceError(_no_weights(role, directory))
+    listed = _weights_files(role, directory, tally)
     config = _config(role, directory, tally)
     whisper.architecture(config, f"{role} {directory}")
-    result = Checkpoint(role, directory, identify(directory, claimed), config, tally, index=index)
+    result = Checkpoint(role, directory, identify(directory, claimed), config, tally)
+    if listed.suffix == PICKLES.suffix:
+        result.kind = "pickle"
+    else:
+        result.index = listed.index
     try:
-        for name in names:
-            source = Source(contained(role, directory, name), role, tally)
-            try:
-                shard = Shard(name, source, read_header(source))
-            except BaseException:
-                source.close()
-                raise
-            result.shards += (shard,)
-        result.tensors = _tensors(result, placed)
+        for name in listed.names:
+            result.shards += (open_shard(role, directory, name, tally),)
+        result.tensors = _tensors(result, listed)
+        if result.kind == "pickle":
+            _drop_tied_output(result)
     except BaseException:
         result.close()
         raise
     return result
+
+
+def open_shard(role: Role, directory: Path, name: str, tally: Tally) -> Shard:
+    """Open one weights file of a directory and check its header: a pickle's by its name, else safetensors."""
+    source = Source(contained(role, directory, name), role, tally)
+    try:
+        if name.endswith(PICKLES.suffix):
+            return Shard(name, source, read_state_dict(source), 0)
+        header = read_header(source)
+        return Shard(name, source, header, len(header.raw))
+    except BaseException:
+        source.close()
+        raise
 
 
 def identify(directory: Path, claimed: str | None) -> Identity:
@@ -246,14 +274,50 @@ def _exists(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def _no_weights(role: str, directory: Path) -> str:
-    for name in PICKLES:
-        if _exists(directory / name):
-            return (
-                f"{role}: {directory} holds pickle weights alone ({name}), which can run code when they are loaded "
-                f"and are refused; save the model as safetensors (save_pretrained does) and give that directory"
-            )
-    return f"{role}: {directory} holds no weights; looked for {WEIGHTS} and {INDEX}"
+@dataclass(frozen=True)
+class _Listed:
+    """The weights files of a directory, and what their index says; `index` and `placed` are None without one."""
+
+    names: tuple[str, ...]
+    suffix: str
+    index_name: str
+    index: bytes | None = None
+    placed: Mapping[str, str] | None = None
+
+
+def _weights_files(role: str, directory: Path, tally: Tally) -> _Listed:
+    """Which files hold the weights: safetensors wherever there are any. Refuses bad names before any is opened."""
+    for form in (SAFETENSORS, PICKLES):
+        if _exists(directory / form.weights):
+            return _Listed((form.weights,), form.suffix, form.index)
+        if _exists(directory / form.index):
+            index = read_text(role, directory, form.index, tally)
+            placed = _weight_map(index, f"{role}: {directory / form.index}")
+            names = tuple(sorted(set(placed.values())))
+            _check_shards(role, directory, names, form)
+            return _Listed(names, form.suffix, form.index, index, placed)
+    raise SourceError(
+        f"{role}: {directory} holds no weights; looked for {WEIGHTS} and {INDEX}, {PICKLES.weights} and "
+        f"{PICKLES.index}, and {ADAPTER_CONFIG}"
+    )
+
+
+def _drop_tied_output(checkpoint: Checkpoint) -> None:
+    """Leave out an output projection that shares its bytes with the embedding, as transformers does when it saves."""
+    output = checkpoint.tensors.get(whisper.UNTIED_OUTPUT)
+    embedding = checkpoint.tensors.get(whisper.EMBEDDING)
+    if output is None or embedding is None or not checkpoint.config.get("tie_word_embeddings", True):
+        return
+    if (output.shard, output.offset, output.shape, output.code) == (
+        embedding.shard,
+        embedding.offset,
+        embedding.shape,
+        embedding.code,
+    ):
+        checkpoint.tensors = {n: ref for n, ref in checkpoint.tensors.items() if n != whisper.UNTIED_OUTPUT}
+        checkpoint.notes += (
+            f"{checkpoint.role}'s {output.name} is {embedding.name} under another name in its file, and left out",
+        )
 
 
 def _config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
@@ -269,45 +333,46 @@ def _weight_map(text: bytes, where: str) -> Mapping[str, str]:
     return placed
 
 
-def _check_shards(role: str, directory: Path, names: list[str]) -> None:
+def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: _Format) -> None:
     """Refuse every bad name before anything is opened."""
     for name in names:
-        if name != Path(name).name or name in ("", ".", "..") or "\0" in name or not name.endswith(".safetensors"):
+        if name != Path(name).name or name in ("", ".", "..") or "\0" in name or not name.endswith(form.suffix):
             raise SourceError(
-                f"{role}: {directory / INDEX} names the shard {name!r}; expected the plain name of a .safetensors "
-                f"file in the same directory"
+                f"{role}: {directory / form.index} names the shard {name!r}; expected the plain name of a "
+                f"{form.suffix} file in the same directory"
             )
         if not _exists(directory / name):
             raise SourceError(
-                f"{role}: {directory / INDEX} names the shard {name}, which is missing; download it again"
+                f"{role}: {directory / form.index} names the shard {name}, which is missing; download it again"
             )
     for name in names:
         contained(role, directory, name)
 
 
-def _tensors(checkpoint: Checkpoint, placed: Mapping[str, str] | None) -> Mapping[str, TensorRef]:
+def _tensors(checkpoint: Checkpoint, listed: _Listed) -> Mapping[str, TensorRef]:
+    placed = listed.placed
     found: dict[str, TensorRef] = {}
     for number, shard in enumerate(checkpoint.shards):
         where = f"{checkpoint.role}: {shard.source.path}"
         for entry in shard.header.entries:
             if placed is not None and placed.get(entry.name) != shard.name:
                 raise MismatchError(
-                    f"{where} holds tensor {entry.name}, which {INDEX} places in {placed.get(entry.name)}; the "
-                    f"download is mixed up, fetch it again"
+                    f"{where} holds tensor {entry.name}, which {listed.index_name} places in "
+                    f"{placed.get(entry.name)}; the download is mixed up, fetch it again"
                 )
             name = whisper.canonical(entry.name)
             if name in found:
                 raise MismatchError(
                     f"{where}: tensor {entry.name} stands twice in the checkpoint, with and without model."
                 )
-            offset = len(shard.header.raw) + entry.start
+            offset = shard.origin + entry.start
             found[name] = TensorRef(entry.name, entry.code, entry.shape, number, offset, entry.stop - entry.start)
     held = {ref.name for ref in found.values()}
     for name, file in (placed or {}).items():
         if name not in held:
             raise MismatchError(
-                f"{checkpoint.role}: {checkpoint.path / INDEX} places tensor {name} in {file}, which does not hold it; "
-                f"the download is mixed up, fetch it again"
+                f"{checkpoint.role}: {checkpoint.path / listed.index_name} places tensor {name} in {file}, which does "
+                f"not hold it; the download is mixed up, fetch it again"
             )
     return found
 

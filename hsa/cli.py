@@ -67,7 +67,7 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Option(metavar="DIR", help="Pretrained model: a checkpoint directory.")],
+    base: Annotated[str, typer.Option(metavar="DIR", help="Pretrained model: a checkpoint, or OpenAI's .pt.")],
     primary: Annotated[str, typer.Option(metavar="DIR", help="Anchor fine-tune: kept wherever nothing is merged.")],
     secondary: Annotated[str, typer.Option(metavar="DIR", help="Fine-tune that is blended into the selected heads.")],
     output: Annotated[str, typer.Option(metavar="OUT", help="Directory to write; appears whole or not at all.")],

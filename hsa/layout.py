@@ -19,6 +19,9 @@ from hsa.target import Target
 SLICE_ELEMENTS = 1 << 18
 """Elements of a streamed tensor that are in memory at a time."""
 
+SHARD_BYTES = 5 * 10**9
+"""Tensor bytes of a file where no source has safetensors files whose layout could be kept."""
+
 _UNITS = {
     "": 1,
     "B": 1,
@@ -172,14 +175,21 @@ def slices(
 
 
 def pack(
-    owner: Checkpoint, contents: Mapping[str, TensorContent], max_shard_size: int | None
+    owner: Checkpoint,
+    contents: Mapping[str, TensorContent],
+    max_shard_size: int | None,
+    base: Checkpoint | None = None,
 ) -> tuple[tuple[OutputFile, ...], bytes | None]:
     """Spread tensors over files: `owner`'s own shard layout, or shards of at most `max_shard_size` bytes.
 
+    An owner without safetensors files of its own takes `base`'s layout, or shards of at most SHARD_BYTES.
     Returns the files and the index, None for a single file. `contents` is keyed by canonical name.
     """
-    if max_shard_size is None:
+    if max_shard_size is None and owner.kind == "safetensors":
         return _own_layout(owner, contents)
+    if max_shard_size is None and base is not None and base.kind == "safetensors":
+        return _borrowed_layout(base, owner, contents)
+    max_shard_size = max_shard_size or SHARD_BYTES
     groups: list[list[TensorContent]] = [[]]
     filled = 0
     for content in contents.values():
@@ -212,6 +222,21 @@ def _own_layout(
     ) and len(contents) == len(owner.tensors)
     loadable = isinstance(json.loads(owner.index).get("metadata"), dict)  # transformers does without none
     return files, owner.index if unchanged and loadable else _index(groups)
+
+
+def _borrowed_layout(
+    lender: Checkpoint, owner: Checkpoint, contents: Mapping[str, TensorContent]
+) -> tuple[tuple[OutputFile, ...], bytes | None]:
+    """Each tensor in the file where `lender` keeps it; what `lender` does not have, in its last file."""
+    last = len(lender.shards) - 1
+    places = {name: lender.tensors[name].shard if name in lender.tensors else last for name in contents}
+    groups = {
+        shard.name: [content for name, content in contents.items() if places[name] == number]
+        for number, shard in enumerate(lender.shards)
+    }
+    held = {name: group for name, group in groups.items() if group}
+    files = tuple(_file(name, group, owner, None) for name, group in held.items())
+    return files, None if lender.index is None else _index(held)
 
 
 def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: int | None) -> OutputFile:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,13 @@ import torch
 
 from hsa.backends import Backend, resolve
 from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
-from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef, open_checkpoint
+from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.dtypes import CODES, NAMES, Array, size
 from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
+from hsa.lora import is_adapter
+from hsa.opening import open_source
 from hsa.plan import find_targets
 from hsa.target import Target, select
 from hsa.threads import default_threads
@@ -41,8 +44,9 @@ class Merger:
     """Merges of three sources under many parameters, from target tensors kept in memory.
 
     Args:
-        base, primary, secondary: each a checkpoint directory, a state dict, or a loaded Whisper model. Their target
-            tensors are copied, so that a source may be changed, or be the model that `apply_` writes to.
+        base, primary, secondary: each a checkpoint directory (or a file or adapter that `hsa.merge` takes), a state
+            dict, or a loaded Whisper model. Their target tensors are copied, so that a source may be changed, or be the
+            model that `apply_` writes to.
         targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
         attention_scale: factor on the task vectors of the targets.
         num_heads, num_layers: instead of what the configs say, for both stacks; needed where all three are state
@@ -79,7 +83,7 @@ class Merger:
         chosen = resolve(backend, device, self._config)
         self.backend, self.device = chosen.name, chosen.device
         given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
-        held = {role: _hold(role, given[role], targets) for role in ROLES}
+        held = {role: _hold(role, given[role], targets, base) for role in ROLES}
         _lend_config(held, num_heads, num_layers)
         data = {role: held[role].data for role in ROLES}
         self._sources = Sources(*(held[role].checkpoint for role in ROLES))
@@ -177,9 +181,14 @@ def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
     raise RequestError(f"expected a loaded model or a state dict, got {type(model).__name__}")
 
 
-def _hold(role: Role, source: Source, preset: Preset) -> _Held:
+def _hold(role: Role, source: Source, preset: Preset, base: Source) -> _Held:
+    """Copy a source's targets; `base` is what an adapter stands on."""
     if isinstance(source, (str, os.PathLike)):
-        with open_checkpoint(role, source, Tally()) as checkpoint:
+        with ExitStack() as stack:
+            under = None
+            if role != "base" and is_adapter(source) and isinstance(base, (str, os.PathLike)):
+                under = stack.enter_context(open_source("base", base, Tally()))
+            checkpoint = stack.enter_context(open_source(role, source, Tally(), None, under))
             data = {}
             for name, ref in checkpoint.tensors.items():
                 if _wanted(name, preset):

@@ -66,9 +66,10 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
             contents[name] = script.content(name, stored, sources, config, loaded)
         else:
             contents[name] = _other(name, stored, sources, config)
-    files, index = pack(owner, contents, max_shard_size)
+    files, index = pack(owner, contents, max_shard_size, sources.base)
     written = [piece for content in contents.values() for piece in content.pieces]
     rewritten = any(isinstance(piece, Slice) for piece in written) or max_shard_size is not None
+    rewritten = rewritten or owner.kind != "safetensors"
     return MergePlan(
         config=config,
         route="rewrite" if rewritten or loaded is not None else "patch",
@@ -225,6 +226,8 @@ def _output_dtype(config: MergeConfig, loaded: Mapping[Role, str] | None) -> str
 
 def _notes(sources: Sources, targets: set[str], written: set[str]) -> Iterator[str]:
     primary = sources.primary
+    for source in sources:
+        yield from source.notes
     for other in (sources.base, sources.secondary):
         missing = [name for name in primary.tensors if name not in other.tensors]
         if missing:

@@ -74,7 +74,9 @@ def target_digest(role: Role, outcomes: Sequence[TargetOutcome]) -> str:
 def _source(source: Checkpoint, outcomes: Sequence[TargetOutcome]) -> dict[str, Any]:
     from blake3 import blake3
 
+    form = {} if source.kind == "safetensors" else {"format": source.kind}
     return {
+        **form,
         "id": source.identity.id,
         "revision": source.identity.revision,
         "files": {

@@ -13,7 +13,7 @@ from hsa import whisper
 from hsa.checkpoint import Checkpoint, Role, Sources
 from hsa.config import MergeConfig
 from hsa.dtypes import ARITHMETIC, CODES
-from hsa.errors import MismatchError, SourceError
+from hsa.errors import MismatchError, RequestError, SourceError
 from hsa.layout import TensorContent, slices
 
 COMPARE_BYTES = 1 << 20
@@ -24,8 +24,15 @@ def load_codes(config: MergeConfig, sources: Sources) -> Mapping[Role, str]:
     """The element type each source is cast to before any arithmetic.
 
     `auto`: what its config.json names (`dtype`, else `torch_dtype`), else the first floating tensor by name of
-    its first shard, as transformers 5 does. `float32`: that, as transformers 4 does.
+    its first shard, as transformers 5 does. `float32`: that, as transformers 4 does. RequestError for a source that the
+    script could not load.
     """
+    for source in sources:
+        if source.kind in ("openai", "adapter"):
+            raise RequestError(
+                f"{source.role} {source.path}: numerics 'reference' repeats a script that loads Hugging Face "
+                f"checkpoints, not OpenAI's files or adapters; give a checkpoint directory, or use numerics 'exact'"
+            )
     if config.load_dtype == "float32":
         return {source.role: "F32" for source in sources}
     return {source.role: _auto_code(source) for source in sources}

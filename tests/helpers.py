@@ -135,3 +135,117 @@ def mounted(point: Path, *arguments: str) -> Iterator[Path]:
     finally:
         if subprocess.run(["umount", os.fspath(point)], capture_output=True, check=False).returncode:
             subprocess.run(["umount", "--lazy", os.fspath(point)], check=True)
+
+
+def write_pickle(directory: Path, tensors: Mapping[str, torch.Tensor], *, shards: int = 1) -> None:
+    """Replace a checkpoint's weights by `pytorch_model.bin`, or by shards with an index, as torch.save writes them."""
+    for path in directory.glob("model*.safetensors*"):
+        path.unlink()
+    if shards == 1:
+        torch.save(dict(tensors), directory / "pytorch_model.bin")
+        return
+    weight_map = {}
+    for shard in range(shards):
+        file = f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
+        part = {name: tensors[name] for name in list(tensors)[shard::shards]}
+        torch.save(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def write_adapter(
+    directory: Path,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    rank: int = 3,
+    seed: int = 0,
+    scale: float = 0.02,
+    dtype: torch.dtype = torch.float32,
+    **settings: object,
+) -> dict[str, torch.Tensor]:
+    """A LoRA adapter as peft saves one, of random numbers, for these weights by name; returns its tensors."""
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, weight in weights.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        for half, shape in (("A", (rank, weight.shape[1])), ("B", (weight.shape[0], rank))):
+            numbers = torch.randn(shape, generator=generator) * scale
+            tensors[f"{module}.lora_{half}.weight"] = numbers.to(dtype)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "alpha_pattern": {},
+        "base_model_name_or_path": "somewhere/base",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "loftq_config": {},
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "target_modules": sorted({name.split(".")[-2] for name in weights}),
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
+        **settings,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tensors
+
+
+def openai_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors under the names of OpenAI's own code."""
+    changes = (
+        ("model.", ""),
+        (".layers.", ".blocks."),
+        ("self_attn_layer_norm", "attn_ln"),
+        ("encoder_attn_layer_norm", "cross_attn_ln"),
+        ("final_layer_norm", "mlp_ln"),
+        ("self_attn", "attn"),
+        ("encoder_attn", "cross_attn"),
+        ("q_proj", "query"),
+        ("k_proj", "key"),
+        ("v_proj", "value"),
+        ("out_proj", "out"),
+        ("fc1", "mlp.0"),
+        ("fc2", "mlp.2"),
+        ("encoder.layer_norm", "encoder.ln_post"),
+        ("decoder.layer_norm", "decoder.ln"),
+        ("embed_tokens", "token_embedding"),
+        ("embed_positions.weight", "positional_embedding"),
+    )
+    renamed = {}
+    for name, tensor in tensors.items():
+        for ours, theirs in changes:
+            name = name.replace(ours, theirs)
+        renamed[name] = tensor
+    return renamed
+
+
+def write_openai(
+    path: Path, directory: Path, extra: Mapping[str, torch.Tensor] = MappingProxyType({}), **dims: object
+) -> Path:
+    """A checkpoint directory as one file in OpenAI's format; `dims` and `extra` tensors are added or replaced."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    known = {
+        "n_mels": config["num_mel_bins"],
+        "n_audio_ctx": config["max_source_positions"],
+        "n_audio_state": config["d_model"],
+        "n_audio_head": config["encoder_attention_heads"],
+        "n_audio_layer": config["encoder_layers"],
+        "n_vocab": config["vocab_size"],
+        "n_text_ctx": config["max_target_positions"],
+        "n_text_state": config["d_model"],
+        "n_text_head": config["decoder_attention_heads"],
+        "n_text_layer": config["decoder_layers"],
+    }
+    tensors = {**openai_tensors(read_tensors(directory)), **extra}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"dims": {**known, **dims}, "model_state_dict": tensors}, path)
+    return path

@@ -197,10 +197,13 @@ def test_a_hub_id_is_told_from_a_path(name: str, tmp_path: Path, monkeypatch: py
     refused(name, SourceError, f"{name} is no local directory")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
-def test_pickle_weights(single: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("pytorch_model.bin", "is no zip archive"), ("pytorch_model.bin.index.json", "is not valid JSON")],
+)
+def test_pickle_weights_that_are_none(single: Path, name: str, message: str) -> None:
     (single / WEIGHTS).rename(single / name)
-    refused(single, SourceError, f"{single} holds pickle weights alone \\({name}\\).*safetensors")
+    refused(single, HeaderError, f"^secondary: {single / name}.*{message}")
 
 
 def test_no_config(single: Path) -> None:

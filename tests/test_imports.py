@@ -25,9 +25,10 @@ LAYERS = (
     ("_version", "errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config", "threads"),
     ("config", "fsio", "synthetic"),
     ("console", "header", "output", "whisper"),
+    ("pickled",),
     ("checkpoint",),
-    ("target",),
-    ("layout",),
+    ("lora", "openai", "target"),
+    ("layout", "opening"),
     ("backends", "script"),
     ("plan",),
     ("compute", "merger"),
@@ -47,7 +48,7 @@ AT_IMPORT = {
 """Which modules may import a heavy library when they are imported themselves; no merge in exact numerics does."""
 
 ANYWHERE = {
-    "torch": {*AT_IMPORT["torch"], "hsa.demo", "hsa.backends"},
+    "torch": {*AT_IMPORT["torch"], "hsa.demo", "hsa.backends", "hsa.pickled"},
     "triton": {"hsa.backends.triton"},
     "transformers": {"hsa.demo"},
     "huggingface_hub": {"hsa.card"},

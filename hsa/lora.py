@@ -1,0 +1,260 @@
+"""A LoRA adapter as peft saves it, on top of base: a checkpoint whose adapted weights are computed as they are read.
+
+An adapted weight is `W + scale * (B @ A)`, with `W` base's weight [d_out, d_in], `A` [r, d_in] and `B` [d_out, r] the
+adapter's, and `scale` lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`). The product is summed over the ranks in
+order, in float32, one operation at a time, and the sum with `W` is rounded once to base's dtype. So an element depends
+on nothing but its own inputs: not on the range that is read, nor on the number of threads, as it would with BLAS.
+
+Source: Hu et al., LoRA, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski, arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hsa import whisper
+from hsa.checkpoint import (
+    ADAPTER_CONFIG,
+    PICKLES,
+    SAFETENSORS,
+    Checkpoint,
+    Role,
+    TensorRef,
+    identify,
+    open_shard,
+    read_text,
+)
+from hsa.dtypes import ARITHMETIC, STORAGE, Array, Float32, all_finite, narrow, size, widen
+from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError
+from hsa.fsio import Tally
+from hsa.header import load_json
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+BLOCK_ELEMENTS = 1 << 15
+"""Elements of an adapted weight that are computed at a time: with its scratch, within a core's second-level cache."""
+MAX_ALPHA = float(np.finfo(np.float32).max)
+
+FOLD_FIRST = "fold it into its base with peft first (PeftModel.merge_and_unload, then save_pretrained) and give that"
+
+_PAIR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>A|B)\.weight")
+_PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+"""Values that leave the arithmetic plain, of settings that are not simply off. Other ways to initialise change base."""
+
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+"""Settings that say how an adapter was trained or what it is named, and those that are read here."""
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a source is a directory that holds an adapter and no weights of a whole model."""
+    directory = os.path.expanduser(path)
+    whole = (name for form in (SAFETENSORS, PICKLES) for name in (form.weights, form.index))
+    if not os.path.isfile(os.path.join(directory, ADAPTER_CONFIG)):
+        return False
+    return not any(os.path.lexists(os.path.join(directory, name)) for name in whole)
+
+
+@dataclass
+class Adapted(Checkpoint):
+    """Base with an adapter on it. `pairs` maps canonical names of adapted weights to `A` and `B` in the adapter."""
+
+    base: Checkpoint = field(kw_only=True)
+    pairs: Mapping[str, tuple[TensorRef, TensorRef]] = field(default_factory=dict)
+    scale: float = 1.0
+
+    def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
+        """Fill `view` with the tensor's bytes from byte `start` on: base's, or computed. Raises NonFiniteError."""
+        pair = self.pairs.get(whisper.canonical(tensor.name))
+        if pair is None:
+            self.base.read_into(tensor, view, start)
+            return
+        columns = tensor.shape[1]
+        width = columns * size(tensor.code)
+        down = self._matrix(pair[0], 0, pair[0].shape[0])
+        step = max(1, BLOCK_ELEMENTS // columns)
+        stop = start + len(view)
+        for first in range(start // width, -(-stop // width), step):
+            last = min(first + step, -(-stop // width))
+            rows = self._fold(tensor, first, last, down, self._matrix(pair[1], first, last))
+            low, high = max(start, first * width), min(stop, last * width)
+            view[low - start : high - start] = rows.data[low - first * width : high - first * width]
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        self.base.check_unchanged()
+
+    def file_of(self, tensor: TensorRef) -> str:
+        if whisper.canonical(tensor.name) not in self.pairs:
+            return self.base.file_of(tensor)
+        return f"{self.role} {self.path / self.shards[0].name if self.shards else self.path}"
+
+    def fold(self, weight: Float32, down: Float32, up: Float32) -> Float32:
+        """`weight + scale * (up @ down)` in float32: weight [n, d_in], down [r, d_in], up [n, r]."""
+        total, product = np.zeros_like(weight), np.empty_like(weight)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for rank in range(down.shape[0]):
+                np.multiply(up[:, rank : rank + 1], down[rank], out=product)
+                np.add(total, product, out=total)
+            np.multiply(total, np.float32(self.scale), out=total)
+            return np.add(weight, total, out=total)
+
+    def _fold(self, tensor: TensorRef, first: int, last: int, down: Float32, up: Float32) -> Array:
+        """The bytes of rows `first` to `last` of an adapted weight, one-dimensional uint8."""
+        columns = tensor.shape[1]
+        width = columns * size(tensor.code)
+        out = np.empty((last - first) * width, np.uint8)
+        self.base.read_into(tensor, out.data, first * width)
+        stored = out.view(STORAGE[tensor.code]).reshape(last - first, columns)
+        weight = widen(tensor.code, stored, np.empty(stored.shape, np.float32))
+        narrow(tensor.code, self.fold(weight, down, up), stored, np.empty(stored.shape, np.uint32))
+        if not all_finite(tensor.code, stored):
+            raise NonFiniteError(
+                f"{self.file_of(tensor)}: tensor {tensor.name}: base's weight or the adapter holds NaN or Inf, or "
+                f"their sum overflows {tensor.code}; does the adapter belong to this base?"
+            )
+        return out
+
+    def _matrix(self, ref: TensorRef, first: int, last: int) -> Float32:
+        """Rows `first` to `last` of `A` or `B`, widened to float32."""
+        columns = ref.shape[1]
+        raw = np.empty((last - first) * columns * size(ref.code), np.uint8)
+        self.shards[0].source.read_into(raw.data, ref.offset + first * columns * size(ref.code))
+        stored = raw.view(STORAGE[ref.code]).reshape(last - first, columns)
+        return widen(ref.code, stored, np.empty(stored.shape, np.float32))
+
+
+def open_adapter(
+    role: Role, path: str | os.PathLike[str], tally: Tally, base: Checkpoint | None, claimed: str | None = None
+) -> Adapted:
+    """Open a plain LoRA adapter on top of `base`, which must stay open as long. Reads no tensor data.
+
+    `claimed` is the identity to record. Raises RequestError for an adapter as base, on a base that it cannot stand on,
+    or with anything but plain LoRA in it; SourceError, MismatchError where it is damaged or does not fit base.
+    """
+    directory = Path(path).expanduser().resolve()
+    where = f"{role}: {directory}"
+    if role == "base":
+        raise RequestError(f"{where} holds a LoRA adapter, not a pretrained model; give the model it was trained on")
+    if base is None or base.kind == "openai":
+        raise RequestError(
+            f"{where} holds a LoRA adapter, which needs base as a checkpoint directory to stand on; give one, or "
+            f"{FOLD_FIRST}"
+        )
+    config = load_json(read_text(role, directory, ADAPTER_CONFIG, tally), f"{where}/{ADAPTER_CONFIG}", "adapter config")
+    rank, scale = _scaling(config, f"{where}/{ADAPTER_CONFIG}")
+    name = next((name for name in WEIGHTS if os.path.lexists(directory / name)), None)
+    if name is None:
+        raise SourceError(f"{where} holds an adapter's config and no weights; looked for {' and '.join(WEIGHTS)}")
+    result = Adapted(
+        role,
+        directory,
+        identify(directory, claimed),
+        base.config,
+        tally,
+        kind="adapter",
+        config_from=base.config_from or base.path,
+        tensors=base.tensors,
+        base=base,
+        scale=scale,
+    )
+    try:
+        result.shards = (open_shard(role, directory, name, tally),)
+        result.pairs = _pairs(result, rank)
+    except BaseException:
+        result.close()
+        raise
+    return result
+
+
+def _scaling(config: Mapping[str, Any], where: str) -> tuple[int, float]:
+    """Rank and scale of an adapter; RequestError where it is anything but plain LoRA."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise RequestError(f"{where} has peft_type {kind!r:.40}, only LORA is read; {FOLD_FIRST}")
+    for key, value in config.items():
+        if key in _WITHOUT_EFFECT or value in _PLAIN.get(key, ()):
+            continue
+        if key in _PLAIN or value not in (None, False, "", [], {}):
+            raise RequestError(f"{where} has {key} = {value!r:.80}, which is more than plain LoRA; {FOLD_FIRST}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise SourceError(f"{where} has r = {rank!r:.40}, expected a positive whole number")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= MAX_ALPHA:
+        raise SourceError(f"{where} has lora_alpha = {alpha!r:.40}, expected a finite number")
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]]:
+    """Every tensor of the adapter's file, as pairs that fit a weight of base."""
+    shard = adapter.shards[0]
+    where = f"{adapter.role}: {shard.source.path}"
+    halves: dict[str, dict[str, TensorRef]] = {}
+    for entry in shard.header.entries:
+        match = _PAIR.fullmatch(entry.name)
+        if match is None:
+            raise RequestError(f"{where} holds tensor {entry.name}, which is more than plain LoRA; {FOLD_FIRST}")
+        if entry.code not in ARITHMETIC:
+            raise SourceError(
+                f"{where}: tensor {entry.name} has dtype {entry.code}, expected one of {', '.join(ARITHMETIC)}"
+            )
+        offset = shard.origin + entry.start
+        ref = TensorRef(entry.name, entry.code, entry.shape, 0, offset, entry.stop - entry.start)
+        halves.setdefault(whisper.canonical(f"{match['module']}.weight"), {})[match["matrix"]] = ref
+    if not halves:
+        raise SourceError(f"{where} holds no tensor; the adapter is empty")
+    pairs = {}
+    for name, half in halves.items():
+        weight = adapter.base.tensors.get(name)
+        some = next(iter(half.values()))
+        if weight is None:
+            raise MismatchError(f"{where}: tensor {some.name} is for {name}, which base does not have; {_WRONG_BASE}")
+        if len(half) != 2:
+            raise SourceError(
+                f"{where}: tensor {some.name} has no counterpart; the adapter is incomplete, copy it again"
+            )
+        down, up = half["A"], half["B"]
+        expected = [[rank, *weight.shape[1:]], [*weight.shape[:1], rank]]
+        if len(weight.shape) != 2 or [list(down.shape), list(up.shape)] != expected:
+            raise MismatchError(
+                f"{where}: lora_A {list(down.shape)} and lora_B {list(up.shape)} do not fit {name} "
+                f"{list(weight.shape)} of base at rank {rank}; {_WRONG_BASE}"
+            )
+        if weight.code not in ARITHMETIC:
+            raise SourceError(
+                f"{adapter.base.file_of(weight)}: tensor {weight.name} has dtype {weight.code}, and the adapter of "
+                f"{adapter.role} needs one of {', '.join(ARITHMETIC)}"
+            )
+        pairs[name] = (down, up)
+    return pairs
+
+
+_WRONG_BASE = "was the adapter trained on this base?"

@@ -1,0 +1,138 @@
+"""Adapters that peft trained and saved, against the same adapters folded in by peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import raw_bytes, read_tensors
+from transformers import WhisperForConditionalGeneration
+
+import hsa
+from hsa.fsio import Tally
+from hsa.opening import open_source
+from hsa.synthetic import SHAPES, write_triple
+
+peft = pytest.importorskip("peft", reason="peft is not installed: make test-integrations installs it")
+
+SHAPE = SHAPES["test"]
+STEPS = 8
+
+
+def train(base: Path, adapter: Path, folded: Path, seed: int, **settings: Any) -> None:
+    """Train an adapter of base for a few steps, save it, fold it in with peft, and save that."""
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, **settings))
+    optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(STEPS):
+        features = torch.randn(2, SHAPE.num_mel_bins, 2 * SHAPE.max_source_positions)
+        labels = torch.randint(0, SHAPE.vocab_size, (2, 6))
+        # base_model: PeftModel.forward itself passes Whisper an argument that it does not take
+        loss = tuned.base_model(input_features=features, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tuned.save_pretrained(adapter)
+    # Onto base as it is stored, so that folding rounds to base's dtype.
+    stored = WhisperForConditionalGeneration.from_pretrained(base, dtype="auto")
+    peft.PeftModel.from_pretrained(stored, adapter, autocast_adapter_dtype=False).merge_and_unload().save_pretrained(
+        folded
+    )
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "everything, rank-stabilised": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+        "use_rslora": True,
+        "lora_dropout": 0.1,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_triple(tmp_path_factory.mktemp(request.param), SHAPE, dtype=request.param)["base"]
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def pair(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, role in enumerate(("primary", "secondary")):
+        train(base, root / role, root / f"{role}-folded", seed, **SETTINGS[request.param])
+    return root
+
+
+def bound(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """How far two evaluations of `base + scale * (up @ down)` in float32 may lie apart, and a rounding to base's
+    dtype in each."""
+    size = base.double().abs() + scale * (up.double().abs() @ down.double().abs())
+    unit = torch.finfo(base.dtype).eps if base.dtype != torch.float32 else 0.0
+    return 2 * 2.0**-24 * (down.shape[0] + 3) * size + unit * size + torch.finfo(base.dtype).smallest_normal
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_adapted_weights_are_pefts_within_rounding(base: Path, pair: Path, role: Any) -> None:
+    from safetensors.torch import load_file
+
+    theirs, stored = read_tensors(pair / f"{role}-folded"), read_tensors(base)
+    halves = load_file(pair / role / "adapter_model.safetensors")
+    with open_source("base", base, Tally()) as under, open_source(role, pair / role, Tally(), None, under) as source:
+        assert len(source.pairs) * 2 == len(halves)  # type: ignore[attr-defined]
+        for name, ref in source.tensors.items():
+            buffer = bytearray(ref.nbytes)
+            source.read_into(ref, memoryview(buffer))
+            before = stored[ref.name]
+            ours = torch.frombuffer(buffer, dtype=before.dtype).reshape(before.shape)
+            if name not in source.pairs:  # type: ignore[attr-defined]
+                assert raw_bytes(ours) == raw_bytes(theirs[ref.name]) == raw_bytes(before)
+                continue
+            module = f"base_model.model.{ref.name.removesuffix('.weight')}"
+            down, up = (halves[f"{module}.lora_{half}.weight"] for half in "AB")
+            allowed = bound(before, down, up, source.scale)  # type: ignore[attr-defined]
+            assert ((ours.double() - theirs[ref.name].double()).abs() <= allowed).all(), name
+            assert ((ours.double() - before.double()).abs() > allowed).any(), f"{name} was not trained"
+
+
+@pytest.mark.parametrize("k", [1.0, 0.5])
+def test_the_merge_is_that_of_the_checkpoints_that_peft_folded(
+    base: Path, pair: Path, tmp_path: Path, k: float
+) -> None:
+    parameters: dict[str, Any] = {"k": k, "lam": 0.3, "targets": "attention-qkv", "sync": False}
+    ours = hsa.merge(
+        base=base, primary=pair / "primary", secondary=pair / "secondary", output=tmp_path / "ours", **parameters
+    )
+    theirs = hsa.merge(
+        base=base,
+        primary=pair / "primary-folded",
+        secondary=pair / "secondary-folded",
+        output=tmp_path / "theirs",
+        **parameters,
+    )
+    found, expected, stored = (read_tensors(path) for path in (tmp_path / "ours", tmp_path / "theirs", base))
+    assert found.keys() == expected.keys()
+    halves = {role: _halves(pair / role) for role in ("primary", "secondary")}
+    for name, tensor in found.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in halves["primary"]:
+            assert raw_bytes(tensor) == raw_bytes(expected[name]), name
+            continue
+        if name in ours.tensors:
+            assert ours.tensors[name].selected == theirs.tensors[name].selected
+        # A merged weight is B + c1 * tv1 + c2 * tv2 with c1 + c2 = 1, so at most both sources' differences, and the
+        # rounding of the merge itself.
+        allowed = 4 * torch.finfo(tensor.dtype).eps * stored[name].double().abs()
+        for half in halves.values():
+            down, up = (half[f"{module}.lora_{side}.weight"] for side in "AB")
+            allowed = allowed + 2 * bound(stored[name], down, up, 16 / 4**0.5)
+        assert ((tensor.double() - expected[name].double()).abs() <= allowed).all(), name
+        assert ((tensor.double() - stored[name].double()).abs() > allowed).any(), f"{name} was not moved"
+
+
+def _halves(adapter: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(adapter / "adapter_model.safetensors")
