@@ -15,6 +15,7 @@ from hsa.dtypes import ARITHMETIC
 from hsa.errors import HeaderError, MismatchError, SourceError
 from hsa.fsio import Source, Tally
 from hsa.header import Header, load_json, read_header
+from hsa.ranges import Range
 
 Role = Literal["base", "primary", "secondary"]
 ROLES: tuple[Role, ...] = ("base", "primary", "secondary")
@@ -26,7 +27,6 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_TEXT = 128 << 20
 """Bytes; the largest config, index or tokenizer file that is read."""
 
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]+)?")
 _REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?(/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?)?", re.ASCII)
 _HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?")
 
@@ -49,6 +49,14 @@ class Identity:
 
     id: str
     revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weights file of which some ranges were fetched: where they lie, and which they are."""
+
+    path: Path
+    held: tuple[Range, ...]
 
 
 @dataclass(frozen=True)
@@ -140,23 +148,31 @@ def is_hub_id(text: str) -> bool:
     return _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
-def open_checkpoint(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    role: Role,
+    path: str | os.PathLike[str],
+    tally: Tally,
+    claimed: str | None = None,
+    parts: Mapping[str, Part] | None = None,
+) -> Checkpoint:
     """Open a checkpoint directory: check its index, open its shards, check their headers. Reads no tensor data.
 
-    `claimed` is the identity to record (`org/name` or `org/name@revision`). Raises SourceError, HeaderError.
+    `claimed` is the identity to record (`org/name` or `org/name@revision`). `parts` gives weights files that lie
+    elsewhere and in part, by name: reading what was not fetched raises SourceError. Raises SourceError, HeaderError.
     """
     directory = _directory(role, path)
+    parts = parts or {}
     weights = directory / WEIGHTS
     names: list[str]
     index: bytes | None = None
     placed: Mapping[str, str] | None = None
-    if _exists(weights):
+    if WEIGHTS in parts or _exists(weights):
         names = [WEIGHTS]
     elif _exists(directory / INDEX):
         index = read_text(role, directory, INDEX, tally)
-        placed = _weight_map(index, f"{role}: {directory / INDEX}")
+        placed = weight_map(index, f"{role}: {directory / INDEX}")
         names = sorted(set(placed.values()))
-        _check_shards(role, directory, names)
+        _check_shards(role, directory, names, parts)
     else:
         raise SourceError(_no_weights(role, directory))
     config = _config(role, directory, tally)
@@ -164,7 +180,9 @@ def open_checkpoint(role: Role, path: str | os.PathLike[str], tally: Tally, clai
     result = Checkpoint(role, directory, identify(directory, claimed), config, tally, index=index)
     try:
         for name in names:
-            source = Source(contained(role, directory, name), role, tally)
+            part = parts.get(name)
+            where = contained(role, directory, name) if part is None else part.path
+            source = Source(where, role, tally, None if part is None else part.held)
             try:
                 shard = Shard(name, source, read_header(source))
             except BaseException:
@@ -192,11 +210,12 @@ def identify(directory: Path, claimed: str | None) -> Identity:
 def contained(role: str, directory: Path, name: str) -> Path:
     """The real path of a file of a source; SourceError when a link leads out of the directory.
 
-    The hub's cache keeps a snapshot's files as links into the repository's own `blobs`; those are let through.
+    The hub's cache keeps a snapshot's files as links into the repository's own `blobs`, and these may be links into the
+    `blobs` that all its repositories share; both are let through.
     """
     allowed = [directory]
     if _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])):
-        allowed.append(directory.parent.parent / "blobs")
+        allowed += [directory.parents[1] / "blobs", directory.parents[2] / "blobs"]
     try:
         real = (directory / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:
@@ -231,11 +250,6 @@ def _directory(role: str, path: str | os.PathLike[str]) -> Path:
         given = given.expanduser()
         directory = given.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        if _HUB_ID.fullmatch(os.fspath(path)) and not given.parent.exists():
-            raise SourceError(
-                f"{role}: {os.fspath(path)} is no local directory, and hub ids are not read yet; download it "
-                f"first (hf download {os.fspath(path).partition('@')[0]}) and give the directory: {looked}"
-            ) from error
         raise SourceError(f"{role}: {given} cannot be found ({_reason(error)}); looked for {looked}") from error
     if not directory.is_dir():
         raise SourceError(f"{role}: {given} is not a directory; looked for {looked}")
@@ -262,27 +276,35 @@ def _config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
     return load_json(read_text(role, directory, CONFIG, tally), f"{role}: {directory / CONFIG}", "config")
 
 
-def _weight_map(text: bytes, where: str) -> Mapping[str, str]:
+def weight_map(text: bytes, where: str) -> Mapping[str, str]:
+    """The shard of each tensor by an index's own text; HeaderError when it is malformed."""
     placed = load_json(text, where, "index").get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
         raise HeaderError(f"{where}: expected a weight_map from tensor names to file names")
     return placed
 
 
-def _check_shards(role: str, directory: Path, names: list[str]) -> None:
+def is_plain(name: str) -> bool:
+    """Whether an index may name this shard: a .safetensors file in the same directory."""
+    plain = name == Path(name).name and name not in ("", ".", "..") and "\0" not in name
+    return plain and name.endswith(".safetensors")
+
+
+def _check_shards(role: str, directory: Path, names: list[str], parts: Mapping[str, Part]) -> None:
     """Refuse every bad name before anything is opened."""
     for name in names:
-        if name != Path(name).name or name in ("", ".", "..") or "\0" in name or not name.endswith(".safetensors"):
+        if not is_plain(name):
             raise SourceError(
                 f"{role}: {directory / INDEX} names the shard {name!r}; expected the plain name of a .safetensors "
                 f"file in the same directory"
             )
-        if not _exists(directory / name):
+        if name not in parts and not _exists(directory / name):
             raise SourceError(
                 f"{role}: {directory / INDEX} names the shard {name}, which is missing; download it again"
             )
     for name in names:
-        contained(role, directory, name)
+        if name not in parts:
+            contained(role, directory, name)
 
 
 def _tensors(checkpoint: Checkpoint, placed: Mapping[str, str] | None) -> Mapping[str, TensorRef]:

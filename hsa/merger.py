@@ -15,11 +15,12 @@ import torch
 
 from hsa.backends import Backend, resolve
 from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
-from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef, open_checkpoint
+from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.dtypes import CODES, NAMES, Array, size
 from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
+from hsa.hub import Hub, Want
 from hsa.plan import find_targets
 from hsa.target import Target, select
 from hsa.threads import default_threads
@@ -41,8 +42,9 @@ class Merger:
     """Merges of three sources under many parameters, from target tensors kept in memory.
 
     Args:
-        base, primary, secondary: each a checkpoint directory, a state dict, or a loaded Whisper model. Their target
-            tensors are copied, so that a source may be changed, or be the model that `apply_` writes to.
+        base, primary, secondary: each a checkpoint directory, an id on the Hub (`org/name`, `org/name@revision`), a
+            state dict, or a loaded Whisper model. Their target tensors are copied, so that a source may be changed, or
+            be the model that `apply_` writes to.
         targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
         attention_scale: factor on the task vectors of the targets.
         num_heads, num_layers: instead of what the configs say, for both stacks; needed where all three are state
@@ -51,7 +53,7 @@ class Merger:
             writing into a model on the same device allocates nothing after the first call with that model.
         threads: worker threads on the CPU; by default the usable cores and one more.
 
-    `backend` and `device` are what was chosen.
+    `backend` and `device` are what was chosen, `notes` what is to say of sources on the Hub.
 
     Merged values are those of `hsa.merge` with exact numerics, bit for bit.
 
@@ -79,7 +81,9 @@ class Merger:
         chosen = resolve(backend, device, self._config)
         self.backend, self.device = chosen.name, chosen.device
         given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
-        held = {role: _hold(role, given[role], targets) for role in ROLES}
+        hub = Hub()
+        held = {role: _hold(role, given[role], targets, hub) for role in ROLES}
+        self.notes = hub.notes
         _lend_config(held, num_heads, num_layers)
         data = {role: held[role].data for role in ROLES}
         self._sources = Sources(*(held[role].checkpoint for role in ROLES))
@@ -177,9 +181,10 @@ def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
     raise RequestError(f"expected a loaded model or a state dict, got {type(model).__name__}")
 
 
-def _hold(role: Role, source: Source, preset: Preset) -> _Held:
+def _hold(role: Role, source: Source, preset: Preset, hub: Hub) -> _Held:
     if isinstance(source, (str, os.PathLike)):
-        with open_checkpoint(role, source, Tally()) as checkpoint:
+        want = Want("whole" if role == "primary" else "targets", preset)
+        with hub.open(role, source, Tally(), want) as checkpoint:
             data = {}
             for name, ref in checkpoint.tensors.items():
                 if _wanted(name, preset):
