@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,12 +13,13 @@ from typing import Any, get_args
 from hsa import assets, fsio, provenance, report
 from hsa.backends import Backend, resolve
 from hsa.card import check_fields
-from hsa.checkpoint import INDEX, Role, Sources, is_hub_id
+from hsa.checkpoint import INDEX, Checkpoint, Role, Sources, is_hub_id
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
 from hsa.errors import RequestError, SourceError
+from hsa.hub import REVISION, Hub, Want, find_id
 from hsa.layout import parse_size
+from hsa.lora import is_adapter
 from hsa.memory import PeakMemory
-from hsa.opening import open_source
 from hsa.output import PROVENANCE, Staging, check_destination
 from hsa.pipeline import Options, Outcome, execute
 from hsa.plan import MergePlan, make_plan
@@ -29,9 +29,6 @@ from hsa.threads import default_threads
 
 PathLike = str | os.PathLike[str]
 CARD = "README.md"
-
-
-_REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Request:
         for role, claimed in (self.ids or {}).items():
             if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
                 raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
-            if claimed is not None and "@" in claimed and not _REVISION.fullmatch(claimed.partition("@")[2]):
+            if claimed is not None and "@" in claimed and not REVISION.fullmatch(claimed.partition("@")[2]):
                 raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
         check_fields(self.card or {})
         if self.max_shard_size is not None:
@@ -102,8 +99,9 @@ def merge(
     """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint directory.
 
     Args:
-        base, primary, secondary: local Hugging Face checkpoint directories, with safetensors or pickle weights. Primary
-            and secondary may be directories with a LoRA adapter of base, base and secondary OpenAI's own `.pt` files.
+        base, primary, secondary: Hugging Face checkpoint directories with safetensors or pickle weights, or ids on the
+            Hub (`org/name`, `org/name@revision`), which are fetched; what exists locally is a directory. Primary and
+            secondary may be directories with a LoRA adapter of base, base and secondary OpenAI's own `.pt` files.
         output: the directory to write; it appears whole or not at all.
         k: share of heads kept per tensor, in [0, 1], or a percentage up to 100.
         lam: weight of primary's task vector in a selected head, in [0, 1].
@@ -119,7 +117,7 @@ def merge(
         threads: worker threads; by default the usable cores and one more.
         assets_from: whose tokenizer and processor files are taken.
         max_shard_size: bytes, or a size such as `5GB`; by default primary's own shards.
-        base_id, primary_id, secondary_id: hub ids to record instead of the directories' names.
+        base_id, primary_id, secondary_id: hub ids to record instead of the directories' names or the ids fetched.
         card: model card fields, of `hsa.card.FIELDS`.
         digest: record BLAKE3 digests of whole files.
         sync: fsync everything before the output appears.
@@ -165,9 +163,9 @@ def merge(
 def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says; see `merge`."""
     started = time.perf_counter()
-    memory, tally = PeakMemory(), fsio.Tally()
+    memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
-        job = _prepare(request, tally, stack)
+        job = _prepare(request, tally, hub, stack)
         found = _collect(request, job, tally)
         with deferred():  # a directory that was made must be known to the stack that removes it
             staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
@@ -195,22 +193,27 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         bytes_read=tally.read,
         bytes_read_by_source=dict(tally.read_by),
         bytes_written=tally.written,
+        bytes_fetched=sum(hub.fetched.values()),
         peak_memory_bytes=memory.peak,
         backend=job.backend.name,
         device=job.backend.device,
         route=job.plan.route,
         parameters=request.config.as_dict(),
         tensors={o.target.primary.name: TensorReport.of(o) for o in outcome.targets},
-        notes=(*job.plan.notes, *found.notes, *notes),
+        notes=(*hub.notes, *job.plan.notes, *found.notes, *notes),
         warnings=(*found.warnings, *warnings),
     )
 
 
 def dry_run(request: Request) -> PlanReport:
-    """The plan of a request: reads headers and small files, writes nothing."""
-    tally = fsio.Tally()
+    """The plan of a request: reads headers and small files, writes nothing.
+
+    Of a source on the Hub no more than that is fetched either, primary included, except from a server that gives
+    neither ranges nor sizes.
+    """
+    tally, hub = fsio.Tally(), Hub()
     with ExitStack() as stack:
-        job = _prepare(request, tally, stack)
+        job = _open(request, tally, hub, stack, headers_only=True)
         plan = job.plan
         found = _collect(request, job, tally)
         needed = plan.bytes_to_write + sum(map(len, found.files.values()))
@@ -227,8 +230,10 @@ def dry_run(request: Request) -> PlanReport:
             files={file.name: file.size for file in plan.files},
             bytes_to_read=tally.read + sum(plan.weight_bytes_read.values()),
             bytes_to_write=needed,
+            bytes_fetched=sum(hub.fetched.values()),
+            bytes_to_fetch=sum(hub.pending.values()),
             free_bytes=free,
-            notes=(*plan.notes, *found.notes),
+            notes=(*hub.notes, *plan.notes, *found.notes),
             warnings=(*found.warnings, *short),
         )
 
@@ -246,19 +251,44 @@ class _Job:
     destination: Path
 
 
-def _prepare(request: Request, tally: fsio.Tally, stack: ExitStack) -> _Job:
+def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> _Job:
+    """Open what a merge needs. Before anything large is fetched, whatever can be refused by headers is refused."""
+    if any(find_id(path) for path in request.sources.values()):
+        with ExitStack() as trial:
+            _open(request, fsio.Tally(), hub, trial, headers_only=True)
+    return _open(request, tally, hub, stack, headers_only=False)
+
+
+def _open(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool) -> _Job:
     backend = resolve(request.backend, request.device, request.config)
     ids = request.ids or {}
-    base = stack.enter_context(open_source("base", request.sources["base"], tally, ids.get("base")))
-    fine_tunes: tuple[Role, ...] = ("primary", "secondary")
-    primary, secondary = (
-        stack.enter_context(open_source(role, request.sources[role], tally, ids.get(role), base)) for role in fine_tunes
-    )
+
+    def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
+        want = _want(request, role, headers_only=headers_only)
+        return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
+
+    base = opened("base")
+    primary, secondary = opened("primary", base), opened("secondary", base)
     sources = Sources(base, primary, secondary)
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite)
     limit = None if request.max_shard_size is None else parse_size(str(request.max_shard_size))
     return _Job(sources, make_plan(request.config, sources, limit), backend, destination)
+
+
+def _want(request: Request, role: Role, *, headers_only: bool) -> Want:
+    """What a merge needs of a source on the Hub."""
+    config = request.config
+    reference = config.numerics == "reference"
+    everywhere = reference or config.non_attention_scale != 1.0 or is_adapter(request.sources["primary"])
+    whole = role == "primary" or (role == "base" and everywhere)
+    return Want(
+        need="whole" if whole else "targets",
+        preset=config.targets,
+        assets=role in ("base", request.assets_from),
+        headers_only=headers_only,
+        compare=reference and role != "secondary",
+    )
 
 
 def _write_rest(

@@ -16,6 +16,7 @@ from hsa.errors import HeaderError, MismatchError, SourceError
 from hsa.fsio import Source, Tally
 from hsa.header import Header, load_json, read_header
 from hsa.pickled import read_state_dict
+from hsa.ranges import Range
 
 Role = Literal["base", "primary", "secondary"]
 Kind = Literal["safetensors", "pickle", "openai", "adapter"]
@@ -30,7 +31,7 @@ MAX_TEXT = 128 << 20
 
 
 @dataclass(frozen=True)
-class _Format:
+class Format:
     """How weights are stored: the name of a single file, of an index of shards, and the suffix of either's files."""
 
     weights: str
@@ -38,10 +39,9 @@ class _Format:
     suffix: str
 
 
-SAFETENSORS = _Format(WEIGHTS, INDEX, ".safetensors")
-PICKLES = _Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
+SAFETENSORS = Format(WEIGHTS, INDEX, ".safetensors")
+PICKLES = Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
 
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]+)?")
 _REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?(/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?)?", re.ASCII)
 _HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?")
 
@@ -64,6 +64,14 @@ class Identity:
 
     id: str
     revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weights file of which some ranges were fetched: where they lie, and which they are."""
+
+    path: Path
+    held: tuple[Range, ...]
 
 
 @dataclass(frozen=True)
@@ -167,13 +175,21 @@ def is_hub_id(text: str) -> bool:
     return _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
-def open_checkpoint(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    role: Role,
+    path: str | os.PathLike[str],
+    tally: Tally,
+    claimed: str | None = None,
+    parts: Mapping[str, Part] | None = None,
+) -> Checkpoint:
     """Open a checkpoint directory: check its index, open its shards, check their headers. Reads no tensor data.
 
-    `claimed` is the identity to record (`org/name` or `org/name@revision`). Raises SourceError, HeaderError.
+    `claimed` is the identity to record (`org/name` or `org/name@revision`). `parts` gives weights files that lie
+    elsewhere and in part, by name: reading what was not fetched raises SourceError. Raises SourceError, HeaderError.
     """
     directory = _directory(role, path)
-    listed = _weights_files(role, directory, tally)
+    parts = parts or {}
+    listed = _weights_files(role, directory, tally, parts)
     config = _config(role, directory, tally)
     whisper.architecture(config, f"{role} {directory}")
     result = Checkpoint(role, directory, identify(directory, claimed), config, tally)
@@ -183,7 +199,7 @@ def open_checkpoint(role: Role, path: str | os.PathLike[str], tally: Tally, clai
         result.index = listed.index
     try:
         for name in listed.names:
-            result.shards += (open_shard(role, directory, name, tally),)
+            result.shards += (open_shard(role, directory, name, tally, parts.get(name)),)
         result.tensors = _tensors(result, listed)
         if result.kind == "pickle":
             _drop_tied_output(result)
@@ -193,9 +209,13 @@ def open_checkpoint(role: Role, path: str | os.PathLike[str], tally: Tally, clai
     return result
 
 
-def open_shard(role: Role, directory: Path, name: str, tally: Tally) -> Shard:
-    """Open one weights file of a directory and check its header: a pickle's by its name, else safetensors."""
-    source = Source(contained(role, directory, name), role, tally)
+def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part | None = None) -> Shard:
+    """Open one weights file of a directory and check its header: a pickle's by its name, else safetensors.
+
+    `part` is where the file lies instead, and which ranges of it.
+    """
+    where = contained(role, directory, name) if part is None else part.path
+    source = Source(where, role, tally, None if part is None else part.held)
     try:
         if name.endswith(PICKLES.suffix):
             return Shard(name, source, read_state_dict(source), 0)
@@ -220,11 +240,12 @@ def identify(directory: Path, claimed: str | None) -> Identity:
 def contained(role: str, directory: Path, name: str) -> Path:
     """The real path of a file of a source; SourceError when a link leads out of the directory.
 
-    The hub's cache keeps a snapshot's files as links into the repository's own `blobs`; those are let through.
+    The hub's cache keeps a snapshot's files as links into the repository's own `blobs`, and these may be links into the
+    `blobs` that all its repositories share; both are let through.
     """
     allowed = [directory]
     if _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])):
-        allowed.append(directory.parent.parent / "blobs")
+        allowed += [directory.parents[1] / "blobs", directory.parents[2] / "blobs"]
     try:
         real = (directory / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:
@@ -259,11 +280,6 @@ def _directory(role: str, path: str | os.PathLike[str]) -> Path:
         given = given.expanduser()
         directory = given.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        if _HUB_ID.fullmatch(os.fspath(path)) and not given.parent.exists():
-            raise SourceError(
-                f"{role}: {os.fspath(path)} is no local directory, and hub ids are not read yet; download it "
-                f"first (hf download {os.fspath(path).partition('@')[0]}) and give the directory: {looked}"
-            ) from error
         raise SourceError(f"{role}: {given} cannot be found ({_reason(error)}); looked for {looked}") from error
     if not directory.is_dir():
         raise SourceError(f"{role}: {given} is not a directory; looked for {looked}")
@@ -285,16 +301,16 @@ class _Listed:
     placed: Mapping[str, str] | None = None
 
 
-def _weights_files(role: str, directory: Path, tally: Tally) -> _Listed:
+def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str, Part]) -> _Listed:
     """Which files hold the weights: safetensors wherever there are any. Refuses bad names before any is opened."""
     for form in (SAFETENSORS, PICKLES):
-        if _exists(directory / form.weights):
+        if form.weights in parts or _exists(directory / form.weights):
             return _Listed((form.weights,), form.suffix, form.index)
         if _exists(directory / form.index):
             index = read_text(role, directory, form.index, tally)
-            placed = _weight_map(index, f"{role}: {directory / form.index}")
+            placed = weight_map(index, f"{role}: {directory / form.index}")
             names = tuple(sorted(set(placed.values())))
-            _check_shards(role, directory, names, form)
+            _check_shards(role, directory, names, form, parts)
             return _Listed(names, form.suffix, form.index, index, placed)
     raise SourceError(
         f"{role}: {directory} holds no weights; looked for {WEIGHTS} and {INDEX}, {PICKLES.weights} and "
@@ -326,27 +342,35 @@ def _config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
     return load_json(read_text(role, directory, CONFIG, tally), f"{role}: {directory / CONFIG}", "config")
 
 
-def _weight_map(text: bytes, where: str) -> Mapping[str, str]:
+def weight_map(text: bytes, where: str) -> Mapping[str, str]:
+    """The shard of each tensor by an index's own text; HeaderError when it is malformed."""
     placed = load_json(text, where, "index").get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
         raise HeaderError(f"{where}: expected a weight_map from tensor names to file names")
     return placed
 
 
-def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: _Format) -> None:
+def is_plain(name: str, suffix: str = SAFETENSORS.suffix) -> bool:
+    """Whether an index may name this shard: a file with that suffix in the same directory."""
+    plain = name == Path(name).name and name not in ("", ".", "..") and "\0" not in name
+    return plain and name.endswith(suffix)
+
+
+def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: Format, parts: Mapping[str, Part]) -> None:
     """Refuse every bad name before anything is opened."""
     for name in names:
-        if name != Path(name).name or name in ("", ".", "..") or "\0" in name or not name.endswith(form.suffix):
+        if not is_plain(name, form.suffix):
             raise SourceError(
                 f"{role}: {directory / form.index} names the shard {name!r}; expected the plain name of a "
                 f"{form.suffix} file in the same directory"
             )
-        if not _exists(directory / name):
+        if name not in parts and not _exists(directory / name):
             raise SourceError(
                 f"{role}: {directory / form.index} names the shard {name}, which is missing; download it again"
             )
     for name in names:
-        contained(role, directory, name)
+        if name not in parts:
+            contained(role, directory, name)
 
 
 def _tensors(checkpoint: Checkpoint, listed: _Listed) -> Mapping[str, TensorRef]:

@@ -67,9 +67,11 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Option(metavar="DIR", help="Pretrained model: a checkpoint, or OpenAI's .pt.")],
-    primary: Annotated[str, typer.Option(metavar="DIR", help="Anchor fine-tune: kept wherever nothing is merged.")],
-    secondary: Annotated[str, typer.Option(metavar="DIR", help="Fine-tune that is blended into the selected heads.")],
+    base: Annotated[
+        str, typer.Option(metavar="SOURCE", help="Pretrained model: a directory, org/name@revision, or OpenAI's .pt.")
+    ],
+    primary: Annotated[str, typer.Option(metavar="SOURCE", help="Anchor fine-tune: kept wherever nothing is merged.")],
+    secondary: Annotated[str, typer.Option(metavar="SOURCE", help="Fine-tune blended into the selected heads.")],
     output: Annotated[str, typer.Option(metavar="OUT", help="Directory to write; appears whole or not at all.")],
     k: Annotated[float, typer.Option(help="Share of heads merged per tensor; above 1 a percentage.")] = 0.6,
     lam: Annotated[float, typer.Option("--lambda", help="Weight of primary in a merged head, 0 to 1.")] = 0.5,
@@ -188,6 +190,8 @@ def _describe_report(report: MergeReport) -> str:
         f"  {_bytes(report.bytes_read)} read, {_bytes(report.bytes_written)} written in {report.seconds:.2f} s, "
         f"peak memory {_bytes(report.peak_memory_bytes)}",
     ]
+    if report.bytes_fetched:
+        lines.append(f"  {_bytes(report.bytes_fetched)} fetched from the Hub")
     if narrowest is not None:
         lines.append(f"  narrowest margin {narrowest.margin:.2g} in {narrowest.name}")
     return "\n".join(map(one_line, lines))
@@ -201,6 +205,7 @@ def _describe_plan(plan: PlanReport) -> str:
         f"{plan.output} (dry run: nothing was written)",
         f"  route   {plan.route}, backend {plan.backend}",
         f"  targets {len(plan.targets)} tensors, {kept} of {heads} heads to merge: {names}",
+        *([f"  fetch   {_bytes(plan.bytes_to_fetch)} of weights from the Hub"] if plan.bytes_to_fetch else []),
         f"  read    {_bytes(plan.bytes_to_read)}",
         f"  write   {_bytes(plan.bytes_to_write)}, {_bytes(plan.free_bytes)} free",
         *(f"          {name}: {_bytes(size)}" for name, size in plan.files.items()),
@@ -221,20 +226,28 @@ def _bytes(count: int) -> str:
 
 @contextmanager
 def _progress(*, show: bool) -> Iterator[Any]:
-    """A progress bar on stderr, or None."""
+    """A progress bar on stderr that begins with the first step, or None: before, sources may show bars of their own."""
     if not show:
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-    with Progress(
+    bar = Progress(
         "merging",
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         console=Console(stderr=True),
         transient=True,
-    ) as bar:
-        task = bar.add_task("merging", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    )
+    task = bar.add_task("merging", total=None)
+
+    def step(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield step
+    finally:
+        bar.stop()

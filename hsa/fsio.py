@@ -12,12 +12,13 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hsa.errors import MachineError, SourceChanged, SourceError
+from hsa.ranges import Range, covers
 
 FICLONE = 0x40049409
 SYNC_FILE_RANGE_WRITE = 2
@@ -71,12 +72,19 @@ class Fingerprint:
     def of(cls, status: os.stat_result) -> Fingerprint:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
+    def but_for_times(self, other: Fingerprint) -> Fingerprint:
+        """This one with the other's times."""
+        return replace(self, modified_ns=other.modified_ns, changed_ns=other.changed_ns)
+
 
 class Source:
-    """A file open for reading, and what it was when it was opened."""
+    """A file open for reading, and what it was when it was opened.
 
-    def __init__(self, path: Path, label: str, tally: Tally) -> None:
-        self.path, self.label, self._tally = path, label, tally
+    `held` are the ranges that may be read, None for all: elsewhere a file that was fetched in part has holes.
+    """
+
+    def __init__(self, path: Path, label: str, tally: Tally, held: Sequence[Range] | None = None) -> None:
+        self.path, self.label, self._tally, self.held = path, label, tally, held
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make it wait
         except OSError as error:
@@ -94,6 +102,11 @@ class Source:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` (bytes) from `offset`; SourceChanged when the file ends before."""
+        if self.held is not None and not covers(self.held, offset, offset + len(view)):
+            raise SourceError(
+                f"{self.label}: {len(view)} bytes at {offset} of {self.path} were not fetched and are wanted now; "
+                f"download the model (hf download) and give its directory"
+            )
         done = 0
         while done < len(view):
             try:
@@ -116,12 +129,17 @@ class Source:
         return bytes(buffer)
 
     def check_unchanged(self) -> None:
-        """SourceChanged when the file, or what its path leads to, is no longer what was opened."""
+        """SourceChanged when the file, or what its path leads to, is no longer what was opened.
+
+        To a file that is held in part, other runs may add what this one does not read.
+        """
         try:
             now = Fingerprint.of(os.fstat(self.fd))
             named = Fingerprint.of(self.path.stat())
         except OSError as error:
             raise SourceChanged(f"{self.label}: {self.path} vanished during the run: {error.strerror}") from error
+        if self.held is not None:
+            now, named = now.but_for_times(self.fingerprint), named.but_for_times(self.fingerprint)
         if now != self.fingerprint or named != self.fingerprint:
             raise SourceChanged(
                 f"{self.label}: {self.path} changed while it was read (size, time or inode differ); the output "

@@ -21,8 +21,8 @@ from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.dtypes import CODES, NAMES, Array, size
 from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
+from hsa.hub import Hub, Want
 from hsa.lora import is_adapter
-from hsa.opening import open_source
 from hsa.plan import find_targets
 from hsa.target import Target, select
 from hsa.threads import default_threads
@@ -44,9 +44,9 @@ class Merger:
     """Merges of three sources under many parameters, from target tensors kept in memory.
 
     Args:
-        base, primary, secondary: each a checkpoint directory (or a file or adapter that `hsa.merge` takes), a state
-            dict, or a loaded Whisper model. Their target tensors are copied, so that a source may be changed, or be the
-            model that `apply_` writes to.
+        base, primary, secondary: each a checkpoint directory (or a file or adapter that `hsa.merge` takes), an id on
+            the Hub (`org/name`, `org/name@revision`), a state dict, or a loaded Whisper model. Their target tensors are
+            copied, so that a source may be changed, or be the model that `apply_` writes to.
         targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
         attention_scale: factor on the task vectors of the targets.
         num_heads, num_layers: instead of what the configs say, for both stacks; needed where all three are state
@@ -55,7 +55,7 @@ class Merger:
             writing into a model on the same device allocates nothing after the first call with that model.
         threads: worker threads on the CPU; by default the usable cores and one more.
 
-    `backend` and `device` are what was chosen.
+    `backend` and `device` are what was chosen, `notes` what is to say of sources on the Hub.
 
     Merged values are those of `hsa.merge` with exact numerics, bit for bit.
 
@@ -83,7 +83,9 @@ class Merger:
         chosen = resolve(backend, device, self._config)
         self.backend, self.device = chosen.name, chosen.device
         given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
-        held = {role: _hold(role, given[role], targets, base) for role in ROLES}
+        hub = Hub()
+        held = {role: _hold(role, given[role], targets, hub, base) for role in ROLES}
+        self.notes = hub.notes
         _lend_config(held, num_heads, num_layers)
         data = {role: held[role].data for role in ROLES}
         self._sources = Sources(*(held[role].checkpoint for role in ROLES))
@@ -181,14 +183,15 @@ def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
     raise RequestError(f"expected a loaded model or a state dict, got {type(model).__name__}")
 
 
-def _hold(role: Role, source: Source, preset: Preset, base: Source) -> _Held:
+def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) -> _Held:
     """Copy a source's targets; `base` is what an adapter stands on."""
     if isinstance(source, (str, os.PathLike)):
         with ExitStack() as stack:
             under = None
             if role != "base" and is_adapter(source) and isinstance(base, (str, os.PathLike)):
-                under = stack.enter_context(open_source("base", base, Tally()))
-            checkpoint = stack.enter_context(open_source(role, source, Tally(), None, under))
+                under = stack.enter_context(hub.open("base", base, Tally(), Want("targets", preset)))
+            want = Want("whole" if role == "primary" else "targets", preset)
+            checkpoint = stack.enter_context(hub.open(role, source, Tally(), want, None, under))
             data = {}
             for name, ref in checkpoint.tensors.items():
                 if _wanted(name, preset):

@@ -55,8 +55,9 @@ class MergeReport:
     """A finished merge.
 
     Sizes are bytes, `seconds` wall time. `bytes_read_by_source` splits `bytes_read` by role: of base and secondary only
-    headers, configs and targets are read where nothing else is needed. `tensors` is keyed by tensor name as primary
-    stores it.
+    headers, configs and targets are read where nothing else is needed. `bytes_fetched` came from the Hub: bytes of
+    files that were received now, 0 for local sources and for what the caches hold. `tensors` is keyed by tensor name as
+    primary stores it.
     """
 
     output: Path
@@ -64,6 +65,7 @@ class MergeReport:
     bytes_read: int
     bytes_read_by_source: Mapping[str, int]
     bytes_written: int
+    bytes_fetched: int
     peak_memory_bytes: int
     backend: str
     device: str
@@ -96,6 +98,7 @@ class MergeReport:
             "bytes_read": self.bytes_read,
             "bytes_read_by_source": dict(self.bytes_read_by_source),
             "bytes_written": self.bytes_written,
+            "bytes_fetched": self.bytes_fetched,
             "peak_memory_bytes": self.peak_memory_bytes,
             "backend": self.backend,
             "device": self.device,
@@ -116,6 +119,7 @@ class PlanReport:
     """What a merge would do: nothing was read but headers and small files, and nothing written.
 
     Sizes are bytes; those to write leave out the model card and the provenance, which are made at the end.
+    `bytes_fetched` came from the Hub for this plan, `bytes_to_fetch` are what the merge would fetch of weights.
     """
 
     output: Path
@@ -127,6 +131,8 @@ class PlanReport:
     files: Mapping[str, int]
     bytes_to_read: int
     bytes_to_write: int
+    bytes_fetched: int
+    bytes_to_fetch: int
     free_bytes: int
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -145,6 +151,8 @@ class PlanReport:
             "files": dict(self.files),
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
+            "bytes_fetched": self.bytes_fetched,
+            "bytes_to_fetch": self.bytes_to_fetch,
             "free_bytes": self.free_bytes,
             "parameters": dict(self.parameters),
             "notes": list(self.notes),

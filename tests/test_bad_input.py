@@ -161,16 +161,6 @@ def test_source_that_cannot_be(triple: Triple, output: Path, refuse: Refuse, pat
 
 
 @each_role
-@pytest.mark.parametrize("name", ["openai/whisper-base", "someone/fine-tune@v1.0"])
-def test_hub_id(
-    triple: Triple, output: Path, refuse: Refuse, role: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(output.parent.parent)
-    refuse(merge_arguments({**triple, role: Path(name)}, output), f"{role}: ", name, "local directory")
-
-
-@each_role
 @pytest.mark.parametrize("kind", ["pipe", "directory", "dangling link", "link out"])
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_something_else_in_place_of_a_file(

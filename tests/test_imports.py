@@ -22,18 +22,19 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "triton", "transformers", "huggingface_hub")
 
 LAYERS = (
-    ("_version", "errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config", "threads"),
+    ("_version", "ranges", "threads"),
+    ("errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config"),
     ("config", "fsio", "synthetic"),
-    ("console", "header", "output", "whisper"),
+    ("console", "header", "output", "partial", "whisper"),
     ("pickled",),
-    ("checkpoint",),
-    ("lora", "openai", "target"),
+    ("checkpoint", "fetch"),
+    ("assets", "lora", "openai", "target"),
     ("layout", "opening"),
+    ("hub",),
     ("backends", "script"),
     ("plan",),
     ("compute", "merger"),
     ("pipeline",),
-    ("assets",),
     ("card", "provenance", "report"),
     ("api",),
     ("demo", "integrations"),
@@ -51,7 +52,7 @@ ANYWHERE = {
     "torch": {*AT_IMPORT["torch"], "hsa.demo", "hsa.backends", "hsa.pickled"},
     "triton": {"hsa.backends.triton"},
     "transformers": {"hsa.demo"},
-    "huggingface_hub": {"hsa.card"},
+    "huggingface_hub": {"hsa.card", "hsa.fetch", "hsa.hub"},
     "hsa.reference": {"hsa.demo"},
     "hsa.kernels": {"hsa.backends.triton"},
 }
