@@ -430,7 +430,7 @@ def test_repositories_that_cannot_be_merged(
     refused(nothing, out, env, 2, "secondary: org/nothing", "no local directory", "no such model")
     refused({**IDS, "secondary": "org/second@v2"}, out, env, 2, "secondary: org/second has no revision 'v2'")
     (triple["secondary"] / WEIGHTS).rename(triple["secondary"] / "pytorch_model.bin")
-    refused(IDS, out, env, 2, "secondary: org/second holds pickle weights alone (pytorch_model.bin)", "safetensors")
+    refused(IDS, out, env, 2, "secondary: org/second holds pickle weights alone (pytorch_model.bin)", "hf download org")
     (triple["secondary"] / "pytorch_model.bin").unlink()
     refused(IDS, out, env, 2, "secondary: org/second holds no weights", WEIGHTS, INDEX)
     (triple["secondary"] / INDEX).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
