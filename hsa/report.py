@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hsa.compute import TargetOutcome
-from hsa.plan import MergePlan
 from hsa.target import TIE_RISK, Target
 
 
@@ -152,7 +151,7 @@ class PlanReport:
         }
 
 
-def findings(plan: MergePlan, outcomes: Sequence[TargetOutcome]) -> tuple[list[str], list[str]]:
+def findings(outcomes: Sequence[TargetOutcome]) -> tuple[list[str], list[str]]:
     """Notes and warnings that only the finished computation can give."""
     notes, warnings = [], []
     for role, moved in (
@@ -161,7 +160,7 @@ def findings(plan: MergePlan, outcomes: Sequence[TargetOutcome]) -> tuple[list[s
     ):
         if not moved:
             warnings.append(
-                f"base and {role} are equal on all {len(outcomes)} target tensors: is --{role} really a fine-tune, "
+                f"base and {role} are equal on all {len(outcomes)} target tensors: is {role} really a fine-tune, "
                 f"and of this base?"
             )
     close = [o for o in outcomes if o.merged.selection.margin is not None and o.merged.selection.margin < TIE_RISK]
