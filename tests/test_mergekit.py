@@ -12,7 +12,7 @@ import pytest
 from hsa.cli import run
 from hsa.config import MergeConfig
 from hsa.errors import RequestError
-from hsa.integrations.mergekit_method import DEFAULTS, assign, config_of
+from hsa.integrations.mergekit_method import DEFAULTS, assign, config_of, in_numbers
 from hsa.signals import ENDING
 
 
@@ -85,3 +85,17 @@ def test_without_roles_the_order_decides_where_there_is_one() -> None:
 def test_roles_that_cannot_be(others: list[tuple[str, object]], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         assign(others, ordered=True)
+
+
+def test_roles_and_presets_as_numbers() -> None:
+    given = {
+        "merge_method": "hsa",
+        "models": [{"model": "a", "parameters": {"role": "secondary"}}, {"model": "b"}],
+        "parameters": {"k": [0.2, 0.5], "targets": [{"filter": "q_proj", "value": "attention-all"}]},
+    }
+    assert in_numbers(given) == {
+        "merge_method": "hsa",
+        "models": [{"model": "a", "parameters": {"role": 2.0}}, {"model": "b", "parameters": {}}],
+        "parameters": {"k": [0.2, 0.5], "targets": [{"filter": "q_proj", "value": 2.0}]},
+    }
+    assert in_numbers({"models": []}) == {"models": []}

@@ -26,12 +26,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hsa import fsio, report
 from hsa.checkpoint import CONFIG, Role, read_text
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError
-from hsa.integrations.mergekit_method import DEFAULTS, METHOD, Merging, assign, config_of, takes_groups
+from hsa.integrations.mergekit_method import (
+    DEFAULTS,
+    METHOD,
+    Merging,
+    assign,
+    config_of,
+    in_numbers,
+    takes_groups,
+    takes_text,
+)
 from hsa.integrations.mergekit_method import register as register_method
 from hsa.output import Staging, check_destination
 from hsa.signals import deferred
@@ -42,6 +52,7 @@ SMALL_FILES = ("generation_config.json", "processor_config.json")
 """What mergekit loses: the first where the donor has no tokenizer.json, the second always."""
 
 CARD = "README.md"
+DOCUMENT = "mergekit_config.yml"
 
 _merging: Merging | None = None
 
@@ -60,8 +71,9 @@ class Result:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A YAML file: its mapping, and the models in it (mergekit's references) in the order written, base first."""
+    """A YAML file: its text and mapping, and the models in it (mergekit's references), base first."""
 
+    text: str
     document: Mapping[str, Any]
     models: tuple[Any, ...]
     roles: Mapping[Role, Any]
@@ -112,8 +124,8 @@ def run(arguments: Sequence[str]) -> Result:
     with deferred():  # a directory that was made must be known to the block that removes it
         staging = Staging(destination, overwrite=False, sync=True)
     with staging:
-        context.params["out_path"] = os.fspath(staging.path)
-        with _plainly(), context:
+        with _readable(config, recipe) as document, _plainly(), context:
+            context.params.update(config_file=os.fspath(document), out_path=os.fspath(staging.path))
             command.invoke(context)
         result = Result(destination, warnings=list(_cast_warnings(recipe)))
         _complete(staging, recipe, merging, context.params.get("transformers_cache"), result)
@@ -179,7 +191,8 @@ def _read(path: Path, merging: Merging) -> _Recipe:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RequestError(f"mergekit's configuration {path} cannot be read: {reason}") from error
@@ -188,11 +201,25 @@ def _read(path: Path, merging: Merging) -> _Recipe:
     if not isinstance(document, dict):
         raise RequestError(f"mergekit's configuration {path} is no mapping; it must say merge_method and models")
     if document.get("merge_method") != METHOD:
-        return _Recipe(document, tuple(_mentioned(document)), {})
+        return _Recipe(text, document, tuple(_mentioned(document)), {})
     roles = _check(document)
     for role, model in roles.items():
         merging.config(role, model)
-    return _Recipe(document, (roles["base"], roles["primary"], roles["secondary"]), roles)
+    return _Recipe(text, document, (roles["base"], roles["primary"], roles["secondary"]), roles)
+
+
+@contextmanager
+def _readable(config: Path, recipe: _Recipe) -> Iterator[Path]:
+    """The document as the installed mergekit reads it: as written, or a copy where it takes numbers alone."""
+    import yaml
+
+    if not recipe.is_hsa or takes_text():
+        yield config
+        return
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / config.name
+        copy.write_text(yaml.safe_dump(in_numbers(recipe.document), sort_keys=False), encoding="utf-8")
+        yield copy
 
 
 def _reference(value: Any) -> Any:
@@ -340,6 +367,10 @@ def _complete(staging: Staging, recipe: _Recipe, merging: Merging, cache: str | 
         dtype = merging.config("primary", recipe.roles["primary"]).get("dtype")
         if dtype is not None:
             _edit(staging.file(CONFIG), lambda text: _with_dtype(text, str(dtype)))
+    if staging.file(DOCUMENT).is_file():  # it may be the copy that `_readable` made
+        read = staging.file(DOCUMENT).read_text(encoding="utf-8")
+        for name in (CARD, DOCUMENT):
+            _edit(staging.file(name), lambda text: text.replace(read, recipe.text))
     _edit(staging.file(CARD), lambda text: text.replace(staging.path.name, staging.destination.name))
 
 

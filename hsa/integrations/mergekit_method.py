@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 METHOD = "hsa"
 PRETTY_NAME = "Headwise Selective Attention"
-PRESETS = get_args(Preset)
+ROLE_CODES = {"base": 0.0, "primary": 1.0, "secondary": 2.0}
+PRESET_CODES = {preset: float(number) for number, preset in enumerate(get_args(Preset))}
+"""Numbers for the texts of a document, for a mergekit whose documents hold numbers alone."""
+
 DEFAULTS: dict[str, Any] = {"k": 0.6, "lambda": 0.5, "alpha": 0.2, "targets": "encoder-qkv"}
 """The method's own parameters."""
 
@@ -65,6 +68,42 @@ def config_of(parameters: Mapping[str, Any]) -> MergeConfig:
     """The parameters under mergekit's names, checked. Raises RequestError."""
     found = {**DEFAULTS, **parameters}
     return MergeConfig(k=found["k"], lam=found["lambda"], alpha=found["alpha"], targets=found["targets"])
+
+
+def takes_text() -> bool:
+    """Whether the installed mergekit's documents may hold texts as parameters."""
+    from mergekit.config import InputModelDefinition
+
+    try:
+        InputModelDefinition.model_validate({"model": "name", "parameters": {"role": "primary"}})
+    except ValueError:
+        return False
+    return True
+
+
+def in_numbers(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A checked document with numbers in the place of roles and presets; `HsaTask` reads them back."""
+
+    def coded(setting: Any, codes: Mapping[str, float]) -> Any:
+        if isinstance(setting, list):
+            return [coded(part, codes) for part in setting]
+        if isinstance(setting, dict):
+            return {**setting, "value": coded(setting.get("value"), codes)}
+        return codes.get(setting, setting)
+
+    def entry(given: Mapping[str, Any]) -> dict[str, Any]:
+        parameters = {name: coded(value, ROLE_CODES) for name, value in (given.get("parameters") or {}).items()}
+        return {**given, "parameters": {name: value for name, value in parameters.items() if value is not None}}
+
+    found = {**document, "models": [entry(given) for given in document["models"]]}
+    if "targets" in (document.get("parameters") or {}):
+        parameters = document["parameters"]
+        found["parameters"] = {**parameters, "targets": coded(parameters["targets"], PRESET_CODES)}
+    return found
+
+
+def _named(value: Any, codes: Mapping[str, float]) -> Any:
+    return next((name for name, code in codes.items() if code == value), value)
 
 
 class Merging:
@@ -241,11 +280,12 @@ def _class_method(merging: Merging) -> Any:
             return self.gather_tensors.group_label()
 
         def execute(self, tensors: Mapping[Any, torch.Tensor]) -> torch.Tensor:
-            others = [(m, self.tensor_parameters[m]["role"]) for m in tensors if m != self.base_model]
+            roles = {model: _named(self.tensor_parameters[model]["role"], ROLE_CODES) for model in tensors}
+            others = [(model, role) for model, role in roles.items() if model != self.base_model]
+            found = dict(self.parameters.items())
+            found["targets"] = _named(found["targets"], PRESET_CODES)
             models = {"base": self.base_model, **assign(others, ordered=False)}
-            return merging.tensor(
-                self.weight.name, config_of(dict(self.parameters.items())), cast(Any, models), tensors
-            )
+            return merging.tensor(self.weight.name, config_of(found), cast(Any, models), tensors)
 
     class HsaMethod(MergeMethod):  # type: ignore[misc]
         def name(self) -> str:

@@ -20,7 +20,7 @@ from helpers import edit_json, poke, raw_bytes, read_tensors, run_hsa, snapshot,
 
 import hsa
 from hsa.cli import run
-from hsa.integrations.mergekit_method import takes_groups
+from hsa.integrations.mergekit_method import takes_groups, takes_text
 from hsa.signals import ENDING
 from hsa.synthetic import SHAPES, write_triple
 
@@ -211,7 +211,10 @@ def test_the_output_is_whole_and_loads_offline(float32: Triple, tmp_path: Path) 
     umask = os.umask(0)
     os.umask(umask)
     assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o666 & ~umask}
-    assert (out / "README.md").read_text().split("---\n")[2].startswith("# out\n")
+    card, document = (out / "README.md").read_text(), (tmp_path / "config.yml").read_text()
+    assert card.split("---\n")[2].startswith("# out\n")
+    assert document in card and "role: primary" in document
+    assert (out / "mergekit_config.yml").read_text() == document
 
 
 def test_a_donor_with_a_tokenizer_keeps_primarys_generation_config(float32: Triple, tmp_path: Path) -> None:
@@ -248,8 +251,8 @@ def test_a_program_of_its_own_registers_the_method(float32: Triple, tmp_path: Pa
 
     from hsa.integrations.mergekit import register
 
-    if not takes_groups():
-        pytest.skip("this mergekit's configuration takes numbers alone, which hsa mergekit gets round")
+    if not takes_text():
+        pytest.skip("this mergekit's documents take numbers alone, which hsa mergekit gets round")
     register()
     register()
     document = MergeConfiguration.model_validate(recipe(float32, ("secondary", "primary")))
