@@ -160,7 +160,7 @@ def findings(outcomes: Sequence[TargetOutcome]) -> tuple[list[str], list[str]]:
     ):
         if not moved:
             warnings.append(
-                f"base and {role} are equal on all {len(outcomes)} target tensors: is {role} really a fine-tune, "
+                f"base and {role} are equal on all {len(outcomes)} target tensors: is --{role} really a fine-tune, "
                 f"and of this base?"
             )
     close = [o for o in outcomes if o.merged.selection.margin is not None and o.merged.selection.margin < TIE_RISK]
