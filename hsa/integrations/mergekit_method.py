@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 from hsa import whisper
 from hsa.backends import NotFinite
 from hsa.backends.cpu import CpuWorker
-from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef
+from hsa.checkpoint import CONFIG, ROLES, Checkpoint, Identity, Role, Sources, TensorRef
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, Preset
 from hsa.dtypes import NAMES, size
@@ -121,11 +121,14 @@ class Merging:
     def config(self, role: str, model: Any) -> Mapping[str, Any]:
         """A model's config.json. Raises SourceError where it cannot be read or is not Whisper's."""
         if model not in self._configs:
-            if not hasattr(model, "config"):
+            if not (hasattr(model, "config") and hasattr(model, "model")):
                 raise RequestError(
                     f"merge_method {METHOD} reads head and layer counts from the models' config.json, and {role} is "
                     f"no checkpoint (a {type(model).__name__}); use hsa.Merger for tensors in memory"
                 )
+            place = Path(model.model.path)
+            if place.is_dir() and not (place / CONFIG).is_file():  # transformers may guess one from the path's name
+                raise SourceError(f"{role}: {place} has no {CONFIG}, which says how many heads and layers there are")
             try:
                 found: Mapping[str, Any] = model.config().to_dict()
             except (OSError, ValueError) as error:
