@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+INTEGRATIONS := .venv-integrations
 
 .PHONY: demo test test-interpret test-integrations test-gpu compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
@@ -13,13 +14,12 @@ demo: $(READY)
 test: lint types
 	$(BIN)/python -m pytest
 
+# With the real programs that hsa works with, in an environment of their own; nothing is downloaded while they run.
+test-integrations: $(INTEGRATIONS)/ready
+	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations
+
 test-interpret: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels_merge.py tests/test_kernels_refusals.py
-
-# Against the other programs that the package works with; installs them first.
-test-integrations: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,integrations]"
-	$(BIN)/python -m pytest tests/integrations
 
 # On a machine whose Python has torch already: make test-gpu BIN=/path/to/its/bin READY=
 test-gpu: $(READY)
@@ -62,9 +62,14 @@ report: $(READY)
 	$(BIN)/python bench/report.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): setup.py pyproject.toml constraints.txt hsa/_version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(INTEGRATIONS)/ready: setup.py pyproject.toml constraints.txt hsa/_version.py
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mergekit,integrations]" pytest
 	touch $@

@@ -40,6 +40,7 @@ setup(
         "blake3>=1.0,<2",
     ],
     extras_require={
+        "mergekit": ["mergekit>=0.1.4,<0.2", "pyyaml>=6,<7"],
         "dev": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",

@@ -181,7 +181,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         _write_rest(request, job, outcome, found, staging, tally)
         staging.publish()
         memory.sample()
-    notes, warnings = report.findings(job.plan, outcome.targets)
+    notes, warnings = report.findings(outcome.targets)
     if not request.digest:
         notes.append(
             "without whole-file digests a later verification cannot tell whether copied tensors and the small files "

@@ -161,6 +161,29 @@ def merge(
     _print(report.as_dict() if as_json else _describe_report(report), quiet)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def mergekit(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG OUT", help="mergekit's YAML, the directory to write, and mergekit's own options."
+        ),
+    ],
+    debug: Annotated[bool, typer.Option("--debug", help="Add the traceback to an error.")] = False,
+) -> None:
+    """Run mergekit with merge method hsa, on Whisper; mergekit-yaml --help lists its own options."""
+    from hsa.integrations.mergekit import run as run_mergekit
+
+    result = run_mergekit(arguments)
+    for warning in result.warnings:
+        print(f"hsa: warning: {one_line(warning)}", file=sys.stderr)
+    for note in result.notes:
+        print(f"hsa: note: {one_line(note)}", file=sys.stderr)
+    print(one_line(str(result.output)))
+    if result.tensors:
+        print(f"  {result.selected_heads} of {result.total_heads} heads merged in {result.tensors} tensors")
+
+
 @app.command()
 def demo(
     output: Annotated[

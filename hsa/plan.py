@@ -101,7 +101,7 @@ def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, st
     config.check_names(set(found))
     _check_complete(config, sources, set(found))
     shapes = {role: whisper.architecture(sources.of(role).config, role) for role in ROLES}
-    targets = [_target(p, config, sources, shapes, loaded) for p in found.values()]
+    targets = [make_target(p, config, sources, shapes, loaded) for p in found.values()]
     return tuple(sorted(targets, key=lambda t: (t.primary.shard, t.primary.offset)))
 
 
@@ -116,13 +116,14 @@ def _check_complete(config: MergeConfig, sources: Sources, found: set[str]) -> N
             )
 
 
-def _target(
+def make_target(
     projection: whisper.Projection,
     config: MergeConfig,
     sources: Sources,
     shapes: Mapping[Role, whisper.Architecture],
-    loaded: Mapping[Role, str] | None,
+    loaded: Mapping[Role, str] | None = None,
 ) -> Target:
+    """One target, checked to agree in the three sources, whose heads and layers `shapes` gives; see `find_targets`."""
     name, stack = projection.name, projection.stack
     refs = {role: sources.of(role).tensors.get(name) for role in ROLES}
     present = {role: ref for role, ref in refs.items() if ref is not None}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hsa.compute import TargetOutcome
-from hsa.plan import MergePlan
 from hsa.target import TIE_RISK, Target
 
 
@@ -160,7 +159,7 @@ class PlanReport:
         }
 
 
-def findings(plan: MergePlan, outcomes: Sequence[TargetOutcome]) -> tuple[list[str], list[str]]:
+def findings(outcomes: Sequence[TargetOutcome]) -> tuple[list[str], list[str]]:
     """Notes and warnings that only the finished computation can give."""
     notes, warnings = [], []
     for role, moved in (

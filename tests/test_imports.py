@@ -19,7 +19,7 @@ import pytest
 from helpers import merge_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "triton", "transformers", "huggingface_hub")
+HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit")
 
 LAYERS = (
     ("_version", "ranges", "threads"),
@@ -49,10 +49,17 @@ AT_IMPORT = {
 """Which modules may import a heavy library when they are imported themselves; no merge in exact numerics does."""
 
 ANYWHERE = {
-    "torch": {*AT_IMPORT["torch"], "hsa.demo", "hsa.backends", "hsa.pickled"},
+    "torch": {
+        *AT_IMPORT["torch"],
+        "hsa.demo",
+        "hsa.backends",
+        "hsa.pickled",
+        "hsa.integrations.mergekit_method",
+    },
     "triton": {"hsa.backends.triton"},
     "transformers": {"hsa.demo"},
     "huggingface_hub": {"hsa.card", "hsa.fetch", "hsa.hub"},
+    "mergekit": {"hsa.integrations.mergekit", "hsa.integrations.mergekit_method"},
     "hsa.reference": {"hsa.demo"},
     "hsa.kernels": {"hsa.backends.triton"},
 }
@@ -97,7 +104,9 @@ def test_every_public_name_resolves() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["--version"], []], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["merge", "--help"], ["mergekit", "--help"], ["--version"], []], ids=" ".join
+)
 def test_help_needs_neither_torch_nor_numpy(arguments: list[str]) -> None:
     done = fresh(
         "import sys\nfrom hsa.__main__ import main\n"

@@ -1,0 +1,407 @@
+"""mergekit with this package's merge as one of its methods.
+
+    merge_method: hsa
+    base_model: whisper-small
+    models:
+      - model: older-children
+        parameters: {role: primary}
+      - model: younger-children
+        parameters: {role: secondary}
+    parameters: {k: 0.6, lambda: 0.5, alpha: 0.2, targets: encoder-qkv}
+
+mergekit finds no methods outside itself, so `hsa mergekit CONFIG OUT [mergekit's own options]` registers this one and
+then calls mergekit's own command. For every method of mergekit it mends the definition of Whisper, which as released
+fits no Whisper model, and adds small files that mergekit leaves out. The output is staged: whole or not at all.
+
+In a program of your own, call `register()` before mergekit's `run_merge`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hsa import fsio, report
+from hsa.checkpoint import CONFIG, Role, read_text
+from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError
+from hsa.integrations.mergekit_method import (
+    DEFAULTS,
+    METHOD,
+    Merging,
+    assign,
+    config_of,
+    in_numbers,
+    takes_groups,
+    takes_text,
+)
+from hsa.integrations.mergekit_method import register as register_method
+from hsa.output import Staging, check_destination
+from hsa.signals import deferred
+
+INSTALL = 'pip install "hsa-merge[mergekit]"'
+NARROW = ("float16", "bfloat16")
+SMALL_FILES = ("generation_config.json", "processor_config.json")
+"""What mergekit loses: the first where the donor has no tokenizer.json, the second always."""
+
+CARD = "README.md"
+DOCUMENT = "mergekit_config.yml"
+
+_merging: Merging | None = None
+
+
+@dataclass
+class Result:
+    """A finished run: where, what the user should know, and for `hsa` how many heads of how many were merged."""
+
+    output: Path
+    tensors: int = 0
+    selected_heads: int = 0
+    total_heads: int = 0
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A YAML file: its text and mapping, and the models in it (mergekit's references), base first."""
+
+    text: str
+    document: Mapping[str, Any]
+    models: tuple[Any, ...]
+    roles: Mapping[Role, Any]
+
+    @property
+    def is_hsa(self) -> bool:
+        return bool(self.document.get("merge_method") == METHOD)
+
+    @property
+    def casts(self) -> bool:
+        return bool(self.document.get("dtype") or self.document.get("out_dtype"))
+
+
+def register() -> None:
+    """Make `merge_method: hsa` known to the mergekit of this process, and mend its Whisper. Twice is as good as once.
+
+    Raises RequestError when mergekit is not installed, or is one whose interface is not known here.
+    """
+    _register()
+
+
+def mend() -> None:
+    """Put the missing dot behind the decoder's prefix in mergekit's Whisper, without which no tensor is found."""
+    from mergekit.architecture.json_definitions import NAME_TO_ARCH
+
+    for definition in NAME_TO_ARCH.get("WhisperForConditionalGeneration", ()):
+        for name, module in list(definition.modules.items()):
+            prefix = module.weight_prefix
+            if prefix and not prefix.endswith("."):
+                definition.modules[name] = module.model_copy(update={"weight_prefix": f"{prefix}."})
+
+
+def run(arguments: Sequence[str]) -> Result:
+    """Run mergekit's own command line: CONFIG, OUT and its options, in any order.
+
+    Raises RequestError, DestinationError, SourceError, MismatchError, NonFiniteError, MachineError; there is no output
+    then. Source: SPEC sections 1, 2 and 4.
+    """
+    merging = _register()
+    merging.forget()
+    command = importlib.import_module("mergekit.scripts.run_yaml").main
+    with _plainly():
+        context = command.make_context("hsa mergekit", list(arguments))
+    config = Path(context.params["config_file"])
+    recipe = _read(config, merging)
+    destination = _destination(context.params["out_path"], recipe)
+    _less_noise(context)
+    with deferred():  # a directory that was made must be known to the block that removes it
+        staging = Staging(destination, overwrite=False, sync=True)
+    with staging:
+        with _readable(config, recipe) as document, _plainly(), context:
+            context.params.update(config_file=os.fspath(document), out_path=os.fspath(staging.path))
+            command.invoke(context)
+        result = Result(destination, warnings=list(_cast_warnings(recipe)))
+        _complete(staging, recipe, merging, context.params.get("transformers_cache"), result)
+        _settle(staging)
+        staging.publish()
+    if recipe.is_hsa:
+        notes, warnings = report.findings(merging.outcomes)
+        result.notes += notes
+        result.warnings += warnings
+        result.tensors = len(merging.outcomes)
+        result.selected_heads = sum(len(outcome.merged.selection.selected) for outcome in merging.outcomes)
+        result.total_heads = sum(outcome.target.heads for outcome in merging.outcomes)
+    return result
+
+
+def _register() -> Merging:
+    global _merging
+    try:
+        importlib.import_module("mergekit")
+    except ModuleNotFoundError as error:
+        if error.name != "mergekit":
+            raise RequestError(f"mergekit cannot be imported: {error}; install it anew: {INSTALL}") from error
+        raise RequestError(f"mergekit is not installed; {INSTALL}") from error
+    with _plainly():
+        if _merging is None:
+            merging = Merging()
+            register_method(merging)
+            _merging = merging
+        mend()
+    return _merging
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """mergekit's errors as this package's: the command line shows them in one line."""
+    try:
+        yield
+    except (HsaError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if hasattr(error, "format_message"):  # of click
+            raise RequestError(f"mergekit: {error.format_message()}") from error
+        text = " ".join(str(error).split())
+        kind = MachineError if "IoError" in text else RequestError  # safetensors' own name for a failed write
+        raise kind(f"mergekit stopped: {type(error).__name__}: {text}") from error
+
+
+def _less_noise(context: Any) -> None:
+    """No progress bars where nobody watches, unless asked for."""
+    chosen = getattr(context.get_parameter_source("quiet"), "name", "")
+    if chosen == "DEFAULT" and not sys.stderr.isatty():
+        context.params["quiet"] = True
+
+
+# --- before mergekit starts ---------------------------------------------------------------------------------------
+
+
+def _read(path: Path, merging: Merging) -> _Recipe:
+    """The YAML file, checked as far as this package's method is concerned: mergekit itself ignores what it does not
+    know, and would write half an output before it found the rest."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RequestError(f"mergekit's configuration {path} cannot be read: {reason}") from error
+    except yaml.YAMLError as error:
+        raise RequestError(f"mergekit's configuration {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise RequestError(f"mergekit's configuration {path} is no mapping; it must say merge_method and models")
+    if document.get("merge_method") != METHOD:
+        return _Recipe(text, document, tuple(_mentioned(document)), {})
+    roles = _check(document)
+    for role, model in roles.items():
+        merging.config(role, model)
+    return _Recipe(text, document, (roles["base"], roles["primary"], roles["secondary"]), roles)
+
+
+@contextmanager
+def _readable(config: Path, recipe: _Recipe) -> Iterator[Path]:
+    """The document as the installed mergekit reads it: as written, or a copy where it takes numbers alone."""
+    import yaml
+
+    if not recipe.is_hsa or takes_text():
+        yield config
+        return
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / config.name
+        copy.write_text(yaml.safe_dump(in_numbers(recipe.document), sort_keys=False), encoding="utf-8")
+        yield copy
+
+
+def _reference(value: Any) -> Any:
+    from mergekit.common import ModelReference
+
+    with _plainly():
+        return ModelReference.model_validate(value)
+
+
+def _mentioned(document: Any) -> Iterator[Any]:
+    """Every model of a document: base first, then in the order written."""
+    if isinstance(document, dict):
+        for key in ("base_model", "model"):
+            if isinstance(document.get(key), (str, dict)):
+                yield _reference(document[key])
+        for key in ("models", "slices", "modules", "sources"):
+            yield from _mentioned(document.get(key))
+        for value in document.values():
+            if isinstance(value, dict) and {"models", "slices"} & value.keys():
+                yield from _mentioned(value)
+    elif isinstance(document, list):
+        for entry in document:
+            yield from _mentioned(entry)
+
+
+def _check(document: Mapping[str, Any]) -> dict[Role, Any]:
+    """The roles of the models. Raises RequestError for what a merge with `hsa` cannot mean."""
+    for key in ("slices", "modules"):
+        if document.get(key) is not None:
+            raise RequestError(f"merge_method {METHOD} merges whole models: list them under models, not under {key}")
+    if not document.get("base_model"):
+        raise RequestError(f"merge_method {METHOD} needs base_model, the pretrained model that both were tuned from")
+    listed = document.get("models")
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) and "model" in entry for entry in listed):
+        raise RequestError(
+            f"merge_method {METHOD} needs models: a list with primary and secondary, each as model: NAME"
+        )
+    _check_parameters(document.get("parameters"))
+    base = _reference(document["base_model"])
+    others = []
+    for entry in listed:
+        model, role = _reference(entry["model"]), _role(entry)
+        if model != base:
+            others.append((model, role))
+        elif role not in (None, "base"):
+            raise RequestError(f"{model} is base_model and cannot have the role {role!r} too")
+    return {"base": base, **assign(others, ordered=takes_groups())}
+
+
+def _role(entry: Mapping[str, Any]) -> Any:
+    given = entry.get("parameters") or {}
+    if not isinstance(given, dict):
+        raise RequestError(f"the parameters of {entry['model']} must be a mapping such as {{role: primary}}")
+    for name in given:
+        if name in DEFAULTS:
+            raise RequestError(f"{name} stands under {entry['model']}; it belongs to the parameters of the whole merge")
+        if name != "role":
+            raise RequestError(
+                f"{entry['model']} has a parameter {name!r}; merge_method {METHOD} knows role alone there"
+            )
+    return given.get("role")
+
+
+def _check_parameters(given: Any) -> None:
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise RequestError(f"parameters must be a mapping, got {given!r}")
+    for name, setting in given.items():
+        if name == "role":
+            raise RequestError("role belongs under each model: parameters: {role: primary} or {role: secondary}")
+        if name not in DEFAULTS:
+            raise RequestError(f"merge_method {METHOD} has no parameter {name!r}; it has {', '.join(DEFAULTS)}")
+        for value in _values(setting):
+            config_of({name: _number(value) if name != "targets" else value})
+
+
+def _values(setting: Any) -> Iterator[Any]:
+    """Every value that a setting may take: mergekit has gradients and filters."""
+    if isinstance(setting, list):
+        for part in setting:
+            yield from _values(part)
+    elif isinstance(setting, dict):
+        yield from _values(setting.get("value"))
+    else:
+        yield setting
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-1 as text, mergekit as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _destination(output: str, recipe: _Recipe) -> Path:
+    paths = [Path(place.path) for model in recipe.models for place in (model.model, model.lora) if place is not None]
+    sources = [path.resolve() for path in paths if path.is_dir()]
+    place = Path(output).expanduser().resolve()
+    if place.is_dir() and place not in sources and any(place.iterdir()):
+        raise DestinationError(f"output {place} is not empty; choose another, or move it away")
+    return check_destination(output, sources, overwrite=False)
+
+
+def _cast_warnings(recipe: _Recipe) -> Iterator[str]:
+    dtype = str(recipe.document.get("dtype") or "").removeprefix("torch.")
+    if recipe.is_hsa and dtype in NARROW:
+        yield (
+            f"dtype: {dtype} makes mergekit cast all three models before heads are scored, so where one is wider, "
+            f"heads and values are not those of hsa merge; out_dtype: {dtype} casts the result alone"
+        )
+
+
+# --- after mergekit has written -----------------------------------------------------------------------------------
+
+
+def _complete(staging: Staging, recipe: _Recipe, merging: Merging, cache: str | None, result: Result) -> None:
+    """Put right what mergekit leaves out or gets wrong beside the weights.
+
+    With `hsa` the small files are primary's, else base's, as `hsa merge` has them; with other methods what is missing
+    comes from the donor (base, else the first model), else from the next model that has it.
+    """
+    models = [recipe.roles["primary"], recipe.roles["base"]] if recipe.is_hsa else list(recipe.models)
+    folders: list[tuple[Any, Path]] = []
+    for model in models:
+        with _plainly():
+            folders.append((model, Path(model.local_path(cache_dir=cache, ignore_lora=True))))
+    tally = fsio.Tally()
+    for name in SMALL_FILES:
+        there = staging.file(name).is_file()
+        if there and not recipe.is_hsa:
+            continue
+        for model, folder in folders:
+            if (folder / name).is_file():
+                data = read_text("source", folder.resolve(), name, tally)
+                if not there or staging.file(name).read_bytes() != data:
+                    staging.file(name).unlink(missing_ok=True)
+                    staging.write(name, data, tally)
+                    result.notes.append(
+                        f"{name} comes from {model}: mergekit {'took base' if there else 'left it out'}"
+                    )
+                break
+    if recipe.is_hsa and not recipe.casts:
+        dtype = merging.config("primary", recipe.roles["primary"]).get("dtype")
+        if dtype is not None:
+            _edit(staging.file(CONFIG), lambda text: _with_dtype(text, str(dtype)))
+    if staging.file(DOCUMENT).is_file():  # it may be the copy that `_readable` made
+        read = staging.file(DOCUMENT).read_text(encoding="utf-8")
+        for name in (CARD, DOCUMENT):
+            _edit(staging.file(name), lambda text: text.replace(read, recipe.text))
+    _edit(staging.file(CARD), lambda text: text.replace(staging.path.name, staging.destination.name))
+
+
+def _with_dtype(text: str, dtype: str) -> str:
+    """The weights are primary's type and mergekit's config.json base's, which loading would cast them to."""
+    document = json.loads(text)
+    keys = [key for key in ("dtype", "torch_dtype") if key in document] or ["dtype"]
+    if all(document.get(key) == dtype for key in keys):
+        return text
+    return json.dumps({**document, **dict.fromkeys(keys, dtype)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _edit(path: Path, change: Callable[[str], str]) -> None:
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if change(text) != text:
+            path.write_text(change(text), encoding="utf-8")
+
+
+def _settle(staging: Staging) -> None:
+    """Ordinary modes, where safetensors' writer leaves 0600, and everything on disk before it is published."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    files = [path for path in staging.path.rglob("*") if path.is_file()]
+    if not files:
+        raise SourceError("mergekit wrote nothing; does the configuration name models?")
+    with fsio.writing(staging.path):
+        for path in files:
+            path.chmod(0o666 & ~mask)
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                fsio.sync(fd)
+            finally:
+                os.close(fd)

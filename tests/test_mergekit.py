@@ -1,0 +1,101 @@
+"""What `hsa mergekit` does without mergekit; tests/integrations runs it with the real one."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hsa.cli import run
+from hsa.config import MergeConfig
+from hsa.errors import RequestError
+from hsa.integrations.mergekit_method import DEFAULTS, assign, config_of, in_numbers
+from hsa.signals import ENDING
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_without_mergekit_the_error_says_how_to_install_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mergekit", None)
+    assert run(["mergekit", str(tmp_path / "config.yml"), str(tmp_path / "out"), "--cuda"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == 'hsa: error: mergekit is not installed; pip install "hsa-merge[mergekit]"\n'
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_line_without_arguments_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["mergekit"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hsa: error: Missing argument") and error.endswith("See: hsa mergekit --help\n")
+    assert error.count("\n") == 1
+
+
+def test_the_defaults_are_those_of_hsa_merge() -> None:
+    assert config_of({}) == MergeConfig()
+    assert config_of({"lambda": 0.25, "k": 60.0}) == MergeConfig(lam=0.25, k=60.0)
+    assert set(DEFAULTS) == {"k", "lambda", "alpha", "targets"}
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(
+    ("one", "two", "primary"),
+    [
+        ("primary", "secondary", "a"),
+        ("secondary", "primary", "b"),
+        ("primary", None, "a"),
+        (None, "primary", "b"),
+        ("secondary", None, "b"),
+        (None, "secondary", "a"),
+    ],
+)
+def test_roles_decide_whatever_the_order(one: str | None, two: str | None, primary: str, ordered: bool) -> None:
+    found = assign([("a", one), ("b", two)], ordered=ordered)
+    assert found == {"primary": primary, "secondary": "b" if primary == "a" else "a"}
+
+
+def test_without_roles_the_order_decides_where_there_is_one() -> None:
+    assert assign([("a", None), ("b", None)], ordered=True) == {"primary": "a", "secondary": "b"}
+    with pytest.raises(RequestError, match="keeps no order of models"):
+        assign([("a", None), ("b", None)], ordered=False)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([("a", "primary"), ("b", "primary")], "a and b both have the role primary"),
+        ([("a", "primary"), ("b", "base")], "the role of b is 'base', expected primary or secondary"),
+        ([("a", 1), ("b", None)], "the role of a is 1"),
+        ([("a", "primary")], "got 1"),
+        ([("a", None), ("b", None), ("c", None)], "got 3"),
+    ],
+    ids=str,
+)
+def test_roles_that_cannot_be(others: list[tuple[str, object]], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        assign(others, ordered=True)
+
+
+def test_roles_and_presets_as_numbers() -> None:
+    given = {
+        "merge_method": "hsa",
+        "models": [{"model": "a", "parameters": {"role": "secondary"}}, {"model": "b"}],
+        "parameters": {"k": [0.2, 0.5], "targets": [{"filter": "q_proj", "value": "attention-all"}]},
+    }
+    assert in_numbers(given) == {
+        "merge_method": "hsa",
+        "models": [{"model": "a", "parameters": {"role": 2.0}}, {"model": "b", "parameters": {}}],
+        "parameters": {"k": [0.2, 0.5], "targets": [{"filter": "q_proj", "value": 2.0}]},
+    }
+    assert in_numbers({"models": []}) == {"models": []}
