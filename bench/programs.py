@@ -130,7 +130,7 @@ class _Watcher:
 def _memory(pid: int) -> tuple[int, int]:
     """Bytes of RssAnon + RssShmem, and of VmRSS; zeros when the process is gone."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
     except OSError:
         return 0, 0
     sizes = {line.partition(":")[0]: line.split()[1] for line in lines if "Rss" in line or "VmRSS" in line}

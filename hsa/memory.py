@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-_FIELDS = ("RssAnon:", "RssShmem:")
+_FIELDS = (b"RssAnon:", b"RssShmem:")
 
 
 class PeakMemory:
@@ -32,7 +32,7 @@ class PeakMemory:
 def resident(pid: int) -> int:
     """RssAnon plus RssShmem of a process in bytes; 0 when it is gone."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()  # a process may have any bytes for a name
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(_FIELDS))

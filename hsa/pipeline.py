@@ -380,4 +380,4 @@ class _Run:
         except OSError as error:
             if error.errno != errno.EINVAL:  # what a filesystem says that wants another alignment
                 raise
-            fsio.write_all(file.fd, view, start, self.tally)
+            self._store_cached(file, start, view)

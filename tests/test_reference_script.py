@@ -138,6 +138,19 @@ def test_a_second_run_replaces_the_first(saved: Triple, tmp_path: Path) -> None:
     assert json.loads((out / "hsa_merge.json").read_text())["parameters"]["lambda"] == 0.1
 
 
+def test_a_sweep_inside_an_output_is_never_replaced(
+    saved: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for template in (ONE, SWEEP.replace("0.0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0", "0.1,0.2")):
+        assert run(line(template, saved, out)) == 0
+    held = snapshot(out)
+    capsys.readouterr()
+    assert run(line(ONE, saved, out)) == 2
+    assert "holds directories (lamda_1_alpha_0p2, lamda_2_alpha_0p2)" in capsys.readouterr().err
+    assert snapshot(out) == held
+
+
 def test_sources_without_processor_files_are_a_warning(
     saved: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
