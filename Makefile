@@ -4,14 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+INTEGRATIONS := .venv-integrations
 
-.PHONY: demo test test-interpret test-gpu compile-check lint types bench bench-full bench-speed bench-gpu report clean
+.PHONY: demo test test-integrations test-interpret test-gpu compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# With the real programs that hsa works with, in an environment of their own; nothing is downloaded while they run.
+test-integrations: $(INTEGRATIONS)/ready
+	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations tests/test_transformers.py
 
 test-interpret: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels_merge.py tests/test_kernels_refusals.py
@@ -57,9 +62,15 @@ report: $(READY)
 	$(BIN)/python bench/report.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): setup.py pyproject.toml constraints.txt hsa/_version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(INTEGRATIONS)/ready: setup.py pyproject.toml constraints.txt hsa/_version.py
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e ".[deploy]" pytest soundfile accelerate peft
 	touch $@

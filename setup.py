@@ -51,6 +51,7 @@ setup(
             "jiwer>=4,<5",
             "pytest-benchmark>=5,<6",
         ],
+        "deploy": ["ctranslate2>=4.8,<5", "faster-whisper>=1.2,<2"],
     },
     entry_points={"console_scripts": ["hsa = hsa.__main__:main"]},
     classifiers=[
