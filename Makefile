@@ -16,7 +16,7 @@ test: lint types
 
 # With the real programs that hsa works with, in an environment of their own; nothing is downloaded while they run.
 test-integrations: $(INTEGRATIONS)/ready
-	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations
+	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations tests/test_transformers.py
 
 test-interpret: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels_merge.py tests/test_kernels_refusals.py
@@ -71,5 +71,6 @@ $(READY): setup.py pyproject.toml constraints.txt hsa/_version.py
 
 $(INTEGRATIONS)/ready: setup.py pyproject.toml constraints.txt hsa/_version.py
 	$(PYTHON) -m venv $(INTEGRATIONS)
-	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mergekit,integrations]" pytest
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e ".[mergekit,integrations]" pytest soundfile accelerate
 	touch $@

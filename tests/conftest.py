@@ -1,7 +1,13 @@
-"""Triples that the tests merge: made once, copied where a test changes them."""
+"""Triples that the tests merge: made once, copied where a test changes them; and real ones, where there are any.
+
+Set HSA_REAL_TRIPLE to a directory with `base`, `primary` and `secondary`; clips are transcribed where
+HSA_REAL_CLIPS, or else `clips` beside the triple, holds `transcripts.tsv` and FLAC files.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -22,3 +28,25 @@ def shared_triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
 def triple(shared_triple: Triple, tmp_path: Path) -> Triple:
     """A copy of the triple, under `tmp_path/sources`, that a test may damage."""
     return {role: Path(shutil.copytree(path, tmp_path / "sources" / role)) for role, path in shared_triple.items()}
+
+
+@pytest.fixture(scope="session")
+def real() -> Triple:
+    place = os.environ.get("HSA_REAL_TRIPLE")
+    if not place:
+        pytest.skip("HSA_REAL_TRIPLE is not set: it names a directory with base, primary and secondary")
+    triple = {role: Path(place) / role for role in ("base", "primary", "secondary")}
+    lacking = [str(path) for path in triple.values() if not (path / "config.json").is_file()]
+    assert not lacking, f"HSA_REAL_TRIPLE is {place}, where {', '.join(lacking)} holds no config.json"
+    return triple
+
+
+@pytest.fixture(scope="session")
+def clips(real: Triple) -> Path:
+    given = os.environ.get("HSA_REAL_CLIPS")
+    folder = Path(given) if given else real["base"].parent / "clips"
+    if not (folder / "transcripts.tsv").is_file():
+        pytest.skip(f"no clips: HSA_REAL_CLIPS is {given or 'not set'} and {folder} holds no transcripts.tsv")
+    if importlib.util.find_spec("soundfile") is None:
+        pytest.skip("soundfile is not installed, which reads FLAC")
+    return folder

@@ -44,7 +44,14 @@ LAYERS = (
 """Modules and packages of hsa from the ground up: each imports from lower layers alone."""
 
 AT_IMPORT = {
-    "torch": {"hsa.reference", "hsa.backends.script", "hsa.backends.resident", "hsa.backends.triton", "hsa.merger"}
+    "torch": {
+        "hsa.reference",
+        "hsa.backends.script",
+        "hsa.backends.resident",
+        "hsa.backends.triton",
+        "hsa.merger",
+        "hsa.integrations.transformers",
+    }
 }
 """Which modules may import a heavy library when they are imported themselves; no merge in exact numerics does."""
 
@@ -188,6 +195,12 @@ def test_a_refused_merge_and_a_dry_run_need_no_heavy_library(shared_triple: dict
         watched = json.loads(done.stdout.splitlines()[-1])
         assert watched["end"] == []
         assert watched["code"] == (2 if "--k=-1" in more else 0)
+
+
+def test_the_transformers_integration_imports_neither_transformers_nor_peft() -> None:
+    loaded = loaded_after("import hsa.integrations.transformers")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "peft", "accelerate", "huggingface_hub"}
 
 
 # --- arrows ------------------------------------------------------------------------------------------------------

@@ -1,14 +1,11 @@
 """A triple of real checkpoints: Whisper tiny.en and two fine-tunes of it.
 
-Set HSA_REAL_TRIPLE to a directory with `base`, `primary` and `secondary`; a clip is transcribed where
-HSA_REAL_CLIPS, or else `clips` beside the triple, holds `transcripts.tsv` and FLAC files.
+The fixtures `real` and `clips` say which.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -22,30 +19,6 @@ import hsa
 from hsa import reference
 
 Triple = dict[str, Path]
-ROLES = ("base", "primary", "secondary")
-READER = "soundfile"
-
-
-@pytest.fixture(scope="module")
-def real() -> Triple:
-    place = os.environ.get("HSA_REAL_TRIPLE")
-    if not place:
-        pytest.skip("HSA_REAL_TRIPLE is not set: it names a directory with base, primary and secondary")
-    triple = {role: Path(place) / role for role in ROLES}
-    lacking = [str(path) for path in triple.values() if not (path / "config.json").is_file()]
-    assert not lacking, f"HSA_REAL_TRIPLE is {place}, where {', '.join(lacking)} holds no config.json"
-    return triple
-
-
-@pytest.fixture(scope="module")
-def clips(real: Triple) -> Path:
-    given = os.environ.get("HSA_REAL_CLIPS")
-    folder = Path(given) if given else real["base"].parent / "clips"
-    if not (folder / "transcripts.tsv").is_file():
-        pytest.skip(f"no clips: HSA_REAL_CLIPS is {given or 'not set'} and {folder} holds no transcripts.tsv")
-    if importlib.util.find_spec(READER) is None:
-        pytest.skip(f"{READER} is not installed, which reads FLAC")
-    return folder
 
 
 def is_target(name: str) -> bool:
