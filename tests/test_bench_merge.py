@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -37,23 +38,23 @@ def nothing() -> None:
 
 
 WRITER = """
-import subprocess, sys
+import subprocess, sys, time
 path, *rest = sys.argv[1:]
 open(path, "wb").write(bytes(3 << 20))
-sum(range(4_000_000))
 if rest:
     subprocess.run([sys.executable, "-c", rest[1], rest[0]], check=True)
+else:
+    while time.process_time() < 0.5:
+        pass
 """
 
 
 def test_bytes_and_cpu_time_of_children_count(tmp_path: Path) -> None:
-    alone = measure(Program("one", python(WRITER, str(tmp_path / "a"))), tmp_path / "out", nothing)
-    both = python(WRITER, str(tmp_path / "b"), str(tmp_path / "c"), WRITER)
-    run = measure(Program("two", both), tmp_path / "out", nothing)
-    assert 3 * MIB <= alone.io["syscall_written"] < 4 * MIB
+    spawning = python(WRITER, str(tmp_path / "own"), str(tmp_path / "childs"), WRITER)
+    run = measure(Program("spawning", spawning), tmp_path / "out", nothing)
     assert 6 * MIB <= run.io["syscall_written"] < 7 * MIB
-    assert run.cpu > 1.5 * alone.cpu > 0
-    assert run.seconds > 0
+    assert run.cpu >= 0.5, "the child's time is missing"
+    assert run.seconds >= 0.5
 
 
 def test_memory_of_the_whole_family_is_seen(tmp_path: Path) -> None:
@@ -109,6 +110,7 @@ def test_cold_leaves_nothing_in_the_page_cache(shared_triple: Triple, tmp_path: 
     gate = Gate(triple, every=True)
     reader = Program("reader", python("open(__import__('sys').argv[1], 'rb').read()", str(triple / "primary" / "x")))
     weights = triple / "primary" / "model.safetensors"
+    os.sync()  # what is not on the disk yet cannot be dropped
     fill_cache(triple, gate, reader, cold=False)
     assert _cached_share(weights) == 1.0
     fill_cache(triple, gate, reader, cold=True)
