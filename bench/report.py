@@ -242,9 +242,9 @@ def merge_block(folder: Path, image: Image) -> list[str]:
     if warm:
         parts.append(image("merge", "Wall time and peak memory against model size"))
     parts.append(
-        "Each table is of one run, in which the programs took turns, with what they read in the page cache as far as "
-        "it fits. Memory and CPU are of the whole process tree: peak is RssAnon + RssShmem, RSS counts mapped files too, "
-        "CPU is user and system."
+        "Each table is of one run, in which the programs took turns, with what they read in the page cache as far "
+        "as it fits. Memory and CPU are of the whole process tree: peak is RssAnon + RssShmem, RSS counts mapped "
+        "files too, CPU is user and system."
     )
     first = (LARGE, "float32") if (LARGE, "float32") in warm else next(iter(warm), None)
     for key in sorted(warm, key=lambda key: key != first):
