@@ -72,5 +72,5 @@ $(READY): setup.py pyproject.toml constraints.txt hsa/_version.py
 $(INTEGRATIONS)/ready: setup.py pyproject.toml constraints.txt hsa/_version.py
 	$(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    -e ".[mergekit,integrations]" pytest soundfile accelerate
+	    -e ".[mergekit,integrations,deploy]" pytest soundfile accelerate
 	touch $@

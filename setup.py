@@ -52,6 +52,7 @@ setup(
             "jiwer>=4,<5",
             "pytest-benchmark>=5,<6",
         ],
+        "deploy": ["ctranslate2>=4.8,<5", "faster-whisper>=1.2,<2"],
         "integrations": [
             "peft>=0.17,<1",
         ],
