@@ -186,6 +186,8 @@ class _Run:
             raise
         if self.failure is not None:
             raise self.failure
+        if progress is not None:
+            progress(self.done)
         if self.options.sync:
             for written in self.files:
                 with fsio.writing(self.staging.file(written.plan.name)):
