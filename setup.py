@@ -20,10 +20,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=["hsa", "hsa.backends", "hsa.integrations", "hsa.kernels"],
+    packages=["hsa", "hsa.backends", "hsa.commands", "hsa.integrations", "hsa.kernels"],
     package_dir={
         "hsa": "hsa",
         "hsa.backends": "hsa/backends",
+        "hsa.commands": "hsa/commands",
         "hsa.integrations": "hsa/integrations",
         "hsa.kernels": "kernels",
     },

@@ -38,6 +38,7 @@ LAYERS = (
     ("card", "provenance", "report"),
     ("api",),
     ("demo", "integrations"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,132 @@
+"""`hsa merge`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hsa.commands import options, show
+from hsa.commands.show import size_text
+from hsa.errors import one_line
+
+if TYPE_CHECKING:
+    from hsa.report import MergeReport, PlanReport
+
+
+def merge(
+    base: options.Base,
+    primary: options.Primary,
+    secondary: options.Secondary,
+    output: Annotated[str, typer.Option(metavar="OUT", help="Directory to write; appears whole or not at all.")],
+    k: Annotated[float, typer.Option(help="Share of heads merged per tensor; above 1 a percentage.")] = 0.6,
+    lam: Annotated[float, typer.Option("--lambda", help="Weight of primary in a merged head, 0 to 1.")] = 0.5,
+    alpha: Annotated[float, typer.Option(help="Layer exponent, at least 0.")] = 0.2,
+    targets: options.Targets = "encoder-qkv",
+    attention_scale: options.AttentionScale = 1.0,
+    non_attention_scale: Annotated[float, typer.Option(help="Factor on primary's task vector elsewhere.")] = 1.0,
+    num_heads: options.NumHeads = None,
+    num_layers: options.NumLayers = None,
+    numerics: Annotated[
+        str, typer.Option(metavar="exact|reference", help="The exact formula, or the reference script's operations.")
+    ] = "exact",
+    load_dtype: Annotated[
+        str, typer.Option(metavar="auto|float32", help="With reference numerics: how its loader reads.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Output: auto, float32, float16 or bfloat16.")] = "auto",
+    backend: options.Backend = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    assets_from: options.AssetsFrom = "primary",
+    max_shard_size: options.MaxShardSize = None,
+    base_id: options.BaseId = None,
+    primary_id: options.PrimaryId = None,
+    secondary_id: options.SecondaryId = None,
+    card: options.Card = None,
+    no_hash: options.NoHash = False,
+    no_sync: options.NoSync = False,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    patch: Annotated[bool, typer.Option("--patch", hidden=True)] = False,
+) -> None:
+    """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint."""
+    from hsa import api
+    from hsa.card import parse_fields
+    from hsa.config import MergeConfig
+    from hsa.errors import RequestError
+
+    if patch:
+        raise RequestError("--patch is not part of this version yet; without it the merge is a whole checkpoint")
+    request = api.Request(
+        sources={"base": base, "primary": primary, "secondary": secondary},
+        output=output,
+        config=MergeConfig(
+            k=k,
+            lam=lam,
+            alpha=alpha,
+            targets=targets,  # type: ignore[arg-type]
+            attention_scale=attention_scale,
+            non_attention_scale=non_attention_scale,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            numerics=numerics,  # type: ignore[arg-type]
+            load_dtype=load_dtype,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+        ),
+        backend=backend,
+        device=device,
+        threads=threads,
+        assets_from=assets_from,  # type: ignore[arg-type]
+        max_shard_size=max_shard_size,
+        ids={"base": base_id, "primary": primary_id, "secondary": secondary_id},
+        card=parse_fields(card or []),
+        digest=not no_hash,
+        sync=not no_sync,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        plan = api.dry_run(request)
+        show.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
+        return
+    with show.progress(show=sys.stderr.isatty() and not (quiet or as_json)) as step:
+        report = api.run(request, step)
+    show.findings(report.warnings, report.notes, quiet=quiet)
+    show.result(report.as_dict() if as_json else _describe_report(report), quiet)
+
+
+def _describe_report(report: MergeReport) -> str:
+    narrowest = report.narrowest
+    lines = [
+        f"{report.output}",
+        f"  {report.selected_heads} of {report.total_heads} heads merged in {len(report.tensors)} tensors "
+        f"({report.route} route, backend {report.backend})",
+        f"  {size_text(report.bytes_read)} read, {size_text(report.bytes_written)} written in {report.seconds:.2f} s, "
+        f"peak memory {size_text(report.peak_memory_bytes)}",
+    ]
+    if report.bytes_fetched:
+        lines.append(f"  {size_text(report.bytes_fetched)} fetched from the Hub")
+    if narrowest is not None:
+        lines.append(f"  narrowest margin {narrowest.margin:.2g} in {narrowest.name}")
+    return "\n".join(map(one_line, lines))
+
+
+def _describe_plan(plan: PlanReport) -> str:
+    heads = sum(target.heads for target in plan.targets)
+    kept = sum(target.keep for target in plan.targets)
+    names = f"{plan.targets[0].primary.name} ... {plan.targets[-1].primary.name}"
+    lines = [
+        f"{plan.output} (dry run: nothing was written)",
+        f"  route   {plan.route}, backend {plan.backend}",
+        f"  targets {len(plan.targets)} tensors, {kept} of {heads} heads to merge: {names}",
+        *([f"  fetch   {size_text(plan.bytes_to_fetch)} of weights from the Hub"] if plan.bytes_to_fetch else []),
+        f"  read    {size_text(plan.bytes_to_read)}",
+        f"  write   {size_text(plan.bytes_to_write)}, {size_text(plan.free_bytes)} free",
+        *(f"          {name}: {size_text(size)}" for name, size in plan.files.items()),
+        *(f"  note    {note}" for note in plan.notes),
+        *(f"  warning {warning}" for warning in plan.warnings),
+    ]
+    return "\n".join(map(one_line, lines))

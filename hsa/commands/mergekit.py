@@ -1,0 +1,29 @@
+"""`hsa mergekit`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hsa.commands import options, show
+from hsa.errors import one_line
+
+
+def mergekit(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG OUT", help="mergekit's YAML, the directory to write, and mergekit's own options."
+        ),
+    ],
+    debug: options.Debug = False,
+) -> None:
+    """Run mergekit with merge method hsa, on Whisper; mergekit-yaml --help lists its own options."""
+    from hsa.integrations.mergekit import run as run_mergekit
+
+    result = run_mergekit(arguments)
+    show.findings(result.warnings, result.notes)
+    print(one_line(str(result.output)))
+    if result.tensors:
+        print(f"  {result.selected_heads} of {result.total_heads} heads merged in {result.tensors} tensors")

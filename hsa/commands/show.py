@@ -1,0 +1,64 @@
+"""What commands print: objects and text, sizes, notes and warnings, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hsa.errors import one_line
+
+
+def result(content: dict[str, Any] | str, quiet: bool) -> None:
+    if isinstance(content, dict):
+        print(json.dumps(content))
+    elif not quiet:
+        print(content)
+
+
+def findings(warnings: Iterable[str], notes: Iterable[str] = (), *, quiet: bool = False) -> None:
+    """Warnings, and notes unless `quiet`, on stderr."""
+    for warning in warnings:
+        print(f"hsa: warning: {one_line(warning)}", file=sys.stderr)
+    for note in () if quiet else notes:
+        print(f"hsa: note: {one_line(note)}", file=sys.stderr)
+
+
+def size_text(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} GB"
+
+
+@contextmanager
+def progress(*, show: bool, label: str = "merging") -> Iterator[Any]:
+    """A progress bar on stderr that begins with the first step, or None: before, sources may show bars of their own."""
+    if not show:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    bar = Progress(
+        label,
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task(label, total=None)
+
+    def step(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield step
+    finally:
+        bar.stop()
