@@ -301,16 +301,13 @@ def _write_rest(
     if job.plan.index is not None:
         small[INDEX] = job.plan.index
     names = [*small, *(file.name for file in job.plan.files), CARD, PROVENANCE]
-    small[CARD] = card.render(job.plan, job.sources, outcome.targets, names, request.card or {})
+    record = provenance.record(job.plan, job.sources, outcome.targets, _settings(request, job))
+    small[CARD] = card.render(record, names)
     digests: dict[str, str | None] = {file.name: outcome.digests.get(file.name) for file in job.plan.files}
     for name, data in small.items():
         staging.write(name, data, tally)
         digests[name] = _digest(data) if request.digest else None
-    staging.write(
-        PROVENANCE,
-        provenance.build(job.plan, job.sources, outcome.targets, digests, _settings(request, job)),
-        tally,
-    )
+    staging.write(PROVENANCE, record.with_files(digests), tally)
 
 
 def _settings(request: Request, job: _Job) -> dict[str, Any]:

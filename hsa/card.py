@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from hsa.assets import FEATURES, TOKENS
-from hsa.checkpoint import Identity, Role, Sources, is_hub_id
-from hsa.compute import TargetOutcome
+from hsa.checkpoint import Identity, is_hub_id
 from hsa.errors import RequestError
-from hsa.plan import MergePlan
+from hsa.provenance import SETTINGS, Record, TargetRecord
 from hsa.whisper import Stack
 
 FIELDS = (
@@ -60,18 +59,13 @@ def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
     return dict(fields)
 
 
-def render(
-    plan: MergePlan,
-    sources: Sources,
-    outcomes: Sequence[TargetOutcome],
-    files: Collection[str],
-    fields: Mapping[str, str],
-) -> bytes:
-    """The card's bytes. `files` are the output's file names."""
+def render(record: Record, files: Collection[str]) -> bytes:
+    """The card's bytes. `files` are the output's file names; the card's fields are among the record's parameters."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    identities = {source.role: source.identity for source in sources}
-    parents = list(dict.fromkeys(i.id for i in identities.values() if is_hub_id(i.id)))
+    fields: Mapping[str, str] = record.parameters["card"]
+    identities = [source.identity for source in record.sources.values()]
+    parents = list(dict.fromkeys(identity.id for identity in identities if is_hub_id(identity.id)))
     extra: dict[str, Any] = {}
     if "language" in fields:
         languages = [tag.strip() for tag in fields["language"].split(",") if tag.strip()]
@@ -86,19 +80,14 @@ def render(
         tags=["whisper", "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
         **extra,
     )
-    body = _body(plan, identities, outcomes, files, fields)
+    body = _body(record, files, fields)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode("utf-8")
 
 
-def _body(
-    plan: MergePlan,
-    identities: Mapping[Role, Identity],
-    outcomes: Sequence[TargetOutcome],
-    files: Collection[str],
-    fields: Mapping[str, str],
-) -> str:
-    chosen = sum(len(outcome.merged.selection.selected) for outcome in outcomes)
-    total = sum(outcome.target.heads for outcome in outcomes)
+def _body(record: Record, files: Collection[str], fields: Mapping[str, str]) -> str:
+    identities = {role: source.identity for role, source in record.sources.items()}
+    chosen = sum(len(target.selected) for target in record.targets)
+    total = sum(target.heads for target in record.targets)
     details = [("Model type", "Whisper sequence-to-sequence speech recognition model")]
     details += [(role.capitalize(), _identity(identity)) for role, identity in identities.items()]
     details += [
@@ -118,11 +107,12 @@ def _body(
         "## Model details",
         _bullets(details),
         "## Method",
-        _method(plan),
-        _table(("parameter", "value"), _parameters(plan)),
+        _method(record.parameters),
+        _table(("parameter", "value"), _parameters(record.parameters)),
         "## Merged heads",
-        f"{chosen} of {total} heads in {len(outcomes)} target tensors. Scores and margins are in `hsa_merge.json`.",
-        _heads(outcomes),
+        f"{chosen} of {total} heads in {len(record.targets)} target tensors. Scores and margins are in "
+        f"`hsa_merge.json`.",
+        _heads(record.targets),
         "## Intended use",
         intended,
         "## How to load",
@@ -137,16 +127,15 @@ def _body(
     return "\n\n".join(sections) + "\n"
 
 
-def _method(plan: MergePlan) -> str:
-    config = plan.config
-    if config.attention_scale == config.non_attention_scale == 1.0:
+def _method(parameters: Mapping[str, Any]) -> str:
+    if parameters["attention_scale"] == parameters["non_attention_scale"] == 1.0:
         rest = "Everything else stays primary's."
     else:
         rest = (
             "Other heads of these tensors become `B + attention_scale * tv1`, all other tensors\n"
             "`B + non_attention_scale * tv1`."
         )
-    if config.numerics == "reference":
+    if parameters["numerics"] == "reference":
         rest += (
             "\nComputed with the reference script's own operations, which write every tensor as `B + scale * tv1` and\n"
             "so may differ from primary in the last bit."
@@ -168,8 +157,8 @@ merge helps, and with which parameters, is a question of measurement on data fro
 the limits, biases and licence terms of base, primary and secondary."""
 
 
-def _parameters(plan: MergePlan) -> list[tuple[str, str]]:
-    shown = plan.config.as_dict()
+def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
+    shown = {name: value for name, value in parameters.items() if name not in SETTINGS}
     if shown["load_dtype"] is None:
         del shown["load_dtype"]
     return [(name, _value(value)) for name, value in shown.items()]
@@ -190,15 +179,15 @@ def _loading(*, processor: bool) -> str:
     return "\n".join(lines)
 
 
-def _heads(outcomes: Sequence[TargetOutcome]) -> str:
+def _heads(targets: Sequence[TargetRecord]) -> str:
     stacks: dict[tuple[Stack, str, int], dict[str, str]] = {}
     columns: list[str] = []
-    for outcome in outcomes:
-        p = outcome.target.projection
+    for target in targets:
+        p = target.projection
         column = f"{p.kind} {p.part}"
         if column not in columns:
             columns.append(column)
-        heads = " ".join(map(str, outcome.merged.selection.selected)) or "none"
+        heads = " ".join(map(str, target.selected)) or "none"
         stacks.setdefault((p.stack, p.block, p.layer), {})[column] = heads
     columns.sort(key=lambda column: ("qkvo".index(column[0]), column.endswith("bias")))
     rows = []

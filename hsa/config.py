@@ -102,6 +102,19 @@ class MergeConfig:
             "dtype": self.dtype,
         }
 
+    @classmethod
+    def from_dict(cls, parameters: Mapping[str, Any]) -> MergeConfig:
+        """The config whose `as_dict` gave these parameters; others among them are left aside.
+
+        Raises RequestError when one is missing or out of range.
+        """
+        known = {"lambda": "lam"}
+        try:
+            given = {known.get(name, name): parameters[name] for name in cls().as_dict()}
+        except KeyError as error:
+            raise RequestError(f"parameter {error} is missing") from error
+        return cls(**{**given, "load_dtype": given["load_dtype"] or "auto"})
+
 
 def keep_count(k: float, heads: int) -> int:
     """How many heads are kept of `heads`: max(1, round half to even of k * heads); none at k = 0."""

@@ -8,6 +8,7 @@
     │   ├── HeaderError            a safetensors header or an index is malformed
     │   ├── MismatchError          the three sources do not fit together
     │   ├── NonFiniteError         NaN or Inf in a target tensor or in a result
+    │   ├── ProvenanceError        hsa_merge.json of an output is missing, damaged, or not what it should be
     │   └── SourceChanged          a source changed while it was read
     └── MachineError               exit code 1: disk full, out of memory, input or output failed
 
@@ -24,6 +25,7 @@ __all__ = [
     "MachineError",
     "MismatchError",
     "NonFiniteError",
+    "ProvenanceError",
     "RequestError",
     "SourceChanged",
     "SourceError",
@@ -65,6 +67,10 @@ class MismatchError(SourceError):
 
 class NonFiniteError(SourceError):
     """NaN or Inf in a target tensor, or in a merged or cast value."""
+
+
+class ProvenanceError(SourceError):
+    """The provenance of an output is missing, damaged, or of another version."""
 
 
 class SourceChanged(SourceError):

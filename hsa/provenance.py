@@ -1,45 +1,288 @@
 """`hsa_merge.json`: what an output was made from, how, which heads were merged, and digests of every file.
 
-Nothing in it depends on when or where the merge ran: the same inputs give the same bytes.
+Nothing in it depends on when or where the merge ran: the same inputs give the same bytes. The card is rendered from
+the same record, so that whoever holds a record can write both again.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from hsa._version import __version__
-from hsa.checkpoint import Checkpoint, Role, Sources
+from hsa.checkpoint import MAX_TEXT, ROLES, Checkpoint, Identity, Role, Sources
 from hsa.compute import TargetOutcome
+from hsa.errors import HeaderError, ProvenanceError
+from hsa.fsio import Source, Tally
+from hsa.header import load_json
+from hsa.output import PROVENANCE
 from hsa.plan import MergePlan
+from hsa.target import Selection
+from hsa.whisper import Projection, canonical, parse
 
 FORMAT = 1
 DIGEST = "digest"
+SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
+"""What stands among a record's parameters besides those of the merge itself."""
+
+HEX = frozenset("0123456789abcdef")
 
 
-def build(
-    plan: MergePlan,
-    sources: Sources,
-    outcomes: Sequence[TargetOutcome],
-    files: Mapping[str, str | None],
-    settings: Mapping[str, Any],
-) -> bytes:
-    """The file's bytes. `files` maps every other file of the output to its BLAKE3 digest, None where left out;
-    `settings` is what besides the merge's own parameters shaped the output."""
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "program": {"name": "hsa-merge", "version": __version__},
-        "libraries": _libraries(plan),
-        "parameters": {**plan.config.as_dict(), **settings},
-        "sources": {source.role: _source(source, outcomes) for source in sources},
-        "targets": {outcome.target.primary.name: _target(outcome) for outcome in outcomes},
-        "files": {name: ({"blake3": digest} if digest else {}) for name, digest in sorted(files.items())},
-    }
-    document[DIGEST] = digest_of(document)
-    return render(document)
+@dataclass(frozen=True)
+class SourceFile:
+    """A weights file of a source: its size and the BLAKE3 digest of its header."""
+
+    nbytes: int
+    header: str
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """Who a source was: identity, form of its weights, files, and a digest over its target tensors."""
+
+    identity: Identity
+    kind: str
+    files: Mapping[str, SourceFile]
+    targets: str
+
+    def as_dict(self) -> dict[str, Any]:
+        form = {} if self.kind == "safetensors" else {"format": self.kind}
+        return {
+            **form,
+            "id": self.identity.id,
+            "revision": self.identity.revision,
+            "files": {name: {"bytes": f.nbytes, "header_blake3": f.header} for name, f in self.files.items()},
+            "targets_blake3": self.targets,
+        }
+
+
+@dataclass(frozen=True)
+class TargetRecord:
+    """A merged tensor: shape, element type, heads, how many were to be kept, lambda_i in float64, the heads selected,
+    every head's score (an L2 norm) and the margin of the cut (None where nothing or everything is kept)."""
+
+    name: str
+    projection: Projection
+    shape: tuple[int, ...]
+    code: str
+    heads: int
+    keep: int
+    coefficient: float
+    selected: tuple[int, ...]
+    scores: tuple[float, ...]
+    margin: float | None
+
+    @classmethod
+    def of(cls, outcome: TargetOutcome) -> TargetRecord:
+        target = outcome.target
+        return cls.selecting(
+            target.primary.name,
+            target.projection,
+            target.shape,
+            target.out_code,
+            target.keep,
+            target.coefficient,
+            outcome.merged.selection,
+        )
+
+    @classmethod
+    def selecting(
+        cls,
+        name: str,
+        projection: Projection,
+        shape: tuple[int, ...],
+        code: str,
+        keep: int,
+        coefficient: float,
+        selection: Selection,
+    ) -> TargetRecord:
+        heads = len(selection.squared)
+        return cls(
+            name,
+            projection,
+            shape,
+            code,
+            heads,
+            keep,
+            coefficient,
+            selection.selected,
+            selection.scores,
+            selection.margin,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "shape": list(self.shape),
+            "dtype": self.code,
+            "heads": self.heads,
+            "keep": self.keep,
+            "lambda_i": self.coefficient,
+            "selected": list(self.selected),
+            "scores": list(self.scores),
+            "margin": self.margin,
+        }
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that the provenance says but the digests of the files. `parameters` are those of the merge
+    (`MergeConfig.as_dict`) and what besides them shaped the output."""
+
+    program: Mapping[str, str]
+    libraries: Mapping[str, str]
+    parameters: Mapping[str, Any]
+    sources: Mapping[Role, SourceRecord]
+    targets: tuple[TargetRecord, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "program": dict(self.program),
+            "libraries": dict(self.libraries),
+            "parameters": dict(self.parameters),
+            "sources": {role: source.as_dict() for role, source in self.sources.items()},
+            "targets": {target.name: target.as_dict() for target in self.targets},
+        }
+
+    def with_files(self, digests: Mapping[str, str | None]) -> bytes:
+        """The file's bytes. `digests` maps every other file of the output to its BLAKE3 digest, None where left out."""
+        files = {name: ({"blake3": digest} if digest else {}) for name, digest in sorted(digests.items())}
+        document = {**self.as_dict(), "files": files}
+        document[DIGEST] = digest_of(document)
+        return render(document)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """A provenance file that was read: its record, the digest of every other file (None where left out), its own."""
+
+    record: Record
+    files: Mapping[str, str | None]
+    digest: str
+
+
+def record(plan: MergePlan, sources: Sources, outcomes: Sequence[TargetOutcome], settings: Mapping[str, Any]) -> Record:
+    """The record of a finished merge; `settings` is what besides its own parameters shaped the output."""
+    return Record(
+        {"name": "hsa-merge", "version": __version__},
+        libraries(numerics=plan.config.numerics),
+        {**plan.config.as_dict(), **settings},
+        {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
+        tuple(map(TargetRecord.of, outcomes)),
+    )
+
+
+def load(directory: Path) -> Provenance:
+    """Read and check the provenance of an output.
+
+    Raises ProvenanceError when there is none, when a byte of it is not what was written, or when it does not say what
+    it must.
+    """
+    path = directory / PROVENANCE
+    if not path.is_file():
+        raise ProvenanceError(f"{directory} holds no {PROVENANCE}; expected an output of hsa")
+    source = Source(path, "output", Tally())
+    try:
+        if source.size > MAX_TEXT:
+            raise ProvenanceError(f"{path} has {source.size} bytes, at most {MAX_TEXT} are read")
+        text = source.read(source.size)
+    finally:
+        source.close()
+    return loads(text, str(path))
+
+
+def loads(text: bytes, where: str) -> Provenance:
+    """The provenance in the bytes of its file; see `load`."""
+    try:
+        document = load_json(text, where, "provenance")
+    except HeaderError as error:
+        raise ProvenanceError(str(error)) from error
+    if document.get("format") != FORMAT:
+        raise ProvenanceError(
+            f"{where}: format is {document.get('format')!r:.40}, this version reads {FORMAT}; use the version of hsa "
+            f"that wrote it"
+        )
+    check_digest(document, where)
+    if render(document) != text:
+        raise ProvenanceError(f"{where}: its bytes are not as hsa writes them; something rewrote or damaged it")
+    try:
+        files = {_text(name): _file_digest(entry) for name, entry in _mapping(document["files"]).items()}
+        return Provenance(parse_record(document), files, document[DIGEST])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProvenanceError(f"{where}: {_reason(error)}; it is no provenance that hsa wrote") from error
+
+
+def check_digest(document: Mapping[str, Any], where: str) -> None:
+    """ProvenanceError unless the document's own digest is right."""
+    try:
+        expected = digest_of(document)
+    except (ValueError, RecursionError) as error:
+        raise ProvenanceError(f"{where}: {error}; it is no provenance that hsa wrote") from error
+    if document.get(DIGEST) != expected:
+        raise ProvenanceError(
+            f"{where}: its digest is {document.get(DIGEST)!r:.80} and its content gives {expected}; something changed "
+            f"or damaged it"
+        )
+
+
+def parse_record(document: Mapping[str, Any]) -> Record:
+    """The record in a document. Raises KeyError, TypeError or ValueError where it does not say what it must."""
+    sources = _mapping(document["sources"])
+    if set(sources) != set(ROLES):
+        raise ValueError(f"sources are {sorted(sources)!r:.80}, expected {', '.join(ROLES)}")
+    targets = tuple(_target_record(_text(name), entry) for name, entry in _mapping(document["targets"]).items())
+    return Record(
+        {_text(key): _text(value) for key, value in _mapping(document["program"]).items()},
+        {_text(key): _text(value) for key, value in _mapping(document["libraries"]).items()},
+        _mapping(document["parameters"]),
+        {role: parse_source(sources[role]) for role in ROLES},
+        targets,
+    )
+
+
+def parse_source(entry: Any) -> SourceRecord:
+    """The record of a source; raises as `parse_record` does."""
+    entry = _mapping(entry)
+    revision = entry["revision"]
+    return SourceRecord(
+        Identity(_text(entry["id"]), None if revision is None else _text(revision)),
+        _text(entry.get("format", "safetensors")),
+        {
+            _text(name): SourceFile(_count(_mapping(file)["bytes"]), _hex(file["header_blake3"]))
+            for name, file in _mapping(entry["files"]).items()
+        },
+        _hex(entry["targets_blake3"]),
+    )
+
+
+def _target_record(name: str, entry: Any) -> TargetRecord:
+    entry = _mapping(entry)
+    projection = parse(canonical(name))
+    if projection is None:
+        raise ValueError(f"{name!r:.120} is no attention projection")
+    heads, scores = _count(entry["heads"]), tuple(map(_score, entry["scores"]))
+    selected = tuple(map(_count, entry["selected"]))
+    if len(scores) != heads or list(selected) != sorted(set(selected)) or any(head >= heads for head in selected):
+        raise ValueError(f"{name}: {heads} heads, {len(scores)} scores and selected heads {selected!r:.80} do not fit")
+    margin = entry["margin"]
+    return TargetRecord(
+        name,
+        projection,
+        tuple(map(_count, entry["shape"])),
+        _text(entry["dtype"]),
+        heads,
+        _count(entry["keep"]),
+        _score(entry["lambda_i"]),
+        selected,
+        scores,
+        None if margin is None else _number(margin),
+    )
 
 
 def render(document: Mapping[str, Any]) -> bytes:
@@ -61,48 +304,79 @@ def target_digest(role: Role, outcomes: Sequence[TargetOutcome]) -> str:
 
     Independent of how the source is split into shards.
     """
-    from blake3 import blake3
-
     lines = []
     for outcome in outcomes:
-        ref = getattr(outcome.target, role)
-        line = [outcome.target.projection.name, ref.code, list(ref.shape), outcome.digests[role]]
-        lines.append(json.dumps(line, separators=(",", ":")))
+        ref = outcome.target.ref(role)
+        lines.append((outcome.target.projection.name, ref.code, ref.shape, outcome.digests[role]))
+    return tensors_digest(lines)
+
+
+def tensors_digest(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> str:
+    """BLAKE3 over tensors given by name, element type, shape and the digest of their bytes, in the order of names."""
+    from blake3 import blake3
+
+    lines = [
+        json.dumps([name, code, list(shape), digest], separators=(",", ":")) for name, code, shape, digest in tensors
+    ]
     return blake3("\n".join(sorted(lines)).encode("ascii")).hexdigest()
 
 
-def _source(source: Checkpoint, outcomes: Sequence[TargetOutcome]) -> dict[str, Any]:
+def source_record(source: Checkpoint, targets: str) -> SourceRecord:
+    """The record of an open source, with the digest over its target tensors."""
     from blake3 import blake3
 
-    form = {} if source.kind == "safetensors" else {"format": source.kind}
-    return {
-        **form,
-        "id": source.identity.id,
-        "revision": source.identity.revision,
-        "files": {
-            shard.name: {"bytes": shard.source.size, "header_blake3": blake3(shard.header.raw).hexdigest()}
-            for shard in source.shards
-        },
-        "targets_blake3": target_digest(source.role, outcomes),
-    }
+    files = {s.name: SourceFile(s.source.size, blake3(s.header.raw).hexdigest()) for s in source.shards}
+    return SourceRecord(source.identity, source.kind, files, targets)
 
 
-def _target(outcome: TargetOutcome) -> dict[str, Any]:
-    target, selection = outcome.target, outcome.merged.selection
-    return {
-        "shape": list(target.shape),
-        "dtype": target.out_code,
-        "heads": target.heads,
-        "keep": target.keep,
-        "lambda_i": target.coefficient,
-        "selected": list(selection.selected),
-        "scores": list(selection.scores),
-        "margin": selection.margin,
-    }
-
-
-def _libraries(plan: MergePlan) -> dict[str, str]:
+def libraries(*, numerics: str = "exact") -> dict[str, str]:
+    """Versions of what the bytes of an output depend on."""
     names = ["numpy", "blake3", "huggingface_hub"]
-    if plan.config.numerics == "reference":
+    if numerics == "reference":
         names.append("torch")
     return {"python": platform.python_version(), **{name: version(name) for name in sorted(names)}}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, found {value!r:.80}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text, found {value!r:.80}")
+    return value
+
+
+def _hex(value: Any) -> str:
+    if len(_text(value)) != 64 or not set(value) <= HEX:
+        raise ValueError(f"expected a digest of 64 hexadecimal digits, found {value!r:.80}")
+    return str(value)
+
+
+def _file_digest(entry: Any) -> str | None:
+    entry = _mapping(entry)
+    return _hex(entry["blake3"]) if entry else None
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError(f"expected a whole number of at least 0, found {value!r:.80}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"expected a finite number, found {value!r:.80}")
+    return float(value)
+
+
+def _score(value: Any) -> float:
+    if _number(value) < 0:
+        raise ValueError(f"expected a number of at least 0, found {value!r:.80}")
+    return float(value)
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

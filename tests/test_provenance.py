@@ -19,7 +19,8 @@ from blake3 import blake3
 from helpers import raw_bytes, read_tensors, write_tensors
 
 import hsa
-from hsa import provenance
+from hsa import card, provenance
+from hsa.config import MergeConfig
 
 Triple = dict[str, Path]
 
@@ -232,3 +233,69 @@ def test_a_directory_gives_its_own_name_even_through_a_link(shared_triple: Tripl
     (tmp_path / "link").symlink_to(shared_triple["primary"])
     _, document = merge({**shared_triple, "primary": tmp_path / "link"}, tmp_path / "out")
     assert document["sources"]["primary"]["id"] == "primary"
+
+
+# --- reading it again -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"targets": "attention-all", "k": 0}, {"numerics": "reference"}, {"digest": False}, {"card": {"title": "é"}}],
+    ids=lambda options: "-".join(options) or "defaults",
+)
+def test_what_is_read_gives_the_same_files_again(
+    shared_triple: Triple, options: dict[str, Any], tmp_path: Path
+) -> None:
+    report, _ = merge(shared_triple, tmp_path / "out", **options)
+    read = provenance.load(tmp_path / "out")
+    assert read.record.with_files(read.files) == (tmp_path / "out/hsa_merge.json").read_bytes()
+    assert card.render(read.record, [*read.files, "hsa_merge.json"]) == (tmp_path / "out/README.md").read_bytes()
+    assert MergeConfig.from_dict(read.record.parameters).as_dict() == report.parameters
+    for target in read.record.targets:
+        expected = report.tensors[target.name]
+        assert (target.selected, target.scores, target.margin) == (expected.selected, expected.scores, expected.margin)
+
+
+def test_any_flipped_bit_of_it_is_found(shared_triple: Triple, tmp_path: Path) -> None:
+    merge(shared_triple, tmp_path / "out")
+    path = tmp_path / "out/hsa_merge.json"
+    written = path.read_bytes()
+    for position in range(0, len(written), 97):
+        for bit in (0, 3, 7):
+            changed = bytearray(written)
+            changed[position] ^= 1 << bit
+            path.write_bytes(changed)
+            with pytest.raises(hsa.ProvenanceError, match="hsa_merge"):
+                provenance.load(tmp_path / "out")
+    path.write_bytes(written)
+    provenance.load(tmp_path / "out")
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("format", 2),
+    ("files", []),
+    ("files", {"a": {"blake3": "00"}}),
+    ("sources", {}),
+    ("parameters", 1),
+    ("targets", {"nonsense": {}}),
+    ("targets", {"model.encoder.layers.0.self_attn.q_proj.bias": {"heads": 2}}),
+    ("program", {"name": 1}),
+    ("libraries", None),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG, ids=[f"{n}-{key}" for n, (key, _) in enumerate(WRONG)])
+def test_a_sound_digest_does_not_make_it_say_what_it_must(
+    shared_triple: Triple, key: str, value: Any, tmp_path: Path
+) -> None:
+    _, document = merge(shared_triple, tmp_path / "out")
+    document[key] = value
+    document["digest"] = provenance.digest_of(document)
+    (tmp_path / "out/hsa_merge.json").write_bytes(provenance.render(document))
+    with pytest.raises(hsa.ProvenanceError, match=re.escape(str(tmp_path / "out/hsa_merge.json"))):
+        provenance.load(tmp_path / "out")
+
+
+def test_a_directory_without_it_is_no_output(tmp_path: Path) -> None:
+    with pytest.raises(hsa.ProvenanceError, match=re.escape("holds no hsa_merge.json")):
+        provenance.load(tmp_path)
