@@ -51,6 +51,17 @@ class Calculator:
         self._in_use = 0
         self._spare: list[Array] = []
 
+    @property
+    def group_bytes(self) -> int:
+        return self.backend.group_bytes
+
+    def desk(self) -> Desk:
+        return Desk(self)
+
+    def ordered(self, targets: Sequence[Target]) -> tuple[TargetOutcome, ...]:
+        """The outcomes of these targets, which all were computed."""
+        return tuple(self.outcomes[target.projection.name] for target in targets)
+
     def buffer(self, nbytes: int) -> Array:
         """An uninitialised buffer, reused where one of that size is spare."""
         with self._lock:

@@ -37,6 +37,7 @@ LAYERS = (
     ("pipeline",),
     ("provenance", "report"),
     ("card",),
+    ("finish", "request"),
     ("api",),
     ("demo", "integrations"),
     ("commands",),
