@@ -16,6 +16,7 @@ from hsa.errors import (
     MachineError,
     MismatchError,
     NonFiniteError,
+    PatchError,
     ProvenanceError,
     RequestError,
     SourceChanged,
@@ -24,12 +25,16 @@ from hsa.errors import (
 
 if TYPE_CHECKING:
     from hsa.api import merge
+    from hsa.applying import apply
     from hsa.config import MergeConfig
     from hsa.merger import Merger
+    from hsa.patches import merge_patch
     from hsa.report import MergeReport, TensorReport
 
 _LAZY = {
+    "apply": "hsa.applying",
     "merge": "hsa.api",
+    "merge_patch": "hsa.patches",
     "MergeConfig": "hsa.config",
     "MergeReport": "hsa.report",
     "Merger": "hsa.merger",
@@ -47,13 +52,16 @@ __all__ = [
     "Merger",
     "MismatchError",
     "NonFiniteError",
+    "PatchError",
     "ProvenanceError",
     "RequestError",
     "SourceChanged",
     "SourceError",
     "TensorReport",
     "__version__",
+    "apply",
     "merge",
+    "merge_patch",
 ]
 
 

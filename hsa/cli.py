@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hsa._version import __version__
+from hsa.commands.apply import apply
 from hsa.commands.demo import demo
 from hsa.commands.merge import merge
 from hsa.commands.mergekit import mergekit
@@ -61,5 +62,6 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 app.command()(merge)
+app.command()(apply)
 app.command(context_settings={"ignore_unknown_options": True})(mergekit)
 app.command()(demo)

@@ -53,9 +53,9 @@ def _refuse(destination: Path, label: str, sources: Iterable[Path], *, overwrite
         destination.lstat()
     _refuse_special(destination, label)
     for source in sources:
-        relation = _relation(destination, source)
-        if relation:
-            raise DestinationError(f"{label} {relation} the source {source}; choose a directory apart from the sources")
+        found = relation(destination, source)
+        if found:
+            raise DestinationError(f"{label} {found} the source {source}; choose a directory apart from the sources")
     _refuse_occupied(destination, label, overwrite=overwrite)
     if not destination.parent.is_dir():
         existing = next(parent for parent in destination.parents if parent.exists())
@@ -102,8 +102,10 @@ def _is_mount(path: Path) -> bool:
     return os.fsencode(path) in {re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), e) for e in escaped}
 
 
-def _relation(destination: Path, source: Path) -> str | None:
-    """By path and by inode, for a bind mount gives one directory two paths."""
+def relation(destination: Path, source: Path) -> str | None:
+    """How a destination lies to a source, `is`, `contains` or `lies in`, or None where they are apart.
+
+    By path and by inode, for a bind mount gives one directory two paths."""
     if destination == source or _identity(destination) & _identity(source):
         return "is"
     if source.is_relative_to(destination) or _identity(destination) & _identity(*source.parents):
