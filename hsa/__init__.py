@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hsa.merger import Merger
     from hsa.patches import merge_patch
     from hsa.report import MergeReport, TensorReport
+    from hsa.sweeping import SweepReport, sweep
 
 _LAZY = {
     "apply": "hsa.applying",
@@ -38,7 +39,9 @@ _LAZY = {
     "MergeConfig": "hsa.config",
     "MergeReport": "hsa.report",
     "Merger": "hsa.merger",
+    "SweepReport": "hsa.sweeping",
     "TensorReport": "hsa.report",
+    "sweep": "hsa.sweeping",
 }
 
 __all__ = [
@@ -57,11 +60,13 @@ __all__ = [
     "RequestError",
     "SourceChanged",
     "SourceError",
+    "SweepReport",
     "TensorReport",
     "__version__",
     "apply",
     "merge",
     "merge_patch",
+    "sweep",
 ]
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -67,11 +67,24 @@ class PatchTarget:
 
 
 @dataclass(frozen=True)
+class Distances:
+    """Relative L2 changes of the targets of a stack, by the formula's values before they are rounded to their element
+    type: `|merged - primary| / |primary|` and `|merged - secondary| / |secondary|`."""
+
+    from_primary: float
+    from_secondary: float
+
+
+LONGEST = Distances(1.2345678901234567e-100, 1.2345678901234567e-100)
+"""Stands for distances that are not known yet: no number is written with more digits."""
+
+
+@dataclass(frozen=True)
 class Contents:
     """What a patch's document says: everything but scores, selection and rows.
 
     `targets` are in the order of the merge's provenance; `files` maps the small files that the merge writes to their
-    digests; `tensors` is the digest over all tensors of the patch.
+    digests; `distances` are by stack, and of `all`; `tensors` is the digest over all tensors of the patch.
     """
 
     program: Mapping[str, str]
@@ -81,6 +94,7 @@ class Contents:
     targets: tuple[PatchTarget, ...]
     files: Mapping[str, str]
     tensors: str = BLANK
+    distances: Mapping[str, Distances] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         document = {
@@ -91,6 +105,7 @@ class Contents:
             "sources": {role: source.as_dict() for role, source in self.sources.items()},
             "targets": {t.name: [t.heads, t.keep, t.coefficient] for t in self.targets},
             "files": dict(self.files),
+            "distances": {stack: [d.from_primary, d.from_secondary] for stack, d in self.distances.items()},
             "tensors_blake3": self.tensors,
         }
         document[DIGEST] = digest_of(document)
@@ -130,7 +145,8 @@ def entries(contents: Contents, counts: Mapping[str, int]) -> tuple[Entry, ...]:
 def header_size(contents: Contents) -> int:
     """Bytes to leave for the header before it is known which heads are selected: a multiple of a page."""
     every = {target.name: target.heads for target in contents.targets}
-    longest = len(_header(contents, entries(contents, every)))
+    stacks = dict.fromkeys(("encoder", "decoder", "all"), LONGEST)
+    longest = len(_header(replace(contents, distances=stacks), entries(contents, every)))
     return -(-longest // ALIGNMENT) * ALIGNMENT
 
 
@@ -147,10 +163,13 @@ def _header(contents: Contents, listed: Sequence[Entry]) -> bytes:
     return serialize(listed, {"format": "pt", KEY: text})
 
 
-def completed(contents: Contents, targets: Mapping[Role, str], tensors: str) -> Contents:
-    """The contents with the digests that only finished rows give: of each source's targets, of the patch's tensors."""
+def completed(
+    contents: Contents, targets: Mapping[Role, str], tensors: str, distances: Mapping[str, Distances]
+) -> Contents:
+    """The contents with what only finished rows give: digests of each source's targets and of the patch's tensors,
+    distances."""
     sources = {role: replace(source, targets=targets[role]) for role, source in contents.sources.items()}
-    return replace(contents, sources=sources, tensors=tensors)
+    return replace(contents, sources=sources, tensors=tensors, distances=distances)
 
 
 def read(header: Header, where: str) -> Contents:
@@ -170,7 +189,7 @@ def read(header: Header, where: str) -> Contents:
         raise PatchError(f"{where}: {error}") from error
     try:
         contents = _contents(document, {entry.name: entry for entry in header.entries})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise PatchError(f"{where}: {reason}; it is no patch that hsa wrote") from error
     counts = {entry.name: count_of(contents, entry) for entry in header.entries if not entry.name.startswith("hsa.")}
@@ -200,7 +219,15 @@ def _contents(document: Mapping[str, Any], held: Mapping[str, Entry]) -> Content
         tuple(_target(name, entry, held.get(name)) for name, entry in targets.items()),
         files,
         tensors,
+        {stack: _distances(entry) for stack, entry in document["distances"].items()},
     )
+
+
+def _distances(entry: Any) -> Distances:
+    one, two = entry
+    if not all(isinstance(value, float) and 0 <= value < math.inf for value in (one, two)):
+        raise ValueError(f"distances are {entry!r:.80}")
+    return Distances(one, two)
 
 
 def _target(name: str, entry: Any, held: Entry | None) -> PatchTarget:

@@ -33,6 +33,11 @@ class Patch:
     def record(self) -> Record:
         return self.contents.record(self.selected, self.squared)
 
+    @property
+    def rows(self) -> frozenset[str]:
+        """Names of the tensors that hold merged rows."""
+        return frozenset(target.name for target in self.contents.targets)
+
     def start(self, name: str) -> int:
         """The byte of the file where a tensor begins."""
         return len(self.header.raw) + next(entry.start for entry in self.header.entries if entry.name == name)

@@ -141,9 +141,18 @@ class Opened:
 
 
 def open_for_patches(
-    configs: Sequence[MergeConfig], request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack
+    configs: Sequence[MergeConfig],
+    request: Request,
+    tally: fsio.Tally,
+    hub: Hub,
+    stack: ExitStack,
+    *,
+    rows_only: bool = True,
 ) -> Opened:
-    """Open the sources of a request for patches with these parameters. Raises as `hsa.merge`."""
+    """Open the sources of a request for patches with these parameters; primary whole unless `rows_only`.
+
+    Raises as `hsa.merge`.
+    """
     if request.backend == "triton" or request.device not in ("auto", "cpu"):
         raise RequestError(
             "patches are made on the CPU, for the disk sets their pace; leave --backend and --device out, or use "
@@ -151,9 +160,9 @@ def open_for_patches(
         )
     if has_hub_ids(request):
         with ExitStack() as trial:
-            found = open_sources(request, fsio.Tally(), hub, trial, headers_only=True, rows_only=True)
+            found = open_sources(request, fsio.Tally(), hub, trial, headers_only=True, rows_only=rows_only)
             _check(configs, found)
-    sources = open_sources(request, tally, hub, stack, headers_only=False, rows_only=True)
+    sources = open_sources(request, tally, hub, stack, headers_only=False, rows_only=rows_only)
     _check(configs, sources)
     found_assets = assets.collect(sources, "primary", request.assets_from, None, tally)
     return Opened(sources, request.settings("cpu"), found_assets.files, found_assets.notes, found_assets.warnings)

@@ -26,7 +26,7 @@ from hsa.config import MergeConfig
 from hsa.dtypes import BITS, Array
 from hsa.errors import MachineError, RequestError
 from hsa.memory import PeakMemory
-from hsa.patch_format import Contents, PatchTarget
+from hsa.patch_format import Contents, Distances, PatchTarget
 from hsa.plan import find_targets
 from hsa.provenance import PROGRAM, libraries, source_record, target_digest, tensors_digest
 from hsa.target import Selection, Target, select
@@ -45,22 +45,12 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Distances:
-    """Relative L2 changes of the targets of a stack, by the formula's values before they are rounded to their element
-    type: `|merged - primary| / |primary|` and `|merged - secondary| / |secondary|`."""
-
-    from_primary: float
-    from_secondary: float
-
-
-@dataclass(frozen=True)
 class Made:
-    """A finished patch: its contents, outcomes in the order of the targets, bytes, and distances by stack and `all`."""
+    """A finished patch: its contents, outcomes in the order of the targets, and bytes."""
 
     contents: Contents
     outcomes: tuple[TargetOutcome, ...]
     nbytes: int
-    distances: Mapping[str, Distances]
 
 
 def check_patchable(config: MergeConfig, sources: Sources) -> None:
@@ -244,6 +234,7 @@ class _Run:
             file.contents,
             {role: target_digest(role, outcomes) for role in ROLES},
             tensors_digest([(entry.name, entry.code, entry.shape, digests[entry.name]) for entry in listed]),
+            self._distances(outcomes),
         )
         raw = patch_format.header(contents, counts, file.header_bytes)
         stop = file.stop + sum(map(len, tail.values()))
@@ -253,7 +244,7 @@ class _Run:
             os.ftruncate(file.fd, stop)
             if self.bench.sync:
                 fsio.sync(file.fd)
-        return Made(contents, outcomes, stop, self._distances(outcomes))
+        return Made(contents, outcomes, stop)
 
     def _distances(self, outcomes: Sequence[TargetOutcome]) -> dict[str, Distances]:
         sums: dict[str, list[float]] = {}
