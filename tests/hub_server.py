@@ -102,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
     servers: Servers
     name: str
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    """Else every body waits 40 ms for the client to acknowledge the headers before it."""
 
     def log_message(self, *_: object) -> None:
         pass

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from full_load import full_load_merge
 from helpers import raw_bytes, read_tensors, snapshot
 
 from hsa.integrations.reference_script import directory_name, lambdas, parser, requests, run
-from hsa.signals import ENDING
 from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]
@@ -25,16 +23,6 @@ ONE = """--pretrained-model {base} --model1 {primary} --model2 {secondary} --k-p
 SWEEP = """--pretrained-model {base} --model1 {primary} --model2 {secondary} --k-percent 60
 --lambdas 0.0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0 --alpha 0.2 --out-path {out}"""
 """The two examples of the script's README."""
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    import signal
-
-    before = {number: signal.getsignal(number) for number in ENDING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +137,10 @@ def test_a_sweep_inside_an_output_is_never_replaced(
     assert run(line(ONE, saved, out)) == 2
     assert "holds directories (lamda_1_alpha_0p2, lamda_2_alpha_0p2)" in capsys.readouterr().err
     assert snapshot(out) == held
+    assert (
+        run(line(SWEEP, saved, out / "lamda_1_alpha_0p2")) == 0
+    )  # a sweep beside the files of an output replaces none
+    assert snapshot(out).items() >= held.items()
 
 
 def test_sources_without_processor_files_are_a_warning(

@@ -8,9 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
 import shutil
-import signal
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from helpers import edit_json, poke, raw_bytes, read_tensors, run_hsa, snapshot,
 import hsa
 from hsa.cli import run
 from hsa.integrations.mergekit_method import takes_groups, takes_text
-from hsa.signals import ENDING
 from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]
@@ -29,14 +27,6 @@ Tensors = dict[str, torch.Tensor]
 
 TARGET = "model.encoder.layers.0.self_attn.q_proj.weight"
 NEEDS_ORDER = pytest.mark.skipif(not takes_groups(), reason="the installed mergekit keeps no order of models")
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in ENDING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
