@@ -13,16 +13,16 @@ from typing import Any, get_args
 from hsa import assets, fsio, provenance, report
 from hsa.backends import Backend, resolve
 from hsa.card import check_fields
-from hsa.checkpoint import INDEX, Checkpoint, Role, Sources, is_hub_id
+from hsa.checkpoint import INDEX, ROLES, Checkpoint, Role, Sources, is_hub_id
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
 from hsa.errors import RequestError, SourceError
-from hsa.hub import REVISION, Hub, Want, find_id
+from hsa.hub import Hub, Want
 from hsa.layout import parse_size
-from hsa.lora import is_adapter
 from hsa.memory import PeakMemory
 from hsa.output import PROVENANCE, Staging, check_destination
 from hsa.pipeline import Options, Outcome, execute
 from hsa.plan import MergePlan, make_plan
+from hsa.repo import REVISION, find_id
 from hsa.report import MergeReport, PlanReport, TensorReport
 from hsa.signals import deferred
 from hsa.threads import default_threads
@@ -262,9 +262,10 @@ def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) ->
 def _open(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool) -> _Job:
     backend = resolve(request.backend, request.device, request.config)
     ids = request.ids or {}
+    adapters = {role for role in ROLES if hub.is_adapter(role, request.sources[role])}
 
     def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        want = _want(request, role, headers_only=headers_only)
+        want = _want(request, role, adapted="primary" in adapters, headers_only=headers_only)
         return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
 
     base = opened("base")
@@ -276,11 +277,11 @@ def _open(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, he
     return _Job(sources, make_plan(request.config, sources, limit), backend, destination)
 
 
-def _want(request: Request, role: Role, *, headers_only: bool) -> Want:
-    """What a merge needs of a source on the Hub."""
+def _want(request: Request, role: Role, *, adapted: bool, headers_only: bool) -> Want:
+    """What a merge needs of a source on the Hub; `adapted`: primary is an adapter, written with the whole of base."""
     config = request.config
     reference = config.numerics == "reference"
-    everywhere = reference or config.non_attention_scale != 1.0 or is_adapter(request.sources["primary"])
+    everywhere = reference or config.non_attention_scale != 1.0 or adapted
     whole = role == "primary" or (role == "base" and everywhere)
     return Want(
         need="whole" if whole else "targets",

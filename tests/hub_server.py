@@ -180,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         path = directory / unquote("/".join(rest[2:]))
         if not path.is_file():
             self.count_and_answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        elif path.suffix == ".safetensors":
+        elif path.suffix in (".safetensors", ".bin"):
             etag = repo.etag(path)
             self.servers.blobs[etag] = path
             self.count_and_answer(

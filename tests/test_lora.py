@@ -255,7 +255,21 @@ def test_a_sum_that_overflows_is_refused_where_it_is_no_target(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_an_openai_base_cannot_bear_an_adapter(triple: Triple, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_secondary_stands_on_openais_file_too(tmp_path: Path, dtype: Any) -> None:
+    triple = write_triple(tmp_path / "sources", SHAPES["test"], dtype=dtype)
+    write_adapter(tmp_path / "a2", adapted_names(triple["base"]))
+    given = {**triple, "secondary": tmp_path / "a2"}
+    parameters = {"targets": "attention-all", "non_attention_scale": 0.5}
+    expected = merged(given, tmp_path / "expected", **parameters)
+    resident = {name: raw_bytes(tensor) for name, tensor in hsa.Merger(**given).merge().items()}
+    given["base"] = write_openai(tmp_path / "base.pt", triple["base"])
+    assert merged(given, tmp_path / "out", **parameters) == expected
+    assert {name: raw_bytes(tensor) for name, tensor in hsa.Merger(**given).merge().items()} == resident
+
+
+def test_a_primary_cannot_stand_on_openais_file(triple: Triple, tmp_path: Path) -> None:
+    """The output's config.json would be base's, which has none."""
     write_adapter(tmp_path / "a1", adapted_names(triple["base"], NARROW))
     base = write_openai(tmp_path / "base.pt", triple["base"])
     with pytest.raises(RequestError, match=r"holds a LoRA adapter, which needs base as a checkpoint directory"):
