@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hsa.config import MergeConfig
     from hsa.merger import Merger
     from hsa.report import MergeReport, TensorReport
+    from hsa.verify import VerifyReport, verify
 
 _LAZY = {
     "merge": "hsa.api",
@@ -34,6 +35,8 @@ _LAZY = {
     "MergeReport": "hsa.report",
     "Merger": "hsa.merger",
     "TensorReport": "hsa.report",
+    "VerifyReport": "hsa.verify",
+    "verify": "hsa.verify",
 }
 
 __all__ = [
@@ -52,8 +55,10 @@ __all__ = [
     "SourceChanged",
     "SourceError",
     "TensorReport",
+    "VerifyReport",
     "__version__",
     "merge",
+    "verify",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.assets_from not in get_args(Role):
             raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {self.assets_from!r}")
-        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
-        if self.threads is not None and not (whole and 1 <= self.threads <= 256):
-            raise RequestError(f"threads must be a whole number from 1 to 256, got {self.threads!r}")
+        check_threads(self.threads)
         for role, claimed in (self.ids or {}).items():
             if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
                 raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
@@ -166,7 +164,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         job = _prepare(request, tally, hub, stack)
-        found = _collect(request, job, tally)
+        found = collect(request, job.sources, job.plan, tally)
         with deferred():  # a directory that was made must be known to the stack that removes it
             staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
         options = Options(request.threads or default_threads(), request.digest, request.sync)
@@ -215,7 +213,7 @@ def dry_run(request: Request) -> PlanReport:
     with ExitStack() as stack:
         job = _open(request, tally, hub, stack, headers_only=True)
         plan = job.plan
-        found = _collect(request, job, tally)
+        found = collect(request, job.sources, plan, tally)
         needed = plan.bytes_to_write + sum(map(len, found.files.values()))
         existing = next(parent for parent in job.destination.parents if parent.exists())
         free = fsio.free_bytes(existing)
@@ -238,9 +236,10 @@ def dry_run(request: Request) -> PlanReport:
         )
 
 
-def _collect(request: Request, job: _Job, tally: fsio.Tally) -> assets.Assets:
+def collect(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tally) -> assets.Assets:
+    """The small files of the output, but for index, card and provenance."""
     owner: Role = "base" if request.config.numerics == "reference" else "primary"
-    return assets.collect(job.sources, owner, request.assets_from, job.plan.output_dtype, tally)
+    return assets.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
 
 
 @dataclass(frozen=True)
@@ -261,6 +260,16 @@ def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) ->
 
 def _open(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool) -> _Job:
     backend = resolve(request.backend, request.device, request.config)
+    sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
+    folders = [source.path for source in sources]
+    destination = check_destination(request.output, folders, overwrite=request.overwrite)
+    limit = None if request.max_shard_size is None else parse_size(str(request.max_shard_size))
+    return _Job(sources, make_plan(request.config, sources, limit), backend, destination)
+
+
+def open_sources(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool) -> Sources:
+    """The three checkpoints, open until the stack closes. Of those on the Hub what a merge needs is fetched first, or
+    headers alone."""
     ids = request.ids or {}
 
     def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
@@ -269,11 +278,7 @@ def _open(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, he
 
     base = opened("base")
     primary, secondary = opened("primary", base), opened("secondary", base)
-    sources = Sources(base, primary, secondary)
-    folders = [source.path for source in sources]
-    destination = check_destination(request.output, folders, overwrite=request.overwrite)
-    limit = None if request.max_shard_size is None else parse_size(str(request.max_shard_size))
-    return _Job(sources, make_plan(request.config, sources, limit), backend, destination)
+    return Sources(base, primary, secondary)
 
 
 def _want(request: Request, role: Role, *, headers_only: bool) -> Want:
@@ -294,30 +299,45 @@ def _want(request: Request, role: Role, *, headers_only: bool) -> Want:
 def _write_rest(
     request: Request, job: _Job, outcome: Outcome, found: assets.Assets, staging: Staging, tally: fsio.Tally
 ) -> None:
-    """Index, configs, tokenizer files, card, and last the provenance, which holds the digest of all others."""
+    record = provenance.record(job.plan, job.sources, outcome.targets, settings(request, job.backend.name))
+    for name, data in small_files(job.plan, record, outcome, found, digest=request.digest):
+        staging.write(name, data, tally)
+
+
+def small_files(
+    plan: MergePlan, record: provenance.Record, outcome: Outcome, found: assets.Assets, *, digest: bool
+) -> Iterator[tuple[str, bytes]]:
+    """Configs, tokenizer files, index, card, and last the provenance, which holds the digest of all others."""
     from hsa import card
 
     small = dict(found.files)
-    if job.plan.index is not None:
-        small[INDEX] = job.plan.index
-    names = [*small, *(file.name for file in job.plan.files), CARD, PROVENANCE]
-    record = provenance.record(job.plan, job.sources, outcome.targets, _settings(request, job))
+    if plan.index is not None:
+        small[INDEX] = plan.index
+    names = [*small, *(file.name for file in plan.files), CARD, PROVENANCE]
     small[CARD] = card.render(record, names)
-    digests: dict[str, str | None] = {file.name: outcome.digests.get(file.name) for file in job.plan.files}
+    digests: dict[str, str | None] = {file.name: outcome.digests.get(file.name) for file in plan.files}
     for name, data in small.items():
-        staging.write(name, data, tally)
-        digests[name] = _digest(data) if request.digest else None
-    staging.write(PROVENANCE, record.with_files(digests), tally)
+        yield name, data
+        digests[name] = _digest(data) if digest else None
+    yield PROVENANCE, record.with_files(digests)
 
 
-def _settings(request: Request, job: _Job) -> dict[str, Any]:
+def settings(request: Request, backend: str) -> dict[str, Any]:
+    """What besides the parameters of the merge shapes an output."""
     limit = request.max_shard_size
     return {
         "assets_from": request.assets_from,
-        "backend": job.backend.name,
+        "backend": backend,
         "card": dict(request.card or {}),
         "max_shard_size": None if limit is None else parse_size(str(limit)),
     }
+
+
+def check_threads(threads: int | None) -> None:
+    """RequestError unless it is a number of threads, or None."""
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= 256):
+        raise RequestError(f"threads must be a whole number from 1 to 256, got {threads!r}")
 
 
 def _digest(data: bytes) -> str:
