@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hsa.config import MergeConfig
     from hsa.merger import Merger
     from hsa.report import MergeReport, TensorReport
-    from hsa.verify import VerifyReport, verify
+    from hsa.verification import VerifyReport, verify
 
 _LAZY = {
     "merge": "hsa.api",
@@ -35,8 +35,8 @@ _LAZY = {
     "MergeReport": "hsa.report",
     "Merger": "hsa.merger",
     "TensorReport": "hsa.report",
-    "VerifyReport": "hsa.verify",
-    "verify": "hsa.verify",
+    "VerifyReport": "hsa.verification",
+    "verify": "hsa.verification",
 }
 
 __all__ = [

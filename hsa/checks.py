@@ -84,7 +84,7 @@ def keys(checkpoint: Checkpoint) -> Iterator[str]:
     missing = [name for name in expected if name not in held]
     if missing:
         yield f"{len(missing)} tensors that config.json promises are missing, such as {missing[0]}"
-    unknown = [name for name in held if name not in expected and name not in optional]
+    unknown = [ref.name for name, ref in held.items() if name not in expected and name not in optional]
     if unknown:
         yield f"{len(unknown)} tensors have no place in the model that config.json describes, such as {unknown[0]:.200}"
 

@@ -39,7 +39,7 @@ LAYERS = (
     ("card", "checks"),
     ("api",),
     ("recompute",),
-    ("verify",),
+    ("verification",),
     ("demo", "integrations"),
     ("commands",),
     ("cli",),

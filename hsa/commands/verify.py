@@ -13,7 +13,7 @@ from hsa.commands.show import size_text
 from hsa.errors import RequestError, one_line
 
 if TYPE_CHECKING:
-    from hsa.verify import VerifyReport
+    from hsa.verification import VerifyReport
 
 _SOURCE = "With --sources: as for hsa merge."
 
@@ -36,7 +36,7 @@ def verify(
         raise RequestError(f"--sources compares with all three sources; add {', '.join(lacking)}")
     if not sources and len(lacking) < len(given):
         raise RequestError("to compare with the sources, add --sources; without it none is read")
-    from hsa.verify import verify as run
+    from hsa.verification import verify as run
 
     with show.progress(show=sys.stderr.isatty() and not (quiet or as_json), label="verifying") as step:
         report = run(output, base=base, primary=primary, secondary=secondary, threads=threads, progress=step)
