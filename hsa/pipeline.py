@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hsa import fsio
-from hsa.backends import Backend
-from hsa.checkpoint import Sources
-from hsa.compute import Calculator, Desk, Ranges, TargetOutcome
+from hsa.checkpoint import Checkpoint, Role
+from hsa.compute import Computation, Ranges
 from hsa.dtypes import Array
 from hsa.errors import MachineError
 from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment
 from hsa.memory import PeakMemory
 from hsa.output import Staging
-from hsa.plan import MergePlan
 from hsa.sink import FileSink, Sink
 
 
@@ -46,12 +44,25 @@ class Options:
     sync: bool = True
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run produced: the targets in plan order, and the digest of each weights file (empty without digests)."""
+class Desk(Protocol):
+    """One thread's place at a calculator."""
 
-    targets: tuple[TargetOutcome, ...]
-    digests: Mapping[str, str]
+    def compute(self, contents: Sequence[Computed]) -> list[Computation]:
+        """Compute targets as a group, or one slice. Raises NonFiniteError, SourceChanged, MachineError."""
+
+
+class Calculator(Protocol):
+    """What computes the segments of a plan that are no copies: `hsa.compute.Calculator`, or `hsa.graft.Grafter`.
+
+    `group_bytes` are the targets that a desk takes in one go."""
+
+    @property
+    def group_bytes(self) -> int: ...
+
+    def desk(self) -> Desk: ...
+
+    def give_back(self, buffer: Array) -> None:
+        """Take back the memory of a computation that was written."""
 
 
 @dataclass
@@ -106,36 +117,36 @@ class _Stopped(Exception):
 
 
 def execute(
-    plan: MergePlan,
-    sources: Sources,
-    backend: Backend,
+    files: Sequence[OutputFile],
+    sources: Mapping[Role, Checkpoint],
+    calculator: Calculator,
     staging: Staging,
     options: Options,
     tally: fsio.Tally,
     memory: PeakMemory,
     progress: Callable[[int], None] | None = None,
-) -> Outcome:
-    """Write every weights file of the plan into the staging directory.
+) -> dict[str, str]:
+    """Write the weights files into the staging directory. Returns the digest of each, empty without digests.
 
     `progress` is called from this thread with the bytes done so far. Raises NonFiniteError, SourceChanged,
     MachineError; KeyboardInterrupt and the like stop the threads first.
     """
-    sink = FileSink(staging, sources.primary, tally, sync=options.sync)
-    return assemble(plan, sources, backend, sink, options, memory, progress)
+    sink = FileSink(staging, sources["primary"], tally, sync=options.sync)
+    return assemble(files, sources, calculator, sink, options, memory, progress)
 
 
 def assemble(
-    plan: MergePlan,
-    sources: Sources,
-    backend: Backend,
+    files: Sequence[OutputFile],
+    sources: Mapping[Role, Checkpoint],
+    calculator: Calculator,
     sink: Sink,
     options: Options,
     memory: PeakMemory,
     progress: Callable[[int], None] | None = None,
-) -> Outcome:
-    """Hand every piece of the plan's weights files to a sink, which writes it, or compares it; see `execute`."""
+) -> dict[str, str]:
+    """Hand every piece of the weights files to a sink, which writes it, or compares it; see `execute`."""
     try:
-        return _Run(plan, sources, backend, sink, options, memory).go(progress)
+        return _Run(files, sources, calculator, sink, options, memory).go(progress)
     finally:
         sink.close()
 
@@ -143,26 +154,26 @@ def assemble(
 class _Run:
     def __init__(
         self,
-        plan: MergePlan,
-        sources: Sources,
-        backend: Backend,
+        files: Sequence[OutputFile],
+        sources: Mapping[Role, Checkpoint],
+        calculator: Calculator,
         sink: Sink,
         options: Options,
         memory: PeakMemory,
     ) -> None:
-        self.plan, self.sources, self.sink = plan, sources, sink
+        self.planned, self.sources, self.sink = files, sources, sink
         self.options, self.memory = options, memory
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
         self.done = 0
         self.results: dict[int, _Result] = {}
-        self.calculator = Calculator(sources, backend, plan.config.numerics)
-        self.files = [self._opened(file, number) for number, file in enumerate(plan.files)]
+        self.calculator = calculator
+        self.files = [self._opened(file, number) for number, file in enumerate(files)]
         self.piece = 0
         self.tasks: Iterator[_Task] = iter(())
 
-    def go(self, progress: Callable[[int], None] | None) -> Outcome:
-        self.piece = self.sink.begin(self.plan.files)
+    def go(self, progress: Callable[[int], None] | None) -> dict[str, str]:
+        self.piece = self.sink.begin(self.planned)
         self.tasks = self._all_tasks()
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.options.threads)]
         try:
@@ -187,9 +198,7 @@ class _Run:
         if progress is not None:
             progress(self.done)
         self.sink.finish()
-        digests = {file.plan.name: file.hasher.hexdigest() for file in self.files if file.hasher is not None}
-        ordered = tuple(self.calculator.outcomes[target.projection.name] for target in self.plan.targets)
-        return Outcome(ordered, digests)
+        return {file.plan.name: file.hasher.hexdigest() for file in self.files if file.hasher is not None}
 
     def _opened(self, file: OutputFile, number: int) -> _File:
         hasher: Hasher | None = None
@@ -219,7 +228,7 @@ class _Run:
         total = group[0].content.nbytes
         while ahead and isinstance(group[0].content, Merge) and isinstance(ahead[0].content, Merge):
             total += ahead[0].content.nbytes
-            if total > self.calculator.backend.group_bytes:
+            if total > self.calculator.group_bytes:
                 break
             group.append(ahead.popleft())
         return tuple(group)
@@ -232,7 +241,7 @@ class _Run:
 
     def _work(self) -> None:
         try:
-            local = _Local(Desk(self.calculator), self._piece())
+            local = _Local(self.calculator.desk(), self._piece())
             while True:
                 with self.changed:
                     if self.failure is not None:
@@ -285,7 +294,7 @@ class _Run:
                 part[:] = memoryview(content.data)[low - segment.offset : high - segment.offset]
             elif isinstance(content, Copied):
                 if file.hasher is not None or not self.sink.holds_copies(file.number):
-                    self.sources.of(content.role).read_into(content.tensor, part, low - segment.offset)
+                    self.sources[content.role].read_into(content.tensor, part, low - segment.offset)
             else:
                 result = self._result(segment)
                 assert result.data is not None

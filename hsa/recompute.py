@@ -16,21 +16,23 @@ from pathlib import Path
 import numpy as np
 
 from hsa import api, provenance
-from hsa.api import CARD, Request
 from hsa.backends import resolve
-from hsa.checkpoint import ROLES, Checkpoint, Role, Sources, contained, read_text
+from hsa.checkpoint import INDEX, ROLES, Checkpoint, Role, Sources, contained, read_text
 from hsa.checks import Problems, changed_keys, head_text, merge_config, text_of
+from hsa.compute import Calculator, TargetOutcome
 from hsa.dtypes import size
 from hsa.errors import HsaError, SourceChanged, SourceError
+from hsa.finish import CARD, last_files
 from hsa.fsio import Source, Tally
-from hsa.hub import Hub, find_id
-from hsa.layout import Literal, Merge, OutputFile, Segment, parse_size
+from hsa.hub import Hub
+from hsa.layout import Literal, Merge, OutputFile, Segment
 from hsa.memory import PeakMemory
 from hsa.output import PROVENANCE
-from hsa.pipeline import Options, Outcome, assemble
+from hsa.pipeline import Options, assemble
 from hsa.plan import make_plan
-from hsa.provenance import Provenance, SourceRecord
+from hsa.provenance import PROGRAM, Provenance, SourceRecord
 from hsa.ranges import Range
+from hsa.request import PathLike, Request, has_hub_ids, open_sources
 from hsa.sink import CACHED_PIECE
 from hsa.target import TIE_RISK
 
@@ -166,7 +168,7 @@ def _describe(difference: _Difference) -> str:
 def recompute(
     directory: Path,
     found: Provenance,
-    paths: Mapping[Role, api.PathLike],
+    paths: Mapping[Role, PathLike],
     threads: int,
     tally: Tally,
     memory: PeakMemory,
@@ -187,12 +189,12 @@ def recompute(
         return False
     hub = Hub(bars=progress is not None)
     with ExitStack() as stack:
-        if any(find_id(path) for path in paths.values()):  # headers first: other sources need not be fetched whole
+        if has_hub_ids(request):  # headers first: other sources need not be fetched whole
             with ExitStack() as trial:
-                sources = api.open_sources(request, Tally(), hub, trial, headers_only=True)
+                sources = open_sources(request, Tally(), hub, trial, headers_only=True)
                 if not _are_recorded(sources, record.sources, problems):
                     return False
-        sources = api.open_sources(request, tally, hub, stack, headers_only=False)
+        sources = open_sources(request, tally, hub, stack, headers_only=False)
         notes.extend(hub.notes)
         if not _are_recorded(sources, record.sources, problems):
             notes.append("nothing was recomputed, for the sources given are not the recorded ones")
@@ -210,7 +212,7 @@ def recompute(
     return True
 
 
-def _request(directory: Path, found: Provenance, paths: Mapping[Role, api.PathLike]) -> Request:
+def _request(directory: Path, found: Provenance, paths: Mapping[Role, PathLike]) -> Request:
     """What the merge was told, by its provenance."""
     parameters = found.record.parameters
     return Request(
@@ -261,38 +263,37 @@ def _compare(
     problems: Problems,
     progress: Progress | None,
 ) -> None:
-    limit = None if request.max_shard_size is None else parse_size(str(request.max_shard_size))
-    plan = make_plan(request.config, sources, limit)
+    plan = make_plan(request.config, sources, request.shard_bytes)
     small = api.collect(request, sources, plan, tally)
     comparison = Comparison(directory, tally, problems)
     total = plan.bytes_to_write
     step = None if progress is None else lambda done: progress(done, total)
-    backend = resolve("auto", "auto", request.config)
+    calculator = Calculator(sources, resolve("auto", "auto", request.config), request.config.numerics)
     options = Options(threads, digest=request.digest, sync=False)
     try:
-        outcome = assemble(plan, sources, backend, comparison, options, memory, step)
-    except SourceError:
+        digests = assemble(plan.files, sources.by_role, calculator, comparison, options, memory, step)
+    except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
         sources.check_unchanged()
         raise
     sources.check_unchanged()
-    others = _other_targets(found, outcome, problems)
-    comparison.report(others=others)
-    backend_name = found.record.parameters["backend"]
-    settings = api.settings(request, backend_name)
-    made = provenance.record(plan, sources, outcome.targets, settings)
+    outcomes = calculator.ordered(plan.targets)
+    comparison.report(others=_other_targets(found, outcomes, problems))
+    made = provenance.record(plan, sources, outcomes, request.settings(found.record.parameters["backend"]))
     made = replace(made, program=found.record.program, libraries=found.record.libraries)
-    for name, data in api.small_files(plan, made, outcome, small, digest=request.digest):
+    files = dict(small.files) if plan.index is None else {**small.files, INDEX: plan.index}
+    weights = {file.name: digests.get(file.name) for file in plan.files}
+    for name, data in last_files(made, files, weights, digest=request.digest):
         if name == PROVENANCE:
             _compare_provenance(found, data, directory, tally, problems)
         elif not (name == CARD and _written_by_another(found)):
             _compare_small(directory, name, data, tally, problems)
 
 
-def _other_targets(found: Provenance, outcome: Outcome, problems: Problems) -> bool:
+def _other_targets(found: Provenance, outcomes: Sequence[TargetOutcome], problems: Problems) -> bool:
     """Name the sources whose target tensors are not the recorded ones."""
     others = False
     for role in ROLES:
-        digest, recorded = provenance.target_digest(role, outcome.targets), found.record.sources[role].targets
+        digest, recorded = provenance.target_digest(role, outcomes), found.record.sources[role].targets
         if digest != recorded:
             problems.add(role, f"is not the recorded source: its targets have BLAKE3 {digest}, {recorded} was recorded")
             others = True
@@ -336,13 +337,13 @@ def _written_by_another(found: Provenance) -> bool:
     """Whether another version of hsa, or of a library, wrote the output: it may word the card in another way."""
     record = found.record
     own = provenance.libraries(numerics=str(record.parameters.get("numerics")))
-    return dict(record.program) != provenance.program() or dict(record.libraries) != own
+    return dict(record.program) != PROGRAM or dict(record.libraries) != own
 
 
 def _cautions(found: Provenance) -> Iterator[str]:
     record = found.record
     if _written_by_another(found):
-        own = {**provenance.program(), **provenance.libraries(numerics=str(record.parameters.get("numerics")))}
+        own = {**PROGRAM, **provenance.libraries(numerics=str(record.parameters.get("numerics")))}
         theirs = {**record.program, **record.libraries}
         unlike = ", ".join(f"{key} {theirs.get(key)} (here {own.get(key)})" for key in changed_keys(theirs, own))
         yield f"it was written with {unlike[:500]}: {CARD} was not compared, for other versions may word it otherwise"

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from hsa import api, checks, provenance, whisper
+from hsa import checks, provenance, whisper
 from hsa.checkpoint import (
     CONFIG,
     INDEX,
@@ -36,11 +36,10 @@ from hsa.header import load_json
 from hsa.memory import PeakMemory
 from hsa.output import PROVENANCE
 from hsa.provenance import Provenance, Record
+from hsa.request import PathLike, check_threads
 from hsa.threads import default_threads
 
 __all__ = ["Problem", "VerifyReport", "verify"]
-
-PathLike = str | os.PathLike[str]
 
 DOCUMENTS = (".md", ".html", ".pdf", ".csv", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".wav", ".flac", ".mp3")
 """Endings of files that people lay beside a published model, and that no loader reads."""
@@ -124,7 +123,7 @@ def verify(
     all), SourceError (a source cannot be opened), MachineError (reading failed).
     """
     started = time.perf_counter()
-    api.check_threads(threads)
+    check_threads(threads)
     directory = _directory(output)
     given = {"base": base, "primary": primary, "secondary": secondary}
     paths = {cast(Role, role): path for role, path in given.items() if path is not None}
