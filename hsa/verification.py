@@ -31,7 +31,7 @@ from hsa.checkpoint import (
 )
 from hsa.checks import STEP, Problem, Problems
 from hsa.errors import HsaError, MachineError, RequestError, SourceError
-from hsa.fsio import Source, Tally
+from hsa.fsio import Source, Tally, exists, explained
 from hsa.header import load_json
 from hsa.memory import PeakMemory
 from hsa.output import PROVENANCE
@@ -98,6 +98,7 @@ class VerifyReport:
         }
 
 
+@explained()
 def verify(
     output: PathLike,
     *,
@@ -319,7 +320,7 @@ class _Run:
     def _open(self, stack: ExitStack) -> Checkpoint | None:
         """The output as a checkpoint, when its headers, index and config are sound."""
         directory, problems = self.directory, self.problems
-        single, index = (os.path.lexists(directory / name) for name in (WEIGHTS, INDEX))
+        single, index = (exists(directory / name) for name in (WEIGHTS, INDEX))
         if not single and not index:
             problems.add(WEIGHTS, f"is missing, and so is {INDEX}; expected one of them")
             return None
