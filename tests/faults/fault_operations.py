@@ -50,7 +50,7 @@ def apply_command(sources: Sources, output: Path, variant: str) -> Sequence[str]
 
 
 OPERATIONS = (
-    Operation("merge", run_merge, merge_command, check_output),
+    Operation("merge", run_merge, merge_command, check_output, step=1),
     Operation("apply", run_apply, apply_command, check_output, make_patches),
 )
 """What the suite puts through every fault; a command that writes outputs is one more entry."""
