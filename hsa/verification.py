@@ -44,6 +44,9 @@ __all__ = ["Problem", "VerifyReport", "verify"]
 DOCUMENTS = (".md", ".html", ".pdf", ".csv", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".wav", ".flac", ".mp3")
 """Endings of files that people lay beside a published model, and that no loader reads."""
 
+LARGE = 64 << 20
+"""Bytes of a file from which on several threads digest it."""
+
 LABEL = cast(Role, "output")
 """What messages call the checkpoint that is verified, in the place of a source's role."""
 
@@ -298,7 +301,7 @@ class _Run:
 
         source = Source(contained(LABEL, self.directory, name), LABEL, self.tally)
         try:
-            hasher = blake3(max_threads=self.threads)
+            hasher = blake3(max_threads=self.threads if source.size >= LARGE else 1)
             buffer = memoryview(bytearray(min(STEP, source.size)))
             for start in range(0, source.size, STEP):
                 if self.stop.is_set():
