@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hsa.patches import merge_patch
     from hsa.report import MergeReport, TensorReport
     from hsa.sweeping import SweepReport, sweep
+    from hsa.verification import VerifyReport, verify
 
 _LAZY = {
     "apply": "hsa.applying",
@@ -41,6 +42,8 @@ _LAZY = {
     "Merger": "hsa.merger",
     "SweepReport": "hsa.sweeping",
     "TensorReport": "hsa.report",
+    "VerifyReport": "hsa.verification",
+    "verify": "hsa.verification",
     "sweep": "hsa.sweeping",
 }
 
@@ -62,11 +65,13 @@ __all__ = [
     "SourceError",
     "SweepReport",
     "TensorReport",
+    "VerifyReport",
     "__version__",
     "apply",
     "merge",
     "merge_patch",
     "sweep",
+    "verify",
 ]
 
 
