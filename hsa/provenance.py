@@ -7,8 +7,8 @@ the same record, so that whoever holds a record can write both again.
 from __future__ import annotations
 
 import json
-import math
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -367,7 +367,7 @@ def _count(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"expected a finite number, found {value!r:.80}")
     return float(value)
 
