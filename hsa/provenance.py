@@ -18,7 +18,8 @@ from typing import Any
 from hsa._version import __version__
 from hsa.checkpoint import MAX_TEXT, ROLES, Checkpoint, Identity, Role, Sources
 from hsa.compute import TargetOutcome
-from hsa.errors import HeaderError, ProvenanceError
+from hsa.config import MergeConfig
+from hsa.errors import HeaderError, ProvenanceError, RequestError
 from hsa.fsio import Source, Tally
 from hsa.header import load_json
 from hsa.output import PROVENANCE
@@ -240,10 +241,25 @@ def parse_record(document: Mapping[str, Any]) -> Record:
     return Record(
         {_text(key): _text(value) for key, value in _mapping(document["program"]).items()},
         {_text(key): _text(value) for key, value in _mapping(document["libraries"]).items()},
-        _mapping(document["parameters"]),
+        _parameters(document["parameters"]),
         {role: parse_source(sources[role]) for role in ROLES},
         targets,
     )
+
+
+def _parameters(entry: Any) -> dict[str, Any]:
+    """The parameters of a record, which the card and a merge made again rely on."""
+    found = _mapping(entry)
+    try:
+        MergeConfig.from_dict(found)
+    except RequestError as error:
+        raise ValueError(str(error)) from error
+    for setting in SETTINGS:
+        if setting not in found:
+            raise KeyError(setting)
+    for field, value in _mapping(found["card"]).items():
+        _text(field), _text(value)
+    return found
 
 
 def parse_source(entry: Any) -> SourceRecord:

@@ -227,6 +227,7 @@ def _use(text: bytes) -> None:
     again = provenance.loads(found.record.with_files(found.files), "out/hsa_merge.json")
     if (again.record, again.files) != (found.record, found.files):
         raise Finding("another record comes back from the provenance")
+    _check_card(card.render(found.record, ["README.md", *found.files]), found.record.parameters["card"])
 
 
 def _provenance_seeds(arena: Arena) -> Iterable[bytes]:
@@ -311,9 +312,6 @@ def _openai_seeds(arena: Arena) -> Iterable[bytes]:
 
 def _card(arena: Arena, data: bytes) -> str:
     """Words for the fields of a card, for ids, revisions and file names, one a line: nothing of them is markup."""
-    from huggingface_hub import ModelCard
-    from markdown_it import MarkdownIt
-
     words = [*data.decode("utf-8", "replace").split("\n"), "x", "x", "x", "x"]
     fields = {name: word for name, word in zip(card.FIELDS, words, strict=False) if word.strip()}
     record = _sound_record(arena)
@@ -331,8 +329,16 @@ def _card(arena: Arena, data: bytes) -> str:
     said = arena.call(lambda: rendered.append(card.render(record, files)))
     if not rendered:
         return said
-    text = rendered[0].decode("utf-8")
-    read = ModelCard(text)
+    _check_card(rendered[0], fields)
+    return "success"
+
+
+def _check_card(raw: bytes, fields: Mapping[str, str]) -> None:
+    """Finding where a card holds markup or metadata that it was not rendered with."""
+    from huggingface_hub import ModelCard
+    from markdown_it import MarkdownIt
+
+    read = ModelCard(raw.decode("utf-8"))
     meta, body = read.data.to_dict(), read.text
     expected = {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "language", "license"}
     if not isinstance(meta, dict) or not set(meta) <= expected or ("license" in meta) != ("license" in fields):
@@ -345,7 +351,6 @@ def _card(arena: Arena, data: bytes) -> str:
     headings = sum(token.type == "heading_open" for token in tokens)
     if active or headings != 9:
         raise Finding(f"the card holds {active or headings} of what a stranger wrote")
-    return "success"
 
 
 _RECORDS: list[provenance.Record] = []
