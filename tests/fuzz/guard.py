@@ -68,6 +68,12 @@ class Guard:
     def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.armed:
             return
+        before = len(self.broken)
+        self._judge(event, arguments)
+        if len(self.broken) > before:  # so that it does not happen; and kept, for the program may catch it
+            raise Finding(self.broken[-1])
+
+    def _judge(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
             self._open(path, bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)))

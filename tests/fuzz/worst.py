@@ -64,16 +64,10 @@ def pickles() -> Iterator[tuple[str, bytes]]:
     room = MAX_PICKLE - 200
     make = b"\x80\x02"
     yield "lists", make + b"]" * room + b"."
-    yield "dicts", make + b"}" * room + b"."
     yield "marks", make + b"(" * room + b"."
-    yield "tuples", make + b")" + b"\x85" * room + b"."
     yield "ordered dicts", make + b"ccollections\nOrderedDict\nq\0" + b"h\0)R" * (room // 4) + b"."
-    yield "memo", make + b"]" + b"".join(b"r" + n.to_bytes(4, "little") for n in range(room // 5)) + b"."
-    yield "numbers", make + b"\x8a\xff" + b"\x7f" * 255 + b"\x8a\x01\x01" * (room // 3 - 90) + b"."
     yield "one number", make + b"\x8b" + (room).to_bytes(4, "little") + b"\x7f" * room + b"."
     yield "length", make + b"X" + b"\xff\xff\xff\x7f" + b"x" * 100 + b"."
-    yield "sets", make + b"cbuiltins\nset\nq\0" + b"h\0)R" * (room // 4) + b"."
-    yield "sizes", make + b"ctorch\nSize\nq\0)q\x01\x85q\x020" + b"h\0h\x02R" * (room // 5) + b"."
     rebuilt = (
         b"ctorch._utils\n_rebuild_tensor_v2\nq\0((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0"
         b"0X\x03\0\0\0cpuK\x04tQK\0K\x04\x85K\x01\x85\x89ccollections\nOrderedDict\n)Rtq\x01"
@@ -91,13 +85,11 @@ def archives() -> Iterator[tuple[str, bytes]]:
         for number in range((MAX_PICKLE - 100) // 52):
             archive.writestr(f"a{number:05d}", b"")
     yield "records", held.getvalue()
-    with zipfile.ZipFile(io.BytesIO(), "w") as archive:
-        assert isinstance(archive.fp, io.BytesIO)
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02}.")
         archive.writestr("a/version", b"3" * (64 << 20))
-        stored = archive.fp
-        archive.close()
-        yield "a large version", stored.getvalue()
+    yield "a large version", held.getvalue()
 
 
 def _pairs(count: int, width: int = 1, start: str = "") -> bytes:
