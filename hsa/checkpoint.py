@@ -147,8 +147,12 @@ class Sources:
     def __iter__(self) -> Iterator[Checkpoint]:
         return iter((self.base, self.primary, self.secondary))
 
+    @property
+    def by_role(self) -> dict[Role, Checkpoint]:
+        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}
+
     def of(self, role: Role) -> Checkpoint:
-        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
+        return self.by_role[role]
 
     def check_unchanged(self) -> None:
         for source in self:

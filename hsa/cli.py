@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from hsa._version import __version__
+from hsa.commands.apply import apply
 from hsa.commands.demo import demo
 from hsa.commands.merge import merge
 from hsa.commands.mergekit import mergekit
+from hsa.commands.sweep import sweep
 from hsa.console import fail, guarded
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -61,5 +63,7 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 app.command()(merge)
+app.command()(sweep)
+app.command()(apply)
 app.command(context_settings={"ignore_unknown_options": True})(mergekit)
 app.command()(demo)

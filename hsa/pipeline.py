@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hsa import fsio
-from hsa.backends import Backend
-from hsa.checkpoint import Sources
-from hsa.compute import Calculator, Desk, TargetOutcome
+from hsa.checkpoint import Checkpoint, Role
+from hsa.compute import Computation
 from hsa.dtypes import Array
 from hsa.errors import MachineError
 from hsa.lanes import Lanes
 from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment
 from hsa.memory import PeakMemory
 from hsa.output import Staging
-from hsa.plan import MergePlan
 
 DIRECT_PIECE = 4 << 20
 """Bytes of a piece that is written past the page cache."""
@@ -54,12 +52,25 @@ class Options:
     sync: bool = True
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run produced: the targets in plan order, and the digest of each weights file (empty without digests)."""
+class Desk(Protocol):
+    """One thread's place at a calculator."""
 
-    targets: tuple[TargetOutcome, ...]
-    digests: Mapping[str, str]
+    def compute(self, contents: Sequence[Computed]) -> list[Computation]:
+        """Compute targets as a group, or one slice. Raises NonFiniteError, SourceChanged, MachineError."""
+
+
+class Calculator(Protocol):
+    """What computes the segments of a plan that are no copies: `hsa.compute.Calculator`, or `hsa.graft.Grafter`.
+
+    `group_bytes` are the targets that a desk takes in one go."""
+
+    @property
+    def group_bytes(self) -> int: ...
+
+    def desk(self) -> Desk: ...
+
+    def give_back(self, buffer: Array) -> None:
+        """Take back the memory of a computation that was written."""
 
 
 @dataclass
@@ -116,21 +127,21 @@ class _Stopped(Exception):
 
 
 def execute(
-    plan: MergePlan,
-    sources: Sources,
-    backend: Backend,
+    files: Sequence[OutputFile],
+    sources: Mapping[Role, Checkpoint],
+    calculator: Calculator,
     staging: Staging,
     options: Options,
     tally: fsio.Tally,
     memory: PeakMemory,
     progress: Callable[[int], None] | None = None,
-) -> Outcome:
-    """Write every weights file of the plan into the staging directory.
+) -> dict[str, str]:
+    """Write the weights files into the staging directory. Returns the digest of each, empty without digests.
 
     `progress` is called from this thread with the bytes done so far. Raises NonFiniteError, SourceChanged,
     MachineError; KeyboardInterrupt and the like stop the threads first.
     """
-    run = _Run(plan, sources, backend, staging, options, tally, memory)
+    run = _Run(files, sources, calculator, staging, options, tally, memory)
     try:
         return run.go(progress)
     finally:
@@ -140,28 +151,28 @@ def execute(
 class _Run:
     def __init__(
         self,
-        plan: MergePlan,
-        sources: Sources,
-        backend: Backend,
+        files: Sequence[OutputFile],
+        sources: Mapping[Role, Checkpoint],
+        calculator: Calculator,
         staging: Staging,
         options: Options,
         tally: fsio.Tally,
         memory: PeakMemory,
     ) -> None:
-        self.plan, self.sources, self.staging = plan, sources, staging
+        self.planned, self.sources, self.staging = files, sources, staging
         self.options, self.tally, self.memory = options, tally, memory
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
         self.done = 0
         self.results: dict[int, _Result] = {}
-        self.calculator = Calculator(sources, backend, plan.config.numerics)
+        self.calculator = calculator
         self.files: list[_File] = []
         self.piece = CACHED_PIECE
         self.lanes = None if options.sync else Lanes()
         self.tasks: Iterator[_Task] = iter(())
 
-    def go(self, progress: Callable[[int], None] | None) -> Outcome:
-        for file in self.plan.files:
+    def go(self, progress: Callable[[int], None] | None) -> dict[str, str]:
+        for file in self.planned:
             self.files.append(self._create(file))
         if self.files and all(file.direct is not None for file in self.files):
             self.piece = DIRECT_PIECE
@@ -192,9 +203,7 @@ class _Run:
             for written in self.files:
                 with fsio.writing(self.staging.file(written.plan.name)):
                     fsio.sync(written.fd)
-        digests = {file.plan.name: file.hasher.hexdigest() for file in self.files if file.hasher is not None}
-        ordered = tuple(self.calculator.outcomes[target.projection.name] for target in self.plan.targets)
-        return Outcome(ordered, digests)
+        return {file.plan.name: file.hasher.hexdigest() for file in self.files if file.hasher is not None}
 
     def close(self) -> None:
         files, self.files = self.files, []
@@ -222,7 +231,7 @@ class _Run:
         if file.twin is None:
             return None
         path = self.staging.file(file.name)
-        source = self.sources.primary.shards[file.twin].source
+        source = self.sources["primary"].shards[file.twin].source
         fd = fsio.create(path, 0)
         with fsio.writing(path, file.size):
             try:
@@ -255,7 +264,7 @@ class _Run:
         total = group[0].content.nbytes
         while ahead and isinstance(group[0].content, Merge) and isinstance(ahead[0].content, Merge):
             total += ahead[0].content.nbytes
-            if total > self.calculator.backend.group_bytes:
+            if total > self.calculator.group_bytes:
                 break
             group.append(ahead.popleft())
         return tuple(group)
@@ -268,7 +277,7 @@ class _Run:
 
     def _work(self) -> None:
         try:
-            local = _Local(Desk(self.calculator), self._piece())
+            local = _Local(self.calculator.desk(), self._piece())
             while True:
                 with self.changed:
                     if self.failure is not None:
@@ -321,7 +330,7 @@ class _Run:
                 part[:] = memoryview(content.data)[low - segment.offset : high - segment.offset]
             elif isinstance(content, Copied):
                 if not file.cloned or file.hasher is not None:
-                    self.sources.of(content.role).read_into(content.tensor, part, low - segment.offset)
+                    self.sources[content.role].read_into(content.tensor, part, low - segment.offset)
             else:
                 result = self._result(segment)
                 assert result.data is not None
