@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 TIMEOUT = 20
 """Seconds that one input may take, instrumented, on a busy machine."""
+ROOM = 3 << 30
+"""Bytes of memory of a fuzzer, its own corpus, mutations and counters included."""
 LENGTH = 1 << 17
 """Bytes of an input that is made up; larger ones are in tests/test_corpus.py."""
 
@@ -62,6 +65,9 @@ def fuzz(place: Path, name: str, corpus: Path, seconds: float, options: list[str
     for number, seed in enumerate(target.seeds(arena)):
         (corpus / f"seed-{number}").write_bytes(seed)
         target.run(arena, seed)
+
+    # a fuzzer that eats the machine is worse than none: what the mutations take is bounded too, if loosely
+    resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))
 
     def attempt(data: bytes) -> None:
         target.run(arena, data)

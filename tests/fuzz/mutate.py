@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 VALUES = (
@@ -71,14 +72,14 @@ def _document(document: Any, rng: random.Random, tokens: Sequence[str]) -> bytes
         box, key = rng.choice(places)
         action = rng.randrange(9)
         if action <= 2:
-            box[key] = rng.choice(VALUES)
+            box[key] = deepcopy(rng.choice(VALUES))
         elif action == 3:
             box[key] = _near(box[key], rng)
         elif action == 4 and tokens:
             box[key] = rng.choice(tokens)
         elif action == 5 and isinstance(box, dict):
             name = rng.choice((*tokens, "", "x" * rng.choice((1, 300, 5000)), "\0", "é"))
-            box[name] = box.pop(key) if rng.random() < 0.5 else box[key]
+            box[name] = box.pop(key) if rng.random() < 0.5 else deepcopy(box[key])
         elif action == 6:
             other, there = rng.choice(places)
             box[key], other[there] = other[there], box[key]
@@ -131,7 +132,7 @@ def _near(value: Any, rng: random.Random) -> Any:
             + value[at + rng.randrange(2) :]
         )
     if isinstance(value, list):
-        return value * 2
+        return [*value, *deepcopy(value)]
     return [value]
 
 
