@@ -38,6 +38,9 @@ class Target:
     tokens: tuple[str, ...] = ()
 
 
+QUIETLY = ("--no-sync", "--threads=1", "--json")
+
+
 class Arena:
     """Sound sources in every form, made once below `place/arena`, and the destination that each attempt writes."""
 
@@ -73,7 +76,7 @@ class Arena:
         """`hsa merge` in this process, as the command line does it; the destination is there, whole, or absent."""
         given = {**self.triple, **sources}
         arguments = ["merge", *(f"--{role}={path}" for role, path in given.items()), f"--output={self.output}"]
-        return self.command(*arguments, "--no-sync", "--threads=1", "--json", *more)
+        return self.command(*arguments, *QUIETLY, *more)
 
     def command(self, *arguments: str) -> str:
         """A command line in this process: success, or one line of an error that is the input's fault."""
@@ -239,6 +242,43 @@ def _provenance_seeds(arena: Arena) -> Iterable[bytes]:
     yield (arena.output / "hsa_merge.json").read_bytes()
 
 
+# Patches ---------------------------------------------------------------------------------------------------------
+
+
+def _patch(arena: Arena, data: bytes) -> str:
+    """`hsa apply` with a patch whose header and document are the input's, each with a digest that fits; any other input
+    is the header itself."""
+    sound = _sound(arena, _patch_file(arena))
+    _, tensors = _split(sound)
+    header = data
+    with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+        made = json.loads(data)
+        document = dict(made["document"])
+        document["digest"] = provenance.digest_of(document)
+        about = {"format": "pt", "hsa_patch": json.dumps(document)}
+        header = json.dumps({"__metadata__": about, **made["header"]}).encode()
+    path = arena.sources / "hostile.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + tensors)
+    return arena.command("apply", str(arena.triple["primary"]), str(path), f"--output={arena.output}", *QUIETLY)
+
+
+def _patch_file(arena: Arena) -> Path:
+    path = arena.sources / "patch.safetensors"
+    if not path.exists():
+        shutil.rmtree(arena.output, ignore_errors=True)
+        given = {f"--{role}={source}": None for role, source in arena.triple.items()}
+        code = cli.run(["merge", *given, f"--output={arena.output}.safetensors", "--patch", "--quiet"])
+        assert code == 0
+        shutil.move(f"{arena.output}.safetensors", path)
+    return path
+
+
+def _patch_seeds(arena: Arena) -> Iterable[bytes]:
+    header = json.loads(_split(_patch_file(arena).read_bytes())[0])
+    document = json.loads(header.pop("__metadata__")["hsa_patch"])
+    yield json.dumps({"document": document, "header": header}).encode()
+
+
 # Pickles ---------------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +427,7 @@ TARGETS: Mapping[str, Target] = {
         tokens=("r", "lora_alpha", "use_rslora", "peft_type", "LORA", "bias"),
     ),
     "provenance": Target(_provenance, _provenance_seeds, tokens=("digest", "blake3", "selected", "scores", "revision")),
+    "patch": Target(_patch, _patch_seeds, tokens=("targets", "files", "hsa.scores", "max_shard_size", "parameters")),
     "pickle": Target(_pickle, _pickle_seeds, "bytes", ("torch._utils\n_rebuild_tensor_v2\n", "storage", "cpu")),
     "zip": Target(
         _placed(lambda arena: arena.pickled / PICKLES.weights, lambda arena: arena.merge(secondary=arena.pickled)),
