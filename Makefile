@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 INTEGRATIONS := .venv-integrations
 
-.PHONY: demo test test-faults test-interpret test-integrations test-gpu compile-check lint types bench bench-full bench-speed bench-gpu report clean
+.PHONY: demo test test-faults test-interpret test-integrations test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
@@ -28,6 +28,11 @@ test-interpret: $(READY)
 # On a machine whose Python has torch already: make test-gpu BIN=/path/to/its/bin READY=
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/test_gpu.py tests/test_kernels_merge.py tests/test_kernels_refusals.py
+
+# A coverage-guided fuzzer on each kind of file, one after the other: make fuzz SECONDS=600 TARGETS="header patch"
+SECONDS := 60
+fuzz: $(VENV)/fuzz-ready
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(TARGETS)
 
 compile-check: $(READY)
 	$(BIN)/python -m hsa.kernels.compile_check
@@ -71,6 +76,10 @@ clean:
 $(READY): setup.py pyproject.toml constraints.txt hsa/_version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/fuzz-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,fuzz]"
 	touch $@
 
 $(INTEGRATIONS)/ready: setup.py pyproject.toml constraints.txt hsa/_version.py

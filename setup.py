@@ -53,6 +53,9 @@ setup(
             "jiwer>=4,<5",
             "pytest-benchmark>=5,<6",
         ],
+        "fuzz": [
+            "atheris>=3,<4; python_version >= '3.11' and platform_system == 'Linux' and platform_machine == 'x86_64'"
+        ],
         "deploy": ["ctranslate2>=4.8,<5", "faster-whisper>=1.2,<2"],
         "integrations": [
             "peft>=0.17,<1",

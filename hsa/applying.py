@@ -21,6 +21,7 @@ from hsa.output import Staging, check_destination
 from hsa.patch_format import PatchTarget
 from hsa.patch_reader import Patch, digest_range, open_patch
 from hsa.pipeline import Options, execute
+from hsa.plan import MAX_TARGET
 from hsa.provenance import Record, source_record, tensors_digest
 from hsa.report import NO_DIGESTS, MergeReport, TensorReport
 from hsa.request import PathLike
@@ -150,6 +151,11 @@ def check_primary(patch: Patch, primary: Checkpoint) -> None:
         found = None if ref is None else (ref.name, ref.code, ref.shape)
         if found != (target.name, target.code, target.shape):
             raise PatchError(f"{where}: tensor {target.name} {target.code} {list(target.shape)} is {found}")
+        if ref is not None and ref.nbytes > MAX_TARGET:
+            raise PatchError(
+                f"{primary.file_of(ref)}: target tensor {ref.name} takes {ref.nbytes} bytes, at most {MAX_TARGET} are "
+                f"held in memory; is it a Whisper checkpoint?"
+            )
     digests = [_line(target, primary) for target in patch.contents.targets]
     held = source_record(primary, tensors_digest(digests))
     if held.files != made.files or held.kind != made.kind:

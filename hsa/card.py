@@ -161,7 +161,7 @@ def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
     shown = {name: value for name, value in parameters.items() if name not in SETTINGS}
     if shown["load_dtype"] is None:
         del shown["load_dtype"]
-    return [(name, _value(value)) for name, value in shown.items()]
+    return [(name if name.isidentifier() else escape(name), _value(value)) for name, value in shown.items()]
 
 
 def _loading(*, processor: bool) -> str:
@@ -208,7 +208,7 @@ def _value(value: Any) -> str:
         return "from config.json"
     if isinstance(value, dict):
         return "given per tensor, see `hsa_merge.json`"
-    return f"`{value}`"
+    return f"`{_code(str(value)) or ' '}`"
 
 
 def _kind(file: str) -> str:

@@ -14,7 +14,7 @@ from hsa import whisper
 from hsa.dtypes import ARITHMETIC
 from hsa.errors import HeaderError, MachineError, MismatchError, SourceError
 from hsa.fsio import Source, Tally, exists
-from hsa.header import Header, load_json, read_header
+from hsa.header import MAX_HEADER, MAX_MARKS, Header, load_json, marks, read_header
 from hsa.pickled import read_state_dict
 from hsa.ranges import Range
 
@@ -26,8 +26,10 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-MAX_TEXT = 128 << 20
-"""Bytes; the largest config, index or tokenizer file that is read."""
+MAX_TEXT = 16 << 20
+"""Bytes; the largest config, index or tokenizer file that is read. All of an output's are held at once."""
+MAX_TENSORS = 1 << 14
+"""Tensors of a checkpoint: ten times as many as large-v3 has."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def open_checkpoint(
     try:
         for name in listed.names:
             result.shards += (open_shard(role, directory, name, tally, parts.get(name)),)
+            _check_size(result)
         result.tensors = _tensors(result, listed)
         if result.kind == "pickle":
             _drop_tied_output(result)
@@ -211,6 +214,19 @@ def open_checkpoint(
         result.close()
         raise
     return result
+
+
+def _check_size(checkpoint: Checkpoint) -> None:
+    """The limits of one header, held for all shards together; HeaderError beyond."""
+    headers = [shard.header for shard in checkpoint.shards]
+    size = sum(len(header.raw) - 8 for header in headers)
+    found = sum(marks(header.raw[8:]) for header in headers) if checkpoint.kind == "safetensors" else 0
+    tensors = sum(len(header.entries) for header in headers)
+    if size > MAX_HEADER or found > MAX_MARKS or tensors > MAX_TENSORS:
+        raise HeaderError(
+            f"{checkpoint.role}: {checkpoint.path} has headers of {size} bytes, {found} brackets, braces and commas, "
+            f"for {tensors} tensors; at most {MAX_HEADER}, {MAX_MARKS} and {MAX_TENSORS} are read"
+        )
 
 
 def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part | None = None) -> Shard:

@@ -89,6 +89,13 @@ class MachineError(HsaError):
     exit_code = 1
 
 
+MAX_MESSAGE = 4000
+"""Characters of a message that are shown: a name in a file may be as long as the file."""
+
+
 def one_line(text: str) -> str:
-    """The text with every control character escaped, so that names from files cannot forge lines."""
+    """The text with every control character escaped, so that names from files cannot forge lines; of a very long one
+    its two ends."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -18,8 +18,16 @@ from hsa.dtypes import BITS
 from hsa.errors import HeaderError
 from hsa.fsio import Source
 
-MAX_HEADER = 100_000_000
-"""Bytes; what the safetensors library accepts."""
+MAX_HEADER = 8 << 20
+"""Bytes of a header, or of any JSON that is parsed: fifty times what large-v3 takes. The safetensors library accepts
+100 MB, which takes gigabytes once it is parsed."""
+
+MAX_MARKS = 1 << 17
+"""Brackets, braces and commas of a JSON text, of which every value needs one: they bound what parsing it takes, a few
+hundred bytes each at most. A header of large-v3 has ten thousand."""
+
+MAX_DEPTH = 64
+"""Levels of a JSON document; what is nested deeper could be read and not be written again."""
 
 MAX_RANK = 64
 """Dimensions; numpy's own limit."""
@@ -108,7 +116,7 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             seen: set[str] = set()
             repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise HeaderError(f"{where}: {what} names {repeated!r} twice")
+            raise HeaderError(f"{where}: {what} names {repeated!r:.200} twice")
         return found
 
     def constant(name: str) -> None:
@@ -117,8 +125,23 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
     def whole(digits: str) -> int | float:
         return int(digits) if digits != "-0" else -0.0
 
+    def real(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise ValueError(f"{digits:.40} is out of range")
+        return value
+
+    if len(text) > MAX_HEADER or marks(text) > MAX_MARKS:
+        raise HeaderError(
+            f"{where}: {what} of {len(text)} bytes with {marks(text)} brackets, braces and commas, at most "
+            f"{MAX_HEADER} and {MAX_MARKS} are read; it is no {what} of a Whisper checkpoint"
+        )
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=whole)
+        document = json.loads(
+            text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=whole, parse_float=real
+        )
+        if _is_deep(document):
+            raise RecursionError
         if b"\\u" in text:  # an escaped lone surrogate is no text: it could not be written again
             json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -131,8 +154,25 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
     return document
 
 
+def marks(text: bytes) -> int:
+    """Brackets, braces and commas of a JSON text, those within strings too."""
+    return text.count(b"{") + text.count(b"[") + text.count(b",")
+
+
+def _is_deep(document: Any) -> bool:
+    level = [document]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    return bool(level)
+
+
 def _entry(name: str, value: Any, where: str) -> Entry:
-    label = f"{where}: tensor {name}"
+    label = f"{where}: tensor {name:.200}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(f"{label}: expected exactly dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -40,6 +40,8 @@ from hsa.header import load_json
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BLOCK_ELEMENTS = 1 << 15
 """Elements of an adapted weight that are computed at a time: with its scratch, within a core's second-level cache."""
+MAX_MATRIX = 16 << 20
+"""Bytes of `A` or `B`, which are held whole by every thread: rank 800 on the widest weight of large-v3."""
 MAX_ALPHA = float(np.finfo(np.float32).max)
 
 FOLD_FIRST = "fold it into its base with peft first (PeftModel.merge_and_unload, then save_pretrained) and give that"
@@ -253,6 +255,11 @@ def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]
             raise SourceError(
                 f"{adapter.base.file_of(weight)}: tensor {weight.name} has dtype {weight.code}, and the adapter of "
                 f"{adapter.role} needs one of {', '.join(ARITHMETIC)}"
+            )
+        if max(down.nbytes, up.nbytes) > MAX_MATRIX:
+            raise RequestError(
+                f"{where}: lora_A and lora_B of {name} take {down.nbytes} and {up.nbytes} bytes, at most {MAX_MATRIX} "
+                f"each are held in memory; {FOLD_FIRST}"
             )
         pairs[name] = (down, up)
     return pairs

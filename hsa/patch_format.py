@@ -75,6 +75,9 @@ class Distances:
     from_secondary: float
 
 
+MAX_TARGETS, MAX_HEADS = 4096, 1 << 17
+"""Targets of a patch, and heads of all of them: several times what large-v3 has. A file of holes may promise more."""
+
 LONGEST = Distances(1.2345678901234567e-100, 1.2345678901234567e-100)
 """Stands for distances that are not known yet: no number is written with more digits."""
 
@@ -187,6 +190,8 @@ def read(header: Header, where: str) -> Contents:
         check_digest(document, where)
     except (HeaderError, ProvenanceError, UnicodeEncodeError) as error:
         raise PatchError(f"{where}: {error}") from error
+    if len(header.entries) > MAX_TARGETS + 2:
+        raise PatchError(f"{where}: it holds {len(header.entries)} tensors, at most {MAX_TARGETS} targets are read")
     try:
         contents = _contents(document, {entry.name: entry for entry in header.entries})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -208,6 +213,10 @@ def _contents(document: Mapping[str, Any], held: Mapping[str, Entry]) -> Content
     for name, digest in files.items():
         if not isinstance(digest, str) or len(digest) != 64 or "/" in name or name in ("", ".", ".."):
             raise ValueError(f"files has {name!r:.80}: {digest!r:.80}")
+    placed = tuple(_target(name, entry, held.get(name)) for name, entry in targets.items())
+    heads = sum(target.heads for target in placed)
+    if heads > MAX_HEADS:
+        raise ValueError(f"its targets have {heads} heads, at most {MAX_HEADS} are read")
     tensors = document["tensors_blake3"]
     if not isinstance(tensors, str):
         raise TypeError("tensors_blake3 must be a text")
@@ -216,7 +225,7 @@ def _contents(document: Mapping[str, Any], held: Mapping[str, Entry]) -> Content
         libraries,
         parameters,
         sources,
-        tuple(_target(name, entry, held.get(name)) for name, entry in targets.items()),
+        placed,
         files,
         tensors,
         {stack: _distances(entry) for stack, entry in document["distances"].items()},

@@ -24,10 +24,14 @@ from typing import Any
 from hsa.dtypes import BITS
 from hsa.errors import HeaderError, HsaError, SourceError
 from hsa.fsio import Source
-from hsa.header import MAX_HEADER, Entry, Header
+from hsa.header import Entry, Header
 
 REMEDY = "save the model as safetensors (save_pretrained does) and give that"
 _AGAIN = "the file is damaged, copy it again"
+
+MAX_PICKLE = 1 << 20
+"""Bytes of an archive that are read at once: its directory, or the description of its tensors, which takes a hundred
+times its size once it is loaded. Those of large-v3 have a sixth of it."""
 
 _LOCAL_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = 30
@@ -82,12 +86,18 @@ def read_archive(source: Source) -> Archive:
     if len(described) != 1:
         raise HeaderError(f"{where}: expected one data.pkl in the archive, found {len(described)}; {REMEDY}")
     start, size = records[described[0]]
-    if size > MAX_HEADER:
+    if size > MAX_PICKLE:
         raise HeaderError(
-            f"{where}: data.pkl has {size} bytes, at most {MAX_HEADER} are allowed for the description of tensors; "
+            f"{where}: data.pkl has {size} bytes, at most {MAX_PICKLE} are allowed for the description of tensors; "
             f"{REMEDY}"
         )
     root = described[0].partition("/")[0]
+    for name, (_, whole) in records.items():  # torch makes room for these before it asks for their bytes
+        if whole > MAX_PICKLE and not name.startswith(f"{root}/data/"):
+            raise HeaderError(
+                f"{where}: record {name:.200} has {whole} bytes, at most {MAX_PICKLE} are allowed for what is no "
+                f"tensor; {REMEDY}"
+            )
     order = records.get(f"{root}/byteorder")
     if order is not None and source.read(min(order[1], 16), order[0]) != b"little":
         raise SourceError(f"{where}: expected the byte order 'little'; {REMEDY}")
@@ -141,10 +151,10 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1, /) -> bytes:
         left = max(0, self._source.size - self._position)
         count = left if size < 0 else min(size, left)
-        if count > MAX_HEADER:
+        if count > MAX_PICKLE:
             raise HeaderError(
                 f"{self._source.label}: {self._source.path}: a part of {count} bytes of the archive is to be read at "
-                f"once, at most {MAX_HEADER} are allowed; {REMEDY}"
+                f"once, at most {MAX_PICKLE} are allowed; {REMEDY}"
             )
         found = self._source.read(count, self._position)
         self._position += count

@@ -22,6 +22,9 @@ from hsa.target import Target
 
 Route = Literal["patch", "rewrite"]
 
+MAX_TARGET = 16 << 20
+"""Bytes of a target tensor, which is held whole, as three sources and a result: twice what large-v3 has."""
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -141,6 +144,11 @@ def make_target(
             raise SourceError(
                 f"{sources.of(role).file_of(ref)}: target tensor {ref.name} has dtype {ref.code}, expected one of "
                 f"{', '.join(ARITHMETIC)}"
+            )
+        if ref.nbytes > MAX_TARGET:
+            raise SourceError(
+                f"{sources.of(role).file_of(ref)}: target tensor {ref.name} of shape {list(ref.shape)} takes "
+                f"{ref.nbytes} bytes, at most {MAX_TARGET} are held in memory; is it a Whisper checkpoint?"
             )
     owner: Role = "primary" if loaded is None else "base"
     heads = config.num_heads or shapes[owner].heads[stack]

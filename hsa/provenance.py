@@ -7,8 +7,8 @@ the same record, so that whoever holds a record can write both again.
 from __future__ import annotations
 
 import json
-import math
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +18,8 @@ from typing import Any
 from hsa._version import __version__
 from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources
 from hsa.compute import TargetOutcome
-from hsa.errors import HeaderError, ProvenanceError
+from hsa.config import MergeConfig
+from hsa.errors import HeaderError, ProvenanceError, RequestError
 from hsa.fsio import Source, Tally
 from hsa.header import load_json
 from hsa.output import PROVENANCE
@@ -252,9 +253,24 @@ def parse_origin(document: Mapping[str, Any]) -> Origin:
     return (
         {_text(key): _text(value) for key, value in _mapping(document["program"]).items()},
         {_text(key): _text(value) for key, value in _mapping(document["libraries"]).items()},
-        _mapping(document["parameters"]),
+        _parameters(document["parameters"]),
         {role: parse_source(sources[role]) for role in ROLES},
     )
+
+
+def _parameters(entry: Any) -> dict[str, Any]:
+    """The parameters of a record, which the card and a merge made again rely on."""
+    found = _mapping(entry)
+    try:
+        MergeConfig.from_dict(found)
+    except RequestError as error:
+        raise ValueError(str(error)) from error
+    for setting in SETTINGS:
+        if setting not in found:
+            raise KeyError(setting)
+    for field, value in _mapping(found["card"]).items():
+        _text(field), _text(value)
+    return found
 
 
 def parse_source(entry: Any) -> SourceRecord:
@@ -378,7 +394,7 @@ def _count(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"expected a finite number, found {value!r:.80}")
     return float(value)
 

@@ -19,6 +19,8 @@ Kind = Literal["q", "k", "v", "out"]
 Part = Literal["weight", "bias"]
 
 MODEL_TYPE = "whisper"
+MAX_COUNT = 10_000
+"""Heads or layers that a config may claim: work goes by the count, before any tensor was looked for."""
 EMBEDDING = "decoder.embed_tokens.weight"
 UNTIED_OUTPUT = "proj_out.weight"
 DIMENSIONS = {
@@ -230,14 +232,17 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     found = config.get("model_type")
     if found != MODEL_TYPE:
         raise SourceError(
-            f"{where} is not a Whisper checkpoint: its config.json has model_type {found!r}, "
+            f"{where} is not a Whisper checkpoint: its config.json has model_type {found!r:.80}, "
             f"supported is {MODEL_TYPE!r}"
         )
 
     def count(key: str) -> int:
         value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SourceError(f"{where}: config.json has {key} = {value!r}, expected a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
+            raise SourceError(
+                f"{where}: config.json has {key} = {value!r:.80}, expected a positive whole number of at most "
+                f"{MAX_COUNT}"
+            )
         return value
 
     stacks: tuple[Stack, ...] = ("encoder", "decoder")

@@ -326,13 +326,13 @@ def test_big_endian(saved: Path) -> None:
 def test_a_description_that_is_too_large(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [(n, d + b"." * 5000 if n.endswith("data.pkl") else d) for n, d in records_of(saved)]
     archive(saved, records)
-    monkeypatch.setattr(pickled, "MAX_HEADER", 5000)
+    monkeypatch.setattr(pickled, "MAX_PICKLE", 5000)
     monkeypatch.setattr(pickled, "_load", lambda *_: pytest.fail("the pickle was parsed"))
     refused(saved, "data.pkl has .* bytes, at most 5000 are allowed")
 
 
 def test_a_directory_of_records_that_is_too_large(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickled, "MAX_HEADER", 100)
+    monkeypatch.setattr(pickled, "MAX_PICKLE", 100)
     refused(saved, "a part of .* bytes of the archive is to be read at once, at most 100")
 
 

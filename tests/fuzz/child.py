@@ -1,0 +1,113 @@
+"""One process that runs inputs through targets.
+
+    child.py replay PLACE FILE...          each file through the target that its directory is named after; JSON lines
+    child.py fuzz PLACE TARGET CORPUS SECONDS [libFuzzer's options]    atheris; without it, mutations at random
+
+A finding ends the process with an exit code other than 0, after a traceback.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.util
+import json
+import os
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+
+TIMEOUT = 20
+"""Seconds that one input may take, instrumented, on a busy machine."""
+ROOM = 3 << 30
+"""Bytes of memory of a fuzzer, its own corpus, mutations and counters included."""
+LENGTH = 1 << 17
+"""Bytes of an input that is made up; larger ones are in tests/test_corpus.py."""
+
+
+def replay(place: Path, files: list[Path]) -> None:
+    from guard import Finding, peak
+    from targets import TARGETS, Arena
+
+    arena = Arena(place)
+    for name in {file.parent.name: None for file in files}:  # what is imported late is imported before memory counts
+        TARGETS[name].run(arena, next(iter(TARGETS[name].seeds(arena))))
+    for file in files:
+        faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+        started = time.monotonic()
+        try:
+            said = TARGETS[file.parent.name].run(arena, file.read_bytes())
+        except Finding as error:
+            said = f"FINDING: {error}"
+        except Exception as error:
+            said = f"FINDING: {type(error).__name__}: {error}"
+        faulthandler.cancel_dump_traceback_later()
+        seconds = round(time.monotonic() - started, 3)
+        print(json.dumps({"file": str(file), "said": said[:500], "seconds": seconds, "peak": peak()}), flush=True)
+
+
+def fuzz(place: Path, name: str, corpus: Path, seconds: float, options: list[str]) -> None:
+    guided = importlib.util.find_spec("atheris") is not None
+    if guided:
+        import atheris
+
+        with atheris.instrument_imports(include=["hsa", "zipfile", "torch._weights_only_unpickler"]):
+            import zipfile  # noqa: F401
+
+            import targets
+    else:
+        import targets
+    target, arena = targets.TARGETS[name], targets.Arena(place)
+    for number, seed in enumerate(target.seeds(arena)):
+        (corpus / f"seed-{number}").write_bytes(seed)
+        target.run(arena, seed)
+
+    # a fuzzer that eats the machine is worse than none: what the mutations take is bounded too, if loosely
+    resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))
+
+    def attempt(data: bytes) -> None:
+        target.run(arena, data)
+
+    def changed(data: bytes, limit: int, seed: int) -> bytes:
+        from mutate import mutate
+
+        return mutate(data, limit, seed, kind=target.kind, tokens=target.tokens)
+
+    if not guided:
+        _at_random(corpus, seconds, attempt, changed)
+        return
+
+    def mutated(data: bytes, limit: int, seed: int) -> bytes:
+        return changed(data, limit, seed) if seed % 4 else atheris.Mutate(data, limit)
+
+    fixed = [f"-max_total_time={int(seconds)}", f"-timeout={TIMEOUT}", f"-max_len={LENGTH}", "-rss_limit_mb=0"]
+    arguments = [sys.argv[0], str(corpus), *fixed, "-print_final_stats=1", "-len_control=0", *options]
+    atheris.Setup(arguments, attempt, custom_mutator=mutated)
+    atheris.Fuzz()
+
+
+def _at_random(corpus: Path, seconds: float, attempt: object, changed: object) -> None:
+    pool = [path.read_bytes() for path in sorted(corpus.iterdir())]
+    rng, stop, count = random.Random(0), time.monotonic() + seconds, 0
+    while time.monotonic() < stop:
+        data = changed(rng.choice(pool), LENGTH, rng.getrandbits(32))  # type: ignore[operator]
+        (corpus / "current").write_bytes(data)
+        faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+        attempt(data)  # type: ignore[operator]
+        count += 1
+    faulthandler.cancel_dump_traceback_later()
+    (corpus / "current").unlink(missing_ok=True)
+    print(f"#{count} DONE", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    place = Path(sys.argv[2])
+    if sys.argv[1] == "replay":
+        replay(place, [Path(file) for file in sys.argv[3:]])
+    else:
+        fuzz(place, sys.argv[3], Path(sys.argv[4]), float(sys.argv[5]), sys.argv[6:])

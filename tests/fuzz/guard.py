@@ -1,0 +1,112 @@
+"""What no input may do: read or write outside its arena, start a program, open a connection, take too much memory.
+
+An audit hook sees every file that Python opens and every change to a directory; it cannot be taken out again, so it is
+armed only while an input runs. C code that opens files itself (torch's) is not seen.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LIMIT = 512 << 20
+"""Bytes of memory that are no pages of mapped files, for the whole process."""
+
+_CODE = tuple({*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[2])})
+_SYSTEM = ("/proc/", "/sys/", "/dev/", "/etc/localtime", "/usr/share/zoneinfo")
+_CHANGES = {
+    "os.chmod": (0,),
+    "os.chown": (0,),
+    "os.link": (0, 1),
+    "os.mkdir": (0,),
+    "os.remove": (0,),
+    "os.rename": (0, 1),
+    "os.rmdir": (0,),
+    "os.setxattr": (0,),
+    "os.symlink": (1,),
+    "os.truncate": (0,),
+    "os.utime": (0,),
+    "shutil.rmtree": (0,),
+}
+"""Events that change a directory, and which of their arguments are the paths."""
+_NEVER = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.", "socket.", "pty.")
+_PLAIN_CLASSES = ("torch", "collections", "_codecs", "builtins")
+
+
+class Finding(Exception):
+    """An input did what no input may do."""
+
+
+class Guard:
+    """Arena of one process: reads below `arena`, writes below `arena/out`, and nothing else; `broken` says what was."""
+
+    def __init__(self, arena: Path) -> None:
+        self.arena, self.armed, self.broken = Path(os.path.realpath(arena)), False, list[str]()
+        self.out = self.arena / "out"
+        sys.addaudithook(self._see)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Raise Finding when the block breaks a rule, however it ends."""
+        self.broken.clear()
+        reset_peak()
+        self.armed = True
+        try:
+            yield
+        finally:
+            self.armed = False
+            if self.broken:
+                raise Finding(self.broken[0])
+            if peak() > LIMIT:
+                raise Finding(f"took {peak() >> 20} MiB, at most {LIMIT >> 20} are allowed")
+
+    def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.armed:
+            return
+        before = len(self.broken)
+        self._judge(event, arguments)
+        if len(self.broken) > before:  # so that it does not happen; and kept, for the program may catch it
+            raise Finding(self.broken[-1])
+
+    def _judge(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            self._open(path, bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)))
+        elif event in ("os.listdir", "os.scandir"):
+            self._open(arguments[0] or ".", False)
+        elif event in _CHANGES:
+            for position in _CHANGES[event]:
+                self._open(arguments[position], True)
+        elif event == "pickle.find_class":
+            if str(arguments[0]).partition(".")[0] not in _PLAIN_CLASSES:
+                self.broken.append(f"the pickle got at {arguments[0]}.{arguments[1]}")
+        elif event.startswith(_NEVER):
+            self.broken.append(f"{event} {arguments!r:.200}")
+
+    def _open(self, path: Any, writes: bool) -> None:
+        if isinstance(path, int):  # a file that is open already
+            return
+        real = os.path.realpath(os.fsdecode(path))
+        below = self.out if writes else self.arena
+        if Path(real).is_relative_to(below):
+            return
+        if not writes and real.startswith((*_CODE, *_SYSTEM)):  # modules that are imported late
+            return
+        self.broken.append(f"{'writes' if writes else 'reads'} {path!r:.200}")
+
+
+def reset_peak() -> None:
+    """Forget the peak so far. Source: proc(5), clear_refs."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Bytes at the peak since `reset_peak`, without pages of mapped files: exact, for the kernel keeps it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return (int(fields["VmHWM"].split()[0]) - int(fields["RssFile"].split()[0])) * 1024

@@ -1,0 +1,440 @@
+"""What is fuzzed: one entry for each kind of file that a stranger may have written.
+
+A target puts the bytes in their place in an otherwise sound source, runs what a user would run, and returns what came
+of it: a word for success, or the HsaError. Any other exception, and whatever `guard` forbids, is a finding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guard import Finding, Guard
+
+from hsa import card, cli, provenance
+from hsa.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
+from hsa.errors import HsaError
+from hsa.header import marks
+from hsa.synthetic import SHAPES, write_triple
+
+
+@dataclass(frozen=True)
+class Target:
+    """`run` takes an arena and the file's bytes, in one attempt; `seeds` are sound files; `kind` chooses the mutations.
+
+    `tokens` are words that stand in such files.
+    """
+
+    run: Callable[[Arena, bytes], str]
+    seeds: Callable[[Arena], Iterable[bytes]]
+    kind: str = "json"
+    tokens: tuple[str, ...] = ()
+
+
+QUIETLY = ("--no-sync", "--threads=1", "--json")
+
+
+class Arena:
+    """Sound sources in every form, made once below `place/arena`, and the destination that each attempt writes."""
+
+    def __init__(self, place: Path) -> None:
+        import torch
+        from helpers import read_tensors, write_adapter, write_openai, write_pickle, write_tensors
+
+        root = place / "arena"
+        self.sources = root / "sources"
+        self.triple = write_triple(self.sources, SHAPES["test"])
+        base = self.triple["base"]
+        tensors = read_tensors(base)
+        self.sharded, self.pickled = self._copy("sharded"), self._copy("pickled")
+        write_tensors(self.sharded, tensors, shards=2)
+        write_pickle(self.pickled, tensors)
+        self.adapter = self.sources / "adapter"
+        adapted = {name: tensor for name, tensor in tensors.items() if name.endswith("encoder.layers.0.fc1.weight")}
+        write_adapter(self.adapter, adapted or dict(list(tensors.items())[:0]))
+        self.openai = write_openai(self.sources / "openai" / "small.pt", base)
+        (place / "secret").mkdir()
+        shutil.copy(base / WEIGHTS, place / "secret" / WEIGHTS)
+        (self.sources / "link").symlink_to(place / "secret")
+        (root / "out").mkdir()
+        self.output = root / "out" / "merged"
+        self.guard = Guard(root)
+        self._sound: dict[Path, bytes] = {}
+        del torch
+
+    def _copy(self, name: str) -> Path:
+        return Path(shutil.copytree(self.triple["primary"], self.sources / name))
+
+    def merge(self, *more: str, **sources: Path) -> str:
+        """`hsa merge` in this process, as the command line does it; the destination is there, whole, or absent."""
+        given = {**self.triple, **sources}
+        arguments = ["merge", *(f"--{role}={path}" for role, path in given.items()), f"--output={self.output}"]
+        return self.command(*arguments, *QUIETLY, *more)
+
+    def command(self, *arguments: str) -> str:
+        """A command line in this process: success, or one line of an error that is the input's fault."""
+        shutil.rmtree(self.output, ignore_errors=True)
+        said, errors = io.StringIO(), io.StringIO()
+        with self.guard.watching(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+            code = cli.run(arguments)
+        lines = errors.getvalue().splitlines()
+        failed = [line for line in lines if line.startswith("hsa: error: ")]
+        if code not in (0, 2) or len(failed) != (code == 2) or any(not line.startswith("hsa: ") for line in lines):
+            raise Finding(f"exit code {code} with {lines!r:.500}")
+        if any(not line.isprintable() for line in lines):
+            raise Finding(f"control characters in {lines!r:.500}")
+        left = {path.name for path in self.output.parent.iterdir()} - {self.output.name}
+        if left:
+            raise Finding(f"left behind {left}")
+        if code == 0 and "merge" in arguments[:1]:
+            json.loads(said.getvalue())
+            for file in self.output.glob("*.json"):
+                json.loads(file.read_bytes(), parse_constant=_no_constant) if file.name in _OURS else None
+        if self.output.exists() != (code == 0):
+            raise Finding(f"exit code {code}, and the destination is {'there' if code else 'not there'}")
+        return failed[0] if failed else "success"
+
+    def call(self, work: Callable[[], object]) -> str:
+        """Work of this package without a command: success, or an HsaError."""
+        try:
+            with self.guard.watching():
+                work()
+        except HsaError as error:
+            if not str(error).isprintable():
+                raise Finding(f"control characters in {str(error)!r:.500}") from error
+            return str(error)
+        return "success"
+
+
+_OURS = (CONFIG, INDEX, "hsa_merge.json")
+"""Files that are written anew from what was read, and must be JSON whatever that was."""
+
+
+def _no_constant(name: str) -> None:
+    raise Finding(f"wrote {name} into JSON")
+
+
+# Safetensors -----------------------------------------------------------------------------------------------------
+
+
+def _split(raw: bytes) -> tuple[bytes, bytes]:
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return raw[8:end], raw[end:]
+
+
+def _sound(arena: Arena, path: Path) -> bytes:
+    """The bytes of a sound file, from before anything wrote over it."""
+    return arena._sound.setdefault(path, path.read_bytes())
+
+
+def _header(arena: Arena, data: bytes) -> str:
+    path = arena.sharded / "model-00001-of-00002.safetensors"
+    _, tensors = _split(_sound(arena, path))
+    path.write_bytes(len(data).to_bytes(8, "little") + data + tensors)
+    try:
+        return arena.merge(primary=arena.sharded)
+    finally:
+        path.write_bytes(_sound(arena, path))
+
+
+def _header_seeds(arena: Arena) -> Iterable[bytes]:
+    yield _split((arena.sharded / "model-00001-of-00002.safetensors").read_bytes())[0]
+    yield b"{}"
+
+
+def _weights(arena: Arena, data: bytes) -> str:
+    path = arena.triple["secondary"] / WEIGHTS
+    sound = _sound(arena, path)
+    path.write_bytes(data)
+    try:
+        return arena.merge()
+    finally:
+        path.write_bytes(sound)
+
+
+def _weights_seeds(arena: Arena) -> Iterable[bytes]:
+    yield b"\x02\0\0\0\0\0\0\0{}"
+    header = b'{"a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}}'
+    yield len(header).to_bytes(8, "little") + header + b"\0\x3c\0\x3c"
+    yield (arena.triple["secondary"] / WEIGHTS).read_bytes()
+
+
+# The JSON files of a source --------------------------------------------------------------------------------------
+
+
+def _placed(place: Callable[[Arena], Path], run: Callable[[Arena], str]) -> Callable[[Arena, bytes], str]:
+    """A target that writes its bytes over one sound file."""
+
+    def attempt(arena: Arena, data: bytes) -> str:
+        path = place(arena)
+        sound = _sound(arena, path)
+        path.write_bytes(data)
+        try:
+            return run(arena)
+        finally:
+            path.write_bytes(sound)
+
+    return attempt
+
+
+def _index_seeds(arena: Arena) -> Iterable[bytes]:
+    text = (arena.sharded / INDEX).read_bytes()
+    yield text
+    for name in ("../../secret/model.safetensors", "/etc/passwd", "../link/model.safetensors", "x\0.safetensors"):
+        yield text.replace(b"model-00002-of-00002.safetensors", json.dumps(name)[1:-1].encode(), 3)
+
+
+def _config_seeds(arena: Arena) -> Iterable[bytes]:
+    text = (arena.triple["primary"] / CONFIG).read_bytes()
+    yield text
+    document = json.loads(text)
+    deep: Any = 1
+    for _ in range(60):
+        deep = [deep]
+    yield json.dumps({**document, "deep": deep, "dtype": "float16", "tie_word_embeddings": False}).encode()
+
+
+def _merge_config(arena: Arena) -> str:
+    return arena.merge("--dtype=float16")
+
+
+def _merge_adapter(arena: Arena) -> str:
+    return arena.merge(secondary=arena.adapter)
+
+
+# Provenance ------------------------------------------------------------------------------------------------------
+
+
+def _provenance(arena: Arena, data: bytes) -> str:
+    """As it stands; and with its digest made right, so that what a forger can write is looked at too."""
+    seen = arena.call(lambda: _use(data))
+    if marks(data) < 10_000:
+        with contextlib.suppress(ValueError, RecursionError):
+            document = json.loads(data)
+            if isinstance(document, dict):
+                document["digest"] = provenance.digest_of(document)
+                seen = arena.call(lambda: _use(provenance.render(document)))
+    return seen
+
+
+def _use(text: bytes) -> None:
+    """Read a provenance and write it again, as whoever holds a record does: the same record comes back."""
+    found = provenance.loads(text, "out/hsa_merge.json")
+    again = provenance.loads(found.record.with_files(found.files), "out/hsa_merge.json")
+    if (again.record, again.files) != (found.record, found.files):
+        raise Finding("another record comes back from the provenance")
+    _check_card(card.render(found.record, ["README.md", *found.files]), found.record.parameters["card"])
+
+
+def _provenance_seeds(arena: Arena) -> Iterable[bytes]:
+    said = arena.merge()
+    assert said == "success", said
+    yield (arena.output / "hsa_merge.json").read_bytes()
+    said = arena.merge("--targets=attention-all", "--no-hash", "--card=language=en,de", base=arena.openai)
+    assert said == "success", said
+    yield (arena.output / "hsa_merge.json").read_bytes()
+
+
+# Patches ---------------------------------------------------------------------------------------------------------
+
+
+def _patch(arena: Arena, data: bytes) -> str:
+    """`hsa apply` with a patch whose header and document are the input's, each with a digest that fits; any other input
+    is the header itself."""
+    sound = _sound(arena, _patch_file(arena))
+    _, tensors = _split(sound)
+    header = data
+    with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+        made = json.loads(data)
+        document = dict(made["document"])
+        document["digest"] = provenance.digest_of(document)
+        about = {"format": "pt", "hsa_patch": json.dumps(document)}
+        header = json.dumps({"__metadata__": about, **made["header"]}).encode()
+    path = arena.sources / "hostile.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + tensors)
+    return arena.command("apply", str(arena.triple["primary"]), str(path), f"--output={arena.output}", *QUIETLY)
+
+
+def _patch_file(arena: Arena) -> Path:
+    path = arena.sources / "patch.safetensors"
+    if not path.exists():
+        shutil.rmtree(arena.output, ignore_errors=True)
+        given = {f"--{role}={source}": None for role, source in arena.triple.items()}
+        code = cli.run(["merge", *given, f"--output={arena.output}.safetensors", "--patch", "--quiet"])
+        assert code == 0
+        shutil.move(f"{arena.output}.safetensors", path)
+    return path
+
+
+def _patch_seeds(arena: Arena) -> Iterable[bytes]:
+    header = json.loads(_split(_patch_file(arena).read_bytes())[0])
+    document = json.loads(header.pop("__metadata__")["hsa_patch"])
+    yield json.dumps({"document": document, "header": header}).encode()
+
+
+# Pickles ---------------------------------------------------------------------------------------------------------
+
+
+def _records(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def _archive(records: Mapping[str, bytes]) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    return held.getvalue()
+
+
+def _described(data: bytes, sound: bytes) -> bytes:
+    """A sound archive with another description of its tensors, padded like the sound one so that places still fit."""
+    with zipfile.ZipFile(io.BytesIO(sound)) as archive:
+        (record,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    if len(data) > record.file_size:
+        return _archive({**records, record.filename: data})
+    start = record.header_offset + 30 + int.from_bytes(sound[record.header_offset + 26 :][:2], "little")
+    start += int.from_bytes(sound[record.header_offset + 28 :][:2], "little")
+    return sound[:start] + data.ljust(record.file_size, b"\0") + sound[start + record.file_size :]
+
+
+def _pickle(arena: Arena, data: bytes) -> str:
+    path = arena.pickled / PICKLES.weights
+    sound = _sound(arena, path)
+    path.write_bytes(_described(data, sound))
+    try:
+        return arena.merge(secondary=arena.pickled)
+    finally:
+        path.write_bytes(sound)
+
+
+def _pickle_seeds(arena: Arena) -> Iterable[bytes]:
+    (text,) = (data for name, data in _records(arena.pickled / PICKLES.weights).items() if name.endswith("data.pkl"))
+    yield text
+    yield b"\x80\x02cos\nsystem\nX\x04\0\0\0trueR."
+    yield b"\x80\x02cbuiltins\neval\nX\x01\0\0\0" + b"1\x85R."
+    yield b"\x80\x02}."
+
+
+def _zip_seeds(arena: Arena) -> Iterable[bytes]:
+    import torch
+
+    held = io.BytesIO()
+    torch.save({"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.int64)}, held)
+    yield held.getvalue()
+    yield _archive({"a/data.pkl": b"\x80\x02}.", "a/byteorder": b"little", "a/version": b"3\n"})
+
+
+def _openai(arena: Arena, data: bytes) -> str:
+    sound = _sound(arena, arena.openai)
+    arena.openai.write_bytes(_described(data, sound))
+    try:
+        return arena.merge(secondary=arena.openai)
+    finally:
+        arena.openai.write_bytes(sound)
+
+
+def _openai_seeds(arena: Arena) -> Iterable[bytes]:
+    yield next(data for name, data in _records(arena.openai).items() if name.endswith("data.pkl"))
+
+
+# The card --------------------------------------------------------------------------------------------------------
+
+
+def _card(arena: Arena, data: bytes) -> str:
+    """Words for the fields of a card, for ids, revisions and file names, one a line: nothing of them is markup."""
+    words = [*data.decode("utf-8", "replace").split("\n"), "x", "x", "x", "x"]
+    fields = {name: word for name, word in zip(card.FIELDS, words, strict=False) if word.strip()}
+    record = _sound_record(arena)
+    primary = record.sources["primary"]
+    named = provenance.Identity(words[-5] or "x", words[-6] if len(words) > 5 and words[-6] else None)
+    sources = {
+        **record.sources,
+        "primary": provenance.SourceRecord(named, primary.kind, primary.files, primary.targets),
+    }
+    record = provenance.Record(
+        record.program, record.libraries, {**record.parameters, "card": fields}, sources, record.targets
+    )
+    rendered: list[bytes] = []
+    files = [WEIGHTS, "README.md", words[0] + ".safetensors"]
+    said = arena.call(lambda: rendered.append(card.render(record, files)))
+    if not rendered:
+        return said
+    _check_card(rendered[0], fields)
+    return "success"
+
+
+def _check_card(raw: bytes, fields: Mapping[str, str]) -> None:
+    """Finding where a card holds markup or metadata that it was not rendered with."""
+    from huggingface_hub import ModelCard
+    from markdown_it import MarkdownIt
+
+    read = ModelCard(raw.decode("utf-8"))
+    meta, body = read.data.to_dict(), read.text
+    expected = {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "language", "license"}
+    if not isinstance(meta, dict) or not set(meta) <= expected or ("license" in meta) != ("license" in fields):
+        raise Finding(f"the card's metadata is {meta!r:.300}")
+    if meta.get("license", fields.get("license")) != fields.get("license"):
+        raise Finding(f"the licence became {meta['license']!r:.200}, was {fields['license']!r:.200}")
+    tokens = MarkdownIt("commonmark").enable("table").enable("strikethrough").parse(body)
+    kinds = {child.type for token in tokens for child in [token, *(token.children or [])]}
+    active = kinds & {"html_block", "html_inline", "image", "link_open", "hr"}
+    headings = sum(token.type == "heading_open" for token in tokens)
+    if active or headings != 9:
+        raise Finding(f"the card holds {active or headings} of what a stranger wrote")
+
+
+_RECORDS: list[provenance.Record] = []
+
+
+def _sound_record(arena: Arena) -> provenance.Record:
+    if not _RECORDS:
+        arena.merge()
+        _RECORDS.append(provenance.load(arena.output).record)
+    return _RECORDS[0]
+
+
+def _card_seeds(arena: Arena) -> Iterable[bytes]:
+    yield "\n".join(card.FIELDS).encode()
+    yield b"<script>alert(1)</script>\nen,de\nmit\n[a](javascript:b)\n![a](b)\n```\n<!--\n**b**\n| a |\n---\norg/name"
+
+
+TARGETS: Mapping[str, Target] = {
+    "header": Target(_header, _header_seeds, tokens=("dtype", "shape", "data_offsets", "__metadata__", "F16", "BF16")),
+    "weights": Target(_weights, _weights_seeds, "bytes"),
+    "index": Target(
+        _placed(lambda arena: arena.sharded / INDEX, lambda arena: arena.merge(primary=arena.sharded)),
+        _index_seeds,
+        tokens=("weight_map", "metadata", "../", "/", "model-00001-of-00002.safetensors", "model.safetensors"),
+    ),
+    "config": Target(
+        _placed(lambda arena: arena.triple["primary"] / CONFIG, _merge_config),
+        _config_seeds,
+        tokens=("dtype", "torch_dtype", "encoder_layers", "decoder_layers", "tie_word_embeddings", "whisper"),
+    ),
+    "adapter_config": Target(
+        _placed(lambda arena: arena.adapter / ADAPTER_CONFIG, _merge_adapter),
+        lambda arena: [(arena.adapter / ADAPTER_CONFIG).read_bytes()],
+        tokens=("r", "lora_alpha", "use_rslora", "peft_type", "LORA", "bias"),
+    ),
+    "provenance": Target(_provenance, _provenance_seeds, tokens=("digest", "blake3", "selected", "scores", "revision")),
+    "patch": Target(_patch, _patch_seeds, tokens=("targets", "files", "hsa.scores", "max_shard_size", "parameters")),
+    "pickle": Target(_pickle, _pickle_seeds, "bytes", ("torch._utils\n_rebuild_tensor_v2\n", "storage", "cpu")),
+    "zip": Target(
+        _placed(lambda arena: arena.pickled / PICKLES.weights, lambda arena: arena.merge(secondary=arena.pickled)),
+        _zip_seeds,
+        "bytes",
+        ("PK\x01\x02", "PK\x03\x04", "PK\x05\x06", "data.pkl", "byteorder"),
+    ),
+    "openai": Target(_openai, _openai_seeds, "bytes", ("dims", "n_audio_head", "model_state_dict")),
+    "card": Target(_card, _card_seeds, "bytes", ("<b>", "](", "```", "---\n", "\n# ", "&lt;", "\u2028", "{{", "![")),
+}
