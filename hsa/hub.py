@@ -60,14 +60,17 @@ class HubId:
     revision: str | None = None
 
 
-def find_id(path: PathLike) -> HubId | None:
-    """The hub id that a source means; None for a path. What exists locally is a path, and so is every Path object."""
-    if not isinstance(path, str):
-        return None
-    name, at, revision = path.partition("@")
+def parse_id(text: str) -> HubId | None:
+    """The hub id that a text has the form of; None for any other text."""
+    name, at, revision = text.partition("@")
     if "/" not in name or not is_hub_id(name) or (at and (not REVISION.fullmatch(revision) or ".." in revision)):
         return None
-    return None if os.path.lexists(path) else HubId(name, revision or None)
+    return HubId(name, revision or None)
+
+
+def find_id(path: PathLike) -> HubId | None:
+    """The hub id that a source means; None for a path. What exists locally is a path, and so is every Path object."""
+    return None if not isinstance(path, str) or os.path.lexists(path) else parse_id(path)
 
 
 @dataclass(frozen=True)
