@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from hsa.config import MergeConfig
     from hsa.merger import Merger
     from hsa.report import MergeReport, TensorReport
+    from hsa.tree import ReleaseReport, release
 
 _LAZY = {
     "merge": "hsa.api",
     "MergeConfig": "hsa.config",
     "MergeReport": "hsa.report",
     "Merger": "hsa.merger",
+    "ReleaseReport": "hsa.tree",
+    "release": "hsa.tree",
     "TensorReport": "hsa.report",
 }
 
@@ -48,12 +51,14 @@ __all__ = [
     "MismatchError",
     "NonFiniteError",
     "ProvenanceError",
+    "ReleaseReport",
     "RequestError",
     "SourceChanged",
     "SourceError",
     "TensorReport",
     "__version__",
     "merge",
+    "release",
 ]
 
 

@@ -11,6 +11,7 @@ from hsa._version import __version__
 from hsa.commands.demo import demo
 from hsa.commands.merge import merge
 from hsa.commands.mergekit import mergekit
+from hsa.commands.release import release
 from hsa.console import fail, guarded
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -61,5 +62,6 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 app.command()(merge)
+app.command()(release)
 app.command(context_settings={"ignore_unknown_options": True})(mergekit)
 app.command()(demo)

@@ -28,7 +28,7 @@ class Value:
     """A value and the line it stands on, counted from 1; in a mapping the line of its key."""
 
     line: int
-    content: str | int | float | bool | None | tuple[Value, ...] | Mapping[str, Value]
+    content: str | int | float | bool | tuple[Value, ...] | Mapping[str, Value] | None
 
     def plain(self) -> Any:
         """The value without lines: dicts, lists and scalars."""
@@ -56,7 +56,9 @@ def parse(data: bytes, where: str) -> Value:
         mark = getattr(error, "problem_mark", None)
         line_text = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise RequestError(f"{where}{line_text}: is not valid YAML: {problem}; see the line and the one above") from error
+        raise RequestError(
+            f"{where}{line_text}: is not valid YAML: {problem}; see the line and the one above"
+        ) from error
 
 
 def _check_events(text: str, where: str) -> None:

@@ -24,7 +24,7 @@ HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit")
 LAYERS = (
     ("_version", "ranges", "threads"),
     ("errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config"),
-    ("config", "fsio", "synthetic"),
+    ("config", "fsio", "strict_yaml", "synthetic"),
     ("console", "header", "partial", "whisper", "workbench"),
     ("output", "pickled"),
     ("checkpoint", "fetch"),
@@ -38,7 +38,10 @@ LAYERS = (
     ("provenance", "report"),
     ("card",),
     ("finish", "request"),
-    ("api",),
+    ("api", "recipe"),
+    ("tree_index",),
+    ("tree_plan",),
+    ("tree",),
     ("demo", "integrations"),
     ("commands",),
     ("cli",),
@@ -68,7 +71,7 @@ ANYWHERE = {
     },
     "triton": {"hsa.backends.triton"},
     "transformers": {"hsa.demo"},
-    "huggingface_hub": {"hsa.card", "hsa.fetch", "hsa.hub"},
+    "huggingface_hub": {"hsa.card", "hsa.fetch", "hsa.hub", "hsa.tree_index"},
     "mergekit": {"hsa.integrations.mergekit", "hsa.integrations.mergekit_method"},
     "hsa.reference": {"hsa.demo"},
     "hsa.kernels": {"hsa.backends.triton"},
@@ -115,7 +118,9 @@ def test_every_public_name_resolves() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["merge", "--help"], ["mergekit", "--help"], ["--version"], []], ids=" ".join
+    "arguments",
+    [["--help"], ["merge", "--help"], ["mergekit", "--help"], ["release", "--help"], ["--version"], []],
+    ids=" ".join,
 )
 def test_help_needs_neither_torch_nor_numpy(arguments: list[str]) -> None:
     done = fresh(
