@@ -229,5 +229,6 @@ def _hint(key: str, allowed: Iterable[str]) -> str:
         return f"it is a field of the model card: write card: {{{key}: ...}}"
     if key == "name":
         return "each merge has a name of its own"
-    close = get_close_matches(key.lower().replace("-", "_"), names, n=1)
+    likely = key.lower().replace("-", "_")
+    close = [name for name in names if name[:3] == likely[:3]] or get_close_matches(likely, names, n=1)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
