@@ -122,7 +122,8 @@ def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path
         if role not in given:
             raise RequestError(f"{where}:{value.line}: {label} has no {role}; name a directory or a hub id")
         sources[role] = _source(given[role], where, f"{role} of {label}", folder)
-    fields = {"release_group": names["group"], **_card(defaults, own, where)}
+    written = {"release_group": names["group"], **_card(defaults, own, where)}
+    fields = {name: written[name] for name in FIELDS if name in written}  # in one order, for provenance keeps it
     settings = {key: given[key].plain() for key in SETTINGS if key in given}
     renamed = {"lambda": "lam"}
     parameters = {renamed.get(key, key): given[key].plain() for key in PARAMETERS if key in given}

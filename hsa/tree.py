@@ -162,11 +162,21 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
         made = api.run(replace(planned.request, overwrite=planned.standing != "missing"), step)
     except (HsaError, OSError, MemoryError) as error:
         reason = "out of memory; give --threads 1, or free some" if isinstance(error, MemoryError) else str(error)
-        if standing == "missing" and (planned.plan.output / PROVENANCE).is_file():  # another run built it just now
-            standing, _ = standing_of(planned.plan.output, planned.request, planned.sources)
+        if standing == "missing":
+            standing = _look_again(planned)
         return EntryReport(path, "failed", reason, None, read, peak), _row(planned, standing)
     report = EntryReport(path, "built", None, made, read + made.bytes_read, max(peak, made.peak_memory_bytes))
     return report, _row(planned, "complete")
+
+
+def _look_again(planned: PlannedEntry) -> Standing:
+    """How an entry stands that was not there and could not be built: another run may have built it just now."""
+    if not (planned.plan.output / PROVENANCE).is_file():
+        return "missing"
+    try:
+        return standing_of(planned.plan.output, planned.request)[0]
+    except HsaError:  # its sources cannot be opened any more
+        return "other"
 
 
 def _wrong(standing: Standing, seen: VerifyReport) -> str:

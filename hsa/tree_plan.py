@@ -6,6 +6,7 @@ far as headers tell; a run proves it (see `hsa.tree`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from hsa import api, fsio, provenance, tree_index
 from hsa.checkpoint import ROLES, Role
 from hsa.errors import HsaError, MachineError, RequestError
-from hsa.hub import Hub, cache_directory
+from hsa.hub import Hub, cache_directory, find_id
 from hsa.output import PROVENANCE, check_tree
 from hsa.provenance import SourceRecord
 from hsa.recipe import Entry, Recipe, load
@@ -45,7 +46,6 @@ class PlannedEntry:
     standing: Standing
     why: str
     plan: PlanReport
-    sources: Mapping[Role, SourceRecord]
     replaced: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -130,30 +130,36 @@ def plan(
 
 
 def _plan_entry(entry: Entry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
+    check_tree(tree, _local(request))
     looked = api.dry_run(replace(request, overwrite=True))  # whatever stands there, look at the rest
-    with ExitStack() as stack:
-        sources = open_sources(request, fsio.Tally(), Hub(), stack, headers_only=True)
-        check_tree(tree, [source.path for source in sources])
-        records = {source.role: provenance.source_record(source, "") for source in sources}
     destination = looked.output
     if not (destination / PROVENANCE).is_file():
-        return PlannedEntry(entry, request, "build", "missing", "", looked, records)
+        return PlannedEntry(entry, request, "build", "missing", "", looked)
     replaced = sum(path.lstat().st_size for path in destination.iterdir())
-    standing, why = standing_of(destination, request, records)
+    standing, why = standing_of(destination, request)
     if standing == "complete":
-        return PlannedEntry(entry, request, "verify", standing, "", looked, records, replaced)
+        return PlannedEntry(entry, request, "verify", standing, "", looked, replaced)
     action: Action = "rebuild" if overwrite else "refuse"
-    return PlannedEntry(entry, request, action, standing, why, looked, records, replaced)
+    return PlannedEntry(entry, request, action, standing, why, looked, replaced)
 
 
-def standing_of(destination: Path, request: Request, sources: Mapping[Role, SourceRecord]) -> tuple[Standing, str]:
+def _local(request: Request) -> list[Path]:
+    """The sources that are no hub ids, with their links resolved."""
+    paths = [Path(path).expanduser() for path in request.sources.values() if find_id(path) is None]
+    return [Path(os.path.realpath(path)) for path in paths]
+
+
+def standing_of(destination: Path, request: Request) -> tuple[Standing, str]:
     """How an output stands by its own record, and what is otherwise."""
     try:
         found = provenance.load(destination)
     except HsaError as error:
         return "damaged", str(error)
+    with ExitStack() as stack:
+        sources = open_sources(request, fsio.Tally(), Hub(), stack, headers_only=True)
+        records = {source.role: provenance.source_record(source, "") for source in sources}
     expected = {**request.config.as_dict(), **request.settings("")}
-    unlike = [*_other_parameters(expected, found.record.parameters), *_other_sources(sources, found.record.sources)]
+    unlike = [*_other_parameters(expected, found.record.parameters), *_other_sources(records, found.record.sources)]
     if not unlike:
         return "complete", ""
     more = f", and {len(unlike) - NAMED} more" if len(unlike) > NAMED else ""
@@ -216,28 +222,29 @@ def _short(found: Sequence[PlannedEntry]) -> Iterator[str]:
     """Disks without room for all that is to be written; an output that is replaced goes when the new one stands."""
     used: dict[int, int] = {}
     peak: dict[int, int] = {}
-    place: dict[int, Path] = {}
-    fetched = max((each.plan.bytes_to_fetch for each in found if each.action != "refuse"), default=0)
-    if fetched:  # of merges that may share sources, the largest alone is certain
-        _, device = _existing(cache_directory(), place)
+    places: dict[int, Path] = {}
+    building = [each for each in found if each.action in ("build", "rebuild")]
+    fetched = max((each.plan.bytes_to_fetch for each in building), default=0)
+    if fetched:  # merges may share sources, so that the largest sum of one alone is certain
+        device = _device(cache_directory(), places)
         used[device] = peak[device] = fetched
-    for each in found:
-        if each.action in ("build", "rebuild"):
-            _, device = _existing(each.plan.output, place)
-            wanted = each.plan.bytes_to_write + SMALL
-            peak[device] = max(peak.get(device, 0), used.get(device, 0) + wanted)
-            used[device] = used.get(device, 0) + wanted - each.replaced
+    for each in building:
+        device = _device(each.plan.output.parent, places)
+        wanted, before = each.plan.bytes_to_write, used.get(device, 0)
+        peak[device] = max(peak.get(device, 0), before + wanted + SMALL)
+        used[device] = before + (max(0, wanted - each.replaced) if each.replaced else wanted + SMALL)
     for device, needed in peak.items():
-        free = fsio.free_bytes(place[device])
+        free = fsio.free_bytes(places[device])
         if free < needed:
-            yield f"{needed} bytes are needed for all merges and {free} are free in {place[device]}"
+            yield f"{needed} bytes are needed for all merges and {free} are free in {places[device]}"
 
 
-def _existing(path: Path, known: dict[int, Path]) -> tuple[Path, int]:
-    """The nearest directory that exists, and its device."""
+def _device(path: Path, places: dict[int, Path]) -> int:
+    """The device of the nearest directory that exists, which `places` keeps."""
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     device = existing.stat().st_dev
-    return known.setdefault(device, existing), device
+    places.setdefault(device, existing)
+    return device
 
 
 def _strangers(recipe: Recipe, tree: Path) -> Iterator[str]:
