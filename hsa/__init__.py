@@ -16,6 +16,7 @@ from hsa.errors import (
     MachineError,
     MismatchError,
     NonFiniteError,
+    PatchError,
     ProvenanceError,
     RequestError,
     SourceChanged,
@@ -24,19 +25,26 @@ from hsa.errors import (
 
 if TYPE_CHECKING:
     from hsa.api import merge
+    from hsa.applying import apply
     from hsa.config import MergeConfig
     from hsa.merger import Merger
+    from hsa.patches import merge_patch
     from hsa.report import MergeReport, TensorReport
+    from hsa.sweeping import SweepReport, sweep
     from hsa.tree import ReleaseReport, release
 
 _LAZY = {
+    "apply": "hsa.applying",
     "merge": "hsa.api",
+    "merge_patch": "hsa.patches",
     "MergeConfig": "hsa.config",
     "MergeReport": "hsa.report",
     "Merger": "hsa.merger",
     "ReleaseReport": "hsa.tree",
     "release": "hsa.tree",
+    "SweepReport": "hsa.sweeping",
     "TensorReport": "hsa.report",
+    "sweep": "hsa.sweeping",
 }
 
 __all__ = [
@@ -50,15 +58,20 @@ __all__ = [
     "Merger",
     "MismatchError",
     "NonFiniteError",
+    "PatchError",
     "ProvenanceError",
     "ReleaseReport",
     "RequestError",
     "SourceChanged",
     "SourceError",
+    "SweepReport",
     "TensorReport",
     "__version__",
+    "apply",
     "merge",
+    "merge_patch",
     "release",
+    "sweep",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from hsa import assets, fsio, provenance, report
 from hsa.backends import Backend, resolve
 from hsa.checkpoint import INDEX, Role, Sources
-from hsa.compute import Calculator, TargetOutcome
+from hsa.compute import Calculator
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
 from hsa.errors import SourceError
 from hsa.finish import finish
@@ -143,15 +143,17 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
             raise
         job.sources.check_unchanged()
         outcomes = calculator.ordered(job.plan.targets)
-        _write_rest(request, job, outcomes, digests, found, staging, tally)
+        record = provenance.record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
+        small = dict(found.files)
+        if job.plan.index is not None:
+            small[INDEX] = job.plan.index
+        weights = {file.name: digests.get(file.name) for file in job.plan.files}
+        finish(staging, record, small, weights, digest=request.digest, tally=tally)
         staging.publish()
         memory.sample()
     notes, warnings = report.findings(outcomes)
     if not request.digest:
-        notes.append(
-            "without whole-file digests a later verification cannot tell whether copied tensors and the small files "
-            "are still what was written, only whether the targets follow from the sources"
-        )
+        notes.append(report.NO_DIGESTS)
     return MergeReport(
         output=job.destination,
         seconds=time.perf_counter() - started,
@@ -164,7 +166,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         device=job.backend.device,
         route=job.plan.route,
         parameters=request.config.as_dict(),
-        tensors={o.target.primary.name: TensorReport.of(o) for o in outcomes},
+        tensors={target.name: TensorReport.of(target) for target in record.targets},
         notes=(*hub.notes, *job.plan.notes, *found.notes, *notes),
         warnings=(*found.warnings, *warnings),
     )
@@ -230,20 +232,3 @@ def _open(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, he
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite)
     return _Job(sources, make_plan(request.config, sources, request.shard_bytes), backend, destination)
-
-
-def _write_rest(
-    request: Request,
-    job: _Job,
-    outcomes: Sequence[TargetOutcome],
-    digests: Mapping[str, str],
-    found: assets.Assets,
-    staging: Staging,
-    tally: fsio.Tally,
-) -> None:
-    record = provenance.record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
-    small = dict(found.files)
-    if job.plan.index is not None:
-        small[INDEX] = job.plan.index
-    weights = {file.name: digests.get(file.name) for file in job.plan.files}
-    finish(staging, record, small, weights, digest=request.digest, tally=tally)

@@ -23,12 +23,14 @@ PROVENANCE = "hsa_merge.json"
 _ASIDE = ".hsa-replaced"
 
 
-def check_destination(output: str | os.PathLike[str], sources: Iterable[Path], *, overwrite: bool) -> Path:
+def check_destination(
+    output: str | os.PathLike[str], sources: Iterable[Path], *, overwrite: bool, adding: bool = False
+) -> Path:
     """The destination with its links resolved; DestinationError where nothing may be written.
 
     Refused always: a root, home or mount point, and a directory that is, contains or lies in a source.
     Refused without `overwrite`: anything but an empty directory. Refused with it: anything but an earlier
-    output or an empty directory.
+    output or an empty directory. A directory that is only added to (`adding`) may hold anything.
     """
     if not os.fspath(output):
         raise DestinationError("output is an empty path; name a directory of its own for the output")
@@ -42,21 +44,22 @@ def check_destination(output: str | os.PathLike[str], sources: Iterable[Path], *
     if longest > NAME_MAX:
         raise DestinationError(f"{label} has a name of {longest} bytes, at most {NAME_MAX} are allowed; choose another")
     try:
-        _refuse(destination, label, sources, overwrite=overwrite)
+        _refuse(destination, label, sources, overwrite=overwrite, adding=adding)
     except OSError as error:
         raise DestinationError(f"{label} cannot be looked at: {error.strerror}; choose another destination") from error
     return destination
 
 
-def _refuse(destination: Path, label: str, sources: Iterable[Path], *, overwrite: bool) -> None:
+def _refuse(destination: Path, label: str, sources: Iterable[Path], *, overwrite: bool, adding: bool) -> None:
     with suppress(FileNotFoundError, NotADirectoryError):
         destination.lstat()
     _refuse_special(destination, label)
     for source in sources:
-        relation = _relation(destination, source)
-        if relation:
-            raise DestinationError(f"{label} {relation} the source {source}; choose a directory apart from the sources")
-    _refuse_occupied(destination, label, overwrite=overwrite)
+        found = relation(destination, source)
+        if found:
+            raise DestinationError(f"{label} {found} the source {source}; choose a directory apart from the sources")
+    if not adding or not destination.is_dir():
+        _refuse_occupied(destination, label, overwrite=overwrite)
     if not destination.parent.is_dir():
         existing = next(parent for parent in destination.parents if parent.exists())
         if not existing.is_dir():
@@ -128,8 +131,10 @@ def _is_mount(path: Path) -> bool:
     return os.fsencode(path) in {re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), e) for e in escaped}
 
 
-def _relation(destination: Path, source: Path) -> str | None:
-    """By path and by inode, for a bind mount gives one directory two paths."""
+def relation(destination: Path, source: Path) -> str | None:
+    """How a destination lies to a source, `is`, `contains` or `lies in`, or None where they are apart.
+
+    By path and by inode, for a bind mount gives one directory two paths."""
     if destination == source or _identity(destination) & _identity(source):
         return "is"
     if source.is_relative_to(destination) or _identity(destination) & _identity(*source.parents):

@@ -31,6 +31,7 @@ DIGEST = "digest"
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
 """What stands among a record's parameters besides those of the merge itself."""
 
+PROGRAM = {"name": "hsa-merge", "version": __version__}
 HEX = frozenset("0123456789abcdef")
 
 
@@ -170,7 +171,7 @@ class Provenance:
 def record(plan: MergePlan, sources: Sources, outcomes: Sequence[TargetOutcome], settings: Mapping[str, Any]) -> Record:
     """The record of a finished merge; `settings` is what besides its own parameters shaped the output."""
     return Record(
-        {"name": "hsa-merge", "version": __version__},
+        dict(PROGRAM),
         libraries(numerics=plan.config.numerics),
         {**plan.config.as_dict(), **settings},
         {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
@@ -233,16 +234,23 @@ def check_digest(document: Mapping[str, Any], where: str) -> None:
 
 def parse_record(document: Mapping[str, Any]) -> Record:
     """The record in a document. Raises KeyError, TypeError or ValueError where it does not say what it must."""
+    targets = tuple(_target_record(_text(name), entry) for name, entry in _mapping(document["targets"]).items())
+    return Record(*parse_origin(document), targets)
+
+
+Origin = tuple[dict[str, str], dict[str, str], dict[str, Any], dict[Role, SourceRecord]]
+
+
+def parse_origin(document: Mapping[str, Any]) -> Origin:
+    """Program, libraries, parameters and sources in a document; raises as `parse_record` does."""
     sources = _mapping(document["sources"])
     if set(sources) != set(ROLES):
         raise ValueError(f"sources are {sorted(sources)!r:.80}, expected {', '.join(ROLES)}")
-    targets = tuple(_target_record(_text(name), entry) for name, entry in _mapping(document["targets"]).items())
-    return Record(
+    return (
         {_text(key): _text(value) for key, value in _mapping(document["program"]).items()},
         {_text(key): _text(value) for key, value in _mapping(document["libraries"]).items()},
         _mapping(document["parameters"]),
         {role: parse_source(sources[role]) for role in ROLES},
-        targets,
     )
 
 

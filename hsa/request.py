@@ -67,12 +67,17 @@ class Request:
         }
 
 
-def open_sources(request: Request, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool) -> Sources:
-    """The three sources, open until the stack ends. See `hsa.merge` for what it raises."""
+def open_sources(
+    request: Request, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, rows_only: bool = False
+) -> Sources:
+    """The three sources, open until the stack ends; of primary, too, no more than its targets where `rows_only`.
+
+    See `hsa.merge` for what it raises.
+    """
     ids = request.ids or {}
 
     def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        want = _want(request, role, headers_only=headers_only)
+        want = _want(request, role, headers_only=headers_only, rows_only=rows_only)
         return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
 
     base = opened("base")
@@ -83,16 +88,16 @@ def has_hub_ids(request: Request) -> bool:
     return any(find_id(path) for path in request.sources.values())
 
 
-def _want(request: Request, role: Role, *, headers_only: bool) -> Want:
+def _want(request: Request, role: Role, *, headers_only: bool, rows_only: bool) -> Want:
     """What a merge needs of a source on the Hub."""
     config = request.config
     reference = config.numerics == "reference"
     everywhere = reference or config.non_attention_scale != 1.0 or is_adapter(request.sources["primary"])
-    whole = role == "primary" or (role == "base" and everywhere)
+    whole = (role == "primary" and not rows_only) or (role == "base" and everywhere)
     return Want(
         need="whole" if whole else "targets",
         preset=config.targets,
-        assets=role in ("base", request.assets_from),
+        assets=role in ("base", request.assets_from) or (rows_only and role == "primary"),
         headers_only=headers_only,
         compare=reference and role != "secondary",
     )
