@@ -82,10 +82,10 @@ def check_tree(output: str | os.PathLike[str], sources: Iterable[Path]) -> Path:
         if os.path.lexists(tree) and not tree.is_dir():
             raise DestinationError(f"{label} exists and is not a directory; choose another, or move it away")
         for source in sources:
-            relation = _relation(tree, source)
-            if relation:
+            how = relation(tree, source)
+            if how:
                 raise DestinationError(
-                    f"{label} {relation} the source {source}; choose a directory apart from the sources"
+                    f"{label} {how} the source {source}; choose a directory apart from the sources"
                 )
     except (OSError, RuntimeError, ValueError) as error:
         raise DestinationError(f"output {os.fspath(output)} cannot be looked at: {error}") from error
