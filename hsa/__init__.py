@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hsa.report import MergeReport, TensorReport
     from hsa.sweeping import SweepReport, sweep
     from hsa.tree import ReleaseReport, release
+    from hsa.verification import VerifyReport, verify
 
 _LAZY = {
     "apply": "hsa.applying",
@@ -44,6 +45,8 @@ _LAZY = {
     "release": "hsa.tree",
     "SweepReport": "hsa.sweeping",
     "TensorReport": "hsa.report",
+    "VerifyReport": "hsa.verification",
+    "verify": "hsa.verification",
     "sweep": "hsa.sweeping",
 }
 
@@ -66,12 +69,14 @@ __all__ = [
     "SourceError",
     "SweepReport",
     "TensorReport",
+    "VerifyReport",
     "__version__",
     "apply",
     "merge",
     "merge_patch",
     "release",
     "sweep",
+    "verify",
 ]
 
 

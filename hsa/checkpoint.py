@@ -241,6 +241,11 @@ def identify(directory: Path, claimed: str | None) -> Identity:
     return Identity(directory.name)
 
 
+def is_snapshot(directory: Path) -> bool:
+    """Whether this is a snapshot in the hub's cache, which keeps files as links."""
+    return _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])) is not None
+
+
 def contained(role: str, directory: Path, name: str) -> Path:
     """The real path of a file of a source; SourceError when a link leads out of the directory.
 
@@ -248,7 +253,7 @@ def contained(role: str, directory: Path, name: str) -> Path:
     `blobs` that all its repositories share; both are let through.
     """
     allowed = [directory]
-    if _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])):
+    if is_snapshot(directory):
         allowed += [directory.parents[1] / "blobs", directory.parents[2] / "blobs"]
     try:
         real = (directory / name).resolve(strict=True)

@@ -14,6 +14,7 @@ from hsa.commands.merge import merge
 from hsa.commands.mergekit import mergekit
 from hsa.commands.release import release
 from hsa.commands.sweep import sweep
+from hsa.commands.verify import verify
 from hsa.console import fail, guarded
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -65,6 +66,7 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 app.command()(merge)
 app.command()(release)
+app.command()(verify)
 app.command()(sweep)
 app.command()(apply)
 app.command(context_settings={"ignore_unknown_options": True})(mergekit)

@@ -84,9 +84,7 @@ def check_tree(output: str | os.PathLike[str], sources: Iterable[Path]) -> Path:
         for source in sources:
             how = relation(tree, source)
             if how:
-                raise DestinationError(
-                    f"{label} {how} the source {source}; choose a directory apart from the sources"
-                )
+                raise DestinationError(f"{label} {how} the source {source}; choose a directory apart from the sources")
     except (OSError, RuntimeError, ValueError) as error:
         raise DestinationError(f"output {os.fspath(output)} cannot be looked at: {error}") from error
     return tree

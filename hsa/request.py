@@ -41,9 +41,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.assets_from not in get_args(Role):
             raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {self.assets_from!r}")
-        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
-        if self.threads is not None and not (whole and 1 <= self.threads <= 256):
-            raise RequestError(f"threads must be a whole number from 1 to 256, got {self.threads!r}")
+        check_threads(self.threads)
         for role, claimed in (self.ids or {}).items():
             if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
                 raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
@@ -65,6 +63,13 @@ class Request:
             "card": dict(self.card or {}),
             "max_shard_size": self.shard_bytes,
         }
+
+
+def check_threads(threads: int | None) -> None:
+    """RequestError unless it is a number of threads, or None."""
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= 256):
+        raise RequestError(f"threads must be a whole number from 1 to 256, got {threads!r}")
 
 
 def open_sources(
