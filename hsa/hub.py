@@ -410,6 +410,13 @@ def cache_directory() -> Path:
     return Path(given).expanduser() if given else Path(constants.HF_HOME) / "hsa"
 
 
+def cache_directories() -> tuple[Path, Path]:
+    """huggingface_hub's cache of whole files, and this package's of ranges."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE), cache_directory()
+
+
 def _folder(repo: str) -> str:
     return f"models--{repo.replace('/', '--')}"
 

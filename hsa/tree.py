@@ -39,7 +39,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class EntryReport:
-    """What became of an entry; `problem` says why it failed, `merge` is the report of one that was built."""
+    """What became of an entry; `problem` says why it failed, `merge` is the report of one that was built, and
+    `notes` are of one that was verified."""
 
     path: str
     result: Literal["built", "verified", "failed"]
@@ -47,12 +48,14 @@ class EntryReport:
     merge: MergeReport | None = None
     bytes_read: int = 0
     peak_memory_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "path": self.path,
             "result": self.result,
             "problem": self.problem,
+            "notes": list(self.notes),
             "merge": None if self.merge is None else self.merge.as_dict(),
         }
 
@@ -155,7 +158,8 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
             seen = verify(planned.plan.output, threads=planned.request.threads, progress=step, **_to_compare(planned))
             read, peak = seen.bytes_read, seen.peak_memory_bytes
             if seen.ok:
-                return EntryReport(path, "verified", None, None, read, peak), _row(planned, "complete")
+                verified = EntryReport(path, "verified", None, None, read, peak, seen.notes)
+                return verified, _row(planned, "complete")
             standing = "other" if any(problem.file in ROLES for problem in seen.problems) else "damaged"
             if not overwrite:
                 raise RequestError(f"{_wrong(standing, seen)}; give --overwrite to build it anew")

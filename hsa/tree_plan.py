@@ -16,7 +16,7 @@ from typing import Any, Literal
 from hsa import api, fsio, provenance, tree_index
 from hsa.checkpoint import ROLES, Role
 from hsa.errors import HsaError, MachineError, RequestError
-from hsa.hub import Hub, cache_directory, find_id
+from hsa.hub import Hub, cache_directories, find_id
 from hsa.output import PROVENANCE, check_tree
 from hsa.provenance import SourceRecord
 from hsa.recipe import Entry, Recipe, load
@@ -116,11 +116,12 @@ def plan(
     found = load(recipe)
     tree = check_tree(output, ())
     tree_index.check_place(tree)
+    requests = [entry.request(tree, **how) for entry in found.entries]
     entries: list[PlannedEntry] = []
     problems: list[tuple[Entry, HsaError]] = []
-    for entry in found.entries:
+    for entry, request in zip(found.entries, requests, strict=True):
         try:
-            entries.append(_plan_entry(entry, entry.request(tree, **how), tree, overwrite=overwrite))
+            entries.append(_plan_entry(entry, request, tree, overwrite=overwrite))
         except HsaError as error:
             problems.append((entry, error))
     if problems:
@@ -225,9 +226,10 @@ def _short(found: Sequence[PlannedEntry]) -> Iterator[str]:
     places: dict[int, Path] = {}
     building = [each for each in found if each.action in ("build", "rebuild")]
     fetched = max((each.plan.bytes_to_fetch for each in building), default=0)
-    if fetched:  # merges may share sources, so that the largest sum of one alone is certain
-        device = _device(cache_directory(), places)
-        used[device] = peak[device] = fetched
+    caches = {_device(place, places) for place in cache_directories()} if fetched else set()
+    if len(caches) == 1:  # merges may share sources, so that only what one of them fetches is certain
+        used = dict.fromkeys(caches, fetched)
+        peak = dict(used)
     for each in building:
         device = _device(each.plan.output.parent, places)
         wanted, before = each.plan.bytes_to_write, used.get(device, 0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsa.card import FIELDS
@@ -116,6 +117,20 @@ def test_the_shipped_recipe_is_sound() -> None:
     for entry in found.entries:
         assert entry.task.config == MergeConfig(k=0.6, lam=0.5, alpha=0.2)
         assert {"role", "adaptation_context", "source_artifact", "citation", "license"} <= set(entry.card)
+
+
+def test_the_recipe_in_the_readme_is_sound() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = [part for part in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "merges:" in part]
+    (entry,) = read(block).entries
+    assert entry.path == "scaling/tiny-hsa"
+    assert entry.task.sources == {
+        "base": "openai/whisper-tiny",
+        "primary": "my-lab/tiny-older@COMMIT",
+        "secondary": FOLDER / "../models/tiny-younger",
+    }
+    assert entry.task.config == MergeConfig(k=0.6, lam=0.4)
+    assert entry.card["adaptation_context"] == "read speech, ages 6 to 9"
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -303,6 +318,7 @@ def test_every_key_has_values_here() -> None:
     assert set(VALUES) == {*PARAMETERS, *SETTINGS, *IDS, "card"}
 
 
+@settings(max_examples=40)
 @given(
     st.lists(
         st.fixed_dictionaries(

@@ -240,6 +240,9 @@ def test_what_the_recipe_does_not_name_is_left_alone(recipe: Path, triple: Tripl
     assert report.ok and report.index_written
     assert report.notes == ("2 outputs in the tree are not of this recipe and left alone, such as g/b",)
     assert states(output) == {"g/a": "complete"}
+    (output / "g" / "a" / "figure.png").write_bytes(b"mine")
+    again = build(shorter, output)
+    assert again.ok and again.entries[0].notes == ("1 files beside the output were not looked at, such as figure.png",)
     assert (output / "g" / "c" / PROVENANCE).is_file() and (output / "notes.txt").read_text() == "mine"
 
 
@@ -302,6 +305,12 @@ def test_a_bad_recipe_is_exit_code_2(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"hsa: error: {recipe}:2: merge 'a' has no group\n"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_options_out_of_range_are_named_once(recipe: Path, tmp_path: Path) -> None:
+    done = run_hsa("release", recipe, "--output", tmp_path / "tree", "--threads=0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "hsa: error: threads must be a whole number from 1 to 256, got 0\n"
 
 
 def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
@@ -437,7 +446,7 @@ def test_two_runs_at_once_leave_one_whole_tree(recipe: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_what_is_done_stays_and_the_next_run_goes_on(triple: Triple, tmp_path: Path, number: int) -> None:
-    """The middle entry waits for ever, for its primary's weights are a file that another process never ends."""
+    """The signal comes when the middle entry is finished but for the rename that publishes it."""
     recipe = write_recipe(tmp_path / "recipe.yaml", triple, *({"name": name} for name in "abc"))
     output = tmp_path / "tree"
     script = (

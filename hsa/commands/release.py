@@ -82,13 +82,9 @@ class _Screen:
         self._ended += 1
         if entry.problem is not None:
             show.problem(f"{entry.path}: {entry.problem}")
-        if entry.merge is not None:
-            merge = entry.merge
-            show.findings(
-                [f"{entry.path}: {text}" for text in merge.warnings],
-                [f"{entry.path}: {text}" for text in merge.notes],
-                quiet=self._quiet,
-            )
+        warnings, notes = ((), entry.notes) if entry.merge is None else (entry.merge.warnings, entry.merge.notes)
+        about = [[f"{entry.path}: {text}" for text in texts] for texts in (warnings, notes)]
+        show.findings(*about, quiet=self._quiet)
         if not self._quiet and entry.problem is None:
             print(f"hsa: {entry.path}: {_result(entry)}", file=sys.stderr)
 
