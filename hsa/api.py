@@ -123,6 +123,7 @@ def merge(
     return run(request, progress)
 
 
+@fsio.explained()
 def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says; see `merge`."""
     started = time.perf_counter()
@@ -172,6 +173,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
     )
 
 
+@fsio.explained()
 def dry_run(request: Request) -> PlanReport:
     """The plan of a request: reads headers and small files, writes nothing.
 

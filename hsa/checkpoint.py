@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from hsa import whisper
 from hsa.dtypes import ARITHMETIC
-from hsa.errors import HeaderError, MismatchError, SourceError
-from hsa.fsio import Source, Tally
+from hsa.errors import HeaderError, MachineError, MismatchError, SourceError
+from hsa.fsio import Source, Tally, exists
 from hsa.header import Header, load_json, read_header
 from hsa.pickled import read_state_dict
 from hsa.ranges import Range
@@ -296,7 +296,10 @@ def _directory(role: str, path: str | os.PathLike[str]) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    return os.path.lexists(path)
+    try:
+        return exists(path)
+    except OSError as error:
+        raise MachineError(f"cannot look for {path}: {error.strerror}; look after the disk it lies on") from error
 
 
 @dataclass(frozen=True)

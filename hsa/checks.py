@@ -16,7 +16,7 @@ import numpy as np
 from hsa import whisper
 from hsa.checkpoint import Checkpoint, TensorRef
 from hsa.config import MergeConfig, Preset, keep_count, layer_coefficient
-from hsa.dtypes import ARITHMETIC, STORAGE, all_finite
+from hsa.dtypes import ARITHMETIC, STORAGE, Array, all_finite
 from hsa.errors import HsaError, RequestError, SourceError, one_line
 from hsa.provenance import Record, TargetRecord
 from hsa.whisper import Architecture, Projection
@@ -114,11 +114,22 @@ def finite(checkpoint: Checkpoint, projection: Projection, ref: TensorRef, heads
         checkpoint.read_into(ref, part.data, start)
         values = part.view(STORAGE[ref.code])
         if not all_finite(ref.code, values):
-            wrong = next(at for at in range(values.size) if not all_finite(ref.code, values[at : at + 1]))
-            element = start // values.itemsize + wrong
+            element = start // values.itemsize + _first_not_finite(ref.code, values)
             head = "" if heads is None else head_text(projection, ref.shape, heads, element)
             yield f"target tensor {ref.name}{head} holds NaN or Inf, first in element {element}"
             return
+
+
+def _first_not_finite(code: str, values: Array) -> int:
+    """The first of the elements that is not finite, among which there is one."""
+    low, high = 0, values.size
+    while high - low > 1:
+        middle = (low + high) // 2
+        if all_finite(code, values[low:middle]):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def head_text(projection: Projection, shape: tuple[int, ...], heads: int, element: int) -> str:
@@ -195,8 +206,9 @@ def _recorded_target(
 def _selection(target: TargetRecord) -> Iterator[str]:
     """Whether heads, scores, keep and margin fit together. Scores are rounded roots, so that two which are equal here
     may have differed: of those at the cut, any may be in."""
+    selected = set(target.selected)
     kept = [target.scores[head] for head in target.selected]
-    dropped = [score for head, score in enumerate(target.scores) if head not in set(target.selected)]
+    dropped = [score for head, score in enumerate(target.scores) if head not in selected]
     cut = sorted(target.scores, reverse=True)[target.keep - 1] if target.keep else None
     right = cut is not None and len(kept) >= target.keep and min(kept) >= cut and max(dropped, default=0.0) <= cut
     if not (right if target.keep else not kept):

@@ -154,7 +154,7 @@ def _identity(*paths: Path) -> set[tuple[int, int]]:
 
 
 def _refuse_occupied(destination: Path, label: str, *, overwrite: bool) -> None:
-    if not os.path.lexists(destination):
+    if not fsio.exists(destination):
         return
     if not destination.is_dir():
         raise DestinationError(f"{label} exists and is not a directory; choose another, or move it away")
@@ -215,18 +215,19 @@ class Staging(Workbench):
                     fsio.rename(self.destination, self.path)
                     raise
         self.closed = True
-        os.close(self._lock)
+        with suppress(OSError):  # the output stands, and nothing was written through this descriptor
+            os.close(self._lock)
 
     def _recover(self) -> None:
         """Finish what a killed replacement left: put the old output back, or remove it when the new one stands."""
         aside = _aside_path(self.destination)
-        if not os.path.lexists(aside):
+        if not fsio.exists(aside):
             return
         old = lock(aside, made=True)
         if old is None:  # a run that is just ending still removes it
             return
         try:
-            if os.path.lexists(self.destination) and any(self.destination.iterdir()):
+            if fsio.exists(self.destination) and any(self.destination.iterdir()):
                 clear(old)
                 aside.rmdir()
             else:
@@ -272,7 +273,7 @@ class Staging(Workbench):
         for leftover in (self.path, aside):
             if not same(old, leftover):
                 continue
-            if os.path.lexists(self.destination):
+            if fsio.exists(self.destination):
                 clear(old)
                 leftover.rmdir()
             else:

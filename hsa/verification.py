@@ -31,7 +31,7 @@ from hsa.checkpoint import (
 )
 from hsa.checks import STEP, Problem, Problems
 from hsa.errors import HsaError, MachineError, RequestError, SourceError
-from hsa.fsio import Source, Tally
+from hsa.fsio import Source, Tally, exists, explained
 from hsa.header import load_json
 from hsa.memory import PeakMemory
 from hsa.output import PROVENANCE
@@ -43,6 +43,9 @@ __all__ = ["Problem", "VerifyReport", "verify"]
 
 DOCUMENTS = (".md", ".html", ".pdf", ".csv", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".wav", ".flac", ".mp3")
 """Endings of files that people lay beside a published model, and that no loader reads."""
+
+LARGE = 64 << 20
+"""Bytes of a file from which on several threads digest it."""
 
 LABEL = cast(Role, "output")
 """What messages call the checkpoint that is verified, in the place of a source's role."""
@@ -98,6 +101,7 @@ class VerifyReport:
         }
 
 
+@explained()
 def verify(
     output: PathLike,
     *,
@@ -297,7 +301,7 @@ class _Run:
 
         source = Source(contained(LABEL, self.directory, name), LABEL, self.tally)
         try:
-            hasher = blake3(max_threads=self.threads)
+            hasher = blake3(max_threads=self.threads if source.size >= LARGE else 1)
             buffer = memoryview(bytearray(min(STEP, source.size)))
             for start in range(0, source.size, STEP):
                 if self.stop.is_set():
@@ -319,7 +323,7 @@ class _Run:
     def _open(self, stack: ExitStack) -> Checkpoint | None:
         """The output as a checkpoint, when its headers, index and config are sound."""
         directory, problems = self.directory, self.problems
-        single, index = (os.path.lexists(directory / name) for name in (WEIGHTS, INDEX))
+        single, index = (exists(directory / name) for name in (WEIGHTS, INDEX))
         if not single and not index:
             problems.add(WEIGHTS, f"is missing, and so is {INDEX}; expected one of them")
             return None

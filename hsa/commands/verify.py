@@ -49,7 +49,8 @@ def verify(
 
 
 def _describe(report: VerifyReport) -> str:
-    found = "sound" if report.ok else f"{len(report.problems)} problems"
+    count = len(report.problems)
+    found = "sound" if report.ok else f"{count} problem{'s' if count > 1 else ''}"
     lines = [f"{report.output}: {found}"]
     record = report.record
     if record is not None:
@@ -71,4 +72,7 @@ def _describe(report: VerifyReport) -> str:
 def _parameters(parameters: object) -> list[str]:
     shown = ("k", "lambda", "alpha", "targets", "numerics")
     held = parameters if isinstance(parameters, dict) else {}
-    return [f"{name} {'per tensor' if isinstance(held[name], dict) else held[name]}" for name in shown if name in held]
+    texts = {
+        name: "per tensor" if isinstance(held[name], dict) else str(held[name])[:40] for name in shown if name in held
+    }
+    return [f"{name} {text}" for name, text in texts.items()]

@@ -38,7 +38,8 @@ class Operation:
 
     `run` does the work in this process: sources, output, and which of two variants ("old", "new") of the result.
     `arguments` is the same as a command line. `prepare` makes further input from the sources, in a folder that counts
-    as one of them. `check` raises AssertionError unless an output is whole. `marker` is a file that every output has.
+    as one of them. `check` raises AssertionError unless an output is whole. Of a walk over its calls every `step`-th
+    point is tried in full: where another operation leads the way, the same path need not be walked as closely again.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Operation:
     arguments: Callable[[Sources, Path, str], Sequence[str]]
     check: Callable[[Path], None]
     prepare: Callable[[Sources, Path], Sources] = lambda sources, folder: sources
+    step: int = 3
 
 
 # Counting --------------------------------------------------------------------------------------------------
@@ -169,6 +171,11 @@ def make_stage(operation: Operation, root: Path, triple: Sources) -> Stage:
     stage = Stage(operation, root, sources, whole, kept, snapshot(root / "sources"))
     stage.reset(earlier=False)
     return stage
+
+
+def sampled(stage: Stage, points: Sequence[Any], sample: int) -> Sequence[Any]:
+    """The points of a walk that are tried: in full by the operation's step, else each `sample`-th."""
+    return points[:: stage.operation.step if FULL else sample]
 
 
 # Faults ----------------------------------------------------------------------------------------------------

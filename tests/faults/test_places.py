@@ -19,7 +19,7 @@ from helpers import mounted, ordinary_user, snapshot
 from hsa import fsio
 from hsa.errors import HsaError
 
-MANY = 1 if FULL else 12
+MANY = 1 if FULL else 20
 """Every which point of a walk is tried."""
 
 
