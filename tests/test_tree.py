@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import edit_json, mounted, poke, read_tensors, run_hsa, snapshot, write_tensors
+from helpers import (
+    edit_json,
+    mounted,
+    poke,
+    read_tensors,
+    run_hsa,
+    snapshot,
+    write_adapter,
+    write_openai,
+    write_pickle,
+    write_tensors,
+)
 from hub_server import TOKEN, Servers, running
 from markdown_it import MarkdownIt
 
@@ -162,6 +173,36 @@ def test_only_what_differs_is_built_anew_and_only_when_asked(recipe: Path, tripl
         assert touched(output / "g" / name).items() <= before.items()
     build(changed, tmp_path / "fresh")
     assert snapshot(output) == snapshot(tmp_path / "fresh"), "however it was made, the tree is the same"
+
+
+def test_whatever_a_merge_may_say_is_verified_the_next_time(triple: Triple, tmp_path: Path) -> None:
+    weights = read_tensors(triple["base"])
+    names = [name for name in weights if re.search(r"encoder.*self_attn\.[qkv]_proj", name)]
+    write_adapter(tmp_path / "adapter", {name: weights[name] for name in names if name.endswith("q_proj.weight")})
+    pickled = Path(shutil.copytree(triple["secondary"], tmp_path / "pickled"))
+    write_pickle(pickled, read_tensors(triple["secondary"]))
+    write_openai(tmp_path / "whisper.pt", triple["base"])
+    merges = (
+        {"name": "reference", "numerics": "reference", "load_dtype": "float32", "k": 60},
+        {"name": "scaled", "attention_scale": 0.9, "non_attention_scale": 1.1, "dtype": "bfloat16"},
+        {"name": "sharded", "max_shard_size": "200KB", "assets_from": "secondary"},
+        {"name": "each", "lambda": dict.fromkeys(names, 0.25), "targets": "encoder-qkv"},
+        {"name": "heads", "num_heads": 2, "num_layers": 3, "alpha": "1e-1"},
+        {"name": "adapter", "secondary": "./adapter", "secondary_id": "org/adapter@main"},
+        {"name": "pickle", "secondary": "pickled"},
+        {"name": "openai", "base": "whisper.pt", "base_id": "openai/whisper-test"},
+    )
+    recipe = write_recipe(tmp_path / "recipe.yaml", triple, *merges)
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("'1e-1'", "1e-1"), encoding="utf-8")
+    output = tmp_path / "tree"
+    first = build(recipe, output)
+    assert first.ok, first.failed
+    before = touched(output)
+    second = build(recipe, output)
+    assert second.ok, second.failed
+    assert second.count("verified") == len(merges)
+    assert touched(output) == before
+    assert states(output) == {f"g/{merge['name']}": "complete" for merge in merges}
 
 
 def test_a_damaged_entry_is_found_and_built_anew_when_asked(recipe: Path, tmp_path: Path) -> None:
