@@ -39,9 +39,10 @@ setup(
         "typer>=0.20,<1",
         "rich>=13,<16",
         "blake3>=1.0,<2",
+        "pyyaml>=6,<7",
     ],
     extras_require={
-        "mergekit": ["mergekit>=0.1.4,<0.2", "pyyaml>=6,<7"],
+        "mergekit": ["mergekit>=0.1.4,<0.2"],
         "dev": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hsa.patches import merge_patch
     from hsa.report import MergeReport, TensorReport
     from hsa.sweeping import SweepReport, sweep
+    from hsa.tree import ReleaseReport, release
     from hsa.verification import VerifyReport, verify
 
 _LAZY = {
@@ -40,6 +41,8 @@ _LAZY = {
     "MergeConfig": "hsa.config",
     "MergeReport": "hsa.report",
     "Merger": "hsa.merger",
+    "ReleaseReport": "hsa.tree",
+    "release": "hsa.tree",
     "SweepReport": "hsa.sweeping",
     "TensorReport": "hsa.report",
     "VerifyReport": "hsa.verification",
@@ -60,6 +63,7 @@ __all__ = [
     "NonFiniteError",
     "PatchError",
     "ProvenanceError",
+    "ReleaseReport",
     "RequestError",
     "SourceChanged",
     "SourceError",
@@ -70,6 +74,7 @@ __all__ = [
     "apply",
     "merge",
     "merge_patch",
+    "release",
     "sweep",
     "verify",
 ]

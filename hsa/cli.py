@@ -12,6 +12,7 @@ from hsa.commands.apply import apply
 from hsa.commands.demo import demo
 from hsa.commands.merge import merge
 from hsa.commands.mergekit import mergekit
+from hsa.commands.release import release
 from hsa.commands.sweep import sweep
 from hsa.commands.verify import verify
 from hsa.console import fail, guarded
@@ -64,6 +65,7 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 app.command()(merge)
+app.command()(release)
 app.command()(verify)
 app.command()(sweep)
 app.command()(apply)

@@ -67,6 +67,30 @@ def _refuse(destination: Path, label: str, sources: Iterable[Path], *, overwrite
             raise DestinationError(f"{label} cannot be made: {existing} is not a directory")
 
 
+def check_tree(output: str | os.PathLike[str], sources: Iterable[Path]) -> Path:
+    """The root of several outputs with its links resolved, which may hold anything; DestinationError where not.
+
+    Refused: the root, a home or what holds one, a file, and a directory that is, contains or lies in a source.
+    """
+    if not os.fspath(output):
+        raise DestinationError("output is an empty path; name a directory of its own for the tree")
+    try:
+        tree = (Path.cwd() / Path(output).expanduser()).resolve()
+        label = f"output {tree}"
+        own, homes = _homes()
+        if tree == Path(tree.anchor) or tree in homes or any(home.is_relative_to(tree) for home in own):
+            raise DestinationError(f"{label} is the root, or is or holds a home directory; name one of its own")
+        if os.path.lexists(tree) and not tree.is_dir():
+            raise DestinationError(f"{label} exists and is not a directory; choose another, or move it away")
+        for source in sources:
+            how = relation(tree, source)
+            if how:
+                raise DestinationError(f"{label} {how} the source {source}; choose a directory apart from the sources")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DestinationError(f"output {os.fspath(output)} cannot be looked at: {error}") from error
+    return tree
+
+
 def _refuse_special(destination: Path, label: str) -> None:
     own, homes = _homes()
     if destination == Path(destination.anchor):

@@ -31,14 +31,17 @@ class HubId:
     revision: str | None = None
 
 
-def find_id(path: PathLike) -> HubId | None:
-    """The hub id that a source means; None for a path. What exists locally is a path, and so is every Path object."""
-    if not isinstance(path, str):
-        return None
-    name, at, revision = path.partition("@")
+def parse_id(text: str) -> HubId | None:
+    """The hub id that a text has the form of; None for any other text."""
+    name, at, revision = text.partition("@")
     if "/" not in name or not is_hub_id(name) or (at and (not REVISION.fullmatch(revision) or ".." in revision)):
         return None
-    return None if os.path.lexists(path) else HubId(name, revision or None)
+    return HubId(name, revision or None)
+
+
+def find_id(path: PathLike) -> HubId | None:
+    """The hub id that a source means; None for a path. What exists locally is a path, and so is every Path object."""
+    return None if not isinstance(path, str) or os.path.lexists(path) else parse_id(path)
 
 
 @dataclass
@@ -64,6 +67,13 @@ def cache_directory() -> Path:
 
     given = os.environ.get(CACHE_VARIABLE)
     return Path(given).expanduser() if given else Path(constants.HF_HOME) / "hsa"
+
+
+def cache_directories() -> tuple[Path, Path]:
+    """huggingface_hub's cache of whole files, and this package's of ranges."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE), cache_directory()
 
 
 def _folder(repo: str) -> str:

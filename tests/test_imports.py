@@ -24,7 +24,7 @@ HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit")
 LAYERS = (
     ("_version", "ranges", "threads"),
     ("errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config"),
-    ("config", "fsio", "synthetic"),
+    ("config", "fsio", "strict_yaml", "synthetic"),
     ("console", "header", "partial", "whisper", "workbench"),
     ("output", "pickled"),
     ("checkpoint", "fetch"),
@@ -40,11 +40,11 @@ LAYERS = (
     ("card", "checks", "grid", "patch_format", "report"),
     ("graft", "patching"),
     ("finish", "request"),
-    ("api", "patch_reader", "patches"),
-    ("applying", "recompute"),
-    ("verification",),
+    ("api", "patch_reader", "patches", "recipe"),
+    ("applying", "recompute", "tree_index"),
+    ("tree_plan", "verification"),
     ("sweep_index",),
-    ("sweeping",),
+    ("sweeping", "tree"),
     ("demo", "integrations"),
     ("commands",),
     ("cli",),
@@ -74,7 +74,7 @@ ANYWHERE = {
     },
     "triton": {"hsa.backends.triton"},
     "transformers": {"hsa.demo"},
-    "huggingface_hub": {"hsa.card", "hsa.fetch", "hsa.hub", "hsa.hub_errors", "hsa.repo"},
+    "huggingface_hub": {"hsa.card", "hsa.fetch", "hsa.hub", "hsa.hub_errors", "hsa.repo", "hsa.tree_index"},
     "mergekit": {"hsa.integrations.mergekit", "hsa.integrations.mergekit_method"},
     "hsa.reference": {"hsa.demo"},
     "hsa.kernels": {"hsa.backends.triton"},
@@ -121,7 +121,9 @@ def test_every_public_name_resolves() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["merge", "--help"], ["mergekit", "--help"], ["--version"], []], ids=" ".join
+    "arguments",
+    [["--help"], ["merge", "--help"], ["mergekit", "--help"], ["release", "--help"], ["--version"], []],
+    ids=" ".join,
 )
 def test_help_needs_neither_torch_nor_numpy(arguments: list[str]) -> None:
     done = fresh(
