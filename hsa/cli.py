@@ -9,6 +9,7 @@ import typer
 
 from hsa._version import __version__
 from hsa.commands.demo import demo
+from hsa.commands.inspect import inspect
 from hsa.commands.merge import merge
 from hsa.commands.mergekit import mergekit
 from hsa.console import fail, guarded
@@ -61,5 +62,6 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 app.command()(merge)
+app.command()(inspect)
 app.command(context_settings={"ignore_unknown_options": True})(mergekit)
 app.command()(demo)

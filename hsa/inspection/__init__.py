@@ -15,7 +15,7 @@ from hsa.errors import HsaError, MismatchError, ProvenanceError, RequestError
 from hsa.fsio import Tally
 from hsa.hub import Hub, Want, find_id
 from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes, measure
-from hsa.inspection.model import Agreement, Energy, Geometry, Inspection, TensorInspection, in_order
+from hsa.inspection.model import Agreement, Energy, Geometry, Inspection, Recorded, TensorInspection, in_order
 from hsa.plan import find_targets
 from hsa.provenance import Provenance, TargetRecord, tensors_digest
 from hsa.target import TIE_RISK, Target, of_selected, select
@@ -181,6 +181,7 @@ def _recorded_tensor(
         selected=selected,
         margin=margin,
         geometry=None,
+        recorded=Recorded(each.keep, each.selected),
     )
 
 
@@ -336,6 +337,7 @@ def _tensor(
         selected=selected,
         margin=margin,
         geometry=found.geometry,
+        recorded=None if recorded is None else Recorded(recorded.keep, recorded.selected),
     )
 
 

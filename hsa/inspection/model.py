@@ -53,11 +53,23 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """What an output's provenance says of a tensor: how many heads were to be kept, and which were merged."""
+
+    keep: int
+    selected: tuple[int, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"keep": self.keep, "selected": list(self.selected)}
+
+
+@dataclass(frozen=True)
 class TensorInspection:
     """One target tensor: its place, its parameters, every head's score, and the selection at its `k`.
 
     `scores` are L2 norms; `squared` are the squared scores that heads are compared by, None where only a provenance
-    file was read, which holds the norms alone. `coefficient` is lambda_i in float64. `geometry` needs the sources.
+    file was read, which holds the norms alone. `coefficient` is lambda_i in float64. `geometry` needs the
+    sources, `recorded` an output.
     """
 
     name: str
@@ -76,6 +88,7 @@ class TensorInspection:
     selected: tuple[int, ...]
     margin: float | None
     geometry: Geometry | None
+    recorded: Recorded | None
 
     @property
     def label(self) -> str:
@@ -111,6 +124,7 @@ class TensorInspection:
             "scores": list(self.scores),
             "squared_scores": None if self.squared is None else list(self.squared),
             "ranks": list(self.ranks),
+            "recorded": None if self.recorded is None else self.recorded.as_dict(),
             **({} if self.geometry is None else self.geometry.as_dict()),
         }
 
