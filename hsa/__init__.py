@@ -25,10 +25,13 @@ from hsa.errors import (
 if TYPE_CHECKING:
     from hsa.api import merge
     from hsa.config import MergeConfig
+    from hsa.inspection import Inspection, inspect
     from hsa.merger import Merger
     from hsa.report import MergeReport, TensorReport
 
 _LAZY = {
+    "Inspection": "hsa.inspection",
+    "inspect": "hsa.inspection",
     "merge": "hsa.api",
     "MergeConfig": "hsa.config",
     "MergeReport": "hsa.report",
@@ -41,6 +44,7 @@ __all__ = [
     "DestinationError",
     "HeaderError",
     "HsaError",
+    "Inspection",
     "MachineError",
     "MergeConfig",
     "MergeReport",
@@ -53,6 +57,7 @@ __all__ = [
     "SourceError",
     "TensorReport",
     "__version__",
+    "inspect",
     "merge",
 ]
 

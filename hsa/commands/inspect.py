@@ -30,26 +30,22 @@ def inspect(
     lam: Annotated[
         float | None, typer.Option("--lambda", help="Weight of primary.", show_default="the output's, else 0.5")
     ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="Layer exponent.", show_default="the output's, else 0.2")
-    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Layer exponent.", show_default="the output's, else 0.2")] = None,
     targets: Annotated[
         str | None,
-        typer.Option(
-            metavar="PRESET", help="encoder-qkv, attention-qkv or attention-all.", show_default="encoder-qkv"
-        ),
+        typer.Option(metavar="PRESET", help="encoder-qkv, attention-qkv or attention-all.", show_default="encoder-qkv"),
     ] = None,
     num_heads: options.NumHeads = None,
     num_layers: options.NumLayers = None,
-    diff: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two outputs instead.")
-    ] = None,
+    diff: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two outputs instead.")] = None,
     no_energy: Annotated[
         bool, typer.Option("--no-energy", help="Read the targets alone, not the rest of the models.")
     ] = False,
     csv: Annotated[str | None, typer.Option(metavar="F", help="Write a row for each head.")] = None,
     png: Annotated[str | None, typer.Option(metavar="F", help="Write heat maps (needs matplotlib).")] = None,
-    html: Annotated[str | None, typer.Option(metavar="F", help="Write a page whose heat maps answer to sliders.")] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="F", help="Write a page whose heat maps answer to sliders.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -111,9 +107,7 @@ def _renderer(name: str) -> Any:
     return {"csv": sheet.render, "png": picture.render, "html": page.render}[name]
 
 
-def _present(
-    view: Inspection | Comparison, as_json: bool, quiet: bool, files: dict[str, Path] | None = None
-) -> None:
+def _present(view: Inspection | Comparison, as_json: bool, quiet: bool, files: dict[str, Path] | None = None) -> None:
     from hsa.errors import one_line
     from hsa.views import table
 

@@ -8,31 +8,24 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hsa import provenance
-from hsa._version import __version__
 from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
-from hsa.config import MergeConfig, PerTensor, Preset, keep_count, layer_coefficient
-from hsa.errors import HsaError, MismatchError, ProvenanceError, RequestError
+from hsa.config import MergeConfig, PerTensor, Preset, keep_count
+from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
 from hsa.hub import Hub, Want, find_id
 from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes, measure
 from hsa.inspection.model import Agreement, Energy, Geometry, Inspection, Recorded, TensorInspection, in_order
+from hsa.inspection.recorded import changed_config, close_margins, from_output, parameters_of, recorded_config
+from hsa.output import PROVENANCE
 from hsa.plan import find_targets
 from hsa.provenance import Provenance, TargetRecord, tensors_digest
-from hsa.target import TIE_RISK, Target, of_selected, select
-from hsa.whisper import group_of
+from hsa.target import Target, of_selected, select
+from hsa.whisper import architecture, group_of
 
 __all__ = ["Agreement", "Energy", "Geometry", "Inspection", "TensorInspection", "inspect"]
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
-
-NO_SOURCES = (
-    "cosines, relative sizes and the share of energy need the sources: give base, primary and secondary too"
-)
-ROOTS = (
-    "a provenance holds norms, not their squares: heads whose squares differ in the last bit or two may look tied here "
-    "at a k other than the recorded one"
-)
 
 
 def inspect(
@@ -89,123 +82,13 @@ def inspect(
     directory = Path(output).expanduser()
     tally = Tally()
     record = provenance.load(directory)
-    tally.add_read("output", (directory / provenance.PROVENANCE).stat().st_size)
-    config = _recorded_config(record, directory)
+    tally.add_read("output", (directory / PROVENANCE).stat().st_size)
+    config = recorded_config(record, directory)
     changed = {"k": k, "lam": lam, "alpha": alpha}
-    asked = _changed(config, {name: value for name, value in changed.items() if value is not None})
+    asked = changed_config(config, {name: value for name, value in changed.items() if value is not None})
     if paths:
         return _from_sources(paths, asked, record, directory, energy, progress)
-    return _from_output(record, directory, config, asked, tally)
-
-
-# --- from an output alone -----------------------------------------------------------------------------------------
-
-
-def _recorded_config(record: Provenance, directory: Path) -> MergeConfig:
-    try:
-        return MergeConfig.from_dict(record.record.parameters)
-    except (HsaError, TypeError) as error:
-        raise ProvenanceError(f"{directory / provenance.PROVENANCE}: {error}; it is no provenance of hsa") from error
-
-
-def _changed(config: MergeConfig, values: Mapping[str, PerTensor]) -> MergeConfig:
-    from dataclasses import replace
-
-    return replace(config, **values) if values else config  # type: ignore[arg-type]
-
-
-def _layers(config: MergeConfig, records: Sequence[TargetRecord]) -> dict[str, int]:
-    """L of each stack: a merge is refused unless every layer that the config promises has its targets."""
-    found: dict[str, int] = {}
-    for each in records:
-        stack = each.projection.stack
-        found[stack] = max(found.get(stack, 0), each.projection.layer + 1)
-    return {stack: config.num_layers or count for stack, count in found.items()}
-
-
-def _from_output(
-    record: Provenance, directory: Path, config: MergeConfig, asked: MergeConfig, tally: Tally
-) -> Inspection:
-    layers = _layers(config, record.record.targets)
-    tensors = [_recorded_tensor(each, layers, config, asked, directory) for each in record.record.targets]
-    notes = [NO_SOURCES]
-    if asked.k != config.k:
-        notes.append(ROOTS)
-    return Inspection(
-        title=directory.resolve().name,
-        origin="output",
-        numerics=config.numerics,
-        written_by={**record.record.program, "libraries": dict(record.record.libraries)},
-        parameters=_parameters(record, asked),
-        sources={role: source.as_dict() for role, source in record.record.sources.items()},
-        tensors=in_order(tensors),
-        energy=None,
-        files=record.files,
-        bytes_read=tally.read,
-        notes=tuple(notes),
-        warnings=(*_close(tensors), *_unlike(tensors, record.record.targets, config, layers, asked)),
-    )
-
-
-def _recorded_tensor(
-    each: TargetRecord, layers: Mapping[str, int], config: MergeConfig, asked: MergeConfig, directory: Path
-) -> TensorInspection:
-    name, stack = each.projection.name, each.projection.stack
-    try:
-        k, lam, alpha = asked.of("k", name), asked.of("lam", name), asked.of("alpha", name)
-        own = config.of("k", name), config.of("lam", name), config.of("alpha", name)
-    except RequestError as error:
-        raise ProvenanceError(f"{directory / provenance.PROVENANCE}: {error}") from error
-    selected, margin, keep = each.selected, each.margin, each.keep
-    if k != own[0]:
-        keep = keep_count(k, each.heads)
-        chosen = select(each.scores, keep).selected
-        selected, margin = chosen, of_selected([score * score for score in each.scores], chosen).margin
-    coefficient = each.coefficient
-    if (lam, alpha) != own[1:]:
-        coefficient = layer_coefficient(lam, alpha, each.projection.layer, layers[stack])
-    return TensorInspection(
-        name=each.name,
-        projection=each.projection,
-        shape=each.shape,
-        dtype=each.code,
-        heads=each.heads,
-        layers=layers[stack],
-        k=k,
-        lam=lam,
-        alpha=alpha,
-        keep=keep,
-        coefficient=coefficient,
-        scores=each.scores,
-        squared=None,
-        selected=selected,
-        margin=margin,
-        geometry=None,
-        recorded=Recorded(each.keep, each.selected),
-    )
-
-
-def _unlike(
-    tensors: Sequence[TensorInspection],
-    records: Sequence[TargetRecord],
-    config: MergeConfig,
-    layers: Mapping[str, int],
-    asked: MergeConfig,
-) -> Iterator[str]:
-    """What in a record does not follow from its own parameters: nothing, in a record that hsa wrote."""
-    for each in records:
-        name, p = each.projection.name, each.projection
-        keep = keep_count(config.of("k", name), each.heads)
-        value = layer_coefficient(config.of("lam", name), config.of("alpha", name), p.layer, layers[p.stack])
-        if each.keep != keep or abs(each.coefficient - value) > 1e-12:
-            yield (
-                f"{each.name}: {each.keep} heads kept and lambda_i {each.coefficient!r} are recorded, its parameters "
-                f"give {keep} and {value!r}; shown is what is recorded"
-            )
-            return
-
-
-# --- from sources -------------------------------------------------------------------------------------------------
+    return from_output(record, directory, config, asked, tally)
 
 
 def _from_sources(
@@ -242,7 +125,7 @@ def _from_sources(
         warnings: list[str] = []
         if record is not None and directory is not None:
             _check_sources(record, directory, found, measured)
-            warnings += _unlike_record(recorded, found, measured, _recorded_config(record, directory))
+            warnings += _unlike_record(recorded, found, measured, recorded_config(record, directory))
         tensors = [
             _tensor(target, measured[target.projection.name], layers, config, recorded.get(target.projection.name))
             for target in found
@@ -256,15 +139,13 @@ def _from_sources(
             f"the share of energy is left out: of {' and '.join(remote)}, on the Hub, only targets were fetched; "
             f"download the models and give their directories"
         )
-    warnings += [*_close(tensors), *_still(measured)]
+    warnings += [*close_margins(tensors), *_still(measured)]
     return Inspection(
         title=directory.resolve().name if directory else " + ".join(str(identities[r]["id"]) for r in ROLES[1:]),
         origin="output and sources" if directory else "sources",
         numerics=config.numerics,
-        written_by=None
-        if record is None
-        else {**record.record.program, "libraries": dict(record.record.libraries)},
-        parameters=config.as_dict() if record is None else _parameters(record, config),
+        written_by=None if record is None else {**record.record.program, "libraries": dict(record.record.libraries)},
+        parameters=config.as_dict() if record is None else parameters_of(record, config),
         sources=identities,
         tensors=in_order(tensors),
         energy=energies,
@@ -288,8 +169,6 @@ def _open(
 
 
 def _stack_layers(config: MergeConfig, sources: Sources) -> dict[str, int]:
-    from hsa.whisper import architecture
-
     counts = architecture(sources.primary.config, "primary").layers
     return {stack: config.num_layers or count for stack, count in counts.items()}
 
@@ -405,25 +284,7 @@ def _energies(
     return tuple(energies)
 
 
-# --- of both ------------------------------------------------------------------------------------------------------
-
-
-def _parameters(record: Provenance, asked: MergeConfig) -> dict[str, object]:
-    """The recorded parameters, those of the shown selection in their places."""
-    shown = {key: value for key, value in asked.as_dict().items() if key in ("k", "lambda", "alpha")}
-    return {**record.record.parameters, **shown}
-
-
-def _close(tensors: Sequence[TensorInspection]) -> Iterator[str]:
-    close = [tensor for tensor in tensors if tensor.margin is not None and tensor.margin < TIE_RISK]
-    if close:
-        yield (
-            f"{len(close)} tensors have a margin below {TIE_RISK:g}, such as {close[0].name}: another backend or "
-            f"machine could select other heads there"
-        )
-
-
 def _still(measured: Mapping[str, Measured]) -> Iterator[str]:
     for role in ROLES[1:]:
         if not any(found.moved[role] for found in measured.values()):
-            yield f"base and {role} are equal on all {len(measured)} target tensors: is {role} a fine-tune of this base?"
+            yield f"base and {role} are equal on all {len(measured)} target tensors: is it a fine-tune of this base?"

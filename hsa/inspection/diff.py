@@ -1,30 +1,26 @@
-"""`hsa inspect --diff A B`: in what two outputs differ, from their provenance and, where they hold any, their weights."""
+"""`hsa inspect --diff A B`: in what two outputs differ, by their provenance, their files and their weights."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
-from hsa import provenance, whisper
+from hsa import provenance
 from hsa._version import __version__
-from hsa.checkpoint import INDEX, ROLES, WEIGHTS, Checkpoint, Role, open_checkpoint
-from hsa.dtypes import ARITHMETIC, BITS, STORAGE, Array, size, widen
+from hsa.checkpoint import INDEX, ROLES, WEIGHTS, Role
 from hsa.errors import ProvenanceError
 from hsa.fsio import Source, Tally
-from hsa.inspection.measure import Buffers
+from hsa.inspection.distance import Weights, compare_weights
 from hsa.inspection.model import FORMAT, jaccard
 from hsa.output import PROVENANCE
 from hsa.provenance import Provenance, TargetRecord
 
 STEP = 1 << 20
-"""Bytes of each file, or elements of each tensor, that are compared at a time."""
+"""Bytes of each file that are compared at a time."""
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -60,75 +56,13 @@ class HeadsDiff:
 
 
 @dataclass(frozen=True)
-class Distance:
-    """Squared L2 norms over a group of tensors, in float64: of B - A and of A; tensors with equal bytes, and all."""
-
-    change: float
-    whole: float
-    equal: int
-    tensors: int
-
-    @property
-    def relative(self) -> float | None:
-        """|B - A| / |A|; None where A is zero and B is not."""
-        if self.change == 0.0:
-            return 0.0
-        return math.sqrt(self.change / self.whole) if self.whole > 0.0 else None
-
-    def plus(self, other: Distance) -> Distance:
-        return Distance(
-            self.change + other.change,
-            self.whole + other.whole,
-            self.equal + other.equal,
-            self.tensors + other.tensors,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "relative": self.relative,
-            "change_norm": math.sqrt(self.change),
-            "norm": math.sqrt(self.whole),
-            "equal_tensors": self.equal,
-            "tensors": self.tensors,
-        }
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weights of two outputs: distances by stack, by stack and kind, and of targets and the rest.
-
-    `incomparable` are tensors of both without a distance (other shapes, no floating numbers, NaN or Inf) and other bytes.
-    """
-
-    whole: Distance
-    stacks: Mapping[str, Distance]
-    kinds: Mapping[str, Distance]
-    targets: Distance
-    others: Distance
-    only_first: tuple[str, ...]
-    only_second: tuple[str, ...]
-    incomparable: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "whole": self.whole.as_dict(),
-            "stacks": {name: each.as_dict() for name, each in self.stacks.items()},
-            "kinds": {name: each.as_dict() for name, each in self.kinds.items()},
-            "targets": self.targets.as_dict(),
-            "others": self.others.as_dict(),
-            "only_a": list(self.only_first),
-            "only_b": list(self.only_second),
-            "incomparable": list(self.incomparable),
-        }
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Two outputs, A and B.
 
-    `parameters` and `program` hold the values that differ, as pairs. `sources` says per role whether both were made from
-    the same target bytes and under which ids. `files` is one of same, different, only a, only b, missing, for each file
-    that either provenance lists, by the bytes that are there now. `weights` is None where one of the two has none.
+    `parameters` and `program` hold the values that differ, as pairs. `sources` says per role under which ids, and
+    whether both were made from the same target bytes. `files` is one of same, different, only a, only b, missing, for
+    each file that either provenance lists, by the bytes that are there now. `weights` is None where one of the two has
+    none.
     """
 
     first: str
@@ -194,7 +128,9 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
     folders = (Path(first).expanduser(), Path(second).expanduser())
     a, b = (provenance.load(folder) for folder in folders)
     tally, notes = Tally(), list[str]()
-    total = sum(_size(folder / name) for folder, each in zip(folders, (a, b), strict=True) for name in _files(each, folder))
+    total = sum(
+        _size(folder / name) for folder, each in zip(folders, (a, b), strict=True) for name in _files(each, folder)
+    )
     done = 0
 
     def step(count: int) -> None:
@@ -208,7 +144,7 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
     held = [any((folder / name).is_file() for name in (WEIGHTS, INDEX)) for folder in folders]
     weights = None
     if all(held):
-        weights = _compare_weights(folders, {target.projection.name for target in a.record.targets}, tally, step)
+        weights = compare_weights(folders, {target.projection.name for target in a.record.targets}, tally, step)
     else:
         without = [str(folder) for folder, holds in zip(folders, held, strict=True) if not holds]
         notes.append(f"no distances: {' and '.join(without)} holds no weights ({WEIGHTS} or {INDEX})")
@@ -271,7 +207,9 @@ def _files(each: Provenance, folder: Path) -> Iterator[str]:
     """What a provenance lists, and itself. The names are a file's: none may lead out of the directory."""
     for name in each.files:
         if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
-            raise ProvenanceError(f"{folder / PROVENANCE} lists the file {name!r}; expected plain names of one directory")
+            raise ProvenanceError(
+                f"{folder / PROVENANCE} lists the file {name!r}; expected plain names of one directory"
+            )
         yield name
     yield PROVENANCE
 
@@ -308,90 +246,3 @@ def _compare_file(first: Path, second: Path, tally: Tally, step: Callable[[int],
             if buffers[0][:count] != buffers[1][:count]:
                 return "different"
     return "same"
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def _compare_weights(
-    folders: tuple[Path, Path], targets: set[str], tally: Tally, step: Callable[[int], None]
-) -> Weights:
-    with ExitStack() as stack:
-        # a role is but a label in messages and tallies here
-        a, b = (
-            stack.enter_context(open_checkpoint(cast(Role, label), folder, tally))
-            for label, folder in zip(("a", "b"), folders, strict=True)
-        )
-        buffers = Buffers()
-        stacks: dict[str, Distance] = {}
-        kinds: dict[str, Distance] = {}
-        split = {True: Distance(0.0, 0.0, 0, 0), False: Distance(0.0, 0.0, 0, 0)}
-        incomparable = []
-        for name in a.tensors:
-            if name not in b.tensors:
-                continue
-            distance = _distance(a, b, name, buffers, step)
-            if distance is None:
-                incomparable.append(a.tensors[name].name)
-                continue
-            of_stack, kind = whisper.group_of(name)
-            for table, key in ((stacks, of_stack), (kinds, f"{of_stack} {kind}")):
-                table[key] = table[key].plus(distance) if key in table else distance
-            split[name in targets] = split[name in targets].plus(distance)
-        a.check_unchanged()
-        b.check_unchanged()
-        return Weights(
-            whole=split[True].plus(split[False]),
-            stacks=stacks,
-            kinds=kinds,
-            targets=split[True],
-            others=split[False],
-            only_first=tuple(ref.name for name, ref in a.tensors.items() if name not in b.tensors),
-            only_second=tuple(ref.name for name, ref in b.tensors.items() if name not in a.tensors),
-            incomparable=tuple(incomparable),
-        )
-
-
-def _distance(
-    a: Checkpoint, b: Checkpoint, name: str, buffers: Buffers, step: Callable[[int], None]
-) -> Distance | None:
-    """The distance of one tensor; None where it has none and the bytes differ."""
-    one, other = a.tensors[name], b.tensors[name]
-    if one.shape != other.shape:
-        return None
-    numbers = {one.code, other.code} <= set(ARITHMETIC)
-    if one.code != other.code and not numbers:
-        return None
-    total = math.prod(one.shape)
-    equal, change, whole = one.code == other.code, list[float](), list[float]()
-    for first in range(0, total, STEP):
-        count = min(STEP, total - first)
-        raw = []
-        for checkpoint, ref in ((a, one), (b, other)):
-            start, length = first * BITS[ref.code] // 8, -(-count * BITS[ref.code] // 8)
-            buffer = buffers.take(checkpoint.role, length)
-            checkpoint.read_into(ref, buffer.data, start)
-            step(length)
-            raw.append(buffer)
-        same = one.code == other.code and bool(np.array_equal(raw[0], raw[1]))
-        equal = equal and same
-        if numbers:
-            x, y = (_float64(ref.code, buffer) for ref, buffer in zip((one, other), raw, strict=True))
-            with np.errstate(invalid="ignore", over="ignore"):
-                whole.append(float(np.add.reduce(x * x)))
-                if not same:
-                    np.subtract(y, x, out=y)
-                    change.append(float(np.add.reduce(np.multiply(y, y, out=y))))
-        elif not equal:
-            return None
-    if equal and not all(map(math.isfinite, whole)):
-        return Distance(0.0, 0.0, 1, 1)  # NaN and Inf have no norm, yet equal bytes are no distance apart
-    if not all(map(math.isfinite, (*whole, *change))):
-        return None
-    return Distance(math.fsum(change), math.fsum(whole), int(equal), 1)
-
-
-def _float64(code: str, raw: Array) -> Array:
-    values = raw.view(STORAGE[code])
-    wide: Array = widen(code, values, np.empty(raw.size // size(code), np.float32)).astype(np.float64)
-    return wide

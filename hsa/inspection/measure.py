@@ -102,9 +102,7 @@ class Elsewhere:
     skipped: list[str]
 
 
-def elsewhere(
-    sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step
-) -> dict[Role, Elsewhere]:
+def elsewhere(sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step) -> dict[Role, Elsewhere]:
     """Stream every tensor that is no target, in slices, base once for both fine-tunes.
 
     Raises SourceChanged, MachineError.
@@ -158,9 +156,7 @@ def _stream(
     return {role: math.fsum(part) if all(map(math.isfinite, part)) else math.nan for role, part in parts.items()}
 
 
-def _read(
-    sources: Sources, role: Role, ref: TensorRef, first: int, count: int, buffers: Buffers, step: Step
-) -> Array:
+def _read(sources: Sources, role: Role, ref: TensorRef, first: int, count: int, buffers: Buffers, step: Step) -> Array:
     """Elements of a tensor in float64."""
     raw = buffers.take(role, count * size(ref.code))
     sources.of(role).read_into(ref, raw.data, first * size(ref.code))

@@ -18,14 +18,16 @@ PathLike = str | os.PathLike[str]
 def check_file(path: PathLike, kept: Sequence[PathLike], *, overwrite: bool) -> Path:
     """The absolute path of a file to write. `kept` are sources and outputs, into which nothing is written.
 
-    Raises DestinationError when it exists (without `overwrite`) or is no file, when its directory is missing, or when it
-    lies in a source or an output.
+    Raises DestinationError when it exists (without `overwrite`) or is no file, when its directory is missing, or when
+    it lies in a source or an output.
     """
     given = Path(path).expanduser()
     try:
         parent = given.parent.resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise DestinationError(f"{given} cannot be written: its directory {given.parent} is missing; make it") from error
+        raise DestinationError(
+            f"{given} cannot be written: its directory {given.parent} is missing; make it"
+        ) from error
     found = parent / given.name
     if not given.name or found.is_dir():
         raise DestinationError(f"{given} is a directory; give the name of a file")

@@ -91,7 +91,7 @@
 
   // --- colours: luminance rises with the value, so that they can be told apart without hue ------------------------
 
-  const SEQUENTIAL = ["#1b2a49", "#36577a", "#5b898c", "#99b67e", "#f3d76c"];
+  const SEQUENTIAL = ["#2a3a63", "#3d5f84", "#5b898c", "#99b67e", "#f3d76c"];
   const DIVERGING = ["#a93f2a", "#dd9a82", "#efebe4", "#8db1cb", "#285a86"];
   const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
   const blend = (stops, share) => {

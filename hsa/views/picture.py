@@ -37,7 +37,7 @@ def render(inspection: Inspection) -> bytes:
             place.set_axis_off()
         shown = axes[: len(panels)]
         low, high, colours = _scale(drawn, panels)
-        image = None
+        image: Any = None
         for place, (title, tensors) in zip(shown, panels.items(), strict=True):
             image = _panel(place, f"{title}", tensors, drawn, (low, high, colours))
         figure.colorbar(image, ax=list(axes), label=drawn, fraction=0.02, pad=0.01)
@@ -51,7 +51,9 @@ def check_installed() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise RequestError(f'--png needs matplotlib ({error}); install it with pip install "hsa-merge[plot]"') from error
+        raise RequestError(
+            f'--png needs matplotlib ({error}); install it with pip install "hsa-merge[plot]"'
+        ) from error
 
 
 def _title(inspection: Inspection) -> str:
@@ -89,9 +91,7 @@ def _scale(drawn: str, panels: dict[str, list[TensorInspection]]) -> tuple[float
     return min(scores), max(scores), "viridis"
 
 
-def _panel(
-    axes: Axes, title: str, tensors: list[TensorInspection], drawn: str, scale: tuple[float, float, str]
-) -> Any:
+def _panel(axes: Axes, title: str, tensors: list[TensorInspection], drawn: str, scale: tuple[float, float, str]) -> Any:
     import numpy as np
     from matplotlib.patches import Rectangle
 

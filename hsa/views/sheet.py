@@ -34,7 +34,7 @@ COLUMNS = (
     "tv1_relative",
     "tv2_relative",
 )
-"""`selected` is 1 or 0; what is not known is empty: the columns from `cosine` on, and `squared_score`, need the sources."""
+"""`selected` is 1 or 0. Empty: not known; `squared_score` and what follows `selected` need the sources."""
 
 _GEOMETRY = COLUMNS[COLUMNS.index("cosine") :]
 

@@ -9,7 +9,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hsa.errors import one_line
 from hsa.inspection import Inspection, TensorInspection
-from hsa.inspection.diff import Comparison, Distance
+from hsa.inspection.diff import Comparison
+from hsa.inspection.distance import Distance
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,10 @@ def show(view: Inspection | Comparison, file: IO[str] | None = None) -> None:
     """Print to a stream, by default stdout."""
     out = sys.stdout if file is None else file
     console = _console(out)
-    (_inspection if isinstance(view, Inspection) else _comparison)(console, view)  # type: ignore[operator]
+    if isinstance(view, Inspection):
+        _inspection(console, view)
+    else:
+        _comparison(console, view)
 
 
 def _console(out: IO[str]) -> Console:
@@ -201,7 +205,9 @@ def _comparison(console: Console, view: Comparison) -> None:
     _heads(console, view)
     if view.weights is not None:
         _weights(console, view)
-    counts = {state: [n for n, found in view.files.items() if found == state] for state in dict.fromkeys(view.files.values())}
+    counts = {
+        state: [n for n, found in view.files.items() if found == state] for state in dict.fromkeys(view.files.values())
+    }
     for state, names in counts.items():
         _say(console, f"files {state}: {', '.join(names)}")
 
@@ -231,7 +237,11 @@ def _weights(console: Console, view: Comparison) -> None:
     assert weights is not None
     _say(console, "weights: relative L2 distance, |B - A| / |A|")
     table = _table("where", "distance", "tensors", "equal", right=("distance", "tensors", "equal"))
-    named: list[tuple[str, Distance]] = [("all", weights.whole), ("targets", weights.targets), ("others", weights.others)]
+    named: list[tuple[str, Distance]] = [
+        ("all", weights.whole),
+        ("targets", weights.targets),
+        ("others", weights.others),
+    ]
     named += [*weights.stacks.items(), *((f"  {name}", each) for name, each in weights.kinds.items())]
     for name, each in named:
         _row(table, name, _number(each.relative, ".3g"), each.tensors, each.equal)
