@@ -137,7 +137,7 @@ def test_the_selection_at_any_k_is_the_oracles(mixed: Triple, k: float) -> None:
 def test_parameters_per_tensor(shared_triple: Triple) -> None:
     names = list(hsa.inspect(**shared_triple, energy=False).tensors)
     ks = {name: 0.25 * (number % 5) for number, name in enumerate(names)}
-    found = hsa.inspect(**shared_triple, k=ks, lam={name: 0.1 for name in names}, energy=False)
+    found = hsa.inspect(**shared_triple, k=ks, lam=dict.fromkeys(names, 0.1), energy=False)
     for name, tensor in found.tensors.items():
         assert (tensor.k, len(tensor.selected)) == (ks[name], keep_count(ks[name], 4))
         assert tensor.coefficient == layer_coefficient(0.1, 0.2, tensor.projection.layer, 2)

@@ -69,10 +69,10 @@
     return element;
   };
   const number = (value, digits = 4) =>
-    value === null || value === undefined ? "–" : String(Number(value.toPrecision(digits)));
-  const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
+    value === null || value === undefined ? "-" : String(Number(value.toPrecision(digits)));
+  const percent = (value) => (value === null ? "-" : `${(100 * value).toFixed(1)} %`);
   const plain = (value) =>
-    value === null ? "–" : typeof value === "object" ? JSON.stringify(value, null, 1) : String(value);
+    value === null ? "-" : typeof value === "object" ? JSON.stringify(value, null, 1) : String(value);
   const blockName = (block) => (block === "self_attn" ? "self-attention" : "cross-attention");
 
   const fill = (table, head, rows, right = []) => {
@@ -237,8 +237,8 @@
         });
       });
       const { legend } = group;
-      legend.low.textContent = known.length ? number(low, 3) : "–";
-      legend.high.textContent = known.length ? number(high, 3) : "–";
+      legend.low.textContent = known.length ? number(low, 3) : "-";
+      legend.high.textContent = known.length ? number(high, 3) : "-";
       legend.label.textContent = colour.label.toLowerCase();
       legend.bar.style.background = `linear-gradient(to right, ${colour.stops.join(", ")})`;
       legend.bar.setAttribute("aria-label", `colour scale of ${colour.label}: from ${number(low, 3)} to ${number(high, 3)}`);
@@ -255,8 +255,8 @@
       const common = [...union].filter((head) => sets.every((chosen) => chosen.has(head))).sort((a, b) => a - b);
       const chance = members[0].heads * sets.reduce((product, chosen) => product * (chosen.size / members[0].heads), 1);
       rows.push([
-        `${each.stack} ${each.layer}`, blockName(each.block), each.part, common.join(", ") || "–",
-        `${common.length} of ${union.size}`, chance.toFixed(2), union.size ? (common.length / union.size).toFixed(2) : "–",
+        `${each.stack} ${each.layer}`, blockName(each.block), each.part, common.join(", ") || "-",
+        `${common.length} of ${union.size}`, chance.toFixed(2), union.size ? (common.length / union.size).toFixed(2) : "-",
       ]);
     }
     byId("agreement-section").hidden = rows.length === 0;
@@ -285,7 +285,7 @@
         );
       });
       held.lambda.textContent = shown.lambda_i.toFixed(4);
-      held.margin.textContent = shown.margin === null ? "–" : number(shown.margin, 2);
+      held.margin.textContent = shown.margin === null ? "-" : number(shown.margin, 2);
     }
     const values = ["k", "lambda", "alpha"].map((name) => `${name} ${state[name] ?? "per tensor"}`).join(", ");
     const narrow = narrowest === null ? "" : ` Narrowest margin ${number(narrowest.margin, 2)}, in ${narrowest.name}.`;
