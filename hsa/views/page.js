@@ -360,6 +360,7 @@
         row("in the target tensors", (e) => e.inside),
         row(`in the heads selected at k ${start.k ?? "per tensor"}`, (e) => e.selected),
         row("elsewhere", (e) => e.elsewhere),
+        ["by kind of tensor", ...roles.map(() => "")],
         ...names
           .filter((name) => roles.some((role) => data.energy[role].groups[name] > 0))
           .map((name) => row(`· ${name}`, (e) => e.groups[name] ?? 0)),

@@ -169,6 +169,7 @@ def _energy(console: Console, view: Inspection) -> None:
     _row(table, "in the target tensors", *(_percent(each.share(each.inside)) for each in view.energy))
     _row(table, "  in their selected heads", *(_percent(each.share(each.selected)) for each in view.energy))
     _row(table, "elsewhere", *(_percent(each.share(max(0.0, each.total - each.inside))) for each in view.energy))
+    _row(table, "by kind of tensor")
     for group in dict.fromkeys(group for each in view.energy for group in each.groups):
         shares = [each.share(each.groups.get(group, 0.0)) for each in view.energy]
         if any(shares):
