@@ -16,6 +16,7 @@ from hsa.errors import (
     MachineError,
     MismatchError,
     NonFiniteError,
+    PatchError,
     ProvenanceError,
     RequestError,
     SourceChanged,
@@ -24,19 +25,29 @@ from hsa.errors import (
 
 if TYPE_CHECKING:
     from hsa.api import merge
+    from hsa.applying import apply
     from hsa.config import MergeConfig
     from hsa.inspection import Inspection, inspect
     from hsa.merger import Merger
+    from hsa.patches import merge_patch
     from hsa.report import MergeReport, TensorReport
+    from hsa.sweeping import SweepReport, sweep
+    from hsa.verification import VerifyReport, verify
 
 _LAZY = {
     "Inspection": "hsa.inspection",
     "inspect": "hsa.inspection",
+    "apply": "hsa.applying",
     "merge": "hsa.api",
+    "merge_patch": "hsa.patches",
     "MergeConfig": "hsa.config",
     "MergeReport": "hsa.report",
     "Merger": "hsa.merger",
+    "SweepReport": "hsa.sweeping",
     "TensorReport": "hsa.report",
+    "VerifyReport": "hsa.verification",
+    "verify": "hsa.verification",
+    "sweep": "hsa.sweeping",
 }
 
 __all__ = [
@@ -51,14 +62,21 @@ __all__ = [
     "Merger",
     "MismatchError",
     "NonFiniteError",
+    "PatchError",
     "ProvenanceError",
     "RequestError",
     "SourceChanged",
     "SourceError",
+    "SweepReport",
     "TensorReport",
+    "VerifyReport",
     "__version__",
+    "apply",
     "inspect",
     "merge",
+    "merge_patch",
+    "sweep",
+    "verify",
 ]
 
 

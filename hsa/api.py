@@ -2,67 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
 from hsa import assets, fsio, provenance, report
 from hsa.backends import Backend, resolve
-from hsa.card import check_fields
-from hsa.checkpoint import INDEX, Checkpoint, Role, Sources, is_hub_id
+from hsa.checkpoint import INDEX, Role, Sources
+from hsa.compute import Calculator
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
-from hsa.errors import RequestError, SourceError
-from hsa.hub import REVISION, Hub, Want, find_id
-from hsa.layout import parse_size
-from hsa.lora import is_adapter
+from hsa.errors import SourceError
+from hsa.finish import finish
+from hsa.hub import Hub
 from hsa.memory import PeakMemory
-from hsa.output import PROVENANCE, Staging, check_destination
-from hsa.pipeline import Options, Outcome, execute
+from hsa.output import Staging, check_destination
+from hsa.pipeline import Options, execute
 from hsa.plan import MergePlan, make_plan
 from hsa.report import MergeReport, PlanReport, TensorReport
+from hsa.request import PathLike, Request, has_hub_ids, open_sources
 from hsa.signals import deferred
 from hsa.threads import default_threads
 
-PathLike = str | os.PathLike[str]
-CARD = "README.md"
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that a merge is told; see `merge` for the meaning of each field."""
-
-    sources: Mapping[Role, PathLike]
-    output: PathLike
-    config: MergeConfig
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    assets_from: Role = "primary"
-    max_shard_size: str | int | None = None
-    ids: Mapping[Role, str | None] | None = None
-    card: Mapping[str, str] | None = None
-    digest: bool = True
-    sync: bool = True
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.assets_from not in get_args(Role):
-            raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {self.assets_from!r}")
-        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
-        if self.threads is not None and not (whole and 1 <= self.threads <= 256):
-            raise RequestError(f"threads must be a whole number from 1 to 256, got {self.threads!r}")
-        for role, claimed in (self.ids or {}).items():
-            if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
-                raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
-            if claimed is not None and "@" in claimed and not REVISION.fullmatch(claimed.partition("@")[2]):
-                raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
-        check_fields(self.card or {})
-        if self.max_shard_size is not None:
-            parse_size(str(self.max_shard_size))
+__all__ = ["PathLike", "Request", "dry_run", "merge", "run"]
 
 
 def merge(
@@ -160,33 +123,38 @@ def merge(
     return run(request, progress)
 
 
+@fsio.explained()
 def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says; see `merge`."""
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         job = _prepare(request, tally, hub, stack)
-        found = _collect(request, job, tally)
+        found = collect(request, job.sources, job.plan, tally)
         with deferred():  # a directory that was made must be known to the stack that removes it
             staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
         options = Options(request.threads or default_threads(), request.digest, request.sync)
         total = job.plan.bytes_to_write
         step = None if progress is None else lambda done: progress(done, total)
         try:
-            outcome = execute(job.plan, job.sources, job.backend, staging, options, tally, memory, step)
+            calculator = Calculator(job.sources, job.backend, request.config.numerics)
+            digests = execute(job.plan.files, job.sources.by_role, calculator, staging, options, tally, memory, step)
         except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
             job.sources.check_unchanged()
             raise
         job.sources.check_unchanged()
-        _write_rest(request, job, outcome, found, staging, tally)
+        outcomes = calculator.ordered(job.plan.targets)
+        record = provenance.record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
+        small = dict(found.files)
+        if job.plan.index is not None:
+            small[INDEX] = job.plan.index
+        weights = {file.name: digests.get(file.name) for file in job.plan.files}
+        finish(staging, record, small, weights, digest=request.digest, tally=tally)
         staging.publish()
         memory.sample()
-    notes, warnings = report.findings(outcome.targets)
+    notes, warnings = report.findings(outcomes)
     if not request.digest:
-        notes.append(
-            "without whole-file digests a later verification cannot tell whether copied tensors and the small files "
-            "are still what was written, only whether the targets follow from the sources"
-        )
+        notes.append(report.NO_DIGESTS)
     return MergeReport(
         output=job.destination,
         seconds=time.perf_counter() - started,
@@ -199,12 +167,13 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         device=job.backend.device,
         route=job.plan.route,
         parameters=request.config.as_dict(),
-        tensors={o.target.primary.name: TensorReport.of(o) for o in outcome.targets},
+        tensors={target.name: TensorReport.of(target) for target in record.targets},
         notes=(*hub.notes, *job.plan.notes, *found.notes, *notes),
         warnings=(*found.warnings, *warnings),
     )
 
 
+@fsio.explained()
 def dry_run(request: Request) -> PlanReport:
     """The plan of a request: reads headers and small files, writes nothing.
 
@@ -215,7 +184,7 @@ def dry_run(request: Request) -> PlanReport:
     with ExitStack() as stack:
         job = _open(request, tally, hub, stack, headers_only=True)
         plan = job.plan
-        found = _collect(request, job, tally)
+        found = collect(request, job.sources, job.plan, tally)
         needed = plan.bytes_to_write + sum(map(len, found.files.values()))
         existing = next(parent for parent in job.destination.parents if parent.exists())
         free = fsio.free_bytes(existing)
@@ -238,9 +207,10 @@ def dry_run(request: Request) -> PlanReport:
         )
 
 
-def _collect(request: Request, job: _Job, tally: fsio.Tally) -> assets.Assets:
+def collect(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tally) -> assets.Assets:
+    """The small files of the output, but for index, card and provenance."""
     owner: Role = "base" if request.config.numerics == "reference" else "primary"
-    return assets.collect(job.sources, owner, request.assets_from, job.plan.output_dtype, tally)
+    return assets.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
 
 
 @dataclass(frozen=True)
@@ -253,7 +223,7 @@ class _Job:
 
 def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> _Job:
     """Open what a merge needs. Before anything large is fetched, whatever can be refused by headers is refused."""
-    if any(find_id(path) for path in request.sources.values()):
+    if has_hub_ids(request):
         with ExitStack() as trial:
             _open(request, fsio.Tally(), hub, trial, headers_only=True)
     return _open(request, tally, hub, stack, headers_only=False)
@@ -261,66 +231,7 @@ def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) ->
 
 def _open(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool) -> _Job:
     backend = resolve(request.backend, request.device, request.config)
-    ids = request.ids or {}
-
-    def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        want = _want(request, role, headers_only=headers_only)
-        return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
-
-    base = opened("base")
-    primary, secondary = opened("primary", base), opened("secondary", base)
-    sources = Sources(base, primary, secondary)
+    sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite)
-    limit = None if request.max_shard_size is None else parse_size(str(request.max_shard_size))
-    return _Job(sources, make_plan(request.config, sources, limit), backend, destination)
-
-
-def _want(request: Request, role: Role, *, headers_only: bool) -> Want:
-    """What a merge needs of a source on the Hub."""
-    config = request.config
-    reference = config.numerics == "reference"
-    everywhere = reference or config.non_attention_scale != 1.0 or is_adapter(request.sources["primary"])
-    whole = role == "primary" or (role == "base" and everywhere)
-    return Want(
-        need="whole" if whole else "targets",
-        preset=config.targets,
-        assets=role in ("base", request.assets_from),
-        headers_only=headers_only,
-        compare=reference and role != "secondary",
-    )
-
-
-def _write_rest(
-    request: Request, job: _Job, outcome: Outcome, found: assets.Assets, staging: Staging, tally: fsio.Tally
-) -> None:
-    """Index, configs, tokenizer files, card, and last the provenance, which holds the digest of all others."""
-    from hsa import card
-
-    small = dict(found.files)
-    if job.plan.index is not None:
-        small[INDEX] = job.plan.index
-    names = [*small, *(file.name for file in job.plan.files), CARD, PROVENANCE]
-    record = provenance.record(job.plan, job.sources, outcome.targets, _settings(request, job))
-    small[CARD] = card.render(record, names)
-    digests: dict[str, str | None] = {file.name: outcome.digests.get(file.name) for file in job.plan.files}
-    for name, data in small.items():
-        staging.write(name, data, tally)
-        digests[name] = _digest(data) if request.digest else None
-    staging.write(PROVENANCE, record.with_files(digests), tally)
-
-
-def _settings(request: Request, job: _Job) -> dict[str, Any]:
-    limit = request.max_shard_size
-    return {
-        "assets_from": request.assets_from,
-        "backend": job.backend.name,
-        "card": dict(request.card or {}),
-        "max_shard_size": None if limit is None else parse_size(str(limit)),
-    }
-
-
-def _digest(data: bytes) -> str:
-    from blake3 import blake3
-
-    return blake3(data).hexdigest()
+    return _Job(sources, make_plan(request.config, sources, request.shard_bytes), backend, destination)

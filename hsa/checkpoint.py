@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from hsa import whisper
 from hsa.dtypes import ARITHMETIC
-from hsa.errors import HeaderError, MismatchError, SourceError
-from hsa.fsio import Source, Tally
+from hsa.errors import HeaderError, MachineError, MismatchError, SourceError
+from hsa.fsio import Source, Tally, exists
 from hsa.header import Header, load_json, read_header
 from hsa.pickled import read_state_dict
 from hsa.ranges import Range
@@ -145,8 +145,12 @@ class Sources:
     def __iter__(self) -> Iterator[Checkpoint]:
         return iter((self.base, self.primary, self.secondary))
 
+    @property
+    def by_role(self) -> dict[Role, Checkpoint]:
+        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}
+
     def of(self, role: Role) -> Checkpoint:
-        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
+        return self.by_role[role]
 
     def check_unchanged(self) -> None:
         for source in self:
@@ -237,6 +241,11 @@ def identify(directory: Path, claimed: str | None) -> Identity:
     return Identity(directory.name)
 
 
+def is_snapshot(directory: Path) -> bool:
+    """Whether this is a snapshot in the hub's cache, which keeps files as links."""
+    return _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])) is not None
+
+
 def contained(role: str, directory: Path, name: str) -> Path:
     """The real path of a file of a source; SourceError when a link leads out of the directory.
 
@@ -244,7 +253,7 @@ def contained(role: str, directory: Path, name: str) -> Path:
     `blobs` that all its repositories share; both are let through.
     """
     allowed = [directory]
-    if _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])):
+    if is_snapshot(directory):
         allowed += [directory.parents[1] / "blobs", directory.parents[2] / "blobs"]
     try:
         real = (directory / name).resolve(strict=True)
@@ -287,7 +296,10 @@ def _directory(role: str, path: str | os.PathLike[str]) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    return os.path.lexists(path)
+    try:
+        return exists(path)
+    except OSError as error:
+        raise MachineError(f"cannot look for {path}: {error.strerror}; look after the disk it lies on") from error
 
 
 @dataclass(frozen=True)

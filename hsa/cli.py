@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from hsa._version import __version__
+from hsa.commands.apply import apply
 from hsa.commands.demo import demo
 from hsa.commands.inspect import inspect
 from hsa.commands.merge import merge
 from hsa.commands.mergekit import mergekit
+from hsa.commands.sweep import sweep
+from hsa.commands.verify import verify
 from hsa.console import fail, guarded
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -63,5 +66,8 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 app.command()(merge)
 app.command()(inspect)
+app.command()(verify)
+app.command()(sweep)
+app.command()(apply)
 app.command(context_settings={"ignore_unknown_options": True})(mergekit)
 app.command()(demo)

@@ -51,6 +51,17 @@ class Calculator:
         self._in_use = 0
         self._spare: list[Array] = []
 
+    @property
+    def group_bytes(self) -> int:
+        return self.backend.group_bytes
+
+    def desk(self) -> Desk:
+        return Desk(self)
+
+    def ordered(self, targets: Sequence[Target]) -> tuple[TargetOutcome, ...]:
+        """The outcomes of these targets, which all were computed."""
+        return tuple(self.outcomes[target.projection.name] for target in targets)
+
     def buffer(self, nbytes: int) -> Array:
         """An uninitialised buffer, reused where one of that size is spare."""
         with self._lock:
@@ -120,7 +131,7 @@ class Desk:
         except NotFinite as error:
             target = targets[error.job]
             refs = {role: target.ref(role) for role in ROLES}
-            raise self._not_finite(error, refs, target.out_code) from None
+            raise not_finite(error, refs, target.out_code, self._shared.sources, self._shared.numerics) from None
         for target, result, found in zip(targets, merged, digests, strict=True):
             self._shared.record(TargetOutcome(target, result, found))
         for job in jobs:
@@ -153,24 +164,28 @@ class Desk:
             refs: dict[Role, TensorRef] = {"primary": piece.primary, piece.role: piece.primary}
             if piece.base is not None:
                 refs["base"] = piece.base
-            raise self._not_finite(error, refs, piece.code) from None
+            raise not_finite(error, refs, piece.code, self._shared.sources, self._shared.numerics) from None
         for buffer in (primary, base):
             if buffer is not None:
                 self._shared.give_back(buffer)
         return Computation(out, ((0, piece.nbytes),))
 
-    def _not_finite(self, error: NotFinite, refs: Mapping[Role, TensorRef], code: str) -> NonFiniteError:
-        head = "" if error.head is None else f", head {error.head}"
-        scripted = self._shared.numerics == "reference"
-        if error.role is not None:
-            ref, source = refs[error.role], self._shared.sources.of(error.role)
-            read = ", as the script's loader reads it (or give --load-dtype float32)" if scripted else ""
-            return NonFiniteError(
-                f"{source.file_of(ref)}: tensor {ref.name}{head} holds NaN or Inf{read}; a merge with it would be "
-                f"damaged, use a sound checkpoint"
-            )
-        ref = refs["primary"]
-        wider = "--load-dtype float32" if scripted else "--dtype float32 or bfloat16"
-        remedy = f"compute in a wider type ({wider})" if code == "F16" else "do the three belong together?"
-        file = self._shared.sources.primary.file_of(ref)
-        return NonFiniteError(f"{file}: tensor {ref.name}{head}: the result overflows {code}; {remedy}")
+
+def not_finite(
+    error: NotFinite, refs: Mapping[Role, TensorRef], code: str, sources: Sources, numerics: Numerics
+) -> NonFiniteError:
+    """The error that names file, tensor and head. `refs` are the tensor in the sources, `code` its output type."""
+    head = "" if error.head is None else f", head {error.head}"
+    scripted = numerics == "reference"
+    if error.role is not None:
+        ref, source = refs[error.role], sources.of(error.role)
+        read = ", as the script's loader reads it (or give --load-dtype float32)" if scripted else ""
+        return NonFiniteError(
+            f"{source.file_of(ref)}: tensor {ref.name}{head} holds NaN or Inf{read}; a merge with it would be "
+            f"damaged, use a sound checkpoint"
+        )
+    ref = refs["primary"]
+    wider = "--load-dtype float32" if scripted else "--dtype float32 or bfloat16"
+    remedy = f"compute in a wider type ({wider})" if code == "F16" else "do the three belong together?"
+    file = sources.primary.file_of(ref)
+    return NonFiniteError(f"{file}: tensor {ref.name}{head}: the result overflows {code}; {remedy}")

@@ -8,6 +8,7 @@
     │   ├── HeaderError            a safetensors header or an index is malformed
     │   ├── MismatchError          the three sources do not fit together
     │   ├── NonFiniteError         NaN or Inf in a target tensor or in a result
+    │   ├── PatchError             a patch file that is none, damaged, or made for another primary
     │   ├── ProvenanceError        hsa_merge.json of an output is missing, damaged, or not what it should be
     │   └── SourceChanged          a source changed while it was read
     └── MachineError               exit code 1: disk full, out of memory, input or output failed
@@ -25,6 +26,7 @@ __all__ = [
     "MachineError",
     "MismatchError",
     "NonFiniteError",
+    "PatchError",
     "ProvenanceError",
     "RequestError",
     "SourceChanged",
@@ -67,6 +69,10 @@ class MismatchError(SourceError):
 
 class NonFiniteError(SourceError):
     """NaN or Inf in a target tensor, or in a merged or cast value."""
+
+
+class PatchError(SourceError):
+    """A patch file is none, is damaged, or was made for another primary."""
 
 
 class ProvenanceError(SourceError):

@@ -113,8 +113,35 @@ class Slice:
             yield "base", self.count * size(self.base.code)
 
 
-Content = Literal | Copied | Merge | Slice
-Computed = Merge | Slice
+@dataclass(frozen=True)
+class Graft:
+    """A tensor of primary in which the rows of some heads (the columns, where `head_axis` is 1) come from a patch.
+
+    There they stand one head after another from byte `start` of the file.
+    """
+
+    tensor: TensorRef
+    head_axis: int
+    head_dim: int
+    selected: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        yield "primary", self.tensor.nbytes
+
+    @property
+    def width(self) -> int:
+        """Bytes of one head along a row-major run: its rows, or its part of one row."""
+        per = self.tensor.nbytes // self.tensor.shape[0]
+        return self.head_dim * (per if self.head_axis == 0 else per // self.tensor.shape[1])
+
+
+Content = Literal | Copied | Merge | Slice | Graft
+Computed = Merge | Slice | Graft
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa._version import __version__
-from hsa.checkpoint import MAX_TEXT, ROLES, Checkpoint, Identity, Role, Sources
+from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources
 from hsa.compute import TargetOutcome
 from hsa.errors import HeaderError, ProvenanceError
 from hsa.fsio import Source, Tally
@@ -31,6 +31,10 @@ DIGEST = "digest"
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
 """What stands among a record's parameters besides those of the merge itself."""
 
+MAX_PROVENANCE = 8 << 20
+"""Bytes; the largest provenance that is read. Of large-v3 with every attention tensor merged it has under 1 MB."""
+
+PROGRAM = {"name": "hsa-merge", "version": __version__}
 HEX = frozenset("0123456789abcdef")
 
 
@@ -170,7 +174,7 @@ class Provenance:
 def record(plan: MergePlan, sources: Sources, outcomes: Sequence[TargetOutcome], settings: Mapping[str, Any]) -> Record:
     """The record of a finished merge; `settings` is what besides its own parameters shaped the output."""
     return Record(
-        {"name": "hsa-merge", "version": __version__},
+        dict(PROGRAM),
         libraries(numerics=plan.config.numerics),
         {**plan.config.as_dict(), **settings},
         {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
@@ -189,8 +193,8 @@ def load(directory: Path) -> Provenance:
         raise ProvenanceError(f"{directory} holds no {PROVENANCE}; expected an output of hsa")
     source = Source(path, "output", Tally())
     try:
-        if source.size > MAX_TEXT:
-            raise ProvenanceError(f"{path} has {source.size} bytes, at most {MAX_TEXT} are read")
+        if source.size > MAX_PROVENANCE:
+            raise ProvenanceError(f"{path} has {source.size} bytes, at most {MAX_PROVENANCE} are read")
         text = source.read(source.size)
     finally:
         source.close()
@@ -233,16 +237,23 @@ def check_digest(document: Mapping[str, Any], where: str) -> None:
 
 def parse_record(document: Mapping[str, Any]) -> Record:
     """The record in a document. Raises KeyError, TypeError or ValueError where it does not say what it must."""
+    targets = tuple(_target_record(_text(name), entry) for name, entry in _mapping(document["targets"]).items())
+    return Record(*parse_origin(document), targets)
+
+
+Origin = tuple[dict[str, str], dict[str, str], dict[str, Any], dict[Role, SourceRecord]]
+
+
+def parse_origin(document: Mapping[str, Any]) -> Origin:
+    """Program, libraries, parameters and sources in a document; raises as `parse_record` does."""
     sources = _mapping(document["sources"])
     if set(sources) != set(ROLES):
         raise ValueError(f"sources are {sorted(sources)!r:.80}, expected {', '.join(ROLES)}")
-    targets = tuple(_target_record(_text(name), entry) for name, entry in _mapping(document["targets"]).items())
-    return Record(
+    return (
         {_text(key): _text(value) for key, value in _mapping(document["program"]).items()},
         {_text(key): _text(value) for key, value in _mapping(document["libraries"]).items()},
         _mapping(document["parameters"]),
         {role: parse_source(sources[role]) for role in ROLES},
-        targets,
     )
 
 

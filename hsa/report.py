@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hsa.compute import TargetOutcome
+from hsa.provenance import TargetRecord
 from hsa.target import TIE_RISK, Target
+
+NO_DIGESTS = (
+    "without whole-file digests a later verification cannot tell whether copied tensors and the small files are still "
+    "what was written, only whether the targets follow from the sources"
+)
 
 
 @dataclass(frozen=True)
@@ -31,20 +37,19 @@ class TensorReport:
     coefficient: float
 
     @classmethod
-    def of(cls, outcome: TargetOutcome) -> TensorReport:
-        target, selection = outcome.target, outcome.merged.selection
+    def of(cls, target: TargetRecord) -> TensorReport:
         projection = target.projection
         return cls(
-            target.primary.name,
+            target.name,
             projection.stack,
             projection.layer,
             f"{projection.block}.{projection.kind}_proj",
             projection.part,
             target.heads,
             target.keep,
-            selection.selected,
-            selection.scores,
-            selection.margin,
+            target.selected,
+            target.scores,
+            target.margin,
             target.coefficient,
         )
 

@@ -137,6 +137,19 @@ def mounted(point: Path, *arguments: str) -> Iterator[Path]:
             subprocess.run(["umount", "--lazy", os.fspath(point)], check=True)
 
 
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Let permission bits bind: root takes on another user's rights for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
 def write_pickle(directory: Path, tensors: Mapping[str, torch.Tensor], *, shards: int = 1) -> None:
     """Replace a checkpoint's weights by `pytorch_model.bin`, or by shards with an index, as torch.save writes them."""
     for path in directory.glob("model*.safetensors*"):

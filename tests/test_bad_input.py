@@ -566,10 +566,6 @@ def test_load_dtype_without_reference_numerics(triple: Triple, output: Path, ref
     refuse(merge_arguments(triple, output, "--load-dtype=float32"), "load_dtype", "--numerics reference")
 
 
-def test_patches_are_said_to_be_missing(triple: Triple, output: Path, refuse: Refuse) -> None:
-    refuse(merge_arguments(triple, output, "--patch"), "--patch is not part of this version yet")
-
-
 @pytest.mark.parametrize("preset", ["encoder-qkv", "attention-all"])
 def test_a_layer_missing_from_all_three(triple: Triple, output: Path, refuse: Refuse, preset: str) -> None:
     """Half a model three times over agrees with itself, and is still no model."""

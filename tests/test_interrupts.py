@@ -392,9 +392,9 @@ def test_a_second_signal_does_not_disturb_the_cleaning_up(
 ) -> None:
     text = f"""
 import os, signal, sys
-from hsa import fsio, output
+from hsa import fsio, workbench
 from hsa.__main__ import main
-clear, sync = output._clear, fsio.sync
+clear, sync = workbench.clear, fsio.sync
 def send(*names):
     for name in names:
         os.kill(os.getpid(), getattr(signal, name))
@@ -403,7 +403,7 @@ def noisy_clear(fd):
     clear(fd)
     send(*{numbers!r})
 def noisy_sync(fd):
-    output._clear = noisy_clear
+    workbench.clear = noisy_clear
     send({first!r})
 fsio.sync = noisy_sync
 main()

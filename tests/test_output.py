@@ -20,7 +20,8 @@ from helpers import merge_arguments, mounted, run_hsa, snapshot
 import hsa
 from hsa import fsio
 from hsa.errors import DestinationError, MachineError
-from hsa.output import NAME_MAX, PROVENANCE, Staging, check_destination, staging_path
+from hsa.output import PROVENANCE, Staging, check_destination, staging_path
+from hsa.workbench import NAME_MAX
 
 Triple = dict[str, Path]
 

@@ -38,6 +38,25 @@ class Scored:
     secondary_moved: bool
 
 
+@dataclass(frozen=True)
+class Norms:
+    """Sums of squares of a tensor's elements: of primary, of secondary, and by head of their difference."""
+
+    primary: float
+    secondary: float
+    apart: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Heads to blend with a pair of coefficients, and where they go: their rows (columns) alone, uint8."""
+
+    selected: tuple[int, ...]
+    c1: float
+    c2: float
+    out: Array
+
+
 class CpuBackend:
     """Exact numerics on the CPU."""
 
@@ -67,6 +86,12 @@ class _Scratch:
         self.tv = [np.empty(elements, np.float32) for _ in range(2)]
         self.bits = np.empty(elements, np.uint32)
         self.square = np.empty(elements, np.float64)
+        self.blend = [np.empty(0, np.float32) for _ in range(2)]
+
+    def for_blends(self) -> None:
+        """Room for results beside the task vectors, which stay for the next pair of coefficients."""
+        if self.blend[0].size < self.elements:
+            self.blend = [np.empty(self.elements, np.float32) for _ in range(2)]
 
     def at_least(self, elements: int) -> None:
         if elements > self.elements:
@@ -117,11 +142,61 @@ class CpuWorker:
             elif o is not m1:
                 self._cast(target, head, m1, o)
 
-    def _views(self, target: Target, base: Array, primary: Array, secondary: Array) -> tuple[Array, Array, Array]:
+    def blend(self, target: Target, base: Array, primary: Array, secondary: Array, blends: Sequence[Blend]) -> None:
+        """Write the merged rows of the selected heads, for many pairs of coefficients. Buffers: uint8.
+
+        Raises NotFinite. The values are those of `apply`, bit for bit.
+        """
+        b, m1, m2 = self._views(target, base, primary, secondary)
+        self._scratch.for_blends()
+        rows, columns = target.matrix
+        axis, width = target.projection.head_axis, target.head_dim
+        outs = []
+        for blend in blends:
+            span = len(blend.selected) * width
+            shape = (span, columns) if axis == 0 else (rows, span)
+            outs.append(blend.out.view(STORAGE[target.out_code]).reshape(shape))
+        places = [{head: place for place, head in enumerate(blend.selected)} for blend in blends]
+        for head in sorted(set().union(*places)):
+            for block in target.blocks(head, TILE):
+                wide, tv1, tv2 = self._task_vectors(target, b[block], m1[block], m2[block])
+                for blend, out, place in zip(blends, outs, places, strict=True):
+                    if head in place:
+                        value = self._formula(target.scale, blend.c1, blend.c2, wide, tv1, tv2, self._scratch.blend)
+                        shift = (place[head] - head) * width
+                        moved = [
+                            slice(s.start + shift * (n == axis), s.stop + shift * (n == axis))
+                            for n, s in enumerate(block)
+                        ]
+                        self._store(target.out_code, value, out[moved[0], moved[1]], head)
+
+    def norms(self, target: Target, primary: Array, secondary: Array) -> Norms:
+        """Sums of squares, in float32 pairwise within a block and float64 across blocks. Buffers: uint8."""
+        _, m1, m2 = self._views(target, primary, primary, secondary, base_code=target.primary.code)
+        parts: list[list[float]] = [[], []]
+        apart = []
+        for head in range(target.heads):
+            own: list[float] = []
+            for block in target.blocks(head, TILE):
+                one = self._widen(1, target.primary.code, m1[block])
+                two = self._widen(2, target.secondary.code, m2[block])
+                difference = self._scratch.tv[0][: one.size].reshape(one.shape)
+                with np.errstate(over="ignore", under="ignore"):
+                    np.subtract(one, two, out=difference)
+                    for values, sums in ((one, parts[0]), (two, parts[1]), (difference, own)):
+                        square = self._scratch.tv[1][: values.size].reshape(values.shape)
+                        np.multiply(values, values, out=square)
+                        sums.append(float(np.add.reduce(square, axis=None)))
+            apart.append(math.fsum(own))
+        return Norms(math.fsum(parts[0]), math.fsum(parts[1]), tuple(apart))
+
+    def _views(
+        self, target: Target, base: Array, primary: Array, secondary: Array, base_code: str | None = None
+    ) -> tuple[Array, Array, Array]:
         rows, columns = target.matrix
         self._scratch.at_least(max(rows if columns == 1 else 1, columns))
         return (
-            base.view(STORAGE[target.base.code]).reshape(rows, columns),
+            base.view(STORAGE[base_code or target.base.code]).reshape(rows, columns),
             primary.view(STORAGE[target.primary.code]).reshape(rows, columns),
             secondary.view(STORAGE[target.secondary.code]).reshape(rows, columns),
         )
@@ -167,17 +242,24 @@ class CpuWorker:
         return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
     def _blend(self, target: Target, head: int, b: Array, m1: Array, m2: Array, o: Array) -> None:
-        c1, c2 = np.float32(target.c1), np.float32(target.c2)
         for block in target.blocks(head, TILE):
             wide, tv1, tv2 = self._task_vectors(target, b[block], m1[block], m2[block])
-            with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-                np.multiply(tv1, c1, out=tv1)
-                np.multiply(tv2, c2, out=tv2)
-                np.add(tv1, tv2, out=tv1)
-                if target.scale != 1.0:
-                    np.multiply(tv1, np.float32(target.scale), out=tv1)
-                np.add(wide, tv1, out=tv1)
-            self._store(target.out_code, tv1, o[block], head)
+            value = self._formula(target.scale, target.c1, target.c2, wide, tv1, tv2, self._scratch.tv)
+            self._store(target.out_code, value, o[block], head)
+
+    def _formula(
+        self, scale: float, c1: float, c2: float, base: Float32, tv1: Float32, tv2: Float32, into: list[Float32]
+    ) -> Float32:
+        """`B + scale * (c1 * tv1 + c2 * tv2)` in the first of two scratch buffers, which may be the task vectors'."""
+        first, second = (buffer[: base.size].reshape(base.shape) for buffer in into)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            np.multiply(tv1, np.float32(c1), out=first)
+            np.multiply(tv2, np.float32(c2), out=second)
+            np.add(first, second, out=first)
+            if scale != 1.0:
+                np.multiply(first, np.float32(scale), out=first)
+            np.add(base, first, out=first)
+        return first
 
     def _move(self, target: Target, head: int, b: Array, m1: Array, o: Array) -> None:
         for block in target.blocks(head, TILE):

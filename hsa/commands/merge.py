@@ -12,7 +12,7 @@ from hsa.commands.show import size_text
 from hsa.errors import one_line
 
 if TYPE_CHECKING:
-    from hsa.report import MergeReport, PlanReport
+    from hsa.report import PlanReport
 
 
 def merge(
@@ -51,16 +51,19 @@ def merge(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
-    patch: Annotated[bool, typer.Option("--patch", hidden=True)] = False,
+    patch: Annotated[
+        bool, typer.Option("--patch", help="Write the merged rows alone, to a file for hsa apply.")
+    ] = False,
 ) -> None:
     """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint."""
     from hsa import api
     from hsa.card import parse_fields
     from hsa.config import MergeConfig
     from hsa.errors import RequestError
+    from hsa.patches import run_patch
 
-    if patch:
-        raise RequestError("--patch is not part of this version yet; without it the merge is a whole checkpoint")
+    if patch and dry_run:
+        raise RequestError("--dry-run plans whole checkpoints; leave out --patch or --dry-run")
     request = api.Request(
         sources={"base": base, "primary": primary, "secondary": secondary},
         output=output,
@@ -93,25 +96,9 @@ def merge(
         show.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
         return
     with show.progress(show=sys.stderr.isatty() and not (quiet or as_json)) as step:
-        report = api.run(request, step)
+        report = run_patch(request, step) if patch else api.run(request, step)
     show.findings(report.warnings, report.notes, quiet=quiet)
-    show.result(report.as_dict() if as_json else _describe_report(report), quiet)
-
-
-def _describe_report(report: MergeReport) -> str:
-    narrowest = report.narrowest
-    lines = [
-        f"{report.output}",
-        f"  {report.selected_heads} of {report.total_heads} heads merged in {len(report.tensors)} tensors "
-        f"({report.route} route, backend {report.backend})",
-        f"  {size_text(report.bytes_read)} read, {size_text(report.bytes_written)} written in {report.seconds:.2f} s, "
-        f"peak memory {size_text(report.peak_memory_bytes)}",
-    ]
-    if report.bytes_fetched:
-        lines.append(f"  {size_text(report.bytes_fetched)} fetched from the Hub")
-    if narrowest is not None:
-        lines.append(f"  narrowest margin {narrowest.margin:.2g} in {narrowest.name}")
-    return "\n".join(map(one_line, lines))
+    show.result(report.as_dict() if as_json else show.merge_report(report), quiet)
 
 
 def _describe_plan(plan: PlanReport) -> str:

@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hsa.errors import one_line
+
+if TYPE_CHECKING:
+    from hsa.report import MergeReport
 
 
 def result(content: dict[str, Any] | str, quiet: bool) -> None:
@@ -33,6 +36,23 @@ def size_text(count: int) -> str:
             return f"{value:.4g} {unit}"
         value /= 1000
     return f"{value:.4g} GB"
+
+
+def merge_report(report: MergeReport) -> str:
+    """A finished merge, in a few lines."""
+    narrowest = report.narrowest
+    lines = [
+        f"{report.output}",
+        f"  {report.selected_heads} of {report.total_heads} heads merged in {len(report.tensors)} tensors "
+        f"({report.route} route, backend {report.backend})",
+        f"  {size_text(report.bytes_read)} read, {size_text(report.bytes_written)} written in {report.seconds:.2f} s, "
+        f"peak memory {size_text(report.peak_memory_bytes)}",
+    ]
+    if report.bytes_fetched:
+        lines.append(f"  {size_text(report.bytes_fetched)} fetched from the Hub")
+    if narrowest is not None:
+        lines.append(f"  narrowest margin {narrowest.margin:.2g} in {narrowest.name}")
+    return "\n".join(map(one_line, lines))
 
 
 @contextmanager

@@ -1,0 +1,203 @@
+"""`hsa.apply`: the output of a merge from primary and a patch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from hsa import fsio, patch_format
+from hsa.card import check_fields
+from hsa.checkpoint import INDEX, Checkpoint, read_text
+from hsa.config import MergeConfig
+from hsa.errors import PatchError, RequestError, SourceError
+from hsa.finish import digest_of, finish
+from hsa.graft import Grafter
+from hsa.hub import Hub, Want
+from hsa.layout import Content, Copied, Graft, TensorContent, pack
+from hsa.memory import PeakMemory
+from hsa.output import Staging, check_destination
+from hsa.patch_format import PatchTarget
+from hsa.patch_reader import Patch, digest_range, open_patch
+from hsa.pipeline import Options, execute
+from hsa.provenance import Record, source_record, tensors_digest
+from hsa.report import NO_DIGESTS, MergeReport, TensorReport
+from hsa.request import PathLike
+from hsa.signals import deferred
+from hsa.threads import default_threads
+from hsa.whisper import canonical
+
+
+@fsio.explained()
+def apply(
+    primary: PathLike,
+    patch: PathLike,
+    *,
+    output: PathLike,
+    assets: Sequence[PathLike] = (),
+    threads: int | None = None,
+    digest: bool = True,
+    sync: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Make the output of a merge from primary and its patch: the very bytes that `hsa.merge` would have written.
+
+    Args:
+        primary: the checkpoint directory, or id on the Hub, that the patch was made with.
+        patch: a file of `hsa.merge_patch` or `hsa.sweep`.
+        output: the directory to write; it appears whole or not at all.
+        assets: directories to look in for tokenizer and processor files that the merge took from elsewhere than
+            primary or its parent directory.
+        threads, digest, sync, overwrite, progress: as for `hsa.merge`.
+
+    Returns the report of the merge, with the route `apply`.
+
+    Raises PatchError where the patch is damaged or was made for another primary, SourceError where a small file of the
+    merge cannot be found as it was, and what `hsa.merge` raises; nothing is left behind then.
+    """
+    started = time.perf_counter()
+    if threads is not None and not 1 <= threads <= 256:
+        raise RequestError(f"threads must be a whole number from 1 to 256, got {threads!r}")
+    memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
+    with ExitStack() as stack:
+        opened = open_patch(patch, tally, stack)
+        config = _config(opened)
+        want = Want("whole", config.targets, assets=True)
+        source = stack.enter_context(hub.open("primary", primary, tally, want, None))
+        destination = check_destination(output, [source.path, opened.source.path.resolve()], overwrite=overwrite)
+        check_primary(opened, source)
+        small = _small_files(opened, source, [Path(each).expanduser() for each in assets], tally)
+        options = Options(threads or default_threads(), digest, sync)
+        record = apply_to(
+            opened, source, small, destination, options, tally, memory, overwrite=overwrite, progress=progress
+        )
+    return MergeReport(
+        output=destination,
+        seconds=time.perf_counter() - started,
+        bytes_read=tally.read,
+        bytes_read_by_source=dict(tally.read_by),
+        bytes_written=tally.written,
+        bytes_fetched=sum(hub.fetched.values()),
+        peak_memory_bytes=memory.peak,
+        backend="cpu",
+        device="cpu",
+        route="apply",
+        parameters=config.as_dict(),
+        tensors={target.name: TensorReport.of(target) for target in record.targets},
+        notes=(*hub.notes, *(() if digest else (NO_DIGESTS,))),
+        warnings=(),
+    )
+
+
+def apply_to(
+    patch: Patch,
+    primary: Checkpoint,
+    small: Mapping[str, bytes],
+    destination: Path,
+    options: Options,
+    tally: fsio.Tally,
+    memory: PeakMemory,
+    *,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Record:
+    """Write the output of an open patch and its open primary, which was checked, with these small files."""
+    contents = _tensors(patch, primary)
+    files, index = pack(primary, contents, patch.contents.parameters["max_shard_size"])
+    total = sum(file.size for file in files)
+    step = None if progress is None else lambda done: progress(done, total)
+    grafter = Grafter(primary, patch.source)
+    with ExitStack() as stack:
+        with deferred():
+            staging = stack.enter_context(Staging(destination, overwrite=overwrite, sync=options.sync))
+        digests = execute(files, {"primary": primary}, grafter, staging, options, tally, memory, step)
+        patch.check_tensors(grafter.digests)
+        primary.check_unchanged()
+        patch.source.check_unchanged()
+        record = patch.record
+        held = {**small, **({INDEX: index} if index is not None else {})}
+        weights = {file.name: digests.get(file.name) for file in files}
+        finish(staging, record, held, weights, digest=options.digest, tally=tally)
+        staging.publish()
+        memory.sample()
+    return record
+
+
+def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
+    """Every tensor of primary by canonical name, in the order of its files: copied, or with rows of the patch."""
+    targets = {
+        canonical(target.name): (target, heads)
+        for target, heads in zip(patch.contents.targets, patch.selected, strict=True)
+    }
+    found: dict[str, TensorContent] = {}
+    for name, ref in sorted(primary.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
+        piece: Content = Copied("primary", ref)
+        if name in targets:
+            target, heads = targets[name]
+            piece = Graft(ref, target.projection.head_axis, target.head_dim, heads, patch.start(target.name))
+        found[name] = TensorContent(ref.name, ref.code, ref.shape, (piece,))
+    return found
+
+
+def check_primary(patch: Patch, primary: Checkpoint) -> None:
+    """PatchError unless primary is the one that the patch was made with: by its files' headers, then by its targets."""
+    made = patch.contents.sources["primary"]
+    where = f"patch {patch.source.path} was made for primary {made.identity.id}, and {primary.path} is not it"
+    for target in patch.contents.targets:
+        ref = primary.tensors.get(canonical(target.name))
+        found = None if ref is None else (ref.name, ref.code, ref.shape)
+        if found != (target.name, target.code, target.shape):
+            raise PatchError(f"{where}: tensor {target.name} {target.code} {list(target.shape)} is {found}")
+    digests = [_line(target, primary) for target in patch.contents.targets]
+    held = source_record(primary, tensors_digest(digests))
+    if held.files != made.files or held.kind != made.kind:
+        different = sorted(
+            name for name in {**held.files, **made.files} if held.files.get(name) != made.files.get(name)
+        )
+        raise PatchError(f"{where}: the size or the header of {', '.join(different[:3])} differs; give that primary")
+    if held.targets != made.targets:
+        raise PatchError(
+            f"{where}: its target tensors hold other values (BLAKE3 {held.targets}, expected {made.targets})"
+        )
+
+
+def _line(target: PatchTarget, primary: Checkpoint) -> tuple[str, str, Sequence[int], str]:
+    ref = primary.tensors[canonical(target.name)]
+    digest = digest_range(primary.shards[ref.shard].source, ref.offset, ref.nbytes)
+    return target.projection.name, ref.code, ref.shape, digest
+
+
+def _small_files(patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally: fsio.Tally) -> dict[str, bytes]:
+    """The small files as the merge wrote them, found by their digests. Raises SourceError for one that is not there."""
+    places = [primary.path, primary.path.parent, *extra]
+    found: dict[str, bytes] = {}
+    for name, digest in patch.contents.files.items():
+        for directory in places:
+            if (directory / name).is_file():
+                data = read_text("primary", directory, name, tally)
+                if digest_of(data) == digest:
+                    found[name] = data
+                    break
+        else:
+            raise SourceError(
+                f"{name} as the merge of {patch_format.roles(patch.contents)} wrote it (BLAKE3 {digest}) is not in "
+                f"{primary.path} or the directory above; give the directory that holds it with --assets, such as the "
+                f"base's"
+            )
+    return found
+
+
+def _config(patch: Patch) -> MergeConfig:
+    """The parameters of a patch, checked as those of any request; PatchError where they are none."""
+    parameters = patch.contents.parameters
+    try:
+        config = MergeConfig.from_dict(parameters)
+        check_fields(parameters["card"])
+        limit = parameters["max_shard_size"]
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise RequestError(f"max_shard_size is {limit!r:.40}")
+    except (RequestError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise PatchError(f"patch {patch.source.path}: its parameters are damaged: {error}") from error
+    return config

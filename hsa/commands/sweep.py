@@ -1,0 +1,91 @@
+"""`hsa sweep`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hsa.commands import options, show
+from hsa.commands.show import size_text
+from hsa.errors import one_line
+
+if TYPE_CHECKING:
+    from hsa.sweeping import SweepReport
+
+
+def sweep(
+    base: options.Base,
+    primary: options.Primary,
+    secondary: options.Secondary,
+    output: Annotated[str, typer.Option(metavar="DIR", help="Directory for the points and their index.")],
+    k: Annotated[str, typer.Option(metavar="VALUES", help="Such as 0.2,0.6 or 0:1:0.1.")] = "0.6",
+    lam: Annotated[str, typer.Option("--lambda", metavar="VALUES", help="Such as 0.1,0.3 or 0:1:0.1.")] = "0.5",
+    alpha: Annotated[str, typer.Option(metavar="VALUES", help="Such as 0.2 or 0:2:0.5.")] = "0.2",
+    targets: Annotated[
+        str, typer.Option(metavar="PRESETS", help="One preset, or several with commas.")
+    ] = "encoder-qkv",
+    full: Annotated[bool, typer.Option("--full", help="Write checkpoints instead of patches.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Points at a time.", show_default="128 patches, 1 checkpoint")
+    ] = None,
+    num_heads: options.NumHeads = None,
+    num_layers: options.NumLayers = None,
+    threads: options.Threads = None,
+    assets_from: options.AssetsFrom = "primary",
+    max_shard_size: options.MaxShardSize = None,
+    base_id: options.BaseId = None,
+    primary_id: options.PrimaryId = None,
+    secondary_id: options.SecondaryId = None,
+    card: options.Card = None,
+    no_hash: options.NoHash = False,
+    no_sync: options.NoSync = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make points anew that were made otherwise.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Merge with every combination of parameters, from one reading of the sources' targets."""
+    from hsa import grid, sweeping
+    from hsa.card import parse_fields
+
+    with show.progress(show=sys.stderr.isatty() and not (quiet or as_json), label="sweeping") as step:
+        report = sweeping.sweep(
+            base=base,
+            primary=primary,
+            secondary=secondary,
+            output=output,
+            k=grid.numbers("k", k),
+            lam=grid.numbers("lambda", lam),
+            alpha=grid.numbers("alpha", alpha),
+            targets=[name.strip() for name in targets.split(",")],  # type: ignore[misc]
+            num_heads=num_heads,
+            num_layers=num_layers,
+            full=full,
+            jobs=jobs,
+            threads=threads,
+            assets_from=assets_from,  # type: ignore[arg-type]
+            max_shard_size=max_shard_size,
+            base_id=base_id,
+            primary_id=primary_id,
+            secondary_id=secondary_id,
+            card=parse_fields(card or []),
+            digest=not no_hash,
+            sync=not no_sync,
+            overwrite=overwrite,
+            progress=step,
+        )
+    show.findings(report.warnings, report.notes, quiet=quiet)
+    show.result(report.as_dict() if as_json else _describe(report), quiet)
+
+
+def _describe(report: SweepReport) -> str:
+    lines = [
+        f"{report.output}",
+        f"  {len(report.made)} points made, {len(report.skipped)} were there and verified; {len(report.entries)} in "
+        f"index.json and index.csv",
+        f"  {size_text(report.bytes_read)} read, {size_text(report.bytes_written)} written in {report.seconds:.2f} s, "
+        f"peak memory {size_text(report.peak_memory_bytes)}",
+    ]
+    return "\n".join(map(one_line, lines))

@@ -1,0 +1,83 @@
+"""Grids of parameters: lists and ranges of numbers, and the points that they span."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from itertools import product
+
+from hsa.config import MergeConfig, Preset
+from hsa.errors import RequestError
+
+MOST_POINTS = 10_000
+"""Points of a grid at most; more are a mistyped step."""
+
+
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """The numbers of `0.1,0.3` or `0:1:0.1` (start, stop, step: the stop included where a step meets it).
+
+    Ranges are counted in decimal arithmetic: `0:1:0.1` holds 0.3, not 0.30000000000000004. Raises RequestError.
+    """
+    found: list[Decimal] = []
+    for part in text.split(","):
+        ends = [_decimal(name, end, text) for end in part.split(":")]
+        if len(ends) == 1:
+            found += ends
+            continue
+        if len(ends) != 3 or ends[2] <= 0 or ends[1] < ends[0]:
+            raise RequestError(
+                f"{name} takes numbers such as 0.1,0.3 or start:stop:step with a step above 0, got {text!r}"
+            )
+        start, stop, step = ends
+        count = int((stop - start) / step) + 1
+        if count > MOST_POINTS:
+            raise RequestError(
+                f"{name} {text!r} has {count} values, at most {MOST_POINTS} are allowed; is the step right?"
+            )
+        found += [start + step * number for number in range(count)]
+    return tuple(float(value) for value in found)
+
+
+def _decimal(name: str, text: str, whole: str) -> Decimal:
+    try:
+        value = Decimal(text.strip())
+    except InvalidOperation:
+        value = Decimal("nan")
+    if not value.is_finite() or not -1000 < value.adjusted() < 1000:
+        raise RequestError(f"{name} takes numbers such as 0.1,0.3 or start:stop:step, got {whole!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One setting of a grid."""
+
+    targets: Preset
+    k: float
+    lam: float
+    alpha: float
+
+    @property
+    def name(self) -> str:
+        """Names its files; the same in every grid that has it."""
+        return f"{self.targets}_k{plain(self.k)}_lambda{plain(self.lam)}_alpha{plain(self.alpha)}"
+
+    def config(self, num_heads: int | None, num_layers: int | None) -> MergeConfig:
+        return MergeConfig(self.k, self.lam, self.alpha, self.targets, num_heads=num_heads, num_layers=num_layers)
+
+
+def plain(value: float) -> str:
+    """A number in decimal digits, without an exponent: 0.25, 1."""
+    text = format(Decimal(repr(float(value))), "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def points(
+    targets: Sequence[Preset], k: Sequence[float], lam: Sequence[float], alpha: Sequence[float]
+) -> tuple[GridPoint, ...]:
+    """Every combination, each once, in the order of the values given. Raises RequestError for too many or none."""
+    found = tuple(dict.fromkeys(GridPoint(*setting) for setting in product(targets, k, lam, alpha)))
+    if not 1 <= len(found) <= MOST_POINTS:
+        raise RequestError(f"the grid has {len(found)} points, expected 1 to {MOST_POINTS}")
+    return found

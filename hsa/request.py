@@ -1,0 +1,108 @@
+"""What a merge is told, and its sources opened by it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from hsa.card import check_fields
+from hsa.checkpoint import Checkpoint, Role, Sources, is_hub_id
+from hsa.config import MergeConfig
+from hsa.errors import RequestError
+from hsa.fsio import Tally
+from hsa.hub import REVISION, Hub, Want, find_id
+from hsa.layout import parse_size
+from hsa.lora import is_adapter
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a merge is told; see `merge` for the meaning of each field."""
+
+    sources: Mapping[Role, PathLike]
+    output: PathLike
+    config: MergeConfig
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    assets_from: Role = "primary"
+    max_shard_size: str | int | None = None
+    ids: Mapping[Role, str | None] | None = None
+    card: Mapping[str, str] | None = None
+    digest: bool = True
+    sync: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.assets_from not in get_args(Role):
+            raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {self.assets_from!r}")
+        check_threads(self.threads)
+        for role, claimed in (self.ids or {}).items():
+            if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
+                raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
+            if claimed is not None and "@" in claimed and not REVISION.fullmatch(claimed.partition("@")[2]):
+                raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
+        check_fields(self.card or {})
+        if self.max_shard_size is not None:
+            parse_size(str(self.max_shard_size))
+
+    @property
+    def shard_bytes(self) -> int | None:
+        return None if self.max_shard_size is None else parse_size(str(self.max_shard_size))
+
+    def settings(self, backend: str) -> dict[str, Any]:
+        """What besides the merge's own parameters shapes the output, for its provenance."""
+        return {
+            "assets_from": self.assets_from,
+            "backend": backend,
+            "card": dict(self.card or {}),
+            "max_shard_size": self.shard_bytes,
+        }
+
+
+def check_threads(threads: int | None) -> None:
+    """RequestError unless it is a number of threads, or None."""
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= 256):
+        raise RequestError(f"threads must be a whole number from 1 to 256, got {threads!r}")
+
+
+def open_sources(
+    request: Request, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, rows_only: bool = False
+) -> Sources:
+    """The three sources, open until the stack ends; of primary, too, no more than its targets where `rows_only`.
+
+    See `hsa.merge` for what it raises.
+    """
+    ids = request.ids or {}
+
+    def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
+        want = _want(request, role, headers_only=headers_only, rows_only=rows_only)
+        return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
+
+    base = opened("base")
+    return Sources(base, opened("primary", base), opened("secondary", base))
+
+
+def has_hub_ids(request: Request) -> bool:
+    return any(find_id(path) for path in request.sources.values())
+
+
+def _want(request: Request, role: Role, *, headers_only: bool, rows_only: bool) -> Want:
+    """What a merge needs of a source on the Hub."""
+    config = request.config
+    reference = config.numerics == "reference"
+    everywhere = reference or config.non_attention_scale != 1.0 or is_adapter(request.sources["primary"])
+    whole = (role == "primary" and not rows_only) or (role == "base" and everywhere)
+    return Want(
+        need="whole" if whole else "targets",
+        preset=config.targets,
+        assets=role in ("base", request.assets_from) or (rows_only and role == "primary"),
+        headers_only=headers_only,
+        compare=reference and role != "secondary",
+    )
