@@ -9,6 +9,7 @@ import math
 import shutil
 import struct
 import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +410,16 @@ def test_png_shows_the_maps(shared_triple: Triple) -> None:
     assert black[1] > black[0] + 10_000  # the frames of the heads merged
 
 
+def test_a_picture_takes_any_title(merged: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed, which draws pictures")
+    strange = tmp_path / "$x_{$ \\frac \u8a9e\U0001f600"
+    strange.mkdir()
+    shutil.copy(merged / PROVENANCE, strange)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert picture.render(hsa.inspect(strange))[:4] == b"\x89PNG"
+
+
 def test_every_format_from_the_command_line(shared_triple: Triple, merged: Path, tmp_path: Path) -> None:
     sources = [f"--{role}={path}" for role, path in shared_triple.items()]
     files = {name: tmp_path / f"view.{name}" for name in ("csv", "png", "html")}
@@ -454,6 +465,32 @@ def test_the_table_of_an_output_answers_what_how_and_which(merged: Path) -> None
         assert row[3] == heads
         assert row[6] == f"{target.coefficient:.4f}"
     assert "hsa: note: cosines" in done.stderr
+    assert f"bytes: still what was written, {len(list(merged.iterdir()))} files read" in done.stdout
+
+
+def test_one_command_says_whether_the_bytes_are_what_was_written(merged: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(merged, tmp_path / "out"))
+    weights = output / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    done = run_hsa("inspect", output)
+    assert done.returncode == 2
+    assert "hsa: problem: model.safetensors: " in done.stderr
+    assert "bytes: not what was written, 1 problem\n" in done.stdout
+    document = json.loads(run_hsa("inspect", output, "--json").stdout)
+    assert document["verification"]["ok"] is False
+    assert [problem["file"] for problem in document["verification"]["problems"]] == ["model.safetensors"]
+    quick = run_hsa("inspect", output, "--no-verify", "--json")
+    assert quick.returncode == 0
+    assert json.loads(quick.stdout) == json.loads(json.dumps(hsa.inspect(output).as_dict()))
+
+
+def test_without_digests_the_verdict_claims_no_more_than_it_can(shared_triple: Triple, tmp_path: Path) -> None:
+    hsa.merge(**shared_triple, output=tmp_path / "out", digest=False, sync=False)
+    done = run_hsa("inspect", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "without digests no more can be told" in done.stdout
+    assert "still what was written" not in done.stdout
 
 
 HOSTILE = "[red]x[/red]\x1b[31m<img src=x onerror=hit()>"
@@ -463,7 +500,7 @@ def test_hostile_names_are_plain_text(merged: Path, tmp_path: Path) -> None:
     shutil.copy(merged / PROVENANCE, tmp_path)
     script = "</script><script>hit()</script><!-- @DATA@ " + HOSTILE
     forge(tmp_path, sources__base__id=script, parameters__card={"notes": HOSTILE})
-    done = run_hsa("inspect", tmp_path)
+    done = run_hsa("inspect", tmp_path, "--no-verify")
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert "[red]x[/red]\\x1b[31m<img src=x onerror=hit()>" in done.stdout

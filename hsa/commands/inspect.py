@@ -13,6 +13,7 @@ from hsa.commands import options, show
 if TYPE_CHECKING:
     from hsa.inspection import Inspection
     from hsa.inspection.diff import Comparison
+    from hsa.verification import VerifyReport
 
 Source = Annotated[str | None, typer.Option(metavar="SOURCE", help="As for merge; all three or none.")]
 
@@ -41,6 +42,9 @@ def inspect(
     no_energy: Annotated[
         bool, typer.Option("--no-energy", help="Read the targets alone, not the rest of the models.")
     ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="With OUT: do not read its files to see whether they are as written.")
+    ] = False,
     csv: Annotated[str | None, typer.Option(metavar="F", help="Write a row for each head.")] = None,
     png: Annotated[str | None, typer.Option(metavar="F", help="Write heat maps (needs matplotlib).")] = None,
     html: Annotated[
@@ -50,8 +54,8 @@ def inspect(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
-) -> None:
-    """Show which heads a merge selects and why: of three sources, of a finished output, or of two."""
+) -> int:
+    """Show which heads a merge selects and why: of three sources, of a finished output, or of two. Exit code 0 or 2."""
     from hsa.errors import RequestError
 
     bars = sys.stderr.isatty() and not (quiet or as_json)
@@ -69,7 +73,7 @@ def inspect(
         with show.progress(show=bars, label="comparing") as step:
             compared = compare(*diff, progress=step)
         _present(compared, as_json, quiet)
-        return
+        return 0
 
     from hsa.inspection import inspect as inspect_
     from hsa.views import check_file, write_file
@@ -96,7 +100,14 @@ def inspect(
         )
     for name, render in renderers.items():
         write_file(files[name], render(found))
-    _present(found, as_json, quiet, files)
+    verified = None
+    if output is not None and not no_verify:
+        from hsa.verification import verify
+
+        with show.progress(show=bars, label="verifying") as step:
+            verified = verify(output, progress=step)
+    _present(found, as_json, quiet, files, verified)
+    return 0 if verified is None or verified.ok else 2
 
 
 def _renderer(name: str) -> Any:
@@ -107,14 +118,42 @@ def _renderer(name: str) -> Any:
     return {"csv": sheet.render, "png": picture.render, "html": page.render}[name]
 
 
-def _present(view: Inspection | Comparison, as_json: bool, quiet: bool, files: dict[str, Path] | None = None) -> None:
+def _present(
+    view: Inspection | Comparison,
+    as_json: bool,
+    quiet: bool,
+    files: dict[str, Path] | None = None,
+    verified: VerifyReport | None = None,
+) -> None:
     from hsa.errors import one_line
     from hsa.views import table
 
     show.findings(getattr(view, "warnings", ()), view.notes, quiet=quiet)
+    if verified is not None:
+        show.findings((), verified.notes, quiet=quiet)
+        if not as_json:
+            for problem in verified.problems:
+                print(one_line(f"hsa: problem: {problem.file}: {problem.what}"), file=sys.stderr)
     if as_json:
-        show.result({**view.as_dict(), **({"written": {n: str(p) for n, p in files.items()}} if files else {})}, quiet)
+        more: dict[str, Any] = {"written": {name: str(path) for name, path in files.items()}} if files else {}
+        if verified is not None:
+            whole = verified.as_dict()
+            more["verification"] = {name: whole[name] for name in ("ok", "problems", "notes", "files", "bytes_read")}
+        show.result({**view.as_dict(), **more}, quiet)
     elif not quiet:
         table.show(view)
+        if verified is not None:
+            hashed = all((getattr(view, "files", None) or {"": None}).values())
+            print(_verdict(verified, hashed))
         for path in (files or {}).values():
             print(one_line(f"written: {path}"))
+
+
+def _verdict(verified: VerifyReport, hashed: bool) -> str:
+    """Whether the bytes are what was written, as far as that can be told."""
+    if not verified.ok:
+        count = len(verified.problems)
+        return f"bytes: not what was written, {count} problem{'s' * (count > 1)}"
+    if not hashed:
+        return f"bytes: {verified.files} files read, no problem found; without digests no more can be told"
+    return f"bytes: still what was written, {verified.files} files read"
