@@ -134,10 +134,12 @@
   const buildPanel = (key, kind, members) => {
     const heads = Math.max(...members.map((tensor) => tensor.heads));
     const title = `${key}: ${kind}_proj`;
-    const table = make("table", { class: "map", role: "grid", "aria-label": `${title}, layers by heads` });
-    const head = make("tr", { role: "row" }, make("th", { scope: "col", text: "layer" }));
+    const dense = heads > 12;
+    const table = make("table", { class: dense ? "map dense" : "map", role: "grid", "aria-label": `${title}, layers by heads` });
+    table.style.minWidth = `${10 + heads * 0.85}rem`; // a narrow screen scrolls the map, not the page
+    const head = make("tr", { role: "row" }, make("th", { scope: "col", class: "layer", text: "layer" }));
     for (let h = 0; h < heads; h += 1) head.append(make("th", { scope: "col", text: h }));
-    head.append(make("th", { scope: "col", text: "λᵢ" }), make("th", { scope: "col", text: "margin" }));
+    head.append(make("th", { scope: "col", class: "lambda", text: "λᵢ" }), make("th", { scope: "col", class: "margin", text: "margin" }));
     const body = make("tbody");
     for (const tensor of members) {
       const row = make("tr", { role: "row", data: { tensor: tensor.name } });
@@ -209,7 +211,8 @@
       label: make("span", { class: "hint" }),
     };
     section.append(make("div", { class: "legend" }, ...Object.values(group.legend)));
-    const panels = make("div", { class: "panels" });
+    const wide = group.tensors.some((tensor) => tensor.heads > 12);
+    const panels = make("div", { class: wide ? "panels wide" : "panels" });
     for (const [kind, members] of group.panels) panels.append(buildPanel(key, kind, members));
     section.append(panels);
     byId("maps").append(section);
@@ -277,6 +280,7 @@
       }
       cells.forEach((cell, head) => {
         const on = shown.chosen.has(head);
+        if (cell.getAttribute("aria-selected") === String(on)) return;
         cell.classList.toggle("on", on);
         cell.setAttribute("aria-selected", String(on));
         cell.setAttribute(

@@ -96,6 +96,7 @@ def _scale(drawn: str, panels: dict[str, list[TensorInspection]]) -> tuple[float
 
 def _panel(axes: Axes, title: str, tensors: list[TensorInspection], drawn: str, scale: tuple[float, float, str]) -> Any:
     import numpy as np
+    from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     heads = max(tensor.heads for tensor in tensors)
@@ -104,11 +105,13 @@ def _panel(axes: Axes, title: str, tensors: list[TensorInspection], drawn: str, 
         values[row, : tensor.heads] = _values(tensor, drawn)
     low, high, colours = scale
     image = axes.imshow(values, vmin=low, vmax=high, cmap=colours, aspect="auto", interpolation="nearest")
-    for row, tensor in enumerate(tensors):
-        for head in tensor.selected:
-            for colour, width in (("white", 2.6), ("black", 1.1)):
-                frame = Rectangle((head - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=colour, linewidth=width)
-                axes.add_patch(frame)
+    frames = [
+        Rectangle((head - 0.44, row - 0.44), 0.88, 0.88)
+        for row, tensor in enumerate(tensors)
+        for head in tensor.selected
+    ]
+    for colour, width in (("white", 2.6), ("black", 1.1)):
+        axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor=colour, linewidth=width))
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("head", fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
