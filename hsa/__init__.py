@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hsa.api import merge
     from hsa.applying import apply
     from hsa.config import MergeConfig
+    from hsa.inspection import Inspection, inspect
     from hsa.merger import Merger
     from hsa.patches import merge_patch
     from hsa.report import MergeReport, TensorReport
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from hsa.verification import VerifyReport, verify
 
 _LAZY = {
+    "Inspection": "hsa.inspection",
+    "inspect": "hsa.inspection",
     "apply": "hsa.applying",
     "merge": "hsa.api",
     "merge_patch": "hsa.patches",
@@ -55,6 +58,7 @@ __all__ = [
     "DestinationError",
     "HeaderError",
     "HsaError",
+    "Inspection",
     "MachineError",
     "MergeConfig",
     "MergeReport",
@@ -72,6 +76,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "apply",
+    "inspect",
     "merge",
     "merge_patch",
     "release",

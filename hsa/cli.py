@@ -10,6 +10,7 @@ import typer
 from hsa._version import __version__
 from hsa.commands.apply import apply
 from hsa.commands.demo import demo
+from hsa.commands.inspect import inspect
 from hsa.commands.merge import merge
 from hsa.commands.mergekit import mergekit
 from hsa.commands.release import release
@@ -65,9 +66,10 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 app.command()(merge)
-app.command()(release)
-app.command()(verify)
 app.command()(sweep)
 app.command()(apply)
+app.command()(inspect)
+app.command()(verify)
+app.command()(release)
 app.command(context_settings={"ignore_unknown_options": True})(mergekit)
 app.command()(demo)

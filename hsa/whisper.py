@@ -42,6 +42,13 @@ _NAME = re.compile(
 )
 
 
+_KINDS = (
+    ("feed-forward", re.compile(r"layers\.[0-9]+\.fc[12]\.(weight|bias)")),
+    ("norm", re.compile(r"(layers\.[0-9]+\.)?([a-z_]+_)?layer_norm\.(weight|bias)")),
+    ("embedding", re.compile(r"embed_(tokens|positions)\.weight")),
+    ("convolution", re.compile(r"conv[12]\.(weight|bias)")),
+)
+
 _OPENAI_LAYER = re.compile(r"(?P<stack>encoder|decoder)\.blocks\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<rest>.+)")
 _OPENAI_BLOCK = re.compile(r"(?P<block>attn|cross_attn)\.(?P<kind>query|key|value|out)\.(?P<part>weight|bias)")
 _OPENAI_BLOCKS = {"attn": "self_attn", "cross_attn": "encoder_attn"}
@@ -157,6 +164,25 @@ def is_target(projection: Projection, preset: Preset) -> bool:
     if projection.kind == "out":
         return preset == "attention-all" and projection.part == "weight"
     return projection.stack == "encoder" or preset != "encoder-qkv"
+
+
+def group_of(name: str) -> tuple[str, str]:
+    """The stack of any tensor of a checkpoint and its kind in a reader's words, for sums over tensors.
+
+    Stacks: encoder, decoder, and output for what lies in neither. A name that is not Whisper's is of kind `other`.
+    """
+    bare = canonical(name)
+    stack, _, rest = bare.partition(".")
+    if stack not in ("encoder", "decoder"):
+        return "output", "output projection" if bare == UNTIED_OUTPUT else "other"
+    projection = parse(bare)
+    if projection is not None:
+        block = "self-attention" if projection.block == "self_attn" else "cross-attention"
+        return stack, f"{block} {'out' if projection.kind == 'out' else 'q, k, v'}"
+    for kind, pattern in _KINDS:
+        if pattern.fullmatch(rest):
+            return stack, kind
+    return stack, "other"
 
 
 def expected_targets(layers: Mapping[Stack, int], preset: Preset) -> Iterator[str]:

@@ -41,6 +41,7 @@ from hub_server import (
     wrong_range,
 )
 
+import hsa
 from hsa import header
 from hsa.checkpoint import CONFIG, INDEX, PICKLES, WEIGHTS
 from hsa.dtypes import CODES
@@ -675,3 +676,33 @@ def test_two_runs_fetch_once(servers: Servers, env: dict[str, str], tmp_path: Pa
     places = [seen.range for seen in servers.of("cdn")]
     assert len(places) == len(set(places)) > 1
     assert sum(one["fetched"].get("base", 0) for one in found) >= weights_sent(servers)
+
+
+# Inspecting --------------------------------------------------------------------------------------------------
+
+
+def test_an_inspection_fetches_the_targets_alone(
+    servers: Servers, published: Mapping[str, str], env: dict[str, str], shared_triple: Triple
+) -> None:
+    sources = [f"--{role}={name}" for role, name in published.items()]
+    done = run_hsa("inspect", *sources, "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    for secret in (TOKEN, SIGNATURE):
+        assert secret not in done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    here = json.loads(json.dumps(hsa.inspect(**shared_triple, energy=False).as_dict()))
+    assert (found["tensors"], found["agreement"]) == (here["tensors"], here["agreement"])
+    assert found["energy"] is None
+    assert any("base and primary and secondary, on the Hub, only targets were fetched" in n for n in found["notes"])
+    assert {role: source["revision"] for role, source in found["sources"].items()} == {
+        role: commit_of(name) for role, name in published.items()
+    }
+    merged = sum((path / WEIGHTS).stat().st_size for path in shared_triple.values())
+    assert 0 < weights_sent(servers) < merged / 2
+    mixed = run_hsa("inspect", f"--base={shared_triple['base']}", *sources[1:], "--json", "--no-energy", env=env)
+    assert mixed.returncode == 0, mixed.stderr
+    assert json.loads(mixed.stdout)["tensors"] == here["tensors"]
+    assert "share of energy" not in mixed.stdout
+    bad = run_hsa("inspect", *sources[:2], "--secondary=org/missing", env=env)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "org/missing" in bad.stderr
