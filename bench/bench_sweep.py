@@ -1,17 +1,19 @@
-"""Eleven lambdas from one resident `Merger`, against the time that writing their merged rows alone takes.
+"""Eleven lambdas as patches, by `hsa sweep`, against one patch and the time that writing the other ten's bytes takes.
 
     python bench/bench_sweep.py [--shape large-v3] [--dtype float32] [--rounds 3] [--folder DIR] [--keep]
 
-A sweep reads its sources once and scores once, so eleven points should cost one of them written to disk and at most
-1.3 times what it takes to write the bytes of the other ten. Merged rows are the rows of the selected heads; they are
-written through the page cache, a file a point, and fsynced. Sources are in the page cache. The merger is checked first,
-every tensor of a small triple bit for bit, and some tensors of the measured one after each round; no figures without.
-Prints a table and appends rows to bench/results/sweep.csv.
+A sweep reads its sources once and scores once, so eleven points should cost one patch and at most 1.3 times what it
+takes to write the bytes of the other ten. Those bytes are written by one thread in the same process, in both ways that
+there are: through the page cache, as any program does, and past it; each a file a point, fsynced. Programs are whole
+processes, with their memory; sources are in the page cache. `hsa.Merger` is measured as well: built, and one more
+candidate in place. Everything is checked first on a small triple, every tensor bit for bit, and some tensors of the
+measured one after each round; no figures without. Prints a table and appends rows to bench/results/sweep.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import shutil
 import statistics
@@ -25,129 +27,149 @@ import rows
 import torch
 from cases import ALPHA, ITEM_SIZE, LAM, SHARD_BYTES, SIZES, K, model_bytes
 from gates import ROLES, Gate
+from programs import Program, measure
 
 import hsa
 from hsa.synthetic import SHAPES, write_triple
 
-LAMBDAS = tuple(number / 10 for number in range(11))
+POINTS = 11
 LIMIT = 1.3
 """How many times the bytes of the other ten points may be written in the time that they take."""
 
+MEMORY_LIMIT = 64 << 20
+"""Bytes of peak memory that a sweep may take beyond one patch."""
+
+PIECE = 4 << 20
 Tensors = Mapping[str, torch.Tensor]
 CASES = {
-    "merger": "Merger built",
-    "apply": "apply_, one candidate",
-    "point": "one point: built, applied, its rows written",
-    "bytes": "rows of the other ten written, nothing else",
-    "sweep": "sweep in place: built, applied eleven times",
-    "written": "sweep to files: built, applied and written eleven times",
+    "patch": "hsa merge --patch, one point",
+    "sweep": "hsa sweep, eleven points",
+    "cached": "bytes of ten patches written, through the page cache",
+    "direct": "bytes of ten patches written, past the page cache",
+    "merger": "hsa.Merger built",
+    "apply": "hsa.Merger.apply_, one candidate in place",
 }
 PACKAGES = ("numpy", "torch")
 
 
-def build(triple: Path) -> hsa.Merger:
-    return hsa.Merger(*(triple / role for role in ROLES), backend="cpu")
+def command(triple: Path, *more: str) -> list[str]:
+    sources = [part for role in ROLES for part in (f"--{role}", str(triple / role))]
+    return [sys.executable, "-m", "hsa", *more, *sources, "--k", str(K), "--alpha", str(ALPHA), "--json"]
 
 
-def rows_to_write(
-    state: Tensors, selected: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]
-) -> list[memoryview]:
-    """The memory of the rows of every selected head, one run of bytes each."""
-    views = []
-    for name, chosen in selected.items():
-        per_head = state[name].view(heads[name], -1).view(torch.uint8).numpy()
-        views += [per_head[head].data for head in chosen]
-    return views
+def programs(triple: Path, check: Callable[[Path], None]) -> dict[str, Program]:
+    """The two programs; `check` is given the patch of the gate's parameters."""
+    name = f"encoder-qkv_k{K}_lambda{LAM}_alpha{ALPHA}.safetensors"
+    patch = Program(
+        CASES["patch"],
+        command(triple, "merge", "--patch", "--lambda", str(LAM), "--output", "{out}/p.safetensors"),
+        check=lambda out: check(out / "p.safetensors"),
+    )
+    sweep = Program(
+        CASES["sweep"],
+        command(triple, "sweep", "--lambda", "0:1:0.1", "--output", "{out}"),
+        check=lambda out: check(out / name),
+    )
+    return {"patch": patch, "sweep": sweep}
 
 
-def write(path: Path, views: list[memoryview]) -> int:
-    """Write the runs one after another, and wait for the disk. Returns their bytes."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    try:
-        for view in views:
-            while view:
-                view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return sum(map(len, views))
+def write_files(folder: Path, sizes: list[int], *, direct: bool) -> float:
+    """Seconds to write files of these sizes one after another, each fsynced; they are removed again."""
+    piece = mmap.mmap(-1, PIECE)
+    piece.write(os.urandom(PIECE))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if direct else 0)
+    paths = [folder / f"bytes-{number}" for number in range(len(sizes))]
+    started = time.perf_counter()
+    for path, size in zip(paths, sizes, strict=True):
+        descriptor = os.open(path, flags)
+        try:
+            for offset in range(0, size, PIECE):
+                count = min(PIECE, size - offset)
+                os.write(descriptor, memoryview(piece)[: count - count % 4096 if direct else count])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    taken = time.perf_counter() - started
+    for path in paths:
+        path.unlink()
+    os.sync()
+    return taken
 
 
 def gate(folder: Path, dtype: str) -> None:
-    """`apply_` on a small triple against the oracle, bit for bit."""
+    """Patches, a sweep's patch applied, and `apply_`, on a small triple against the oracle, bit for bit."""
     triple = folder / "gate"
-    write_triple(triple, SHAPES["test"], dtype=dtype)
-    merger = build(triple)
+    paths = write_triple(triple, SHAPES["test"], dtype=dtype)
+    judge = Gate(triple, every=True)
+
+    def check(patch: Path) -> None:
+        judge.patch(patch)
+        hsa.apply(paths["primary"], patch, output=folder / "applied", sync=False)
+        judge.hsa(folder / "applied")
+        shutil.rmtree(folder / "applied")
+
+    for program in programs(triple, check).values():
+        measure(program, folder / "out", lambda: None)
+    shutil.rmtree(folder / "out")
+    check_merger(judge, hsa.Merger(*(triple / role for role in ROLES), backend="cpu"))
+
+
+def check_merger(judge: Gate, merger: hsa.Merger) -> None:
+    """Merge with the gate's parameters into tensors of NaN, and compare the targets with the oracle."""
     state = {name: torch.full_like(tensor, torch.nan) for name, tensor in merger.merge().items()}
-    check(Gate(triple, every=True), merger, state)
-
-
-def check(known: Gate, merger: hsa.Merger, state: Tensors) -> None:
-    """Merge with the gate's parameters and compare the targets with the oracle."""
     merger.apply_(state, k=K, lam=LAM, alpha=ALPHA)
-    known.compare_targets(state)
+    judge.compare_targets(state)
 
 
-def once(merger_of: Callable[[], hsa.Merger], folder: Path, known: Gate) -> tuple[dict[str, float], int]:
-    """Seconds of every case, in one round, and the bytes of a point."""
+def once(triple: Path, folder: Path, judge: Gate) -> tuple[dict[str, float], dict[str, int], int]:
+    """Seconds of every case and peak bytes of the programs, in one round, and the bytes of a point."""
     taken: dict[str, float] = {}
-
-    def timed(name: str, call: Callable[[], object]) -> None:
-        started = time.perf_counter()
-        call()
-        taken[name] = time.perf_counter() - started
-
-    held: list[hsa.Merger] = []
-    timed("merger", lambda: held.append(merger_of()))
-    merger = held[0]
+    peaks: dict[str, int] = {}
+    out = folder / "out"
+    for case, program in programs(triple, judge.patch).items():
+        run = measure(program, out, lambda: None)
+        taken[case], peaks[case] = run.seconds, run.peak
+    sizes = [path.stat().st_size for path in sorted(out.glob("*.safetensors"))]
+    shutil.rmtree(out)
+    os.sync()
+    taken["cached"] = write_files(folder, sizes[1:], direct=False)
+    taken["direct"] = write_files(folder, sizes[1:], direct=True)
+    started = time.perf_counter()
+    merger = hsa.Merger(*(triple / role for role in ROLES), backend="cpu")
+    taken["merger"] = time.perf_counter() - started
     state = merger.merge()
-    heads = {name: len(scores) for name, scores in merger.scores.items()}
-    views = rows_to_write(state, merger.selected(K), heads)
-    nbytes = sum(map(len, views))
-
-    def apply(lam: float) -> None:
-        merger.apply_(state, k=K, lam=lam, alpha=ALPHA)
-
-    def settle() -> None:
-        for path in folder.glob("point-*"):
-            path.unlink()
-        os.sync()
-
-    def sweep_to_files() -> None:
-        for lam in LAMBDAS:
-            apply(lam)
-            write(folder / f"point-{lam}", views)
-
     candidates = []
-    for lam in LAMBDAS:
-        timed("apply", lambda lam=lam: apply(lam))  # type: ignore[misc]
-        candidates.append(taken["apply"])
+    for number in range(POINTS):
+        started = time.perf_counter()
+        merger.apply_(state, k=K, lam=number / 10, alpha=ALPHA)
+        candidates.append(time.perf_counter() - started)
     taken["apply"] = statistics.median(candidates)
-    taken["sweep"] = taken["merger"] + sum(candidates)
-    settle()
-    timed("point", lambda: (apply(LAMBDAS[0]), write(folder / "point-first", views)))
-    taken["point"] += taken["merger"]
-    settle()
-    timed("bytes", lambda: [write(folder / f"point-{lam}", views) for lam in LAMBDAS[1:]])
-    settle()
-    timed("written", sweep_to_files)
-    taken["written"] += taken["merger"]
-    settle()
-    check(known, merger, state)
-    return taken, nbytes
+    check_merger(judge, merger)
+    return taken, peaks, sizes[0]
 
 
-def report(shape: str, dtype: str, every: list[dict[str, float]], nbytes: int) -> list[dict[str, object]]:
-    """A row for each case; the sweeps say how many times the ten's bytes could be written in the time of ten points."""
-    found = []
+def report(
+    shape: str, dtype: str, every: list[dict[str, float]], peaks: list[dict[str, int]], nbytes: int
+) -> list[dict[str, object]]:
+    """A row for each case; the sweep's note says how it stands to its limits."""
+    found: list[dict[str, object]] = []
     for case, text in CASES.items():
         seconds = [taken[case] for taken in every]
         note = ""
-        if case in ("sweep", "written"):
-            times = statistics.median((taken[case] - taken["point"]) / taken["bytes"] for taken in every)
-            note = f"one point and {times:.2f} times the writing of ten; at most {LIMIT}"
-        points = {"merger": 0, "bytes": 10, "sweep": 11, "written": 11}.get(case, 1)
-        written = {"point": 1, "bytes": 10, "written": 11}.get(case, 0) * nbytes
+        if case == "sweep":
+            times = {
+                way: statistics.median((taken["sweep"] - taken["patch"]) / taken[way] for taken in every)
+                for way in ("cached", "direct")
+            }
+            more = statistics.median(peak["sweep"] - peak["patch"] for peak in peaks)
+            note = (
+                f"one patch and {times['cached']:.2f} times the writing of ten through the page cache "
+                f"({times['direct']:.2f} times past it), at most {LIMIT}; peak memory {more / 2**20:+.0f} MiB over "
+                f"one patch's {statistics.median(p['patch'] for p in peaks) / 2**20:.0f}, at most "
+                f"{MEMORY_LIMIT / 2**20:+.0f}"
+            )
+        points = {"sweep": POINTS, "cached": POINTS - 1, "direct": POINTS - 1, "merger": 0}.get(case, 1)
+        written = 0 if case in ("merger", "apply") else points * nbytes
         found.append(
             {
                 "shape": shape,
@@ -175,7 +197,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of sweep.csv")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    needed = 4 * model_bytes(options.shape, options.dtype)
+    needed = 5 * model_bytes(options.shape, options.dtype)
     free = shutil.disk_usage(options.folder).free
     if free < needed:
         raise SystemExit(f"{needed / 1e9:.1f} GB are needed in {options.folder}, {free / 1e9:.1f} GB are free")
@@ -187,14 +209,15 @@ def main() -> None:
         if not all((triple / role / "config.json").exists() for role in ROLES):
             write_triple(triple, SHAPES[options.shape], dtype=options.dtype, max_shard_bytes=SHARD_BYTES)
         judge = Gate(triple, every=False)
-        build(triple)  # the sources' targets are in the page cache after it
-        every, nbytes = [], 0
+        hsa.Merger(*(triple / role for role in ROLES), backend="cpu")  # the targets are in the page cache after it
+        every, peaks, nbytes = [], [], 0
         for number in range(options.rounds):
-            taken, nbytes = once(lambda: build(triple), scratch, judge)
+            taken, peak, nbytes = once(triple, scratch, judge)
             every.append(taken)
+            peaks.append(peak)
             said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in taken.items())
             print(f"round {number + 1}: {said}", file=sys.stderr, flush=True)
-        found = report(options.shape, options.dtype, every, nbytes)
+        found = report(options.shape, options.dtype, every, peaks, nbytes)
         rows.append("sweep", [{**known, **row} for row in found], options.results)
         shown = ("case", "points", "median_s", "min_s", "max_s", "bytes", "note")
         print(rows.markdown(shown, ([row[name] for name in shown] for row in found)))

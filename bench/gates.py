@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from hsa.api import Request, dry_run
 from hsa.config import MergeConfig
-from hsa.reference import merge_tensor
+from hsa.reference import MergedTensor, merge_tensor
 from hsa.target import Target
 
 ROLES = ("base", "primary", "secondary")
@@ -82,6 +82,20 @@ class Gate:
                 if not torch.equal(_bits(self._oracle(name, values)), _bits(state[name])):
                     raise SystemExit(f"correctness gate: {name} in memory differs from the oracle; nothing is reported")
 
+    def patch(self, path: Path) -> None:
+        """The rows of a patch: the oracle's bits of the heads that it selects."""
+        with safe_open(path, "pt") as file:
+            if set(file.keys()) - {"hsa.scores", "hsa.selected"} != self.targets.keys():
+                raise SystemExit(f"correctness gate: {path.name} holds other tensors than the targets")
+            for name in self.names:
+                if name in self.targets:
+                    merged = self._merged(name, [source[name] for source in self.sources])
+                    whole = merged.value.view(self.targets[name].heads, -1)
+                    rows = file.get_tensor(name)
+                    expected = whole[list(merged.selected)].reshape(rows.shape)
+                    if not torch.equal(_bits(expected), _bits(rows)):
+                        raise SystemExit(f"correctness gate: {name} of a patch differs from the oracle")
+
     def _each(self, out: Path, program: str) -> list[tuple[str, list[torch.Tensor], torch.Tensor]]:
         written = Checkpoint(out)
         missing = self.sources[1].files.keys() ^ written.files.keys()
@@ -90,11 +104,13 @@ class Gate:
         return [(name, [source[name] for source in self.sources], written[name]) for name in self.names]
 
     def _oracle(self, name: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._merged(name, values).value
+
+    def _merged(self, name: str, values: Sequence[torch.Tensor]) -> MergedTensor:
         target = self.targets[name]
-        merged = merge_tensor(
+        return merge_tensor(
             *values, k=K, lam=LAM, alpha=ALPHA, layer=target.projection.layer, layers=self.layers, heads=target.heads
         )  # fmt: skip
-        return merged.value
 
 
 def _few(names: Sequence[str], targets: Sequence[str]) -> list[str]:

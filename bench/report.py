@@ -34,6 +34,10 @@ BARE = 'python -c "import torch"'
 AGAINST = {HSA: COPY_SYNC, FAST: COPY}
 """What a merge is compared with: the copy that gives the same guarantees."""
 
+ONE_PATCH, SWEEP = "hsa merge --patch, one point", "hsa sweep, eleven points"
+TEN = "bytes of ten patches written, through the page cache"
+SWEEP_LIMIT = 1.3
+
 LARGE = "large-v3"
 WHOLE, APPLY = "one pass, in place", "apply only, scores cached, in place"
 CPU_WHOLE, CPU_APPLY = "CPU backend, merge", "CPU backend, apply only, scores cached"
@@ -280,7 +284,24 @@ def sweep_block(folder: Path, image: Image) -> list[str]:
         for row in every
     ]  # fmt: skip
     head = ["model", "case", "points", "rounds", "median s", "min to max s", "bytes", "note"]
-    return [measured_on(every, of_shape), table(head, lines)]
+    return [measured_on(every, of_shape), table(head, lines), *sweep_verdicts(every)]
+
+
+def sweep_verdicts(every: Sequence[Row]) -> list[str]:
+    """How each sweep stands to what PERFORMANCE.md allows, by the medians."""
+    found = []
+    for model in dict.fromkeys(map(of_shape, every)):
+        medians = {row["case"]: number(row, "median_s") for row in every if of_shape(row) == model}
+        one, many, ten = (medians.get(case) for case in (ONE_PATCH, SWEEP, TEN))
+        if one is None or many is None or not ten:
+            continue
+        times = (many - one) / ten
+        verdict = "met" if times <= SWEEP_LIMIT else "**missed**"
+        found.append(
+            f"- {model}: eleven points took one patch and {times:.2f} times the writing of the other ten through the "
+            f"page cache, at most {SWEEP_LIMIT}: {verdict}."
+        )
+    return ["\n".join(found)] if found else []
 
 
 # Kernels -----------------------------------------------------------------------------------------------------

@@ -218,8 +218,11 @@ def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part 
 
     `part` is where the file lies instead, and which ranges of it.
     """
-    where = contained(role, directory, name) if part is None else part.path
-    source = Source(where, role, tally, None if part is None else part.held)
+    if part is None:
+        contained(role, directory, name)
+        source = Source(directory / name, role, tally)  # by its own name, also where the hub's cache links to a digest
+    else:
+        source = Source(part.path, role, tally, part.held)
     try:
         if name.endswith(PICKLES.suffix):
             return Shard(name, source, read_state_dict(source), 0)

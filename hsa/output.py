@@ -29,8 +29,9 @@ def check_destination(
     """The destination with its links resolved; DestinationError where nothing may be written.
 
     Refused always: a root, home or mount point, and a directory that is, contains or lies in a source.
-    Refused without `overwrite`: anything but an empty directory. Refused with it: anything but an earlier
-    output or an empty directory. A directory that is only added to (`adding`) may hold anything.
+    Refused without `overwrite`: anything but an empty directory. Refused with it: anything but an empty directory or
+    an earlier output in which nobody has made a directory since, such as another output. A directory that is only
+    added to (`adding`) may hold anything.
     """
     if not os.fspath(output):
         raise DestinationError("output is an empty path; name a directory of its own for the output")
@@ -149,6 +150,12 @@ def _refuse_occupied(destination: Path, label: str, *, overwrite: bool) -> None:
         raise DestinationError(
             f"{label} is no earlier output of hsa: it holds {found} and no {PROVENANCE}; --overwrite replaces "
             f"nothing else, so move it away yourself"
+        )
+    inside = [name for name in held if (destination / name).is_dir() and not (destination / name).is_symlink()]
+    if inside:  # an output has none of its own: these are a sweep's, or somebody's who worked in it
+        raise DestinationError(
+            f"{label} is an earlier output of hsa and holds directories ({', '.join(inside[:3])}), which replacing it "
+            f"would remove; choose another, or move them away"
         )
 
 

@@ -32,7 +32,7 @@ from hsa.provenance import PROGRAM, libraries, source_record, target_digest, ten
 from hsa.target import Selection, Target, select
 from hsa.workbench import Workbench
 
-ROWS_BYTES = 16 << 20
+ROWS_BYTES = 12 << 20
 """Memory of a thread for merged rows that are to be written."""
 
 

@@ -54,10 +54,10 @@ class Target:
     def head_dim(self) -> int:
         return self.shape[self.projection.head_axis] // self.heads
 
-    def blocks(self, head: int, elements: int) -> Iterator[tuple[slice, slice]]:
-        """Row and column ranges that cover one head, each of at most about `elements` elements."""
+    def blocks(self, head: int, elements: int, count: int = 1) -> Iterator[tuple[slice, slice]]:
+        """Row and column ranges that cover `count` heads from one on, each of at most about `elements` elements."""
         rows, columns = self.matrix
-        first, last = head * self.head_dim, (head + 1) * self.head_dim
+        first, last = head * self.head_dim, (head + count) * self.head_dim
         if self.projection.head_axis == 0:
             span, across = range(first, last), slice(0, columns)
         else:

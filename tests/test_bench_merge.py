@@ -11,6 +11,7 @@ from pathlib import Path
 import bench_merge
 import bench_sweep
 import pytest
+import report
 import rows
 from bench_merge import check_space, chosen_cases, fill_cache, programs
 from cases import MergeCase, model_bytes
@@ -205,33 +206,38 @@ def test_a_damaged_merger_is_never_timed(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_sweep_is_measured_and_reported(shared_triple: Triple, tmp_path: Path) -> None:
     triple = shared_triple["base"].parent
-    taken, nbytes = bench_sweep.once(lambda: bench_sweep.build(triple), tmp_path, Gate(triple, every=False))
-    report = hsa.merge(**shared_triple, output=tmp_path / "out", sync=False)
-    rows_of_heads = sum(
-        read_tensors(tmp_path / "out")[name].nbytes // tensor.heads * len(tensor.selected)
-        for name, tensor in report.tensors.items()
-    )
-    assert nbytes == rows_of_heads
+    judge = Gate(triple, every=True)
+    taken, peaks, nbytes = bench_sweep.once(triple, tmp_path, judge)
+    hsa.merge_patch(**shared_triple, output=tmp_path / "p.safetensors", lam=0.0, sync=False)
+    assert nbytes == (tmp_path / "p.safetensors").stat().st_size
     assert taken.keys() == bench_sweep.CASES.keys()
-    assert list(tmp_path.glob("point-*")) == []
-    fixed = {"merger": 1.0, "apply": 0.1, "point": 2.0, "bytes": 5.0, "sweep": 2.1, "written": 9.0}
-    found = bench_sweep.report("tiny", "float32", [fixed], 100)
-    notes = {row["case"]: row["note"] for row in found}
-    assert "1.40 times" in str(notes[bench_sweep.CASES["written"]])
-    assert "0.02 times" in str(notes[bench_sweep.CASES["sweep"]])
+    assert min(*taken.values(), *peaks.values()) > 0
+    assert os.listdir(tmp_path) == ["p.safetensors"]
+    fixed = {"patch": 2.0, "sweep": 9.0, "cached": 5.0, "direct": 4.0, "merger": 1.0, "apply": 0.1}
+    found = bench_sweep.report("tiny", "float32", [fixed], [{"patch": 10 << 20, "sweep": 30 << 20}], 100)
+    notes = {row["case"]: str(row["note"]) for row in found}
+    assert "one patch and 1.40 times" in notes[report.SWEEP]
+    assert "(1.75 times past it)" in notes[report.SWEEP]
+    assert "+20 MiB over one patch's 10" in notes[report.SWEEP]
+    assert {report.ONE_PATCH, report.SWEEP, report.TEN} <= notes.keys()
 
 
-def test_rows_of_selected_heads_are_written_as_they_are(shared_triple: Triple, tmp_path: Path) -> None:
-    merger = bench_sweep.build(shared_triple["base"].parent)
-    state, selected = merger.merge(), merger.selected(0.6)
-    heads = {name: len(scores) for name, scores in merger.scores.items()}
-    views = bench_sweep.rows_to_write(state, selected, heads)
-    assert bench_sweep.write(tmp_path / "rows", views) == (tmp_path / "rows").stat().st_size
-    first = next(iter(selected))
-    step = state[first].nbytes // heads[first]
-    whole = state[first].numpy().tobytes()
-    head = selected[first][0]
-    assert (tmp_path / "rows").read_bytes()[:step] == whole[head * step : (head + 1) * step]
+def test_a_damaged_patch_is_never_timed(shared_triple: Triple, tmp_path: Path) -> None:
+    hsa.merge_patch(**shared_triple, output=tmp_path / "p.safetensors", sync=False)
+    judge = Gate(shared_triple["base"].parent, every=True)
+    judge.patch(tmp_path / "p.safetensors")
+    poke(tmp_path / "p.safetensors", TARGET, 5, b"\0\0\0\0")
+    with pytest.raises(SystemExit, match=f"{TARGET} of a patch differs"):
+        judge.patch(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_bytes_are_written_and_removed(tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(Path, "unlink", lambda path: (seen.append(path.stat().st_size), os.unlink(path)))
+    assert bench_sweep.write_files(tmp_path, [5 << 20, 4096], direct=direct) > 0
+    assert seen == [5 << 20, 4096]
+    assert os.listdir(tmp_path) == []
 
 
 # --- cases and rows -------------------------------------------------------------------------------------------

@@ -215,6 +215,19 @@ def test_sweep(results: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(8.4, "1.60 times"), (6.0, "1.00 times")])
+def test_a_sweep_has_a_verdict(results: Path, seconds: float, said: str) -> None:
+    def row(case: str, median: float) -> dict[str, object]:
+        return {**about(), "shape": "large-v3", "dtype": "float32", "case": case, "points": 1, "rounds": 3,
+                "median_s": median, "min_s": 1, "max_s": 9, "bytes": 1, "note": ""}  # fmt: skip
+
+    cases = ((report.ONE_PATCH, 2.0), (report.SWEEP, seconds), (report.TEN, 4.0))
+    rows.append("sweep", [row(case, median) for case, median in cases], results)
+    text = block("sweep", results)
+    assert f"large-v3 float32: eleven points took one patch and {said}" in text
+    assert ("**missed**" in text) == (seconds > 7.2)
+
+
 def test_gpu_cases_without_rows_are_not_yet_measured(results: Path) -> None:
     empty = block("kernels-gpu", results)
     assert "On a GPU the kernels are not yet measured." in empty
