@@ -13,7 +13,7 @@ from typing import Any, Literal
 from hsa import whisper
 from hsa.dtypes import ARITHMETIC
 from hsa.errors import HeaderError, MachineError, MismatchError, SourceError
-from hsa.fsio import Source, Tally, exists
+from hsa.fsio import MACHINE, Source, Tally, exists
 from hsa.header import MAX_HEADER, MAX_MARKS, Header, load_json, marks, read_header
 from hsa.pickled import read_state_dict
 from hsa.ranges import Range
@@ -318,7 +318,8 @@ def _exists(path: Path) -> bool:
     try:
         return exists(path)
     except OSError as error:
-        raise MachineError(f"cannot look for {path}: {error.strerror}; look after the disk it lies on") from error
+        kind = MachineError if error.errno in MACHINE else SourceError
+        raise kind(f"cannot look for {path}: {error.strerror}; give a directory that can be read") from error
 
 
 @dataclass(frozen=True)

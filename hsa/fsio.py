@@ -32,8 +32,11 @@ CACHED_STEP = 64 << 10
 took up to four times as long on a machine whose memory was in use."""
 
 _NO_SUPPORT = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTTY}
-_MACHINE = {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+MACHINE = {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 """Why an open fails that is not the file's fault."""
+
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""What a look at a name answers where nothing can stand."""
 
 
 class Tally:
@@ -88,7 +91,7 @@ class Source:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make it wait
         except OSError as error:
-            kind = MachineError if error.errno in _MACHINE else SourceError
+            kind = MachineError if error.errno in MACHINE else SourceError
             raise kind(f"{label}: cannot open {path}: {error.strerror}") from error
         try:
             status = os.fstat(self.fd)
@@ -274,8 +277,12 @@ def exists(path: str | os.PathLike[str]) -> bool:
     """Whether something stands there, a link that leads nowhere included; OSError where that cannot be told."""
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except ValueError:  # a name with a NUL in it
         return False
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise
     return True
 
 
