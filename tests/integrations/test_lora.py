@@ -168,9 +168,8 @@ def test_what_is_more_than_plain_lora_is_folded_by_peft(
     report = hsa.merge(**given, output=tmp_path / "ours", targets="attention-qkv", sync=False)
     assert any(note.startswith(f"{role}'s adapter has {setting} = ") for note in report.notes)
     assert capfd.readouterr() == ("", ""), "neither library prints anything"
-    same_tensors(
-        tmp_path / "ours", merged({**given, role: root / "folded"}, tmp_path / "theirs", targets="attention-qkv")
-    )
+    expected = merged({**given, role: root / "folded"}, tmp_path / "theirs", targets="attention-qkv")
+    same_tensors(tmp_path / "ours", expected)
     assert not any(torch.equal(a, b) for a, b in zip(*(qkv(path) for path in (base, tmp_path / "ours")), strict=True))
     resident = hsa.Merger(**given, targets="attention-qkv").merge()
     assert resident and all(raw_bytes(tensor) == raw_bytes(expected[name]) for name, tensor in resident.items())
