@@ -177,8 +177,8 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
 def dry_run(request: Request) -> PlanReport:
     """The plan of a request: reads headers and small files, writes nothing.
 
-    Of a source on the Hub no more than that is fetched either, primary included, except from a server that gives
-    neither ranges nor sizes.
+    Of a source on the Hub no more than that is fetched either, primary included, except pickle weights and adapters,
+    and from a server that gives neither ranges nor sizes.
     """
     tally, hub = fsio.Tally(), Hub()
     with ExitStack() as stack:

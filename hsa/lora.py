@@ -34,6 +34,7 @@ from hsa.checkpoint import (
 )
 from hsa.dtypes import ARITHMETIC, STORAGE, Array, Float32, all_finite, narrow, size, widen
 from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError
+from hsa.folded import Folded, require_peft
 from hsa.fsio import Tally
 from hsa.header import load_json
 
@@ -52,6 +53,9 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 """Values that leave the arithmetic plain, of settings that are not simply off. Other ways to initialise change base."""
+
+_BY_PEFT = {"alpha_pattern", "bias", "modules_to_save", "rank_pattern", "use_dora"}
+"""Settings beyond plain arithmetic that leave base as it was: peft folds such an adapter in."""
 
 _WITHOUT_EFFECT = {
     "auto_mapping",
@@ -156,11 +160,12 @@ class Adapted(Checkpoint):
 
 def open_adapter(
     role: Role, path: str | os.PathLike[str], tally: Tally, base: Checkpoint | None, claimed: str | None = None
-) -> Adapted:
-    """Open a plain LoRA adapter on top of `base`, which must stay open as long. Reads no tensor data.
+) -> Adapted | Folded:
+    """Open a LoRA adapter on top of `base`, which must stay open as long. Reads no tensor data; what is more than plain
+    LoRA is left to peft, at the first read.
 
     `claimed` is the identity to record. Raises RequestError for an adapter as base, for one as primary on a file of
-    OpenAI's, which has no config.json for the output, or with anything but plain LoRA in it; SourceError, MismatchError
+    OpenAI's, which has no config.json for the output, or with what cannot be folded in; SourceError, MismatchError
     where it is damaged or does not fit base.
     """
     directory = Path(path).expanduser().resolve()
@@ -173,41 +178,55 @@ def open_adapter(
             f"{FOLD_FIRST}"
         )
     config = load_json(read_text(role, directory, ADAPTER_CONFIG, tally), f"{where}/{ADAPTER_CONFIG}", "adapter config")
+    beyond = _beyond(config, f"{where}/{ADAPTER_CONFIG}")
     rank, scale = _scaling(config, f"{where}/{ADAPTER_CONFIG}")
     name = next((name for name in WEIGHTS if os.path.lexists(directory / name)), None)
     if name is None:
         raise SourceError(f"{where} holds an adapter's config and no weights; looked for {' and '.join(WEIGHTS)}")
-    result = Adapted(
-        role,
-        directory,
-        identify(directory, claimed),
-        base.config,
-        tally,
-        kind="adapter",
-        config_from=base.config_from or base.path,
-        tensors=base.tensors,
-        base=base,
-        scale=scale,
-    )
+    result: Adapted | Folded
+    fields: dict[str, Any] = {
+        "kind": "adapter",
+        "config_from": base.config_from or base.path,
+        "tensors": base.tensors,
+        "base": base,
+    }
+    identity = identify(directory, claimed)
+    if beyond is None:
+        result = Adapted(role, directory, identity, base.config, tally, **fields, scale=scale)
+    else:
+        require_peft(f"{where}/{ADAPTER_CONFIG} has {beyond}, which is more than plain LoRA", FOLD_FIRST)
+        if base.kind == "openai":
+            raise RequestError(f"{where} has {beyond}, which needs base as a checkpoint directory; or {FOLD_FIRST}")
+        note = f"{role}'s adapter has {beyond}: peft folds it in, with base and adapter as whole models in memory"
+        result = Folded(role, directory, identity, base.config, tally, **fields, notes=(note,))
     try:
         result.shards = (open_shard(role, directory, name, tally),)
-        result.pairs = _pairs(result, rank)
+        if isinstance(result, Adapted):
+            result.pairs = _pairs(result, rank)
     except BaseException:
         result.close()
         raise
     return result
 
 
-def _scaling(config: Mapping[str, Any], where: str) -> tuple[int, float]:
-    """Rank and scale of an adapter; RequestError where it is anything but plain LoRA."""
+def _beyond(config: Mapping[str, Any], where: str) -> str | None:
+    """The first setting that only peft can fold in; RequestError for one that changes more than the adapted layers."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise RequestError(f"{where} has peft_type {kind!r:.40}, only LORA is read; {FOLD_FIRST}")
+    beyond = None
     for key, value in config.items():
         if key in _WITHOUT_EFFECT or value in _PLAIN.get(key, ()):
             continue
-        if key in _PLAIN or value not in (None, False, "", [], {}):
+        if key in _BY_PEFT and value:
+            beyond = beyond or f"{key} = {value!r:.80}"
+        elif key in _PLAIN or value not in (None, False, "", [], {}):
             raise RequestError(f"{where} has {key} = {value!r:.80}, which is more than plain LoRA; {FOLD_FIRST}")
+    return beyond
+
+
+def _scaling(config: Mapping[str, Any], where: str) -> tuple[int, float]:
+    """Rank and scale of an adapter; SourceError where they are no such numbers."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise SourceError(f"{where} has r = {rank!r:.40}, expected a positive whole number")

@@ -31,11 +31,12 @@ def run_python(
     with TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         given = [os.fspath(argument) for argument in arguments]
-        process = FORKS.Process(target=_child, args=(code, given, dict(env), str(out), str(err)))
+        process = FORKS.Process(target=_child, args=(code, given, dict(env), str(out), str(err)), daemon=True)
         process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
+            process.join()
             raise subprocess.TimeoutExpired(code, timeout)
         return subprocess.CompletedProcess(given, process.exitcode, out.read_text("utf-8"), err.read_text("utf-8"))
 

@@ -14,6 +14,7 @@ import pickle
 import re
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -1049,8 +1050,15 @@ def with_adapter(triple: Triple, role: str, **settings: Any) -> dict[str, Path]:
     ids=lambda settings: next(iter(settings)),
 )
 def test_more_than_plain_lora(
-    triple: Triple, output: Path, refuse: Refuse, role: str, settings: dict[str, Any]
+    triple: Triple,
+    output: Path,
+    refuse: Refuse,
+    monkeypatch: pytest.MonkeyPatch,
+    role: str,
+    settings: dict[str, Any],
 ) -> None:
+    """Without peft, which folds some of these in (tests/integrations has them)."""
+    monkeypatch.setitem(sys.modules, "peft", None)
     given = with_adapter(triple, role, **settings)
     (name,) = settings
     refuse(merge_arguments(given, output), f"{role}: {given[role] / 'adapter_config.json'}", name, FOLD)

@@ -446,11 +446,11 @@ def test_a_real_adapter_is_refused_until_it_is_merged(shared_triple: Triple, mod
     adapted = peft.get_peft_model(model, config)
     for wrapped in (adapted, model):
         refused(wrapped, base, secondary, r"with PEFT adapters.*merge_and_unload\(\)")
-    merged = adapted.merge_and_unload()
-    merged.save_pretrained(tmp_path / "primary")
-    hsa_merge_(merged, base, secondary)
+    folded = adapted.merge_and_unload()
+    folded.save_pretrained(tmp_path / "primary")
+    hsa_merge_(folded, base, secondary)
     trained = {**shared_triple, "primary": tmp_path / "primary"}
-    assert differing(merged, merged(trained, tmp_path / "out")) == []
+    assert differing(folded, merged(trained, tmp_path / "out")) == []
 
 
 # --- the model after an error ----------------------------------------------------------------------------------------

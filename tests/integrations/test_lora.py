@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import raw_bytes, read_tensors
+from helpers import edit_json, merged, raw_bytes, read_tensors, same_tensors
 from transformers import WhisperForConditionalGeneration
 
 import hsa
+from hsa.errors import MismatchError, SourceError
 from hsa.fsio import Tally
 from hsa.opening import open_source
 from hsa.synthetic import SHAPES, write_triple
@@ -136,3 +137,65 @@ def _halves(adapter: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(adapter / "adapter_model.safetensors")
+
+
+# More than plain LoRA ------------------------------------------------------------------------------------------------
+
+BEYOND: dict[str, dict[str, Any]] = {
+    "use_dora": {"use_dora": True},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 9}},
+    "bias": {"bias": "all"},
+    "modules_to_save": {"modules_to_save": ["layer_norm"]},
+}
+
+
+@pytest.fixture(scope="module", params=BEYOND)
+def beyond(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    root = tmp_path_factory.mktemp("beyond")
+    train(base, root / "adapter", root / "folded", 5, target_modules=["q_proj", "v_proj"], **BEYOND[request.param])
+    return request.param, root
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_what_is_more_than_plain_lora_is_folded_by_peft(
+    base: Path, beyond: tuple[str, Path], tmp_path: Path, role: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    setting, root = beyond
+    other = {"primary": "secondary", "secondary": "primary"}[role]
+    tuned = write_triple(tmp_path / "sources", SHAPE, dtype=dtype_of(base))[other]  # type: ignore[arg-type]
+    given: dict[str, Path] = {"base": base, other: tuned, role: root / "adapter"}
+    report = hsa.merge(**given, output=tmp_path / "ours", targets="attention-qkv", sync=False)
+    assert any(note.startswith(f"{role}'s adapter has {setting} = ") for note in report.notes)
+    assert capfd.readouterr() == ("", ""), "neither library prints anything"
+    expected = merged({**given, role: root / "folded"}, tmp_path / "theirs", targets="attention-qkv")
+    same_tensors(tmp_path / "ours", expected)
+    assert not any(torch.equal(a, b) for a, b in zip(*(qkv(path) for path in (base, tmp_path / "ours")), strict=True))
+    resident = hsa.Merger(**given, targets="attention-qkv").merge()
+    assert resident and all(raw_bytes(tensor) == raw_bytes(expected[name]) for name, tensor in resident.items())
+
+
+def dtype_of(base: Path) -> str:
+    return str(next(iter(read_tensors(base).values())).dtype).removeprefix("torch.")
+
+
+def qkv(directory: Path) -> list[torch.Tensor]:
+    return [tensor for name, tensor in sorted(read_tensors(directory).items()) if name.endswith("q_proj.weight")]
+
+
+def test_an_output_projection_of_its_own_is_refused(base: Path, tmp_path: Path) -> None:
+    """Base has none to change: its output projection is the embedding."""
+    train(base, tmp_path / "a1", tmp_path / "folded", 6, target_modules=["q_proj"], modules_to_save=["proj_out"])
+    triple = write_triple(tmp_path / "sources", SHAPE)
+    with pytest.raises(MismatchError, match=r"with peft's folding proj_out.weight is .* base has nothing"):
+        hsa.merge(base=base, primary=tmp_path / "a1", secondary=triple["secondary"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_peft_cannot_fold_is_one_line(base: Path, tmp_path: Path) -> None:
+    train(base, tmp_path / "a1", tmp_path / "folded", 7, target_modules=["q_proj"], use_dora=True)
+    edit_json(tmp_path / "a1" / "adapter_config.json", target_modules=["nothing_of_that_name"])
+    triple = write_triple(tmp_path / "sources", SHAPE)
+    with pytest.raises(SourceError, match=r"a1 could not be folded into base .* by peft \(\w+: Target modules "):
+        hsa.merge(base=base, primary=tmp_path / "a1", secondary=triple["secondary"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
