@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -65,6 +66,7 @@ class Arena:
         (self.sources / "link").symlink_to(place / "secret")
         (root / "out").mkdir()
         self.output = root / "out" / "merged"
+        os.chdir(root / "out")
         self.guard = Guard(root)
         self._sound: dict[Path, bytes] = {}
         del torch
@@ -79,27 +81,36 @@ class Arena:
         return self.command(*arguments, *QUIETLY, *more)
 
     def command(self, *arguments: str) -> str:
-        """A command line in this process: success, or one line of an error that is the input's fault."""
+        """A command line that writes the destination, which is there afterwards, whole, or absent: success, or the line
+        of an error that is the input's fault."""
         shutil.rmtree(self.output, ignore_errors=True)
+        code, said, lines = self.run(*arguments)
+        failed = [line for line in lines if line.startswith("hsa: error: ")]
+        if len(failed) != (code == 2):
+            raise Finding(f"exit code {code} with {lines!r:.500}")
+        left = {path.name for path in self.output.parent.iterdir()} - {self.output.name}
+        if left:
+            raise Finding(f"left behind {left}")
+        if self.output.exists() != (code == 0):
+            raise Finding(f"exit code {code}, and the destination is {'there' if code else 'not there'}")
+        for file in _OURS if code == 0 else ():
+            if (self.output / file).exists():
+                json.loads((self.output / file).read_bytes(), parse_constant=_no_constant)
+        if code == 0:
+            json.loads(said)
+        return failed[0] if failed else "success"
+
+    def run(self, *arguments: str) -> tuple[int, str, list[str]]:
+        """A command line in this process: exit code, 0 or 2; what it says; the lines on stderr, all of them words."""
         said, errors = io.StringIO(), io.StringIO()
         with self.guard.watching(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             code = cli.run(arguments)
         lines = errors.getvalue().splitlines()
-        failed = [line for line in lines if line.startswith("hsa: error: ")]
-        if code not in (0, 2) or len(failed) != (code == 2) or any(not line.startswith("hsa: ") for line in lines):
+        if code not in (0, 2) or any(not line.startswith("hsa: ") for line in lines):
             raise Finding(f"exit code {code} with {lines!r:.500}")
         if any(not line.isprintable() for line in lines):
             raise Finding(f"control characters in {lines!r:.500}")
-        left = {path.name for path in self.output.parent.iterdir()} - {self.output.name}
-        if left:
-            raise Finding(f"left behind {left}")
-        if code == 0 and "merge" in arguments[:1]:
-            json.loads(said.getvalue())
-            for file in self.output.glob("*.json"):
-                json.loads(file.read_bytes(), parse_constant=_no_constant) if file.name in _OURS else None
-        if self.output.exists() != (code == 0):
-            raise Finding(f"exit code {code}, and the destination is {'there' if code else 'not there'}")
-        return failed[0] if failed else "success"
+        return code, said.getvalue(), lines
 
     def call(self, work: Callable[[], object]) -> str:
         """Work of this package without a command: success, or an HsaError."""
