@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 INTEGRATIONS := .venv-integrations
 
-.PHONY: demo test test-interpret test-integrations test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
+.PHONY: demo test test-faults test-interpret test-integrations test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Every point of the fault suite, of which `make test` tries a sample; it ends with a table.
+test-faults: $(READY)
+	HSA_FAULTS=full $(BIN)/python -m pytest tests/faults
 
 # With the real programs that hsa works with, in an environment of their own; nothing is downloaded while they run.
 test-integrations: $(INTEGRATIONS)/ready

@@ -20,15 +20,25 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=["hsa", "hsa.backends", "hsa.commands", "hsa.integrations", "hsa.kernels"],
+    packages=[
+        "hsa",
+        "hsa.backends",
+        "hsa.commands",
+        "hsa.inspection",
+        "hsa.integrations",
+        "hsa.kernels",
+        "hsa.views",
+    ],
     package_dir={
         "hsa": "hsa",
         "hsa.backends": "hsa/backends",
         "hsa.commands": "hsa/commands",
+        "hsa.inspection": "hsa/inspection",
         "hsa.integrations": "hsa/integrations",
         "hsa.kernels": "kernels",
+        "hsa.views": "hsa/views",
     },
-    package_data={"hsa": ["py.typed"]},
+    package_data={"hsa": ["py.typed"], "hsa.views": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "torch>=2.11,<3",
         "triton>=3.6,<4; platform_system == 'Linux'",
@@ -39,9 +49,11 @@ setup(
         "typer>=0.20,<1",
         "rich>=13,<16",
         "blake3>=1.0,<2",
+        "pyyaml>=6,<7",
     ],
     extras_require={
-        "mergekit": ["mergekit>=0.1.4,<0.2", "pyyaml>=6,<7"],
+        "mergekit": ["mergekit>=0.1.4,<0.2"],
+        "plot": ["matplotlib>=3.9,<4"],
         "dev": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
@@ -52,6 +64,7 @@ setup(
             "matplotlib>=3.9,<4",
             "jiwer>=4,<5",
             "pytest-benchmark>=5,<6",
+            "playwright>=1.49,<2",
         ],
         "fuzz": [
             "atheris>=3,<4; python_version >= '3.11' and platform_system == 'Linux' and platform_machine == 'x86_64'"

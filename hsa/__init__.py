@@ -27,20 +27,29 @@ if TYPE_CHECKING:
     from hsa.api import merge
     from hsa.applying import apply
     from hsa.config import MergeConfig
+    from hsa.inspection import Inspection, inspect
     from hsa.merger import Merger
     from hsa.patches import merge_patch
     from hsa.report import MergeReport, TensorReport
     from hsa.sweeping import SweepReport, sweep
+    from hsa.tree import ReleaseReport, release
+    from hsa.verification import VerifyReport, verify
 
 _LAZY = {
+    "Inspection": "hsa.inspection",
+    "inspect": "hsa.inspection",
     "apply": "hsa.applying",
     "merge": "hsa.api",
     "merge_patch": "hsa.patches",
     "MergeConfig": "hsa.config",
     "MergeReport": "hsa.report",
     "Merger": "hsa.merger",
+    "ReleaseReport": "hsa.tree",
+    "release": "hsa.tree",
     "SweepReport": "hsa.sweeping",
     "TensorReport": "hsa.report",
+    "VerifyReport": "hsa.verification",
+    "verify": "hsa.verification",
     "sweep": "hsa.sweeping",
 }
 
@@ -49,6 +58,7 @@ __all__ = [
     "DestinationError",
     "HeaderError",
     "HsaError",
+    "Inspection",
     "MachineError",
     "MergeConfig",
     "MergeReport",
@@ -57,16 +67,21 @@ __all__ = [
     "NonFiniteError",
     "PatchError",
     "ProvenanceError",
+    "ReleaseReport",
     "RequestError",
     "SourceChanged",
     "SourceError",
     "SweepReport",
     "TensorReport",
+    "VerifyReport",
     "__version__",
     "apply",
+    "inspect",
     "merge",
     "merge_patch",
+    "release",
     "sweep",
+    "verify",
 ]
 
 

@@ -8,11 +8,11 @@ import sys
 def main() -> None:
     try:
         from hsa.cli import run
-        from hsa.console import finish
+        from hsa.console import exit_with
     except KeyboardInterrupt:
         print("hsa: error: interrupted; nothing was left behind", file=sys.stderr)
         sys.exit(130)
-    finish(run(sys.argv[1:]))
+    exit_with(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -123,13 +123,14 @@ def merge(
     return run(request, progress)
 
 
+@fsio.explained()
 def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says; see `merge`."""
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         job = _prepare(request, tally, hub, stack)
-        found = _collect(request, job, tally)
+        found = collect(request, job.sources, job.plan, tally)
         with deferred():  # a directory that was made must be known to the stack that removes it
             staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
         options = Options(request.threads or default_threads(), request.digest, request.sync)
@@ -172,6 +173,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
     )
 
 
+@fsio.explained()
 def dry_run(request: Request) -> PlanReport:
     """The plan of a request: reads headers and small files, writes nothing.
 
@@ -182,7 +184,7 @@ def dry_run(request: Request) -> PlanReport:
     with ExitStack() as stack:
         job = _open(request, tally, hub, stack, headers_only=True)
         plan = job.plan
-        found = _collect(request, job, tally)
+        found = collect(request, job.sources, job.plan, tally)
         needed = plan.bytes_to_write + sum(map(len, found.files.values()))
         existing = next(parent for parent in job.destination.parents if parent.exists())
         free = fsio.free_bytes(existing)
@@ -205,9 +207,10 @@ def dry_run(request: Request) -> PlanReport:
         )
 
 
-def _collect(request: Request, job: _Job, tally: fsio.Tally) -> assets.Assets:
+def collect(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tally) -> assets.Assets:
+    """The small files of the output, but for index, card and provenance."""
     owner: Role = "base" if request.config.numerics == "reference" else "primary"
-    return assets.collect(job.sources, owner, request.assets_from, job.plan.output_dtype, tally)
+    return assets.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
 
 
 @dataclass(frozen=True)

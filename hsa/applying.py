@@ -30,6 +30,7 @@ from hsa.threads import default_threads
 from hsa.whisper import canonical
 
 
+@fsio.explained()
 def apply(
     primary: PathLike,
     patch: PathLike,

@@ -108,7 +108,7 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str]) -> 
         _bullets(details),
         "## Method",
         _method(record.parameters),
-        _table(("parameter", "value"), _parameters(record.parameters)),
+        table(("parameter", "value"), _parameters(record.parameters)),
         "## Merged heads",
         f"{chosen} of {total} heads in {len(record.targets)} target tensors. Scores and margins are in "
         f"`hsa_merge.json`.",
@@ -118,11 +118,11 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str]) -> 
         "## How to load",
         _loading(processor=bool({*FEATURES} & {*files}) and bool({*TOKENS} & {*files})),
         "## Files",
-        _bullets([(f"`{_code(file)}`", _FILE_TEXT.get(file, _kind(file))) for file in sorted(files)]),
+        _bullets([(f"`{code(file)}`", _FILE_TEXT.get(file, _kind(file))) for file in sorted(files)]),
         "## Limitations",
         escape(fields["limitations"]) if "limitations" in fields else LIMITATIONS,
         "## Citation",
-        f"```bibtex\n{_fence(fields.get('citation', PAPER))}\n```",
+        f"```bibtex\n{fence(fields.get('citation', PAPER))}\n```",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -195,12 +195,12 @@ def _heads(targets: Sequence[TargetRecord]) -> str:
         stacks.items(), key=lambda item: (item[0][0] != "encoder", *item[0][1:])
     ):
         rows.append((f"{stack} {block.replace('_', ' ')}", str(layer), *(cells.get(column, "") for column in columns)))
-    return _table(("attention", "layer", *columns), rows)
+    return table(("attention", "layer", *columns), rows)
 
 
 def _identity(identity: Identity) -> str:
-    text = f"`{_code(identity.id)}`"
-    return f"{text} at revision `{_code(identity.revision)}`" if identity.revision else text
+    text = f"`{code(identity.id)}`"
+    return f"{text} at revision `{code(identity.revision)}`" if identity.revision else text
 
 
 def _value(value: Any) -> str:
@@ -208,7 +208,7 @@ def _value(value: Any) -> str:
         return "from config.json"
     if isinstance(value, dict):
         return "given per tensor, see `hsa_merge.json`"
-    return f"`{_code(str(value)) or ' '}`"
+    return f"`{code(str(value)) or ' '}`"
 
 
 def _kind(file: str) -> str:
@@ -224,7 +224,8 @@ _FILE_TEXT = {
 }
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of cells that are Markdown already."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -239,9 +240,11 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", flat)
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """Text from users and files for a code span, in a table too."""
     return "".join(c if c.isprintable() and c not in "`|" else "?" for c in text)
 
 
-def _fence(text: str) -> str:
+def fence(text: str) -> str:
+    """Text from users for a fenced block, which it cannot end."""
     return "".join(c for c in text if c.isprintable() or c == "\n").replace("```", "'''").strip()

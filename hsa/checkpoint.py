@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from hsa import whisper
 from hsa.dtypes import ARITHMETIC
-from hsa.errors import HeaderError, MismatchError, SourceError
-from hsa.fsio import Source, Tally
+from hsa.errors import HeaderError, MachineError, MismatchError, SourceError
+from hsa.fsio import Source, Tally, exists
 from hsa.header import MAX_HEADER, MAX_MARKS, Header, load_json, marks, read_header
 from hsa.pickled import read_state_dict
 from hsa.ranges import Range
@@ -234,8 +234,11 @@ def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part 
 
     `part` is where the file lies instead, and which ranges of it.
     """
-    where = contained(role, directory, name) if part is None else part.path
-    source = Source(where, role, tally, None if part is None else part.held)
+    if part is None:
+        contained(role, directory, name)
+        source = Source(directory / name, role, tally)  # by its own name, also where the hub's cache links to a digest
+    else:
+        source = Source(part.path, role, tally, part.held)
     try:
         if name.endswith(PICKLES.suffix):
             return Shard(name, source, read_state_dict(source), 0)
@@ -257,6 +260,11 @@ def identify(directory: Path, claimed: str | None) -> Identity:
     return Identity(directory.name)
 
 
+def is_snapshot(directory: Path) -> bool:
+    """Whether this is a snapshot in the hub's cache, which keeps files as links."""
+    return _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])) is not None
+
+
 def contained(role: str, directory: Path, name: str) -> Path:
     """The real path of a file of a source; SourceError when a link leads out of the directory.
 
@@ -264,7 +272,7 @@ def contained(role: str, directory: Path, name: str) -> Path:
     `blobs` that all its repositories share; both are let through.
     """
     allowed = [directory]
-    if _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])):
+    if is_snapshot(directory):
         allowed += [directory.parents[1] / "blobs", directory.parents[2] / "blobs"]
     try:
         real = (directory / name).resolve(strict=True)
@@ -307,7 +315,10 @@ def _directory(role: str, path: str | os.PathLike[str]) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    return os.path.lexists(path)
+    try:
+        return exists(path)
+    except OSError as error:
+        raise MachineError(f"cannot look for {path}: {error.strerror}; look after the disk it lies on") from error
 
 
 @dataclass(frozen=True)

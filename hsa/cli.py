@@ -10,9 +10,12 @@ import typer
 from hsa._version import __version__
 from hsa.commands.apply import apply
 from hsa.commands.demo import demo
+from hsa.commands.inspect import inspect
 from hsa.commands.merge import merge
 from hsa.commands.mergekit import mergekit
+from hsa.commands.release import release
 from hsa.commands.sweep import sweep
+from hsa.commands.verify import verify
 from hsa.console import fail, guarded
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -65,5 +68,8 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
 app.command()(merge)
 app.command()(sweep)
 app.command()(apply)
+app.command()(inspect)
+app.command()(verify)
+app.command()(release)
 app.command(context_settings={"ignore_unknown_options": True})(mergekit)
 app.command()(demo)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
+from typing import Any, NoReturn
 
 from hsa.errors import HsaError, one_line
 from hsa.signals import ENDING
@@ -28,10 +30,12 @@ class Terminated(BaseException):
 
 def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     """Do a command's work and return its exit code: that of the work, 1 (machine), 2 (request or input), 130 or
-    128 + signal. `debug` adds the traceback to an error."""
-    for number in ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _terminate)
+    128 + signal. `debug` adds the traceback to an error.
+
+    While the work lasts, signals that end a process end the work; then their handlers are again what they were. In any
+    thread but the main one, which alone may have handlers, signals stay as they are.
+    """
+    before = _handle_signals()
     try:
         return work()
     except HsaError as error:
@@ -45,13 +49,39 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
         return fail("out of memory; give --threads 1, or free some", 1, debug=debug)
     except OSError as error:
         return fail(f"the system refused: {error}; see --debug", 1, debug=debug)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def finish(code: int) -> None:
-    """End the process. Python lets go of its handlers before it ends: a late signal would change the exit code."""
+def exit_with(work: Callable[[], int]) -> NoReturn:
+    """End the process with the exit code of `work`, which is guarded.
+
+    The handlers stay after it, and are switched off at the end: Python lets go of its handlers before it ends, and a
+    late signal would change the exit code.
+    """
+    _handle_signals()
+    try:
+        code = work()
+    except Terminated as error:
+        code = 128 + error.number
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
+
+
+def _handle_signals() -> dict[signal.Signals, Any]:
+    """Let signals that end a process raise Terminated; the handlers before, by signal.
+
+    What is ignored, as under nohup, stays so, and so does a handler that was not set from Python.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: found for number, found in handlers.items() if found not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, _terminate)
+    return before
 
 
 def fail(message: str, code: int, *, debug: bool = False) -> int:

@@ -31,6 +31,9 @@ COMMIT = 16 << 20
 ATTEMPTS = 5
 """Tries without a single byte of progress before a fetch gives up."""
 
+PAUSE = 0.25
+"""Seconds before the second try, doubled for each one after it."""
+
 REDIRECTS = 10
 _MOVED = {301, 302, 303, 307, 308}
 _PASSING = {408, 429, 500, 502, 503, 504}
@@ -67,9 +70,9 @@ def network_error() -> type[Exception]:
 
 
 def pause(failures: int, error: BaseException) -> None:
-    """Wait before the next try: 0.25 s, doubled each time up to 8 s, or as long as the server asks for, up to 30 s."""
+    """Wait before the next try: PAUSE, doubled each time up to 8 s, or as long as the server asks for, up to 30 s."""
     asked = error.wait if isinstance(error, Again) else 0.0
-    time.sleep(max(min(8.0, 0.25 * 2.0 ** (failures - 1)), min(30.0, asked)))
+    time.sleep(max(min(8.0, PAUSE * 2.0 ** (failures - 1)), min(30.0, asked)))
 
 
 def retrying(work: Callable[[], Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from hsa import fsio
 from hsa.output import PROVENANCE, Staging
@@ -24,14 +24,22 @@ def finish(
 
     `weights` are the weights files that stand already, with their digests (None where left out).
     """
+    for name, data in last_files(record, small, weights, digest=digest):
+        staging.write(name, data, tally)
+
+
+def last_files(
+    record: Record, small: Mapping[str, bytes], weights: Mapping[str, str | None], *, digest: bool
+) -> Iterator[tuple[str, bytes]]:
+    """What `finish` writes, in its order: name and bytes."""
     from hsa import card
 
     files = {**small, CARD: card.render(record, [*small, *weights, CARD, PROVENANCE])}
     digests = dict(weights)
     for name, data in files.items():
-        staging.write(name, data, tally)
+        yield name, data
         digests[name] = digest_of(data) if digest else None
-    staging.write(PROVENANCE, record.with_files(digests), tally)
+    yield PROVENANCE, record.with_files(digests)
 
 
 def digest_of(data: bytes) -> str:

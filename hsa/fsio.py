@@ -90,7 +90,11 @@ class Source:
         except OSError as error:
             kind = MachineError if error.errno in _MACHINE else SourceError
             raise kind(f"{label}: cannot open {path}: {error.strerror}") from error
-        status = os.fstat(self.fd)
+        try:
+            status = os.fstat(self.fd)
+        except OSError as error:
+            self.close()
+            raise MachineError(f"{label}: cannot look at {path}: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode):
             os.close(self.fd)
             raise SourceError(f"{label}: {path} is not a regular file; expected a file with data in it")
@@ -147,7 +151,8 @@ class Source:
             )
 
     def close(self) -> None:
-        os.close(self.fd)
+        with suppress(OSError):  # nothing was written that a failure could lose, and the descriptor is gone anyway
+            os.close(self.fd)
 
 
 def create(path: Path, size: int) -> int:
@@ -252,6 +257,26 @@ def writing(path: Path, needed: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         raise MachineError(_explain(error, path, needed)) from error
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn an OSError that nothing else has explained into a MachineError: for the edge of the package."""
+    try:
+        yield
+    except OSError as error:
+        at = "" if error.filename is None else f" at {os.fsdecode(error.filename)}"
+        reason = error.strerror or str(error)
+        raise MachineError(f"the system failed{at}: {reason}; look after the disk, and run it again") from error
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether something stands there, a link that leads nowhere included; OSError where that cannot be told."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def free_bytes(path: Path) -> int:

@@ -159,14 +159,15 @@ def open_adapter(
 ) -> Adapted:
     """Open a plain LoRA adapter on top of `base`, which must stay open as long. Reads no tensor data.
 
-    `claimed` is the identity to record. Raises RequestError for an adapter as base, on a base that it cannot stand on,
-    or with anything but plain LoRA in it; SourceError, MismatchError where it is damaged or does not fit base.
+    `claimed` is the identity to record. Raises RequestError for an adapter as base, for one as primary on a file of
+    OpenAI's, which has no config.json for the output, or with anything but plain LoRA in it; SourceError, MismatchError
+    where it is damaged or does not fit base.
     """
     directory = Path(path).expanduser().resolve()
     where = f"{role}: {directory}"
     if role == "base":
         raise RequestError(f"{where} holds a LoRA adapter, not a pretrained model; give the model it was trained on")
-    if base is None or base.kind == "openai":
+    if base is None or (base.kind == "openai" and role == "primary"):
         raise RequestError(
             f"{where} holds a LoRA adapter, which needs base as a checkpoint directory to stand on; give one, or "
             f"{FOLD_FIRST}"

@@ -22,7 +22,6 @@ from hsa.dtypes import CODES, NAMES, Array, size
 from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
 from hsa.hub import Hub, Want
-from hsa.lora import is_adapter
 from hsa.plan import find_targets
 from hsa.target import Target, select
 from hsa.threads import default_threads
@@ -188,7 +187,7 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
     if isinstance(source, (str, os.PathLike)):
         with ExitStack() as stack:
             under = None
-            if role != "base" and is_adapter(source) and isinstance(base, (str, os.PathLike)):
+            if role != "base" and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
                 under = stack.enter_context(hub.open("base", base, Tally(), Want("targets", preset)))
             want = Want("whole" if role == "primary" else "targets", preset)
             checkpoint = stack.enter_context(hub.open(role, source, Tally(), want, None, under))

@@ -29,8 +29,9 @@ def check_destination(
     """The destination with its links resolved; DestinationError where nothing may be written.
 
     Refused always: a root, home or mount point, and a directory that is, contains or lies in a source.
-    Refused without `overwrite`: anything but an empty directory. Refused with it: anything but an earlier
-    output or an empty directory. A directory that is only added to (`adding`) may hold anything.
+    Refused without `overwrite`: anything but an empty directory. Refused with it: anything but an empty directory or
+    an earlier output in which nobody has made a directory since, such as another output. A directory that is only
+    added to (`adding`) may hold anything.
     """
     if not os.fspath(output):
         raise DestinationError("output is an empty path; name a directory of its own for the output")
@@ -64,6 +65,30 @@ def _refuse(destination: Path, label: str, sources: Iterable[Path], *, overwrite
         existing = next(parent for parent in destination.parents if parent.exists())
         if not existing.is_dir():
             raise DestinationError(f"{label} cannot be made: {existing} is not a directory")
+
+
+def check_tree(output: str | os.PathLike[str], sources: Iterable[Path]) -> Path:
+    """The root of several outputs with its links resolved, which may hold anything; DestinationError where not.
+
+    Refused: the root, a home or what holds one, a file, and a directory that is, contains or lies in a source.
+    """
+    if not os.fspath(output):
+        raise DestinationError("output is an empty path; name a directory of its own for the tree")
+    try:
+        tree = (Path.cwd() / Path(output).expanduser()).resolve()
+        label = f"output {tree}"
+        own, homes = _homes()
+        if tree == Path(tree.anchor) or tree in homes or any(home.is_relative_to(tree) for home in own):
+            raise DestinationError(f"{label} is the root, or is or holds a home directory; name one of its own")
+        if os.path.lexists(tree) and not tree.is_dir():
+            raise DestinationError(f"{label} exists and is not a directory; choose another, or move it away")
+        for source in sources:
+            how = relation(tree, source)
+            if how:
+                raise DestinationError(f"{label} {how} the source {source}; choose a directory apart from the sources")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DestinationError(f"output {os.fspath(output)} cannot be looked at: {error}") from error
+    return tree
 
 
 def _refuse_special(destination: Path, label: str) -> None:
@@ -130,7 +155,7 @@ def _identity(*paths: Path) -> set[tuple[int, int]]:
 
 
 def _refuse_occupied(destination: Path, label: str, *, overwrite: bool) -> None:
-    if not os.path.lexists(destination):
+    if not fsio.exists(destination):
         return
     if not destination.is_dir():
         raise DestinationError(f"{label} exists and is not a directory; choose another, or move it away")
@@ -149,6 +174,12 @@ def _refuse_occupied(destination: Path, label: str, *, overwrite: bool) -> None:
         raise DestinationError(
             f"{label} is no earlier output of hsa: it holds {found} and no {PROVENANCE}; --overwrite replaces "
             f"nothing else, so move it away yourself"
+        )
+    inside = [name for name in held if (destination / name).is_dir() and not (destination / name).is_symlink()]
+    if inside:  # an output has none of its own: these are a sweep's, or somebody's who worked in it
+        raise DestinationError(
+            f"{label} is an earlier output of hsa and holds directories ({', '.join(inside[:3])}), which replacing it "
+            f"would remove; choose another, or move them away"
         )
 
 
@@ -191,18 +222,19 @@ class Staging(Workbench):
                     fsio.rename(self.destination, self.path)
                     raise
         self.closed = True
-        os.close(self._lock)
+        with suppress(OSError):  # the output stands, and nothing was written through this descriptor
+            os.close(self._lock)
 
     def _recover(self) -> None:
         """Finish what a killed replacement left: put the old output back, or remove it when the new one stands."""
         aside = _aside_path(self.destination)
-        if not os.path.lexists(aside):
+        if not fsio.exists(aside):
             return
         old = lock(aside, made=True)
         if old is None:  # a run that is just ending still removes it
             return
         try:
-            if os.path.lexists(self.destination) and any(self.destination.iterdir()):
+            if fsio.exists(self.destination) and any(self.destination.iterdir()):
                 clear(old)
                 aside.rmdir()
             else:
@@ -248,7 +280,7 @@ class Staging(Workbench):
         for leftover in (self.path, aside):
             if not same(old, leftover):
                 continue
-            if os.path.lexists(self.destination):
+            if fsio.exists(self.destination):
                 clear(old)
                 leftover.rmdir()
             else:

@@ -80,6 +80,7 @@ def merge_patch(
     return run_patch(request, progress)
 
 
+@fsio.explained()
 def run_patch(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says as a patch; see `merge_patch`."""
     started = time.perf_counter()

@@ -8,9 +8,7 @@ and no more than the tensors of the pieces in flight are in memory.
 
 from __future__ import annotations
 
-import errno
 import mmap
-import os
 import threading
 from bisect import bisect_right
 from collections import deque
@@ -20,19 +18,13 @@ from typing import Any, Protocol
 
 from hsa import fsio
 from hsa.checkpoint import Checkpoint, Role
-from hsa.compute import Computation
+from hsa.compute import Computation, Ranges
 from hsa.dtypes import Array
 from hsa.errors import MachineError
-from hsa.lanes import Lanes
 from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment
 from hsa.memory import PeakMemory
 from hsa.output import Staging
-
-DIRECT_PIECE = 4 << 20
-"""Bytes of a piece that is written past the page cache."""
-
-CACHED_PIECE = 1 << 20
-"""Bytes of a piece that is written through it: small enough to be digested from a core's own cache."""
+from hsa.sink import FileSink, Sink
 
 
 class Hasher(Protocol):
@@ -75,12 +67,10 @@ class Calculator(Protocol):
 
 @dataclass
 class _File:
-    """An output file while it is written."""
+    """An output file while it is assembled."""
 
     plan: OutputFile
-    fd: int
-    direct: int | None
-    cloned: bool
+    number: int
     hasher: Hasher | None
     starts: list[int]
     digested: int = 0
@@ -111,7 +101,7 @@ class _Result:
 
     pieces_left: int
     data: Array | None = None
-    changed: tuple[tuple[int, int], ...] = ()
+    changed: Ranges = ()
 
 
 @dataclass(frozen=True)
@@ -141,11 +131,24 @@ def execute(
     `progress` is called from this thread with the bytes done so far. Raises NonFiniteError, SourceChanged,
     MachineError; KeyboardInterrupt and the like stop the threads first.
     """
-    run = _Run(files, sources, calculator, staging, options, tally, memory)
+    sink = FileSink(staging, sources["primary"], tally, sync=options.sync)
+    return assemble(files, sources, calculator, sink, options, memory, progress)
+
+
+def assemble(
+    files: Sequence[OutputFile],
+    sources: Mapping[Role, Checkpoint],
+    calculator: Calculator,
+    sink: Sink,
+    options: Options,
+    memory: PeakMemory,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Hand every piece of the weights files to a sink, which writes it, or compares it; see `execute`."""
     try:
-        return run.go(progress)
+        return _Run(files, sources, calculator, sink, options, memory).go(progress)
     finally:
-        run.close()
+        sink.close()
 
 
 class _Run:
@@ -154,28 +157,23 @@ class _Run:
         files: Sequence[OutputFile],
         sources: Mapping[Role, Checkpoint],
         calculator: Calculator,
-        staging: Staging,
+        sink: Sink,
         options: Options,
-        tally: fsio.Tally,
         memory: PeakMemory,
     ) -> None:
-        self.planned, self.sources, self.staging = files, sources, staging
-        self.options, self.tally, self.memory = options, tally, memory
+        self.planned, self.sources, self.sink = files, sources, sink
+        self.options, self.memory = options, memory
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
         self.done = 0
         self.results: dict[int, _Result] = {}
         self.calculator = calculator
-        self.files: list[_File] = []
-        self.piece = CACHED_PIECE
-        self.lanes = None if options.sync else Lanes()
+        self.files = [self._opened(file, number) for number, file in enumerate(files)]
+        self.piece = 0
         self.tasks: Iterator[_Task] = iter(())
 
     def go(self, progress: Callable[[int], None] | None) -> dict[str, str]:
-        for file in self.planned:
-            self.files.append(self._create(file))
-        if self.files and all(file.direct is not None for file in self.files):
-            self.piece = DIRECT_PIECE
+        self.piece = self.sink.begin(self.planned)
         self.tasks = self._all_tasks()
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.options.threads)]
         try:
@@ -199,50 +197,16 @@ class _Run:
             raise self.failure
         if progress is not None:
             progress(self.done)
-        if self.options.sync:
-            for written in self.files:
-                with fsio.writing(self.staging.file(written.plan.name)):
-                    fsio.sync(written.fd)
+        self.sink.finish()
         return {file.plan.name: file.hasher.hexdigest() for file in self.files if file.hasher is not None}
 
-    def close(self) -> None:
-        files, self.files = self.files, []
-        for file in files:
-            with fsio.writing(self.staging.file(file.plan.name)):  # a network filesystem may fail only here
-                os.close(file.fd)
-                if file.direct is not None:
-                    os.close(file.direct)
-
-    def _create(self, file: OutputFile) -> _File:
-        path = self.staging.file(file.name)
-        fd, cloned = self._clone(file), True
-        if fd is None:
-            fd, cloned = fsio.create(path, file.size), False
-        direct = None if cloned else fsio.reopen_direct(path)
+    def _opened(self, file: OutputFile, number: int) -> _File:
         hasher: Hasher | None = None
         if self.options.digest:
             from blake3 import blake3
 
             hasher = blake3()
-        return _File(file, fd, direct, cloned, hasher, [segment.offset for segment in file.segments])
-
-    def _clone(self, file: OutputFile) -> int | None:
-        """Start the file as a clone of primary's shard, where the filesystem shares blocks."""
-        if file.twin is None:
-            return None
-        path = self.staging.file(file.name)
-        source = self.sources["primary"].shards[file.twin].source
-        fd = fsio.create(path, 0)
-        with fsio.writing(path, file.size):
-            try:
-                if fsio.clone(source.fd, fd):
-                    return fd
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
-            path.unlink()
-        return None
+        return _File(file, number, hasher, [segment.offset for segment in file.segments])
 
     def _all_tasks(self) -> Iterator[_Task]:
         """Every task in file order, computations right before the piece in which the first of their results begins."""
@@ -329,7 +293,7 @@ class _Run:
             if isinstance(content, Literal):
                 part[:] = memoryview(content.data)[low - segment.offset : high - segment.offset]
             elif isinstance(content, Copied):
-                if not file.cloned or file.hasher is not None:
+                if file.hasher is not None or not self.sink.holds_copies(file.number):
                     self.sources[content.role].read_into(content.tensor, part, low - segment.offset)
             else:
                 result = self._result(segment)
@@ -343,7 +307,7 @@ class _Run:
             with self.changed:
                 file.digested += 1
                 self.changed.notify_all()
-        self._store(file, start, view, used)
+        self.sink.store(file.number, start, view, _changed(used, start, len(view)))
         with self.changed:
             for segment, result in used:
                 result.pieces_left -= 1
@@ -360,35 +324,14 @@ class _Run:
             self._wait(lambda: result.data is not None)
             return result
 
-    def _store(self, file: _File, start: int, view: memoryview, used: list[tuple[Segment, _Result]]) -> None:
-        path = self.staging.file(file.plan.name)
-        with fsio.writing(path, file.plan.size):
-            if file.cloned:
-                for segment, result in used:
-                    for first, last in result.changed:
-                        low = max(0, segment.offset + first - start)
-                        high = min(len(view), segment.offset + last - start)
-                        if low < high:
-                            fsio.write_all(file.fd, view[low:high], start + low, self.tally)
-            elif file.direct is not None and len(view) % fsio.ALIGNMENT == 0:
-                if self.lanes is None:
-                    self._store_direct(file, start, view)
-                else:
-                    with self.lanes.write(len(view)) as lane:
-                        (self._store_direct if lane == "direct" else self._store_cached)(file, start, view)
-            else:
-                self._store_cached(file, start, view)
 
-    def _store_cached(self, file: _File, start: int, view: memoryview) -> None:
-        fsio.write_all(file.fd, view, start, self.tally, fsio.CACHED_STEP)
-        if self.options.sync:
-            fsio.start_writeback(file.fd, start, len(view))
-
-    def _store_direct(self, file: _File, start: int, view: memoryview) -> None:
-        assert file.direct is not None
-        try:
-            fsio.write_all(file.direct, view, start, self.tally)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # what a filesystem says that wants another alignment
-                raise
-            self._store_cached(file, start, view)
+def _changed(used: Sequence[tuple[Segment, _Result]], start: int, count: int) -> Ranges:
+    """The ranges of a piece that differ from primary's bytes, from the piece's own beginning."""
+    found = []
+    for segment, result in used:
+        for first, last in result.changed:
+            low = max(0, segment.offset + first - start)
+            high = min(count, segment.offset + last - start)
+            if low < high:
+                found.append((low, high))
+    return tuple(found)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa._version import __version__
-from hsa.checkpoint import MAX_TEXT, ROLES, Checkpoint, Identity, Role, Sources
+from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig
 from hsa.errors import HeaderError, ProvenanceError, RequestError
@@ -31,6 +31,9 @@ FORMAT = 1
 DIGEST = "digest"
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
 """What stands among a record's parameters besides those of the merge itself."""
+
+MAX_PROVENANCE = 8 << 20
+"""Bytes; the largest provenance that is read. Of large-v3 with every attention tensor merged it has under 1 MB."""
 
 PROGRAM = {"name": "hsa-merge", "version": __version__}
 HEX = frozenset("0123456789abcdef")
@@ -191,8 +194,8 @@ def load(directory: Path) -> Provenance:
         raise ProvenanceError(f"{directory} holds no {PROVENANCE}; expected an output of hsa")
     source = Source(path, "output", Tally())
     try:
-        if source.size > MAX_TEXT:
-            raise ProvenanceError(f"{path} has {source.size} bytes, at most {MAX_TEXT} are read")
+        if source.size > MAX_PROVENANCE:
+            raise ProvenanceError(f"{path} has {source.size} bytes, at most {MAX_PROVENANCE} are read")
         text = source.read(source.size)
     finally:
         source.close()

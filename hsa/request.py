@@ -13,9 +13,9 @@ from hsa.checkpoint import Checkpoint, Role, Sources, is_hub_id
 from hsa.config import MergeConfig
 from hsa.errors import RequestError
 from hsa.fsio import Tally
-from hsa.hub import REVISION, Hub, Want, find_id
+from hsa.hub import Hub, Want
 from hsa.layout import parse_size
-from hsa.lora import is_adapter
+from hsa.repo import REVISION, find_id
 
 PathLike = str | os.PathLike[str]
 
@@ -41,9 +41,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.assets_from not in get_args(Role):
             raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {self.assets_from!r}")
-        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
-        if self.threads is not None and not (whole and 1 <= self.threads <= 256):
-            raise RequestError(f"threads must be a whole number from 1 to 256, got {self.threads!r}")
+        check_threads(self.threads)
         for role, claimed in (self.ids or {}).items():
             if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
                 raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
@@ -67,6 +65,13 @@ class Request:
         }
 
 
+def check_threads(threads: int | None) -> None:
+    """RequestError unless it is a number of threads, or None."""
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= 256):
+        raise RequestError(f"threads must be a whole number from 1 to 256, got {threads!r}")
+
+
 def open_sources(
     request: Request, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, rows_only: bool = False
 ) -> Sources:
@@ -75,9 +80,10 @@ def open_sources(
     See `hsa.merge` for what it raises.
     """
     ids = request.ids or {}
+    adapted = hub.is_adapter("primary", request.sources["primary"])
 
     def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        want = _want(request, role, headers_only=headers_only, rows_only=rows_only)
+        want = _want(request, role, adapted=adapted, headers_only=headers_only, rows_only=rows_only)
         return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
 
     base = opened("base")
@@ -88,11 +94,11 @@ def has_hub_ids(request: Request) -> bool:
     return any(find_id(path) for path in request.sources.values())
 
 
-def _want(request: Request, role: Role, *, headers_only: bool, rows_only: bool) -> Want:
-    """What a merge needs of a source on the Hub."""
+def _want(request: Request, role: Role, *, adapted: bool, headers_only: bool, rows_only: bool) -> Want:
+    """What a merge needs of a source on the Hub; `adapted`: primary is an adapter, written with the whole of base."""
     config = request.config
     reference = config.numerics == "reference"
-    everywhere = reference or config.non_attention_scale != 1.0 or is_adapter(request.sources["primary"])
+    everywhere = reference or config.non_attention_scale != 1.0 or adapted
     whole = (role == "primary" and not rows_only) or (role == "base" and everywhere)
     return Want(
         need="whole" if whole else "targets",

@@ -77,6 +77,7 @@ class SweepReport:
         }
 
 
+@fsio.explained()
 def sweep(
     *,
     base: PathLike,

@@ -23,12 +23,31 @@ MAX_COUNT = 10_000
 """Heads or layers that a config may claim: work goes by the count, before any tensor was looked for."""
 EMBEDDING = "decoder.embed_tokens.weight"
 UNTIED_OUTPUT = "proj_out.weight"
+DIMENSIONS = {
+    "d_model": 384,
+    "encoder_ffn_dim": 1536,
+    "decoder_ffn_dim": 1536,
+    "num_mel_bins": 80,
+    "max_source_positions": 1500,
+    "max_target_positions": 448,
+    "vocab_size": 51865,
+}
+"""Sizes in a `config.json`, and what transformers takes where one is not given (its WhisperConfig)."""
+
+_BLOCKS: dict[Stack, tuple[Block, ...]] = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
 
 _NAME = re.compile(
     r"(?P<stack>encoder|decoder)\.layers\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<block>self_attn|encoder_attn)"
     r"\.(?P<kind>q|k|v|out)_proj\.(?P<part>weight|bias)"
 )
 
+
+_KINDS = (
+    ("feed-forward", re.compile(r"layers\.[0-9]+\.fc[12]\.(weight|bias)")),
+    ("norm", re.compile(r"(layers\.[0-9]+\.)?([a-z_]+_)?layer_norm\.(weight|bias)")),
+    ("embedding", re.compile(r"embed_(tokens|positions)\.weight")),
+    ("convolution", re.compile(r"conv[12]\.(weight|bias)")),
+)
 
 _OPENAI_LAYER = re.compile(r"(?P<stack>encoder|decoder)\.blocks\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<rest>.+)")
 _OPENAI_BLOCK = re.compile(r"(?P<block>attn|cross_attn)\.(?P<kind>query|key|value|out)\.(?P<part>weight|bias)")
@@ -147,16 +166,80 @@ def is_target(projection: Projection, preset: Preset) -> bool:
     return projection.stack == "encoder" or preset != "encoder-qkv"
 
 
+def group_of(name: str) -> tuple[str, str]:
+    """The stack of any tensor of a checkpoint and its kind in a reader's words, for sums over tensors.
+
+    Stacks: encoder, decoder, and output for what lies in neither. A name that is not Whisper's is of kind `other`.
+    """
+    bare = canonical(name)
+    stack, _, rest = bare.partition(".")
+    if stack not in ("encoder", "decoder"):
+        return "output", "output projection" if bare == UNTIED_OUTPUT else "other"
+    projection = parse(bare)
+    if projection is not None:
+        block = "self-attention" if projection.block == "self_attn" else "cross-attention"
+        return stack, f"{block} {'out' if projection.kind == 'out' else 'q, k, v'}"
+    for kind, pattern in _KINDS:
+        if pattern.fullmatch(rest):
+            return stack, kind
+    return stack, "other"
+
+
 def expected_targets(layers: Mapping[Stack, int], preset: Preset) -> Iterator[str]:
     """Canonical names of the weights that a preset merges in a model with so many layers; biases may be missing."""
-    blocks: dict[Stack, tuple[Block, ...]] = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
     for stack, count in layers.items():
         for layer in range(count):
-            for block in blocks[stack]:
+            for block in _BLOCKS[stack]:
                 for kind in ("q", "k", "v", "out"):
                     projection = parse(f"{stack}.layers.{layer}.{block}.{kind}_proj.weight")
                     if projection is not None and is_target(projection, preset):
                         yield projection.name
+
+
+def state_dict(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Canonical name and shape of every tensor that a WhisperForConditionalGeneration with this config saves.
+
+    An output projection of its own is among them where the config does not tie it to the embedding. Raises SourceError
+    where `architecture` does, or when a size is no positive whole number. Source: transformers' modeling_whisper.py.
+    """
+    layers = architecture(config, where).layers
+    width, mels, vocabulary = (_size(config, key, where) for key in ("d_model", "num_mel_bins", "vocab_size"))
+
+    def norm(module: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{module}.weight", (width,)
+        yield f"{module}.bias", (width,)
+
+    def affine(module: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{module}.weight", shape
+        yield f"{module}.bias", shape[:1]
+
+    yield from affine("encoder.conv1", width, mels, 3)
+    yield from affine("encoder.conv2", width, width, 3)
+    yield "encoder.embed_positions.weight", (_size(config, "max_source_positions", where), width)
+    yield "decoder.embed_positions.weight", (_size(config, "max_target_positions", where), width)
+    yield EMBEDDING, (vocabulary, width)
+    for stack, count in layers.items():
+        inner = _size(config, f"{stack}_ffn_dim", where)
+        for layer in range(count):
+            place = f"{stack}.layers.{layer}"
+            for block in _BLOCKS[stack]:
+                for kind in ("q", "v", "out"):
+                    yield from affine(f"{place}.{block}.{kind}_proj", width, width)
+                yield f"{place}.{block}.k_proj.weight", (width, width)
+                yield from norm(f"{place}.{block}_layer_norm")
+            yield from affine(f"{place}.fc1", inner, width)
+            yield from affine(f"{place}.fc2", width, inner)
+            yield from norm(f"{place}.final_layer_norm")
+        yield from norm(f"{stack}.layer_norm")
+    if not config.get("tie_word_embeddings", True):
+        yield UNTIED_OUTPUT, (vocabulary, width)
+
+
+def _size(config: Mapping[str, Any], key: str, where: str) -> int:
+    value = config.get(key, DIMENSIONS[key])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SourceError(f"{where}: config.json has {key} = {value!r:.80}, expected a positive whole number")
+    return value
 
 
 @dataclass(frozen=True)

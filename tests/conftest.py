@@ -24,6 +24,12 @@ def shared_triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
     return write_triple(tmp_path_factory.mktemp("triple"), SHAPES["test"])
 
 
+@pytest.fixture(scope="session", params=["float32", "float16", "bfloat16"])
+def typed_triple(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Triple:
+    """The same in each element type, for reading alone."""
+    return write_triple(tmp_path_factory.mktemp(request.param), SHAPES["test"], dtype=request.param)
+
+
 @pytest.fixture
 def triple(shared_triple: Triple, tmp_path: Path) -> Triple:
     """A copy of the triple, under `tmp_path/sources`, that a test may damage."""

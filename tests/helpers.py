@@ -13,10 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
+
+import hsa
 
 
 def run_hsa(
@@ -95,6 +98,26 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
 
+def same_tensors(found: Path | Mapping[str, torch.Tensor], expected: Path | Mapping[str, torch.Tensor]) -> None:
+    """Names, element types, shapes and bytes of two checkpoints, given as directories or tensors by name."""
+    ours, theirs = (read_tensors(given) if isinstance(given, Path) else given for given in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        assert raw_bytes(ours[name]) == raw_bytes(tensor), name
+
+
+def merged(triple: Mapping[str, Path], output: Path, **parameters: Any) -> dict[str, torch.Tensor]:
+    """Every tensor that `hsa.merge` writes, by name."""
+    hsa.merge(**triple, output=output, **{"sync": False, "overwrite": True, **parameters})
+    return read_tensors(output)
+
+
+def merged_bytes(triple: Mapping[str, Path], output: Path, **parameters: Any) -> dict[str, bytes]:
+    """The bytes of every tensor that `hsa.merge` writes, by name."""
+    return {name: raw_bytes(tensor) for name, tensor in merged(triple, output, **parameters).items()}
+
+
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor: NaN payloads and signed zeros count."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -135,6 +158,19 @@ def mounted(point: Path, *arguments: str) -> Iterator[Path]:
     finally:
         if subprocess.run(["umount", os.fspath(point)], capture_output=True, check=False).returncode:
             subprocess.run(["umount", "--lazy", os.fspath(point)], check=True)
+
+
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Let permission bits bind: root takes on another user's rights for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def write_pickle(directory: Path, tensors: Mapping[str, torch.Tensor], *, shards: int = 1) -> None:
@@ -249,3 +285,32 @@ def write_openai(
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"dims": {**known, **dims}, "model_state_dict": tensors}, path)
     return path
+
+
+RATE = 16_000
+"""Samples a second of every clip, as Whisper hears them."""
+
+
+def read_clips(folder: Path) -> list[tuple[str, str, np.ndarray]]:
+    """File name, text and float32 samples of every clip that transcripts.tsv names."""
+    import soundfile
+
+    found = []
+    for line in (folder / "transcripts.tsv").read_text(encoding="utf-8").splitlines():
+        name, _, text = line.partition("\t")
+        if name.endswith(".flac"):
+            samples, rate = soundfile.read(folder / name, dtype="float32")
+            assert rate == RATE and samples.ndim == 1, name
+            found.append((name, text, samples))
+    assert found
+    return found
+
+
+def word_edits(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many words must be put in, left out or replaced to make one text of the other."""
+    row = list(range(len(second) + 1))
+    for i, ours in enumerate(first, 1):
+        previous, row = row, [i]
+        for j, theirs in enumerate(second, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (ours != theirs)))
+    return row[-1]

@@ -102,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
     servers: Servers
     name: str
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    """Else every body waits 40 ms for the client to acknowledge the headers before it."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -178,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         path = directory / unquote("/".join(rest[2:]))
         if not path.is_file():
             self.count_and_answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        elif path.suffix == ".safetensors":
+        elif path.suffix in (".safetensors", ".bin"):
             etag = repo.etag(path)
             self.servers.blobs[etag] = path
             self.count_and_answer(

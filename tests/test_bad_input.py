@@ -13,10 +13,9 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ from safetensors.torch import load_file, save_file
 from hsa import cli
 from hsa.checkpoint import CONFIG, INDEX, WEIGHTS
 from hsa.header import MAX_HEADER
-from hsa.signals import ENDING
 from hsa.synthetic import SHAPES, write_triple
 
 # A numpy warning of a worker thread would be a second line on stderr.
@@ -58,15 +56,6 @@ COPIED = "model.encoder.conv1.weight"
 HEAD_DIM, WIDTH = 16, 64
 
 each_role = pytest.mark.parametrize("role", ROLES)
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """The command line takes over two signals of this process."""
-    before = {number: signal.getsignal(number) for number in ENDING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

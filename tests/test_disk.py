@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import merge_arguments, mounted, snapshot
+from helpers import merge_arguments, mounted, ordinary_user, snapshot
 
 import hsa
 from hsa import fsio
@@ -190,19 +190,6 @@ def test_sources_on_a_read_only_filesystem(shared_triple: Triple, tmp_path: Path
         hsa.merge(**sources, output=place / "out")
     hsa.merge(**shared_triple, output=place / "fresh")
     assert snapshot(place / "out") == snapshot(place / "fresh")
-
-
-@contextmanager
-def ordinary_user() -> Iterator[None]:
-    """Let permission bits bind: root takes on another user's rights for a while."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_a_directory_without_permission_to_write(shared_triple: Triple) -> None:

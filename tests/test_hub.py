@@ -1,6 +1,6 @@
 """Hub ids as sources, against a server on this machine with the Hub's URL scheme.
 
-huggingface_hub reads its environment when it is imported, so every run is a process of its own.
+huggingface_hub reads its environment when it is imported, so every run is a process of its own (see `forked`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import edit_json, merge_arguments, read_tensors, run_hsa, snapshot, write_tensors
+import torch
+from forked import run_hsa, run_python
+from helpers import (
+    edit_json,
+    merge_arguments,
+    read_tensors,
+    snapshot,
+    write_adapter,
+    write_pickle,
+    write_tensors,
+)
 from hub_server import (
     SIGNATURE,
     TOKEN,
@@ -31,10 +41,11 @@ from hub_server import (
     wrong_range,
 )
 
+import hsa
 from hsa import header
-from hsa.checkpoint import CONFIG, INDEX, WEIGHTS
+from hsa.checkpoint import CONFIG, INDEX, PICKLES, WEIGHTS
 from hsa.dtypes import CODES
-from hsa.hub import HubId, find_id
+from hsa.repo import HubId, find_id
 from hsa.synthetic import SHAPES, DType, tensor_shapes, write_config
 
 Triple = Mapping[str, Path]
@@ -76,6 +87,16 @@ def arguments(ids: Mapping[str, str], output: Path, *more: str) -> list[str]:
     return [*merge_arguments(sources, output, "--no-sync", *more)]
 
 
+IMPATIENT = """
+import sys
+from hsa import fetch
+from hsa.__main__ import main
+fetch.PAUSE = 0.01
+main()
+"""
+"""The command line, with next to no pauses between tries."""
+
+
 def merge(ids: Mapping[str, str], output: Path, env: Mapping[str, str], *more: str) -> dict[str, Any]:
     """A merge that must succeed; its report, after a look for secrets and paths."""
     done = run_hsa(*arguments(ids, output, "--json", *more), env=env)
@@ -88,7 +109,7 @@ def merge(ids: Mapping[str, str], output: Path, env: Mapping[str, str], *more: s
 
 def refused(ids: Mapping[str, str], output: Path, env: Mapping[str, str], code: int, *expected: str) -> str:
     """A merge that must be refused with one line that holds no secret, also with --debug; and nothing written."""
-    done = run_hsa(*arguments(ids, output, "--debug"), env=env)
+    done = run_python(IMPATIENT, *arguments(ids, output, "--debug"), env=env)
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     for secret in (TOKEN, SIGNATURE):
         assert secret not in done.stderr
@@ -225,12 +246,6 @@ assert all(torch.equal(hub[name], local[name]) for name in hub)
 """
 
 
-def run_python(code: str, *given: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *given], capture_output=True, text=True, env={**os.environ, **env}, check=False
-    )
-
-
 def test_merger_takes_hub_ids(
     servers: Servers, env: dict[str, str], published: dict[str, str], shared_triple: Triple
 ) -> None:
@@ -280,7 +295,9 @@ def test_without_the_hub(servers: Servers, env: dict[str, str], published: dict[
     other = {**published, "base": "org/other"}
     line = refused(other, tmp_path / "none", env, 1, "base: org/other", "cannot be reached")
     assert servers.url in line
-    report = merge(published, tmp_path / "second", env)
+    done = run_python(IMPATIENT, *arguments(published, tmp_path / "second", "--json"), env=env)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
     assert sum("is taken from the cache" in note for note in report["notes"]) == 3
     assert files(tmp_path / "first") == files(tmp_path / "second")
 
@@ -366,6 +383,91 @@ def test_a_damaged_cache_is_fetched_anew(
     assert files(tmp_path / "second") == files(tmp_path / "first")
 
 
+# Other formats --------------------------------------------------------------------------------------------------
+
+
+def merged_here(sources: Mapping[str, Path], output: Path, env: Mapping[str, str], *more: str) -> bytes:
+    """The weights of a merge of directories."""
+    done = run_hsa(*merge_arguments(sources, output, "--no-sync", *more), env=env)
+    assert done.returncode == 0, done.stderr
+    return files(output)[WEIGHTS]
+
+
+def test_pickle_weights_are_fetched_whole(
+    servers: Servers, env: dict[str, str], triple: dict[str, Path], tmp_path: Path
+) -> None:
+    write_pickle(triple["primary"], read_tensors(triple["primary"]), shards=2)
+    write_pickle(triple["secondary"], read_tensors(triple["secondary"]))
+    for role, name in IDS.items():
+        servers.add(name, triple[role])
+    report = merge(IDS, tmp_path / "out", env)
+    assert files(tmp_path / "out")[WEIGHTS] == merged_here(triple, tmp_path / "local", env)
+    for role in ("primary", "secondary"):
+        size = sum(path.stat().st_size for path in triple[role].glob("*.bin"))
+        assert f"{role}: pickle weights: {size} bytes of {IDS[role]} fetched whole" in report["notes"]
+    assert [seen.range for seen in servers.of("cdn")].count(None) == 3
+    servers.seen.clear()
+    assert merge(IDS, tmp_path / "again", {**env, "HF_HUB_OFFLINE": "1"})["bytes_fetched"] == 0
+    assert servers.seen == []
+
+
+class Trap:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def test_a_hostile_pickle_on_the_hub_is_refused(
+    servers: Servers, env: dict[str, str], triple: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors: dict[str, Any] = dict(read_tensors(triple["secondary"]))
+    write_pickle(triple["secondary"], tensors | {"model.trap": Trap(tmp_path / "ran")})
+    for role, name in IDS.items():
+        servers.add(name, triple[role])
+    refused(IDS, tmp_path / "out", env, 2, "secondary: ", f"/{PICKLES.weights} holds more", "posix.mkdir", "could run")
+    assert not (tmp_path / "ran").exists()
+    torch.load(triple["secondary"] / PICKLES.weights, weights_only=False)
+    assert (tmp_path / "ran").exists(), "unpickled freely it does run"
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_an_adapter_on_the_hub_stands_on_base(
+    servers: Servers, env: dict[str, str], triple: dict[str, Path], tmp_path: Path, role: str
+) -> None:
+    """Base is fetched whole for a primary, for the output is base's tensors then; for a secondary in ranges alone."""
+    weights = {n: t for n, t in read_tensors(triple["base"]).items() if n.endswith(("q_proj.weight", "fc1.weight"))}
+    write_adapter(tmp_path / "adapter", weights)
+    triple[role] = tmp_path / "adapter"
+    for name, path in zip(IDS.values(), triple.values(), strict=True):
+        servers.add(name, path)
+    plan = merge(IDS, tmp_path / "out", env, "--dry-run")
+    assert not (tmp_path / "out").exists()
+    assert plan["bytes_to_fetch"] > 0
+    report = merge(IDS, tmp_path / "out", env)
+    assert files(tmp_path / "out")[WEIGHTS] == merged_here(triple, tmp_path / "local", env)
+    etag = servers.repos[IDS["base"]].etag(triple["base"] / WEIGHTS)
+    of_base = {seen.range for seen in servers.of("cdn") if etag in seen.path}
+    assert (None in of_base) == (role == "primary")
+    source = json.loads((tmp_path / "out" / "hsa_merge.json").read_bytes())["sources"][role]
+    assert (source["id"], source["revision"], source["format"]) == (IDS[role], commit_of(IDS[role]), "adapter")
+    assert report["bytes_fetched"] > 0
+    done = run_python(MERGER, *IDS.values(), *map(str, triple.values()), env={**env, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_adapter_as_base_is_refused(
+    servers: Servers, env: dict[str, str], triple: dict[str, Path], tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "adapter", {"model.encoder.layers.0.fc1.weight": torch.empty(128, 64)})
+    for name, path in zip(IDS.values(), {**triple, "base": tmp_path / "adapter"}.values(), strict=True):
+        servers.add(name, path)
+    refused(IDS, tmp_path / "out", env, 2, "base: ", "holds a LoRA adapter, not a pretrained model")
+
+
 # What goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -429,10 +531,8 @@ def test_repositories_that_cannot_be_merged(
     nothing = {**IDS, "secondary": "org/nothing"}
     refused(nothing, out, env, 2, "secondary: org/nothing", "no local directory", "no such model")
     refused({**IDS, "secondary": "org/second@v2"}, out, env, 2, "secondary: org/second has no revision 'v2'")
-    (triple["secondary"] / WEIGHTS).rename(triple["secondary"] / "pytorch_model.bin")
-    refused(IDS, out, env, 2, "secondary: org/second holds pickle weights alone (pytorch_model.bin)", "hf download org")
-    (triple["secondary"] / "pytorch_model.bin").unlink()
-    refused(IDS, out, env, 2, "secondary: org/second holds no weights", WEIGHTS, INDEX)
+    (triple["secondary"] / WEIGHTS).unlink()
+    refused(IDS, out, env, 2, "secondary: org/second holds no weights", WEIGHTS, INDEX, PICKLES.weights, PICKLES.index)
     (triple["secondary"] / INDEX).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
     refused(IDS, out, env, 2, f"secondary: org/second {INDEX} names the shard '../x.safetensors'")
     (triple["secondary"] / CONFIG).unlink()
@@ -576,3 +676,33 @@ def test_two_runs_fetch_once(servers: Servers, env: dict[str, str], tmp_path: Pa
     places = [seen.range for seen in servers.of("cdn")]
     assert len(places) == len(set(places)) > 1
     assert sum(one["fetched"].get("base", 0) for one in found) >= weights_sent(servers)
+
+
+# Inspecting --------------------------------------------------------------------------------------------------
+
+
+def test_an_inspection_fetches_the_targets_alone(
+    servers: Servers, published: Mapping[str, str], env: dict[str, str], shared_triple: Triple
+) -> None:
+    sources = [f"--{role}={name}" for role, name in published.items()]
+    done = run_hsa("inspect", *sources, "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    for secret in (TOKEN, SIGNATURE):
+        assert secret not in done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    here = json.loads(json.dumps(hsa.inspect(**shared_triple, energy=False).as_dict()))
+    assert (found["tensors"], found["agreement"]) == (here["tensors"], here["agreement"])
+    assert found["energy"] is None
+    assert any("base and primary and secondary, on the Hub, only targets were fetched" in n for n in found["notes"])
+    assert {role: source["revision"] for role, source in found["sources"].items()} == {
+        role: commit_of(name) for role, name in published.items()
+    }
+    merged = sum((path / WEIGHTS).stat().st_size for path in shared_triple.values())
+    assert 0 < weights_sent(servers) < merged / 2
+    mixed = run_hsa("inspect", f"--base={shared_triple['base']}", *sources[1:], "--json", "--no-energy", env=env)
+    assert mixed.returncode == 0, mixed.stderr
+    assert json.loads(mixed.stdout)["tensors"] == here["tensors"]
+    assert "share of energy" not in mixed.stdout
+    bad = run_hsa("inspect", *sources[:2], "--secondary=org/missing", env=env)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "org/missing" in bad.stderr

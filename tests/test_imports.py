@@ -19,30 +19,32 @@ import pytest
 from helpers import merge_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit")
+HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matplotlib")
 
 LAYERS = (
     ("_version", "ranges", "threads"),
     ("errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config"),
-    ("config", "fsio", "synthetic"),
+    ("config", "fsio", "strict_yaml", "synthetic"),
     ("console", "header", "partial", "whisper", "workbench"),
     ("output", "pickled"),
     ("checkpoint", "fetch"),
     ("assets", "lora", "openai", "target"),
-    ("layout", "opening"),
+    ("layout", "opening", "repo"),
+    ("hub_errors",),
     ("hub",),
     ("backends", "script"),
     ("plan",),
-    ("compute", "merger"),
+    ("compute", "merger", "sink"),
     ("pipeline",),
     ("provenance",),
-    ("card", "grid", "patch_format", "report"),
-    ("graft", "patching"),
+    ("card", "checks", "grid", "inspection", "patch_format", "report"),
+    ("graft", "patching", "views"),
     ("finish", "request"),
-    ("api", "patch_reader", "patches"),
-    ("applying",),
+    ("api", "patch_reader", "patches", "recipe"),
+    ("applying", "recompute", "tree_index"),
+    ("tree_plan", "verification"),
     ("sweep_index",),
-    ("sweeping",),
+    ("sweeping", "tree"),
     ("demo", "integrations"),
     ("commands",),
     ("cli",),
@@ -72,8 +74,9 @@ ANYWHERE = {
     },
     "triton": {"hsa.backends.triton"},
     "transformers": {"hsa.demo"},
-    "huggingface_hub": {"hsa.card", "hsa.fetch", "hsa.hub"},
+    "huggingface_hub": {"hsa.card", "hsa.fetch", "hsa.hub", "hsa.hub_errors", "hsa.repo", "hsa.tree_index"},
     "mergekit": {"hsa.integrations.mergekit", "hsa.integrations.mergekit_method"},
+    "matplotlib": {"hsa.views.picture"},
     "hsa.reference": {"hsa.demo"},
     "hsa.kernels": {"hsa.backends.triton"},
 }
@@ -119,7 +122,20 @@ def test_every_public_name_resolves() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["merge", "--help"], ["mergekit", "--help"], ["--version"], []], ids=" ".join
+    "arguments",
+    [
+        ["--help"],
+        ["merge", "--help"],
+        ["inspect", "--help"],
+        ["mergekit", "--help"],
+        ["release", "--help"],
+        ["sweep", "--help"],
+        ["apply", "--help"],
+        ["verify", "--help"],
+        ["--version"],
+        [],
+    ],
+    ids=" ".join,
 )
 def test_help_needs_neither_torch_nor_numpy(arguments: list[str]) -> None:
     done = fresh(
@@ -383,6 +399,8 @@ def test_a_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
     assert "hsa/kernels/__init__.py" in held
     assert held == expected
     assert "hsa/py.typed" in wheel.namelist()
+    page = {f"hsa/views/page.{suffix}" for suffix in ("html", "css", "js")}
+    assert page <= set(wheel.namelist())
 
 
 def test_the_wheel_installs_the_command_and_the_license(wheel: zipfile.ZipFile) -> None:

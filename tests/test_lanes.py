@@ -10,7 +10,7 @@ import pytest
 from helpers import snapshot
 
 import hsa
-from hsa import fsio, lanes, pipeline
+from hsa import fsio, lanes, sink
 from hsa.lanes import RECHECK_WINDOWS, WINDOW_BYTES, Lane, Lanes
 from hsa.synthetic import SHAPES, write_triple
 
@@ -69,7 +69,7 @@ def test_both_lanes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.Monk
     used = {"direct": 0, "cached": 0}
 
     def counted(way: str) -> Callable[..., None]:
-        store = getattr(pipeline._Run, f"_store_{way}")
+        store = getattr(sink.FileSink, f"_store_{way}")
 
         def call(self: object, *arguments: object) -> None:
             used[way] += 1
@@ -78,8 +78,8 @@ def test_both_lanes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.Monk
         return call
 
     for way in used:
-        monkeypatch.setattr(pipeline._Run, f"_store_{way}", counted(way))
-    monkeypatch.setattr(pipeline, "DIRECT_PIECE", 1 << 18)
+        monkeypatch.setattr(sink.FileSink, f"_store_{way}", counted(way))
+    monkeypatch.setattr(sink, "DIRECT_PIECE", 1 << 18)
     monkeypatch.setattr(lanes, "WINDOW_BYTES", 1 << 20)
     hsa.merge(**triple, output=tmp_path / "fast", sync=False, threads=4)
     assert min(used.values()) >= 4, used

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import raw_bytes, read_tensors, write_adapter, write_openai, write_pickle, write_tensors
+from helpers import merged_bytes, raw_bytes, read_tensors, write_adapter, write_openai, write_pickle, write_tensors
 from safetensors.torch import load_file
 from transformers import WhisperForConditionalGeneration
 
@@ -56,11 +55,6 @@ def fold_into(base: Path, adapter: Path, directory: Path) -> Path:
     return directory
 
 
-def merged(triple: Mapping[str, Path], output: Path, **changes: Any) -> dict[str, bytes]:
-    hsa.merge(output=output, sync=False, **triple, **changes)
-    return {name: raw_bytes(tensor) for name, tensor in read_tensors(output).items()}
-
-
 @pytest.fixture(params=["float32", "float16", "bfloat16"])
 def typed(request: pytest.FixtureRequest, tmp_path: Path) -> Triple:
     return write_triple(tmp_path / "sources", SHAPES["test"], dtype=request.param)
@@ -89,18 +83,18 @@ def both(adapters: Triple, tmp_path: Path) -> Triple:
 def test_the_merge_is_that_of_the_folded_checkpoints(
     adapters: Triple, both: Triple, tmp_path: Path, parameters: dict[str, Any]
 ) -> None:
-    expected = merged({**both, "base": adapters["base"]}, tmp_path / "expected", **parameters)
+    expected = merged_bytes({**both, "base": adapters["base"]}, tmp_path / "expected", **parameters)
     unmerged = {name: raw_bytes(tensor) for name, tensor in read_tensors(adapters["base"]).items()}
     assert sum(expected[name] != unmerged[name] for name in expected) > 30
-    assert merged(adapters, tmp_path / "out", **parameters) == expected
+    assert merged_bytes(adapters, tmp_path / "out", **parameters) == expected
 
 
 @pytest.mark.parametrize("role", ["primary", "secondary"])
 def test_one_adapter_beside_a_whole_checkpoint(
     typed: Triple, adapters: Triple, both: Triple, tmp_path: Path, role: str
 ) -> None:
-    expected = merged({**typed, role: both[role]}, tmp_path / "expected")
-    assert merged({**typed, role: adapters[role]}, tmp_path / "out") == expected
+    expected = merged_bytes({**typed, role: both[role]}, tmp_path / "expected")
+    assert merged_bytes({**typed, role: adapters[role]}, tmp_path / "out") == expected
 
 
 def test_error_of_the_folded_weights(adapters: Triple) -> None:
@@ -129,8 +123,8 @@ def test_error_of_the_folded_weights(adapters: Triple) -> None:
 
 @pytest.mark.parametrize("threads", [1, 5])
 def test_bytes_do_not_depend_on_threads(adapters: Triple, tmp_path: Path, threads: int) -> None:
-    default = merged(adapters, tmp_path / "default", non_attention_scale=0.5)
-    assert merged(adapters, tmp_path / "out", non_attention_scale=0.5, threads=threads) == default
+    default = merged_bytes(adapters, tmp_path / "default", non_attention_scale=0.5)
+    assert merged_bytes(adapters, tmp_path / "out", non_attention_scale=0.5, threads=threads) == default
 
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 15])
@@ -206,36 +200,36 @@ def test_a_primary_adapter_is_written_as_base_is(triple: Triple, tmp_path: Path)
 def test_an_adapter_on_a_pickled_base(triple: Triple, tmp_path: Path) -> None:
     write_adapter(tmp_path / "a1", adapted_names(triple["base"], NARROW))
     given = {**triple, "primary": tmp_path / "a1"}
-    expected = merged(given, tmp_path / "expected")
+    expected = merged_bytes(given, tmp_path / "expected")
     write_pickle(triple["base"], read_tensors(triple["base"]))
-    assert merged(given, tmp_path / "out") == expected
+    assert merged_bytes(given, tmp_path / "out") == expected
 
 
 def test_a_pickled_adapter(triple: Triple, tmp_path: Path) -> None:
     tensors = write_adapter(tmp_path / "a2", adapted_names(triple["base"], NARROW))
     given = {**triple, "secondary": tmp_path / "a2"}
-    expected = merged(given, tmp_path / "expected")
+    expected = merged_bytes(given, tmp_path / "expected")
     (tmp_path / "a2" / "adapter_model.safetensors").unlink()
     torch.save(tensors, tmp_path / "a2" / "adapter_model.bin")
-    assert merged(given, tmp_path / "out") == expected
+    assert merged_bytes(given, tmp_path / "out") == expected
 
 
 def test_names_of_a_bare_whisper_model(tmp_path: Path) -> None:
     triple = write_triple(tmp_path / "sources", SHAPES["test"], prefix="")
     write_adapter(tmp_path / "a2", adapted_names(triple["base"], NARROW))
     folded_in = fold_into(triple["base"], tmp_path / "a2", tmp_path / "folded")
-    expected = merged({**triple, "secondary": folded_in}, tmp_path / "expected")
-    assert merged({**triple, "secondary": tmp_path / "a2"}, tmp_path / "out") == expected
+    expected = merged_bytes({**triple, "secondary": folded_in}, tmp_path / "expected")
+    assert merged_bytes({**triple, "secondary": tmp_path / "a2"}, tmp_path / "out") == expected
 
 
 def test_weights_beside_an_adapter_go_first(triple: Triple, tmp_path: Path) -> None:
-    expected = merged(triple, tmp_path / "expected")
+    expected = merged_bytes(triple, tmp_path / "expected")
     write_adapter(triple["secondary"], adapted_names(triple["base"], NARROW))
-    assert merged(triple, tmp_path / "out") == expected
+    assert merged_bytes(triple, tmp_path / "out") == expected
 
 
 def test_merger_takes_adapters(adapters: Triple, tmp_path: Path) -> None:
-    expected = merged(adapters, tmp_path / "out")
+    expected = merged_bytes(adapters, tmp_path / "out")
     found = hsa.Merger(**adapters).merge()
     assert {name: raw_bytes(tensor) for name, tensor in found.items()} == {name: expected[name] for name in found}
 
@@ -255,7 +249,21 @@ def test_a_sum_that_overflows_is_refused_where_it_is_no_target(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_an_openai_base_cannot_bear_an_adapter(triple: Triple, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_secondary_stands_on_openais_file_too(tmp_path: Path, dtype: Any) -> None:
+    triple = write_triple(tmp_path / "sources", SHAPES["test"], dtype=dtype)
+    write_adapter(tmp_path / "a2", adapted_names(triple["base"]))
+    given = {**triple, "secondary": tmp_path / "a2"}
+    parameters = {"targets": "attention-all", "non_attention_scale": 0.5}
+    expected = merged_bytes(given, tmp_path / "expected", **parameters)
+    resident = {name: raw_bytes(tensor) for name, tensor in hsa.Merger(**given).merge().items()}
+    given["base"] = write_openai(tmp_path / "base.pt", triple["base"])
+    assert merged_bytes(given, tmp_path / "out", **parameters) == expected
+    assert {name: raw_bytes(tensor) for name, tensor in hsa.Merger(**given).merge().items()} == resident
+
+
+def test_a_primary_cannot_stand_on_openais_file(triple: Triple, tmp_path: Path) -> None:
+    """The output's config.json would be base's, which has none."""
     write_adapter(tmp_path / "a1", adapted_names(triple["base"], NARROW))
     base = write_openai(tmp_path / "base.pt", triple["base"])
     with pytest.raises(RequestError, match=r"holds a LoRA adapter, which needs base as a checkpoint directory"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import edit_json, merge_arguments, raw_bytes, read_tensors, run_hsa, snapshot, write_tensors
+from helpers import edit_json, merge_arguments, raw_bytes, read_tensors, run_hsa, same_tensors, snapshot, write_tensors
 from safetensors import safe_open
 
 import hsa
@@ -107,15 +107,6 @@ def expected_merge(
         )
         tensors[name] = merged[name].value
     return tensors, merged
-
-
-def same_tensors(output: Path, expected: Mapping[str, torch.Tensor]) -> None:
-    """Names, element types, shapes and bytes."""
-    found = read_tensors(output)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert raw_bytes(found[name]) == raw_bytes(tensor), name
 
 
 def merge(triple: Mapping[str, Path], output: Path, **options: Any) -> hsa.MergeReport:

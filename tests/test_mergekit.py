@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +11,6 @@ from hsa.cli import run
 from hsa.config import MergeConfig
 from hsa.errors import RequestError
 from hsa.integrations.mergekit_method import DEFAULTS, assign, config_of, in_numbers
-from hsa.signals import ENDING
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in ENDING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_without_mergekit_the_error_says_how_to_install_it(

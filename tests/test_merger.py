@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import raw_bytes, read_tensors
+from helpers import merged, raw_bytes, read_tensors
 from transformers import WhisperForConditionalGeneration
 
 import hsa
 from hsa.reference import head_scores
-from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]
 GRID = [(0.6, 0.5, 0.2), (0.0, 0.5, 0.2), (1.0, 0.0, 0.7), (50, 0.9, 0.0), (0.3, 1.0, 3.0)]
@@ -27,21 +26,11 @@ def same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -
     ]
 
 
-def merged_by_files(triple: Triple, out: Path, **parameters: float | str) -> dict[str, torch.Tensor]:
-    hsa.merge(output=out, overwrite=True, sync=False, digest=False, **triple, **parameters)  # type: ignore[arg-type]
-    return read_tensors(out)
-
-
-@pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
-def typed_triple(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Triple:
-    return write_triple(tmp_path_factory.mktemp(request.param), SHAPES["test"], dtype=request.param)
-
-
 @pytest.mark.parametrize("preset", ["encoder-qkv", "attention-qkv", "attention-all"])
 def test_merge_gives_the_bytes_of_hsa_merge(typed_triple: Triple, tmp_path: Path, preset: str) -> None:
     merger = hsa.Merger(**typed_triple, targets=preset)
     for k, lam, alpha in GRID:
-        files = merged_by_files(typed_triple, tmp_path / "out", k=k, lam=lam, alpha=alpha, targets=preset)
+        files = merged(typed_triple, tmp_path / "out", k=k, lam=lam, alpha=alpha, targets=preset)
         ours = merger.merge(k=k, lam=lam, alpha=alpha)
         assert len(ours) == {"encoder-qkv": 10, "attention-qkv": 30, "attention-all": 36}[preset]
         assert same(ours, files) == []
@@ -49,7 +38,7 @@ def test_merge_gives_the_bytes_of_hsa_merge(typed_triple: Triple, tmp_path: Path
 
 def test_attention_scale_and_heads_are_passed_on(shared_triple: Triple, tmp_path: Path) -> None:
     merger = hsa.Merger(**shared_triple, attention_scale=-0.5, num_heads=2, num_layers=7)
-    files = merged_by_files(shared_triple, tmp_path / "out", attention_scale=-0.5, num_heads=2, num_layers=7)
+    files = merged(shared_triple, tmp_path / "out", attention_scale=-0.5, num_heads=2, num_layers=7)
     assert same(merger.merge(), files) == []
     assert all(score.shape == (2,) for score in merger.scores.values())
 
@@ -77,7 +66,7 @@ def test_apply_again_and_again_to_the_model_that_is_primary(typed_triple: Triple
     merger = hsa.Merger(load(typed_triple["base"]), model, load(typed_triple["secondary"]))
     for k, lam, alpha in [*GRID, GRID[0]]:
         assert merger.apply_(model, k=k, lam=lam, alpha=alpha) is model
-        files = merged_by_files(typed_triple, tmp_path / "out", k=k, lam=lam, alpha=alpha)
+        files = merged(typed_triple, tmp_path / "out", k=k, lam=lam, alpha=alpha)
         assert same(files, model.state_dict()) == []
 
 
@@ -88,7 +77,7 @@ def test_state_dicts_with_and_without_the_prefix(shared_triple: Triple, tmp_path
         hsa.Merger(base, primary, bare)
     merger = hsa.Merger(base, primary, bare, num_heads=4, num_layers=2)
     kept = {name: tensor.clone() for name, tensor in primary.items()}
-    files = merged_by_files(shared_triple, tmp_path / "out")
+    files = merged(shared_triple, tmp_path / "out")
     result = merger.apply_(primary)
     assert result is primary
     assert same(files, primary) == []
@@ -98,14 +87,14 @@ def test_state_dicts_with_and_without_the_prefix(shared_triple: Triple, tmp_path
 
 def test_a_directory_lends_its_config(shared_triple: Triple, tmp_path: Path) -> None:
     merger = hsa.Merger(shared_triple["base"], read_tensors(shared_triple["primary"]), str(shared_triple["secondary"]))
-    assert same(merger.merge(), merged_by_files(shared_triple, tmp_path / "out")) == []
+    assert same(merger.merge(), merged(shared_triple, tmp_path / "out")) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_model_in_another_dtype_is_rounded_once(shared_triple: Triple, tmp_path: Path, dtype: torch.dtype) -> None:
     model = load(shared_triple["primary"]).to(dtype)
     hsa.Merger(**shared_triple).apply_(model, lam=0.1)
-    files = merged_by_files(shared_triple, tmp_path / "out", lam=0.1, dtype=str(dtype).removeprefix("torch."))
+    files = merged(shared_triple, tmp_path / "out", lam=0.1, dtype=str(dtype).removeprefix("torch."))
     assert same(files, model.state_dict()) == []
 
 
@@ -124,7 +113,7 @@ def test_parameters_per_tensor(shared_triple: Triple, tmp_path: Path) -> None:
     names = list(merger.scores)
     k = {name: (number % 5) / 4 for number, name in enumerate(names)}
     lam = {name.removeprefix("model."): number / len(names) for number, name in enumerate(names)}
-    files = merged_by_files(shared_triple, tmp_path / "out", k=k, lam=lam)  # type: ignore[arg-type]
+    files = merged(shared_triple, tmp_path / "out", k=k, lam=lam)  # type: ignore[arg-type]
     assert same(merger.merge(k=k, lam=lam), files) == []
     del k[names[3]]
     with pytest.raises(hsa.RequestError, match="has no value for target tensor"):

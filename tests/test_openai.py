@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import openai_tensors, raw_bytes, read_tensors, run_hsa, write_openai, write_pickle
+from helpers import merged_bytes, openai_tensors, raw_bytes, read_tensors, run_hsa, write_openai, write_pickle
 from transformers import WhisperForConditionalGeneration
 
 import hsa
@@ -21,11 +21,6 @@ from hsa.openai import is_openai, open_openai
 from hsa.synthetic import SHAPES, tensor_shapes, write_triple
 
 Triple = dict[str, Path]
-
-
-def merged(triple: Triple, output: Path, **changes: Any) -> dict[str, bytes]:
-    hsa.merge(output=output, sync=False, **triple, **changes)
-    return {name: raw_bytes(tensor) for name, tensor in read_tensors(output).items()}
 
 
 @pytest.mark.parametrize("shape", ["test", "large-v3"])
@@ -75,14 +70,14 @@ def test_the_merge_is_that_of_the_directories(
     tmp_path: Path, dtype: Any, roles: tuple[str, ...], parameters: dict[str, Any]
 ) -> None:
     triple = write_triple(tmp_path / "sources", SHAPES["test"], dtype=dtype)
-    expected = merged(triple, tmp_path / "expected", **parameters)
+    expected = merged_bytes(triple, tmp_path / "expected", **parameters)
     given = {**triple, **{role: write_openai(tmp_path / f"{role}.pt", triple[role]) for role in roles}}
-    assert merged(given, tmp_path / "out", **parameters) == expected
+    assert merged_bytes(given, tmp_path / "out", **parameters) == expected
 
 
 def test_the_output_loads_in_transformers(triple: Triple, tmp_path: Path) -> None:
     triple["base"] = write_openai(tmp_path / "base.pt", triple["base"])
-    expected = merged(triple, tmp_path / "out")
+    expected = merged_bytes(triple, tmp_path / "out")
     model, info = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -97,15 +92,15 @@ def test_merger_reads_it(triple: Triple, tmp_path: Path) -> None:
 
 
 def test_a_pickled_primary_on_an_openai_base_is_one_file(triple: Triple, tmp_path: Path) -> None:
-    expected = merged(triple, tmp_path / "expected")
+    expected = merged_bytes(triple, tmp_path / "expected")
     write_pickle(triple["primary"], read_tensors(triple["primary"]), shards=2)
     triple["base"] = write_openai(tmp_path / "base.pt", triple["base"])
-    assert merged(triple, tmp_path / "out") == expected
+    assert merged_bytes(triple, tmp_path / "out") == expected
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == [WEIGHTS]
 
 
 def test_other_buffers_are_ignored_and_noted(triple: Triple, tmp_path: Path) -> None:
-    expected = merged(triple, tmp_path / "expected")
+    expected = merged_bytes(triple, tmp_path / "expected")
     triple["base"] = write_openai(tmp_path / "base.pt", triple["base"], {"alignment_heads": torch.zeros(2, 4).bool()})
     report = hsa.merge(output=tmp_path / "out", sync=False, **triple)
     assert {name: raw_bytes(tensor) for name, tensor in read_tensors(tmp_path / "out").items()} == expected
@@ -114,7 +109,7 @@ def test_other_buffers_are_ignored_and_noted(triple: Triple, tmp_path: Path) -> 
 
 def test_provenance_names_the_file_and_no_path(triple: Triple, tmp_path: Path) -> None:
     triple["base"] = write_openai(tmp_path / "folder" / "tiny.pt", triple["base"])
-    merged(triple, tmp_path / "out")
+    merged_bytes(triple, tmp_path / "out")
     text = (tmp_path / "out" / "hsa_merge.json").read_text()
     source = json.loads(text)["sources"]["base"]
     assert (source["id"], source["format"], list(source["files"])) == ("tiny.pt", "openai", ["tiny.pt"])
@@ -129,9 +124,9 @@ def test_the_output_may_lie_beside_the_file(triple: Triple, tmp_path: Path) -> N
 
 
 def test_a_directory_whose_name_ends_in_pt_is_a_directory(triple: Triple, tmp_path: Path) -> None:
-    expected = merged(triple, tmp_path / "expected")
+    expected = merged_bytes(triple, tmp_path / "expected")
     triple["primary"] = triple["primary"].rename(tmp_path / "run.pt")
-    assert merged(triple, tmp_path / "out") == expected
+    assert merged_bytes(triple, tmp_path / "out") == expected
 
 
 def test_shapes_of_a_source_given(tmp_path: Path) -> None:

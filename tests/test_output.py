@@ -252,13 +252,39 @@ def test_an_earlier_output_needs_overwrite(triple: Triple, place: Path, swap: bo
 
 def test_nothing_of_an_earlier_output_shines_through(triple: Triple, place: Path, swap: bool) -> None:
     hsa.merge(**triple, output=place / "out", max_shard_size="100KB")
-    (place / "out" / "cache").mkdir()
-    (place / "out" / "cache" / "link").symlink_to(triple["primary"])
+    (place / "out" / "notes.txt").write_text("mine")
+    (place / "out" / "link").symlink_to(triple["primary"])
+    left = staging_path(place / "out") / "left" / "by" / "a" / "killed" / "run"
+    left.mkdir(parents=True)
+    (left / "link").symlink_to(triple["primary"])
     sources = snapshot(triple["primary"])
     hsa.merge(**triple, output=place / "out", overwrite=True)
     hsa.merge(**triple, output=place / "fresh")
     assert snapshot(place / "out") == snapshot(place / "fresh")
     assert snapshot(triple["primary"]) == sources
+    assert sorted(os.listdir(place)) == ["fresh", "out"]
+
+
+def test_directories_inside_an_earlier_output_are_never_swept_away(triple: Triple, place: Path) -> None:
+    """Such as other outputs, also when they appear during the run."""
+    out = place / "out"
+    hsa.merge(**triple, output=out, sync=False)
+    hsa.merge(**triple, output=out / "lamda_1" / "again", lam=0.1, sync=False)
+    refused(triple, out, watched=place, match=r"not empty|earlier output of hsa and holds directories \(lamda_1\)")
+    done = run_hsa(*merge_arguments(triple, out, "--overwrite", "--dry-run"))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "holds directories (lamda_1)" in done.stderr
+    shutil.rmtree(out / "lamda_1")
+    with (
+        pytest.raises(DestinationError, match=r"directories \(thesis\)"),
+        Staging(out, overwrite=True, sync=False) as staging,
+    ):
+        staging.write(PROVENANCE, b"{}", fsio.Tally())
+        thesis(out / "thesis")
+        before = snapshot(out)
+        staging.publish()
+    assert snapshot(out) == before
+    assert os.listdir(place) == ["out"]
 
 
 def test_an_empty_directory_is_taken(triple: Triple, place: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from blake3 import blake3
-from helpers import edit_json, raw_bytes, read_tensors, write_pickle, write_tensors
+from helpers import edit_json, merged_bytes, raw_bytes, read_tensors, write_pickle, write_tensors
 from transformers import WhisperForConditionalGeneration
 
 import hsa
@@ -31,11 +31,6 @@ def weights(directory: Path) -> dict[str, bytes]:
     return {name: raw_bytes(tensor) for name, tensor in read_tensors(directory).items()}
 
 
-def merged(triple: Triple, output: Path, **changes: Any) -> dict[str, bytes]:
-    hsa.merge(output=output, sync=False, **triple, **changes)
-    return weights(output)
-
-
 def header_of(path: Path) -> Header:
     source = Source(path, "primary", Tally())
     try:
@@ -52,37 +47,37 @@ def header_of(path: Path) -> Header:
 def test_a_merge_of_pickles_is_the_merge_of_the_same_safetensors(tmp_path: Path, dtype: Any, shards: int) -> None:
     triple = write_triple(tmp_path / "sources", SHAPES["test"], dtype=dtype)
     parameters = {"targets": "attention-all", "non_attention_scale": 0.5}
-    expected = merged(triple, tmp_path / "expected", **parameters)
+    expected = merged_bytes(triple, tmp_path / "expected", **parameters)
     for path in triple.values():
         write_pickle(path, read_tensors(path), shards=shards)
-    assert merged(triple, tmp_path / "out", **parameters) == expected
+    assert merged_bytes(triple, tmp_path / "out", **parameters) == expected
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == [WEIGHTS]
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
 @pytest.mark.parametrize("role", ["base", "primary", "secondary"])
 def test_one_source_may_be_a_pickle(triple: Triple, tmp_path: Path, role: str) -> None:
-    expected = merged(triple, tmp_path / "expected")
+    expected = merged_bytes(triple, tmp_path / "expected")
     write_pickle(triple[role], read_tensors(triple[role]))
-    assert merged(triple, tmp_path / "out") == expected
+    assert merged_bytes(triple, tmp_path / "out") == expected
 
 
 def test_reference_numerics_read_pickles_too(triple: Triple, tmp_path: Path) -> None:
-    expected = merged(triple, tmp_path / "expected", numerics="reference")
+    expected = merged_bytes(triple, tmp_path / "expected", numerics="reference")
     for path in triple.values():
         write_pickle(path, read_tensors(path))
-    assert merged(triple, tmp_path / "out", numerics="reference") == expected
+    assert merged_bytes(triple, tmp_path / "out", numerics="reference") == expected
 
 
 def test_safetensors_go_before_pickles(triple: Triple, tmp_path: Path) -> None:
-    expected = merged(triple, tmp_path / "expected")
+    expected = merged_bytes(triple, tmp_path / "expected")
     for path in triple.values():
         (path / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    assert merged(triple, tmp_path / "out") == expected
+    assert merged_bytes(triple, tmp_path / "out") == expected
 
 
 def test_a_pickled_primary_is_written_in_bases_shards(triple: Triple, tmp_path: Path) -> None:
-    expected = merged(triple, tmp_path / "expected")
+    expected = merged_bytes(triple, tmp_path / "expected")
     primary = read_tensors(triple["primary"])
     extra = torch.arange(6.0)
     write_pickle(triple["primary"], {**primary, "model.extra": extra})
@@ -113,7 +108,7 @@ def test_shards_of_the_asked_size_where_no_source_has_a_layout(triple: Triple, t
 
 def test_the_output_loads_in_transformers(triple: Triple, tmp_path: Path) -> None:
     write_pickle(triple["primary"], read_tensors(triple["primary"]), shards=2)
-    expected = merged(triple, tmp_path / "out")
+    expected = merged_bytes(triple, tmp_path / "out")
     model, info = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -122,7 +117,7 @@ def test_the_output_loads_in_transformers(triple: Triple, tmp_path: Path) -> Non
 
 
 def test_a_tied_output_projection_is_left_out_and_noted(triple: Triple, tmp_path: Path) -> None:
-    expected = merged(triple, tmp_path / "expected")
+    expected = merged_bytes(triple, tmp_path / "expected")
     tensors = read_tensors(triple["primary"])
     write_pickle(triple["primary"], {**tensors, OUTPUT: tensors[EMBEDDING]})
     report = hsa.merge(output=tmp_path / "out", sync=False, **triple)
@@ -135,14 +130,14 @@ def test_a_tied_output_projection_is_left_out_and_noted(triple: Triple, tmp_path
 def test_an_output_projection_of_its_own_is_written(triple: Triple, tmp_path: Path) -> None:
     tensors = read_tensors(triple["primary"])
     write_pickle(triple["primary"], {**tensors, OUTPUT: tensors[EMBEDDING] + 1})
-    assert merged(triple, tmp_path / "out")[OUTPUT] == raw_bytes(tensors[EMBEDDING] + 1)
+    assert merged_bytes(triple, tmp_path / "out")[OUTPUT] == raw_bytes(tensors[EMBEDDING] + 1)
 
 
 def test_an_untied_model_keeps_an_output_projection_that_shares_its_bytes(triple: Triple, tmp_path: Path) -> None:
     tensors = read_tensors(triple["primary"])
     write_pickle(triple["primary"], {**tensors, OUTPUT: tensors[EMBEDDING]})
     edit_json(triple["primary"] / CONFIG, tie_word_embeddings=False)
-    assert merged(triple, tmp_path / "out")[OUTPUT] == raw_bytes(tensors[EMBEDDING])
+    assert merged_bytes(triple, tmp_path / "out")[OUTPUT] == raw_bytes(tensors[EMBEDDING])
 
 
 def test_merger_reads_pickles(triple: Triple) -> None:
@@ -155,7 +150,7 @@ def test_merger_reads_pickles(triple: Triple) -> None:
 
 def test_provenance_names_the_file_its_size_and_the_digest_of_its_description(triple: Triple, tmp_path: Path) -> None:
     write_pickle(triple["secondary"], read_tensors(triple["secondary"]))
-    merged(triple, tmp_path / "out")
+    merged_bytes(triple, tmp_path / "out")
     source = json.loads((tmp_path / "out" / "hsa_merge.json").read_text())["sources"]["secondary"]
     file = triple["secondary"] / "pytorch_model.bin"
     with zipfile.ZipFile(file) as archive:

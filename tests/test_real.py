@@ -13,7 +13,7 @@ from typing import Any
 import full_load
 import pytest
 import torch
-from helpers import raw_bytes, read_tensors
+from helpers import RATE, raw_bytes, read_clips, read_tensors, same_tensors, word_edits
 
 import hsa
 from hsa import reference
@@ -72,11 +72,7 @@ def test_reference_numerics_are_the_scripts(
         load_dtype=load_dtype,
         **parameters,  # type: ignore[arg-type]
     )
-    expected, found = read_tensors(tmp_path / "theirs"), read_tensors(tmp_path / "ours")
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert raw_bytes(found[name]) == raw_bytes(tensor), name
+    same_tensors(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_margins_are_as_clear_as_the_triple_promises(real: Triple, tmp_path: Path) -> None:
@@ -92,18 +88,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
 
-def edits(first: list[str], second: list[str]) -> int:
-    """Word edit distance."""
-    row = list(range(len(second) + 1))
-    for i, ours in enumerate(first, 1):
-        previous, row = row, [i]
-        for j, theirs in enumerate(second, 1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (ours != theirs)))
-    return row[-1]
-
-
 def test_output_loads_and_transcribes(real: Triple, clips: Path, tmp_path: Path) -> None:
-    import soundfile
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     hsa.merge(**real, output=tmp_path / "out")
@@ -112,16 +97,12 @@ def test_output_loads_and_transcribes(real: Triple, clips: Path, tmp_path: Path)
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     processor = WhisperProcessor.from_pretrained(tmp_path / "out", local_files_only=True)
-    lines = (clips / "transcripts.tsv").read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("\t") for line in lines if line.partition("\t")[0].endswith(".flac")][:4]
-    assert pairs
     wrong = total = 0
-    for file, text in pairs:
-        samples, rate = soundfile.read(clips / file, dtype="float32")
-        features = processor(samples, sampling_rate=rate, return_tensors="pt").input_features
+    for _, text, samples in read_clips(clips)[:4]:
+        features = processor(samples, sampling_rate=RATE, return_tensors="pt").input_features
         tokens = model.generate(features, max_new_tokens=64, num_beams=1, do_sample=False)
         (heard,) = processor.batch_decode(tokens, skip_special_tokens=True)
-        wrong += edits(words(text), words(heard))
+        wrong += word_edits(words(text), words(heard))
         total += len(words(text))
     # Primary's own word error rate is 7 %, base's 52 %: half the words wrong would mean that the merge broke it.
     assert wrong < 0.3 * total, f"{wrong} of {total} words are wrong"
@@ -130,7 +111,6 @@ def test_output_loads_and_transcribes(real: Triple, clips: Path, tmp_path: Path)
 @torch.no_grad()
 def test_merger_writes_the_model_that_hsa_merge_wrote(real: Triple, clips: Path, tmp_path: Path) -> None:
     """Logits on a clip, after other candidates were tried on the same model."""
-    import soundfile
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     def load(path: Path) -> WhisperForConditionalGeneration:
@@ -138,8 +118,8 @@ def test_merger_writes_the_model_that_hsa_merge_wrote(real: Triple, clips: Path,
 
     hsa.merge(**real, output=tmp_path / "out", k=0.6, lam=0.1)
     processor = WhisperProcessor.from_pretrained(tmp_path / "out", local_files_only=True)
-    samples, rate = soundfile.read(sorted(clips.glob("*.flac"))[0], dtype="float32")
-    features = processor(samples, sampling_rate=rate, return_tensors="pt").input_features
+    _, _, samples = read_clips(clips)[0]
+    features = processor(samples, sampling_rate=RATE, return_tensors="pt").input_features
     start = torch.tensor([[50257, 50362]])
 
     def logits(model: WhisperForConditionalGeneration) -> torch.Tensor:

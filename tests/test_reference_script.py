@@ -7,16 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from full_load import full_load_merge
-from helpers import raw_bytes, read_tensors, snapshot
+from helpers import same_tensors, snapshot
 
 from hsa.integrations.reference_script import directory_name, lambdas, parser, requests, run
-from hsa.signals import ENDING
-from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]
 
@@ -27,35 +24,12 @@ SWEEP = """--pretrained-model {base} --model1 {primary} --model2 {secondary} --k
 """The two examples of the script's README."""
 
 
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    import signal
-
-    before = {number: signal.getsignal(number) for number in ENDING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Triple:
-    return write_triple(tmp_path_factory.mktemp("saved"), SHAPES["test"])
-
-
 def line(template: str, triple: Triple, out: Path) -> list[str]:
     return shlex.split(template.format(**triple, out=out))
 
 
-def same_tensors(ours: Path, baseline: Path) -> None:
-    mine, theirs = read_tensors(ours), read_tensors(baseline)
-    assert mine.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert mine[name].dtype == tensor.dtype
-        assert raw_bytes(mine[name]) == raw_bytes(tensor), name
-
-
-def test_one_merge_is_the_full_loads(saved: Triple, tmp_path: Path) -> None:
-    arguments = line(ONE, saved, tmp_path / "out")
+def test_one_merge_is_the_full_loads(shared_triple: Triple, tmp_path: Path) -> None:
+    arguments = line(ONE, shared_triple, tmp_path / "out")
     done = subprocess.run(
         [sys.executable, "-m", "hsa.integrations.reference_script", *arguments],
         capture_output=True,
@@ -64,17 +38,17 @@ def test_one_merge_is_the_full_loads(saved: Triple, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert f"[SAVE] {tmp_path / 'out'}" in done.stdout
-    full_load_merge(*saved.values(), tmp_path / "full")
+    full_load_merge(*shared_triple.values(), tmp_path / "full")
     same_tensors(tmp_path / "out", tmp_path / "full")
 
 
-def test_a_sweep_makes_a_directory_for_each_lambda(saved: Triple, tmp_path: Path) -> None:
-    assert run(line(SWEEP, saved, tmp_path / "out")) == 0
+def test_a_sweep_makes_a_directory_for_each_lambda(shared_triple: Triple, tmp_path: Path) -> None:
+    assert run(line(SWEEP, shared_triple, tmp_path / "out")) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         f"lamda_{tenths}_alpha_0p2" for tenths in range(11)
     )
     for tenths in range(11):
-        full_load_merge(*saved.values(), tmp_path / "full", lam=tenths / 10)
+        full_load_merge(*shared_triple.values(), tmp_path / "full", lam=tenths / 10)
         same_tensors(tmp_path / "out" / f"lamda_{tenths}_alpha_0p2", tmp_path / "full")
         shutil.rmtree(tmp_path / "full")
 
@@ -94,10 +68,10 @@ def test_directory_names(lam: float, alpha: float, name: str) -> None:
     assert directory_name(lam, alpha) == name
 
 
-def test_the_other_spellings_mean_the_same(saved: Triple, tmp_path: Path) -> None:
-    given = f"--model-class {saved['base']} --model1 {saved['primary']} --model2 {saved['secondary']}"
+def test_the_other_spellings_mean_the_same(shared_triple: Triple, tmp_path: Path) -> None:
+    given = "--model-class {base} --model1 {primary} --model2 {secondary}".format(**shared_triple)
     old = parser().parse_args(shlex.split(f"{given} --outdir {tmp_path / 'out'} --lamda 0.3"))
-    new = parser().parse_args(line(ONE.replace("0.5", "0.3"), saved, tmp_path / "out"))
+    new = parser().parse_args(line(ONE.replace("0.5", "0.3"), shared_triple, tmp_path / "out"))
     assert requests(old) == requests(new)
     bare = parser().parse_args(["--model1", "a", "--model2", "b", "--out-path", "c"])
     (request,) = requests(bare)
@@ -106,56 +80,60 @@ def test_the_other_spellings_mean_the_same(saved: Triple, tmp_path: Path) -> Non
     assert (config.k, config.lam, config.alpha, config.numerics) == (0.6, 0.5, 0.2, "reference")
 
 
-def test_every_option_arrives(saved: Triple, tmp_path: Path) -> None:
+def test_every_option_arrives(shared_triple: Triple, tmp_path: Path) -> None:
     more = (
         " --num-heads 2 --num-encoder-layers 4 --processor-source pretrained --save-lambda-subdirs"
         " --attention-scale 0.5 --non-attention-scale 0.25"
     )
-    (request,) = requests(parser().parse_args(line(ONE + more, saved, tmp_path / "out")))
+    (request,) = requests(parser().parse_args(line(ONE + more, shared_triple, tmp_path / "out")))
     config = request.config
     assert (config.num_heads, config.num_layers) == (2, 4)
     assert (config.attention_scale, config.non_attention_scale) == (0.5, 0.25)
     assert request.assets_from == "base"
     assert request.output == tmp_path / "out" / "lamda_5_alpha_0p2"
-    exact = parser().parse_args(line(ONE + " --numerics exact --device cuda:0", saved, tmp_path / "out"))
+    exact = parser().parse_args(line(ONE + " --numerics exact --device cuda:0", shared_triple, tmp_path / "out"))
     assert requests(exact)[0].device == "cuda:0"
 
 
-def test_exact_numerics_are_those_of_hsa_merge(saved: Triple, tmp_path: Path) -> None:
+def test_exact_numerics_are_those_of_hsa_merge(shared_triple: Triple, tmp_path: Path) -> None:
     import hsa
 
-    assert run([*line(ONE, saved, tmp_path / "out"), "--numerics", "exact"]) == 0
-    hsa.merge(**saved, output=tmp_path / "merge", device="cpu", sync=False)
+    assert run([*line(ONE, shared_triple, tmp_path / "out"), "--numerics", "exact"]) == 0
+    hsa.merge(**shared_triple, output=tmp_path / "merge", device="cpu", sync=False)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "merge")
 
 
-def test_a_second_run_replaces_the_first(saved: Triple, tmp_path: Path) -> None:
+def test_a_second_run_replaces_the_first(shared_triple: Triple, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run(line(ONE, saved, out)) == 0
+    assert run(line(ONE, shared_triple, out)) == 0
     first = snapshot(out)
-    assert run(line(ONE.replace("0.5", "0.1"), saved, out)) == 0
+    assert run(line(ONE.replace("0.5", "0.1"), shared_triple, out)) == 0
     assert snapshot(out) != first
     assert json.loads((out / "hsa_merge.json").read_text())["parameters"]["lambda"] == 0.1
 
 
 def test_a_sweep_inside_an_output_is_never_replaced(
-    saved: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared_triple: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     for template in (ONE, SWEEP.replace("0.0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0", "0.1,0.2")):
-        assert run(line(template, saved, out)) == 0
+        assert run(line(template, shared_triple, out)) == 0
     held = snapshot(out)
     capsys.readouterr()
-    assert run(line(ONE, saved, out)) == 2
+    assert run(line(ONE, shared_triple, out)) == 2
     assert "holds directories (lamda_1_alpha_0p2, lamda_2_alpha_0p2)" in capsys.readouterr().err
     assert snapshot(out) == held
+    assert (
+        run(line(SWEEP, shared_triple, out / "lamda_1_alpha_0p2")) == 0
+    )  # a sweep beside the files of an output replaces none
+    assert snapshot(out).items() >= held.items()
 
 
 def test_sources_without_processor_files_are_a_warning(
-    saved: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared_triple: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = {}
-    for role, path in saved.items():
+    for role, path in shared_triple.items():
         (tmp_path / "bare" / role).mkdir(parents=True)
         bare[role] = tmp_path / "bare" / role
         for name in ("config.json", "model.safetensors"):
@@ -179,9 +157,9 @@ def test_sources_without_processor_files_are_a_warning(
     ],
 )
 def test_bad_requests_are_one_line_and_write_nothing(
-    saved: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
+    shared_triple: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
 ) -> None:
-    assert run([*line(ONE, saved, tmp_path / "out"), *shlex.split(change)]) == 2
+    assert run([*line(ONE, shared_triple, tmp_path / "out"), *shlex.split(change)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("hsa: error: ") and printed.err.count("\n") == 1
@@ -190,18 +168,20 @@ def test_bad_requests_are_one_line_and_write_nothing(
 
 
 def test_a_destination_in_the_way_stops_a_sweep_before_its_first_merge(
-    saved: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared_triple: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     taken = tmp_path / "out" / "lamda_10_alpha_0p2"
     taken.mkdir(parents=True)
     (taken / "thesis.txt").write_text("mine")
-    assert run(line(SWEEP, saved, tmp_path / "out")) == 2
+    assert run(line(SWEEP, shared_triple, tmp_path / "out")) == 2
     assert "is no earlier output of hsa" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [taken.name]
 
 
-def test_a_device_that_has_no_effect_is_said(saved: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*line(ONE, saved, tmp_path / "out"), "--device", "cuda"]) == 0
+def test_a_device_that_has_no_effect_is_said(
+    shared_triple: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*line(ONE, shared_triple, tmp_path / "out"), "--device", "cuda"]) == 0
     assert "--device cuda has no effect" in capsys.readouterr().err
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import raw_bytes, read_tensors
+from helpers import merged, raw_bytes, read_tensors
 from transformers import WhisperForConditionalGeneration, WhisperModel
 
 import hsa
 from hsa.integrations.transformers import hsa_merge_
-from hsa.synthetic import SHAPES, write_triple
+from hsa.synthetic import SHAPES
 
 Triple = dict[str, Path]
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,16 +49,6 @@ def bytes_of(model: torch.nn.Module) -> dict[str, bytes]:
     return {name: raw_bytes(tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
 
 
-def merged_by_files(triple: Triple, out: Path, **parameters: Any) -> dict[str, torch.Tensor]:
-    hsa.merge(**triple, output=out, sync=False, digest=False, **parameters)
-    return read_tensors(out)
-
-
-@pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
-def typed_triple(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Triple:
-    return write_triple(tmp_path_factory.mktemp(request.param), SHAPES["test"], dtype=request.param)
-
-
 @pytest.fixture
 def model(shared_triple: Triple) -> Any:
     return load(shared_triple["primary"])
@@ -73,7 +63,7 @@ def test_the_values_are_those_of_hsa_merge(typed_triple: Triple, tmp_path: Path,
     before = bytes_of(model)
     result = hsa_merge_(model, typed_triple["base"], typed_triple["secondary"], targets=preset, **PARAMETERS)
     assert result is model
-    expected = merged_by_files(typed_triple, tmp_path / "out", targets=preset, **PARAMETERS)
+    expected = merged(typed_triple, tmp_path / "out", targets=preset, **PARAMETERS)
     assert differing(model, expected) == []
     changed = {name for name, raw in bytes_of(model).items() if raw != before[name]}
     assert len(changed) == {"encoder-qkv": 10, "attention-qkv": 30, "attention-all": 36}[preset]
@@ -81,7 +71,7 @@ def test_the_values_are_those_of_hsa_merge(typed_triple: Triple, tmp_path: Path,
 
 def test_defaults_are_those_of_hsa_merge(shared_triple: Triple, model: Any, tmp_path: Path) -> None:
     hsa_merge_(model, shared_triple["base"], shared_triple["secondary"])
-    assert differing(model, merged_by_files(shared_triple, tmp_path / "out")) == []
+    assert differing(model, merged(shared_triple, tmp_path / "out")) == []
 
 
 def test_attention_scale_and_values_per_tensor(shared_triple: Triple, model: Any, tmp_path: Path) -> None:
@@ -89,7 +79,7 @@ def test_attention_scale_and_values_per_tensor(shared_triple: Triple, model: Any
     lam = {name: number / len(names) for number, name in enumerate(names)}
     options: dict[str, Any] = {"lam": lam, "attention_scale": -0.5}
     hsa_merge_(model, shared_triple["base"], shared_triple["secondary"], backend="cpu", threads=1, **options)
-    assert differing(model, merged_by_files(shared_triple, tmp_path / "out", **options)) == []
+    assert differing(model, merged(shared_triple, tmp_path / "out", **options)) == []
 
 
 def test_sources_as_models_and_state_dicts(typed_triple: Triple, tmp_path: Path) -> None:
@@ -97,21 +87,21 @@ def test_sources_as_models_and_state_dicts(typed_triple: Triple, tmp_path: Path)
     secondary = {name.removeprefix("model."): t for name, t in read_tensors(typed_triple["secondary"]).items()}
     sources = bytes_of(base), {name: raw_bytes(tensor) for name, tensor in secondary.items()}
     hsa_merge_(model, base, secondary, **PARAMETERS)
-    assert differing(model, merged_by_files(typed_triple, tmp_path / "out", **PARAMETERS)) == []
+    assert differing(model, merged(typed_triple, tmp_path / "out", **PARAMETERS)) == []
     assert sources == (bytes_of(base), {name: raw_bytes(tensor) for name, tensor in secondary.items()})
 
 
 def test_a_bare_whisper_model(shared_triple: Triple, tmp_path: Path) -> None:
     model = load(shared_triple["primary"], WhisperModel)
     hsa_merge_(model, shared_triple["base"], shared_triple["secondary"])
-    expected = merged_by_files(shared_triple, tmp_path / "out")
+    expected = merged(shared_triple, tmp_path / "out")
     assert differing(model, {name.removeprefix("model."): tensor for name, tensor in expected.items()}) == []
 
 
 def test_a_model_in_half_precision_with_sources_in_full(shared_triple: Triple, model: Any, tmp_path: Path) -> None:
     model.half().save_pretrained(tmp_path / "primary")
     hsa_merge_(model, shared_triple["base"], shared_triple["secondary"])
-    expected = merged_by_files({**shared_triple, "primary": tmp_path / "primary"}, tmp_path / "out")
+    expected = merged({**shared_triple, "primary": tmp_path / "primary"}, tmp_path / "out")
     assert differing(model, expected) == []
     assert model.state_dict()[TARGET].dtype == torch.float16
 
@@ -137,16 +127,16 @@ def test_training_goes_on_with_the_same_parameters(shared_triple: Triple, model:
     hsa_merge_(model, shared_triple["base"], shared_triple["secondary"], **PARAMETERS)
 
     trained = {**shared_triple, "primary": tmp_path / "trained"}
-    assert differing(model, merged_by_files(trained, tmp_path / "out", **PARAMETERS)) == []
+    assert differing(model, merged(trained, tmp_path / "out", **PARAMETERS)) == []
     after = {name: (p, id(p), p.data_ptr(), p.requires_grad, p.is_leaf) for name, p in model.named_parameters()}
     assert {name: rest for name, (_, *rest) in after.items()} == {name: rest for name, (_, *rest) in before.items()}
     assert {requires for _, _, _, requires, _ in after.values()} == {True, False}
     assert model.training
     assert all(torch.equal(gradients[n], p.grad) for n, p in model.named_parameters() if n in gradients)
     assert {id(p) for p in optimizer.state} <= {number for _, number, *_ in after.values()}
-    merged = bytes_of(model)
+    before_step = bytes_of(model)
     step(model, optimizer, 1)
-    moved = {name for name, raw in bytes_of(model).items() if raw != merged[name]}
+    moved = {name for name, raw in bytes_of(model).items() if raw != before_step[name]}
     assert TARGET in moved
     assert not any(name.startswith("model.encoder.layers.0.") for name in moved)
 
@@ -168,7 +158,7 @@ def test_a_model_loaded_in_inference_mode(shared_triple: Triple, tmp_path: Path)
         model.tie_weights()
     assert model.get_parameter(TARGET).is_inference()
     hsa_merge_(model, shared_triple["base"], shared_triple["secondary"])
-    assert differing(model, merged_by_files(shared_triple, tmp_path / "out")) == []
+    assert differing(model, merged(shared_triple, tmp_path / "out")) == []
 
 
 class PlainTrainer:
@@ -222,7 +212,7 @@ def test_the_example_trains_merges_and_saves(shared_triple: Triple, trainer: str
     )
     assert differing(model, read_tensors(shared_triple["base"])) != []
     trained = {**shared_triple, "primary": tmp_path / "trained"}
-    expected = merged_by_files(trained, tmp_path / "out", k=0.6, lam=0.5)
+    expected = merged(trained, tmp_path / "out", k=0.6, lam=0.5)
     assert differing(load(tmp_path / "saved"), expected) == []
     assert raw_bytes(kept[TARGET]) != raw_bytes(expected[TARGET])
 
@@ -275,7 +265,7 @@ def test_sharing_what_is_no_target_is_allowed(shared_triple: Triple, model: Any,
     frozen = {name: tensor for name, tensor in state(model) if "decoder" in name}
     secondary = {**read_tensors(shared_triple["secondary"]), **frozen}
     hsa_merge_(model, shared_triple["base"], secondary)
-    assert differing(model, merged_by_files(shared_triple, tmp_path / "out")) == []
+    assert differing(model, merged(shared_triple, tmp_path / "out")) == []
     refused(model, shared_triple["base"], secondary, "^secondary and model share memory", targets="attention-qkv")
 
 
@@ -333,7 +323,7 @@ def test_targets_side_by_side_in_one_storage_are_merged(shared_triple: Triple, m
     for projection, rows in zip(projections, fused.split(64), strict=True):
         projection.weight = parameter(rows)
     hsa_merge_(model, shared_triple["base"], shared_triple["secondary"])
-    assert differing(model, merged_by_files(shared_triple, tmp_path / "out")) == []
+    assert differing(model, merged(shared_triple, tmp_path / "out")) == []
     assert attention.v_proj.weight.data_ptr() == fused[128:].data_ptr()
 
 
@@ -368,7 +358,7 @@ def test_other_tensors_may_be_offloaded(shared_triple: Triple, model: Any, tmp_p
     name = "model.decoder.layers.0.fc1.weight"
     damage(model, parameter(torch.empty(model.get_parameter(name).shape, device="meta")), name)
     hsa_merge_(model, shared_triple["base"], shared_triple["secondary"])
-    expected = merged_by_files(shared_triple, tmp_path / "out")
+    expected = merged(shared_triple, tmp_path / "out")
     assert differing(model, {other: tensor for other, tensor in expected.items() if other != name}) == []
 
 
@@ -446,7 +436,7 @@ def test_adapters_are_refused_until_they_are_merged(shared_triple: Triple, model
     attention.q_proj = attention.q_proj.base_layer
     model.peft_config = {}
     hsa_merge_(model, base, secondary)
-    assert differing(model, merged_by_files(shared_triple, tmp_path / "out")) == []
+    assert differing(model, merged(shared_triple, tmp_path / "out")) == []
 
 
 def test_a_real_adapter_is_refused_until_it_is_merged(shared_triple: Triple, model: Any, tmp_path: Path) -> None:
@@ -460,7 +450,7 @@ def test_a_real_adapter_is_refused_until_it_is_merged(shared_triple: Triple, mod
     merged.save_pretrained(tmp_path / "primary")
     hsa_merge_(merged, base, secondary)
     trained = {**shared_triple, "primary": tmp_path / "primary"}
-    assert differing(merged, merged_by_files(trained, tmp_path / "out")) == []
+    assert differing(merged, merged(trained, tmp_path / "out")) == []
 
 
 # --- the model after an error ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import blake3
 import pytest
 
 import hsa
-from hsa import fsio, pipeline
+from hsa import fsio, sink
 from hsa.backends import cpu
 from hsa.checkpoint import open_checkpoint
 from hsa.config import MergeConfig
@@ -130,8 +130,8 @@ def test_calls_are_few(deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyP
     writes = work.written[f"{tmp_path}/.out.hsa-staging/model.safetensors"]
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     direct = fsio.reopen_direct(_touched(tmp_path / "probe")) is not None
-    step = pipeline.DIRECT_PIECE if direct else fsio.CACHED_STEP
-    assert len(writes) <= -(-size // step) + pipeline.DIRECT_PIECE // fsio.CACHED_STEP
+    step = sink.DIRECT_PIECE if direct else fsio.CACHED_STEP
+    assert len(writes) <= -(-size // step) + sink.DIRECT_PIECE // fsio.CACHED_STEP
 
 
 def test_buffers_do_not_grow_with_the_model(deep: Triple, shared_triple: Triple, tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_buffers_do_not_grow_with_the_model(deep: Triple, shared_triple: Triple,
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu.CpuBackend, "empty", counted)
-            patch.setattr(pipeline, "DIRECT_PIECE", 1 << 16)  # fewer than all targets begin in a piece
-            patch.setattr(pipeline, "CACHED_PIECE", 1 << 16)
+            patch.setattr(sink, "DIRECT_PIECE", 1 << 16)  # fewer than all targets begin in a piece
+            patch.setattr(sink, "CACHED_PIECE", 1 << 16)
             report = hsa.merge(**triple, output=tmp_path / name, threads=THREADS, sync=False)
         return len(report.tensors), count[0]
 

@@ -29,6 +29,11 @@ def findings(warnings: Iterable[str], notes: Iterable[str] = (), *, quiet: bool 
         print(f"hsa: note: {one_line(note)}", file=sys.stderr)
 
 
+def problem(text: str) -> None:
+    """An error that does not end the run, on stderr."""
+    print(f"hsa: error: {one_line(text)}", file=sys.stderr)
+
+
 def size_text(count: int) -> str:
     value = float(count)
     for unit in ("B", "kB", "MB"):

@@ -21,7 +21,7 @@ from typing import NoReturn
 from hsa import api
 from hsa.checkpoint import Role
 from hsa.config import MergeConfig
-from hsa.console import finish, guarded
+from hsa.console import exit_with, guarded
 from hsa.errors import RequestError, one_line
 
 PROCESSOR_SOURCES: dict[str, Role] = {"model1": "primary", "model2": "secondary", "pretrained": "base"}
@@ -131,16 +131,6 @@ def requests(options: argparse.Namespace) -> list[api.Request]:
     ]
 
 
-def _keep_sweeps(output: Path) -> None:
-    """Refuse to replace an earlier output in which later runs have made directories, which would go with it."""
-    held = sorted(path.name for path in output.iterdir() if path.is_dir()) if output.is_dir() else []
-    if held:
-        raise RequestError(
-            f"output {output} holds directories ({', '.join(held[:3])}) that replacing it would remove; choose another "
-            f"--out-path, or move them away"
-        )
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run a command line of the script and return the exit code; see `hsa.console.guarded`."""
 
@@ -148,7 +138,6 @@ def run(arguments: Sequence[str]) -> int:
         options = parser().parse_args(arguments)
         planned = requests(options)
         for request in planned:
-            _keep_sweeps(Path(request.output))
             api.dry_run(request)
         if options.numerics == "reference" and options.device != "cpu":
             _say(f"note: reference numerics run on the CPU; --device {options.device} has no effect")
@@ -173,4 +162,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    finish(run(sys.argv[1:]))
+    exit_with(lambda: run(sys.argv[1:]))

@@ -19,7 +19,7 @@ from typing import Any
 
 from guard import Finding, Guard
 
-from hsa import card, cli, provenance
+from hsa import card, cli, provenance, recipe
 from hsa.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
 from hsa.errors import HsaError
 from hsa.header import marks
@@ -101,7 +101,7 @@ class Arena:
         return failed[0] if failed else "success"
 
     def run(self, *arguments: str) -> tuple[int, str, list[str]]:
-        """A command line in this process: exit code, 0 or 2; what it says; the lines on stderr, all of them words."""
+        """A command line in this process: exit code, 0 or 2; what it says; and the lines on stderr, all of them words."""
         said, errors = io.StringIO(), io.StringIO()
         with self.guard.watching(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             code = cli.run(arguments)
@@ -250,6 +250,48 @@ def _provenance_seeds(arena: Arena) -> Iterable[bytes]:
     yield (arena.output / "hsa_merge.json").read_bytes()
     said = arena.merge("--targets=attention-all", "--no-hash", "--card=language=en,de", base=arena.openai)
     assert said == "success", said
+    yield (arena.output / "hsa_merge.json").read_bytes()
+
+
+# Recipes ---------------------------------------------------------------------------------------------------------
+
+
+def _recipe(arena: Arena, data: bytes) -> str:
+    """Read alone: what a recipe names as sources is its author's to say, and may lie anywhere."""
+    return arena.call(lambda: recipe.loads(data, "recipe.yaml", arena.sources))
+
+
+def _recipe_seeds(arena: Arena) -> Iterable[bytes]:
+    yield (Path(__file__).resolve().parents[2] / "examples" / "whisper-scaling.yaml").read_bytes()
+    yield b"merges: [{name: a, group: b, base: x/a, primary: ~/b, secondary: ../c, k: 60, card: {title: 'x'}}]\n"
+    yield b"a: &a [x, x]\nb: &b [*a, *a]\nmerges: [*b, *b]\n"
+    yield b"!!python/object/apply:os.system ['true']\n"
+
+
+# Outputs ---------------------------------------------------------------------------------------------------------
+
+
+def _verify(arena: Arena, data: bytes) -> str:
+    """`hsa verify` of an output whose provenance says what the input says, with a digest that fits."""
+    if not (arena.output / "hsa_merge.json").exists():
+        arena.merge()
+    path = arena.output / "hsa_merge.json"
+    sound = path.read_bytes()
+    if marks(data) < 10_000:
+        with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
+            document = json.loads(data)
+            document["digest"] = provenance.digest_of(document)
+            data = provenance.render(document)
+    path.write_bytes(data)
+    try:
+        code, _, lines = arena.run("verify", str(arena.output), "--json", "--threads=1")
+    finally:
+        path.write_bytes(sound)
+    return "success" if code == 0 else lines[0] if lines else "refused"
+
+
+def _verify_seeds(arena: Arena) -> Iterable[bytes]:
+    assert arena.merge() == "success"
     yield (arena.output / "hsa_merge.json").read_bytes()
 
 
@@ -438,6 +480,10 @@ TARGETS: Mapping[str, Target] = {
         tokens=("r", "lora_alpha", "use_rslora", "peft_type", "LORA", "bias"),
     ),
     "provenance": Target(_provenance, _provenance_seeds, tokens=("digest", "blake3", "selected", "scores", "revision")),
+    "recipe": Target(
+        _recipe, _recipe_seeds, "bytes", ("merges:", "- name: ", "&a", "*a", "<<: ", "!!", "|", "card: {")
+    ),
+    "verify": Target(_verify, _verify_seeds, tokens=("files", "../x", "/etc/passwd", "blake3", "scores", "parameters")),
     "patch": Target(_patch, _patch_seeds, tokens=("targets", "files", "hsa.scores", "max_shard_size", "parameters")),
     "pickle": Target(_pickle, _pickle_seeds, "bytes", ("torch._utils\n_rebuild_tensor_v2\n", "storage", "cpu")),
     "zip": Target(

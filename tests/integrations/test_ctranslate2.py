@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import RATE, read_clips, word_edits
 
 import hsa
 from hsa.synthetic import SHAPES, write_triple
@@ -27,7 +28,6 @@ ctranslate2 = pytest.importorskip("ctranslate2", reason=f"ctranslate2 {NEEDED}")
 faster_whisper = pytest.importorskip("faster_whisper", reason=f"faster-whisper {NEEDED}")
 
 Triple = dict[str, Path]
-RATE = 16_000
 WINDOW = 30 * RATE
 MAX_NEW_TOKENS = 224
 COPIED = ("tokenizer.json", "preprocessor_config.json")
@@ -85,16 +85,8 @@ class Heard:
 @pytest.fixture(scope="session")
 def speech(clips: Path) -> list[tuple[str, np.ndarray]]:
     """Every clip that transcripts.tsv names: file and float32 samples at 16 kHz."""
-    import soundfile
-
-    lines = (clips / "transcripts.tsv").read_text(encoding="utf-8").splitlines()
-    names = [name for name in (line.partition("\t")[0] for line in lines) if name.endswith(".flac")]
-    assert names
-    found = []
-    for name in names:
-        samples, rate = soundfile.read(clips / name, dtype="float32")
-        assert rate == RATE and samples.ndim == 1 and len(samples) <= WINDOW, name
-        found.append((name, samples))
+    found = [(name, samples) for name, _, samples in read_clips(clips)]
+    assert all(len(samples) <= WINDOW for _, samples in found)
     return found
 
 
@@ -184,18 +176,8 @@ def test_int8_hears_nearly_the_same(
     assert (small / "model.bin").stat().st_size < 0.3 * (converted / "model.bin").stat().st_size
     model = load(small, "int8")
     found = [transcribe(model, samples) for _, samples in speech]
-    wrong = sum(edits(one.split(), other.split()) for one, other in zip(heard.texts, found, strict=True))
+    wrong = sum(word_edits(one.split(), other.split()) for one, other in zip(heard.texts, found, strict=True))
     assert wrong < 0.1 * sum(len(text.split()) for text in heard.texts), disagreements(speech, heard.texts, found)
-
-
-def edits(first: Sequence[str], second: Sequence[str]) -> int:
-    """Word edit distance."""
-    row = list(range(len(second) + 1))
-    for i, ours in enumerate(first, 1):
-        previous, row = row, [i]
-        for j, theirs in enumerate(second, 1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (ours != theirs)))
-    return row[-1]
 
 
 def test_files_that_the_merge_lacks_are_made_from_those_it_has(

@@ -8,20 +8,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
 import shutil
-import signal
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import edit_json, poke, raw_bytes, read_tensors, run_hsa, snapshot, write_tensors
+from helpers import edit_json, merged, poke, raw_bytes, read_tensors, run_hsa, same_tensors, snapshot, write_tensors
 
 import hsa
 from hsa.cli import run
 from hsa.integrations.mergekit_method import takes_groups, takes_text
-from hsa.signals import ENDING
 from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]
@@ -31,17 +29,9 @@ TARGET = "model.encoder.layers.0.self_attn.q_proj.weight"
 NEEDS_ORDER = pytest.mark.skipif(not takes_groups(), reason="the installed mergekit keeps no order of models")
 
 
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in ENDING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def float32(tmp_path_factory: pytest.TempPathFactory) -> Triple:
-    return write_triple(tmp_path_factory.mktemp("float32"), SHAPES["test"])
+@pytest.fixture
+def float32(shared_triple: Triple) -> Triple:
+    return shared_triple
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +46,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Triple:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def mixed(float32: Triple, float16: Triple) -> Triple:
     """As published and tuned: base in float16, the fine-tunes not all."""
     return {"base": float16["base"], "primary": float32["primary"], "secondary": float16["secondary"]}
@@ -75,41 +65,28 @@ def mergekit(folder: Path, document: object, *options: str) -> Path:
     return folder / "out"
 
 
-def merged(triple: Triple, folder: Path, **parameters: object) -> Tensors:
-    """What `hsa merge` writes."""
-    report = hsa.merge(**triple, output=folder / "hsa", device="cpu", sync=False, **parameters)
-    return read_tensors(report.output)
-
-
-def same(ours: Tensors, theirs: Tensors) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert raw_bytes(ours[name]) == raw_bytes(tensor), name
-
-
 @pytest.mark.parametrize("saved", ["float32", "float16", "sharded", "mixed"])
 def test_the_tensors_are_those_of_hsa_merge(saved: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     triple = request.getfixturevalue(saved)
     out = mergekit(tmp_path, recipe(triple))
-    expected = merged(triple, tmp_path)
-    same(read_tensors(out), expected)
+    expected = merged(triple, tmp_path / "hsa")
+    same_tensors(read_tensors(out), expected)
     assert raw_bytes(expected[TARGET]) != raw_bytes(read_tensors(triple["primary"])[TARGET])
     assert json.loads((out / "config.json").read_text())["dtype"] == str(expected[TARGET].dtype).removeprefix("torch.")
 
 
 def test_the_order_does_not_matter_where_roles_are_given(float32: Triple, tmp_path: Path) -> None:
-    expected = merged(float32, tmp_path)
+    expected = merged(float32, tmp_path / "hsa")
     for order in (("secondary", "primary"), ("secondary", "primary", "base"), ("base", "primary", "secondary")):
         document = recipe(float32, order)
         (tmp_path / "-".join(order)).mkdir()
-        same(read_tensors(mergekit(tmp_path / "-".join(order), document)), expected)
+        same_tensors(read_tensors(mergekit(tmp_path / "-".join(order), document)), expected)
 
 
 def test_one_role_settles_both(float32: Triple, tmp_path: Path) -> None:
     document = recipe(float32, ("secondary", "primary"))
     del document["models"][0]["parameters"]
-    same(read_tensors(mergekit(tmp_path, document)), merged(float32, tmp_path))
+    same_tensors(read_tensors(mergekit(tmp_path, document)), merged(float32, tmp_path / "hsa"))
 
 
 @NEEDS_ORDER
@@ -117,7 +94,7 @@ def test_without_roles_the_first_is_primary(float32: Triple, tmp_path: Path) -> 
     document = recipe(float32)
     for entry in document["models"]:
         del entry["parameters"]
-    same(read_tensors(mergekit(tmp_path, document)), merged(float32, tmp_path))
+    same_tensors(read_tensors(mergekit(tmp_path, document)), merged(float32, tmp_path / "hsa"))
 
 
 def test_without_an_order_roles_are_asked_for(
@@ -144,8 +121,8 @@ def test_without_an_order_roles_are_asked_for(
 def test_parameters_arrive(float32: Triple, tmp_path: Path, parameters: dict[str, object]) -> None:
     out = mergekit(tmp_path, recipe(float32, parameters=parameters))
     named = {"lam" if name == "lambda" else name: value for name, value in parameters.items()}
-    expected = merged(float32, tmp_path, **named)
-    same(read_tensors(out), expected)
+    expected = merged(float32, tmp_path / "hsa", **named)
+    same_tensors(read_tensors(out), expected)
     usual = hsa.merge(**float32, output=tmp_path / "usual", device="cpu", sync=False)
     assert any(raw_bytes(t) != raw_bytes(expected[n]) for n, t in read_tensors(usual.output).items())
 
@@ -155,20 +132,20 @@ def test_filters_are_parameters_per_tensor(float32: Triple, tmp_path: Path) -> N
     out = mergekit(tmp_path, recipe(float32, parameters={"lambda": first}))
     names = hsa.merge(**float32, output=tmp_path / "names", device="cpu", sync=False).tensors
     lam = {name: 0.2 if "layers.0." in name else 0.9 for name in names}
-    same(read_tensors(out), merged(float32, tmp_path, lam=lam))
+    same_tensors(read_tensors(out), merged(float32, tmp_path / "hsa", lam=lam))
 
 
 def test_out_dtype_rounds_the_result_once(float32: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = mergekit(tmp_path, recipe(float32, out_dtype="bfloat16"))
     assert "warning" not in capsys.readouterr().err
-    same(read_tensors(out), merged(float32, tmp_path, dtype="bfloat16"))
+    same_tensors(read_tensors(out), merged(float32, tmp_path / "hsa", dtype="bfloat16"))
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_dtype_widens_before_the_merge(float16: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = mergekit(tmp_path, recipe(float16, dtype="float32"))
     assert "warning" not in capsys.readouterr().err
-    same(read_tensors(out), merged(float16, tmp_path, dtype="float32"))
+    same_tensors(read_tensors(out), merged(float16, tmp_path / "hsa", dtype="float32"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -181,7 +158,7 @@ def test_a_narrow_dtype_warns(float32: Triple, tmp_path: Path, capsys: pytest.Ca
     for role, path in float32.items():
         narrow[role] = Path(shutil.copytree(path, tmp_path / "narrow" / role))
         write_tensors(narrow[role], {n: t.to(getattr(torch, dtype)) for n, t in read_tensors(path).items()})
-    same(read_tensors(out), merged(narrow, tmp_path))
+    same_tensors(read_tensors(out), merged(narrow, tmp_path / "hsa"))
 
 
 # --- the rest of the output -------------------------------------------------------------------------------------------
@@ -205,7 +182,7 @@ def test_the_output_is_whole_and_loads_offline(float32: Triple, tmp_path: Path) 
         out, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32
     )
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    assert raw_bytes(model.state_dict()[TARGET]) == raw_bytes(merged(sources, tmp_path)[TARGET])
+    assert raw_bytes(model.state_dict()[TARGET]) == raw_bytes(merged(sources, tmp_path / "hsa")[TARGET])
     assert WhisperProcessor.from_pretrained(out, local_files_only=True).tokenizer("x")["input_ids"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yml", "hsa", "out", "sources"]
     umask = os.umask(0)
@@ -242,7 +219,7 @@ def test_mergekits_own_options_pass_through_in_any_place(float32: Triple, tmp_pa
     assert "model.safetensors.index.json" in names
     assert not names & {"README.md", "vocab.json", "tokenizer.json"}
     assert "generation_config.json" in names
-    same(read_tensors(tmp_path / "out"), merged(float32, tmp_path))
+    same_tensors(read_tensors(tmp_path / "out"), merged(float32, tmp_path / "hsa"))
 
 
 def test_a_program_of_its_own_registers_the_method(float32: Triple, tmp_path: Path) -> None:
@@ -257,7 +234,7 @@ def test_a_program_of_its_own_registers_the_method(float32: Triple, tmp_path: Pa
     register()
     document = MergeConfiguration.model_validate(recipe(float32, ("secondary", "primary")))
     run_merge(document, str(tmp_path / "out"), options=MergeOptions(quiet=True))
-    same(read_tensors(tmp_path / "out"), merged(float32, tmp_path))
+    same_tensors(read_tensors(tmp_path / "out"), merged(float32, tmp_path / "hsa"))
 
 
 # --- other methods on Whisper -----------------------------------------------------------------------------------------
@@ -440,4 +417,4 @@ def test_the_command_in_a_process_of_its_own(float32: Triple, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'out'}\n  20 of 40 heads merged in 10 tensors\n"
     assert "%|" not in done.stderr
-    same(read_tensors(tmp_path / "out"), merged(float32, tmp_path))
+    same_tensors(read_tensors(tmp_path / "out"), merged(float32, tmp_path / "hsa"))

@@ -1,0 +1,237 @@
+"""What the parts of an output say of one another: its tensors, its config, and its provenance.
+
+Nothing here raises for a damaged output: each check yields a line for everything that is not as it must be.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, get_args
+
+import numpy as np
+
+from hsa import whisper
+from hsa.checkpoint import Checkpoint, TensorRef
+from hsa.config import MergeConfig, Preset, keep_count, layer_coefficient
+from hsa.dtypes import ARITHMETIC, STORAGE, Array, all_finite
+from hsa.errors import HsaError, RequestError, SourceError, one_line
+from hsa.provenance import Record, TargetRecord
+from hsa.whisper import Architecture, Projection
+
+STEP = 1 << 20
+"""Bytes of an output that are in memory at a time, for each thread."""
+
+LISTED = 1000
+"""Problems that are kept; a larger number of them tells nothing more."""
+
+MARGIN_ERROR = 1e-12
+"""A margin is taken from squared scores, and the roots that the provenance holds are rounded."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it must be: the file of the output, or the role of a source, and what was found."""
+
+    file: str
+    what: str
+
+
+class Problems:
+    """Problems found so far, by any thread, each text on one line."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: list[Problem] = []
+        self._more = 0
+
+    def add(self, file: str, what: str) -> None:
+        with self._lock:
+            if len(self._found) < LISTED:
+                self._found.append(Problem(one_line(file[:255]), one_line(what)))
+            else:
+                self._more += 1
+
+    def add_all(self, file: str, found: Iterator[str]) -> None:
+        for what in found:
+            self.add(file, what)
+
+    def listed(self) -> tuple[Problem, ...]:
+        with self._lock:
+            more = [Problem("", f"and {self._more} more problems")] if self._more else []
+            return (*self._found, *more)
+
+
+def keys(checkpoint: Checkpoint) -> Iterator[str]:
+    """Whether the tensors are those that the config promises, in names and shapes."""
+    held, config = checkpoint.tensors, checkpoint.config
+    try:
+        layers = whisper.architecture(config, "output").layers
+        if sum(layers.values()) > len(held):  # before names are made of a number that may be anything
+            yield f"config.json promises {sum(layers.values())} layers, and there are {len(held)} tensors in all"
+            return
+        expected = dict(whisper.state_dict(config, "output"))
+    except SourceError as error:
+        yield str(error)
+        return
+    optional = {whisper.UNTIED_OUTPUT: expected[whisper.EMBEDDING]}
+    for name, shape in {**optional, **expected}.items():
+        ref = held.get(name)
+        if ref is not None and ref.shape != shape:
+            yield f"tensor {ref.name} has shape {list(ref.shape)}, config.json makes it {list(shape)}"
+    missing = [name for name in expected if name not in held]
+    if missing:
+        yield f"{len(missing)} tensors that config.json promises are missing, such as {missing[0]}"
+    unknown = [ref.name for name, ref in held.items() if name not in expected and name not in optional]
+    if unknown:
+        yield f"{len(unknown)} tensors have no place in the model that config.json describes, such as {unknown[0]:.200}"
+
+
+def preset_of(record: Record | None) -> Preset:
+    """Which tensors to take for targets; all that could be where the provenance does not say."""
+    found = None if record is None else record.parameters.get("targets")
+    return found if isinstance(found, str) and found in get_args(Preset) else "attention-all"  # type: ignore[return-value]
+
+
+def targets_of(checkpoint: Checkpoint, preset: Preset) -> Iterator[tuple[Projection, TensorRef]]:
+    """The target tensors that a checkpoint holds."""
+    for name, ref in checkpoint.tensors.items():
+        projection = whisper.parse(name)
+        if projection is not None and whisper.is_target(projection, preset):
+            yield projection, ref
+
+
+def finite(checkpoint: Checkpoint, projection: Projection, ref: TensorRef, heads: int | None) -> Iterator[str]:
+    """Whether a target tensor holds finite numbers alone; names the head of the first that is none."""
+    if ref.code not in ARITHMETIC:
+        yield f"target tensor {ref.name} has dtype {ref.code}, expected one of {', '.join(ARITHMETIC)}"
+        return
+    buffer = np.empty(min(STEP, ref.nbytes), dtype=np.uint8)
+    for start in range(0, ref.nbytes, STEP):
+        part = buffer[: min(STEP, ref.nbytes - start)]
+        checkpoint.read_into(ref, part.data, start)
+        values = part.view(STORAGE[ref.code])
+        if not all_finite(ref.code, values):
+            element = start // values.itemsize + _first_not_finite(ref.code, values)
+            head = "" if heads is None else head_text(projection, ref.shape, heads, element)
+            yield f"target tensor {ref.name}{head} holds NaN or Inf, first in element {element}"
+            return
+
+
+def _first_not_finite(code: str, values: Array) -> int:
+    """The first of the elements that is not finite, among which there is one."""
+    low, high = 0, values.size
+    while high - low > 1:
+        middle = (low + high) // 2
+        if all_finite(code, values[low:middle]):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def head_text(projection: Projection, shape: tuple[int, ...], heads: int, element: int) -> str:
+    """`, head N`: the head that owns an element; nothing where the tensor cannot be split into so many."""
+    if len(shape) <= projection.head_axis or shape[projection.head_axis] % heads or heads > shape[projection.head_axis]:
+        return ""
+    index = np.unravel_index(element, shape)[projection.head_axis]
+    return f", head {int(index) // (shape[projection.head_axis] // heads)}"
+
+
+def merge_config(record: Record) -> MergeConfig:
+    """The parameters of the merge; RequestError where they are none."""
+    try:
+        return MergeConfig.from_dict(record.parameters)
+    except RequestError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"parameters: {error}") from error
+
+
+def recorded_targets(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
+    """Whether the targets of the provenance are those of the weights, and follow from its parameters."""
+    try:
+        config = merge_config(record)
+        shape = whisper.architecture(checkpoint.config, "output")
+    except HsaError as error:
+        yield str(error)
+        return
+    held = {projection.name: ref for projection, ref in targets_of(checkpoint, config.targets)}
+    recorded = {target.projection.name for target in record.targets}
+    unmerged = [ref.name for name, ref in held.items() if name not in recorded]
+    if unmerged:
+        yield f"{len(unmerged)} targets of {config.targets!r} in the weights are not listed, such as {unmerged[0]}"
+    unknown = [target.name for target in record.targets if target.projection.name not in held]
+    if unknown:
+        yield f"{len(unknown)} targets are listed and are none of the weights' targets, such as {unknown[0]}"
+    for target in record.targets:
+        ref = held.get(target.projection.name)
+        if ref is not None:
+            yield from islice(_recorded_target(target, ref, config, shape), 1)
+
+
+def _recorded_target(
+    target: TargetRecord, ref: TensorRef, config: MergeConfig, architecture: Architecture
+) -> Iterator[str]:
+    name, stack = target.projection.name, target.projection.stack
+    found = (target.name, target.shape, target.code)
+    if found != (ref.name, ref.shape, ref.code):
+        yield (
+            f"target {target.name} is listed with shape {list(target.shape)} and dtype {target.code}; the weights hold "
+            f"{ref.name}, {list(ref.shape)}, {ref.code}"
+        )
+    heads = config.num_heads or architecture.heads[stack]
+    layers = config.num_layers or architecture.layers[stack]
+    if target.heads != heads or target.projection.layer >= layers:
+        yield f"target {target.name} is listed with {target.heads} heads; expected {heads}, and {layers} layers"
+        return
+    try:
+        keep = keep_count(config.of("k", name), heads)
+        coefficient = layer_coefficient(
+            config.of("lam", name), config.of("alpha", name), target.projection.layer, layers
+        )
+    except (HsaError, ArithmeticError) as error:
+        yield f"target {target.name}: {error}"
+        return
+    if (target.keep, target.coefficient) != (keep, coefficient):
+        yield (
+            f"target {target.name} is listed with keep {target.keep} and lambda_i {target.coefficient!r}; the "
+            f"parameters give {keep} and {coefficient!r}"
+        )
+    yield from _selection(target)
+
+
+def _selection(target: TargetRecord) -> Iterator[str]:
+    """Whether heads, scores, keep and margin fit together. Scores are rounded roots, so that two which are equal here
+    may have differed: of those at the cut, any may be in."""
+    selected = set(target.selected)
+    kept = [target.scores[head] for head in target.selected]
+    dropped = [score for head, score in enumerate(target.scores) if head not in selected]
+    cut = sorted(target.scores, reverse=True)[target.keep - 1] if target.keep else None
+    right = cut is not None and len(kept) >= target.keep and min(kept) >= cut and max(dropped, default=0.0) <= cut
+    if not (right if target.keep else not kept):
+        heads = text_of(list(target.selected))
+        yield f"target {target.name}: heads {heads} are not the {target.keep} with the largest scores"
+        return
+    if not kept or not dropped:
+        margin = None
+    else:
+        last = min(kept) ** 2
+        margin = (last - max(dropped) ** 2) / last if last > 0 else 0.0
+    if (margin is None) != (target.margin is None) or (
+        margin is not None and target.margin is not None and abs(margin - target.margin) > MARGIN_ERROR
+    ):
+        yield f"target {target.name}: margin {target.margin!r} is listed, the scores give {margin!r}"
+
+
+def text_of(value: Any) -> str:
+    """A value from a file, short enough for a message."""
+    return f"{value!r:.80}"
+
+
+def changed_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ or that stand on one side alone."""
+    absent = object()
+    return [key for key in {**expected, **found} if found.get(key, absent) != expected.get(key, absent)]

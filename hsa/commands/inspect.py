@@ -1,0 +1,159 @@
+"""`hsa inspect`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsa.commands import options, show
+
+if TYPE_CHECKING:
+    from hsa.inspection import Inspection
+    from hsa.inspection.diff import Comparison
+    from hsa.verification import VerifyReport
+
+Source = Annotated[str | None, typer.Option(metavar="SOURCE", help="As for merge; all three or none.")]
+
+
+def inspect(
+    output: Annotated[
+        str | None, typer.Argument(metavar="OUT", help="A finished output; its provenance alone is read.")
+    ] = None,
+    base: Source = None,
+    primary: Source = None,
+    secondary: Source = None,
+    k: Annotated[
+        float | None, typer.Option(help="Share of heads to select.", show_default="the output's, else 0.6")
+    ] = None,
+    lam: Annotated[
+        float | None, typer.Option("--lambda", help="Weight of primary.", show_default="the output's, else 0.5")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Layer exponent.", show_default="the output's, else 0.2")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET", help="encoder-qkv, attention-qkv or attention-all.", show_default="encoder-qkv"),
+    ] = None,
+    num_heads: options.NumHeads = None,
+    num_layers: options.NumLayers = None,
+    diff: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two outputs instead.")] = None,
+    no_energy: Annotated[
+        bool, typer.Option("--no-energy", help="Read the targets alone, not the rest of the models.")
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="With OUT: do not read its files to see whether they are as written.")
+    ] = False,
+    csv: Annotated[str | None, typer.Option(metavar="F", help="Write a row for each head.")] = None,
+    png: Annotated[str | None, typer.Option(metavar="F", help="Write heat maps (needs matplotlib).")] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="F", help="Write a page whose heat maps answer to sliders.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Show which heads a merge selects and why: of three sources, of a finished output, or of two. Exit code 0 or 2."""
+    from hsa.errors import RequestError
+
+    bars = sys.stderr.isatty() and not (quiet or as_json)
+    wanted = {"csv": csv, "png": png, "html": html}
+    if diff is not None:
+        others = {"OUT": output, "--base": base, "--primary": primary, "--secondary": secondary, "--k": k}
+        others |= {"--lambda": lam, "--alpha": alpha, "--targets": targets}
+        others |= {"--num-heads": num_heads, "--num-layers": num_layers}
+        others |= {f"--{name}": value for name, value in wanted.items()}
+        surplus = [name for name, value in others.items() if value is not None]
+        if surplus:
+            raise RequestError(f"--diff A B goes with --json alone, not with {', '.join(surplus)}; leave them out")
+        from hsa.inspection.diff import compare
+
+        with show.progress(show=bars, label="comparing") as step:
+            compared = compare(*diff, progress=step)
+        _present(compared, as_json, quiet)
+        return 0
+
+    from hsa.inspection import inspect as inspect_
+    from hsa.views import check_file, write_file
+
+    kept = [path for path in (output, base, primary, secondary) if path is not None]
+    files = {name: check_file(path, kept, overwrite=overwrite) for name, path in wanted.items() if path is not None}
+    if len(set(files.values())) < len(files):
+        raise RequestError("two of --csv, --png and --html name one file; give each its own")
+    renderers = {name: _renderer(name) for name in files}  # what is not installed is said before anything is read
+    with show.progress(show=bars, label="inspecting") as step:
+        found = inspect_(
+            output,
+            base=base,
+            primary=primary,
+            secondary=secondary,
+            k=k,
+            lam=lam,
+            alpha=alpha,
+            targets=targets,  # type: ignore[arg-type]
+            num_heads=num_heads,
+            num_layers=num_layers,
+            energy=not no_energy,
+            progress=step,
+        )
+    for name, render in renderers.items():
+        write_file(files[name], render(found))
+    verified = None
+    if output is not None and not no_verify:
+        from hsa.verification import verify
+
+        with show.progress(show=bars, label="verifying") as step:
+            verified = verify(output, progress=step)
+    _present(found, as_json, quiet, files, verified)
+    return 0 if verified is None or verified.ok else 2
+
+
+def _renderer(name: str) -> Any:
+    from hsa.views import page, picture, sheet
+
+    if name == "png":
+        picture.check_installed()
+    return {"csv": sheet.render, "png": picture.render, "html": page.render}[name]
+
+
+def _present(
+    view: Inspection | Comparison,
+    as_json: bool,
+    quiet: bool,
+    files: dict[str, Path] | None = None,
+    verified: VerifyReport | None = None,
+) -> None:
+    from hsa.errors import one_line
+    from hsa.views import table
+
+    show.findings(getattr(view, "warnings", ()), view.notes, quiet=quiet)
+    if verified is not None:
+        show.findings((), verified.notes, quiet=quiet)
+        if not as_json:
+            for problem in verified.problems:
+                print(one_line(f"hsa: problem: {problem.file}: {problem.what}"), file=sys.stderr)
+    if as_json:
+        more: dict[str, Any] = {"written": {name: str(path) for name, path in files.items()}} if files else {}
+        if verified is not None:
+            whole = verified.as_dict()
+            more["verification"] = {name: whole[name] for name in ("ok", "problems", "notes", "files", "bytes_read")}
+        show.result({**view.as_dict(), **more}, quiet)
+    elif not quiet:
+        table.show(view)
+        if verified is not None:
+            hashed = all((getattr(view, "files", None) or {"": None}).values())
+            print(_verdict(verified, hashed))
+        for path in (files or {}).values():
+            print(one_line(f"written: {path}"))
+
+
+def _verdict(verified: VerifyReport, hashed: bool) -> str:
+    """Whether the bytes are what was written, as far as that can be told."""
+    if not verified.ok:
+        count = len(verified.problems)
+        return f"bytes: not what was written, {count} problem{'s' * (count > 1)}"
+    if not hashed:
+        return f"bytes: {verified.files} files read, no problem found; without digests no more can be told"
+    return f"bytes: still what was written, {verified.files} files read"

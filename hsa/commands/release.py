@@ -1,0 +1,139 @@
+"""`hsa release`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsa.commands import options, show
+from hsa.commands.show import size_text
+from hsa.errors import one_line
+
+if TYPE_CHECKING:
+    from hsa.tree import EntryReport, ReleasePlan, ReleaseReport
+
+ACTIONS = {"build": "build", "verify": "verify", "rebuild": "build anew", "refuse": "leave, and fail"}
+
+
+def release(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; the README says what is in it.")],
+    output: Annotated[str, typer.Option(metavar="TREE", help="Directory of the tree, new or of an earlier run.")],
+    backend: options.Backend = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    no_sync: options.NoSync = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Build anew what differs from the recipe or is damaged.")
+    ] = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Build TREE/<group>/<name> for each merge of a recipe, and an index; what stands already is verified."""
+    from hsa import tree
+
+    how = {"backend": backend, "device": device, "threads": threads, "sync": not no_sync, "overwrite": overwrite}
+    if dry_run:
+        plan = tree.plan(recipe, output, **how)  # type: ignore[arg-type]
+        show.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
+        return 0
+    with _Screen(bars=sys.stderr.isatty() and not (quiet or as_json), quiet=quiet or as_json) as screen:
+        progress = screen.step if screen.bars else None
+        report = tree.release(recipe, output, progress=progress, watch=screen.done, **how)  # type: ignore[arg-type]
+    show.findings((), report.notes, quiet=quiet)
+    if report.index_problem is not None:
+        show.problem(f"the index: {report.index_problem}")
+    show.result(report.as_dict() if as_json else _describe(report), quiet)
+    return 0 if report.ok else 1
+
+
+class _Screen:
+    """What is shown while entries are built: a bar for each on a terminal, a line for each that ends."""
+
+    def __init__(self, *, bars: bool, quiet: bool) -> None:
+        self.bars, self._quiet = bars, quiet
+        self._bar = ExitStack()
+        self._path: str | None = None
+        self._update: Any = None
+        self._ended = 0
+
+    def __enter__(self) -> _Screen:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._bar.close()
+        if kind is not None and self._ended and not issubclass(kind, Exception):
+            print(f"hsa: note: {self._ended} merges ended before and stand; run again to go on", file=sys.stderr)
+
+    def step(self, path: str, done: int, total: int) -> None:
+        if path != self._path:
+            self._bar.close()
+            self._path = path
+            self._update = self._bar.enter_context(show.progress(show=True, label=one_line(path)))
+        self._update(done, total)
+
+    def done(self, entry: EntryReport) -> None:
+        self._bar.close()
+        self._path = None
+        self._ended += 1
+        if entry.problem is not None:
+            show.problem(f"{entry.path}: {entry.problem}")
+        warnings, notes = ((), entry.notes) if entry.merge is None else (entry.merge.warnings, entry.merge.notes)
+        about = [[f"{entry.path}: {text}" for text in texts] for texts in (warnings, notes)]
+        show.findings(*about, quiet=self._quiet)
+        if not self._quiet and entry.problem is None:
+            print(f"hsa: {entry.path}: {_result(entry)}", file=sys.stderr)
+
+
+def _result(entry: EntryReport) -> str:
+    if entry.merge is None:
+        return f"stands and is as the recipe says ({size_text(entry.bytes_read)} read)"
+    merge = entry.merge
+    return (
+        f"built, {merge.selected_heads} of {merge.total_heads} heads merged, {size_text(merge.bytes_written)} written "
+        f"in {merge.seconds:.2f} s"
+    )
+
+
+def _describe(report: ReleaseReport) -> str:
+    built, verified, failed = map(report.count, ("built", "verified", "failed"))
+    total = len(report.entries)
+    if verified == total and not report.index_written and report.ok:
+        what = f"nothing to do: all {total} merges stand, verified, and so does the index"
+    else:
+        index = "index written" if report.index_written else "index unchanged"
+        what = f"{built} built, {verified} verified, {failed} failed of {total} merges; {index}"
+    lines = [f"{report.tree}", f"  {what}"]
+    lines += [f"  failed: {entry.path}" for entry in report.failed]
+    if report.failed:
+        lines.append("  mend what the errors name and run again: what stands is kept")
+    return "\n".join(map(one_line, lines))
+
+
+def _describe_plan(plan: ReleasePlan) -> str:
+    lines = [f"{plan.tree} (dry run: nothing was written)"]
+    for planned in plan.entries:
+        seen = planned.plan
+        lines.append(f"  {planned.entry.path}: {ACTIONS[planned.action]}")
+        if planned.why:
+            lines.append(f"    why     {planned.why}")
+        if planned.action in ("build", "rebuild"):
+            kept = sum(target.keep for target in seen.targets)
+            heads = sum(target.heads for target in seen.targets)
+            lines.append(f"    merge   {kept} of {heads} heads in {len(seen.targets)} tensors, {seen.route} route")
+            lines.append(f"    write   {size_text(seen.bytes_to_write)}")
+            if seen.bytes_to_fetch:
+                lines.append(f"    fetch   {size_text(seen.bytes_to_fetch)} of weights from the Hub")
+        lines += [f"    note    {note}" for note in seen.notes]
+        lines += [f"    warning {warning}" for warning in seen.warnings]
+    fetch = f", {size_text(plan.bytes_to_fetch)} fetched at most" if plan.bytes_to_fetch else ""
+    lines.append(
+        f"  in all {len(plan.building)} of {len(plan.entries)} to build, {size_text(plan.bytes_to_write)}{fetch}"
+    )
+    lines += [f"  note    {note}" for note in plan.notes]
+    lines += [f"  warning {warning}" for warning in plan.short]
+    return "\n".join(map(one_line, lines))

@@ -1,0 +1,78 @@
+"""`hsa verify`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hsa.commands import options, show
+from hsa.commands.show import size_text
+from hsa.errors import RequestError, one_line
+
+if TYPE_CHECKING:
+    from hsa.verification import VerifyReport
+
+_SOURCE = "With --sources: as for hsa merge."
+
+
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that hsa wrote.")],
+    sources: Annotated[bool, typer.Option("--sources", help="Merge the sources again and compare every byte.")] = False,
+    base: Annotated[str | None, typer.Option(metavar="SOURCE", help=_SOURCE)] = None,
+    primary: Annotated[str | None, typer.Option(metavar="SOURCE", help=_SOURCE)] = None,
+    secondary: Annotated[str | None, typer.Option(metavar="SOURCE", help=_SOURCE)] = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Check an output: digests, headers, names, finite targets; with --sources every byte. Exit code 0 or 2."""
+    given = {"--base": base, "--primary": primary, "--secondary": secondary}
+    lacking = [name for name, value in given.items() if value is None]
+    if sources and lacking:
+        raise RequestError(f"--sources compares with all three sources; add {', '.join(lacking)}")
+    if not sources and len(lacking) < len(given):
+        raise RequestError("to compare with the sources, add --sources; without it none is read")
+    from hsa.verification import verify as run
+
+    with show.progress(show=sys.stderr.isatty() and not (quiet or as_json), label="verifying") as step:
+        report = run(output, base=base, primary=primary, secondary=secondary, threads=threads, progress=step)
+    show.findings((), report.notes, quiet=quiet or as_json)
+    if not as_json:
+        for problem in report.problems:
+            print(one_line(f"hsa: problem: {problem.file}: {problem.what}"), file=sys.stderr)
+    show.result(report.as_dict() if as_json else _describe(report), quiet)
+    return 0 if report.ok else 2
+
+
+def _describe(report: VerifyReport) -> str:
+    count = len(report.problems)
+    found = "sound" if report.ok else f"{count} problem{'s' if count > 1 else ''}"
+    lines = [f"{report.output}: {found}"]
+    record = report.record
+    if record is not None:
+        chosen = sum(len(target.selected) for target in record.targets)
+        total = sum(target.heads for target in record.targets)
+        lines += [
+            "  " + ", ".join(f"{role} {source.identity.id}" for role, source in record.sources.items()),
+            "  " + ", ".join(_parameters(record.parameters)),
+            f"  {chosen} of {total} heads merged in {len(record.targets)} tensors",
+        ]
+    checked = "every byte recomputed from the sources" if report.sources_compared else "not compared with the sources"
+    lines.append(
+        f"  {report.files} files, {size_text(report.bytes_read)} read in {report.seconds:.2f} s, peak memory "
+        f"{size_text(report.peak_memory_bytes)}; {checked}"
+    )
+    return "\n".join(map(one_line, lines))
+
+
+def _parameters(parameters: object) -> list[str]:
+    shown = ("k", "lambda", "alpha", "targets", "numerics")
+    held = parameters if isinstance(parameters, dict) else {}
+    texts = {
+        name: "per tensor" if isinstance(held[name], dict) else str(held[name])[:40] for name in shown if name in held
+    }
+    return [f"{name} {text}" for name, text in texts.items()]

@@ -1,0 +1,248 @@
+"""`hsa inspect --diff A B`: in what two outputs differ, by their provenance, their files and their weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsa import provenance
+from hsa._version import __version__
+from hsa.checkpoint import INDEX, ROLES, WEIGHTS, Role
+from hsa.errors import ProvenanceError
+from hsa.fsio import Source, Tally
+from hsa.inspection.distance import Weights, compare_weights
+from hsa.inspection.model import FORMAT, jaccard
+from hsa.output import PROVENANCE
+from hsa.provenance import Provenance, TargetRecord
+
+STEP = 1 << 20
+"""Bytes of each file that are compared at a time."""
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class HeadsDiff:
+    """One tensor that both outputs merged: the heads of each, and the largest relative difference of their scores."""
+
+    name: str
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    score_difference: float | None
+
+    @property
+    def same(self) -> bool:
+        return self.first == self.second
+
+    @property
+    def jaccard(self) -> float | None:
+        """Intersection over union; None where neither selects a head."""
+        return jaccard(self.first, self.second)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "a": list(self.first),
+            "b": list(self.second),
+            "only_a": sorted(set(self.first) - set(self.second)),
+            "only_b": sorted(set(self.second) - set(self.first)),
+            "jaccard": self.jaccard,
+            "score_difference": self.score_difference,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two outputs, A and B.
+
+    `parameters` and `program` hold the values that differ, as pairs. `sources` says per role under which ids, and
+    whether both were made from the same target bytes. `files` is one of same, different, only a, only b, missing, for
+    each file that either provenance lists, by the bytes that are there now. `weights` is None where one of the two has
+    none.
+    """
+
+    first: str
+    second: str
+    parameters: Mapping[str, tuple[Any, Any]]
+    program: Mapping[str, tuple[Any, Any]]
+    sources: Mapping[Role, Mapping[str, Any]]
+    heads: Mapping[str, HeadsDiff]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    files: Mapping[str, str]
+    weights: Weights | None
+    bytes_read: int
+    notes: tuple[str, ...]
+
+    @property
+    def agreeing_tensors(self) -> int:
+        """How many tensors have the same heads in both."""
+        return sum(each.same for each in self.heads.values())
+
+    @property
+    def jaccard(self) -> float | None:
+        """Heads that both merged over heads that either did, tensors of both only; None where there is none."""
+        both = sum(len(set(each.first) & set(each.second)) for each in self.heads.values())
+        either = sum(len(set(each.first) | set(each.second)) for each in self.heads.values())
+        return both / either if either else None
+
+    @property
+    def identical(self) -> bool:
+        """Whether every file of both, provenance included, holds the same bytes."""
+        return set(self.files.values()) == {"same"}
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `hsa inspect --diff --json` prints."""
+        return {
+            "format": FORMAT,
+            "version": __version__,
+            "a": self.first,
+            "b": self.second,
+            "identical": self.identical,
+            "parameters": {name: {"a": a, "b": b} for name, (a, b) in self.parameters.items()},
+            "program": {name: {"a": a, "b": b} for name, (a, b) in self.program.items()},
+            "sources": {role: dict(each) for role, each in self.sources.items()},
+            "agreeing_tensors": self.agreeing_tensors,
+            "common_tensors": len(self.heads),
+            "jaccard": self.jaccard,
+            "tensors": {name: each.as_dict() for name, each in self.heads.items()},
+            "only_a": list(self.only_first),
+            "only_b": list(self.only_second),
+            "files": dict(self.files),
+            "weights": None if self.weights is None else self.weights.as_dict(),
+            "bytes_read": self.bytes_read,
+            "notes": list(self.notes),
+        }
+
+
+def compare(first: PathLike, second: PathLike, progress: Progress | None = None) -> Comparison:
+    """Compare two outputs of `hsa.merge`, A and B, in bounded memory.
+
+    `progress` is called now and then with bytes done and bytes in all. Raises ProvenanceError where one is no output of
+    hsa or its provenance is damaged, SourceError and its subclasses where its weights are malformed, MachineError.
+    """
+    folders = (Path(first).expanduser(), Path(second).expanduser())
+    a, b = (provenance.load(folder) for folder in folders)
+    tally, notes = Tally(), list[str]()
+    total = sum(
+        _size(folder / name) for folder, each in zip(folders, (a, b), strict=True) for name in _files(each, folder)
+    )
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, 2 * total)  # each byte is read twice: as a file, and as a tensor
+
+    files = _compare_files(folders, a, b, tally, step)
+    heads = _compare_heads(a, b)
+    held = [any((folder / name).is_file() for name in (WEIGHTS, INDEX)) for folder in folders]
+    weights = None
+    if all(held):
+        weights = compare_weights(folders, {target.projection.name for target in a.record.targets}, tally, step)
+    else:
+        without = [str(folder) for folder, holds in zip(folders, held, strict=True) if not holds]
+        notes.append(f"no distances: {' and '.join(without)} holds no weights ({WEIGHTS} or {INDEX})")
+    theirs = [{target.projection.name: target.name for target in each.record.targets} for each in (a, b)]
+    return Comparison(
+        first=str(first),
+        second=str(second),
+        parameters=_unequal(a.record.parameters, b.record.parameters),
+        program=_unequal(
+            {**a.record.program, **a.record.libraries},
+            {**b.record.program, **b.record.libraries},
+        ),
+        sources={role: _compare_source(a, b, role) for role in ROLES},
+        heads=heads,
+        only_first=tuple(name for bare, name in theirs[0].items() if bare not in theirs[1]),
+        only_second=tuple(name for bare, name in theirs[1].items() if bare not in theirs[0]),
+        files=files,
+        weights=weights,
+        bytes_read=tally.read,
+        notes=tuple(notes),
+    )
+
+
+def _unequal(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    names = dict.fromkeys([*first, *second])
+    return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
+
+
+def _compare_source(a: Provenance, b: Provenance, role: Role) -> dict[str, Any]:
+    one, other = a.record.sources[role], b.record.sources[role]
+    return {
+        "a": {"id": one.identity.id, "revision": one.identity.revision},
+        "b": {"id": other.identity.id, "revision": other.identity.revision},
+        "same_targets": one.targets == other.targets,
+        "same_headers": dict(one.files) == dict(other.files),
+    }
+
+
+def _compare_heads(a: Provenance, b: Provenance) -> dict[str, HeadsDiff]:
+    other = {target.projection.name: target for target in b.record.targets}
+    return {
+        one.name: HeadsDiff(one.name, one.selected, other[bare].selected, _score_difference(one, other[bare]))
+        for one in a.record.targets
+        if (bare := one.projection.name) in other
+    }
+
+
+def _score_difference(one: TargetRecord, other: TargetRecord) -> float | None:
+    """The largest relative difference of two heads' scores; None where the numbers of heads differ."""
+    if one.heads != other.heads:
+        return None
+    pairs = zip(one.scores, other.scores, strict=True)
+    return max((abs(x - y) / max(x, y) for x, y in pairs if x != y), default=0.0)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _files(each: Provenance, folder: Path) -> Iterator[str]:
+    """What a provenance lists, and itself. The names are a file's: none may lead out of the directory."""
+    for name in each.files:
+        if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
+            raise ProvenanceError(
+                f"{folder / PROVENANCE} lists the file {name!r}; expected plain names of one directory"
+            )
+        yield name
+    yield PROVENANCE
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _compare_files(
+    folders: tuple[Path, Path], a: Provenance, b: Provenance, tally: Tally, step: Callable[[int], None]
+) -> dict[str, str]:
+    names = sorted({*_files(a, folders[0]), *_files(b, folders[1])})
+    return {name: _compare_file(folders[0] / name, folders[1] / name, tally, step) for name in names}
+
+
+def _compare_file(first: Path, second: Path, tally: Tally, step: Callable[[int], None]) -> str:
+    there = (first.is_file(), second.is_file())
+    if there != (True, True):
+        return {(True, False): "only a", (False, True): "only b"}.get(there, "missing")
+    with ExitStack() as stack:
+        files = []
+        for path, label in ((first, "a"), (second, "b")):
+            file = Source(path, label, tally)
+            stack.callback(file.close)
+            files.append(file)
+        if files[0].size != files[1].size:
+            return "different"
+        buffers = [memoryview(bytearray(STEP)) for _ in files]
+        for offset in range(0, files[0].size, STEP):
+            count = min(STEP, files[0].size - offset)
+            for file, buffer in zip(files, buffers, strict=True):
+                file.read_into(buffer[:count], offset)
+            step(2 * count)
+            if buffers[0][:count] != buffers[1][:count]:
+                return "different"
+    return "same"

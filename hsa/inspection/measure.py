@@ -1,0 +1,187 @@
+"""From open sources to scores, geometry and energies, one tensor at a time in buffers that are used again.
+
+Scores are the CPU backend's own, so that they are the merge's bit for bit. What a merge does not compute (cosines,
+norms, energies) is summed in float64, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsa import whisper
+from hsa.backends import NotFinite
+from hsa.backends.cpu import TILE, CpuBackend
+from hsa.checkpoint import ROLES, Role, Sources, TensorRef
+from hsa.dtypes import ARITHMETIC, STORAGE, Array, size, widen
+from hsa.errors import NonFiniteError
+from hsa.inspection.model import Geometry
+from hsa.layout import SLICE_ELEMENTS
+from hsa.target import Target
+
+Step = Callable[[int], None]
+"""Called with bytes read since the last call."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One target: squared scores, geometry, whether each task vector moved, and the digest of its bytes by role."""
+
+    squared: tuple[float, ...]
+    geometry: Geometry
+    moved: Mapping[Role, bool]
+    digests: Mapping[Role, str]
+
+
+class Buffers:
+    """Memory for the bytes of one tensor of each source, grown to the largest and kept; `nbytes` is what it holds."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Array] = {}
+
+    def take(self, key: str, nbytes: int) -> Array:
+        """An uninitialised uint8 array of that length; the last one of that key is overwritten."""
+        held = self._held.get(key)
+        if held is None or held.size < nbytes:
+            self._held.pop(key, None)
+            held = self._held[key] = np.empty(nbytes, np.uint8)
+        return held[:nbytes]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.nbytes for held in self._held.values())
+
+
+def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step) -> Iterator[Measured]:
+    """Each target in order, read, scored and measured. Raises NonFiniteError, SourceChanged, MachineError."""
+    from blake3 import blake3
+
+    worker = CpuBackend().worker()
+    for target in targets:
+        raw: dict[Role, Array] = {}
+        digests: dict[Role, str] = {}
+        for role in ROLES:
+            ref = target.ref(role)
+            raw[role] = buffers.take(role, ref.nbytes)
+            sources.of(role).read_into(ref, raw[role].data)
+            digests[role] = blake3(raw[role].data).hexdigest()
+            step(ref.nbytes)
+        try:
+            scored = worker.score(target, raw["base"], raw["primary"], raw["secondary"])
+        except NotFinite as error:
+            raise _not_finite(error, target, sources) from None
+        moved: dict[Role, bool] = {"primary": scored.primary_moved, "secondary": scored.secondary_moved}
+        yield Measured(scored.squared, geometry(target, raw), moved, digests)
+
+
+def geometry(target: Target, raw: Mapping[Role, Array]) -> Geometry:
+    """Norms and products of a target's task vectors. `raw` holds the tensors' bytes, uint8."""
+    views = {role: raw[role].view(STORAGE[target.ref(role).code]).reshape(target.matrix) for role in ROLES}
+    columns: tuple[list[float], ...] = ([], [], [], [])
+    for head in range(target.heads):
+        sums: tuple[list[float], ...] = ([], [], [], [])
+        for block in target.blocks(head, TILE):
+            b, m1, m2 = (_float64(target.ref(role).code, views[role][block]) for role in ROLES)
+            tv1, tv2 = np.subtract(m1, b, out=m1), np.subtract(m2, b, out=m2)
+            for found, (x, y) in zip(sums, ((b, b), (tv1, tv1), (tv2, tv2), (tv1, tv2)), strict=True):
+                found.append(_product(x, y))
+        for column, found in zip(columns, sums, strict=True):
+            column.append(math.fsum(found))
+    base, primary, secondary, product = map(tuple, columns)
+    return Geometry(base, primary, secondary, product)
+
+
+@dataclass
+class Elsewhere:
+    """Squared L2 norms of a task vector outside the targets, by stack and kind, and the tensors that have none."""
+
+    groups: dict[str, float]
+    skipped: list[str]
+
+
+def elsewhere(sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step) -> dict[Role, Elsewhere]:
+    """Stream every tensor that is no target, in slices, base once for both fine-tunes.
+
+    Raises SourceChanged, MachineError.
+    """
+    inside = {target.projection.name for target in targets}
+    found: dict[Role, Elsewhere] = {role: Elsewhere({}, []) for role in ROLES[1:]}
+    names = dict.fromkeys(name for role in found for name in sources.of(role).tensors if name not in inside)
+    for name in names:
+        base = sources.base.tensors.get(name)
+        fits: list[Role] = []
+        for role, result in found.items():
+            ref = sources.of(role).tensors.get(name)
+            if ref is None:
+                continue
+            if base is None or ref.shape != base.shape or not {ref.code, base.code} <= set(ARITHMETIC):
+                result.skipped.append(name)
+            else:
+                fits.append(role)
+        if base is None or not fits:
+            continue
+        sums = _stream(sources, name, base, fits, buffers, step)
+        group = " ".join(whisper.group_of(name))
+        for role in fits:
+            if math.isfinite(sums[role]):
+                found[role].groups[group] = found[role].groups.get(group, 0.0) + sums[role]
+            else:
+                found[role].skipped.append(name)
+    return found
+
+
+def elsewhere_bytes(sources: Sources, targets: Sequence[Target]) -> int:
+    """About how many bytes `elsewhere` reads, for a progress bar."""
+    inside = {target.projection.name for target in targets}
+    return sum(ref.nbytes for source in sources for name, ref in source.tensors.items() if name not in inside)
+
+
+def _stream(
+    sources: Sources, name: str, base: TensorRef, roles: Sequence[Role], buffers: Buffers, step: Step
+) -> dict[Role, float]:
+    """Squared norm of each task vector of one tensor; NaN or Inf where the tensor holds any."""
+    parts: dict[Role, list[float]] = {role: [] for role in roles}
+    total = math.prod(base.shape)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for first in range(0, total, SLICE_ELEMENTS):
+            count = min(SLICE_ELEMENTS, total - first)
+            b = _read(sources, "base", base, first, count, buffers, step)
+            for role in roles:
+                tv = _read(sources, role, sources.of(role).tensors[name], first, count, buffers, step)
+                np.subtract(tv, b, out=tv)
+                parts[role].append(_product(tv, tv))
+    return {role: math.fsum(part) if all(map(math.isfinite, part)) else math.nan for role, part in parts.items()}
+
+
+def _read(sources: Sources, role: Role, ref: TensorRef, first: int, count: int, buffers: Buffers, step: Step) -> Array:
+    """Elements of a tensor in float64."""
+    raw = buffers.take(role, count * size(ref.code))
+    sources.of(role).read_into(ref, raw.data, first * size(ref.code))
+    step(raw.size)
+    return _float64(ref.code, raw.view(STORAGE[ref.code]))
+
+
+def _float64(code: str, raw: Array) -> Array:
+    """The elements widened exactly, in new memory."""
+    wide: Array = widen(code, raw, np.empty(raw.shape, np.float32)).astype(np.float64)
+    return wide
+
+
+def _product(x: Array, y: Array) -> float:
+    return float(np.add.reduce(np.multiply(x, y).reshape(-1)))
+
+
+def _not_finite(error: NotFinite, target: Target, sources: Sources) -> NonFiniteError:
+    head = "" if error.head is None else f", head {error.head}"
+    if error.role is not None:
+        ref = target.ref(error.role)
+        where = f"{sources.of(error.role).file_of(ref)}: tensor {ref.name}{head} holds NaN or Inf"
+        return NonFiniteError(f"{where}; no merge with it is possible, use a sound checkpoint")
+    ref = target.primary
+    return NonFiniteError(
+        f"{sources.primary.file_of(ref)}: tensor {ref.name}{head}: its task vectors overflow float32; do the three "
+        f"belong together?"
+    )

@@ -1,0 +1,315 @@
+"""What an inspection says: plain values, frozen, and the one dictionary that every view is drawn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from hsa._version import __version__
+from hsa.checkpoint import Role
+from hsa.whisper import Projection
+
+FORMAT = 1
+AGREEING = ("q", "k", "v")
+"""Projections whose heads are compared within a layer; `out_proj` splits its columns, another axis."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The task vectors of one tensor in float64, head by head: squared L2 norms of base, tv1 and tv2, and tv1 . tv2."""
+
+    base: tuple[float, ...]
+    primary: tuple[float, ...]
+    secondary: tuple[float, ...]
+    product: tuple[float, ...]
+
+    @property
+    def cosines(self) -> tuple[float | None, ...]:
+        """The cosine between tv1 and tv2; None where one of them is zero."""
+        return tuple(map(_cosine, self.primary, self.secondary, self.product))
+
+    @property
+    def relative_primary(self) -> tuple[float | None, ...]:
+        """|tv1| / |B|; None where base's head is zero."""
+        return tuple(map(_ratio, self.primary, self.base))
+
+    @property
+    def relative_secondary(self) -> tuple[float | None, ...]:
+        """|tv2| / |B|; None where base's head is zero."""
+        return tuple(map(_ratio, self.secondary, self.base))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "base_norm": [math.sqrt(value) for value in self.base],
+            "tv1_norm": [math.sqrt(value) for value in self.primary],
+            "tv2_norm": [math.sqrt(value) for value in self.secondary],
+            "cosine": list(self.cosines),
+            "tv1_relative": list(self.relative_primary),
+            "tv2_relative": list(self.relative_secondary),
+        }
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an output's provenance says of a tensor: how many heads were to be kept, and which were merged."""
+
+    keep: int
+    selected: tuple[int, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"keep": self.keep, "selected": list(self.selected)}
+
+
+@dataclass(frozen=True)
+class TensorInspection:
+    """One target tensor: its place, its parameters, every head's score, and the selection at its `k`.
+
+    `scores` are L2 norms; `squared` are the squared scores that heads are compared by, None where only a provenance
+    file was read, which holds the norms alone. `coefficient` is lambda_i in float64. `geometry` needs the
+    sources, `recorded` an output.
+    """
+
+    name: str
+    projection: Projection
+    shape: tuple[int, ...]
+    dtype: str
+    heads: int
+    layers: int
+    k: float
+    lam: float
+    alpha: float
+    keep: int
+    coefficient: float
+    scores: tuple[float, ...]
+    squared: tuple[float, ...] | None
+    selected: tuple[int, ...]
+    margin: float | None
+    geometry: Geometry | None
+    recorded: Recorded | None
+
+    @property
+    def label(self) -> str:
+        """Short name of the row of heat maps that the tensor lies in, such as `encoder self_attn q_proj weight`."""
+        p = self.projection
+        return f"{p.stack} {p.block} {p.kind}_proj {p.part}"
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Each head's place by score, 1 for the highest; equal scores share a place."""
+        by = self.scores if self.squared is None else self.squared
+        return tuple(1 + sum(other > own for other in by) for own in by)
+
+    def as_dict(self) -> dict[str, Any]:
+        p = self.projection
+        return {
+            "stack": p.stack,
+            "layer": p.layer,
+            "layers": self.layers,
+            "block": p.block,
+            "kind": p.kind,
+            "part": p.part,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "heads": self.heads,
+            "k": self.k,
+            "lambda": self.lam,
+            "alpha": self.alpha,
+            "keep": self.keep,
+            "lambda_i": self.coefficient,
+            "selected": list(self.selected),
+            "margin": self.margin,
+            "scores": list(self.scores),
+            "squared_scores": None if self.squared is None else list(self.squared),
+            "ranks": list(self.ranks),
+            "recorded": None if self.recorded is None else self.recorded.as_dict(),
+            **({} if self.geometry is None else self.geometry.as_dict()),
+        }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far q, k and v of one attention block choose the same heads, weights and biases each by themselves.
+
+    `jaccard` is the size of the intersection of all over that of their union, `pairs` the same two by two; None where
+    no head is selected at all. `expected_common` is how many heads would be common if each had drawn as many at random.
+    """
+
+    stack: str
+    layer: int
+    block: str
+    part: str
+    heads: int
+    selected: Mapping[str, tuple[int, ...]]
+
+    @property
+    def common(self) -> tuple[int, ...]:
+        return tuple(sorted(set.intersection(*map(set, self.selected.values()))))
+
+    @property
+    def jaccard(self) -> float | None:
+        return jaccard(*self.selected.values())
+
+    @property
+    def pairs(self) -> dict[str, float | None]:
+        return {f"{a}{b}": jaccard(self.selected[a], self.selected[b]) for a, b in combinations(self.selected, 2)}
+
+    @property
+    def expected_common(self) -> float:
+        return self.heads * math.prod(len(chosen) / self.heads for chosen in self.selected.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "stack": self.stack,
+            "layer": self.layer,
+            "block": self.block,
+            "part": self.part,
+            "selected": {kind: list(chosen) for kind, chosen in self.selected.items()},
+            "common": list(self.common),
+            "jaccard": self.jaccard,
+            "pairs": self.pairs,
+            "expected_common": self.expected_common,
+        }
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Where one fine-tune's task vector lies: squared L2 norms in float64, of the whole model.
+
+    `inside` lies in the target tensors, `selected` in their selected heads. `groups` splits `total` by stack and kind
+    of tensor. `skipped` are tensors that cannot be subtracted: missing from base, of another shape or element type, or
+    holding NaN or Inf.
+    """
+
+    role: Role
+    total: float
+    inside: float
+    selected: float
+    groups: Mapping[str, float]
+    skipped: tuple[str, ...]
+
+    def share(self, part: float) -> float | None:
+        """A part of the whole; None where the task vector is zero."""
+        return part / self.total if self.total > 0 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "norm": math.sqrt(self.total),
+            "inside": self.share(self.inside),
+            "selected": self.share(self.selected),
+            "elsewhere": self.share(max(0.0, self.total - self.inside)),
+            "groups": {name: self.share(part) for name, part in self.groups.items()},
+            "skipped": list(self.skipped),
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What there is to know of a merge's heads, of three sources or of a finished output.
+
+    `origin` is `sources`, `output`, or `output and sources`; `parameters` are those of the selection shown, under their
+    command-line names; `sources` says who each source is. `tensors` is keyed by tensor name as primary stores it.
+    `energy` is None where it was not asked for or cannot be had; `bytes_read` counts all that was read of files.
+    """
+
+    title: str
+    origin: str
+    numerics: str
+    written_by: Mapping[str, Any] | None
+    parameters: Mapping[str, Any]
+    sources: Mapping[Role, Mapping[str, Any]]
+    tensors: Mapping[str, TensorInspection]
+    energy: tuple[Energy, ...] | None
+    files: Mapping[str, str | None] | None
+    bytes_read: int
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def selected_heads(self) -> int:
+        return sum(len(tensor.selected) for tensor in self.tensors.values())
+
+    @property
+    def total_heads(self) -> int:
+        return sum(tensor.heads for tensor in self.tensors.values())
+
+    @property
+    def narrowest(self) -> TensorInspection | None:
+        """The tensor with the smallest margin; None where no tensor has one."""
+        measured = [tensor for tensor in self.tensors.values() if tensor.margin is not None]
+        return min(measured, key=lambda tensor: tensor.margin or 0.0, default=None)
+
+    @property
+    def agreement(self) -> tuple[Agreement, ...]:
+        return tuple(agreements(self.tensors.values()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `hsa inspect --json` prints; numbers are float64 and read back exactly."""
+        narrowest = self.narrowest
+        return {
+            "format": FORMAT,
+            "version": __version__,
+            "title": self.title,
+            "origin": self.origin,
+            "numerics": self.numerics,
+            "written_by": None if self.written_by is None else dict(self.written_by),
+            "parameters": dict(self.parameters),
+            "sources": {role: dict(source) for role, source in self.sources.items()},
+            "target_tensors": len(self.tensors),
+            "selected_heads": self.selected_heads,
+            "total_heads": self.total_heads,
+            "min_margin": narrowest.margin if narrowest else None,
+            "min_margin_tensor": narrowest.name if narrowest else None,
+            "tensors": {name: tensor.as_dict() for name, tensor in self.tensors.items()},
+            "agreement": [each.as_dict() for each in self.agreement],
+            "energy": None if self.energy is None else {each.role: each.as_dict() for each in self.energy},
+            "files": None if self.files is None else dict(self.files),
+            "bytes_read": self.bytes_read,
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+        }
+
+
+def jaccard(*sets: Sequence[int]) -> float | None:
+    """Size of the intersection over that of the union; None where the union is empty."""
+    union = set().union(*sets)
+    return len(set.intersection(*map(set, sets))) / len(union) if union else None
+
+
+def agreements(tensors: Iterable[TensorInspection]) -> Iterator[Agreement]:
+    """One for each block of each layer, weights and biases apart, where at least two of q, k and v are targets."""
+    found: dict[tuple[str, int, str, str], dict[str, TensorInspection]] = {}
+    for tensor in tensors:
+        p = tensor.projection
+        if p.kind in AGREEING:
+            found.setdefault((p.stack, p.layer, p.block, p.part), {})[p.kind] = tensor
+    order = {"encoder": 0, "decoder": 1, "self_attn": 0, "encoder_attn": 1, "weight": 0, "bias": 1}
+    for key in sorted(found, key=lambda key: (order[key[0]], order[key[2]], order[key[3]], key[1])):
+        members = found[key]
+        if len(members) > 1:
+            selected = {kind: members[kind].selected for kind in AGREEING if kind in members}
+            stack, layer, block, part = key
+            yield Agreement(stack, layer, block, part, next(iter(members.values())).heads, selected)
+
+
+def in_order(tensors: Iterable[TensorInspection]) -> dict[str, TensorInspection]:
+    """By name, as a reader wants them: encoder first, then by block, layer, kind and part."""
+    blocks, kinds = ("self_attn", "encoder_attn"), ("q", "k", "v", "out")
+
+    def place(tensor: TensorInspection) -> tuple[Any, ...]:
+        p = tensor.projection
+        return p.stack != "encoder", blocks.index(p.block), p.layer, kinds.index(p.kind), p.part != "weight"
+
+    return {tensor.name: tensor for tensor in sorted(tensors, key=place)}
+
+
+def _cosine(first: float, second: float, product: float) -> float | None:
+    if first == 0.0 or second == 0.0:
+        return None
+    return max(-1.0, min(1.0, product / (math.sqrt(first) * math.sqrt(second))))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return math.sqrt(part / whole) if whole > 0.0 else None

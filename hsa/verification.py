@@ -1,0 +1,387 @@
+"""`hsa.verify`: whether an output is what was written, is sound, and follows from its sources."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from hsa import checks, provenance, whisper
+from hsa.checkpoint import (
+    CONFIG,
+    INDEX,
+    SAFETENSORS,
+    WEIGHTS,
+    Checkpoint,
+    Role,
+    TensorRef,
+    contained,
+    is_snapshot,
+    open_checkpoint,
+    open_shard,
+    read_text,
+)
+from hsa.checks import STEP, Problem, Problems
+from hsa.errors import HsaError, MachineError, RequestError, SourceError
+from hsa.fsio import Source, Tally, exists, explained
+from hsa.header import load_json
+from hsa.memory import PeakMemory
+from hsa.output import PROVENANCE
+from hsa.provenance import Provenance, Record
+from hsa.request import PathLike, check_threads
+from hsa.threads import default_threads
+
+__all__ = ["Problem", "VerifyReport", "verify"]
+
+DOCUMENTS = (".md", ".html", ".pdf", ".csv", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".wav", ".flac", ".mp3")
+"""Endings of files that people lay beside a published model, and that no loader reads."""
+
+LARGE = 64 << 20
+"""Bytes of a file from which on several threads digest it."""
+
+LABEL = cast(Role, "output")
+"""What messages call the checkpoint that is verified, in the place of a source's role."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What came of a verification. `record` is the provenance, None where it cannot be read; `files` counts the files
+    whose bytes were read; `problems` is empty for a sound output; `notes` say what should be known besides.
+    `sources_compared`: the merge was computed again and compared."""
+
+    output: Path
+    record: Record | None
+    files: int
+    bytes_read: int
+    peak_memory_bytes: int
+    seconds: float
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    sources_compared: bool
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `hsa verify --json` prints."""
+        record = self.record
+        about: dict[str, Any] = {"parameters": None, "sources": None, "target_tensors": None}
+        about |= {"selected_heads": None, "total_heads": None}
+        if record is not None:
+            about = {
+                "parameters": dict(record.parameters),
+                "sources": {
+                    role: {"id": source.identity.id, "revision": source.identity.revision}
+                    for role, source in record.sources.items()
+                },
+                "target_tensors": len(record.targets),
+                "selected_heads": sum(len(target.selected) for target in record.targets),
+                "total_heads": sum(target.heads for target in record.targets),
+            }
+        return {
+            "output": str(self.output),
+            "ok": self.ok,
+            "problems": [{"file": problem.file, "what": problem.what} for problem in self.problems],
+            "notes": list(self.notes),
+            "sources_compared": self.sources_compared,
+            "files": self.files,
+            "bytes_read": self.bytes_read,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "seconds": self.seconds,
+            **about,
+        }
+
+
+@explained()
+def verify(
+    output: PathLike,
+    *,
+    base: PathLike | None = None,
+    primary: PathLike | None = None,
+    secondary: PathLike | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Check an output of hsa, and with its three sources compute the merge again and compare bytes.
+
+    Without sources: every file against the digests of the provenance, headers, index, names and shapes against
+    `config.json`, every target tensor finite, and the provenance's targets and heads against weights and parameters.
+    With them: every byte of every file against what the sources give.
+
+    Args:
+        output: the directory to check. Only files in it are read; of the Hub's cache those that its links lead to.
+        base, primary, secondary: all three or none; as for `merge`.
+        threads: worker threads; by default the usable cores and one more.
+        progress: called now and then with bytes done and bytes in all.
+
+    Returns the report: a damaged output is no exception. Raises RequestError (no such directory, some sources and not
+    all), SourceError (a source cannot be opened), MachineError (reading failed).
+    """
+    started = time.perf_counter()
+    check_threads(threads)
+    directory = _directory(output)
+    given = {"base": base, "primary": primary, "secondary": secondary}
+    paths = {cast(Role, role): path for role, path in given.items() if path is not None}
+    if paths and len(paths) < len(given):
+        lacking = ", ".join(role for role in given if role not in paths)
+        raise RequestError(f"to compare with the sources all three are needed; {lacking} is not given")
+    workers = threads or default_threads()
+    memory, tally, problems = PeakMemory(), Tally(), Problems()
+    notes: list[str] = []
+    found = _provenance(directory, problems)
+    names = [] if found is None else list(_files(directory, found, problems))
+    _listing(directory, found, problems, notes)
+    run = _Run(directory, found, tally, memory, problems, workers)
+    run.go(names, progress)
+    if found is not None and not all(found.files.values()):
+        notes.append(
+            "without whole-file digests it cannot be told whether copied tensors and small files are what was written"
+            + ("" if paths else "; give --sources to compare them")
+        )
+    compared = False
+    if paths and found is None:
+        notes.append(f"nothing was recomputed, for {PROVENANCE} does not say how")
+    elif paths and found is not None:
+        from hsa.recompute import recompute
+
+        compared = recompute(directory, found, paths, workers, tally, memory, problems, notes, progress)
+    memory.sample()
+    return VerifyReport(
+        output=directory,
+        record=None if found is None else found.record,
+        files=len(names) + (found is not None),
+        bytes_read=tally.read,
+        peak_memory_bytes=memory.peak,
+        seconds=time.perf_counter() - started,
+        problems=problems.listed(),
+        notes=tuple(notes),
+        sources_compared=compared,
+    )
+
+
+def _directory(output: PathLike) -> Path:
+    try:
+        directory = Path(output).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"output {os.fspath(output)} cannot be found ({reason}); name an output of hsa") from error
+    if not os.fspath(output) or not directory.is_dir():
+        raise RequestError(f"output {os.fspath(output)!r} is not a directory; name an output of hsa")
+    return directory
+
+
+def _provenance(directory: Path, problems: Problems) -> Provenance | None:
+    wrong = _irregular(directory, PROVENANCE)
+    if wrong is not None:
+        problems.add(PROVENANCE, wrong)
+        return None
+    try:
+        return provenance.load(directory)
+    except SourceError as error:
+        problems.add(PROVENANCE, str(error))
+        return None
+
+
+def _irregular(directory: Path, name: str) -> str | None:
+    """What is wrong with a file before it is opened; None for a regular file, or a link that the Hub's cache made."""
+    try:
+        mode = os.lstat(directory / name).st_mode
+    except OSError as error:
+        return f"is missing ({error.strerror})"
+    if stat.S_ISLNK(mode) and is_snapshot(directory):
+        try:
+            contained(LABEL, directory, name)
+        except SourceError as error:
+            return str(error)
+        return None
+    if not stat.S_ISREG(mode):
+        return f"is {'a link' if stat.S_ISLNK(mode) else 'no regular file'}; expected a file with data in it"
+    return None
+
+
+def _files(directory: Path, found: Provenance, problems: Problems) -> Iterator[str]:
+    """The files of the provenance that can be read."""
+    for name in found.files:
+        if name != os.path.basename(name) or name in ("", ".", "..", PROVENANCE) or "\0" in name:
+            problems.add(PROVENANCE, f"lists the file {checks.text_of(name)}; expected the plain name of another file")
+            continue
+        wrong = _irregular(directory, name)
+        if wrong is None:
+            yield name
+        else:
+            problems.add(name, wrong)
+
+
+def _listing(directory: Path, found: Provenance | None, problems: Problems, notes: list[str]) -> None:
+    """What lies in the directory and was not written. A hidden file or a document changes nothing of the model."""
+    known = {PROVENANCE, *(found.files if found is not None else ())}
+    aside = 0
+    first = ""
+    try:
+        entries = sorted(entry.name for entry in os.scandir(directory) if entry.name not in known)
+    except OSError as error:
+        raise MachineError(f"output {directory} cannot be listed: {error.strerror}") from error
+    for name in entries:
+        if name.startswith(".") or name.lower().endswith(DOCUMENTS) or name.upper() in ("LICENSE", "NOTICE"):
+            aside, first = aside + 1, first or name
+        elif found is not None:
+            problems.add(name, f"{PROVENANCE} does not know it; expected no file that was not written by the merge")
+    if aside:
+        notes.append(f"{aside} files beside the output were not looked at, such as {first}")
+
+
+class _Run:
+    """The checks that read weights, spread over threads: digests of files, and finite targets."""
+
+    def __init__(
+        self,
+        directory: Path,
+        found: Provenance | None,
+        tally: Tally,
+        memory: PeakMemory,
+        problems: Problems,
+        threads: int,
+    ) -> None:
+        self.directory, self.found, self.tally, self.memory = directory, found, tally, memory
+        self.problems, self.threads = problems, threads
+        self.stop = threading.Event()
+        self._lock = threading.Lock()
+        self.done = self.total = 0
+
+    def go(self, names: list[str], progress: Callable[[int, int], None] | None) -> None:
+        tasks: list[tuple[str, Callable[[], None]]] = []
+        with ExitStack() as stack:
+            for name in names:
+                tasks += self._digest_task(name)
+            checkpoint = self._open(stack)
+            if checkpoint is not None:
+                tasks += self._checks(checkpoint)
+            pool = stack.enter_context(ThreadPoolExecutor(self.threads))
+            stack.callback(self.stop.set)
+            ahead: set[Future[None]] = {pool.submit(self._guarded, name, task) for name, task in tasks}
+            while ahead:
+                finished, ahead = wait(ahead, timeout=0.02)
+                for future in finished:
+                    future.result()
+                self.memory.sample()
+                if progress is not None:
+                    progress(self.done, self.total)
+
+    def _guarded(self, name: str, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except MachineError:
+            self.stop.set()
+            raise
+        except SourceError as error:
+            self.problems.add(name, str(error))
+        except MemoryError as error:
+            raise MachineError("out of memory; give --threads 1, or free some") from error
+
+    def _digest_task(self, name: str) -> list[tuple[str, Callable[[], None]]]:
+        assert self.found is not None
+        expected = self.found.files[name]
+        if expected is None:
+            return []
+        with suppress(OSError):
+            self.total += os.stat(self.directory / name).st_size
+        return [(name, partial(self._check_digest, name, expected))]
+
+    def _check_digest(self, name: str, expected: str) -> None:
+        from blake3 import blake3
+
+        source = Source(contained(LABEL, self.directory, name), LABEL, self.tally)
+        try:
+            hasher = blake3(max_threads=self.threads if source.size >= LARGE else 1)
+            buffer = memoryview(bytearray(min(STEP, source.size)))
+            for start in range(0, source.size, STEP):
+                if self.stop.is_set():
+                    return
+                part = buffer[: min(STEP, source.size - start)]
+                source.read_into(part, start)
+                hasher.update(part)
+                with self._lock:
+                    self.done += len(part)
+            source.check_unchanged()
+        finally:
+            source.close()
+        digest = hasher.hexdigest()
+        if digest != expected:
+            self.problems.add(
+                name, f"its BLAKE3 is {digest}, {PROVENANCE} says {expected} ({source.size} bytes); it was changed"
+            )
+
+    def _open(self, stack: ExitStack) -> Checkpoint | None:
+        """The output as a checkpoint, when its headers, index and config are sound."""
+        directory, problems = self.directory, self.problems
+        single, index = (exists(directory / name) for name in (WEIGHTS, INDEX))
+        if not single and not index:
+            problems.add(WEIGHTS, f"is missing, and so is {INDEX}; expected one of them")
+            return None
+        sound = True
+        listed = self.found.files if self.found is not None else ()
+        for name in sorted(entry for entry in listed if entry.endswith(SAFETENSORS.suffix)):
+            if name == os.path.basename(name) and _irregular(directory, name) is None:
+                sound &= self._sound(name, partial(self._read_header, name))
+        sound &= self._sound(CONFIG, self._read_config)
+        if not sound or any(_irregular(directory, n) for n in (CONFIG, WEIGHTS if single else INDEX)):
+            return None
+        opened: list[Checkpoint] = []
+        if not self._sound(
+            WEIGHTS if single else INDEX, lambda: opened.append(open_checkpoint(LABEL, directory, self.tally))
+        ):
+            return None
+        checkpoint = stack.enter_context(opened[0])
+        used = {shard.name for shard in checkpoint.shards}
+        for name in listed:
+            if name.endswith(SAFETENSORS.suffix) and name not in used:
+                problems.add(name, "is a weights file that no index names, so that no loader reads it")
+        return checkpoint
+
+    def _read_header(self, name: str) -> None:
+        open_shard(LABEL, self.directory, name, self.tally).source.close()
+
+    def _read_config(self) -> None:
+        where = f"output {self.directory / CONFIG}"
+        text = read_text(LABEL, self.directory, CONFIG, self.tally)
+        whisper.architecture(load_json(text, where, "config"), where)
+
+    def _sound(self, name: str, look: Callable[[], object]) -> bool:
+        try:
+            look()
+        except MachineError:
+            raise
+        except HsaError as error:
+            self.problems.add(name, str(error))
+            return False
+        return True
+
+    def _checks(self, checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[], None]]]:
+        problems, record = self.problems, None if self.found is None else self.found.record
+        problems.add_all(CONFIG, checks.keys(checkpoint))
+        if record is not None:
+            problems.add_all(PROVENANCE, checks.recorded_targets(record, checkpoint))
+        heads = whisper.architecture(checkpoint.config, LABEL).heads
+        given = None if record is None else record.parameters.get("num_heads")
+        for projection, ref in checks.targets_of(checkpoint, checks.preset_of(record)):
+            count = given if isinstance(given, int) and given > 0 else heads[projection.stack]
+            name = checkpoint.shards[ref.shard].name
+            self.total += ref.nbytes
+            yield name, partial(self._check_finite, checkpoint, name, projection, ref, count)
+
+    def _check_finite(
+        self, checkpoint: Checkpoint, name: str, projection: whisper.Projection, ref: TensorRef, heads: int
+    ) -> None:
+        if not self.stop.is_set():
+            self.problems.add_all(name, checks.finite(checkpoint, projection, ref, heads))
+            with self._lock:
+                self.done += ref.nbytes
