@@ -12,8 +12,10 @@ import json
 import os
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +275,43 @@ def _recipe_seeds(arena: Arena) -> Iterable[bytes]:
 
 def _verify(arena: Arena, data: bytes) -> str:
     """`hsa verify` of an output whose provenance says what the input says, with a digest that fits."""
+    return _forged(arena, data, "verify", str(arena.output), "--json", "--threads=1")
+
+
+def _inspect(arena: Arena, data: bytes) -> str:
+    """`hsa inspect` of such an output, as a page: no element and no handler in it is a stranger's."""
+    page = arena.output.parent / "page.html"
+    page.unlink(missing_ok=True)
+    said = _forged(arena, data, "inspect", str(arena.output), "--no-verify", f"--html={page}")
+    if said != "success":
+        return said
+    parser = _Elements()
+    parser.feed(page.read_text(encoding="utf-8"))
+    page.unlink()
+    own = {"script": 2, "link": 1, "form": 1, "iframe": 0, "object": 0, "embed": 0, "img": 0, "base": 0, "a": 0}
+    if any(parser.found[tag] > count for tag, count in own.items()):
+        raise Finding(f"the page holds {dict(parser.found)}")
+    if parser.handlers or parser.marked:
+        raise Finding(f"the page holds {parser.handlers or parser.marked}, which a stranger wrote")
+    return said
+
+
+class _Elements(HTMLParser):
+    """Counts the elements of a page, those that only the input can have named (`x-`), and attributes that run code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.handlers: list[str] = []
+        self.marked: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found[tag] += 1
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        self.marked += [tag] if tag.startswith("x-") else []
+
+
+def _forged(arena: Arena, data: bytes, *arguments: str) -> str:
     if not (arena.output / "hsa_merge.json").exists():
         arena.merge()
     path = arena.output / "hsa_merge.json"
@@ -284,10 +323,19 @@ def _verify(arena: Arena, data: bytes) -> str:
             data = provenance.render(document)
     path.write_bytes(data)
     try:
-        code, _, lines = arena.run("verify", str(arena.output), "--json", "--threads=1")
+        code, _, lines = arena.run(*arguments)
     finally:
         path.write_bytes(sound)
     return "success" if code == 0 else lines[0] if lines else "refused"
+
+
+def _inspect_seeds(arena: Arena) -> Iterable[bytes]:
+    (sound,) = _verify_seeds(arena)
+    yield sound
+    document = json.loads(sound)
+    document["sources"]["primary"].update(id="</script><x-a onload=x>", revision="<x-b>")
+    document["parameters"]["card"] = {"title": "</script><script>x</script>"}
+    yield json.dumps(document).encode()
 
 
 def _verify_seeds(arena: Arena) -> Iterable[bytes]:
@@ -484,6 +532,7 @@ TARGETS: Mapping[str, Target] = {
         _recipe, _recipe_seeds, "bytes", ("merges:", "- name: ", "&a", "*a", "<<: ", "!!", "|", "card: {")
     ),
     "verify": Target(_verify, _verify_seeds, tokens=("files", "../x", "/etc/passwd", "blake3", "scores", "parameters")),
+    "inspect": Target(_inspect, _inspect_seeds, tokens=("<x-a>", "</script><x-b>", '"onload="x', "scores", "id", "k")),
     "patch": Target(_patch, _patch_seeds, tokens=("targets", "files", "hsa.scores", "max_shard_size", "parameters")),
     "pickle": Target(_pickle, _pickle_seeds, "bytes", ("torch._utils\n_rebuild_tensor_v2\n", "storage", "cpu")),
     "zip": Target(
