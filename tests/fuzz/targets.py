@@ -103,7 +103,7 @@ class Arena:
         return failed[0] if failed else "success"
 
     def run(self, *arguments: str) -> tuple[int, str, list[str]]:
-        """A command line in this process: exit code, 0 or 2; what it says; and the lines on stderr, all of them words."""
+        """A command line in this process: exit code, 0 or 2; what it says; the lines on stderr, all printable."""
         said, errors = io.StringIO(), io.StringIO()
         with self.guard.watching(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             code = cli.run(arguments)
