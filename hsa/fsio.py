@@ -274,8 +274,10 @@ def exists(path: str | os.PathLike[str]) -> bool:
     """Whether something stands there, a link that leads nowhere included; OSError where that cannot be told."""
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # under a name too long nothing can stand
+            return False
+        raise
     return True
 
 
