@@ -20,7 +20,7 @@ from hsa.workbench import NAME_MAX, STAGING, Workbench, beside, clear, lock, sam
 PROVENANCE = "hsa_merge.json"
 """The file that marks a directory as an output of this program."""
 
-_ASIDE = ".hsa-replaced"
+ASIDE = ".hsa-replaced"
 
 
 def check_destination(
@@ -99,7 +99,7 @@ def _refuse_special(destination: Path, label: str) -> None:
         raise DestinationError(f"{label} is or holds a home directory; name a directory of its own for the output")
     if _is_mount(destination):
         raise DestinationError(f"{label} is a mount point and cannot be renamed; name a directory inside it")
-    if destination.name.startswith(".") and destination.name.endswith((STAGING, _ASIDE)):
+    if destination.name.startswith(".") and destination.name.endswith((STAGING, ASIDE)):
         raise DestinationError(f"{label} has a name that hsa keeps for its own staging directories; choose another")
 
 
@@ -188,7 +188,7 @@ def staging_path(destination: Path) -> Path:
 
 
 def _aside_path(destination: Path) -> Path:
-    return beside(destination, _ASIDE)
+    return beside(destination, ASIDE)
 
 
 class Staging(Workbench):

@@ -19,7 +19,7 @@ from hsa.errors import DestinationError, HsaError, MachineError, RequestError
 from hsa.grid import GridPoint
 from hsa.hub import Hub
 from hsa.memory import PeakMemory
-from hsa.output import PROVENANCE, check_destination
+from hsa.output import ASIDE, PROVENANCE, check_destination
 from hsa.patch_reader import digest_range, open_patch
 from hsa.patches import SUFFIX, Opened, open_for_patches
 from hsa.patching import Point, expected_bytes, make_patches
@@ -177,7 +177,9 @@ def _check_directory(request: Request, sources: Sources) -> Path:
 
 
 def _is_point(path: Path) -> bool:
-    """Whether a directory entry is what a sweep wrote that was killed before its index."""
+    """Whether a directory entry is what a sweep left that was killed before its index: a point, or one being made."""
+    if path.name.startswith(tuple(f".{preset}" for preset in PRESETS)):
+        return path.name.endswith((STAGING, ASIDE))
     if not path.name.startswith(PRESETS):
         return False
     return (path / PROVENANCE).is_file() or path.suffix == SUFFIX

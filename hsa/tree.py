@@ -5,7 +5,8 @@ stands already, verified; what fails is left as it was, and the next entry follo
 
 When does an entry that stands count as done? Headers, sizes and names of local sources prove nothing: another training
 run of the same model has the same ones. So the merge is computed again and every byte of every file compared. Where
-all three sources are commits of the Hub, which cannot change, the files' own digests are enough.
+all three sources are commits of the Hub, which cannot change, the files' own digests are enough against damage, and
+nothing is fetched again; against somebody who writes digests anew, `hsa verify --sources` is the answer.
 """
 
 from __future__ import annotations
@@ -193,8 +194,9 @@ def _wrong(standing: Standing, seen: VerifyReport) -> str:
 def _to_compare(planned: PlannedEntry) -> dict[str, PathLike]:
     """The sources to compute the merge from again; none where all are commits of the Hub, which cannot change."""
     sources, claimed = planned.request.sources, planned.request.ids or {}
-    found = provenance.load(planned.plan.output).record.sources
-    fixed = all(
+    written = provenance.load(planned.plan.output)
+    found = written.record.sources
+    fixed = all(written.files.values()) and all(
         find_id(sources[role]) is not None
         and not claimed.get(role)
         and _COMMIT.fullmatch(found[role].identity.revision or "")

@@ -80,10 +80,11 @@ def write(tree: Path, files: Mapping[str, bytes], *, sync: bool) -> bool:
     Raises MachineError, or DestinationError when another run does not let go of the index.
     """
     check_place(tree)
-    if all(_holds(tree / name, data) for name, data in files.items()):
+    place = beside(tree / "index", STAGING)
+    stands = all(_holds(tree / name, data) for name, data in files.items())
+    if stands and not fsio.exists(place):
         return False
     tally, last = fsio.Tally(), time.monotonic() + PATIENCE
-    place = beside(tree / "index", STAGING)
     while True:
         try:
             bench = Workbench(place, tree / INDEX, sync=sync)
@@ -92,7 +93,9 @@ def write(tree: Path, files: Mapping[str, bytes], *, sync: bool) -> bool:
             if time.monotonic() > last or not place.is_dir():  # a file of that name goes by no waiting
                 raise
             time.sleep(0.05)
-    with bench:
+    with bench:  # which clears what a killed run left there
+        if stands:
+            return False
         for name, data in files.items():
             bench.write(name, data, tally)
         for name in files:

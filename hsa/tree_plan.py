@@ -98,6 +98,7 @@ class ReleasePlan:
         }
 
 
+@fsio.explained()
 def plan(
     recipe: PathLike,
     output: PathLike,

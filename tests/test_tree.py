@@ -668,6 +668,12 @@ def test_a_tree_from_the_hub(servers: Servers, shared_triple: Triple, tmp_path: 
     again = sum(seen.bytes for seen in servers.of("cdn"))
     assert again <= headers, "no weights of the sources are fetched to verify"
     assert report["bytes_read"] >= 2 * weights
+    bare = [f"--{role}={name}" for role, name in ids.items()]
+    card = "--card=release_group=g"
+    done = run_hsa("merge", *bare, card, f"--output={output / 'g' / 'a'}", "--no-hash", "--overwrite", env=env)
+    assert done.returncode == 0, done.stderr
+    done = run_hsa("release", recipe, "--output", output, "--json", "--no-sync", env=env)
+    assert json.loads(done.stdout)["bytes_read"] >= 3 * weights, "without digests it is computed again"
     repo = servers.repos["org/second"]
     repo.revisions["main"], repo.commits["c" * 40] = "c" * 40, shared_triple["primary"]
     done = run_hsa("release", recipe, "--output", output, "--json", "--no-sync", env=env)

@@ -288,4 +288,4 @@ def _energies(
 def _still(measured: Mapping[str, Measured]) -> Iterator[str]:
     for role in ROLES[1:]:
         if not any(found.moved[role] for found in measured.values()):
-            yield f"base and {role} are equal on all {len(measured)} target tensors: is it a fine-tune of this base?"
+            yield f"base and {role} are equal on all {len(measured)} target tensors: is {role} a fine-tune?"
