@@ -203,10 +203,11 @@ def open_checkpoint(
         result.kind = "pickle"
     else:
         result.index = listed.index
+    spent = [0, 0, 0]
     try:
         for name in listed.names:
             result.shards += (open_shard(role, directory, name, tally, parts.get(name)),)
-            _check_size(result)
+            _check_size(result, spent)
         result.tensors = _tensors(result, listed)
         if result.kind == "pickle":
             _drop_tied_output(result)
@@ -216,12 +217,14 @@ def open_checkpoint(
     return result
 
 
-def _check_size(checkpoint: Checkpoint) -> None:
-    """The limits of one header, held for all shards together; HeaderError beyond."""
-    headers = [shard.header for shard in checkpoint.shards]
-    size = sum(len(header.raw) - 8 for header in headers)
-    found = sum(marks(header.raw[8:]) for header in headers) if checkpoint.kind == "safetensors" else 0
-    tensors = sum(len(header.entries) for header in headers)
+def _check_size(checkpoint: Checkpoint, spent: list[int]) -> None:
+    """The limits of one header, held for all shards together; HeaderError beyond. `spent`, to which the last shard is
+    added, counts bytes, marks and tensors."""
+    header = checkpoint.shards[-1].header
+    spent[0] += len(header.raw) - 8
+    spent[1] += marks(header.raw[8:]) if checkpoint.kind == "safetensors" else 0
+    spent[2] += len(header.entries)
+    size, found, tensors = spent
     if size > MAX_HEADER or found > MAX_MARKS or tensors > MAX_TENSORS:
         raise HeaderError(
             f"{checkpoint.role}: {checkpoint.path} has headers of {size} bytes, {found} brackets, braces and commas, "

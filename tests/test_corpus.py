@@ -98,6 +98,8 @@ BREACHES = {
     "writes": "open(arena / 'sources' / 'new', 'w')",
     "writes beside": "(arena / '..' / 'x').mkdir()",
     "removes": "os.unlink(arena / 'sources' / 'file')",
+    "removes by its directory": "os.unlink('file', dir_fd=sources)",
+    "moves by its directory": "os.rename('file', arena / 'out' / 'file', src_dir_fd=sources)",
     "follows a link": "open(arena / 'out' / 'link').read()",
     "starts a program": "subprocess.run(['true'])",
     "asks a shell": "os.system('true')",
@@ -118,6 +120,7 @@ for folder in ("out", "sources"):
     (arena / folder).mkdir(parents=True)
 (arena / "sources" / "file").write_text("x")
 (arena / "out" / "link").symlink_to("/etc/hostname")
+sources = os.open(arena / "sources", os.O_RDONLY)
 guard = Guard(arena)
 def seen(work):
     try:

@@ -106,8 +106,8 @@ def _at_random(corpus: Path, seconds: float, attempt: object, changed: object) -
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    place = Path(sys.argv[2])
+    place = Path(sys.argv[2]).absolute()
     if sys.argv[1] == "replay":
-        replay(place, [Path(file) for file in sys.argv[3:]])
+        replay(place, [Path(file).absolute() for file in sys.argv[3:]])
     else:
-        fuzz(place, sys.argv[3], Path(sys.argv[4]), float(sys.argv[5]), sys.argv[6:])
+        fuzz(place, sys.argv[3], Path(sys.argv[4]).absolute(), float(sys.argv[5]), sys.argv[6:])

@@ -20,20 +20,20 @@ LIMIT = 512 << 20
 _CODE = tuple({*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[2])})
 _SYSTEM = ("/proc/", "/sys/", "/dev/", "/etc/localtime", "/usr/share/zoneinfo")
 _CHANGES = {
-    "os.chmod": (0,),
-    "os.chown": (0,),
-    "os.link": (0, 1),
-    "os.mkdir": (0,),
-    "os.remove": (0,),
-    "os.rename": (0, 1),
-    "os.rmdir": (0,),
-    "os.setxattr": (0,),
-    "os.symlink": (1,),
-    "os.truncate": (0,),
-    "os.utime": (0,),
-    "shutil.rmtree": (0,),
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "os.link": ((0, 2), (1, 3)),
+    "os.mkdir": ((0, 2),),
+    "os.remove": ((0, 1),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.rmdir": ((0, 1),),
+    "os.setxattr": ((0, None),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.utime": ((0, 3),),
+    "shutil.rmtree": ((0, 1),),
 }
-"""Events that change a directory, and which of their arguments are the paths."""
+"""Events that change a directory: which of their arguments are paths, and the directories that these count from."""
 _NEVER = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.", "socket.", "pty.")
 _PLAIN_CLASSES = ("torch", "collections", "_codecs", "builtins")
 
@@ -80,18 +80,22 @@ class Guard:
         elif event in ("os.listdir", "os.scandir"):
             self._open(arguments[0] or ".", False)
         elif event in _CHANGES:
-            for position in _CHANGES[event]:
-                self._open(arguments[position], True)
+            for position, folder in _CHANGES[event]:
+                held = arguments[folder] if folder is not None and folder < len(arguments) else None
+                self._open(arguments[position], True, held)
         elif event == "pickle.find_class":
             if str(arguments[0]).partition(".")[0] not in _PLAIN_CLASSES:
                 self.broken.append(f"the pickle got at {arguments[0]}.{arguments[1]}")
         elif event.startswith(_NEVER):
             self.broken.append(f"{event} {arguments!r:.200}")
 
-    def _open(self, path: Any, writes: bool) -> None:
+    def _open(self, path: Any, writes: bool, folder: Any = None) -> None:
+        """`open` does not say which directory a relative path counts from; but that was opened before, and seen then.
+        So the working directory is `out`, where such a path is let through."""
         if isinstance(path, int):  # a file that is open already
             return
-        real = os.path.realpath(os.fsdecode(path))
+        start = f"/proc/self/fd/{folder}" if isinstance(folder, int) and folder >= 0 else "."
+        real = os.path.realpath(os.path.join(start, os.fsdecode(path)))
         below = self.out if writes else self.arena
         if Path(real).is_relative_to(below):
             return

@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 from guard import Finding, Guard
 
-from hsa import card, cli, provenance
+from hsa import card, cli, provenance, recipe
 from hsa.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
 from hsa.errors import HsaError
 from hsa.header import marks
@@ -65,6 +68,7 @@ class Arena:
         (self.sources / "link").symlink_to(place / "secret")
         (root / "out").mkdir()
         self.output = root / "out" / "merged"
+        os.chdir(root / "out")
         self.guard = Guard(root)
         self._sound: dict[Path, bytes] = {}
         del torch
@@ -79,27 +83,36 @@ class Arena:
         return self.command(*arguments, *QUIETLY, *more)
 
     def command(self, *arguments: str) -> str:
-        """A command line in this process: success, or one line of an error that is the input's fault."""
+        """A command line that writes the destination, which is there afterwards, whole, or absent: success, or the line
+        of an error that is the input's fault."""
         shutil.rmtree(self.output, ignore_errors=True)
+        code, said, lines = self.run(*arguments)
+        failed = [line for line in lines if line.startswith("hsa: error: ")]
+        if len(failed) != (code == 2):
+            raise Finding(f"exit code {code} with {lines!r:.500}")
+        left = {path.name for path in self.output.parent.iterdir()} - {self.output.name}
+        if left:
+            raise Finding(f"left behind {left}")
+        if self.output.exists() != (code == 0):
+            raise Finding(f"exit code {code}, and the destination is {'there' if code else 'not there'}")
+        for file in _OURS if code == 0 else ():
+            if (self.output / file).exists():
+                json.loads((self.output / file).read_bytes(), parse_constant=_no_constant)
+        if code == 0:
+            json.loads(said)
+        return failed[0] if failed else "success"
+
+    def run(self, *arguments: str) -> tuple[int, str, list[str]]:
+        """A command line in this process: exit code, 0 or 2; what it says; the lines on stderr, all printable."""
         said, errors = io.StringIO(), io.StringIO()
         with self.guard.watching(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             code = cli.run(arguments)
         lines = errors.getvalue().splitlines()
-        failed = [line for line in lines if line.startswith("hsa: error: ")]
-        if code not in (0, 2) or len(failed) != (code == 2) or any(not line.startswith("hsa: ") for line in lines):
+        if code not in (0, 2) or any(not line.startswith("hsa: ") for line in lines):
             raise Finding(f"exit code {code} with {lines!r:.500}")
         if any(not line.isprintable() for line in lines):
             raise Finding(f"control characters in {lines!r:.500}")
-        left = {path.name for path in self.output.parent.iterdir()} - {self.output.name}
-        if left:
-            raise Finding(f"left behind {left}")
-        if code == 0 and "merge" in arguments[:1]:
-            json.loads(said.getvalue())
-            for file in self.output.glob("*.json"):
-                json.loads(file.read_bytes(), parse_constant=_no_constant) if file.name in _OURS else None
-        if self.output.exists() != (code == 0):
-            raise Finding(f"exit code {code}, and the destination is {'there' if code else 'not there'}")
-        return failed[0] if failed else "success"
+        return code, said.getvalue(), lines
 
     def call(self, work: Callable[[], object]) -> str:
         """Work of this package without a command: success, or an HsaError."""
@@ -239,6 +252,94 @@ def _provenance_seeds(arena: Arena) -> Iterable[bytes]:
     yield (arena.output / "hsa_merge.json").read_bytes()
     said = arena.merge("--targets=attention-all", "--no-hash", "--card=language=en,de", base=arena.openai)
     assert said == "success", said
+    yield (arena.output / "hsa_merge.json").read_bytes()
+
+
+# Recipes ---------------------------------------------------------------------------------------------------------
+
+
+def _recipe(arena: Arena, data: bytes) -> str:
+    """Read alone: what a recipe names as sources is its author's to say, and may lie anywhere."""
+    return arena.call(lambda: recipe.loads(data, "recipe.yaml", arena.sources))
+
+
+def _recipe_seeds(arena: Arena) -> Iterable[bytes]:
+    yield (Path(__file__).resolve().parents[2] / "examples" / "whisper-scaling.yaml").read_bytes()
+    yield b"merges: [{name: a, group: b, base: x/a, primary: ~/b, secondary: ../c, k: 60, card: {title: 'x'}}]\n"
+    yield b"a: &a [x, x]\nb: &b [*a, *a]\nmerges: [*b, *b]\n"
+    yield b"!!python/object/apply:os.system ['true']\n"
+
+
+# Outputs ---------------------------------------------------------------------------------------------------------
+
+
+def _verify(arena: Arena, data: bytes) -> str:
+    """`hsa verify` of an output whose provenance says what the input says, with a digest that fits."""
+    return _forged(arena, data, "verify", str(arena.output), "--json", "--threads=1")
+
+
+def _inspect(arena: Arena, data: bytes) -> str:
+    """`hsa inspect` of such an output, as a page: no element and no handler in it is a stranger's."""
+    page = arena.output.parent / "page.html"
+    page.unlink(missing_ok=True)
+    said = _forged(arena, data, "inspect", str(arena.output), "--no-verify", f"--html={page}")
+    if said != "success":
+        return said
+    parser = _Elements()
+    parser.feed(page.read_text(encoding="utf-8"))
+    page.unlink()
+    own = {"script": 2, "link": 1, "form": 1, "iframe": 0, "object": 0, "embed": 0, "img": 0, "base": 0, "a": 0}
+    if any(parser.found[tag] > count for tag, count in own.items()):
+        raise Finding(f"the page holds {dict(parser.found)}")
+    if parser.handlers or parser.marked:
+        raise Finding(f"the page holds {parser.handlers or parser.marked}, which a stranger wrote")
+    return said
+
+
+class _Elements(HTMLParser):
+    """Counts the elements of a page, those that only the input can have named (`x-`), and attributes that run code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.handlers: list[str] = []
+        self.marked: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found[tag] += 1
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        self.marked += [tag] if tag.startswith("x-") else []
+
+
+def _forged(arena: Arena, data: bytes, *arguments: str) -> str:
+    if not (arena.output / "hsa_merge.json").exists():
+        arena.merge()
+    path = arena.output / "hsa_merge.json"
+    sound = path.read_bytes()
+    if marks(data) < 10_000:
+        with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
+            document = json.loads(data)
+            document["digest"] = provenance.digest_of(document)
+            data = provenance.render(document)
+    path.write_bytes(data)
+    try:
+        code, _, lines = arena.run(*arguments)
+    finally:
+        path.write_bytes(sound)
+    return "success" if code == 0 else lines[0] if lines else "refused"
+
+
+def _inspect_seeds(arena: Arena) -> Iterable[bytes]:
+    (sound,) = _verify_seeds(arena)
+    yield sound
+    document = json.loads(sound)
+    document["sources"]["primary"].update(id="</script><x-a onload=x>", revision="<x-b>")
+    document["parameters"]["card"] = {"title": "</script><script>x</script>"}
+    yield json.dumps(document).encode()
+
+
+def _verify_seeds(arena: Arena) -> Iterable[bytes]:
+    assert arena.merge() == "success"
     yield (arena.output / "hsa_merge.json").read_bytes()
 
 
@@ -427,6 +528,11 @@ TARGETS: Mapping[str, Target] = {
         tokens=("r", "lora_alpha", "use_rslora", "peft_type", "LORA", "bias"),
     ),
     "provenance": Target(_provenance, _provenance_seeds, tokens=("digest", "blake3", "selected", "scores", "revision")),
+    "recipe": Target(
+        _recipe, _recipe_seeds, "bytes", ("merges:", "- name: ", "&a", "*a", "<<: ", "!!", "|", "card: {")
+    ),
+    "verify": Target(_verify, _verify_seeds, tokens=("files", "../x", "/etc/passwd", "blake3", "scores", "parameters")),
+    "inspect": Target(_inspect, _inspect_seeds, tokens=("<x-a>", "</script><x-b>", '"onload="x', "scores", "id", "k")),
     "patch": Target(_patch, _patch_seeds, tokens=("targets", "files", "hsa.scores", "max_shard_size", "parameters")),
     "pickle": Target(_pickle, _pickle_seeds, "bytes", ("torch._utils\n_rebuild_tensor_v2\n", "storage", "cpu")),
     "zip": Target(
