@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/hsa demo
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Every point of the fault suite, of which `make test` tries a sample; it ends with a table.
 test-faults: $(READY)

@@ -56,6 +56,7 @@ setup(
         "plot": ["matplotlib>=3.9,<4"],
         "dev": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
             "mypy==2.4.1",

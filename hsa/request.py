@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from hsa.card import check_fields
-from hsa.checkpoint import Checkpoint, Role, Sources, is_hub_id
+from hsa.checkpoint import ROLES, Checkpoint, Role, Sources, is_hub_id
 from hsa.config import MergeConfig
 from hsa.errors import RequestError
 from hsa.fsio import Tally
@@ -80,10 +80,10 @@ def open_sources(
     See `hsa.merge` for what it raises.
     """
     ids = request.ids or {}
-    adapted = hub.is_adapter("primary", request.sources["primary"])
+    adapted = {role for role in ROLES if hub.is_adapter(role, request.sources[role])}  # in the order of messages
 
     def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        want = _want(request, role, adapted=adapted, headers_only=headers_only, rows_only=rows_only)
+        want = _want(request, role, adapted="primary" in adapted, headers_only=headers_only, rows_only=rows_only)
         return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
 
     base = opened("base")
