@@ -67,9 +67,11 @@ def apply(
         config = _config(opened)
         want = Want("whole", config.targets, assets=True)
         source = stack.enter_context(hub.open("primary", primary, tally, want, None))
-        destination = check_destination(output, [source.path, opened.source.path.resolve()], overwrite=overwrite)
+        extra = [_folder(each) for each in assets]
+        apart = [source.path, opened.source.path.resolve(), *extra]
+        destination = check_destination(output, apart, overwrite=overwrite)
         check_primary(opened, source)
-        small = _small_files(opened, source, [Path(each).expanduser() for each in assets], tally)
+        small = _small_files(opened, source, extra, tally)
         options = Options(threads or default_threads(), digest, sync)
         record = apply_to(
             opened, source, small, destination, options, tally, memory, overwrite=overwrite, progress=progress
@@ -175,6 +177,17 @@ def _line(target: PatchTarget, primary: Checkpoint) -> tuple[str, str, Sequence[
     return target.projection.name, ref.code, ref.shape, digest
 
 
+def _folder(path: PathLike) -> Path:
+    """A directory given with --assets, its links resolved."""
+    try:
+        folder = Path(path).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(f"assets: {path} cannot be found: {error}") from error
+    if not folder.is_dir():
+        raise SourceError(f"assets: {path} is not a directory; expected one with tokenizer or processor files")
+    return folder
+
+
 def _small_files(patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally: fsio.Tally) -> dict[str, bytes]:
     """The small files as the merge wrote them, found by their digests. Raises SourceError for one that is not there."""
     places = [primary.path, primary.path.parent, *extra]
@@ -182,7 +195,7 @@ def _small_files(patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally
     for name, digest in patch.contents.files.items():
         for directory in places:
             if (directory / name).is_file():
-                data = read_text("primary", directory, name, tally)
+                data = read_text("assets" if directory in extra else "primary", directory, name, tally)
                 if digest_of(data) == digest:
                     found[name] = data
                     break

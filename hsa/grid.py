@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from itertools import product
 
 from hsa.config import MergeConfig, Preset
 from hsa.errors import RequestError
+
+_NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?")
+DIGITS = 20
+"""Orders of magnitude on either side of the point; more would not fit into the name of a file."""
 
 MOST_POINTS = 10_000
 """Points of a grid at most; more are a mistyped step."""
@@ -27,26 +33,29 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
             continue
         if len(ends) != 3 or ends[2] <= 0 or ends[1] < ends[0]:
             raise RequestError(
-                f"{name} takes numbers such as 0.1,0.3 or start:stop:step with a step above 0, got {text!r}"
+                f"{name} takes numbers such as 0.1,0.3 or start:stop:step with a step above 0, got {text!r:.80}"
             )
         start, stop, step = ends
         count = int((stop - start) / step) + 1
         if count > MOST_POINTS:
-            raise RequestError(
-                f"{name} {text!r} has {count} values, at most {MOST_POINTS} are allowed; is the step right?"
-            )
+            raise RequestError(f"{name} {text!r:.80} has over {MOST_POINTS} values; is the step right?")
         found += [start + step * number for number in range(count)]
     return tuple(float(value) for value in found)
 
 
 def _decimal(name: str, text: str, whole: str) -> Decimal:
-    try:
-        value = Decimal(text.strip())
-    except InvalidOperation:
-        value = Decimal("nan")
-    if not value.is_finite() or not -1000 < value.adjusted() < 1000:
-        raise RequestError(f"{name} takes numbers such as 0.1,0.3 or start:stop:step, got {whole!r}")
+    if not _NUMBER.fullmatch(text.strip()):
+        raise RequestError(f"{name} takes numbers such as 0.1,0.3 or start:stop:step, got {whole!r:.80}")
+    value = Decimal(text.strip()) + 0  # no minus before a zero
+    if value and not -DIGITS < value.adjusted() < DIGITS:
+        raise RequestError(
+            f"{name} takes numbers of at most {DIGITS} digits before and after the point, got {text!r:.40}"
+        )
     return value
+
+
+LONGEST_NAME = 200
+"""Letters of a point's name: with what else a file's name holds, fewer than any filesystem allows."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,13 @@ def points(
     targets: Sequence[Preset], k: Sequence[float], lam: Sequence[float], alpha: Sequence[float]
 ) -> tuple[GridPoint, ...]:
     """Every combination, each once, in the order of the values given. Raises RequestError for too many or none."""
+    many = math.prod(map(len, (targets, k, lam, alpha)))
+    if not 1 <= many <= MOST_POINTS:
+        raise RequestError(f"the grid has {many} points, expected 1 to {MOST_POINTS}")
     found = tuple(dict.fromkeys(GridPoint(*setting) for setting in product(targets, k, lam, alpha)))
-    if not 1 <= len(found) <= MOST_POINTS:
-        raise RequestError(f"the grid has {len(found)} points, expected 1 to {MOST_POINTS}")
+    for point in found:
+        if len(point.name) > LONGEST_NAME:
+            raise RequestError(
+                f"the point {point.name:.80}... has a name of {len(point.name)} letters; give fewer digits"
+            )
     return found

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from hsa.checkpoint import ROLES, Role
+from hsa.distances import Distances
 from hsa.dtypes import BITS
 from hsa.errors import HeaderError, PatchError, ProvenanceError
 from hsa.fsio import ALIGNMENT
@@ -38,6 +39,10 @@ FORMAT = 1
 SCORES, SELECTED = "hsa.scores", "hsa.selected"
 BLANK = "0" * 64
 """Stands for a digest that is not known yet, at its length."""
+
+
+class OtherFormat(PatchError):
+    """A patch of another version of the format: none of this version's to judge."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,6 @@ class PatchTarget:
 
     def rows_bytes(self, count: int) -> int:
         return math.prod(self.rows_shape(count)) * BITS[self.code] // 8
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Relative L2 changes of the targets of a stack, by the formula's values before they are rounded to their element
-    type: `|merged - primary| / |primary|` and `|merged - secondary| / |secondary|`."""
-
-    from_primary: float
-    from_secondary: float
 
 
 MAX_TARGETS, MAX_HEADS = 4096, 1 << 17
@@ -186,7 +182,7 @@ def read(header: Header, where: str) -> Contents:
     try:
         document = load_json(text.encode("utf-8"), where, KEY)
         if document.get("format") != FORMAT:
-            raise PatchError(f"{where}: format is {document.get('format')!r:.40}, this version reads {FORMAT}")
+            raise OtherFormat(f"{where}: format is {document.get('format')!r:.40}, this version reads {FORMAT}")
         check_digest(document, where)
     except (HeaderError, ProvenanceError, UnicodeEncodeError) as error:
         raise PatchError(f"{where}: {error}") from error

@@ -192,14 +192,15 @@ def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwr
             return destination
         if not overwrite:
             raise DestinationError(f"output {destination} exists; choose another, or give --overwrite")
-        if not destination.is_file() or not _is_patch(destination):
+        if not destination.is_file() or not is_patch(destination):
             raise DestinationError(f"output {destination} exists and is no patch of hsa; --overwrite replaces no other")
     except (OSError, RuntimeError, ValueError) as error:
         raise DestinationError(f"output {given} cannot be looked at: {error}; choose another destination") from error
     return destination
 
 
-def _is_patch(path: Path) -> bool:
+def is_patch(path: Path) -> bool:
+    """Whether a file's header says that it is a patch, whatever else may be wrong with it."""
     with suppress(HsaError):
         source = fsio.Source(path, "patch", fsio.Tally())
         try:

@@ -17,16 +17,17 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from hsa import fsio, patch_format
+from hsa import distances, fsio, patch_format
 from hsa.backends import Merged, NotFinite
-from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
+from hsa.backends.cpu import Blend, CpuBackend, CpuWorker, Norms
 from hsa.checkpoint import ROLES, Role, Sources
 from hsa.compute import Calculator, TargetOutcome, not_finite
 from hsa.config import MergeConfig
+from hsa.distances import Distances
 from hsa.dtypes import BITS, Array
 from hsa.errors import MachineError, RequestError
 from hsa.memory import PeakMemory
-from hsa.patch_format import Contents, Distances, PatchTarget
+from hsa.patch_format import Contents, PatchTarget
 from hsa.plan import find_targets
 from hsa.provenance import PROGRAM, libraries, source_record, target_digest, tensors_digest
 from hsa.target import Selection, Target, select
@@ -158,7 +159,7 @@ class _Run:
         self.failure: BaseException | None = None
         self.placed = 0
         self.done = 0
-        self.norms: dict[str, tuple[float, float, tuple[float, ...]]] = {}
+        self.norms: dict[str, Norms] = {}
         self.files: list[_File] = []
         targets: dict[str, list[tuple[_File, Target]]] = {}
         for point in points:
@@ -247,18 +248,15 @@ class _Run:
         return Made(contents, outcomes, stop)
 
     def _distances(self, outcomes: Sequence[TargetOutcome]) -> dict[str, Distances]:
-        sums: dict[str, list[float]] = {}
-        for outcome in outcomes:
-            target, chosen = outcome.target, set(outcome.merged.selection.selected)
-            primary, secondary, apart = self.norms[target.projection.name]
-            merged = sum(value for head, value in enumerate(apart) if head in chosen)
-            kept = sum(value for head, value in enumerate(apart) if head not in chosen)
-            parts = (target.c2**2 * merged, primary, target.c1**2 * merged + kept, secondary)
-            for stack in (target.projection.stack, "all"):
-                held = sums.setdefault(stack, [0.0] * 4)
-                for place, part in enumerate(parts):
-                    held[place] += part
-        return {stack: Distances(_root(a, b), _root(c, d)) for stack, (a, b, c, d) in sums.items()}
+        return distances.of(
+            distances.Merged(
+                outcome.target.projection.stack,
+                outcome.target.coefficient,
+                outcome.merged.selection.selected,
+                self.norms[outcome.target.projection.name],
+            )
+            for outcome in outcomes
+        )
 
     def _work(self) -> None:
         try:
@@ -301,8 +299,7 @@ class _Run:
         arrays = data["base"], data["primary"], data["secondary"]
         try:
             scored = worker.score(target, *arrays)
-            norms = worker.norms(target, data["primary"], data["secondary"])
-            self.norms[target.projection.name] = (norms.primary, norms.secondary, norms.apart)
+            self.norms[target.projection.name] = worker.norms(target, data["primary"], data["secondary"])
             merged = {
                 id(file): Merged(select(scored.squared, each.keep), (), scored.primary_moved, scored.secondary_moved)
                 for file, each in job.targets
@@ -429,10 +426,6 @@ def expected_bytes(config: MergeConfig, sources: Sources) -> int:
 
 def _expected_bytes(contents: Contents) -> int:
     return sum(target.rows_bytes(target.keep) + 9 * target.heads for target in contents.targets)
-
-
-def _root(above: float, below: float) -> float:
-    return float((above / below) ** 0.5) if below > 0 else 0.0
 
 
 def _blake3(data: Any) -> str:

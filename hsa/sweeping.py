@@ -7,38 +7,36 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hsa import fsio, grid, sweep_index
 from hsa.applying import apply_to
-from hsa.checkpoint import ROLES, Role, Sources
+from hsa.checkpoint import Role
 from hsa.config import MergeConfig, Preset
-from hsa.errors import DestinationError, HsaError, MachineError, RequestError
+from hsa.errors import MachineError, RequestError
 from hsa.grid import GridPoint
 from hsa.hub import Hub
 from hsa.memory import PeakMemory
-from hsa.output import ASIDE, PROVENANCE, check_destination
-from hsa.patch_reader import digest_range, open_patch
-from hsa.patches import SUFFIX, Opened, open_for_patches
+from hsa.patch_reader import open_patch
+from hsa.patches import SUFFIX, open_for_patches
 from hsa.patching import Point, expected_bytes, make_patches
 from hsa.pipeline import Options
-from hsa.plan import find_targets
-from hsa.provenance import PROGRAM, Origin, libraries, load, source_record, tensors_digest
+from hsa.provenance import load, source_record
 from hsa.report import NO_DIGESTS, findings
 from hsa.request import PathLike, Request
 from hsa.signals import deferred
 from hsa.sweep_index import Entry
+from hsa.sweep_standing import BENCH, PRESETS, Standing, check_directory, entry_of
 from hsa.threads import default_threads
-from hsa.workbench import STAGING, Workbench
+from hsa.workbench import Workbench
 
 PASS_POINTS = 128
 """Patches that are written in one pass over the targets: each keeps two files open."""
 
-BENCH = f".sweep{STAGING}"
-PRESETS: tuple[Preset, ...] = ("encoder-qkv", "attention-qkv", "attention-all")
-"""Each holds the targets of those before it."""
+SPARE_FILES = 64
+"""Open files that a sweep leaves for everything but its points."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,8 @@ def sweep(
             a checkpoint directory for every point, and `index.json` and `index.csv`. Points that stand there already
             are verified and skipped.
         k, lam, alpha, targets: the values of the grid; see `hsa.merge`.
-        jobs: patches written in one pass, or checkpoints written at a time; 128 and 1 unless told.
+        jobs: patches written in one pass, for each of which sources are read again, 128 unless told; or checkpoints
+            written at a time, 1 unless told and at most as many as there are threads.
         digest: for checkpoints, record digests of whole files.
         overwrite: make points anew that stand there and were made otherwise.
         The others are those of `hsa.merge`.
@@ -140,10 +139,11 @@ def sweep(
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         opened = open_for_patches(list(configs.values()), request, tally, hub, stack, rows_only=not full)
-        directory = _check_directory(request, opened.sources)
+        directory = check_directory(request, opened.sources)
         with deferred():
             bench = stack.enter_context(Workbench(directory / BENCH, directory, sync=sync))
-        run = _Sweep(request, configs, opened, directory, bench, tally, memory, full=full, jobs=jobs)
+        standing = Standing(request, configs, opened, directory, tally)
+        run = _Sweep(standing, bench, memory, full=full, jobs=jobs)
         run.go(progress)
         memory.sample()
     return SweepReport(
@@ -154,35 +154,12 @@ def sweep(
         bytes_written=tally.written,
         bytes_fetched=sum(hub.fetched.values()),
         peak_memory_bytes=memory.peak,
-        made=tuple(point.name for point in points if point.name in run.made),
+        made=tuple(point.name for point in points if point in run.made),
         skipped=tuple(run.skipped),
         entries=tuple(sorted(run.entries.values(), key=lambda entry: entry.order)),
-        notes=(*hub.notes, *opened.notes, *run.notes, *((NO_DIGESTS,) if full and not digest else ())),
+        notes=(*hub.notes, *opened.notes, *standing.notes, *run.notes, *((NO_DIGESTS,) if full and not digest else ())),
         warnings=(*opened.warnings, *run.warnings),
     )
-
-
-def _check_directory(request: Request, sources: Sources) -> Path:
-    """The directory of a sweep: new, empty, or an earlier sweep's. Raises DestinationError."""
-    folders = [source.path for source in sources]
-    directory = check_destination(request.output, folders, overwrite=False, adding=True)
-    held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    foreign = [name for name in held if name != BENCH and not _is_point(directory / name)]
-    if sweep_index.JSON not in held and foreign:
-        raise DestinationError(
-            f"output {directory} is no earlier sweep: it holds {', '.join(foreign[:3])} and no {sweep_index.JSON}; "
-            f"choose another directory"
-        )
-    return directory
-
-
-def _is_point(path: Path) -> bool:
-    """Whether a directory entry is what a sweep left that was killed before its index: a point, or one being made."""
-    if path.name.startswith(tuple(f".{preset}" for preset in PRESETS)):
-        return path.name.endswith((STAGING, ASIDE))
-    if not path.name.startswith(PRESETS):
-        return False
-    return (path / PROVENANCE).is_file() or path.suffix == SUFFIX
 
 
 class _Sweep:
@@ -190,55 +167,51 @@ class _Sweep:
 
     def __init__(
         self,
-        request: Request,
-        configs: Mapping[GridPoint, MergeConfig],
-        opened: Opened,
-        directory: Path,
+        standing: Standing,
         bench: Workbench,
-        tally: fsio.Tally,
         memory: PeakMemory,
         *,
         full: bool,
         jobs: int | None,
     ) -> None:
-        self.request, self.configs, self.opened, self.directory = request, configs, opened, directory
-        self.bench, self.tally, self.memory, self.full = bench, tally, memory, full
-        self.threads = request.threads or default_threads()
-        self.jobs = jobs or (1 if full else PASS_POINTS)
-        self.made: list[str] = []
+        self.standing, self.bench, self.memory, self.full = standing, bench, memory, full
+        self.request, self.opened, self.directory = standing.request, standing.opened, standing.directory
+        self.threads = self.request.threads or default_threads()
+        self.jobs = min(jobs or 1, self.threads) if full else 1
+        self.size = min(PASS_POINTS, _open_files() // 2) if full else min(jobs or PASS_POINTS, _open_files() // 2)
+        self.made: set[GridPoint] = set()
         self.skipped: list[str] = []
         self.notes: list[str] = []
         self.warnings: list[str] = []
-        self.sources = {source.role: source_record(source, "") for source in opened.sources}
-        listed = sweep_index.read(directory, self.sources)
-        self.entries = {entry.name: entry for entry in listed if (directory / entry.place).exists()}
-        self._digests: dict[Role, dict[str, str]] = {}
+        self.entries: dict[str, Entry] = {}
         self._listing = threading.Lock()
 
     def go(self, progress: Callable[[int, int], None] | None) -> None:
-        standing = {point for point in self.configs if self._stands(point)}
-        ahead = [point for point in self.configs if point not in standing or point.name not in self.entries]
-        self.skipped = [point.name for point in self.configs if point in standing]
-        self._check_space([point for point in ahead if point not in standing])
-        size = PASS_POINTS if self.full else self.jobs
-        for first in range(0, len(ahead), size):
-            share = None
-            if progress is not None:
-                before, many = first, len(ahead)
-                share = _Share(progress, before, min(size, many - before), many)
-            self._pass(ahead[first : first + size], standing, share)
+        self.entries = {entry.place: entry for entry in self.standing.others(full=self.full)}
+        ahead = []
+        for point in self.standing.configs:
+            entry = self.standing.checkpoint(point) if self.full else self.standing.patch(point)
+            if entry is None:
+                ahead.append(point)
+            else:
+                self.entries[entry.place] = entry
+                self.skipped.append(point.name)
+        self._check_space(ahead)
+        for first in range(0, len(ahead), self.size):
+            part = ahead[first : first + self.size]
+            self._pass(part, None if progress is None else _Share(progress, first, len(part), len(ahead)))
         self._write_index()
 
-    def _pass(self, points: Sequence[GridPoint], standing: set[GridPoint], progress: _Share | None) -> None:
+    def _pass(self, points: Sequence[GridPoint], progress: _Share | None) -> None:
         sources = self.opened.sources
         made = make_patches(
-            [Point(self.configs[point], f"{point.name}{SUFFIX}") for point in points],
+            [Point(self.standing.configs[point], f"{point.name}{SUFFIX}") for point in points],
             sources,
             self.opened.settings,
             self.opened.files,
             self.bench,
             self.threads,
-            self.tally,
+            self.standing.tally,
             self.memory,
             progress,
         )
@@ -246,133 +219,50 @@ class _Sweep:
         for found in made:
             for said, texts in zip((self.notes, self.warnings), findings(found.outcomes), strict=True):
                 said += [text for text in texts if text not in said]
-        if self.full and self.jobs > 1:
+        if self.jobs > 1:
             with ThreadPoolExecutor(self.jobs) as pool:
                 try:
-                    list(pool.map(lambda point: self._publish(point, standing), points))
+                    list(pool.map(self._publish, points))
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
         else:
             for point in points:
-                self._publish(point, standing)
+                self._publish(point)
 
-    def _publish(self, point: GridPoint, standing: set[GridPoint]) -> None:
+    def _publish(self, point: GridPoint) -> None:
         """Put the point of a patch on the workbench where it belongs, and list it."""
         file = f"{point.name}{SUFFIX}"
         with ExitStack() as stack:
-            patch = open_patch(self.bench.file(file), self.tally, stack)
-            entry = Entry.of(point, patch, point.name if self.full else file)
-            if point in standing:
-                self.bench.file(file).unlink()
-            elif self.full:
+            patch = open_patch(self.bench.file(file), self.standing.tally, stack)
+            entry = entry_of(point, patch)
+            if self.full:
                 options = Options(max(1, self.threads // self.jobs), self.request.digest, self.request.sync)
-                destination = self.directory / point.name
                 primary, small = self.opened.sources.primary, self.opened.small
-                apply_to(patch, primary, small, destination, options, self.tally, self.memory, overwrite=True)
+                destination = self.directory / point.name
+                apply_to(patch, primary, small, destination, options, self.standing.tally, self.memory, overwrite=True)
                 self.bench.file(file).unlink()
+                entry = replace(entry, place=point.name, blake3=load(destination).digest)
             else:
                 self.bench.publish_file(file, self.directory / file)
         with self._listing:
-            self.entries[point.name] = entry
-            if point not in standing:
-                self.made.append(point.name)
-            if self.full:
-                self._write_index()
+            self.entries[entry.place] = entry
+            self.made.add(point)
 
     def _write_index(self) -> None:
-        for name, data in sweep_index.render(list(self.entries.values()), self.sources).items():
+        sources = {source.role: source_record(source, "") for source in self.opened.sources}
+        for name, data in sweep_index.render(self.entries.values(), sources).items():
             place = self.directory / name
             if place.is_file() and place.read_bytes() == data:
                 continue
-            self.bench.write(name, data, self.tally)
+            self.bench.write(name, data, self.standing.tally)
             self.bench.publish_file(name, place)
-
-    def _stands(self, point: GridPoint) -> bool:
-        """Whether a point is there, whole and as it would be made; a damaged one is made anew.
-
-        Raises DestinationError where it was made otherwise, unless that may be overwritten.
-        """
-        place = self.directory / (point.name if self.full else f"{point.name}{SUFFIX}")
-        if not place.exists():
-            self.entries.pop(point.name, None)
-            return False
-        try:
-            differs = self._checkpoint_differs(point, place) if self.full else self._patch_differs(point, place)
-        except HsaError as error:
-            self.notes.append(f"{place.name} is damaged and made anew: {error}")
-            self.entries.pop(point.name, None)
-            return False
-        if not differs:
-            return True
-        if not self.request.overwrite:
-            raise DestinationError(
-                f"{place} stands there and was made otherwise: its {', '.join(differs)} differ; choose another output, "
-                f"or give --overwrite to make it anew"
-            )
-        self.entries.pop(point.name, None)
-        return False
-
-    def _patch_differs(self, point: GridPoint, place: Path) -> list[str]:
-        with ExitStack() as stack:
-            patch = open_patch(place, self.tally, stack)
-            patch.check_tensors({})
-            contents = patch.contents
-            found: Origin = (
-                dict(contents.program),
-                dict(contents.libraries),
-                dict(contents.parameters),
-                dict(contents.sources),
-            )
-            differs = self._differs(point, found)
-            if contents.files != self.opened.files:
-                differs.append("configs or tokenizer files")
-            if not differs:
-                self.entries[point.name] = Entry.of(point, patch, place.name)
-            return differs
-
-    def _checkpoint_differs(self, point: GridPoint, place: Path) -> list[str]:
-        held = load(place)
-        for name, digest in held.files.items():
-            source = fsio.Source(place / name, "output", self.tally)
-            try:
-                if digest is not None and digest_range(source, 0, source.size) != digest:
-                    raise DestinationError(f"{place / name} is not what was written")
-            finally:
-                source.close()
-        record = held.record
-        return self._differs(
-            point, (dict(record.program), dict(record.libraries), dict(record.parameters), dict(record.sources))
-        )
-
-    def _differs(self, point: GridPoint, found: Origin) -> list[str]:
-        """Which of program, libraries, parameters and sources are not those that the point would be made with."""
-        parameters = {**self.configs[point].as_dict(), **self.opened.settings}
-        expected: Origin = (PROGRAM, libraries(), parameters, self._sources(point))
-        names = ("program", "libraries", "parameters", "sources")
-        return [name for name, one, two in zip(names, found, expected, strict=True) if one != two]
-
-    def _sources(self, point: GridPoint) -> dict[Role, Any]:
-        """The records of the sources, with the digests of a point's targets; the targets are read for it once."""
-        targets = find_targets(self.configs[point], self.opened.sources)
-        found = {}
-        for role in ROLES:
-            source, known = self.opened.sources.of(role), self._digests.setdefault(role, {})
-            lines = []
-            for target in targets:
-                ref, name = target.ref(role), target.projection.name
-                if name not in known:
-                    known[name] = digest_range(source.shards[ref.shard].source, ref.offset, ref.nbytes)
-                lines.append((name, ref.code, ref.shape, known[name]))
-            found[role] = source_record(source, tensors_digest(lines))
-        return found
 
     def _check_space(self, points: Sequence[GridPoint]) -> None:
         """MachineError where the points cannot fit on the disk."""
-        sources = self.opened.sources
-        needed = sum(
-            expected_bytes(self.configs[point], sources) for point in points[: PASS_POINTS if self.full else None]
-        )
+        sources, configs = self.opened.sources, self.standing.configs
+        patches = points[: self.size] if self.full else points
+        needed = sum(expected_bytes(configs[point], sources) for point in patches)
         if self.full:
             needed += len(points) * sum(ref.nbytes for ref in sources.primary.tensors.values())
         free = fsio.free_bytes(self.directory)
@@ -381,6 +271,14 @@ class _Sweep:
                 f"{len(points)} points need {needed} bytes and {free} are free in {self.directory}; free some space, "
                 f"or choose another output"
             )
+
+
+def _open_files() -> int:
+    """How many more files this process may open, with some to spare for everything else; at least two."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(2, (1 << 20 if soft == resource.RLIM_INFINITY else soft) - SPARE_FILES)
 
 
 @dataclass(frozen=True)

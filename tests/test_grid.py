@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from hsa import RequestError, grid
@@ -28,7 +30,25 @@ def test_numbers(text: str, expected: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "0:1", "0:1:0", "0:1:-0.1", "1:0:0.1", "0:1:0.1:2", "nan", "inf", "0,,1", "1e9999"]
+    "text",
+    [
+        "",
+        "a",
+        "0:1",
+        "0:1:0",
+        "0:1:-0.1",
+        "1:0:0.1",
+        "0:1:0.1:2",
+        "nan",
+        "inf",
+        "0,,1",
+        "1e9999",
+        "0_1",
+        "٣",
+        "0x1",
+        "1e",
+        ".",
+    ],
 )
 def test_bad_numbers_are_refused_by_name(text: str) -> None:
     with pytest.raises(RequestError, match=r"^alpha takes numbers such as 0.1,0.3 or start:stop:step"):
@@ -36,8 +56,10 @@ def test_bad_numbers_are_refused_by_name(text: str) -> None:
 
 
 def test_a_mistyped_step_does_not_fill_the_memory() -> None:
-    with pytest.raises(RequestError, match="1000000001 values, at most 10000"):
+    with pytest.raises(RequestError, match="has over 10000 values"):
         grid.numbers("k", "0:1:0.000000001")
+    with pytest.raises(RequestError, match="has over 10000 values"):
+        grid.numbers("k", "0:1e19:1e-19")
 
 
 def test_points_are_every_combination_once_in_order() -> None:
@@ -46,8 +68,15 @@ def test_points_are_every_combination_once_in_order() -> None:
 
 
 def test_too_many_or_no_points_are_refused() -> None:
-    with pytest.raises(RequestError, match="1000000 points"):
-        grid.points(["encoder-qkv"], *([n / 100 for n in range(100)],) * 3)
+    class Many(list[float]):
+        def __len__(self) -> int:
+            return 10**9
+
+        def __iter__(self) -> Iterator[float]:
+            raise AssertionError("the grid is counted before it is made")
+
+    with pytest.raises(RequestError, match="1000000000 points"):
+        grid.points(["encoder-qkv"], Many(), [0.1], [0.1])
     with pytest.raises(RequestError, match="0 points"):
         grid.points(["encoder-qkv"], [], [0.1], [0.1])
 
@@ -59,6 +88,18 @@ def test_too_many_or_no_points_are_refused() -> None:
 def test_names_have_no_exponent_and_no_trailing_zeros(value: float, text: str) -> None:
     assert grid.plain(value) == text
     assert GridPoint("encoder-qkv", value, 0.5, 0.2).name == f"encoder-qkv_k{text}_lambda0.5_alpha0.2"
+
+
+@pytest.mark.parametrize("text", ["1e-300", "1e30", "0:1e99:1"])
+def test_numbers_that_no_name_could_hold_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="at most 20 digits before and after the point"):
+        grid.numbers("k", text)
+
+
+def test_a_minus_before_a_zero_is_no_other_point() -> None:
+    assert str(grid.numbers("lambda", "-0,0")) == "(0.0, 0.0)"
+    with pytest.raises(RequestError, match=r"has a name of 3[0-9]{2} letters"):
+        grid.points(["encoder-qkv"], [1e-300], [0.5], [0.2])
 
 
 def test_different_points_have_different_names() -> None:

@@ -243,7 +243,9 @@ def test_a_sound_digest_does_not_make_a_document_true(triple: Triple, patched: P
 # --- small files ------------------------------------------------------------------------------------------------
 
 
-def test_files_that_primary_lacks_are_asked_for(triple: Triple, tmp_path: Path) -> None:
+def test_files_that_primary_lacks_are_asked_for(
+    triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The merge took the tokenizer from base; `apply` has no base, and takes no other file in its place."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (triple["base"] / name).write_text('{"base": 1}')
@@ -254,6 +256,18 @@ def test_files_that_primary_lacks_are_asked_for(triple: Triple, tmp_path: Path) 
         hsa.apply(triple["primary"], tmp_path / NAME, output=tmp_path / "applied")
     hsa.apply(triple["primary"], tmp_path / NAME, output=tmp_path / "applied", assets=[triple["base"]], sync=False)
     assert snapshot(tmp_path / "merged") == snapshot(tmp_path / "applied")
+    (tmp_path / "link").symlink_to(triple["base"])
+    monkeypatch.chdir(tmp_path)
+    for number, place in enumerate(("sources/base", "link", tmp_path / "link")):
+        hsa.apply(triple["primary"], NAME, output=f"again{number}", assets=[place], sync=False)
+        assert snapshot(tmp_path / "merged") == snapshot(tmp_path / f"again{number}")
+    shutil.copytree(tmp_path / "merged", tmp_path / "giver")
+    with pytest.raises(hsa.DestinationError, match="is the source"):
+        hsa.apply(triple["primary"], NAME, output="giver", assets=["giver"], overwrite=True)
+    assert snapshot(tmp_path / "giver") == snapshot(tmp_path / "merged")
+    for wrong, message in (("nothing", "cannot be found"), (NAME, "is not a directory")):
+        with pytest.raises(hsa.SourceError, match=message):
+            hsa.apply(triple["primary"], NAME, output="never", assets=[wrong])
     edit_json(triple["base"] / "tokenizer.json", base=2)
     with pytest.raises(hsa.SourceError, match="--assets"):
         hsa.apply(triple["primary"], tmp_path / NAME, output=tmp_path / "again", assets=[triple["base"]])
@@ -271,6 +285,7 @@ def test_files_that_primary_lacks_are_asked_for(triple: Triple, tmp_path: Path) 
         (["--numerics", "reference"], "numerics 'reference' writes every tensor anew"),
         (["--backend", "triton"], "patches are made on the CPU"),
         (["--dry-run"], "--dry-run plans whole checkpoints"),
+        (["--no-hash"], "--no-hash leaves out digests of whole files"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

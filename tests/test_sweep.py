@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import random
@@ -16,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import poke, read_tensors, run_hsa, snapshot
+from helpers import edit_json, poke, read_tensors, run_hsa, snapshot
 
 import hsa
-from hsa import sweeping
+from hsa import header, patch_format, sweeping
 from hsa.backends.cpu import CpuWorker
 from hsa.synthetic import SHAPES, write_triple
 
@@ -40,7 +41,8 @@ def parameters(name: str) -> dict[str, Any]:
 
 
 def index(output: Path) -> dict[str, Any]:
-    return {entry["name"]: entry for entry in json.loads((output / "index.json").read_text())["points"]}
+    points = json.loads((output / "index.json").read_text())["points"]
+    return {entry["place"].removesuffix(".safetensors"): entry for entry in points}
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +184,7 @@ def test_points_of_other_sources_are_refused(triple: Triple, tmp_path: Path) -> 
     assert all(after[f"{name}.safetensors"] != before[f"{name}.safetensors"] for name in POINTS)
     with pytest.raises(hsa.DestinationError, match="its parameters differ"):
         sweep(triple, out, card={"title": "another"})
-    with pytest.raises(hsa.DestinationError, match="lists merges of other sources"):
+    with pytest.raises(hsa.DestinationError, match="its sources differ"):
         sweep(triple, out, base_id="org/base")
 
 
@@ -199,6 +201,146 @@ def test_where_a_sweep_may_be_written(triple: Triple, tmp_path: Path) -> None:
     with pytest.raises(hsa.DestinationError, match="is no index of a sweep"):
         sweep(triple, mine)
     assert sorted(os.listdir(mine)) == ["index.json", "notes.txt"]
+
+
+def test_files_of_others_are_left_alone(triple: Triple, tmp_path: Path) -> None:
+    """Under the name of a point: what is no patch, of another version, unreadable, a directory, a link."""
+    out = tmp_path / "out"
+    sweep(triple, out)
+    place = out / f"{POINTS[0]}.safetensors"
+    sound = place.read_bytes()
+    length = 8 + int.from_bytes(sound[:8], "little")
+    listed = json.loads(sound[8:length])
+    document = json.loads(listed["__metadata__"][patch_format.KEY]) | {"format": 2}
+    document["digest"] = patch_format.digest_of(document)
+    listed["__metadata__"][patch_format.KEY] = json.dumps(document)
+    text = json.dumps(listed).encode()
+    newer = len(text).to_bytes(8, "little") + text + sound[length:]
+    for raw, message in ((b"my thesis", "is no patch of hsa"), (newer, "format is 2, this version reads 1")):
+        place.write_bytes(raw)
+        for overwrite in (False, True):
+            with pytest.raises(hsa.DestinationError, match=message):
+                sweep(triple, out, overwrite=overwrite)
+        assert place.read_bytes() == raw
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(hsa.DestinationError, match="is no point of a sweep"):
+        sweep(triple, out)
+    place.rmdir()
+    (tmp_path / "elsewhere").write_bytes(sound)
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(hsa.DestinationError, match="is no point of a sweep"):
+        sweep(triple, out)
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / f"{POINTS[0]}.safetensors").write_bytes(b"my thesis")
+    with pytest.raises(hsa.DestinationError, match="is no earlier sweep"):
+        sweep(triple, fresh)
+    assert os.listdir(fresh) == [f"{POINTS[0]}.safetensors"]
+
+
+def test_a_disk_that_cannot_read_a_point_does_not_cost_it(
+    triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    sweep(triple, out)
+    before = snapshot(out)
+    preadv = os.preadv
+
+    def failing(fd: int, views: Any, offset: int) -> int:
+        if POINTS[2] in os.readlink(f"/proc/self/fd/{fd}") and offset > 4096:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(hsa.MachineError, match="Input/output error"):
+        sweep(triple, out)
+    monkeypatch.undo()
+    assert snapshot(out) == before
+
+
+def test_checkpoints_are_verified_against_the_sources(triple: Triple, tmp_path: Path) -> None:
+    """Not by digests alone, which may be left out, and which know nothing of what primary is by now."""
+    out = tmp_path / "out"
+    one: dict[str, Any] = {"full": True, "k": (0.6,), "lam": (0.5,), "targets": ("encoder-qkv",)}
+    sweep(triple, out, digest=False, **one)
+    name = sweep(triple, out, digest=False, **one).skipped[0]
+    weights = out / name / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-9] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(hsa.DestinationError, match="its copied tensors or small files differ"):
+        sweep(triple, out, digest=False, **one)
+    assert sweep(triple, out, overwrite=True, **one).made == (name,)
+    (out / name / "extra.bin").write_bytes(b"x")
+    with pytest.raises(hsa.DestinationError, match="its list of files differ"):
+        sweep(triple, out, **one)
+    (out / name / "extra.bin").unlink()
+    assert sweep(triple, out, **one).skipped == (name,)
+    poke(triple["primary"] / "model.safetensors", "model.decoder.layers.0.fc1.weight", 3, b"\0\0\0\0")
+    with pytest.raises(hsa.DestinationError, match="its copied tensors or small files differ"):
+        sweep(triple, out, **one)
+    sweep(triple, out, overwrite=True, **one)
+    edit_json(triple["primary"] / "generation_config.json", max_length=77)
+    with pytest.raises(hsa.DestinationError, match="its copied tensors or small files differ"):
+        sweep(triple, out, **one)
+    sweep(triple, out, overwrite=True, **one)
+    assert hsa.verify(out / name, **triple).ok
+
+
+def test_one_directory_does_not_mix_sources(triple: Triple, tmp_path: Path) -> None:
+    """Fine-tunes of one model have the same headers, sizes and, in one place, names; grids that do not meet."""
+    for full in (False, True):
+        out = tmp_path / f"out{full}"
+        sweep(triple, out, lam=(0.1,), full=full)
+        poke(
+            triple["primary"] / "model.safetensors", "model.encoder.layers.0.self_attn.k_proj.weight", full, b"\0\0\0\0"
+        )
+        with pytest.raises(hsa.DestinationError, match="holds points of other sources"):
+            sweep(triple, out, lam=(0.2,), full=full)
+        for name in ("index.json", "index.csv"):
+            (out / name).unlink()
+        with pytest.raises(hsa.DestinationError, match="holds points of other sources"):
+            sweep(triple, out, lam=(0.2,), full=full)
+
+
+def test_the_index_is_made_of_what_stands(shared_triple: Triple, swept: Path, tmp_path: Path) -> None:
+    """Whatever somebody wrote into it; and patches and checkpoints in one directory are listed apart."""
+    out = tmp_path / "out"
+    shutil.copytree(swept, out)
+    sound = (out / "index.json").read_text()
+    for lie in ('"k": "0.6"', '"k": 1e999', '"place": 5', '"place": "../../etc/passwd"', '"selected_heads": "=cmd()"'):
+        key = lie.partition(":")[0]
+        line = next(line for line in sound.splitlines() if line.strip().startswith(key))
+        (out / "index.json").write_text(sound.replace(line.strip().rstrip(","), lie, 1))
+        assert sweep(shared_triple, out).made == ()
+        assert snapshot(out) == snapshot(swept)
+    report = sweep(shared_triple, out, full=True, lam=(0.5,), k=(0.6,), targets=("encoder-qkv",))
+    (name,) = report.made
+    places = [entry["place"] for entry in json.loads((out / "index.json").read_text())["points"]]
+    assert {name, f"{name}.safetensors"} <= set(places) and len(places) == len(POINTS) + 1
+    both = [entry for entry in report.entries if entry.place.startswith(name)]
+    assert both[0].distances == both[1].distances and both[0].selected == both[1].selected
+    again = sweep(shared_triple, out, lam=(0.1,))
+    assert again.made == () and len(again.entries) == len(places)
+
+
+def test_large_grids_of_many_heads_can_be_resumed(shared_triple: Triple, tmp_path: Path) -> None:
+    """Their index is larger than what is read of a stranger's."""
+    grid: dict[str, Any] = {"targets": ("attention-all",), "k": (1.0,), "lam": tuple(n / 999 for n in range(1000))}
+    first = sweep(shared_triple, tmp_path / "out", **grid)
+    assert header.marks((tmp_path / "out/index.json").read_bytes()) > header.MAX_MARKS
+    assert sweep(shared_triple, tmp_path / "out", **grid).skipped == first.made
+
+
+def test_few_open_files_are_enough(shared_triple: Triple, swept: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hsa", "sweep", f"--output={tmp_path / 'out'}", "--no-sync", "--quiet"]
+    command += [part for role, path in shared_triple.items() for part in (f"--{role}", str(path))]
+    command += ["--k=0.2,0.6", "--lambda=0.1,0.5", "--targets=encoder-qkv,attention-all"]
+    limited = ["bash", "-c", 'ulimit -n 70; exec "$@"', "sweep", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert snapshot(tmp_path / "out") == snapshot(swept)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["patches", "checkpoints"])

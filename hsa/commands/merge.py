@@ -64,6 +64,8 @@ def merge(
 
     if patch and dry_run:
         raise RequestError("--dry-run plans whole checkpoints; leave out --patch or --dry-run")
+    if patch and no_hash:
+        raise RequestError("--no-hash leaves out digests of whole files, which a patch does not hold; leave it out")
     request = api.Request(
         sources={"base": base, "primary": primary, "secondary": secondary},
         output=output,

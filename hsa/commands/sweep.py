@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,7 +30,12 @@ def sweep(
     ] = "encoder-qkv",
     full: Annotated[bool, typer.Option("--full", help="Write checkpoints instead of patches.")] = False,
     jobs: Annotated[
-        int | None, typer.Option(metavar="N", help="Points at a time.", show_default="128 patches, 1 checkpoint")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Patches in a reading of the sources, or checkpoints at a time.",
+            show_default="128 patches, 1 checkpoint",
+        ),
     ] = None,
     num_heads: options.NumHeads = None,
     num_layers: options.NumLayers = None,
@@ -50,7 +57,8 @@ def sweep(
     from hsa import grid, sweeping
     from hsa.card import parse_fields
 
-    with show.progress(show=sys.stderr.isatty() and not (quiet or as_json), label="sweeping") as step:
+    bars = sys.stderr.isatty() and not (quiet or as_json)
+    with _standing_points_named(), show.progress(show=bars, label="sweeping") as step:
         report = sweeping.sweep(
             base=base,
             primary=primary,
@@ -78,6 +86,18 @@ def sweep(
         )
     show.findings(report.warnings, report.notes, quiet=quiet)
     show.result(report.as_dict() if as_json else _describe(report), quiet)
+
+
+@contextmanager
+def _standing_points_named() -> Iterator[None]:
+    """Say what stays when a signal ends a sweep."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        print("hsa: note: points that were finished stay; run the sweep again to go on", file=sys.stderr)
+        raise
 
 
 def _describe(report: SweepReport) -> str:
