@@ -173,6 +173,7 @@ TARGETS = (
     Target("wall with digests and fsync, over `cp -r`, then `sync`", lambda p: quotient(p, HSA, COPY_SYNC), 1.15, 0.9),
     Target("wall, `--no-hash --no-sync` over `cp -r`", lambda p: quotient(p, FAST, COPY), 1.1, 0.85),
     Target("wall over a full load of three models", lambda p: quotient(p, HSA, FULL), 1 / 8, 1 / 12, form=one_over),
+    Target("`--no-hash --no-sync` over it, doing neither", lambda p: quotient(p, FAST, FULL), 1 / 8, form=one_over),
     Target("peak memory over a full load's", lambda p: quotient(p, HSA, FULL, "peak_bytes"), 1 / 40, form=one_over),
     Target("peak memory above a bare `import torch`", above_torch, 192, 96, form="{:.1f} MiB".format),
     Target("wall, whole process, over a bare `import torch`", lambda p: quotient(p, HSA, BARE), 1.5, 1.2, shape="tiny"),
@@ -197,6 +198,38 @@ def targets(warm: dict[tuple[str, str], Programs]) -> str:
         measured = target.form(value) if value is not None else ""
         lines.append([f"{target.shape} float32: {target.what}", measured, *limits, verdict(target, value)])
     return markdown(["target of `hsa merge`", "measured", "must be at most", "aim", ""], lines)
+
+
+def every_run(folder: Path) -> list[str]:
+    """The ratios of large-v3 in every run there are rows of: how far one run can be trusted."""
+    runs: dict[str, Programs] = {}
+    for row in rows_of("merge", folder):
+        if (row["shape"], row["dtype"], row.get("cache") or "warm") == (LARGE, "float32", "warm"):
+            runs.setdefault(row["run"], {})[row["program"]] = row
+    if len(runs) < 2:
+        return []
+    lines = []
+    for run, programs in sorted(runs.items()):
+        against = [quotient(programs, *pair) for pair in ((HSA, COPY_SYNC), (FAST, COPY))]
+        loads = [quotient(programs, program, FULL) for program in (HSA, FAST)]
+        seconds = [number(programs.get(name), "median_s") for name in (HSA, COPY_SYNC)]
+        about = next(iter(programs.values()))
+        lines.append([
+            run, about.get("commit"), *(show(value) for value in (*seconds, *against)),
+            *(one_over(value) if value else "" for value in loads),
+        ])  # fmt: skip
+    head = [
+        "run",
+        "commit",
+        f"{HSA}, s",
+        f"{COPY_SYNC}, s",
+        "over it",
+        "fast over cp -r",
+        "over full load",
+        "fast over it",
+    ]
+    said = "Every run of large-v3 float32 in the rows (fast: `--no-hash --no-sync`); the disk of the machine varies:"
+    return [said, table(head, lines)]
 
 
 def ratio(programs: Programs, program: str) -> str:
@@ -259,7 +292,7 @@ def merge_block(folder: Path, image: Image) -> list[str]:
             parts += [f"**{title}**", warm_table(programs), bytes_read(programs)]
         else:
             parts += [f"<details><summary>{title}</summary>", warm_table(programs), bytes_read(programs), "</details>"]
-    parts.append(targets(warm))
+    parts += [targets(warm), *every_run(folder)]
     if cold:
         lines = [
             [*key, name, show(number(row, "median_s")), span(row, "min_s", "max_s"), ratio(programs, name),
