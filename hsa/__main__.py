@@ -10,7 +10,7 @@ def main() -> None:
         from hsa.cli import run
         from hsa.console import exit_with
     except KeyboardInterrupt:
-        print("hsa: error: interrupted; nothing was left behind", file=sys.stderr)
+        print("hsa: error: interrupted; nothing half done was left behind", file=sys.stderr)
         sys.exit(130)
     exit_with(lambda: run(sys.argv[1:]))
 

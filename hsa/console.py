@@ -41,10 +41,10 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     except HsaError as error:
         return fail(str(error), error.exit_code, debug=debug)
     except KeyboardInterrupt:
-        return fail("interrupted; nothing was left behind", 130, debug=debug)
+        return fail("interrupted; nothing half done was left behind", 130, debug=debug)
     except Terminated as error:
         how = "interrupted" if error.number == signal.SIGINT else f"ended by {signal.Signals(error.number).name}"
-        return fail(f"{how}; nothing was left behind", 128 + error.number, debug=debug)
+        return fail(f"{how}; nothing half done was left behind", 128 + error.number, debug=debug)
     except MemoryError:
         return fail("out of memory; give --threads 1, or free some", 1, debug=debug)
     except OSError as error:

@@ -46,8 +46,8 @@ def current() -> dict[signal.Signals, Any]:
     [
         (RequestError("k must be small"), 2, "k must be small"),
         (MachineError("the disk is full"), 1, "the disk is full"),
-        (KeyboardInterrupt(), 130, "interrupted; nothing was left behind"),
-        (console.Terminated(signal.SIGTERM), 143, "ended by SIGTERM; nothing was left behind"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing half done was left behind"),
+        (console.Terminated(signal.SIGTERM), 143, "ended by SIGTERM; nothing half done was left behind"),
         (MemoryError(), 1, "out of memory; give --threads 1, or free some"),
         (OSError(5, "Input/output error"), 1, "the system refused: [Errno 5] Input/output error; see --debug"),
     ],
@@ -91,7 +91,7 @@ def test_a_signal_ends_the_work_and_its_handler_comes_back(
         return 0
 
     assert guarded(work) == 143
-    assert capsys.readouterr().err == "hsa: error: ended by SIGTERM; nothing was left behind\n"
+    assert capsys.readouterr().err == "hsa: error: ended by SIGTERM; nothing half done was left behind\n"
     assert current() == handlers
 
 
