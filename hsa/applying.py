@@ -24,7 +24,7 @@ from hsa.pipeline import Options, execute
 from hsa.plan import MAX_TARGET
 from hsa.provenance import Record, source_record, tensors_digest
 from hsa.report import NO_DIGESTS, MergeReport, TensorReport
-from hsa.request import PathLike
+from hsa.request import PathLike, check_threads
 from hsa.signals import deferred
 from hsa.threads import default_threads
 from hsa.whisper import canonical
@@ -59,8 +59,7 @@ def apply(
     merge cannot be found as it was, and what `hsa.merge` raises; nothing is left behind then.
     """
     started = time.perf_counter()
-    if threads is not None and not 1 <= threads <= 256:
-        raise RequestError(f"threads must be a whole number from 1 to 256, got {threads!r}")
+    check_threads(threads)
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         opened = open_patch(patch, tally, stack)

@@ -322,6 +322,13 @@ def test_where_a_patch_may_be_written(triple: Triple, tmp_path: Path) -> None:
         hsa.apply(triple["primary"], tmp_path / NAME, output=triple["primary"] / "out")
 
 
+@pytest.mark.parametrize("threads", [0, 257, True, 1.5, "2"])
+def test_bad_threads(triple: Triple, patched: Path, threads: Any) -> None:
+    with pytest.raises(hsa.RequestError, match="threads must be a whole number from 1 to 256"):
+        hsa.apply(triple["primary"], patched / NAME, output=patched / "applied", threads=threads)
+    assert os.listdir(patched) == [NAME]
+
+
 def test_two_runs_to_one_patch(shared_triple: Triple, tmp_path: Path) -> None:
     place = tmp_path / NAME
     with (
