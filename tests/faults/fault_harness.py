@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,22 @@ class Operation:
     check: Callable[[Path], None]
     prepare: Callable[[Sources, Path], Sources] = lambda sources, folder: sources
     step: int = 3
+
+
+# How a run ended -------------------------------------------------------------------------------------------
+
+
+def assert_ended_by(number: signal.Signals, code: int, stderr: str) -> bool:
+    """That a run with signal `number` sent to it went through, or ended as it should; whether hsa ended it in order.
+
+    `code` is subprocess's: below zero the signal's own action, before hsa had its handlers or after it let go of them.
+    """
+    if number == signal.SIGINT and code == 1:
+        # Python itself was starting: an interrupt while it imports `site` ends it so, before a line of hsa has run.
+        assert stderr.startswith("Fatal Python error: init_import_site"), stderr
+        return False
+    assert code in {0, -number, 128 + number} - {128 + signal.SIGKILL}, (code, stderr)
+    return code > 0
 
 
 # Counting --------------------------------------------------------------------------------------------------
