@@ -134,34 +134,39 @@ def measure_case(
 
 
 def rows_of(case: MergeCase, measured: Sequence[Program]) -> Iterator[dict[str, object]]:
-    """A row for each program and state of the page cache."""
+    """A row for each program and state of the page cache; of slow ones also one until their output is on disk."""
     for cache in ("warm", "cold"):
         for program in measured:
-            if cache not in program.runs:
+            runs = program.runs.get(cache)
+            if not runs:
                 continue
-            runs = program.runs[cache]
-            seconds = [run.seconds for run in runs]
-            last = runs[-1]
-            read_by = last.report.get("bytes_read_by_source", {})
-            yield {
-                "shape": case.shape,
-                "dtype": case.dtype,
-                "model_bytes": case.model_bytes,
-                "program": program.name,
-                "cache": cache,
-                "rounds": len(runs),
-                "median_s": f"{statistics.median(seconds):.3f}",
-                "min_s": f"{min(seconds):.3f}",
-                "max_s": f"{max(seconds):.3f}",
-                "cpu_s": f"{statistics.median(run.cpu for run in runs):.3f}",
-                "peak_bytes": max(run.peak for run in runs),
-                "peak_rss_bytes": max(run.peak_rss for run in runs),
-                "bytes_read": last.report.get("bytes_read", ""),
-                "bytes_read_base": read_by.get("base", ""),
-                "bytes_read_secondary": read_by.get("secondary", ""),
-                "bytes_written": last.report.get("bytes_written", ""),
-                **{name: _median_io(runs, name) for name in IO},
-            }
+            yield _row(case, cache, program.name, runs, [run.seconds for run in runs])
+            if program.slow:
+                yield _row(case, cache, f"{program.name}, then sync", runs, [run.synced for run in runs])
+
+
+def _row(case: MergeCase, cache: str, program: str, runs: Sequence[Run], seconds: Sequence[float]) -> dict[str, object]:
+    last = runs[-1]
+    read_by = last.report.get("bytes_read_by_source", {})
+    return {
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "model_bytes": case.model_bytes,
+        "program": program,
+        "cache": cache,
+        "rounds": len(runs),
+        "median_s": f"{statistics.median(seconds):.3f}",
+        "min_s": f"{min(seconds):.3f}",
+        "max_s": f"{max(seconds):.3f}",
+        "cpu_s": f"{statistics.median(run.cpu for run in runs):.3f}",
+        "peak_bytes": max(run.peak for run in runs),
+        "peak_rss_bytes": max(run.peak_rss for run in runs),
+        "bytes_read": last.report.get("bytes_read", ""),
+        "bytes_read_base": read_by.get("base", ""),
+        "bytes_read_secondary": read_by.get("secondary", ""),
+        "bytes_written": last.report.get("bytes_written", ""),
+        **{name: _median_io(runs, name) for name in IO},
+    }
 
 
 IO = ("syscall_read", "syscall_written", "disk_read", "disk_written")

@@ -32,6 +32,7 @@ import numpy as np
 import rows
 import torch
 from blake3 import blake3
+from cases import CAVEATS
 from safetensors.torch import load_file
 
 import hsa
@@ -309,10 +310,6 @@ def same_models(scored: Sequence[Scored]) -> list[str]:
     for each in scored:
         groups.setdefault(each.digest, []).append(str(each.variant))
     return [f"One model, value for value: {'; '.join(names)}." for names in groups.values() if len(names) > 1]
-
-
-CAVEATS = """Few clips of synthetic voices that training and test share: intervals hold for such speech and no other.
-No validation split chose the parameters, so the best row is no claim: measure on your own data what serves it."""
 
 
 def why_not(triple: Path | None, clips: Path | None) -> str:

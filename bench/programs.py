@@ -29,9 +29,13 @@ SETTLE = 1.0
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a program: seconds, bytes, and what it printed where that was a JSON object."""
+    """One run of a program: seconds, bytes, and what it printed where that was a JSON object.
+
+    `synced` are the seconds until its output was on disk too, `seconds` those that its row stands for.
+    """
 
     seconds: float
+    synced: float
     cpu: float
     peak: int
     peak_rss: int
@@ -72,9 +76,9 @@ def measure(program: Program, out: Path, prepare: Callable[[], None]) -> Run:
         complaints = _Drain(process)
         watcher = _Watcher(process.pid)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and its accounts still there
-        if program.sync:
-            os.sync()
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter() - started
+        os.sync()
+        synced = time.perf_counter() - started
         moved = _io(process.pid)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -86,7 +90,8 @@ def measure(program: Program, out: Path, prepare: Callable[[], None]) -> Run:
     if program.check is not None:
         program.check(out)
     report = json.loads(text) if text.startswith("{") else {}
-    return Run(seconds, used.ru_utime + used.ru_stime, watcher.peak, watcher.peak_rss, moved, report)
+    seconds = synced if program.sync else ended
+    return Run(seconds, synced, used.ru_utime + used.ru_stime, watcher.peak, watcher.peak_rss, moved, report)
 
 
 class _Drain:

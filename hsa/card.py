@@ -61,27 +61,36 @@ def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
 
 def render(record: Record, files: Collection[str]) -> bytes:
     """The card's bytes. `files` are the output's file names; the card's fields are among the record's parameters."""
-    from huggingface_hub import ModelCard, ModelCardData
-
     fields: Mapping[str, str] = record.parameters["card"]
-    identities = [source.identity for source in record.sources.values()]
-    parents = list(dict.fromkeys(identity.id for identity in identities if is_hub_id(identity.id)))
-    extra: dict[str, Any] = {}
+    extra: dict[str, str | list[str]] = {}
     if "language" in fields:
         languages = [tag.strip() for tag in fields["language"].split(",") if tag.strip()]
         extra["language"] = languages[0] if len(languages) == 1 else languages
     if "license" in fields:
         extra["license"] = fields["license"]
-    data = ModelCardData(
-        base_model=parents or None,
-        base_model_relation="merge" if parents else None,
-        library_name="transformers",
-        pipeline_tag="automatic-speech-recognition",
-        tags=["whisper", "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
-        **extra,
-    )
-    body = _body(record, files, fields)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode("utf-8")
+    ids = [source.identity.id for source in record.sources.values()]
+    return f"{metadata(filter(is_hub_id, ids), extra)}\n\n{_body(record, files, fields)}".encode()
+
+
+def metadata(parents: Iterable[str], extra: Mapping[str, str | list[str]]) -> str:
+    """The block of YAML that a card begins with, for a merge of these Hub ids; source: the Hub's model card schema.
+
+    Written by YAML's own library: huggingface_hub's would take longer to import than a small model to merge.
+    """
+    import yaml
+
+    listed = list(dict.fromkeys(parents))
+    fields = {
+        "base_model": listed,
+        "language": extra.get("language"),
+        "library_name": "transformers",
+        "license": extra.get("license"),
+        "pipeline_tag": "automatic-speech-recognition",
+        "tags": ["whisper", "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
+        "base_model_relation": "merge" if listed else None,
+    }
+    text: str = yaml.safe_dump({k: v for k, v in fields.items() if v}, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---"
 
 
 def _body(record: Record, files: Collection[str], fields: Mapping[str, str]) -> str:

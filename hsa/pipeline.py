@@ -1,9 +1,9 @@
 """Plan to bytes: read, compute, digest and write, overlapped, in bounded memory.
 
-The output is a row of pieces. Threads draw work in file order: first the tensors that begin in a piece, then
-the piece itself, which is assembled from copied ranges and computed tensors, digested in order, and written.
+The output is a row of pieces. Threads draw work in file order: first the targets that begin in a piece or soon after
+it, then the piece itself, which is assembled from copied ranges and computed tensors, digested in order, and written.
 A piece waits only for work that was drawn before it, so the threads cannot wait on one another in a circle,
-and no more than the tensors of the pieces in flight are in memory.
+and no more than the tensors of the pieces in flight and of what lies `AHEAD` of them are in memory.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from hsa.checkpoint import Checkpoint, Role
 from hsa.compute import Computation, Ranges
 from hsa.dtypes import Array
 from hsa.errors import MachineError
-from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment
+from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment, Slice
 from hsa.memory import PeakMemory
 from hsa.output import Staging
 from hsa.sink import FileSink, Sink
+
+AHEAD = 32 << 20
+"""Bytes before a target's place at which its computing begins, so that no thread waits for it while others write."""
 
 
 class Hasher(Protocol):
@@ -209,12 +212,15 @@ class _Run:
         return _File(file, number, hasher, [segment.offset for segment in file.segments])
 
     def _all_tasks(self) -> Iterator[_Task]:
-        """Every task in file order, computations right before the piece in which the first of their results begins."""
+        """Every task in file order, computations before the piece in which the first of their results begins.
+
+        Targets come `AHEAD` of it. Slices do not: they are most of a file that has any, and no dearer than its pieces.
+        """
         for file in self.files:
             ahead = deque(segment for segment in file.plan.segments if isinstance(segment.content, Computed))
             for number, start in enumerate(range(0, file.plan.size, self.piece)):
                 stop = min(start + self.piece, file.plan.size)
-                while ahead and ahead[0].offset < stop:
+                while ahead and ahead[0].offset < stop + (0 if isinstance(ahead[0].content, Slice) else AHEAD):
                     group = self._draw_group(ahead)
                     for segment in group:
                         first, last = segment.offset // self.piece, (segment.stop - 1) // self.piece

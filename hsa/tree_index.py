@@ -141,7 +141,7 @@ def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:
     complete = [row for row in rows if row.found is not None]
     title = recipe.title or "Whisper models composed with Headwise Selective Attention merge"
     citations = list(dict.fromkeys(row.entry.card.get("citation", card.PAPER) for row in complete))
-    sections = [f"---\n{_metadata(complete)}\n---", MARKER, f"# {card.escape(title)}", INTRODUCTION]
+    sections = [_metadata(complete), MARKER, f"# {card.escape(title)}", INTRODUCTION]
     for group in dict.fromkeys(row.entry.group for row in complete):
         members = [row for row in complete if row.entry.group == group]
         sections += [f"## {card.escape(group)}", card.table(HEAD, [_cells(row, citations) for row in members])]
@@ -206,18 +206,7 @@ def _number(value: Any) -> str:
 
 
 def _metadata(rows: Sequence[Row]) -> str:
-    from huggingface_hub import ModelCardData
-
     sources = [source.identity.id for row in rows if row.found for source in row.found.record.sources.values()]
-    parents = [name for name in dict.fromkeys(sources) if "/" in name and is_hub_id(name)]
     licenses = {row.entry.card["license"] for row in rows if "license" in row.entry.card}
-    extra = {"license": licenses.pop()} if len(licenses) == 1 else {}
-    data = ModelCardData(
-        base_model=parents or None,
-        base_model_relation="merge" if parents else None,
-        library_name="transformers",
-        pipeline_tag="automatic-speech-recognition",
-        tags=["whisper", "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
-        **extra,
-    )
-    return str(data.to_yaml())
+    parents = [name for name in sources if "/" in name and is_hub_id(name)]
+    return card.metadata(parents, {"license": licenses.pop()} if len(licenses) == 1 else {})

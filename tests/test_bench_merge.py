@@ -80,7 +80,7 @@ def test_every_run_gets_a_fresh_destination(tmp_path: Path) -> None:
 
 
 def test_a_whole_case_writes_complete_rows(shared_triple: Triple, tmp_path: Path) -> None:
-    case = MergeCase("tiny", "float32", rounds=2, slow_rounds=0, cold_rounds=1)
+    case = MergeCase("tiny", "float32", rounds=2, slow_rounds=1, cold_rounds=1)
     said: list[str] = []
     measured = bench_merge.measure_case(case, shared_triple["base"].parent, tmp_path / "out", None, said.append)
     found = list(bench_merge.rows_of(case, [program for program in measured if program.runs]))
@@ -91,16 +91,21 @@ def test_a_whole_case_writes_complete_rows(shared_triple: Triple, tmp_path: Path
         ("cp -r", "warm"),
         ("hsa merge --no-hash --no-sync", "warm"),
         ('python -c "import torch"', "warm"),
+        ("full load (transformers)", "warm"),
+        ("full load (transformers), then sync", "warm"),
         ("cp -r, then sync", "cold"),
         ("hsa merge", "cold"),
     }
+    ended, synced = (by_name[f"full load (transformers){then}", "warm"] for then in ("", ", then sync"))
+    assert float(str(ended["median_s"])) < float(str(synced["median_s"]))
+    assert {key for key in ended if ended[key] != synced[key]} == {"program", "median_s", "min_s", "max_s"}
     merged = by_name["hsa merge", "warm"]
     assert merged["rounds"] == 2
     size = {role: (path / "model.safetensors").stat().st_size for role, path in shared_triple.items()}
     assert int(str(merged["bytes_read_base"])) < size["base"] // 2
     assert int(str(merged["bytes_read"])) > size["primary"]
     assert int(str(merged["syscall_read"])) >= int(str(merged["bytes_read"])), "the kernel saw fewer reads than claimed"
-    assert len(said) == 12
+    assert len(said) == 13
     rows.append("merge", found, tmp_path)
     rows.append("merge", found, tmp_path)
     assert len(rows.read("merge", tmp_path)) == 2 * len(found)

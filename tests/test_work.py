@@ -13,11 +13,12 @@ import blake3
 import pytest
 
 import hsa
-from hsa import fsio, sink
+from hsa import fsio, pipeline, sink
 from hsa.backends import cpu
 from hsa.checkpoint import open_checkpoint
 from hsa.config import MergeConfig
 from hsa.fsio import Tally
+from hsa.layout import Merge, Slice
 from hsa.synthetic import SHAPES, WhisperShape, write_triple
 from hsa.whisper import is_target, parse
 
@@ -147,14 +148,53 @@ def test_buffers_do_not_grow_with_the_model(deep: Triple, shared_triple: Triple,
             patch.setattr(cpu.CpuBackend, "empty", counted)
             patch.setattr(sink, "DIRECT_PIECE", 1 << 16)  # fewer than all targets begin in a piece
             patch.setattr(sink, "CACHED_PIECE", 1 << 16)
+            patch.setattr(pipeline, "AHEAD", 1 << 16)
             report = hsa.merge(**triple, output=tmp_path / name, threads=THREADS, sync=False)
         return len(report.tensors), count[0]
 
     few, many = allocated(shared_triple, "shallow"), allocated(deep, "deep")
     assert many[0] == 12 * few[0]
     sizes = 2  # of a weight and of a bias
-    under_way = THREADS * (3 + 5) * sizes  # three sources each, and results of up to five targets in a piece
+    under_way = THREADS * (3 + 5) * sizes + 5  # three sources each, results of up to five in a piece, and ahead
     assert many[1] <= under_way, f"{many[1]} buffers for {many[0]} tensors"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"], ids=["patch", "rewrite"])
+@pytest.mark.parametrize("threads", [1, THREADS])
+def test_targets_are_computed_so_far_ahead_and_no_farther(
+    deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, dtype: str
+) -> None:
+    """Of what is drawn: a target before the pieces that far ahead of it, a slice right before its own."""
+    piece, ahead, drawn = 1 << 14, 1 << 17, list[Any]()
+    draw = pipeline._Run._all_tasks
+
+    def listed(self: pipeline._Run) -> Iterator[Any]:
+        for task in draw(self):
+            drawn.append(task)
+            yield task
+
+    monkeypatch.setattr(pipeline._Run, "_all_tasks", listed)
+    monkeypatch.setattr(pipeline, "AHEAD", ahead)
+    monkeypatch.setattr(sink, "DIRECT_PIECE", piece)
+    monkeypatch.setattr(sink, "CACHED_PIECE", piece)
+    hsa.merge(**deep, output=tmp_path / "out", threads=threads, sync=False, dtype=dtype)
+    pending: set[int] = set()
+    most, early = 0, 0
+    for task in drawn:
+        for segment in task.segments:
+            pending.add(id(segment))
+            begins = segment.offset // piece * piece
+            assert task.start <= begins <= task.start + (ahead if isinstance(segment.content, Merge) else 0)
+            early += begins > task.start
+        if not task.segments:
+            here = [s for s in task.file.plan.segments if s.offset < task.stop and s.stop > task.start]
+            assert all(id(s) in pending for s in here if isinstance(s.content, Merge | Slice))
+            pending -= {id(s) for s in here if s.stop <= task.stop}
+        held = [s for s in task.file.plan.segments if id(s) in pending]
+        most = max(most, sum(s.content.nbytes for s in held))
+    assert early > 0 and not pending
+    largest = max(s.content.nbytes for task in drawn for s in task.segments)
+    assert ahead / 4 < most <= ahead + 2 * piece + largest
 
 
 def test_each_output_byte_is_digested_once(deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
