@@ -10,6 +10,7 @@ import importlib.util
 import math
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -231,7 +232,7 @@ def chosen_heads(returned: object) -> list[tuple[int, ...]] | None:
     return None
 
 
-class Problem:
+class Problem(ABC):
     """Every way to merge one shape in one mix on a device, over `sets` copies of the same sources.
 
     `share` is that of the selected heads, known once `admitted` has asked the oracle.
@@ -246,8 +247,9 @@ class Problem:
         first = make(shape, mix, device)
         self.sets = [first, *(first.again() for _ in range(sets - 1))]
 
+    @abstractmethod
     def ours(self) -> list[Case]:
-        raise NotImplementedError
+        """The ways of this package."""
 
     def others(self) -> list[Case]:
         """The same formula in torch."""
@@ -257,10 +259,10 @@ class Problem:
         """Bytes that a case may take for temporaries."""
         return MOST_TEMPORARIES
 
-    def check(self, case: Case, i: int) -> None:
+    def check(self, case: Case, i: int) -> None:  # noqa: B027 - most have nothing to say
         """Raise where the last call of a case of ours met NaN or Inf and has not raised yet."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
         """End what waits in the background."""
 
     def admitted(self) -> Iterator[Case]:

@@ -11,8 +11,9 @@ from hsa import fsio, patch_format
 from hsa.card import check_fields
 from hsa.checkpoint import INDEX, Checkpoint, read_text
 from hsa.config import MergeConfig
+from hsa.digests import digest_of
 from hsa.errors import PatchError, RequestError, SourceError
-from hsa.finish import digest_of, finish
+from hsa.finish import finish
 from hsa.graft import Grafter
 from hsa.hub import Hub, Want
 from hsa.layout import Content, Copied, Graft, TensorContent, pack

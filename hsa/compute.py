@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hsa.backends import Backend, Job, Merged, NotFinite
 from hsa.checkpoint import ROLES, Role, Sources, TensorRef
 from hsa.config import Numerics
+from hsa.digests import digest_of
 from hsa.dtypes import Array, size
 from hsa.errors import NonFiniteError
 from hsa.layout import Computed, Merge, Slice
@@ -114,8 +115,6 @@ class Desk:
             return self._merge_now(targets)
 
     def _merge_now(self, targets: Sequence[Target]) -> list[Computation]:
-        from blake3 import blake3
-
         jobs, digests = [], []
         for target in targets:
             job = self._job(target)
@@ -123,7 +122,7 @@ class Desk:
             for role in ROLES:
                 buffer = job.source(role)
                 self._shared.sources.of(role).read_into(target.ref(role), buffer.data)
-                found[role] = blake3(buffer.data).hexdigest()
+                found[role] = digest_of(buffer.data)
             jobs.append(job)
             digests.append(found)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from hsa import fsio
+from hsa.digests import digest_of
 from hsa.output import PROVENANCE, Staging
 from hsa.provenance import Record
 
@@ -40,10 +41,3 @@ def last_files(
         yield name, data
         digests[name] = digest_of(data) if digest else None
     yield PROVENANCE, record.with_files(digests)
-
-
-def digest_of(data: bytes) -> str:
-    """BLAKE3, as hexadecimal digits."""
-    from blake3 import blake3
-
-    return blake3(data).hexdigest()

@@ -204,6 +204,24 @@ def write_all(fd: int, view: memoryview, offset: int, tally: Tally, step: int = 
     tally.add_written(done)
 
 
+def write_direct(fd: int, view: memoryview, offset: int, tally: Tally) -> bool:
+    """Write the whole of `view` to a file of `reopen_direct`; False where the filesystem wants another alignment."""
+    try:
+        write_all(fd, view, offset, tally)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
+def write_cached(fd: int, view: memoryview, offset: int, tally: Tally, *, writeback: bool) -> None:
+    """Write the whole of `view` through the page cache; with `writeback` the kernel is to begin taking it to disk."""
+    write_all(fd, view, offset, tally, CACHED_STEP)
+    if writeback:
+        start_writeback(fd, offset, len(view))
+
+
 def start_writeback(fd: int, offset: int, count: int) -> None:
     """Ask the kernel to begin writing a range to disk; a hint, so failure says nothing."""
     call = getattr(_libc(), "sync_file_range", None)

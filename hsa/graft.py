@@ -10,6 +10,7 @@ import numpy as np
 
 from hsa.checkpoint import Checkpoint
 from hsa.compute import Computation
+from hsa.digests import digest_of
 from hsa.dtypes import Array
 from hsa.fsio import Source
 from hsa.layout import Computed, Graft
@@ -55,14 +56,12 @@ class Grafter:
         return hasher.hexdigest(), tuple(ranges)
 
     def _put_columns(self, content: Graft, data: Array) -> tuple[str, tuple[tuple[int, int], ...]]:
-        from blake3 import blake3
-
         rows = content.tensor.shape[0]
         columns = np.empty((rows, len(content.selected), content.width), np.uint8)
         flat = columns.reshape(-1)
         self.patch.read_into(flat.data, content.start)
         data.reshape(rows, -1, content.width)[:, list(content.selected)] = columns
-        return blake3(flat.data).hexdigest(), ((0, content.nbytes),) if content.selected else ()
+        return digest_of(flat.data), ((0, content.nbytes),) if content.selected else ()
 
 
 def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:

@@ -30,7 +30,7 @@ from hsa.dtypes import BITS
 from hsa.errors import HeaderError, PatchError, ProvenanceError
 from hsa.fsio import ALIGNMENT
 from hsa.header import Entry, Header, load_json, serialize
-from hsa.provenance import DIGEST, Record, SourceRecord, TargetRecord, check_digest, digest_of, parse_origin
+from hsa.provenance import DIGEST, Record, SourceRecord, TargetRecord, check_digest, document_digest, parse_origin
 from hsa.target import of_selected
 from hsa.whisper import Projection, canonical, parse
 
@@ -107,7 +107,7 @@ class Contents:
             "distances": {stack: [d.from_primary, d.from_secondary] for stack, d in self.distances.items()},
             "tensors_blake3": self.tensors,
         }
-        document[DIGEST] = digest_of(document)
+        document[DIGEST] = document_digest(document)
         return document
 
     def in_file_order(self) -> tuple[PatchTarget, ...]:

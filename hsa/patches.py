@@ -13,8 +13,8 @@ from typing import Any
 from hsa import assets, fsio, patch_format
 from hsa.checkpoint import Role, Sources
 from hsa.config import MergeConfig, PerTensor, Preset
+from hsa.digests import digest_of
 from hsa.errors import DestinationError, HsaError, RequestError
-from hsa.finish import digest_of
 from hsa.header import read_header
 from hsa.hub import Hub
 from hsa.memory import PeakMemory

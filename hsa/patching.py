@@ -7,7 +7,6 @@ under way, within the budget of a merge, and a fixed share of rows for each thre
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import threading
@@ -23,6 +22,7 @@ from hsa.backends.cpu import Blend, CpuBackend, CpuWorker, Norms
 from hsa.checkpoint import ROLES, Role, Sources
 from hsa.compute import Calculator, TargetOutcome, not_finite
 from hsa.config import MergeConfig
+from hsa.digests import digest_of
 from hsa.distances import Distances
 from hsa.dtypes import BITS, Array
 from hsa.errors import MachineError, RequestError
@@ -31,6 +31,7 @@ from hsa.patch_format import Contents, PatchTarget
 from hsa.plan import find_targets
 from hsa.provenance import PROGRAM, libraries, source_record, target_digest, tensors_digest
 from hsa.target import Selection, Target, select
+from hsa.threads import supervise
 from hsa.workbench import Workbench
 
 ROWS_BYTES = 12 << 20
@@ -193,24 +194,13 @@ class _Run:
 
     def go(self, threads: int, progress: Callable[[int, int], None] | None) -> None:
         """Have every target blended and written. `progress` is called from this thread."""
-        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
-        try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.02)
-                    self.memory.sample()
-                    if progress is not None:
-                        progress(min(self.done, self.total), self.total)
-        except BaseException as error:
-            self._fail(error)
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
-            if isinstance(error, RuntimeError) and not all(worker.ident is not None for worker in workers):
-                raise MachineError(f"cannot start {len(workers)} threads: {error}; give a smaller --threads") from error
-            raise
+
+        def watch() -> None:
+            self.memory.sample()
+            if progress is not None:
+                progress(min(self.done, self.total), self.total)
+
+        supervise(threads, self._work, self._fail, watch)
         if self.failure is not None:
             raise self.failure
 
@@ -229,7 +219,7 @@ class _Run:
                 [s.selected for s in selections], [t.heads for t in file.contents.targets]
             ),
         }
-        digests = {**file.digests, **{name: _blake3(data) for name, data in tail.items()}}
+        digests = {**file.digests, **{name: digest_of(data) for name, data in tail.items()}}
         listed = patch_format.entries(file.contents, counts)
         contents = patch_format.completed(
             file.contents,
@@ -295,7 +285,7 @@ class _Run:
         for role in ROLES:
             data[role] = self.calculator.buffer(target.ref(role).nbytes)
             self.sources.of(role).read_into(target.ref(role), data[role].data)
-            digests[role] = _blake3(data[role].data)
+            digests[role] = digest_of(data[role].data)
         arrays = data["base"], data["primary"], data["secondary"]
         try:
             scored = worker.score(target, *arrays)
@@ -344,7 +334,7 @@ class _Run:
         worker.blend(group[0].target, *arrays, blends)
         for rows, out in zip(group, outs, strict=True):
             self._check()
-            rows.file.digests[rows.target.primary.name] = _blake3(out.data)
+            rows.file.digests[rows.target.primary.name] = digest_of(out.data)
             self._write(rows, out.data)
             with self.changed:
                 self.done += rows.nbytes
@@ -352,16 +342,10 @@ class _Run:
     def _write(self, rows: _Rows, view: memoryview) -> None:
         file = rows.file
         with fsio.writing(self.bench.file(file.point.name), rows.nbytes):
-            if file.direct is not None and not (rows.offset % fsio.ALIGNMENT or rows.nbytes % fsio.ALIGNMENT):
-                try:
-                    fsio.write_all(file.direct, view, rows.offset, self.tally)
-                    return
-                except OSError as error:
-                    if error.errno != errno.EINVAL:  # what a filesystem says that wants another alignment
-                        raise
-            fsio.write_all(file.fd, view, rows.offset, self.tally, fsio.CACHED_STEP)
-            if self.bench.sync:
-                fsio.start_writeback(file.fd, rows.offset, rows.nbytes)
+            aligned = not (rows.offset % fsio.ALIGNMENT or rows.nbytes % fsio.ALIGNMENT)
+            if file.direct is not None and aligned and fsio.write_direct(file.direct, view, rows.offset, self.tally):
+                return
+            fsio.write_cached(file.fd, view, rows.offset, self.tally, writeback=self.bench.sync)
 
 
 class _Room:
@@ -426,9 +410,3 @@ def expected_bytes(config: MergeConfig, sources: Sources) -> int:
 
 def _expected_bytes(contents: Contents) -> int:
     return sum(target.rows_bytes(target.keep) + 9 * target.heads for target in contents.targets)
-
-
-def _blake3(data: Any) -> str:
-    from blake3 import blake3
-
-    return blake3(data).hexdigest()

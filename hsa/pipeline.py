@@ -25,6 +25,7 @@ from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment, Sl
 from hsa.memory import PeakMemory
 from hsa.output import Staging
 from hsa.sink import FileSink, Sink
+from hsa.threads import supervise
 
 AHEAD = 32 << 20
 """Bytes before a target's place at which its computing begins, so that no thread waits for it while others write."""
@@ -178,24 +179,13 @@ class _Run:
     def go(self, progress: Callable[[int], None] | None) -> dict[str, str]:
         self.piece = self.sink.begin(self.planned)
         self.tasks = self._all_tasks()
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.options.threads)]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.02)
-                    self.memory.sample()
-                    if progress is not None:
-                        progress(self.done)
-        except BaseException as error:
-            self._fail(error)
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            if isinstance(error, RuntimeError) and not all(thread.ident is not None for thread in threads):
-                raise MachineError(f"cannot start {len(threads)} threads: {error}; give a smaller --threads") from error
-            raise
+
+        def watch() -> None:
+            self.memory.sample()
+            if progress is not None:
+                progress(self.done)
+
+        supervise(self.options.threads, self._work, self._fail, watch)
         if self.failure is not None:
             raise self.failure
         if progress is not None:

@@ -19,6 +19,7 @@ from hsa._version import __version__
 from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig
+from hsa.digests import digest_of
 from hsa.errors import HeaderError, ProvenanceError, RequestError
 from hsa.fsio import Source, Tally
 from hsa.header import load_json
@@ -159,7 +160,7 @@ class Record:
         """The file's bytes. `digests` maps every other file of the output to its BLAKE3 digest, None where left out."""
         files = {name: ({"blake3": digest} if digest else {}) for name, digest in sorted(digests.items())}
         document = {**self.as_dict(), "files": files}
-        document[DIGEST] = digest_of(document)
+        document[DIGEST] = document_digest(document)
         return render(document)
 
 
@@ -226,7 +227,7 @@ def loads(text: bytes, where: str) -> Provenance:
 def check_digest(document: Mapping[str, Any], where: str) -> None:
     """ProvenanceError unless the document's own digest is right."""
     try:
-        expected = digest_of(document)
+        expected = document_digest(document)
     except (ValueError, RecursionError) as error:
         raise ProvenanceError(f"{where}: {error}; it is no provenance that hsa wrote") from error
     if document.get(DIGEST) != expected:
@@ -317,13 +318,11 @@ def render(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
 
-def digest_of(document: Mapping[str, Any]) -> str:
+def document_digest(document: Mapping[str, Any]) -> str:
     """BLAKE3 of the document's canonical form (sorted keys, no spaces), its own digest left out."""
-    from blake3 import blake3
-
     rest = {key: value for key, value in document.items() if key != DIGEST}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return blake3(text.encode("ascii")).hexdigest()
+    return digest_of(text.encode("ascii"))
 
 
 def target_digest(role: Role, outcomes: Sequence[TargetOutcome]) -> str:
@@ -340,19 +339,15 @@ def target_digest(role: Role, outcomes: Sequence[TargetOutcome]) -> str:
 
 def tensors_digest(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> str:
     """BLAKE3 over tensors given by name, element type, shape and the digest of their bytes, in the order of names."""
-    from blake3 import blake3
-
     lines = [
         json.dumps([name, code, list(shape), digest], separators=(",", ":")) for name, code, shape, digest in tensors
     ]
-    return blake3("\n".join(sorted(lines)).encode("ascii")).hexdigest()
+    return digest_of("\n".join(sorted(lines)).encode("ascii"))
 
 
 def source_record(source: Checkpoint, targets: str) -> SourceRecord:
     """The record of an open source, with the digest over its target tensors."""
-    from blake3 import blake3
-
-    files = {s.name: SourceFile(s.source.size, blake3(s.header.raw).hexdigest()) for s in source.shards}
+    files = {s.name: SourceFile(s.source.size, digest_of(s.header.raw)) for s in source.shards}
     return SourceRecord(source.identity, source.kind, files, targets)
 
 

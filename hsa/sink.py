@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,15 +130,9 @@ class FileSink:
                 self._store_cached(file, start, view)
 
     def _store_cached(self, file: _File, start: int, view: memoryview) -> None:
-        fsio.write_all(file.fd, view, start, self._tally, fsio.CACHED_STEP)
-        if self._sync:
-            fsio.start_writeback(file.fd, start, len(view))
+        fsio.write_cached(file.fd, view, start, self._tally, writeback=self._sync)
 
     def _store_direct(self, file: _File, start: int, view: memoryview) -> None:
         assert file.direct is not None
-        try:
-            fsio.write_all(file.direct, view, start, self._tally)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # what a filesystem says that wants another alignment
-                raise
+        if not fsio.write_direct(file.direct, view, start, self._tally):
             self._store_cached(file, start, view)

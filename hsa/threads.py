@@ -1,14 +1,21 @@
-"""How many threads a merge uses unless it is told."""
+"""How many threads a merge uses unless it is told, and having them work."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+
+from hsa.errors import MachineError
 
 EXTRA_THREADS = 1
 """Threads beyond the cores: while one waits for the disk, another computes."""
 
 MAX_THREADS = 8
 """More wait on the disk and hold memory without finishing sooner."""
+
+WATCH_SECONDS = 0.02
+"""Between two looks at threads that work."""
 
 
 def default_threads() -> int:
@@ -18,3 +25,29 @@ def default_threads() -> int:
     except AttributeError:
         cores = os.cpu_count() or 1
     return min(cores + EXTRA_THREADS, MAX_THREADS)
+
+
+def supervise(
+    count: int, work: Callable[[], None], stop: Callable[[BaseException], None], watch: Callable[[], None]
+) -> None:
+    """Run `work` in `count` threads until all have ended; meanwhile `watch` is called from this one, again and again.
+
+    `work` raises nothing. When this thread is interrupted, or `watch` raises, `stop` gets the error, must make the
+    threads end, and the error goes on when they have. MachineError where they cannot be started.
+    """
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(WATCH_SECONDS)
+                watch()
+    except BaseException as error:
+        stop(error)
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        if isinstance(error, RuntimeError) and not all(thread.ident is not None for thread in threads):
+            raise MachineError(f"cannot start {count} threads: {error}; give a smaller --threads") from error
+        raise

@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import bench_merge
@@ -79,7 +80,10 @@ def test_every_run_gets_a_fresh_destination(tmp_path: Path) -> None:
     assert (tmp_path / "out").is_dir()
 
 
-def test_a_whole_case_writes_complete_rows(shared_triple: Triple, tmp_path: Path) -> None:
+def test_a_whole_case_writes_complete_rows(
+    shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sync", lambda: time.sleep(0.05))
     case = MergeCase("tiny", "float32", rounds=2, slow_rounds=1, cold_rounds=1)
     said: list[str] = []
     measured = bench_merge.measure_case(case, shared_triple["base"].parent, tmp_path / "out", None, said.append)
@@ -97,7 +101,7 @@ def test_a_whole_case_writes_complete_rows(shared_triple: Triple, tmp_path: Path
         ("hsa merge", "cold"),
     }
     ended, synced = (by_name[f"full load (transformers){then}", "warm"] for then in ("", ", then sync"))
-    assert float(str(ended["median_s"])) < float(str(synced["median_s"]))
+    assert float(str(synced["median_s"])) >= float(str(ended["median_s"])) + 0.049
     assert {key for key in ended if ended[key] != synced[key]} == {"program", "median_s", "min_s", "max_s"}
     merged = by_name["hsa merge", "warm"]
     assert merged["rounds"] == 2

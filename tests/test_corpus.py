@@ -380,7 +380,7 @@ def test_forged_provenance_is_read_or_refused(draw: Any) -> None:
     only_hsa_errors(lambda: provenance.loads(text, "here"))
     try:
         document = header.load_json(text, "here", "provenance")
-        document["digest"] = provenance.digest_of(document)
+        document["digest"] = provenance.document_digest(document)
         text = provenance.render(document)
     except (HsaError, ValueError):
         return
@@ -395,7 +395,7 @@ def test_a_forged_score_that_no_float_holds() -> None:
     document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
     target = next(iter(document["targets"].values()))
     target["scores"][0] = 10**400
-    document["digest"] = provenance.digest_of(document)
+    document["digest"] = provenance.document_digest(document)
     with pytest.raises(ProvenanceError, match="expected a finite number"):
         provenance.loads(provenance.render(document), "here")
 
@@ -414,7 +414,7 @@ def test_a_forged_score_that_no_float_holds() -> None:
 def test_forged_parameters_are_refused(change: Any, said: str) -> None:
     document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
     change(document["parameters"])
-    document["digest"] = provenance.digest_of(document)
+    document["digest"] = provenance.document_digest(document)
     with pytest.raises(ProvenanceError, match=said):
         provenance.loads(provenance.render(document), "here")
 
@@ -424,6 +424,6 @@ def test_forged_names_of_parameters_are_words_in_the_card() -> None:
 
     document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
     document["parameters"]["<script>x</script>"] = "`</td><b>|"
-    document["digest"] = provenance.digest_of(document)
+    document["digest"] = provenance.document_digest(document)
     text = card.render(provenance.loads(provenance.render(document), "here").record, ["README.md"]).decode()
     assert r"| \<script\>x\</script\> | `?</td><b>?` |" in text

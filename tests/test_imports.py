@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matplotlib")
 
 LAYERS = (
-    ("_version", "ranges", "threads"),
+    ("_version", "digests", "ranges"),
     ("errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config"),
-    ("config", "fsio", "strict_yaml", "synthetic"),
+    ("config", "fsio", "strict_yaml", "synthetic", "threads"),
     ("console", "header", "partial", "whisper", "workbench"),
     ("output", "pickled"),
     ("checkpoint", "fetch"),

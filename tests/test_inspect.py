@@ -271,7 +271,7 @@ def forge(directory: Path, **changes: Any) -> None:
         for key in parents:
             place = place[key]
         place[last] = value
-    document["digest"] = provenance.digest_of(document)
+    document["digest"] = provenance.document_digest(document)
     (directory / PROVENANCE).write_bytes(provenance.render(document))
 
 

@@ -231,7 +231,7 @@ def test_a_sound_digest_does_not_make_a_document_true(triple: Triple, patched: P
     length = 8 + int.from_bytes(raw[:8], "little")
     header, document = _read(path)
     document[key] = value
-    document["digest"] = patch_format.digest_of(document)
+    document["digest"] = patch_format.document_digest(document)
     header["__metadata__"] = {"format": "pt", patch_format.KEY: json.dumps(document)}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[length:])

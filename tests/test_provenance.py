@@ -83,7 +83,7 @@ def test_its_own_digest_is_last_and_covers_everything_else(shared_triple: Triple
     _, document = merge(shared_triple, tmp_path / "out")
     assert list(document)[-1] == "digest"
     assert document["digest"] == digest(canonical(document))
-    assert document["digest"] == provenance.digest_of(document)
+    assert document["digest"] == provenance.document_digest(document)
 
     def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if isinstance(value, dict):
@@ -99,7 +99,7 @@ def test_its_own_digest_is_last_and_covers_everything_else(shared_triple: Triple
             place = place[key]
         value = place[path[-1]]
         place[path[-1]] = math.nextafter(value, 10) if isinstance(value, float) else f"{value}?"
-        assert provenance.digest_of(changed) != document["digest"], path
+        assert provenance.document_digest(changed) != document["digest"], path
 
 
 def test_the_bytes_are_the_one_way_to_write_it(shared_triple: Triple, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_sound_digest_does_not_make_it_say_what_it_must(
 ) -> None:
     _, document = merge(shared_triple, tmp_path / "out")
     document[key] = value
-    document["digest"] = provenance.digest_of(document)
+    document["digest"] = provenance.document_digest(document)
     (tmp_path / "out/hsa_merge.json").write_bytes(provenance.render(document))
     with pytest.raises(hsa.ProvenanceError, match=re.escape(str(tmp_path / "out/hsa_merge.json"))):
         provenance.load(tmp_path / "out")

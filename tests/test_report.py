@@ -11,6 +11,7 @@ from pathlib import Path
 import plots
 import pytest
 import report
+import report_merge
 import rows
 
 Row = dict[str, object]
@@ -160,7 +161,9 @@ def test_shapes_and_element_types_have_their_own_newest_run(results: Path) -> No
 def test_targets_met_and_missed(results: Path) -> None:
     rows.append("merge", merge_run(), results)
     tiny = {"shape": "tiny", "model_bytes": 150_000_000}
-    rows.append("merge", [merge_row("hsa merge", 2.6, 80, **tiny), merge_row(report.BARE, 2.0, 140, **tiny)], results)
+    rows.append(
+        "merge", [merge_row("hsa merge", 2.6, 80, **tiny), merge_row(report_merge.BARE, 2.0, 140, **tiny)], results
+    )
     text = block("merge", results)
     # 5 / 8, 6 / 4, 5 / 64, 6 / 60, 5 / 60, 80 / 4000, 80 - 140, 2.6 / 2
     assert [cells(text, f"{first}")[1:] for first in (
@@ -179,15 +182,15 @@ def test_targets_met_and_missed(results: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("target", report.TARGETS, ids=lambda target: target.what)
-def test_every_limit_is_a_limit(target: report.Target) -> None:
+@pytest.mark.parametrize("target", report_merge.TARGETS, ids=lambda target: target.what)
+def test_every_limit_is_a_limit(target: report_merge.Target) -> None:
     above = abs(target.must) * 1e-9
-    assert report.verdict(target, target.must) in ("met", "met, aim missed")
-    assert report.verdict(target, target.must + above) == "**missed**"
-    assert report.verdict(target, None) == "not yet measured"
+    assert report_merge.verdict(target, target.must) in ("met", "met, aim missed")
+    assert report_merge.verdict(target, target.must + above) == "**missed**"
+    assert report_merge.verdict(target, None) == "not yet measured"
     if target.aim is not None:
-        assert report.verdict(target, target.aim) == "met, aim met"
-        assert report.verdict(target, target.aim + above) == "met, aim missed"
+        assert report_merge.verdict(target, target.aim) == "met, aim met"
+        assert report_merge.verdict(target, target.aim + above) == "met, aim missed"
 
 
 def test_cold_rows_stand_apart(results: Path) -> None:
@@ -216,7 +219,7 @@ def test_every_run_of_the_large_model_is_shown(results: Path) -> None:
     assert "Every run of" not in block("merge", results)
     slower = [{**row, "run": "2030-01-01T00:00:00Z", "commit": "beef"} for row in merge_run()]
     for row in slower:
-        if row["program"] == report.HSA:
+        if row["program"] == report_merge.HSA:
             row["median_s"] = 2 * float(str(row["median_s"]))
     rows.append("merge", slower, results)
     text = block("merge", results).split("Every run of")[1]

@@ -212,7 +212,7 @@ def test_files_of_others_are_left_alone(triple: Triple, tmp_path: Path) -> None:
     length = 8 + int.from_bytes(sound[:8], "little")
     listed = json.loads(sound[8:length])
     document = json.loads(listed["__metadata__"][patch_format.KEY]) | {"format": 2}
-    document["digest"] = patch_format.digest_of(document)
+    document["digest"] = patch_format.document_digest(document)
     listed["__metadata__"][patch_format.KEY] = json.dumps(document)
     text = json.dumps(listed).encode()
     newer = len(text).to_bytes(8, "little") + text + sound[length:]

@@ -65,7 +65,7 @@ def forge(output: Path, change: Callable[[dict[str, Any]], None] = lambda docume
     for name, entry in document["files"].items():
         if entry and (output / name).is_file():
             entry["blake3"] = blake3((output / name).read_bytes()).hexdigest()
-    document[provenance.DIGEST] = provenance.digest_of(document)
+    document[provenance.DIGEST] = provenance.document_digest(document)
     (output / PROVENANCE).write_bytes(provenance.render(document))
 
 

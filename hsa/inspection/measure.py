@@ -16,6 +16,7 @@ from hsa import whisper
 from hsa.backends import NotFinite
 from hsa.backends.cpu import TILE, CpuBackend
 from hsa.checkpoint import ROLES, Role, Sources, TensorRef
+from hsa.digests import digest_of
 from hsa.dtypes import ARITHMETIC, STORAGE, Array, size, widen
 from hsa.errors import NonFiniteError
 from hsa.inspection.model import Geometry
@@ -57,8 +58,6 @@ class Buffers:
 
 def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step) -> Iterator[Measured]:
     """Each target in order, read, scored and measured. Raises NonFiniteError, SourceChanged, MachineError."""
-    from blake3 import blake3
-
     worker = CpuBackend().worker()
     for target in targets:
         raw: dict[Role, Array] = {}
@@ -67,7 +66,7 @@ def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step:
             ref = target.ref(role)
             raw[role] = buffers.take(role, ref.nbytes)
             sources.of(role).read_into(ref, raw[role].data)
-            digests[role] = blake3(raw[role].data).hexdigest()
+            digests[role] = digest_of(raw[role].data)
             step(ref.nbytes)
         try:
             scored = worker.score(target, raw["base"], raw["primary"], raw["secondary"])

@@ -65,6 +65,8 @@ def fuzz(place: Path, name: str, corpus: Path, seconds: float, options: list[str
     for number, seed in enumerate(target.seeds(arena)):
         (corpus / f"seed-{number}").write_bytes(seed)
         target.run(arena, seed)
+    if guided:
+        arena.guard.settle()
 
     # a fuzzer that eats the machine is worse than none: what the mutations take is bounded too, if loosely
     resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))

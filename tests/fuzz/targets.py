@@ -232,7 +232,7 @@ def _provenance(arena: Arena, data: bytes) -> str:
         with contextlib.suppress(ValueError, RecursionError):
             document = json.loads(data)
             if isinstance(document, dict):
-                document["digest"] = provenance.digest_of(document)
+                document["digest"] = provenance.document_digest(document)
                 seen = arena.call(lambda: _use(provenance.render(document)))
     return seen
 
@@ -319,7 +319,7 @@ def _forged(arena: Arena, data: bytes, *arguments: str) -> str:
     if marks(data) < 10_000:
         with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
             document = json.loads(data)
-            document["digest"] = provenance.digest_of(document)
+            document["digest"] = provenance.document_digest(document)
             data = provenance.render(document)
     path.write_bytes(data)
     try:
@@ -355,7 +355,7 @@ def _patch(arena: Arena, data: bytes) -> str:
     with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
         made = json.loads(data)
         document = dict(made["document"])
-        document["digest"] = provenance.digest_of(document)
+        document["digest"] = provenance.document_digest(document)
         about = {"format": "pt", "hsa_patch": json.dumps(document)}
         header = json.dumps({"__metadata__": about, **made["header"]}).encode()
     path = arena.sources / "hostile.safetensors"
