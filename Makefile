@@ -14,7 +14,7 @@ demo: $(READY)
 test: lint types
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# Every point of the fault suite, of which `make test` tries a sample; it ends with a table.
+# The fault suite in full, of which `make test` tries a sample; it ends with a table.
 test-faults: $(READY)
 	HSA_FAULTS=full $(BIN)/python -m pytest tests/faults
 

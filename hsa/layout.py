@@ -35,6 +35,9 @@ _UNITS = {
     "TIB": 2**40,
 }
 
+SIZE_DIGITS = 40
+"""Characters of a size: more than any disk needs, few enough to compute with at once."""
+
 _SIZE = re.compile(rf"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>{'|'.join(_UNITS)})")
 
 
@@ -304,8 +307,8 @@ def _index(groups: Mapping[str, list[TensorContent]]) -> bytes:
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB (10**9), 500MiB (2**20) or 1000000; RequestError otherwise."""
-    match = _SIZE.fullmatch(text.strip().upper())
+    match = _SIZE.fullmatch(text.strip().upper()) if len(text) <= SIZE_DIGITS else None
     value = int(Decimal(match["number"]) * _UNITS[match["unit"]]) if match else 0
-    if value < 1:
-        raise RequestError(f"max_shard_size must be a size such as 5GB or 500MiB, got {text!r}")
+    if not 1 <= value < 1 << 63:
+        raise RequestError(f"max_shard_size must be a size such as 5GB or 500MiB, below 2^63 bytes, got {text!r:.80}")
     return value

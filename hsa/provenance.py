@@ -23,6 +23,7 @@ from hsa.digests import digest_of
 from hsa.errors import HeaderError, ProvenanceError, RequestError
 from hsa.fsio import Source, Tally
 from hsa.header import load_json
+from hsa.layout import parse_size
 from hsa.output import PROVENANCE
 from hsa.plan import MergePlan
 from hsa.target import Selection
@@ -264,6 +265,8 @@ def _parameters(entry: Any) -> dict[str, Any]:
     found = _mapping(entry)
     try:
         MergeConfig.from_dict(found)
+        if found.get("max_shard_size") is not None:
+            parse_size(str(found["max_shard_size"]))
     except RequestError as error:
         raise ValueError(str(error)) from error
     for setting in SETTINGS:
@@ -395,8 +398,9 @@ def _number(value: Any) -> float:
 
 
 def _score(value: Any) -> float:
-    if _number(value) < 0:
-        raise ValueError(f"expected a number of at least 0, found {value!r:.80}")
+    """A score, of which squares are taken, or a lambda_i: far below what a norm of float32 numbers can be."""
+    if not 0 <= _number(value) < 1e150:
+        raise ValueError(f"expected a number of at least 0 and below 1e150, found {value!r:.80}")
     return float(value)
 
 

@@ -9,7 +9,7 @@ from fault_harness import FULL, TABLE, table
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not TABLE:
         return
-    form = "every point" if FULL else "a sample; make test-faults tries every point"
+    form = "in full" if FULL else "a sample; make test-faults tries them in full"
     terminalreporter.section(f"faults ({form})")
     for line in table():
         terminalreporter.write_line(line)

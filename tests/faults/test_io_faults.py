@@ -1,4 +1,4 @@
-"""Input and output that fails: every call in turn, every answer the system may give."""
+"""Input and output that fails: call by call (by the operation's step), every answer the system may give."""
 
 from __future__ import annotations
 

@@ -102,13 +102,13 @@ class Arena:
             json.loads(said)
         return failed[0] if failed else "success"
 
-    def run(self, *arguments: str) -> tuple[int, str, list[str]]:
-        """A command line in this process: exit code, 0 or 2; what it says; the lines on stderr, all printable."""
+    def run(self, *arguments: str, codes: tuple[int, ...] = (0, 2)) -> tuple[int, str, list[str]]:
+        """A command line in this process: exit code, 0 or 2 unless others are right; what it says; the lines on stderr, all printable."""
         said, errors = io.StringIO(), io.StringIO()
         with self.guard.watching(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             code = cli.run(arguments)
         lines = errors.getvalue().splitlines()
-        if code not in (0, 2) or any(not line.startswith("hsa: ") for line in lines):
+        if code not in codes or any(not line.startswith("hsa: ") for line in lines):
             raise Finding(f"exit code {code} with {lines!r:.500}")
         if any(not line.isprintable() for line in lines):
             raise Finding(f"control characters in {lines!r:.500}")
@@ -270,12 +270,42 @@ def _recipe_seeds(arena: Arena) -> Iterable[bytes]:
     yield b"!!python/object/apply:os.system ['true']\n"
 
 
+def _release(arena: Arena, data: bytes) -> str:
+    """`hsa release` of a recipe whose only entry says what the input says, but for its sources, which are the sound
+    ones: any other input is the recipe, where its entries can name no source that is there."""
+    sources = {role: str(path) for role, path in arena.triple.items()}
+    if marks(data) < 10_000:
+        with contextlib.suppress(ValueError, RecursionError, TypeError):
+            entry = {"name": "a", "group": "g", **json.loads(data), **sources}
+            data = json.dumps({"merges": [{k: v for k, v in entry.items() if k != "assets_from"}]}).encode()
+    shutil.rmtree(arena.output, ignore_errors=True)
+    path = arena.output.parent / "recipe.yaml"
+    path.write_bytes(data)
+    try:
+        code, _, lines = arena.run("release", str(path), f"--output={arena.output}", "--quiet", codes=(0, 1, 2))
+    finally:
+        path.unlink()
+        shutil.rmtree(arena.output, ignore_errors=True)
+    return "success" if code == 0 else lines[-1] if lines else "refused"
+
+
+def _release_seeds(arena: Arena) -> Iterable[bytes]:
+    yield b'{"k": 0.6, "lambda": 0.5, "max_shard_size": "50KB", "card": {"title": "x"}}'
+    yield b'{"name": "../b", "group": "<b>", "targets": "attention-all", "dtype": "float16", "lambda": {}}'
+
+
 # Outputs ---------------------------------------------------------------------------------------------------------
 
 
 def _verify(arena: Arena, data: bytes) -> str:
     """`hsa verify` of an output whose provenance says what the input says, with a digest that fits."""
     return _forged(arena, data, "verify", str(arena.output), "--json", "--threads=1")
+
+
+def _recompute(arena: Arena, data: bytes) -> str:
+    """The same against the sources, from which the output is made again as the record says."""
+    sources = [f"--{role}={path}" for role, path in arena.triple.items()]
+    return _forged(arena, data, "verify", str(arena.output), "--sources", *sources, "--json", "--threads=1")
 
 
 def _inspect(arena: Arena, data: bytes) -> str:
@@ -532,6 +562,8 @@ TARGETS: Mapping[str, Target] = {
         _recipe, _recipe_seeds, "bytes", ("merges:", "- name: ", "&a", "*a", "<<: ", "!!", "|", "card: {")
     ),
     "verify": Target(_verify, _verify_seeds, tokens=("files", "../x", "/etc/passwd", "blake3", "scores", "parameters")),
+    "recompute": Target(_recompute, _verify_seeds, tokens=("max_shard_size", "dtype", "targets", "k", "card", "files")),
+    "release": Target(_release, _release_seeds, tokens=("max_shard_size", "dtype", "targets", "k", "lambda", "card")),
     "inspect": Target(_inspect, _inspect_seeds, tokens=("<x-a>", "</script><x-b>", '"onload="x', "scores", "id", "k")),
     "patch": Target(_patch, _patch_seeds, tokens=("targets", "files", "hsa.scores", "max_shard_size", "parameters")),
     "pickle": Target(_pickle, _pickle_seeds, "bytes", ("torch._utils\n_rebuild_tensor_v2\n", "storage", "cpu")),
