@@ -472,6 +472,9 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "another k": (lambda d: d["parameters"].update(k=0.99), "the parameters give"),
     "a k that is none": (lambda d: d["parameters"].update(k=[1]), "k must be"),
+    "a size that is none": (lambda d: d["parameters"].update(max_shard_size="huge"), "max_shard_size must be"),
+    "a size beyond all": (lambda d: d["parameters"].update(max_shard_size="9" * 4400), "max_shard_size must be"),
+    "scores beyond all": (lambda d: one(d).update(scores=[1e200] * one(d)["heads"]), "below 1e150"),
     "no parameters": (lambda d: d.update(parameters={}), "is missing"),
     "another preset": (lambda d: d["parameters"].update(targets="attention-qkv"), "are not listed"),
 }
@@ -490,7 +493,7 @@ CHANGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a source's name": (lambda d: d["sources"]["base"].update(id="org/other"), "README.md"),
     "the card": (lambda d: d["parameters"].update(card={"title": "other"}), "README.md"),
     "the assets": (lambda d: d["parameters"].update(assets_from="nobody"), "cannot be merged with"),
-    "the shards": (lambda d: d["parameters"].update(max_shard_size="huge"), "cannot be merged with"),
+    "the shards": (lambda d: d["parameters"].update(max_shard_size=5000), "are not what the sources give"),
     "a missing setting": (lambda d: d["parameters"].pop("card"), "'card' is missing"),
     "digests left out": (lambda d: d["files"]["config.json"].clear(), "files are not what the sources give"),
 }
@@ -653,7 +656,7 @@ def test_the_command_line(out: Path, shared_triple: Triple) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == f"{out}: sound" and "not compared with the sources" in done.stdout
     done = run_hsa("verify", str(out), "--sources", *sources)
-    assert done.returncode == 0 and "every byte recomputed" in done.stdout
+    assert done.returncode == 0 and "every weight recomputed" in done.stdout
     (out / "config.json").write_text("{")
     (out / "stray.py").touch()
     done = run_hsa("verify", str(out))

@@ -61,7 +61,7 @@ def _describe(report: VerifyReport) -> str:
             "  " + ", ".join(_parameters(record.parameters)),
             f"  {chosen} of {total} heads merged in {len(record.targets)} tensors",
         ]
-    checked = "every byte recomputed from the sources" if report.sources_compared else "not compared with the sources"
+    checked = "every weight recomputed from the sources" if report.sources_compared else "not compared with the sources"
     lines.append(
         f"  {report.files} files, {size_text(report.bytes_read)} read in {report.seconds:.2f} s, peak memory "
         f"{size_text(report.peak_memory_bytes)}; {checked}"

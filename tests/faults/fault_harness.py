@@ -27,7 +27,7 @@ from hsa import fsio
 from hsa.errors import HsaError
 
 FULL = os.environ.get("HSA_FAULTS") == "full"
-"""Whether the suite runs in full, by each operation's step; without it a sample, small enough for every run of the tests."""
+"""Whether the suite runs in full, by each operation's step; without it a sample, small enough for every `make test`."""
 
 Sources = Mapping[str, Path]
 Snapshot = dict[str, str]

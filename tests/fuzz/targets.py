@@ -103,7 +103,7 @@ class Arena:
         return failed[0] if failed else "success"
 
     def run(self, *arguments: str, codes: tuple[int, ...] = (0, 2)) -> tuple[int, str, list[str]]:
-        """A command line in this process: exit code, 0 or 2 unless others are right; what it says; the lines on stderr, all printable."""
+        """A command line in this process: exit code, one of `codes`; what it says; printable lines on stderr."""
         said, errors = io.StringIO(), io.StringIO()
         with self.guard.watching(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             code = cli.run(arguments)
