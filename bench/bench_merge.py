@@ -28,7 +28,7 @@ from pathlib import Path
 import rows
 from cases import FULL, ITEM_SIZE, QUICK, SHARD_BYTES, SIZES, MergeCase
 from gates import ROLES, Gate
-from programs import Program, Run, measure
+from programs import Program, Run, compile_package, measure
 
 from hsa.synthetic import SHAPES, write_triple
 
@@ -227,6 +227,7 @@ def main() -> None:
     cases = chosen_cases(options)
     options.folder.mkdir(parents=True, exist_ok=True)
     check_space(cases, options.folder)
+    compile_package()
     known = rows.about(PACKAGES)
     mergekit = mergekit_python(HERE / "data")
     scratch = Path(tempfile.mkdtemp(prefix="merge-", dir=options.folder))

@@ -13,7 +13,6 @@ measured one after each round; no figures without. Prints a table and appends ro
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
 import shutil
 import statistics
@@ -27,9 +26,10 @@ import rows
 import torch
 from cases import ALPHA, ITEM_SIZE, LAM, SHARD_BYTES, SIZES, K, model_bytes
 from gates import ROLES, Gate
-from programs import Program, measure
+from programs import Program, compile_package, measure
 
 import hsa
+from hsa.pages import allocate
 from hsa.synthetic import SHAPES, write_triple
 
 POINTS = 11
@@ -80,8 +80,8 @@ def warm(triple: Path) -> None:
 
 def write_files(folder: Path, sizes: list[int], *, direct: bool) -> float:
     """Seconds to write files of these sizes one after another, each fsynced; they are removed again."""
-    piece = mmap.mmap(-1, PIECE)
-    piece.write(os.urandom(PIECE))
+    piece = allocate(PIECE)
+    piece[:] = os.urandom(PIECE)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if direct else 0)
     paths = [folder / f"bytes-{number}" for number in range(len(sizes))]
     started = time.perf_counter()
@@ -90,7 +90,7 @@ def write_files(folder: Path, sizes: list[int], *, direct: bool) -> float:
         try:
             for offset in range(0, size, PIECE):
                 count = min(PIECE, size - offset)
-                os.write(descriptor, memoryview(piece)[: count - count % 4096 if direct else count])
+                os.write(descriptor, piece[: count - count % 4096 if direct else count])
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of sweep.csv")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    compile_package()
     needed = 5 * model_bytes(options.shape, options.dtype)
     free = shutil.disk_usage(options.folder).free
     if free < needed:

@@ -7,7 +7,6 @@ under way, within the budget of a merge, and a fixed share of rows for each thre
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +24,9 @@ from hsa.config import MergeConfig
 from hsa.digests import digest_of
 from hsa.distances import Distances
 from hsa.dtypes import BITS, Array
-from hsa.errors import MachineError, RequestError
+from hsa.errors import RequestError
 from hsa.memory import PeakMemory
+from hsa.pages import allocate
 from hsa.patch_format import Contents, PatchTarget
 from hsa.plan import find_targets
 from hsa.provenance import PROGRAM, libraries, source_record, target_digest, tensors_digest
@@ -352,14 +352,7 @@ class _Room:
     """A thread's memory for rows: whole pages, so that they can be written past the page cache."""
 
     def __init__(self) -> None:
-        self._memory = self._map(ROWS_BYTES)
-
-    @staticmethod
-    def _map(nbytes: int) -> mmap.mmap:
-        try:
-            return mmap.mmap(-1, nbytes)
-        except OSError as error:
-            raise MachineError(f"out of memory: {nbytes} bytes were needed; give a smaller --threads") from error
+        self._memory = allocate(ROWS_BYTES)
 
     def split(self, sizes: Sequence[int]) -> list[Array]:
         """Apart arrays of these sizes, each from the start of a page; those of the last call are lost."""
@@ -367,7 +360,7 @@ class _Room:
 
         starts = [0, *accumulate(-(-size // fsio.ALIGNMENT) * fsio.ALIGNMENT for size in sizes)]
         if starts[-1] > len(self._memory):
-            self._memory = self._map(starts[-1])
+            self._memory = allocate(starts[-1])
         whole = np.frombuffer(self._memory, np.uint8)
         return [whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 

@@ -8,7 +8,6 @@ and no more than the tensors of the pieces in flight and of what lies `AHEAD` of
 
 from __future__ import annotations
 
-import mmap
 import threading
 from bisect import bisect_right
 from collections import deque
@@ -20,10 +19,10 @@ from hsa import fsio
 from hsa.checkpoint import Checkpoint, Role
 from hsa.compute import Computation, Ranges
 from hsa.dtypes import Array
-from hsa.errors import MachineError
 from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment, Slice
 from hsa.memory import PeakMemory
 from hsa.output import Staging
+from hsa.pages import allocate
 from hsa.sink import FileSink, Sink
 from hsa.threads import supervise
 
@@ -113,7 +112,7 @@ class _Local:
     """One thread's own memory."""
 
     desk: Desk
-    piece: mmap.mmap
+    piece: memoryview
 
 
 class _Stopped(Exception):
@@ -229,15 +228,9 @@ class _Run:
             group.append(ahead.popleft())
         return tuple(group)
 
-    def _piece(self) -> mmap.mmap:
-        try:
-            return mmap.mmap(-1, self.piece)
-        except OSError as error:
-            raise MachineError(f"out of memory: {self.piece} bytes were needed; give a smaller --threads") from error
-
     def _work(self) -> None:
         try:
-            local = _Local(self.calculator.desk(), self._piece())
+            local = _Local(self.calculator.desk(), allocate(self.piece))
             while True:
                 with self.changed:
                     if self.failure is not None:
@@ -279,7 +272,7 @@ class _Run:
 
     def _write(self, task: _Task, local: _Local) -> None:
         file, start, stop = task.file, task.start, task.stop
-        view = memoryview(local.piece)[: stop - start]
+        view = local.piece[: stop - start]
         segments = list(file.overlapping(start, stop))
         used: list[tuple[Segment, _Result]] = []
         for segment in segments:

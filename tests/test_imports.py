@@ -24,7 +24,7 @@ HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matp
 LAYERS = (
     ("_version", "digests", "ranges"),
     ("errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config"),
-    ("config", "fsio", "strict_yaml", "synthetic", "threads"),
+    ("config", "fsio", "pages", "strict_yaml", "synthetic", "threads"),
     ("console", "header", "partial", "whisper", "workbench"),
     ("output", "pickled"),
     ("checkpoint", "fetch"),

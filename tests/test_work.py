@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -19,6 +21,7 @@ from hsa.checkpoint import open_checkpoint
 from hsa.config import MergeConfig
 from hsa.fsio import Tally
 from hsa.layout import Merge, Slice
+from hsa.pages import HUGE_PAGE
 from hsa.synthetic import SHAPES, WhisperShape, write_triple
 from hsa.whisper import is_target, parse
 
@@ -275,3 +278,21 @@ def test_a_plan_names_the_bytes_that_a_run_reads(deep: Triple, tmp_path: Path) -
 def _touched(path: Path) -> Path:
     path.touch()
     return path
+
+
+def test_what_is_written_past_the_page_cache_lies_in_huge_pages(
+    deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwritev, starts = os.pwritev, []
+
+    def writing(fd: int, views: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            starts.append(ctypes.addressof(ctypes.c_char.from_buffer(views[0])) % HUGE_PAGE)
+        return pwritev(fd, views, offset)
+
+    monkeypatch.setattr(os, "pwritev", writing)
+    monkeypatch.setattr(sink, "DIRECT_PIECE", HUGE_PAGE)
+    hsa.merge(**deep, output=tmp_path / "out", threads=THREADS)
+    if not starts:
+        pytest.skip(f"the filesystem of {tmp_path} has no direct writes")
+    assert set(starts) == {0}

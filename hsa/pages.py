@@ -1,0 +1,34 @@
+"""Memory that is filled by threads and written past the page cache."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from contextlib import suppress
+
+from hsa.errors import MachineError
+
+HUGE_PAGE = 2 << 20
+"""Bytes. A direct write names its memory page by page, and a disk takes so many of them in one request: of 4 KiB pages
+often one MiB, of huge pages as many bytes as it takes at all."""
+
+
+def allocate(nbytes: int) -> memoryview:
+    """`nbytes` of zeroed private memory on a page boundary, as huge pages where the kernel has them; MachineError.
+
+    From `HUGE_PAGE` on it starts on a multiple of that, and the last huge page may take memory beyond `nbytes`.
+    """
+    spare = HUGE_PAGE if nbytes >= HUGE_PAGE else 0
+    try:
+        memory = mmap.mmap(-1, nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MachineError(f"out of memory: {nbytes} bytes were needed; give a smaller --threads") from error
+    start = -_address(memory) % HUGE_PAGE if spare else 0
+    if hasattr(mmap, "MADV_HUGEPAGE") and spare:
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)[start : start + nbytes]
+
+
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
