@@ -23,12 +23,9 @@ def allocate(nbytes: int) -> memoryview:
         memory = mmap.mmap(-1, nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MachineError(f"out of memory: {nbytes} bytes were needed; give a smaller --threads") from error
-    start = -_address(memory) % HUGE_PAGE if spare else 0
-    if hasattr(mmap, "MADV_HUGEPAGE") and spare:
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    if not spare:
+        return memoryview(memory)
+    with suppress(AttributeError, OSError):  # a system, or a kernel, without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
     return memoryview(memory)[start : start + nbytes]
-
-
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

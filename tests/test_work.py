@@ -275,11 +275,6 @@ def test_a_plan_names_the_bytes_that_a_run_reads(deep: Triple, tmp_path: Path) -
     assert plan.bytes_to_write == report.bytes_written - made_at_the_end
 
 
-def _touched(path: Path) -> Path:
-    path.touch()
-    return path
-
-
 def test_what_is_written_past_the_page_cache_lies_in_huge_pages(
     deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,3 +291,8 @@ def test_what_is_written_past_the_page_cache_lies_in_huge_pages(
     if not starts:
         pytest.skip(f"the filesystem of {tmp_path} has no direct writes")
     assert set(starts) == {0}
+
+
+def _touched(path: Path) -> Path:
+    path.touch()
+    return path
