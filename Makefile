@@ -60,8 +60,9 @@ bench-full: $(READY)
 	$(BIN)/python bench/bench_wer.py
 	$(BIN)/python bench/report.py
 
+# COMMIT names the commit in the rows where there is no git.
 bench-gpu: $(READY)
-	$(BIN)/python bench/bench_kernels.py --device cuda
+	$(BIN)/python bench/bench_kernels.py --device cuda $(if $(COMMIT),--commit $(COMMIT))
 
 # The kernel cases under pytest-benchmark, which keeps and compares runs of its own.
 bench-speed: $(READY)

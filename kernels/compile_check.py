@@ -25,6 +25,7 @@ import torch
 import triton
 from hsa.kernels import headwise, tuning
 from hsa.kernels.projections import LEAST_SLOTS, Variant, interpreted
+from hsa.kernels.tuning import Tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -49,6 +50,7 @@ NEW_BUFFER = ("float32", "float16", "bfloat16")
 
 SCALED = ("float32", "float16")
 UNALIGNED = ("float32", "float16", "float16-base")
+COLUMNS = ("float32", "float16", "bfloat16")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,6 +59,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+DEVICES = {"sm_90": ("NVIDIA H200",)}
+"""Devices of a target that have a tuning of their own."""
+
 KERNELS = {
     "fused": headwise.fused_kernel,
     "score": headwise.score_kernel,
@@ -64,20 +69,21 @@ KERNELS = {
 }
 
 POINTERS = {
-    "*i64": ("base", "primary", "secondary", "out", "geometry"),
-    "*i32": ("queue", "items", "status", "arrivals", "released", "ticket", "keep"),
-    "*fp64": ("partials", "scores"),
+    "*i64": ("base", "primary", "secondary", "out", "geometry", "slots", "released"),
+    "*i32": ("items", "members", "status", "arrivals", "states", "tickets", "keep"),
+    "*fp64": ("scores",),
     "*u8": ("selected",),
     "*fp32": ("c1", "c2"),
 }
-SIGNATURE = {name: kind for kind, names in POINTERS.items() for name in names} | {"work": "i32", "scale": "fp32"}
+NUMBERS = {"work": "i32", "projections": "i32", "deciders": "i32", "patience": "i32", "scale": "fp32"}
+SIGNATURE = {name: kind for kind, names in POINTERS.items() for name in names} | NUMBERS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile, by the names of `KERNELS`, `MIXES` and `TARGETS`."""
+    """One kernel to compile, by the names of `KERNELS`, `MIXES`, `TARGETS` and `DEVICES`."""
 
     kernel: str
     mix: str
@@ -85,16 +91,25 @@ class Case:
     in_place: bool
     aligned: bool
     scaled: bool
+    one_run: bool
+    device: str
 
     @property
     def variant(self) -> Variant:
         return replace(MIXES[self.mix], in_place=self.in_place, aligned=self.aligned)
 
+    @property
+    def tuning(self) -> Tuning:
+        sizes = [dtype.itemsize for dtype in self.variant.dtypes[:3]]
+        return tuning.choose(sizes, self.aligned, self.one_run, self.device)
+
     def __str__(self) -> str:
         kinds = ["in place" if self.in_place else "new buffer"] if self.kernel != "score" else []
         kinds += [] if self.aligned else ["unaligned"]
+        kinds += [] if self.one_run or not self.aligned else ["columns"]
         kinds += ["scaled"] if self.scaled else []
-        return f"{self.target:7} {self.kernel:6} {self.mix:18} {', '.join(kinds):29}"
+        target = f"{self.target} {self.device.removeprefix('NVIDIA ')}"
+        return f"{target:11} {self.kernel:6} {self.mix:18} {', '.join(kinds):29}"
 
 
 @dataclass(frozen=True)
@@ -113,31 +128,51 @@ class Found:
         return f"{self.case} {self.rows:4} x {self.warps} {self.registers:9} {self.shared:6}  {verdict}"
 
 
-HEADING = f"{'target':7} {'kernel':6} {'mix':18} {'variant':29} rows x warps registers shared"
+HEADING = f"{'target':11} {'kernel':6} {'mix':18} {'variant':29} rows x warps registers shared"
 
 
 def cases() -> Iterator[Case]:
-    """Everything to compile."""
+    """Everything to compile: for a target as such, and what is tuned otherwise for a device that was measured."""
     for target in TARGETS:
-        for mix, variant in MIXES.items():
-            for kernel in KERNELS:
-                plain = Case(kernel, mix, target, variant.in_place, aligned=True, scaled=False)
-                yield plain
-                if kernel != "score" and mix in SCALED:
-                    yield replace(plain, scaled=True)
-                if kernel != "score" and mix in NEW_BUFFER:
-                    yield replace(plain, in_place=False)
-                if mix in UNALIGNED:
-                    yield replace(plain, aligned=False)
+        for case in _cases(target):
+            yield case
+            for device in DEVICES.get(target, ()):
+                tuned = replace(case, device=device)
+                if tuned.tuning != case.tuning:
+                    yield tuned
+
+
+def _cases(target: str) -> Iterator[Case]:
+    for mix, variant in MIXES.items():
+        for kernel in KERNELS:
+            plain = Case(kernel, mix, target, variant.in_place, aligned=True, scaled=False, one_run=True, device="")
+            yield plain
+            if kernel != "score" and mix in SCALED:
+                yield replace(plain, scaled=True)
+            if kernel != "score" and mix in NEW_BUFFER:
+                yield replace(plain, in_place=False)
+            if mix in UNALIGNED:
+                yield replace(plain, aligned=False, one_run=False)
+            if mix in COLUMNS:
+                yield replace(plain, one_run=False)
 
 
 def compile_case(case: Case, **changed: object) -> Found:
     """Compile one case and judge the code. changed: compiler options that differ from a launch's."""
     kernel = KERNELS[case.kernel]
     variant = case.variant
-    tuned = tuning.choose(max(dtype.itemsize for dtype in variant.dtypes[:3]), case.aligned, "")
+    tuned = case.tuning
     target = TARGETS[case.target]
-    constants = {**variant.constants(), "P": LEAST_SLOTS, "ROWS": tuned.rows, "SCALED": case.scaled}
+    fused, amd = case.kernel == "fused", target.backend == "hip"
+    constants = {
+        **variant.constants(),
+        "P": LEAST_SLOTS,
+        "ROWS": tuned.rows,
+        "ONE_RUN": case.one_run and not amd,
+        "SCALED": case.scaled,
+        "HELD": tuned.held,
+        "ALONE": False,
+    }
     names = kernel.arg_names
     source = ASTSource(
         kernel,
@@ -145,11 +180,12 @@ def compile_case(case: Case, **changed: object) -> Found:
         {name: constants[name] for name in names if name not in SIGNATURE},
         {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if SIGNATURE.get(name, "").startswith("*")},
     )
-    options = {**tuning.compiler_options(tuned, amd=target.backend == "hip"), **changed}
+    registers = tuned.fused_registers if fused else tuned.registers
+    options = {**tuning.compiler_options(tuned, registers, amd=amd), **changed}
     compiled = triton.compile(source, target=target, options=options)
     judge = _judge_cuda if target.backend == "cuda" else _judge_amd
-    registers, refusals = judge(compiled.asm, case.aligned)
-    return Found(case, tuned.rows, tuned.warps, registers, compiled.metadata.shared, tuple(refusals))
+    used, refusals = judge(compiled.asm, case.aligned)
+    return Found(case, tuned.rows, tuned.warps, used, compiled.metadata.shared, tuple(refusals))
 
 
 def _judge_cuda(asm: dict[str, object], aligned: bool) -> tuple[int, list[str]]:

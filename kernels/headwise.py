@@ -16,15 +16,19 @@ What every kernel takes, letters as in `primitives`:
 
     base, primary, secondary, out   int64 [G]     addresses of the projections' tensors, of dtypes B, M1, M2, OUT
     geometry                        int64 [G, 8]  see `primitives.FIELDS`
-    items, queue                    int32 [*, 4]  units of work: kind (SCORE or APPLY), projection, head, slab
-    partials                        float64 [S]   the sum of squares of every slab
+    items                           int32 [*, 4]  units of work: projection, head, slab, and the slab's slot
+    slots                           int64 [S]     the sum of squares of every slab, see `encoded`
     scores                          float64 [G, P]  squared scores; selected: uint8 [G, P]; both 0 beyond H
     status                          int32 [G, P]  what was found wrong in a head: the bits below; 0 at the launch
-    arrivals, released, ticket      int32 [G], [G], [1]  0 at the launch, of no other launch meanwhile
     keep, c1, c2                    int32 [G], float32 [G], float32 [G]
 
+`score_kernel` also takes arrivals, int32 [G]. `fused_kernel` also takes members, int32 [n] (the projections of the
+launch), released, int64 [G], states, int32 [S], and tickets, int32 [2]. These and its slots are 0 at the launch, and
+of no other launch meanwhile.
+
 Constexprs: P and ROWS; ALIGNED when every address of the launch is a multiple of 16 bytes and every geometry is as
-`primitives.tile` wants it; SCALED when scale is not 1; IN_PLACE when out is primary in every projection.
+`primitives.tile` wants it; ONE_RUN as there; SCALED when scale is not 1; IN_PLACE when out is primary in every
+projection.
 """
 
 from __future__ import annotations
@@ -37,17 +41,19 @@ from hsa.kernels.primitives import (
     HEADS,
     NOT_FINITE,
     SLABS,
+    WIDTH,
     finite,
+    greatest,
     load,
     magnitude,
+    packed,
     pointer,
     read,
+    rounded,
     tile,
+    unpacked,
     write,
 )
-
-SCORE = tl.constexpr(0)
-APPLY = tl.constexpr(1)
 
 BASE_BIT = tl.constexpr(1)
 PRIMARY_BIT = tl.constexpr(2)
@@ -55,8 +61,18 @@ SECONDARY_BIT = tl.constexpr(4)
 SCORE_BIT = tl.constexpr(8)
 RESULT_BIT = tl.constexpr(16)
 
-MERGE = tl.constexpr(1)
-REFUSE = tl.constexpr(2)
+MERGE = tl.constexpr(-(1 << 63))
+"""The bit of a released projection that is to be merged; the bit of a head says that it is selected."""
+
+REFUSE = tl.constexpr(1 << 62)
+"""The bit of a released projection that is not, for a score is not finite. So heads are at most 62."""
+
+DONE = tl.constexpr(1)
+LEFT = tl.constexpr(2)
+"""States of a slab in the fused kernel: written (or rightly not), and left to whoever closes its projection."""
+
+THERE = tl.constexpr(-(1 << 63))
+REST = tl.constexpr((1 << 63) - 1)
 
 SMALL = tl.constexpr(2.0**-110)
 """Below this sum, squares that float32 cannot hold could make more than 2**-26 of it."""
@@ -67,17 +83,27 @@ LARGE = tl.constexpr(1e37)
 PART = tl.constexpr(16)
 """Tile rows that the careful sum takes at a time."""
 
+GROUPS = tl.constexpr(2)
+"""Parts of half a slab that are added up in float32 first: they lie in the same threads, and need no exchange."""
+
+CHUNK = tl.constexpr(32)
+"""Slabs of every head whose sums are read at a time."""
+
+STATES = tl.constexpr(512)
+"""Slabs whose states are read at a time."""
+
 
 @triton.jit
-def _proxy(b, m1, m2, exists):
-    return tl.where(exists, tl.abs(m1 - b) + tl.abs(m2 - b), 0.0)
+def encoded(total):
+    """A sum of squares (float64) as int64 that is not 0: the sign, which no sum has, says that it is there."""
+    return total.to(tl.int64, bitcast=True) | THERE
 
 
 @triton.jit
 def _careful_sum(
     base, primary, secondary, geometry, status, g, head, slab,
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
-    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
     """The sum of a slab whose squares leave the range of float32, and the status bits if a source is not finite.
 
@@ -86,11 +112,11 @@ def _careful_sum(
     total = tl.zeros([], dtype=tl.float64)
     bits = tl.zeros([], dtype=tl.int32)
     for part in range(ROWS // PART):
-        offsets, exists = tile(geometry, g, head, slab * (ROWS // PART) + part, PART, ALIGNED)
-        b = read(base, g, offsets, exists, B, ALIGNED)
-        m1 = read(primary, g, offsets, exists, M1, ALIGNED)
-        m2 = read(secondary, g, offsets, exists, M2, ALIGNED)
-        wide = _proxy(b, m1, m2, exists).to(tl.float64)
+        start, offsets, exists = tile(geometry, g, head, slab * (ROWS // PART) + part, PART, ALIGNED, ONE_RUN)
+        b = tl.where(exists, read(base, g, start, offsets, exists, B, ALIGNED, ONE_RUN), 0.0)
+        m1 = tl.where(exists, read(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN), 0.0)
+        m2 = tl.where(exists, read(secondary, g, start, offsets, exists, M2, ALIGNED, ONE_RUN), 0.0)
+        wide = (tl.abs(m1 - b) + tl.abs(m2 - b)).to(tl.float64)
         total += tl.sum(tl.sum(wide * wide, axis=1), axis=0)
         bits |= tl.where(magnitude(b) >= NOT_FINITE, BASE_BIT, 0)
         bits |= tl.where(magnitude(m1) >= NOT_FINITE, PRIMARY_BIT, 0)
@@ -102,171 +128,178 @@ def _careful_sum(
 
 
 @triton.jit
-def _score_slab(
-    base, primary, secondary, geometry, partials, scores, status, arrivals, g, head, slab,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
-    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Sum one slab into its slot. The program that comes last of its projection writes the projection's row of
-    scores, from the slots in their order, and gets True."""
-    entry = geometry + g * FIELDS
-    heads = tl.load(entry + HEADS)
-    slabs = tl.load(entry + SLABS)
-    first = partials + tl.load(entry + FIRST)
-    offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED)
-    b = read(base, g, offsets, exists, B, ALIGNED)
-    m1 = read(primary, g, offsets, exists, M1, ALIGNED)
-    m2 = read(secondary, g, offsets, exists, M2, ALIGNED)
-    proxy = _proxy(b, m1, m2, exists)
-    total = tl.sum(tl.sum(proxy * proxy, axis=1).to(tl.float64), axis=0)
-    if ~((total >= SMALL) & (total <= LARGE)):
-        total = _careful_sum(
-            base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED
-        )  # fmt: skip
-    tl.store(first + head * slabs + slab, total)
-    tl.debug_barrier()
-    last = tl.atomic_add(arrivals + g, 1, sem="acq_rel") == heads * slabs - 1
-    tl.debug_barrier()
-    if last:
-        h = tl.arange(0, P)
-        squared = tl.zeros([P], dtype=tl.float64)
-        for s in range(slabs):
-            squared += tl.load(first + h * slabs + s, mask=h < heads, other=0.0, cache_modifier=".cg")
-        tl.store(scores + g * P + h, squared)
-        tl.debug_barrier()
-    return last
+def _squares(tv1, tv2, exists, B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
+    """Sums of the proxy's squares in half a slab, in float32, each of at most 16 elements that lie in one thread."""
+    ROWS: tl.constexpr = tv1.shape[0]
+    # The elements of one 16-byte load.
+    WIDE: tl.constexpr = B.primitive_bitwidth + M1.primitive_bitwidth + M2.primitive_bitwidth > 48
+    SPAN: tl.constexpr = 4 if WIDE else 8
+    proxy = tl.where(exists, tl.abs(tv1) + tl.abs(tv2), 0.0)
+    parts = tl.reshape(proxy * proxy, [GROUPS, ROWS // GROUPS, WIDTH // SPAN, SPAN])
+    return tl.sum(tl.sum(parts, axis=3), axis=0)
 
 
 @triton.jit
-def _select_and_release(geometry, scores, selected, released, keep, g, P: tl.constexpr):
-    """Write a projection's row of selected heads and let its merge begin, or refuse it if a score is not finite."""
-    heads = tl.load(geometry + g * FIELDS + HEADS)
+def _slab_sum(
+    low, high, base, primary, secondary, geometry, status, g, head, slab,
+    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
+    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
+):  # fmt: skip
+    """The sum of squares (float64) of a slab, from those of its halves, which float64 adds up."""
+    sums = low.to(tl.float64) + high.to(tl.float64)
+    total = tl.sum(tl.reshape(sums, [sums.numel], can_reorder=True), axis=0)
+    if ~((total >= SMALL) & (total <= LARGE)):
+        total = _careful_sum(
+            base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
+        )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _sources(
+    base, primary, secondary, geometry, g, head, slab,
+    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
+    ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
+):  # fmt: skip
+    """Begin to read a slab of ROWS from all three sources; the dtypes are theirs."""
+    start, offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED, ONE_RUN)
+    b = load(base, g, start, offsets, exists, B, ALIGNED, ONE_RUN)
+    m1 = load(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN)
+    m2 = load(secondary, g, start, offsets, exists, M2, ALIGNED, ONE_RUN)
+    return b, m1, m2, exists
+
+
+@triton.jit
+def _widened(b, m1, m2):
+    """Base and both task vectors, float32."""
+    b = b.to(tl.float32)
+    return b, m1.to(tl.float32) - b, m2.to(tl.float32) - b
+
+
+@triton.jit
+def _squared(slots, geometry, g, P: tl.constexpr):
+    """Squared scores (float64 [P]) of a projection, summed in a fixed order, and whether every slot was there."""
+    entry = geometry + g * FIELDS
+    heads = tl.load(entry + HEADS).to(tl.int32)
+    slabs = tl.load(entry + SLABS).to(tl.int32)
+    first = slots + tl.load(entry + FIRST)
     h = tl.arange(0, P)
-    squared = tl.load(scores + g * P + h, cache_modifier=".cg")
-    # Slots beyond the heads hold 0: no score is below that, so they outrank none.
-    greater = tl.sum((squared[None, :] > squared[:, None]).to(tl.int32), axis=1)
-    merge = finite(squared)
-    chosen = (greater < tl.load(keep + g)) & (h < heads) & merge
-    tl.store(selected + g * P + h, chosen.to(tl.uint8))
+    s = tl.arange(0, CHUNK)
+    squared = tl.zeros([P], dtype=tl.float64)
+    lacking = tl.zeros([], dtype=tl.int32)
+    for c in range(0, slabs, CHUNK):
+        exists = (h[:, None] < heads) & (c + s[None, :] < slabs)
+        # Volatile: past the first-level cache, and again at every turn of a loop.
+        bits = tl.load(first + h[:, None] * slabs + c + s[None, :], mask=exists, other=THERE, volatile=True)
+        lacking |= greatest((bits >= 0).to(tl.int32))
+        squared += tl.sum((bits & REST).to(tl.float64, bitcast=True), axis=1)
+    return squared, lacking == 0
+
+
+@triton.jit
+def score_kernel(
+    base, primary, secondary, geometry, items, slots, scores, status, arrivals,
+    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
+    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
+):  # fmt: skip
+    """Squared scores of every head. A program owns one slab, the last of a projection also its row of scores."""
+    unit = items + tl.program_id(0).to(tl.int64) * 4
+    g = tl.load(unit).to(tl.int64)
+    head = tl.load(unit + 1).to(tl.int64)
+    slab = tl.load(unit + 2)
+    slot = tl.load(unit + 3)
+    HALF: tl.constexpr = ROWS // 2
+    b0, m10, m20, exists0 = _sources(
+        base, primary, secondary, geometry, g, head, slab * 2, B, M1, M2, HALF, ALIGNED, ONE_RUN
+    )  # fmt: skip
+    b1, m11, m21, exists1 = _sources(
+        base, primary, secondary, geometry, g, head, slab * 2 + 1, B, M1, M2, HALF, ALIGNED, ONE_RUN
+    )  # fmt: skip
+    b0, tv10, tv20 = _widened(b0, m10, m20)
+    low = _squares(tv10, tv20, exists0, B, M1, M2)
+    b1, tv11, tv21 = _widened(b1, m11, m21)
+    high = _squares(tv11, tv21, exists1, B, M1, M2)
+    total = _slab_sum(
+        low, high, base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
+    )  # fmt: skip
+    tl.store(slots + slot, encoded(total))
     tl.debug_barrier()
-    tl.atomic_xchg(released + g, tl.where(merge, MERGE, REFUSE), sem="release")
+    entry = geometry + g * FIELDS
+    others = tl.load(entry + HEADS) * tl.load(entry + SLABS) - 1
+    last = tl.atomic_add(arrivals + g, 1, sem="acq_rel") == others
+    tl.debug_barrier()
+    if last:
+        squared, _ = _squared(slots, geometry, g, P)
+        tl.store(scores + g * P + tl.arange(0, P), squared)
 
 
 @triton.jit
 def _apply_slab(
     base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, slab, chosen,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr,
-    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
+    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Write one slab of `out`. chosen: whether its head is selected."""
-    offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED)
+    """Read one slab and write that of `out`. chosen: whether its head is selected."""
+    start, offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED, ONE_RUN)
     worst = 0
     if chosen:
-        b = read(base, g, offsets, exists, B, ALIGNED)
-        tv1 = read(primary, g, offsets, exists, M1, ALIGNED) - b
-        tv2 = read(secondary, g, offsets, exists, M2, ALIGNED) - b
-        displacement = tl.load(c1 + g) * tv1 + tl.load(c2 + g) * tv2
-        if SCALED:
-            displacement = scale * displacement
-        worst = write(out, g, offsets, exists, b + displacement, OUT, ALIGNED)
+        b = read(base, g, start, offsets, exists, B, ALIGNED, ONE_RUN)
+        tv1 = read(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN) - b
+        tv2 = read(secondary, g, start, offsets, exists, M2, ALIGNED, ONE_RUN) - b
+        value = _merged(b, tv1, tv2, tl.load(c1 + g), tl.load(c2 + g), scale, OUT, SCALED)
+        worst = write(out, g, start, offsets, exists, value, OUT, ALIGNED)
     else:
         if SCALED:
-            b = read(base, g, offsets, exists, B, ALIGNED)
-            tv1 = read(primary, g, offsets, exists, M1, ALIGNED) - b
-            worst = write(out, g, offsets, exists, b + scale * tv1, OUT, ALIGNED)
+            b = read(base, g, start, offsets, exists, B, ALIGNED, ONE_RUN)
+            tv1 = read(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN) - b
+            worst = write(out, g, start, offsets, exists, rounded(b + scale * tv1, OUT), OUT, ALIGNED)
         elif not IN_PLACE:
             if OUT == M1:
-                _copy(primary, out, g, offsets, exists, OUT, ALIGNED)
+                _copy(primary, out, g, start, offsets, exists, OUT, ALIGNED, ONE_RUN)
             else:
-                m1 = read(primary, g, offsets, exists, M1, ALIGNED)
-                worst = write(out, g, offsets, exists, m1, OUT, ALIGNED)
+                m1 = read(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN)
+                worst = write(out, g, start, offsets, exists, rounded(m1, OUT), OUT, ALIGNED)
     if worst >= NOT_FINITE:
         tl.atomic_or(status + g * P + head, RESULT_BIT, sem="relaxed")
 
 
 @triton.jit
-def _copy(source, out, g, offsets, exists, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _merged(b, tv1, tv2, w1, w2, scale, OUT: tl.constexpr, SCALED: tl.constexpr):
+    """The formula of a selected head, rounded to OUT."""
+    displacement = w1 * tv1 + w2 * tv2
+    if SCALED:
+        displacement = scale * displacement
+    return rounded(b + displacement, OUT)
+
+
+@triton.jit
+def _copy(
+    source, out, g, start, offsets, exists,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
+):  # fmt: skip
     """Copy bits, as integers: a copy through a floating type may change a NaN's payload."""
     if DTYPE.primitive_bitwidth == 16:
         BITS: tl.constexpr = tl.int16
     else:
         BITS: tl.constexpr = tl.int32
-    bits = load(source, g, offsets, exists, BITS, ALIGNED)
-    tl.store(pointer(out, g, BITS, ALIGNED) + offsets, bits, mask=exists)
-
-
-@triton.jit(do_not_specialize=["work", "scale"])
-def fused_kernel(
-    base, primary, secondary, out, geometry, queue, work,
-    partials, scores, selected, status, arrivals, released, ticket, keep, c1, c2, scale,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr,
-    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
-):  # fmt: skip
-    """Score, select and merge in one launch of any number of programs.
-
-    A program draws `work` units of the queue, one at a time, until none is left. Score units never wait. An apply
-    unit waits for its projection's release, which depends on units with lower tickets alone, and those are in the
-    hands of running programs: the lowest unfinished unit never waits, so the launch ends whatever is resident.
-    """
-    drawn = tl.atomic_add(ticket, 1, sem="relaxed")
-    while drawn < work:
-        unit = queue + drawn.to(tl.int64) * 4
-        kind = tl.load(unit)
-        g = tl.load(unit + 1).to(tl.int64)
-        head = tl.load(unit + 2).to(tl.int64)
-        slab = tl.load(unit + 3)
-        if kind == SCORE:
-            last = _score_slab(
-                base, primary, secondary, geometry, partials, scores, status, arrivals, g, head, slab,
-                B, M1, M2, P, ROWS, ALIGNED,
-            )  # fmt: skip
-            if last:
-                _select_and_release(geometry, scores, selected, released, keep, g, P)
-        else:
-            verdict = tl.atomic_add(released + g, 0, sem="acquire")
-            while verdict == 0:
-                verdict = tl.atomic_add(released + g, 0, sem="acquire")
-            tl.debug_barrier()
-            if verdict == MERGE:
-                chosen = tl.load(selected + g * P + head, cache_modifier=".cg") != 0
-                _apply_slab(
-                    base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, slab, chosen,
-                    B, M1, M2, OUT, P, ROWS, ALIGNED, SCALED, IN_PLACE,
-                )  # fmt: skip
-        drawn = tl.atomic_add(ticket, 1, sem="relaxed")
-
-
-@triton.jit
-def score_kernel(
-    base, primary, secondary, geometry, items, partials, scores, status, arrivals,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
-    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Squared scores of every head. A program owns one slab, the last of a projection also its row of scores."""
-    unit = items + tl.program_id(0).to(tl.int64) * 4
-    g = tl.load(unit + 1).to(tl.int64)
-    head = tl.load(unit + 2).to(tl.int64)
-    slab = tl.load(unit + 3)
-    _score_slab(
-        base, primary, secondary, geometry, partials, scores, status, arrivals, g, head, slab,
-        B, M1, M2, P, ROWS, ALIGNED,
-    )  # fmt: skip
+    bits = load(source, g, start, offsets, exists, BITS, ALIGNED, ONE_RUN)
+    tl.store(pointer(out, g, BITS, ALIGNED) + start + offsets, bits, mask=exists)
 
 
 @triton.jit(do_not_specialize=["scale"])
 def apply_kernel(
     base, primary, secondary, out, geometry, items, scores, selected, status, keep, c1, c2, scale,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr,
-    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
+    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Select and merge by scores that are known. A program owns one slab, the first of a head also its selection.
 
     A projection with a score that is not finite is left as it is, and those heads' status says SCORE_BIT.
     """
     unit = items + tl.program_id(0).to(tl.int64) * 4
-    g = tl.load(unit + 1).to(tl.int64)
-    head = tl.load(unit + 2).to(tl.int64)
-    slab = tl.load(unit + 3)
+    g = tl.load(unit).to(tl.int64)
+    head = tl.load(unit + 1).to(tl.int64)
+    slab = tl.load(unit + 2)
     h = tl.arange(0, P)
     heads = tl.load(geometry + g * FIELDS + HEADS)
     squared = tl.load(scores + g * P + h, mask=h < heads, other=0.0)
@@ -281,5 +314,198 @@ def apply_kernel(
     if merge:
         _apply_slab(
             base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, slab, chosen,
-            B, M1, M2, OUT, P, ROWS, ALIGNED, SCALED, IN_PLACE,
+            B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
         )  # fmt: skip
+
+
+@triton.jit
+def _decide(slots, geometry, scores, selected, released, keep, g, most, P: tl.constexpr):
+    """Wait for a projection's slots, at most `most` looks (0: without end); write its rows of scores and of selected
+    heads, and release it. Whoever does so again writes the same."""
+    squared, ready = _squared(slots, geometry, g, P)
+    looks = 1
+    while (not ready) & ((looks < most) | (most == 0)):
+        squared, ready = _squared(slots, geometry, g, P)
+        looks += 1
+    if ready:
+        h = tl.arange(0, P)
+        # Slots beyond the heads hold 0: no score is below that, so they outrank none.
+        greater = tl.sum((squared[None, :] > squared[:, None]).to(tl.int32), axis=1)
+        merge = finite(squared)
+        chosen = (greater < tl.load(keep + g)) & (h < tl.load(geometry + g * FIELDS + HEADS)) & merge
+        tl.store(scores + g * P + h, squared)
+        tl.store(selected + g * P + h, chosen.to(tl.uint8))
+        bits = tl.sum(tl.where(chosen, tl.full([P], 1, tl.int64) << h.to(tl.int64), 0), axis=0)
+        tl.atomic_or(released + g, tl.where(merge, bits | MERGE, REFUSE), sem="relaxed")
+
+
+@triton.jit
+def _settle(
+    words0, words1, i,
+    base, primary, secondary, out, geometry, items, status, released, states, c1, c2, scale, patience,
+    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """Write the merged slab of unit `i` (none if negative), which was held in halves, once its projection is released;
+    after `patience` looks leave it to whoever closes the projection, who reads its sources again."""
+    if i >= 0:
+        unit = items + i.to(tl.int64) * 4
+        g = tl.load(unit).to(tl.int64)
+        head = tl.load(unit + 1).to(tl.int64)
+        slab = tl.load(unit + 2)
+        slot = tl.load(unit + 3)
+        # An atomic, for its answer is the same in all threads.
+        release = tl.atomic_add(released + g, 0, sem="relaxed")
+        looks = 1
+        while (release == 0) & (looks < patience):
+            release = tl.atomic_add(released + g, 0, sem="relaxed")
+            looks += 1
+        if release < 0:
+            if (release >> head) & 1 != 0:
+                HALF: tl.constexpr = ROWS // 2
+                start, offsets, exists = tile(geometry, g, head, slab * 2, HALF, ALIGNED, ONE_RUN)
+                worst = write(out, g, start, offsets, exists, unpacked(words0, OUT), OUT, ALIGNED)
+                start, offsets, exists = tile(geometry, g, head, slab * 2 + 1, HALF, ALIGNED, ONE_RUN)
+                worst = tl.maximum(worst, write(out, g, start, offsets, exists, unpacked(words1, OUT), OUT, ALIGNED))
+                if worst >= NOT_FINITE:
+                    tl.atomic_or(status + g * P + head, RESULT_BIT, sem="relaxed")
+            elif SCALED or not IN_PLACE:
+                _apply_slab(
+                    base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, slab, False,
+                    B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
+                )  # fmt: skip
+        tl.atomic_or(states + slot, tl.where(release == 0, LEFT, DONE), sem="relaxed")
+
+
+@triton.jit
+def _close(
+    base, primary, secondary, out, geometry, slots, scores, selected, status, released, states, keep, c1, c2, scale, g,
+    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """Release a projection if nobody has, and merge its slabs that were left. Every unit of it is drawn by now."""
+    release = tl.atomic_add(released + g, 0, sem="relaxed")
+    if release == 0:
+        _decide(slots, geometry, scores, selected, released, keep, g, 0, P)
+        release = tl.atomic_add(released + g, 0, sem="relaxed")
+    entry = geometry + g * FIELDS
+    slabs = tl.load(entry + SLABS).to(tl.int32)
+    count = tl.load(entry + HEADS).to(tl.int32) * slabs
+    own = states + tl.load(entry + FIRST)
+    lanes = tl.arange(0, STATES)
+    for c in range(0, count, STATES):
+        found = tl.load(own + c + lanes, mask=c + lanes < count, other=DONE, volatile=True)
+        while tl.min(found, axis=0) == 0:
+            found = tl.load(own + c + lanes, mask=c + lanes < count, other=DONE, volatile=True)
+        if (tl.max(found, axis=0) == LEFT) & (release < 0):
+            for s in range(c, min(count, c + STATES)):
+                if tl.max(tl.where(c + lanes == s, found, 0), axis=0) == LEFT:
+                    head = (s // slabs).to(tl.int64)
+                    _apply_slab(
+                        base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, s % slabs,
+                        (release >> head) & 1 != 0,
+                        B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
+                    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["work", "projections", "deciders", "patience", "scale"])
+def fused_kernel(
+    base, primary, secondary, out, geometry, items, work, members, projections,
+    slots, scores, selected, status, released, states, tickets, keep, c1, c2, scale, deciders, patience,
+    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
+    HELD: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """Score, select and merge in one launch of any number of programs, reading every source once.
+
+    A program draws units one at a time. It scores a unit, and keeps what its slab becomes if its head is selected,
+    until it has scored HELD more: by then the projection is decided, as a rule, and the slab is written from there. The
+    first `deciders` programs to begin only add up scores and select.
+
+    Waiting for a decision has an end (`patience` looks), after which the slab is left; programs that find no more units
+    to draw close the projections, one at a time, and read again what was left. They alone wait without end, for units
+    that are all in the hands of running programs, of which none waits without end for them. So the launch ends whatever
+    is resident, programs that run one after the other included.
+
+    Everything that programs tell each other is a single word, written and read by itself: no order between two words
+    matters. ALONE says that programs run one after the other: then whoever scores a projection's last unit decides it,
+    which would cost registers where others can.
+    """
+    role = tl.atomic_add(tickets + 1, 1, sem="relaxed")
+    if role < deciders:
+        for i in range(role, projections, deciders):
+            g = tl.load(members + i).to(tl.int64)
+            _decide(slots, geometry, scores, selected, released, keep, g, patience * patience, P)
+    drawn = tl.atomic_add(tickets, 1, sem="relaxed")
+    HALF: tl.constexpr = ROWS // 2
+    first0 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
+    first1 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
+    second0 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
+    second1 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
+    first_unit = tl.full([], -1, tl.int32)
+    second_unit = tl.full([], -1, tl.int32)
+    while drawn < work:
+        i = drawn
+        unit = items + i.to(tl.int64) * 4
+        g = tl.load(unit).to(tl.int64)
+        head = tl.load(unit + 1).to(tl.int64)
+        slab = tl.load(unit + 2)
+        slot = tl.load(unit + 3)
+        b0, m10, m20, exists0 = _sources(
+            base, primary, secondary, geometry, g, head, slab * 2, B, M1, M2, HALF, ALIGNED, ONE_RUN
+        )  # fmt: skip
+        b1, m11, m21, exists1 = _sources(
+            base, primary, secondary, geometry, g, head, slab * 2 + 1, B, M1, M2, HALF, ALIGNED, ONE_RUN
+        )  # fmt: skip
+        w1 = tl.load(c1 + g)
+        w2 = tl.load(c2 + g)
+        # All threads wait for the answer, and so they do while the sources are on their way.
+        drawn = tl.atomic_add(tickets, 1, sem="relaxed")
+        # One half after the other: widened at once, they would not fit the registers.
+        b0, tv10, tv20 = _widened(b0, m10, m20)
+        low = _squares(tv10, tv20, exists0, B, M1, M2)
+        words0 = packed(_merged(b0, tv10, tv20, w1, w2, scale, OUT, SCALED), OUT)
+        b1, tv11, tv21 = _widened(b1, m11, m21)
+        high = _squares(tv11, tv21, exists1, B, M1, M2)
+        words1 = packed(_merged(b1, tv11, tv21, w1, w2, scale, OUT, SCALED), OUT)
+        total = _slab_sum(
+            low, high, base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
+        )  # fmt: skip
+        # The slot was 0, so this stores; unlike an exchange it has no answer to wait for.
+        tl.atomic_or(slots + slot, encoded(total), sem="relaxed")
+        if ALONE:
+            entry = geometry + g * FIELDS
+            if (slab + 1 == tl.load(entry + SLABS)) & (head + 1 == tl.load(entry + HEADS)):
+                _decide(slots, geometry, scores, selected, released, keep, g, 1, P)
+        if HELD == 2:
+            _settle(
+                second0, second1, second_unit, base, primary, secondary, out, geometry, items, status, released, states,
+                c1, c2, scale, patience, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
+            )  # fmt: skip
+            second0 = first0
+            second1 = first1
+            second_unit = first_unit
+        else:
+            _settle(
+                first0, first1, first_unit, base, primary, secondary, out, geometry, items, status, released, states,
+                c1, c2, scale, patience, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
+            )  # fmt: skip
+        first0 = words0
+        first1 = words1
+        first_unit = i
+    if HELD == 2:
+        _settle(
+            second0, second1, second_unit, base, primary, secondary, out, geometry, items, status, released, states,
+            c1, c2, scale, patience, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
+        )  # fmt: skip
+    _settle(
+        first0, first1, first_unit, base, primary, secondary, out, geometry, items, status, released, states,
+        c1, c2, scale, patience, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
+    )  # fmt: skip
+    while drawn < work + projections:
+        g = tl.load(members + (drawn - work)).to(tl.int64)
+        _close(
+            base, primary, secondary, out, geometry, slots, scores, selected, status, released, states, keep,
+            c1, c2, scale, g, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
+        )  # fmt: skip
+        drawn = tl.atomic_add(tickets, 1, sem="relaxed")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from hsa.kernels import headwise, tuning
-from hsa.kernels.projections import Group, KernelInputError, KernelTypeError, Projections, Workspace
+from hsa.kernels.projections import Group, KernelInputError, KernelTypeError, Projections, Workspace, interpreted
 from torch import Tensor
 
 CAUSES = {
@@ -90,13 +90,16 @@ def fused_merge(
         weights = _weights("c1", projections, c1, space), _weights("c2", projections, c2, space)
         space.zeroed.zero_()
         base, primary, secondary, out = projections.addresses
-        for group, ticket in zip(projections.groups, space.tickets, strict=True):
-            work = len(group.queue)
+        for group, tickets in zip(projections.groups, space.tickets, strict=True):
+            work = len(group.items)
             grid = min(work, programs or _resident(projections, group))
             headwise.fused_kernel[(grid,)](
-                base, primary, secondary, out, projections.geometry, group.queue, work,
-                space.partials, space.scores, space.selected, space.status, space.arrivals, space.released,
-                ticket, counts, *weights, scale, SCALED=scale != 1, **_options(projections, group),
+                base, primary, secondary, out, projections.geometry, group.items, work,
+                group.members, len(group.members), space.slots, space.scores, space.selected, space.status,
+                space.released, space.states, tickets, counts, *weights, scale,
+                tuning.deciders(grid), _patience(group, grid),
+                SCALED=scale != 1, HELD=group.tuning.held, ALONE=interpreted(),
+                **_options(projections, group, group.tuning.fused_registers),
             )  # fmt: skip
         return space.scores, space.selected.view(torch.bool)
 
@@ -109,14 +112,14 @@ def score_heads(projections: Projections) -> Tensor:
     """
     with _on_device(projections):
         space = projections.workspace()
-        space.zeroed.zero_()
+        space.zeroed_of_two.zero_()
         base, primary, secondary, _ = projections.addresses
         for group in projections.groups:
-            options = _options(projections, group)
+            options = _options(projections, group, group.tuning.registers)
             del options["OUT"], options["IN_PLACE"]
             headwise.score_kernel[(len(group.items),)](
                 base, primary, secondary, projections.geometry, group.items,
-                space.partials, space.scores, space.status, space.arrivals, **options,
+                space.slots, space.scores, space.status, space.arrivals, **options,
             )  # fmt: skip
         return space.scores
 
@@ -150,12 +153,13 @@ def apply_heads(
         space = projections.workspace()
         counts = _keep(projections, keep, space)
         weights = _weights("c1", projections, c1, space), _weights("c2", projections, c2, space)
-        space.zeroed.zero_()
+        space.zeroed_of_two.zero_()
         base, primary, secondary, out = projections.addresses
         for group in projections.groups:
             headwise.apply_kernel[(len(group.items),)](
                 base, primary, secondary, out, projections.geometry, group.items, scores, space.selected,
-                space.status, counts, *weights, scale, SCALED=scale != 1, **_options(projections, group),
+                space.status, counts, *weights, scale, SCALED=scale != 1,
+                **_options(projections, group, group.tuning.registers),
             )  # fmt: skip
         return space.selected.view(torch.bool)
 
@@ -203,13 +207,15 @@ def _on_device(projections: Projections) -> Iterator[None]:
         yield
 
 
-def _options(projections: Projections, group: Group) -> dict[str, object]:
+def _options(projections: Projections, group: Group, registers: int) -> dict[str, object]:
     """Constexprs and compiler options."""
+    amd = torch.version.hip is not None
     return {
         **group.variant.constants(),
         "P": projections.slots,
         "ROWS": group.tuning.rows,
-        **tuning.compiler_options(group.tuning, amd=torch.version.hip is not None),
+        "ONE_RUN": group.one_run and not amd,
+        **tuning.compiler_options(group.tuning, registers, amd=amd),
     }
 
 
@@ -218,6 +224,12 @@ def _resident(projections: Projections, group: Group) -> int:
         return 1
     properties = torch.cuda.get_device_properties(projections.device)
     return int(properties.multi_processor_count) * group.tuning.per_processor
+
+
+def _patience(group: Group, grid: int) -> int:
+    """How often a program looks for a decision before it leaves a slab: once where waiting is in vain, for programs run
+    one after the other, or hold too little of a projection."""
+    return 1 if interpreted() or group.most_slabs > grid * group.tuning.held else tuning.PATIENCE
 
 
 def _keep(projections: Projections, keep: Sequence[int] | int | Tensor, space: Workspace) -> Tensor:

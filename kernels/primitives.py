@@ -32,36 +32,46 @@ NOT_FINITE = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def tile(geometry, g, head, slab, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Offsets (int64 [ROWS, WIDTH]) of one slab of a head in elements, and which of them exist (bool).
+def tile(geometry, g, head, slab, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr):
+    """Where one slab of a head lies: an element to start from (int64), offsets from it ([ROWS, WIDTH]) in elements, and
+    which of them exist (bool).
 
     A head is a number of runs of `width` contiguous elements, `pitch` apart; heads begin `step` apart. Heads of
     consecutive output rows are one run each; heads of columns have a run for every row.
 
     ALIGNED promises that WIDTH divides the width and 16 the pitch and the step. Then only whole tile rows can be
-    missing, and their offsets are those of the head's first row, so that they can be read without a mask: AMD
-    compiles every masked load to a branch, and waits for one before it begins the next.
+    missing.
+
+    ONE_RUN promises that too, and that every head is one run: a slab is one piece of memory, whose offsets are known
+    when the kernel is compiled. Otherwise, where ALIGNED, the offsets of missing rows are those of the head's first
+    row, so that they can be read without a mask: AMD compiles every masked load to a branch, and waits for one before
+    it begins the next.
     """
     entry = geometry + g * FIELDS
-    pitch = tl.load(entry + PITCH)
     step = tl.load(entry + STEP)
-    if ALIGNED:
-        pitch = tl.multiple_of(pitch, 16)
-        step = tl.multiple_of(step, 16)
     # 32 bits: the host refuses heads with more tile rows, and a 64-bit division is several times as long.
     row = slab * ROWS + tl.arange(0, ROWS)
     exists = row < tl.load(entry + TILE_ROWS)
-    row = tl.where(exists, row, 0)
-    chunks = tl.load(entry + CHUNKS).to(tl.int32)
-    run = row // chunks
-    column = (row - run * chunks).to(tl.int64) * WIDTH
     lane = tl.arange(0, WIDTH)
-    start = head * step + run.to(tl.int64) * pitch + column
-    offsets = start[:, None] + lane[None, :]
-    exists = exists[:, None]
-    if not ALIGNED:
-        exists = exists & (column[:, None] + lane[None, :] < tl.load(entry + RUN_WIDTH))
-    return offsets, exists
+    if ONE_RUN:
+        start = head * tl.multiple_of(step, 16) + slab.to(tl.int64) * (ROWS * WIDTH)
+        offsets = tl.arange(0, ROWS)[:, None] * WIDTH + lane[None, :]
+        exists = exists[:, None]
+    else:
+        pitch = tl.load(entry + PITCH)
+        if ALIGNED:
+            pitch = tl.multiple_of(pitch, 16)
+            step = tl.multiple_of(step, 16)
+        row = tl.where(exists, row, 0)
+        chunks = tl.load(entry + CHUNKS).to(tl.int32)
+        run = row // chunks
+        column = (row - run * chunks).to(tl.int64) * WIDTH
+        start = tl.zeros([], dtype=tl.int64)
+        offsets = (head * step + run.to(tl.int64) * pitch + column)[:, None] + lane[None, :]
+        exists = exists[:, None]
+        if not ALIGNED:
+            exists = exists & (column[:, None] + lane[None, :] < tl.load(entry + RUN_WIDTH))
+    return start, offsets, exists
 
 
 @triton.jit
@@ -75,17 +85,25 @@ def pointer(table, g, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load(table, g, offsets, exists, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements of a projection's tensor as they are; where none exists, some element of the head or zero."""
-    if ALIGNED:
-        return tl.load(pointer(table, g, DTYPE, ALIGNED) + offsets)
-    return tl.load(pointer(table, g, DTYPE, ALIGNED) + offsets, mask=exists, other=0)
+def load(
+    table, g, start, offsets, exists,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
+):  # fmt: skip
+    """Elements of a projection's tensor as they are; where none exists, anything."""
+    places = pointer(table, g, DTYPE, ALIGNED) + start + offsets
+    if ALIGNED and not ONE_RUN:
+        return tl.load(places)
+    else:  # noqa: RET505 - the compiler reads on behind a return
+        return tl.load(places, mask=exists)
 
 
 @triton.jit
-def read(table, g, offsets, exists, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements of a projection's tensor widened to float32; where none exists, some element of the head or zero."""
-    return load(table, g, offsets, exists, DTYPE, ALIGNED).to(tl.float32)
+def read(
+    table, g, start, offsets, exists,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
+):  # fmt: skip
+    """Elements of a projection's tensor widened to float32; where none exists, anything."""
+    return load(table, g, start, offsets, exists, DTYPE, ALIGNED, ONE_RUN).to(tl.float32)
 
 
 @triton.jit
@@ -106,16 +124,40 @@ def rounded(x, DTYPE: tl.constexpr):
 @triton.jit
 def magnitude(x):
     """The magnitude bits (int32) of a tensor's greatest float32; not below NOT_FINITE if any is NaN or Inf."""
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(tl.max(bits, axis=1), axis=0)
+    return greatest(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
 
 
 @triton.jit
-def write(table, g, offsets, exists, x, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Round float32 to DTYPE and store it; returns the magnitude bits of what was stored, widened again."""
-    value = rounded(x, DTYPE)
-    tl.store(pointer(table, g, DTYPE, ALIGNED) + offsets, value, mask=exists)
+def greatest(x):
+    """The greatest of a tile. Of all elements as they lie, for a maximum by rows moves many times as many."""
+    return tl.max(tl.reshape(x, [x.numel], can_reorder=True), axis=0)
+
+
+@triton.jit
+def write(table, g, start, offsets, exists, value, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store what is of DTYPE; returns the magnitude bits of what was stored, widened."""
+    tl.store(pointer(table, g, DTYPE, ALIGNED) + start + offsets, value, mask=exists)
     return magnitude(tl.where(exists, value.to(tl.float32), 0.0))
+
+
+@triton.jit
+def packed(value, DTYPE: tl.constexpr):
+    """A tile of DTYPE in words of 32 bits, so that two values of 16 bits take one register and not two."""
+    if DTYPE.primitive_bitwidth == 32:
+        return value
+    else:  # noqa: RET505 - the compiler reads on behind a return
+        low, high = tl.split(tl.reshape(value.to(tl.uint16, bitcast=True), [value.shape[0], value.shape[1] // 2, 2]))
+        return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+
+
+@triton.jit
+def unpacked(words, DTYPE: tl.constexpr):
+    """The tile that `packed` took."""
+    if DTYPE.primitive_bitwidth == 32:
+        return words
+    else:  # noqa: RET505 - the compiler reads on behind a return
+        pairs = tl.join((words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16))
+        return tl.reshape(pairs, [words.shape[0], words.shape[1] * 2]).to(DTYPE, bitcast=True)
 
 
 @triton.jit

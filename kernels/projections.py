@@ -23,7 +23,7 @@ DTYPES = {
 
 ROLES = ("base", "primary", "secondary", "out")
 ALIGNMENT = 16
-MOST_HEADS = 64
+MOST_HEADS = 62
 LEAST_SLOTS = 32
 """Slots of a row of heads at the least, so that models of different size share compiled kernels."""
 
@@ -85,12 +85,15 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The projections that share a launch: `items` int32 [S', 4] in order, `queue` int32 [2 S', 4] (see `headwise`)."""
+    """The projections that share a launch, see `headwise`: `members` int32 [n], and `items` int32 [S', 4], whose slabs
+    lie in the order of their slots. `most_slabs` has the projection of the most slabs."""
 
     variant: Variant
     tuning: Tuning
+    one_run: bool
+    members: Tensor
     items: Tensor
-    queue: Tensor
+    most_slabs: int
 
 
 class Projections:
@@ -101,7 +104,7 @@ class Projections:
             in Triton's interpreter), float32, float16 or bfloat16, each its own.
         out: G tensors to write, of the same shapes; by default primary itself, in place. An output may be the
             primary of its own projection, and must otherwise share no memory with any source or other output.
-        heads: H of each projection, or one number for all; 1 to 64; divides the size of the head axis.
+        heads: H of each projection, or one number for all; 1 to 62; divides the size of the head axis.
         head_axis: 0 where a head is a run of output rows (q, k, v and their biases), 1 where it is a run of columns
             (the weight of out_proj); of each projection, or one for all.
         tuned: how launches are cut; by default `tuning.choose`.
@@ -205,11 +208,12 @@ class Projections:
         self.slabs = 0
         for variant, indices in members.items():
             sizes = [dtype.itemsize for dtype in variant.dtypes[:3]]
-            cut = tuned or tuning.choose(max(sizes), variant.aligned, name)
+            one_run = variant.aligned and all(shapes[g].runs == 1 for g in indices)
+            cut = tuned or tuning.choose(sizes, variant.aligned, one_run, name)
             for g in indices:
                 geometry[g] = shapes[g].fields(cut.rows, self.slabs)
                 self.slabs += shapes[g].heads * geometry[g][5]
-            self.groups.append(self._group(variant, cut, indices, geometry))
+            self.groups.append(self._group(variant, cut, one_run, indices, geometry))
         # An even row length keeps every row at a multiple of 16 bytes, which Triton compiles for.
         padded = [row + [0] * (self.count % 2) for row in addresses]
         self.addresses = torch.tensor(padded, dtype=torch.int64).to(self.device)
@@ -228,32 +232,34 @@ class Projections:
         return self._workspaces[handle]
 
     def _tables(self) -> list[Tensor]:
-        return [self.addresses, self.geometry, *(t for group in self.groups for t in (group.items, group.queue))]
+        return [self.addresses, self.geometry, *(t for group in self.groups for t in (group.items, group.members))]
 
-    def _group(self, variant: Variant, cut: Tuning, indices: Sequence[int], geometry: list[list[int]]) -> Group:
+    def _group(
+        self, variant: Variant, cut: Tuning, one_run: bool, indices: Sequence[int], geometry: list[list[int]]
+    ) -> Group:
         items = [_units(g, geometry[g]) for g in indices]
-        steps = []
-        for step in range(len(items) + cut.lag):
-            if step < len(items):
-                steps.append(items[step])
-            if step >= cut.lag:
-                steps.append(_as_apply(items[step - cut.lag]))
-        return Group(variant, cut, torch.cat(items).to(self.device), torch.cat(steps).to(self.device))
+        members = torch.tensor(indices, dtype=torch.int32)
+        most_slabs = max(map(len, items))
+        return Group(variant, cut, one_run, members.to(self.device), torch.cat(items).to(self.device), most_slabs)
 
 
 class Workspace:
-    """What one stream's launches write besides outputs, and the parameters they read; see `headwise` for each."""
+    """What one stream's launches write besides outputs, and the parameters they read; see `headwise` for each.
+
+    `zeroed` is what must be 0 when the fused kernel is launched, `zeroed_of_two` the part of it that the others need.
+    """
 
     def __init__(self, projections: Projections) -> None:
         device, count, slots = projections.device, projections.count, projections.slots
         groups = len(projections.groups)
         # Every part starts at a multiple of 16 bytes, which Triton compiles for.
-        row = -(-count // 4) * 4
-        self.zeroed = torch.zeros(4 * groups + 2 * row + count * slots, dtype=torch.int32, device=device)
-        tickets, arrivals, released, status = self.zeroed.split([4 * groups, row, row, count * slots])
-        self.tickets = tickets.split(4)
-        self.arrivals, self.released, self.status = arrivals, released, status.view(count, slots)
-        self.partials = torch.zeros(projections.slabs, dtype=torch.float64, device=device)
+        row, slabs = -(-count // 4) * 4, -(-projections.slabs // 4) * 4
+        sizes = [count * slots, row, 4 * groups, 2 * row, 2 * slabs, slabs]
+        self.zeroed = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        status, self.arrivals, tickets, released, totals, self.states = self.zeroed.split(sizes)
+        self.status, self.tickets = status.view(count, slots), tickets.split(4)
+        self.released, self.slots = released.view(torch.int64), totals.view(torch.int64)
+        self.zeroed_of_two = self.zeroed[: sizes[0] + sizes[1]]
         self.scores = torch.zeros(count, slots, dtype=torch.float64, device=device)
         self.selected = torch.zeros(count, slots, dtype=torch.uint8, device=device)
         self._parameters: dict[str, tuple[list[float] | list[int], Tensor]] = {}
@@ -271,19 +277,13 @@ class Workspace:
 
 
 def _units(g: int, fields: Sequence[int]) -> Tensor:
-    """Score units of a projection, int32 [H * slabs, 4]: heads in order, slabs in order."""
-    heads, slabs = fields[0], fields[5]
+    """Units of a projection, int32 [H * slabs, 4]: heads in order, slabs in order."""
+    heads, slabs, first = fields[0], fields[5], fields[6]
     units = torch.empty(heads * slabs, 4, dtype=torch.int32)
-    units[:, 0] = headwise.SCORE.value
-    units[:, 1] = g
-    units[:, 2] = torch.arange(heads, dtype=torch.int32).repeat_interleave(slabs)
-    units[:, 3] = torch.arange(slabs, dtype=torch.int32).repeat(heads)
-    return units
-
-
-def _as_apply(units: Tensor) -> Tensor:
-    units = units.clone()
-    units[:, 0] = headwise.APPLY.value
+    units[:, 0] = g
+    units[:, 1] = torch.arange(heads, dtype=torch.int32).repeat_interleave(slabs)
+    units[:, 2] = torch.arange(slabs, dtype=torch.int32).repeat(heads)
+    units[:, 3] = torch.arange(first, first + heads * slabs, dtype=torch.int32)
     return units
 
 

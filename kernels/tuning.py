@@ -1,27 +1,27 @@
-"""Block sizes, warps and programs per multiprocessor, by the widest source dtype.
+"""Block sizes, warps, registers and programs per multiprocessor, by the widest source dtype.
 
-NOT YET MEASURED: no figure of time stands here, because none was taken. The values rest on what the compiler says
-(`python -m hsa.kernels.compile_check` prints it) and on this reasoning:
+What a value trades:
 
-- A slab brings `rows` * 64 elements of each of three sources on the way at once. `rows` is chosen so that this is
-  about 48 KiB whatever the dtype: with two programs on a multiprocessor, enough to hide a trip to memory.
-- Two programs of 8 warps fit a multiprocessor of 65536 registers while a thread takes at most 128. `registers` says
-  so to NVIDIA's assembler, which otherwise aims at more programs and spills; it then takes 88 to 128
-  in the fused kernel.
+- A slab brings `rows` * 64 elements of each of three sources on the way at once; registers hold them, and `held` slabs
+  that are merged and wait to be decided. What is on the way on a multiprocessor must hide a trip to memory.
+- The fused kernel reads every source once where the slabs that its programs hold, and the ones they work on, are more
+  than a projection has; with fewer it leaves slabs and reads them again.
+- `fused_registers` and `registers` bound a thread's registers, for NVIDIA's assembler otherwise aims at more programs
+  and spills. No entry spills anywhere (`python -m hsa.kernels.compile_check` holds it).
 - Without alignment every element is a load of its own with an address of its own; small slabs keep those in
   registers.
-- More programs than fit are harmless and useless: the work is drawn from a queue, nobody waits for a program that
-  has not started.
 - `stages` is 1: the kernels have no inner loop over memory that could be pipelined.
-- `lag` is how many projections the merge follows the scores by. With 1, the second read finds the most in the
-  second-level cache; a larger one leaves the last slabs of a projection more time before its merge needs them.
-
-A row that is measured later names the GPU, the case and the time next to the value it justifies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+PATIENCE = 64
+"""Looks for a decision, each well under a microsecond, before the fused kernel leaves a slab for later."""
+
+MOST_DECIDERS = 4
 
 
 @dataclass(frozen=True)
@@ -32,54 +32,68 @@ class Tuning:
         rows: tile rows (of 64 elements) of a slab; a power of two, at least 16.
         warps: warps of a program.
         stages: what Triton calls num_stages.
-        registers: the most registers of a thread (NVIDIA alone).
+        registers: the most registers of a thread (NVIDIA alone) in the two kernels of two launches.
+        fused_registers: the same in the fused kernel.
         per_processor: programs of the fused kernel that are started for each multiprocessor.
-        lag: projections by which the merge follows the scores in the fused queue, at least 1.
+        held: merged slabs that a program of the fused kernel keeps in registers until they are decided, 1 or 2.
     """
 
     rows: int
     warps: int
     stages: int
     registers: int
+    fused_registers: int
     per_processor: int
-    lag: int
+    held: int
 
     def __post_init__(self) -> None:
         if self.rows < 16 or self.rows & (self.rows - 1):
             raise ValueError(f"rows must be a power of two of at least 16, got {self.rows}")
-        for name in ("warps", "stages", "registers", "per_processor", "lag"):
+        for name in ("warps", "stages", "registers", "fused_registers", "per_processor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.held not in (1, 2):
+            raise ValueError(f"held must be 1 or 2, got {self.held}")
 
 
-NARROW = Tuning(rows=128, warps=8, stages=1, registers=128, per_processor=2, lag=1)
-"""All sources have 2 bytes an element. Not yet measured."""
+NARROW = Tuning(rows=64, warps=4, stages=1, registers=128, fused_registers=200, per_processor=2, held=2)
+"""All sources have 2 bytes an element. Not measured."""
 
-WIDE = Tuning(rows=64, warps=8, stages=1, registers=128, per_processor=2, lag=1)
-"""A source has 4 bytes an element. Not yet measured."""
+WIDE = Tuning(rows=64, warps=4, stages=1, registers=168, fused_registers=255, per_processor=2, held=2)
+"""A source has 4 bytes an element. Not measured."""
 
-UNALIGNED = Tuning(rows=32, warps=8, stages=1, registers=128, per_processor=2, lag=1)
-"""Addresses or shapes that vector loads cannot take. Not yet measured."""
+UNALIGNED = Tuning(rows=16, warps=4, stages=1, registers=128, fused_registers=168, per_processor=3, held=2)
+"""Addresses or shapes that vector loads cannot take. Not measured."""
 
-BY_DEVICE: dict[str, dict[int, Tuning]] = {}
-"""Measured exceptions: a part of the GPU's name -> bytes of the widest source -> tuning. None was measured yet."""
+BY_DEVICE: dict[str, dict[int, Tuning]] = {
+    "H200": {
+        12: Tuning(rows=64, warps=8, stages=1, registers=128, fused_registers=128, per_processor=2, held=2),
+        6: Tuning(rows=64, warps=4, stages=1, registers=128, fused_registers=168, per_processor=3, held=2),
+    }
+}
+"""Measured: a part of the GPU's name -> bytes of one element in all three sources -> tuning, for heads of one run."""
 
 
-def choose(itemsize: int, aligned: bool, device_name: str) -> Tuning:
-    """The tuning for sources of at most `itemsize` bytes an element on a GPU of that name."""
+def choose(itemsizes: Sequence[int], aligned: bool, one_run: bool, device_name: str) -> Tuning:
+    """The tuning for base, primary and secondary of these bytes an element on a GPU of that name."""
     if not aligned:
         return UNALIGNED
     for part, measured in BY_DEVICE.items():
-        if part in device_name and itemsize in measured:
-            return measured[itemsize]
-    return WIDE if itemsize > 2 else NARROW
+        if one_run and part in device_name and sum(itemsizes) in measured:
+            return measured[sum(itemsizes)]
+    return WIDE if max(itemsizes) > 2 else NARROW
 
 
-def compiler_options(tuned: Tuning, *, amd: bool) -> dict[str, object]:
+def deciders(programs: int) -> int:
+    """How many of the fused kernel's programs begin as those that select."""
+    return min(MOST_DECIDERS, programs // 16)
+
+
+def compiler_options(tuned: Tuning, registers: int, *, amd: bool) -> dict[str, object]:
     """What the compiler is told at every launch. Fused multiply-adds would change the last bit of a result."""
     options: dict[str, object] = {
         "num_warps": tuned.warps,
         "num_stages": tuned.stages,
         "enable_fp_fusion": False,
     }
-    return options if amd else {**options, "maxnreg": tuned.registers}
+    return options if amd else {**options, "maxnreg": registers}

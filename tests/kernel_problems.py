@@ -17,7 +17,15 @@ from hsa import reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BITS = {F32: torch.int32, F16: torch.int16, BF16: torch.int16}
-LARGE = Tuning(rows=2048 if DEVICE == "cpu" else 128, warps=8, stages=1, registers=128, per_processor=1, lag=1)
+LARGE = Tuning(
+    rows=2048 if DEVICE == "cpu" else 128,
+    warps=8,
+    stages=1,
+    registers=128,
+    fused_registers=128,
+    per_processor=1,
+    held=2,
+)
 """Slabs that the interpreter runs fast, or that a GPU can hold; the width of a slab is no part of the result."""
 
 MIXES = {

@@ -184,7 +184,7 @@ def test_merger_applies_on_the_gpu_without_allocating(typed_triple: Triple) -> N
         found = gpu_model.state_dict()
         differ = [name for name, tensor in cpu_model.state_dict().items() if not same_bits(found[name], tensor)]
         assert differ == []
-        merged.append(found["model.encoder.layers.0.self_attn.v_proj.weight"].clone())
+        merged.append(found["model.encoder.layers.0.self_attn.v_proj.weight"].cpu())
     assert same_bits(merged[0], merged[-1])
     assert not same_bits(merged[0], merged[1])
 

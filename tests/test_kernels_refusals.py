@@ -86,8 +86,8 @@ REFUSED: list[tuple[str, Callable[[], dict[str, object]], type[Exception], str]]
     ("three axes", lambda: {r: tensors(2, 64, 64) for r in ("base", "primary", "secondary")}, KernelInputError, "base[0]: expected a weight [d_out, d_in] or a bias [d], found shape (2, 64, 64)"),
     ("empty", lambda: {r: tensors(0, 64) for r in ("base", "primary", "secondary")}, KernelInputError, "found shape (0, 64)"),
     ("heads that do not divide", lambda: {"heads": 3}, KernelInputError, "heads[0]: expected a divisor of 128, the size of axis 0 of base[0], found 3"),
-    ("no heads", lambda: {"heads": [2, 0]}, KernelInputError, "heads[1]: expected 1 to 64, found 0"),
-    ("too many heads", lambda: {"heads": 128}, KernelInputError, "heads[0]: expected 1 to 64, found 128"),
+    ("no heads", lambda: {"heads": [2, 0]}, KernelInputError, "heads[1]: expected 1 to 62, found 0"),
+    ("too many heads", lambda: {"heads": 128}, KernelInputError, "heads[0]: expected 1 to 62, found 128"),
     ("heads of another count", lambda: {"heads": [2, 2, 2]}, KernelInputError, "heads: expected 2 numbers, one for each projection, found 3"),
     ("fractional heads", lambda: {"heads": [2, 2.0]}, KernelTypeError, "heads[1]: expected a whole number, found 2.0"),
     ("no such axis", lambda: {"head_axis": 2}, KernelInputError, "head_axis[0]: expected an axis of shape (128, 64), found 2"),
@@ -171,14 +171,30 @@ def test_scores_are_refused_by_name(scores: object, error: type, message: str) -
         apply_heads(build(), scores, **GOOD)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("changes", [{"rows": 8}, {"rows": 48}, {"warps": 0}, {"lag": 0}, {"per_processor": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"rows": 8}, {"rows": 48}, {"warps": 0}, {"held": 0}, {"held": 3}, {"per_processor": 0}]
+)
 def test_tuning_is_checked(changes: dict[str, int]) -> None:
-    good = {"rows": 64, "warps": 8, "stages": 1, "registers": 128, "per_processor": 1, "lag": 1}
+    good = {
+        "rows": 64,
+        "warps": 8,
+        "stages": 1,
+        "registers": 128,
+        "fused_registers": 128,
+        "per_processor": 1,
+        "held": 2,
+    }
     with pytest.raises(ValueError, match=f"{next(iter(changes))} must be"):
         tuning.Tuning(**{**good, **changes})
 
 
-def test_tuning_is_chosen_by_bytes_and_alignment() -> None:
-    assert tuning.choose(2, True, "any") is tuning.NARROW
-    assert tuning.choose(4, True, "any") is tuning.WIDE
-    assert tuning.choose(2, False, "any") is tuning.UNALIGNED
+def test_tuning_is_chosen_by_bytes_shapes_and_device() -> None:
+    assert tuning.choose([2, 2, 2], True, True, "any") is tuning.NARROW
+    assert tuning.choose([2, 4, 2], True, True, "any") is tuning.WIDE
+    assert tuning.choose([2, 2, 2], False, False, "any") is tuning.UNALIGNED
+    for part, measured in tuning.BY_DEVICE.items():
+        for nbytes, entry in measured.items():
+            sizes = [nbytes // 3] * 3
+            assert tuning.choose(sizes, True, True, f"NVIDIA {part} of some kind") is entry
+            assert tuning.choose(sizes, True, False, f"NVIDIA {part}") in (tuning.NARROW, tuning.WIDE)
+            assert tuning.choose(sizes, False, False, f"NVIDIA {part}") is tuning.UNALIGNED
