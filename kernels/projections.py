@@ -321,6 +321,23 @@ def interpreted() -> bool:
     return not isinstance(headwise.fused_kernel, triton.runtime.JITFunction)
 
 
+def inexact(major: int, version: str) -> str:
+    """Why kernels of this version of Triton are not exact on NVIDIA devices of this major compute capability, or "".
+
+    Found in compiled code: before 3.7, multiplications and additions are fused for capability 10.0, options or not.
+    """
+    if major >= 10 and tuple(map(int, version.split(".")[:2])) < (3, 7):
+        return f"Triton {version} fuses multiply-adds on NVIDIA GPUs of compute capability 10 and above; 3.7 does not"
+    return ""
+
+
+def doubt(device: torch.device) -> str:
+    """`inexact` of a device, with the Triton that is imported."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return ""
+    return inexact(torch.cuda.get_device_capability(device)[0], triton.__version__)
+
+
 def _same_device(tensors: dict[str, tuple[Tensor, ...]]) -> torch.device:
     device = tensors["base"][0].device
     expected = "cpu" if interpreted() else "cuda"
@@ -331,6 +348,8 @@ def _same_device(tensors: dict[str, tuple[Tensor, ...]]) -> torch.device:
         for g, tensor in enumerate(tensors[role]):
             if tensor.device != device:
                 raise KernelInputError(f"{role}[{g}]: expected device {device}, that of base[0], found {tensor.device}")
+    if why := doubt(device):
+        raise KernelInputError(f"base[0]: expected a device on which results are exact, found {device}: {why}")
     return device
 
 

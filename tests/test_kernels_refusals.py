@@ -15,7 +15,7 @@ from torch import Tensor
 if NO_DEVICE:
     pytest.skip(NO_DEVICE, allow_module_level=True)
 
-from hsa.kernels import tuning
+from hsa.kernels import projections, tuning
 from hsa.kernels.launch import apply_heads, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, KernelTypeError, Projections
 
@@ -198,3 +198,21 @@ def test_tuning_is_chosen_by_bytes_shapes_and_device() -> None:
             assert tuning.choose(sizes, True, True, f"NVIDIA {part} of some kind") is entry
             assert tuning.choose(sizes, True, False, f"NVIDIA {part}") in (tuning.NARROW, tuning.WIDE)
             assert tuning.choose(sizes, False, False, f"NVIDIA {part}") is tuning.UNALIGNED
+
+
+@pytest.mark.parametrize(
+    ("major", "version", "exact"),
+    [
+        (10, "3.6.0", False),
+        (12, "3.6.1", False),
+        (10, "3.7.1", True),
+        (10, "3.10.0", True),
+        (9, "3.6.0", True),
+        (8, "3.6.0", True),
+    ],
+)
+def test_a_triton_that_fuses_multiply_adds_is_known(major: int, version: str, exact: bool) -> None:
+    """What compile_check finds in code for capability 10.0 when Triton 3.6 compiles it."""
+    assert (projections.inexact(major, version) == "") == exact
+    if not exact:
+        assert version in projections.inexact(major, version)

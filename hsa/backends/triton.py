@@ -21,7 +21,7 @@ from hsa.checkpoint import ROLES, Role
 from hsa.dtypes import NAMES, Array
 from hsa.errors import BackendUnavailable
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
-from hsa.kernels.projections import Projections, interpreted
+from hsa.kernels.projections import Projections, doubt, interpreted
 from hsa.layout import Slice
 from hsa.target import Target, of_selected
 
@@ -251,4 +251,7 @@ def _find(device: str) -> torch.device:
     index = torch.cuda.current_device() if found.index is None else found.index
     if index >= torch.cuda.device_count():
         raise BackendUnavailable(f"device {device!r}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-    return torch.device("cuda", index)
+    found = torch.device("cuda", index)
+    if why := doubt(found):
+        raise BackendUnavailable(f"backend 'triton', device {device!r}: {why}; use --backend cpu")
+    return found
