@@ -416,16 +416,18 @@ def fused_kernel(
     ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
     HELD: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Score, select and merge in one launch of any number of programs, reading every source once.
+    """Score, select and merge in one launch of any number of programs.
+
+    Every source is read once; a second time what is copied or scaled of heads that are not selected, and what is left.
 
     A program draws units one at a time. It scores a unit, and keeps what its slab becomes if its head is selected,
     until it has scored HELD more: by then the projection is decided, as a rule, and the slab is written from there. The
-    first `deciders` programs to begin only add up scores and select.
+    first `deciders` programs to begin add up scores and select before they draw units.
 
-    Waiting for a decision has an end (`patience` looks), after which the slab is left; programs that find no more units
-    to draw close the projections, one at a time, and read again what was left. They alone wait without end, for units
-    that are all in the hands of running programs, of which none waits without end for them. So the launch ends whatever
-    is resident, programs that run one after the other included.
+    Waiting has an end (`patience` looks for a decision, its square for sums), after which a slab is left. Programs that
+    find no more units to draw close the projections, one at a time, and read again what was left. They alone wait
+    without end, for units that are all in the hands of running programs, of which none waits without end for them. So
+    the launch ends whatever is resident, programs that run one after the other included.
 
     Everything that programs tell each other is a single word, written and read by itself: no order between two words
     matters. ALONE says that programs run one after the other: then whoever scores a projection's last unit decides it,

@@ -10,7 +10,6 @@ What is wrong with numbers is known only on the device: `faults` and `check` wai
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import torch
 from hsa.kernels import headwise, tuning
 from hsa.kernels.projections import Group, KernelInputError, KernelTypeError, Projections, Workspace, interpreted
 from torch import Tensor
+
+MOST_FINITE = torch.finfo(torch.float32).max
 
 CAUSES = {
     headwise.BASE_BIT.value: "base",
@@ -31,8 +32,11 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A head that holds NaN or Inf: `where` is base, primary, secondary, score (the task vectors overflow float32,
-    or the scores given were not finite) or result (a written value is not finite in the output's dtype)."""
+    """A head that holds NaN or Inf.
+
+    `where` is base, primary, secondary, score (its sum is not finite: as a source is not, or the task vectors overflow
+    float32, or the scores given were not) or result (a written value is not finite in the output's dtype).
+    """
 
     projection: int
     head: int
@@ -66,6 +70,8 @@ def fused_merge(
 ) -> tuple[Tensor, Tensor]:
     """Score, select and merge all projections in one launch (one for each of `projections.groups`).
 
+    On AMD in two: there Triton drops the `volatile` of a load, without which a program could wait for a word for ever.
+
     Args:
         keep: heads to keep of each projection, 0 to H, or one number for all; ties at the cut are all selected.
             Like c1 and c2, a tensor [G] on the device (int32; float32) is used where it lies and is not checked.
@@ -88,6 +94,11 @@ def fused_merge(
         space = projections.workspace()
         counts = _keep(projections, keep, space)
         weights = _weights("c1", projections, c1, space), _weights("c2", projections, c2, space)
+        if torch.version.hip is not None:
+            space.zeroed_of_two.zero_()
+            _score(projections, space)
+            _apply(projections, space, space.scores, counts, weights, scale)
+            return space.scores, space.selected.view(torch.bool)
         space.zeroed.zero_()
         base, primary, secondary, out = projections.addresses
         for group, tickets in zip(projections.groups, space.tickets, strict=True):
@@ -113,14 +124,7 @@ def score_heads(projections: Projections) -> Tensor:
     with _on_device(projections):
         space = projections.workspace()
         space.zeroed_of_two.zero_()
-        base, primary, secondary, _ = projections.addresses
-        for group in projections.groups:
-            options = _options(projections, group, group.tuning.registers)
-            del options["OUT"], options["IN_PLACE"]
-            headwise.score_kernel[(len(group.items),)](
-                base, primary, secondary, projections.geometry, group.items,
-                space.slots, space.scores, space.status, space.arrivals, **options,
-            )  # fmt: skip
+        _score(projections, space)
         return space.scores
 
 
@@ -154,13 +158,7 @@ def apply_heads(
         counts = _keep(projections, keep, space)
         weights = _weights("c1", projections, c1, space), _weights("c2", projections, c2, space)
         space.zeroed_of_two.zero_()
-        base, primary, secondary, out = projections.addresses
-        for group in projections.groups:
-            headwise.apply_kernel[(len(group.items),)](
-                base, primary, secondary, out, projections.geometry, group.items, scores, space.selected,
-                space.status, counts, *weights, scale, SCALED=scale != 1,
-                **_options(projections, group, group.tuning.registers),
-            )  # fmt: skip
+        _apply(projections, space, scores, counts, weights, scale)
         return space.selected.view(torch.bool)
 
 
@@ -205,6 +203,34 @@ def _on_device(projections: Projections) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def _score(projections: Projections, space: Workspace) -> None:
+    base, primary, secondary, _ = projections.addresses
+    for group in projections.groups:
+        options = _options(projections, group, group.tuning.registers)
+        del options["OUT"], options["IN_PLACE"]
+        headwise.score_kernel[(len(group.items),)](
+            base, primary, secondary, projections.geometry, group.items,
+            space.slots, space.scores, space.status, space.arrivals, **options,
+        )  # fmt: skip
+
+
+def _apply(
+    projections: Projections,
+    space: Workspace,
+    scores: Tensor,
+    counts: Tensor,
+    weights: tuple[Tensor, Tensor],
+    scale: float,
+) -> None:
+    base, primary, secondary, out = projections.addresses
+    for group in projections.groups:
+        headwise.apply_kernel[(len(group.items),)](
+            base, primary, secondary, out, projections.geometry, group.items, scores, space.selected,
+            space.status, counts, *weights, scale, SCALED=scale != 1,
+            **_options(projections, group, group.tuning.registers),
+        )  # fmt: skip
 
 
 def _options(projections: Projections, group: Group, registers: int) -> dict[str, object]:
@@ -281,6 +307,6 @@ def _check_table(
 def _finite(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise KernelTypeError(f"{name}: expected a number, found {value!r}")
-    if not math.isfinite(value):
-        raise KernelInputError(f"{name}: expected a finite number, found {value}")
+    if not abs(value) <= MOST_FINITE:
+        raise KernelInputError(f"{name}: expected a number finite in float32, found {value}")
     return float(value)

@@ -207,7 +207,7 @@ class Projections:
         self.groups: list[Group] = []
         self.slabs = 0
         for variant, indices in members.items():
-            sizes = [dtype.itemsize for dtype in variant.dtypes[:3]]
+            sizes = [dtype.itemsize for dtype in variant.dtypes]
             one_run = variant.aligned and all(shapes[g].runs == 1 for g in indices)
             cut = tuned or tuning.choose(sizes, variant.aligned, one_run, name)
             for g in indices:
@@ -262,17 +262,19 @@ class Workspace:
         self.zeroed_of_two = self.zeroed[: sizes[0] + sizes[1]]
         self.scores = torch.zeros(count, slots, dtype=torch.float64, device=device)
         self.selected = torch.zeros(count, slots, dtype=torch.uint8, device=device)
-        self._parameters: dict[str, tuple[list[float] | list[int], Tensor]] = {}
+        self._parameters: dict[str, tuple[bytes, Tensor]] = {}
 
     def upload(self, name: str, values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
         """Numbers of the host, [G] on the device: copied only when they differ from the last ones of that name."""
-        last, buffer = self._parameters.get(name, ([], None))
+        last, buffer = self._parameters.get(name, (b"", None))
         if buffer is None:
             buffer = torch.empty(len(values), dtype=dtype, device=self.zeroed.device)
-        if values != last:
+        host = torch.tensor(values, dtype=dtype)
+        bits = host.numpy().tobytes()
+        if bits != last:
             # From pageable memory the copy has left the source when it returns, without waiting for the stream.
-            buffer.copy_(torch.tensor(values, dtype=dtype), non_blocking=True)
-            self._parameters[name] = (list(values), buffer)
+            buffer.copy_(host, non_blocking=True)
+            self._parameters[name] = (bits, buffer)
         return buffer
 
 

@@ -4,10 +4,11 @@ What a value trades:
 
 - A slab brings `rows` * 64 elements of each of three sources on the way at once; registers hold them, and `held` slabs
   that are merged and wait to be decided. What is on the way on a multiprocessor must hide a trip to memory.
-- The fused kernel reads every source once where the slabs that its programs hold, and the ones they work on, are more
-  than a projection has; with fewer it leaves slabs and reads them again.
+- The fused kernel reads every source once where its programs hold more slabs than a projection has; with fewer it
+  leaves slabs, and one program for each projection reads them again, which is slow.
 - `fused_registers` and `registers` bound a thread's registers, for NVIDIA's assembler otherwise aims at more programs
-  and spills. No entry spills anywhere (`python -m hsa.kernels.compile_check` holds it).
+  and spills. `python -m hsa.kernels.compile_check` holds that none does, in the mixes that it compiles and with the
+  Triton of constraints.txt.
 - Without alignment every element is a load of its own with an address of its own; small slabs keep those in
   registers.
 - `stages` is 1: the kernels have no inner loop over memory that could be pipelined.
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PATIENCE = 64
-"""Looks for a decision, each well under a microsecond, before the fused kernel leaves a slab for later."""
+"""Looks for a decision before the fused kernel leaves a slab for later; its square is how often a decider looks."""
 
 MOST_DECIDERS = 4
 
@@ -57,21 +58,21 @@ class Tuning:
 
 
 NARROW = Tuning(rows=64, warps=4, stages=1, registers=128, fused_registers=200, per_processor=2, held=2)
-"""All sources have 2 bytes an element. Not measured."""
+"""Sources and output have 2 bytes an element. Measured on an H200 alone, see there."""
 
 WIDE = Tuning(rows=64, warps=4, stages=1, registers=168, fused_registers=255, per_processor=2, held=2)
-"""A source has 4 bytes an element. Not measured."""
+"""A source or the output has 4 bytes an element. Measured on an H200 alone, see there."""
 
 UNALIGNED = Tuning(rows=16, warps=4, stages=1, registers=128, fused_registers=168, per_processor=3, held=2)
 """Addresses or shapes that vector loads cannot take. Not measured."""
 
 BY_DEVICE: dict[str, dict[int, Tuning]] = {
     "H200": {
-        12: Tuning(rows=64, warps=8, stages=1, registers=128, fused_registers=128, per_processor=2, held=2),
-        6: Tuning(rows=64, warps=4, stages=1, registers=128, fused_registers=168, per_processor=3, held=2),
+        4: Tuning(rows=64, warps=8, stages=1, registers=128, fused_registers=128, per_processor=2, held=2),
+        2: Tuning(rows=64, warps=4, stages=1, registers=128, fused_registers=168, per_processor=3, held=2),
     }
 }
-"""Measured: a part of the GPU's name -> bytes of one element in all three sources -> tuning, for heads of one run.
+"""Measured: a part of the GPU's name -> bytes of an element -> tuning, for heads of one run and sources of one size.
 
 H200, 96 weights of 1280 by 1280, one pass in place, against a copy's bandwidth in the same run (2026-11-27, Triton
 3.6.0; medians of ten, spread below 2 %). Spilled bytes of a thread are those of Triton 3.7.1, then of 3.6.0:
@@ -89,12 +90,14 @@ was left in any of these runs. Two deciders in place of four took 1 % less in fl
 
 
 def choose(itemsizes: Sequence[int], aligned: bool, one_run: bool, device_name: str) -> Tuning:
-    """The tuning for base, primary and secondary of these bytes an element on a GPU of that name."""
+    """The tuning for base, primary, secondary and output of these bytes an element on a GPU of that name."""
     if not aligned:
         return UNALIGNED
-    for part, measured in BY_DEVICE.items():
-        if one_run and part in device_name and sum(itemsizes) in measured:
-            return measured[sum(itemsizes)]
+    sources = itemsizes[:3]
+    if one_run and min(sources) == max(itemsizes):
+        for part, measured in BY_DEVICE.items():
+            if part in device_name and sources[0] in measured:
+                return measured[sources[0]]
     return WIDE if max(itemsizes) > 2 else NARROW
 
 

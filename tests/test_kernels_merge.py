@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -371,11 +372,43 @@ def test_slabs_are_written_from_registers_or_left_and_read_again(mix: str, held:
         assert states == weight + [done] * 2 + weight
 
 
-@pytest.mark.parametrize("programs", [32, 100])
-def test_the_first_programs_select(programs: int) -> None:
-    """With as many programs as have deciders among them."""
-    assert tuning.deciders(programs) > 1
-    assert_merges(make(LAYER * 2, 2, "float16", [0, 0, 1] * 2), Parameters(k=0.5), programs)
+@pytest.mark.parametrize("mix", ["float32", "float16-new"])
+def test_several_programs_select(mix: str) -> None:
+    tuned = Tuning(rows=16, warps=4, stages=1, registers=128, fused_registers=168, per_processor=1, held=2)
+    problem = make([(512, 64), (512,), (512, 128)] * 2, 8, mix)
+    work = [len(group.items) for group in problem.plan(tuned).groups]
+    assert tuning.deciders(min(*work, 100)) > 1
+    assert_merges(problem, programs=100, tuned=tuned)
+
+
+@pytest.mark.parametrize("mix", ["float32", "float16-new"])
+def test_amd_merges_in_two_launches(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the want of such a GPU what is launched is seen here, not that it runs there."""
+    launched = []
+    for name in ("fused_kernel", "score_kernel", "apply_kernel"):
+        kernel = getattr(headwise, name)
+        monkeypatch.setattr(headwise, name, _Noting(kernel, name, launched))
+    monkeypatch.setattr(torch.version, "hip", "6.4" if DEVICE == "cpu" else torch.version.hip)
+    problem = make([(256, 64), (256,)], 4, mix)
+    wanted = expected(problem, Parameters())
+    scores, selected = fused_merge(problem.plan(), Parameters().keep(4), *Parameters().weights)
+    assert_equal(problem, scores, selected, wanted)
+    assert launched == (["score_kernel", "apply_kernel"] if torch.version.hip else ["fused_kernel"])
+    problem.secondary[0][0, 0] = math.nan
+    plan = problem.plan()
+    fused_merge(plan, 2, 0.5, 0.5)
+    assert faults(plan) == [Fault(0, 0, "secondary"), Fault(0, 0, "score")]
+
+
+class _Noting:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel: Any, name: str, launched: list[str]) -> None:
+        self._kernel, self._name, self._launched = kernel, name, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self._launched.append(self._name)
+        return self._kernel[grid]
 
 
 def test_items_are_every_slab_once_in_the_order_of_slots() -> None:

@@ -137,14 +137,15 @@ GOOD = {"keep": 1, "c1": 0.5, "c2": 0.5}
         ({"keep": [1, 1.0]}, KernelTypeError, "keep[1]: expected a whole number, found 1.0"),
         ({"keep": torch.ones(2)}, KernelTypeError, "keep: expected torch.int32, found torch.float32"),
         ({"keep": torch.ones(3, dtype=torch.int32)}, KernelInputError, "keep: expected contiguous (2,), found shape (3,)"),
-        ({"c1": math.nan}, KernelInputError, "c1[0]: expected a finite number, found nan"),
-        ({"c2": [0.5, math.inf]}, KernelInputError, "c2[1]: expected a finite number, found inf"),
+        ({"c1": math.nan}, KernelInputError, "c1[0]: expected a number finite in float32, found nan"),
+        ({"c2": [0.5, math.inf]}, KernelInputError, "c2[1]: expected a number finite in float32, found inf"),
         ({"c2": [0.5, "a"]}, KernelTypeError, "c2[1]: expected a number, found 'a'"),
         ({"c1": [0.5] * 3}, KernelInputError, "c1: expected 2 numbers"),
         ({"c1": torch.ones(2, dtype=torch.float64)}, KernelTypeError, "c1: expected torch.float32, found torch.float64"),
         ({"c1": torch.ones(4)[::2]}, KernelInputError, "c1: expected contiguous (2,), found shape (2,), strides (2,)"),
         ({"c1": torch.ones(2, device="meta")}, KernelInputError, f"c1: expected device {HERE}, found meta"),
-        ({"scale": math.inf}, KernelInputError, "scale: expected a finite number, found inf"),
+        ({"c1": 1e300}, KernelInputError, "c1[0]: expected a number finite in float32, found 1e+300"),
+        ({"scale": math.inf}, KernelInputError, "scale: expected a number finite in float32, found inf"),
         ({"scale": "1"}, KernelTypeError, "scale: expected a number, found '1'"),
         ({"programs": 0}, KernelInputError, "programs: expected at least 1, found 0"),
     ],
@@ -189,15 +190,19 @@ def test_tuning_is_checked(changes: dict[str, int]) -> None:
 
 
 def test_tuning_is_chosen_by_bytes_shapes_and_device() -> None:
-    assert tuning.choose([2, 2, 2], True, True, "any") is tuning.NARROW
-    assert tuning.choose([2, 4, 2], True, True, "any") is tuning.WIDE
-    assert tuning.choose([2, 2, 2], False, False, "any") is tuning.UNALIGNED
+    assert tuning.choose([2, 2, 2, 2], True, True, "any") is tuning.NARROW
+    assert tuning.choose([2, 4, 2, 2], True, True, "any") is tuning.WIDE
+    assert tuning.choose([2, 2, 2, 4], True, True, "any") is tuning.WIDE
+    assert tuning.choose([2, 2, 2, 2], False, False, "any") is tuning.UNALIGNED
     for part, measured in tuning.BY_DEVICE.items():
-        for nbytes, entry in measured.items():
-            sizes = [nbytes // 3] * 3
-            assert tuning.choose(sizes, True, True, f"NVIDIA {part} of some kind") is entry
-            assert tuning.choose(sizes, True, False, f"NVIDIA {part}") in (tuning.NARROW, tuning.WIDE)
-            assert tuning.choose(sizes, False, False, f"NVIDIA {part}") is tuning.UNALIGNED
+        device = f"NVIDIA {part} of some kind"
+        for size, entry in measured.items():
+            assert tuning.choose([size] * 4, True, True, device) is entry
+            assert tuning.choose([size] * 4, True, False, device) in (tuning.NARROW, tuning.WIDE)
+            assert tuning.choose([size] * 4, False, False, device) is tuning.UNALIGNED
+        assert tuning.choose([4, 4, 4, 2], True, True, device) is measured.get(4, tuning.WIDE)
+        assert tuning.choose([2, 2, 2, 4], True, True, device) is tuning.WIDE
+        assert tuning.choose([2, 4, 4, 4], True, True, device) is tuning.WIDE
 
 
 @pytest.mark.parametrize(
