@@ -23,7 +23,8 @@ test-integrations: $(INTEGRATIONS)/ready
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations tests/test_transformers.py
 
 test-interpret: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels_merge.py tests/test_kernels_refusals.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels_merge.py tests/test_kernels_refusals.py \
+	    tests/test_kernels_interleaved.py
 
 # On a machine whose Python has torch already: make test-gpu BIN=/path/to/its/bin READY=
 test-gpu: $(READY)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import triton
-from hsa.kernels import headwise, tuning
+from hsa.kernels import fused, headwise, tuning
 from hsa.kernels.projections import LEAST_SLOTS, Variant, interpreted
 from hsa.kernels.tuning import Tuning
 from triton.backends.compiler import GPUTarget
@@ -64,7 +64,7 @@ DEVICES = {"sm_90": ("NVIDIA H200",)}
 """Devices of a target that have a tuning of their own."""
 
 KERNELS = {
-    "fused": headwise.fused_kernel,
+    "fused": fused.fused_kernel,
     "score": headwise.score_kernel,
     "apply": headwise.apply_kernel,
 }

@@ -1,5 +1,7 @@
 # ruff: noqa: N803, N806 -- constexprs of kernels are upper case
-"""The kernels of Headwise Selective Attention merge; `launch` calls them.
+"""Headwise Selective Attention merge on a GPU: the formula's parts, and the kernels that take two launches for it.
+
+`fused` has the kernel that takes one; `launch` calls them.
 
 Formula (float32, evaluated in this order, every operation rounded by itself):
 
@@ -22,9 +24,7 @@ What every kernel takes, letters as in `primitives`:
     status                          int32 [G, P]  what was found wrong in a head: the bits below; 0 at the launch
     keep, c1, c2                    int32 [G], float32 [G], float32 [G]
 
-`score_kernel` also takes arrivals, int32 [G]. `fused_kernel` also takes members, int32 [n] (the projections of the
-launch), released, int64 [G], states, int32 [S], and tickets, int32 [2]. These and its slots are 0 at the launch, and
-of no other launch meanwhile.
+`score_kernel` also takes arrivals, int32 [G], 0 at the launch and of no other launch meanwhile.
 
 Constexprs: P and ROWS; ALIGNED when every address of the launch is a multiple of 16 bytes and every geometry is as
 `primitives.tile` wants it; ONE_RUN as there; SCALED when scale is not 1; IN_PLACE when out is primary in every
@@ -46,12 +46,10 @@ from hsa.kernels.primitives import (
     greatest,
     load,
     magnitude,
-    packed,
     pointer,
     read,
     rounded,
     tile,
-    unpacked,
     write,
 )
 
@@ -60,16 +58,6 @@ PRIMARY_BIT = tl.constexpr(2)
 SECONDARY_BIT = tl.constexpr(4)
 SCORE_BIT = tl.constexpr(8)
 RESULT_BIT = tl.constexpr(16)
-
-MERGE = tl.constexpr(-(1 << 63))
-"""The bit of a released projection that is to be merged; the bit of a head says that it is selected."""
-
-REFUSE = tl.constexpr(1 << 62)
-"""The bit of a released projection that is not, for a score is not finite. So heads are at most 62."""
-
-DONE = tl.constexpr(1)
-LEFT = tl.constexpr(2)
-"""States of a slab in the fused kernel: written (or rightly not), and left to whoever closes its projection."""
 
 THERE = tl.constexpr(-(1 << 63))
 REST = tl.constexpr((1 << 63) - 1)
@@ -88,9 +76,6 @@ GROUPS = tl.constexpr(2)
 
 CHUNK = tl.constexpr(32)
 """Slabs of every head whose sums are read at a time."""
-
-STATES = tl.constexpr(512)
-"""Slabs whose states are read at a time."""
 
 
 @triton.jit
@@ -128,7 +113,7 @@ def _careful_sum(
 
 
 @triton.jit
-def _squares(tv1, tv2, exists, B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
+def squares(tv1, tv2, exists, B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
     """Sums of the proxy's squares in half a slab, in float32, each of at most 16 elements that lie in one thread."""
     ROWS: tl.constexpr = tv1.shape[0]
     # The elements of one 16-byte load.
@@ -140,7 +125,7 @@ def _squares(tv1, tv2, exists, B: tl.constexpr, M1: tl.constexpr, M2: tl.constex
 
 
 @triton.jit
-def _slab_sum(
+def slab_sum(
     low, high, base, primary, secondary, geometry, status, g, head, slab,
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
     P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
@@ -156,7 +141,7 @@ def _slab_sum(
 
 
 @triton.jit
-def _sources(
+def begin_to_read(
     base, primary, secondary, geometry, g, head, slab,
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
@@ -170,14 +155,14 @@ def _sources(
 
 
 @triton.jit
-def _widened(b, m1, m2):
+def widened(b, m1, m2):
     """Base and both task vectors, float32."""
     b = b.to(tl.float32)
     return b, m1.to(tl.float32) - b, m2.to(tl.float32) - b
 
 
 @triton.jit
-def _squared(slots, geometry, g, P: tl.constexpr):
+def sum_of_slots(slots, geometry, g, P: tl.constexpr):
     """Squared scores (float64 [P]) of a projection, summed in a fixed order, and whether every slot was there."""
     entry = geometry + g * FIELDS
     heads = tl.load(entry + HEADS).to(tl.int32)
@@ -197,44 +182,7 @@ def _squared(slots, geometry, g, P: tl.constexpr):
 
 
 @triton.jit
-def score_kernel(
-    base, primary, secondary, geometry, items, slots, scores, status, arrivals,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
-    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
-):  # fmt: skip
-    """Squared scores of every head. A program owns one slab, the last of a projection also its row of scores."""
-    unit = items + tl.program_id(0).to(tl.int64) * 4
-    g = tl.load(unit).to(tl.int64)
-    head = tl.load(unit + 1).to(tl.int64)
-    slab = tl.load(unit + 2)
-    slot = tl.load(unit + 3)
-    HALF: tl.constexpr = ROWS // 2
-    b0, m10, m20, exists0 = _sources(
-        base, primary, secondary, geometry, g, head, slab * 2, B, M1, M2, HALF, ALIGNED, ONE_RUN
-    )  # fmt: skip
-    b1, m11, m21, exists1 = _sources(
-        base, primary, secondary, geometry, g, head, slab * 2 + 1, B, M1, M2, HALF, ALIGNED, ONE_RUN
-    )  # fmt: skip
-    b0, tv10, tv20 = _widened(b0, m10, m20)
-    low = _squares(tv10, tv20, exists0, B, M1, M2)
-    b1, tv11, tv21 = _widened(b1, m11, m21)
-    high = _squares(tv11, tv21, exists1, B, M1, M2)
-    total = _slab_sum(
-        low, high, base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
-    )  # fmt: skip
-    tl.store(slots + slot, encoded(total))
-    tl.debug_barrier()
-    entry = geometry + g * FIELDS
-    others = tl.load(entry + HEADS) * tl.load(entry + SLABS) - 1
-    last = tl.atomic_add(arrivals + g, 1, sem="acq_rel") == others
-    tl.debug_barrier()
-    if last:
-        squared, _ = _squared(slots, geometry, g, P)
-        tl.store(scores + g * P + tl.arange(0, P), squared)
-
-
-@triton.jit
-def _apply_slab(
+def apply_slab(
     base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, slab, chosen,
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
@@ -246,7 +194,7 @@ def _apply_slab(
         b = read(base, g, start, offsets, exists, B, ALIGNED, ONE_RUN)
         tv1 = read(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN) - b
         tv2 = read(secondary, g, start, offsets, exists, M2, ALIGNED, ONE_RUN) - b
-        value = _merged(b, tv1, tv2, tl.load(c1 + g), tl.load(c2 + g), scale, OUT, SCALED)
+        value = merged(b, tv1, tv2, tl.load(c1 + g), tl.load(c2 + g), scale, OUT, SCALED)
         worst = write(out, g, start, offsets, exists, value, OUT, ALIGNED)
     else:
         if SCALED:
@@ -264,7 +212,7 @@ def _apply_slab(
 
 
 @triton.jit
-def _merged(b, tv1, tv2, w1, w2, scale, OUT: tl.constexpr, SCALED: tl.constexpr):
+def merged(b, tv1, tv2, w1, w2, scale, OUT: tl.constexpr, SCALED: tl.constexpr):
     """The formula of a selected head, rounded to OUT."""
     displacement = w1 * tv1 + w2 * tv2
     if SCALED:
@@ -284,6 +232,43 @@ def _copy(
         BITS: tl.constexpr = tl.int32
     bits = load(source, g, start, offsets, exists, BITS, ALIGNED, ONE_RUN)
     tl.store(pointer(out, g, BITS, ALIGNED) + start + offsets, bits, mask=exists)
+
+
+@triton.jit
+def score_kernel(
+    base, primary, secondary, geometry, items, slots, scores, status, arrivals,
+    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
+    P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
+):  # fmt: skip
+    """Squared scores of every head. A program owns one slab, the last of a projection also its row of scores."""
+    unit = items + tl.program_id(0).to(tl.int64) * 4
+    g = tl.load(unit).to(tl.int64)
+    head = tl.load(unit + 1).to(tl.int64)
+    slab = tl.load(unit + 2)
+    slot = tl.load(unit + 3)
+    HALF: tl.constexpr = ROWS // 2
+    b0, m10, m20, exists0 = begin_to_read(
+        base, primary, secondary, geometry, g, head, slab * 2, B, M1, M2, HALF, ALIGNED, ONE_RUN
+    )  # fmt: skip
+    b1, m11, m21, exists1 = begin_to_read(
+        base, primary, secondary, geometry, g, head, slab * 2 + 1, B, M1, M2, HALF, ALIGNED, ONE_RUN
+    )  # fmt: skip
+    b0, tv10, tv20 = widened(b0, m10, m20)
+    low = squares(tv10, tv20, exists0, B, M1, M2)
+    b1, tv11, tv21 = widened(b1, m11, m21)
+    high = squares(tv11, tv21, exists1, B, M1, M2)
+    total = slab_sum(
+        low, high, base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
+    )  # fmt: skip
+    tl.store(slots + slot, encoded(total))
+    tl.debug_barrier()
+    entry = geometry + g * FIELDS
+    others = tl.load(entry + HEADS) * tl.load(entry + SLABS) - 1
+    last = tl.atomic_add(arrivals + g, 1, sem="acq_rel") == others
+    tl.debug_barrier()
+    if last:
+        squared, _ = sum_of_slots(slots, geometry, g, P)
+        tl.store(scores + g * P + tl.arange(0, P), squared)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -312,202 +297,7 @@ def apply_kernel(
         if ~(own < float("inf")):
             tl.atomic_or(status + g * P + head, SCORE_BIT, sem="relaxed")
     if merge:
-        _apply_slab(
+        apply_slab(
             base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, slab, chosen,
             B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
         )  # fmt: skip
-
-
-@triton.jit
-def _decide(slots, geometry, scores, selected, released, keep, g, most, P: tl.constexpr):
-    """Wait for a projection's slots, at most `most` looks (0: without end); write its rows of scores and of selected
-    heads, and release it. Whoever does so again writes the same."""
-    squared, ready = _squared(slots, geometry, g, P)
-    looks = 1
-    while (not ready) & ((looks < most) | (most == 0)):
-        squared, ready = _squared(slots, geometry, g, P)
-        looks += 1
-    if ready:
-        h = tl.arange(0, P)
-        # Slots beyond the heads hold 0: no score is below that, so they outrank none.
-        greater = tl.sum((squared[None, :] > squared[:, None]).to(tl.int32), axis=1)
-        merge = finite(squared)
-        chosen = (greater < tl.load(keep + g)) & (h < tl.load(geometry + g * FIELDS + HEADS)) & merge
-        tl.store(scores + g * P + h, squared)
-        tl.store(selected + g * P + h, chosen.to(tl.uint8))
-        bits = tl.sum(tl.where(chosen, tl.full([P], 1, tl.int64) << h.to(tl.int64), 0), axis=0)
-        tl.atomic_or(released + g, tl.where(merge, bits | MERGE, REFUSE), sem="relaxed")
-
-
-@triton.jit
-def _settle(
-    words0, words1, i,
-    base, primary, secondary, out, geometry, items, status, released, states, c1, c2, scale, patience,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
-):  # fmt: skip
-    """Write the merged slab of unit `i` (none if negative), which was held in halves, once its projection is released;
-    after `patience` looks leave it to whoever closes the projection, who reads its sources again."""
-    if i >= 0:
-        unit = items + i.to(tl.int64) * 4
-        g = tl.load(unit).to(tl.int64)
-        head = tl.load(unit + 1).to(tl.int64)
-        slab = tl.load(unit + 2)
-        slot = tl.load(unit + 3)
-        # An atomic, for its answer is the same in all threads.
-        release = tl.atomic_add(released + g, 0, sem="relaxed")
-        looks = 1
-        while (release == 0) & (looks < patience):
-            release = tl.atomic_add(released + g, 0, sem="relaxed")
-            looks += 1
-        if release < 0:
-            if (release >> head) & 1 != 0:
-                HALF: tl.constexpr = ROWS // 2
-                start, offsets, exists = tile(geometry, g, head, slab * 2, HALF, ALIGNED, ONE_RUN)
-                worst = write(out, g, start, offsets, exists, unpacked(words0, OUT), OUT, ALIGNED)
-                start, offsets, exists = tile(geometry, g, head, slab * 2 + 1, HALF, ALIGNED, ONE_RUN)
-                worst = tl.maximum(worst, write(out, g, start, offsets, exists, unpacked(words1, OUT), OUT, ALIGNED))
-                if worst >= NOT_FINITE:
-                    tl.atomic_or(status + g * P + head, RESULT_BIT, sem="relaxed")
-            elif SCALED or not IN_PLACE:
-                _apply_slab(
-                    base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, slab, False,
-                    B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
-                )  # fmt: skip
-        tl.atomic_or(states + slot, tl.where(release == 0, LEFT, DONE), sem="relaxed")
-
-
-@triton.jit
-def _close(
-    base, primary, secondary, out, geometry, slots, scores, selected, status, released, states, keep, c1, c2, scale, g,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
-):  # fmt: skip
-    """Release a projection if nobody has, and merge its slabs that were left. Every unit of it is drawn by now."""
-    release = tl.atomic_add(released + g, 0, sem="relaxed")
-    if release == 0:
-        _decide(slots, geometry, scores, selected, released, keep, g, 0, P)
-        release = tl.atomic_add(released + g, 0, sem="relaxed")
-    entry = geometry + g * FIELDS
-    slabs = tl.load(entry + SLABS).to(tl.int32)
-    count = tl.load(entry + HEADS).to(tl.int32) * slabs
-    own = states + tl.load(entry + FIRST)
-    lanes = tl.arange(0, STATES)
-    for c in range(0, count, STATES):
-        found = tl.load(own + c + lanes, mask=c + lanes < count, other=DONE, volatile=True)
-        while tl.min(found, axis=0) == 0:
-            found = tl.load(own + c + lanes, mask=c + lanes < count, other=DONE, volatile=True)
-        if (tl.max(found, axis=0) == LEFT) & (release < 0):
-            for s in range(c, min(count, c + STATES)):
-                if tl.max(tl.where(c + lanes == s, found, 0), axis=0) == LEFT:
-                    head = (s // slabs).to(tl.int64)
-                    _apply_slab(
-                        base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, s % slabs,
-                        (release >> head) & 1 != 0,
-                        B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
-                    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["work", "projections", "deciders", "patience", "scale"])
-def fused_kernel(
-    base, primary, secondary, out, geometry, items, work, members, projections,
-    slots, scores, selected, status, released, states, tickets, keep, c1, c2, scale, deciders, patience,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
-    HELD: tl.constexpr, ALONE: tl.constexpr,
-):  # fmt: skip
-    """Score, select and merge in one launch of any number of programs.
-
-    Every source is read once; a second time what is copied or scaled of heads that are not selected, and what is left.
-
-    A program draws units one at a time. It scores a unit, and keeps what its slab becomes if its head is selected,
-    until it has scored HELD more: by then the projection is decided, as a rule, and the slab is written from there. The
-    first `deciders` programs to begin add up scores and select before they draw units.
-
-    Waiting has an end (`patience` looks for a decision, its square for sums), after which a slab is left. Programs that
-    find no more units to draw close the projections, one at a time, and read again what was left. They alone wait
-    without end, for units that are all in the hands of running programs, of which none waits without end for them. So
-    the launch ends whatever is resident, programs that run one after the other included.
-
-    Everything that programs tell each other is a single word, written and read by itself: no order between two words
-    matters. ALONE says that programs run one after the other: then whoever scores a projection's last unit decides it,
-    which would cost registers where others can.
-    """
-    role = tl.atomic_add(tickets + 1, 1, sem="relaxed")
-    if role < deciders:
-        for i in range(role, projections, deciders):
-            g = tl.load(members + i).to(tl.int64)
-            _decide(slots, geometry, scores, selected, released, keep, g, patience * patience, P)
-    drawn = tl.atomic_add(tickets, 1, sem="relaxed")
-    HALF: tl.constexpr = ROWS // 2
-    first0 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
-    first1 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
-    second0 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
-    second1 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
-    first_unit = tl.full([], -1, tl.int32)
-    second_unit = tl.full([], -1, tl.int32)
-    while drawn < work:
-        i = drawn
-        unit = items + i.to(tl.int64) * 4
-        g = tl.load(unit).to(tl.int64)
-        head = tl.load(unit + 1).to(tl.int64)
-        slab = tl.load(unit + 2)
-        slot = tl.load(unit + 3)
-        b0, m10, m20, exists0 = _sources(
-            base, primary, secondary, geometry, g, head, slab * 2, B, M1, M2, HALF, ALIGNED, ONE_RUN
-        )  # fmt: skip
-        b1, m11, m21, exists1 = _sources(
-            base, primary, secondary, geometry, g, head, slab * 2 + 1, B, M1, M2, HALF, ALIGNED, ONE_RUN
-        )  # fmt: skip
-        w1 = tl.load(c1 + g)
-        w2 = tl.load(c2 + g)
-        # All threads wait for the answer, and so they do while the sources are on their way.
-        drawn = tl.atomic_add(tickets, 1, sem="relaxed")
-        # One half after the other: widened at once, they would not fit the registers.
-        b0, tv10, tv20 = _widened(b0, m10, m20)
-        low = _squares(tv10, tv20, exists0, B, M1, M2)
-        words0 = packed(_merged(b0, tv10, tv20, w1, w2, scale, OUT, SCALED), OUT)
-        b1, tv11, tv21 = _widened(b1, m11, m21)
-        high = _squares(tv11, tv21, exists1, B, M1, M2)
-        words1 = packed(_merged(b1, tv11, tv21, w1, w2, scale, OUT, SCALED), OUT)
-        total = _slab_sum(
-            low, high, base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
-        )  # fmt: skip
-        # The slot was 0, so this stores; unlike an exchange it has no answer to wait for.
-        tl.atomic_or(slots + slot, encoded(total), sem="relaxed")
-        if ALONE:
-            entry = geometry + g * FIELDS
-            if (slab + 1 == tl.load(entry + SLABS)) & (head + 1 == tl.load(entry + HEADS)):
-                _decide(slots, geometry, scores, selected, released, keep, g, 1, P)
-        if HELD == 2:
-            _settle(
-                second0, second1, second_unit, base, primary, secondary, out, geometry, items, status, released, states,
-                c1, c2, scale, patience, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
-            )  # fmt: skip
-            second0 = first0
-            second1 = first1
-            second_unit = first_unit
-        else:
-            _settle(
-                first0, first1, first_unit, base, primary, secondary, out, geometry, items, status, released, states,
-                c1, c2, scale, patience, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
-            )  # fmt: skip
-        first0 = words0
-        first1 = words1
-        first_unit = i
-    if HELD == 2:
-        _settle(
-            second0, second1, second_unit, base, primary, secondary, out, geometry, items, status, released, states,
-            c1, c2, scale, patience, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
-        )  # fmt: skip
-    _settle(
-        first0, first1, first_unit, base, primary, secondary, out, geometry, items, status, released, states,
-        c1, c2, scale, patience, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
-    )  # fmt: skip
-    while drawn < work + projections:
-        g = tl.load(members + (drawn - work)).to(tl.int64)
-        _close(
-            base, primary, secondary, out, geometry, slots, scores, selected, status, released, states, keep,
-            c1, c2, scale, g, B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
-        )  # fmt: skip
-        drawn = tl.atomic_add(tickets, 1, sem="relaxed")

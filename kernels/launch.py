@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from hsa.kernels import headwise, tuning
+from hsa.kernels import fused, headwise, tuning
 from hsa.kernels.projections import Group, KernelInputError, KernelTypeError, Projections, Workspace, interpreted
 from torch import Tensor
 
@@ -104,7 +104,7 @@ def fused_merge(
         for group, tickets in zip(projections.groups, space.tickets, strict=True):
             work = len(group.items)
             grid = min(work, programs or _resident(projections, group))
-            headwise.fused_kernel[(grid,)](
+            fused.fused_kernel[(grid,)](
                 base, primary, secondary, out, projections.geometry, group.items, work,
                 group.members, len(group.members), space.slots, space.scores, space.selected, space.status,
                 space.released, space.states, tickets, counts, *weights, scale,

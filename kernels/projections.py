@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from hsa.kernels import headwise, tuning
+from hsa.kernels import fused, tuning
 from hsa.kernels.primitives import FIELDS, WIDTH
 from hsa.kernels.tuning import Tuning
 from torch import Tensor
@@ -244,7 +244,7 @@ class Projections:
 
 
 class Workspace:
-    """What one stream's launches write besides outputs, and the parameters they read; see `headwise` for each.
+    """What one stream's launches write besides outputs, and the parameters they read; see `headwise` and `fused`.
 
     `zeroed` is what must be 0 when the fused kernel is launched, `zeroed_of_two` the part of it that the others need.
     """
@@ -320,7 +320,7 @@ def _same_count(tensors: dict[str, tuple[Tensor, ...]]) -> int:
 
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on the CPU, in this process."""
-    return not isinstance(headwise.fused_kernel, triton.runtime.JITFunction)
+    return not isinstance(fused.fused_kernel, triton.runtime.JITFunction)
 
 
 def inexact(major: int, version: str) -> str:

@@ -16,7 +16,7 @@ from gpu import NO_GPU, ROOT
 if NO_GPU:
     pytest.skip(NO_GPU, allow_module_level=True)
 
-from hsa.kernels import headwise, tuning
+from hsa.kernels import fused, tuning
 from hsa.kernels.launch import apply_heads, check, fused_merge, score_heads
 from kernel_problems import (
     LAYER,
@@ -76,7 +76,7 @@ def test_repeated_launches_give_identical_bytes(mix: str) -> None:
         for tensor, before in zip(problem.results, poisoned, strict=True):
             tensor.copy_(before)
         scores, selected = fused_merge(plan, Parameters().keep(10), *Parameters().weights)
-        written_from_registers += int((plan.workspace().states == headwise.DONE.value).any())
+        written_from_registers += int((plan.workspace().states == fused.DONE.value).any())
         if first is None:
             assert_equal(problem, scores, selected, wanted)
             first = scores.clone(), [tensor.clone() for tensor in problem.results]

@@ -15,7 +15,7 @@ if NO_DEVICE:
 
 import triton
 import triton.language as tl
-from hsa.kernels import headwise, tuning
+from hsa.kernels import fused, headwise, tuning
 from hsa.kernels.launch import (
     Fault,
     NonFiniteInput,
@@ -365,9 +365,9 @@ def test_slabs_are_written_from_registers_or_left_and_read_again(mix: str, held:
     scores, selected = fused_merge(plan, 1, *Parameters().weights, programs=1)
     assert_equal(problem, scores, selected, wanted)
     states = plan.workspace().states[: plan.slabs].tolist()
-    assert set(states) <= {headwise.DONE.value, headwise.LEFT.value}
+    assert set(states) <= {fused.DONE.value, fused.LEFT.value}
     if DEVICE == "cpu":
-        left, done = headwise.LEFT.value, headwise.DONE.value
+        left, done = fused.LEFT.value, fused.DONE.value
         weight = [left] * (2 * 8 - held - 1) + [done] * (held + 1)
         assert states == weight + [done] * 2 + weight
 
@@ -385,9 +385,9 @@ def test_several_programs_select(mix: str) -> None:
 def test_amd_merges_in_two_launches(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the want of such a GPU what is launched is seen here, not that it runs there."""
     launched = []
-    for name in ("fused_kernel", "score_kernel", "apply_kernel"):
-        kernel = getattr(headwise, name)
-        monkeypatch.setattr(headwise, name, _Noting(kernel, name, launched))
+    for module, name in ((fused, "fused_kernel"), (headwise, "score_kernel"), (headwise, "apply_kernel")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, _Noting(kernel, name, launched))
     monkeypatch.setattr(torch.version, "hip", "6.4" if DEVICE == "cpu" else torch.version.hip)
     problem = make([(256, 64), (256,)], 4, mix)
     wanted = expected(problem, Parameters())

@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process runs those modules itself")
-@pytest.mark.parametrize("module", ["test_kernels_merge.py", "test_kernels_refusals.py"])
+@pytest.mark.parametrize("module", ["test_kernels_merge.py", "test_kernels_refusals.py", "test_kernels_interleaved.py"])
 def test_interpreted_modules_pass(module: str) -> None:
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / module), interpret=True)
     print(done.stdout)
