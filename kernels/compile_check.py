@@ -49,7 +49,7 @@ bfloat16; `to-*` are casts by --dtype into a new buffer."""
 NEW_BUFFER = ("float32", "float16", "bfloat16")
 """Mixes that are compiled for a new buffer too, where unselected heads are copied."""
 
-SCALED = ("float32", "float16")
+SCALED = ("float32", "float16", "bfloat16")
 UNALIGNED = ("float32", "float16", "float16-base")
 COLUMNS = ("float32", "float16")
 
