@@ -49,7 +49,9 @@ from kernel_problems import (
 
 from hsa import reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value encountered in add:RuntimeWarning"
+)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 16])
