@@ -11,22 +11,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from hsa.kernels.headwise import (
+    RESULT_BIT,
     apply_slab,
     begin_to_read,
     encoded,
-    scored_and_merged,
+    merged,
     slab_sum,
+    squares,
     sum_of_slots,
+    widened,
 )
 from hsa.kernels.primitives import (
     FIELDS,
     FIRST,
     HEADS,
+    NOT_FINITE,
     SLABS,
     WIDTH,
     finite,
     packed,
-    write_words,
+    tile,
+    unpacked,
+    write,
 )
 
 MERGE = tl.constexpr(-(1 << 63))
@@ -38,9 +44,6 @@ REFUSE = tl.constexpr(1 << 62)
 DONE = tl.constexpr(1)
 LEFT = tl.constexpr(2)
 """States of a slab: written (or rightly not), and left to whoever closes its projection."""
-
-PARTS = tl.constexpr(4)
-"""Parts of a slab that is read a second time."""
 
 STATES = tl.constexpr(512)
 """Slabs whose states are read at a time."""
@@ -91,8 +94,12 @@ def _settle(
         if release < 0:
             if (release >> head) & 1 != 0:
                 HALF: tl.constexpr = ROWS // 2
-                write_words(out, geometry, g, head, slab * 2, words0, OUT, HALF, ALIGNED, ONE_RUN)
-                write_words(out, geometry, g, head, slab * 2 + 1, words1, OUT, HALF, ALIGNED, ONE_RUN)
+                start, offsets, exists = tile(geometry, g, head, slab * 2, HALF, ALIGNED, ONE_RUN)
+                worst = write(out, g, start, offsets, exists, unpacked(words0, OUT), OUT, ALIGNED)
+                start, offsets, exists = tile(geometry, g, head, slab * 2 + 1, HALF, ALIGNED, ONE_RUN)
+                worst = tl.maximum(worst, write(out, g, start, offsets, exists, unpacked(words1, OUT), OUT, ALIGNED))
+                if worst >= NOT_FINITE:
+                    tl.atomic_or(status + g * P + head, RESULT_BIT, sem="relaxed")
             elif SCALED or not IN_PLACE:
                 apply_slab(
                     base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, slab, False,
@@ -125,13 +132,11 @@ def _close(
             for s in range(c, min(count, c + STATES)):
                 if tl.max(tl.where(c + lanes == s, found, 0), axis=0) == LEFT:
                     head = (s // slabs).to(tl.int64)
-                    # In parts: the path is rare, and as one tile it would be what needs most registers.
-                    for part in range(PARTS):
-                        apply_slab(
-                            base, primary, secondary, out, geometry, status, c1, c2, scale, g, head,
-                            s % slabs * PARTS + part, (release >> head) & 1 != 0,
-                            B, M1, M2, OUT, P, ROWS // PARTS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
-                        )  # fmt: skip
+                    apply_slab(
+                        base, primary, secondary, out, geometry, status, c1, c2, scale, g, head, s % slabs,
+                        (release >> head) & 1 != 0,
+                        B, M1, M2, OUT, P, ROWS, ALIGNED, ONE_RUN, SCALED, IN_PLACE,
+                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["work", "projections", "deciders", "patience", "scale"])
@@ -166,10 +171,10 @@ def fused_kernel(
             _decide(slots, geometry, scores, selected, released, keep, g, patience * patience, P)
     drawn = tl.atomic_add(tickets, 1, sem="relaxed")
     HALF: tl.constexpr = ROWS // 2
-    first0 = packed(tl.zeros([HALF, WIDTH], dtype=tl.float32), OUT)
-    first1 = packed(tl.zeros([HALF, WIDTH], dtype=tl.float32), OUT)
-    second0 = packed(tl.zeros([HALF, WIDTH], dtype=tl.float32), OUT)
-    second1 = packed(tl.zeros([HALF, WIDTH], dtype=tl.float32), OUT)
+    first0 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
+    first1 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
+    second0 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
+    second1 = packed(tl.zeros([HALF, WIDTH], dtype=OUT), OUT)
     first_unit = tl.full([], -1, tl.int32)
     second_unit = tl.full([], -1, tl.int32)
     while drawn < work:
@@ -187,23 +192,20 @@ def fused_kernel(
         )  # fmt: skip
         w1 = tl.load(c1 + g)
         w2 = tl.load(c2 + g)
-        # All threads wait for the answer, and so they do while the sources are on their way. Both conditions always
-        # hold: over a branch, NVIDIA's assembler moves no arithmetic. Else it would come between the loads, delay this,
-        # and widen both halves at once, for which there are no registers.
-        if g >= 0:
-            drawn = tl.atomic_add(tickets, 1, sem="relaxed")
-        low, words0 = scored_and_merged(b0, m10, m20, exists0, w1, w2, scale, B, M1, M2, OUT, SCALED)
-        high, words1 = low, words0
-        if slab >= 0:
-            high, words1 = scored_and_merged(b1, m11, m21, exists1, w1, w2, scale, B, M1, M2, OUT, SCALED)
-        total, bounded = slab_sum(
+        # All threads wait for the answer, and so they do while the sources are on their way.
+        drawn = tl.atomic_add(tickets, 1, sem="relaxed")
+        # One half after the other: widened at once, they would not fit the registers.
+        b0, tv10, tv20 = widened(b0, m10, m20)
+        low = squares(tv10, tv20, exists0, B, M1, M2)
+        words0 = packed(merged(b0, tv10, tv20, w1, w2, scale, OUT, SCALED), OUT)
+        b1, tv11, tv21 = widened(b1, m11, m21)
+        high = squares(tv11, tv21, exists1, B, M1, M2)
+        words1 = packed(merged(b1, tv11, tv21, w1, w2, scale, OUT, SCALED), OUT)
+        total = slab_sum(
             low, high, base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
         )  # fmt: skip
         # The slot was 0, so this stores; unlike an exchange it has no answer to wait for.
         tl.atomic_or(slots + slot, encoded(total), sem="relaxed")
-        if not bounded:
-            # What it becomes may not be finite. Whoever closes the projection finds out.
-            tl.atomic_or(states + slot, LEFT, sem="relaxed")
         if ALONE:
             entry = geometry + g * FIELDS
             if (slab + 1 == tl.load(entry + SLABS)) & (head + 1 == tl.load(entry + HEADS)):
@@ -223,7 +225,7 @@ def fused_kernel(
             )  # fmt: skip
         first0 = words0
         first1 = words1
-        first_unit = tl.where(bounded, i, -1)
+        first_unit = i
     if HELD == 2:
         _settle(
             second0, second1, second_unit, base, primary, secondary, out, geometry, items, status, released, states,

@@ -43,12 +43,9 @@ from hsa.kernels.primitives import (
     SLABS,
     WIDTH,
     finite,
-    flawed,
     greatest,
     load,
     magnitude,
-    packed,
-    pairs,
     pointer,
     read,
     rounded,
@@ -116,47 +113,15 @@ def _careful_sum(
 
 
 @triton.jit
-def _squares(tv1, tv2, exists, B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
-    """Sums of the proxy's squares in float32, each of the elements of one 16-byte load; of tile rows that are missing,
-    anything."""
+def squares(tv1, tv2, exists, B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
+    """Sums of the proxy's squares in half a slab, in float32, each of at most 16 elements that lie in one thread."""
+    ROWS: tl.constexpr = tv1.shape[0]
+    # The elements of one 16-byte load.
     WIDE: tl.constexpr = B.primitive_bitwidth + M1.primitive_bitwidth + M2.primitive_bitwidth > 48
     SPAN: tl.constexpr = 4 if WIDE else 8
-    proxy = tl.abs(tv1) + tl.abs(tv2)
-    if exists.shape[1] != 1:
-        proxy = tl.where(exists, proxy, 0.0)
-    return tl.sum(tl.reshape(proxy * proxy, [proxy.shape[0], WIDTH // SPAN, SPAN]), axis=2)
-
-
-@triton.jit
-def _half_sums(sums, exists):
-    """What `_squares` found in half a slab, each the sum of at most 16 elements that lie in one thread."""
-    if exists.shape[1] == 1:
-        # Only whole tile rows can be missing, so this selects once for the elements of a load.
-        sums = tl.where(exists, sums, 0.0)
-    return tl.sum(tl.reshape(sums, [GROUPS, sums.shape[0] // GROUPS, sums.shape[1]]), axis=0)
-
-
-@triton.jit
-def scored(b, m1, m2, exists, B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
-    """Sums of squares of half a slab, of what `begin_to_read` gave."""
-    _, tv1, tv2 = _widened(b, m1, m2)
-    return _half_sums(_squares(tv1, tv2, exists, B, M1, M2), exists)
-
-
-@triton.jit
-def scored_and_merged(
-    b, m1, m2, exists, w1, w2, scale,
-    B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """The same, infinite where a result is not finite, and the words (`primitives.packed`) of what the half becomes."""
-    b, tv1, tv2 = _widened(b, m1, m2)
-    words = packed(_merged(b, tv1, tv2, w1, w2, scale, SCALED), OUT)
-    sums = _squares(tv1, tv2, exists, B, M1, M2)
-    # Found in the words, which the compiler would else put together after the wait for a decision: a word would take
-    # two registers until then.
-    flaws = tl.reshape(flawed(words, OUT), [sums.shape[0], sums.shape[1], words.shape[1] // sums.shape[1]])
-    sums = tl.where(tl.max(flaws, axis=2) != 0, float("inf"), sums)
-    return _half_sums(sums, exists), words
+    proxy = tl.where(exists, tl.abs(tv1) + tl.abs(tv2), 0.0)
+    parts = tl.reshape(proxy * proxy, [GROUPS, ROWS // GROUPS, WIDTH // SPAN, SPAN])
+    return tl.sum(tl.sum(parts, axis=3), axis=0)
 
 
 @triton.jit
@@ -165,16 +130,14 @@ def slab_sum(
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
     P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
-    """The sum of squares (float64) of a slab, from those of its halves, which float64 adds up, and whether they were
-    bounded."""
+    """The sum of squares (float64) of a slab, from those of its halves, which float64 adds up."""
     sums = low.to(tl.float64) + high.to(tl.float64)
     total = tl.sum(tl.reshape(sums, [sums.numel], can_reorder=True), axis=0)
-    bounded = total <= LARGE
-    if ~((total >= SMALL) & bounded):
+    if ~((total >= SMALL) & (total <= LARGE)):
         total = _careful_sum(
             base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
         )  # fmt: skip
-    return total, bounded
+    return total
 
 
 @triton.jit
@@ -184,34 +147,18 @@ def begin_to_read(
     ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
     """Begin to read a slab of ROWS from all three sources; the dtypes are theirs."""
-    if ALIGNED and tl.bfloat16 == B and tl.bfloat16 == M1 and tl.bfloat16 == M2:
-        # In words: two shifts or masks widen them. Of float16 a pair is widened in place.
-        start, offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED, ONE_RUN, 2)
-        b = load(base, g, start, offsets, exists, tl.uint32, ALIGNED, ONE_RUN)
-        m1 = load(primary, g, start, offsets, exists, tl.uint32, ALIGNED, ONE_RUN)
-        m2 = load(secondary, g, start, offsets, exists, tl.uint32, ALIGNED, ONE_RUN)
-    else:
-        start, offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED, ONE_RUN)
-        b = load(base, g, start, offsets, exists, B, ALIGNED, ONE_RUN)
-        m1 = load(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN)
-        m2 = load(secondary, g, start, offsets, exists, M2, ALIGNED, ONE_RUN)
+    start, offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED, ONE_RUN)
+    b = load(base, g, start, offsets, exists, B, ALIGNED, ONE_RUN)
+    m1 = load(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN)
+    m2 = load(secondary, g, start, offsets, exists, M2, ALIGNED, ONE_RUN)
     return b, m1, m2, exists
 
 
 @triton.jit
-def _wide(x):
-    """float32 of what `begin_to_read` gave."""
-    if x.dtype == tl.uint32:
-        return pairs(x)
-    else:  # noqa: RET505 - the compiler reads on behind a return
-        return x.to(tl.float32)
-
-
-@triton.jit
-def _widened(b, m1, m2):
+def widened(b, m1, m2):
     """Base and both task vectors, float32."""
-    b = _wide(b)
-    return b, _wide(m1) - b, _wide(m2) - b
+    b = b.to(tl.float32)
+    return b, m1.to(tl.float32) - b, m2.to(tl.float32) - b
 
 
 @triton.jit
@@ -247,7 +194,7 @@ def apply_slab(
         b = read(base, g, start, offsets, exists, B, ALIGNED, ONE_RUN)
         tv1 = read(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN) - b
         tv2 = read(secondary, g, start, offsets, exists, M2, ALIGNED, ONE_RUN) - b
-        value = rounded(_merged(b, tv1, tv2, tl.load(c1 + g), tl.load(c2 + g), scale, SCALED), OUT)
+        value = merged(b, tv1, tv2, tl.load(c1 + g), tl.load(c2 + g), scale, OUT, SCALED)
         worst = write(out, g, start, offsets, exists, value, OUT, ALIGNED)
     else:
         if SCALED:
@@ -265,12 +212,12 @@ def apply_slab(
 
 
 @triton.jit
-def _merged(b, tv1, tv2, w1, w2, scale, SCALED: tl.constexpr):
-    """The formula of a selected head, float32."""
+def merged(b, tv1, tv2, w1, w2, scale, OUT: tl.constexpr, SCALED: tl.constexpr):
+    """The formula of a selected head, rounded to OUT."""
     displacement = w1 * tv1 + w2 * tv2
     if SCALED:
         displacement = scale * displacement
-    return b + displacement
+    return rounded(b + displacement, OUT)
 
 
 @triton.jit
@@ -306,9 +253,11 @@ def score_kernel(
     b1, m11, m21, exists1 = begin_to_read(
         base, primary, secondary, geometry, g, head, slab * 2 + 1, B, M1, M2, HALF, ALIGNED, ONE_RUN
     )  # fmt: skip
-    low = scored(b0, m10, m20, exists0, B, M1, M2)
-    high = scored(b1, m11, m21, exists1, B, M1, M2)
-    total, _ = slab_sum(
+    b0, tv10, tv20 = widened(b0, m10, m20)
+    low = squares(tv10, tv20, exists0, B, M1, M2)
+    b1, tv11, tv21 = widened(b1, m11, m21)
+    high = squares(tv11, tv21, exists1, B, M1, M2)
+    total = slab_sum(
         low, high, base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
     )  # fmt: skip
     tl.store(slots + slot, encoded(total))

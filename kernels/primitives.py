@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806 -- constexprs of kernels are upper case
+# ruff: noqa: N803 -- constexprs of kernels are upper case
 """Jit helpers that more than one kernel uses: addresses of a tile, reads, writes, rounding, ranking.
 
 Shape letters: G projections of a plan, H heads of a projection, P slots of a row of heads (the greatest H of the
@@ -32,18 +32,9 @@ NOT_FINITE = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def _words(elements, EACH: tl.constexpr):
-    """How many words of EACH elements (1 or 2) those are, a multiple of it."""
-    return elements if EACH == 1 else elements >> 1
-
-
-@triton.jit
-def tile(
-    geometry, g, head, slab,
-    ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, EACH: tl.constexpr = 1,
-):  # fmt: skip
+def tile(geometry, g, head, slab, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr):
     """Where one slab of a head lies: an element to start from (int64), offsets from it ([ROWS, WIDTH]) in elements, and
-    which of them exist (bool). All in words of EACH elements, where that is not 1; then ALIGNED.
+    which of them exist (bool).
 
     A head is a number of runs of `width` contiguous elements, `pitch` apart; heads begin `step` apart. Heads of
     consecutive output rows are one run each; heads of columns have a run for every row.
@@ -60,22 +51,21 @@ def tile(
     step = tl.load(entry + STEP)
     # 32 bits: the host refuses heads with more tile rows, and a 64-bit division is several times as long.
     row = slab * ROWS + tl.arange(0, ROWS)
-    exists = row < tl.load(entry + TILE_ROWS).to(tl.int32)
-    WORDS: tl.constexpr = WIDTH // EACH
-    lane = tl.arange(0, WORDS)
+    exists = row < tl.load(entry + TILE_ROWS)
+    lane = tl.arange(0, WIDTH)
     if ONE_RUN:
-        start = head * _words(tl.multiple_of(step, 16), EACH) + slab.to(tl.int64) * (ROWS * WORDS)
-        offsets = tl.arange(0, ROWS)[:, None] * WORDS + lane[None, :]
+        start = head * tl.multiple_of(step, 16) + slab.to(tl.int64) * (ROWS * WIDTH)
+        offsets = tl.arange(0, ROWS)[:, None] * WIDTH + lane[None, :]
         exists = exists[:, None]
     else:
         pitch = tl.load(entry + PITCH)
         if ALIGNED:
-            pitch = _words(tl.multiple_of(pitch, 16), EACH)
-            step = _words(tl.multiple_of(step, 16), EACH)
+            pitch = tl.multiple_of(pitch, 16)
+            step = tl.multiple_of(step, 16)
         row = tl.where(exists, row, 0)
         chunks = tl.load(entry + CHUNKS).to(tl.int32)
         run = row // chunks
-        column = (row - run * chunks).to(tl.int64) * WORDS
+        column = (row - run * chunks).to(tl.int64) * WIDTH
         start = tl.zeros([], dtype=tl.int64)
         offsets = (head * step + run.to(tl.int64) * pitch + column)[:, None] + lane[None, :]
         exists = exists[:, None]
@@ -117,22 +107,17 @@ def read(
 
 
 @triton.jit
-def nearest_bfloat16(x):
-    """float32 rounded once, to nearest even, to bfloat16: in the upper 16 of 32 bits."""
-    bits = x.to(tl.uint32, bitcast=True)
-    # The carry of a NaN's payload could end in a finite number.
-    bits = tl.where(x == x, bits, 0x7FC00000)
-    return bits + 0x7FFF + ((bits >> 16) & 1)
-
-
-@triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """float32 rounded once, to nearest even, to DTYPE.
 
     To bfloat16 in integers: the interpreter truncates, and targets without the instruction differ in NaN.
     """
     if tl.bfloat16 == DTYPE:
-        return (nearest_bfloat16(x) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The carry of a NaN's payload could end in a finite number.
+        nearest = tl.where(x == x, nearest, 0x7FC0)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
 
 
@@ -156,26 +141,13 @@ def write(table, g, start, offsets, exists, value, DTYPE: tl.constexpr, ALIGNED:
 
 
 @triton.jit
-def packed(x, DTYPE: tl.constexpr):
-    """float32 rounded to DTYPE, in words of 32 bits, so that two values of 16 bits take one register and not two."""
+def packed(value, DTYPE: tl.constexpr):
+    """A tile of DTYPE in words of 32 bits, so that two values of 16 bits take one register and not two."""
     if DTYPE.primitive_bitwidth == 32:
-        return x
+        return value
     else:  # noqa: RET505 - the compiler reads on behind a return
-        low, high = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-        if tl.bfloat16 == DTYPE:
-            return (nearest_bfloat16(low) >> 16) | (nearest_bfloat16(high) & 0xFFFF0000)
-        else:  # noqa: RET505 - the compiler reads on behind a return
-            low = low.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
-            high = high.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
-            return low | (high << 16)
-
-
-@triton.jit
-def pairs(words):
-    """The tile of float32 whose values lie in words (uint32) as bfloat16, two in each."""
-    low = (words << 16).to(tl.float32, bitcast=True)
-    high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tl.reshape(tl.join(low, high), [words.shape[0], words.shape[1] * 2])
+        low, high = tl.split(tl.reshape(value.to(tl.uint16, bitcast=True), [value.shape[0], value.shape[1] // 2, 2]))
+        return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
 
 
 @triton.jit
@@ -184,35 +156,8 @@ def unpacked(words, DTYPE: tl.constexpr):
     if DTYPE.primitive_bitwidth == 32:
         return words
     else:  # noqa: RET505 - the compiler reads on behind a return
-        both = tl.join((words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16))
-        return tl.reshape(both, [words.shape[0], words.shape[1] * 2]).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def flawed(words, DTYPE: tl.constexpr):
-    """For every word of `packed` a number (uint32) that is not 0 if a value in it is NaN or Inf: the carry of its
-    exponent."""
-    bits = words.to(tl.uint32, bitcast=True)
-    if DTYPE.primitive_bitwidth == 32:
-        return ((bits & 0x7FFFFFFF) + 0x00800000) & 0x80000000
-    elif tl.bfloat16 == DTYPE:  # noqa: RET505 - the compiler reads on behind a return
-        return ((bits & 0x7FFF7FFF) + 0x00800080) & 0x80008000
-    else:
-        return ((bits & 0x7FFF7FFF) + 0x04000400) & 0x80008000
-
-
-@triton.jit
-def write_words(
-    table, geometry, g, head, slab, words,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
-):  # fmt: skip
-    """Store the tile of DTYPE that `packed` took: aligned, word by word as they are, with nothing to unpack."""
-    if DTYPE.primitive_bitwidth == 32 or not ALIGNED:
-        start, offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED, ONE_RUN)
-        tl.store(pointer(table, g, DTYPE, ALIGNED) + start + offsets, unpacked(words, DTYPE), mask=exists)
-    else:
-        start, offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED, ONE_RUN, EACH=2)
-        tl.store(pointer(table, g, tl.uint32, ALIGNED) + start + offsets, words, mask=exists)
+        pairs = tl.join((words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16))
+        return tl.reshape(pairs, [words.shape[0], words.shape[1] * 2]).to(DTYPE, bitcast=True)
 
 
 @triton.jit

@@ -49,9 +49,7 @@ from kernel_problems import (
 
 from hsa import reference
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value encountered in add:RuntimeWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 
 @pytest.mark.parametrize("programs", [1, 3, 16])
