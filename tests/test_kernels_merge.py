@@ -308,6 +308,25 @@ def test_a_result_that_overflows_is_found(keep: int) -> None:
     assert faults(plan) == [Fault(1, 1, "result")]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_result_that_overflows_changes_no_score(seed: int) -> None:
+    """Two heads with the same task vectors tie, though what one of them becomes overflows."""
+    moved = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)).repeat(2, 1).to(DEVICE, F16)
+    base, tunes = torch.zeros_like(moved), moved
+    base[0, 0], base[64, 0] = 60000.0, -60000.0
+    tunes[0, 0], tunes[64, 0] = 60000.0 + 2016, -60000.0 + 2016
+    problem = Problem([base], [tunes], [tunes.clone()], [poison(base)], 2, [0])
+    plan = problem.plan()
+    overflow = [Fault(0, 0, "result")]
+    scores, selected = fused_merge(plan, 1, 2.0, 2.0)
+    assert selected[0].nonzero().flatten().tolist() == [0, 1]
+    assert faults(plan) == overflow
+    assert scores[0, 0] == scores[0, 1]
+    selected = apply_heads(plan, score_heads(plan), 1, 2.0, 2.0)
+    assert selected[0].nonzero().flatten().tolist() == [0, 1]
+    assert faults(plan) == overflow
+
+
 @pytest.mark.parametrize(("mix", "value"), [("to-float16", 70000.0), ("to-bfloat16", 3.4e38)])
 def test_a_cast_that_overflows_is_found(mix: str, value: float) -> None:
     problem = make([(256, 64)], 4, mix)
