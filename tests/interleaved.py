@@ -206,7 +206,7 @@ def _watch(patch: pytest.MonkeyPatch, launch: Interleaved) -> None:
         return found
 
     def atomic_cas(*_arguments: Any) -> Any:
-        raise NotImplementedError("interleaved programs know no compare and swap yet")
+        raise AssertionError("no kernel here compares and swaps: give it a turn in interleaved._watch first")
 
     def masked_load(places: Any, mask: Any, other: Any, cache: Any, eviction: Any, volatile: bool) -> Any:
         launch.step()
