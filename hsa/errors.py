@@ -18,6 +18,9 @@ A message is one line: what is wrong, where, what was expected, and what to do.
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 __all__ = [
     "BackendUnavailable",
     "DestinationError",
@@ -99,3 +102,44 @@ def one_line(text: str) -> str:
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _BoundedRepr(reprlib.Repr):
+    """A repr whose cost does not depend on the value: few levels, few items, and numbers that are never written out
+    beyond a few hundred bits."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = 6
+        self.maxstring = self.maxlong = limit
+        self.maxother = limit
+
+    def repr_str(self, x: str, level: int) -> str:
+        return self._cut(repr(x[: self.maxstring + 1]))
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return self._cut(repr(x[: self.maxstring + 1]))
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 256 else f"<a whole number of {x.bit_length()} bits>"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return repr(x) if type(x) in (float, bool, type(None), complex) else f"<{type(x).__name__}>"
+
+    def _cut(self, text: str) -> str:
+        return text if len(text) <= self.maxstring else f"{text[: self.maxstring]}..."
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value from a file or a caller for a message, in at most `limit` characters and bounded time.
+
+    Unlike `repr`, it never walks a whole nested value, never writes out a huge number, and never calls the `__repr__`
+    of an object that is not a plain value.
+
+    Example:
+        >>> shown({"k": [1, 2]})
+        "{'k': [1, 2]}"
+    """
+    text = _BoundedRepr(limit).repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -40,6 +40,7 @@ from safetensors.torch import load_file, save_file
 
 from hsa import cli
 from hsa.checkpoint import CONFIG, INDEX, WEIGHTS
+from hsa.errors import shown
 from hsa.header import MAX_HEADER
 from hsa.synthetic import SHAPES, write_triple
 
@@ -1238,3 +1239,13 @@ def test_names_that_are_not_utf8_are_no_obstacle(triple: Triple, tmp_path: Path)
     assert "merged\\udcff\\n" in result.stdout.splitlines()[0]
     assert json.loads((output / "hsa_merge.json").read_bytes())["sources"]["base"]["id"] == "base\udcff\n"
     assert (output / "README.md").read_text(encoding="utf-8").startswith("---\n")
+
+
+def test_a_value_in_a_message_is_bounded_whatever_it_holds() -> None:
+    nested: tuple[object, ...] = ()
+    for _ in range(60):  # 2**60 items, were they walked
+        nested = (nested, nested)
+    for value in (nested, [nested] * 9, 10**5000, -(10**5000), "x" * 10**6, b"\xff" * 10**6, object()):
+        assert len(shown(value)) <= 80
+    assert shown({"k": [1, 2.5, None, True]}) == "{'k': [1, 2.5, None, True]}"
+    assert shown(10**5000) == "<a whole number of 16610 bits>"
