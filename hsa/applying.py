@@ -12,7 +12,7 @@ from hsa.card import check_fields
 from hsa.checkpoint import INDEX, Checkpoint, read_text
 from hsa.config import MergeConfig
 from hsa.digests import digest_of
-from hsa.errors import PatchError, RequestError, SourceError
+from hsa.errors import PatchError, RequestError, SourceError, shown
 from hsa.finish import finish
 from hsa.graft import Grafter
 from hsa.hub import Hub, Want
@@ -216,7 +216,7 @@ def _config(patch: Patch) -> MergeConfig:
         check_fields(parameters["card"])
         limit = parameters["max_shard_size"]
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise RequestError(f"max_shard_size is {limit!r:.40}")
+            raise RequestError(f"max_shard_size is {shown(limit, 40)}")
     except (RequestError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise PatchError(f"patch {patch.source.path}: its parameters are damaged: {error}") from error
     return config

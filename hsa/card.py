@@ -8,7 +8,7 @@ from typing import Any
 
 from hsa.assets import FEATURES, TOKENS
 from hsa.checkpoint import Identity, is_hub_id
-from hsa.errors import RequestError
+from hsa.errors import RequestError, shown
 from hsa.provenance import SETTINGS, Record, TargetRecord
 from hsa.whisper import Stack
 
@@ -43,7 +43,7 @@ def parse_fields(pairs: Iterable[str]) -> dict[str, str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise RequestError(f"--card takes FIELD=VALUE, got {pair!r}")
+            raise RequestError(f"--card takes FIELD=VALUE, got {shown(pair)}")
         fields[name] = value
     return check_fields(fields)
 
@@ -52,10 +52,10 @@ def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
     """The fields, when every name is known; RequestError otherwise."""
     for name, value in fields.items():
         if not isinstance(value, str) or not value.strip():
-            raise RequestError(f"card field {name} must be a text that says something, got {value!r}")
+            raise RequestError(f"card field {name} must be a text that says something, got {shown(value)}")
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
-        raise RequestError(f"card field {unknown[0]!r} is unknown; there are {', '.join(FIELDS)}")
+        raise RequestError(f"card field {shown(unknown[0])} is unknown; there are {', '.join(FIELDS)}")
     return dict(fields)
 
 

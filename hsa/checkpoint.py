@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hsa import whisper
 from hsa.dtypes import ARITHMETIC
-from hsa.errors import HeaderError, MachineError, MismatchError, SourceError
+from hsa.errors import HeaderError, MachineError, MismatchError, SourceError, shown
 from hsa.fsio import MACHINE, Source, Tally, exists
 from hsa.header import MAX_HEADER, MAX_MARKS, Header, load_json, marks, read_header
 from hsa.pickled import read_state_dict
@@ -396,7 +396,7 @@ def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: Form
     for name in names:
         if not is_plain(name, form.suffix):
             raise SourceError(
-                f"{role}: {directory / form.index} names the shard {name!r}; expected the plain name of a "
+                f"{role}: {directory / form.index} names the shard {shown(name)}; expected the plain name of a "
                 f"{form.suffix} file in the same directory"
             )
         if name not in parts and not _exists(directory / name):

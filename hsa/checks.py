@@ -17,7 +17,7 @@ from hsa import whisper
 from hsa.checkpoint import Checkpoint, TensorRef
 from hsa.config import MergeConfig, Preset, keep_count, layer_coefficient
 from hsa.dtypes import ARITHMETIC, STORAGE, Array, all_finite
-from hsa.errors import HsaError, RequestError, SourceError, one_line
+from hsa.errors import HsaError, RequestError, SourceError, one_line, shown
 from hsa.provenance import Record, TargetRecord
 from hsa.whisper import Architecture, Projection
 
@@ -162,7 +162,7 @@ def recorded_targets(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
     recorded = {target.projection.name for target in record.targets}
     unmerged = [ref.name for name, ref in held.items() if name not in recorded]
     if unmerged:
-        yield f"{len(unmerged)} targets of {config.targets!r} in the weights are not listed, such as {unmerged[0]}"
+        yield f"{len(unmerged)} targets of {shown(config.targets)} in the weights are not listed, such as {unmerged[0]}"
     unknown = [target.name for target in record.targets if target.projection.name not in held]
     if unknown:
         yield f"{len(unknown)} targets are listed and are none of the weights' targets, such as {unknown[0]}"
@@ -197,8 +197,8 @@ def _recorded_target(
         return
     if (target.keep, target.coefficient) != (keep, coefficient):
         yield (
-            f"target {target.name} is listed with keep {target.keep} and lambda_i {target.coefficient!r}; the "
-            f"parameters give {keep} and {coefficient!r}"
+            f"target {target.name} is listed with keep {target.keep} and lambda_i {shown(target.coefficient)}; the "
+            f"parameters give {keep} and {shown(coefficient)}"
         )
     yield from _selection(target)
 
@@ -223,12 +223,12 @@ def _selection(target: TargetRecord) -> Iterator[str]:
     if (margin is None) != (target.margin is None) or (
         margin is not None and target.margin is not None and abs(margin - target.margin) > MARGIN_ERROR
     ):
-        yield f"target {target.name}: margin {target.margin!r} is listed, the scores give {margin!r}"
+        yield f"target {target.name}: margin {shown(target.margin)} is listed, the scores give {shown(margin)}"
 
 
 def text_of(value: Any) -> str:
     """A value from a file, short enough for a message."""
-    return f"{value!r:.80}"
+    return shown(value)
 
 
 def changed_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

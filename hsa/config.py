@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-from hsa.errors import RequestError
+from hsa.errors import RequestError, shown
 
 Preset = Literal["encoder-qkv", "attention-qkv", "attention-all"]
 Numerics = Literal["exact", "reference"]
@@ -52,7 +52,7 @@ class MergeConfig:
         _choice("dtype", self.dtype, get_args(OutputDtype))
         for name, count in (("num_heads", self.num_heads), ("num_layers", self.num_layers)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise RequestError(f"{name} must be a whole number of at least 1, got {count!r}")
+                raise RequestError(f"{name} must be a whole number of at least 1, got {shown(count)}")
         _choice("load_dtype", self.load_dtype, get_args(LoadDtype))
         if self.load_dtype != "auto" and self.numerics != "reference":
             raise RequestError(
@@ -62,7 +62,7 @@ class MergeConfig:
         if self.numerics == "reference" and self.dtype != "auto":
             raise RequestError(
                 f"numerics 'reference' writes base's dtype, as the reference script does, so dtype must be "
-                f"'auto', got {self.dtype!r}; use --load-dtype, or numerics 'exact'"
+                f"'auto', got {shown(self.dtype)}; use --load-dtype, or numerics 'exact'"
             )
 
     def of(self, parameter: Literal["k", "lam", "alpha"], name: str) -> float:
@@ -73,8 +73,8 @@ class MergeConfig:
         for key in (name, f"model.{name}"):
             if key in value:
                 return float(value[key])
-        shown = "lambda" if parameter == "lam" else parameter
-        raise RequestError(f"{shown} is given per tensor but has no value for target tensor {name}")
+        option = "lambda" if parameter == "lam" else parameter
+        raise RequestError(f"{option} is given per tensor but has no value for target tensor {name}")
 
     def check_names(self, names: set[str]) -> None:
         """Refuse a per-tensor parameter that names a tensor which is no target."""
@@ -83,8 +83,10 @@ class MergeConfig:
             if isinstance(value, Mapping):
                 unknown = [key for key in value if key.removeprefix("model.") not in names]
                 if unknown:
-                    shown = "lambda" if parameter == "lam" else parameter
-                    raise RequestError(f"{shown} is given for {unknown[0]!r}, which is no target of {self.targets!r}")
+                    option = "lambda" if parameter == "lam" else parameter
+                    raise RequestError(
+                        f"{option} is given for {shown(unknown[0])}, which is no target of {shown(self.targets)}"
+                    )
 
     def as_dict(self) -> dict[str, Any]:
         """The parameters under their command-line names, for reports and provenance."""
@@ -136,10 +138,10 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
     if math.isinf(high) and not math.isinf(low):
         limits = f"finite and at least {low:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise RequestError(f"{name} must be a number {limits}, got {value!r}")
+        raise RequestError(f"{name} must be a number {limits}, got {shown(value)}")
     value = cast(float, value)
     if not -sys.float_info.max <= value <= sys.float_info.max or not low <= value <= high:
-        raise RequestError(f"{name} must be {limits}, got {value!r}")
+        raise RequestError(f"{name} must be {limits}, got {shown(value)}")
 
 
 def _per_tensor(name: str, value: Any, low: float, high: float) -> None:
@@ -152,7 +154,7 @@ def _per_tensor(name: str, value: Any, low: float, high: float) -> None:
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def _plain(value: PerTensor) -> float | dict[str, float]:

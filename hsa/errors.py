@@ -18,7 +18,12 @@ A message is one line: what is wrong, where, what was expected, and what to do.
 
 from __future__ import annotations
 
-import reprlib
+import sys
+from decimal import Decimal
+from fractions import Fraction
+from itertools import islice
+from pathlib import PurePath
+from types import MappingProxyType
 from typing import Any
 
 __all__ = [
@@ -34,6 +39,7 @@ __all__ = [
     "RequestError",
     "SourceChanged",
     "SourceError",
+    "shown",
 ]
 
 
@@ -104,42 +110,76 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-class _BoundedRepr(reprlib.Repr):
-    """A repr whose cost does not depend on the value: few levels, few items, and numbers that are never written out
-    beyond a few hundred bits."""
+MAX_SHOWN_DEPTH, MAX_SHOWN_ITEMS = 3, 6
+"""Containers inside one another, and items of each, that `shown` looks at."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.maxlevel = 3
-        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = 6
-        self.maxstring = self.maxlong = limit
-        self.maxother = limit
+MAX_SHOWN_BITS = 256
+"""Bits of a whole number that is still written out: the time for more grows with the square of them."""
 
-    def repr_str(self, x: str, level: int) -> str:
-        return self._cut(repr(x[: self.maxstring + 1]))
-
-    def repr_bytes(self, x: bytes, level: int) -> str:
-        return self._cut(repr(x[: self.maxstring + 1]))
-
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if x.bit_length() <= 256 else f"<a whole number of {x.bit_length()} bits>"
-
-    def repr_instance(self, x: Any, level: int) -> str:
-        return repr(x) if type(x) in (float, bool, type(None), complex) else f"<{type(x).__name__}>"
-
-    def _cut(self, text: str) -> str:
-        return text if len(text) <= self.maxstring else f"{text[: self.maxstring]}..."
+_SHORT = {("torch", "dtype"), ("torch", "device")}
+"""Modules and names of types, beside the plain ones, whose texts are short whatever the value is."""
 
 
 def shown(value: Any, limit: int = 80) -> str:
     """A value from a file or a caller for a message, in at most `limit` characters and bounded time.
 
     Unlike `repr`, it never walks a whole nested value, never writes out a huge number, and never calls the `__repr__`
-    of an object that is not a plain value.
+    of an object that is not a plain value. numpy's numbers are shown like Python's, a path like its text.
 
     Example:
         >>> shown({"k": [1, 2]})
         "{'k': [1, 2]}"
     """
-    text = _BoundedRepr(limit).repr(value)
+    text = _text(value, limit, MAX_SHOWN_DEPTH)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _text(value: Any, limit: int, depth: int) -> str:
+    """The start of a value's repr, at least `limit` characters of it where it has so many."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, int):
+        bits = int.bit_length(value)
+        return int.__repr__(value) if bits <= MAX_SHOWN_BITS else f"<a whole number of {bits} bits>"
+    for kind in (float, complex):
+        if isinstance(value, kind):
+            return kind.__repr__(value)
+    if isinstance(value, (str, PurePath)):
+        return repr(str(value)[:limit])
+    if isinstance(value, (bytes, bytearray)):
+        return repr(bytes(memoryview(value)[:limit]))
+    if isinstance(value, (dict, MappingProxyType, list, tuple, set, frozenset)):
+        return _items(value, limit, depth)
+    return _other(value, limit, depth)
+
+
+def _items(value: Any, limit: int, depth: int) -> str:
+    named = isinstance(value, (dict, MappingProxyType))
+    items = islice(value.items() if named else value, MAX_SHOWN_ITEMS if depth > 0 else 0)
+    if named:
+        pieces = [f"{_text(key, limit, depth - 1)}: {_text(item, limit, depth - 1)}" for key, item in items]
+    else:
+        pieces = [_text(item, limit, depth - 1) for item in items]
+    if len(pieces) < len(value):
+        pieces.append("...")
+    start, end = "()" if isinstance(value, tuple) else "[]" if isinstance(value, list) else "{}"
+    comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
+    return f"{start}{', '.join(pieces)}{comma}{end}"
+
+
+def _other(value: Any, limit: int, depth: int) -> str:
+    kind = type(value)
+    numpy = sys.modules.get("numpy")  # it is imported where there is a value of its types
+    if numpy is not None:
+        for scalar, plain in ((numpy.bool_, bool), (numpy.integer, int), (numpy.floating, float)):
+            if isinstance(value, scalar):
+                return repr(plain(value))
+    if isinstance(value, Decimal):
+        return str(value) if sys.getsizeof(value) <= 256 else "<a decimal number of many digits>"
+    if isinstance(value, Fraction):
+        return f"{_text(value.numerator, limit, depth)}/{_text(value.denominator, limit, depth)}"
+    if isinstance(value, type):
+        return f"<class {value.__name__[:limit]}>"
+    if (kind.__module__, kind.__name__) in _SHORT:
+        return str(value)
+    return f"<{kind.__name__[:limit]}>"

@@ -10,7 +10,7 @@ from decimal import Decimal
 from itertools import product
 
 from hsa.config import MergeConfig, Preset
-from hsa.errors import RequestError
+from hsa.errors import RequestError, shown
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?")
 DIGITS = 20
@@ -33,23 +33,23 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
             continue
         if len(ends) != 3 or ends[2] <= 0 or ends[1] < ends[0]:
             raise RequestError(
-                f"{name} takes numbers such as 0.1,0.3 or start:stop:step with a step above 0, got {text!r:.80}"
+                f"{name} takes numbers such as 0.1,0.3 or start:stop:step with a step above 0, got {shown(text)}"
             )
         start, stop, step = ends
         count = int((stop - start) / step) + 1
         if count > MOST_POINTS:
-            raise RequestError(f"{name} {text!r:.80} has over {MOST_POINTS} values; is the step right?")
+            raise RequestError(f"{name} {shown(text)} has over {MOST_POINTS} values; is the step right?")
         found += [start + step * number for number in range(count)]
     return tuple(float(value) for value in found)
 
 
 def _decimal(name: str, text: str, whole: str) -> Decimal:
     if not _NUMBER.fullmatch(text.strip()):
-        raise RequestError(f"{name} takes numbers such as 0.1,0.3 or start:stop:step, got {whole!r:.80}")
+        raise RequestError(f"{name} takes numbers such as 0.1,0.3 or start:stop:step, got {shown(whole)}")
     value = Decimal(text.strip()) + 0  # no minus before a zero
     if value and not -DIGITS < value.adjusted() < DIGITS:
         raise RequestError(
-            f"{name} takes numbers of at most {DIGITS} digits before and after the point, got {text!r:.40}"
+            f"{name} takes numbers of at most {DIGITS} digits before and after the point, got {shown(text, 40)}"
         )
     return value
 

@@ -15,7 +15,7 @@ from operator import mul
 from typing import Any
 
 from hsa.dtypes import BITS
-from hsa.errors import HeaderError
+from hsa.errors import HeaderError, shown
 from hsa.fsio import Source
 
 MAX_HEADER = 8 << 20
@@ -116,7 +116,7 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             seen: set[str] = set()
             repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise HeaderError(f"{where}: {what} names {repeated!r:.200} twice")
+            raise HeaderError(f"{where}: {what} names {shown(repeated, 200)} twice")
         return found
 
     def constant(name: str) -> None:
@@ -177,17 +177,17 @@ def _entry(name: str, value: Any, where: str) -> Entry:
         raise HeaderError(f"{label}: expected exactly dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in BITS:
-        raise HeaderError(f"{label}: unknown dtype {code!r}")
+        raise HeaderError(f"{label}: unknown dtype {shown(code)}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(size) for size in shape):
-        raise HeaderError(f"{label}: shape must be a list of whole numbers of at least 0, found {shape!r:.80}")
+        raise HeaderError(f"{label}: shape must be a list of whole numbers of at least 0, found {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o) for o in offsets):
-        raise HeaderError(f"{label}: data_offsets must be two whole numbers of at least 0, found {offsets!r:.80}")
+        raise HeaderError(f"{label}: data_offsets must be two whole numbers of at least 0, found {shown(offsets)}")
     start, stop = offsets
     if stop < start:
         raise HeaderError(f"{label}: data_offsets [{start}, {stop}] end before they start")
     bits = math.prod(shape) * BITS[code]
     if any(elements * BITS[code] >= 1 << 64 for elements in accumulate(shape, mul)):
-        raise HeaderError(f"{label}: shape {shape!r:.80} of {code} is larger than any file")
+        raise HeaderError(f"{label}: shape {shown(shape)} of {code} is larger than any file")
     if bits != (stop - start) * 8:
         raise HeaderError(
             f"{label}: shape {shape} of {code} takes {bits // 8} bytes, data_offsets [{start}, {stop}] hold "

@@ -35,7 +35,7 @@ from hsa.checkpoint import (
     weight_map,
 )
 from hsa.config import Preset
-from hsa.errors import MachineError, SourceError
+from hsa.errors import MachineError, SourceError, shown
 from hsa.fetch import GAP, HEADER_GUESS, WASTE, NoRanges, Remote, network_error, passing, retrying
 from hsa.fsio import Source, Tally
 from hsa.header import MAX_HEADER, Header, read_header
@@ -233,7 +233,7 @@ class Hub:
         for name in names:
             if not is_plain(name, form.suffix) or name not in repo.files:
                 raise SourceError(
-                    f"{role}: {repo.id} {form.index} names the shard {name!r}; expected the plain name of a "
+                    f"{role}: {repo.id} {form.index} names the shard {shown(name)}; expected the plain name of a "
                     f"{form.suffix} file in the same repository"
                 )
         return names

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hsa.checkpoint import Role
-from hsa.errors import HsaError, MachineError, SourceError
+from hsa.errors import HsaError, MachineError, SourceError, shown
 from hsa.fetch import network_error
 from hsa.repo import HubId
 
@@ -35,7 +35,7 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
     if isinstance(error, errors.GatedRepoError):
         return SourceError(f"{name} is gated: accept its terms at {where} and log in (hf auth login), or set HF_TOKEN")
     if isinstance(error, errors.RevisionNotFoundError):
-        return SourceError(f"{name} has no revision {hub_id.revision or 'main'!r}; see {where}/commits")
+        return SourceError(f"{name} has no revision {shown(hub_id.revision or 'main')}; see {where}/commits")
     if isinstance(error, errors.RepositoryNotFoundError):
         return SourceError(
             f"{name} is no local directory, and {constants.ENDPOINT} shows no such model; check the name, or, where it "

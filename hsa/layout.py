@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from hsa.checkpoint import WEIGHTS, Checkpoint, Role, TensorRef
 from hsa.dtypes import BITS, size
-from hsa.errors import RequestError
+from hsa.errors import RequestError, shown
 from hsa.header import Entry, serialize
 from hsa.target import Target
 
@@ -310,5 +310,5 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip().upper()) if len(text) <= SIZE_DIGITS else None
     value = int(Decimal(match["number"]) * _UNITS[match["unit"]]) if match else 0
     if not 1 <= value < 1 << 63:
-        raise RequestError(f"max_shard_size must be a size such as 5GB or 500MiB, below 2^63 bytes, got {text!r:.80}")
+        raise RequestError(f"max_shard_size must be a size such as 5GB or 500MiB, below 2^63 bytes, got {shown(text)}")
     return value

@@ -33,7 +33,7 @@ from hsa.checkpoint import (
     read_text,
 )
 from hsa.dtypes import ARITHMETIC, STORAGE, Array, Float32, all_finite, narrow, size, widen
-from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError
+from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError, shown
 from hsa.folded import Folded, require_peft
 from hsa.fsio import Tally
 from hsa.header import load_json
@@ -213,15 +213,15 @@ def _beyond(config: Mapping[str, Any], where: str) -> str | None:
     """The first setting that only peft can fold in; RequestError for one that changes more than the adapted layers."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise RequestError(f"{where} has peft_type {kind!r:.40}, only LORA is read; {FOLD_FIRST}")
+        raise RequestError(f"{where} has peft_type {shown(kind, 40)}, only LORA is read; {FOLD_FIRST}")
     beyond = None
     for key, value in config.items():
         if key in _WITHOUT_EFFECT or value in _PLAIN.get(key, ()):
             continue
         if key in _BY_PEFT and value:
-            beyond = beyond or f"{key} = {value!r:.80}"
+            beyond = beyond or f"{key} = {shown(value)}"
         elif key in _PLAIN or value not in (None, False, "", [], {}):
-            raise RequestError(f"{where} has {key} = {value!r:.80}, which is more than plain LoRA; {FOLD_FIRST}")
+            raise RequestError(f"{where} has {key} = {shown(value)}, which is more than plain LoRA; {FOLD_FIRST}")
     return beyond
 
 
@@ -229,9 +229,9 @@ def _scaling(config: Mapping[str, Any], where: str) -> tuple[int, float]:
     """Rank and scale of an adapter; SourceError where they are no such numbers."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise SourceError(f"{where} has r = {rank!r:.40}, expected a positive whole number")
+        raise SourceError(f"{where} has r = {shown(rank, 40)}, expected a positive whole number")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= MAX_ALPHA:
-        raise SourceError(f"{where} has lora_alpha = {alpha!r:.40}, expected a finite number")
+        raise SourceError(f"{where} has lora_alpha = {shown(alpha, 40)}, expected a finite number")
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from hsa.checkpoint import ROLES, Role
 from hsa.distances import Distances
 from hsa.dtypes import BITS
-from hsa.errors import HeaderError, PatchError, ProvenanceError
+from hsa.errors import HeaderError, PatchError, ProvenanceError, shown
 from hsa.fsio import ALIGNMENT
 from hsa.header import Entry, Header, load_json, serialize
 from hsa.provenance import DIGEST, Record, SourceRecord, TargetRecord, check_digest, document_digest, parse_origin
@@ -182,7 +182,7 @@ def read(header: Header, where: str) -> Contents:
     try:
         document = load_json(text.encode("utf-8"), where, KEY)
         if document.get("format") != FORMAT:
-            raise OtherFormat(f"{where}: format is {document.get('format')!r:.40}, this version reads {FORMAT}")
+            raise OtherFormat(f"{where}: format is {shown(document.get('format'), 40)}, this version reads {FORMAT}")
         check_digest(document, where)
     except (HeaderError, ProvenanceError, UnicodeEncodeError) as error:
         raise PatchError(f"{where}: {error}") from error
@@ -208,7 +208,7 @@ def _contents(document: Mapping[str, Any], held: Mapping[str, Entry]) -> Content
         raise TypeError("targets and files must be objects, and targets not empty")
     for name, digest in files.items():
         if not isinstance(digest, str) or len(digest) != 64 or "/" in name or name in ("", ".", ".."):
-            raise ValueError(f"files has {name!r:.80}: {digest!r:.80}")
+            raise ValueError(f"files has {shown(name)}: {shown(digest)}")
     placed = tuple(_target(name, entry, held.get(name)) for name, entry in targets.items())
     heads = sum(target.heads for target in placed)
     if heads > MAX_HEADS:
@@ -231,24 +231,24 @@ def _contents(document: Mapping[str, Any], held: Mapping[str, Entry]) -> Content
 def _distances(entry: Any) -> Distances:
     one, two = entry
     if not all(isinstance(value, float) and 0 <= value < math.inf for value in (one, two)):
-        raise ValueError(f"distances are {entry!r:.80}")
+        raise ValueError(f"distances are {shown(entry)}")
     return Distances(one, two)
 
 
 def _target(name: str, entry: Any, held: Entry | None) -> PatchTarget:
     projection = parse(canonical(name))
     if projection is None or held is None:
-        raise ValueError(f"{name!r:.120} is no attention projection with rows in the file")
+        raise ValueError(f"{shown(name, 120)} is no attention projection with rows in the file")
     if not isinstance(entry, list) or len(entry) != 3:
-        raise ValueError(f"{name}: expected heads, heads to keep and lambda_i, found {entry!r:.80}")
+        raise ValueError(f"{name}: expected heads, heads to keep and lambda_i, found {shown(entry)}")
     heads, keep, coefficient = entry
     for number in (heads, keep):
         if isinstance(number, bool) or not isinstance(number, int):
-            raise ValueError(f"{name}: {number!r:.40} is no number of heads")
+            raise ValueError(f"{name}: {shown(number, 40)} is no number of heads")
     if not 1 <= heads <= 1 << 20 or not 0 <= keep <= heads:
         raise ValueError(f"{name}: {keep} of {heads} heads")
     if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 <= coefficient <= 1:
-        raise ValueError(f"{name}: lambda_i is {coefficient!r:.40}")
+        raise ValueError(f"{name}: lambda_i is {shown(coefficient, 40)}")
     rank = 3 if projection.part == "weight" else 2
     if len(held.shape) != rank:
         raise ValueError(f"{name}: its rows have shape {list(held.shape)}")

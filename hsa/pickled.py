@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa.dtypes import BITS
-from hsa.errors import HeaderError, HsaError, SourceError
+from hsa.errors import HeaderError, HsaError, SourceError, shown
 from hsa.fsio import Source
 from hsa.header import Entry, Header
 
@@ -119,7 +119,7 @@ def entries(tensors: Any, archive: Archive, where: str) -> tuple[Entry, ...]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise SourceError(
-                f"{where}: expected a state dict of plain tensors, found {type(tensor).__name__} under {name!r:.80}; "
+                f"{where}: expected a state dict of plain tensors, found {type(tensor).__name__} under {shown(name)}; "
                 f"{REMEDY}"
             )
         found.append(_entry(name, tensor, archive, f"{where}: tensor {name}"))

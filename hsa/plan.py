@@ -16,7 +16,7 @@ from hsa import script, whisper
 from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
 from hsa.config import MergeConfig, keep_count, layer_coefficient
 from hsa.dtypes import ARITHMETIC, CODES, NAMES
-from hsa.errors import MismatchError, SourceError
+from hsa.errors import MismatchError, SourceError, shown
 from hsa.layout import Content, Copied, Merge, OutputFile, Slice, TensorContent, pack, slices
 from hsa.target import Target
 
@@ -98,8 +98,8 @@ def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, st
                 found[name] = projection
     if not found:
         raise SourceError(
-            f"primary {sources.primary.path} holds no tensor that {config.targets!r} would merge (looked for names "
-            f"like model.encoder.layers.0.self_attn.q_proj.weight); is it a Whisper checkpoint?"
+            f"primary {sources.primary.path} holds no tensor that {shown(config.targets)} would merge (looked for "
+            f"names like model.encoder.layers.0.self_attn.q_proj.weight); is it a Whisper checkpoint?"
         )
     config.check_names(set(found))
     _check_complete(config, sources, set(found))

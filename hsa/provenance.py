@@ -20,7 +20,7 @@ from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig
 from hsa.digests import digest_of
-from hsa.errors import HeaderError, ProvenanceError, RequestError
+from hsa.errors import HeaderError, ProvenanceError, RequestError, shown
 from hsa.fsio import Source, Tally
 from hsa.header import load_json
 from hsa.layout import parse_size
@@ -212,8 +212,8 @@ def loads(text: bytes, where: str) -> Provenance:
         raise ProvenanceError(str(error)) from error
     if document.get("format") != FORMAT:
         raise ProvenanceError(
-            f"{where}: format is {document.get('format')!r:.40}, this version reads {FORMAT}; use the version of hsa "
-            f"that wrote it"
+            f"{where}: format is {shown(document.get('format'), 40)}, this version reads {FORMAT}; use the version of "
+            f"hsa that wrote it"
         )
     check_digest(document, where)
     if render(document) != text:
@@ -233,7 +233,7 @@ def check_digest(document: Mapping[str, Any], where: str) -> None:
         raise ProvenanceError(f"{where}: {error}; it is no provenance that hsa wrote") from error
     if document.get(DIGEST) != expected:
         raise ProvenanceError(
-            f"{where}: its digest is {document.get(DIGEST)!r:.80} and its content gives {expected}; something changed "
+            f"{where}: its digest is {shown(document.get(DIGEST))} and its content gives {expected}; something changed "
             f"or damaged it"
         )
 
@@ -251,7 +251,7 @@ def parse_origin(document: Mapping[str, Any]) -> Origin:
     """Program, libraries, parameters and sources in a document; raises as `parse_record` does."""
     sources = _mapping(document["sources"])
     if set(sources) != set(ROLES):
-        raise ValueError(f"sources are {sorted(sources)!r:.80}, expected {', '.join(ROLES)}")
+        raise ValueError(f"sources are {shown(sorted(sources))}, expected {', '.join(ROLES)}")
     return (
         {_text(key): _text(value) for key, value in _mapping(document["program"]).items()},
         {_text(key): _text(value) for key, value in _mapping(document["libraries"]).items()},
@@ -296,11 +296,11 @@ def _target_record(name: str, entry: Any) -> TargetRecord:
     entry = _mapping(entry)
     projection = parse(canonical(name))
     if projection is None:
-        raise ValueError(f"{name!r:.120} is no attention projection")
+        raise ValueError(f"{shown(name, 120)} is no attention projection")
     heads, scores = _count(entry["heads"]), tuple(map(_score, entry["scores"]))
     selected = tuple(map(_count, entry["selected"]))
     if len(scores) != heads or list(selected) != sorted(set(selected)) or any(head >= heads for head in selected):
-        raise ValueError(f"{name}: {heads} heads, {len(scores)} scores and selected heads {selected!r:.80} do not fit")
+        raise ValueError(f"{name}: {heads} heads, {len(scores)} scores and selected heads {shown(selected)} do not fit")
     margin = entry["margin"]
     return TargetRecord(
         name,
@@ -364,19 +364,19 @@ def libraries(*, numerics: str = "exact") -> dict[str, str]:
 
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise TypeError(f"expected an object, found {value!r:.80}")
+        raise TypeError(f"expected an object, found {shown(value)}")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"expected a text, found {value!r:.80}")
+        raise TypeError(f"expected a text, found {shown(value)}")
     return value
 
 
 def _hex(value: Any) -> str:
     if len(_text(value)) != 64 or not set(value) <= HEX:
-        raise ValueError(f"expected a digest of 64 hexadecimal digits, found {value!r:.80}")
+        raise ValueError(f"expected a digest of 64 hexadecimal digits, found {shown(value)}")
     return str(value)
 
 
@@ -387,20 +387,20 @@ def _file_digest(entry: Any) -> str | None:
 
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
-        raise ValueError(f"expected a whole number of at least 0, found {value!r:.80}")
+        raise ValueError(f"expected a whole number of at least 0, found {shown(value)}")
     return value
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"expected a finite number, found {value!r:.80}")
+        raise ValueError(f"expected a finite number, found {shown(value)}")
     return float(value)
 
 
 def _score(value: Any) -> float:
     """A score, of which squares are taken, or a lambda_i: far below what a norm of float32 numbers can be."""
     if not 0 <= _number(value) < 1e150:
-        raise ValueError(f"expected a number of at least 0 and below 1e150, found {value!r:.80}")
+        raise ValueError(f"expected a number of at least 0 and below 1e150, found {shown(value)}")
     return float(value)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from hsa.card import FIELDS
 from hsa.checkpoint import ROLES, Role
 from hsa.config import MergeConfig
-from hsa.errors import RequestError
+from hsa.errors import RequestError, shown
 from hsa.fsio import Source, Tally
 from hsa.repo import parse_id
 from hsa.request import PathLike, Request
@@ -109,7 +109,7 @@ def loads(data: bytes, where: str, folder: Path) -> Recipe:
 
 def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path) -> Entry:
     own = _mapping(value, where, "a merge")
-    label = f"merge {own['name'].content!r:.80}" if "name" in own else "the merge"
+    label = f"merge {_shown(own['name'])}" if "name" in own else "the merge"
     _known(own, ("name", *SHARED), where, label)
     given = {key: each for key, each in {**defaults, **own}.items() if key != "card" and each.content is not None}
     names = {}
@@ -155,7 +155,7 @@ def _source(value: Value, where: str, what: str, folder: Path) -> PathLike:
         path = folder / Path(text).expanduser()
         exists = os.path.lexists(path)
     except (RuntimeError, ValueError) as error:
-        raise RequestError(f"{where}:{value.line}: {what}: {text!r:.120} is no path: {error}") from error
+        raise RequestError(f"{where}:{value.line}: {what}: {shown(text, 120)} is no path: {error}") from error
     if exists or parse_id(text) is None:
         return path
     if os.path.lexists(text):
@@ -170,11 +170,13 @@ def _component(value: Value, where: str, what: str) -> str:
     text = _text(value, where, what)
     if not _COMPONENT.fullmatch(text) or "--" in text or ".." in text:
         raise RequestError(
-            f"{where}:{value.line}: {what} {text!r:.120} must be a name that the Hub would take: at most 96 letters, "
-            f"digits, '.', '_' and '-', with none of '.' and '-' at an end, and neither '--' nor '..'"
+            f"{where}:{value.line}: {what} {shown(text, 120)} must be a name that the Hub would take: at most 96 "
+            f"letters, digits, '.', '_' and '-', with none of '.' and '-' at an end, and neither '--' nor '..'"
         )
     if what == "group" and text.lower() in (README.lower(), INDEX.lower()):
-        raise RequestError(f"{where}:{value.line}: group {text!r} is the name of a file of the index; choose another")
+        raise RequestError(
+            f"{where}:{value.line}: group {shown(text)} is the name of a file of the index; choose another"
+        )
     return text
 
 
@@ -186,8 +188,8 @@ def _check_places(entries: Iterable[Entry], where: str) -> None:
         first = groups.setdefault(entry.group.lower(), entry)
         if first.group != entry.group:
             raise RequestError(
-                f"{where}:{entry.line}: group {entry.group!r} differs from {first.group!r} (line {first.line}) in "
-                f"capital letters alone, which some filesystems do not tell apart; choose one"
+                f"{where}:{entry.line}: group {shown(entry.group)} differs from {shown(first.group)} (line "
+                f"{first.line}) in capital letters alone, which some filesystems do not tell apart; choose one"
             )
         other = places.setdefault(entry.path.lower(), entry)
         if other is not entry:
@@ -215,13 +217,13 @@ def _text(value: Value, where: str, what: str) -> str:
 def _shown(value: Value) -> str:
     if isinstance(value.content, Mapping):
         return "a mapping"
-    return "a list" if isinstance(value.content, tuple) else f"{value.content!r:.80}"
+    return "a list" if isinstance(value.content, tuple) else shown(value.content)
 
 
 def _known(found: Mapping[str, Value], allowed: Iterable[str], where: str, what: str) -> None:
     for key, value in found.items():
         if key not in allowed:
-            raise RequestError(f"{where}:{value.line}: {what} has the unknown key {key!r:.80}; {_hint(key, allowed)}")
+            raise RequestError(f"{where}:{value.line}: {what} has the unknown key {shown(key)}; {_hint(key, allowed)}")
 
 
 def _hint(key: str, allowed: Iterable[str]) -> str:

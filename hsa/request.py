@@ -11,7 +11,7 @@ from typing import Any, get_args
 from hsa.card import check_fields
 from hsa.checkpoint import ROLES, Checkpoint, Role, Sources, is_hub_id
 from hsa.config import MergeConfig
-from hsa.errors import RequestError
+from hsa.errors import RequestError, shown
 from hsa.fsio import Tally
 from hsa.hub import Hub, Want
 from hsa.layout import parse_size
@@ -40,13 +40,17 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.assets_from not in get_args(Role):
-            raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {self.assets_from!r}")
+            raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {shown(self.assets_from)}")
         check_threads(self.threads)
         for role, claimed in (self.ids or {}).items():
             if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
-                raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
+                raise RequestError(
+                    f"{role}_id must be a hub id such as org/name or org/name@revision, got {shown(claimed)}"
+                )
             if claimed is not None and "@" in claimed and not REVISION.fullmatch(claimed.partition("@")[2]):
-                raise RequestError(f"{role}_id must be a hub id such as org/name or org/name@revision, got {claimed!r}")
+                raise RequestError(
+                    f"{role}_id must be a hub id such as org/name or org/name@revision, got {shown(claimed)}"
+                )
         check_fields(self.card or {})
         if self.max_shard_size is not None:
             parse_size(str(self.max_shard_size))
@@ -69,7 +73,7 @@ def check_threads(threads: int | None) -> None:
     """RequestError unless it is a number of threads, or None."""
     whole = isinstance(threads, int) and not isinstance(threads, bool)
     if threads is not None and not (whole and 1 <= threads <= 256):
-        raise RequestError(f"threads must be a whole number from 1 to 256, got {threads!r}")
+        raise RequestError(f"threads must be a whole number from 1 to 256, got {shown(threads)}")
 
 
 def open_sources(

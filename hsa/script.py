@@ -13,7 +13,7 @@ from hsa import whisper
 from hsa.checkpoint import Checkpoint, Role, Sources
 from hsa.config import MergeConfig
 from hsa.dtypes import ARITHMETIC, CODES
-from hsa.errors import MismatchError, RequestError, SourceError
+from hsa.errors import MismatchError, RequestError, SourceError, shown
 from hsa.layout import TensorContent, slices
 
 COMPARE_BYTES = 1 << 20
@@ -44,8 +44,8 @@ def _auto_code(source: Checkpoint) -> str:
         code = CODES.get(str(named).removeprefix("torch."))
         if code is None:
             raise SourceError(
-                f"{source.role} {source.path}: config.json has dtype {named!r}, expected one of {', '.join(CODES)}; "
-                f"or give --load-dtype float32"
+                f"{source.role} {source.path}: config.json has dtype {shown(named)}, expected one of "
+                f"{', '.join(CODES)}; or give --load-dtype float32"
             )
         return code
     first = sorted((ref for ref in source.tensors.values() if ref.shard == 0), key=lambda ref: ref.name)

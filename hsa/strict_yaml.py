@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from hsa.errors import RequestError
+from hsa.errors import RequestError, shown
 
 MAX_DEPTH = 16
 """Mappings and lists inside one another."""
@@ -106,10 +106,10 @@ def _pairs(node: Any, where: str) -> Iterator[tuple[str, Value]]:
         line = _line(key)
         name = _value(key, where, line).content
         if not isinstance(name, str):
-            shown = "a list or mapping" if isinstance(name, (tuple, Mapping)) else repr(name)
-            raise RequestError(f"{where}:{line}: the key {shown} is no text; put it in quotes if it is meant as one")
+            found = "a list or mapping" if isinstance(name, (tuple, Mapping)) else shown(name)
+            raise RequestError(f"{where}:{line}: the key {found} is no text; put it in quotes if it is meant as one")
         if name in seen:
-            raise RequestError(f"{where}:{line}: the key {name!r:.80} stands in line {seen[name]} already")
+            raise RequestError(f"{where}:{line}: the key {shown(name)} stands in line {seen[name]} already")
         seen[name] = line
         yield name, _value(value, where, line)
 

@@ -15,7 +15,7 @@ from hsa import fsio, grid, sweep_index
 from hsa.applying import apply_to
 from hsa.checkpoint import Role
 from hsa.config import MergeConfig, Preset
-from hsa.errors import MachineError, RequestError
+from hsa.errors import MachineError, RequestError, shown
 from hsa.grid import GridPoint
 from hsa.hub import Hub
 from hsa.memory import PeakMemory
@@ -134,7 +134,7 @@ def sweep(
         overwrite=overwrite,
     )
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or not 1 <= jobs <= PASS_POINTS):
-        raise RequestError(f"jobs must be a whole number from 1 to {PASS_POINTS}, got {jobs!r}")
+        raise RequestError(f"jobs must be a whole number from 1 to {PASS_POINTS}, got {shown(jobs)}")
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from hsa import api, fsio, provenance, tree_index
 from hsa.checkpoint import ROLES, Role
-from hsa.errors import HsaError, MachineError, RequestError
+from hsa.errors import HsaError, MachineError, RequestError, shown
 from hsa.hub import Hub
 from hsa.output import PROVENANCE, check_tree
 from hsa.provenance import SourceRecord
@@ -173,12 +173,12 @@ def _other_parameters(expected: Mapping[str, Any], found: Mapping[str, Any]) -> 
     """What shaped the output otherwise; the backend does not, for all write the same bytes."""
     for key in sorted({*expected, *found} - {"backend", "card"}):
         if expected.get(key) != found.get(key):
-            yield f"{key} is {found.get(key)!r:.60}, the recipe says {expected.get(key)!r:.60}"
+            yield f"{key} is {shown(found.get(key), 60)}, the recipe says {shown(expected.get(key), 60)}"
     fields, written = expected["card"], found.get("card")
     written = written if isinstance(written, dict) else {}
     for key in sorted({*fields, *written}):
         if fields.get(key) != written.get(key):
-            yield f"card field {key} is {written.get(key)!r:.60}, the recipe says {fields.get(key)!r:.60}"
+            yield f"card field {key} is {shown(written.get(key), 60)}, the recipe says {shown(fields.get(key), 60)}"
 
 
 def _other_sources(expected: Mapping[Role, SourceRecord], found: Mapping[Role, SourceRecord]) -> Iterator[str]:

@@ -30,7 +30,7 @@ from hsa.checkpoint import (
     read_text,
 )
 from hsa.checks import STEP, Problem, Problems
-from hsa.errors import HsaError, MachineError, RequestError, SourceError
+from hsa.errors import HsaError, MachineError, RequestError, SourceError, shown
 from hsa.fsio import Source, Tally, exists, explained
 from hsa.header import load_json
 from hsa.memory import PeakMemory
@@ -175,7 +175,7 @@ def _directory(output: PathLike) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise RequestError(f"output {os.fspath(output)} cannot be found ({reason}); name an output of hsa") from error
     if not os.fspath(output) or not directory.is_dir():
-        raise RequestError(f"output {os.fspath(output)!r} is not a directory; name an output of hsa")
+        raise RequestError(f"output {shown(os.fspath(output), 1000)} is not a directory; name an output of hsa")
     return directory
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hsa.config import Preset
-from hsa.errors import SourceError
+from hsa.errors import SourceError, shown
 
 Stack = Literal["encoder", "decoder"]
 Block = Literal["self_attn", "encoder_attn"]
@@ -117,7 +117,7 @@ def openai_config(dims: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, theirs in _OPENAI_DIMS.items():
         value = dims.get(theirs)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SourceError(f"{where}: dims has {theirs} = {value!r:.40}, expected a positive whole number")
+            raise SourceError(f"{where}: dims has {theirs} = {shown(value, 40)}, expected a positive whole number")
         config[key] = value
     return config
 
@@ -238,7 +238,7 @@ def state_dict(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, tup
 def _size(config: Mapping[str, Any], key: str, where: str) -> int:
     value = config.get(key, DIMENSIONS[key])
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SourceError(f"{where}: config.json has {key} = {value!r:.80}, expected a positive whole number")
+        raise SourceError(f"{where}: config.json has {key} = {shown(value)}, expected a positive whole number")
     return value
 
 
@@ -258,15 +258,15 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     found = config.get("model_type")
     if found != MODEL_TYPE:
         raise SourceError(
-            f"{where} is not a Whisper checkpoint: its config.json has model_type {found!r:.80}, "
-            f"supported is {MODEL_TYPE!r}"
+            f"{where} is not a Whisper checkpoint: its config.json has model_type {shown(found)}, "
+            f"supported is '{MODEL_TYPE}'"
         )
 
     def count(key: str) -> int:
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
             raise SourceError(
-                f"{where}: config.json has {key} = {value!r:.80}, expected a positive whole number of at most "
+                f"{where}: config.json has {key} = {shown(value)}, expected a positive whole number of at most "
                 f"{MAX_COUNT}"
             )
         return value

@@ -15,7 +15,7 @@ from typing import Protocol
 from hsa.checkpoint import Role
 from hsa.config import MergeConfig
 from hsa.dtypes import Array, size
-from hsa.errors import BackendUnavailable, RequestError
+from hsa.errors import BackendUnavailable, RequestError, shown
 from hsa.layout import Slice
 from hsa.target import Selection, Target
 
@@ -130,14 +130,14 @@ def resolve(name: str, device: str, config: MergeConfig) -> Backend:
     Raises BackendUnavailable, or RequestError for an unknown name or numerics that a backend does not offer.
     """
     if name not in BACKENDS:
-        raise RequestError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise RequestError(f"backend must be one of {', '.join(BACKENDS)}, got {shown(name)}")
     if device not in ("auto", "cpu", "cuda") and not _NUMBERED.fullmatch(device):
-        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {shown(device)}")
     on_gpu = name == "triton" or device.startswith("cuda")
     if config.numerics == "reference" and on_gpu:
         raise RequestError("numerics 'reference' repeats the script's torch operations on the CPU; use --backend cpu")
     if name == "cpu" and on_gpu:
-        raise RequestError(f"backend 'cpu' has no device {device!r}; use --backend triton or auto")
+        raise RequestError(f"backend 'cpu' has no device {shown(device)}; use --backend triton or auto")
     if on_gpu or (name == "auto" and device == "auto" and config.numerics == "exact" and _sees_gpu()):
         return _triton(device)
     if config.numerics == "reference":

@@ -19,7 +19,7 @@ from hsa.backends.cpu import CpuWorker
 from hsa.backends.resident import Data, not_finite
 from hsa.checkpoint import ROLES, Role
 from hsa.dtypes import NAMES, Array
-from hsa.errors import BackendUnavailable
+from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import Projections, doubt, interpreted
 from hsa.layout import Slice
@@ -236,22 +236,22 @@ def _find(device: str) -> torch.device:
     if interpreted():
         if device not in ("auto", "cpu"):
             raise BackendUnavailable(
-                f"device {device!r}: with TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')} the kernels run on the "
-                f"CPU; unset it, or use --device cpu"
+                f"device {shown(device)}: with TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')} the kernels run "
+                f"on the CPU; unset it, or use --device cpu"
             )
         return torch.device("cpu")
     if device == "cpu":
         raise BackendUnavailable("backend 'triton' runs on a GPU; use --backend cpu for the CPU")
     if not torch.cuda.is_available():
         raise BackendUnavailable(
-            f"backend 'triton', device {device!r}: torch {torch.__version__} finds no GPU; use --backend cpu, or a CUDA"
-            f" or ROCm build of torch on a machine with a GPU"
+            f"backend 'triton', device {shown(device)}: torch {torch.__version__} finds no GPU; use --backend cpu, or "
+            f"a CUDA or ROCm build of torch on a machine with a GPU"
         )
     found = torch.device("cuda" if device == "auto" else device)
     index = torch.cuda.current_device() if found.index is None else found.index
     if index >= torch.cuda.device_count():
-        raise BackendUnavailable(f"device {device!r}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        raise BackendUnavailable(f"device {shown(device)}: there are {torch.cuda.device_count()} GPUs, counted from 0")
     found = torch.device("cuda", index)
     if why := doubt(found):
-        raise BackendUnavailable(f"backend 'triton', device {device!r}: {why}; use --backend cpu")
+        raise BackendUnavailable(f"backend 'triton', device {shown(device)}: {why}; use --backend cpu")
     return found

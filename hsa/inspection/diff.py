@@ -12,7 +12,7 @@ from typing import Any
 from hsa import provenance
 from hsa._version import __version__
 from hsa.checkpoint import INDEX, ROLES, WEIGHTS, Role
-from hsa.errors import ProvenanceError
+from hsa.errors import ProvenanceError, shown
 from hsa.fsio import Source, Tally
 from hsa.inspection.distance import Weights, compare_weights
 from hsa.inspection.model import FORMAT, jaccard
@@ -208,7 +208,7 @@ def _files(each: Provenance, folder: Path) -> Iterator[str]:
     for name in each.files:
         if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
             raise ProvenanceError(
-                f"{folder / PROVENANCE} lists the file {name!r}; expected plain names of one directory"
+                f"{folder / PROVENANCE} lists the file {shown(name)}; expected plain names of one directory"
             )
         yield name
     yield PROVENANCE

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hsa.config import MergeConfig, PerTensor, keep_count, layer_coefficient
-from hsa.errors import HsaError, ProvenanceError
+from hsa.errors import HsaError, ProvenanceError, shown
 from hsa.fsio import Tally
 from hsa.inspection.model import Inspection, Recorded, TensorInspection, in_order
 from hsa.output import PROVENANCE
@@ -120,8 +120,8 @@ def _unlike(records: Sequence[TargetRecord], config: MergeConfig, layers: Mappin
         value = layer_coefficient(config.of("lam", name), config.of("alpha", name), p.layer, layers[p.stack])
         if each.keep != keep or abs(each.coefficient - value) > 1e-12:
             yield (
-                f"{each.name}: {each.keep} heads kept and lambda_i {each.coefficient!r} are recorded, its parameters "
-                f"give {keep} and {value!r}; shown is what is recorded"
+                f"{each.name}: {each.keep} heads kept and lambda_i {shown(each.coefficient)} are recorded, its "
+                f"parameters give {keep} and {shown(value)}; shown is what is recorded"
             )
             return
 

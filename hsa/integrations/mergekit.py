@@ -31,7 +31,7 @@ from typing import Any
 
 from hsa import fsio, report
 from hsa.checkpoint import CONFIG, Role, read_text
-from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError
+from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError, shown
 from hsa.integrations.mergekit_method import (
     DEFAULTS,
     METHOD,
@@ -265,7 +265,7 @@ def _check(document: Mapping[str, Any]) -> dict[Role, Any]:
         if model != base:
             others.append((model, role))
         elif role not in (None, "base"):
-            raise RequestError(f"{model} is base_model and cannot have the role {role!r} too")
+            raise RequestError(f"{model} is base_model and cannot have the role {shown(role)} too")
     return {"base": base, **assign(others, ordered=takes_groups())}
 
 
@@ -278,7 +278,7 @@ def _role(entry: Mapping[str, Any]) -> Any:
             raise RequestError(f"{name} stands under {entry['model']}; it belongs to the parameters of the whole merge")
         if name != "role":
             raise RequestError(
-                f"{entry['model']} has a parameter {name!r}; merge_method {METHOD} knows role alone there"
+                f"{entry['model']} has a parameter {shown(name)}; merge_method {METHOD} knows role alone there"
             )
     return given.get("role")
 
@@ -287,12 +287,12 @@ def _check_parameters(given: Any) -> None:
     if given is None:
         return
     if not isinstance(given, dict):
-        raise RequestError(f"parameters must be a mapping, got {given!r}")
+        raise RequestError(f"parameters must be a mapping, got {shown(given)}")
     for name, setting in given.items():
         if name == "role":
             raise RequestError("role belongs under each model: parameters: {role: primary} or {role: secondary}")
         if name not in DEFAULTS:
-            raise RequestError(f"merge_method {METHOD} has no parameter {name!r}; it has {', '.join(DEFAULTS)}")
+            raise RequestError(f"merge_method {METHOD} has no parameter {shown(name)}; it has {', '.join(DEFAULTS)}")
         for value in _values(setting):
             config_of({name: _number(value) if name != "targets" else value})
 

@@ -17,7 +17,7 @@ from hsa.checkpoint import CONFIG, ROLES, Checkpoint, Identity, Role, Sources, T
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, Preset
 from hsa.dtypes import NAMES, size
-from hsa.errors import NonFiniteError, RequestError, SourceError
+from hsa.errors import NonFiniteError, RequestError, SourceError, shown
 from hsa.fsio import Tally
 from hsa.plan import make_target
 
@@ -51,7 +51,7 @@ def assign(others: Sequence[tuple[M, object]], *, ordered: bool) -> dict[Role, M
         )
     for model, role in others:
         if role not in (None, "primary", "secondary"):
-            raise RequestError(f"the role of {model} is {role!r}, expected primary or secondary")
+            raise RequestError(f"the role of {model} is {shown(role)}, expected primary or secondary")
     (first, one), (second, two) = others
     if one is None and two is None and not ordered:
         raise RequestError(

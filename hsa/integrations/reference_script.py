@@ -22,7 +22,7 @@ from hsa import api
 from hsa.checkpoint import Role
 from hsa.config import MergeConfig
 from hsa.console import exit_with, guarded
-from hsa.errors import RequestError, one_line
+from hsa.errors import RequestError, one_line, shown
 
 PROCESSOR_SOURCES: dict[str, Role] = {"model1": "primary", "model2": "secondary", "pretrained": "base"}
 
@@ -74,9 +74,9 @@ def lambdas(options: argparse.Namespace) -> list[float]:
     try:
         values = [float(text) for text in texts]
     except ValueError:
-        raise RequestError(f"--lambdas must be numbers with commas between, got {options.lambdas!r}") from None
+        raise RequestError(f"--lambdas must be numbers with commas between, got {shown(options.lambdas)}") from None
     if not values:
-        raise RequestError(f"--lambdas names no number: {options.lambdas!r}")
+        raise RequestError(f"--lambdas names no number: {shown(options.lambdas)}")
     return values
 
 

@@ -14,7 +14,7 @@ import torch
 
 from hsa.backends.resident import CODE_OF
 from hsa.config import MergeConfig, PerTensor, Preset
-from hsa.errors import RequestError
+from hsa.errors import RequestError, shown
 from hsa.merger import Merger, Model, Source
 from hsa.whisper import MODEL_TYPE, Architecture, architecture, canonical, expected_targets, is_target, parse
 
@@ -114,8 +114,8 @@ def _check_whisper(model: torch.nn.Module) -> Architecture:
     found = getattr(config, "model_type", None)
     if config is None or found != MODEL_TYPE:
         raise RequestError(
-            f"model is a {type(model).__name__} with model_type {found!r}, expected a Whisper model of transformers, "
-            f"whose config has model_type {MODEL_TYPE!r}"
+            f"model is a {type(model).__name__} with model_type {shown(found)}, expected a Whisper model of "
+            f"transformers, whose config has model_type '{MODEL_TYPE}'"
         )
     return architecture(config.to_dict(), "model")
 
