@@ -19,10 +19,13 @@ from hsa.target import Target
 
 @dataclass(frozen=True)
 class Distances:
-    """`|merged - primary| / |primary|` and `|merged - secondary| / |secondary|` over the targets of a stack."""
+    """`|merged - primary| / |primary|` and `|merged - secondary| / |secondary|` over the targets of a stack.
 
-    from_primary: float
-    from_secondary: float
+    None where the fine-tune's targets are all zero and the merged ones are not: there is no such ratio.
+    """
+
+    from_primary: float | None
+    from_secondary: float | None
 
 
 @dataclass(frozen=True)
@@ -65,5 +68,7 @@ def measure(targets: Iterable[Target], sources: Sources) -> Mapping[str, Norms]:
     return found
 
 
-def _root(above: float, below: float) -> float:
-    return float((above / below) ** 0.5) if below > 0 else 0.0
+def _root(above: float, below: float) -> float | None:
+    if above == 0.0:
+        return 0.0
+    return float((above / below) ** 0.5) if below > 0 else None

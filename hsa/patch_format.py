@@ -31,7 +31,7 @@ from hsa.errors import HeaderError, PatchError, ProvenanceError, shown
 from hsa.fsio import ALIGNMENT
 from hsa.header import Entry, Header, load_json, serialize
 from hsa.provenance import DIGEST, Record, SourceRecord, TargetRecord, check_digest, document_digest, parse_origin
-from hsa.target import of_selected
+from hsa.target import MAX_SCORE, of_selected
 from hsa.whisper import Projection, canonical, parse
 
 KEY = "hsa_patch"
@@ -230,8 +230,8 @@ def _contents(document: Mapping[str, Any], held: Mapping[str, Entry]) -> Content
 
 def _distances(entry: Any) -> Distances:
     one, two = entry
-    if not all(isinstance(value, float) and 0 <= value < math.inf for value in (one, two)):
-        raise ValueError(f"distances are {shown(entry)}")
+    if not all(value is None or (isinstance(value, float) and 0 <= value < math.inf) for value in (one, two)):
+        raise ValueError(f"distances are {shown(entry)}, expected two finite numbers of at least 0, or null")
     return Distances(one, two)
 
 
@@ -286,8 +286,11 @@ def unpack(
     selected: list[tuple[int, ...]] = []
     squared: list[tuple[float, ...]] = []
     values = np.frombuffer(scores, dtype="<f8").tolist()
-    if not all(math.isfinite(value) and value >= 0 for value in values) or not set(flags) <= {0, 1}:
-        raise PatchError(f"{where}: scores or selection are damaged; make the patch again")
+    if not all(value >= 0 and math.sqrt(value) < MAX_SCORE for value in values) or not set(flags) <= {0, 1}:
+        raise PatchError(
+            f"{where}: {SCORES} must hold numbers of at least 0 whose roots are below {MAX_SCORE:g}, and {SELECTED} 0 "
+            f"and 1; make the patch again"
+        )
     first = 0
     for target in contents.targets:
         span = slice(first, first + target.heads)

@@ -26,7 +26,7 @@ from hsa.header import load_json
 from hsa.layout import parse_size
 from hsa.output import PROVENANCE
 from hsa.plan import MergePlan
-from hsa.target import Selection
+from hsa.target import MAX_SCORE, Selection
 from hsa.whisper import Projection, canonical, parse
 
 FORMAT = 1
@@ -398,9 +398,9 @@ def _number(value: Any) -> float:
 
 
 def _score(value: Any) -> float:
-    """A score, of which squares are taken, or a lambda_i: far below what a norm of float32 numbers can be."""
-    if not 0 <= _number(value) < 1e150:
-        raise ValueError(f"expected a number of at least 0 and below 1e150, found {shown(value)}")
+    """A score, or a lambda_i."""
+    if not 0 <= _number(value) < MAX_SCORE:
+        raise ValueError(f"expected a number of at least 0 and below {MAX_SCORE:g}, found {shown(value)}")
     return float(value)
 
 

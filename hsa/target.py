@@ -12,6 +12,10 @@ from hsa.whisper import Projection
 TIE_RISK = 1e-5
 """Relative gap of squared scores below which two correct backends could select different heads."""
 
+MAX_SCORE = 1e150
+"""No score that is read from a file may be as large, so that its square is finite in float64. The L2 norm of a tensor
+of float32 numbers is far below."""
+
 
 @dataclass(frozen=True)
 class Target:

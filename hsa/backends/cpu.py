@@ -180,7 +180,7 @@ class CpuWorker:
                             raise NotFinite(None, first + _damaged(target.out_code, part, count, axis))
 
     def norms(self, target: Target, primary: Array, secondary: Array) -> Norms:
-        """Sums of squares, in float32 pairwise within a block and float64 across blocks. Buffers: uint8."""
+        """Sums of squares in float64, where the square of a float32 neither overflows nor vanishes. Buffers: uint8."""
         _, m1, m2 = self._views(target, primary, primary, secondary, base_code=target.primary.code)
         parts: list[list[float]] = [[], []]
         apart = []
@@ -189,13 +189,13 @@ class CpuWorker:
             for block in target.blocks(head, TILE):
                 one = self._widen(1, target.primary.code, m1[block])
                 two = self._widen(2, target.secondary.code, m2[block])
-                difference = self._scratch.tv[0][: one.size].reshape(one.shape)
-                with np.errstate(over="ignore", under="ignore"):
-                    np.subtract(one, two, out=difference)
-                    for values, sums in ((one, parts[0]), (two, parts[1]), (difference, own)):
-                        square = self._scratch.tv[1][: values.size].reshape(values.shape)
-                        np.multiply(values, values, out=square)
-                        sums.append(float(np.add.reduce(square, axis=None)))
+                square = self._scratch.square[: one.size].reshape(one.shape)
+                for first, second, sums in ((one, None, parts[0]), (two, None, parts[1]), (one, two, own)):
+                    np.copyto(square, first)
+                    if second is not None:
+                        np.subtract(square, second, out=square)
+                    np.multiply(square, square, out=square)
+                    sums.append(float(np.add.reduce(square, axis=None)))
             apart.append(math.fsum(own))
         return Norms(math.fsum(parts[0]), math.fsum(parts[1]), tuple(apart))
 
