@@ -14,6 +14,7 @@ from hsa.checkpoint import INDEX, Role, Sources
 from hsa.compute import Calculator
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
 from hsa.errors import SourceError
+from hsa.findings import Findings
 from hsa.finish import finish
 from hsa.hub import Hub
 from hsa.memory import PeakMemory
@@ -152,9 +153,9 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         finish(staging, record, small, weights, digest=request.digest, tally=tally)
         staging.publish()
         memory.sample()
-    notes, warnings = report.findings(outcomes)
-    if not request.digest:
-        notes.append(report.NO_DIGESTS)
+    told = Findings(
+        (*hub.notes, *job.plan.notes, *found.notes, *(() if request.digest else (report.NO_DIGESTS,))), found.warnings
+    ) + report.findings(outcomes)
     return MergeReport(
         output=job.destination,
         seconds=time.perf_counter() - started,
@@ -168,8 +169,8 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         route=job.plan.route,
         parameters=request.config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
-        notes=(*hub.notes, *job.plan.notes, *found.notes, *notes),
-        warnings=(*found.warnings, *warnings),
+        notes=told.notes,
+        warnings=told.warnings,
     )
 
 

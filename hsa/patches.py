@@ -15,6 +15,7 @@ from hsa.checkpoint import Role, Sources
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.digests import digest_of
 from hsa.errors import DestinationError, HsaError, RequestError
+from hsa.findings import Findings
 from hsa.header import read_header
 from hsa.hub import Hub
 from hsa.memory import PeakMemory
@@ -100,7 +101,7 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         check_patch_destination(destination, (), overwrite=request.overwrite)
         bench.publish_file(point.name, destination)
         memory.sample()
-    notes, warnings = findings(made.outcomes)
+    told = Findings((*hub.notes, *opened.notes), opened.warnings) + findings(made.outcomes)
     return MergeReport(
         output=destination,
         seconds=time.perf_counter() - started,
@@ -114,8 +115,8 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         route="patch file",
         parameters=request.config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in recorded(made).targets},
-        notes=(*hub.notes, *opened.notes, *notes),
-        warnings=(*opened.warnings, *warnings),
+        notes=told.notes,
+        warnings=told.warnings,
     )
 
 

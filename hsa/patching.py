@@ -291,7 +291,13 @@ class _Run:
             scored = worker.score(target, *arrays)
             self.norms[target.projection.name] = worker.norms(target, data["primary"], data["secondary"])
             merged = {
-                id(file): Merged(select(scored.squared, each.keep), (), scored.primary_moved, scored.secondary_moved)
+                id(file): Merged(
+                    select(scored.squared, each.keep),
+                    (),
+                    scored.primary_moved,
+                    scored.secondary_moved,
+                    scored.geometry,
+                )
                 for file, each in job.targets
             }
             rows = self._place(job, {key: found.selection for key, found in merged.items()})

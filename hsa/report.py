@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa.compute import TargetOutcome
+from hsa.findings import Findings
 from hsa.provenance import TargetRecord
 from hsa.target import TIE_RISK, Target
 
@@ -164,7 +165,7 @@ class PlanReport:
         }
 
 
-def findings(outcomes: Sequence[TargetOutcome]) -> tuple[list[str], list[str]]:
+def findings(outcomes: Sequence[TargetOutcome]) -> Findings:
     """Notes and warnings that only the finished computation can give."""
     notes, warnings = [], []
     for role, moved in (
@@ -188,4 +189,4 @@ def findings(outcomes: Sequence[TargetOutcome]) -> tuple[list[str], list[str]]:
             f"{len(tied)} tensors have ties at the cut, such as {tied[0].target.primary.name}: "
             f"all tied heads are merged"
         )
-    return notes, warnings
+    return Findings(tuple(notes), tuple(warnings))

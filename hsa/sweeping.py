@@ -217,7 +217,8 @@ class _Sweep:
         )
         sources.check_unchanged()
         for found in made:
-            for said, texts in zip((self.notes, self.warnings), findings(found.outcomes), strict=True):
+            told = findings(found.outcomes)
+            for said, texts in ((self.notes, told.notes), (self.warnings, told.warnings)):
                 said += [text for text in texts if text not in said]
         if self.jobs > 1:
             with ThreadPoolExecutor(self.jobs) as pool:

@@ -100,7 +100,7 @@ def leave_unselected(worker: CpuWorker, target: object, selected: object, *argum
 
 def name_another_head(worker: CpuWorker, *arguments: object) -> Merged:
     merged = MERGE(worker, *arguments)
-    return Merged(replace(merged.selection, selected=(0, 1)), merged.changed, True, True)
+    return Merged(replace(merged.selection, selected=(0, 1)), merged.changed, True, True, merged.geometry)
 
 
 def drop_secondary(base, primary, secondary, *arguments):

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matplotlib")
 
 LAYERS = (
-    ("_version", "digests", "ranges"),
+    ("_version", "digests", "findings", "ranges"),
     ("errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config"),
-    ("config", "fsio", "pages", "strict_yaml", "synthetic", "threads"),
+    ("config", "fsio", "geometry", "pages", "strict_yaml", "synthetic", "threads"),
     ("console", "header", "partial", "whisper", "workbench"),
     ("output", "pickled"),
     ("checkpoint", "fetch"),
@@ -59,6 +59,7 @@ AT_IMPORT = {
     "torch": {
         "hsa.reference",
         "hsa.backends.script",
+        "hsa.backends.tensor_geometry",
         "hsa.backends.resident",
         "hsa.backends.triton",
         "hsa.merger",

@@ -16,6 +16,7 @@ from hsa.checkpoint import Role
 from hsa.config import MergeConfig
 from hsa.dtypes import Array, size
 from hsa.errors import BackendUnavailable, RequestError, shown
+from hsa.geometry import Geometry
 from hsa.layout import Slice
 from hsa.target import Selection, Target
 
@@ -28,13 +29,14 @@ _NUMBERED = re.compile(r"cuda:[0-9]{1,3}")
 
 @dataclass(frozen=True)
 class Merged:
-    """What came of a target: its heads, the byte ranges that now differ from primary, and whether any task
-    vector element is nonzero (False for every tensor means that a fine-tune equals base)."""
+    """What came of a target: its heads, the byte ranges that now differ from primary, whether any task vector element
+    is nonzero (False for every tensor means that a fine-tune equals base), and how large the task vectors are."""
 
     selection: Selection
     changed: tuple[tuple[int, int], ...]
     primary_moved: bool
     secondary_moved: bool
+    geometry: Geometry
 
 
 class NotFinite(Exception):

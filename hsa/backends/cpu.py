@@ -17,6 +17,7 @@ import numpy as np
 from hsa.backends import Job, Merged, NotFinite, buffers_cost, changed_ranges, one_by_one
 from hsa.checkpoint import Role
 from hsa.dtypes import STORAGE, Array, Float32, all_finite, narrow, widen
+from hsa.geometry import Geometry, Sums, tile_sums
 from hsa.layout import Slice
 from hsa.target import Target, select
 
@@ -35,11 +36,13 @@ FOLD = 64
 
 @dataclass(frozen=True)
 class Scored:
-    """Squared scores of a tensor's heads, and whether any element of each task vector is nonzero."""
+    """Squared scores of a tensor's heads, whether any element of each task vector is nonzero, and how the task vectors
+    lie to each other."""
 
     squared: tuple[float, ...]
     primary_moved: bool
     secondary_moved: bool
+    geometry: Geometry
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,23 @@ class CpuWorker:
         selection = select(scored.squared, target.keep)
         self.apply(target, selection.selected, base, primary, secondary, out)
         return Merged(
-            selection, changed_ranges(target, selection.selected), scored.primary_moved, scored.secondary_moved
+            selection,
+            changed_ranges(target, selection.selected),
+            scored.primary_moved,
+            scored.secondary_moved,
+            scored.geometry,
         )
 
     def score(self, target: Target, base: Array, primary: Array, secondary: Array) -> Scored:
-        """The squared saliency scores of one tensor's heads. Buffers: uint8. Raises NotFinite."""
+        """The squared saliency scores of one tensor's heads, and its geometry. Buffers: uint8. Raises NotFinite."""
         b, m1, m2 = self._views(target, base, primary, secondary)
         moved = [False, False]
-        squared = tuple(self._score(target, head, b, m1, m2, moved) for head in range(target.heads))
+        tiles: list[list[Sums]] = [[] for _ in range(target.heads)]
+        squared = tuple(self._score(target, head, b, m1, m2, moved, tiles[head]) for head in range(target.heads))
         for head, score in enumerate(squared):
             if not math.isfinite(score):
                 raise NotFinite(_culprit(target, head, b, m1, m2), head)
-        return Scored(squared, moved[0], moved[1])
+        return Scored(squared, moved[0], moved[1], Geometry.of(tiles))
 
     def apply(
         self, target: Target, selected: tuple[int, ...], base: Array, primary: Array, secondary: Array, out: Array
@@ -229,10 +237,13 @@ class CpuWorker:
                 damaged = b is not None and piece.base is not None and not all_finite(piece.base.code, b[part])
                 raise NotFinite("base" if damaged else None, None)
 
-    def _score(self, target: Target, head: int, b: Array, m1: Array, m2: Array, moved: list[bool]) -> float:
+    def _score(
+        self, target: Target, head: int, b: Array, m1: Array, m2: Array, moved: list[bool], tiles: list[Sums]
+    ) -> float:
         lanes: Array | None = None
         for block in target.blocks(head, TILE):
-            _, tv1, tv2 = self._task_vectors(target, b[block], m1[block], m2[block])
+            wide, tv1, tv2 = self._task_vectors(target, b[block], m1[block], m2[block])
+            tiles.append(tile_sums(wide, tv1, tv2))
             moved[0] = moved[0] or bool(tv1.any())
             moved[1] = moved[1] or bool(tv2.any())
             np.abs(tv1, out=tv1)
@@ -242,8 +253,8 @@ class CpuWorker:
             square = self._scratch.square[: proxy.size].reshape(proxy.shape)
             np.copyto(square, proxy)
             np.multiply(square, square, out=square)
-            sums = np.add.reduce(square, axis=0)
-            lanes = sums if lanes is None else np.add(lanes, sums, out=lanes)
+            columns = np.add.reduce(square, axis=0)
+            lanes = columns if lanes is None else np.add(lanes, columns, out=lanes)
         assert lanes is not None
         if lanes.size > FOLD and lanes.size % FOLD == 0:
             lanes = np.add.reduce(lanes.reshape(-1, FOLD), axis=0)

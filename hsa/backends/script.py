@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hsa.backends import Job, Merged, NotFinite, buffers_cost, one_by_one
+from hsa.backends.tensor_geometry import geometry
 from hsa.dtypes import NAMES, Array
 from hsa.layout import Slice
 from hsa.target import Target, of_selected
@@ -68,6 +69,7 @@ class ScriptWorker:
         for role, tensor in (("base", b), ("primary", m1), ("secondary", m2)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NotFinite(role, _first_head(target, tensor))  # type: ignore[arg-type]
+        found = geometry(target, b, m1, m2)
         tv1, tv2 = m1 - b, m2 - b
         proxy = tv1.abs() + tv2.abs()
         scores = _scores(target, proxy)
@@ -85,7 +87,7 @@ class ScriptWorker:
             raise NotFinite(None, _first_head(target, result.view(target.shape)))
         squared = tuple(float(score) ** 2 for score in scores)
         selected = tuple(int(head) for head in chosen.nonzero().flatten())
-        return Merged(of_selected(squared, selected), ((0, out.size),), *moved)
+        return Merged(of_selected(squared, selected), ((0, out.size),), *moved, found)
 
     @torch.no_grad()
     def _slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:

@@ -17,6 +17,7 @@ import torch
 from hsa.backends import Job, Merged, NotFinite, buffers_cost, changed_ranges
 from hsa.backends.cpu import CpuWorker
 from hsa.backends.resident import Data, not_finite
+from hsa.backends.tensor_geometry import geometry
 from hsa.checkpoint import ROLES, Role
 from hsa.dtypes import NAMES, Array
 from hsa.errors import BackendUnavailable, shown
@@ -90,6 +91,7 @@ class TritonWorker:
             for role in self._moved:
                 self._moved[role] = self._moved[role] or any(map(_differ, held["base"], held[role]))
             targets = [job.target for job in jobs]
+            lying = list(map(geometry, targets, held["base"], held["primary"], held["secondary"]))  # before the merge
             projections = Projections(
                 held["base"],
                 held["primary"],
@@ -113,7 +115,13 @@ class TritonWorker:
                 heads = tuple(head for head in range(target.heads) if chosen[number][head])
                 result = of_selected(squared[number][: target.heads], heads)
                 merged.append(
-                    Merged(result, changed_ranges(target, heads), self._moved["primary"], self._moved["secondary"])
+                    Merged(
+                        result,
+                        changed_ranges(target, heads),
+                        self._moved["primary"],
+                        self._moved["secondary"],
+                        lying[number],
+                    )
                 )
             for job, tensor, found in zip(jobs, out, merged, strict=True):
                 self._download(job, tensor, found)

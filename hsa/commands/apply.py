@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hsa.commands import options, show
+from hsa.findings import Findings
 
 
 def apply(
@@ -41,5 +42,5 @@ def apply(
             overwrite=overwrite,
             progress=step,
         )
-    show.findings(report.warnings, report.notes, quiet=quiet)
+    show.findings(Findings(report.notes, report.warnings), quiet=quiet)
     show.result(report.as_dict() if as_json else show.merge_report(report), quiet)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hsa.commands import options, show
+from hsa.findings import Findings
 
 if TYPE_CHECKING:
     from hsa.inspection import Inspection
@@ -128,9 +129,9 @@ def _present(
     from hsa.errors import one_line
     from hsa.views import table
 
-    show.findings(getattr(view, "warnings", ()), view.notes, quiet=quiet)
+    show.findings(Findings(view.notes, getattr(view, "warnings", ())), quiet=quiet)
     if verified is not None:
-        show.findings((), verified.notes, quiet=quiet)
+        show.findings(Findings(verified.notes), quiet=quiet)
         if not as_json:
             for problem in verified.problems:
                 print(one_line(f"hsa: problem: {problem.file}: {problem.what}"), file=sys.stderr)

@@ -10,6 +10,7 @@ import typer
 from hsa.commands import options, show
 from hsa.commands.show import size_text
 from hsa.errors import one_line
+from hsa.findings import Findings
 
 if TYPE_CHECKING:
     from hsa.report import PlanReport
@@ -99,7 +100,7 @@ def merge(
         return
     with show.progress(show=sys.stderr.isatty() and not (quiet or as_json)) as step:
         report = run_patch(request, step) if patch else api.run(request, step)
-    show.findings(report.warnings, report.notes, quiet=quiet)
+    show.findings(Findings(report.notes, report.warnings), quiet=quiet)
     show.result(report.as_dict() if as_json else show.merge_report(report), quiet)
 
 

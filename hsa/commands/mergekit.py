@@ -8,6 +8,7 @@ import typer
 
 from hsa.commands import options, show
 from hsa.errors import one_line
+from hsa.findings import Findings
 
 
 def mergekit(
@@ -23,7 +24,7 @@ def mergekit(
     from hsa.integrations.mergekit import run as run_mergekit
 
     result = run_mergekit(arguments)
-    show.findings(result.warnings, result.notes)
+    show.findings(Findings(tuple(result.notes), tuple(result.warnings)))
     print(one_line(str(result.output)))
     if result.tensors:
         print(f"  {result.selected_heads} of {result.total_heads} heads merged in {result.tensors} tensors")

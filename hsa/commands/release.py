@@ -11,6 +11,7 @@ import typer
 from hsa.commands import options, show
 from hsa.commands.show import size_text
 from hsa.errors import one_line
+from hsa.findings import Findings
 
 if TYPE_CHECKING:
     from hsa.tree import EntryReport, ReleasePlan, ReleaseReport
@@ -44,7 +45,7 @@ def release(
     with _Screen(bars=sys.stderr.isatty() and not (quiet or as_json), quiet=quiet or as_json) as screen:
         progress = screen.step if screen.bars else None
         report = tree.release(recipe, output, progress=progress, watch=screen.done, **how)  # type: ignore[arg-type]
-    show.findings((), report.notes, quiet=quiet)
+    show.findings(Findings(report.notes), quiet=quiet)
     if report.index_problem is not None:
         show.problem(f"the index: {report.index_problem}")
     show.result(report.as_dict() if as_json else _describe(report), quiet)
@@ -82,9 +83,9 @@ class _Screen:
         self._ended += 1
         if entry.problem is not None:
             show.problem(f"{entry.path}: {entry.problem}")
-        warnings, notes = ((), entry.notes) if entry.merge is None else (entry.merge.warnings, entry.merge.notes)
-        about = [[f"{entry.path}: {text}" for text in texts] for texts in (warnings, notes)]
-        show.findings(*about, quiet=self._quiet)
+        notes, warnings = (entry.notes, ()) if entry.merge is None else (entry.merge.notes, entry.merge.warnings)
+        about = [tuple(f"{entry.path}: {text}" for text in texts) for texts in (notes, warnings)]
+        show.findings(Findings(*about), quiet=self._quiet)
         if not self._quiet and entry.problem is None:
             print(f"hsa: {entry.path}: {_result(entry)}", file=sys.stderr)
 

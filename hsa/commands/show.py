@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hsa.errors import one_line
+from hsa.findings import Findings
 
 if TYPE_CHECKING:
     from hsa.report import MergeReport
@@ -21,11 +22,11 @@ def result(content: dict[str, Any] | str, quiet: bool) -> None:
         print(content)
 
 
-def findings(warnings: Iterable[str], notes: Iterable[str] = (), *, quiet: bool = False) -> None:
+def findings(found: Findings, *, quiet: bool = False) -> None:
     """Warnings, and notes unless `quiet`, on stderr."""
-    for warning in warnings:
+    for warning in found.warnings:
         print(f"hsa: warning: {one_line(warning)}", file=sys.stderr)
-    for note in () if quiet else notes:
+    for note in () if quiet else found.notes:
         print(f"hsa: note: {one_line(note)}", file=sys.stderr)
 
 

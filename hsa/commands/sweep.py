@@ -12,6 +12,7 @@ import typer
 from hsa.commands import options, show
 from hsa.commands.show import size_text
 from hsa.errors import one_line
+from hsa.findings import Findings
 
 if TYPE_CHECKING:
     from hsa.sweeping import SweepReport
@@ -84,7 +85,7 @@ def sweep(
             overwrite=overwrite,
             progress=step,
         )
-    show.findings(report.warnings, report.notes, quiet=quiet)
+    show.findings(Findings(report.notes, report.warnings), quiet=quiet)
     show.result(report.as_dict() if as_json else _describe(report), quiet)
 
 

@@ -11,6 +11,7 @@ import typer
 from hsa.commands import options, show
 from hsa.commands.show import size_text
 from hsa.errors import RequestError, one_line
+from hsa.findings import Findings
 
 if TYPE_CHECKING:
     from hsa.verification import VerifyReport
@@ -40,7 +41,7 @@ def verify(
 
     with show.progress(show=sys.stderr.isatty() and not (quiet or as_json), label="verifying") as step:
         report = run(output, base=base, primary=primary, secondary=secondary, threads=threads, progress=step)
-    show.findings((), report.notes, quiet=quiet or as_json)
+    show.findings(Findings(report.notes), quiet=quiet or as_json)
     if not as_json:
         for problem in report.problems:
             print(one_line(f"hsa: problem: {problem.file}: {problem.what}"), file=sys.stderr)

@@ -12,9 +12,10 @@ from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
 from hsa.config import MergeConfig, PerTensor, Preset, keep_count
 from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
+from hsa.geometry import Geometry
 from hsa.hub import Hub, Want
 from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes, measure
-from hsa.inspection.model import Agreement, Energy, Geometry, Inspection, Recorded, TensorInspection, in_order
+from hsa.inspection.model import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
 from hsa.inspection.recorded import changed_config, close_margins, from_output, parameters_of, recorded_config
 from hsa.output import PROVENANCE
 from hsa.plan import find_targets

@@ -19,7 +19,7 @@ from hsa.checkpoint import ROLES, Role, Sources, TensorRef
 from hsa.digests import digest_of
 from hsa.dtypes import ARITHMETIC, STORAGE, Array, size, widen
 from hsa.errors import NonFiniteError
-from hsa.inspection.model import Geometry
+from hsa.geometry import Geometry, Sums, dot, tile_sums
 from hsa.layout import SLICE_ELEMENTS
 from hsa.target import Target
 
@@ -79,18 +79,13 @@ def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step:
 def geometry(target: Target, raw: Mapping[Role, Array]) -> Geometry:
     """Norms and products of a target's task vectors. `raw` holds the tensors' bytes, uint8."""
     views = {role: raw[role].view(STORAGE[target.ref(role).code]).reshape(target.matrix) for role in ROLES}
-    columns: tuple[list[float], ...] = ([], [], [], [])
+    heads: list[list[Sums]] = []
     for head in range(target.heads):
-        sums: tuple[list[float], ...] = ([], [], [], [])
+        heads.append([])
         for block in target.blocks(head, TILE):
             b, m1, m2 = (_float64(target.ref(role).code, views[role][block]) for role in ROLES)
-            tv1, tv2 = np.subtract(m1, b, out=m1), np.subtract(m2, b, out=m2)
-            for found, (x, y) in zip(sums, ((b, b), (tv1, tv1), (tv2, tv2), (tv1, tv2)), strict=True):
-                found.append(_product(x, y))
-        for column, found in zip(columns, sums, strict=True):
-            column.append(math.fsum(found))
-    base, primary, secondary, product = map(tuple, columns)
-    return Geometry(base, primary, secondary, product)
+            heads[-1].append(tile_sums(b, np.subtract(m1, b, out=m1), np.subtract(m2, b, out=m2)))
+    return Geometry.of(heads)
 
 
 @dataclass
@@ -122,11 +117,11 @@ def elsewhere(sources: Sources, targets: Sequence[Target], buffers: Buffers, ste
                 fits.append(role)
         if base is None or not fits:
             continue
-        sums = _stream(sources, name, base, fits, buffers, step)
+        squares = _stream(sources, name, base, fits, buffers, step)
         group = " ".join(whisper.group_of(name))
         for role in fits:
-            if math.isfinite(sums[role]):
-                found[role].groups[group] = found[role].groups.get(group, 0.0) + sums[role]
+            if math.isfinite(squares[role]):
+                found[role].groups[group] = found[role].groups.get(group, 0.0) + squares[role]
             else:
                 found[role].skipped.append(name)
     return found
@@ -151,7 +146,7 @@ def _stream(
             for role in roles:
                 tv = _read(sources, role, sources.of(role).tensors[name], first, count, buffers, step)
                 np.subtract(tv, b, out=tv)
-                parts[role].append(_product(tv, tv))
+                parts[role].append(_square(tv))
     return {role: math.fsum(part) if all(map(math.isfinite, part)) else math.nan for role, part in parts.items()}
 
 
@@ -169,8 +164,9 @@ def _float64(code: str, raw: Array) -> Array:
     return wide
 
 
-def _product(x: Array, y: Array) -> float:
-    return float(np.add.reduce(np.multiply(x, y).reshape(-1)))
+def _square(values: Array) -> float:
+    row = values[np.newaxis]
+    return dot(row, row)
 
 
 def _not_finite(error: NotFinite, target: Target, sources: Sources) -> NonFiniteError:

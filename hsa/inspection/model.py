@@ -10,46 +10,12 @@ from typing import Any
 
 from hsa._version import __version__
 from hsa.checkpoint import Role
+from hsa.geometry import Geometry
 from hsa.whisper import Projection
 
 FORMAT = 1
 AGREEING = ("q", "k", "v")
 """Projections whose heads are compared within a layer; `out_proj` splits its columns, another axis."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The task vectors of one tensor in float64, head by head: squared L2 norms of base, tv1 and tv2, and tv1 . tv2."""
-
-    base: tuple[float, ...]
-    primary: tuple[float, ...]
-    secondary: tuple[float, ...]
-    product: tuple[float, ...]
-
-    @property
-    def cosines(self) -> tuple[float | None, ...]:
-        """The cosine between tv1 and tv2; None where one of them is zero."""
-        return tuple(map(_cosine, self.primary, self.secondary, self.product))
-
-    @property
-    def relative_primary(self) -> tuple[float | None, ...]:
-        """|tv1| / |B|; None where base's head is zero."""
-        return tuple(map(_ratio, self.primary, self.base))
-
-    @property
-    def relative_secondary(self) -> tuple[float | None, ...]:
-        """|tv2| / |B|; None where base's head is zero."""
-        return tuple(map(_ratio, self.secondary, self.base))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "base_norm": [math.sqrt(value) for value in self.base],
-            "tv1_norm": [math.sqrt(value) for value in self.primary],
-            "tv2_norm": [math.sqrt(value) for value in self.secondary],
-            "cosine": list(self.cosines),
-            "tv1_relative": list(self.relative_primary),
-            "tv2_relative": list(self.relative_secondary),
-        }
 
 
 @dataclass(frozen=True)
@@ -303,13 +269,3 @@ def in_order(tensors: Iterable[TensorInspection]) -> dict[str, TensorInspection]
         return p.stack != "encoder", blocks.index(p.block), p.layer, kinds.index(p.kind), p.part != "weight"
 
     return {tensor.name: tensor for tensor in sorted(tensors, key=place)}
-
-
-def _cosine(first: float, second: float, product: float) -> float | None:
-    if first == 0.0 or second == 0.0:
-        return None
-    return max(-1.0, min(1.0, product / (math.sqrt(first) * math.sqrt(second))))
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return math.sqrt(part / whole) if whole > 0.0 else None

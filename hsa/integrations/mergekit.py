@@ -132,9 +132,9 @@ def run(arguments: Sequence[str]) -> Result:
         _settle(staging)
         staging.publish()
     if recipe.is_hsa:
-        notes, warnings = report.findings(merging.outcomes)
-        result.notes += notes
-        result.warnings += warnings
+        told = report.findings(merging.outcomes)
+        result.notes += told.notes
+        result.warnings += told.warnings
         result.tensors = len(merging.outcomes)
         result.selected_heads = sum(len(outcome.merged.selection.selected) for outcome in merging.outcomes)
         result.total_heads = sum(outcome.target.heads for outcome in merging.outcomes)

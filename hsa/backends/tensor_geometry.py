@@ -1,0 +1,38 @@
+"""The sums of `hsa.geometry` over torch tensors, on whatever device holds them, in float64."""
+
+from __future__ import annotations
+
+import torch
+
+from hsa.geometry import Geometry
+from hsa.target import Target
+
+
+def geometry(target: Target, base: torch.Tensor, primary: torch.Tensor, secondary: torch.Tensor) -> Geometry:
+    """The geometry of one target. Tensors: its shape, any float type, on one device.
+
+    On the CPU one head is widened at a time, so that memory stays small beside the tensors; on a GPU all heads at once,
+    so that few kernels are launched. The task vectors are rounded to float32, as the merge rounds them.
+    """
+    step = 1 if base.device.type == "cpu" else target.heads
+    parts = [
+        _sums(*(_heads(target, tensor, first, step) for tensor in (base, primary, secondary)))
+        for first in range(0, target.heads, step)
+    ]
+    base_, one, two, product, apart = torch.cat(parts, dim=1).tolist()
+    return Geometry(tuple(base_), tuple(one), tuple(two), tuple(product), tuple(apart))
+
+
+def _heads(target: Target, tensor: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Some heads of a tensor in float32 [count, elements of a head]."""
+    axis, width = target.projection.head_axis, target.head_dim
+    part = tensor.narrow(axis, first * width, count * width).movedim(axis, 0)
+    return part.reshape(count, -1).float()
+
+
+def _sums(base: torch.Tensor, primary: torch.Tensor, secondary: torch.Tensor) -> torch.Tensor:
+    """|B|^2, |tv1|^2, |tv2|^2, tv1 . tv2 and |tv1 - tv2|^2 of each head: float64 [5, heads]."""
+    one, two = (primary - base).double(), (secondary - base).double()
+    wide = base.double()
+    pairs = ((wide, wide), (one, one), (two, two), (one, two), (one - two, one - two))
+    return torch.stack([(x * y).sum(dim=1) for x, y in pairs])

@@ -1,0 +1,21 @@
+"""What a run has to say beside its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Notes, and warnings of what may be a mistake. Each is one line.
+
+    Example:
+        >>> Findings(("primary has no tokenizer",)) + Findings(warnings=("base and primary are equal",))
+        Findings(notes=('primary has no tokenizer',), warnings=('base and primary are equal',))
+    """
+
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __add__(self, other: Findings) -> Findings:
+        return Findings((*self.notes, *other.notes), (*self.warnings, *other.warnings))
