@@ -13,7 +13,7 @@ from hsa.backends import Backend, resolve
 from hsa.checkpoint import INDEX, Role, Sources
 from hsa.compute import Calculator
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
-from hsa.errors import SourceError
+from hsa.errors import RequestError, SourceError, shown
 from hsa.findings import Findings
 from hsa.finish import finish
 from hsa.hub import Hub
@@ -127,6 +127,8 @@ def merge(
 @fsio.explained()
 def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says; see `merge`."""
+    if progress is not None and not callable(progress):
+        raise RequestError(f"progress must be a function of two whole numbers, got {shown(progress)}")
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:

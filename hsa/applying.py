@@ -25,9 +25,9 @@ from hsa.pipeline import Options, execute
 from hsa.plan import MAX_TARGET
 from hsa.provenance import Record, source_record, tensors_digest
 from hsa.report import NO_DIGESTS, MergeReport, TensorReport
-from hsa.request import PathLike, check_threads
+from hsa.request import PathLike
 from hsa.signals import deferred
-from hsa.threads import default_threads
+from hsa.threads import check_threads, default_threads
 from hsa.whisper import canonical
 
 

@@ -17,6 +17,12 @@ LoadDtype = Literal["auto", "float32"]
 OutputDtype = Literal["auto", "float32", "float16", "bfloat16"]
 PerTensor = float | Mapping[str, float]
 
+MAX_COUNT = 10_000
+"""Heads or layers that a caller or a config.json may claim: work grows with them before any tensor is looked at."""
+
+MAX_SCALE = (2.0 - 2.0**-23) * 2.0**127
+"""The largest float32: the arithmetic of a merge is float32's."""
+
 
 @dataclass(frozen=True)
 class MergeConfig:
@@ -45,14 +51,15 @@ class MergeConfig:
         _per_tensor("k", self.k, 0.0, 100.0)
         _per_tensor("lambda", self.lam, 0.0, 1.0)
         _per_tensor("alpha", self.alpha, 0.0, math.inf)
-        _number("attention_scale", self.attention_scale, -math.inf, math.inf)
-        _number("non_attention_scale", self.non_attention_scale, -math.inf, math.inf)
+        _number("attention_scale", self.attention_scale, -MAX_SCALE, MAX_SCALE)
+        _number("non_attention_scale", self.non_attention_scale, -MAX_SCALE, MAX_SCALE)
         _choice("targets", self.targets, get_args(Preset))
         _choice("numerics", self.numerics, get_args(Numerics))
         _choice("dtype", self.dtype, get_args(OutputDtype))
         for name, count in (("num_heads", self.num_heads), ("num_layers", self.num_layers)):
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise RequestError(f"{name} must be a whole number of at least 1, got {shown(count)}")
+            whole = isinstance(count, int) and not isinstance(count, bool)
+            if count is not None and not (whole and 1 <= count <= MAX_COUNT):
+                raise RequestError(f"{name} must be a whole number from 1 to {MAX_COUNT}, got {shown(count)}")
         _choice("load_dtype", self.load_dtype, get_args(LoadDtype))
         if self.load_dtype != "auto" and self.numerics != "reference":
             raise RequestError(
@@ -134,26 +141,32 @@ def layer_coefficient(lam: float, alpha: float, layer: int, layers: int) -> floa
 
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
-    limits = "finite" if math.isinf(low) and math.isinf(high) else f"in [{low:g}, {high:g}]"
-    if math.isinf(high) and not math.isinf(low):
-        limits = f"finite and at least {low:g}"
+    limits = f"in [{low:g}, {high:g}]" if high < MAX_SCALE else "finite" if low < 0 else f"finite and at least {low:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RequestError(f"{name} must be a number {limits}, got {shown(value)}")
     value = cast(float, value)
     if not -sys.float_info.max <= value <= sys.float_info.max or not low <= value <= high:
-        raise RequestError(f"{name} must be {limits}, got {shown(value)}")
+        beyond = "; float32 ends at 3.4e38" if high == MAX_SCALE else ""
+        raise RequestError(f"{name} must be {limits}, got {shown(value)}{beyond}")
 
 
 def _per_tensor(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, Mapping):
-        for tensor, number in value.items():
-            _number(f"{name} of {tensor}", number, low, high)
-    else:
+    if not isinstance(value, Mapping):
         _number(name, value, low, high)
+        return
+    for tensor, number in value.items():
+        if not isinstance(tensor, str):
+            raise RequestError(f"{name} per tensor must be given by tensor names, got the key {shown(tensor)}")
+        _number(f"{name} of {shown(tensor)}", number, low, high)
+        if tensor.startswith("model.") and tensor.removeprefix("model.") in value:
+            raise RequestError(
+                f"{name} is given for {shown(tensor)} and for {shown(tensor.removeprefix('model.'))}, which are one "
+                f"tensor; give one of them"
+            )
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 

@@ -305,10 +305,12 @@ def _index(groups: Mapping[str, list[TensorContent]]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def parse_size(text: str) -> int:
+def parse_size(size: str | int) -> int:
     """Bytes of a size such as 5GB (10**9), 500MiB (2**20) or 1000000; RequestError otherwise."""
-    match = _SIZE.fullmatch(text.strip().upper()) if len(text) <= SIZE_DIGITS else None
+    match = _SIZE.fullmatch(size.strip().upper()) if isinstance(size, str) and len(size) <= SIZE_DIGITS else None
     value = int(Decimal(match["number"]) * _UNITS[match["unit"]]) if match else 0
+    if isinstance(size, int) and not isinstance(size, bool):
+        value = size
     if not 1 <= value < 1 << 63:
-        raise RequestError(f"max_shard_size must be a size such as 5GB or 500MiB, below 2^63 bytes, got {shown(text)}")
+        raise RequestError(f"max_shard_size must be a size such as 5GB or 500MiB, below 2^63 bytes, got {shown(size)}")
     return value

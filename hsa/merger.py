@@ -24,7 +24,7 @@ from hsa.fsio import Tally
 from hsa.hub import Hub, Want
 from hsa.plan import find_targets
 from hsa.target import Target, select
-from hsa.threads import default_threads
+from hsa.threads import check_threads, default_threads
 from hsa.whisper import MODEL_TYPE, canonical, is_target, parse
 
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
@@ -73,13 +73,14 @@ class Merger:
         num_heads: int | None = None,
         num_layers: int | None = None,
         backend: str = "auto",
-        device: str = "auto",
+        device: str | torch.device = "auto",
         threads: int | None = None,
     ) -> None:
         self._config = MergeConfig(
             targets=targets, attention_scale=attention_scale, num_heads=num_heads, num_layers=num_layers
         )
-        chosen = resolve(backend, device, self._config)
+        check_threads(threads)
+        chosen = resolve(backend, str(device) if isinstance(device, torch.device) else device, self._config)
         self.backend, self.device = chosen.name, chosen.device
         given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()

@@ -266,7 +266,7 @@ def _parameters(entry: Any) -> dict[str, Any]:
     try:
         MergeConfig.from_dict(found)
         if found.get("max_shard_size") is not None:
-            parse_size(str(found["max_shard_size"]))
+            parse_size(found["max_shard_size"])
     except RequestError as error:
         raise ValueError(str(error)) from error
     for setting in SETTINGS:

@@ -16,6 +16,7 @@ from hsa.fsio import Tally
 from hsa.hub import Hub, Want
 from hsa.layout import parse_size
 from hsa.repo import REVISION, find_id
+from hsa.threads import check_threads
 
 PathLike = str | os.PathLike[str]
 
@@ -39,8 +40,11 @@ class Request:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.assets_from not in get_args(Role):
+        if not isinstance(self.assets_from, str) or self.assets_from not in get_args(Role):
             raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {shown(self.assets_from)}")
+        for name in ("digest", "sync", "overwrite"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         check_threads(self.threads)
         for role, claimed in (self.ids or {}).items():
             if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
@@ -51,13 +55,15 @@ class Request:
                 raise RequestError(
                     f"{role}_id must be a hub id such as org/name or org/name@revision, got {shown(claimed)}"
                 )
+        if self.card is not None and not isinstance(self.card, Mapping):
+            raise RequestError(f"card must be a mapping from field to text, got {shown(self.card)}")
         check_fields(self.card or {})
         if self.max_shard_size is not None:
-            parse_size(str(self.max_shard_size))
+            parse_size(self.max_shard_size)
 
     @property
     def shard_bytes(self) -> int | None:
-        return None if self.max_shard_size is None else parse_size(str(self.max_shard_size))
+        return None if self.max_shard_size is None else parse_size(self.max_shard_size)
 
     def settings(self, backend: str) -> dict[str, Any]:
         """What besides the merge's own parameters shapes the output, for its provenance."""
@@ -67,13 +73,6 @@ class Request:
             "card": dict(self.card or {}),
             "max_shard_size": self.shard_bytes,
         }
-
-
-def check_threads(threads: int | None) -> None:
-    """RequestError unless it is a number of threads, or None."""
-    whole = isinstance(threads, int) and not isinstance(threads, bool)
-    if threads is not None and not (whole and 1 <= threads <= 256):
-        raise RequestError(f"threads must be a whole number from 1 to 256, got {shown(threads)}")
 
 
 def open_sources(

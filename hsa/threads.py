@@ -6,13 +6,16 @@ import os
 import threading
 from collections.abc import Callable
 
-from hsa.errors import MachineError
+from hsa.errors import MachineError, RequestError, shown
 
 EXTRA_THREADS = 1
 """Threads beyond the cores: while one waits for the disk, another computes."""
 
 MAX_THREADS = 8
 """More wait on the disk and hold memory without finishing sooner."""
+
+MOST_ALLOWED = 256
+"""Threads that a caller may ask for."""
 
 WATCH_SECONDS = 0.02
 """Between two looks at threads that work."""
@@ -25,6 +28,13 @@ def default_threads() -> int:
     except AttributeError:
         cores = os.cpu_count() or 1
     return min(cores + EXTRA_THREADS, MAX_THREADS)
+
+
+def check_threads(threads: int | None) -> None:
+    """RequestError unless it is a number of threads, or None."""
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= MOST_ALLOWED):
+        raise RequestError(f"threads must be a whole number from 1 to {MOST_ALLOWED}, got {shown(threads)}")
 
 
 def supervise(

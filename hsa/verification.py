@@ -36,8 +36,8 @@ from hsa.header import load_json
 from hsa.memory import PeakMemory
 from hsa.output import PROVENANCE
 from hsa.provenance import Provenance, Record
-from hsa.request import PathLike, check_threads
-from hsa.threads import default_threads
+from hsa.request import PathLike
+from hsa.threads import check_threads, default_threads
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 

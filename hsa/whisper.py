@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hsa.config import Preset
+from hsa.config import MAX_COUNT, Preset
 from hsa.errors import SourceError, shown
 
 Stack = Literal["encoder", "decoder"]
@@ -19,8 +19,6 @@ Kind = Literal["q", "k", "v", "out"]
 Part = Literal["weight", "bias"]
 
 MODEL_TYPE = "whisper"
-MAX_COUNT = 10_000
-"""Heads or layers that a config may claim: work goes by the count, before any tensor was looked for."""
 EMBEDDING = "decoder.embed_tokens.weight"
 UNTIED_OUTPUT = "proj_out.weight"
 DIMENSIONS = {

@@ -208,11 +208,11 @@ BAD = {
     "a list of k": (merges("k: [0.1, 0.2]"), "r.yaml:2: merge 'a': k must be a number in [0, 100], got [0.1, 0.2]"),
     "a bad value for a tensor": (
         merges("k: {x: 200}"),
-        "r.yaml:2: merge 'a': k of x must be in [0, 100], got 200",
+        "r.yaml:2: merge 'a': k of 'x' must be in [0, 100], got 200",
     ),
     "a preset": (merges("targets: all"), "r.yaml:2: merge 'a': targets must be one of encoder-qkv,"),
     "a list of presets": (merges("targets: [all]"), "r.yaml:2: merge 'a': targets must be one of encoder-qkv,"),
-    "heads": (merges("num_heads: 0"), "r.yaml:2: merge 'a': num_heads must be a whole number of at least 1, got 0"),
+    "heads": (merges("num_heads: 0"), "r.yaml:2: merge 'a': num_heads must be a whole number from 1 to 10000, got 0"),
     "options that exclude each other": (merges("load_dtype: float32"), "r.yaml:2: merge 'a': load_dtype says how"),
     "a role": (merges("assets_from: me"), "r.yaml:2: merge 'a': assets_from must be one of base, primary,"),
     "a size": (merges("max_shard_size: big"), "r.yaml:2: merge 'a': max_shard_size must be a size such as 5GB"),

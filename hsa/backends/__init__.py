@@ -131,10 +131,10 @@ def resolve(name: str, device: str, config: MergeConfig) -> Backend:
 
     Raises BackendUnavailable, or RequestError for an unknown name or numerics that a backend does not offer.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise RequestError(f"backend must be one of {', '.join(BACKENDS)}, got {shown(name)}")
-    if device not in ("auto", "cpu", "cuda") and not _NUMBERED.fullmatch(device):
-        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {shown(device)}")
+    if not isinstance(device, str) or not (device in ("auto", "cpu", "cuda") or _NUMBERED.fullmatch(device)):
+        raise RequestError(f"device must be the text auto, cpu, cuda or cuda:N, got {shown(device)}")
     on_gpu = name == "triton" or device.startswith("cuda")
     if config.numerics == "reference" and on_gpu:
         raise RequestError("numerics 'reference' repeats the script's torch operations on the CPU; use --backend cpu")
