@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -96,7 +97,13 @@ def register() -> None:
 
 
 def mend() -> None:
-    """Put the missing dot behind the decoder's prefix in mergekit's Whisper, without which no tensor is found."""
+    """Mend what mergekit gets wrong here, in the mergekit of this process.
+
+    Its definition of Whisper lacks the dot behind the decoder's prefix, without which no tensor is found. Its model
+    card asks the Hub about every model whose path has at most one slash, also about a directory on this machine: after
+    the whole merge, and in vain where there is no network.
+    """
+    from mergekit import card
     from mergekit.architecture.json_definitions import NAME_TO_ARCH
 
     for definition in NAME_TO_ARCH.get("WhisperForConditionalGeneration", ()):
@@ -104,6 +111,13 @@ def mend() -> None:
             prefix = module.weight_prefix
             if prefix and not prefix.endswith("."):
                 definition.modules[name] = module.model_copy(update={"weight_prefix": f"{prefix}."})
+    if getattr(card.is_hf, "__module__", None) == card.__name__:
+        card.is_hf = partial(_is_on_the_hub, card.is_hf)
+
+
+def _is_on_the_hub(original: Callable[[str], bool], path: str) -> bool:
+    """Whether a card should link a model to the Hub: never one that exists on this machine."""
+    return not os.path.exists(path) and original(path)
 
 
 def run(arguments: Sequence[str]) -> Result:

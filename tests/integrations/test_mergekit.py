@@ -75,6 +75,38 @@ def test_the_tensors_are_those_of_hsa_merge(saved: str, tmp_path: Path, request:
     assert json.loads((out / "config.json").read_text())["dtype"] == str(expected[TARGET].dtype).removeprefix("torch.")
 
 
+@pytest.mark.parametrize("below", ["m/", "", "./", "../models/m/"])
+def test_relative_paths_of_models_ask_no_hub(
+    below: str, float32: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HF_HUB_OFFLINE is set: whoever asks the Hub is told so, and the merge ends."""
+    place = tmp_path / "models" / "m"
+    for role, path in float32.items():
+        shutil.copytree(path, place / role)
+    monkeypatch.chdir(place.parent if below else place)
+    if below == "./":
+        monkeypatch.chdir(place)
+    relative = {role: Path(f"{below}{role}") for role in float32}
+    document = recipe(float32) | {
+        "base_model": f"{below}base",
+        "models": [{"model": f"{below}{role}", "parameters": {"role": role}} for role in ("primary", "secondary")],
+    }
+    assert all(path.is_dir() for path in relative.values())
+    out = mergekit(tmp_path, document)
+    same_tensors(read_tensors(out), merged(float32, tmp_path / "hsa"))
+    assert "huggingface.co/" not in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_other_methods_take_relative_paths_without_the_hub(
+    float32: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for role, path in float32.items():
+        shutil.copytree(path, tmp_path / "m" / role)
+    monkeypatch.chdir(tmp_path)
+    models = [{"model": f"m/{role}", "parameters": {"weight": 0.5}} for role in ("primary", "secondary")]
+    mergekit(tmp_path, {"merge_method": "linear", "models": models})
+
+
 def test_the_order_does_not_matter_where_roles_are_given(float32: Triple, tmp_path: Path) -> None:
     expected = merged(float32, tmp_path / "hsa")
     for order in (("secondary", "primary"), ("secondary", "primary", "base"), ("base", "primary", "secondary")):
