@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -311,10 +313,24 @@ def _directory(role: str, path: str | os.PathLike[str]) -> Path:
         given = given.expanduser()
         directory = given.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise SourceError(f"{role}: {given} cannot be found ({_reason(error)}); looked for {looked}") from error
+        raise SourceError(
+            f"{role}: {given} cannot be found ({_reason(error)}); looked for {looked}{_instead(given)}"
+        ) from error
     if not directory.is_dir():
         raise SourceError(f"{role}: {given} is not a directory; looked for {looked}")
     return directory
+
+
+def _instead(path: Path) -> str:
+    """What may be meant by a path that leads nowhere: a directory of nearly that name beside it, or a hub id."""
+    text = ""
+    with suppress(OSError, ValueError):
+        beside = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
+        near = get_close_matches(path.name, beside, n=1)
+        text = f"; did you mean {path.parent / near[0]}?" if near else ""
+    if str(path).count("/") == 1 and is_hub_id(str(path)):
+        text += f"; a model on the Hub is {path}@main"
+    return text
 
 
 def _exists(path: Path) -> bool:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -33,6 +34,9 @@ ATTEMPTS = 5
 
 PAUSE = 0.25
 """Seconds before the second try, doubled for each one after it."""
+
+MAX_DIGITS = 20
+"""Digits of a byte's place in a Content-Range."""
 
 REDIRECTS = 10
 _MOVED = {301, 302, 303, 307, 308}
@@ -66,6 +70,12 @@ def network_error() -> type[Exception]:
     from huggingface_hub.errors import HfHubHTTPError
 
     found: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+    return found
+
+
+def invalid_url() -> type[Exception]:
+    """The HTTP library's class for an address that it cannot use, which is no failed request to it."""
+    found: type[Exception] = import_module(network_error().__module__.partition(".")[0]).InvalidURL
     return found
 
 
@@ -164,12 +174,23 @@ class Remote:
                     yield from self._body(response, start, stop, prefix)
                     return
                 self._check_etag(response.headers.get("x-linked-etag"))
-                target = urljoin(url, response.headers["location"])
+                target = self._target(url, response.headers["location"])
             if _origin(target) != _origin(url):
                 headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
             url = target
             self.link = (url, headers) if _origin(url) != _origin(self.url) else None
         raise MachineError(f"{self.label}: more than {REDIRECTS} redirects; is HF_ENDPOINT right?")
+
+    def _target(self, url: str, location: str) -> str:
+        """Where a redirect leads; MachineError for an address that is none, or that leaves HTTP or HTTPS."""
+        with suppress(ValueError):
+            target = urljoin(url, location)
+            scheme, host, _ = _origin(target)
+            if host and (scheme == "https" or scheme == urlsplit(url).scheme == "http"):
+                return target
+        raise MachineError(
+            f"{self.label}: the server redirects to an address that cannot be used; is HF_ENDPOINT right?"
+        )
 
     def _body(self, response: Any, start: int, stop: int, prefix: bool) -> Iterator[bytes]:
         from huggingface_hub.utils import hf_raise_for_status
@@ -208,7 +229,8 @@ class Remote:
         """Where the body of a 206 ends; it must begin where it was asked to and belong to a file of the known size."""
         place, _, size = content_range.removeprefix("bytes ").partition("/")
         first, _, last = place.partition("-")
-        if not (first.isdecimal() and last.isdecimal() and int(first) == start and start <= int(last) < stop):
+        digits = all(text.isdecimal() and len(text) <= MAX_DIGITS for text in (first, last))
+        if not (digits and int(first) == start and start <= int(last) < stop):
             raise Again(f"the server answered with another range than {start} to {stop}")
         if size not in (str(self.size), "*"):
             raise SourceChanged(f"{self.label} has no longer {self.size} bytes on the Hub; run the merge again")

@@ -271,13 +271,17 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
+ELSEWHERE = "choose a destination that you may write to"
+"""What to do about a directory that cannot be written, unless a caller knows better."""
+
+
 @contextmanager
-def writing(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn an OSError inside into a MachineError that says what was needed and what there is."""
+def writing(path: Path, needed: int | None = None, remedy: str = ELSEWHERE) -> Iterator[None]:
+    """Turn an OSError inside into a MachineError: what was needed, what there is, and what to do (`remedy`)."""
     try:
         yield
     except OSError as error:
-        raise MachineError(_explain(error, path, needed)) from error
+        raise MachineError(_explain(error, path, needed, remedy)) from error
 
 
 @contextmanager
@@ -309,18 +313,18 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _explain(error: OSError, path: Path, needed: int | None) -> str:
+def _explain(error: OSError, path: Path, needed: int | None, remedy: str) -> str:
     text = f"cannot write {path}: {error.strerror}"
     if needed is not None:
         text += f"; {needed} bytes were needed"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with suppress(OSError):
             text += f", {free_bytes(path.parent)} bytes are free there"
-        return text + "; free some space, or choose another destination"
+        return f"{text}; free some space, or {remedy}"
     if error.errno == errno.EFBIG:
         return text + "; a file-size limit is in force (ulimit -f), raise it or use --max-shard-size"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return text + "; choose a destination that you may write to"
+        return f"{text}; {remedy}"
     return text
 
 

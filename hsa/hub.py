@@ -47,6 +47,9 @@ from hsa.partial import Partial
 from hsa.ranges import Range, coalesce, total
 from hsa.repo import COMMIT, HubId, PathLike, Repo, cached, find_id, home, remember, remembered
 
+MAX_FILE = 1 << 43
+"""Bytes of a weights file that a server may claim: 8 TiB, a thousand times what any speech model has."""
+
 
 @dataclass(frozen=True)
 class Want:
@@ -142,7 +145,6 @@ class Hub:
 
     def _resolve(self, role: Role, hub_id: HubId) -> Repo:
         from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import HFValidationError
 
         if constants.HF_HUB_OFFLINE:
             found = remembered(hub_id)
@@ -164,17 +166,13 @@ class Hub:
             if found is None:
                 raise
             return self._from_cache(role, found)
-        except ValueError as error:
-            if isinstance(error, HFValidationError):
-                raise
-            raise MachineError(
-                f"{role}: {constants.ENDPOINT} does not answer as the Hub does; check HF_ENDPOINT and the network"
-            ) from None
         if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
             raise MachineError(f"{role}: {constants.ENDPOINT} names no commit of {hub_id.repo}; is HF_ENDPOINT right?")
-        repo = Repo(hub_id.repo, info.sha, frozenset(entry.rfilename for entry in info.siblings or ()), False)
-        with suppress(MachineError):  # a cache that cannot be written to costs the next run's offline mode alone
-            remember(repo, hub_id)
+        names = [entry.rfilename for entry in info.siblings or ()]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise MachineError(f"{role}: {constants.ENDPOINT} lists no files of {hub_id.repo}; is HF_ENDPOINT right?")
+        repo = Repo(hub_id.repo, info.sha, frozenset(names), offline=False)
+        _try_to_remember(repo, hub_id)
         return repo
 
     def _from_cache(self, role: Role, repo: Repo) -> Repo:
@@ -195,6 +193,8 @@ class Hub:
     def _place(self, role: Role, repo: Repo, want: Want) -> tuple[Path, Mapping[str, Part]]:
         """The directory with the small files, and the weights files that are not there whole."""
         if CONFIG not in repo.files:
+            if not repo.complete:
+                raise _not_here(role, repo, CONFIG)
             raise SourceError(
                 f"{role}: {repo.id} has no {CONFIG}, which says how many heads and layers there are; is it a model?"
             )
@@ -224,6 +224,8 @@ class Hub:
                 return form, [form.weights]
             if form.index in repo.files:
                 return form, self._shards(role, repo, form)
+        if not repo.complete:
+            raise _not_here(role, repo, "the weights")
         looked = ", ".join(name for form in (SAFETENSORS, PICKLES) for name in (form.weights, form.index))
         raise SourceError(f"{role}: {repo.id} holds no weights; looked for {looked} and {ADAPTER_CONFIG}")
 
@@ -333,11 +335,16 @@ class Hub:
             found = retrying(lambda: get_hf_file_metadata(url, timeout=timeout))
             if found.etag is None or found.size is None:
                 raise NoRanges
+            if not 0 <= found.size <= MAX_FILE:
+                raise MachineError(
+                    f"{role}: {constants.ENDPOINT} says that {name} of {repo.id} has {shown(found.size)} bytes; at "
+                    f"most {MAX_FILE} are fetched"
+                )
             known = {"etag": found.etag, "size": found.size}
             headers = build_hf_headers(library_name="hsa-merge", library_version=__version__)
             if repo.weights.get(name) != known:
                 repo.weights[name] = known
-                remember(repo)
+                _try_to_remember(repo)
         return Remote(f"{role}: {repo.id} {name}", url, known["etag"], known["size"], headers, timeout)
 
     # On the terminal -------------------------------------------------------------------------------------------
@@ -366,6 +373,12 @@ class Hub:
             yield bar.update
 
 
+def _try_to_remember(repo: Repo, asked: HubId | None = None) -> None:
+    """Keep what is known of a repository for runs without the Hub; a cache on a read-only disk goes without."""
+    with suppress(MachineError):
+        remember(repo, asked)
+
+
 def _places(header: Header, chosen: Callable[[str], bool]) -> list[Range]:
     begin = len(header.raw)
     return [(begin + entry.start, begin + entry.stop) for entry in header.entries if chosen(entry.name)]
@@ -381,7 +394,12 @@ def _opened(partial: Partial, role: Role) -> Iterator[Source]:
 
 
 def _not_here(role: Role, repo: Repo, what: str) -> MachineError:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        why, remedy = "HF_HUB_OFFLINE is set", "run once with the network and without HF_HUB_OFFLINE"
+    else:
+        why, remedy = "the Hub cannot be reached", "run once with the network"
     return MachineError(
-        f"{role}: {what} of {repo.id} at commit {repo.commit} is not in the cache, and the Hub is not asked "
-        f"(offline, or out of reach); run once with the network, without HF_HUB_OFFLINE"
+        f"{role}: the cache lacks {what} of {repo.id} at commit {repo.commit}, and {why}; {remedy}, or give a directory"
     )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hsa.checkpoint import Role
 from hsa.errors import HsaError, MachineError, SourceError, shown
-from hsa.fetch import network_error
+from hsa.fetch import invalid_url, network_error
 from hsa.repo import HubId
+
+CACHE_FULL = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+"""What the disk under the cache may say."""
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What huggingface_hub and the HTTP library below it raise on an answer that does not have the form they expect."""
 
 
 @contextmanager
@@ -66,6 +73,16 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
         return MachineError(
             f"{name} is no local directory, and {constants.ENDPOINT} cannot be reached ({type(error).__name__}); check "
             f"the network and try again: what was fetched is kept"
+        )
+    if isinstance(error, (*MALFORMED, invalid_url())):
+        return MachineError(
+            f"{name}: {constants.ENDPOINT} does not answer as the Hub does ({type(error).__name__}); check HF_ENDPOINT "
+            f"and the network"
+        )
+    if isinstance(error, OSError) and error.errno in CACHE_FULL:
+        return MachineError(
+            f"{name}: the cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}; free some space there, "
+            f"or set HF_HOME to a directory that can be written"
         )
     if isinstance(error, OSError):
         return MachineError(f"{name} could not be fetched: {error.strerror or type(error).__name__}; see --debug")

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,20 @@ from hsa import fsio
 from hsa.ranges import Range, subtract, union
 
 SUFFIX = ".part"
+REMEDY = "set HSA_CACHE or HF_HOME to a directory that can be written"
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+def _caching(path: Path, needed: int | None = None) -> AbstractContextManager[None]:
+    """Errors of writing to the cache, which say how to move it."""
+    return fsio.writing(path, needed, REMEDY)
 
 
 def save_record(path: Path, document: Mapping[str, Any]) -> None:
     """Write a small JSON file in one step, with a digest of itself; MachineError when the disk fails."""
     text = json.dumps({**document, "sha256": _digest(document)}, indent=1).encode("ascii")
     fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with fsio.writing(path):
+    with _caching(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with fresh.open("wb") as file:
@@ -78,11 +84,11 @@ class Partial:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Wait until no other process adds to the file, read anew what is whole, and keep others out."""
-        with fsio.writing(self._lock):
+        with _caching(self._lock):
             self._lock.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            with fsio.writing(self._lock):
+            with _caching(self._lock):
                 _wait(lock)
             self._load()
             yield
@@ -91,7 +97,7 @@ class Partial:
             data, self._data = self._data, None
             os.close(lock)
             if data is not None:
-                with fsio.writing(self.path):
+                with _caching(self.path):
                     os.close(data)
 
     def missing(self, wanted: Iterable[Range]) -> tuple[Range, ...]:
@@ -99,7 +105,7 @@ class Partial:
 
     def write(self, offset: int, data: bytes) -> None:
         """Put fetched bytes in their place, inside `writing`; `commit` makes them count."""
-        with fsio.writing(self.path, len(data)):
+        with _caching(self.path, len(data)):
             if self._data is None:
                 self._data = self._begin()
             view, at = memoryview(data), offset
@@ -112,7 +118,7 @@ class Partial:
         """Make what was written last, and add it to the list."""
         if self._data is None or not self._fresh:
             return
-        with fsio.writing(self.path):
+        with _caching(self.path):
             fsio.sync(self._data)
         ranges = union((*self.ranges, *self._fresh))
         save_record(self._list, {**self._key, "ranges": ranges})

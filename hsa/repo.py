@@ -40,19 +40,32 @@ def parse_id(text: str) -> HubId | None:
 
 
 def find_id(path: PathLike) -> HubId | None:
-    """The hub id that a source means; None for a path. What exists locally is a path, and so is every Path object."""
-    return None if not isinstance(path, str) or os.path.lexists(path) else parse_id(path)
+    """The hub id that a source means; None for a path.
+
+    A path is every Path object, whatever exists on this machine, and `org/name` where a directory `org` exists: a typo
+    in a local path is then found at once, and not after the Hub was asked. `org/name@main` always means the Hub's.
+    """
+    if not isinstance(path, str) or os.path.lexists(path):
+        return None
+    found = parse_id(path)
+    local = found is not None and found.revision is None and os.path.isdir(os.path.dirname(path))
+    return None if local else found
 
 
 @dataclass
 class Repo:
-    """A repository at a commit. `files` are its names, `weights` the etag and size of weights files as far as known."""
+    """A repository at a commit. `files` are its names, `weights` the etag and size of weights files as far as known.
+
+    `offline`: the Hub is not asked about it. `complete`: `files` are all that there are, and not those alone that the
+    cache happens to hold.
+    """
 
     id: str
     commit: str
     files: frozenset[str]
     offline: bool
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
+    complete: bool = True
 
     @property
     def is_adapter(self) -> bool:
@@ -111,12 +124,13 @@ def remembered(hub_id: HubId) -> Repo | None:
     for commit in commits:
         if not COMMIT.fullmatch(commit):
             continue
-        record = load_record(home(hub_id.repo) / "commits" / f"{commit}.json") or {"files": [], "weights": {}}
+        found = load_record(home(hub_id.repo) / "commits" / f"{commit}.json")
+        record = found or {"files": [], "weights": {}}
         files = set(record["files"])
         with suppress(OSError):
             files.update(os.listdir(ordinary / "snapshots" / commit))
         if files:
-            return Repo(hub_id.repo, commit, frozenset(files), True, record["weights"])
+            return Repo(hub_id.repo, commit, frozenset(files), True, record["weights"], complete=bool(record["files"]))
     return None
 
 

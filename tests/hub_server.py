@@ -60,7 +60,11 @@ Fault = Callable[["Handler"], bool]
 
 
 class Servers:
-    """Both servers; `seen` is every request in order, `faults` are asked in order, each until it says True once."""
+    """Both servers; `seen` is every request in order, `faults` are asked in order, each until it says True once.
+
+    `api` is what the API answers about any model, `location` where weights are redirected to, and `linked_size` how
+    large they are said to be, each instead of the truth.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -68,6 +72,9 @@ class Servers:
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self.ranges = True
+        self.api: bytes | None = None
+        self.location: str | None = None
+        self.linked_size: str | None = None
         self.always: Fault | None = None
         self.lock = threading.Lock()
         self.hub = self._start("hub")
@@ -169,6 +176,9 @@ class Handler(BaseHTTPRequestHandler):
             self.count_and_answer(404, X_Error_Code="RevisionNotFound")
             return
         directory = repo.commits[commit]
+        if api and self.servers.api is not None:
+            self.count_and_answer(200, self.servers.api, Content_Type="application/json")
+            return
         if api:
             files = [{"rfilename": path.name} for path in sorted(directory.iterdir())]
             document = {"id": name, "sha": commit, "siblings": files, "private": repo.private, "tags": []}
@@ -187,8 +197,9 @@ class Handler(BaseHTTPRequestHandler):
                 302,
                 X_Repo_Commit=commit,
                 X_Linked_Etag=f'"{etag}"',
-                X_Linked_Size=str(path.stat().st_size),
-                Location=f"http://127.0.0.1:{self.servers.cdn.server_port}/blobs/{etag}?X-Amz-Signature={SIGNATURE}",
+                X_Linked_Size=self.servers.linked_size or str(path.stat().st_size),
+                Location=self.servers.location
+                or f"http://127.0.0.1:{self.servers.cdn.server_port}/blobs/{etag}?X-Amz-Signature={SIGNATURE}",
             )
         else:
             self.send_file(path, X_Repo_Commit=commit, ETag=f'"{repo.etag(path)}"')
