@@ -1,9 +1,8 @@
 """Weights that `torch.save` wrote, read like safetensors: where in the file each tensor's bytes lie.
 
 Such a file is a zip archive: every storage an uncompressed record, and `data.pkl`, a pickle that says what they are.
-The archive is checked record by record before the pickle is looked at. Then `torch.load` reads the pickle alone: with
-`weights_only`, which calls nothing but constructors of tensors and plain containers, and for the device `meta`, where
-a tensor has no data. The bytes themselves are read later, range by range, by whoever needs them.
+The archive is checked record by record before the pickle is looked at. The pickle is never unpickled: `tensor_pickle`
+reads what it says. The bytes themselves are read later, range by range, where they are needed.
 
 Source: the notes on serialization semantics of torch's documentation; the zip format's application note.
 """
@@ -12,56 +11,52 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
-import re
 import struct
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hsa.dtypes import BITS
-from hsa.errors import HeaderError, HsaError, SourceError, shown
+from hsa.errors import HeaderError, SourceError, shown
 from hsa.fsio import Source
 from hsa.header import Entry, Header
+from hsa.tensor_pickle import REMEDY, Tensor, kind_of, read
 
-REMEDY = "save the model as safetensors (save_pretrained does) and give that"
 _AGAIN = "the file is damaged, copy it again"
 
 MAX_PICKLE = 1 << 20
-"""Bytes of an archive that are read at once: its directory, or the description of its tensors, which takes a hundred
-times its size once it is loaded. Those of large-v3 have a sixth of it."""
+"""Bytes of an archive that are read at once: its directory, or the description of its tensors, which takes up to a
+hundred times its size once it is read. Those of large-v3 have a sixth of it."""
 
 _LOCAL_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = 30
 """Bytes of a zip record's own header before its name."""
 
 _CODES = {
-    "torch.bool": "BOOL",
-    "torch.uint8": "U8",
-    "torch.int8": "I8",
-    "torch.int16": "I16",
-    "torch.int32": "I32",
-    "torch.int64": "I64",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.float32": "F32",
-    "torch.float64": "F64",
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
 }
-_GLOBAL = re.compile(r"GLOBAL (\S+)")
 _BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, EOFError, struct.error)
 """What the zip reader raises for an archive that is none."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A checked file: the bytes of its `data.pkl`, the objects that it describes (tensors on the device `meta`), and
-    the size of every record of tensor data by its first byte."""
+    """A checked file: the bytes of its `data.pkl`, the values that it describes (see `tensor_pickle`), and the first
+    byte and size of every record of tensor data by its key."""
 
     raw: bytes
     content: Any
-    records: Mapping[int, int]
+    records: Mapping[str, tuple[int, int]]
 
 
 def read_state_dict(source: Source) -> Header:
@@ -92,17 +87,12 @@ def read_archive(source: Source) -> Archive:
             f"{REMEDY}"
         )
     root = described[0].partition("/")[0]
-    for name, (_, whole) in records.items():  # torch makes room for these before it asks for their bytes
-        if whole > MAX_PICKLE and not name.startswith(f"{root}/data/"):
-            raise HeaderError(
-                f"{where}: record {name:.200} has {whole} bytes, at most {MAX_PICKLE} are allowed for what is no "
-                f"tensor; {REMEDY}"
-            )
     order = records.get(f"{root}/byteorder")
     if order is not None and source.read(min(order[1], 16), order[0]) != b"little":
         raise SourceError(f"{where}: expected the byte order 'little'; {REMEDY}")
-    data = dict(place for name, place in records.items() if name.startswith(f"{root}/data/"))
-    return Archive(source.read(size, start), _load(source, where), data)
+    raw, data = source.read(size, start), f"{root}/data/"
+    places = {name.removeprefix(data): place for name, place in records.items() if name.startswith(data)}
+    return Archive(raw, read(raw, where), places)
 
 
 def entries(tensors: Any, archive: Archive, where: str) -> tuple[Entry, ...]:
@@ -111,15 +101,13 @@ def entries(tensors: Any, archive: Archive, where: str) -> tuple[Entry, ...]:
     Two tensors may share bytes, as tied weights do. Raises SourceError for what is no plain tensor, HeaderError for
     one that lies outside its record.
     """
-    import torch
-
     if not isinstance(tensors, dict):
-        raise SourceError(f"{where}: expected a state dict, found {type(tensors).__name__}; {REMEDY}")
+        raise SourceError(f"{where}: expected a state dict, found {kind_of(tensors)}; {REMEDY}")
     found = []
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise SourceError(
-                f"{where}: expected a state dict of plain tensors, found {type(tensor).__name__} under {shown(name)}; "
+                f"{where}: expected a state dict of plain tensors, found {kind_of(tensor)} under {shown(name)}; "
                 f"{REMEDY}"
             )
         found.append(_entry(name, tensor, archive, f"{where}: tensor {name}"))
@@ -127,7 +115,7 @@ def entries(tensors: Any, archive: Archive, where: str) -> tuple[Entry, ...]:
 
 
 class _Window(io.RawIOBase):
-    """An open source as the file object that zipfile and torch expect; refuses to read too much in one go."""
+    """An open source as the file object that zipfile expects; refuses to read too much in one go."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._position = source, 0
@@ -159,11 +147,6 @@ class _Window(io.RawIOBase):
         found = self._source.read(count, self._position)
         self._position += count
         return found
-
-    def readinto(self, buffer: Any, /) -> int:
-        found = self.read(len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
 
 
 def _records(source: Source, where: str) -> dict[str, tuple[int, int]]:
@@ -204,50 +187,27 @@ def _records(source: Source, where: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _load(source: Source, where: str) -> Any:
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(_Window(source), map_location="meta", weights_only=True)  # type: ignore[arg-type]
-    except HsaError:
-        raise
-    except pickle.UnpicklingError as error:
-        named = _GLOBAL.search(str(error))
-        reason = f"it names {named[1].rstrip('.')}" if named else "its pickle is malformed"
-        raise SourceError(
-            f"{where} holds more than tensors and plain containers ({reason}), so that loading it could run code; "
-            f"refused: {REMEDY}"
-        ) from error
-    except Exception as error:  # what a malformed pickle provokes is anything at all
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
-        raise SourceError(f"{where} cannot be loaded as weights ({reason}); copy it again, or {REMEDY}") from error
-
-
-def _entry(name: str, tensor: Any, archive: Archive, label: str) -> Entry:
-    import torch
-
-    code = _CODES.get(str(tensor.dtype))
+def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> Entry:
+    code = _CODES.get(tensor.dtype)
     if code is None:
-        raise SourceError(f"{label} has dtype {tensor.dtype}, expected one of {', '.join(_CODES)}; {REMEDY}")
-    if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous():
-        raise SourceError(f"{label} is sparse, or a transposed or strided view, expected it contiguous; {REMEDY}")
-    shape = tuple(tensor.shape)
+        known = ", ".join(f"torch.{dtype}" for dtype in _CODES)
+        raise SourceError(f"{label} has dtype torch.{tensor.dtype}, expected one of {known}; {REMEDY}")
+    if not tensor.is_contiguous:
+        raise SourceError(f"{label} is a transposed or strided view, expected it contiguous; {REMEDY}")
     width = BITS[code] // 8
-    nbytes = math.prod(shape) * width
+    nbytes = math.prod(tensor.shape) * width
     if nbytes == 0:
-        return Entry(name, code, shape, 0, 0)
-    record = tensor.untyped_storage()._checkpoint_offset
-    if record is None:
+        return Entry(name, code, tensor.shape, 0, 0)
+    if tensor.storage is None:
         raise SourceError(f"{label} has no data in the file; {REMEDY}")
-    claimed, held = tensor.untyped_storage().nbytes(), archive.records.get(record)
-    if held is None:  # torch works out where records lie, which holds for archives that it wrote itself
-        raise HeaderError(f"{label} is to begin at byte {record}, where no record does; {REMEDY}")
-    start = record + tensor.storage_offset() * width
+    key = tensor.storage.key
+    if key not in archive.records:
+        raise HeaderError(f"{label} is to be in the record data/{key:.200}, which the archive lacks; {_AGAIN}")
+    record, held = archive.records[key]
+    claimed, start = tensor.storage.count * width, record + tensor.offset * width
     if claimed != held or start + nbytes > record + held:
         raise HeaderError(
-            f"{label}: shape {list(shape)} of {code} takes {nbytes} bytes from byte {start} on, and {claimed} bytes "
-            f"are said to be in the record at {record}, which holds {held}; {_AGAIN}"
+            f"{label}: shape {list(tensor.shape)} of {code} takes {nbytes} bytes from byte {start} on, and {claimed} "
+            f"bytes are said to be in the record at {record}, which holds {held}; {_AGAIN}"
         )
-    return Entry(name, code, shape, start, start + nbytes)
+    return Entry(name, code, tensor.shape, start, start + nbytes)

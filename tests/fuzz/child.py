@@ -23,6 +23,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 TIMEOUT = 20
 """Seconds that one input may take, instrumented, on a busy machine."""
+INSTRUMENTED = 10.0
+"""Times as long that code may take under atheris's instrumentation."""
 ROOM = 3 << 30
 """Bytes of memory of a fuzzer, its own corpus, mutations and counters included."""
 LENGTH = 1 << 17
@@ -30,24 +32,31 @@ LENGTH = 1 << 17
 
 
 def replay(place: Path, files: list[Path]) -> None:
-    from guard import Finding, peak
+    from guard import Finding, cpu_seconds, peak
     from targets import TARGETS, Arena
 
     arena = Arena(place)
-    for name in {file.parent.name: None for file in files}:  # what is imported late is imported before memory counts
-        TARGETS[name].run(arena, next(iter(TARGETS[name].seeds(arena))))
+    sound = {}
+    for name in {file.parent.name: None for file in files}:
+        sound[name] = next(iter(TARGETS[name].seeds(arena)))
+        TARGETS[name].run(arena, sound[name])  # what is imported late is imported before memory and time count
+    last = ""
     for file in files:
+        target = TARGETS[file.parent.name]
+        if file.parent.name != last:
+            last = file.parent.name
+            arena.guard.measure(lambda target=target, data=sound[last]: target.run(arena, data))
         faulthandler.dump_traceback_later(TIMEOUT, exit=True)
-        started = time.monotonic()
+        started, began = time.monotonic(), cpu_seconds()
         try:
-            said = TARGETS[file.parent.name].run(arena, file.read_bytes())
+            said = target.run(arena, file.read_bytes())
         except Finding as error:
             said = f"FINDING: {error}"
         except Exception as error:
             said = f"FINDING: {type(error).__name__}: {error}"
         faulthandler.cancel_dump_traceback_later()
-        seconds = round(time.monotonic() - started, 3)
-        print(json.dumps({"file": str(file), "said": said[:500], "seconds": seconds, "peak": peak()}), flush=True)
+        spent = {"seconds": round(time.monotonic() - started, 3), "cpu": round(cpu_seconds() - began, 3)}
+        print(json.dumps({"file": str(file), "said": said[:500], "peak": peak(), **spent}), flush=True)
 
 
 def fuzz(place: Path, name: str, corpus: Path, seconds: float, options: list[str]) -> None:
@@ -55,16 +64,18 @@ def fuzz(place: Path, name: str, corpus: Path, seconds: float, options: list[str
     if guided:
         import atheris
 
-        with atheris.instrument_imports(include=["hsa", "zipfile", "torch._weights_only_unpickler"]):
+        with atheris.instrument_imports(include=["hsa", "zipfile"]):
             import zipfile  # noqa: F401
 
             import targets
     else:
         import targets
     target, arena = targets.TARGETS[name], targets.Arena(place)
-    for number, seed in enumerate(target.seeds(arena)):
+    seeds = list(target.seeds(arena))
+    for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
         target.run(arena, seed)
+    arena.guard.measure(lambda: target.run(arena, seeds[0]), INSTRUMENTED if guided else 1.0)
     if guided:
         arena.guard.settle()
 

@@ -1,4 +1,5 @@
-"""What no input may do: read or write outside its arena, start a program, open a connection, take too much memory.
+"""What no input may do: read or write outside its arena, start a program, open a connection, take too much memory or
+time.
 
 An audit hook sees every file that Python opens and every change to a directory; it cannot be taken out again, so it is
 armed only while an input runs. C code that opens files itself (torch's) is not seen.
@@ -7,9 +8,10 @@ armed only while an input runs. C code that opens files itself (torch's) is not 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,18 @@ from typing import Any
 LIMIT = 512 << 20
 """Bytes of memory that are no pages of mapped files, for the whole process."""
 
-_CODE = tuple({*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[2])})
+CPU_LIMIT = 2.0
+"""Seconds of CPU time, of all threads, that an input may take beyond a sound one."""
+
+_CODE = tuple(
+    {
+        *filter(None, sys.path),
+        *sysconfig.get_paths().values(),
+        sys.prefix,
+        sys.base_prefix,
+        str(Path(__file__).resolve().parents[2]),
+    }
+)
 _SYSTEM = ("/proc/", "/sys/", "/dev/", "/etc/localtime", "/usr/share/zoneinfo")
 _CHANGES = {
     "os.chmod": ((0, 2),),
@@ -49,6 +62,8 @@ class Guard:
         self.arena, self.armed, self.broken = Path(os.path.realpath(arena)), False, list[str]()
         self.out = self.arena / "out"
         self._settled: int | None = None
+        self.sound_cpu: float | None = None
+        self._factor = 1.0
         sys.addaudithook(self._see)
 
     def settle(self) -> None:
@@ -57,10 +72,19 @@ class Guard:
         reset_peak()
         self._settled = peak()
 
+    def measure(self, work: Callable[[], object], factor: float = 1.0) -> None:
+        """Run a sound input, whose CPU time the later ones are compared with; `factor` is how much longer instrumented
+        code may take."""
+        self.sound_cpu = None
+        started = cpu_seconds()
+        work()
+        self.sound_cpu, self._factor = cpu_seconds() - started, factor
+
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Raise Finding when the block breaks a rule, however it ends."""
+        """Raise Finding when the block breaks a rule, however it ends. Time counts once `measure` has run."""
         self.broken.clear()
+        started = cpu_seconds()
         reset_peak()
         grown = 0 if self._settled is None else max(0, peak() - self._settled)
         self.armed = True
@@ -72,6 +96,9 @@ class Guard:
                 raise Finding(self.broken[0])
             if (taken := peak() - grown) > LIMIT:
                 raise Finding(f"took {taken >> 20} MiB, at most {LIMIT >> 20} are allowed")
+            spent = cpu_seconds() - started
+            if self.sound_cpu is not None and spent > (allowed := self.sound_cpu + CPU_LIMIT * self._factor):
+                raise Finding(f"took {spent:.1f} s of CPU time, at most {allowed:.1f} are allowed")
 
     def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.armed:
@@ -110,6 +137,12 @@ class Guard:
         if not writes and real.startswith((*_CODE, *_SYSTEM)):  # modules that are imported late
             return
         self.broken.append(f"{'writes' if writes else 'reads'} {path!r:.200}")
+
+
+def cpu_seconds() -> float:
+    """Seconds of CPU time of this process so far, of all its threads, in Python and in the kernel."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def reset_peak() -> None:
