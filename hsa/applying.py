@@ -89,7 +89,7 @@ def apply(
         route="apply",
         parameters=config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
-        notes=(*hub.notes, *(() if digest else (NO_DIGESTS,))),
+        notes=(*hub.notes, *source.notes, *(() if digest else (NO_DIGESTS,))),
         warnings=(),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,9 +16,11 @@ from hsa import whisper
 from hsa.dtypes import ARITHMETIC
 from hsa.errors import HeaderError, MachineError, MismatchError, SourceError, shown
 from hsa.fsio import MACHINE, Source, Tally, exists
+from hsa.git_lfs import refuse_pointer
 from hsa.header import MAX_HEADER, MAX_MARKS, Header, load_json, marks, read_header
 from hsa.pickled import read_state_dict
 from hsa.ranges import Range
+from hsa.source_folder import names_in, unread_weights, without_weights
 
 Role = Literal["base", "primary", "secondary"]
 Kind = Literal["safetensors", "pickle", "openai", "adapter"]
@@ -45,6 +47,8 @@ class Format:
 
 SAFETENSORS = Format(WEIGHTS, INDEX, ".safetensors")
 PICKLES = Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
+WHOLE_WEIGHTS = (SAFETENSORS.weights, SAFETENSORS.index, PICKLES.weights, PICKLES.index)
+"""Files of which one says that a whole model's weights are there, first the ones that are preferred."""
 
 _REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?(/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?)?", re.ASCII)
 _HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?")
@@ -189,11 +193,13 @@ def open_checkpoint(
     tally: Tally,
     claimed: str | None = None,
     parts: Mapping[str, Part] | None = None,
+    names: Collection[str] | None = None,
 ) -> Checkpoint:
     """Open a checkpoint directory: check its index, open its shards, check their headers. Reads no tensor data.
 
     `claimed` is the identity to record (`org/name` or `org/name@revision`). `parts` gives weights files that lie
-    elsewhere and in part, by name: reading what was not fetched raises SourceError. Raises SourceError, HeaderError.
+    elsewhere and in part, by name: reading what was not fetched raises SourceError. `names` are the files of the
+    source where the directory holds only some of them. Raises SourceError, HeaderError.
     """
     directory = _directory(role, path)
     parts = parts or {}
@@ -201,7 +207,10 @@ def open_checkpoint(
     config = _config(role, directory, tally)
     whisper.architecture(config, f"{role} {directory}")
     result = Checkpoint(role, directory, identify(directory, claimed), config, tally)
-    if listed.suffix == PICKLES.suffix:
+    form = PICKLES if listed.suffix == PICKLES.suffix else SAFETENSORS
+    names = names_in(directory) if names is None else names
+    result.notes = tuple(unread_weights(role, names, form.weights, form.index, ADAPTER_CONFIG))
+    if form is PICKLES:
         result.kind = "pickle"
     else:
         result.index = listed.index
@@ -299,6 +308,7 @@ def read_text(role: str, directory: Path, name: str, tally: Tally) -> bytes:
             raise SourceError(f"{role}: {directory / name} has {source.size} bytes, at most {MAX_TEXT} are read")
         text = source.read(source.size)
         source.check_unchanged()
+        refuse_pointer(text, f"{role}: {directory / name}")
         return text
     finally:
         source.close()
@@ -363,10 +373,7 @@ def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str,
             names = tuple(sorted(set(placed.values())))
             _check_shards(role, directory, names, form, parts)
             return _Listed(names, form.suffix, form.index, index, placed)
-    raise SourceError(
-        f"{role}: {directory} holds no weights; looked for {WEIGHTS} and {INDEX}, {PICKLES.weights} and "
-        f"{PICKLES.index}, and {ADAPTER_CONFIG}"
-    )
+    raise SourceError(f"{role}: {without_weights(directory, (*WHOLE_WEIGHTS, ADAPTER_CONFIG))}")
 
 
 def _drop_tied_output(checkpoint: Checkpoint) -> None:

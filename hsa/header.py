@@ -6,8 +6,10 @@ Source: the format description of the safetensors library.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,6 +19,7 @@ from typing import Any
 from hsa.dtypes import BITS
 from hsa.errors import HeaderError, shown
 from hsa.fsio import Source
+from hsa.git_lfs import refuse_pointer
 
 MAX_HEADER = 8 << 20
 """Bytes of a header, or of any JSON that is parsed: fifty times what large-v3 takes. The safetensors library accepts
@@ -31,6 +34,9 @@ MAX_DEPTH = 64
 
 MAX_RANK = 64
 """Dimensions; numpy's own limit."""
+
+_MARKS_OF_ORDER = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_NO_NUMBER = re.compile(rb'"([^"\\]{1,80})"\s*:\s*-?(?:NaN|Infinity)')
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,9 @@ def read_header(source: Source) -> Header:
     where = f"{source.label}: {source.path}"
     if source.size < 8:
         raise HeaderError(f"{where} is no safetensors file: {source.size} bytes, expected at least 8; copy it again")
-    length = int.from_bytes(source.read(8), "little")
+    head = source.read(8)
+    refuse_pointer(head, where)
+    length = int.from_bytes(head, "little")
     if length > MAX_HEADER:
         raise HeaderError(
             f"{where}: header of {length} bytes, at most {MAX_HEADER} are allowed; not a safetensors file?"
@@ -120,7 +128,12 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
         return found
 
     def constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+        found = _NO_NUMBER.search(text)
+        at = f" under {shown(found[1].decode('utf-8', 'replace'))}" if found else ""
+        raise HeaderError(
+            f"{where}: {what} is not valid JSON: it holds {name}{at}, which Python writes and JSON does not have; "
+            f"write a finite number or null there"
+        )
 
     def whole(digits: str) -> int | float:
         return int(digits) if digits != "-0" else -0.0
@@ -131,6 +144,7 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
             raise ValueError(f"{digits:.40} is out of range")
         return value
 
+    refuse_byte_order_mark(text, f"{where}: {what}")
     if len(text) > MAX_HEADER or marks(text) > MAX_MARKS:
         raise HeaderError(
             f"{where}: {what} of {len(text)} bytes with {marks(text)} brackets, braces and commas, at most "
@@ -152,6 +166,15 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise HeaderError(f"{where}: {what} must be a JSON object, found {type(document).__name__}")
     return document
+
+
+def refuse_byte_order_mark(text: bytes, where: str) -> None:
+    """HeaderError if a text begins with a byte-order mark, with which transformers does not read it either."""
+    if text.startswith(_MARKS_OF_ORDER):
+        raise HeaderError(
+            f"{where} is not valid JSON: it begins with a byte-order mark, as some Windows programs write it, and "
+            f"transformers does not read it either; save the file as UTF-8 without a byte-order mark"
+        )
 
 
 def marks(text: bytes) -> int:

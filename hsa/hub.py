@@ -26,6 +26,7 @@ from hsa.checkpoint import (
     CONFIG,
     PICKLES,
     SAFETENSORS,
+    WHOLE_WEIGHTS,
     Checkpoint,
     Format,
     Part,
@@ -46,6 +47,7 @@ from hsa.opening import open_source
 from hsa.partial import Partial
 from hsa.ranges import Range, coalesce, total
 from hsa.repo import COMMIT, HubId, PathLike, Repo, cached, find_id, home, remember, remembered
+from hsa.source_folder import newest_checkpoint
 
 MAX_FILE = 1 << 43
 """Bytes of a weights file that a server may claim: 8 TiB, a thousand times what any speech model has."""
@@ -126,7 +128,7 @@ class Hub:
                 directory, parts = self._place(role, repo, want)
         if repo.is_adapter:
             return open_adapter(role, directory, tally, base, claimed)
-        return open_checkpoint(role, directory, tally, claimed, parts)
+        return open_checkpoint(role, directory, tally, claimed, parts, repo.files)
 
     def is_adapter(self, role: Role, path: PathLike) -> bool:
         """Whether a source, local or on the Hub, is an adapter on base. Raises what `open` does for a hub id."""
@@ -226,8 +228,14 @@ class Hub:
                 return form, self._shards(role, repo, form)
         if not repo.complete:
             raise _not_here(role, repo, "the weights")
-        looked = ", ".join(name for form in (SAFETENSORS, PICKLES) for name in (form.weights, form.index))
-        raise SourceError(f"{role}: {repo.id} holds no weights; looked for {looked} and {ADAPTER_CONFIG}")
+        wanted = (*WHOLE_WEIGHTS, ADAPTER_CONFIG)
+        newest = newest_checkpoint(repo.files, wanted)
+        if newest is not None:
+            raise SourceError(
+                f"{role}: {repo.id} holds no weights, but training checkpoints, of which the newest is {newest}; "
+                f"download it (hf download {repo.id} --include '{newest}/*') and give its directory"
+            )
+        raise SourceError(f"{role}: {repo.id} holds no weights; looked for {', '.join(wanted)}")
 
     def _shards(self, role: Role, repo: Repo, form: Format) -> list[str]:
         text = self._download(role, repo, form.index).read_bytes()

@@ -23,8 +23,7 @@ import numpy as np
 from hsa import whisper
 from hsa.checkpoint import (
     ADAPTER_CONFIG,
-    PICKLES,
-    SAFETENSORS,
+    WHOLE_WEIGHTS,
     Checkpoint,
     Role,
     TensorRef,
@@ -83,10 +82,9 @@ _WITHOUT_EFFECT = {
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether a source is a directory that holds an adapter and no weights of a whole model."""
     directory = os.path.expanduser(path)
-    whole = (name for form in (SAFETENSORS, PICKLES) for name in (form.weights, form.index))
     if not os.path.isfile(os.path.join(directory, ADAPTER_CONFIG)):
         return False
-    return not any(os.path.lexists(os.path.join(directory, name)) for name in whole)
+    return not any(os.path.lexists(os.path.join(directory, name)) for name in WHOLE_WEIGHTS)
 
 
 @dataclass

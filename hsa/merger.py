@@ -204,6 +204,13 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
         name = canonical(stored)
         if not _wanted(name, preset):
             continue
+        if not isinstance(tensor, torch.Tensor):
+            kind = type(tensor)
+            remedy = "; convert it with torch.from_numpy" if kind is np.ndarray else ""
+            raise RequestError(
+                f"{role}: {stored} is a {kind.__module__}.{kind.__name__}, expected a torch tensor in a state dict"
+                f"{remedy}"
+            )
         code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         if code in NAMES:
             data[name] = bytes_of(tensor.detach().to("cpu", copy=True).contiguous())

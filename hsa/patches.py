@@ -167,7 +167,8 @@ def open_for_patches(
     sources = open_sources(request, tally, hub, stack, headers_only=False, rows_only=rows_only)
     _check(configs, sources)
     found_assets = assets.collect(sources, "primary", request.assets_from, None, tally)
-    return Opened(sources, request.settings("cpu"), found_assets.files, found_assets.notes, found_assets.warnings)
+    notes = (*(note for source in sources for note in source.notes), *found_assets.notes)
+    return Opened(sources, request.settings("cpu"), found_assets.files, notes, found_assets.warnings)
 
 
 def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from hsa.dtypes import BITS
 from hsa.errors import HeaderError, SourceError, shown
 from hsa.fsio import Source
+from hsa.git_lfs import refuse_pointer
 from hsa.header import Entry, Header
 from hsa.tensor_pickle import REMEDY, Tensor, kind_of, read
 
@@ -71,7 +72,9 @@ def read_state_dict(source: Source) -> Header:
 def read_archive(source: Source) -> Archive:
     """Check the archive of an open file and load its description; see `read_state_dict` for what it raises."""
     where = f"{source.label}: {source.path}"
-    if source.size < len(_LOCAL_MAGIC) or source.read(len(_LOCAL_MAGIC)) != _LOCAL_MAGIC:
+    head = source.read(min(source.size, 8))
+    refuse_pointer(head, where)
+    if not head.startswith(_LOCAL_MAGIC):
         raise HeaderError(
             f"{where} is no zip archive, which torch.save writes: a bare pickle, or no weights at all; refused "
             f"unread: {REMEDY}"

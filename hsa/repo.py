@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hsa.checkpoint import ADAPTER_CONFIG, PICKLES, SAFETENSORS, is_hub_id
+from hsa.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, is_hub_id
 from hsa.partial import load_record, save_record
 
 CACHE_VARIABLE = "HSA_CACHE"
@@ -70,8 +70,7 @@ class Repo:
     @property
     def is_adapter(self) -> bool:
         """Whether it holds an adapter and no weights of a whole model."""
-        whole = {name for form in (SAFETENSORS, PICKLES) for name in (form.weights, form.index)}
-        return ADAPTER_CONFIG in self.files and not whole & self.files
+        return ADAPTER_CONFIG in self.files and not self.files.intersection(WHOLE_WEIGHTS)
 
 
 def cache_directory() -> Path:

@@ -120,6 +120,17 @@ def test_parameters_per_tensor(shared_triple: Triple, tmp_path: Path) -> None:
         merger.merge(k=k)
 
 
+@pytest.mark.parametrize("role", ["base", "secondary"])
+@pytest.mark.parametrize(("change", "kind"), [("numpy", "numpy.ndarray"), ("tolist", "builtins.list")])
+def test_a_state_dict_of_no_torch_tensors_is_refused_by_name(
+    shared_triple: Triple, role: str, change: str, kind: str
+) -> None:
+    given: dict[str, object] = dict(shared_triple)
+    given[role] = {name: getattr(tensor, change)() for name, tensor in read_tensors(shared_triple[role]).items()}
+    with pytest.raises(hsa.RequestError, match=rf"{role}: model\.encoder\S+ is a {kind}, expected a torch tensor"):
+        hsa.Merger(**given)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_do_not_matter(shared_triple: Triple, threads: int) -> None:
     assert same(hsa.Merger(**shared_triple, threads=threads).merge(), hsa.Merger(**shared_triple).merge()) == []

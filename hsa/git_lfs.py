@@ -1,0 +1,27 @@
+"""Git LFS pointers: the three lines of text that lie where a large file belongs when git-lfs did not fetch it.
+
+Source: the pointer specification of Git LFS (docs/spec.md of git-lfs/git-lfs).
+"""
+
+from __future__ import annotations
+
+from hsa.errors import HeaderError
+
+_START = b"version https://git-lfs.github.com/spec/v1"
+_LEAST = len(b"version ")
+"""Bytes that are enough to tell: read as the length of a safetensors header, they exceed every file."""
+
+
+def refuse_pointer(head: bytes, where: str) -> None:
+    """HeaderError if a file that begins with these bytes, of which there should be at least 8, is a Git LFS pointer.
+
+    Example:
+        >>> refuse_pointer(b"version https://git-lfs.github.com/spec/v1", "base: model.safetensors")
+        Traceback (most recent call last):
+        hsa.errors.HeaderError: base: model.safetensors is a Git LFS pointer, not the file itself; run git lfs pull ...
+    """
+    if len(head) >= _LEAST and head[: len(_START)] == _START[: len(head)]:
+        raise HeaderError(
+            f"{where} is a Git LFS pointer, not the file itself; run git lfs pull in its folder, or fetch the file "
+            f"with hf download"
+        )

@@ -1,0 +1,96 @@
+"""What a source's folder holds instead of weights, or beside the ones that are read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from hsa.errors import shown
+
+_TRAINING = re.compile(r"checkpoint-([0-9]{1,18})")
+"""Folders of training steps, as transformers' Trainer names them."""
+
+_SHARD = re.compile(r"(pytorch_)?model-[0-9]{5}-of-[0-9]{5}\.(safetensors|bin)")
+NAMED = 4
+"""Entries of a folder that a message names."""
+
+
+def without_weights(directory: Path, wanted: Sequence[str]) -> str:
+    """What to say of a directory that holds none of the `wanted` files, and what to do.
+
+    Example:
+        >>> without_weights(Path("run"), ("model.safetensors",))  # run/checkpoint-500 and run/checkpoint-1000 do
+        'run holds no weights, but training checkpoints; give the newest of them, run/checkpoint-1000'
+    """
+    names = names_in(directory)
+    training = (name for name in names if _TRAINING.fullmatch(name))
+    inner = [f"{name}/{file}" for name in training for file in wanted if os.path.lexists(directory / name / file)]
+    newest = newest_checkpoint(inner, wanted)
+    if newest is not None:
+        return f"{directory} holds no weights, but training checkpoints; give the newest of them, {directory / newest}"
+    looked = f"{directory} holds no weights; looked for {_listed(wanted)}"
+    shards = sorted(name for name in names if _SHARD.fullmatch(name))
+    if shards:
+        return f"{looked}; there are shards such as {shards[0]}, but not their index: copy that too"
+    if not names:
+        return f"{looked}; the directory is empty"
+    listed = ", ".join(shown(name) for name in sorted(names)[:NAMED])
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{looked}; there are {listed}{more}: give the directory that holds the weights, or download them too"
+
+
+def unread_weights(role: str, names: Collection[str], whole: str, index: str, adapter: str) -> Iterator[str]:
+    """Notes on weights that are not read although they lie beside the ones that are.
+
+    `names` are the entries of the folder. `whole` and `index` are the names of a single weights file and of an index of
+    shards in the format that is read, `adapter` that of an adapter's config. The weights that are read are the ones
+    that transformers reads.
+    """
+    if whole in names and index in names:
+        yield (
+            f"{role} holds {whole} and also shards with their index, {index}: {whole} is read, as transformers does, "
+            f"and the shards are left out; if these are the weights you mean, move {whole} away"
+        )
+    if adapter in names:
+        yield (
+            f"{role} holds a whole model and also an adapter ({adapter}): the whole model is read and the adapter is "
+            f"left out; transformers with peft would load the adapter on its own base instead, so move away what you "
+            f"do not mean"
+        )
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:  # it says of a refusal what else there is; what cannot be listed is left out
+        return []
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in pairs, as they belong together, and the last alone."""
+    pairs = [" and ".join(names[at : at + 2]) for at in range(0, len(names), 2)]
+    return f"{', '.join(pairs[:-1])}, and {pairs[-1]}" if pairs[1:] else pairs[0]
+
+
+def names_in(directory: Path) -> list[str]:
+    """The entries of a directory; none where it cannot be listed, though files in it may still be read by name."""
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def newest_checkpoint(files: Collection[str], wanted: Collection[str]) -> str | None:
+    """The training checkpoint with the largest number of those that hold one of the `wanted` files.
+
+    `files` are paths below a folder, such as `checkpoint-500/model.safetensors`.
+    """
+    numbered = []
+    for path in files:
+        folder, _, name = path.partition("/")
+        match = _TRAINING.fullmatch(folder)
+        if match and name in wanted:
+            numbered.append((int(match[1]), folder))
+    return max(numbered)[1] if numbered else None
