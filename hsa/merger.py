@@ -204,13 +204,7 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
         name = canonical(stored)
         if not _wanted(name, preset):
             continue
-        if not isinstance(tensor, torch.Tensor):
-            kind = type(tensor)
-            remedy = "; convert it with torch.from_numpy" if kind is np.ndarray else ""
-            raise RequestError(
-                f"{role}: {stored} is a {kind.__module__}.{kind.__name__}, expected a torch tensor in a state dict"
-                f"{remedy}"
-            )
+        _check_tensor(role, stored, tensor)
         code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         if code in NAMES:
             data[name] = bytes_of(tensor.detach().to("cpu", copy=True).contiguous())
@@ -220,6 +214,16 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
     known = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     label = "state dict" if isinstance(source, Mapping) else "model"
     return _Held(Checkpoint(role, Path(label), Identity(label), known, Tally(), tensors=refs), data)
+
+
+def _check_tensor(role: Role, name: str, value: object) -> None:
+    """RequestError unless a state dict holds a torch tensor under this name."""
+    if not isinstance(value, torch.Tensor):
+        kind = type(value)
+        remedy = "; convert it with torch.from_numpy" if kind is np.ndarray else ""
+        raise RequestError(
+            f"{role}: {name} is a {kind.__module__}.{kind.__name__}, expected a torch tensor in a state dict{remedy}"
+        )
 
 
 def _wanted(name: str, preset: Preset) -> bool:
