@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from hsa import fsio, patch_format
-from hsa.card import check_fields
-from hsa.checkpoint import INDEX, Checkpoint, read_text
-from hsa.config import MergeConfig
+from hsa.assets import PROCESSOR_FILES
+from hsa.checkpoint import CONFIG, INDEX, Checkpoint, read_text
+from hsa.checks import merge_config
 from hsa.digests import digest_of
 from hsa.errors import PatchError, RequestError, SourceError, shown
 from hsa.finish import finish
 from hsa.graft import Grafter
+from hsa.header import load_json
 from hsa.hub import Hub, Want
 from hsa.layout import Content, Copied, Graft, TensorContent, pack
 from hsa.memory import PeakMemory
-from hsa.output import Staging, check_destination
+from hsa.output import PROVENANCE, Staging, check_destination
+from hsa.patch_checks import require_sound
 from hsa.patch_format import PatchTarget
 from hsa.patch_reader import Patch, digest_range, open_patch
+from hsa.patches import SUFFIX, is_patch
 from hsa.pipeline import Options, execute
 from hsa.plan import MAX_TARGET
-from hsa.provenance import Record, source_record, tensors_digest
+from hsa.provenance import Record, changed_keys, source_record, tensors_digest
 from hsa.report import NO_DIGESTS, MergeReport, TensorReport
 from hsa.request import PathLike
 from hsa.signals import deferred
@@ -56,15 +60,22 @@ def apply(
 
     Returns the report of the merge, with the route `apply`.
 
-    Raises PatchError where the patch is damaged or was made for another primary, SourceError where a small file of the
-    merge cannot be found as it was, and what `hsa.merge` raises; nothing is left behind then.
+    Raises PatchError where the patch is damaged, was made for another primary, or says what no merge writes (rows with
+    NaN, heads or coefficients that do not follow from its parameters, other files); RequestError where primary and
+    patch are exchanged; SourceError where a small file of the merge cannot be found as it was; and what `hsa.merge`
+    raises. Nothing is left behind then.
+
+    Example:
+        >>> report = hsa.apply("m1", "sweep/encoder-qkv_k0.6_lambda0.3_alpha0.2.safetensors", output="best")
     """
     started = time.perf_counter()
     check_threads(threads)
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
+        _check_order(primary, patch)
         opened = open_patch(patch, tally, stack)
-        config = _config(opened)
+        require_sound(opened)
+        config = merge_config(opened.record)
         want = Want("whole", config.targets, assets=True)
         source = stack.enter_context(hub.open("primary", primary, tally, want, None))
         extra = [_folder(each) for each in assets]
@@ -147,28 +158,29 @@ def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
 def check_primary(patch: Patch, primary: Checkpoint) -> None:
     """PatchError unless primary is the one that the patch was made with: by its files' headers, then by its targets."""
     made = patch.contents.sources["primary"]
-    where = f"patch {patch.source.path} was made for primary {made.identity.id}, and {primary.path} is not it"
+    name = shown(made.identity.id, 200)
+    where = f"patch {patch.source.path} was made for a primary named {name}, and {primary.path} is not it"
     for target in patch.contents.targets:
         ref = primary.tensors.get(canonical(target.name))
         found = None if ref is None else (ref.name, ref.code, ref.shape)
         if found != (target.name, target.code, target.shape):
-            raise PatchError(f"{where}: tensor {target.name} {target.code} {list(target.shape)} is {found}")
+            held = "is missing" if ref is None else f"is {ref.name} {ref.code} {list(ref.shape)}"
+            raise PatchError(f"{where}: tensor {target.name} {target.code} {list(target.shape)} {held}")
         if ref is not None and ref.nbytes > MAX_TARGET:
             raise PatchError(
                 f"{primary.file_of(ref)}: target tensor {ref.name} takes {ref.nbytes} bytes, at most {MAX_TARGET} are "
                 f"held in memory; is it a Whisper checkpoint?"
             )
     digests = [_line(target, primary) for target in patch.contents.targets]
-    held = source_record(primary, tensors_digest(digests))
-    if held.files != made.files or held.kind != made.kind:
-        different = sorted(
-            name for name in {**held.files, **made.files} if held.files.get(name) != made.files.get(name)
-        )
+    held_now = source_record(primary, tensors_digest(digests))
+    if held_now.files != made.files or held_now.kind != made.kind:
+        different = sorted(changed_keys(held_now.files, made.files)) or ["its weights"]
         raise PatchError(f"{where}: the size or the header of {', '.join(different[:3])} differs; give that primary")
-    if held.targets != made.targets:
+    if held_now.targets != made.targets:
         raise PatchError(
-            f"{where}: its target tensors hold other values (BLAKE3 {held.targets}, expected {made.targets})"
+            f"{where}: its target tensors hold other values (BLAKE3 {held_now.targets}, expected {made.targets})"
         )
+    require_sound(patch, primary)
 
 
 def _line(target: PatchTarget, primary: Checkpoint) -> tuple[str, str, Sequence[int], str]:
@@ -190,10 +202,10 @@ def _folder(path: PathLike) -> Path:
 
 def _small_files(patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally: fsio.Tally) -> dict[str, bytes]:
     """The small files as the merge wrote them, found by their digests. Raises SourceError for one that is not there."""
-    places = [primary.path, primary.path.parent, *extra]
     found: dict[str, bytes] = {}
     for name, digest in patch.contents.files.items():
-        for directory in places:
+        above = [primary.path.parent] if name in PROCESSOR_FILES else []  # configs are those of the model itself
+        for directory in (primary.path, *above, *extra):
             if (directory / name).is_file():
                 data = read_text("assets" if directory in extra else "primary", directory, name, tally)
                 if digest_of(data) == digest:
@@ -202,21 +214,35 @@ def _small_files(patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally
         else:
             raise SourceError(
                 f"{name} as the merge of {patch_format.roles(patch.contents)} wrote it (BLAKE3 {digest}) is not in "
-                f"{primary.path} or the directory above; give the directory that holds it with --assets, such as the "
-                f"base's"
+                f"{primary.path}{' or the directory above' if above else ''}; give the directory that holds it with "
+                f"--assets, such as the base's"
             )
+    where = f"patch {patch.source.path}: the {CONFIG} of its merge"
+    if load_json(found[CONFIG], where, "config") != primary.config:
+        raise PatchError(
+            f"{where} is not that of primary {primary.path}; a merge writes primary's, make the patch again"
+        )
     return found
 
 
-def _config(patch: Patch) -> MergeConfig:
-    """The parameters of a patch, checked as those of any request; PatchError where they are none."""
-    parameters = patch.contents.parameters
-    try:
-        config = MergeConfig.from_dict(parameters)
-        check_fields(parameters["card"])
-        limit = parameters["max_shard_size"]
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise RequestError(f"max_shard_size is {shown(limit, 40)}")
-    except (RequestError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise PatchError(f"patch {patch.source.path}: its parameters are damaged: {error}") from error
-    return config
+def _check_order(primary: PathLike, patch: PathLike) -> None:
+    """RequestError where a patch is given as primary; PatchError where a directory is given as the patch."""
+    first, second = (Path(os.path.expanduser(os.fspath(path))) for path in (primary, patch))
+    if first.is_file() and is_patch(first):
+        both = second.is_file() and is_patch(second)
+        todo = "give the checkpoint that it was made with" if both else f"exchange it and {second}"
+        raise RequestError(f"primary {first} is a patch; primary comes first, then the patch: {todo}")
+    if second.is_dir():
+        raise PatchError(f"patch {second} is a directory{_kind(second)}")
+
+
+def _kind(directory: Path) -> str:
+    """What a directory is that was given as a patch, and what to do."""
+    if (directory / PROVENANCE).is_file():
+        return ": an output of hsa, which is a whole checkpoint already"
+    if (directory / CONFIG).is_file():
+        return " with a checkpoint; expected a file that hsa merge --patch or hsa sweep wrote"
+    patches = sorted(path.name for path in directory.glob(f"*{SUFFIX}"))
+    if patches:
+        return f" with {len(patches)} patches; name one of them, such as {patches[0]}"
+    return "; expected a file that hsa merge --patch or hsa sweep wrote"

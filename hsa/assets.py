@@ -24,6 +24,9 @@ PROCESSOR_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, *PROCESSOR_FILES)
+"""Every small file that a merge may write beside the weights, their index, the card and the provenance."""
+
 FEATURES = ("preprocessor_config.json", "processor_config.json")
 TOKENS = ("tokenizer.json", "vocab.json")
 

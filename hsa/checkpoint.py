@@ -73,6 +73,15 @@ class Identity:
     id: str
     revision: str | None = None
 
+    def named(self, role: str) -> str:
+        """The source in a message: its role, and its name where that says more.
+
+        Example:
+            >>> Identity("org/children").named("primary"), Identity("primary").named("primary")
+            ('primary org/children', 'primary')
+        """
+        return role if self.id == role else f"{role} {self.id}"
+
 
 @dataclass(frozen=True)
 class Part:

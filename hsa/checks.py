@@ -5,21 +5,22 @@ Nothing here raises for a damaged output: each check yields a line for everythin
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
 from hsa import whisper
 from hsa.checkpoint import Checkpoint, TensorRef
 from hsa.config import MergeConfig, Preset, keep_count, layer_coefficient
-from hsa.dtypes import ARITHMETIC, STORAGE, Array, all_finite
+from hsa.dtypes import ARITHMETIC, STORAGE, all_finite, first_not_finite
 from hsa.errors import HsaError, RequestError, SourceError, one_line, shown
-from hsa.provenance import Record, TargetRecord
-from hsa.whisper import Architecture, Projection
+from hsa.provenance import PROGRAM, SETTINGS, Record, TargetRecord, changed_keys
+from hsa.request import check_settings
+from hsa.whisper import Architecture, Projection, Stack
 
 STEP = 1 << 20
 """Bytes of an output that are in memory at a time, for each thread."""
@@ -114,22 +115,10 @@ def finite(checkpoint: Checkpoint, projection: Projection, ref: TensorRef, heads
         checkpoint.read_into(ref, part.data, start)
         values = part.view(STORAGE[ref.code])
         if not all_finite(ref.code, values):
-            element = start // values.itemsize + _first_not_finite(ref.code, values)
+            element = start // values.itemsize + first_not_finite(ref.code, values)
             head = "" if heads is None else head_text(projection, ref.shape, heads, element)
             yield f"target tensor {ref.name}{head} holds NaN or Inf, first in element {element}"
             return
-
-
-def _first_not_finite(code: str, values: Array) -> int:
-    """The first of the elements that is not finite, among which there is one."""
-    low, high = 0, values.size
-    while high - low > 1:
-        middle = (low + high) // 2
-        if all_finite(code, values[low:middle]):
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def head_text(projection: Projection, shape: tuple[int, ...], heads: int, element: int) -> str:
@@ -150,11 +139,35 @@ def merge_config(record: Record) -> MergeConfig:
         raise RequestError(f"parameters: {error}") from error
 
 
+def recorded_settings(record: Record) -> Iterator[str]:
+    """Whether the parameters are those that hsa records, no more and no others."""
+    try:
+        known = merge_config(record).as_dict()
+    except HsaError as error:
+        yield str(error)
+        return
+    found = record.parameters
+    for name in changed_keys(found, {**found, **known}):
+        yield f"parameter {shown(name)} is {shown(found.get(name))}, hsa records {shown(known[name])}"
+    unknown = [name for name in found if name not in known and name not in SETTINGS]
+    if unknown:
+        yield f"parameter {shown(unknown[0])} is none that hsa records; expected {', '.join((*known, *SETTINGS))}"
+    size = found.get("max_shard_size")
+    try:
+        check_settings(found["assets_from"], size, found["card"])
+        if size is not None and type(size) is not int:
+            raise RequestError(f"max_shard_size must be a number of bytes, got {shown(size)}")
+    except (HsaError, KeyError, TypeError, ValueError, AttributeError) as error:
+        yield f"its parameters cannot be merged with: {error}"
+    if dict(record.program).get("name") != PROGRAM["name"]:
+        yield f"its program is {shown(dict(record.program).get('name'))}, expected {PROGRAM['name']}"
+
+
 def recorded_targets(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
-    """Whether the targets of the provenance are those of the weights, and follow from its parameters."""
+    """Whether the targets of the record are those of these weights, and follow from its parameters."""
     try:
         config = merge_config(record)
-        shape = whisper.architecture(checkpoint.config, "output")
+        architecture = whisper.architecture(checkpoint.config, checkpoint.role)
     except HsaError as error:
         yield str(error)
         return
@@ -162,26 +175,68 @@ def recorded_targets(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
     recorded = {target.projection.name for target in record.targets}
     unmerged = [ref.name for name, ref in held.items() if name not in recorded]
     if unmerged:
-        yield f"{len(unmerged)} targets of {shown(config.targets)} in the weights are not listed, such as {unmerged[0]}"
+        yield f"{len(unmerged)} targets of {config.targets!r} in the weights are not listed, such as {unmerged[0]}"
     unknown = [target.name for target in record.targets if target.projection.name not in held]
     if unknown:
         yield f"{len(unknown)} targets are listed and are none of the weights' targets, such as {unknown[0]}"
+    yield from _unknown_tensor(config, recorded)
     for target in record.targets:
         ref = held.get(target.projection.name)
         if ref is not None:
-            yield from islice(_recorded_target(target, ref, config, shape), 1)
+            found = itertools.chain(_stored(target, ref), _follows(target, config, architecture))
+            yield from itertools.islice(found, 1)
 
 
-def _recorded_target(
-    target: TargetRecord, ref: TensorRef, config: MergeConfig, architecture: Architecture
-) -> Iterator[str]:
-    name, stack = target.projection.name, target.projection.stack
-    found = (target.name, target.shape, target.code)
-    if found != (ref.name, ref.shape, ref.code):
+def targets_alone(record: Record) -> Iterator[str]:
+    """Whether the targets of a record follow from its parameters, where no weights are at hand.
+
+    How many heads and layers a stack has is taken from the targets: every layer has some, and all the same heads.
+    """
+    try:
+        config = merge_config(record)
+    except HsaError as error:
+        yield str(error)
+        return
+    layers: dict[Stack, int] = {}
+    heads: dict[Stack, int] = {}
+    for target in record.targets:
+        stack = target.projection.stack
+        layers[stack] = max(layers.get(stack, 0), target.projection.layer + 1)
+        heads.setdefault(stack, target.heads)
+    recorded = {target.projection.name for target in record.targets}
+    if sum(layers.values()) > len(recorded):  # before names are made of a number that may be anything
+        yield f"its targets lie in {sum(layers.values())} layers, and there are {len(recorded)} of them"
+        return
+    absent = [name for name in whisper.expected_targets(layers, config.targets) if name not in recorded]
+    if absent:
+        yield f"{len(absent)} targets of {config.targets!r} are not listed, such as {absent[0]}"
+    other = [t.name for t in record.targets if not whisper.is_target(t.projection, config.targets)]
+    if other:
+        yield f"{len(other)} targets are listed and are none of {config.targets!r}, such as {other[0]}"
+    yield from _unknown_tensor(config, recorded)
+    for target in record.targets:
+        yield from itertools.islice(_follows(target, config, Architecture(heads, layers)), 1)
+
+
+def _unknown_tensor(config: MergeConfig, recorded: set[str]) -> Iterator[str]:
+    try:
+        config.check_names(recorded)
+    except RequestError as error:
+        yield str(error)
+
+
+def _stored(target: TargetRecord, ref: TensorRef) -> Iterator[str]:
+    """Whether a target of a record is the tensor that is stored."""
+    if (target.name, target.shape, target.code) != (ref.name, ref.shape, ref.code):
         yield (
-            f"target {target.name} is listed with shape {list(target.shape)} and dtype {target.code}; the weights hold "
-            f"{ref.name}, {list(ref.shape)}, {ref.code}"
+            f"target {target.name} is listed with shape {shown(list(target.shape))} and dtype {shown(target.code)}; "
+            f"the weights hold {ref.name}, {list(ref.shape)}, {ref.code}"
         )
+
+
+def _follows(target: TargetRecord, config: MergeConfig, architecture: Architecture) -> Iterator[str]:
+    """Whether heads, coefficient and selection of a target follow from the parameters."""
+    name, stack = target.projection.name, target.projection.stack
     heads = config.num_heads or architecture.heads[stack]
     layers = config.num_layers or architecture.layers[stack]
     if target.heads != heads or target.projection.layer >= layers:
@@ -212,7 +267,7 @@ def _selection(target: TargetRecord) -> Iterator[str]:
     cut = sorted(target.scores, reverse=True)[target.keep - 1] if target.keep else None
     right = cut is not None and len(kept) >= target.keep and min(kept) >= cut and max(dropped, default=0.0) <= cut
     if not (right if target.keep else not kept):
-        heads = text_of(list(target.selected))
+        heads = shown(list(target.selected))
         yield f"target {target.name}: heads {heads} are not the {target.keep} with the largest scores"
         return
     if not kept or not dropped:
@@ -224,14 +279,3 @@ def _selection(target: TargetRecord) -> Iterator[str]:
         margin is not None and target.margin is not None and abs(margin - target.margin) > MARGIN_ERROR
     ):
         yield f"target {target.name}: margin {shown(target.margin)} is listed, the scores give {shown(margin)}"
-
-
-def text_of(value: Any) -> str:
-    """A value from a file, short enough for a message."""
-    return shown(value)
-
-
-def changed_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ or that stand on one side alone."""
-    absent = object()
-    return [key for key in {**expected, **found} if found.get(key, absent) != expected.get(key, absent)]

@@ -152,3 +152,15 @@ def all_finite(code: str, raw: Array) -> bool:
         return bool(np.isfinite(raw).all())
     exponent = 0x7C00 if code == "F16" else 0x7F80
     return not bool(((raw.view(np.uint16) & exponent) == exponent).any())
+
+
+def first_not_finite(code: str, values: Array) -> int:
+    """The first of the elements that is not finite, among which there is one."""
+    low, high = 0, values.size
+    while high - low > 1:
+        middle = (low + high) // 2
+        if all_finite(code, values[low:middle]):
+            low = middle
+        else:
+            high = middle
+    return low

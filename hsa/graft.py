@@ -11,7 +11,8 @@ import numpy as np
 from hsa.checkpoint import Checkpoint
 from hsa.compute import Computation
 from hsa.digests import digest_of
-from hsa.dtypes import Array
+from hsa.dtypes import STORAGE, Array, all_finite, first_not_finite
+from hsa.errors import NonFiniteError, PatchError
 from hsa.fsio import Source
 from hsa.layout import Computed, Graft
 
@@ -30,15 +31,34 @@ class Grafter:
         return self
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
-        """Graft one tensor. Raises SourceChanged, MachineError."""
+        """Graft one tensor.
+
+        Raises PatchError or NonFiniteError where rows of the patch or of primary hold NaN or Inf; SourceChanged,
+        MachineError.
+        """
         (content,) = contents
         assert isinstance(content, Graft)
         data = np.empty(content.nbytes, np.uint8)
         self.primary.read_into(content.tensor, data.data)
         digest, ranges = self._put_rows(content, data) if content.head_axis == 0 else self._put_columns(content, data)
+        self._check_finite(content, data)
         with self._lock:
             self.digests[content.tensor.name] = digest
         return [Computation(data, ranges)]
+
+    def _check_finite(self, content: Graft, data: Array) -> None:
+        ref = content.tensor
+        values = data.view(STORAGE[ref.code])
+        if all_finite(ref.code, values):
+            return
+        place = np.unravel_index(first_not_finite(ref.code, values), ref.shape)[content.head_axis]
+        head = int(place) // content.head_dim
+        if head in content.selected:
+            raise not_finite(self.patch, ref.name, head)
+        raise NonFiniteError(
+            f"{self.primary.file_of(ref)}: tensor {ref.name}, head {head} holds NaN or Inf; no merge with it is "
+            f"possible, use a sound checkpoint"
+        )
 
     def give_back(self, buffer: Array) -> None:
         """Nothing is kept for another tensor."""
@@ -62,6 +82,14 @@ class Grafter:
         self.patch.read_into(flat.data, content.start)
         data.reshape(rows, -1, content.width)[:, list(content.selected)] = columns
         return digest_of(flat.data), ((0, content.nbytes),) if content.selected else ()
+
+
+def not_finite(patch: Source, name: str, head: int) -> PatchError:
+    """The error for a patch whose rows of a head are not all finite."""
+    return PatchError(
+        f"patch {patch.path}: its rows of {name}, head {head} hold NaN or Inf, which no merge writes; make the patch "
+        f"again"
+    )
 
 
 def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:

@@ -24,13 +24,24 @@ from typing import Any
 
 import numpy as np
 
-from hsa.checkpoint import ROLES, Role
+from hsa.assets import SMALL_FILES
+from hsa.checkpoint import CONFIG, ROLES, Role
 from hsa.distances import Distances
-from hsa.dtypes import BITS
+from hsa.dtypes import ARITHMETIC, BITS
 from hsa.errors import HeaderError, PatchError, ProvenanceError, shown
 from hsa.fsio import ALIGNMENT
 from hsa.header import Entry, Header, load_json, serialize
-from hsa.provenance import DIGEST, Record, SourceRecord, TargetRecord, check_digest, document_digest, parse_origin
+from hsa.provenance import (
+    DIGEST,
+    Record,
+    SourceRecord,
+    TargetRecord,
+    changed_keys,
+    check_digest,
+    document_digest,
+    hex_digest,
+    parse_origin,
+)
 from hsa.target import MAX_SCORE, of_selected
 from hsa.whisper import Projection, canonical, parse
 
@@ -193,8 +204,11 @@ def read(header: Header, where: str) -> Contents:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise PatchError(f"{where}: {reason}; it is no patch that hsa wrote") from error
-    counts = {entry.name: count_of(contents, entry) for entry in header.entries if not entry.name.startswith("hsa.")}
-    if set(counts) != {target.name for target in contents.targets} or header.entries != entries(contents, counts):
+    unlike = [key for key in changed_keys(document, contents.document()) if key != DIGEST]
+    if unlike:
+        raise PatchError(f"{where}: {shown(unlike[0])} is not written as hsa writes it; it is no patch that hsa wrote")
+    counts = counts_of(contents, header.entries)
+    if header.entries != entries(contents, counts):
         raise PatchError(
             f"{where}: its tensors are not those that its document promises; it is no patch that hsa wrote"
         )
@@ -207,8 +221,11 @@ def _contents(document: Mapping[str, Any], held: Mapping[str, Entry]) -> Content
     if not isinstance(targets, dict) or not targets or not isinstance(files, dict):
         raise TypeError("targets and files must be objects, and targets not empty")
     for name, digest in files.items():
-        if not isinstance(digest, str) or len(digest) != 64 or "/" in name or name in ("", ".", ".."):
-            raise ValueError(f"files has {shown(name)}: {shown(digest)}")
+        if name not in SMALL_FILES:
+            raise ValueError(f"files has {shown(name)}, which no merge writes; expected {', '.join(SMALL_FILES)}")
+        hex_digest(digest)
+    if CONFIG not in files:
+        raise ValueError(f"files has no {CONFIG}, which every merge writes")
     placed = tuple(_target(name, entry, held.get(name)) for name, entry in targets.items())
     heads = sum(target.heads for target in placed)
     if heads > MAX_HEADS:
@@ -249,6 +266,8 @@ def _target(name: str, entry: Any, held: Entry | None) -> PatchTarget:
         raise ValueError(f"{name}: {keep} of {heads} heads")
     if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 <= coefficient <= 1:
         raise ValueError(f"{name}: lambda_i is {shown(coefficient, 40)}")
+    if held.code not in ARITHMETIC:
+        raise ValueError(f"{name}: its dtype is {shown(held.code)}, expected one of {', '.join(ARITHMETIC)}")
     rank = 3 if projection.part == "weight" else 2
     if len(held.shape) != rank:
         raise ValueError(f"{name}: its rows have shape {list(held.shape)}")
@@ -259,12 +278,13 @@ def _target(name: str, entry: Any, held: Entry | None) -> PatchTarget:
     return PatchTarget(name, projection, shape, held.code, heads, keep, float(coefficient))
 
 
-def count_of(contents: Contents, entry: Entry) -> int:
-    """Heads whose rows a tensor of the file holds; -1 for one that is no target."""
-    target = next((t for t in contents.targets if t.name == entry.name), None)
-    if target is None:
-        return -1
-    return entry.shape[1 if target.projection.head_axis == 1 else 0]
+def counts_of(contents: Contents, listed: Sequence[Entry]) -> dict[str, int]:
+    """How many heads the rows of each target are of, by the tensors of the file; 0 where the file lacks a target."""
+    held = {entry.name: entry for entry in listed}
+    return {
+        target.name: held[target.name].shape[target.projection.head_axis] if target.name in held else 0
+        for target in contents.targets
+    }
 
 
 def pack_scores(squared: Sequence[Sequence[float]]) -> bytes:
@@ -302,4 +322,4 @@ def unpack(
 
 def roles(contents: Contents) -> str:
     """Who the sources were, for messages."""
-    return ", ".join(f"{role} {contents.sources[role].identity.id}" for role in ROLES)
+    return ", ".join(contents.sources[role].identity.named(role) for role in ROLES)

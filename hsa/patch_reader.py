@@ -1,15 +1,21 @@
-"""A patch to read: checked before any of its rows is."""
+"""A patch to read: its header, document, scores and selection are checked before any of its rows is read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from hsa import fsio, patch_format
+from hsa.dtypes import STORAGE, all_finite, first_not_finite
 from hsa.errors import PatchError
-from hsa.header import Header, read_header
+from hsa.graft import not_finite
+from hsa.header import Entry, Header, read_header
 from hsa.patch_format import Contents
 from hsa.provenance import Record, tensors_digest
 from hsa.request import PathLike
@@ -29,25 +35,25 @@ class Patch:
     selected: tuple[tuple[int, ...], ...]
     squared: tuple[tuple[float, ...], ...]
 
-    @property
+    @cached_property
     def record(self) -> Record:
         return self.contents.record(self.selected, self.squared)
 
-    @property
-    def rows(self) -> frozenset[str]:
-        """Names of the tensors that hold merged rows."""
-        return frozenset(target.name for target in self.contents.targets)
+    @cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        """The tensors of the file by name."""
+        return {entry.name: entry for entry in self.header.entries}
 
     def start(self, name: str) -> int:
         """The byte of the file where a tensor begins."""
-        return len(self.header.raw) + next(entry.start for entry in self.header.entries if entry.name == name)
+        return len(self.header.raw) + self.entries[name].start
 
     def check_tensors(self, rows: Mapping[str, str]) -> None:
         """PatchError unless the digests of the rows, by tensor, and of what else it holds are those of its document."""
         digests = dict(rows)
         for entry in self.header.entries:
             if entry.name not in digests:
-                digests[entry.name] = self.digest(entry.name)
+                digests[entry.name] = digest_range(self.source, self.start(entry.name), entry.stop - entry.start)
         found = tensors_digest([(e.name, e.code, e.shape, digests[e.name]) for e in self.header.entries])
         if found != self.contents.tensors:
             raise PatchError(
@@ -55,15 +61,36 @@ class Patch:
                 f"is damaged, make it again"
             )
 
-    def digest(self, name: str) -> str:
-        """BLAKE3 of the bytes of a tensor, read now."""
-        entry = next(entry for entry in self.header.entries if entry.name == name)
-        return digest_range(self.source, self.start(name), entry.stop - entry.start)
+    def check_rows(self, progress: Callable[[int], None] = lambda count: None) -> None:
+        """Read every row once. PatchError where one holds NaN or Inf, or where digests are not those of the document.
+
+        `progress` is called with the number of bytes read since the last call. Raises MachineError, SourceChanged.
+        """
+        digests = {}
+        for number, target in enumerate(self.contents.targets):
+            entry = self.entries[target.name]
+            digests[target.name] = digest_range(
+                self.source,
+                self.start(target.name),
+                entry.stop - entry.start,
+                lambda view, start, number=number: self._check_finite(number, view, start),  # type: ignore[misc]
+            )
+            progress(entry.stop - entry.start)
+        self.check_tensors(digests)
+
+    def _check_finite(self, number: int, view: memoryview, start: int) -> None:
+        target, heads = self.contents.targets[number], self.selected[number]
+        values = np.frombuffer(view, dtype=STORAGE[target.code])
+        if not all_finite(target.code, values):
+            element = start // values.itemsize + first_not_finite(target.code, values)
+            shape = target.rows_shape(len(heads))
+            place = int(np.unravel_index(element, shape)[target.projection.head_axis])
+            raise not_finite(self.source, target.name, heads[place])
 
 
 def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
-    """Open a patch, and check all of it but its rows. Raises PatchError, SourceError, HeaderError."""
-    place = Path(path).expanduser()
+    """Open a patch, and check its header, scores and selection. Raises PatchError, SourceError, HeaderError."""
+    place = Path(os.path.expanduser(os.fspath(path)))  # which raises nothing where there is no such user
     source = fsio.Source(place, "patch", tally)
     stack.callback(source.close)
     header = read_header(source)
@@ -72,15 +99,17 @@ def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
     at = {entry.name: (len(header.raw) + entry.start, entry.stop - entry.start) for entry in header.entries}
     scores, flags = (source.read(at[n][1], at[n][0]) for n in (patch_format.SCORES, patch_format.SELECTED))
     selected, squared = patch_format.unpack(contents, scores, flags, where)
-    counts = {entry.name: patch_format.count_of(contents, entry) for entry in header.entries}
+    counts = patch_format.counts_of(contents, header.entries)
     for target, heads, values in zip(contents.targets, selected, squared, strict=True):
         if select(values, target.keep).selected != heads or counts[target.name] != len(heads):
             raise PatchError(f"{where}: the heads selected in {target.name} do not follow from its scores")
     return Patch(source, header, contents, tuple(selected), tuple(squared))
 
 
-def digest_range(source: fsio.Source, start: int, count: int) -> str:
-    """BLAKE3 of a range of a file, read in pieces."""
+def digest_range(
+    source: fsio.Source, start: int, count: int, look: Callable[[memoryview, int], None] | None = None
+) -> str:
+    """BLAKE3 of a range of a file, read in pieces; `look` gets each piece and where in the range it begins."""
     from blake3 import blake3
 
     hasher, buffer = blake3(), bytearray(min(count, READ_BYTES))
@@ -88,4 +117,6 @@ def digest_range(source: fsio.Source, start: int, count: int) -> str:
         view = memoryview(buffer)[: min(READ_BYTES, count - first)]
         source.read_into(view, start + first)
         hasher.update(view)
+        if look is not None:
+            look(view, first)
     return hasher.hexdigest()

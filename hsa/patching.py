@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -55,21 +55,22 @@ class Made:
     nbytes: int
 
 
-def check_patchable(config: MergeConfig, sources: Sources) -> None:
-    """RequestError where more than merged rows differ from primary, so that a patch cannot hold the merge."""
-    reasons = [
-        (config.numerics != "exact", "numerics 'reference' writes every tensor anew"),
+def unpatchable(config: MergeConfig, primary_kind: str) -> Iterator[str]:
+    """Why more than merged rows differ from primary, so that a patch cannot hold the merge; nothing where it can."""
+    reasons = (
+        (config.numerics != "exact", "numerics 'reference' computes every tensor"),
         (config.attention_scale != 1.0, "attention_scale moves the heads that are not merged"),
         (config.non_attention_scale != 1.0, "non_attention_scale moves every other tensor"),
         (config.dtype != "auto", "dtype casts every tensor"),
-        (
-            sources.primary.kind != "safetensors",
-            f"primary {sources.primary.path} has no safetensors files, which a patch is applied to",
-        ),
-    ]
-    for refused, why in reasons:
-        if refused:
-            raise RequestError(f"a patch holds the rows of merged heads alone, and {why}; write a whole checkpoint")
+        (primary_kind != "safetensors", "primary has no safetensors files, which a patch is applied to"),
+    )
+    yield from (why for refused, why in reasons if refused)
+
+
+def check_patchable(config: MergeConfig, sources: Sources) -> None:
+    """RequestError where a patch cannot hold the merge; see `unpatchable`."""
+    for why in unpatchable(config, sources.primary.kind):
+        raise RequestError(f"a patch holds the rows of merged heads alone, and {why}; write a whole checkpoint")
 
 
 @dataclass

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hsa._version import __version__
-from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources
+from hsa.checkpoint import ROLES, Checkpoint, Identity, Kind, Role, Sources
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig
 from hsa.digests import digest_of
@@ -280,15 +280,17 @@ def _parameters(entry: Any) -> dict[str, Any]:
 def parse_source(entry: Any) -> SourceRecord:
     """The record of a source; raises as `parse_record` does."""
     entry = _mapping(entry)
-    revision = entry["revision"]
+    revision, kind = entry["revision"], _text(entry.get("format", "safetensors"))
+    if kind not in get_args(Kind):
+        raise ValueError(f"the format of a source is {shown(kind)}, expected one of {', '.join(get_args(Kind))}")
     return SourceRecord(
         Identity(_text(entry["id"]), None if revision is None else _text(revision)),
-        _text(entry.get("format", "safetensors")),
+        kind,
         {
-            _text(name): SourceFile(_count(_mapping(file)["bytes"]), _hex(file["header_blake3"]))
+            _text(name): SourceFile(_count(_mapping(file)["bytes"]), hex_digest(file["header_blake3"]))
             for name, file in _mapping(entry["files"]).items()
         },
-        _hex(entry["targets_blake3"]),
+        hex_digest(entry["targets_blake3"]),
     )
 
 
@@ -362,6 +364,12 @@ def libraries(*, numerics: str = "exact") -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in sorted(names)}}
 
 
+def changed_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ, or that one of two documents has alone."""
+    absent = object()
+    return [key for key in {**expected, **found} if found.get(key, absent) != expected.get(key, absent)]
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"expected an object, found {shown(value)}")
@@ -374,7 +382,8 @@ def _text(value: Any) -> str:
     return value
 
 
-def _hex(value: Any) -> str:
+def hex_digest(value: Any) -> str:
+    """A BLAKE3 digest as text; ValueError for anything else."""
     if len(_text(value)) != 64 or not set(value) <= HEX:
         raise ValueError(f"expected a digest of 64 hexadecimal digits, found {shown(value)}")
     return str(value)
@@ -382,7 +391,7 @@ def _hex(value: Any) -> str:
 
 def _file_digest(entry: Any) -> str | None:
     entry = _mapping(entry)
-    return _hex(entry["blake3"]) if entry else None
+    return hex_digest(entry["blake3"]) if entry else None
 
 
 def _count(value: Any) -> int:

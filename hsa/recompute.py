@@ -18,7 +18,7 @@ import numpy as np
 from hsa import api, provenance
 from hsa.backends import resolve
 from hsa.checkpoint import INDEX, ROLES, Checkpoint, Role, Sources, contained, read_text
-from hsa.checks import Problems, changed_keys, head_text, merge_config, text_of
+from hsa.checks import Problems, head_text, merge_config
 from hsa.compute import Calculator, TargetOutcome
 from hsa.dtypes import size
 from hsa.errors import HsaError, SourceChanged, SourceError
@@ -30,7 +30,7 @@ from hsa.memory import PeakMemory
 from hsa.output import PROVENANCE
 from hsa.pipeline import Options, assemble
 from hsa.plan import make_plan
-from hsa.provenance import PROGRAM, Provenance, SourceRecord
+from hsa.provenance import PROGRAM, Provenance, SourceRecord, changed_keys
 from hsa.ranges import Range
 from hsa.request import PathLike, Request, has_hub_ids, open_sources
 from hsa.sink import CACHED_PIECE
@@ -185,7 +185,7 @@ def recompute(
     try:
         request = _request(directory, found, paths)
     except (HsaError, KeyError, TypeError, ValueError) as error:
-        problems.add(PROVENANCE, f"its parameters cannot be merged with: {text_of(error)}")
+        problems.add(PROVENANCE, f"its parameters cannot be merged with: {error}")
         return False
     hub = Hub(bars=progress is not None)
     with ExitStack() as stack:

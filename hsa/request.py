@@ -40,8 +40,7 @@ class Request:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.assets_from, str) or self.assets_from not in get_args(Role):
-            raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {shown(self.assets_from)}")
+        check_settings(self.assets_from, self.max_shard_size, self.card)
         for name in ("digest", "sync", "overwrite"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, got {shown(getattr(self, name))}")
@@ -55,11 +54,6 @@ class Request:
                 raise RequestError(
                     f"{role}_id must be a hub id such as org/name or org/name@revision, got {shown(claimed)}"
                 )
-        if self.card is not None and not isinstance(self.card, Mapping):
-            raise RequestError(f"card must be a mapping from field to text, got {shown(self.card)}")
-        check_fields(self.card or {})
-        if self.max_shard_size is not None:
-            parse_size(self.max_shard_size)
 
     @property
     def shard_bytes(self) -> int | None:
@@ -73,6 +67,17 @@ class Request:
             "card": dict(self.card or {}),
             "max_shard_size": self.shard_bytes,
         }
+
+
+def check_settings(assets_from: str, max_shard_size: str | int | None, card: Mapping[str, str] | None) -> None:
+    """RequestError unless what shapes an output besides the merge's own parameters is what a merge can be told."""
+    if not isinstance(assets_from, str) or assets_from not in get_args(Role):
+        raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {shown(assets_from)}")
+    if card is not None and not isinstance(card, Mapping):
+        raise RequestError(f"card must be a mapping from field to text, got {shown(card)}")
+    check_fields(card or {})
+    if max_shard_size is not None:
+        parse_size(max_shard_size)
 
 
 def open_sources(

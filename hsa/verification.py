@@ -212,7 +212,7 @@ def _files(directory: Path, found: Provenance, problems: Problems) -> Iterator[s
     """The files of the provenance that can be read."""
     for name in found.files:
         if name != os.path.basename(name) or name in ("", ".", "..", PROVENANCE) or "\0" in name:
-            problems.add(PROVENANCE, f"lists the file {checks.text_of(name)}; expected the plain name of another file")
+            problems.add(PROVENANCE, f"lists the file {shown(name)}; expected the plain name of another file")
             continue
         wrong = _irregular(directory, name)
         if wrong is None:

@@ -148,7 +148,7 @@ def patched(triple: Triple, tmp_path: Path) -> Path:
 def test_another_primary_is_refused_by_its_targets(triple: Triple, patched: Path) -> None:
     """One bit of one target differs; header, sizes and names are the same."""
     poke(triple["primary"] / "model.safetensors", "model.encoder.layers.1.self_attn.v_proj.weight", 7, b"\0\0\0\0")
-    refused(triple, patched, "was made for primary primary, and .* is not it: its target tensors hold other values")
+    refused(triple, patched, "was made for a primary named 'primary', and .* is not it: its target tensors hold other")
 
 
 def test_another_primary_is_refused_by_its_files(triple: Triple, patched: Path) -> None:
@@ -158,7 +158,7 @@ def test_another_primary_is_refused_by_its_files(triple: Triple, patched: Path) 
 
 def test_another_size_of_model_is_refused(patched: Path, tmp_path: Path) -> None:
     other = write_triple(tmp_path / "other", SHAPES["demo"])
-    refused(other, patched, r"tensor model.encoder.layers.0.self_attn.k_proj.weight F32 .* is \(")
+    refused(other, patched, r"tensor model.encoder.layers.0.self_attn.k_proj.weight F32 .* is model.encoder")
 
 
 def test_base_and_secondary_are_refused_as_primary(triple: Triple, patched: Path) -> None:
@@ -252,7 +252,7 @@ def test_files_that_primary_lacks_are_asked_for(
         (triple["primary"] / name).unlink(missing_ok=True)
     hsa.merge(**triple, output=tmp_path / "merged", sync=False)
     hsa.merge_patch(**triple, output=tmp_path / NAME, sync=False)
-    with pytest.raises(hsa.SourceError, match=r"tokenizer.*json as the merge of base base, primary primary, secondary"):
+    with pytest.raises(hsa.SourceError, match=r"tokenizer.*json as the merge of base, primary, secondary wrote it"):
         hsa.apply(triple["primary"], tmp_path / NAME, output=tmp_path / "applied")
     hsa.apply(triple["primary"], tmp_path / NAME, output=tmp_path / "applied", assets=[triple["base"]], sync=False)
     assert snapshot(tmp_path / "merged") == snapshot(tmp_path / "applied")
@@ -282,7 +282,7 @@ def test_files_that_primary_lacks_are_asked_for(
         (["--attention-scale", "0.5"], "attention_scale moves the heads that are not merged"),
         (["--non-attention-scale", "0.5"], "non_attention_scale moves every other tensor"),
         (["--dtype", "float16"], "dtype casts every tensor"),
-        (["--numerics", "reference"], "numerics 'reference' writes every tensor anew"),
+        (["--numerics", "reference"], "numerics 'reference' computes every tensor"),
         (["--backend", "triton"], "patches are made on the CPU"),
         (["--dry-run"], "--dry-run plans whole checkpoints"),
         (["--no-hash"], "--no-hash leaves out digests of whole files"),
