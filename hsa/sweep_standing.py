@@ -16,6 +16,7 @@ from hsa.distances import Distances
 from hsa.errors import DestinationError, HeaderError, PatchError, ProvenanceError, RequestError
 from hsa.grid import GridPoint
 from hsa.output import ASIDE, PROVENANCE, check_destination
+from hsa.patch_checks import require_sound
 from hsa.patch_format import OtherFormat
 from hsa.patch_reader import Patch, digest_range, open_patch
 from hsa.patches import SUFFIX, Opened, is_patch
@@ -83,7 +84,8 @@ class Standing:
         try:
             with ExitStack() as stack:
                 patch = open_patch(place, self.tally, stack)
-                patch.check_tensors({})
+                require_sound(patch, self.opened.sources.primary)
+                patch.check_rows()
                 differs = self._differs(point, patch.record)
                 if dict(patch.contents.files) != self.opened.files:
                     differs.append("configs or tokenizer files")

@@ -369,6 +369,7 @@ class _Run:
         problems, record = self.problems, None if self.found is None else self.found.record
         problems.add_all(CONFIG, checks.keys(checkpoint))
         if record is not None:
+            problems.add_all(PROVENANCE, checks.recorded_settings(record))
             problems.add_all(PROVENANCE, checks.recorded_targets(record, checkpoint))
         heads = whisper.architecture(checkpoint.config, LABEL).heads
         given = None if record is None else record.parameters.get("num_heads")

@@ -276,6 +276,19 @@ def test_every_small_file_that_a_merge_writes_may_be_in_a_patch(triple: Triple, 
     assert (tmp_path / "out" / name).read_bytes() == (triple["primary"] / name).read_bytes()
 
 
+@pytest.mark.parametrize("lie", ["NaN in the rows", "another lambda_i", "no config.json", "a score of Inf"])
+def test_a_sweep_rebuilds_a_patch_whose_digests_fit(shared_triple: Triple, tmp_path: Path, lie: str) -> None:
+    first = hsa.sweep(**shared_triple, output=tmp_path / "sweep", lam=[0.3, 0.5], sync=False)
+    before = snapshot(tmp_path / "sweep")
+    forged = Forger.of(tmp_path / "sweep" / first.entries[0].place)
+    LIES[lie][0](forged)
+    forged.write()
+    again = hsa.sweep(**shared_triple, output=tmp_path / "sweep", lam=[0.3, 0.5], sync=False)
+    assert (len(again.made), len(again.skipped)) == (1, 1)
+    assert any(first.entries[0].place in note and "damaged" in note for note in again.notes)
+    assert snapshot(tmp_path / "sweep") == before
+
+
 # --- what is given as what ------------------------------------------------------------------------------------------
 
 
