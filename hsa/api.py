@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hsa import assets, fsio, provenance, report
 from hsa.backends import Backend, resolve
+from hsa.card import publishing_notes
 from hsa.checkpoint import INDEX, Role, Sources
 from hsa.compute import Calculator
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
@@ -156,7 +157,14 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         staging.publish()
         memory.sample()
     told = Findings(
-        (*hub.notes, *job.plan.notes, *found.notes, *(() if request.digest else (report.NO_DIGESTS,))), found.warnings
+        (
+            *hub.notes,
+            *job.plan.notes,
+            *found.notes,
+            *publishing_notes(record),
+            *(() if request.digest else (report.NO_DIGESTS,)),
+        ),
+        found.warnings,
     ) + report.findings(outcomes)
     return MergeReport(
         output=job.destination,

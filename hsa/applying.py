@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hsa import fsio, patch_format
 from hsa.assets import PROCESSOR_FILES
+from hsa.card import publishing_notes
 from hsa.checkpoint import CONFIG, INDEX, Checkpoint, read_text
 from hsa.checks import merge_config
 from hsa.digests import digest_of
@@ -100,7 +101,7 @@ def apply(
         route="apply",
         parameters=config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
-        notes=(*hub.notes, *source.notes, *(() if digest else (NO_DIGESTS,))),
+        notes=(*hub.notes, *source.notes, *publishing_notes(record), *(() if digest else (NO_DIGESTS,))),
         warnings=(),
     )
 

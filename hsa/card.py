@@ -72,6 +72,18 @@ def render(record: Record, files: Collection[str]) -> bytes:
     return f"{metadata(filter(is_hub_id, ids), extra)}\n\n{_body(record, files, fields)}".encode()
 
 
+def publishing_notes(record: Record) -> tuple[str, ...]:
+    """What to do before the output is published, where a source is known by a directory's name alone."""
+    local = [role for role, source in record.sources.items() if not is_hub_id(source.identity.id)]
+    if not local:
+        return ()
+    options = ", ".join(f"--{role}-id" for role in local)
+    return (
+        f"the card's metadata does not link {', '.join(local)}, of which only a directory's name is known; before you "
+        f"publish, give hub ids with {options}",
+    )
+
+
 def metadata(parents: Iterable[str], extra: Mapping[str, str | list[str]]) -> str:
     """The block of YAML that a card begins with, for a merge of these Hub ids; source: the Hub's model card schema.
 

@@ -50,7 +50,7 @@ PICKLES = Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
 WHOLE_WEIGHTS = (SAFETENSORS.weights, SAFETENSORS.index, PICKLES.weights, PICKLES.index)
 """Files of which one says that a whole model's weights are there, first the ones that are preferred."""
 
-_REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?(/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?)?", re.ASCII)
+_REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 _HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?")
 
 
@@ -192,7 +192,7 @@ class Sources:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether the Hub would take this as the name of a model: `name` or `org/name`."""
+    """Whether this is the name of a model on the Hub, `org/name`; a name without an owner is that of a directory."""
     return _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
@@ -347,7 +347,7 @@ def _instead(path: Path) -> str:
         beside = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
         near = get_close_matches(path.name, beside, n=1)
         text = f"; did you mean {path.parent / near[0]}?" if near else ""
-    if str(path).count("/") == 1 and is_hub_id(str(path)):
+    if is_hub_id(str(path)):
         text += f"; a model on the Hub is {path}@main"
     return text
 

@@ -34,7 +34,7 @@ class HubId:
 def parse_id(text: str) -> HubId | None:
     """The hub id that a text has the form of; None for any other text."""
     name, at, revision = text.partition("@")
-    if "/" not in name or not is_hub_id(name) or (at and (not REVISION.fullmatch(revision) or ".." in revision)):
+    if not is_hub_id(name) or (at and (not REVISION.fullmatch(revision) or ".." in revision)):
         return None
     return HubId(name, revision or None)
 

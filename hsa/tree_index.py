@@ -195,7 +195,7 @@ def _source(identity: Identity) -> str:
     """A link where the identity is a repository on the Hub: its name holds nothing then that a link would mind."""
     revision = identity.revision
     text = f"`{card.code(identity.id)}`" + (f" at `{card.code(revision[:12])}`" if revision else "")
-    if "/" not in identity.id or not is_hub_id(identity.id):
+    if not is_hub_id(identity.id):
         return text
     place = f"/tree/{quote(revision, safe='')}" if revision else ""
     return f"[{text}](https://huggingface.co/{identity.id}{place})"
@@ -208,5 +208,4 @@ def _number(value: Any) -> str:
 def _metadata(rows: Sequence[Row]) -> str:
     sources = [source.identity.id for row in rows if row.found for source in row.found.record.sources.values()]
     licenses = {row.entry.card["license"] for row in rows if "license" in row.entry.card}
-    parents = [name for name in sources if "/" in name and is_hub_id(name)]
-    return card.metadata(parents, {"license": licenses.pop()} if len(licenses) == 1 else {})
+    return card.metadata(filter(is_hub_id, sources), {"license": licenses.pop()} if len(licenses) == 1 else {})

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from helpers import merge_arguments, read_tensors, run_hsa, snapshot, write_tensors
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
 
 import hsa
@@ -51,8 +52,8 @@ HOSTILE = [
     "- item",
     "é 日本語 🎙",
 ]
-HUB_IDS = {"yes", "null", "1.0"}
-"""Those that the Hub would take as names, and YAML for something else."""
+HUB_IDS = ("null/yes", "1.0/no", "yes/1.0")
+"""What the Hub would take as names, and YAML in parts for something else."""
 
 IDS = [str(n) for n in range(len(HOSTILE))]
 
@@ -124,12 +125,13 @@ def test_several_languages_and_no_fields(shared_triple: Triple, tmp_path: Path) 
     assert loaded.data.to_dict()["language"] == ["en", "de", "fr"]
     plain = merge(shared_triple, tmp_path / "plain").data.to_dict()
     assert not {"language", "license"} & plain.keys()
-    assert plain["base_model"] == ["base", "primary", "secondary"]
+    assert not {"base_model", "base_model_relation"} & plain.keys()
 
 
 def test_a_source_named_twice_is_one_parent(shared_triple: Triple, tmp_path: Path) -> None:
-    loaded = merge(shared_triple, tmp_path / "out", primary_id="org/same@a", secondary_id="org/same@b")
-    assert loaded.data.to_dict()["base_model"] == ["base", "org/same"]
+    ids = {"base_id": "org/base", "primary_id": "org/same@a", "secondary_id": "org/same@b"}
+    loaded = merge(shared_triple, tmp_path / "out", **ids)
+    assert loaded.data.to_dict()["base_model"] == ["org/base", "org/same"]
 
 
 def test_sections_say_what_was_done(shared_triple: Triple, tmp_path: Path) -> None:
@@ -261,26 +263,55 @@ def test_hostile_fields(shared_triple: Triple, word: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("word", [word for word in HOSTILE if "\x00" not in word and "/" not in word and word.strip()])
 def test_hostile_directory_names(shared_triple: Triple, word: str, tmp_path: Path) -> None:
-    """A directory's own name is its identity, and a parent in the metadata where the Hub would take it."""
+    """A directory's own name is its identity, and never a model on the Hub."""
     path = Path(shutil.copytree(shared_triple["primary"], tmp_path / "sources" / word))
     loaded = merge({**shared_triple, "primary": path}, tmp_path / "out")
     check_structure(loaded)
-    parents = loaded.data.to_dict()["base_model"]
-    assert parents == (["base", word, "secondary"] if word in HUB_IDS else ["base", "secondary"])
-    assert all(isinstance(parent, str) for parent in parents)
+    assert "base_model" not in loaded.data.to_dict()
     assert json.loads((tmp_path / "out" / "hsa_merge.json").read_text())["sources"]["primary"]["id"] == word
 
 
 @pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip() and word.isprintable()])
 def test_hostile_ids(shared_triple: Triple, word: str, tmp_path: Path) -> None:
-    if word not in HUB_IDS:
-        with pytest.raises(hsa.RequestError, match="primary_id must be a hub id"):
-            merge(shared_triple, tmp_path / "out", primary_id=word)
-        assert not (tmp_path / "out").exists()
-        return
+    with pytest.raises(hsa.RequestError, match="primary_id must be a hub id"):
+        merge(shared_triple, tmp_path / "out", primary_id=word)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", HUB_IDS)
+def test_ids_that_yaml_could_misread(shared_triple: Triple, word: str, tmp_path: Path) -> None:
     loaded = merge(shared_triple, tmp_path / "out", primary_id=word)
     check_structure(loaded)
-    assert word in loaded.data.to_dict()["base_model"]
+    assert loaded.data.to_dict()["base_model"] == [word]
+
+
+def test_directories_are_not_named_as_models_on_the_hub(shared_triple: Triple, tmp_path: Path) -> None:
+    """A folder's name under base_model makes the Hub look for a model of that name, and push_to_hub fail."""
+    places = {role: tmp_path / name for role, name in (("base", "gpt2"), ("primary", "checkpoint-500"))}
+    for role, place in places.items():
+        shutil.copytree(shared_triple[role], place)
+    sources = {**shared_triple, **places}
+    report = hsa.merge(**sources, output=tmp_path / "out", secondary_id="org/second", sync=False)
+    data = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
+    assert data["base_model"] == ["org/second"]
+    (note,) = [note for note in report.notes if "before you publish" in note]
+    assert "base, primary" in note and "secondary" not in note
+    assert "`gpt2`" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_is_called_ready_to_publish_passes_the_hubs_own_checks(shared_triple: Triple, tmp_path: Path) -> None:
+    """All that huggingface_hub checks without asking the Hub: the card's form, its data, and every id in it."""
+    ids = {"base_id": "openai/whisper-tiny", "primary_id": "org/first@main", "secondary_id": "org/second"}
+    hsa.merge(**shared_triple, output=tmp_path / "out", sync=False, **ids)
+    loaded = ModelCard.load(tmp_path / "out" / "README.md", ignore_metadata_errors=False)
+    found = loaded.data.to_dict()
+    assert ModelCardData(**found).to_dict() == found
+    assert "base_model" in found
+    for name in found["base_model"]:
+        validate_repo_id(name)
+    assert found["pipeline_tag"] in {"automatic-speech-recognition", "audio-classification"}
+    report = hsa.merge(**shared_triple, output=tmp_path / "again", sync=False, **ids)
+    assert not [note for note in report.notes if "publish" in note]
 
 
 @pytest.mark.parametrize(
