@@ -32,6 +32,7 @@ from hsa.provenance import Record, changed_keys, source_record, tensors_digest
 from hsa.report import NO_DIGESTS, MergeReport, TensorReport
 from hsa.request import PathLike
 from hsa.signals import deferred
+from hsa.structure import require_whole
 from hsa.threads import check_threads, default_threads
 from hsa.whisper import canonical
 
@@ -157,7 +158,11 @@ def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
 
 
 def check_primary(patch: Patch, primary: Checkpoint) -> None:
-    """PatchError unless primary is the one that the patch was made with: by its files' headers, then by its targets."""
+    """PatchError unless primary is the one that the patch was made with: by its files' headers, then by its targets.
+
+    MismatchError where primary does not hold what its config.json promises.
+    """
+    require_whole(primary)
     made = patch.contents.sources["primary"]
     name = shown(made.identity.id, 200)
     where = f"patch {patch.source.path} was made for a primary named {name}, and {primary.path} is not it"

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -108,6 +109,8 @@ class Shard:
 class Checkpoint:
     """An open checkpoint; `tensors` maps canonical names (no `model.`) to places. Close it, or use `with`.
 
+    A name that transformers would not find is read without what a wrapper added to it: `renamed` maps the canonical
+    names of such tensors to their names in the file, while their TensorRef has the name to write.
     `path` is a directory, or OpenAI's file; `config_from` the directory of its `config.json` where that is another one.
     `notes` say what a user should know of how it was read.
     """
@@ -123,6 +126,7 @@ class Checkpoint:
     kind: Kind = "safetensors"
     config_from: Path | None = None
     notes: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
         """Fill `view` with the tensor's bytes from byte `start` on."""
@@ -389,7 +393,7 @@ def _drop_tied_output(checkpoint: Checkpoint) -> None:
     """Leave out an output projection that shares its bytes with the embedding, as transformers does when it saves."""
     output = checkpoint.tensors.get(whisper.UNTIED_OUTPUT)
     embedding = checkpoint.tensors.get(whisper.EMBEDDING)
-    if output is None or embedding is None or not checkpoint.config.get("tie_word_embeddings", True):
+    if output is None or embedding is None or not whisper.is_tied(checkpoint.config):
         return
     if (output.shard, output.offset, output.shape, output.code) == (
         embedding.shard,
@@ -441,31 +445,74 @@ def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: Form
 
 
 def _tensors(checkpoint: Checkpoint, listed: _Listed) -> Mapping[str, TensorRef]:
+    """Places by canonical name. An embedding that is stored under the name of the output projection alone, to which
+    config.json ties it, counts as the embedding, as it does for transformers."""
     placed = listed.placed
     found: dict[str, TensorRef] = {}
+    renamed: dict[str, str] = {}
+    names = whisper.plain_names(entry.name for shard in checkpoint.shards for entry in shard.header.entries)
     for number, shard in enumerate(checkpoint.shards):
         where = f"{checkpoint.role}: {shard.source.path}"
         for entry in shard.header.entries:
             if placed is not None and placed.get(entry.name) != shard.name:
+                place = placed.get(entry.name)
                 raise MismatchError(
-                    f"{where} holds tensor {entry.name}, which {listed.index_name} places in "
-                    f"{placed.get(entry.name)}; the download is mixed up, fetch it again"
+                    f"{where} holds tensor {entry.name}, which {listed.index_name} "
+                    f"{'does not list' if place is None else f'places in {place}'}; index and shards do not belong "
+                    f"together: save the checkpoint again, or fetch all its files again"
                 )
-            name = whisper.canonical(entry.name)
+            plain = names[entry.name]
+            name = whisper.canonical(plain)
             if name in found:
+                other = renamed.get(name, found[name].name)
                 raise MismatchError(
-                    f"{where}: tensor {entry.name} stands twice in the checkpoint, with and without model."
+                    f"{where}: tensors {other} and {entry.name} are one tensor of Whisper, {name}, and a checkpoint "
+                    f"holds each once; remove one of them"
                 )
+            if plain != entry.name:
+                renamed[name] = entry.name
             offset = shard.origin + entry.start
-            found[name] = TensorRef(entry.name, entry.code, entry.shape, number, offset, entry.stop - entry.start)
-    held = {ref.name for ref in found.values()}
-    for name, file in (placed or {}).items():
-        if name not in held:
-            raise MismatchError(
-                f"{checkpoint.role}: {checkpoint.path / listed.index_name} places tensor {name} in {file}, which does "
-                f"not hold it; the download is mixed up, fetch it again"
-            )
+            found[name] = TensorRef(plain, entry.code, entry.shape, number, offset, entry.stop - entry.start)
+    checkpoint.renamed = renamed
+    checkpoint.notes += tuple(_about_names(checkpoint, found))
+    if whisper.UNTIED_OUTPUT in found and whisper.EMBEDDING not in found and whisper.is_tied(checkpoint.config):
+        stored = found[whisper.UNTIED_OUTPUT].name
+        found = {whisper.EMBEDDING if n == whisper.UNTIED_OUTPUT else n: ref for n, ref in found.items()}
+        checkpoint.notes += (
+            f"{checkpoint.role} stores its embedding as {stored} alone, to which its config.json ties it, as "
+            f"transformers allows",
+        )
+    _check_placed(checkpoint, listed, found)
     return found
+
+
+def _about_names(checkpoint: Checkpoint, found: Mapping[str, TensorRef]) -> Iterator[str]:
+    for name, stored in islice(checkpoint.renamed.items(), 1):
+        yield (
+            f"{len(checkpoint.renamed)} tensor names of {checkpoint.role} are read without what a wrapper added, such "
+            f"as {stored:.300} as {found[name].name}"
+        )
+
+
+def _check_placed(checkpoint: Checkpoint, listed: _Listed, found: Mapping[str, TensorRef]) -> None:
+    """Refuse an index that lists what no shard holds, but for a tensor that config.json ties to one that is held."""
+    held = {checkpoint.renamed.get(name, ref.name) for name, ref in found.items()}
+    for name, file in (listed.placed or {}).items():
+        if name in held:
+            continue
+        if whisper.canonical(name) in _TIED and whisper.EMBEDDING in found and whisper.is_tied(checkpoint.config):
+            checkpoint.notes += (
+                f"{checkpoint.role}'s {listed.index_name} lists {name:.300}, which no shard holds; config.json ties it "
+                f"to the embedding, and transformers does without it",
+            )
+            continue
+        raise MismatchError(
+            f"{checkpoint.role}: {checkpoint.path / listed.index_name} places tensor {name} in {file}, which does not "
+            f"hold it, nor does another shard; save the checkpoint again, or fetch all its files again"
+        )
+
+
+_TIED = (whisper.UNTIED_OUTPUT, whisper.EMBEDDING)
 
 
 def _reason(error: BaseException) -> str:

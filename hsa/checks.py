@@ -9,15 +9,16 @@ import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import get_args
 
 import numpy as np
 
-from hsa import whisper
+from hsa import structure, whisper
 from hsa.checkpoint import Checkpoint, TensorRef
 from hsa.config import MergeConfig, Preset, keep_count, layer_coefficient
 from hsa.dtypes import ARITHMETIC, STORAGE, all_finite, first_not_finite
-from hsa.errors import HsaError, RequestError, SourceError, one_line, shown
+from hsa.errors import HsaError, RequestError, one_line, shown
 from hsa.provenance import PROGRAM, SETTINGS, Record, TargetRecord, changed_keys
 from hsa.request import check_settings
 from hsa.whisper import Architecture, Projection, Stack
@@ -66,28 +67,10 @@ class Problems:
 
 
 def keys(checkpoint: Checkpoint) -> Iterator[str]:
-    """Whether the tensors are those that the config promises, in names and shapes."""
-    held, config = checkpoint.tensors, checkpoint.config
-    try:
-        layers = whisper.architecture(config, "output").layers
-        if sum(layers.values()) > len(held):  # before names are made of a number that may be anything
-            yield f"config.json promises {sum(layers.values())} layers, and there are {len(held)} tensors in all"
-            return
-        expected = dict(whisper.state_dict(config, "output"))
-    except SourceError as error:
-        yield str(error)
-        return
-    optional = {whisper.UNTIED_OUTPUT: expected[whisper.EMBEDDING]}
-    for name, shape in {**optional, **expected}.items():
-        ref = held.get(name)
-        if ref is not None and ref.shape != shape:
-            yield f"tensor {ref.name} has shape {list(ref.shape)}, config.json makes it {list(shape)}"
-    missing = [name for name in expected if name not in held]
-    if missing:
-        yield f"{len(missing)} tensors that config.json promises are missing, such as {missing[0]}"
-    unknown = [ref.name for name, ref in held.items() if name not in expected and name not in optional]
-    if unknown:
-        yield f"{len(unknown)} tensors have no place in the model that config.json describes, such as {unknown[0]:.200}"
+    """Whether the tensors are those that the config promises, in names, shapes and element types."""
+    for name, stored in islice(checkpoint.renamed.items(), 1):
+        yield f"{len(checkpoint.renamed)} tensors have names that no loader finds, such as {stored:.300} for {name}"
+    yield from (fault.what for fault in structure.faults(checkpoint))
 
 
 def preset_of(record: Record | None) -> Preset:

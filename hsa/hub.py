@@ -71,7 +71,9 @@ class Want:
         """Which tensors to fetch now, given the headers of all weights files."""
         if not self.headers_only:
             return self.target
-        untied = any(e.name == whisper.UNTIED_OUTPUT for header in headers.values() for e in header.entries)
+        untied = any(
+            whisper.canonical(e.name) == whisper.UNTIED_OUTPUT for header in headers.values() for e in header.entries
+        )
         compared = {whisper.UNTIED_OUTPUT, whisper.EMBEDDING} if self.compare and untied else set()
         return lambda name: whisper.canonical(name) in compared
 
@@ -282,14 +284,15 @@ class Hub:
     def _ranges(self, role: Role, repo: Repo, weights: list[str], want: Want) -> Mapping[str, Part]:
         known = {name: self._look_up(role, repo, name) for name in weights}
         headers = {name: self._header(role, repo, *known[name]) for name in weights}
+        plain = whisper.plain_names(entry.name for header in headers.values() for entry in header.entries)
         wanted_now = want.names(headers)
         self.pending[role] = 0
         whole = want.need == "whole"
         for name, header in headers.items():
             remote, partial = known[name]
-            later = [(0, remote.size)] if whole else _places(header, want.target)
+            later = [(0, remote.size)] if whole else _places(header, plain, want.target)
             self.pending[role] += total(coalesce(partial.missing(later), GAP, remote.size // WASTE))
-            self._bring(role, repo, remote, partial, _places(header, wanted_now), prefix=False)
+            self._bring(role, repo, remote, partial, _places(header, plain, wanted_now), prefix=False)
         return {name: Part(partial.path, partial.ranges) for name, (_, partial) in known.items()}
 
     def _header(self, role: Role, repo: Repo, remote: Remote, partial: Partial) -> Header:
@@ -387,9 +390,10 @@ def _try_to_remember(repo: Repo, asked: HubId | None = None) -> None:
         remember(repo, asked)
 
 
-def _places(header: Header, chosen: Callable[[str], bool]) -> list[Range]:
+def _places(header: Header, plain: Mapping[str, str], chosen: Callable[[str], bool]) -> list[Range]:
+    """Where the tensors lie whose `plain` names are chosen."""
     begin = len(header.raw)
-    return [(begin + entry.start, begin + entry.stop) for entry in header.entries if chosen(entry.name)]
+    return [(begin + entry.start, begin + entry.stop) for entry in header.entries if chosen(plain[entry.name])]
 
 
 @contextmanager

@@ -246,11 +246,12 @@ def _own_layout(
     files = tuple(_file(shard.name, groups[shard.name], owner, number) for number, shard in enumerate(owner.shards))
     if owner.index is None:
         return files, None
+    document = json.loads(owner.index)
     unchanged = all(
-        (ref := owner.tensors.get(name)) is not None and ref.name == content.name and ref.nbytes == content.nbytes
+        (ref := owner.tensors.get(name)) is not None and ref.nbytes == content.nbytes
         for name, content in contents.items()
-    ) and len(contents) == len(owner.tensors)
-    loadable = isinstance(json.loads(owner.index).get("metadata"), dict)  # transformers does without none
+    ) and {content.name for content in contents.values()} == {*document["weight_map"]}
+    loadable = isinstance(document.get("metadata"), dict)  # transformers does without none
     return files, owner.index if unchanged and loadable else _index(groups)
 
 

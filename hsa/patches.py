@@ -21,7 +21,7 @@ from hsa.hub import Hub
 from hsa.memory import PeakMemory
 from hsa.output import relation
 from hsa.patching import Made, Point, check_patchable, make_patches
-from hsa.plan import find_targets
+from hsa.plan import check_whole, find_targets
 from hsa.provenance import Record
 from hsa.report import MergeReport, TensorReport, findings
 from hsa.request import PathLike, Request, has_hub_ids, open_sources
@@ -175,6 +175,7 @@ def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:
     for config in configs:
         check_patchable(config, sources)
         find_targets(config, sources)
+    check_whole(configs[0], sources)
 
 
 def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwrite: bool) -> Path:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from hsa import script, whisper
+from hsa import script, structure, whisper
 from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
 from hsa.config import MergeConfig, keep_count, layer_coefficient
 from hsa.dtypes import ARITHMETIC, CODES, NAMES
@@ -52,11 +52,12 @@ class MergePlan:
 def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None = None) -> MergePlan:
     """Check that the sources fit together and lay out the output.
 
-    Raises MismatchError (tensor, each source's value), SourceError (no target, an element type that cannot be
-    merged) or RequestError (per-tensor parameters that fit no target).
+    Raises MismatchError (tensor, each source's value; primary's tensors and its config.json), SourceError (no target,
+    an element type that cannot be merged) or RequestError (per-tensor parameters that fit no target).
     """
     loaded = script.load_codes(config, sources) if config.numerics == "reference" else None
     targets = find_targets(config, sources, loaded)
+    check_whole(config, sources)
     by_name = {target.projection.name: target for target in targets}
     owner = sources.primary if loaded is None else sources.base
     names = script.names(sources) if loaded is not None else dict(_stored_names(owner))
@@ -85,6 +86,28 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
     )
 
 
+def check_whole(config: MergeConfig, sources: Sources) -> None:
+    """MismatchError unless primary, and base too where the output takes its config.json, holds what that promises."""
+    structure.require_whole(sources.primary)
+    if config.numerics == "reference":
+        structure.require_whole(sources.base)
+    if config.num_heads is None:
+        check_heads(sources)
+
+
+def check_heads(sources: Sources) -> None:
+    """MismatchError where the config.json of primary has other heads than base's, of any stack: no tensor's shape tells
+    how many heads there are, and with another number the same weights compute something else."""
+    ours, theirs = (whisper.architecture(source.config, source.role) for source in (sources.primary, sources.base))
+    for stack in whisper.stacks_of(sources.primary.config):
+        if ours.heads[stack] != theirs.heads[stack]:
+            raise MismatchError(
+                f"primary {sources.primary.path}: config.json has {stack}_attention_heads {ours.heads[stack]}, base "
+                f"{sources.base.path} has {theirs.heads[stack]}; a fine-tune has as many heads as its base: correct "
+                f"the one that is wrong"
+            )
+
+
 def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, str] | None = None) -> tuple[Target, ...]:
     """The target tensors in the order of primary's files, checked to agree; see `make_plan` for what it raises.
 
@@ -97,9 +120,11 @@ def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, st
             if projection is not None and whisper.is_target(projection, config.targets):
                 found[name] = projection
     if not found:
+        odd = structure.odd_name(sources.primary, "encoder.layers.0.self_attn.q_proj.weight")
+        instead = "" if odd is None else f"; it holds {odd:.300}: save the model without what wraps it"
         raise SourceError(
             f"primary {sources.primary.path} holds no tensor that {shown(config.targets)} would merge (looked for "
-            f"names like model.encoder.layers.0.self_attn.q_proj.weight); is it a Whisper checkpoint?"
+            f"names like model.encoder.layers.0.self_attn.q_proj.weight){instead}; is it a Whisper checkpoint?"
         )
     config.check_names(set(found))
     _check_complete(config, sources, set(found))
@@ -132,9 +157,11 @@ def make_target(
     present = {role: ref for role, ref in refs.items() if ref is not None}
     if len(present) < len(ROLES):
         missing = ", ".join(role for role in ROLES if role not in present)
+        odd = [(role, structure.odd_name(sources.of(role), name)) for role in ROLES if role not in present]
+        instead = "".join(f"; {role} holds {stored:.300} instead" for role, stored in odd if stored is not None)
         raise MismatchError(
-            f"target tensor {name} is missing from {missing} and stands in {', '.join(present)}; the three must be "
-            f"fine-tunes of one model with one naming"
+            f"target tensor {name} is missing from {missing} and stands in {', '.join(present)}{instead}; the three "
+            f"must be fine-tunes of one model with one naming"
         )
     _agree(name, "shape", {role: list(ref.shape) for role, ref in present.items()})
     if config.num_heads is None:

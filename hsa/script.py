@@ -89,7 +89,7 @@ def _is_untied(source: Checkpoint) -> bool:
     output, embedding = source.tensors.get(whisper.UNTIED_OUTPUT), source.tensors.get(whisper.EMBEDDING)
     if output is None:
         return False
-    if not source.config.get("tie_word_embeddings", True) or embedding is None:
+    if not whisper.is_tied(source.config) or embedding is None:
         return True
     if (output.code, output.shape) != (embedding.code, embedding.shape):
         return True

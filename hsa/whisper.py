@@ -6,7 +6,7 @@ Tensor names of Whisper stand in this module alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ Kind = Literal["q", "k", "v", "out"]
 Part = Literal["weight", "bias"]
 
 MODEL_TYPE = "whisper"
+MAX_PARTS = 64
+"""Parts of a name between dots, up to which a prefix is looked for: work goes by their number."""
 EMBEDDING = "decoder.embed_tokens.weight"
 UNTIED_OUTPUT = "proj_out.weight"
 DIMENSIONS = {
@@ -31,6 +33,15 @@ DIMENSIONS = {
     "vocab_size": 51865,
 }
 """Sizes in a `config.json`, and what transformers takes where one is not given (its WhisperConfig)."""
+ALIASES = {
+    "num_hidden_layers": "encoder_layers",
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_key_value_heads": "encoder_attention_heads",
+}
+"""Second names of sizes in a `config.json`; transformers lets them replace the first (its `attribute_map`)."""
+GENERATION = "WhisperForConditionalGeneration"
+CLASSIFICATION = "WhisperForAudioClassification"
 
 _BLOCKS: dict[Stack, tuple[Block, ...]] = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
 
@@ -39,6 +50,16 @@ _NAME = re.compile(
     r"\.(?P<kind>q|k|v|out)_proj\.(?P<part>weight|bias)"
 )
 
+
+_WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_orig_module|module|_module|_forward_module|_\w+_wrapped_module)\.")
+"""What torch.compile, DataParallel, FSDP, activation checkpointing and their like put between the parts of a name."""
+
+_KNOWN = re.compile(
+    r"(encoder|decoder)\.layers\.[0-9]+\."
+    r"((self|encoder)_attn\.(q|k|v|out)_proj|(self_attn|encoder_attn|final)_layer_norm|fc[12])\.(weight|bias)"
+    r"|(encoder\.(conv1|conv2|layer_norm)|decoder\.layer_norm|projector|classifier)\.(weight|bias)"
+    r"|(encoder\.embed_positions|decoder\.embed_positions|decoder\.embed_tokens|proj_out)\.weight|layer_weights"
+)
 
 _KINDS = (
     ("feed-forward", re.compile(r"layers\.[0-9]+\.fc[12]\.(weight|bias)")),
@@ -117,6 +138,7 @@ def openai_config(dims: Mapping[str, Any], where: str) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SourceError(f"{where}: dims has {theirs} = {shown(value, 40)}, expected a positive whole number")
         config[key] = value
+    config["encoder_ffn_dim"] = config["decoder_ffn_dim"] = 4 * config["d_model"]  # as its ResidualAttentionBlock
     return config
 
 
@@ -140,9 +162,54 @@ class Projection:
         return 1 if self.kind == "out" else 0
 
 
+def plain(name: str) -> str:
+    """The tensor's name without the parts that wrappers such as torch.compile or FSDP add, at any place in it.
+
+    Example:
+        >>> plain("_orig_mod.model.encoder.layers.0.module.fc1.weight")
+        'model.encoder.layers.0.fc1.weight'
+    """
+    return _WRAPPER.sub("", name)
+
+
 def canonical(name: str) -> str:
-    """The tensor's name without the leading `model.` that WhisperForConditionalGeneration puts there."""
-    return name.removeprefix("model.")
+    """The plain name without the leading `model.` that WhisperForConditionalGeneration puts there."""
+    return plain(name).removeprefix("model.")
+
+
+def is_known(name: str) -> bool:
+    """Whether a canonical name is that of a tensor which some Whisper model has."""
+    return _KNOWN.fullmatch(name) is not None
+
+
+def layer_of(name: str) -> str | None:
+    """`encoder` or `decoder` where a canonical name lies in one of its numbered layers, else None."""
+    stack, _, rest = name.partition(".")
+    return stack if stack in _BLOCKS and rest.startswith("layers.") else None
+
+
+def plain_names(stored: Iterable[str]) -> dict[str, str]:
+    """The plain name of each tensor of a checkpoint, by its name as stored; both begin with `model.`, or neither does.
+
+    A prefix that is no known wrapper's is removed where the rest is a name of Whisper's that no other tensor has.
+    A name that fits in no way is kept.
+
+    Example:
+        >>> plain_names(["asr.model.encoder.conv1.bias"])
+        {'asr.model.encoder.conv1.bias': 'model.encoder.conv1.bias'}
+    """
+    found = {name: plain(name) for name in stored}
+    taken = {name.removeprefix("model.") for name in found.values()}
+    for name, rest in found.items():
+        if is_known(rest.removeprefix("model.")) or rest.count(".") > MAX_PARTS:
+            continue
+        while rest and not is_known(rest.removeprefix("model.")):
+            rest = rest.partition(".")[2]
+        bare = rest.removeprefix("model.")
+        if rest and bare not in taken:
+            taken.add(bare)
+            found[name] = rest
+    return found
 
 
 def parse(name: str) -> Projection | None:
@@ -194,47 +261,112 @@ def expected_targets(layers: Mapping[Stack, int], preset: Preset) -> Iterator[st
                         yield projection.name
 
 
-def state_dict(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Canonical name and shape of every tensor that a WhisperForConditionalGeneration with this config saves.
+@dataclass(frozen=True)
+class Promised:
+    """A tensor that a `config.json` promises: its canonical name and its shape.
+
+    `sizes` names the config's key behind each dimension (None where every Whisper has the same), `because` the key that
+    makes the model have this tensor (None where every Whisper has it).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sizes: tuple[str | None, ...]
+    because: str | None = None
+
+
+def model_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that a checkpoint with this `config.json` is loaded with: for classification where its
+    `architectures` says so, else for speech recognition.
+
+    Example:
+        >>> model_class({"architectures": ["WhisperForAudioClassification"]})
+        'WhisperForAudioClassification'
+    """
+    named = config.get("architectures")
+    return CLASSIFICATION if isinstance(named, list) and CLASSIFICATION in named else GENERATION
+
+
+def stacks_of(config: Mapping[str, Any]) -> tuple[Stack, ...]:
+    """The stacks of layers that the model of this config has; one for classification has no decoder."""
+    return ("encoder", "decoder") if model_class(config) == GENERATION else ("encoder",)
+
+
+def state_dict(config: Mapping[str, Any], where: str) -> Iterator[Promised]:
+    """Every tensor that a model with this config saves; `model_class` says which class of model that is.
 
     An output projection of its own is among them where the config does not tie it to the embedding. Raises SourceError
-    where `architecture` does, or when a size is no positive whole number. Source: transformers' modeling_whisper.py.
+    where `architecture` does, or when a size is not a positive whole number. Source: transformers' modeling_whisper.py.
+
+    Example:
+        >>> config = {"model_type": "whisper", "encoder_layers": 4, "decoder_layers": 4}
+        >>> config |= {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
+        >>> next(state_dict(config, "here")).shape
+        (384, 80, 3)
     """
     layers = architecture(config, where).layers
-    width, mels, vocabulary = (_size(config, key, where) for key in ("d_model", "num_mel_bins", "vocab_size"))
+    sizes = {key: _size(config, key, where) for key in DIMENSIONS}
 
-    def norm(module: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{module}.weight", (width,)
-        yield f"{module}.bias", (width,)
+    def tensor(name: str, *dimensions: str | int, because: str | None = None) -> Promised:
+        shape = tuple(sizes[part] if isinstance(part, str) else part for part in dimensions)
+        return Promised(name, shape, tuple(part if isinstance(part, str) else None for part in dimensions), because)
 
-    def affine(module: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{module}.weight", shape
-        yield f"{module}.bias", shape[:1]
+    def affine(module: str, *dimensions: str | int, because: str | None = None) -> Iterator[Promised]:
+        yield tensor(f"{module}.weight", *dimensions, because=because)
+        yield tensor(f"{module}.bias", *dimensions[:1], because=because)
 
-    yield from affine("encoder.conv1", width, mels, 3)
-    yield from affine("encoder.conv2", width, width, 3)
-    yield "encoder.embed_positions.weight", (_size(config, "max_source_positions", where), width)
-    yield "decoder.embed_positions.weight", (_size(config, "max_target_positions", where), width)
-    yield EMBEDDING, (vocabulary, width)
-    for stack, count in layers.items():
-        inner = _size(config, f"{stack}_ffn_dim", where)
-        for layer in range(count):
+    stacks = stacks_of(config)
+    yield from affine("encoder.conv1", "d_model", "num_mel_bins", 3)
+    yield from affine("encoder.conv2", "d_model", "d_model", 3)
+    yield tensor("encoder.embed_positions.weight", "max_source_positions", "d_model")
+    if "decoder" in stacks:
+        yield tensor("decoder.embed_positions.weight", "max_target_positions", "d_model")
+        yield tensor(EMBEDDING, "vocab_size", "d_model")
+    for stack in stacks:
+        counted = f"{stack}_layers"
+        inner = f"{stack}_ffn_dim"
+        for layer in range(layers[stack]):
             place = f"{stack}.layers.{layer}"
             for block in _BLOCKS[stack]:
                 for kind in ("q", "v", "out"):
-                    yield from affine(f"{place}.{block}.{kind}_proj", width, width)
-                yield f"{place}.{block}.k_proj.weight", (width, width)
-                yield from norm(f"{place}.{block}_layer_norm")
-            yield from affine(f"{place}.fc1", inner, width)
-            yield from affine(f"{place}.fc2", width, inner)
-            yield from norm(f"{place}.final_layer_norm")
-        yield from norm(f"{stack}.layer_norm")
-    if not config.get("tie_word_embeddings", True):
-        yield UNTIED_OUTPUT, (vocabulary, width)
+                    yield from affine(f"{place}.{block}.{kind}_proj", "d_model", "d_model", because=counted)
+                yield tensor(f"{place}.{block}.k_proj.weight", "d_model", "d_model", because=counted)
+                yield from affine(f"{place}.{block}_layer_norm", "d_model", because=counted)
+            yield from affine(f"{place}.fc1", inner, "d_model", because=counted)
+            yield from affine(f"{place}.fc2", "d_model", inner, because=counted)
+            yield from affine(f"{place}.final_layer_norm", "d_model", because=counted)
+        yield from affine(f"{stack}.layer_norm", "d_model")
+    if "decoder" not in stacks:
+        yield from _classifier(config, sizes["d_model"], where)
+    elif not is_tied(config):
+        yield tensor(UNTIED_OUTPUT, "vocab_size", "d_model", because="tie_word_embeddings")
+
+
+def _classifier(config: Mapping[str, Any], width: int, where: str) -> Iterator[Promised]:
+    """What a model for classification has in the place of a decoder."""
+    inner = _positive(config.get("classifier_proj_size", 256), "classifier_proj_size", where)
+    named = config.get("id2label")
+    labels = config.get("num_labels", len(named) if isinstance(named, dict) else 2)
+    labels, because = _positive(labels, "num_labels", where), "architectures"
+    if config.get("use_weighted_layer_sum", False):
+        count = architecture(config, where).layers["encoder"] + 1
+        yield Promised("layer_weights", (count,), ("encoder_layers",), "use_weighted_layer_sum")
+    yield Promised("projector.weight", (inner, width), ("classifier_proj_size", "d_model"), because)
+    yield Promised("projector.bias", (inner,), ("classifier_proj_size",), because)
+    yield Promised("classifier.weight", (labels, inner), ("id2label", "classifier_proj_size"), because)
+    yield Promised("classifier.bias", (labels,), ("id2label",), because)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the config ties the output projection to the embedding, as it does where it says nothing of it."""
+    return bool(config.get("tie_word_embeddings", True))
 
 
 def _size(config: Mapping[str, Any], key: str, where: str) -> int:
-    value = config.get(key, DIMENSIONS[key])
+    return _positive(config.get(key, DIMENSIONS[key]), key, where)
+
+
+def _positive(value: Any, key: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SourceError(f"{where}: config.json has {key} = {shown(value)}, expected a positive whole number")
     return value

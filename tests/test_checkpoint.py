@@ -269,7 +269,7 @@ def test_one_tensor_under_both_names(single: Path) -> None:
     twin = {**document[name], "data_offsets": [len(data), len(data) + 64 * 64 * 4]}
     document[name.removeprefix("model.")] = twin
     (single / WEIGHTS).write_bytes(safetensors_bytes(document, data + bytes(64 * 64 * 4)))
-    refused(single, MismatchError, "q_proj.weight stands twice")
+    refused(single, MismatchError, "are one tensor of Whisper, encoder.layers.0.self_attn.q_proj.weight")
 
 
 # The index -------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ INDICES: dict[str, tuple[Callable[[Index], object], type[SourceError], str]] = {
     "held but not listed": (
         lambda i: i["weight_map"].pop("model.encoder.conv1.bias"),
         MismatchError,
-        f"holds tensor model.encoder.conv1.bias, which {INDEX} places in None",
+        f"holds tensor model.encoder.conv1.bias, which {INDEX} does not list; index and shards",
     ),
     "wrong shard": (
         lambda i: i["weight_map"].update({"model.encoder.conv1.bias": max(i["weight_map"].values())}),

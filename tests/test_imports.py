@@ -29,7 +29,7 @@ LAYERS = (
     ("output", "tensor_pickle"),
     ("pickled",),
     ("checkpoint", "fetch"),
-    ("assets", "folded", "openai", "target"),
+    ("assets", "folded", "openai", "structure", "target"),
     ("lora",),
     ("layout", "opening", "repo"),
     ("hub_errors",),

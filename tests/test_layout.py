@@ -10,10 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers import read_safetensors, read_tensors, safetensors_bytes
+from helpers import read_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -346,21 +345,6 @@ def test_an_output_in_new_shards_holds_the_same_tensors(
             assert {key for key, shard in index["weight_map"].items() if shard == name} == set(file.keys())
             sizes = [file.get_tensor(key).nbytes for key in file.keys()]  # noqa: SIM118
             assert len(sizes) == 1 or sum(sizes) <= parse_size(str(limit))
-
-
-def test_a_cast_beside_integers_can_be_loaded(triple: Mapping[str, Path], tmp_path: Path) -> None:
-    """Three halves are six bytes: the integers that stood behind them must still be where torch can view them."""
-    for path in triple.values():
-        document, data = read_safetensors(path / WEIGHTS)
-        size = len(data)
-        document["odd"] = {"dtype": "F32", "shape": [3], "data_offsets": [size, size + 12]}
-        document["ids"] = {"dtype": "I64", "shape": [2], "data_offsets": [size + 12, size + 28]}
-        more = np.ones(3, np.float32).tobytes() + np.arange(2).tobytes()
-        (path / WEIGHTS).write_bytes(safetensors_bytes(document, data + more))
-    output = hsa.merge(**triple, output=tmp_path / "out", dtype="float16", sync=False).output
-    found = read_tensors(output)
-    assert torch.equal(found["ids"], torch.arange(2))
-    assert torch.equal(found["odd"], torch.ones(3, dtype=torch.float16))
 
 
 def test_an_index_without_metadata_is_written_anew(tmp_path: Path) -> None:
