@@ -22,10 +22,11 @@ from hsa.dtypes import CODES, NAMES, Array, size
 from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
 from hsa.hub import Hub, Want
-from hsa.plan import find_targets
+from hsa.plan import check_heads, check_whole, find_targets
+from hsa.structure import require_shapes
 from hsa.target import Target, select
 from hsa.threads import check_threads, default_threads
-from hsa.whisper import MODEL_TYPE, canonical, is_target, parse
+from hsa.whisper import MODEL_TYPE, canonical, is_known, is_target, parse, plain_names
 
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
@@ -54,11 +55,12 @@ class Merger:
             writing into a model on the same device allocates nothing after the first call with that model.
         threads: worker threads on the CPU; by default the usable cores and one more.
 
-    `backend` and `device` are what was chosen, `notes` what is to say of sources on the Hub.
+    `backend` and `device` are what was chosen, `notes` what should be known of the sources.
 
     Merged values are those of `hsa.merge` with exact numerics, bit for bit.
 
-    Raises RequestError, SourceError, MismatchError, NonFiniteError, BackendUnavailable.
+    Raises RequestError, SourceError, MismatchError (also where primary, given as a directory or hub id, does not hold
+    what its config.json promises), NonFiniteError, BackendUnavailable.
     Source: SPEC sections 1, 2 and 5.
     """
 
@@ -85,11 +87,15 @@ class Merger:
         given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()
         held = {role: _hold(role, given[role], targets, hub, base) for role in ROLES}
-        self.notes = hub.notes
+        self.notes = (*hub.notes, *(note for each in held.values() for note in each.checkpoint.notes))
         _lend_config(held, num_heads, num_layers)
         data = {role: held[role].data for role in ROLES}
         self._sources = Sources(*(held[role].checkpoint for role in ROLES))
         self._targets = find_targets(self._config, self._sources)
+        if isinstance(primary, (str, os.PathLike)):
+            check_whole(self._config, self._sources)
+        elif num_heads is None:
+            check_heads(self._sources)
         self._stored = {target.projection.name: target.primary.name for target in self._targets}
         self._resident = _make_resident(chosen, data, self._targets, default_threads() if threads is None else threads)
         self._squared = dict(zip(self._stored, self._resident.score(self._targets), strict=True))
@@ -129,6 +135,8 @@ class Merger:
         """
         held = _state_dict(model)
         by_name = {canonical(name): tensor for name, tensor in held.items()}
+        if any(target.projection.name not in by_name for target in self._targets):
+            by_name = {canonical(name): held[stored] for stored, name in plain_names(held).items()}
         out: dict[str, torch.Tensor] = {}
         for target in self._targets:
             tensor = by_name.get(target.projection.name)
@@ -199,21 +207,32 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
                     checkpoint.read_into(ref, data[name].data)
             checkpoint.check_unchanged()
             return _Held(checkpoint, data)
-    refs, data = {}, {}
-    for stored, tensor in _state_dict(source).items():
-        name = canonical(stored)
-        if not _wanted(name, preset):
+    tensors = _state_dict(source)
+    refs: dict[str, TensorRef] = {}
+    data = {}
+    for stored, plain in plain_names(tensors).items():
+        name, tensor = canonical(plain), tensors[stored]
+        wanted = _wanted(name, preset)
+        if wanted:
+            _check_tensor(role, stored, tensor)
+        elif not isinstance(tensor, torch.Tensor):
             continue
-        _check_tensor(role, stored, tensor)
+        if wanted and name in refs:
+            raise MismatchError(f"{role}: {refs[name].name} and {stored} are one tensor of Whisper, {name}; give one")
         code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-        if code in NAMES:
+        if wanted and code in NAMES:
             data[name] = bytes_of(tensor.detach().to("cpu", copy=True).contiguous())
         nbytes = tensor.numel() * size(code) if code in NAMES else 0
         refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
     config = getattr(source, "config", None)
     known = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     label = "state dict" if isinstance(source, Mapping) else "model"
-    return _Held(Checkpoint(role, Path(label), Identity(label), known, Tally(), tensors=refs), data)
+    checkpoint = Checkpoint(role, Path(label), Identity(label), known, Tally(), tensors=refs)
+    if role == "primary" and known:
+        require_shapes(checkpoint)
+    # Names of Whisper that are not merged are left out: every plan goes through all that is here.
+    checkpoint.tensors = {n: ref for n, ref in refs.items() if _wanted(n, preset) or not is_known(n)}
+    return _Held(checkpoint, data)
 
 
 def _check_tensor(role: Role, name: str, value: object) -> None:

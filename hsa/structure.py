@@ -66,16 +66,14 @@ def require_whole(checkpoint: Checkpoint) -> None:
         raise MismatchError(f"{checkpoint.role} {checkpoint.path}: {fault.what}; {fault.remedy}")
 
 
-def promised_shapes(checkpoint: Checkpoint) -> Iterator[Fault]:
-    """Tensors whose shape is not what config.json makes it, among those that are there."""
-    try:
-        promised = whisper.state_dict(checkpoint.config, checkpoint.role)
-        for entry in promised:
-            ref = checkpoint.tensors.get(entry.name)
-            if ref is not None and ref.shape != entry.shape:
-                yield _shape(entry, ref, checkpoint.config)
-    except SourceError as error:
-        yield Fault(str(error), CONTRADICTORY)
+def require_shapes(checkpoint: Checkpoint) -> None:
+    """Raise MismatchError where a tensor that is there has another shape than config.json gives it; the others may be
+    missing, as from a state dict of targets alone."""
+    for entry in whisper.state_dict(checkpoint.config, f"{checkpoint.role} {checkpoint.path}"):
+        ref = checkpoint.tensors.get(entry.name)
+        if ref is not None and ref.shape != entry.shape:
+            fault = _shape(entry, ref, checkpoint.config)
+            raise MismatchError(f"{checkpoint.role} {checkpoint.path}: {fault.what}; {fault.remedy}")
 
 
 def odd_name(checkpoint: Checkpoint, name: str) -> str | None:

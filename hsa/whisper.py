@@ -169,7 +169,7 @@ def plain(name: str) -> str:
         >>> plain("_orig_mod.model.encoder.layers.0.module.fc1.weight")
         'model.encoder.layers.0.fc1.weight'
     """
-    return _WRAPPER.sub("", name)
+    return _WRAPPER.sub("", name) if "_mod" in name or "module" in name else name
 
 
 def canonical(name: str) -> str:

@@ -427,11 +427,16 @@ def test_nan_payloads_of_what_is_copied_survive_bit_for_bit(triple: Triple, tmp_
     for name in ("model.encoder.layer_norm.weight", "model.encoder.layers.0.self_attn.out_proj.bias"):
         tensors[name] = tensors[name].clone()
         tensors[name][: len(payloads)] = payloads.view(torch.float32)
-    tensors["model.half"] = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
-    tensors["model.brain"] = tensors["model.half"].view(torch.bfloat16).clone()
-    tensors["model.steps"] = torch.tensor([1, -5, 1 << 40])
-    tensors["model.scalar"] = torch.tensor(math.nan)
-    tensors["model.empty"] = torch.empty(0, 4)
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    layers = [f"model.{stack}.layers.{layer}." for stack in ("encoder", "decoder") for layer in (0, 1)]
+    wide = [f"{layer}{name}.weight" for layer in layers for name in ("fc1", "fc2")]
+    for name, part in zip(wide, patterns.view(torch.float16).chunk(len(wide)), strict=True):
+        tensors[name] = part.clone().reshape(tensors[name].shape)
+    for name, first in (("model.decoder.embed_tokens.weight", 0x7000), ("model.encoder.conv2.weight", 0xD000)):
+        part = patterns[first : first + tensors[name].numel()]
+        assert len(part) == tensors[name].numel()
+        tensors[name] = part.view(torch.bfloat16).clone().reshape(tensors[name].shape)
+    tensors["model.decoder.layer_norm.bias"] = torch.full((64,), math.nan, dtype=torch.float64)
     write_tensors(triple["primary"], tensors)
     report = check(triple, tmp_path / "out", targets="attention-all")
     assert report.route == "patch"

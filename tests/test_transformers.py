@@ -395,14 +395,17 @@ def test_what_is_no_whisper_model_is_refused(shared_triple: Triple, model: Any) 
             hsa_merge_(wrong, base, secondary)  # type: ignore[type-var]
 
 
-def test_a_wrapped_model_is_refused(shared_triple: Triple, model: Any) -> None:
+def test_a_wrapped_model_is_merged_as_the_model_in_it(shared_triple: Triple, model: Any) -> None:
     class Wrapper(torch.nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, inner: Any) -> None:
             super().__init__()
-            self.module, self.config = model, model.config
+            self.module, self.config = inner, inner.config
 
+    wrapped = Wrapper(load(shared_triple["primary"]))
     sources = shared_triple["base"], shared_triple["secondary"]
-    refused(Wrapper(), *sources, r"^model, a Wrapper, holds no target tensor encoder\.layers\.0\..*nor wrapped")
+    assert hsa_merge_(wrapped, *sources, **PARAMETERS) is wrapped
+    assert bytes_of(wrapped.module) != bytes_of(model)
+    assert bytes_of(wrapped.module) == bytes_of(hsa_merge_(model, *sources, **PARAMETERS))
 
 
 class Adapted(torch.nn.Module):
