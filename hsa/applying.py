@@ -21,6 +21,7 @@ from hsa.header import load_json
 from hsa.hub import Hub, Want
 from hsa.layout import Content, Copied, Graft, TensorContent, pack
 from hsa.memory import PeakMemory
+from hsa.option_names import option
 from hsa.output import PROVENANCE, Staging, check_destination
 from hsa.patch_checks import require_sound
 from hsa.patch_format import PatchTarget
@@ -196,13 +197,15 @@ def _line(target: PatchTarget, primary: Checkpoint) -> tuple[str, str, Sequence[
 
 
 def _folder(path: PathLike) -> Path:
-    """A directory given with --assets, its links resolved."""
+    """A directory of `assets`, its links resolved."""
     try:
         folder = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise SourceError(f"assets: {path} cannot be found: {error}") from error
+        raise SourceError(f"{option('assets')}: {path} cannot be found: {error}") from error
     if not folder.is_dir():
-        raise SourceError(f"assets: {path} is not a directory; expected one with tokenizer or processor files")
+        raise SourceError(
+            f"{option('assets')}: {path} is not a directory; expected one with tokenizer or processor files"
+        )
     return folder
 
 
@@ -221,7 +224,7 @@ def _small_files(patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally
             raise SourceError(
                 f"{name} as the merge of {patch_format.roles(patch.contents)} wrote it (BLAKE3 {digest}) is not in "
                 f"{primary.path}{' or the directory above' if above else ''}; give the directory that holds it with "
-                f"--assets, such as the base's"
+                f"{option('assets')}, such as the base's"
             )
     where = f"patch {patch.source.path}: the {CONFIG} of its merge"
     if load_json(found[CONFIG], where, "config") != primary.config:
@@ -247,8 +250,8 @@ def _kind(directory: Path) -> str:
     if (directory / PROVENANCE).is_file():
         return ": an output of hsa, which is a whole checkpoint already"
     if (directory / CONFIG).is_file():
-        return " with a checkpoint; expected a file that hsa merge --patch or hsa sweep wrote"
+        return " with a checkpoint; expected a patch, which is one file that hsa wrote"
     patches = sorted(path.name for path in directory.glob(f"*{SUFFIX}"))
     if patches:
         return f" with {len(patches)} patches; name one of them, such as {patches[0]}"
-    return "; expected a file that hsa merge --patch or hsa sweep wrote"
+    return "; expected a patch, which is one file that hsa wrote"

@@ -9,6 +9,7 @@ from typing import Any
 from hsa.assets import FEATURES, TOKENS
 from hsa.checkpoint import Identity, is_hub_id
 from hsa.errors import RequestError, shown
+from hsa.option_names import option
 from hsa.provenance import SETTINGS, Record, TargetRecord
 from hsa.whisper import Stack
 
@@ -43,7 +44,7 @@ def parse_fields(pairs: Iterable[str]) -> dict[str, str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise RequestError(f"--card takes FIELD=VALUE, got {shown(pair)}")
+            raise RequestError(f"{option('card')} takes FIELD=VALUE, got {shown(pair)}")
         fields[name] = value
     return check_fields(fields)
 

@@ -19,6 +19,7 @@ from hsa.checkpoint import Checkpoint, TensorRef
 from hsa.config import MergeConfig, Preset, keep_count, layer_coefficient
 from hsa.dtypes import ARITHMETIC, STORAGE, all_finite, first_not_finite
 from hsa.errors import HsaError, RequestError, one_line, shown
+from hsa.option_names import as_keys, spelled
 from hsa.provenance import PROGRAM, SETTINGS, Record, TargetRecord, changed_keys
 from hsa.request import check_settings
 from hsa.whisper import Architecture, Projection, Stack
@@ -137,7 +138,8 @@ def recorded_settings(record: Record) -> Iterator[str]:
         yield f"parameter {shown(unknown[0])} is none that hsa records; expected {', '.join((*known, *SETTINGS))}"
     size = found.get("max_shard_size")
     try:
-        check_settings(found["assets_from"], size, found["card"])
+        with spelled(as_keys(found)):
+            check_settings(found["assets_from"], size, found["card"])
         if size is not None and type(size) is not int:
             raise RequestError(f"max_shard_size must be a number of bytes, got {shown(size)}")
     except (HsaError, KeyError, TypeError, ValueError, AttributeError) as error:

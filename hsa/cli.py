@@ -17,6 +17,7 @@ from hsa.commands.release import release
 from hsa.commands.sweep import sweep
 from hsa.commands.verify import verify
 from hsa.console import fail, guarded
+from hsa.option_names import command_line, spelled
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """click's UsageError: typer brings a click of its own or uses the installed one, depending on its version."""
@@ -49,7 +50,8 @@ def run(arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt from None
         return result if isinstance(result, int) else 0
 
-    return guarded(work, debug=debug)
+    with spelled(command_line):
+        return guarded(work, debug=debug)
 
 
 def _command(arguments: Sequence[str]) -> str:

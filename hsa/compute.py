@@ -14,6 +14,7 @@ from hsa.digests import digest_of
 from hsa.dtypes import Array, size
 from hsa.errors import NonFiniteError
 from hsa.layout import Computed, Merge, Slice
+from hsa.option_names import option
 from hsa.target import Target
 
 BUDGET_BYTES = 80 << 20
@@ -178,13 +179,13 @@ def not_finite(
     scripted = numerics == "reference"
     if error.role is not None:
         ref, source = refs[error.role], sources.of(error.role)
-        read = ", as the script's loader reads it (or give --load-dtype float32)" if scripted else ""
+        read = f", as the script's loader reads it (or give {option('load_dtype', 'float32')})" if scripted else ""
         return NonFiniteError(
             f"{source.file_of(ref)}: tensor {ref.name}{head} holds NaN or Inf{read}; a merge with it would be "
             f"damaged, use a sound checkpoint"
         )
     ref = refs["primary"]
-    wider = "--load-dtype float32" if scripted else "--dtype float32 or bfloat16"
+    wider = option("load_dtype", "float32") if scripted else f"{option('dtype', 'float32')} or bfloat16"
     remedy = f"compute in a wider type ({wider})" if code == "F16" else "do the three belong together?"
     file = sources.primary.file_of(ref)
     return NonFiniteError(f"{file}: tensor {ref.name}{head}: the result overflows {code}; {remedy}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from hsa.errors import RequestError, shown
+from hsa.option_names import as_keys, option, spelled
 
 Preset = Literal["encoder-qkv", "attention-qkv", "attention-all"]
 Numerics = Literal["exact", "reference"]
@@ -49,27 +50,28 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         _per_tensor("k", self.k, 0.0, 100.0)
-        _per_tensor("lambda", self.lam, 0.0, 1.0)
+        _per_tensor("lam", self.lam, 0.0, 1.0)
         _per_tensor("alpha", self.alpha, 0.0, math.inf)
-        _number("attention_scale", self.attention_scale, -MAX_SCALE, MAX_SCALE)
-        _number("non_attention_scale", self.non_attention_scale, -MAX_SCALE, MAX_SCALE)
+        _number(option("attention_scale"), self.attention_scale, -MAX_SCALE, MAX_SCALE)
+        _number(option("non_attention_scale"), self.non_attention_scale, -MAX_SCALE, MAX_SCALE)
         _choice("targets", self.targets, get_args(Preset))
         _choice("numerics", self.numerics, get_args(Numerics))
         _choice("dtype", self.dtype, get_args(OutputDtype))
         for name, count in (("num_heads", self.num_heads), ("num_layers", self.num_layers)):
             whole = isinstance(count, int) and not isinstance(count, bool)
             if count is not None and not (whole and 1 <= count <= MAX_COUNT):
-                raise RequestError(f"{name} must be a whole number from 1 to {MAX_COUNT}, got {shown(count)}")
+                raise RequestError(f"{option(name)} must be a whole number from 1 to {MAX_COUNT}, got {shown(count)}")
         _choice("load_dtype", self.load_dtype, get_args(LoadDtype))
         if self.load_dtype != "auto" and self.numerics != "reference":
             raise RequestError(
-                "load_dtype says how the reference script's loader reads checkpoints and has a meaning with numerics "
-                "'reference' alone; add --numerics reference, or use --dtype for the output"
+                f"{option('load_dtype')} says how the reference script's loader reads checkpoints and has a meaning "
+                f"with numerics 'reference' alone; add {option('numerics', 'reference')}, or use {option('dtype')} "
+                f"for the output"
             )
         if self.numerics == "reference" and self.dtype != "auto":
             raise RequestError(
-                f"numerics 'reference' writes base's dtype, as the reference script does, so dtype must be "
-                f"'auto', got {shown(self.dtype)}; use --load-dtype, or numerics 'exact'"
+                f"numerics 'reference' writes base's dtype, as the reference script does, so {option('dtype')} must be "
+                f"'auto', got {shown(self.dtype)}; use {option('load_dtype')}, or numerics 'exact'"
             )
 
     def of(self, parameter: Literal["k", "lam", "alpha"], name: str) -> float:
@@ -80,8 +82,7 @@ class MergeConfig:
         for key in (name, f"model.{name}"):
             if key in value:
                 return float(value[key])
-        option = "lambda" if parameter == "lam" else parameter
-        raise RequestError(f"{option} is given per tensor but has no value for target tensor {name}")
+        raise RequestError(f"{option(parameter)} is given per tensor but has no value for target tensor {name}")
 
     def check_names(self, names: set[str]) -> None:
         """Refuse a per-tensor parameter that names a tensor which is no target."""
@@ -90,9 +91,9 @@ class MergeConfig:
             if isinstance(value, Mapping):
                 unknown = [key for key in value if key.removeprefix("model.") not in names]
                 if unknown:
-                    option = "lambda" if parameter == "lam" else parameter
                     raise RequestError(
-                        f"{option} is given for {shown(unknown[0])}, which is no target of {shown(self.targets)}"
+                        f"{option(parameter)} is given for {shown(unknown[0])}, which is no target of "
+                        f"{shown(self.targets)}"
                     )
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,7 +123,8 @@ class MergeConfig:
             given = {known.get(name, name): parameters[name] for name in cls().as_dict()}
         except KeyError as error:
             raise RequestError(f"parameter {error} is missing") from error
-        return cls(**{**given, "load_dtype": given["load_dtype"] or "auto"})
+        with spelled(as_keys(parameters)):
+            return cls(**{**given, "load_dtype": given["load_dtype"] or "auto"})
 
 
 def keep_count(k: float, heads: int) -> int:
@@ -151,23 +153,24 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def _per_tensor(name: str, value: Any, low: float, high: float) -> None:
+    about = option(name)
     if not isinstance(value, Mapping):
-        _number(name, value, low, high)
+        _number(about, value, low, high)
         return
     for tensor, number in value.items():
         if not isinstance(tensor, str):
-            raise RequestError(f"{name} per tensor must be given by tensor names, got the key {shown(tensor)}")
-        _number(f"{name} of {shown(tensor)}", number, low, high)
+            raise RequestError(f"{about} per tensor must be given by tensor names, got the key {shown(tensor)}")
+        _number(f"{about} of {shown(tensor)}", number, low, high)
         if tensor.startswith("model.") and tensor.removeprefix("model.") in value:
             raise RequestError(
-                f"{name} is given for {shown(tensor)} and for {shown(tensor.removeprefix('model.'))}, which are one "
+                f"{about} is given for {shown(tensor)} and for {shown(tensor.removeprefix('model.'))}, which are one "
                 f"tensor; give one of them"
             )
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
+        raise RequestError(f"{option(name)} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def _plain(value: PerTensor) -> float | dict[str, float]:

@@ -12,7 +12,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from hsa.errors import HsaError, one_line
+from hsa.option_names import option
 from hsa.signals import ENDING
+from hsa.threads import out_of_memory
 
 GRACE = 3.0
 """Seconds in which a second signal does not disturb the cleaning up after the first: wrappers send each twice."""
@@ -46,9 +48,9 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
         how = "interrupted" if error.number == signal.SIGINT else f"ended by {signal.Signals(error.number).name}"
         return fail(f"{how}; nothing half done was left behind", 128 + error.number, debug=debug)
     except MemoryError:
-        return fail("out of memory; give --threads 1, or free some", 1, debug=debug)
+        return fail(out_of_memory(), 1, debug=debug)
     except OSError as error:
-        return fail(f"the system refused: {error}; see --debug", 1, debug=debug)
+        return fail(f"the system refused: {error}; see {option('debug')}", 1, debug=debug)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hsa.errors import MachineError, SourceChanged, SourceError
+from hsa.option_names import option
 from hsa.ranges import Range, covers
 
 FICLONE = 0x40049409
@@ -322,7 +323,7 @@ def _explain(error: OSError, path: Path, needed: int | None, remedy: str) -> str
             text += f", {free_bytes(path.parent)} bytes are free there"
         return f"{text}; free some space, or {remedy}"
     if error.errno == errno.EFBIG:
-        return text + "; a file-size limit is in force (ulimit -f), raise it or use --max-shard-size"
+        return text + "; a file-size limit is in force (ulimit -f), raise it or use " + option("max_shard_size")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{text}; {remedy}"
     return text

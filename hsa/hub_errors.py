@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from hsa.checkpoint import Role
 from hsa.errors import HsaError, MachineError, SourceError, shown
 from hsa.fetch import invalid_url, network_error
+from hsa.option_names import option
 from hsa.repo import HubId
 
 CACHE_FULL = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
@@ -85,5 +86,7 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
             f"or set HF_HOME to a directory that can be written"
         )
     if isinstance(error, OSError):
-        return MachineError(f"{name} could not be fetched: {error.strerror or type(error).__name__}; see --debug")
+        return MachineError(
+            f"{name} could not be fetched: {error.strerror or type(error).__name__}; see {option('debug')}"
+        )
     return None

@@ -14,6 +14,7 @@ from hsa.checkpoint import WEIGHTS, Checkpoint, Role, TensorRef
 from hsa.dtypes import BITS, size
 from hsa.errors import RequestError, shown
 from hsa.header import Entry, serialize
+from hsa.option_names import option
 from hsa.target import Target
 
 SLICE_ELEMENTS = 1 << 18
@@ -313,5 +314,7 @@ def parse_size(size: str | int) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         value = size
     if not 1 <= value < 1 << 63:
-        raise RequestError(f"max_shard_size must be a size such as 5GB or 500MiB, below 2^63 bytes, got {shown(size)}")
+        raise RequestError(
+            f"{option('max_shard_size')} must be a size such as 5GB or 500MiB, below 2^63 bytes, got {shown(size)}"
+        )
     return value

@@ -22,6 +22,7 @@ from hsa.dtypes import CODES, NAMES, Array, size
 from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
 from hsa.hub import Hub, Want
+from hsa.option_names import option
 from hsa.plan import check_heads, check_whole, find_targets
 from hsa.structure import require_shapes
 from hsa.target import Target, select
@@ -256,8 +257,8 @@ def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: 
     if known is None:
         if num_heads is None or num_layers is None:
             raise RequestError(
-                "three state dicts say nothing of heads and layers: give num_heads and num_layers, or one source as a "
-                "directory or a model"
+                f"three state dicts say nothing of heads and layers: give {option('num_heads')} and "
+                f"{option('num_layers')}, or one source as a directory or a model"
             )
         stacks = ("encoder", "decoder")
         known = {

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hsa import fsio
 from hsa.errors import DestinationError
+from hsa.option_names import option
 from hsa.workbench import NAME_MAX, STAGING, Workbench, beside, clear, lock, same
 
 PROVENANCE = "hsa_merge.json"
@@ -168,12 +169,13 @@ def _refuse_occupied(destination: Path, label: str, *, overwrite: bool) -> None:
     found = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
     if not overwrite:
         raise DestinationError(
-            f"{label} is not empty: it holds {found}; choose another, or give --overwrite to replace an earlier output"
+            f"{label} is not empty: it holds {found}; choose another, or give {option('overwrite', True)} to replace "
+            f"an earlier output"
         )
     if not (destination / PROVENANCE).is_file():
         raise DestinationError(
-            f"{label} is no earlier output of hsa: it holds {found} and no {PROVENANCE}; --overwrite replaces "
-            f"nothing else, so move it away yourself"
+            f"{label} is no earlier output of hsa: it holds {found} and no {PROVENANCE}; "
+            f"{option('overwrite', True)} replaces nothing else, so move it away yourself"
         )
     inside = [name for name in held if (destination / name).is_dir() and not (destination / name).is_symlink()]
     if inside:  # an output has none of its own: these are a sweep's, or somebody's who worked in it

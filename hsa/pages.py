@@ -7,6 +7,7 @@ import mmap
 from contextlib import suppress
 
 from hsa.errors import MachineError
+from hsa.option_names import option
 
 HUGE_PAGE = 2 << 20
 """Bytes. A direct write names its memory page by page, and a disk takes so many of them in one request: of 4 KiB pages
@@ -22,7 +23,7 @@ def allocate(nbytes: int) -> memoryview:
     try:
         memory = mmap.mmap(-1, nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MachineError(f"out of memory: {nbytes} bytes were needed; give a smaller --threads") from error
+        raise MachineError(f"out of memory: {nbytes} bytes were needed; lower {option('threads')}") from error
     if not spare:
         return memoryview(memory)
     with suppress(AttributeError, OSError):  # a system, or a kernel, without them

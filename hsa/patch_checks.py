@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from hsa.checkpoint import Checkpoint
 from hsa.checks import merge_config, recorded_settings, recorded_targets, targets_alone
 from hsa.errors import HsaError, PatchError, shown
+from hsa.option_names import as_keys, spelled
 from hsa.patch_reader import Patch
 from hsa.patching import unpatchable
 
@@ -31,7 +32,9 @@ def faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[str]:
         config = merge_config(record)
     except HsaError:  # which the line above has named
         return
-    for why in unpatchable(config, contents.sources["primary"].kind):
+    with spelled(as_keys(record.parameters)):
+        reasons = list(unpatchable(config, contents.sources["primary"].kind))
+    for why in reasons:
         yield f"its parameters are those of no patch: {why}"
     if record.parameters.get("backend") != "cpu":
         yield f"its backend is {shown(record.parameters.get('backend'))}; patches are made on the CPU, expected 'cpu'"

@@ -189,7 +189,7 @@ def read(header: Header, where: str) -> Contents:
     """
     text = header.metadata.get(KEY)
     if text is None:
-        raise PatchError(f"{where} is no patch: its header has no {KEY}; expected what hsa merge --patch writes")
+        raise PatchError(f"{where} is no patch: its header has no {KEY}; expected a file that hsa wrote as a patch")
     try:
         document = load_json(text.encode("utf-8"), where, KEY)
         if document.get("format") != FORMAT:

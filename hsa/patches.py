@@ -19,6 +19,7 @@ from hsa.findings import Findings
 from hsa.header import read_header
 from hsa.hub import Hub
 from hsa.memory import PeakMemory
+from hsa.option_names import option
 from hsa.output import relation
 from hsa.patching import Made, Point, check_patchable, make_patches
 from hsa.plan import check_whole, find_targets
@@ -157,8 +158,8 @@ def open_for_patches(
     """
     if request.backend == "triton" or request.device not in ("auto", "cpu"):
         raise RequestError(
-            "patches are made on the CPU, for the disk sets their pace; leave --backend and --device out, or use "
-            "hsa.Merger(device='cuda') for merges that stay in memory"
+            f"patches are made on the CPU, for the disk sets their pace; leave {option('backend')} and "
+            f"{option('device')} out, or use hsa.Merger(device='cuda') for merges that stay in memory"
         )
     if has_hub_ids(request):
         with ExitStack() as trial:
@@ -194,9 +195,11 @@ def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwr
         if not os.path.lexists(destination):
             return destination
         if not overwrite:
-            raise DestinationError(f"output {destination} exists; choose another, or give --overwrite")
+            raise DestinationError(f"output {destination} exists; choose another, or give {option('overwrite', True)}")
         if not destination.is_file() or not is_patch(destination):
-            raise DestinationError(f"output {destination} exists and is no patch of hsa; --overwrite replaces no other")
+            raise DestinationError(
+                f"output {destination} exists and is no patch of hsa; {option('overwrite', True)} replaces no other"
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise DestinationError(f"output {given} cannot be looked at: {error}; choose another destination") from error
     return destination

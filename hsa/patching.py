@@ -26,6 +26,7 @@ from hsa.distances import Distances
 from hsa.dtypes import BITS, Array
 from hsa.errors import RequestError
 from hsa.memory import PeakMemory
+from hsa.option_names import option
 from hsa.pages import allocate
 from hsa.patch_format import Contents, PatchTarget
 from hsa.plan import find_targets
@@ -59,9 +60,9 @@ def unpatchable(config: MergeConfig, primary_kind: str) -> Iterator[str]:
     """Why more than merged rows differ from primary, so that a patch cannot hold the merge; nothing where it can."""
     reasons = (
         (config.numerics != "exact", "numerics 'reference' computes every tensor"),
-        (config.attention_scale != 1.0, "attention_scale moves the heads that are not merged"),
-        (config.non_attention_scale != 1.0, "non_attention_scale moves every other tensor"),
-        (config.dtype != "auto", "dtype casts every tensor"),
+        (config.attention_scale != 1.0, f"{option('attention_scale')} moves the heads that are not merged"),
+        (config.non_attention_scale != 1.0, f"{option('non_attention_scale')} moves every other tensor"),
+        (config.dtype != "auto", f"{option('dtype')} casts every tensor"),
         (primary_kind != "safetensors", "primary has no safetensors files, which a patch is applied to"),
     )
     yield from (why for refused, why in reasons if refused)

@@ -18,6 +18,7 @@ from hsa.config import MergeConfig, keep_count, layer_coefficient
 from hsa.dtypes import ARITHMETIC, CODES, NAMES
 from hsa.errors import MismatchError, SourceError, shown
 from hsa.layout import Content, Copied, Merge, OutputFile, Slice, TensorContent, pack, slices
+from hsa.option_names import option
 from hsa.target import Target
 
 Route = Literal["patch", "rewrite"]
@@ -192,7 +193,7 @@ def make_target(
     if projection.layer >= layers:
         raise MismatchError(
             f"target tensor {name} lies in layer {projection.layer}, but the {stack} has {layers} layers by "
-            f"{'--num-layers' if config.num_layers else f'the config.json of {owner}'}"
+            f"{option('num_layers') if config.num_layers else f'the config.json of {owner}'}"
         )
     coefficient = layer_coefficient(config.of("lam", name), config.of("alpha", name), projection.layer, layers)
     cast = CODES[config.dtype] if config.dtype != "auto" else present["primary"].code
@@ -236,9 +237,13 @@ def _other(name: str, stored: str, sources: Sources, config: MergeConfig) -> Ten
     if not floating:
         raise SourceError(
             f"{sources.primary.file_of(primary)}: tensor {primary.name} has dtype {primary.code}, which can be copied "
-            f"but not cast or scaled; drop --dtype and --non-attention-scale"
+            f"but not cast or scaled; drop {option('dtype')} and {option('non_attention_scale')}"
         )
-    base = sources.base_of(name, primary, f"non_attention_scale {config.non_attention_scale:g}") if scaled else None
+    base = (
+        sources.base_of(name, primary, f"{option('non_attention_scale')} {config.non_attention_scale:g}")
+        if scaled
+        else None
+    )
     return TensorContent(stored, code, primary.shape, slices(primary, base, code, scale=config.non_attention_scale))
 
 

@@ -24,6 +24,7 @@ from hsa.errors import HeaderError, ProvenanceError, RequestError, shown
 from hsa.fsio import Source, Tally
 from hsa.header import load_json
 from hsa.layout import parse_size
+from hsa.option_names import as_keys, spelled
 from hsa.output import PROVENANCE
 from hsa.plan import MergePlan
 from hsa.target import MAX_SCORE, Selection
@@ -266,7 +267,8 @@ def _parameters(entry: Any) -> dict[str, Any]:
     try:
         MergeConfig.from_dict(found)
         if found.get("max_shard_size") is not None:
-            parse_size(found["max_shard_size"])
+            with spelled(as_keys(found)):
+                parse_size(found["max_shard_size"])
     except RequestError as error:
         raise ValueError(str(error)) from error
     for setting in SETTINGS:

@@ -28,6 +28,7 @@ from hsa.checkpoint import ROLES, Role
 from hsa.config import MergeConfig
 from hsa.errors import RequestError, shown
 from hsa.fsio import Source, Tally
+from hsa.option_names import as_keys, spelled
 from hsa.repo import parse_id
 from hsa.request import PathLike, Request
 from hsa.strict_yaml import Value, parse
@@ -41,7 +42,10 @@ README, INDEX = "README.md", "index.json"
 IDS = tuple(f"{role}_id" for role in ROLES)
 PARAMETERS = tuple(MergeConfig().as_dict())
 SETTINGS = ("assets_from", "max_shard_size")
-SHARED = ("group", *ROLES, *PARAMETERS, *SETTINGS, *IDS, "card")
+KEYS = (*ROLES, *PARAMETERS, *SETTINGS, *IDS, "card")
+"""What a merge of a recipe says in its file, where `hsa merge` has an option."""
+
+SHARED = ("group", *KEYS)
 """What defaults may say."""
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
@@ -130,7 +134,8 @@ def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path
     ids = {role: given[f"{role}_id"].plain() for role in ROLES if f"{role}_id" in given}
     output = Path(names["group"], names["name"])
     try:
-        task = Request(sources, output, MergeConfig(**parameters), ids=ids, card=fields, **settings)
+        with spelled(as_keys(KEYS)):
+            task = Request(sources, output, MergeConfig(**parameters), ids=ids, card=fields, **settings)
     except RequestError as error:
         about = str(error).partition(" ")[0]  # the message begins with the parameter that it is about
         line = given[about].line if about in given else value.line

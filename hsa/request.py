@@ -15,6 +15,7 @@ from hsa.errors import RequestError, shown
 from hsa.fsio import Tally
 from hsa.hub import Hub, Want
 from hsa.layout import parse_size
+from hsa.option_names import option
 from hsa.repo import REVISION, find_id
 from hsa.threads import check_threads
 
@@ -43,17 +44,12 @@ class Request:
         check_settings(self.assets_from, self.max_shard_size, self.card)
         for name in ("digest", "sync", "overwrite"):
             if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} must be True or False, got {shown(getattr(self, name))}")
+                raise RequestError(f"{option(name)} must be True or False, got {shown(getattr(self, name))}")
         check_threads(self.threads)
         for role, claimed in (self.ids or {}).items():
-            if claimed is not None and not (isinstance(claimed, str) and is_hub_id(claimed.partition("@")[0])):
-                raise RequestError(
-                    f"{role}_id must be a hub id such as org/name or org/name@revision, got {shown(claimed)}"
-                )
-            if claimed is not None and "@" in claimed and not REVISION.fullmatch(claimed.partition("@")[2]):
-                raise RequestError(
-                    f"{role}_id must be a hub id such as org/name or org/name@revision, got {shown(claimed)}"
-                )
+            if claimed is not None and not _is_claim(claimed):
+                form = "a hub id such as org/name or org/name@revision"
+                raise RequestError(f"{option(f'{role}_id')} must be {form}, got {shown(claimed)}")
 
     @property
     def shard_bytes(self) -> int | None:
@@ -69,12 +65,21 @@ class Request:
         }
 
 
+def _is_claim(claimed: object) -> bool:
+    """Whether it is a hub id, with or without a revision."""
+    if not isinstance(claimed, str):
+        return False
+    name, at, revision = claimed.partition("@")
+    return is_hub_id(name) and (not at or REVISION.fullmatch(revision) is not None)
+
+
 def check_settings(assets_from: str, max_shard_size: str | int | None, card: Mapping[str, str] | None) -> None:
     """RequestError unless what shapes an output besides the merge's own parameters is what a merge can be told."""
     if not isinstance(assets_from, str) or assets_from not in get_args(Role):
-        raise RequestError(f"assets_from must be one of {', '.join(get_args(Role))}, got {shown(assets_from)}")
+        roles = ", ".join(get_args(Role))
+        raise RequestError(f"{option('assets_from')} must be one of {roles}, got {shown(assets_from)}")
     if card is not None and not isinstance(card, Mapping):
-        raise RequestError(f"card must be a mapping from field to text, got {shown(card)}")
+        raise RequestError(f"{option('card')} must be a mapping from field to text, got {shown(card)}")
     check_fields(card or {})
     if max_shard_size is not None:
         parse_size(max_shard_size)

@@ -15,6 +15,7 @@ from hsa.config import MergeConfig
 from hsa.dtypes import ARITHMETIC, CODES
 from hsa.errors import MismatchError, RequestError, SourceError, shown
 from hsa.layout import TensorContent, slices
+from hsa.option_names import option
 
 COMPARE_BYTES = 1 << 20
 """Bytes of two tensors that are compared at a time."""
@@ -45,7 +46,7 @@ def _auto_code(source: Checkpoint) -> str:
         if code is None:
             raise SourceError(
                 f"{source.role} {source.path}: config.json has dtype {shown(named)}, expected one of "
-                f"{', '.join(CODES)}; or give --load-dtype float32"
+                f"{', '.join(CODES)}; or give {option('load_dtype', 'float32')}"
             )
         return code
     first = sorted((ref for ref in source.tensors.values() if ref.shard == 0), key=lambda ref: ref.name)

@@ -15,6 +15,7 @@ from hsa.config import MergeConfig, Preset
 from hsa.distances import Distances
 from hsa.errors import DestinationError, HeaderError, PatchError, ProvenanceError, RequestError
 from hsa.grid import GridPoint
+from hsa.option_names import option
 from hsa.output import ASIDE, PROVENANCE, check_destination
 from hsa.patch_checks import require_sound
 from hsa.patch_format import OtherFormat
@@ -171,7 +172,7 @@ class Standing:
         if differs and not self.request.overwrite:
             raise DestinationError(
                 f"{place} stands there and was made otherwise: its {', '.join(differs)} differ; choose another output, "
-                f"or give --overwrite to make it anew"
+                f"or give {option('overwrite', True)} to replace it"
             )
         return bool(differs)
 

@@ -19,6 +19,7 @@ from hsa.errors import MachineError, RequestError, shown
 from hsa.grid import GridPoint
 from hsa.hub import Hub
 from hsa.memory import PeakMemory
+from hsa.option_names import carried, option
 from hsa.patch_reader import open_patch
 from hsa.patches import SUFFIX, open_for_patches
 from hsa.patching import Point, expected_bytes, make_patches
@@ -134,7 +135,7 @@ def sweep(
         overwrite=overwrite,
     )
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or not 1 <= jobs <= PASS_POINTS):
-        raise RequestError(f"jobs must be a whole number from 1 to {PASS_POINTS}, got {shown(jobs)}")
+        raise RequestError(f"{option('jobs')} must be a whole number from 1 to {PASS_POINTS}, got {shown(jobs)}")
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
@@ -223,7 +224,7 @@ class _Sweep:
         if self.jobs > 1:
             with ThreadPoolExecutor(self.jobs) as pool:
                 try:
-                    list(pool.map(self._publish, points))
+                    list(pool.map(carried(self._publish), points))
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise

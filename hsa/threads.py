@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from hsa.errors import MachineError, RequestError, shown
+from hsa.option_names import carried, option
 
 EXTRA_THREADS = 1
 """Threads beyond the cores: while one waits for the disk, another computes."""
@@ -34,7 +35,12 @@ def check_threads(threads: int | None) -> None:
     """RequestError unless it is a number of threads, or None."""
     whole = isinstance(threads, int) and not isinstance(threads, bool)
     if threads is not None and not (whole and 1 <= threads <= MOST_ALLOWED):
-        raise RequestError(f"threads must be a whole number from 1 to {MOST_ALLOWED}, got {shown(threads)}")
+        raise RequestError(f"{option('threads')} must be a whole number from 1 to {MOST_ALLOWED}, got {shown(threads)}")
+
+
+def out_of_memory() -> str:
+    """What a message says where memory ran out."""
+    return f"out of memory; give {option('threads', 1)}, or free some"
 
 
 def supervise(
@@ -45,7 +51,7 @@ def supervise(
     `work` raises nothing. When this thread is interrupted, or `watch` raises, `stop` gets the error, must make the
     threads end, and the error goes on when they have. MachineError where they cannot be started.
     """
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+    threads = [threading.Thread(target=carried(work), daemon=True) for _ in range(count)]
     try:
         for thread in threads:
             thread.start()
@@ -59,5 +65,5 @@ def supervise(
             if thread.ident is not None:
                 thread.join()
         if isinstance(error, RuntimeError) and not all(thread.ident is not None for thread in threads):
-            raise MachineError(f"cannot start {count} threads: {error}; give a smaller --threads") from error
+            raise MachineError(f"cannot start {count} threads: {error}; lower {option('threads')}") from error
         raise

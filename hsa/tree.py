@@ -22,11 +22,13 @@ from typing import Any, Literal
 from hsa import api, provenance, tree_index
 from hsa.checkpoint import ROLES
 from hsa.errors import HsaError, MachineError, RequestError
+from hsa.option_names import as_keys, option, spelled
 from hsa.output import PROVENANCE
-from hsa.recipe import INDEX
+from hsa.recipe import INDEX, KEYS
 from hsa.repo import find_id
 from hsa.report import MergeReport
 from hsa.request import PathLike
+from hsa.threads import out_of_memory
 from hsa.tree_index import Row, Standing
 from hsa.tree_plan import NAMED, PlannedEntry, ReleasePlan, plan, standing_of
 from hsa.verification import VerifyReport, verify
@@ -154,7 +156,7 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
     standing = planned.standing
     try:
         if planned.action == "refuse":
-            raise RequestError(f"{planned.why}; give --overwrite to build it anew")
+            raise RequestError(f"{planned.why}; give {option('overwrite', True)} to build it again")
         if planned.action == "verify":
             seen = verify(planned.plan.output, threads=planned.request.threads, progress=step, **_to_compare(planned))
             read, peak = seen.bytes_read, seen.peak_memory_bytes
@@ -163,10 +165,11 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
                 return verified, _row(planned, "complete")
             standing = "other" if any(problem.file in ROLES for problem in seen.problems) else "damaged"
             if not overwrite:
-                raise RequestError(f"{_wrong(standing, seen)}; give --overwrite to build it anew")
-        made = api.run(replace(planned.request, overwrite=planned.standing != "missing"), step)
+                raise RequestError(f"{_wrong(standing, seen)}; give {option('overwrite', True)} to build it again")
+        with spelled(as_keys(KEYS)):
+            made = api.run(replace(planned.request, overwrite=planned.standing != "missing"), step)
     except (HsaError, OSError, MemoryError) as error:
-        reason = "out of memory; give --threads 1, or free some" if isinstance(error, MemoryError) else str(error)
+        reason = out_of_memory() if isinstance(error, MemoryError) else str(error)
         if standing == "missing":
             standing = _look_again(planned)
         return EntryReport(path, "failed", reason, None, read, peak), _row(planned, standing)

@@ -17,9 +17,10 @@ from hsa import api, fsio, provenance, tree_index
 from hsa.checkpoint import ROLES, Role
 from hsa.errors import HsaError, MachineError, RequestError, shown
 from hsa.hub import Hub
+from hsa.option_names import as_keys, spelled
 from hsa.output import PROVENANCE, check_tree
 from hsa.provenance import SourceRecord
-from hsa.recipe import Entry, Recipe, load
+from hsa.recipe import KEYS, Entry, Recipe, load
 from hsa.repo import cache_directories, find_id
 from hsa.report import PlanReport
 from hsa.request import PathLike, Request, open_sources
@@ -134,7 +135,8 @@ def plan(
 
 def _plan_entry(entry: Entry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
     check_tree(tree, _local(request))
-    looked = api.dry_run(replace(request, overwrite=True))  # whatever stands there, look at the rest
+    with spelled(as_keys(KEYS)):
+        looked = api.dry_run(replace(request, overwrite=True))  # whatever stands there, look at the rest
     destination = looked.output
     if not (destination / PROVENANCE).is_file():
         return PlannedEntry(entry, request, "build", "missing", "", looked)

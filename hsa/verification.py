@@ -34,10 +34,11 @@ from hsa.errors import HsaError, MachineError, RequestError, SourceError, shown
 from hsa.fsio import Source, Tally, exists, explained
 from hsa.header import load_json
 from hsa.memory import PeakMemory
+from hsa.option_names import carried, option
 from hsa.output import PROVENANCE
 from hsa.provenance import Provenance, Record
 from hsa.request import PathLike
-from hsa.threads import check_threads, default_threads
+from hsa.threads import check_threads, default_threads, out_of_memory
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 
@@ -145,7 +146,7 @@ def verify(
     if found is not None and not all(found.files.values()):
         notes.append(
             "without whole-file digests it cannot be told whether copied tensors and small files are what was written"
-            + ("" if paths else "; give --sources to compare them")
+            + ("" if paths else f"; give {option('sources')} to compare them")
         )
     compared = False
     if paths and found is None:
@@ -267,7 +268,7 @@ class _Run:
                 tasks += self._checks(checkpoint)
             pool = stack.enter_context(ThreadPoolExecutor(self.threads))
             stack.callback(self.stop.set)
-            ahead: set[Future[None]] = {pool.submit(self._guarded, name, task) for name, task in tasks}
+            ahead: set[Future[None]] = {pool.submit(carried(self._guarded), name, task) for name, task in tasks}
             while ahead:
                 finished, ahead = wait(ahead, timeout=0.02)
                 for future in finished:
@@ -285,7 +286,7 @@ class _Run:
         except SourceError as error:
             self.problems.add(name, str(error))
         except MemoryError as error:
-            raise MachineError("out of memory; give --threads 1, or free some") from error
+            raise MachineError(out_of_memory()) from error
 
     def _digest_task(self, name: str) -> list[tuple[str, Callable[[], None]]]:
         assert self.found is not None

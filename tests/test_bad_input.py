@@ -491,7 +491,7 @@ def test_a_tensor_that_a_scale_needs_is_missing_from_base(
 ) -> None:
     change_tensors(triple["base"], lambda tensors: tensors.pop(COPIED))
     scaled = merge_arguments(triple, output, "--non-attention-scale=0.5")
-    refuse(scaled, f"tensor {COPIED} is missing from base", "non_attention_scale 0.5")
+    refuse(scaled, f"tensor {COPIED} is missing from base", "--non-attention-scale 0.5")
     notes = finish(merge_arguments(triple, output))
     assert any("1 tensors of primary are missing from base" in note for note in notes)
 
@@ -555,7 +555,7 @@ def test_card_fields(triple: Triple, output: Path, refuse: Refuse, field: str, e
 
 
 def test_load_dtype_without_reference_numerics(triple: Triple, output: Path, refuse: Refuse) -> None:
-    refuse(merge_arguments(triple, output, "--load-dtype=float32"), "load_dtype", "--numerics reference")
+    refuse(merge_arguments(triple, output, "--load-dtype=float32"), "--load-dtype says", "--numerics reference")
 
 
 @pytest.mark.parametrize("preset", ["encoder-qkv", "attention-all"])
@@ -573,7 +573,7 @@ def test_a_layer_missing_from_all_three(triple: Triple, output: Path, refuse: Re
 
 def test_options_of_reference_numerics(triple: Triple, output: Path, refuse: Refuse) -> None:
     reference = merge_arguments(triple, output, "--numerics=reference")
-    refuse([*reference, "--load-dtype=float16"], "load_dtype must be one of auto, float32, got 'float16'")
+    refuse([*reference, "--load-dtype=float16"], "--load-dtype must be one of auto, float32, got 'float16'")
     refuse([*reference, "--dtype=float16"], "numerics 'reference' writes base's dtype", "got 'float16'")
     refuse([*reference, "--backend=triton"], "numerics 'reference'", "on the CPU", "--backend cpu")
 
@@ -1174,7 +1174,7 @@ def test_the_same_from_a_fresh_process(triple: Triple, output: Path, tmp_path: P
     for arguments, start in (
         (merge_arguments(triple, output), f"secondary {file}: tensor {tensor}, head {head} holds NaN or Inf;"),
         (merge_arguments(triple, output, "--json"), f"secondary {file}: tensor {tensor}, head {head} holds"),
-        (merge_arguments(triple, output, "--quiet", "--k=nan"), "k must be in [0, 100], got nan"),
+        (merge_arguments(triple, output, "--quiet", "--k=nan"), "--k must be in [0, 100], got nan"),
         (["merge", "--base=x"], "Missing option '--primary'"),
     ):
         result = run_hsa(*arguments)

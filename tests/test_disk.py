@@ -354,7 +354,7 @@ def test_threads_that_cannot_be_started(shared_triple: Triple, place: Path, monk
         begin(thread)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
-    with pytest.raises(MachineError, match=r"cannot start 5 threads.*--threads"):
+    with pytest.raises(MachineError, match=r"cannot start 5 threads.*lower threads"):
         hsa.merge(**shared_triple, output=place / "out", threads=5)
     assert snapshot(place) == {}
     assert not any(thread.is_alive() for thread in started)

@@ -23,7 +23,7 @@ HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matp
 
 LAYERS = (
     ("_version", "digests", "findings", "ranges"),
-    ("errors", "dtypes", "lanes", "memory", "reference", "signals", "synthetic_config"),
+    ("errors", "dtypes", "lanes", "memory", "option_names", "reference", "signals", "synthetic_config"),
     ("config", "fsio", "geometry", "git_lfs", "pages", "source_folder", "strict_yaml", "synthetic", "threads"),
     ("console", "header", "partial", "whisper", "workbench"),
     ("output", "tensor_pickle"),

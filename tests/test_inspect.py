@@ -522,7 +522,7 @@ def test_hostile_names_are_plain_text(merged: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "there is nothing to inspect"),
-        (["--base={base}"], "primary and secondary not given"),
+        (["--base={base}"], "--primary and --secondary not given"),
         (["{out}", "--targets=attention-all"], "are recorded in an output"),
         (["{out}", "--k=101"], "k must be in [0, 100]"),
         (["{base}"], "holds no hsa_merge.json"),

@@ -147,7 +147,7 @@ def test_what_is_refused(shared_triple: Triple) -> None:
         merger.apply_({**held, name: torch.zeros(3, 4)})
     with pytest.raises(hsa.MismatchError, match=r"dtype is torch\.float64"):
         merger.apply_({**held, name: held[name].double()})
-    with pytest.raises(hsa.RequestError, match="lambda must be in"):
+    with pytest.raises(hsa.RequestError, match="lam must be in"):
         merger.apply_(held, lam=1.5)
     assert raw_bytes(held[name]) == before
     with pytest.raises(hsa.BackendUnavailable, match="cuda"):

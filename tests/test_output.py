@@ -241,7 +241,7 @@ def test_names_of_staging_directories_are_refused(triple: Triple, place: Path) -
 def test_an_earlier_output_needs_overwrite(triple: Triple, place: Path, swap: bool) -> None:
     hsa.merge(**triple, output=place / "out", k=0.3)
     before = snapshot(place)
-    with pytest.raises(DestinationError, match=r"not empty.*--overwrite"):
+    with pytest.raises(DestinationError, match=r"not empty.*overwrite=True"):
         hsa.merge(**triple, output=place / "out")
     assert snapshot(place) == before
     hsa.merge(**triple, output=place / "fresh", k=0.6)

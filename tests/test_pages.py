@@ -50,5 +50,5 @@ def _mapping(at: int) -> str:
 
 
 def test_more_than_there_is_is_an_error_of_the_machine_that_says_what_helps() -> None:
-    with pytest.raises(MachineError, match=rf"out of memory: {1 << 60} bytes were needed; give a smaller --threads"):
+    with pytest.raises(MachineError, match=rf"out of memory: {1 << 60} bytes were needed; lower threads"):
         allocate(1 << 60)

@@ -269,7 +269,7 @@ def test_files_that_primary_lacks_are_asked_for(
         with pytest.raises(hsa.SourceError, match=message):
             hsa.apply(triple["primary"], NAME, output="never", assets=[wrong])
     edit_json(triple["base"] / "tokenizer.json", base=2)
-    with pytest.raises(hsa.SourceError, match="--assets"):
+    with pytest.raises(hsa.SourceError, match="with assets,"):
         hsa.apply(triple["primary"], tmp_path / NAME, output=tmp_path / "again", assets=[triple["base"]])
 
 
@@ -279,8 +279,8 @@ def test_files_that_primary_lacks_are_asked_for(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--attention-scale", "0.5"], "attention_scale moves the heads that are not merged"),
-        (["--non-attention-scale", "0.5"], "non_attention_scale moves every other tensor"),
+        (["--attention-scale", "0.5"], "--attention-scale moves the heads that are not merged"),
+        (["--non-attention-scale", "0.5"], "--non-attention-scale moves every other tensor"),
         (["--dtype", "float16"], "dtype casts every tensor"),
         (["--numerics", "reference"], "numerics 'reference' computes every tensor"),
         (["--backend", "triton"], "patches are made on the CPU"),
@@ -306,7 +306,7 @@ def test_where_a_patch_may_be_written(triple: Triple, tmp_path: Path) -> None:
     attempt(triple["secondary"] / "deep" / "p.safetensors", "lies in the source")
     occupied = tmp_path / "a.safetensors"
     occupied.write_bytes(b"mine")
-    attempt(occupied, "exists; choose another, or give --overwrite")
+    attempt(occupied, "exists; choose another, or give overwrite=True")
     attempt(occupied, "is no patch of hsa", overwrite=True)
     folder = tmp_path / "b.safetensors"
     folder.mkdir()

@@ -151,7 +151,7 @@ def test_sources_without_processor_files_are_a_warning(
         ("--lambdas 0.1,1.5", "lambda must be in [0, 1], got 1.5"),
         ("--lambdas 0.123401,0.123402", "share the directory lamda_0p1234_alpha_0p2"),
         ("--alpha -1", "alpha must be"),
-        ("--k-percent 101", "k must be in [0, 100]"),
+        ("--k-percent 101", "--k-percent must be in [0, 100]"),
         ("--processor-source model3", "invalid choice: 'model3'"),
         ("--model1 /nowhere/at/all", "primary"),
     ],

@@ -463,11 +463,11 @@ def test_a_real_adapter_is_refused_until_it_is_merged(shared_triple: Triple, mod
     ("wrong", "pattern"),
     [
         ({"k": -1}, "k must be in"),
-        ({"lam": 1.5}, "lambda must be in"),
+        ({"lam": 1.5}, "lam must be in"),
         ({"alpha": float("nan")}, "alpha must be"),
         ({"targets": "decoder"}, "targets must be one of"),
         ({"attention_scale": float("inf")}, "attention_scale must be finite"),
-        ({"lam": {TARGET: 0.5}}, "lambda is given per tensor but has no value"),
+        ({"lam": {TARGET: 0.5}}, "lam is given per tensor but has no value"),
         ({"backend": "gpu"}, "backend must be one of"),
         ({"device": "cuda:999"}, "cuda"),
     ],

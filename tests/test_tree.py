@@ -154,7 +154,7 @@ def test_only_what_differs_is_built_anew_and_only_when_asked(recipe: Path, tripl
     assert problem == (
         "it was made otherwise than the recipe says: k is 0.3, the recipe says 0.5; lambda is 0.5, the recipe says "
         "0.1; card field role is None, the recipe says 'x'; primary is primary, the recipe's is org/other; give "
-        "--overwrite to build it anew"
+        "overwrite=True to build it again"
     )
     assert touched(output / "g") == {path: time for path, time in before.items() if path.startswith(f"{output / 'g'}/")}
     assert states(output) == {"g/a": "complete", "g/b": "other", "g/c": "complete"}
@@ -221,7 +221,7 @@ def test_a_damaged_entry_is_found_and_built_anew_when_asked(recipe: Path, tmp_pa
     assert f"tensor {COPIED}: 4 bytes are not what the sources give" in a
     assert re.match(r".*/g/b/hsa_merge\.json: its digest is ", b)
     assert c.startswith("it is damaged: vocab.json: is missing")
-    assert all(problem.endswith("; give --overwrite to build it anew") for problem in (a, b, c))
+    assert all(problem.endswith("; give overwrite=True to build it again") for problem in (a, b, c))
     assert snapshot(output / "g") == damaged
     assert set(states(output).values()) == {"damaged"}
     assert results(build(recipe, output, overwrite=True)) == {"g/a": "built", "g/b": "built", "g/c": "built"}
@@ -351,7 +351,7 @@ def test_a_bad_recipe_is_exit_code_2(tmp_path: Path) -> None:
 def test_options_out_of_range_are_named_once(recipe: Path, tmp_path: Path) -> None:
     done = run_hsa("release", recipe, "--output", tmp_path / "tree", "--threads=0")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "hsa: error: threads must be a whole number from 1 to 256, got 0\n"
+    assert done.stderr == "hsa: error: --threads must be a whole number from 1 to 256, got 0\n"
 
 
 def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hsa.dtypes import Array, size
 from hsa.errors import BackendUnavailable, RequestError, shown
 from hsa.geometry import Geometry
 from hsa.layout import Slice
+from hsa.option_names import option
 from hsa.target import Selection, Target
 
 BACKENDS = ("auto", "cpu", "triton")
@@ -132,14 +133,16 @@ def resolve(name: str, device: str, config: MergeConfig) -> Backend:
     Raises BackendUnavailable, or RequestError for an unknown name or numerics that a backend does not offer.
     """
     if not isinstance(name, str) or name not in BACKENDS:
-        raise RequestError(f"backend must be one of {', '.join(BACKENDS)}, got {shown(name)}")
+        raise RequestError(f"{option('backend')} must be one of {', '.join(BACKENDS)}, got {shown(name)}")
     if not isinstance(device, str) or not (device in ("auto", "cpu", "cuda") or _NUMBERED.fullmatch(device)):
-        raise RequestError(f"device must be the text auto, cpu, cuda or cuda:N, got {shown(device)}")
+        raise RequestError(f"{option('device')} must be the text auto, cpu, cuda or cuda:N, got {shown(device)}")
     on_gpu = name == "triton" or device.startswith("cuda")
     if config.numerics == "reference" and on_gpu:
-        raise RequestError("numerics 'reference' repeats the script's torch operations on the CPU; use --backend cpu")
+        raise RequestError(
+            f"numerics 'reference' repeats the script's torch operations on the CPU; use {option('backend', 'cpu')}"
+        )
     if name == "cpu" and on_gpu:
-        raise RequestError(f"backend 'cpu' has no device {shown(device)}; use --backend triton or auto")
+        raise RequestError(f"backend 'cpu' has no device {shown(device)}; use {option('backend', 'triton')} or auto")
     if on_gpu or (name == "auto" and device == "auto" and config.numerics == "exact" and _sees_gpu()):
         return _triton(device)
     if config.numerics == "reference":
@@ -165,6 +168,6 @@ def _triton(device: str) -> Backend:
         from hsa.backends.triton import TritonBackend
     except ImportError as error:
         raise BackendUnavailable(
-            f"backend 'triton' cannot be imported: {error}; install triton, or use --backend cpu"
+            f"backend 'triton' cannot be imported: {error}; install triton, or use {option('backend', 'cpu')}"
         ) from error
     return TritonBackend(device)

@@ -24,6 +24,7 @@ from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import Projections, doubt, interpreted
 from hsa.layout import Slice
+from hsa.option_names import option
 from hsa.target import Target, of_selected
 
 GROUP_BYTES = 16 << 20
@@ -245,15 +246,15 @@ def _find(device: str) -> torch.device:
         if device not in ("auto", "cpu"):
             raise BackendUnavailable(
                 f"device {shown(device)}: with TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')} the kernels run "
-                f"on the CPU; unset it, or use --device cpu"
+                f"on the CPU; unset it, or use {option('device', 'cpu')}"
             )
         return torch.device("cpu")
     if device == "cpu":
-        raise BackendUnavailable("backend 'triton' runs on a GPU; use --backend cpu for the CPU")
+        raise BackendUnavailable(f"backend 'triton' runs on a GPU; use {option('backend', 'cpu')} for the CPU")
     if not torch.cuda.is_available():
         raise BackendUnavailable(
-            f"backend 'triton', device {shown(device)}: torch {torch.__version__} finds no GPU; use --backend cpu, or "
-            f"a CUDA or ROCm build of torch on a machine with a GPU"
+            f"backend 'triton', device {shown(device)}: torch {torch.__version__} finds no GPU; use "
+            f"{option('backend', 'cpu')}, or a CUDA or ROCm build of torch on a machine with a GPU"
         )
     found = torch.device("cuda" if device == "auto" else device)
     index = torch.cuda.current_device() if found.index is None else found.index
@@ -261,5 +262,5 @@ def _find(device: str) -> torch.device:
         raise BackendUnavailable(f"device {shown(device)}: there are {torch.cuda.device_count()} GPUs, counted from 0")
     found = torch.device("cuda", index)
     if why := doubt(found):
-        raise BackendUnavailable(f"backend 'triton', device {shown(device)}: {why}; use --backend cpu")
+        raise BackendUnavailable(f"backend 'triton', device {shown(device)}: {why}; use {option('backend', 'cpu')}")
     return found

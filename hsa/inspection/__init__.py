@@ -17,6 +17,7 @@ from hsa.hub import Hub, Want
 from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes, measure
 from hsa.inspection.model import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
 from hsa.inspection.recorded import changed_config, close_margins, from_output, parameters_of, recorded_config
+from hsa.option_names import option
 from hsa.output import PROVENANCE
 from hsa.plan import find_targets
 from hsa.provenance import Provenance, TargetRecord, tensors_digest
@@ -62,11 +63,12 @@ def inspect(
     Raises RequestError, SourceError, MachineError or a subclass; MismatchError where the sources are not the output's.
     """
     given: dict[Role, PathLike | None] = {"base": base, "primary": primary, "secondary": secondary}
-    lacking = [role for role, path in given.items() if path is None]
+    lacking = [option(role) for role, path in given.items() if path is None]
+    together = "{}, {} and {}".format(*map(option, ROLES))
     if output is None and len(lacking) == len(ROLES):
-        raise RequestError("there is nothing to inspect; give an output, or base, primary and secondary")
+        raise RequestError(f"there is nothing to inspect; give an output, or {together}")
     if lacking and len(lacking) < len(ROLES):
-        raise RequestError(f"{' and '.join(lacking)} not given; base, primary and secondary are needed together")
+        raise RequestError(f"{' and '.join(lacking)} not given; {together} are needed together")
     paths = {role: path for role, path in given.items() if path is not None}
     if output is None:
         defaults = MergeConfig()
@@ -80,7 +82,10 @@ def inspect(
         )
         return _from_sources(paths, config, None, None, energy, progress)
     if targets is not None or num_heads is not None or num_layers is not None:
-        raise RequestError("targets, num_heads and num_layers are recorded in an output; leave them out")
+        raise RequestError(
+            f"{option('targets')}, {option('num_heads')} and {option('num_layers')} are recorded in an output; leave "
+            f"them out"
+        )
     directory = Path(output).expanduser()
     tally = Tally()
     record = provenance.load(directory)

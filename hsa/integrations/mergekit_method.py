@@ -19,6 +19,7 @@ from hsa.config import MergeConfig, Preset
 from hsa.dtypes import NAMES, size
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
 from hsa.fsio import Tally
+from hsa.option_names import as_keys, spelled
 from hsa.plan import make_target
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def assign(others: Sequence[tuple[M, object]], *, ordered: bool) -> dict[Role, M
 def config_of(parameters: Mapping[str, Any]) -> MergeConfig:
     """The parameters under mergekit's names, checked. Raises RequestError."""
     found = {**DEFAULTS, **parameters}
-    return MergeConfig(k=found["k"], lam=found["lambda"], alpha=found["alpha"], targets=found["targets"])
+    with spelled(as_keys(DEFAULTS)):
+        return MergeConfig(k=found["k"], lam=found["lambda"], alpha=found["alpha"], targets=found["targets"])
 
 
 def takes_text() -> bool:

@@ -23,6 +23,28 @@ from hsa.checkpoint import Role
 from hsa.config import MergeConfig
 from hsa.console import exit_with, guarded
 from hsa.errors import RequestError, one_line, shown
+from hsa.option_names import renamed, spelled
+
+OPTIONS = {
+    "base": "--pretrained-model",
+    "primary": "--model1",
+    "secondary": "--model2",
+    "output": "--out-path",
+    "lam": "--lambda",
+    "alpha": "--alpha",
+    "k": "--k-percent",
+    "num_heads": "--num-heads",
+    "num_layers": "--num-encoder-layers",
+    "device": "--device",
+    "assets_from": "--processor-source",
+    "attention_scale": "--attention-scale",
+    "non_attention_scale": "--non-attention-scale",
+    "numerics": "--numerics",
+    "load_dtype": "--load-dtype",
+    "threads": "--threads",
+    "debug": "--debug",
+}
+"""The options by which messages name this package's arguments."""
 
 PROCESSOR_SOURCES: dict[str, Role] = {"model1": "primary", "model2": "secondary", "pretrained": "base"}
 
@@ -154,7 +176,8 @@ def run(arguments: Sequence[str]) -> int:
             )
         return 0
 
-    return guarded(work, debug="--debug" in arguments)
+    with spelled(renamed(OPTIONS, "hsa merge")):
+        return guarded(work, debug="--debug" in arguments)
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hsa import fsio
 from hsa.errors import DestinationError
+from hsa.option_names import option
 from hsa.output import PROVENANCE
 
 PathLike = str | os.PathLike[str]
@@ -32,7 +33,7 @@ def check_file(path: PathLike, kept: Sequence[PathLike], *, overwrite: bool) -> 
     if not given.name or found.is_dir():
         raise DestinationError(f"{given} is a directory; give the name of a file")
     if os.path.lexists(found) and (not overwrite or not found.is_file()):
-        raise DestinationError(f"{given} exists; give another name, or --overwrite to replace a file")
+        raise DestinationError(f"{given} exists; give another name, or {option('overwrite', True)} to replace a file")
     real = found.resolve()
     for folder in kept:
         with suppress(OSError, RuntimeError):

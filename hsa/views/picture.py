@@ -55,7 +55,7 @@ def check_installed() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise RequestError(
-            f'--png needs matplotlib ({error}); install it with pip install "hsa-merge[plot]"'
+            f'a picture needs matplotlib ({error}); install it with pip install "hsa-merge[plot]"'
         ) from error
 
 
