@@ -77,6 +77,7 @@ clean:
 	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): setup.py pyproject.toml constraints.txt hsa/_version.py
+	@echo "Installing hsa and what it needs (torch, transformers and the test tools, a few GB) into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@

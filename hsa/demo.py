@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from hsa.api import merge
+from hsa.config import keep_count
 from hsa.errors import HsaError, MachineError, RequestError
 from hsa.report import MergeReport
 
@@ -51,13 +52,17 @@ def _run(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < NEEDED:
         raise MachineError(f"the demo writes {NEEDED} bytes to {folder}, and {free} are free there; free some space")
-    _say("1. Building a Whisper-shaped triple whose fine-tunes changed most in known heads")
+    _say(f"1. Building three made-up models in Whisper's shape, in {folder}: nothing is installed or downloaded.")
+    _say("   The two fine-tunes changed most in heads that the demo knows: four of six in each layer.")
     paths = write_triple(folder, SHAPES["demo"], dtype="float16", loud_heads=LOUD)
-    _say("2. Merging: k = 0.6, lambda = 0.5, alpha = 0.2")
+    size = sum(file.stat().st_size for path in paths.values() for file in path.iterdir())
+    _say(f"   Base, primary and secondary take {size / 1e6:.0f} MB.")
+    _say("2. Merging with k = 0.6, lambda = 0.5, alpha = 0.2")
+    _say(f"   k = 0.6 of a tensor's 6 heads is 3.6, which rounds to {keep_count(0.6, 6)}.")
     output = folder / "merged"
     report = merge(output=output, base=paths["base"], primary=paths["primary"], secondary=paths["secondary"])
     _say(
-        f"   {report.selected_heads} of {report.total_heads} heads in {len(report.tensors)} tensors, "
+        f"   {report.selected_heads} of {report.total_heads} heads are merged, in {len(report.tensors)} tensors; "
         f"{report.seconds:.2f} s, peak memory {report.peak_memory_bytes / 1e6:.0f} MB"
     )
     _say("3. Checking the output, bit by bit, against the formula in plain torch")
@@ -65,7 +70,10 @@ def _run(folder: Path) -> None:
     _check_heads(report)
     _say("4. Loading it with transformers")
     _check_loading(output)
-    _say("5. Merged heads, layer by head (#: merged, .: primary's); a column is a head\n")
+    shown = [tensor for tensor in report.tensors.values() if tensor.part == "weight"]
+    merged, heads = sum(len(tensor.selected) for tensor in shown), sum(tensor.heads for tensor in shown)
+    _say(f"5. The {len(shown)} weights: {merged} of their {heads} heads are merged (#), the others stay primary's (.).")
+    _say(f"   The {len(report.tensors) - len(shown)} biases choose theirs by themselves and are not drawn.\n")
     _say(head_map(report))
     _say("\nAll checks passed. The same on your own models:\n")
     _say("   hsa merge --base PRETRAINED --primary FINE_TUNE_1 --secondary FINE_TUNE_2 --output MERGED")

@@ -17,6 +17,10 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     done = run_hsa("demo", f"--output={kept}")
     assert done.returncode == 0, done.stderr
     assert "All checks passed" in done.stdout
+    assert f"in {kept}: nothing is installed or downloaded" in done.stdout
+    assert "k = 0.6 of a tensor's 6 heads is 3.6, which rounds to 4." in done.stdout
+    drawn_heads = done.stdout.partition("layer  q")[2].partition("All checks")[0].count
+    assert f"The 12 weights: {drawn_heads('#')} of their {drawn_heads('#') + drawn_heads('.')} heads" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit() and "##" in line]
     for layer, row in enumerate(rows):
         planted = {(layer + offset) % 6 for offset in (0, 1, 3, 4)}

@@ -10,6 +10,7 @@ import shutil
 import struct
 import tracemalloc
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from helpers import edit_json, merge_arguments, read_tensors, run_hsa, snapshot,
 import hsa
 from hsa import inspection, provenance, reference
 from hsa.config import keep_count, layer_coefficient
+from hsa.inspection import Inspection
 from hsa.inspection.measure import Buffers
 from hsa.output import PROVENANCE
-from hsa.views import page, picture, sheet
+from hsa.views import page, picture, sheet, table
 
 Triple = dict[str, Path]
 
@@ -396,9 +398,11 @@ def test_png_shows_the_maps(shared_triple: Triple) -> None:
 
     drawn = []
     for k in (0.0, 0.5):
-        data = picture.render(hsa.inspect(**shared_triple, k=k, energy=False))
+        pages = picture.render(hsa.inspect(**shared_triple, k=k, energy=False))
+        assert pages.keys() == {""}
+        data = pages[""]
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
-        assert data == picture.render(hsa.inspect(**shared_triple, k=k, energy=False))
+        assert pages == picture.render(hsa.inspect(**shared_triple, k=k, energy=False))
         width, height = struct.unpack(">II", data[16:24])
         pixels = image.imread(io.BytesIO(data))
         assert pixels.shape[:2] == (height, width)
@@ -417,7 +421,92 @@ def test_a_picture_takes_any_title(merged: Path, tmp_path: Path) -> None:
     shutil.copy(merged / PROVENANCE, strange)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert picture.render(hsa.inspect(strange))[:4] == b"\x89PNG"
+        assert picture.render(hsa.inspect(strange))[""][:4] == b"\x89PNG"
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+def like_large_v3(found: Inspection) -> Inspection:
+    """The inspection of a model with 32 layers of 20 heads, its numbers repeated from a small one's."""
+    tensors = {}
+    for small in found.tensors.values():
+        if small.projection.layer:
+            continue
+        for layer in range(32):
+            name = small.name.replace("layers.0.", f"layers.{layer}.")
+            place = replace(
+                small.projection, layer=layer, name=small.projection.name.replace("layers.0.", f"layers.{layer}.")
+            )
+            scores = tuple(small.scores[head % small.heads] for head in range(20))
+            selected = tuple(head for head in range(20) if head % small.heads in small.selected)
+            tensors[name] = replace(
+                small,
+                name=name,
+                projection=place,
+                heads=20,
+                layers=32,
+                scores=scores,
+                squared=None,
+                selected=selected,
+                geometry=None,
+            )
+    return replace(found, tensors=tensors)
+
+
+def test_pictures_of_a_large_model_are_pages_that_fit_a_screen(shared_triple: Triple, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed, which draws pictures")
+    large = like_large_v3(hsa.inspect(**shared_triple, targets="attention-all", energy=False))
+    pages = picture.render(large)
+    assert pages.keys() == {"", "decoder-self_attn", "decoder-encoder_attn"}
+    for png in pages.values():
+        width, height = size_of(png)
+        assert 1000 < width < 6000 and 1000 < height < 3000
+
+
+def test_pages_are_written_beside_each_other_or_none(shared_triple: Triple, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed, which draws pictures")
+    sources = [f"--{role}={path}" for role, path in shared_triple.items()]
+    command = ["inspect", *sources, "--targets=attention-qkv", "--no-energy", f"--png={tmp_path / 'heads.png'}"]
+    names = ["heads-decoder-encoder_attn.png", "heads-decoder-self_attn.png", "heads.png"]
+    (tmp_path / names[0]).write_text("somebody's")
+    refused = run_hsa(*command)
+    assert refused.returncode == 2 and names[0] in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == names[:1]
+    done = run_hsa(*command, "--overwrite", "--json")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(json.loads(done.stdout)["written"]["png"]) == sorted(str(tmp_path / name) for name in names)
+
+
+def test_tables_fit_80_columns_and_break_neither_words_nor_rows_of_heads(shared_triple: Triple, merged: Path) -> None:
+    small = hsa.inspect(**shared_triple, targets="attention-all")
+    for found in (small, like_large_v3(small)):
+        text = io.StringIO()
+        table.show(found, text)
+        assert max(map(len, text.getvalue().splitlines())) <= 80
+        words = set(text.getvalue().split())
+        for tensor in found.tensors.values():
+            row = "".join("#" if head in tensor.selected else "." for head in range(tensor.heads))
+            assert row in words
+        assert {"projection", "lambda_i", "margin", "merged", "chance", "Jaccard", "self_attn"} <= words
+        wide = io.StringIO()
+        table.show(found, wide, wide=True)
+        assert {"least", "greatest"} <= set(wide.getvalue().split())
+        assert max(map(len, wide.getvalue().splitlines())) > 80
+
+
+def test_a_row_of_very_many_heads_is_shown_whole_or_not_at_all(shared_triple: Triple) -> None:
+    found = hsa.inspect(**shared_triple, energy=False)
+    many = replace(next(iter(found.tensors.values())), heads=200, selected=tuple(range(0, 200, 2)), scores=(1.0,) * 200)
+    text, wide = io.StringIO(), io.StringIO()
+    table.show(replace(found, tensors={many.name: many}), text)
+    assert max(map(len, text.getvalue().splitlines())) <= 80
+    assert "see --wide" in text.getvalue()
+    table.show(replace(found, tensors={many.name: many}), wide, wide=True)
+    assert "#." * 100 in wide.getvalue()
 
 
 def test_every_format_from_the_command_line(shared_triple: Triple, merged: Path, tmp_path: Path) -> None:
@@ -428,7 +517,7 @@ def test_every_format_from_the_command_line(shared_triple: Triple, merged: Path,
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     document = json.loads(done.stdout)
-    assert document.pop("written") == {name: str(path) for name, path in files.items()}
+    assert document.pop("written") == {name: [str(path)] for name, path in files.items()}
     expected = hsa.inspect(**shared_triple, k=0.3)
     assert document == json.loads(json.dumps(expected.as_dict()))
     assert document["energy"]["primary"]["inside"] + document["energy"]["primary"]["elsewhere"] == pytest.approx(1)

@@ -242,12 +242,73 @@ def test_reference_numerics_keep_their_own_choice(merged: Path, opened: Any, tmp
 def test_numbers_out_of_range_change_nothing(merged: Path, opened: Any) -> None:
     shown = opened(hsa.inspect(merged))
     before, summary = shown.heads(), shown.text("#summary")
+    assert not shown.page.is_visible("#range")
+    limits = {"k": "from 0 to 100", "lambda": "from 0 to 1", "alpha": "of at least 0"}
     for field, value in (("k", "101"), ("k", "-1"), ("lambda", "1.5"), ("alpha", "-0.1"), ("k", "")):
         shown.page.locator(f"#{field}-number").fill(value)
         assert shown.page.get_attribute(f"#{field}-number", "aria-invalid") == "true"
+        assert f"{field} must be a number {limits[field]}; the maps still show" in shown.text("#range")
         assert (shown.heads(), shown.text("#summary")) == (before, summary)
+    shown.page.locator("#k-number").fill("0.5")
+    assert "k must" not in shown.text("#range") and "lambda must" in shown.text("#range")
     shown.page.click("#reset")
     assert shown.page.get_attribute("#k-number", "aria-invalid") == "false"
+    assert not shown.page.is_visible("#range")
+
+
+def test_selected_cells_are_as_large_as_the_others(triple_with_ties: Triple, opened: Any) -> None:
+    """The coloured part of a cell is what lies within its border; a frame must not take any of it away."""
+    shown = opened(hsa.inspect(**triple_with_ties, k=0.5))
+    sizes = shown.page.evaluate(
+        """() => [...document.querySelectorAll("table.map")].map((map) => ["true", "false"].map((on) =>
+            [...map.querySelectorAll(`[aria-selected=${on}]`)].map((c) => [c.clientWidth, c.clientHeight].join())))"""
+    )
+    assert sizes
+    for framed, others in sizes:
+        assert framed and others
+        assert set(framed) == set(others)
+    assert shown.page.evaluate(
+        """() => [...document.querySelectorAll("[role=gridcell]")].every((c) => {
+            const style = getComputedStyle(c);
+            return style.backgroundClip === "padding-box" && style.boxShadow === "none";
+        })"""
+    )
+
+
+def test_how_to_read_it_comes_first(merged: Path, opened: Any) -> None:
+    shown = opened(hsa.inspect(merged))
+    assert shown.page.locator("h2").first.inner_text() == "How to read this"
+    top, maps = (shown.page.locator(what).first.bounding_box()["y"] for what in ("#how", "table.map"))
+    assert top < maps
+
+
+def test_every_block_has_one_scale_of_its_own(triple_with_ties: Triple, opened: Any) -> None:
+    found = hsa.inspect(**triple_with_ties, targets="attention-all")
+    shown = opened(found)
+    sections = shown.page.evaluate(
+        """() => [...document.querySelectorAll("#maps section")].map((section) => {
+            const legends = section.querySelectorAll(".legend");
+            return [section.getAttribute("aria-label"), legends.length, legends[0].innerText];
+        })"""
+    )
+    assert len(sections) == len(
+        {(t.projection.stack, t.projection.block, t.projection.part) for t in found.tensors.values()}
+    )
+    for label, count, text in sections:
+        assert count == 1 and "one scale for all maps of this block" in text, label
+
+
+def test_tables_use_the_width_and_do_not_break_on_a_telephone(
+    merged: Path, triple_with_ties: Triple, opened: Any
+) -> None:
+    found = hsa.inspect(merged, **triple_with_ties)
+    wide = opened(found, viewport={"width": 1280, "height": 900})
+    narrow = opened(found, viewport={"width": 390, "height": 844})
+    widths = """() => [...document.querySelectorAll("table.plain")].map((t) =>
+        [t.offsetWidth, t.parentElement.clientWidth, t.parentElement.scrollWidth])"""
+    for shown in (wide, narrow):
+        for table, room, needed in shown.page.evaluate(widths):
+            assert table == room == needed  # as wide as the page, and nothing to scroll to
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,9 @@ def inspect(
         str | None, typer.Option(metavar="F", help="Write a page whose heat maps answer to sliders.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Show every column of the tables, however wide they are.")
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -73,11 +77,11 @@ def inspect(
 
         with show.progress(show=bars, label="comparing") as step:
             compared = compare(*diff, progress=step)
-        _present(compared, as_json, quiet)
+        _present(compared, as_json, quiet, wide=wide)
         return 0
 
     from hsa.inspection import inspect as inspect_
-    from hsa.views import check_file, write_file
+    from hsa.views import check_file
 
     kept = [path for path in (output, base, primary, secondary) if path is not None]
     files = {name: check_file(path, kept, overwrite=overwrite) for name, path in wanted.items() if path is not None}
@@ -99,32 +103,63 @@ def inspect(
             energy=not no_energy,
             progress=step,
         )
-    for name, render in renderers.items():
-        write_file(files[name], render(found))
+    written = _write(found, files, renderers, kept, overwrite=overwrite)
     verified = None
     if output is not None and not no_verify:
         from hsa.verification import verify
 
         with show.progress(show=bars, label="verifying") as step:
             verified = verify(output, progress=step)
-    _present(found, as_json, quiet, files, verified)
+    _present(found, as_json, quiet, written, verified, wide=wide)
     return 0 if verified is None or verified.ok else 2
 
 
-def _renderer(name: str) -> Any:
+def _renderer(name: str) -> Callable[[Inspection], Mapping[str, bytes]]:
+    """What draws an inspection in a format: the bytes of each of its pages by the page's name, empty for the first."""
     from hsa.views import page, picture, sheet
 
     if name == "png":
         picture.check_installed()
-    return {"csv": sheet.render, "png": picture.render, "html": page.render}[name]
+        return picture.render
+    whole = {"csv": sheet.render, "html": page.render}[name]
+    return lambda found: {"": whole(found)}
+
+
+def _write(
+    found: Inspection,
+    files: Mapping[str, Path],
+    renderers: Mapping[str, Callable[[Inspection], Mapping[str, bytes]]],
+    kept: Sequence[str],
+    *,
+    overwrite: bool,
+) -> dict[str, tuple[Path, ...]]:
+    """Write every page of every format: `heads.png`, and for further pages `heads-NAME.png`. Returns their paths.
+
+    No file is written before every place was checked.
+    """
+    from hsa.views import check_file, write_file
+
+    pages: dict[str, dict[Path, bytes]] = {}
+    for name, render in renderers.items():
+        place = files[name]
+        named = {
+            place.with_stem(f"{place.stem}-{page}") if page else place: data for page, data in render(found).items()
+        }
+        pages[name] = {check_file(path, kept, overwrite=overwrite): data for path, data in named.items()}
+    for each in pages.values():
+        for path, data in each.items():
+            write_file(path, data)
+    return {name: tuple(each) for name, each in pages.items()}
 
 
 def _present(
     view: Inspection | Comparison,
     as_json: bool,
     quiet: bool,
-    files: dict[str, Path] | None = None,
+    files: dict[str, tuple[Path, ...]] | None = None,
     verified: VerifyReport | None = None,
+    *,
+    wide: bool = False,
 ) -> None:
     from hsa.errors import one_line
     from hsa.views import table
@@ -136,17 +171,17 @@ def _present(
             for problem in verified.problems:
                 print(one_line(f"hsa: problem: {problem.file}: {problem.what}"), file=sys.stderr)
     if as_json:
-        more: dict[str, Any] = {"written": {name: str(path) for name, path in files.items()}} if files else {}
+        more: dict[str, Any] = {"written": {name: [*map(str, paths)] for name, paths in files.items()}} if files else {}
         if verified is not None:
             whole = verified.as_dict()
             more["verification"] = {name: whole[name] for name in ("ok", "problems", "notes", "files", "bytes_read")}
         show.result({**view.as_dict(), **more}, quiet)
     elif not quiet:
-        table.show(view)
+        table.show(view, wide=wide)
         if verified is not None:
             hashed = all((getattr(view, "files", None) or {"": None}).values())
             print(_verdict(verified, hashed))
-        for path in (files or {}).values():
+        for path in (path for paths in (files or {}).values() for path in paths):
             print(one_line(f"written: {path}"))
 
 

@@ -31,6 +31,7 @@ class HeadsDiff:
     """One tensor that both outputs merged: the heads of each, and the largest relative difference of their scores."""
 
     name: str
+    heads: int
     first: tuple[int, ...]
     second: tuple[int, ...]
     score_difference: float | None
@@ -186,7 +187,13 @@ def _compare_source(a: Provenance, b: Provenance, role: Role) -> dict[str, Any]:
 def _compare_heads(a: Provenance, b: Provenance) -> dict[str, HeadsDiff]:
     other = {target.projection.name: target for target in b.record.targets}
     return {
-        one.name: HeadsDiff(one.name, one.selected, other[bare].selected, _score_difference(one, other[bare]))
+        one.name: HeadsDiff(
+            one.name,
+            max(one.heads, other[bare].heads),
+            one.selected,
+            other[bare].selected,
+            _score_difference(one, other[bare]),
+        )
         for one in a.record.targets
         if (bare := one.projection.name) in other
     }

@@ -75,9 +75,12 @@
     value === null ? "-" : typeof value === "object" ? JSON.stringify(value, null, 1) : String(value);
   const blockName = (block) => (block === "self_attn" ? "self-attention" : "cross-attention");
 
+  const placeOf = (tensor) =>
+    `${tensor.stack} layer ${tensor.layer}, ${blockName(tensor.block)} ${tensor.kind}_proj ${tensor.part}`;
+
   const fill = (table, head, rows, right = []) => {
     const cell = (tag, text, column, extra = {}) => {
-      const made = make(tag, { text, ...extra });
+      const made = make(tag, { text, data: { label: head[column] }, ...extra });
       if (right.includes(column)) made.className = "right";
       return made;
     };
@@ -235,14 +238,14 @@
       group.tensors.forEach((tensor, index) => {
         rowsByName.get(tensor.name).cells.forEach((cell, head) => {
           const value = all[index][head];
-          cell.style.background =
+          cell.style.backgroundColor =
             value === null ? "transparent" : blend(colour.stops, high > low ? (value - low) / (high - low) : 1);
         });
       });
       const { legend } = group;
       legend.low.textContent = known.length ? number(low, 3) : "-";
       legend.high.textContent = known.length ? number(high, 3) : "-";
-      legend.label.textContent = colour.label.toLowerCase();
+      legend.label.textContent = `${colour.label.toLowerCase()}: one scale for all maps of this block`;
       legend.bar.style.background = `linear-gradient(to right, ${colour.stops.join(", ")})`;
       legend.bar.setAttribute("aria-label", `colour scale of ${colour.label}: from ${number(low, 3)} to ${number(high, 3)}`);
     }
@@ -276,7 +279,7 @@
       merged += shown.chosen.size;
       total += tensor.heads;
       if (shown.margin !== null && (narrowest === null || shown.margin < narrowest.margin)) {
-        narrowest = { margin: shown.margin, name: tensor.name };
+        narrowest = { margin: shown.margin, place: placeOf(tensor) };
       }
       cells.forEach((cell, head) => {
         const on = shown.chosen.has(head);
@@ -292,12 +295,20 @@
       held.margin.textContent = shown.margin === null ? "-" : number(shown.margin, 2);
     }
     const values = ["k", "lambda", "alpha"].map((name) => `${name} ${state[name] ?? "per tensor"}`).join(", ");
-    const narrow = narrowest === null ? "" : ` Narrowest margin ${number(narrowest.margin, 2)}, in ${narrowest.name}.`;
+    const narrow = narrowest === null ? "" : ` Narrowest margin ${number(narrowest.margin, 2)}, in ${narrowest.place}.`;
     byId("summary").textContent = `${merged} of ${total} heads merged in ${tensors.length} tensors at ${values}.${narrow}`;
     drawAgreement();
   };
 
   // --- controls ---------------------------------------------------------------------------------------------------
+
+  const wrong = new Map();
+  const say = (name, text) => {
+    if (text) wrong.set(name, text);
+    else wrong.delete(name);
+    byId("range").textContent = [...wrong.values()].join(" ");
+    byId("range").hidden = wrong.size === 0;
+  };
 
   const LIMITS = { k: [0, 100], lambda: [0, 1], alpha: [0, Infinity] };
   const show = (name) => {
@@ -312,6 +323,7 @@
       const [low, high] = LIMITS[name];
       const valid = Number.isFinite(value) && value >= low && value <= high;
       byId(`${name}-number`).setAttribute("aria-invalid", String(!valid));
+      say(name, valid ? "" : `${name} must be a number ${Number.isFinite(high) ? `from ${low} to ${high}` : `of at least ${low}`}; the maps still show ${state[name] ?? "each tensor's own value"}.`);
       if (!valid) return;
       state[name] = value;
       if (source !== "number") show(name);
@@ -329,6 +341,7 @@
     Object.keys(state).forEach((name) => {
       show(name);
       byId(`${name}-number`).setAttribute("aria-invalid", "false");
+      say(name, "");
     });
     drawSelection();
   });

@@ -1,9 +1,14 @@
-"""An inspection as a PNG: heat maps of layers by heads, one for each projection, with the merged heads framed."""
+"""An inspection as PNG files, one for each attention block: heat maps of layers by heads, with the merged heads framed.
+
+A page holds the projections of one block side by side, scores above and cosines below. So its height follows the
+number of layers alone, and every page of any Whisper fits a screen or a sheet of paper.
+"""
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hsa.errors import RequestError, one_line
@@ -13,35 +18,68 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 150
-MAX_PIXELS = 30_000
-"""The tallest picture: viewers have their limits, and a model of many layers has its resolution lowered."""
+MAX_PIXELS = 12_000
+"""The longest edge of a page: of a model with very many layers or heads the resolution is lowered."""
 
-COLUMNS = 3
-"""Panels side by side: q, k and v."""
+CELL = 0.2
+"""Inches of a head in a panel, and of a layer."""
+
+BESIDE, ABOVE = 0.9, 1.1
+"""Inches of a panel's labels beside and above its cells."""
 
 
-def render(inspection: Inspection) -> bytes:
-    """The file's bytes; the same for the same inspection and matplotlib. Raises RequestError without matplotlib."""
+def render(inspection: Inspection) -> dict[str, bytes]:
+    """The bytes of each page by its name: the first block's is empty, as most merges have one block alone.
+
+    They are the same for the same inspection and matplotlib. Raises RequestError without matplotlib.
+    """
     check_installed()
+    pages = _pages(inspection)
+    first = next(iter(pages))
+    return {"" if name == first else name: _page(inspection, name, panels) for name, panels in pages.items()}
+
+
+def _pages(inspection: Inspection) -> dict[str, dict[str, list[TensorInspection]]]:
+    """Tensors by page and panel, in order of layers: a page for each block, a panel for each projection's part."""
+    found: dict[str, dict[str, list[TensorInspection]]] = {}
+    for part in ("weight", "bias"):
+        for tensor in inspection.tensors.values():
+            p = tensor.projection
+            if p.part == part:
+                page = found.setdefault(f"{p.stack}-{p.block}", {})
+                page.setdefault(f"{p.kind}_proj {p.part}", []).append(tensor)
+    return found
+
+
+def _page(inspection: Inspection, name: str, panels: dict[str, list[TensorInspection]]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = list(_rows(inspection))
-    heights = [1.1 + 0.28 * max(len(each) for each in panels.values()) for _, panels in rows]
-    height = 1.2 + sum(heights)
-    figure = Figure(figsize=(13.0, height), dpi=min(DPI, int(MAX_PIXELS / height)), layout="constrained")
+    measured = all(tensor.geometry is not None for tensors in panels.values() for tensor in tensors)
+    rows = ("score", "cosine of tv1 and tv2") if measured else ("score",)
+    heads = [max(tensor.heads for tensor in tensors) for tensors in panels.values()]
+    width = 1.5 + sum(BESIDE + max(1.2, CELL * count) for count in heads)
+    height = 1.3 + len(rows) * (ABOVE + max(1.0, CELL * max(map(len, panels.values()))))
+    dpi = min(DPI, int(MAX_PIXELS / max(width, height)))
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(_title(inspection), fontsize=12, parse_math=False)
-    grid = figure.subplots(len(rows), COLUMNS, squeeze=False, height_ratios=heights)
-    for axes, (drawn, panels) in zip(grid, rows, strict=True):
-        for place in axes[len(panels) :]:
-            place.set_axis_off()
-        shown = axes[: len(panels)]
-        low, high, colours = _scale(drawn, panels)
-        image: Any = None
-        for place, (title, tensors) in zip(shown, panels.items(), strict=True):
-            image = _panel(place, f"{title}", tensors, drawn, (low, high, colours))
-        figure.colorbar(image, ax=list(axes), label=drawn, fraction=0.02, pad=0.01)
+    figure.suptitle(
+        _title(inspection, name, [t for tensors in panels.values() for t in tensors]), fontsize=12, parse_math=False
+    )
+    grid = figure.subplots(len(rows), len(panels), squeeze=False, width_ratios=[max(6, count) for count in heads])
+    for axes, drawn in zip(grid, rows, strict=True):
+        for part in ("weight", "bias"):  # the scores of biases are an order of magnitude below those of weights
+            chosen = [place for place, title in enumerate(panels) if title.endswith(part)]
+            if not chosen:
+                continue
+            members = [list(panels.values())[place] for place in chosen]
+            scale = _scale(drawn, members)
+            images = [
+                _panel(axes[place], list(panels)[place], tensors, drawn, scale)
+                for place, tensors in zip(chosen, members, strict=True)
+            ]
+            label = f"{drawn}, {'weights' if part == 'weight' else 'biases'}"
+            figure.colorbar(images[0], ax=[axes[place] for place in chosen], label=label, fraction=0.03, pad=0.01)
     held = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a title in a script that the font lacks is drawn as boxes
@@ -59,26 +97,12 @@ def check_installed() -> None:
         ) from error
 
 
-def _title(inspection: Inspection) -> str:
+def _title(inspection: Inspection, page: str, tensors: Sequence[TensorInspection]) -> str:
     shown = {name: inspection.parameters.get(name) for name in ("k", "lambda", "alpha")}
     parameters = ", ".join(f"{name} {'per tensor' if isinstance(v, dict) else v}" for name, v in shown.items())
+    merged, heads = sum(len(tensor.selected) for tensor in tensors), sum(tensor.heads for tensor in tensors)
     title = one_line(inspection.title)
-    return f"{title[:80]}\n{inspection.selected_heads} of {inspection.total_heads} heads framed: {parameters}"
-
-
-def _rows(inspection: Inspection) -> Any:
-    """What each row of panels shows, and its panels: tensors of one projection in order of layers."""
-    blocks: dict[tuple[str, str, str], dict[str, list[TensorInspection]]] = {}
-    for tensor in inspection.tensors.values():
-        p = tensor.projection
-        blocks.setdefault((p.stack, p.block, p.part), {}).setdefault(p.kind, []).append(tensor)
-    for (stack, block, part), kinds in blocks.items():
-        for names in (("q", "k", "v"), ("out",)):
-            panels = {f"{stack} {block} {kind}_proj {part}": kinds[kind] for kind in names if kind in kinds}
-            if panels:
-                yield "score", panels
-                if all(tensor.geometry is not None for tensors in panels.values() for tensor in tensors):
-                    yield "cosine of tv1 and tv2", panels
+    return f"{title[:80]}\n{page.replace('-', ', ')}: {merged} of {heads} heads are merged and framed ({parameters})"
 
 
 def _values(tensor: TensorInspection, drawn: str) -> list[float]:
@@ -87,10 +111,10 @@ def _values(tensor: TensorInspection, drawn: str) -> list[float]:
     return [float("nan") if value is None else value for value in tensor.geometry.cosines]
 
 
-def _scale(drawn: str, panels: dict[str, list[TensorInspection]]) -> tuple[float, float, str]:
+def _scale(drawn: str, panels: list[list[TensorInspection]]) -> tuple[float, float, str]:
     if drawn != "score":
         return -1.0, 1.0, "RdBu"
-    scores = [score for tensors in panels.values() for tensor in tensors for score in tensor.scores]
+    scores = [score for tensors in panels for tensor in tensors for score in tensor.scores]
     return min(scores), max(scores), "viridis"
 
 
@@ -115,7 +139,13 @@ def _panel(axes: Axes, title: str, tensors: list[TensorInspection], drawn: str, 
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("head", fontsize=8)
     axes.set_ylabel("layer", fontsize=8)
-    axes.set_xticks(range(heads))
-    axes.set_yticks(range(len(tensors)), [str(tensor.projection.layer) for tensor in tensors])
+    axes.set_xticks(_ticks(heads))
+    rows = _ticks(len(tensors))
+    axes.set_yticks(rows, [str(tensors[row].projection.layer) for row in rows])
     axes.tick_params(labelsize=7)
     return image
+
+
+def _ticks(count: int) -> range:
+    """Which of so many rows or columns are labelled: all of a few, every second or fourth of many."""
+    return range(0, count, 1 if count <= 12 else 2 if count <= 24 else 4)

@@ -1,53 +1,68 @@
-"""Inspections and comparisons as text: rich tables, no colour where nobody looks. Nothing in them is read as markup."""
+"""Inspections and comparisons as text: rich tables that fit a terminal, whole heads and whole words in every row.
+
+Nothing in them is read as markup. With `wide` every column is shown, however wide the table is then.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from hsa.errors import one_line
 from hsa.inspection import Inspection, TensorInspection
-from hsa.inspection.diff import Comparison
+from hsa.inspection.diff import Comparison, HeadsDiff
 from hsa.inspection.distance import Distance
+from hsa.whisper import parse
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PIPED_WIDTH = 120
+PIPED_WIDTH = 80
 """Columns where the output is no terminal."""
 
-WIDEST_MAP = 24
-"""Heads that are drawn one by one; beyond, their numbers are listed."""
+UNLIMITED = 100_000
+"""Columns of a wide table: more than any has."""
+
+BESIDE_HEADS = 53
+"""Columns that the narrow table of tensors needs beside its heads."""
+
+BESIDE_BOTH = 52
+"""Columns that the narrow table of two outputs' tensors needs beside their heads."""
 
 
-def show(view: Inspection | Comparison, file: IO[str] | None = None) -> None:
-    """Print to a stream, by default stdout."""
+def show(view: Inspection | Comparison, file: IO[str] | None = None, *, wide: bool = False) -> None:
+    """Print to a stream, by default stdout; `wide`: every column, however wide that is."""
     out = sys.stdout if file is None else file
-    console = _console(out)
+    console = _console(out, wide=wide)
     if isinstance(view, Inspection):
-        _inspection(console, view)
+        _inspection(console, view, wide=wide)
     else:
-        _comparison(console, view)
+        _comparison(console, view, wide=wide)
 
 
-def _console(out: IO[str]) -> Console:
+def _console(out: IO[str], *, wide: bool) -> Console:
     from rich.console import Console
 
     width = None if out.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(file=out, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    return Console(
+        file=out, width=UNLIMITED if wide else width, markup=False, highlight=False, emoji=False, soft_wrap=False
+    )
 
 
-def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+def _table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """A table without rows. Columns on the `right` hold numbers; these and the `whole` ones are never wrapped."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if name in right else "left"
+        unbroken = name in (*right, *whole)
+        table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=unbroken)
     return table
 
 
@@ -58,14 +73,15 @@ def _row(table: Table, *values: Any) -> None:
 
 
 def _say(console: Console, text: str) -> None:
+    """A line of text, wrapped between words at the console's width."""
     lead = "\n" if text.startswith("\n") else ""
-    console.print(lead + one_line(text.removeprefix("\n")), markup=False, soft_wrap=True)
+    console.print(lead + one_line(text.removeprefix("\n")), markup=False)
 
 
 # --- an inspection ------------------------------------------------------------------------------------------------
 
 
-def _inspection(console: Console, view: Inspection) -> None:
+def _inspection(console: Console, view: Inspection, *, wide: bool) -> None:
     _say(console, f"{view.title}: {view.selected_heads} of {view.total_heads} heads in {len(view.tensors)} tensors")
     given = {name: view.parameters.get(name) for name in ("k", "lambda", "alpha", "targets", "numerics")}
     _say(console, "how: " + ", ".join(f"{name} {_parameter(value)}" for name, value in given.items()))
@@ -80,8 +96,8 @@ def _inspection(console: Console, view: Inspection) -> None:
     for role, source in view.sources.items():
         revision = f"@{source['revision']}" if source.get("revision") else ""
         _say(console, f"{role:<10}{source['id']}{revision}" + _digest(source))
-    _tensors(console, view)
-    _agreement(console, view)
+    _tensors(console, view, wide=wide)
+    _agreement(console, view, wide=wide)
     _energy(console, view)
     if view.files is not None:
         hashed = sum(digest is not None for digest in view.files.values())
@@ -101,32 +117,35 @@ def _digest(source: Any) -> str:
     return f"  (targets {source['targets_blake3'][:16]}...)" if "targets_blake3" in source else ""
 
 
-def _tensors(console: Console, view: Inspection) -> None:
-    measured = any(tensor.geometry is not None for tensor in view.tensors.values())
-    more = ("cos #", "cos .", "tv1/B", "tv2/B") if measured else ()
-    right = ("layer", "kept", "margin", "lambda_i", "least", "greatest", *more)
+def _tensors(console: Console, view: Inspection, *, wide: bool) -> None:
+    measured = wide and any(tensor.geometry is not None for tensor in view.tensors.values())
+    more = ("least", "greatest", *(("cos #", "cos .", "tv1/B", "tv2/B") if measured else ())) if wide else ()
+    columns = ("layer", "projection", "heads", "merged", "margin", "lambda_i", *more)
+    right = ("layer", "merged", "margin", "lambda_i", *more)
     if measured:
         _say(console, "cos # and cos .: mean cosine of tv1 and tv2 over merged and other heads; tv/B: |tv| over |B|")
+    legend = "# merged, . primary's" + ("; least and greatest score" if wide else "; --wide shows more columns")
     for stack, block in dict.fromkeys((t.projection.stack, t.projection.block) for t in view.tensors.values()):
-        columns = ("layer", "projection", "heads", "kept", "margin", "lambda_i", "least", "greatest", *more)
-        _say(console, f"\n{stack}, {block}: # merged, . primary's; least and greatest score")
-        table = _table(*columns, right=right)
+        _say(console, f"\n{stack}, {block}: {legend}")
+        table = _table(*columns, right=right, whole=("projection", "heads"))
         for tensor in view.tensors.values():
             p = tensor.projection
             if (p.stack, p.block) != (stack, block):
                 continue
-            row: list[Any] = [p.layer, f"{p.kind} {p.part}", head_map(tensor), len(tensor.selected)]
+            heads = head_map(tensor, console.width - BESIDE_HEADS)
+            row: list[Any] = [p.layer, f"{p.kind} {p.part}", heads, f"{len(tensor.selected)}/{tensor.heads}"]
             row += [_number(tensor.margin, ".2g"), f"{tensor.coefficient:.4f}"]
-            row += [f"{min(tensor.scores):.4g}", f"{max(tensor.scores):.4g}"]
+            if wide:
+                row += [f"{min(tensor.scores):.4g}", f"{max(tensor.scores):.4g}"]
             _row(table, *row, *(_means(tensor) if measured else ()))
         console.print(table)
 
 
-def head_map(tensor: TensorInspection) -> str:
-    """One character a head, or the numbers of the selected where there are many."""
+def head_map(tensor: TensorInspection, room: int) -> str:
+    """One character a head, or a word for it where there is no room for the whole row."""
     chosen = set(tensor.selected)
-    if tensor.heads > WIDEST_MAP:
-        return f"{len(chosen)} of {tensor.heads}: " + ", ".join(map(str, tensor.selected))
+    if tensor.heads > room:
+        return "see --wide"
     return "".join("#" if head in chosen else "." for head in range(tensor.heads))
 
 
@@ -143,20 +162,20 @@ def _means(tensor: TensorInspection) -> list[str]:
     return [*(_number(mean, "+.3f") for mean in means), *(_number(each, ".3g") for each in sizes)]
 
 
-def _agreement(console: Console, view: Inspection) -> None:
+def _agreement(console: Console, view: Inspection, *, wide: bool) -> None:
     found = view.agreement
     if not found:
         return
     _say(console, "agreement: heads that q, k and v (of biases q and v) all select, of those that any does")
-    table = _table(
-        *("stack", "layer", "block", "part", "common", "of", "by chance", "Jaccard", "pairs"),
-        right=("layer", "common", "of", "by chance", "Jaccard"),
-    )
+    right = ("common", "of", "by chance", "Jaccard")
+    table = _table("where", *right, *(("pairs",) if wide else ()), right=right, whole=("where", "pairs"))
     for each in found:
         union = len(set().union(*each.selected.values()))
-        pairs = "  ".join(f"{name} {_number(value, '.2f')}" for name, value in each.pairs.items())
-        row: list[Any] = [each.stack, each.layer, each.block, each.part, len(each.common), union]
-        _row(table, *row, f"{each.expected_common:.2f}", _number(each.jaccard, ".2f"), pairs)
+        row: list[Any] = [f"{each.stack} {each.layer} {each.block} {each.part}", len(each.common), union]
+        row += [f"{each.expected_common:.2f}", _number(each.jaccard, ".2f")]
+        if wide:
+            row.append("  ".join(f"{name} {_number(value, '.2f')}" for name, value in each.pairs.items()))
+        _row(table, *row)
     console.print(table)
 
 
@@ -165,7 +184,7 @@ def _energy(console: Console, view: Inspection) -> None:
         return
     roles = [each.role for each in view.energy]
     _say(console, "share of each task vector's energy (its squared L2 norm), of the whole model")
-    table = _table("where", *roles, right=roles)
+    table = _table("where", *roles, right=roles, whole=("where",))
     _row(table, "in the target tensors", *(_percent(each.share(each.inside)) for each in view.energy))
     _row(table, "  in their selected heads", *(_percent(each.share(each.selected)) for each in view.energy))
     _row(table, "elsewhere", *(_percent(each.share(max(0.0, each.total - each.inside))) for each in view.energy))
@@ -183,7 +202,7 @@ def _energy(console: Console, view: Inspection) -> None:
 # --- a comparison -------------------------------------------------------------------------------------------------
 
 
-def _comparison(console: Console, view: Comparison) -> None:
+def _comparison(console: Console, view: Comparison, *, wide: bool) -> None:
     _say(console, f"A {view.first}")
     _say(console, f"B {view.second}")
     if view.identical:
@@ -198,12 +217,13 @@ def _comparison(console: Console, view: Comparison) -> None:
             _row(table, name, _parameter(a), _parameter(b))
         console.print(table)
     _say(console, "sources")
-    table = _table("role", "A", "B", "target bytes", "files' headers")
+    table = _table("role", "of", "id", "targets", "headers", whole=("role", "targets", "headers"))
     for role, source in view.sources.items():
-        row = [_id(source["a"]), _id(source["b"])]
-        _row(table, role, *row, *(_same(source[key]) for key in ("same_targets", "same_headers")))
+        compared = [_same(source[key]) for key in ("same_targets", "same_headers")]
+        _row(table, role, "A", _id(source["a"], wide=wide), *compared)
+        _row(table, "", "B", _id(source["b"], wide=wide), "", "")
     console.print(table)
-    _heads(console, view)
+    _heads(console, view, wide=wide)
     if view.weights is not None:
         _weights(console, view)
     counts = {
@@ -213,7 +233,7 @@ def _comparison(console: Console, view: Comparison) -> None:
         _say(console, f"files {state}: {', '.join(names)}")
 
 
-def _heads(console: Console, view: Comparison) -> None:
+def _heads(console: Console, view: Comparison, *, wide: bool) -> None:
     _say(
         console,
         f"selected heads: the same in {view.agreeing_tensors} of {len(view.heads)} tensors, "
@@ -221,16 +241,32 @@ def _heads(console: Console, view: Comparison) -> None:
     )
     unlike = [each for each in view.heads.values() if not each.same]
     if unlike:
-        _say(console, "tensors with other heads")
-        table = _table("tensor", "only A", "only B", "Jaccard", right=("Jaccard",))
+        _say(console, "tensors with other heads: # merged by both, A or B by that one alone, . by neither")
+        lists = ("only A", "only B") if wide else ()
+        table = _table("tensor", "heads", "Jaccard", *lists, right=("Jaccard",), whole=("tensor", "heads", *lists))
         for each in unlike:
             a, b = set(each.first), set(each.second)
-            lists = [", ".join(map(str, sorted(part))) for part in (a - b, b - a)]
-            _row(table, each.name, *lists, _number(each.jaccard, ".2f"))
+            numbers = [", ".join(map(str, sorted(part))) for part in (a - b, b - a)] if wide else []
+            heads = _both(each, console.width - BESIDE_BOTH)
+            _row(table, each.name if wide else _place(each.name), heads, _number(each.jaccard, ".2f"), *numbers)
         console.print(table)
     for label, names in (("A", view.only_first), ("B", view.only_second)):
         if names:
             _say(console, f"targets of {label} alone: {len(names)}, such as {names[0]}")
+
+
+def _both(each: HeadsDiff, room: int) -> str:
+    """One character a head of two outputs, or a word for it where there is no room for the whole row."""
+    if each.heads > room:
+        return "see --wide"
+    signs = {(True, True): "#", (True, False): "A", (False, True): "B", (False, False): "."}
+    return "".join(signs[head in each.first, head in each.second] for head in range(each.heads))
+
+
+def _place(name: str) -> str:
+    """A target tensor's place in the model, shorter than its name."""
+    p = parse(name)
+    return name if p is None else f"{p.stack} {p.layer} {p.block} {p.kind} {p.part}"
 
 
 def _weights(console: Console, view: Comparison) -> None:
@@ -256,8 +292,9 @@ def _weights(console: Console, view: Comparison) -> None:
             _say(console, f"tensors {label}: {len(names)}, such as {names[0]}")
 
 
-def _id(source: Any) -> str:
-    return f"{source['id']}@{source['revision']}" if source["revision"] else str(source["id"])
+def _id(source: Any, *, wide: bool) -> str:
+    revision = source["revision"]
+    return f"{source['id']}@{revision if wide else revision[:12]}" if revision else str(source["id"])
 
 
 def _same(value: bool) -> str:
