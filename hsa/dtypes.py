@@ -146,6 +146,14 @@ def _narrow_half(values: Float32, out: Array, bits: npt.NDArray[np.uint32]) -> N
     np.bitwise_or(half, bits, out=half, casting="unsafe")
 
 
+def largest_magnitude(code: str, raw: Array) -> float:
+    """The largest absolute value of finite elements; `raw` holds the storage of an arithmetic element type."""
+    if code == "F32":
+        return float(max(raw.max(), -raw.min()))
+    bits = np.asarray((raw.view(np.uint16) & 0x7FFF).max())  # magnitudes are in the order of their bits
+    return float(widen(code, bits.view(STORAGE[code]), np.empty((), np.float32)))
+
+
 def all_finite(code: str, raw: Array) -> bool:
     """Whether no element is NaN or infinite; `raw` holds the storage of an arithmetic element type."""
     if code == "F32":

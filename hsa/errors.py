@@ -31,6 +31,7 @@ __all__ = [
     "DestinationError",
     "HeaderError",
     "HsaError",
+    "HsaWarning",
     "MachineError",
     "MismatchError",
     "NonFiniteError",
@@ -96,6 +97,15 @@ class MachineError(HsaError):
     """The machine failed: disk full, out of memory, an input or output error."""
 
     exit_code = 1
+
+
+class HsaWarning(UserWarning):
+    """What may be a mistake, in one line, where a Python call has no report to say it in.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", HsaWarning)  # refuse what is only warned of
+    """
 
 
 MAX_MESSAGE = 4000

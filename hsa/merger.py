@@ -6,6 +6,7 @@ Scores do not depend on lambda or alpha, and the ranking of heads not on k: they
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,31 +15,37 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hsa import samples
 from hsa.backends import Backend, resolve
 from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
 from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef
 from hsa.config import MergeConfig, PerTensor, Preset
-from hsa.dtypes import CODES, NAMES, Array, size
-from hsa.errors import MismatchError, RequestError
-from hsa.fsio import Tally
+from hsa.destination import Destinations
+from hsa.dtypes import NAMES, Array
+from hsa.errors import HsaWarning, RequestError
+from hsa.fsio import Tally, explained
 from hsa.hub import Hub, Want
+from hsa.loaded import Entry, Model, config_of, entries_of, targets_of, wanted
 from hsa.option_names import option
-from hsa.plan import check_heads, check_whole, find_targets
+from hsa.plan import check_heads, check_whole, find_targets, with_parameters
+from hsa.samples import Sample
+from hsa.signals import deferred
 from hsa.structure import require_shapes
 from hsa.target import Target, select
 from hsa.threads import check_threads, default_threads
-from hsa.whisper import MODEL_TYPE, canonical, is_known, is_target, parse, plain_names
+from hsa.whisper import MODEL_TYPE, is_known
 
-Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
-Model = torch.nn.Module | Mapping[str, torch.Tensor]
+Source = str | os.PathLike[str] | Model
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A source's targets: what a plan needs to know of them, and their bytes by canonical name."""
+    """A source's targets: what a plan needs to know of them, and their bytes by canonical name; of primary also samples
+    of its other tensors."""
 
     checkpoint: Checkpoint
     data: Mapping[str, Array]
+    others: Mapping[str, Sample]
 
 
 class Merger:
@@ -54,17 +61,28 @@ class Merger:
             dicts, which say nothing of heads.
         backend, device: where to compute, as for `hsa.merge`; `device="cuda"` keeps the targets on that GPU, where
             writing into a model on the same device allocates nothing after the first call with that model.
-        threads: worker threads on the CPU; by default the usable cores and one more.
+        threads: worker threads on the CPU, 1 to 256; by default the usable cores and one more.
 
-    `backend` and `device` are what was chosen, `notes` what should be known of the sources.
+    `backend` and `device` are what was chosen, `notes` what is to say of the sources, and of models written to.
 
-    Merged values are those of `hsa.merge` with exact numerics, bit for bit.
+    Merged values are those of `hsa.merge` with exact numerics, bit for bit, whatever torch's default device and grad or
+    inference mode are.
 
-    Raises RequestError, SourceError, MismatchError (also where primary, given as a directory or hub id, does not hold
-    what its config.json promises), NonFiniteError, BackendUnavailable.
+    Raises:
+        RequestError: an argument is out of range; a source is neither a path nor a model nor a state dict, holds PEFT
+            adapters, or a target of it is no plain tensor with data (on the meta device, offloaded, quantised,
+            distributed, sparse) or is there under two names.
+        SourceError, MismatchError, NonFiniteError, BackendUnavailable, MachineError: as for `hsa.merge`.
+
+    Example:
+        >>> merger = hsa.Merger("whisper-small", "m1", "m2")  # doctest: +SKIP
+        >>> for lam in (0.1, 0.5, 0.9):  # doctest: +SKIP
+        ...     measure(merger.apply_(model, lam=lam))
+
     Source: SPEC sections 1, 2 and 5.
     """
 
+    @explained()
     def __init__(
         self,
         base: Source,
@@ -88,10 +106,11 @@ class Merger:
         given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()
         held = {role: _hold(role, given[role], targets, hub, base) for role in ROLES}
-        self.notes = (*hub.notes, *(note for each in held.values() for note in each.checkpoint.notes))
         _lend_config(held, num_heads, num_layers)
         data = {role: held[role].data for role in ROLES}
         self._sources = Sources(*(held[role].checkpoint for role in ROLES))
+        self._others = held["primary"].others
+        self.notes = [*hub.notes, *(note for source in self._sources for note in source.notes)]
         self._targets = find_targets(self._config, self._sources)
         if isinstance(primary, (str, os.PathLike)):
             check_whole(self._config, self._sources)
@@ -100,78 +119,90 @@ class Merger:
         self._stored = {target.projection.name: target.primary.name for target in self._targets}
         self._resident = _make_resident(chosen, data, self._targets, default_threads() if threads is None else threads)
         self._squared = dict(zip(self._stored, self._resident.score(self._targets), strict=True))
+        self._destinations = Destinations(self._targets, targets)
+
+    def __repr__(self) -> str:
+        named = ", ".join(f"{source.role} {source.identity.id}" for source in self._sources)
+        what = f"{len(self._targets)} targets of {self._config.targets}"
+        return f"<hsa.Merger of {named}: {what}, in memory of {self.device}, backend {self.backend}>"
 
     @property
     def scores(self) -> dict[str, torch.Tensor]:
         """The saliency scores of every target: float32 [H] by tensor name."""
         return {
-            self._stored[name]: torch.tensor(squared, dtype=torch.float64).sqrt().float()
+            self._stored[name]: torch.tensor(squared, dtype=torch.float64, device="cpu").sqrt().float()
             for name, squared in self._squared.items()
         }
 
     def selected(self, k: PerTensor = 0.6) -> dict[str, tuple[int, ...]]:
-        """The heads that a merge with this `k` blends, by tensor name."""
-        return {target.primary.name: self._select(target) for target in self._with(k, 0.5, 0.2)}
+        """The heads that a merge with this `k` blends, by tensor name. Raises RequestError."""
+        return {
+            target.primary.name: select(self._squared[target.projection.name], target.keep).selected
+            for target in self._with(k, 0.5, 0.2)
+        }
 
     def merge(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> dict[str, torch.Tensor]:
-        """The merged target tensors by name, new on every call: shapes and dtypes are primary's.
+        """The merged target tensors by name, new on every call, on the CPU: shapes and dtypes are primary's.
 
         `k`, `lam` and `alpha` are numbers, or mappings from every target's name to a number.
+
+        Raises RequestError for values out of range, NonFiniteError for a merged value that overflows.
         """
-        out = {
-            target.primary.name: torch.empty(target.shape, dtype=getattr(torch, NAMES[target.out_code]))
-            for target in self._targets
-        }
-        self._write(out, self._with(k, lam, alpha))
-        return out
+        targets = self._with(k, lam, alpha)
+        with torch.inference_mode(False):  # tensors that a caller may go on with outside of it
+            out = [
+                torch.empty(target.shape, dtype=getattr(torch, NAMES[target.out_code]), device="cpu")
+                for target in targets
+            ]
+        self._resident.write(targets, out)
+        return {target.primary.name: tensor for target, tensor in zip(targets, out, strict=True)}
 
     def apply_(self, model: Model, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> Model:
         """Write the merged targets into a loaded model or a state dict, in place, and return it.
 
-        Every target is written whole, from the sources alone: what the model held there before does not matter.
-        Tensors that are no target are left as they are, so the model should be primary's. The values are rounded
-        once to the dtype of the model's own tensors.
+        Every target is written whole, from the sources alone: what the model held there before does not matter. The
+        values are rounded once to the dtype of the model's own tensors, which stay the same objects; autograd sees that
+        they changed. Tensors that are no target are left as they are, so the model should be primary's. When a model is
+        first met, up to 32 elements of each of them are compared with primary's; where some differ, `notes` says so,
+        and a HsaWarning is given.
 
-        Raises MismatchError when a target is missing from the model or has another shape.
+        Either all targets are written or none. After one of the errors below the model is as it was. An interrupt
+        (Ctrl-C) that comes while targets are written takes effect when all of them are. Only where the machine itself
+        fails halfway, for example out of memory, is a MachineError raised that says that some targets are written.
+
+        Raises:
+            RequestError: a parameter is out of range; `model` is neither a model nor a state dict, holds PEFT adapters,
+                or a target of it is no plain float32, float16 or bfloat16 tensor with data (see `Merger`), has several
+                elements in one place (as after `expand`), or shares memory with another tensor of the model (tied,
+                overlapping).
+            MismatchError: a target is missing from the model or has another shape.
+            NonFiniteError: a merged value overflows the dtype of the model.
         """
-        held = _state_dict(model)
-        by_name = {canonical(name): tensor for name, tensor in held.items()}
-        if any(target.projection.name not in by_name for target in self._targets):
-            by_name = {canonical(name): held[stored] for stored, name in plain_names(held).items()}
-        out: dict[str, torch.Tensor] = {}
-        for target in self._targets:
-            tensor = by_name.get(target.projection.name)
-            if tensor is None or tuple(tensor.shape) != target.shape:
-                found = "nothing" if tensor is None else list(tensor.shape)
-                raise MismatchError(
-                    f"target tensor {target.primary.name} of shape {list(target.shape)}: the model holds {found}"
-                )
-            if tensor.dtype not in CODE_OF:
-                raise MismatchError(
-                    f"target tensor {target.primary.name}: the model's dtype is {tensor.dtype}, expected one of "
-                    f"{', '.join(CODES)}"
-                )
-            out[target.primary.name] = tensor
-        self._write(out, self._with(k, lam, alpha))
+        targets = self._with(k, lam, alpha)
+        out = self._destinations.of(model, self._note_others)
+        with deferred():
+            self._resident.write(targets, out)
         return model
 
     def _with(self, k: PerTensor, lam: PerTensor, alpha: PerTensor) -> tuple[Target, ...]:
+        own = self._config
         config = MergeConfig(
-            k,
-            lam,
-            alpha,
-            self._config.targets,
-            self._config.attention_scale,
-            num_heads=self._config.num_heads,
-            num_layers=self._config.num_layers,
+            *(k, lam, alpha, own.targets, own.attention_scale), num_heads=own.num_heads, num_layers=own.num_layers
         )
-        return find_targets(config, self._sources)
+        return with_parameters(self._targets, config, self._sources)
 
-    def _select(self, target: Target) -> tuple[int, ...]:
-        return select(self._squared[target.projection.name], target.keep).selected
-
-    def _write(self, out: Mapping[str, torch.Tensor], targets: Sequence[Target]) -> None:
-        self._resident.write(targets, [out[target.primary.name] for target in targets])
+    def _note_others(self, entries: Sequence[Entry]) -> None:
+        """Say where a model's other tensors are not primary's."""
+        found = samples.difference(self._others, samples.of_loaded(entries, self._stored))
+        if found is None:
+            return
+        more = f", as do {found.count - 1} more" if found.count > 1 else ""
+        note = (
+            f"the model's other tensors are not primary's: {found.name} {found.how}{more} of {found.compared}, "
+            f"and apply_ leaves them as they are; load primary and apply to it for the model that hsa.merge writes"
+        )
+        self.notes.append(note)
+        warnings.warn(note, HsaWarning, stacklevel=4)  # the caller of apply_
 
 
 def _make_resident(
@@ -184,71 +215,44 @@ def _make_resident(
     return CpuResident(data, threads)
 
 
-def _state_dict(model: Model) -> Mapping[str, torch.Tensor]:
-    if isinstance(model, torch.nn.Module):
-        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if isinstance(model, Mapping):
-        return model
-    raise RequestError(f"expected a loaded model or a state dict, got {type(model).__name__}")
-
-
 def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) -> _Held:
     """Copy a source's targets; `base` is what an adapter stands on."""
-    if isinstance(source, (str, os.PathLike)):
-        with ExitStack() as stack:
-            under = None
-            if role != "base" and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
-                under = stack.enter_context(hub.open("base", base, Tally(), Want("targets", preset)))
-            want = Want("whole" if role == "primary" else "targets", preset)
-            checkpoint = stack.enter_context(hub.open(role, source, Tally(), want, None, under))
-            data = {}
-            for name, ref in checkpoint.tensors.items():
-                if _wanted(name, preset):
-                    data[name] = np.empty(ref.nbytes, np.uint8)
-                    checkpoint.read_into(ref, data[name].data)
-            checkpoint.check_unchanged()
-            return _Held(checkpoint, data)
-    tensors = _state_dict(source)
-    refs: dict[str, TensorRef] = {}
-    data = {}
-    for stored, plain in plain_names(tensors).items():
-        name, tensor = canonical(plain), tensors[stored]
-        wanted = _wanted(name, preset)
-        if wanted:
-            _check_tensor(role, stored, tensor)
-        elif not hasattr(tensor, "numel"):  # a training step's number and the like
-            continue
-        if wanted and name in refs:
-            raise MismatchError(f"{role}: {refs[name].name} and {stored} are one tensor of Whisper, {name}; give one")
-        code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-        if wanted and code in NAMES:
+    if not isinstance(source, (str, os.PathLike)):
+        return _hold_loaded(role, source, preset)
+    with ExitStack() as stack:
+        under = None
+        if role != "base" and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
+            under = stack.enter_context(hub.open("base", base, Tally(), Want("targets", preset)))
+        want = Want("whole" if role == "primary" else "targets", preset)
+        checkpoint = stack.enter_context(hub.open(role, source, Tally(), want, None, under))
+        data = {}
+        for name, ref in checkpoint.tensors.items():
+            if wanted(name, preset):
+                data[name] = np.empty(ref.nbytes, np.uint8)
+                checkpoint.read_into(ref, data[name].data)
+        others = samples.of_checkpoint(checkpoint, data) if role == "primary" else {}
+        checkpoint.check_unchanged()
+        return _Held(checkpoint, data, others)
+
+
+def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:
+    entries = entries_of(role, source)
+    targets = targets_of(role, source, entries, preset)
+    refs, data = {}, {}
+    for stored, name, tensor in entries:
+        if name in targets:
             data[name] = bytes_of(tensor.detach().to("cpu", copy=True).contiguous())
-        nbytes = tensor.numel() * size(code) if code in NAMES else 0
-        refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
-    config = getattr(source, "config", None)
-    known = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+        if isinstance(tensor, torch.Tensor):  # no number of a training step, or the like
+            code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+            nbytes = data[name].nbytes if name in targets else 0
+            refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
     label = "state dict" if isinstance(source, Mapping) else "model"
-    checkpoint = Checkpoint(role, Path(label), Identity(label), known, Tally(), tensors=refs)
-    if role == "primary" and known:
+    checkpoint = Checkpoint(role, Path(label), Identity(label), config_of(source), Tally(), tensors=refs)
+    if role == "primary" and checkpoint.config:
         require_shapes(checkpoint)
-    # Names of Whisper that are not merged are left out: every plan goes through all that is here.
-    checkpoint.tensors = {n: ref for n, ref in refs.items() if _wanted(n, preset) or not is_known(n)}
-    return _Held(checkpoint, data)
-
-
-def _check_tensor(role: Role, name: str, value: object) -> None:
-    """RequestError unless a state dict holds a torch tensor under this name."""
-    if not isinstance(value, torch.Tensor):
-        kind = type(value)
-        remedy = "; convert it with torch.from_numpy" if kind is np.ndarray else ""
-        raise RequestError(
-            f"{role}: {name} is a {kind.__module__}.{kind.__name__}, expected a torch tensor in a state dict{remedy}"
-        )
-
-
-def _wanted(name: str, preset: Preset) -> bool:
-    projection = parse(name)
-    return projection is not None and is_target(projection, preset)
+    # Names of Whisper that are not merged are left out: a plan goes through all that is here.
+    checkpoint.tensors = {name: ref for name, ref in refs.items() if name in targets or not is_known(name)}
+    return _Held(checkpoint, data, samples.of_loaded(entries, data) if role == "primary" else {})
 
 
 def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: int | None) -> None:

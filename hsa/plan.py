@@ -7,8 +7,8 @@ run, the error messages and the tests all come from the plan.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -195,17 +195,12 @@ def make_target(
             f"target tensor {name} lies in layer {projection.layer}, but the {stack} has {layers} layers by "
             f"{option('num_layers') if config.num_layers else f'the config.json of {owner}'}"
         )
-    coefficient = layer_coefficient(config.of("lam", name), config.of("alpha", name), projection.layer, layers)
     cast = CODES[config.dtype] if config.dtype != "auto" else present["primary"].code
     return Target(
         projection=projection,
         shape=shape,
         heads=heads,
-        k=config.of("k", name),
-        keep=keep_count(config.of("k", name), heads),
-        coefficient=coefficient,
-        c1=float(np.float32(coefficient)),
-        c2=float(np.float32(1.0 - coefficient)),
+        **_settings(config, projection, heads, layers),
         scale=config.attention_scale,
         base=present["base"],
         primary=present["primary"],
@@ -213,6 +208,36 @@ def make_target(
         out_code=cast if loaded is None else loaded["base"],
         load_codes=loaded,
     )
+
+
+def with_parameters(targets: Sequence[Target], config: MergeConfig, sources: Sources) -> tuple[Target, ...]:
+    """The same targets with the k, lambda and alpha of another config; nothing else of it may differ.
+
+    Raises RequestError where per-tensor parameters do not fit the targets.
+    """
+    config.check_names({target.projection.name for target in targets})
+    layers = whisper.architecture(sources.primary.config, "primary").layers
+    return tuple(
+        replace(
+            target,
+            **_settings(config, target.projection, target.heads, config.num_layers or layers[target.projection.stack]),
+        )
+        for target in targets
+    )
+
+
+def _settings(config: MergeConfig, projection: whisper.Projection, heads: int, layers: int) -> dict[str, Any]:
+    """What k, lambda and alpha make of one target, as fields of it."""
+    name = projection.name
+    coefficient = layer_coefficient(config.of("lam", name), config.of("alpha", name), projection.layer, layers)
+    k = config.of("k", name)
+    return {
+        "k": k,
+        "keep": keep_count(k, heads),
+        "coefficient": coefficient,
+        "c1": float(np.float32(coefficient)),
+        "c2": float(np.float32(1.0 - coefficient)),
+    }
 
 
 def _agree(name: str, what: str, values: Mapping[Role, object]) -> None:

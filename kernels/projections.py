@@ -216,8 +216,8 @@ class Projections:
             self.groups.append(self._group(variant, cut, one_run, indices, geometry))
         # An even row length keeps every row at a multiple of 16 bytes, which Triton compiles for.
         padded = [row + [0] * (self.count % 2) for row in addresses]
-        self.addresses = torch.tensor(padded, dtype=torch.int64).to(self.device)
-        self.geometry = torch.tensor(geometry, dtype=torch.int64).to(self.device)
+        self.addresses = torch.tensor(padded, dtype=torch.int64, device="cpu").to(self.device)
+        self.geometry = torch.tensor(geometry, dtype=torch.int64, device="cpu").to(self.device)
 
     def workspace(self) -> Workspace:
         """The workspace of the device's current stream, made on the first call there."""
@@ -238,7 +238,7 @@ class Projections:
         self, variant: Variant, cut: Tuning, one_run: bool, indices: Sequence[int], geometry: list[list[int]]
     ) -> Group:
         items = [_units(g, geometry[g]) for g in indices]
-        members = torch.tensor(indices, dtype=torch.int32)
+        members = torch.tensor(indices, dtype=torch.int32, device="cpu")
         most_slabs = max(map(len, items))
         return Group(variant, cut, one_run, members.to(self.device), torch.cat(items).to(self.device), most_slabs)
 
@@ -269,7 +269,7 @@ class Workspace:
         last, buffer = self._parameters.get(name, (b"", None))
         if buffer is None:
             buffer = torch.empty(len(values), dtype=dtype, device=self.zeroed.device)
-        host = torch.tensor(values, dtype=dtype)
+        host = torch.tensor(values, dtype=dtype, device="cpu")
         bits = host.numpy().tobytes()
         if bits != last:
             # From pageable memory the copy has left the source when it returns, without waiting for the stream.
@@ -281,11 +281,11 @@ class Workspace:
 def _units(g: int, fields: Sequence[int]) -> Tensor:
     """Units of a projection, int32 [H * slabs, 4]: heads in order, slabs in order."""
     heads, slabs, first = fields[0], fields[5], fields[6]
-    units = torch.empty(heads * slabs, 4, dtype=torch.int32)
+    units = torch.empty(heads * slabs, 4, dtype=torch.int32, device="cpu")
     units[:, 0] = g
-    units[:, 1] = torch.arange(heads, dtype=torch.int32).repeat_interleave(slabs)
-    units[:, 2] = torch.arange(slabs, dtype=torch.int32).repeat(heads)
-    units[:, 3] = torch.arange(first, first + heads * slabs, dtype=torch.int32)
+    units[:, 1] = torch.arange(heads, dtype=torch.int32, device="cpu").repeat_interleave(slabs)
+    units[:, 2] = torch.arange(slabs, dtype=torch.int32, device="cpu").repeat(heads)
+    units[:, 3] = torch.arange(first, first + heads * slabs, dtype=torch.int32, device="cpu")
     return units
 
 

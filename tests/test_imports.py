@@ -35,7 +35,9 @@ LAYERS = (
     ("hub_errors",),
     ("hub",),
     ("backends", "script"),
-    ("plan",),
+    ("loaded", "plan"),
+    ("samples", "shared_memory"),
+    ("destination",),
     ("compute", "merger", "sink"),
     ("pipeline",),
     ("provenance",),
@@ -64,7 +66,11 @@ AT_IMPORT = {
         "hsa.backends.tensor_geometry",
         "hsa.backends.resident",
         "hsa.backends.triton",
+        "hsa.destination",
+        "hsa.loaded",
         "hsa.merger",
+        "hsa.samples",
+        "hsa.shared_memory",
         "hsa.integrations.transformers",
     }
 }

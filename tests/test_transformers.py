@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -224,6 +225,47 @@ def test_the_readme_shows_the_example() -> None:
     assert len(body) <= 10
 
 
+# --- merging twice ---------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_is_run_twice_is_refused(shared_triple: Triple, model: Any, tmp_path: Path) -> None:
+    sources = shared_triple["base"], shared_triple["secondary"]
+    hsa_merge_(model, *sources)
+    expected = merged(shared_triple, tmp_path / "out")
+    refused(model, *sources, r"^model was merged by hsa_merge_ already: \S+ still holds merged values.*again=True")
+    refused(model.model, *sources, "^model was merged by hsa_merge_ already")
+    refused(copy.deepcopy(model), *sources, "^model was merged by hsa_merge_ already")
+    refused(copy.deepcopy(model).bfloat16(), *sources, "^model was merged by hsa_merge_ already")
+    refused(model, *sources, "^model was merged by hsa_merge_ already", lam=0.1, targets="attention-all")
+    assert differing(model, expected) == []
+    model.save_pretrained(tmp_path / "once")
+    hsa_merge_(model, *sources, again=True)
+    assert differing(model, merged({**shared_triple, "primary": tmp_path / "once"}, tmp_path / "twice")) == []
+    refused(model, *sources, "^model was merged by hsa_merge_ already")
+
+
+def test_a_model_that_holds_other_values_again_may_be_merged(shared_triple: Triple, model: Any, tmp_path: Path) -> None:
+    """Loaded again into the same object, trained on, or never changed by the merge before."""
+    sources = shared_triple["base"], shared_triple["secondary"]
+    primary = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hsa_merge_(model, *sources, k=0)
+    hsa_merge_(model, *sources)
+    model.load_state_dict(primary)
+    hsa_merge_(model, *sources)
+    assert differing(model, merged(shared_triple, tmp_path / "out")) == []
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+    step(model, optimizer, 0)
+    hsa_merge_(model, *sources)
+
+
+def test_a_frozen_target_that_is_still_merged_is_named(shared_triple: Triple, model: Any) -> None:
+    sources = shared_triple["base"], shared_triple["secondary"]
+    hsa_merge_(model, *sources)
+    model.get_parameter(TARGET).requires_grad_(False)
+    step(model, torch.optim.SGD([p for p in model.train().parameters() if p.requires_grad], lr=0.1), 0)
+    refused(model, *sources, rf"^model was merged by hsa_merge_ already: {TARGET} still holds merged values")
+
+
 # --- memory that two share -------------------------------------------------------------------------------------------
 
 
@@ -395,17 +437,36 @@ def test_what_is_no_whisper_model_is_refused(shared_triple: Triple, model: Any) 
             hsa_merge_(wrong, base, secondary)  # type: ignore[type-var]
 
 
-def test_a_wrapped_model_is_merged_as_the_model_in_it(shared_triple: Triple, model: Any) -> None:
-    class Wrapper(torch.nn.Module):
-        def __init__(self, inner: Any) -> None:
-            super().__init__()
-            self.module, self.config = inner, inner.config
+class Wrapper(torch.nn.Module):
+    """A wrapper of its own kind, with the config of what it wraps."""
 
-    wrapped = Wrapper(load(shared_triple["primary"]))
-    sources = shared_triple["base"], shared_triple["secondary"]
-    assert hsa_merge_(wrapped, *sources, **PARAMETERS) is wrapped
-    assert bytes_of(wrapped.module) != bytes_of(model)
-    assert bytes_of(wrapped.module) == bytes_of(hsa_merge_(model, *sources, **PARAMETERS))
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "torch.compile": torch.compile,
+    "DataParallel": torch.nn.DataParallel,
+    "another": Wrapper,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_is_merged_as_the_model_in_it(
+    shared_triple: Triple, model: Any, tmp_path: Path, wrapper: str
+) -> None:
+    base, secondary = shared_triple["base"], shared_triple["secondary"]
+    expected, wrap = merged(shared_triple, tmp_path / "out"), WRAPPERS[wrapper]
+    wrapped = wrap(model)
+    assert hsa_merge_(wrapped, base, secondary) is wrapped
+    assert differing(model, expected) == []
+    for again in (wrapped, model):
+        with pytest.raises(hsa.RequestError, match=r"^model was merged by hsa_merge_ already"):
+            hsa_merge_(again, base, secondary)
+    other = load(shared_triple["primary"])
+    hsa.Merger(wrap(load(base)), other, wrap(load(secondary))).apply_(wrap(other))
+    assert differing(other, expected) == []
 
 
 class Adapted(torch.nn.Module):

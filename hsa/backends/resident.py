@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,8 +13,8 @@ import torch
 from hsa.backends import NotFinite
 from hsa.backends.cpu import CpuWorker
 from hsa.checkpoint import ROLES, Role
-from hsa.dtypes import CODES, Array
-from hsa.errors import NonFiniteError
+from hsa.dtypes import CODES, STORAGE, Array, largest_magnitude
+from hsa.errors import MachineError, NonFiniteError
 from hsa.target import Target, select
 
 CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}
@@ -31,7 +33,10 @@ class Resident(Protocol):
         """Squared saliency scores of each target's heads. Raises NonFiniteError."""
 
     def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
-        """Write each target, merged by the scores, whole into a tensor of its shape. Raises NonFiniteError."""
+        """Write each target, merged by the scores, whole into a tensor of its shape.
+
+        Raises NonFiniteError, with nothing written; MachineError where writing stopped halfway.
+        """
 
 
 class CpuResident:
@@ -40,36 +45,63 @@ class CpuResident:
     def __init__(self, data: Data, threads: int) -> None:
         self._data, self._threads = data, threads
         self._squared: dict[str, tuple[float, ...]] = {}
+        self._largest_base: dict[str, float] = {}
 
     def score(self, targets: Sequence[Target]) -> list[tuple[float, ...]]:
-        squared = self._each(targets, lambda number, worker: worker.score(targets[number], *self._of(targets[number])))
-        for target, scored in zip(targets, squared, strict=True):
-            self._squared[target.projection.name] = scored.squared
-        return [scored.squared for scored in squared]
+        def one(number: int, worker: CpuWorker) -> tuple[tuple[float, ...], float]:
+            target = targets[number]
+            base, primary, secondary = self._of(target)
+            squared = worker.score(target, base, primary, secondary).squared
+            return squared, largest_magnitude(target.base.code, base.view(STORAGE[target.base.code]))
+
+        found = self._each(range(len(targets)), targets, one)
+        for target, (squared, largest_base) in zip(targets, found, strict=True):
+            self._squared[target.projection.name] = squared
+            self._largest_base[target.projection.name] = largest_base
+        return [squared for squared, _ in found]
 
     def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
-        def one(number: int, worker: CpuWorker) -> None:
-            tensor = out[number].detach()
-            target = targets[number].writing(CODE_OF[tensor.dtype])
-            direct = tensor.device.type == "cpu" and tensor.is_contiguous()
-            place = tensor if direct else torch.empty(target.shape, dtype=tensor.dtype)
+        def compute(number: int, worker: CpuWorker, place: torch.Tensor) -> None:
+            target = targets[number].writing(CODE_OF[place.dtype])
             selected = select(self._squared[target.projection.name], target.keep).selected
             worker.apply(target, selected, *self._of(target), bytes_of(place))
-            if not direct:
-                tensor.copy_(place)
 
-        self._each(targets, one)
+        def one(number: int, worker: CpuWorker) -> None:
+            tensor = out[number].detach()
+            if tensor.device.type == "cpu" and tensor.is_contiguous():
+                compute(number, worker, tensor)
+            else:
+                place = _room(tensor)
+                compute(number, worker, place)
+                _copy(place, tensor)
+
+        staged = {
+            number: _room(out[number])
+            for number, target in enumerate(targets)
+            if self._may_overflow(target, out[number].dtype)
+        }
+        self._each(list(staged), targets, lambda number, worker: compute(number, worker, staged[number]))
+        with naming_halfway():
+            self._each([number for number in range(len(targets)) if number not in staged], targets, one)
+            for number, place in staged.items():
+                _copy(place, out[number].detach())
+            # What numpy wrote, autograd does not see by itself.
+            torch.autograd.graph.increment_version(list(out))
+
+    def _may_overflow(self, target: Target, dtype: torch.dtype) -> bool:
+        name = target.projection.name
+        return may_overflow(self._squared[name], self._largest_base[name], target.scale, dtype)
 
     def _of(self, target: Target) -> tuple[Array, Array, Array]:
         base, primary, secondary = (self._data[role][target.projection.name] for role in ROLES)
         return base, primary, secondary
 
-    def _each(self, targets: Sequence[Target], work: Callable[[int, CpuWorker], T]) -> list[T]:
-        """The work on the number of every target, spread over threads that each have a worker of their own."""
+    def _each(self, numbers: Sequence[int], targets: Sequence[Target], work: Callable[[int, CpuWorker], T]) -> list[T]:
+        """The work on these numbers of targets, spread over threads that each have a worker of their own."""
 
         def share(first: int) -> list[tuple[int, T]]:
             worker, done = CpuWorker(), []
-            for number in range(first, len(targets), self._threads):
+            for number in numbers[first :: self._threads]:
                 try:
                     done.append((number, work(number, worker)))
                 except NotFinite as error:
@@ -78,7 +110,39 @@ class CpuResident:
 
         with ThreadPoolExecutor(self._threads) as pool:
             done = dict(pair for pairs in pool.map(share, range(self._threads)) for pair in pairs)
-        return [done[number] for number in range(len(targets))]
+        return [done[number] for number in numbers]
+
+
+def may_overflow(squared: Sequence[float], largest_base: float, scale: float, dtype: torch.dtype) -> bool:
+    """Whether a merged value of a target could be beyond `dtype`.
+
+    A head's score is at least |tv1| + |tv2| of each of its elements, and a merged value is base plus `scale` times at
+    most that; 1e-4 is more than all roundings take.
+    """
+    bound = largest_base + abs(scale) * math.sqrt(max(squared))
+    return not bound * (1 + 1e-4) <= torch.finfo(dtype).max
+
+
+@contextmanager
+def naming_halfway() -> Iterator[None]:
+    """Around the writing itself: turns what stops it into a MachineError that says what the model holds now."""
+    try:
+        yield
+    except Exception as error:
+        raise MachineError(
+            f"writing the merged targets stopped ({type(error).__name__}: {error}): some of them hold the merge and "
+            f"others what they held before; apply it again, or load the model again"
+        ) from error
+
+
+def _room(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous memory of the CPU for a result that goes into this tensor."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _copy(place: torch.Tensor, tensor: torch.Tensor) -> None:
+    with torch.inference_mode():  # which may also write to tensors that were made in it
+        tensor.copy_(place)
 
 
 def not_finite(error: NotFinite, target: Target) -> NonFiniteError:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
 
 from hsa.backends import Job, Merged, NotFinite, buffers_cost, changed_ranges
 from hsa.backends.cpu import CpuWorker
-from hsa.backends.resident import Data, not_finite
+from hsa.backends.resident import Data, may_overflow, naming_halfway, not_finite
 from hsa.backends.tensor_geometry import geometry
 from hsa.checkpoint import ROLES, Role
 from hsa.dtypes import NAMES, Array
 from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
-from hsa.kernels.projections import Projections, doubt, interpreted
+from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
 from hsa.layout import Slice
 from hsa.option_names import option
 from hsa.target import Target, of_selected
@@ -93,14 +93,7 @@ class TritonWorker:
                 self._moved[role] = self._moved[role] or any(map(_differ, held["base"], held[role]))
             targets = [job.target for job in jobs]
             lying = list(map(geometry, targets, held["base"], held["primary"], held["secondary"]))  # before the merge
-            projections = Projections(
-                held["base"],
-                held["primary"],
-                held["secondary"],
-                out,
-                heads=[target.heads for target in targets],
-                head_axis=[target.projection.head_axis for target in targets],
-            )
+            projections = _lay_out(held, out, targets)
             scores, selection = fused_merge(
                 projections,
                 keep=[target.keep for target in targets],
@@ -171,24 +164,45 @@ class TritonResident:
         self._known: dict[tuple[tuple[int, torch.dtype], ...], Projections] = {}
         self._own: dict[tuple[torch.dtype, ...], list[torch.Tensor]] = {}
         self._scores: torch.Tensor | None = None
+        self._squared: list[tuple[float, ...]] = []
+        self._largest_base: list[float] = []
+        self._lock = threading.Lock()  # tables, buffers and workspaces are those of one write
 
-    @torch.no_grad()
+    # Everything that is kept is made and written in inference mode, whatever mode a caller is in.
+    @torch.inference_mode()
     def score(self, targets: Sequence[Target]) -> list[tuple[float, ...]]:
         with _INTERPRETER if interpreted() else nullcontext():
             projections = self._projections(targets, self._held["primary"])
             self._scores = score_heads(projections).clone()
             _raise_faults(projections, targets)
             rows = self._scores.tolist()
-        return [tuple(row[: target.heads]) for row, target in zip(rows, targets, strict=True)]
+        self._largest_base = [float(base.abs().amax()) for base in self._held["base"]]
+        self._squared = [tuple(row[: target.heads]) for row, target in zip(rows, targets, strict=True)]
+        return self._squared
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
-        assert self._scores is not None
         places = [tensor.detach() for tensor in out]
         here = all(place.device == self._device and place.is_contiguous() for place in places)
-        written = places if here else self._buffers(places)
-        with _INTERPRETER if interpreted() else nullcontext():
+        with self._lock:
+            direct = here and not any(map(self._may_overflow, targets, range(len(targets)), places))
+            written = places if direct else self._buffers(places)
             projections = self._projections(targets, written)
+            with naming_halfway() if direct else nullcontext():
+                self._launch(projections, targets)
+            with naming_halfway():
+                for place, tensor in zip(places, written, strict=True):
+                    if place is not tensor:
+                        place.copy_(tensor)
+                # What a kernel wrote, autograd does not see by itself.
+                torch.autograd.graph.increment_version(list(out))
+
+    def _may_overflow(self, target: Target, number: int, place: torch.Tensor) -> bool:
+        return may_overflow(self._squared[number], self._largest_base[number], target.scale, place.dtype)
+
+    def _launch(self, projections: Projections, targets: Sequence[Target]) -> None:
+        assert self._scores is not None
+        with _INTERPRETER if interpreted() else nullcontext():
             apply_heads(
                 projections,
                 self._scores,
@@ -198,9 +212,6 @@ class TritonResident:
                 scale=targets[0].scale,
             )
             _raise_faults(projections, targets)
-        if not here:
-            for place, tensor in zip(places, written, strict=True):
-                place.copy_(tensor)
 
     def _buffers(self, places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Tensors of this device for results that go elsewhere, made once for each row of dtypes."""
@@ -215,15 +226,27 @@ class TritonResident:
         if key not in self._known:
             while len(self._known) >= KEPT_TABLES:
                 del self._known[next(iter(self._known))]
-            self._known[key] = Projections(
-                self._held["base"],
-                self._held["primary"],
-                self._held["secondary"],
-                out,
-                heads=[target.heads for target in targets],
-                head_axis=[target.projection.head_axis for target in targets],
-            )
+            self._known[key] = _lay_out(self._held, out, targets)
         return self._known[key]
+
+
+def _lay_out(
+    held: Mapping[Role, Sequence[torch.Tensor]], out: Sequence[torch.Tensor], targets: Sequence[Target]
+) -> Projections:
+    """The tables of a launch. Raises BackendUnavailable for what the kernels have no room for, such as many heads."""
+    try:
+        return Projections(
+            held["base"],
+            held["primary"],
+            held["secondary"],
+            out,
+            heads=[target.heads for target in targets],
+            head_axis=[target.projection.head_axis for target in targets],
+        )
+    except KernelInputError as error:
+        raise BackendUnavailable(
+            f"backend 'triton' cannot merge these targets: {error}; use {option('backend', 'cpu')}"
+        ) from error
 
 
 def _raise_faults(projections: Projections, targets: Sequence[Target]) -> None:

@@ -1,0 +1,510 @@
+"""What `hsa.Merger` reads from and writes to loaded models and state dicts: right, or refused with nothing changed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import merged, raw_bytes, read_tensors
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils import parametrize, prune
+from transformers import WhisperForConditionalGeneration
+
+import hsa
+from hsa.backends import resident
+
+Triple = dict[str, Path]
+TARGET = "model.encoder.layers.1.self_attn.v_proj.weight"
+BIAS = TARGET.replace("weight", "bias")
+OTHER = "model.decoder.layers.0.fc1.weight"
+
+
+def load(path: Path) -> Any:
+    return WhisperForConditionalGeneration.from_pretrained(path, dtype="auto", local_files_only=True)
+
+
+@pytest.fixture
+def merger(shared_triple: Triple) -> hsa.Merger:
+    return hsa.Merger(**shared_triple)
+
+
+@pytest.fixture
+def model(shared_triple: Triple) -> Any:
+    return load(shared_triple["primary"])
+
+
+def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def replace(model: Any, tensor: Any, name: str = TARGET) -> Any:
+    module, _, part = name.rpartition(".")
+    model.get_submodule(module)._parameters[part] = tensor
+    return model
+
+
+def contents(model: Any) -> dict[str, bytes]:
+    held = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    return {
+        name: raw_bytes(tensor.detach().contiguous())
+        for name, tensor in held.items()
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not (tensor.is_meta or tensor.is_neg())
+    }
+
+
+def refused(call: Callable[[], Any], pattern: str, model: Any = None, kind: type[hsa.HsaError] = hsa.HsaError) -> None:
+    """One line that matches, and a model that is as it was."""
+    before = None if model is None else contents(model)
+    with pytest.raises(kind, match=pattern) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    assert model is None or contents(model) == before
+
+
+def wrong(model: Any, expected: Mapping[str, torch.Tensor]) -> list[str]:
+    held = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    return [name for name, tensor in expected.items() if raw_bytes(held[name].contiguous()) != raw_bytes(tensor)]
+
+
+# --- tensors without data, or of other classes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["base", "primary", "secondary"])
+def test_a_source_on_the_meta_device_is_refused(shared_triple: Triple, model: Any, role: str) -> None:
+    with torch.device("meta"):
+        nowhere = WhisperForConditionalGeneration(model.config)
+    sources: dict[str, Any] = {**shared_triple, role: nowhere}
+    refused(lambda: hsa.Merger(**sources), rf"^{role}: target tensor model\.encoder\S+ is on the meta device")
+
+
+def test_a_model_on_the_meta_device_is_not_silently_left_empty(merger: hsa.Merger, model: Any) -> None:
+    with torch.device("meta"):
+        nowhere = WhisperForConditionalGeneration(model.config)
+    refused(lambda: merger.apply_(nowhere), r"^model: target tensor model\.encoder\S+ is on the meta device")
+
+
+def test_one_offloaded_target_is_refused_before_any_is_written(merger: hsa.Merger, model: Any) -> None:
+    replace(model, parameter(torch.empty(64, 64, device="meta")))
+    refused(lambda: merger.apply_(model), rf"^model: target tensor {TARGET} is on the meta device.*offloaded", model)
+
+
+def test_offloaded_tensors_that_are_no_target_do_not_matter(
+    shared_triple: Triple, merger: hsa.Merger, model: Any, tmp_path: Path
+) -> None:
+    replace(model, parameter(torch.empty(128, 64, device="meta")), OTHER)
+    merger.apply_(model)
+    assert wrong(model, {n: t for n, t in merged(shared_triple, tmp_path / "out").items() if n != OTHER}) == []
+
+
+class Wrapped(torch.Tensor):
+    """Stands for the tensors of bitsandbytes, torchao and DTensor, whose elements lie elsewhere."""
+
+
+def fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.zeros(64, 64)
+
+
+STRANGE: dict[str, Callable[[], Any]] = {
+    "int8": lambda: torch.zeros(64, 64, dtype=torch.int8),
+    "packed in uint8, as bitsandbytes' 4 bits": lambda: torch.zeros(2048, 1, dtype=torch.uint8),
+    "float64": lambda: torch.zeros(64, 64, dtype=torch.float64),
+    "float8": lambda: torch.zeros(64, 64).to(torch.float8_e4m3fn),
+    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(64, 64), 1.0, 0, torch.qint8),
+    "sparse": lambda: torch.eye(64).to_sparse(),
+    "compressed": lambda: torch.eye(64).to_sparse_csr(),
+    "of a subclass": lambda: torch.zeros(64, 64).as_subclass(Wrapped),
+    "fake": fake,
+    "a lazily negated view": lambda: torch._neg_view(torch.zeros(64, 64)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_target_that_is_no_plain_tensor_is_refused_by_name(
+    shared_triple: Triple, merger: hsa.Merger, kind: str
+) -> None:
+    held = {**read_tensors(shared_triple["primary"]), TARGET: STRANGE[kind]()}
+    refused(lambda: merger.apply_(held), rf"^model: target tensor {TARGET} is a .*expected a plain tensor", held)
+    for role in ("base", "primary", "secondary"):
+        sources: dict[str, Any] = {**shared_triple, role: held}
+        refused(lambda sources=sources: hsa.Merger(**sources), rf"^{role}: target tensor {TARGET} is a ")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [None, 0.5, [[0.0]], "x", {"a": 1}])
+def test_values_that_are_no_tensors_are_refused_by_name(shared_triple: Triple, merger: hsa.Merger, value: Any) -> None:
+    held = {**read_tensors(shared_triple["primary"]), TARGET: value}
+    refused(lambda: merger.apply_(held), rf"^model: target tensor {TARGET} is a .*expected a torch tensor")
+    refused(lambda: hsa.Merger(**{**shared_triple, "base": held}), rf"^base: target tensor {TARGET} is a ")
+
+
+@pytest.mark.parametrize("key", [0, None, b"model", (1,)])
+def test_a_state_dict_with_keys_that_are_no_names_is_refused(
+    shared_triple: Triple, merger: hsa.Merger, key: Any
+) -> None:
+    held = {**read_tensors(shared_triple["primary"]), key: torch.zeros(1)}
+    refused(lambda: merger.apply_(held), "^model: a state dict maps names to tensors, and this one has the key")
+    refused(lambda: hsa.Merger(**{**shared_triple, "secondary": held}), "^secondary: a state dict maps names")
+
+
+@pytest.mark.parametrize("wrong_kind", [None, 3, [], torch.zeros(2), b"path"])
+def test_what_is_neither_model_nor_state_dict_nor_path_is_refused(
+    shared_triple: Triple, merger: hsa.Merger, wrong_kind: Any
+) -> None:
+    refused(lambda: merger.apply_(wrong_kind), "^model: expected a loaded model or a state dict, got ")
+    refused(lambda: hsa.Merger(**{**shared_triple, "base": wrong_kind}), "^base: expected a ")
+
+
+def test_empty_state_dicts_are_refused(shared_triple: Triple, merger: hsa.Merger) -> None:
+    refused(lambda: merger.apply_({}), "the model holds nothing", kind=hsa.MismatchError)
+    refused(lambda: hsa.Merger({}, {}, {}, num_heads=4, num_layers=2), "holds no tensor")
+    refused(lambda: hsa.Merger(**{**shared_triple, "base": {}}), "is missing from base")
+
+
+def test_a_tensor_under_two_names_is_refused_by_both(shared_triple: Triple, merger: hsa.Merger) -> None:
+    held = read_tensors(shared_triple["primary"])
+    held[TARGET.removeprefix("model.")] = held[TARGET].clone()
+    refused(lambda: merger.apply_(held), rf"^model: {TARGET} and \S+ are one tensor of Whisper", held)
+    refused(lambda: hsa.Merger(**{**shared_triple, "primary": held}), rf"^primary: {TARGET} and \S+ are one tensor")
+
+
+class Lazy(Mapping[str, torch.Tensor]):
+    """Makes a tensor whenever it is asked, as readers of files do."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def test_a_mapping_that_would_lose_what_is_written_is_refused(shared_triple: Triple, merger: hsa.Merger) -> None:
+    lazy = Lazy(read_tensors(shared_triple["primary"]))
+    refused(lambda: merger.apply_(lazy), "^model: a Lazy makes its tensors when it is asked")
+    assert hsa.Merger(**{**shared_triple, "primary": lazy}).selected() == merger.selected()
+
+
+# --- modules that compute their weights ------------------------------------------------------------------------------
+
+
+class Upper(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.triu()
+
+
+def test_parametrised_and_pruned_weights_are_named(shared_triple: Triple, merger: hsa.Merger) -> None:
+    sources = shared_triple
+    for change, name in (
+        (lambda module: parametrize.register_parametrization(module, "weight", Upper()), "parametrizations.weight"),
+        (torch.nn.utils.parametrizations.weight_norm, "parametrizations.weight.original0"),
+        (lambda module: prune.l1_unstructured(module, "weight", amount=0.5), "weight_orig"),
+    ):
+        model = load(sources["primary"])
+        change(model.model.encoder.layers[1].self_attn.v_proj)
+        refused(lambda model=model: merger.apply_(model), f"the model holds nothing of that name.*{name}", model)  # type: ignore[misc]
+        refused(lambda model=model: hsa.Merger(**{**sources, "primary": model}), "is missing from primary")  # type: ignore[misc]
+
+
+def test_adapters_beside_the_targets_are_refused(shared_triple: Triple, merger: hsa.Merger) -> None:
+    held = read_tensors(shared_triple["primary"])
+    held["model.encoder.layers.0.fc1.lora_A.default.weight"] = torch.zeros(4, 64)
+    refused(lambda: merger.apply_(held), r"^model holds \S+lora_A\S+, a PEFT adapter's tensor.*merge_and_unload", held)
+    refused(lambda: hsa.Merger(**{**shared_triple, "base": held}), "^base holds .*merge_and_unload")
+
+
+# --- memory that two share -------------------------------------------------------------------------------------------
+
+
+def tied(model: Any) -> None:
+    attention = model.model.encoder.layers[1].self_attn
+    attention.k_proj.weight = attention.v_proj.weight
+
+
+def overlapping(model: Any) -> None:
+    attention, fused = model.model.encoder.layers[1].self_attn, torch.randn(128, 64)
+    attention.q_proj.weight, attention.v_proj.weight = parameter(fused[:64]), parameter(fused[63:127])
+
+
+def shared_with_another(model: Any) -> None:
+    layers = model.model.encoder.layers
+    model.model.decoder.layers[0].self_attn.v_proj.weight = layers[1].self_attn.v_proj.weight
+
+
+def part_of_another(model: Any) -> None:
+    held = torch.randn(128 * 64)
+    model.model.encoder.layers[0].fc1.weight = parameter(held.view(128, 64))
+    model.model.encoder.layers[1].self_attn.v_proj.bias = parameter(held[700:764])
+
+
+@pytest.mark.parametrize("change", [tied, overlapping, shared_with_another, part_of_another])
+def test_targets_that_share_memory_are_refused_by_name(
+    merger: hsa.Merger, model: Any, change: Callable[[Any], None]
+) -> None:
+    merger.apply_(model)  # a model that was checked before is checked again once its tensors are others
+    change(model)
+    refused(lambda: merger.apply_(model), r"^model: \S+ and \S+ share memory", model, hsa.RequestError)
+    state = model.state_dict()
+    refused(lambda: merger.apply_(state), r"^model: \S*v_proj\S* and \S+ share memory|^model: \S+ and \S*v_proj", state)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1, 64).expand(64, 64), torch.zeros(127).as_strided((64, 64), (1, 1))],
+    ids=["expanded", "strided over itself"],
+)
+def test_targets_with_several_elements_in_one_place_are_refused(
+    shared_triple: Triple, merger: hsa.Merger, tensor: torch.Tensor
+) -> None:
+    held = {**read_tensors(shared_triple["primary"]), TARGET: tensor}
+    refused(lambda: merger.apply_(held), rf"^model: target tensor {TARGET}: several elements lie in one place", held)
+
+
+def test_an_expanded_source_is_read(shared_triple: Triple, merger: hsa.Merger) -> None:
+    held = read_tensors(shared_triple["secondary"])
+    held[TARGET] = held[TARGET][:1].expand(64, 64)
+    plain = {**held, TARGET: held[TARGET].clone()}
+    expected = hsa.Merger(**{**shared_triple, "secondary": plain}).merge()
+    assert wrong(hsa.Merger(**{**shared_triple, "secondary": held}).merge(), expected) == []
+
+
+def test_column_blocks_of_one_matrix_share_nothing(shared_triple: Triple, merger: hsa.Merger) -> None:
+    """Their address ranges overlap, their elements lie between each other's."""
+    held = read_tensors(shared_triple["primary"])
+    fused, bias = torch.full((64, 256), torch.nan), torch.full((64,), torch.nan)
+    module = TARGET.removesuffix("v_proj.weight")
+    for number, kind in enumerate("qkv"):
+        held[f"{module}{kind}_proj.weight"] = fused[:, 64 * number : 64 * (number + 1)]
+    held[BIAS] = bias
+    held["unrelated"] = fused[3, 192:]
+    merger.apply_(held)
+    assert wrong(held, merger.merge()) == []
+    assert fused[:, 192:].isnan().all()
+
+
+def test_transposed_and_sliced_targets_are_written_whole(shared_triple: Triple, merger: hsa.Merger) -> None:
+    held = read_tensors(shared_triple["primary"])
+    held[TARGET] = torch.zeros(64, 64).T
+    held[BIAS] = torch.zeros(192)[1::3]
+    merger.apply_(held)
+    assert wrong(held, merger.merge()) == []
+
+
+# --- all or nothing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_overflow_leaves_the_model_as_it_was(shared_triple: Triple, threads: int, transposed: bool) -> None:
+    """One target alone overflows, the last of the files or the first, and others are written before it in time."""
+    for name in (TARGET, "model.encoder.layers.0.self_attn.k_proj.weight"):
+        sources = {of: read_tensors(path) for of, path in shared_triple.items()}
+        sources["secondary"][name] *= 1e7
+        merger = hsa.Merger(**sources, num_heads=4, num_layers=2, threads=threads)
+        model = {stored: tensor.half() for stored, tensor in sources["primary"].items()}
+        if transposed:
+            model = {stored: tensor.T.contiguous().T for stored, tensor in model.items() if tensor.ndim == 2} | {
+                stored: tensor for stored, tensor in model.items() if tensor.ndim != 2
+            }
+        call = lambda merger=merger, model=model: merger.apply_(model, k=1.0, lam=0.0)  # noqa: E731
+        refused(call, rf"{name}, head \d: the result overflows", model, hsa.NonFiniteError)
+        merger.apply_(model, k=0.0)
+        assert wrong(model, {name: sources["primary"][name].half()}) == []
+
+
+def test_values_near_the_end_of_a_dtype_are_written(shared_triple: Triple, tmp_path: Path) -> None:
+    """Where an overflow cannot be excluded beforehand the values are still those of hsa.merge."""
+    sources = {of: read_tensors(path) for of, path in shared_triple.items()}
+    sources["base"][TARGET] *= 0
+    sources["primary"][TARGET][:] = 60000.0
+    sources["secondary"][TARGET][:] = -60000.0
+    merger = hsa.Merger(**sources, num_heads=4, num_layers=2)
+    model = {name: torch.zeros_like(sources["primary"][name]).half() for name in merger.scores}
+    merger.apply_(model, lam=1.0)
+    assert bool((model[TARGET] == 60000.0).all())
+
+
+def test_an_interrupt_while_targets_are_written_leaves_them_all_written(
+    shared_triple: Triple, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real SIGINT, sent by the first thread that computes."""
+    merger = hsa.Merger(**shared_triple, threads=2)
+    expected, once = merger.merge(lam=0.1), threading.Event()
+    really = resident.CpuWorker.apply
+
+    def interrupting(self: Any, *arguments: Any) -> None:
+        if not once.is_set():
+            once.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        really(self, *arguments)
+
+    monkeypatch.setattr(resident.CpuWorker, "apply", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        merger.apply_(model, lam=0.1)
+    assert once.is_set()
+    assert wrong(model, expected) == []
+
+
+def test_a_failure_of_the_machine_halfway_says_what_was_changed(
+    shared_triple: Triple, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merger = hsa.Merger(**shared_triple, threads=1)
+    really, calls = resident.CpuWorker.apply, iter(range(100))
+
+    def failing(self: Any, *arguments: Any) -> None:
+        if next(calls) == 3:
+            raise MemoryError("no room")
+        really(self, *arguments)
+
+    monkeypatch.setattr(resident.CpuWorker, "apply", failing)
+    with pytest.raises(hsa.MachineError, match=r"stopped \(MemoryError: no room\): some of them hold the merge and"):
+        merger.apply_(model, lam=0.1)
+    monkeypatch.undo()
+    merger.apply_(model, lam=0.1)
+    assert wrong(model, merger.merge(lam=0.1)) == []
+
+
+# --- autograd and torch's modes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_autograd_notices_that_targets_were_written(merger: hsa.Merger, model: Any, transposed: bool) -> None:
+    if transposed:
+        weight = model.get_parameter(TARGET)
+        weight.data = weight.data.T.contiguous().T
+    weight = model.get_parameter(TARGET)
+    loss = (torch.ones(3, 64, requires_grad=True) @ weight).square().sum()
+    version = weight._version
+    assert merger.apply_(model) is model
+    assert weight._version > version
+    assert weight.requires_grad and weight.is_leaf
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_default_device_of_meta_changes_nothing(
+    shared_triple: Triple, merger: hsa.Merger, model: Any, tmp_path: Path
+) -> None:
+    files = merged(shared_triple, tmp_path / "out")
+    before = (merger.merge(), merger.scores)
+    torch.set_default_device("meta")
+    try:
+        anew = hsa.Merger(**shared_triple)
+        result, scores = anew.merge(), anew.scores
+        anew.apply_(model)
+    finally:
+        torch.set_default_device(None)
+    assert {tensor.device.type for tensor in (*result.values(), *scores.values())} == {"cpu"}
+    assert wrong(result, before[0]) == wrong(scores, before[1]) == wrong(model, files) == []
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_torchs_modes_change_nothing(
+    shared_triple: Triple, merger: hsa.Merger, model: Any, tmp_path: Path, mode: Any
+) -> None:
+    files = merged(shared_triple, tmp_path / "out")
+    with mode():
+        inside = hsa.Merger(**shared_triple)
+        result = inside.merge()
+        inside.apply_(model)
+        loaded_inside = {name: tensor.clone() for name, tensor in read_tensors(shared_triple["primary"]).items()}
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in result.values())
+    result[TARGET].requires_grad_().sum().backward()
+    assert wrong(result, merger.merge()) == wrong(model, files) == []
+    held = {name: tensor.T if name in result and tensor.ndim == 2 else tensor for name, tensor in loaded_inside.items()}
+    assert mode is not torch.inference_mode or held[TARGET].is_inference()
+    merger.apply_(held)
+    inside.apply_(held)
+    assert wrong(held, merger.merge()) == []
+
+
+# --- a model whose other tensors are not primary's -------------------------------------------------------------------
+
+
+def warned(call: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    assert all(entry.filename == __file__ for entry in caught)
+    return [str(entry.message) for entry in caught if issubclass(entry.category, hsa.HsaWarning)]
+
+
+@pytest.mark.parametrize("as_state_dict", [False, True])
+@pytest.mark.parametrize("primary_as", ["directory", "model"])
+def test_a_model_that_is_not_primary_is_warned_of_once(
+    shared_triple: Triple, as_state_dict: bool, primary_as: str
+) -> None:
+    primary: Any = shared_triple["primary"] if primary_as == "directory" else load(shared_triple["primary"])
+    merger = hsa.Merger(shared_triple["base"], primary, shared_triple["secondary"])
+    other = load(shared_triple["base"])
+    target = other.state_dict() if as_state_dict else other
+    said = warned(lambda: merger.apply_(target))
+    assert len(said) == 1
+    assert "the model's other tensors are not primary's: " in said[0]
+    assert merger.notes[-1:] == said
+    assert warned(lambda: merger.apply_(target, lam=0.1)) == []
+    assert wrong(other, merger.merge(lam=0.1)) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hsa.HsaWarning)
+        with pytest.raises(hsa.HsaWarning):
+            merger.apply_(load(shared_triple["secondary"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_primary_itself_is_not_warned_of(typed_triple: Triple, dtype: torch.dtype) -> None:
+    merger = hsa.Merger(**typed_triple)
+    model = load(typed_triple["primary"]).to(dtype)
+    notes = list(merger.notes)
+    assert warned(lambda: merger.apply_(model)) == []
+    assert warned(lambda: merger.apply_(model.model.state_dict())) == []
+    assert warned(lambda: merger.apply_(merger.merge())) == []
+    assert merger.notes == notes
+
+
+def test_one_other_tensor_that_differs_is_named(shared_triple: Triple, merger: hsa.Merger, model: Any) -> None:
+    model.get_parameter(OTHER).data.mul_(1.001)
+    said = warned(lambda: merger.apply_(model))
+    assert len(said) == 1
+    assert f"{OTHER.removeprefix('model.')} differs of " in said[0]
+    resized = load(shared_triple["primary"])
+    resized.resize_token_embeddings(resized.config.vocab_size + 3)
+    assert "decoder.embed_tokens.weight has shape" in warned(lambda: merger.apply_(resized))[0]
+
+
+def test_a_model_that_was_exchanged_between_calls_is_checked_again(
+    shared_triple: Triple, merger: hsa.Merger, model: Any
+) -> None:
+    assert warned(lambda: merger.apply_(model)) == []
+    model.load_state_dict({name: tensor.clone() for name, tensor in load(shared_triple["base"]).state_dict().items()})
+    other = copy.deepcopy(model)
+    assert len(warned(lambda: merger.apply_(other))) == 1
+
+
+# --- what it says of itself ------------------------------------------------------------------------------------------
+
+
+def test_a_merger_says_what_it_is(shared_triple: Triple, model: Any) -> None:
+    text = repr(hsa.Merger(shared_triple["base"], model, read_tensors(shared_triple["secondary"])))
+    assert text == (
+        "<hsa.Merger of base base, primary model, secondary state dict: 10 targets of encoder-qkv, in memory of cpu, "
+        "backend cpu>"
+    )
+
+
+def test_a_torch_device_is_taken(shared_triple: Triple, merger: hsa.Merger) -> None:
+    assert hsa.Merger(**shared_triple, device=torch.device("cpu")).selected() == merger.selected()
