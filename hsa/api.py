@@ -19,7 +19,8 @@ from hsa.findings import Findings
 from hsa.finish import finish
 from hsa.hub import Hub
 from hsa.memory import PeakMemory
-from hsa.output import Staging, check_destination
+from hsa.output import Staging
+from hsa.output_place import check_destination
 from hsa.pipeline import Options, execute
 from hsa.plan import MergePlan, make_plan
 from hsa.report import MergeReport, PlanReport, TensorReport
@@ -163,6 +164,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
             *found.notes,
             *publishing_notes(record),
             *(() if request.digest else (report.NO_DIGESTS,)),
+            *staging.notes,
         ),
         found.warnings,
     ) + report.findings(outcomes)
@@ -185,15 +187,16 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
 
 
 @fsio.explained()
-def dry_run(request: Request) -> PlanReport:
+def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
     """The plan of a request: reads headers and small files, writes nothing.
 
     Of a source on the Hub no more than that is fetched either, primary included, except pickle weights and adapters,
-    and from a server that gives neither ranges nor sizes.
+    and from a server that gives neither ranges nor sizes. With `occupied` an earlier output at the destination is
+    accepted, whatever it is: the caller decides about it.
     """
     tally, hub = fsio.Tally(), Hub()
     with ExitStack() as stack:
-        job = _open(request, tally, hub, stack, headers_only=True)
+        job = _open(request, tally, hub, stack, headers_only=True, occupied=occupied)
         plan = job.plan
         found = collect(request, job.sources, job.plan, tally)
         needed = plan.bytes_to_write + sum(map(len, found.files.values()))
@@ -240,9 +243,11 @@ def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) ->
     return _open(request, tally, hub, stack, headers_only=False)
 
 
-def _open(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool) -> _Job:
+def _open(
+    request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, occupied: bool = False
+) -> _Job:
     backend = resolve(request.backend, request.device, request.config)
     sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
     folders = [source.path for source in sources]
-    destination = check_destination(request.output, folders, overwrite=request.overwrite)
+    destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
     return _Job(sources, make_plan(request.config, sources, request.shard_bytes), backend, destination)

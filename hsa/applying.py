@@ -22,7 +22,8 @@ from hsa.hub import Hub, Want
 from hsa.layout import Content, Copied, Graft, TensorContent, pack
 from hsa.memory import PeakMemory
 from hsa.option_names import option
-from hsa.output import PROVENANCE, Staging, check_destination
+from hsa.output import Staging
+from hsa.output_place import check_destination
 from hsa.patch_checks import require_sound
 from hsa.patch_format import PatchTarget
 from hsa.patch_reader import Patch, digest_range, open_patch
@@ -30,6 +31,7 @@ from hsa.patches import SUFFIX, is_patch
 from hsa.pipeline import Options, execute
 from hsa.plan import MAX_TARGET
 from hsa.provenance import Record, changed_keys, source_record, tensors_digest
+from hsa.provenance_file import PROVENANCE
 from hsa.report import NO_DIGESTS, MergeReport, TensorReport
 from hsa.request import PathLike
 from hsa.signals import deferred
@@ -87,7 +89,7 @@ def apply(
         check_primary(opened, source)
         small = _small_files(opened, source, extra, tally)
         options = Options(threads or default_threads(), digest, sync)
-        record = apply_to(
+        record, left = apply_to(
             opened, source, small, destination, options, tally, memory, overwrite=overwrite, progress=progress
         )
     return MergeReport(
@@ -103,7 +105,7 @@ def apply(
         route="apply",
         parameters=config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
-        notes=(*hub.notes, *source.notes, *publishing_notes(record), *(() if digest else (NO_DIGESTS,))),
+        notes=(*hub.notes, *source.notes, *publishing_notes(record), *(() if digest else (NO_DIGESTS,)), *left),
         warnings=(),
     )
 
@@ -119,8 +121,11 @@ def apply_to(
     *,
     overwrite: bool,
     progress: Callable[[int, int], None] | None = None,
-) -> Record:
-    """Write the output of an open patch and its open primary, which was checked, with these small files."""
+) -> tuple[Record, Sequence[str]]:
+    """Write the output of an open patch and its open primary, which was checked, with these small files.
+
+    Returns its record, and notes of what of an earlier output could not be removed.
+    """
     contents = _tensors(patch, primary)
     files, index = pack(primary, contents, patch.contents.parameters["max_shard_size"])
     total = sum(file.size for file in files)
@@ -139,7 +144,7 @@ def apply_to(
         finish(staging, record, held, weights, digest=options.digest, tally=tally)
         staging.publish()
         memory.sample()
-    return record
+    return record, staging.notes
 
 
 def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from hsa._version import __version__
 from hsa.commands.apply import apply
@@ -21,6 +23,18 @@ from hsa.option_names import command_line, spelled
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """click's UsageError: typer brings a click of its own or uses the installed one, depending on its version."""
+
+
+class Command(TyperCommand):
+    """A command that refuses an option which takes one value and is given several: the last would win silently."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for option, count in Counter(each for each in order if isinstance(each, TyperOption)).items():
+            if count > 1 and not option.multiple and not option.is_flag:
+                ctx.fail(f"{option.opts[0]} is given {count} times and takes one value; give it once")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     name="hsa",
@@ -67,11 +81,11 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-app.command()(merge)
-app.command()(sweep)
-app.command()(apply)
-app.command()(inspect)
-app.command()(verify)
-app.command()(release)
-app.command(context_settings={"ignore_unknown_options": True})(mergekit)
-app.command()(demo)
+app.command(cls=Command)(merge)
+app.command(cls=Command)(sweep)
+app.command(cls=Command)(apply)
+app.command(cls=Command)(inspect)
+app.command(cls=Command)(verify)
+app.command(cls=Command)(release)
+app.command(cls=Command, context_settings={"ignore_unknown_options": True})(mergekit)
+app.command(cls=Command)(demo)

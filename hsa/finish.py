@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from hsa import fsio
 from hsa.digests import digest_of
-from hsa.output import PROVENANCE, Staging
+from hsa.output import Staging
 from hsa.provenance import Record
+from hsa.provenance_file import PROVENANCE
 
 CARD = "README.md"
 

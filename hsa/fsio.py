@@ -276,6 +276,18 @@ ELSEWHERE = "choose a destination that you may write to"
 """What to do about a directory that cannot be written, unless a caller knows better."""
 
 
+def is_overlay(path: Path) -> bool:
+    """Whether a path lies on an overlay filesystem, by the kernel's table of mounts; False where there is none."""
+    try:
+        device = path.stat().st_dev
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}".encode()
+    found = (line.partition(b" - ") for line in lines if line.split(b" ")[2] == number)
+    return any(after.startswith((b"overlay ", b"fuse.fuse-overlayfs ")) for _, _, after in found)
+
+
 @contextmanager
 def writing(path: Path, needed: int | None = None, remedy: str = ELSEWHERE) -> Iterator[None]:
     """Turn an OSError inside into a MachineError: what was needed, what there is, and what to do (`remedy`)."""

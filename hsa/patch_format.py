@@ -32,16 +32,14 @@ from hsa.errors import HeaderError, PatchError, ProvenanceError, shown
 from hsa.fsio import ALIGNMENT
 from hsa.header import Entry, Header, load_json, serialize
 from hsa.provenance import (
-    DIGEST,
     Record,
     SourceRecord,
     TargetRecord,
     changed_keys,
-    check_digest,
-    document_digest,
     hex_digest,
     parse_origin,
 )
+from hsa.provenance_file import DIGEST, check_digest, document_digest
 from hsa.target import MAX_SCORE, of_selected
 from hsa.whisper import Projection, canonical, parse
 

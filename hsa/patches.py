@@ -20,7 +20,7 @@ from hsa.header import read_header
 from hsa.hub import Hub
 from hsa.memory import PeakMemory
 from hsa.option_names import option
-from hsa.output import relation
+from hsa.output_place import refuse_enclosed, relation
 from hsa.patching import Made, Point, check_patchable, make_patches
 from hsa.plan import check_whole, find_targets
 from hsa.provenance import Record
@@ -192,6 +192,10 @@ def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwr
                 raise DestinationError(
                     f"output {destination} lies in the source {source}; choose a directory apart from the sources"
                 )
+        label = f"output {destination}"
+        if destination.is_dir():
+            raise DestinationError(f"{label} is a directory; a patch is one file: name one outside any output")
+        refuse_enclosed(destination, label)
         if not os.path.lexists(destination):
             return destination
         if not overwrite:

@@ -15,28 +15,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from hsa import provenance_file
 from hsa._version import __version__
 from hsa.checkpoint import ROLES, Checkpoint, Identity, Kind, Role, Sources
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig
 from hsa.digests import digest_of
-from hsa.errors import HeaderError, ProvenanceError, RequestError, shown
-from hsa.fsio import Source, Tally
-from hsa.header import load_json
+from hsa.errors import ProvenanceError, RequestError, shown
 from hsa.layout import parse_size
 from hsa.option_names import as_keys, spelled
-from hsa.output import PROVENANCE
 from hsa.plan import MergePlan
+from hsa.provenance_file import DIGEST, FORMAT, PROVENANCE, document_digest, render
 from hsa.target import MAX_SCORE, Selection
 from hsa.whisper import Projection, canonical, parse
 
-FORMAT = 1
-DIGEST = "digest"
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
 """What stands among a record's parameters besides those of the merge itself."""
-
-MAX_PROVENANCE = 8 << 20
-"""Bytes; the largest provenance that is read. Of large-v3 with every attention tensor merged it has under 1 MB."""
 
 PROGRAM = {"name": "hsa-merge", "version": __version__}
 HEX = frozenset("0123456789abcdef")
@@ -192,51 +186,17 @@ def load(directory: Path) -> Provenance:
     Raises ProvenanceError when there is none, when a byte of it is not what was written, or when it does not say what
     it must.
     """
-    path = directory / PROVENANCE
-    if not path.is_file():
-        raise ProvenanceError(f"{directory} holds no {PROVENANCE}; expected an output of hsa")
-    source = Source(path, "output", Tally())
-    try:
-        if source.size > MAX_PROVENANCE:
-            raise ProvenanceError(f"{path} has {source.size} bytes, at most {MAX_PROVENANCE} are read")
-        text = source.read(source.size)
-    finally:
-        source.close()
-    return loads(text, str(path))
+    return loads(provenance_file.read_bytes(directory), str(directory / PROVENANCE))
 
 
 def loads(text: bytes, where: str) -> Provenance:
     """The provenance in the bytes of its file; see `load`."""
-    try:
-        document = load_json(text, where, "provenance")
-    except HeaderError as error:
-        raise ProvenanceError(str(error)) from error
-    if document.get("format") != FORMAT:
-        raise ProvenanceError(
-            f"{where}: format is {shown(document.get('format'), 40)}, this version reads {FORMAT}; use the version of "
-            f"hsa that wrote it"
-        )
-    check_digest(document, where)
-    if render(document) != text:
-        raise ProvenanceError(f"{where}: its bytes are not as hsa writes them; something rewrote or damaged it")
+    document = provenance_file.parse(text, where)
     try:
         files = {_text(name): _file_digest(entry) for name, entry in _mapping(document["files"]).items()}
         return Provenance(parse_record(document), files, document[DIGEST])
     except (KeyError, TypeError, ValueError) as error:
         raise ProvenanceError(f"{where}: {_reason(error)}; it is no provenance that hsa wrote") from error
-
-
-def check_digest(document: Mapping[str, Any], where: str) -> None:
-    """ProvenanceError unless the document's own digest is right."""
-    try:
-        expected = document_digest(document)
-    except (ValueError, RecursionError) as error:
-        raise ProvenanceError(f"{where}: {error}; it is no provenance that hsa wrote") from error
-    if document.get(DIGEST) != expected:
-        raise ProvenanceError(
-            f"{where}: its digest is {shown(document.get(DIGEST))} and its content gives {expected}; something changed "
-            f"or damaged it"
-        )
 
 
 def parse_record(document: Mapping[str, Any]) -> Record:
@@ -318,18 +278,6 @@ def _target_record(name: str, entry: Any) -> TargetRecord:
         scores,
         None if margin is None else _number(margin),
     )
-
-
-def render(document: Mapping[str, Any]) -> bytes:
-    """The one way the document is written, so that a reader can tell any other bytes from it."""
-    return (json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
-
-
-def document_digest(document: Mapping[str, Any]) -> str:
-    """BLAKE3 of the document's canonical form (sorted keys, no spaces), its own digest left out."""
-    rest = {key: value for key, value in document.items() if key != DIGEST}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return digest_of(text.encode("ascii"))
 
 
 def target_digest(role: Role, outcomes: Sequence[TargetOutcome]) -> str:

@@ -27,10 +27,10 @@ from hsa.fsio import Source, Tally
 from hsa.hub import Hub
 from hsa.layout import Literal, Merge, OutputFile, Segment
 from hsa.memory import PeakMemory
-from hsa.output import PROVENANCE
 from hsa.pipeline import Options, assemble
 from hsa.plan import make_plan
 from hsa.provenance import PROGRAM, Provenance, SourceRecord, changed_keys
+from hsa.provenance_file import PROVENANCE
 from hsa.ranges import Range
 from hsa.request import PathLike, Request, has_hub_ids, open_sources
 from hsa.sink import CACHED_PIECE

@@ -16,17 +16,18 @@ from hsa.distances import Distances
 from hsa.errors import DestinationError, HeaderError, PatchError, ProvenanceError, RequestError
 from hsa.grid import GridPoint
 from hsa.option_names import option
-from hsa.output import ASIDE, PROVENANCE, check_destination
+from hsa.output_place import check_destination, check_occupied, refuse_enclosed
 from hsa.patch_checks import require_sound
 from hsa.patch_format import OtherFormat
 from hsa.patch_reader import Patch, digest_range, open_patch
 from hsa.patches import SUFFIX, Opened, is_patch
 from hsa.plan import find_targets
 from hsa.provenance import PROGRAM, Record, SourceRecord, libraries, source_record, tensors_digest
+from hsa.provenance_file import PROVENANCE
 from hsa.request import Request
 from hsa.sweep_index import Entry
 from hsa.verification import verify
-from hsa.workbench import STAGING
+from hsa.workbench import ASIDE, STAGING
 
 BENCH = f".sweep{STAGING}"
 PRESETS: tuple[Preset, ...] = ("encoder-qkv", "attention-qkv", "attention-all")
@@ -37,6 +38,7 @@ def check_directory(request: Request, sources: Sources) -> Path:
     """The directory of a sweep: new, empty, or an earlier sweep's. Raises DestinationError."""
     folders = [source.path for source in sources]
     directory = check_destination(request.output, folders, overwrite=False, adding=True)
+    refuse_enclosed(directory / BENCH, f"output {directory}")
     held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     foreign = [name for name in held if name != BENCH and not _is_points(directory / name)]
     index = sweep_index.JSON in held
@@ -107,10 +109,15 @@ class Standing:
         if not fsio.exists(place):
             return None
         self._check_kind(place, place.is_dir() and fsio.exists(place / PROVENANCE))
+        entry = self._verified(point, place)
+        if entry is None:  # before anything is computed
+            check_occupied(place, overwrite=True)
+        return entry
+
+    def _verified(self, point: GridPoint, place: Path) -> Entry | None:
         try:
             held = provenance.load(place)
-        except ProvenanceError as error:
-            self.notes.append(f"{place.name} is damaged and made anew: {error}")
+        except ProvenanceError:  # it lists no files that could be replaced, which the caller says
             return None
         differs = self._differs(point, held.record)
         if not differs:

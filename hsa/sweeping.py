@@ -235,6 +235,7 @@ class _Sweep:
     def _publish(self, point: GridPoint) -> None:
         """Put the point of a patch on the workbench where it belongs, and list it."""
         file = f"{point.name}{SUFFIX}"
+        left: Sequence[str] = ()
         with ExitStack() as stack:
             patch = open_patch(self.bench.file(file), self.standing.tally, stack)
             entry = entry_of(point, patch)
@@ -242,7 +243,9 @@ class _Sweep:
                 options = Options(max(1, self.threads // self.jobs), self.request.digest, self.request.sync)
                 primary, small = self.opened.sources.primary, self.opened.small
                 destination = self.directory / point.name
-                apply_to(patch, primary, small, destination, options, self.standing.tally, self.memory, overwrite=True)
+                _, left = apply_to(
+                    patch, primary, small, destination, options, self.standing.tally, self.memory, overwrite=True
+                )
                 self.bench.file(file).unlink()
                 entry = replace(entry, place=point.name, blake3=load(destination).digest)
             else:
@@ -250,6 +253,7 @@ class _Sweep:
         with self._listing:
             self.entries[entry.place] = entry
             self.made.add(point)
+            self.notes += left
 
     def _write_index(self) -> None:
         sources = {source.role: source_record(source, "") for source in self.opened.sources}

@@ -23,7 +23,7 @@ from hsa import api, provenance, tree_index
 from hsa.checkpoint import ROLES
 from hsa.errors import HsaError, MachineError, RequestError
 from hsa.option_names import as_keys, option, spelled
-from hsa.output import PROVENANCE
+from hsa.provenance_file import PROVENANCE
 from hsa.recipe import INDEX, KEYS
 from hsa.repo import find_id
 from hsa.report import MergeReport
@@ -156,7 +156,7 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
     standing = planned.standing
     try:
         if planned.action == "refuse":
-            raise RequestError(f"{planned.why}; give {option('overwrite', True)} to build it again")
+            raise RequestError(f"{planned.why}; {planned.remedy or _overwrite()}")
         if planned.action == "verify":
             seen = verify(planned.plan.output, threads=planned.request.threads, progress=step, **_to_compare(planned))
             read, peak = seen.bytes_read, seen.peak_memory_bytes
@@ -165,7 +165,7 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
                 return verified, _row(planned, "complete")
             standing = "other" if any(problem.file in ROLES for problem in seen.problems) else "damaged"
             if not overwrite:
-                raise RequestError(f"{_wrong(standing, seen)}; give {option('overwrite', True)} to build it again")
+                raise RequestError(f"{_wrong(standing, seen)}; {_overwrite()}")
         with spelled(as_keys(KEYS)):
             made = api.run(replace(planned.request, overwrite=planned.standing != "missing"), step)
     except (HsaError, OSError, MemoryError) as error:
@@ -175,6 +175,10 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
         return EntryReport(path, "failed", reason, None, read, peak), _row(planned, standing)
     report = EntryReport(path, "built", None, made, read + made.bytes_read, max(peak, made.peak_memory_bytes))
     return report, _row(planned, "complete")
+
+
+def _overwrite() -> str:
+    return f"give {option('overwrite', True)} to build it again"
 
 
 def _look_again(planned: PlannedEntry) -> Standing:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hsa import api, fsio, provenance, tree_index
 from hsa.checkpoint import ROLES, Role
-from hsa.errors import HsaError, MachineError, RequestError, shown
+from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
 from hsa.hub import Hub
 from hsa.option_names import as_keys, spelled
-from hsa.output import PROVENANCE, check_tree
+from hsa.output_place import check_occupied, check_tree
 from hsa.provenance import SourceRecord
+from hsa.provenance_file import PROVENANCE
 from hsa.recipe import KEYS, Entry, Recipe, load
 from hsa.repo import cache_directories, find_id
 from hsa.report import PlanReport
@@ -39,7 +40,7 @@ NAMED = 5
 class PlannedEntry:
     """What is to become of an entry: `standing` is how it stands now by its record, `why` what differs or is wrong.
 
-    `replaced` are the bytes that go when it is built anew.
+    `replaced` are the bytes that go when it is built again, `remedy` what to do where `overwrite` does not help.
     """
 
     entry: Entry
@@ -49,6 +50,7 @@ class PlannedEntry:
     why: str
     plan: PlanReport
     replaced: int = 0
+    remedy: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -136,16 +138,22 @@ def plan(
 def _plan_entry(entry: Entry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
     check_tree(tree, _local(request))
     with spelled(as_keys(KEYS)):
-        looked = api.dry_run(replace(request, overwrite=True))  # whatever stands there, look at the rest
+        looked = api.dry_run(request, occupied=True)  # whatever stands there, look at the rest
     destination = looked.output
     if not (destination / PROVENANCE).is_file():
+        check_occupied(destination, overwrite=True)
         return PlannedEntry(entry, request, "build", "missing", "", looked)
     replaced = sum(path.lstat().st_size for path in destination.iterdir())
     standing, why = standing_of(destination, request)
     if standing == "complete":
         return PlannedEntry(entry, request, "verify", standing, "", looked, replaced)
-    action: Action = "rebuild" if overwrite else "refuse"
-    return PlannedEntry(entry, request, action, standing, why, looked, replaced)
+    if not overwrite:
+        return PlannedEntry(entry, request, "refuse", standing, why, looked, replaced)
+    try:
+        check_occupied(destination, overwrite=True)
+    except DestinationError as error:
+        return PlannedEntry(entry, request, "refuse", standing, why, looked, replaced, str(error))
+    return PlannedEntry(entry, request, "rebuild", standing, why, looked, replaced)
 
 
 def _local(request: Request) -> list[Path]:

@@ -35,8 +35,8 @@ from hsa.fsio import Source, Tally, exists, explained
 from hsa.header import load_json
 from hsa.memory import PeakMemory
 from hsa.option_names import carried, option
-from hsa.output import PROVENANCE
 from hsa.provenance import Provenance, Record
+from hsa.provenance_file import PROVENANCE
 from hsa.request import PathLike
 from hsa.threads import check_threads, default_threads, out_of_memory
 

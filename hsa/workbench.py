@@ -23,7 +23,9 @@ NAME_MAX = 255
 
 W = TypeVar("W", bound="Workbench")
 
-STAGING = ".hsa-staging"
+STAGING, ASIDE = ".hsa-staging", ".hsa-replaced"
+"""Suffixes of the hidden names beside a destination: where its files are made, and where the old ones step aside."""
+
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -91,7 +93,7 @@ class Workbench:
                 fsio.sync_directory(each)
 
     def _recover(self) -> None:
-        """Finish what a killed run left beside the directory that is now locked and empty."""
+        """Finish what a killed run left beside the directory that is now locked and fresh."""
 
     def _make_parents(self) -> None:
         missing = [parent for parent in self.path.parents if not parent.exists()]
@@ -112,7 +114,7 @@ class Workbench:
                 return
 
     def _acquire(self) -> int:
-        """Make and lock the staging directory, clearing what a killed run left there."""
+        """Make and lock the staging directory, after removing what a killed run left there."""
         for _ in range(100):
             try:
                 self.path.mkdir()
@@ -139,7 +141,7 @@ class Workbench:
                     os.close(held)
 
     def _lock_staging(self, *, made: bool) -> int | None:
-        """The staging directory locked and empty; None when its name leads elsewhere by now."""
+        """The staging directory locked, where this run made it; None when a leftover was removed, or is gone by now."""
         if not stat.S_ISDIR(self.path.lstat().st_mode):
             raise DestinationError(f"{self.path} is in the way and is no staging directory of hsa; move it away")
         held = lock(self.path, made=made)
@@ -150,14 +152,27 @@ class Workbench:
             )
         try:
             if same(held, self.path):
-                clear(held)
-                self._recover()
-                return held
+                if made:
+                    self._recover()
+                    return held
+                self._remove_leftover(held)
         except BaseException:
             os.close(held)
             raise
         os.close(held)
         return None
+
+    def _remove_leftover(self, held: int) -> None:
+        """Remove a killed run's directory, so that a fresh one has this run's owner and mode; it is locked."""
+        try:
+            clear(held)
+            self.path.rmdir()
+        except OSError as error:
+            owner = os.fstat(held).st_uid
+            raise MachineError(
+                f"{self.path}, which a killed run of uid {owner} left, cannot be removed: {error.strerror}; remove it "
+                f"with that user's rights, or choose another output"
+            ) from error
 
     def _discard(self) -> None:
         """Remove the staging directory, unless an interrupt came when it had already become the destination."""

@@ -20,6 +20,7 @@ from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 import hsa
+from hsa import provenance_file
 
 
 def run_hsa(
@@ -130,6 +131,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], bytes]:
     return json.loads(raw[8:end]), raw[end:]
 
 
+def provenance_bytes(*files: str) -> bytes:
+    """A smallest record file that lists these files: enough to be replaced by, not to be verified."""
+    document: dict[str, Any] = {"format": provenance_file.FORMAT, "files": {name: {} for name in files}}
+    document[provenance_file.DIGEST] = provenance_file.document_digest(document)
+    return provenance_file.render(document)
+
+
 def safetensors_bytes(document: Any, data: bytes = b"") -> bytes:
     """A file with this header, right or wrong: a dict, or the header's own bytes."""
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
@@ -161,12 +169,12 @@ def mounted(point: Path, *arguments: str) -> Iterator[Path]:
 
 
 @contextmanager
-def ordinary_user() -> Iterator[None]:
+def ordinary_user(user: int = 65534) -> Iterator[None]:
     """Let permission bits bind: root takes on another user's rights for a while."""
     if os.geteuid() != 0:
         yield
         return
-    os.seteuid(65534)
+    os.seteuid(user)
     try:
         yield
     finally:

@@ -270,7 +270,7 @@ def test_an_input_output_error_at_every_call(
         if calls[0] < at:
             break
         # A call that a run can do without: the output is whole, and beside it is nothing.
-        assert name == "open", (name, at)
+        assert name == "open" or (name == "fsync" and how != "new"), (name, at)
         assert os.listdir(place) == ["out"]
         shutil.rmtree(place / "out")
         if how != "new":

@@ -24,6 +24,7 @@ from hsa.config import keep_count, layer_coefficient
 from hsa.inspection import Inspection
 from hsa.inspection.measure import Buffers
 from hsa.output import PROVENANCE
+from hsa.provenance_file import PROVENANCE
 from hsa.views import page, picture, sheet, table
 
 Triple = dict[str, Path]
@@ -636,7 +637,7 @@ def test_a_view_in_another_output_is_refused(merged: Path, shared_triple: Triple
     sources = [f"--{role}={path}" for role, path in shared_triple.items()]
     done = run_hsa("inspect", *sources, f"--csv={merged}/view.csv")
     assert done.returncode == 2
-    assert "lies in an output of hsa" in done.stderr
+    assert "is an earlier output of hsa, which lists its files" in done.stderr
     assert not (merged / "view.csv").exists()
 
 

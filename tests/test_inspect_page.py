@@ -15,7 +15,7 @@ import hsa
 from hsa import provenance
 from hsa.config import keep_count, layer_coefficient
 from hsa.inspection import Inspection
-from hsa.output import PROVENANCE
+from hsa.provenance_file import PROVENANCE
 from hsa.target import select
 from hsa.views import page as view
 

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import merge_arguments, mounted, run_hsa, snapshot
+from helpers import merge_arguments, mounted, provenance_bytes, run_hsa, snapshot
 
 import hsa
 from hsa import fsio
 from hsa.errors import DestinationError, MachineError
-from hsa.output import PROVENANCE, Staging, check_destination, staging_path
+from hsa.output import Staging, staging_path
+from hsa.output_place import check_destination
+from hsa.provenance_file import PROVENANCE
 from hsa.workbench import NAME_MAX
 
 Triple = dict[str, Path]
@@ -78,7 +80,7 @@ def stage(destination: Path, content: bytes, *, overwrite: bool = False) -> None
     """A smallest output, staged and published."""
     with Staging(destination, overwrite=overwrite, sync=True) as staging:
         staging.write("model.safetensors", content, fsio.Tally())
-        staging.write(PROVENANCE, b"{}\n", fsio.Tally())
+        staging.write(PROVENANCE, provenance_bytes("model.safetensors"), fsio.Tally())
         staging.publish()
 
 
@@ -86,7 +88,7 @@ def staged(content: bytes, at: Path) -> dict[str, str]:
     """What `stage` publishes."""
     at.mkdir()
     (at / "model.safetensors").write_bytes(content)
-    (at / PROVENANCE).write_bytes(b"{}\n")
+    (at / PROVENANCE).write_bytes(provenance_bytes("model.safetensors"))
     return snapshot(at)
 
 
@@ -137,6 +139,7 @@ def test_a_mount_point_is_refused(triple: Triple, tmp_path: Path) -> None:
         refused(triple, point, watched=tmp_path, match="is a mount point")
         (point / PROVENANCE).write_text("{}")
         refused(triple, point, watched=tmp_path, match="is a mount point")
+        (point / PROVENANCE).unlink()
         hsa.merge(**triple, output=point / "inside")
 
 
@@ -252,8 +255,6 @@ def test_an_earlier_output_needs_overwrite(triple: Triple, place: Path, swap: bo
 
 def test_nothing_of_an_earlier_output_shines_through(triple: Triple, place: Path, swap: bool) -> None:
     hsa.merge(**triple, output=place / "out", max_shard_size="100KB")
-    (place / "out" / "notes.txt").write_text("mine")
-    (place / "out" / "link").symlink_to(triple["primary"])
     left = staging_path(place / "out") / "left" / "by" / "a" / "killed" / "run"
     left.mkdir(parents=True)
     (left / "link").symlink_to(triple["primary"])
@@ -263,28 +264,6 @@ def test_nothing_of_an_earlier_output_shines_through(triple: Triple, place: Path
     assert snapshot(place / "out") == snapshot(place / "fresh")
     assert snapshot(triple["primary"]) == sources
     assert sorted(os.listdir(place)) == ["fresh", "out"]
-
-
-def test_directories_inside_an_earlier_output_are_never_swept_away(triple: Triple, place: Path) -> None:
-    """Such as other outputs, also when they appear during the run."""
-    out = place / "out"
-    hsa.merge(**triple, output=out, sync=False)
-    hsa.merge(**triple, output=out / "lamda_1" / "again", lam=0.1, sync=False)
-    refused(triple, out, watched=place, match=r"not empty|earlier output of hsa and holds directories \(lamda_1\)")
-    done = run_hsa(*merge_arguments(triple, out, "--overwrite", "--dry-run"))
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    assert "holds directories (lamda_1)" in done.stderr
-    shutil.rmtree(out / "lamda_1")
-    with (
-        pytest.raises(DestinationError, match=r"directories \(thesis\)"),
-        Staging(out, overwrite=True, sync=False) as staging,
-    ):
-        staging.write(PROVENANCE, b"{}", fsio.Tally())
-        thesis(out / "thesis")
-        before = snapshot(out)
-        staging.publish()
-    assert snapshot(out) == before
-    assert os.listdir(place) == ["out"]
 
 
 def test_an_empty_directory_is_taken(triple: Triple, place: Path) -> None:

@@ -34,7 +34,8 @@ import hsa
 from hsa import fsio, tree
 from hsa.card import FIELDS
 from hsa.errors import DestinationError, HsaError, RequestError
-from hsa.output import PROVENANCE, Staging, staging_path
+from hsa.output import Staging, staging_path
+from hsa.provenance_file import PROVENANCE
 from hsa.synthetic import SHAPES, write_triple
 from hsa.tree_index import MARKER
 from hsa.tree_plan import SMALL
@@ -224,7 +225,11 @@ def test_a_damaged_entry_is_found_and_built_anew_when_asked(recipe: Path, tmp_pa
     assert all(problem.endswith("; give overwrite=True to build it again") for problem in (a, b, c))
     assert snapshot(output / "g") == damaged
     assert set(states(output).values()) == {"damaged"}
-    assert results(build(recipe, output, overwrite=True)) == {"g/a": "built", "g/b": "built", "g/c": "built"}
+    again = build(recipe, output, overwrite=True)
+    assert results(again) == {"g/a": "built", "g/b": "failed", "g/c": "built"}
+    assert "its record lists no file, for it is damaged" in (again.failed[0].problem or "")
+    shutil.rmtree(output / "g" / "b")
+    assert results(build(recipe, output)) == {"g/a": "verified", "g/b": "built", "g/c": "verified"}
     assert snapshot(output) == whole
 
 

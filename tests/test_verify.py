@@ -22,7 +22,7 @@ import hsa
 from hsa import provenance, whisper
 from hsa.checks import LISTED
 from hsa.errors import MachineError, RequestError, SourceError
-from hsa.output import PROVENANCE
+from hsa.provenance_file import PROVENANCE
 from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]

@@ -121,7 +121,8 @@ def _describe_plan(plan: ReleasePlan) -> str:
         seen = planned.plan
         lines.append(f"  {planned.entry.path}: {ACTIONS[planned.action]}")
         if planned.why:
-            lines.append(f"    why     {planned.why}")
+            remedy = f"; {planned.remedy}" if planned.remedy else ""
+            lines.append(f"    why     {planned.why}{remedy}")
         if planned.action in ("build", "rebuild"):
             kept = sum(target.keep for target in seen.targets)
             heads = sum(target.heads for target in seen.targets)

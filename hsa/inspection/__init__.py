@@ -18,9 +18,9 @@ from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes
 from hsa.inspection.model import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
 from hsa.inspection.recorded import changed_config, close_margins, from_output, parameters_of, recorded_config
 from hsa.option_names import option
-from hsa.output import PROVENANCE
 from hsa.plan import find_targets
 from hsa.provenance import Provenance, TargetRecord, tensors_digest
+from hsa.provenance_file import PROVENANCE
 from hsa.repo import find_id
 from hsa.target import Target, of_selected, select
 from hsa.whisper import architecture, group_of

@@ -16,8 +16,8 @@ from hsa.errors import ProvenanceError, shown
 from hsa.fsio import Source, Tally
 from hsa.inspection.distance import Weights, compare_weights
 from hsa.inspection.model import FORMAT, jaccard
-from hsa.output import PROVENANCE
 from hsa.provenance import Provenance, TargetRecord
+from hsa.provenance_file import PROVENANCE
 
 STEP = 1 << 20
 """Bytes of each file that are compared at a time."""

@@ -10,8 +10,8 @@ from hsa.config import MergeConfig, PerTensor, keep_count, layer_coefficient
 from hsa.errors import HsaError, ProvenanceError, shown
 from hsa.fsio import Tally
 from hsa.inspection.model import Inspection, Recorded, TensorInspection, in_order
-from hsa.output import PROVENANCE
 from hsa.provenance import Provenance, TargetRecord
+from hsa.provenance_file import PROVENANCE
 from hsa.target import TIE_RISK, of_selected, select
 
 NO_SOURCES = "cosines, relative sizes and the share of energy need the sources: give base, primary and secondary too"

@@ -44,7 +44,8 @@ from hsa.integrations.mergekit_method import (
     takes_text,
 )
 from hsa.integrations.mergekit_method import register as register_method
-from hsa.output import Staging, check_destination
+from hsa.output import Staging
+from hsa.output_place import check_destination
 from hsa.signals import deferred
 
 INSTALL = 'pip install "hsa-merge[mergekit]"'

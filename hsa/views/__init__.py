@@ -11,7 +11,7 @@ from pathlib import Path
 from hsa import fsio
 from hsa.errors import DestinationError
 from hsa.option_names import option
-from hsa.output import PROVENANCE
+from hsa.output_place import refuse_enclosed
 
 PathLike = str | os.PathLike[str]
 
@@ -39,8 +39,7 @@ def check_file(path: PathLike, kept: Sequence[PathLike], *, overwrite: bool) -> 
         with suppress(OSError, RuntimeError):
             if real.is_relative_to(Path(folder).expanduser().resolve()):
                 raise DestinationError(f"{given} lies in {folder}, which is not written to; choose another directory")
-    if (real.parent / PROVENANCE).is_file():
-        raise DestinationError(f"{given} lies in an output of hsa, which lists its files; choose another directory")
+    refuse_enclosed(real, str(given))
     return real
 
 
