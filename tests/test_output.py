@@ -326,7 +326,7 @@ def test_unusual_names(triple: Triple, place: Path, swap: bool, monkeypatch: pyt
 def test_unusual_names_on_the_command_line(triple: Triple, place: Path, name: str) -> None:
     env = {"PYTHONIOENCODING": "utf-8:strict"}
     for _ in range(2):
-        done = run_hsa(*merge_arguments(triple, place / name, "--overwrite"), env=env)
+        done = run_hsa(*merge_arguments(triple, place / name, "--overwrite", "--quiet"), env=env)
         assert (done.returncode, done.stderr) == (0, "")
         assert os.listdir(place) == [name]
     refusal = run_hsa(*merge_arguments(triple, place / name), env=env)

