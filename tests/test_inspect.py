@@ -23,7 +23,6 @@ from hsa import inspection, provenance, reference
 from hsa.config import keep_count, layer_coefficient
 from hsa.inspection import Inspection
 from hsa.inspection.measure import Buffers
-from hsa.output import PROVENANCE
 from hsa.provenance_file import PROVENANCE
 from hsa.views import page, picture, sheet, table
 
