@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from hsa import fsio, patch_format
+from hsa.asset_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.assets import PROCESSOR_FILES
 from hsa.card import publishing_notes
 from hsa.checkpoint import CONFIG, INDEX, Checkpoint, read_text
@@ -37,7 +39,7 @@ from hsa.request import PathLike
 from hsa.signals import deferred
 from hsa.structure import require_whole
 from hsa.threads import check_threads, default_threads
-from hsa.whisper import canonical
+from hsa.whisper import EMBEDDING, canonical
 
 
 @fsio.explained()
@@ -87,7 +89,7 @@ def apply(
         apart = [source.path, opened.source.path.resolve(), *extra]
         destination = check_destination(output, apart, overwrite=overwrite)
         check_primary(opened, source)
-        small = _small_files(opened, source, extra, tally)
+        small, contradicting = _small_files(opened, source, extra, tally)
         options = Options(threads or default_threads(), digest, sync)
         record, left = apply_to(
             opened, source, small, destination, options, tally, memory, overwrite=overwrite, progress=progress
@@ -106,7 +108,7 @@ def apply(
         parameters=config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
         notes=(*hub.notes, *source.notes, *publishing_notes(record), *(() if digest else (NO_DIGESTS,)), *left),
-        warnings=(),
+        warnings=contradicting,
     )
 
 
@@ -214,16 +216,25 @@ def _folder(path: PathLike) -> Path:
     return folder
 
 
-def _small_files(patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally: fsio.Tally) -> dict[str, bytes]:
-    """The small files as the merge wrote them, found by their digests. Raises SourceError for one that is not there."""
-    found: dict[str, bytes] = {}
+def _small_files(
+    patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally: fsio.Tally
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The small files as the merge wrote them, found by their digests, and warnings of what contradicts the model.
+
+    Raises SourceError for one that is not there, or cannot be loaded.
+    """
+    files: dict[str, bytes] = {}
+    documents: dict[str, Any] = {}
     for name, digest in patch.contents.files.items():
         above = [primary.path.parent] if name in PROCESSOR_FILES else []  # configs are those of the model itself
         for directory in (primary.path, *above, *extra):
             if (directory / name).is_file():
-                data = read_text("assets" if directory in extra else "primary", directory, name, tally)
+                role = "assets" if directory in extra else "primary"
+                data = read_text(role, directory, name, tally)
                 if digest_of(data) == digest:
-                    found[name] = data
+                    files[name] = data
+                    if name in CHECKED_FILES:
+                        documents[name] = read_small_file(name, data, f"{role}: {directory / name}")
                     break
         else:
             raise SourceError(
@@ -232,11 +243,12 @@ def _small_files(patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally
                 f"{option('assets')}, such as the base's"
             )
     where = f"patch {patch.source.path}: the {CONFIG} of its merge"
-    if load_json(found[CONFIG], where, "config") != primary.config:
+    if load_json(files[CONFIG], where, "config") != primary.config:
         raise PatchError(
             f"{where} is not that of primary {primary.path}; a merge writes primary's, make the patch again"
         )
-    return found
+    sizes = ModelSizes.of(primary.config, primary.tensors.get(EMBEDDING))
+    return files, tuple(contradictions(documents, sizes))
 
 
 def _check_order(primary: PathLike, patch: PathLike) -> None:

@@ -10,7 +10,7 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -127,14 +127,6 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
             raise HeaderError(f"{where}: {what} names {shown(repeated, 200)} twice")
         return found
 
-    def constant(name: str) -> None:
-        found = _NO_NUMBER.search(text)
-        at = f" under {shown(found[1].decode('utf-8', 'replace'))}" if found else ""
-        raise HeaderError(
-            f"{where}: {what} is not valid JSON: it holds {name}{at}, which Python writes and JSON does not have; "
-            f"write a finite number or null there"
-        )
-
     def whole(digits: str) -> int | float:
         return int(digits) if digits != "-0" else -0.0
 
@@ -144,35 +136,70 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
             raise ValueError(f"{digits:.40} is out of range")
         return value
 
-    refuse_byte_order_mark(text, f"{where}: {what}")
-    if len(text) > MAX_HEADER or marks(text) > MAX_MARKS:
-        raise HeaderError(
-            f"{where}: {what} of {len(text)} bytes with {marks(text)} brackets, braces and commas, at most "
-            f"{MAX_HEADER} and {MAX_MARKS} are read; it is no {what} of a Whisper checkpoint"
-        )
+    document = parse_json(text, where, what, unique, whole, real, most_bytes=MAX_HEADER, most_marks=MAX_MARKS)
     try:
-        document = json.loads(
-            text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=whole, parse_float=real
-        )
         if _is_deep(document):
             raise RecursionError
         if b"\\u" in text:  # an escaped lone surrogate is no text: it could not be written again
             json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise HeaderError(
-            f"{where}: {what} is not valid JSON ({reason}); the file is damaged, copy it again"
-        ) from error
+        raise _malformed(where, what, error) from error
     if not isinstance(document, dict):
         raise HeaderError(f"{where}: {what} must be a JSON object, found {type(document).__name__}")
     return document
 
 
-def refuse_byte_order_mark(text: bytes, where: str) -> None:
+def parse_json(
+    text: bytes,
+    where: str,
+    what: str,
+    pairs: Callable[[list[tuple[str, Any]]], Any],
+    whole: Callable[[str], int | float] | None = None,
+    real: Callable[[str], float] | None = None,
+    *,
+    most_bytes: int,
+    most_marks: int,
+) -> Any:
+    """Any JSON value from UTF-8 bytes, in which `pairs` makes of each object what is kept of it, `whole` and `real`
+    of the digits of numbers.
+
+    Raises HeaderError for NaN, a byte-order mark, more bytes or `marks` than allowed, and where it is malformed.
+    """
+
+    def constant(name: str) -> None:
+        found = _NO_NUMBER.search(text)
+        at = f" under {shown(found[1].decode('utf-8', 'replace'))}" if found else ""
+        raise HeaderError(
+            f"{where}: {what} is not valid JSON: it holds {name}{at}, which Python writes and JSON does not have; "
+            f"write a finite number or null there"
+        )
+
+    refuse_byte_order_mark(text, f"{where}: {what}")
+    if len(text) > most_bytes or marks(text) > most_marks:
+        raise HeaderError(
+            f"{where}: {what} of {len(text)} bytes with {marks(text)} brackets, braces and commas, at most "
+            f"{most_bytes} and {most_marks} are read; it is no {what} of a Whisper checkpoint"
+        )
+    if not text:
+        raise _malformed(where, what, ValueError("it is empty"))
+    try:
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=whole, parse_float=real
+        )
+    except (ValueError, RecursionError) as error:
+        raise _malformed(where, what, error) from error
+
+
+def _malformed(where: str, what: str, error: Exception) -> HeaderError:
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return HeaderError(f"{where}: {what} is not valid JSON ({reason}); the file is damaged, copy it again")
+
+
+def refuse_byte_order_mark(text: bytes, where: str, expected: str = "valid JSON") -> None:
     """HeaderError if a text begins with a byte-order mark, with which transformers does not read it either."""
     if text.startswith(_MARKS_OF_ORDER):
         raise HeaderError(
-            f"{where} is not valid JSON: it begins with a byte-order mark, as some Windows programs write it, and "
+            f"{where} is not {expected}: it begins with a byte-order mark, as some Windows programs write it, and "
             f"transformers does not read it either; save the file as UTF-8 without a byte-order mark"
         )
 

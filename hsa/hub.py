@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from hsa import whisper
 from hsa._version import __version__
-from hsa.assets import GENERATION_CONFIG, PROCESSOR_FILES
+from hsa.asset_checks import GENERATION_CONFIG
+from hsa.assets import PROCESSOR_FILES
 from hsa.checkpoint import (
     ADAPTER_CONFIG,
     CONFIG,

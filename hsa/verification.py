@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hsa import checks, provenance, whisper
+from hsa.asset_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.checkpoint import (
     CONFIG,
     INDEX,
@@ -143,6 +144,7 @@ def verify(
     _listing(directory, found, problems, notes)
     run = _Run(directory, found, tally, memory, problems, workers)
     run.go(names, progress)
+    notes.extend(run.contradictions)
     if found is not None and not all(found.files.values()):
         notes.append(
             "without whole-file digests it cannot be told whether copied tensors and small files are what was written"
@@ -254,6 +256,7 @@ class _Run:
     ) -> None:
         self.directory, self.found, self.tally, self.memory = directory, found, tally, memory
         self.problems, self.threads = problems, threads
+        self.contradictions: tuple[str, ...] = ()
         self.stop = threading.Event()
         self._lock = threading.Lock()
         self.done = self.total = 0
@@ -264,8 +267,11 @@ class _Run:
             for name in names:
                 tasks += self._digest_task(name)
             checkpoint = self._open(stack)
+            documents = self._documents()
             if checkpoint is not None:
                 tasks += self._checks(checkpoint)
+                sizes = ModelSizes.of(checkpoint.config, checkpoint.tensors.get(whisper.EMBEDDING))
+                self.contradictions = tuple(contradictions(documents, sizes))
             pool = stack.enter_context(ThreadPoolExecutor(self.threads))
             stack.callback(self.stop.set)
             ahead: set[Future[None]] = {pool.submit(carried(self._guarded), name, task) for name, task in tasks}
@@ -347,6 +353,18 @@ class _Run:
             if name.endswith(SAFETENSORS.suffix) and name not in used:
                 problems.add(name, "is a weights file that no index names, so that no loader reads it")
         return checkpoint
+
+    def _documents(self) -> dict[str, Any]:
+        """What the small files say, by name; those that cannot be loaded are problems."""
+        documents: dict[str, Any] = {}
+        for name in CHECKED_FILES:
+            if (self.found is None or name in self.found.files) and _irregular(self.directory, name) is None:
+                self._sound(name, partial(self._read_small_file, name, documents))
+        return documents
+
+    def _read_small_file(self, name: str, documents: dict[str, Any]) -> None:
+        data = read_text(LABEL, self.directory, name, self.tally)
+        documents[name] = read_small_file(name, data, f"output {self.directory / name}")
 
     def _read_header(self, name: str) -> None:
         open_shard(LABEL, self.directory, name, self.tally).source.close()

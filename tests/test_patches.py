@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import hsa
 from hsa import patch_format, workbench
+from hsa.asset_checks import TOKENIZER_FILES
 from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]
@@ -247,8 +248,7 @@ def test_files_that_primary_lacks_are_asked_for(
     triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The merge took the tokenizer from base; `apply` has no base, and takes no other file in its place."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (triple["base"] / name).write_text('{"base": 1}')
+    for name in TOKENIZER_FILES:
         (triple["primary"] / name).unlink(missing_ok=True)
     hsa.merge(**triple, output=tmp_path / "merged", sync=False)
     hsa.merge_patch(**triple, output=tmp_path / NAME, sync=False)
@@ -268,7 +268,7 @@ def test_files_that_primary_lacks_are_asked_for(
     for wrong, message in (("nothing", "cannot be found"), (NAME, "is not a directory")):
         with pytest.raises(hsa.SourceError, match=message):
             hsa.apply(triple["primary"], NAME, output="never", assets=[wrong])
-    edit_json(triple["base"] / "tokenizer.json", base=2)
+    edit_json(triple["base"] / "tokenizer_config.json", base=2)
     with pytest.raises(hsa.SourceError, match="with assets,"):
         hsa.apply(triple["primary"], tmp_path / NAME, output=tmp_path / "again", assets=[triple["base"]])
 
