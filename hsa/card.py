@@ -11,7 +11,7 @@ from hsa.checkpoint import Identity, is_hub_id
 from hsa.errors import RequestError, shown
 from hsa.option_names import option
 from hsa.provenance import SETTINGS, Record, TargetRecord
-from hsa.whisper import Stack
+from hsa.whisper import CLASSIFICATION, GENERATION, Stack
 
 FIELDS = (
     "title",
@@ -60,8 +60,9 @@ def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
     return dict(fields)
 
 
-def render(record: Record, files: Collection[str]) -> bytes:
-    """The card's bytes. `files` are the output's file names; the card's fields are among the record's parameters."""
+def render(record: Record, files: Collection[str], model: str = GENERATION) -> bytes:
+    """The card's bytes. `files` are the output's file names, `model` is the class of transformers that loads it
+    (`whisper.model_class`); the card's fields are among the record's parameters."""
     fields: Mapping[str, str] = record.parameters["card"]
     extra: dict[str, str | list[str]] = {}
     if "language" in fields:
@@ -70,7 +71,8 @@ def render(record: Record, files: Collection[str]) -> bytes:
     if "license" in fields:
         extra["license"] = fields["license"]
     ids = [source.identity.id for source in record.sources.values()]
-    return f"{metadata(filter(is_hub_id, ids), extra)}\n\n{_body(record, files, fields)}".encode()
+    task = "automatic-speech-recognition" if model == GENERATION else "audio-classification"
+    return f"{metadata(filter(is_hub_id, ids), extra, task)}\n\n{_body(record, files, fields, model)}".encode()
 
 
 def publishing_notes(record: Record) -> tuple[str, ...]:
@@ -85,8 +87,12 @@ def publishing_notes(record: Record) -> tuple[str, ...]:
     )
 
 
-def metadata(parents: Iterable[str], extra: Mapping[str, str | list[str]]) -> str:
+def metadata(
+    parents: Iterable[str], extra: Mapping[str, str | list[str]], task: str = "automatic-speech-recognition"
+) -> str:
     """The block of YAML that a card begins with, for a merge of these Hub ids; source: the Hub's model card schema.
+
+    `task` is one of the Hub's names of tasks.
 
     Written by YAML's own library: huggingface_hub's would take longer to import than a small model to merge.
     """
@@ -98,7 +104,7 @@ def metadata(parents: Iterable[str], extra: Mapping[str, str | list[str]]) -> st
         "language": extra.get("language"),
         "library_name": "transformers",
         "license": extra.get("license"),
-        "pipeline_tag": "automatic-speech-recognition",
+        "pipeline_tag": task,
         "tags": ["whisper", "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
         "base_model_relation": "merge" if listed else None,
     }
@@ -106,11 +112,11 @@ def metadata(parents: Iterable[str], extra: Mapping[str, str | list[str]]) -> st
     return f"---\n{text}---"
 
 
-def _body(record: Record, files: Collection[str], fields: Mapping[str, str]) -> str:
+def _body(record: Record, files: Collection[str], fields: Mapping[str, str], model: str) -> str:
     identities = {role: source.identity for role, source in record.sources.items()}
     chosen = sum(len(target.selected) for target in record.targets)
     total = sum(target.heads for target in record.targets)
-    details = [("Model type", "Whisper sequence-to-sequence speech recognition model")]
+    details = [("Model type", _MODEL_TYPES[model])]
     details += [(role.capitalize(), _identity(identity)) for role, identity in identities.items()]
     details += [
         (label, escape(fields[field]))
@@ -122,7 +128,7 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str]) -> 
         )
         if field in fields
     ]
-    intended = escape(fields["intended_use"]) if "intended_use" in fields else INTENDED_USE
+    intended = escape(fields["intended_use"]) if "intended_use" in fields else _INTENDED_USES[model]
     title = fields.get("title", f"HSA merge of {identities['primary'].id} and {identities['secondary'].id}")
     sections = [
         f"# {escape(title)}",
@@ -138,7 +144,7 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str]) -> 
         "## Intended use",
         intended,
         "## How to load",
-        _loading(processor=bool({*FEATURES} & {*files}) and bool({*TOKENS} & {*files})),
+        _loading(files, model),
         "## Files",
         _bullets([(f"`{code(file)}`", _FILE_TEXT.get(file, _kind(file))) for file in sorted(files)]),
         "## Limitations",
@@ -174,6 +180,15 @@ ranks its attention heads by the L2 norm of `|tv1| + |tv2|`. The heads kept beco
 INTENDED_USE = """Speech recognition in the domains that primary and secondary were adapted to, and research on
 model merging. Measure it on your own data before you rely on it."""
 
+_MODEL_TYPES = {
+    GENERATION: "Whisper sequence-to-sequence speech recognition model",
+    CLASSIFICATION: "Whisper encoder with a head for audio classification",
+}
+_INTENDED_USES = {
+    GENERATION: INTENDED_USE,
+    CLASSIFICATION: INTENDED_USE.replace("Speech recognition", "Audio classification with primary's labels"),
+}
+
 LIMITATIONS = """No weight was trained for this checkpoint, and no accuracy is claimed for it here: whether the
 merge helps, and with which parameters, is a question of measurement on data from the intended domain. It inherits
 the limits, biases and licence terms of base, primary and secondary."""
@@ -186,19 +201,29 @@ def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name if name.isidentifier() else escape(name), _value(value)) for name, value in shown.items()]
 
 
-def _loading(*, processor: bool) -> str:
+def _loading(files: Collection[str], model: str) -> str:
+    """How to load the output with what is in it: recognition needs features and tokens, classification features."""
+    features = bool({*FEATURES} & {*files})
+    if model == GENERATION:
+        processor, complete, parts = "WhisperProcessor", features and bool({*TOKENS} & {*files}), _BOTH
+    else:
+        processor, complete, parts = "AutoFeatureExtractor", features, "The feature extractor is"
+    names = sorted([model, processor] if complete else [model])
     lines = [
         "```python",
-        "from transformers import WhisperForConditionalGeneration" + (", WhisperProcessor" if processor else ""),
+        f"from transformers import {', '.join(names)}",
         "",
         'path = "path/to/this/directory"',
-        "model = WhisperForConditionalGeneration.from_pretrained(path)",
-        *(["processor = WhisperProcessor.from_pretrained(path)"] if processor else []),
+        f"model = {model}.from_pretrained(path)",
+        *([f"processor = {processor}.from_pretrained(path)"] if complete else []),
         "```",
     ]
-    if not processor:
-        lines += ["", "Tokenizer and feature extractor are not part of this checkpoint: take the pretrained model's."]
+    if not complete:
+        lines += ["", f"{parts} not part of this checkpoint: take the pretrained model's."]
     return "\n".join(lines)
+
+
+_BOTH = "Tokenizer and feature extractor are"
 
 
 def _heads(targets: Sequence[TargetRecord]) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 
 from hsa import fsio
+from hsa.checkpoint import CONFIG
 from hsa.digests import digest_of
 from hsa.output import Staging
 from hsa.provenance import Record
 from hsa.provenance_file import PROVENANCE
+from hsa.whisper import model_class
 
 CARD = "README.md"
 
@@ -36,7 +39,8 @@ def last_files(
     """What `finish` writes, in its order: name and bytes."""
     from hsa import card
 
-    files = {**small, CARD: card.render(record, [*small, *weights, CARD, PROVENANCE])}
+    model = model_class(json.loads(small[CONFIG]))
+    files = {**small, CARD: card.render(record, [*small, *weights, CARD, PROVENANCE], model)}
     digests = dict(weights)
     for name, data in files.items():
         yield name, data

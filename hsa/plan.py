@@ -136,7 +136,8 @@ def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, st
 
 def _check_complete(config: MergeConfig, sources: Sources, found: set[str]) -> None:
     """Every layer that primary's config promises must have its targets: a merge of half a model is no model."""
-    stacks = whisper.architecture(sources.primary.config, "primary").layers
+    layers = whisper.architecture(sources.primary.config, "primary").layers
+    stacks = {stack: layers[stack] for stack in whisper.stacks_of(sources.primary.config)}
     for name in whisper.expected_targets(stacks, config.targets):
         if name not in found:
             raise MismatchError(
