@@ -137,13 +137,13 @@ def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, st
 def _check_complete(config: MergeConfig, sources: Sources, found: set[str]) -> None:
     """Every layer that primary's config promises must have its targets: a merge of half a model is no model."""
     layers = whisper.architecture(sources.primary.config, "primary").layers
-    stacks = {stack: layers[stack] for stack in whisper.stacks_of(sources.primary.config)}
-    for name in whisper.expected_targets(stacks, config.targets):
-        if name not in found:
-            raise MismatchError(
-                f"target tensor {name} is missing from base, primary and secondary, and the config.json of primary "
-                f"promises it; the checkpoints are incomplete, fetch them again"
-            )
+    for stack in whisper.stacks_of(sources.primary.config):
+        for name in whisper.expected_targets({stack: layers[stack]}, config.targets):
+            if name not in found:
+                raise MismatchError(
+                    f"target tensor {name} is missing from base, primary and secondary, and the config.json of primary "
+                    f"promises it ({stack}_layers {layers[stack]}); correct config.json, or fetch the checkpoints again"
+                )
 
 
 def make_target(

@@ -176,8 +176,8 @@ def _without_place(others: Sequence[TensorRef], config: Mapping[str, Any]) -> Fa
         f"tensor {others[0].name:.300} has no place in the model that config.json describes "
         f"({whisper.model_class(config)}"
     )
-    projection = whisper.layer_of(whisper.canonical(others[0].name))
-    what += f", {_said(f'{projection}_layers', config)})" if projection else ")"
+    key = whisper.layer_key(whisper.canonical(others[0].name))
+    what += f", {_said(key, config)})" if key else ")"
     if len(others) > 1:
         what += f"; {len(others)} tensors have none"
     return Fault(what, _remedy(others) or f"remove what does not belong to the model, or {INCOMPLETE}")

@@ -182,10 +182,15 @@ def is_known(name: str) -> bool:
     return _KNOWN.fullmatch(name) is not None
 
 
-def layer_of(name: str) -> str | None:
-    """`encoder` or `decoder` where a canonical name lies in one of its numbered layers, else None."""
+def layer_key(name: str) -> str | None:
+    """The key of config.json that counts the layers among which a tensor lies, by its canonical name; None outside.
+
+    Example:
+        >>> layer_key("encoder.layers.3.fc1.bias")
+        'encoder_layers'
+    """
     stack, _, rest = name.partition(".")
-    return stack if stack in _BLOCKS and rest.startswith("layers.") else None
+    return f"{stack}_layers" if stack in _BLOCKS and rest.startswith("layers.") else None
 
 
 def plain_names(stored: Iterable[str]) -> dict[str, str]:
