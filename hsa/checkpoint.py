@@ -22,6 +22,7 @@ from hsa.header import MAX_HEADER, MAX_MARKS, Header, load_json, marks, read_hea
 from hsa.pickled import read_state_dict
 from hsa.ranges import Range
 from hsa.source_folder import names_in, unread_weights, without_weights
+from hsa.tensor_pickle import REMEDY
 
 Role = Literal["base", "primary", "secondary"]
 Kind = Literal["safetensors", "pickle", "openai", "adapter"]
@@ -35,6 +36,8 @@ MAX_TEXT = 16 << 20
 """Bytes; the largest config, index or tokenizer file that is read. All of an output's are held at once."""
 MAX_TENSORS = 1 << 14
 """Tensors of a checkpoint: ten times as many as large-v3 has."""
+MAX_STEPS = 1 << 19
+"""Instructions and records of the pickles of a checkpoint: nine times as many as large-v3 takes, read in a second."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def open_checkpoint(
         result.kind = "pickle"
     else:
         result.index = listed.index
-    spent = [0, 0, 0]
+    spent = [0, 0, 0, 0]
     try:
         for name in listed.names:
             result.shards += (open_shard(role, directory, name, tally, parts.get(name)),)
@@ -243,12 +246,18 @@ def open_checkpoint(
 
 def _check_size(checkpoint: Checkpoint, spent: list[int]) -> None:
     """The limits of one header, held for all shards together; HeaderError beyond. `spent`, to which the last shard is
-    added, counts bytes, marks and tensors."""
+    added, counts bytes, marks, tensors and steps."""
     header = checkpoint.shards[-1].header
     spent[0] += len(header.raw) - 8
     spent[1] += marks(header.raw[8:]) if checkpoint.kind == "safetensors" else 0
     spent[2] += len(header.entries)
-    size, found, tensors = spent
+    spent[3] += header.steps
+    size, found, tensors, steps = spent
+    if steps > MAX_STEPS:
+        raise HeaderError(
+            f"{checkpoint.role}: {checkpoint.path} has pickles with {steps} instructions and records, at most "
+            f"{MAX_STEPS} are read; {REMEDY}"
+        )
     if size > MAX_HEADER or found > MAX_MARKS or tensors > MAX_TENSORS:
         raise HeaderError(
             f"{checkpoint.role}: {checkpoint.path} has headers of {size} bytes, {found} brackets, braces and commas, "

@@ -160,7 +160,7 @@ def recorded_targets(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
     recorded = {target.projection.name for target in record.targets}
     unmerged = [ref.name for name, ref in held.items() if name not in recorded]
     if unmerged:
-        yield f"{len(unmerged)} targets of {config.targets!r} in the weights are not listed, such as {unmerged[0]}"
+        yield f"{len(unmerged)} targets of {shown(config.targets)} in the weights are not listed, such as {unmerged[0]}"
     unknown = [target.name for target in record.targets if target.projection.name not in held]
     if unknown:
         yield f"{len(unknown)} targets are listed and are none of the weights' targets, such as {unknown[0]}"
@@ -194,10 +194,10 @@ def targets_alone(record: Record) -> Iterator[str]:
         return
     absent = [name for name in whisper.expected_targets(layers, config.targets) if name not in recorded]
     if absent:
-        yield f"{len(absent)} targets of {config.targets!r} are not listed, such as {absent[0]}"
+        yield f"{len(absent)} targets of {shown(config.targets)} are not listed, such as {absent[0]}"
     other = [t.name for t in record.targets if not whisper.is_target(t.projection, config.targets)]
     if other:
-        yield f"{len(other)} targets are listed and are none of {config.targets!r}, such as {other[0]}"
+        yield f"{len(other)} targets are listed and are none of {shown(config.targets)}, such as {other[0]}"
     yield from _unknown_tensor(config, recorded)
     for target in record.targets:
         yield from itertools.islice(_follows(target, config, Architecture(heads, layers)), 1)

@@ -52,11 +52,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's header. `raw` is the length and the JSON as they stand in the file; data begins after it."""
+    """A file's header. `raw` is the length and the JSON as they stand in the file; data begins after it. `steps` is
+    what it took to read a pickle instead: its instructions and the records of its archive."""
 
     raw: bytes
     entries: tuple[Entry, ...]
     metadata: Mapping[str, str]
+    steps: int = 0
 
 
 def read_header(source: Source) -> Header:

@@ -14,6 +14,7 @@ from hsa.checkpoint import Checkpoint, Identity, Role, Shard, TensorRef, identif
 from hsa.errors import RequestError, SourceError
 from hsa.fsio import Source, Tally
 from hsa.header import Header
+from hsa.pickle_names import kind_of
 from hsa.pickled import entries, read_archive
 
 SUFFIX = ".pt"
@@ -62,7 +63,8 @@ def _read(role: Role, file: Path, source: Source, tally: Tally, identity: Identi
             f"{where} is no checkpoint in OpenAI's format: expected {DIMS_KEY} and {WEIGHTS_KEY} in it; give a "
             f"checkpoint directory, or a file as OpenAI publishes them"
         )
-    config = whisper.openai_config(dims, where)
+    plain = {name: value if isinstance(value, (int, float, str)) else kind_of(value) for name, value in dims.items()}
+    config = whisper.openai_config(plain, where)
     placed = {name: bare for name in tensors if isinstance(name, str) and (bare := whisper.from_openai(name))}
     other = [str(name) for name in tensors if name not in placed]
     header = Header(archive.raw, entries({name: tensors[name] for name in placed}, archive, where), {})

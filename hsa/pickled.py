@@ -22,7 +22,8 @@ from hsa.errors import HeaderError, SourceError, shown
 from hsa.fsio import Source
 from hsa.git_lfs import refuse_pointer
 from hsa.header import Entry, Header
-from hsa.tensor_pickle import REMEDY, Tensor, kind_of, read
+from hsa.pickle_names import Tensor, kind_of
+from hsa.tensor_pickle import REMEDY, read
 
 _AGAIN = "the file is damaged, copy it again"
 
@@ -52,12 +53,13 @@ _BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, 
 
 @dataclass(frozen=True)
 class Archive:
-    """A checked file: the bytes of its `data.pkl`, the values that it describes (see `tensor_pickle`), and the first
-    byte and size of every record of tensor data by its key."""
+    """A checked file: the bytes of its `data.pkl`, the values that it describes (see `tensor_pickle`), the first byte
+    and size of every record of tensor data by its key, and how many instructions and records were read."""
 
     raw: bytes
     content: Any
     records: Mapping[str, tuple[int, int]]
+    steps: int
 
 
 def read_state_dict(source: Source) -> Header:
@@ -66,7 +68,8 @@ def read_state_dict(source: Source) -> Header:
     Raises HeaderError for a damaged archive, SourceError for a pickle that is refused or no state dict.
     """
     archive = read_archive(source)
-    return Header(archive.raw, entries(archive.content, archive, f"{source.label}: {source.path}"), {})
+    found = entries(archive.content, archive, f"{source.label}: {source.path}")
+    return Header(archive.raw, found, {}, archive.steps)
 
 
 def read_archive(source: Source) -> Archive:
@@ -95,7 +98,8 @@ def read_archive(source: Source) -> Archive:
         raise SourceError(f"{where}: expected the byte order 'little'; {REMEDY}")
     raw, data = source.read(size, start), f"{root}/data/"
     places = {name.removeprefix(data): place for name, place in records.items() if name.startswith(data)}
-    return Archive(raw, read(raw, where), places)
+    content, instructions = read(raw, where)
+    return Archive(raw, content, places, instructions + len(records))
 
 
 def entries(tensors: Any, archive: Archive, where: str) -> tuple[Entry, ...]:
@@ -207,7 +211,8 @@ def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> Entry:
     if key not in archive.records:
         raise HeaderError(f"{label} is to be in the record data/{key:.200}, which the archive lacks; {_AGAIN}")
     record, held = archive.records[key]
-    claimed, start = tensor.storage.count * width, record + tensor.offset * width
+    claimed = tensor.storage.count * (1 if tensor.storage.dtype == "uint8" else width)
+    start = record + tensor.offset * width
     if claimed != held or start + nbytes > record + held:
         raise HeaderError(
             f"{label}: shape {list(tensor.shape)} of {code} takes {nbytes} bytes from byte {start} on, and {claimed} "

@@ -10,25 +10,19 @@ code, and what it takes to read one is bounded by its length:
   structures do, an `Other` takes its place. Nothing that walks the result can walk more than was read;
 - keys of dictionaries are texts and small whole numbers, whose hashes cost what their bytes in the file do.
 
-What `torch.load` with `weights_only` would build beside tensors (`torch.Size`, sets, sparse tensors) is an `Other` too:
-the reader can say what it found, and nothing can be done with it.
-
-Source: pickletools of the standard library; torch/_weights_only_unpickler.py, torch/_utils.py, torch/serialization.py.
+Source: pickletools of the standard library; torch/_weights_only_unpickler.py, torch/serialization.py.
 """
 
 from __future__ import annotations
 
-import math
-import re
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from hsa.errors import SourceError, shown
-from hsa.header import MAX_RANK
+from hsa.pickle_names import Global, Malformed, Other, call, is_known, kind_of, storage
 
 REMEDY = "save the model as safetensors (save_pretrained does) and give that"
 
@@ -44,129 +38,17 @@ _LONGEST = 8
 _LONGEST_NAME = 1000
 """Bytes of the name of a class or function."""
 
-_MALFORMED = (IndexError, KeyError, struct.error, UnicodeDecodeError)
+_DAMAGED = (IndexError, KeyError, struct.error, UnicodeDecodeError)
 """What reading beyond the pickle's end, its stack or its memo raises, or a text that is none."""
-
-STORAGES: Mapping[str, str] = {
-    "BoolStorage": "bool",
-    "ByteStorage": "uint8",
-    "CharStorage": "int8",
-    "ShortStorage": "int16",
-    "IntStorage": "int32",
-    "LongStorage": "int64",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-    "QInt8Storage": "qint8",
-    "QUInt8Storage": "quint8",
-    "QInt32Storage": "qint32",
-    "QUInt4x2Storage": "quint4x2",
-    "QUInt2x4Storage": "quint2x4",
-}
-"""Element type of a storage by its class in `torch`. A storage without one counts bytes."""
-
-_UNTYPED = "torch.storage.UntypedStorage"
-_ORDERED_DICT = "collections.OrderedDict"
-_TENSOR, _TENSOR_CLASS = "torch._utils._rebuild_tensor_v2", "torch.Tensor"
-_TENSOR_OF_DTYPE = "torch._utils._rebuild_tensor_v3"
-_TENSOR_ON_META = "torch._utils._rebuild_meta_tensor_no_storage"
-_PARAMETER = "torch._utils._rebuild_parameter"
-_PARAMETER_WITH_ATTRIBUTES = "torch._utils._rebuild_parameter_with_state"
-_TENSOR_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
-
-_DTYPE = re.compile(r"torch\.(bool|bfloat16|(float|u?int|complex|q?u?int|bits)[0-9][a-z0-9_]*)")
-
-_OTHERS: Mapping[str, str] = {
-    "torch._utils._rebuild_tensor": "a tensor of torch before 0.4",
-    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
-    "torch._utils._rebuild_qtensor": "a quantized tensor",
-    "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_wrapper_subclass": "a subclass of torch.Tensor",
-    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor without a storage",
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor without a storage",
-    "torch.serialization._get_layout": "layout",
-    "torch.Size": "Size",
-    "torch.device": "device",
-    "collections.Counter": "Counter",
-    "_codecs.encode": "bytes",
-    "builtins.bytearray": "bytearray",
-    "builtins.set": "set",
-    "builtins.complex": "complex",
-}
-"""What weights_only calls beside the constructors of plain tensors, and what comes of it: none of it can be merged."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """The bytes of tensors: the record `data/<key>` of the archive, of `count` elements, or bytes where it has no
-    dtype."""
-
-    dtype: str
-    key: str
-    count: int
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor as a pickle describes it; `offset` and `strides` count elements. Without a storage it has no data.
-
-    `kind` is the class that torch would make: `Tensor` or `Parameter`. `viewed` says that its numbers are those of the
-    storage conjugated or negated.
-    """
-
-    dtype: str
-    storage: Storage | None
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    viewed: bool = False
-    kind: str = "Tensor"
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether its elements lie one after the other, the last dimension's closest."""
-        expected = 1
-        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if length != 1 and stride != expected and 0 not in self.shape:
-                return False
-            expected *= length
-        return not self.viewed
-
-
-@dataclass(frozen=True)
-class Other:
-    """A value that is neither a tensor nor a plain one that lies in one place: a word for it is all that is kept."""
-
-    kind: str
-
-
-@dataclass(frozen=True)
-class _Global:
-    """The name of a class or function, of those that are known."""
-
-    name: str
-
-
-class _Malformed(Exception):
-    """What is wrong with the instruction that is being read."""
 
 
 class _Foreign(Exception):
     """A name that no description of tensors needs."""
 
 
-def kind_of(value: Any) -> str:
-    """What a value of a pickle is, for messages: the name of the class that Python or torch would make of it."""
-    if isinstance(value, (Tensor, Other)):
-        return value.kind
-    return value.name.rpartition(".")[2] if isinstance(value, _Global) else type(value).__name__
-
-
-def read(data: bytes, where: str) -> Any:
-    """The value that a pickle describes: of dicts, lists, tuples, texts, numbers, `Tensor` and `Other`.
+def read(data: bytes, where: str) -> tuple[Any, int]:
+    """The value that a pickle describes, of dicts, lists, tuples, texts, numbers, `Tensor` and `Other`; and how many
+    instructions it has.
 
     `data` is the record `data.pkl` of an archive of `torch.save`; bytes after the pickle's end are left aside. Raises
     SourceError, which begins with `where`, for a pickle that names anything but tensors and plain containers, that is
@@ -174,7 +56,7 @@ def read(data: bytes, where: str) -> Any:
 
     Example:
         >>> read(b"\\x80\\x02}X\\x01\\0\\0\\0aK\\x03s.", "here")
-        {'a': 3}
+        ({'a': 3}, 6)
     """
     machine = _Machine(data)
     try:
@@ -184,8 +66,8 @@ def read(data: bytes, where: str) -> Any:
             f"{where} holds more than tensors and plain containers (it names {error}), so that loading it could run "
             f"code; refused: {REMEDY}"
         ) from error
-    except (_Malformed, *_MALFORMED) as error:
-        reason = str(error) if isinstance(error, _Malformed) else "it is damaged"
+    except (Malformed, *_DAMAGED) as error:
+        reason = str(error) if isinstance(error, Malformed) else "it is damaged"
         raise SourceError(
             f"{where} cannot be loaded as weights (byte {machine.began} of its pickle: {reason}); copy it again, or "
             f"{REMEDY}"
@@ -201,25 +83,25 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
+    def run(self) -> tuple[Any, int]:
         data, methods = self.data, _METHODS
-        for _ in range(MAX_OPCODES):
+        for count in range(1, MAX_OPCODES + 1):
             self.began = self.at
             code = data[self.at]
             self.at += 1
             if code == _STOP:
-                return self.pop()
+                return self.pop(), count
             method = methods.get(code)
             if method is None:
-                raise _Malformed(_unknown(code))
+                raise Malformed(_unknown(code))
             method(self)
-        raise _Malformed(f"it has more than {MAX_OPCODES} instructions, five times those of whisper-large-v3")
+        raise Malformed(f"it has more than {MAX_OPCODES} instructions, five times those of whisper-large-v3")
 
     def take(self, count: int) -> bytes:
         """The next bytes, as many as are asked for."""
         found = self.data[self.at : self.at + count]
         if len(found) < count:
-            raise _Malformed(f"it ends {count - len(found)} bytes too soon")
+            raise Malformed(f"it ends {count - len(found)} bytes too soon")
         self.at += count
         return found
 
@@ -231,7 +113,7 @@ class _Machine:
     def line(self) -> str:
         end = self.data.find(b"\n", self.at, self.at + _LONGEST_NAME)
         if end < 0:
-            raise _Malformed("a name has no end")
+            raise Malformed("a name has no end")
         return self.take(end + 1 - self.at)[:-1].decode("utf-8")
 
     def push(self, value: Any) -> None:
@@ -240,7 +122,7 @@ class _Machine:
     def pop(self) -> Any:
         """The topmost value above the last mark."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise _Malformed("it takes a value where none is left")
+            raise Malformed("it takes a value where none is left")
         return self.stack.pop()
 
     def top(self) -> Any:
@@ -261,7 +143,7 @@ class _Machine:
 
     def mark(self) -> None:
         if len(self.marks) >= MAX_DEPTH:
-            raise _Malformed(f"it is nested more than {MAX_DEPTH} deep")
+            raise Malformed(f"it is nested more than {MAX_DEPTH} deep")
         self.marks.append(len(self.stack))
 
     def text(self) -> None:
@@ -273,7 +155,7 @@ class _Machine:
     def long(self) -> None:
         count = self.number("<B")
         if count > _LONGEST:
-            raise _Malformed(f"a whole number of {count} bytes, at most {_LONGEST} are read")
+            raise Malformed(f"a whole number of {count} bytes, at most {_LONGEST} are read")
         self.push(int.from_bytes(self.take(count), "little", signed=True))
 
     def tuple_(self) -> None:
@@ -288,7 +170,7 @@ class _Machine:
     def get(self, form: str) -> None:
         value = self.memo[self.number(form)]
         shared = isinstance(value, (dict, list)) or (isinstance(value, tuple) and value)
-        self.push(Other(type(value).__name__) if shared else value)
+        self.push(Other(f"a shared {type(value).__name__}") if shared else value)
 
     def append(self) -> None:
         value = self.pop()
@@ -302,7 +184,7 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
         elif not isinstance(target, Other):
-            raise _Malformed(f"it appends to {kind_of(target)}, expected a list")
+            raise Malformed(f"it appends to {kind_of(target)}, expected a list")
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
@@ -316,33 +198,25 @@ class _Machine:
         if isinstance(target, Other):
             return
         if not isinstance(target, dict) or len(items) % 2:
-            raise _Malformed(f"it sets items of {kind_of(target)}, expected keys and values of a dict")
+            raise Malformed(f"it sets items of {kind_of(target)}, expected keys and values of a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, (str, int)):
-                raise _Malformed(f"a key is {kind_of(key)}, expected a text or a whole number")
+                raise Malformed(f"a key is {kind_of(key)}, expected a text or a whole number")
             if key in target:
-                raise _Malformed(f"the key {shown(key)} is set twice")
+                raise Malformed(f"the key {shown(key)} is set twice")
             target[key] = value
 
     def global_(self) -> None:
         module, name = self.line(), self.line()
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
-        storage = module == "torch" and name in STORAGES
-        if not (storage or full in _CALLS or full in _OTHERS or full in _WORDS or _DTYPE.fullmatch(full)):
+        if not is_known(full):
             raise _Foreign(f"{full.removeprefix('builtins.'):.200}")
-        self.push(_Global(full))
+        self.push(Global(full))
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
-        if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            raise _Malformed(f"it calls {kind_of(function)}")
-        if function.name in _OTHERS:
-            self.push(Other(_OTHERS[function.name]))
-        elif function.name in _CALLS:
-            self.push(_CALLS[function.name](*arguments))
-        else:
-            raise _Malformed(f"it calls {function.name}")
+        self.push(call(function, arguments))
 
     def build(self) -> None:
         """Attributes of an OrderedDict (`_metadata` of a state dict), which are left aside."""
@@ -350,123 +224,11 @@ class _Machine:
         if isinstance(target, Other):
             return
         if not isinstance(target, OrderedDict) or not isinstance(state, (dict, Other)):
-            raise _Malformed(f"it sets attributes of {kind_of(target)}")
+            raise Malformed(f"it sets attributes of {kind_of(target)}")
 
     def persistent(self) -> None:
         """The storage that its class, key, place and number of elements say."""
-        given = self.pop()
-        if not isinstance(given, tuple) or len(given) != 5 or given[0] != "storage":
-            raise _Malformed("it refers to something that is no storage")
-        _, kind, key, location, count = given
-        dtype = _storage_dtype(kind)
-        if dtype is None or not isinstance(key, str) or not isinstance(location, str) or not _is_count(count):
-            raise _Malformed("a storage is described by other things than its class, key, place and size")
-        self.push(Storage(dtype, key, count))
-
-
-# Calls ---------------------------------------------------------------------------------------------------------------
-
-
-def _ordered_dict(*arguments: Any) -> OrderedDict[Any, Any]:
-    _expect(not arguments, "an OrderedDict is made from something")
-    return OrderedDict()
-
-
-def _tensor(*arguments: Any) -> Tensor:
-    """Of a storage, its element type: `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`, with
-    flags of a view after that."""
-    _expect(len(arguments) in (6, 7) and isinstance(arguments[0], Storage), _NO_TENSOR)
-    return _checked(arguments[0].dtype, *arguments)
-
-
-def _tensor_of_dtype(*arguments: Any) -> Tensor:
-    """The same with an element type of its own before the flags."""
-    _expect(len(arguments) in (7, 8) and isinstance(arguments[0], Storage), _NO_TENSOR)
-    return _checked(_dtype(arguments[6]), *arguments[:6], *arguments[7:])
-
-
-def _tensor_on_meta(*arguments: Any) -> Tensor:
-    _expect(len(arguments) == 4, _NO_TENSOR)
-    dtype, size, stride, requires_grad = arguments
-    return _checked(_dtype(dtype), None, 0, size, stride, requires_grad, OrderedDict())
-
-
-def _parameter(*arguments: Any) -> Tensor:
-    """`_rebuild_parameter(data, requires_grad, hooks)`, with attributes after that, which are left aside."""
-    _expect(len(arguments) in (3, 4) and isinstance(arguments[0], Tensor), _NO_TENSOR)
-    data, requires_grad, hooks = arguments[:3]
-    _expect(isinstance(requires_grad, bool) and isinstance(hooks, OrderedDict) and not hooks, _NO_TENSOR)
-    return Tensor(data.dtype, data.storage, data.offset, data.shape, data.strides, data.viewed, "Parameter")
-
-
-def _tensor_with_attributes(*arguments: Any) -> Tensor | Other:
-    """`_rebuild_from_type_v2(function, type, arguments, attributes)`: buffers have some; they are left aside."""
-    _expect(len(arguments) == 4 and isinstance(arguments[2], tuple), _NO_TENSOR)
-    function, kind, inner, _ = arguments
-    if function != _Global(_TENSOR) or kind != _Global(_TENSOR_CLASS):
-        return Other("a subclass of torch.Tensor")
-    return _tensor(*inner)
-
-
-def _checked(
-    dtype: str,
-    storage: Storage | None,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    requires_grad: Any,
-    hooks: Any,
-    flags: Any = None,
-) -> Tensor:
-    _expect(all(isinstance(numbers, tuple) and len(numbers) <= MAX_RANK for numbers in (size, stride)), _NO_TENSOR)
-    _expect(len(size) == len(stride) and all(map(_is_count, (offset, *size, *stride))), _NO_TENSOR)
-    _expect(math.prod(size) < 1 << 60, "a tensor is larger than any file")
-    _expect(isinstance(requires_grad, bool) and isinstance(hooks, OrderedDict) and not hooks, _NO_TENSOR)
-    _expect(flags is None or isinstance(flags, dict), _NO_TENSOR)
-    return Tensor(dtype, storage, offset, size, stride, viewed=bool(flags))
-
-
-_NO_TENSOR = "a tensor is described by other things than its storage, offset, size, strides and dtype"
-
-_CALLS: Mapping[str, Callable[..., Any]] = {
-    _ORDERED_DICT: _ordered_dict,
-    _TENSOR: _tensor,
-    _TENSOR_OF_DTYPE: _tensor_of_dtype,
-    _TENSOR_ON_META: _tensor_on_meta,
-    _PARAMETER: _parameter,
-    _PARAMETER_WITH_ATTRIBUTES: _parameter,
-    _TENSOR_WITH_ATTRIBUTES: _tensor_with_attributes,
-}
-_WORDS = {
-    _UNTYPED,
-    _TENSOR_CLASS,
-    "torch.per_tensor_affine",
-    "torch.per_tensor_symmetric",
-    "torch.per_channel_affine",
-    "torch.per_channel_symmetric",
-    "torch.per_channel_affine_float_qparams",
-}
-"""Names that are given to a call and never called."""
-
-
-def _expect(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise _Malformed(otherwise)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 60
-
-
-def _dtype(value: Any) -> str:
-    _expect(isinstance(value, _Global) and _DTYPE.fullmatch(value.name) is not None, _NO_TENSOR)
-    return str(value.name.removeprefix("torch."))
-
-
-def _storage_dtype(kind: Any) -> str | None:
-    if not isinstance(kind, _Global):
-        return None
-    return "uint8" if kind.name == _UNTYPED else STORAGES.get(kind.name.removeprefix("torch."))
+        self.push(storage(self.pop()))
 
 
 def _unknown(code: int) -> str:

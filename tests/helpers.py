@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,6 +198,19 @@ def write_pickle(directory: Path, tensors: Mapping[str, torch.Tensor], *, shards
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def description(archive: bytes) -> bytes:
+    """The pickle that describes the tensors of an archive of torch.save."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as records:
+        return next(records.read(name) for name in records.namelist() if name.endswith("/data.pkl"))
+
+
+def with_description(archive: bytes, data: bytes) -> bytes:
+    """The archive with another pickle in the place of its own, which must not be longer."""
+    own = description(archive)
+    start = archive.index(own)
+    return archive[:start] + data.ljust(len(own), b"\0") + archive[start + len(own) :]
 
 
 def write_adapter(

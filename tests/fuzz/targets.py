@@ -25,6 +25,7 @@ from hsa import card, cli, provenance, recipe
 from hsa.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
 from hsa.errors import HsaError
 from hsa.header import marks
+from hsa.lora import WEIGHTS as ADAPTER_WEIGHTS
 from hsa.synthetic import SHAPES, write_triple
 
 
@@ -61,7 +62,10 @@ class Arena:
         write_pickle(self.pickled, tensors)
         self.adapter = self.sources / "adapter"
         adapted = {name: tensor for name, tensor in tensors.items() if name.endswith("encoder.layers.0.fc1.weight")}
-        write_adapter(self.adapter, adapted or dict(list(tensors.items())[:0]))
+        matrices = write_adapter(self.adapter, adapted or dict(list(tensors.items())[:0]))
+        self.pickled_adapter = Path(shutil.copytree(self.adapter, self.sources / "pickled_adapter"))
+        (self.pickled_adapter / ADAPTER_WEIGHTS[0]).unlink()
+        torch.save(matrices, self.pickled_adapter / ADAPTER_WEIGHTS[1])
         self.openai = write_openai(self.sources / "openai" / "small.pt", base)
         (place / "secret").mkdir()
         shutil.copy(base / WEIGHTS, place / "secret" / WEIGHTS)
@@ -71,7 +75,6 @@ class Arena:
         os.chdir(root / "out")
         self.guard = Guard(root)
         self._sound: dict[Path, bytes] = {}
-        del torch
 
     def _copy(self, name: str) -> Path:
         return Path(shutil.copytree(self.triple["primary"], self.sources / name))
@@ -474,6 +477,21 @@ def _openai(arena: Arena, data: bytes) -> str:
         arena.openai.write_bytes(sound)
 
 
+def _adapter_pickle(arena: Arena, data: bytes) -> str:
+    path = arena.pickled_adapter / ADAPTER_WEIGHTS[1]
+    sound = _sound(arena, path)
+    path.write_bytes(_described(data, sound))
+    try:
+        return arena.merge(secondary=arena.pickled_adapter)
+    finally:
+        path.write_bytes(sound)
+
+
+def _adapter_pickle_seeds(arena: Arena) -> Iterable[bytes]:
+    records = _records(arena.pickled_adapter / ADAPTER_WEIGHTS[1])
+    yield next(data for name, data in records.items() if name.endswith("data.pkl"))
+
+
 def _openai_seeds(arena: Arena) -> Iterable[bytes]:
     yield next(data for name, data in _records(arena.openai).items() if name.endswith("data.pkl"))
 
@@ -574,5 +592,6 @@ TARGETS: Mapping[str, Target] = {
         ("PK\x01\x02", "PK\x03\x04", "PK\x05\x06", "data.pkl", "byteorder"),
     ),
     "openai": Target(_openai, _openai_seeds, "bytes", ("dims", "n_audio_head", "model_state_dict")),
+    "adapter_pickle": Target(_adapter_pickle, _adapter_pickle_seeds, "bytes", ("lora_A", "storage", "cpu")),
     "card": Target(_card, _card_seeds, "bytes", ("<b>", "](", "```", "---\n", "\n# ", "&lt;", "\u2028", "{{", "![")),
 }

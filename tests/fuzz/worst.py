@@ -7,8 +7,32 @@ import json
 import zipfile
 from collections.abc import Iterator
 
+from bombs import (
+    EMPTY_DICT,
+    EMPTY_LIST,
+    EMPTY_TUPLE,
+    MARK,
+    ORDERED_DICT,
+    PARAMETER,
+    PROTO,
+    REBUILD,
+    STOP,
+    TUPLE,
+    TUPLE1,
+    items,
+    mapping,
+    put,
+    storage,
+    tensor,
+    text,
+)
+
 from hsa.header import MAX_HEADER, MAX_MARKS
 from hsa.pickled import MAX_PICKLE
+from hsa.tensor_pickle import MAX_OPCODES
+
+ROOM = MAX_PICKLE - 1000
+"""Bytes of a description that is full of one thing."""
 
 WIDE = "\U0001f600"
 """One such character makes Python keep four bytes for every character of the text."""
@@ -55,26 +79,49 @@ def configs() -> Iterator[tuple[str, bytes]]:
         "decoder_attention_heads": 1,
     }
     start = json.dumps(sound).encode()[:-1] + b","
-    for name, text in texts():
-        yield name, _within(start + text[1 : MAX_HEADER - len(start)])
+    for name, full in texts():
+        yield name, _within(start + full[1 : MAX_HEADER - len(start)])
 
 
 def pickles() -> Iterator[tuple[str, bytes]]:
-    """Descriptions of tensors in their language, by what they are full of."""
-    room = MAX_PICKLE - 200
-    make = b"\x80\x02"
-    yield "lists", make + b"]" * room + b"."
-    yield "marks", make + b"(" * room + b"."
-    yield "ordered dicts", make + b"ccollections\nOrderedDict\nq\0" + b"h\0)R" * (room // 4) + b"."
-    yield "one number", make + b"\x8b" + (room).to_bytes(4, "little") + b"\x7f" * room + b"."
-    yield "length", make + b"X" + b"\xff\xff\xff\x7f" + b"x" * 100 + b"."
-    rebuilt = (
-        b"ctorch._utils\n_rebuild_tensor_v2\nq\0((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0"
-        b"0X\x03\0\0\0cpuK\x04tQK\0K\x04\x85K\x01\x85\x89ccollections\nOrderedDict\n)Rtq\x01"
-    )
-    yield "tensors", make + rebuilt + b"h\0h\x01R" * ((room - len(rebuilt)) // 5) + b"."
-    large = rebuilt.replace(b"K\x04\x85", b"\x8a\x06\0\0\0\0\0\x10\x85")
-    yield "a large tensor", make + large + b"h\0h\x01R."
+    """Descriptions of tensors in their language, by what they are full of: as long as they may be, or as many
+    instructions."""
+    yield "lists", _full(EMPTY_LIST, 1)
+    yield "dicts", _full(EMPTY_DICT, 1)
+    yield "marks", _full(MARK, 1)
+    yield "tuples", _full(MARK + TUPLE, 2)
+    yield "tuples in tuples", _full(TUPLE1, 1, EMPTY_TUPLE)
+    yield "ordered dicts", _full(b"h\0)R", 3, ORDERED_DICT + b"q\0")
+    yield "calls", _full(b"h\0)R", 3, b"ctorch\nSize\nq\0")
+    yield "names of classes", _full(b"ctorch\nSize\n", 1)
+    yield "long names of classes", _full(b"ctorch\nfloat32" + b"_" * 900 + b"\n", 1)
+    yield "one number", PROTO + b"\x8b" + (ROOM).to_bytes(4, "little") + b"\x7f" * ROOM + STOP
+    yield "numbers", _full(b"\x8a\x08" + b"\x7f" * 8, 1)
+    yield "a length that is a lie", PROTO + b"X" + b"\xff\xff\xff\x7f" + b"x" * 100 + STOP
+    yield "one wide text", PROTO + text(WIDE * (ROOM // 4)) + STOP
+    yield "memo", PROTO + EMPTY_TUPLE + b"".join(put(number << 4) for number in range(ROOM // 5)) + STOP
+    storages = text("storage") + b"q\0ctorch\nFloatStorage\nq\1" + text("cpu") + b"q\2"
+    yield "storages", _full(b"(h\0h\1h\2h\2K\1tQ", 8, storages)
+    tensors = storage() + b"q\0" + REBUILD + b"q\1" + ORDERED_DICT + b"q\2"
+    yield "tensors", _full(b"h\1(h\0K\0))\x89h\2)RtR", 11, tensors)
+    parameters = PARAMETER + b"q\0" + ORDERED_DICT + b"q\1" + tensor() + b"q\2"
+    yield "parameters", _full(b"h\0h\2\x89h\1)R\x87R", 8, parameters)
+    yield "names", PROTO + mapping(*(b"U\x06%06xN" % number for number in range(ROOM // 9))) + STOP
+    for name, made in (
+        ("names of one tensor", tensor()),
+        ("names of one tensor of many dimensions", tensor(items(*[b"K\1"] * 64), items(*[b"K\1"] * 64))),
+        ("names of one tensor of no elements", tensor(items(b"K\0", *[b"K\2"] * 63), items(*[b"K\1"] * 64))),
+    ):
+        many = min(ROOM // 10, (MAX_OPCODES - 400) // 2)
+        yield name, PROTO + made + b"q\0" + mapping(*(b"U\x06%06xh\0" % number for number in range(many))) + STOP
+    for name, step in (("numbers for keys", 1), ("numbers for keys that collide", 1 << 45)):
+        keys = (b"\x8a\x08" + (number * step).to_bytes(8, "little") + b"N" for number in range(ROOM // 11))
+        yield name, PROTO + mapping(*keys) + STOP
+
+
+def _full(unit: bytes, instructions: int, start: bytes = b"") -> bytes:
+    """The unit as often as the limits on length and instructions let through."""
+    return PROTO + start + unit * min((ROOM - len(start)) // len(unit), (MAX_OPCODES - 60) // instructions) + STOP
 
 
 def archives() -> Iterator[tuple[str, bytes]]:
