@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hsa import assets, fsio, provenance, report
 from hsa.backends import Backend, resolve
-from hsa.card import publishing_notes
+from hsa.card import unlinked
 from hsa.checkpoint import INDEX, Role, Sources
 from hsa.compute import Calculator
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
@@ -162,7 +162,6 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
             *hub.notes,
             *job.plan.notes,
             *found.notes,
-            *publishing_notes(record),
             *(() if request.digest else (report.NO_DIGESTS,)),
             *staging.notes,
         ),
@@ -183,6 +182,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         tensors={target.name: TensorReport.of(target) for target in record.targets},
         notes=told.notes,
         warnings=told.warnings,
+        unlinked=unlinked(record),
     )
 
 

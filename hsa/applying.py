@@ -12,7 +12,7 @@ from typing import Any
 from hsa import fsio, patch_format
 from hsa.asset_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.assets import PROCESSOR_FILES
-from hsa.card import publishing_notes
+from hsa.card import unlinked
 from hsa.checkpoint import CONFIG, INDEX, Checkpoint, read_text
 from hsa.checks import merge_config
 from hsa.digests import digest_of
@@ -107,8 +107,9 @@ def apply(
         route="apply",
         parameters=config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
-        notes=(*hub.notes, *source.notes, *publishing_notes(record), *(() if digest else (NO_DIGESTS,)), *left),
+        notes=(*hub.notes, *source.notes, *(() if digest else (NO_DIGESTS,)), *left),
         warnings=contradicting,
+        unlinked=unlinked(record),
     )
 
 

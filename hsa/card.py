@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from hsa.assets import FEATURES, TOKENS
-from hsa.checkpoint import Identity, is_hub_id
+from hsa.checkpoint import Identity, Role, is_hub_id
 from hsa.errors import RequestError, shown
 from hsa.option_names import option
 from hsa.provenance import SETTINGS, Record, TargetRecord
@@ -75,16 +75,9 @@ def render(record: Record, files: Collection[str], model: str = GENERATION) -> b
     return f"{metadata(filter(is_hub_id, ids), extra, task)}\n\n{_body(record, files, fields, model)}".encode()
 
 
-def publishing_notes(record: Record) -> tuple[str, ...]:
-    """What to do before the output is published, where a source is known by a directory's name alone."""
-    local = [role for role, source in record.sources.items() if not is_hub_id(source.identity.id)]
-    if not local:
-        return ()
-    options = ", ".join(f"--{role}-id" for role in local)
-    return (
-        f"the card's metadata does not link {', '.join(local)}, of which only a directory's name is known; before you "
-        f"publish, give hub ids with {options}",
-    )
+def unlinked(record: Record) -> tuple[Role, ...]:
+    """The sources that the card does not link to the Hub, because only a directory's name is known of them."""
+    return tuple(role for role, source in record.sources.items() if not is_hub_id(source.identity.id))
 
 
 def metadata(

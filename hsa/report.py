@@ -62,7 +62,7 @@ class MergeReport:
     Sizes are bytes, `seconds` wall time. `bytes_read_by_source` splits `bytes_read` by role: of base and secondary only
     headers, configs and targets are read where nothing else is needed. `bytes_fetched` came from the Hub: bytes of
     files that were received now, 0 for local sources and for what the caches hold. `tensors` is keyed by tensor name as
-    primary stores it.
+    primary stores it. `unlinked` are the sources that the card does not link to the Hub, for want of a hub id.
     """
 
     output: Path
@@ -79,6 +79,7 @@ class MergeReport:
     tensors: Mapping[str, TensorReport]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    unlinked: tuple[str, ...] = ()
 
     @property
     def selected_heads(self) -> int:
@@ -116,6 +117,7 @@ class MergeReport:
             "parameters": dict(self.parameters),
             "notes": list(self.notes),
             "warnings": list(self.warnings),
+            "unlinked": list(self.unlinked),
         }
 
 

@@ -294,8 +294,7 @@ def test_directories_are_not_named_as_models_on_the_hub(shared_triple: Triple, t
     report = hsa.merge(**sources, output=tmp_path / "out", secondary_id="org/second", sync=False)
     data = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
     assert data["base_model"] == ["org/second"]
-    (note,) = [note for note in report.notes if "before you publish" in note]
-    assert "base, primary" in note and "secondary" not in note
+    assert report.unlinked == ("base", "primary")
     assert "`gpt2`" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
@@ -311,7 +310,13 @@ def test_what_is_called_ready_to_publish_passes_the_hubs_own_checks(shared_tripl
         validate_repo_id(name)
     assert found["pipeline_tag"] in {"automatic-speech-recognition", "audio-classification"}
     report = hsa.merge(**shared_triple, output=tmp_path / "again", sync=False, **ids)
-    assert not [note for note in report.notes if "publish" in note]
+    assert report.unlinked == ()
+
+
+def test_the_summary_says_which_ids_to_give_before_publishing(shared_triple: Triple, tmp_path: Path) -> None:
+    done = run_hsa(*merge_arguments(shared_triple, tmp_path / "out", "--secondary-id=org/second"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "links no model for base, primary: before you publish, give --base-id, --primary-id\n" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ def merge_report(report: MergeReport) -> str:
         lines.append(f"  {size_text(report.bytes_fetched)} fetched from the Hub")
     if narrowest is not None:
         lines.append(f"  narrowest margin {narrowest.margin:.2g} in {narrowest.name}")
+    if report.unlinked:
+        options = ", ".join(f"--{role}-id" for role in report.unlinked)
+        lines.append(f"  the card links no model for {', '.join(report.unlinked)}: before you publish, give {options}")
     return "\n".join(map(one_line, lines))
 
 
