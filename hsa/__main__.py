@@ -10,7 +10,8 @@ def main() -> None:
         from hsa.cli import run
         from hsa.console import exit_with
     except KeyboardInterrupt:
-        print("hsa: error: interrupted; nothing half done was left behind", file=sys.stderr)
+        if sys.stderr is not None:
+            print("hsa: error: interrupted; nothing half done was left behind", file=sys.stderr)
         sys.exit(130)
     exit_with(lambda: run(sys.argv[1:]))
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from hsa._version import __version__
+from hsa.commands import completion, usage
 from hsa.commands.apply import apply
 from hsa.commands.demo import demo
 from hsa.commands.inspect import inspect
@@ -20,28 +20,18 @@ from hsa.commands.sweep import sweep
 from hsa.commands.verify import verify
 from hsa.console import fail, guarded
 from hsa.option_names import command_line, spelled
+from hsa.streams import tell
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """click's UsageError: typer brings a click of its own or uses the installed one, depending on its version."""
 
-
-class Command(TyperCommand):
-    """A command that refuses an option which takes one value and is given several: the last would win silently."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        for option, count in Counter(each for each in order if isinstance(each, TyperOption)).items():
-            if count > 1 and not option.multiple and not option.is_flag:
-                ctx.fail(f"{option.opts[0]} is given {count} times and takes one value; give it once")
-        return super().parse_args(ctx, args)
-
-
 app = typer.Typer(
-    name="hsa",
+    name=completion.PROGRAM,
+    cls=usage.Group,
     help="Headwise Selective Attention merge for Whisper fine-tunes: streamed, exact, as fast as a copy.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -51,15 +41,18 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
 
     def work() -> int:
+        if completion.VARIABLE in os.environ:
+            completion.prepare()
         try:
-            result = typer.main.get_command(app).main(list(arguments), prog_name="hsa", standalone_mode=False)
+            result = typer.main.get_command(app).main(
+                list(arguments), prog_name=completion.PROGRAM, complete_var=completion.VARIABLE, standalone_mode=False
+            )
         except typer.Exit as error:
             return error.exit_code
         except USAGE_ERROR as error:
-            message = error.format_message()  # type: ignore[attr-defined]
-            if not message:  # the bare command: its help is printed already
-                return 2
-            return fail(f"{message.rstrip('.')}. See: hsa {_command(arguments)}--help", 2, debug=debug)
+            message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+            stop = "" if message.endswith("?") else "."
+            return fail(f"{message}{stop} See: hsa {_command(arguments)}--help", 2, debug=debug)
         except typer.Abort:
             raise KeyboardInterrupt from None
         return result if isinstance(result, int) else 0
@@ -74,18 +67,49 @@ def _command(arguments: Sequence[str]) -> str:
     return f"{arguments[0]} " if arguments and arguments[0] in names else ""
 
 
+Shell = Annotated[
+    str | None,
+    typer.Option("--show-completion", metavar="[SHELL]", help="Print the script that completes hsa in a shell."),
+]
+Installed = Annotated[
+    str | None, typer.Option("--install-completion", metavar="[SHELL]", help="Complete hsa in the shell from now on.")
+]
+
+
 @app.callback(invoke_without_command=True)
-def _program(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _program(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and exit.")] = False,
+    install_completion: Installed = None,
+    show_completion: Shell = None,
+) -> None:
     if version:
-        print(__version__)
-        raise typer.Exit
+        tell(__version__)
+    elif install_completion is not None:
+        completion.install(install_completion)
+    elif show_completion is not None:
+        completion.show(show_completion)
+    elif ctx.invoked_subcommand is None:
+        tell(ctx.get_help())
+        raise typer.Exit(2)
+    else:
+        return
+    raise typer.Exit
 
 
-app.command(cls=Command)(merge)
-app.command(cls=Command)(sweep)
-app.command(cls=Command)(apply)
-app.command(cls=Command)(inspect)
-app.command(cls=Command)(verify)
-app.command(cls=Command)(release)
-app.command(cls=Command, context_settings={"ignore_unknown_options": True})(mergekit)
-app.command(cls=Command)(demo)
+def help_(
+    ctx: typer.Context, command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="A command.")] = None
+) -> None:
+    """Show the options of a command, as hsa COMMAND --help does."""
+    usage.show_help_of(ctx, command)
+
+
+app.command(cls=usage.Command)(merge)
+app.command(cls=usage.Command)(sweep)
+app.command(cls=usage.Command)(apply)
+app.command(cls=usage.Command)(inspect)
+app.command(cls=usage.Command)(verify)
+app.command(cls=usage.Command)(release)
+app.command(cls=usage.Command, context_settings={"ignore_unknown_options": True})(mergekit)
+app.command(cls=usage.Command)(demo)
+app.command("help", cls=usage.Command)(help_)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from hsa.errors import HsaError, one_line
 from hsa.option_names import option
 from hsa.signals import ENDING
+from hsa.streams import prepare, say, settle, unprinted
 from hsa.threads import out_of_memory
 
 GRACE = 3.0
@@ -32,14 +33,17 @@ class Terminated(BaseException):
 
 def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     """Do a command's work and return its exit code: that of the work, 1 (machine), 2 (request or input), 130 or
-    128 + signal. `debug` adds the traceback to an error.
+    128 + signal. `debug` adds the traceback to an error. Where the work ended well and stdout did not take what it
+    printed, the code is 1 and the message says what is finished.
 
     While the work lasts, signals that end a process end the work; then their handlers are again what they were. In any
     thread but the main one, which alone may have handlers, signals stay as they are.
     """
     before = _handle_signals()
     try:
-        return work()
+        with unprinted() as lost:
+            code = work()
+        return fail(lost[0], code or 1) if lost else code
     except HsaError as error:
         return fail(str(error), error.exit_code, debug=debug)
     except KeyboardInterrupt:
@@ -62,11 +66,13 @@ def exit_with(work: Callable[[], int]) -> NoReturn:
     The handlers stay after it, and are switched off at the end: Python lets go of its handlers before it ends, and a
     late signal would change the exit code.
     """
+    prepare()
     _handle_signals()
     try:
         code = work()
     except Terminated as error:
         code = 128 + error.number
+    settle()
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
@@ -89,8 +95,8 @@ def _handle_signals() -> dict[signal.Signals, Any]:
 def fail(message: str, code: int, *, debug: bool = False) -> int:
     """Print the line of an error, and return the exit code."""
     if debug:
-        traceback.print_exc()
-    print(f"hsa: error: {one_line(message)}", file=sys.stderr)
+        say(traceback.format_exc().rstrip())
+    say(f"hsa: error: {one_line(message)}")
     return code
 
 

@@ -10,6 +10,7 @@ from hsa.api import merge
 from hsa.config import keep_count
 from hsa.errors import HsaError, MachineError, RequestError
 from hsa.report import MergeReport
+from hsa.streams import tell
 
 LOUD = tuple(
     ("encoder", layer, kind, head)
@@ -154,4 +155,4 @@ def _check_loading(output: Path) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    tell(text)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matplotlib")
 
 LAYERS = (
-    ("_version", "digests", "findings", "ranges"),
+    ("_version", "digests", "findings", "ranges", "streams"),
     ("errors", "dtypes", "lanes", "memory", "option_names", "reference", "signals", "synthetic_config"),
     ("config", "fsio", "geometry", "git_lfs", "pages", "source_folder", "strict_yaml", "synthetic", "threads"),
     ("console", "header", "partial", "whisper", "workbench"),
@@ -145,6 +145,7 @@ def test_every_public_name_resolves() -> None:
         ["sweep", "--help"],
         ["apply", "--help"],
         ["verify", "--help"],
+        ["help", "merge"],
         ["--version"],
         [],
     ],
@@ -162,7 +163,7 @@ def test_help_needs_neither_torch_nor_numpy(arguments: list[str]) -> None:
     code, found = json.loads(done.stdout.splitlines()[-1])
     assert code == (0 if arguments else 2)
     assert "typer" in found
-    assert not set(found) & {*HEAVY, "numpy", "safetensors", "blake3"}
+    assert not set(found) & {*HEAVY, "numpy", "safetensors", "blake3", "rich"}
     assert len(done.stdout) > len("0.1.0")
 
 

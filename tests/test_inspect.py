@@ -484,29 +484,25 @@ def test_pages_are_written_beside_each_other_or_none(shared_triple: Triple, tmp_
 def test_tables_fit_80_columns_and_break_neither_words_nor_rows_of_heads(shared_triple: Triple, merged: Path) -> None:
     small = hsa.inspect(**shared_triple, targets="attention-all")
     for found in (small, like_large_v3(small)):
-        text = io.StringIO()
-        table.show(found, text)
-        assert max(map(len, text.getvalue().splitlines())) <= 80
-        words = set(text.getvalue().split())
+        text = table.render(found)
+        assert max(map(len, text.splitlines())) <= 80
+        words = set(text.split())
         for tensor in found.tensors.values():
             row = "".join("#" if head in tensor.selected else "." for head in range(tensor.heads))
             assert row in words
         assert {"projection", "lambda_i", "margin", "merged", "chance", "Jaccard", "self_attn"} <= words
-        wide = io.StringIO()
-        table.show(found, wide, wide=True)
-        assert {"least", "greatest"} <= set(wide.getvalue().split())
-        assert max(map(len, wide.getvalue().splitlines())) > 80
+        wide = table.render(found, wide=True)
+        assert {"least", "greatest"} <= set(wide.split())
+        assert max(map(len, wide.splitlines())) > 80
 
 
 def test_a_row_of_very_many_heads_is_shown_whole_or_not_at_all(shared_triple: Triple) -> None:
     found = hsa.inspect(**shared_triple, energy=False)
     many = replace(next(iter(found.tensors.values())), heads=200, selected=tuple(range(0, 200, 2)), scores=(1.0,) * 200)
-    text, wide = io.StringIO(), io.StringIO()
-    table.show(replace(found, tensors={many.name: many}), text)
-    assert max(map(len, text.getvalue().splitlines())) <= 80
-    assert "see --wide" in text.getvalue()
-    table.show(replace(found, tensors={many.name: many}), wide, wide=True)
-    assert "#." * 100 in wide.getvalue()
+    text = table.render(replace(found, tensors={many.name: many}))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "see --wide" in text
+    assert "#." * 100 in table.render(replace(found, tensors={many.name: many}), wide=True)
 
 
 def test_every_format_from_the_command_line(shared_triple: Triple, merged: Path, tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ OWN_COMMAND_LINES = {
     "hsa/demo.py": "shows a command to type",
     "hsa/integrations/reference_script.py": "a command line with options of its own",
     "hsa/option_names.py": "the spellings",
+    "hsa/views/table.py": "what hsa inspect prints",
 }
 """Modules besides hsa/commands whose texts hold options as they are typed, and why."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -30,7 +29,7 @@ def apply(
     """Make the checkpoint of a merge from primary and its patch, byte for byte."""
     from hsa import applying
 
-    with show.progress(show=sys.stderr.isatty() and not (quiet or as_json), label="applying") as step:
+    with show.progress(show=not (quiet or as_json), label="applying") as step:
         report = applying.apply(
             primary,
             patch,
@@ -43,4 +42,4 @@ def apply(
             progress=step,
         )
     show.findings(Findings(report.notes, report.warnings), quiet=quiet)
-    show.result(report.as_dict() if as_json else show.merge_report(report), quiet)
+    show.result(report.as_dict() if as_json else show.merge_report(report), quiet, done=show.finished(report))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +19,10 @@ if TYPE_CHECKING:
 Source = Annotated[str | None, typer.Option(metavar="SOURCE", help="As for merge; all three or none.")]
 
 
+def _own(default: str) -> str:
+    return f"the output's, else {default}"
+
+
 def inspect(
     output: Annotated[
         str | None, typer.Argument(metavar="OUT", help="A finished output; its provenance alone is read.")
@@ -28,12 +31,16 @@ def inspect(
     primary: Source = None,
     secondary: Source = None,
     k: Annotated[
-        float | None, typer.Option(help="Share of heads to select.", show_default="the output's, else 0.6")
+        float | None,
+        typer.Option(metavar="NUMBER", help="Share of heads to select.", show_default=_own("0.6")),
     ] = None,
     lam: Annotated[
-        float | None, typer.Option("--lambda", help="Weight of primary.", show_default="the output's, else 0.5")
+        float | None,
+        typer.Option("--lambda", metavar="NUMBER", help="Weight of primary.", show_default=_own("0.5")),
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Layer exponent.", show_default="the output's, else 0.2")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="Layer exponent.", show_default=_own("0.2"))
+    ] = None,
     targets: Annotated[
         str | None,
         typer.Option(metavar="PRESET", help="encoder-qkv, attention-qkv or attention-all.", show_default="encoder-qkv"),
@@ -63,7 +70,7 @@ def inspect(
     """Show which heads a merge selects and why: of three sources, of a finished output, or of two. Exit code 0 or 2."""
     from hsa.errors import RequestError
 
-    bars = sys.stderr.isatty() and not (quiet or as_json)
+    bars = not (quiet or as_json)
     wanted = {"csv": csv, "png": png, "html": html}
     if diff is not None:
         others = {"OUT": output, "--base": base, "--primary": primary, "--secondary": secondary, "--k": k}
@@ -164,25 +171,26 @@ def _present(
     from hsa.errors import one_line
     from hsa.views import table
 
+    written = [path for paths in (files or {}).values() for path in paths]
+    done = f"{', '.join(map(str, written))} {'is' if len(written) == 1 else 'are'} whole" if written else ""
     show.findings(Findings(view.notes, getattr(view, "warnings", ())), quiet=quiet)
     if verified is not None:
         show.findings(Findings(verified.notes), quiet=quiet)
         if not as_json:
-            for problem in verified.problems:
-                print(one_line(f"hsa: problem: {problem.file}: {problem.what}"), file=sys.stderr)
+            show.problems(verified)
     if as_json:
         more: dict[str, Any] = {"written": {name: [*map(str, paths)] for name, paths in files.items()}} if files else {}
         if verified is not None:
             whole = verified.as_dict()
             more["verification"] = {name: whole[name] for name in ("ok", "problems", "notes", "files", "bytes_read")}
-        show.result({**view.as_dict(), **more}, quiet)
+        show.result({**view.as_dict(), **more}, quiet, done=done)
     elif not quiet:
-        table.show(view, wide=wide)
+        lines = [table.render(view, wide=wide)]
         if verified is not None:
             hashed = all((getattr(view, "files", None) or {"": None}).values())
-            print(_verdict(verified, hashed))
-        for path in (path for paths in (files or {}).values() for path in paths):
-            print(one_line(f"written: {path}"))
+            lines.append(_verdict(verified, hashed))
+        lines += [one_line(f"written: {path}") for path in written]
+        show.result("\n".join(lines), quiet, done=done)
 
 
 def _verdict(verified: VerifyReport, hashed: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,12 +20,12 @@ def merge(
     primary: options.Primary,
     secondary: options.Secondary,
     output: Annotated[str, typer.Option(metavar="OUT", help="Directory to write; appears whole or not at all.")],
-    k: Annotated[float, typer.Option(help="Share of heads merged per tensor; above 1 a percentage.")] = 0.6,
-    lam: Annotated[float, typer.Option("--lambda", help="Weight of primary in a merged head, 0 to 1.")] = 0.5,
-    alpha: Annotated[float, typer.Option(help="Layer exponent, at least 0.")] = 0.2,
+    k: options.K = 0.6,
+    lam: options.Lambda = 0.5,
+    alpha: Annotated[float, typer.Option(metavar="NUMBER", help="Layer exponent, at least 0.")] = 0.2,
     targets: options.Targets = "encoder-qkv",
     attention_scale: options.AttentionScale = 1.0,
-    non_attention_scale: Annotated[float, typer.Option(help="Factor on primary's task vector elsewhere.")] = 1.0,
+    non_attention_scale: options.NonAttentionScale = 1.0,
     num_heads: options.NumHeads = None,
     num_layers: options.NumLayers = None,
     numerics: Annotated[
@@ -98,10 +97,10 @@ def merge(
         plan = api.dry_run(request)
         show.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
         return
-    with show.progress(show=sys.stderr.isatty() and not (quiet or as_json)) as step:
+    with show.progress(show=not (quiet or as_json)) as step:
         report = run_patch(request, step) if patch else api.run(request, step)
     show.findings(Findings(report.notes, report.warnings), quiet=quiet)
-    show.result(report.as_dict() if as_json else show.merge_report(report), quiet)
+    show.result(report.as_dict() if as_json else show.merge_report(report), quiet, done=show.finished(report))
 
 
 def _describe_plan(plan: PlanReport) -> str:

@@ -25,6 +25,7 @@ def mergekit(
 
     result = run_mergekit(arguments)
     show.findings(Findings(tuple(result.notes), tuple(result.warnings)))
-    print(one_line(str(result.output)))
+    lines = [one_line(str(result.output))]
     if result.tensors:
-        print(f"  {result.selected_heads} of {result.total_heads} heads merged in {result.tensors} tensors")
+        lines.append(f"  {result.selected_heads} of {result.total_heads} heads merged in {result.tensors} tensors")
+    show.result("\n".join(lines), quiet=False, done=f"the output {result.output} is whole")

@@ -12,7 +12,14 @@ Base = Annotated[
 Primary = Annotated[str, typer.Option(metavar="SOURCE", help="Anchor fine-tune: kept wherever nothing is merged.")]
 Secondary = Annotated[str, typer.Option(metavar="SOURCE", help="Fine-tune blended into the selected heads.")]
 Targets = Annotated[str, typer.Option(metavar="PRESET", help="encoder-qkv, attention-qkv or attention-all.")]
-AttentionScale = Annotated[float, typer.Option(help="Factor on the task vectors of the targets.")]
+K = Annotated[
+    float, typer.Option(metavar="NUMBER", help="Share of heads merged per tensor, 0 to 1; above 1 a percentage.")
+]
+Lambda = Annotated[
+    float, typer.Option("--lambda", metavar="NUMBER", help="Weight of primary in a merged head, 0 to 1.")
+]
+AttentionScale = Annotated[float, typer.Option(metavar="NUMBER", help="Factor on the task vectors of the targets.")]
+NonAttentionScale = Annotated[float, typer.Option(metavar="NUMBER", help="Factor on primary's task vector elsewhere.")]
 NumHeads = Annotated[int | None, typer.Option(metavar="N", help="Heads, instead of config.json's.")]
 NumLayers = Annotated[int | None, typer.Option(metavar="N", help="Layers L, instead of config.json's.")]
 Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or triton.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from hsa.commands import options, show
 from hsa.commands.show import size_text
 from hsa.errors import one_line
 from hsa.findings import Findings
+from hsa.streams import say, watched
 
 if TYPE_CHECKING:
     from hsa.tree import EntryReport, ReleasePlan, ReleaseReport
@@ -42,13 +42,17 @@ def release(
         plan = tree.plan(recipe, output, **how)  # type: ignore[arg-type]
         show.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
         return 0
-    with _Screen(bars=sys.stderr.isatty() and not (quiet or as_json), quiet=quiet or as_json) as screen:
+    with _Screen(bars=watched() and not (quiet or as_json), quiet=quiet or as_json) as screen:
         progress = screen.step if screen.bars else None
         report = tree.release(recipe, output, progress=progress, watch=screen.done, **how)  # type: ignore[arg-type]
     show.findings(Findings(report.notes), quiet=quiet)
     if report.index_problem is not None:
         show.problem(f"the index: {report.index_problem}")
-    show.result(report.as_dict() if as_json else _describe(report), quiet)
+    show.result(
+        report.as_dict() if as_json else _describe(report),
+        quiet,
+        done=f"the tree {report.tree} is whole" if report.ok else "",
+    )
     return 0 if report.ok else 1
 
 
@@ -68,7 +72,7 @@ class _Screen:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._bar.close()
         if kind is not None and self._ended and not issubclass(kind, Exception):
-            print(f"hsa: note: {self._ended} merges ended before and stand; run again to go on", file=sys.stderr)
+            say(f"hsa: note: {self._ended} merges ended before and stand; run again to go on")
 
     def step(self, path: str, done: int, total: int) -> None:
         if path != self._path:
@@ -87,7 +91,7 @@ class _Screen:
         about = [tuple(f"{entry.path}: {text}" for text in texts) for texts in (notes, warnings)]
         show.findings(Findings(*about), quiet=self._quiet)
         if not self._quiet and entry.problem is None:
-            print(f"hsa: {entry.path}: {_result(entry)}", file=sys.stderr)
+            say(one_line(f"hsa: {entry.path}: {_result(entry)}"))
 
 
 def _result(entry: EntryReport) -> str:

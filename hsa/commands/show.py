@@ -6,33 +6,42 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from hsa.errors import one_line
 from hsa.findings import Findings
+from hsa.streams import Forgiving, say, tell, watched
 
 if TYPE_CHECKING:
     from hsa.report import MergeReport
+    from hsa.verification import VerifyReport
 
 
-def result(content: dict[str, Any] | str, quiet: bool) -> None:
+def result(content: dict[str, Any] | str, quiet: bool, *, done: str = "") -> None:
+    """An object as JSON, or text unless `quiet`, on stdout. `done` says what is finished even if that fails."""
     if isinstance(content, dict):
-        print(json.dumps(content))
+        tell(json.dumps(content), done=done, needed=True)
     elif not quiet:
-        print(content)
+        tell(content, done=done)
 
 
 def findings(found: Findings, *, quiet: bool = False) -> None:
     """Warnings, and notes unless `quiet`, on stderr."""
     for warning in found.warnings:
-        print(f"hsa: warning: {one_line(warning)}", file=sys.stderr)
+        say(f"hsa: warning: {one_line(warning)}")
     for note in () if quiet else found.notes:
-        print(f"hsa: note: {one_line(note)}", file=sys.stderr)
+        say(f"hsa: note: {one_line(note)}")
+
+
+def problems(report: VerifyReport) -> None:
+    """What a verification found, on stderr."""
+    for found in report.problems:
+        say(one_line(f"hsa: problem: {found.file}: {found.what}"))
 
 
 def problem(text: str) -> None:
     """An error that does not end the run, on stderr."""
-    print(f"hsa: error: {one_line(text)}", file=sys.stderr)
+    say(f"hsa: error: {one_line(text)}")
 
 
 def size_text(count: int) -> str:
@@ -42,6 +51,11 @@ def size_text(count: int) -> str:
             return f"{value:.4g} {unit}"
         value /= 1000
     return f"{value:.4g} GB"
+
+
+def finished(report: MergeReport) -> str:
+    """What a merge has finished, whatever becomes of its summary."""
+    return f"the output {report.output} is whole"
 
 
 def merge_report(report: MergeReport) -> str:
@@ -66,8 +80,11 @@ def merge_report(report: MergeReport) -> str:
 
 @contextmanager
 def progress(*, show: bool, label: str = "merging") -> Iterator[Any]:
-    """A progress bar on stderr that begins with the first step, or None: before, sources may show bars of their own."""
-    if not show:
+    """A progress bar on stderr that begins with the first step, or None where stderr is no terminal.
+
+    Before the first step, sources may show bars of their own. A terminal that goes away ends the bar, not the work.
+    """
+    if not show or not watched():
         yield None
         return
     from rich.console import Console
@@ -78,7 +95,7 @@ def progress(*, show: bool, label: str = "merging") -> Iterator[Any]:
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
-        console=Console(stderr=True),
+        console=Console(file=cast(IO[str], Forgiving(sys.stderr))),
         transient=True,
     )
     task = bar.add_task(label, total=None)

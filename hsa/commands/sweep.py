@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from hsa.commands import options, show
 from hsa.commands.show import size_text
 from hsa.errors import one_line
 from hsa.findings import Findings
+from hsa.streams import say
 
 if TYPE_CHECKING:
     from hsa.sweeping import SweepReport
@@ -58,7 +58,7 @@ def sweep(
     from hsa import grid, sweeping
     from hsa.card import parse_fields
 
-    bars = sys.stderr.isatty() and not (quiet or as_json)
+    bars = not (quiet or as_json)
     with _standing_points_named(), show.progress(show=bars, label="sweeping") as step:
         report = sweeping.sweep(
             base=base,
@@ -86,7 +86,7 @@ def sweep(
             progress=step,
         )
     show.findings(Findings(report.notes, report.warnings), quiet=quiet)
-    show.result(report.as_dict() if as_json else _describe(report), quiet)
+    show.result(report.as_dict() if as_json else _describe(report), quiet, done=f"the sweep {report.output} is whole")
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def _standing_points_named() -> Iterator[None]:
     except Exception:
         raise
     except BaseException:
-        print("hsa: note: points that were finished stay; run the sweep again to go on", file=sys.stderr)
+        say("hsa: note: points that were finished stay; run the sweep again to go on")
         raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,12 +38,11 @@ def verify(
         raise RequestError("to compare with the sources, add --sources; without it none is read")
     from hsa.verification import verify as run
 
-    with show.progress(show=sys.stderr.isatty() and not (quiet or as_json), label="verifying") as step:
+    with show.progress(show=not (quiet or as_json), label="verifying") as step:
         report = run(output, base=base, primary=primary, secondary=secondary, threads=threads, progress=step)
     show.findings(Findings(report.notes), quiet=quiet or as_json)
     if not as_json:
-        for problem in report.problems:
-            print(one_line(f"hsa: problem: {problem.file}: {problem.what}"), file=sys.stderr)
+        show.problems(report)
     show.result(report.as_dict() if as_json else _describe(report), quiet)
     return 0 if report.ok else 2
 

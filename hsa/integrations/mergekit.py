@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +46,7 @@ from hsa.integrations.mergekit_method import register as register_method
 from hsa.output import Staging
 from hsa.output_place import check_destination
 from hsa.signals import deferred
+from hsa.streams import watched
 
 INSTALL = 'pip install "hsa-merge[mergekit]"'
 NARROW = ("float16", "bfloat16")
@@ -193,7 +193,7 @@ def _plainly() -> Iterator[None]:
 def _less_noise(context: Any) -> None:
     """No progress bars where nobody watches, unless asked for."""
     chosen = getattr(context.get_parameter_source("quiet"), "name", "")
-    if chosen == "DEFAULT" and not sys.stderr.isatty():
+    if chosen == "DEFAULT" and not watched():
         context.params["quiet"] = True
 
 

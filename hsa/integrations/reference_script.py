@@ -24,6 +24,7 @@ from hsa.config import MergeConfig
 from hsa.console import exit_with, guarded
 from hsa.errors import RequestError, one_line, shown
 from hsa.option_names import renamed, spelled
+from hsa.streams import say, tell
 
 OPTIONS = {
     "base": "--pretrained-model",
@@ -169,10 +170,12 @@ def run(arguments: Sequence[str]) -> int:
                 _say(f"warning: {warning}")
             for note in report.notes:
                 _say(f"note: {note}")
-            print(one_line(f"[SAVE] {report.output}"))
-            print(
+            done = f"the output {report.output} is whole"
+            tell(one_line(f"[SAVE] {report.output}"), done=done)
+            tell(
                 f"[INFO] lambda={float(report.parameters['lambda']):.4f}; hsa_target_tensors={len(report.tensors)}; "
-                f"selected_heads={report.selected_heads}/{report.total_heads}"
+                f"selected_heads={report.selected_heads}/{report.total_heads}",
+                done=done,
             )
         return 0
 
@@ -181,7 +184,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"hsa: {one_line(text)}", file=sys.stderr)
+    say(f"hsa: {one_line(text)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Nothing in them is read as markup. With `wide` every column is shown, however wi
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -33,14 +34,33 @@ BESIDE_BOTH = 52
 """Columns that the narrow table of two outputs' tensors needs beside their heads."""
 
 
-def show(view: Inspection | Comparison, file: IO[str] | None = None, *, wide: bool = False) -> None:
-    """Print to a stream, by default stdout; `wide`: every column, however wide that is."""
-    out = sys.stdout if file is None else file
-    console = _console(out, wide=wide)
+def render(view: Inspection | Comparison, *, wide: bool = False) -> str:
+    """The text for stdout as it is now: its width, its letters, colours on a terminal alone.
+
+    `wide`: every column, however wide that is.
+    """
+    paper = _Paper(sys.stdout)
+    console = _console(paper, wide=wide)
     if isinstance(view, Inspection):
         _inspection(console, view, wide=wide)
     else:
         _comparison(console, view, wide=wide)
+    return paper.getvalue().removesuffix("\n")
+
+
+class _Paper(io.StringIO):
+    """Text that is kept, and looks to rich like this stream: a terminal or none, with its encoding."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return self._stream is not None and not self._stream.closed and self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
 
 
 def _console(out: IO[str], *, wide: bool) -> Console:

@@ -1,0 +1,166 @@
+"""What the command line says of itself: help in groups, completion, and usage errors in one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from helpers import merge_arguments, run_hsa
+
+import hsa
+from hsa import cli
+from hsa.commands.usage import COMMON, GROUPS
+
+Triple = dict[str, Path]
+PROGRAM: Any = typer.main.get_command(cli.app)
+COMMANDS = tuple(PROGRAM.commands)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    """What a command prints."""
+    assert cli.run(arguments) == code
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of a usage error."""
+    assert cli.run(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"hsa: error: [^\n]+\n", printed.err)
+    return printed.err.removeprefix("hsa: error: ").strip()
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns_breaks_no_word_and_shows_flags_as_they_are(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = said(capsys, *([command] if command else []), "--help")
+    assert max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"[│╭╰<]", text.replace("TREE/<group>/<name>", ""))
+    found = PROGRAM.commands[command] if command else PROGRAM
+    words = set(text.split())
+    for parameter in found.params:
+        assert set((parameter.help or "").split()) <= words
+        assert {word.rstrip(",") for word in words} >= set(parameter.opts) or parameter.param_type_name == "argument"
+    assert set((found.help or "").split()) <= words
+
+
+def test_the_help_of_merge_has_a_group_for_each_question(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "merge", "--help")
+    headings = [line.removesuffix(":") for line in text.splitlines() if re.fullmatch(r"\w[\w ]*:", line)]
+    assert headings == [COMMON, *GROUPS]
+    groups = dict(zip(headings, re.split(r"^\w[\w ]*:$", text, flags=re.MULTILINE)[1:], strict=True))
+    for heading, option in (
+        (COMMON, "--base SOURCE"),
+        (COMMON, "--k NUMBER"),
+        ("Sources", "--num-heads N"),
+        ("Numerics", "--dtype DTYPE"),
+        ("Output", "--json  "),
+        ("Machine", "--threads N"),
+    ):
+        assert f"  {option}" in groups[heading]
+
+
+def test_every_option_of_a_group_exists() -> None:
+    known = {flag for command in PROGRAM.commands.values() for parameter in command.params for flag in parameter.opts}
+    assert {flag for flags in GROUPS.values() for flag in flags} <= known
+
+
+def test_help_of_a_command_can_be_asked_for_in_three_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        text = said(capsys, command, "--help")
+        assert said(capsys, command, "-h") == said(capsys, "help", command) == text
+    assert said(capsys, "help") == said(capsys, "--help") == said(capsys, code=2)
+    assert "Did you mean 'merge'" in refused(capsys, "help", "merg")
+
+
+def test_the_version_can_be_asked_for_in_two_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "-V") == said(capsys, "--version") == f"{hsa.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("mrge", "No such command 'mrge'. Did you mean 'merge'"),
+        ("merge --lamda=0.5", "No such option: --lamda"),
+        ("merge --base=a", "Missing option '--primary'. See: hsa merge --help"),
+        ("merge --base", "Option '--base' requires an argument. See: hsa merge --help"),
+        ("merge --base=b --primary=p --secondary=s --output=o --k=much", "Invalid value for '--k'"),
+        ("apply primary", "Missing argument 'PATCH'. See: hsa apply --help"),
+        ("verify one two", "unexpected extra argument"),
+        ("inspect --diff one", "Option '--diff' requires 2 arguments"),
+        ("merge --overwrite=yes", "--overwrite"),
+        ("--show-completion tcsh", "there is no completion for the shell 'tcsh'; there is for bash, zsh"),
+    ],
+)
+def test_a_usage_error_is_one_line(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in refused(capsys, *arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("merge --base=a --base=b", "--base"),
+        ("merge --k=0.6 --base=a --k=0.6", "--k"),
+        ("sweep --lambda=0.1 --lambda=0.2", "--lambda"),
+        ("inspect --diff a b --diff c d", "--diff"),
+        ("verify out --threads=1 --threads=2", "--threads"),
+    ],
+)
+def test_a_single_option_that_is_given_twice_is_refused(
+    arguments: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one used to win without a word."""
+    assert f"{name} is given 2 times and takes one value" in refused(capsys, *arguments.split())
+
+
+def test_options_of_several_values_and_flags_can_be_repeated(
+    shared_triple: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cards = ["--card=license=mit", "--card=language=de"]
+    arguments = merge_arguments(shared_triple, tmp_path / "out", *cards, "--no-sync", "--no-sync")
+    assert cli.run(arguments) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "license: mit" in card and "de" in card
+
+
+def completed(words: str) -> set[str]:
+    """What the bash script asks for, and is answered."""
+    asked = {"_HSA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    return set(run_hsa(env=asked).stdout.split())
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    assert completed("hsa in") == {"inspect"}
+    assert completed("hsa merge --no-") == {"--no-hash", "--no-sync"}
+    assert {"--k", "--lambda", "--threads"} <= completed("hsa merge --")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_shown_and_installed_for_a_shell(shell: str, tmp_path: Path) -> None:
+    script = run_hsa("--show-completion", shell)
+    assert script.returncode == 0
+    assert "_HSA_COMPLETE" in script.stdout
+    done = run_hsa("--install-completion", shell, env={"HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    place = Path(done.stdout.partition(" completes hsa in ")[0])
+    assert place.is_relative_to(tmp_path)
+    assert script.stdout.strip() in place.read_text(encoding="utf-8")
+
+
+def test_the_shell_is_found_out_where_none_is_named() -> None:
+    line = f"{sys.executable} -m hsa --show-completion; true"  # two commands, so that bash stays the parent
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={**os.environ}, check=False)
+    assert "complete -o default -F _hsa_completion hsa" in done.stdout
