@@ -19,8 +19,8 @@ Kind = Literal["q", "k", "v", "out"]
 Part = Literal["weight", "bias"]
 
 MODEL_TYPE = "whisper"
-MAX_PARTS = 64
-"""Parts of a name between dots, up to which a prefix is looked for: work goes by their number."""
+MAX_NAME = 1000
+"""Characters of a name up to which a prefix is looked for: work goes by the square of their number."""
 EMBEDDING = "decoder.embed_tokens.weight"
 UNTIED_OUTPUT = "proj_out.weight"
 DIMENSIONS = {
@@ -206,7 +206,7 @@ def plain_names(stored: Iterable[str]) -> dict[str, str]:
     found = {name: plain(name) for name in stored}
     taken = {name.removeprefix("model.") for name in found.values()}
     for name, rest in found.items():
-        if is_known(rest.removeprefix("model.")) or rest.count(".") > MAX_PARTS:
+        if is_known(rest.removeprefix("model.")) or len(rest) > MAX_NAME:
             continue
         while rest and not is_known(rest.removeprefix("model.")):
             rest = rest.partition(".")[2]

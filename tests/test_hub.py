@@ -149,6 +149,35 @@ def test_a_merge_of_hub_ids_equals_one_of_directories(
     assert sum("bytes were fetched of org/" in note for note in report["notes"]) == 3
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "asr."])
+def test_wrapped_names_on_the_hub_are_read_by_ranges_too(
+    servers: Servers, env: dict[str, str], triple: dict[str, Path], tmp_path: Path, wrapper: str
+) -> None:
+    merge({role: str(path) for role, path in triple.items()}, tmp_path / "local", env)
+    for role, name in IDS.items():
+        tensors = {f"{wrapper}{stored}": tensor for stored, tensor in read_tensors(triple[role]).items()}
+        write_tensors(triple[role], tensors)
+        servers.add(name, triple[role])
+    report = merge(IDS, tmp_path / "out", env)
+    assert sum("are read without what a wrapper added" in note for note in report["notes"]) == 3
+    found, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "local")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len([seen for seen in servers.of("cdn") if seen.range is None]) == 1
+
+
+def test_a_broken_primary_on_the_hub_is_refused_by_its_header(
+    servers: Servers, env: dict[str, str], triple: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = read_tensors(triple["primary"])
+    del tensors["model.decoder.layers.1.fc1.bias"]
+    write_tensors(triple["primary"], tensors)
+    for role, name in IDS.items():
+        servers.add(name, triple[role])
+    refused(IDS, tmp_path / "out", env, 2, "primary", "model.decoder.layers.1.fc1.bias is missing", "decoder_layers 2")
+    assert [seen for seen in servers.of("cdn") if seen.range is None] == []
+
+
 def test_base_id_names_another_source(
     servers: Servers, env: dict[str, str], published: dict[str, str], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,14 @@ def test_a_wrapped_output_is_a_problem_of_verify(shared_triple: Triple, tmp_path
     assert "names that no loader finds" in str(hsa.verify(tmp_path / "out").problems)
 
 
+def test_names_of_any_length_are_read_in_time(triple: Triple, tmp_path: Path) -> None:
+    extra = {f"{n}{'.a' * 100_000}": torch.ones(1) for n in range(20)}
+    write_tensors(triple["base"], {**read_tensors(triple["base"]), **extra})
+    started = time.process_time()
+    merge(triple, tmp_path / "out")
+    assert time.process_time() - started < 20
+
+
 # --- what transformers forgives ------------------------------------------------------------------------------------
 
 
@@ -482,6 +491,15 @@ def test_a_model_for_audio_classification_is_described_as_one(classifier: Triple
     assert "ConditionalGeneration" not in card and "peech recognition" not in card.partition("## Citation")[0]
     merge(classifier, tmp_path / "wide", targets="encoder-qkv", dtype="float16")
     assert hsa.verify(tmp_path / "wide").ok
+
+
+def test_patches_of_a_model_for_audio_classification_are_its_merge(classifier: Triple, tmp_path: Path) -> None:
+    merge(classifier, tmp_path / "merged")
+    hsa.merge_patch(**classifier, output=tmp_path / "p.safetensors", sync=False)
+    base = [classifier["base"]]  # where the small files come from that primary does not have
+    hsa.apply(classifier["primary"], tmp_path / "p.safetensors", output=tmp_path / "out", assets=base, sync=False)
+    for path in (tmp_path / "merged").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(
