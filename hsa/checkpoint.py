@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -18,11 +17,14 @@ from hsa.dtypes import ARITHMETIC
 from hsa.errors import HeaderError, MachineError, MismatchError, SourceError, shown
 from hsa.fsio import MACHINE, Source, Tally, exists
 from hsa.git_lfs import refuse_pointer
-from hsa.header import MAX_HEADER, MAX_MARKS, Header, load_json, marks, read_header
+from hsa.header import MAX_HEADER, MAX_MARKS, load_json, marks, read_header
 from hsa.pickled import read_state_dict
 from hsa.ranges import Range
 from hsa.source_folder import names_in, unread_weights, without_weights
 from hsa.tensor_pickle import REMEDY
+from hsa.tensor_places import Shard as Shard
+from hsa.tensor_places import TensorRef as TensorRef
+from hsa.tensor_places import place_tensors
 
 Role = Literal["base", "primary", "secondary"]
 Kind = Literal["safetensors", "pickle", "openai", "adapter"]
@@ -59,18 +61,6 @@ _HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?"
 
 
 @dataclass(frozen=True)
-class TensorRef:
-    """One tensor of a checkpoint: its name as stored, element type, shape, and absolute place in a shard."""
-
-    name: str
-    code: str
-    shape: tuple[int, ...]
-    shard: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class Identity:
     """Who a source says it is: a hub id or the directory's own name, and a revision where one is known."""
 
@@ -93,19 +83,6 @@ class Part:
 
     path: Path
     held: tuple[Range, ...]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One weights file: its plain name, the open file, the checked header, and the byte its offsets count from.
-
-    Of a file that torch.save wrote, the header is the description of its tensors.
-    """
-
-    name: str
-    source: Source
-    header: Header
-    origin: int
 
 
 @dataclass
@@ -235,9 +212,10 @@ def open_checkpoint(
         for name in listed.names:
             result.shards += (open_shard(role, directory, name, tally, parts.get(name)),)
             _check_size(result, spent)
-        result.tensors = _tensors(result, listed)
-        if result.kind == "pickle":
-            _drop_tied_output(result)
+        index, shares_bytes = directory / listed.index_name, result.kind == "pickle"
+        places = place_tensors(role, config, result.shards, index, listed.placed, shares_bytes=shares_bytes)
+        result.tensors, result.renamed = places.tensors, places.renamed
+        result.notes += places.notes
     except BaseException:
         result.close()
         raise
@@ -398,24 +376,6 @@ def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str,
     raise SourceError(f"{role}: {without_weights(directory, (*WHOLE_WEIGHTS, ADAPTER_CONFIG))}")
 
 
-def _drop_tied_output(checkpoint: Checkpoint) -> None:
-    """Leave out an output projection that shares its bytes with the embedding, as transformers does when it saves."""
-    output = checkpoint.tensors.get(whisper.UNTIED_OUTPUT)
-    embedding = checkpoint.tensors.get(whisper.EMBEDDING)
-    if output is None or embedding is None or not whisper.is_tied(checkpoint.config):
-        return
-    if (output.shard, output.offset, output.shape, output.code) == (
-        embedding.shard,
-        embedding.offset,
-        embedding.shape,
-        embedding.code,
-    ):
-        checkpoint.tensors = {n: ref for n, ref in checkpoint.tensors.items() if n != whisper.UNTIED_OUTPUT}
-        checkpoint.notes += (
-            f"{checkpoint.role}'s {output.name} is {embedding.name} under another name in its file, and left out",
-        )
-
-
 def _config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
     if not _exists(directory / CONFIG):
         raise SourceError(f"{role}: {directory} has no {CONFIG}, which says how many heads and layers there are")
@@ -451,77 +411,6 @@ def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: Form
     for name in names:
         if name not in parts:
             contained(role, directory, name)
-
-
-def _tensors(checkpoint: Checkpoint, listed: _Listed) -> Mapping[str, TensorRef]:
-    """Places by canonical name. An embedding that is stored under the name of the output projection alone, to which
-    config.json ties it, counts as the embedding, as it does for transformers."""
-    placed = listed.placed
-    found: dict[str, TensorRef] = {}
-    renamed: dict[str, str] = {}
-    names = whisper.plain_names(entry.name for shard in checkpoint.shards for entry in shard.header.entries)
-    for number, shard in enumerate(checkpoint.shards):
-        where = f"{checkpoint.role}: {shard.source.path}"
-        for entry in shard.header.entries:
-            if placed is not None and placed.get(entry.name) != shard.name:
-                place = placed.get(entry.name)
-                raise MismatchError(
-                    f"{where} holds tensor {entry.name}, which {listed.index_name} "
-                    f"{'does not list' if place is None else f'places in {place}'}; index and shards do not belong "
-                    f"together: save the checkpoint again, or fetch all its files again"
-                )
-            plain = names[entry.name]
-            name = whisper.canonical(plain)
-            if name in found:
-                other = renamed.get(name, found[name].name)
-                raise MismatchError(
-                    f"{where}: tensors {other} and {entry.name} are one tensor of Whisper, {name}, and a checkpoint "
-                    f"holds each once; remove one of them"
-                )
-            if plain != entry.name:
-                renamed[name] = entry.name
-            offset = shard.origin + entry.start
-            found[name] = TensorRef(plain, entry.code, entry.shape, number, offset, entry.stop - entry.start)
-    checkpoint.renamed = renamed
-    checkpoint.notes += tuple(_about_names(checkpoint, found))
-    if whisper.UNTIED_OUTPUT in found and whisper.EMBEDDING not in found and whisper.is_tied(checkpoint.config):
-        stored = found[whisper.UNTIED_OUTPUT].name
-        found = {whisper.EMBEDDING if n == whisper.UNTIED_OUTPUT else n: ref for n, ref in found.items()}
-        checkpoint.notes += (
-            f"{checkpoint.role} stores its embedding as {stored} alone, to which its config.json ties it, as "
-            f"transformers allows",
-        )
-    _check_placed(checkpoint, listed, found)
-    return found
-
-
-def _about_names(checkpoint: Checkpoint, found: Mapping[str, TensorRef]) -> Iterator[str]:
-    for name, stored in islice(checkpoint.renamed.items(), 1):
-        yield (
-            f"{len(checkpoint.renamed)} tensor names of {checkpoint.role} are read without what a wrapper added, such "
-            f"as {stored:.300} as {found[name].name}"
-        )
-
-
-def _check_placed(checkpoint: Checkpoint, listed: _Listed, found: Mapping[str, TensorRef]) -> None:
-    """Refuse an index that lists what no shard holds, but for a tensor that config.json ties to one that is held."""
-    held = {checkpoint.renamed.get(name, ref.name) for name, ref in found.items()}
-    for name, file in (listed.placed or {}).items():
-        if name in held:
-            continue
-        if whisper.canonical(name) in _TIED and whisper.EMBEDDING in found and whisper.is_tied(checkpoint.config):
-            checkpoint.notes += (
-                f"{checkpoint.role}'s {listed.index_name} lists {name:.300}, which no shard holds; config.json ties it "
-                f"to the embedding, and transformers does without it",
-            )
-            continue
-        raise MismatchError(
-            f"{checkpoint.role}: {checkpoint.path / listed.index_name} places tensor {name} in {file}, which does not "
-            f"hold it, nor does another shard; save the checkpoint again, or fetch all its files again"
-        )
-
-
-_TIED = (whisper.UNTIED_OUTPUT, whisper.EMBEDDING)
 
 
 def _reason(error: BaseException) -> str:

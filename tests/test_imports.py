@@ -28,7 +28,7 @@ LAYERS = (
     ("console", "header", "partial", "whisper", "workbench"),
     ("pickle_names", "provenance_file"),
     ("output_place", "tensor_pickle"),
-    ("output", "pickled"),
+    ("output", "pickled", "tensor_places"),
     ("checkpoint", "fetch"),
     ("asset_checks", "folded", "openai", "structure", "target"),
     ("assets", "lora"),

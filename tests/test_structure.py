@@ -448,6 +448,20 @@ def test_an_index_that_lists_the_tied_output_is_written_without_it(sharded: Trip
     assert hsa.verify(tmp_path / "out", **sharded).ok
 
 
+def test_a_wrapped_embedding_under_its_tied_name_in_shards_is_the_embedding(triple: Triple, tmp_path: Path) -> None:
+    merge(triple, tmp_path / "expected")
+    tensors = read_tensors(triple["primary"])
+    tensors["proj_out.weight"] = tensors.pop(EMBEDDING)
+    write_tensors(triple["primary"], {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, shards=2)
+    notes = [
+        note for note in merge(triple, tmp_path / "out").notes if note.startswith("primary") or " primary " in note
+    ]
+    assert [note.partition(" ")[0] for note in notes if "no shard holds" in note] == []
+    found = read_tensors(tmp_path / "out")
+    found[EMBEDDING] = found.pop("proj_out.weight")
+    same_tensors(found, tmp_path / "expected")
+
+
 def test_an_index_that_lists_an_output_which_is_not_tied_is_refused(sharded: Triple, tmp_path: Path) -> None:
     path = sharded["primary"] / INDEX
     index = json.loads(path.read_text())
