@@ -22,6 +22,7 @@ from hsa.errors import (
     RequestError,
     SourceChanged,
     SourceError,
+    StrictError,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ __all__ = [
     "RequestError",
     "SourceChanged",
     "SourceError",
+    "StrictError",
     "SweepReport",
     "TensorReport",
     "VerifyReport",

@@ -15,9 +15,11 @@ from hsa.checkpoint import INDEX, Role, Sources
 from hsa.compute import Calculator
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
 from hsa.errors import RequestError, SourceError, shown
+from hsa.extent import Extent
 from hsa.findings import Findings
 from hsa.finish import finish
 from hsa.hub import Hub
+from hsa.meaning import of_plan, of_settings, refuse
 from hsa.memory import PeakMemory
 from hsa.output import Staging
 from hsa.output_place import check_destination
@@ -60,6 +62,7 @@ def merge(
     digest: bool = True,
     sync: bool = True,
     overwrite: bool = False,
+    strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint directory.
@@ -88,11 +91,13 @@ def merge(
         digest: record BLAKE3 digests of whole files.
         sync: fsync everything before the output appears.
         overwrite: replace an earlier output.
+        strict: make warnings errors; nothing is written then.
         progress: called now and then with bytes done and bytes in all.
 
     Returns the report, with heads, scores and margins per tensor.
 
-    Raises RequestError, SourceError, MachineError or a subclass (see `hsa.errors`); nothing is left behind then.
+    Raises RequestError, SourceError, StrictError, MachineError or a subclass (see `hsa.errors`); nothing is left behind
+    then.
     Source: SPEC section 1, after Shankar et al., Computer Speech & Language, 2026, 102012.
     """
     config = MergeConfig(
@@ -122,6 +127,7 @@ def merge(
         digest=digest,
         sync=sync,
         overwrite=overwrite,
+        strict=strict,
     )
     return run(request, progress)
 
@@ -136,6 +142,8 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
     with ExitStack() as stack:
         job = _prepare(request, tally, hub, stack)
         found = collect(request, job.sources, job.plan, tally)
+        early = _early(job, found, hub)
+        refuse(early + of_settings(job.plan.targets), strict=request.strict)
         with deferred():  # a directory that was made must be known to the stack that removes it
             staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
         options = Options(request.threads or default_threads(), request.digest, request.sync)
@@ -149,6 +157,8 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
             raise
         job.sources.check_unchanged()
         outcomes = calculator.ordered(job.plan.targets)
+        told = early + report.findings(outcomes)
+        refuse(told, strict=request.strict)
         record = provenance.record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
         small = dict(found.files)
         if job.plan.index is not None:
@@ -157,16 +167,6 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         finish(staging, record, small, weights, digest=request.digest, tally=tally)
         staging.publish()
         memory.sample()
-    told = Findings(
-        (
-            *hub.notes,
-            *job.plan.notes,
-            *found.notes,
-            *(() if request.digest else (report.NO_DIGESTS,)),
-            *staging.notes,
-        ),
-        found.warnings,
-    ) + report.findings(outcomes)
     return MergeReport(
         output=job.destination,
         seconds=time.perf_counter() - started,
@@ -180,7 +180,8 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         route=job.plan.route,
         parameters=request.config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
-        notes=told.notes,
+        extent=Extent.of(outcomes),
+        notes=(*told.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
         warnings=told.warnings,
         unlinked=unlinked(record),
     )
@@ -202,6 +203,8 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
         needed = plan.bytes_to_write + sum(map(len, found.files.values()))
         existing = next(parent for parent in job.destination.parents if parent.exists())
         free = fsio.free_bytes(existing)
+        told = _early(job, found, hub) + of_settings(plan.targets)
+        refuse(told, strict=request.strict)
         short = [f"{needed} bytes are to be written and {free} are free in {existing}"] if free < needed else []
         return PlanReport(
             output=job.destination,
@@ -216,8 +219,8 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
             bytes_fetched=sum(hub.fetched.values()),
             bytes_to_fetch=sum(hub.pending.values()),
             free_bytes=free,
-            notes=(*hub.notes, *plan.notes, *found.notes),
-            warnings=(*found.warnings, *short),
+            notes=told.notes,
+            warnings=(*told.warnings, *short),
         )
 
 
@@ -225,6 +228,11 @@ def collect(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tal
     """The small files of the output, but for index, card and provenance."""
     owner: Role = "base" if request.config.numerics == "reference" else "primary"
     return assets.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
+
+
+def _early(job: _Job, found: assets.Assets, hub: Hub) -> Findings:
+    """What there is to say before the first tensor is read."""
+    return Findings((*hub.notes, *job.plan.notes, *found.notes), found.warnings) + of_plan(job.sources)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from hsa.checkpoint import CONFIG, INDEX, Checkpoint, read_text
 from hsa.checks import merge_config
 from hsa.digests import digest_of
 from hsa.errors import PatchError, RequestError, SourceError, shown
+from hsa.extent import Extent, weights
 from hsa.finish import finish
 from hsa.graft import Grafter
 from hsa.header import load_json
@@ -107,10 +108,18 @@ def apply(
         route="apply",
         parameters=config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
+        extent=_extent(record),
         notes=(*hub.notes, *source.notes, *(() if digest else (NO_DIGESTS,)), *left),
         warnings=contradicting,
         unlinked=unlinked(record),
     )
+
+
+def _extent(record: Record) -> Extent:
+    """How much was merged, as far as a patch tells: it does not hold base."""
+    counts = [(target.coefficient, len(target.selected)) for target in record.targets]
+    heads = sum(target.heads for target in record.targets)
+    return Extent(sum(count for _, count in counts), heads, weights(counts))
 
 
 def apply_to(

@@ -57,6 +57,12 @@ WHOLE_WEIGHTS = (SAFETENSORS.weights, SAFETENSORS.index, PICKLES.weights, PICKLE
 """Files of which one says that a whole model's weights are there, first the ones that are preferred."""
 
 _REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
+_SAYS_NOTHING = re.compile(
+    r"((best|final|last|latest|global)[-_. ]?)?(checkpoints?|ckpts?|epoch|step|model|weights|pytorch_model)"
+    r"([-_. ]?(best|final|last|latest|[0-9]+))?(\.pt)?|"
+    r"(best|final|last|latest|out|outputs?|results?|models|merged|trained|finetuned)(\.pt)?",
+    re.ASCII | re.IGNORECASE,
+)
 _HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?")
 
 
@@ -92,7 +98,7 @@ class Checkpoint:
     A name that transformers would not find is read without what a wrapper added to it: `renamed` maps the canonical
     names of such tensors to their names in the file, while their TensorRef has the name to write.
     `path` is a directory, or OpenAI's file; `config_from` the directory of its `config.json` where that is another one.
-    `notes` say what a user should know of how it was read.
+    `notes` say what a user should know of how it was read; `trained_on` is what an adapter's config calls its base.
     """
 
     role: Role
@@ -107,6 +113,7 @@ class Checkpoint:
     config_from: Path | None = None
     notes: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    trained_on: str | None = None
 
     def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
         """Fill `view` with the tensor's bytes from byte `start` on."""
@@ -264,14 +271,36 @@ def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part 
 
 
 def identify(directory: Path, claimed: str | None) -> Identity:
-    """The identity to record: what is claimed, else the hub snapshot's id, else the directory's own name."""
+    """The identity to record: what is claimed, else the hub snapshot's id, else the directory's own name.
+
+    Where that name says nothing, such as checkpoint-1000, its parent's is added: see `located`.
+    """
     if claimed:
         name, _, revision = claimed.partition("@")
         return Identity(name, revision or None)
     cached = _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:]))
     if cached:
         return Identity(cached["id"].replace("--", "/"), cached["revision"])
-    return Identity(directory.name)
+    return Identity(located(directory) if says_nothing(directory.name) else directory.name)
+
+
+def says_nothing(name: str) -> bool:
+    """Whether a directory or file of this name could be any model: checkpoint-1000, best, final, output, model, ..."""
+    return _SAYS_NOTHING.fullmatch(name) is not None
+
+
+def located(path: Path) -> str:
+    """The name with that of the nearest parent which says something, at most two levels up: `checkpoint-1000 in run-a`.
+
+    A name with spaces is no hub id. The user's home and the root stay out of it.
+    """
+    home = Path(os.path.expanduser("~"))  # not Path.home(), which fails where there is none
+    for parent in path.parents[:2]:
+        if not parent.name or parent == home:
+            break
+        if not says_nothing(parent.name):
+            return f"{path.name} in {parent.name}"
+    return path.name
 
 
 def is_snapshot(directory: Path) -> bool:

@@ -14,6 +14,7 @@ from hsa.digests import digest_of
 from hsa.dtypes import Array, size
 from hsa.errors import NonFiniteError
 from hsa.layout import Computed, Merge, Slice
+from hsa.likeness import Pair, equal_pairs
 from hsa.option_names import option
 from hsa.target import Target
 
@@ -28,11 +29,12 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class TargetOutcome:
-    """A merged target, and the BLAKE3 digest of its bytes in each source."""
+    """A merged target, the BLAKE3 digest of its bytes in each source, and which sources hold the same values in it."""
 
     target: Target
     merged: Merged
     digests: Mapping[Role, str]
+    equal: frozenset[Pair]
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Desk:
             return self._merge_now(targets)
 
     def _merge_now(self, targets: Sequence[Target]) -> list[Computation]:
-        jobs, digests = [], []
+        jobs, digests, equal = [], [], []
         for target in targets:
             job = self._job(target)
             found: dict[Role, str] = {}
@@ -126,14 +128,15 @@ class Desk:
                 found[role] = digest_of(buffer.data)
             jobs.append(job)
             digests.append(found)
+            equal.append(equal_pairs(target, {role: job.source(role) for role in ROLES}))
         try:
             merged = self._worker.merge_all(jobs)
         except NotFinite as error:
             target = targets[error.job]
             refs = {role: target.ref(role) for role in ROLES}
             raise not_finite(error, refs, target.out_code, self._shared.sources, self._shared.numerics) from None
-        for target, result, found in zip(targets, merged, digests, strict=True):
-            self._shared.record(TargetOutcome(target, result, found))
+        for target, result, found, pairs in zip(targets, merged, digests, equal, strict=True):
+            self._shared.record(TargetOutcome(target, result, found, pairs))
         for job in jobs:
             for role in ROLES:
                 if job.source(role) is not job.out:

@@ -1,6 +1,7 @@
 """Every error that hsa raises on purpose.
 
     HsaError                       exit code 2 unless said otherwise
+    ├── StrictError                a warning, which `strict` makes an error
     ├── RequestError               the request is bad: an option, a parameter, a destination
     │   ├── DestinationError       the output may not be written there
     │   └── BackendUnavailable     a backend or device was asked for by name and cannot be had
@@ -40,6 +41,7 @@ __all__ = [
     "RequestError",
     "SourceChanged",
     "SourceError",
+    "StrictError",
     "shown",
 ]
 
@@ -51,6 +53,10 @@ class HsaError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class StrictError(HsaError):
+    """A warning, which `strict` makes an error; nothing was written."""
 
 
 class RequestError(HsaError):

@@ -17,5 +17,10 @@ class Findings:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def once(self) -> Findings:
+        """The same without repetitions."""
+        return Findings(tuple(dict.fromkeys(self.notes)), tuple(dict.fromkeys(self.warnings)))
+
     def __add__(self, other: Findings) -> Findings:
         return Findings((*self.notes, *other.notes), (*self.warnings, *other.warnings))

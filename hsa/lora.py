@@ -181,12 +181,14 @@ def open_adapter(
     name = next((name for name in WEIGHTS if os.path.lexists(directory / name)), None)
     if name is None:
         raise SourceError(f"{where} holds an adapter's config and no weights; looked for {' and '.join(WEIGHTS)}")
+    trained_on = config.get("base_model_name_or_path")
     result: Adapted | Folded
     fields: dict[str, Any] = {
         "kind": "adapter",
         "config_from": base.config_from or base.path,
         "tensors": base.tensors,
         "base": base,
+        "trained_on": trained_on if isinstance(trained_on, str) else None,
     }
     identity = identify(directory, claimed)
     if beyond is None:

@@ -15,9 +15,11 @@ from hsa.checkpoint import Role, Sources
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.digests import digest_of
 from hsa.errors import DestinationError, HsaError, RequestError
+from hsa.extent import Extent
 from hsa.findings import Findings
 from hsa.header import read_header
 from hsa.hub import Hub
+from hsa.meaning import of_plan, of_settings, refuse
 from hsa.memory import PeakMemory
 from hsa.option_names import option
 from hsa.output_place import refuse_enclosed, relation
@@ -54,6 +56,7 @@ def merge_patch(
     card: Mapping[str, str] | None = None,
     sync: bool = True,
     overwrite: bool = False,
+    strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Merge as `hsa.merge` does, and write the merged rows alone: a patch, from which `hsa.apply` makes the output.
@@ -78,6 +81,7 @@ def merge_patch(
         card=card,
         sync=sync,
         overwrite=overwrite,
+        strict=strict,
     )
     return run_patch(request, progress)
 
@@ -90,6 +94,8 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
     with ExitStack() as stack:
         opened = open_for_patches([request.config], request, tally, hub, stack)
         sources = opened.sources
+        early = Findings((*hub.notes, *opened.found.notes), opened.found.warnings)
+        refuse(early + of_settings(find_targets(request.config, sources)), strict=request.strict)
         destination = check_patch_destination(
             request.output, [source.path for source in sources], overwrite=request.overwrite
         )
@@ -99,10 +105,11 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         threads = request.threads or default_threads()
         (made,) = make_patches([point], sources, opened.settings, opened.files, bench, threads, tally, memory, progress)
         sources.check_unchanged()
+        told = early + findings(made.outcomes)
+        refuse(told, strict=request.strict)
         check_patch_destination(destination, (), overwrite=request.overwrite)
         bench.publish_file(point.name, destination)
         memory.sample()
-    told = Findings((*hub.notes, *opened.notes), opened.warnings) + findings(made.outcomes)
     return MergeReport(
         output=destination,
         seconds=time.perf_counter() - started,
@@ -116,6 +123,7 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         route="patch file",
         parameters=request.config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in recorded(made).targets},
+        extent=Extent.of(made.outcomes),
         notes=told.notes,
         warnings=told.warnings,
     )
@@ -129,14 +137,13 @@ def recorded(made: Made) -> Record:
 
 @dataclass(frozen=True)
 class Opened:
-    """Sources open for patches, what a provenance says beside a merge's own parameters, and the small files that a
-    merge writes, with their digests."""
+    """Sources open for patches, what a provenance says beside a merge's own parameters, the small files that a merge
+    writes, and what there is to say of all this."""
 
     sources: Sources
     settings: Mapping[str, Any]
     small: Mapping[str, bytes]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    found: Findings
 
     @property
     def files(self) -> dict[str, str]:
@@ -169,7 +176,8 @@ def open_for_patches(
     _check(configs, sources)
     found_assets = assets.collect(sources, "primary", request.assets_from, None, tally)
     notes = (*(note for source in sources for note in source.notes), *found_assets.notes)
-    return Opened(sources, request.settings("cpu"), found_assets.files, notes, found_assets.warnings)
+    told = Findings(notes, found_assets.warnings) + of_plan(sources)
+    return Opened(sources, request.settings("cpu"), found_assets.files, told)
 
 
 def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:

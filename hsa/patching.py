@@ -25,6 +25,7 @@ from hsa.digests import digest_of
 from hsa.distances import Distances
 from hsa.dtypes import BITS, Array
 from hsa.errors import RequestError
+from hsa.likeness import equal_pairs
 from hsa.memory import PeakMemory
 from hsa.option_names import option
 from hsa.pages import allocate
@@ -289,6 +290,7 @@ class _Run:
             self.sources.of(role).read_into(target.ref(role), data[role].data)
             digests[role] = digest_of(data[role].data)
         arrays = data["base"], data["primary"], data["secondary"]
+        equal = equal_pairs(target, data)
         try:
             scored = worker.score(target, *arrays)
             self.norms[target.projection.name] = worker.norms(target, data["primary"], data["secondary"])
@@ -309,7 +311,7 @@ class _Run:
             refs = {role: target.ref(role) for role in ROLES}
             raise not_finite(error, refs, target.out_code, self.sources, "exact") from None
         for file, each in job.targets:
-            file.outcomes[each.primary.name] = TargetOutcome(each, merged[id(file)], digests)
+            file.outcomes[each.primary.name] = TargetOutcome(each, merged[id(file)], digests, equal)
         for array in arrays:
             self.calculator.give_back(array)
 

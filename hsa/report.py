@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hsa import meaning
 from hsa.compute import TargetOutcome
+from hsa.config import MergeConfig
+from hsa.extent import Extent, more, planned, weights_dict, weights_text
 from hsa.findings import Findings
 from hsa.provenance import TargetRecord
 from hsa.target import TIE_RISK, Target
@@ -22,7 +25,7 @@ NO_DIGESTS = (
 class TensorReport:
     """One merged tensor: stack and layer, the heads selected, every head's score, and the margin of the cut.
 
-    `scores` are L2 norms (not squared), one per head. `margin` is None where nothing or everything is kept.
+    `scores` are L2 norms (not squared), one per head. `margin` is None where no head or every head is selected.
     """
 
     name: str
@@ -62,7 +65,8 @@ class MergeReport:
     Sizes are bytes, `seconds` wall time. `bytes_read_by_source` splits `bytes_read` by role: of base and secondary only
     headers, configs and targets are read where nothing else is needed. `bytes_fetched` came from the Hub: bytes of
     files that were received now, 0 for local sources and for what the caches hold. `tensors` is keyed by tensor name as
-    primary stores it. `unlinked` are the sources that the card does not link to the Hub, for want of a hub id.
+    primary stores it. `extent` says how much was merged, and how the task vectors lie. `unlinked` are the sources that
+    the card does not link to the Hub, for want of a hub id.
     """
 
     output: Path
@@ -77,6 +81,7 @@ class MergeReport:
     route: str
     parameters: Mapping[str, Any]
     tensors: Mapping[str, TensorReport]
+    extent: Extent
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     unlinked: tuple[str, ...] = ()
@@ -84,6 +89,11 @@ class MergeReport:
     @property
     def selected_heads(self) -> int:
         return sum(len(tensor.selected) for tensor in self.tensors.values())
+
+    @property
+    def hint(self) -> str | None:
+        """With HSA's defaults: what would merge more."""
+        return more(MergeConfig.from_dict(self.parameters), self.extent.weights)
 
     @property
     def total_heads(self) -> int:
@@ -114,6 +124,8 @@ class MergeReport:
             "total_heads": self.total_heads,
             "min_margin": narrowest.margin if narrowest else None,
             "min_margin_tensor": narrowest.name if narrowest else None,
+            **self.extent.as_dict(),
+            "hint": self.hint,
             "parameters": dict(self.parameters),
             "notes": list(self.notes),
             "warnings": list(self.warnings),
@@ -144,6 +156,25 @@ class PlanReport:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    @property
+    def heads_to_merge(self) -> int:
+        """How many heads will be merged where none tie at the cut."""
+        return sum(target.keep for target in self.targets)
+
+    @property
+    def total_heads(self) -> int:
+        return sum(target.heads for target in self.targets)
+
+    @property
+    def text(self) -> str:
+        """How much will be merged, in one line for people."""
+        return weights_text(planned(self.targets), self.heads_to_merge, self.total_heads)
+
+    @property
+    def hint(self) -> str | None:
+        """With HSA's defaults: what would merge more."""
+        return more(MergeConfig.from_dict(self.parameters), planned(self.targets))
+
     def as_dict(self) -> dict[str, Any]:
         """What `hsa merge --dry-run --json` prints."""
         return {
@@ -153,7 +184,10 @@ class PlanReport:
             "backend": self.backend,
             "device": self.device,
             "target_tensors": len(self.targets),
-            "total_heads": sum(target.heads for target in self.targets),
+            "heads_to_merge": self.heads_to_merge,
+            "total_heads": self.total_heads,
+            "secondary_weight": weights_dict(planned(self.targets)),
+            "hint": self.hint,
             "targets": {t.primary.name: {"heads": t.heads, "keep": t.keep} for t in self.targets},
             "files": dict(self.files),
             "bytes_to_read": self.bytes_to_read,
@@ -169,16 +203,12 @@ class PlanReport:
 
 def findings(outcomes: Sequence[TargetOutcome]) -> Findings:
     """Notes and warnings that only the finished computation can give."""
+    return meaning.of_values(outcomes) + meaning.of_change(outcomes) + of_cuts(outcomes)
+
+
+def of_cuts(outcomes: Sequence[TargetOutcome]) -> Findings:
+    """Narrow margins and ties between the heads that are merged and those that are not."""
     notes, warnings = [], []
-    for role, moved in (
-        ("primary", any(outcome.merged.primary_moved for outcome in outcomes)),
-        ("secondary", any(outcome.merged.secondary_moved for outcome in outcomes)),
-    ):
-        if not moved:
-            warnings.append(
-                f"base and {role} are equal on all {len(outcomes)} target tensors: is --{role} really a fine-tune, "
-                f"and of this base?"
-            )
     close = [o for o in outcomes if o.merged.selection.margin is not None and o.merged.selection.margin < TIE_RISK]
     if close:
         warnings.append(

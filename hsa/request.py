@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from hsa.card import check_fields
-from hsa.checkpoint import ROLES, Checkpoint, Role, Sources, is_hub_id
+from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, is_hub_id, located
 from hsa.config import MergeConfig
 from hsa.errors import RequestError, shown
 from hsa.fsio import Tally
@@ -39,6 +39,7 @@ class Request:
     digest: bool = True
     sync: bool = True
     overwrite: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self.assets_from, self.max_shard_size, self.card)
@@ -100,7 +101,21 @@ def open_sources(
         return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
 
     base = opened("base")
-    return Sources(base, opened("primary", base), opened("secondary", base))
+    sources = Sources(base, opened("primary", base), opened("secondary", base))
+    _tell_apart([source for source in sources if not ids.get(source.role)])
+    return sources
+
+
+def _tell_apart(sources: Sequence[Checkpoint]) -> None:
+    """Add the parent's name to those of different directories that have one name, which a card could not tell apart."""
+    shared = [
+        source
+        for source in sources
+        if any(source.path != other.path and source.identity == other.identity for other in sources)
+    ]
+    for source in shared:
+        if source.identity == Identity(source.path.name):
+            source.identity = Identity(located(source.path))
 
 
 def has_hub_ids(request: Request) -> bool:

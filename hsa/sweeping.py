@@ -14,10 +14,14 @@ from typing import Any
 from hsa import fsio, grid, sweep_index
 from hsa.applying import apply_to
 from hsa.checkpoint import Role
+from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, Preset
 from hsa.errors import MachineError, RequestError, shown
+from hsa.extent import Extent
+from hsa.findings import Findings
 from hsa.grid import GridPoint
 from hsa.hub import Hub
+from hsa.meaning import of_change, of_values, refuse
 from hsa.memory import PeakMemory
 from hsa.option_names import carried, option
 from hsa.patch_reader import open_patch
@@ -25,7 +29,7 @@ from hsa.patches import SUFFIX, open_for_patches
 from hsa.patching import Point, expected_bytes, make_patches
 from hsa.pipeline import Options
 from hsa.provenance import load, source_record
-from hsa.report import NO_DIGESTS, findings
+from hsa.report import NO_DIGESTS, of_cuts
 from hsa.request import PathLike, Request
 from hsa.signals import deferred
 from hsa.sweep_index import Entry
@@ -43,7 +47,8 @@ SPARE_FILES = 64
 @dataclass(frozen=True)
 class SweepReport:
     """A finished sweep. Sizes are bytes, `seconds` wall time; `made` and `skipped` are names of points, `entries` those
-    of the index, which also lists points of earlier sweeps to the same directory."""
+    of the index, which also lists points of earlier sweeps to the same directory. `extents` say how much each point
+    that was made merges."""
 
     output: Path
     seconds: float
@@ -55,6 +60,7 @@ class SweepReport:
     made: tuple[str, ...]
     skipped: tuple[str, ...]
     entries: tuple[Entry, ...]
+    extents: Mapping[str, Extent]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -71,6 +77,7 @@ class SweepReport:
             "made": list(self.made),
             "skipped": list(self.skipped),
             "points": [entry.as_dict() for entry in self.entries],
+            "extents": {name: extent.as_dict() for name, extent in self.extents.items()},
             "notes": list(self.notes),
             "warnings": list(self.warnings),
         }
@@ -101,6 +108,7 @@ def sweep(
     digest: bool = True,
     sync: bool = True,
     overwrite: bool = False,
+    strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> SweepReport:
     """Merge with every combination of the given parameters, reading the targets of the three sources once.
@@ -114,6 +122,7 @@ def sweep(
             written at a time, 1 unless told and at most as many as there are threads.
         digest: for checkpoints, record digests of whole files.
         overwrite: make points anew that stand there and were made otherwise.
+        strict: make warnings errors; no point of the pass in which there are any is written then.
         The others are those of `hsa.merge`.
 
     Raises what `hsa.merge` raises. Points that were finished before an error stay.
@@ -133,6 +142,7 @@ def sweep(
         digest=digest,
         sync=sync,
         overwrite=overwrite,
+        strict=strict,
     )
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or not 1 <= jobs <= PASS_POINTS):
         raise RequestError(f"{option('jobs')} must be a whole number from 1 to {PASS_POINTS}, got {shown(jobs)}")
@@ -140,6 +150,7 @@ def sweep(
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         opened = open_for_patches(list(configs.values()), request, tally, hub, stack, rows_only=not full)
+        refuse(opened.found, strict=strict)
         directory = check_directory(request, opened.sources)
         with deferred():
             bench = stack.enter_context(Workbench(directory / BENCH, directory, sync=sync))
@@ -158,8 +169,15 @@ def sweep(
         made=tuple(point.name for point in points if point in run.made),
         skipped=tuple(run.skipped),
         entries=tuple(sorted(run.entries.values(), key=lambda entry: entry.order)),
-        notes=(*hub.notes, *opened.notes, *standing.notes, *run.notes, *((NO_DIGESTS,) if full and not digest else ())),
-        warnings=(*opened.warnings, *run.warnings),
+        extents={point.name: run.extents[point.name] for point in points if point in run.made},
+        notes=(
+            *hub.notes,
+            *opened.found.notes,
+            *standing.notes,
+            *run.found.notes,
+            *((NO_DIGESTS,) if full and not digest else ()),
+        ),
+        warnings=(*opened.found.warnings, *run.found.warnings),
     )
 
 
@@ -182,8 +200,8 @@ class _Sweep:
         self.size = min(PASS_POINTS, _open_files() // 2) if full else min(jobs or PASS_POINTS, _open_files() // 2)
         self.made: set[GridPoint] = set()
         self.skipped: list[str] = []
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
+        self.found = Findings()
+        self.extents: dict[str, Extent] = {}
         self.entries: dict[str, Entry] = {}
         self._listing = threading.Lock()
 
@@ -217,10 +235,9 @@ class _Sweep:
             progress,
         )
         sources.check_unchanged()
-        for found in made:
-            told = findings(found.outcomes)
-            for said, texts in ((self.notes, told.notes), (self.warnings, told.warnings)):
-                said += [text for text in texts if text not in said]
+        self.extents |= {point.name: Extent.of(found.outcomes) for point, found in zip(points, made, strict=True)}
+        self.found = (self.found + _told(points, [found.outcomes for found in made])).once
+        refuse(self.found, strict=self.request.strict)
         if self.jobs > 1:
             with ThreadPoolExecutor(self.jobs) as pool:
                 try:
@@ -253,7 +270,7 @@ class _Sweep:
         with self._listing:
             self.entries[entry.place] = entry
             self.made.add(point)
-            self.notes += left
+            self.found += Findings(tuple(left))
 
     def _write_index(self) -> None:
         sources = {source.role: source_record(source, "") for source in self.opened.sources}
@@ -277,6 +294,20 @@ class _Sweep:
                 f"{len(points)} points need {needed} bytes and {free} are free in {self.directory}; free some space, "
                 f"or choose another output"
             )
+
+
+def _told(points: Sequence[GridPoint], outcomes: Sequence[Sequence[TargetOutcome]]) -> Findings:
+    """What there is to say of the points of one pass."""
+    found = Findings()
+    still = []
+    for point, merged in zip(points, outcomes, strict=True):
+        found += of_values(merged) + of_cuts(merged)
+        if (change := of_change(merged)).warnings:
+            still.append(f"{point.name}: {change.warnings[0]}")
+    if still:
+        more = f" (and so do {len(still) - 1} more points)" if len(still) > 1 else ""
+        found += Findings(warnings=(f"{still[0]}{more}",))
+    return found.once
 
 
 def _open_files() -> int:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from hsa import api, provenance, tree_index
 from hsa.checkpoint import ROLES
-from hsa.errors import HsaError, MachineError, RequestError
+from hsa.errors import HsaError, MachineError, RequestError, StrictError
 from hsa.option_names import as_keys, option, spelled
 from hsa.provenance_file import PROVENANCE
 from hsa.recipe import INDEX, KEYS
@@ -43,7 +43,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 @dataclass(frozen=True)
 class EntryReport:
     """What became of an entry; `problem` says why it failed, `merge` is the report of one that was built, and
-    `notes` are of one that was verified."""
+    `notes` are of one that was verified. `exit_code` is 2 where only `strict` refused it, and 1 for other failures."""
 
     path: str
     result: Literal["built", "verified", "failed"]
@@ -52,6 +52,7 @@ class EntryReport:
     bytes_read: int = 0
     peak_memory_bytes: int = 0
     notes: tuple[str, ...] = ()
+    exit_code: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -83,6 +84,12 @@ class ReleaseReport:
     def ok(self) -> bool:
         return not self.failed and self.index_problem is None
 
+    @property
+    def exit_code(self) -> int:
+        """What the command line returns: 2 where warnings that `strict` made errors are all that went wrong."""
+        codes = [entry.exit_code for entry in self.failed] + ([1] if self.index_problem is not None else [])
+        return min(codes, default=0)
+
     def count(self, result: str) -> int:
         return sum(entry.result == result for entry in self.entries)
 
@@ -112,6 +119,7 @@ def release(
     output: PathLike,
     *,
     overwrite: bool = False,
+    strict: bool = False,
     threads: int | None = None,
     backend: str = "auto",
     device: str = "auto",
@@ -125,6 +133,8 @@ def release(
         recipe: a YAML file; see `hsa.recipe` and the README.
         output: the directory of the tree, new or of an earlier run. What the recipe does not name is left alone.
         overwrite: build entries anew that differ from the recipe or are damaged; without it they are failures.
+        strict: make warnings errors. What headers tell stops the release; an entry whose merge warns is not written,
+            and is a failure.
         threads, backend, device, sync: as for `hsa.merge`, for every entry.
         progress: called now and then with an entry's path, bytes done and bytes in all.
         watch: called with what became of each entry.
@@ -133,7 +143,8 @@ def release(
     MachineError before anything is written: for a bad recipe, merges that cannot be done, a disk too small.
     """
     started = time.perf_counter()
-    planned = plan(recipe, output, overwrite=overwrite, threads=threads, backend=backend, device=device, sync=sync)
+    how: dict[str, Any] = {"threads": threads, "backend": backend, "device": device, "sync": sync}
+    planned = plan(recipe, output, overwrite=overwrite, strict=strict, **how)
     if planned.short:
         raise MachineError(f"{planned.short[0]}; nothing was written: free some space, or choose another tree")
     reports, rows = [], []
@@ -172,7 +183,8 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
         reason = out_of_memory() if isinstance(error, MemoryError) else str(error)
         if standing == "missing":
             standing = _look_again(planned)
-        return EntryReport(path, "failed", reason, None, read, peak), _row(planned, standing)
+        code = 2 if isinstance(error, StrictError) else 1
+        return EntryReport(path, "failed", reason, None, read, peak, exit_code=code), _row(planned, standing)
     report = EntryReport(path, "built", None, made, read + made.bytes_read, max(peak, made.peak_memory_bytes))
     return report, _row(planned, "complete")
 

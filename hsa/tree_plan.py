@@ -107,6 +107,7 @@ def plan(
     output: PathLike,
     *,
     overwrite: bool = False,
+    strict: bool = False,
     threads: int | None = None,
     backend: str = "auto",
     device: str = "auto",
@@ -117,7 +118,7 @@ def plan(
     Raises RequestError for a bad recipe, or naming every merge that cannot be done (MachineError where the machine or
     the network is to blame for all of them).
     """
-    how = {"threads": threads, "backend": backend, "device": device, "sync": sync}
+    how = {"threads": threads, "backend": backend, "device": device, "sync": sync, "strict": strict}
     found = load(recipe)
     tree = check_tree(output, ())
     tree_index.check_place(tree)

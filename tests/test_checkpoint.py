@@ -135,13 +135,14 @@ def test_a_link_to_the_directory_and_links_within_it_are_followed(sharded: Path,
 @pytest.mark.parametrize(
     ("directory", "claimed", "identity"),
     [
-        ("/a/b/model", None, Identity("model")),
+        ("/a/b/tuned", None, Identity("tuned")),
+        ("/a/b/model", None, Identity("model in b")),
         ("/a/b/model", "org/name", Identity("org/name")),
         ("/a/b/model", "org/name@v1.0", Identity("org/name", "v1.0")),
         ("/hub/models--org--name/snapshots/0123abcd", None, Identity("org/name", "0123abcd")),
         ("/hub/models--org--name/snapshots/0123abcd", "other", Identity("other")),
         ("/hub/models--gpt2/snapshots/main", None, Identity("gpt2", "main")),
-        ("/snapshots/model", None, Identity("model")),
+        ("/snapshots/tuned", None, Identity("tuned")),
     ],
 )
 def test_identity(directory: str, claimed: str | None, identity: Identity) -> None:

@@ -47,6 +47,7 @@ def merge(
     no_hash: options.NoHash = False,
     no_sync: options.NoSync = False,
     overwrite: options.Overwrite = False,
+    strict: options.Strict = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -92,6 +93,7 @@ def merge(
         digest=not no_hash,
         sync=not no_sync,
         overwrite=overwrite,
+        strict=strict,
     )
     if dry_run:
         plan = api.dry_run(request)
@@ -104,13 +106,13 @@ def merge(
 
 
 def _describe_plan(plan: PlanReport) -> str:
-    heads = sum(target.heads for target in plan.targets)
-    kept = sum(target.keep for target in plan.targets)
     names = f"{plan.targets[0].primary.name} ... {plan.targets[-1].primary.name}"
     lines = [
         f"{plan.output} (dry run: nothing was written)",
         f"  route   {plan.route}, backend {plan.backend}",
-        f"  targets {len(plan.targets)} tensors, {kept} of {heads} heads to merge: {names}",
+        f"  targets {len(plan.targets)} tensors, {plan.heads_to_merge} of {plan.total_heads} heads to merge: {names}",
+        f"  extent  {plan.text}",
+        *([f"          {plan.hint}"] if plan.hint else []),
         *([f"  fetch   {size_text(plan.bytes_to_fetch)} of weights from the Hub"] if plan.bytes_to_fetch else []),
         f"  read    {size_text(plan.bytes_to_read)}",
         f"  write   {size_text(plan.bytes_to_write)}, {size_text(plan.free_bytes)} free",

@@ -38,6 +38,7 @@ Card = Annotated[list[str] | None, typer.Option(metavar="FIELD=VALUE", help="Mod
 NoHash = Annotated[bool, typer.Option("--no-hash", help="Leave out digests of whole files.")]
 NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Make warnings errors: nothing is written then.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors alone.")]

@@ -29,6 +29,7 @@ def release(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Build anew what differs from the recipe or is damaged.")
     ] = False,
+    strict: options.Strict = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -37,7 +38,14 @@ def release(
     """Build TREE/<group>/<name> for each merge of a recipe, and an index; what stands already is verified."""
     from hsa import tree
 
-    how = {"backend": backend, "device": device, "threads": threads, "sync": not no_sync, "overwrite": overwrite}
+    how = {
+        "backend": backend,
+        "device": device,
+        "threads": threads,
+        "sync": not no_sync,
+        "overwrite": overwrite,
+        "strict": strict,
+    }
     if dry_run:
         plan = tree.plan(recipe, output, **how)  # type: ignore[arg-type]
         show.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
@@ -53,7 +61,7 @@ def release(
         quiet,
         done=f"the tree {report.tree} is whole" if report.ok else "",
     )
-    return 0 if report.ok else 1
+    return report.exit_code
 
 
 class _Screen:
@@ -100,7 +108,7 @@ def _result(entry: EntryReport) -> str:
     merge = entry.merge
     return (
         f"built, {merge.selected_heads} of {merge.total_heads} heads merged, {size_text(merge.bytes_written)} written "
-        f"in {merge.seconds:.2f} s"
+        f"in {merge.seconds:.2f} s; {merge.extent.text}"
     )
 
 
@@ -128,9 +136,7 @@ def _describe_plan(plan: ReleasePlan) -> str:
             remedy = f"; {planned.remedy}" if planned.remedy else ""
             lines.append(f"    why     {planned.why}{remedy}")
         if planned.action in ("build", "rebuild"):
-            kept = sum(target.keep for target in seen.targets)
-            heads = sum(target.heads for target in seen.targets)
-            lines.append(f"    merge   {kept} of {heads} heads in {len(seen.targets)} tensors, {seen.route} route")
+            lines.append(f"    merge   {seen.text}, in {len(seen.targets)} tensors, {seen.route} route")
             lines.append(f"    write   {size_text(seen.bytes_to_write)}")
             if seen.bytes_to_fetch:
                 lines.append(f"    fetch   {size_text(seen.bytes_to_fetch)} of weights from the Hub")

@@ -16,9 +16,10 @@ from hsa.backends.cpu import CpuWorker
 from hsa.checkpoint import CONFIG, ROLES, Checkpoint, Identity, Role, Sources, TensorRef
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, Preset
-from hsa.dtypes import NAMES, size
+from hsa.dtypes import NAMES, Array, size
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
 from hsa.fsio import Tally
+from hsa.likeness import equal_pairs
 from hsa.option_names import as_keys, spelled
 from hsa.plan import make_target
 
@@ -177,12 +178,12 @@ class Merging:
         shapes = {source.role: whisper.architecture(source.config, source.role) for source in sources}
         target = make_target(projection, config, sources, shapes)
         out = torch.empty_like(held["primary"])
-        base_bytes, primary_bytes, secondary_bytes = (bytes_of(held[role]) for role in ROLES)
+        raw: dict[Role, Array] = {role: bytes_of(held[role]) for role in ROLES}
         try:
-            merged = CpuWorker().merge(target, base_bytes, primary_bytes, secondary_bytes, bytes_of(out))
+            merged = CpuWorker().merge(target, raw["base"], raw["primary"], raw["secondary"], bytes_of(out))
         except NotFinite as error:
             raise _not_finite(error, name, sources, target.out_code) from None
-        self.outcomes.append(TargetOutcome(target, merged, {}))
+        self.outcomes.append(TargetOutcome(target, merged, {}, equal_pairs(target, raw)))
         return out.to(primary.device)
 
 
