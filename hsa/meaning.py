@@ -85,13 +85,13 @@ def refuse(found: Findings, *, strict: bool) -> None:
 
 
 def _equal(outcomes: Sequence[TargetOutcome]) -> list[Pair]:
-    """The pairs of sources that hold the same values in every target."""
-    still: list[Pair] = []
-    if not any(outcome.merged.primary_moved for outcome in outcomes):
-        still.append(("base", "primary"))
-    if not any(outcome.merged.secondary_moved for outcome in outcomes):
-        still.append(("base", "secondary"))
-    return [pair for pair in PAIRS if pair in still or all(pair in outcome.equal for outcome in outcomes)]
+    """The pairs of sources that hold the same values in every target; of three equal ones, base and each other."""
+    still = {
+        ("base", "primary"): not any(outcome.merged.primary_moved for outcome in outcomes),
+        ("base", "secondary"): not any(outcome.merged.secondary_moved for outcome in outcomes),
+    }
+    found = [pair for pair in PAIRS if still.get(pair) or all(pair in outcome.equal for outcome in outcomes)]
+    return found if len(found) < len(PAIRS) else found[:2]
 
 
 def _twice(pair: Pair, count: int) -> str:

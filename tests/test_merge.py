@@ -605,10 +605,10 @@ def test_a_margin_below_the_tie_risk_warns(triple: Triple, tmp_path: Path) -> No
     assert report.tensors[name].selected == (0, 2)
     assert 0 < report.as_dict()["min_margin"] < 1e-5
     assert report.as_dict()["min_margin_tensor"] == name
-    (warning,) = report.warnings
-    assert "margin" in warning and name in warning and warning.startswith("1 ")
+    (warning,) = (warning for warning in report.warnings if "margin" in warning)
+    assert name in warning and warning.startswith("1 ")
     strong_heads(triple, [3.0, 1.0, 1.0 + 1e-4, 0.5])
-    assert merge(triple, tmp_path / "clear", k=0.5).warnings == ()
+    assert not any("margin" in warning for warning in merge(triple, tmp_path / "clear", k=0.5).warnings)
 
 
 def test_ties_at_the_cut_are_noted(triple: Triple, tmp_path: Path) -> None:
