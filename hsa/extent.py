@@ -112,10 +112,10 @@ def more(config: MergeConfig, found: Weights | None) -> str | None:
         return None
     assert isinstance(defaults.lam, float) and isinstance(defaults.alpha, float)
     lower = math.log(0.1) / math.log(defaults.lam)
+    alpha, lam = (_range(_powers(found, exponent)) for exponent in (1.0 / defaults.alpha, lower))
     return (
-        f"these are HSA's careful defaults; {option('alpha', 1)} (secondary weighs "
-        f"{_range(_powers(found, 1 / defaults.alpha))} %), {option('lam', 0.1)} ({_range(_powers(found, lower))} %) or a "
-        f"larger {option('k')} merges more"
+        f"these are HSA's careful defaults; {option('alpha', 1)} (secondary weighs {alpha} %), {option('lam', 0.1)} "
+        f"({lam} %) or a larger {option('k')} merges more"
     )
 
 

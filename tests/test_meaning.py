@@ -145,7 +145,7 @@ def test_the_same_model_in_other_files_is_told(shared_triple: Triple, tmp_path: 
     """Digests are of tensors, so shards and formats make no difference."""
     shutil.copytree(shared_triple["primary"], tmp_path / "sharded")
     write_tensors(tmp_path / "sharded", read_tensors(shared_triple["primary"]), shards=3)
-    write_openai(shared_triple["primary"], tmp_path / "same.pt")
+    write_openai(tmp_path / "same.pt", shared_triple["primary"])
     for number, copy in enumerate((tmp_path / "sharded", tmp_path / "same.pt")):
         found = warnings_of({**shared_triple, "secondary": copy}, tmp_path / str(number))
         assert re.search(f"^primary and secondary are {TWICE}", found), found
