@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from hsa import whisper
-from hsa.checkpoint import Checkpoint, TensorRef
+from hsa.checkpoint import ADAPTER_CONFIG, Checkpoint, TensorRef
 from hsa.dtypes import CODES
 from hsa.errors import MismatchError, RequestError, SourceError
+
+TIED = (
+    "Base ties its output projection to the embedding, so that a change of one alone has no place in it; train the "
+    "adapter without it, or give a base with tie_word_embeddings false and a proj_out.weight of its own"
+)
 
 INSTALL = 'pip install "hsa-merge[integrations]"'
 
@@ -72,6 +77,8 @@ class Folded(Checkpoint):
         for name, tensor in state.items():
             ref = self.base.tensors.get(name)
             found = (CODES.get(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
+            if ref is None and name == whisper.UNTIED_OUTPUT:
+                raise MismatchError(f"{where}: with peft's folding {name} is a tensor of its own. {TIED}")
             if ref is None or found != (ref.code, ref.shape):
                 expected = "nothing" if ref is None else f"{list(ref.shape)} of {ref.code}"
                 raise MismatchError(
@@ -100,6 +107,8 @@ class Folded(Checkpoint):
                 adapted = peft.PeftModel.from_pretrained(
                     model, str(self.path), autocast_adapter_dtype=False, local_files_only=True
                 )
+                placed = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+                anywhere = set(adapted.state_dict())
                 state: Mapping[str, Any] = adapted.merge_and_unload(safe_merge=True).state_dict()
             except Exception as error:  # whatever three libraries raise about files that do not fit
                 text = " ".join(str(error).split())
@@ -107,7 +116,22 @@ class Folded(Checkpoint):
                     f"{self.role}: {self.path} could not be folded into base {self.base.path} by peft "
                     f"({type(error).__name__}: {text:.300}); base must be there whole, as a directory"
                 ) from error
+        self._check_placed(placed, anywhere)
         return state
+
+    def _check_placed(self, placed: Collection[str], anywhere: Collection[str]) -> None:
+        """MismatchError unless the adapter's file holds what the adapted model needs, `placed`, and nothing that has no
+        place in it. peft leaves what it does not find as it was, and what it cannot place aside."""
+        held = {entry.name for entry in self.shards[0].header.entries}
+        missing, unplaced = sorted(set(placed) - held), sorted(held - set(placed) - set(anywhere))
+        if missing or unplaced:
+            what = (
+                f"lacks tensor {missing[0]}" if missing else f"holds tensor {unplaced[0]}, for which there is no place"
+            )
+            raise MismatchError(
+                f"{self.role}: {self.path / self.shards[0].name} {what}, by its {ADAPTER_CONFIG}; give the "
+                f"{ADAPTER_CONFIG} that was saved with these weights"
+            )
 
 
 @contextmanager

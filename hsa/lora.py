@@ -1,9 +1,11 @@
 """A LoRA adapter as peft saves it, on top of base: a checkpoint whose adapted weights are computed as they are read.
 
 An adapted weight is `W + scale * (B @ A)`, with `W` base's weight [d_out, d_in], `A` [r, d_in] and `B` [d_out, r] the
-adapter's, and `scale` lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`). The product is summed over the ranks in
-order, in float32, one operation at a time, and the sum with `W` is rounded once to base's dtype. So an element depends
-on nothing but its own inputs: not on the range that is read, nor on the number of threads, as it would with BLAS.
+adapter's, and `scale` lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`). Of a convolution they are [d_out, d_in,
+width], [r, d_in, width] and [d_out, r, 1], and are taken as matrices of d_in * width columns, as in peft's Conv1d. The
+product is summed over the ranks in order, in float32, one operation at a time, and the sum with `W` is rounded once to
+base's dtype. So an element depends on nothing but its own inputs: not on the range that is read, nor on the number of
+threads, as it would with BLAS.
 
 Source: Hu et al., LoRA, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski, arXiv 2312.03732.
 """
@@ -26,6 +28,7 @@ from hsa.checkpoint import (
     WHOLE_WEIGHTS,
     Checkpoint,
     Role,
+    Shard,
     TensorRef,
     identify,
     open_shard,
@@ -33,7 +36,7 @@ from hsa.checkpoint import (
 )
 from hsa.dtypes import ARITHMETIC, STORAGE, Array, Float32, all_finite, narrow, size, widen
 from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError, shown
-from hsa.folded import Folded, require_peft
+from hsa.folded import TIED, Folded, require_peft
 from hsa.fsio import Tally
 from hsa.header import load_json
 
@@ -46,7 +49,12 @@ MAX_ALPHA = float(np.finfo(np.float32).max)
 
 FOLD_FIRST = "fold it into its base with peft first (PeftModel.merge_and_unload, then save_pretrained) and give that"
 
+_PREFIX = "base_model.model."
 _PAIR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>A|B)\.weight")
+_LORA = re.compile(
+    r"(?P<module>.+)\.(lora_[AB](\.(?P<adapter>[^.]+))?\.weight|lora_embedding_[AB](\.(?P<embedding_adapter>[^.]+))?)"
+)
+"""A tensor of LoRA, with the adapter's name in it where it is not as peft saves it."""
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
@@ -101,7 +109,7 @@ class Adapted(Checkpoint):
         if pair is None:
             self.base.read_into(tensor, view, start)
             return
-        columns = tensor.shape[1]
+        columns = math.prod(tensor.shape[1:])
         width = columns * size(tensor.code)
         down = self._matrix(pair[0], 0, pair[0].shape[0])
         step = max(1, BLOCK_ELEMENTS // columns)
@@ -133,7 +141,7 @@ class Adapted(Checkpoint):
 
     def _fold(self, tensor: TensorRef, first: int, last: int, down: Float32, up: Float32) -> Array:
         """The bytes of rows `first` to `last` of an adapted weight, one-dimensional uint8."""
-        columns = tensor.shape[1]
+        columns = math.prod(tensor.shape[1:])
         width = columns * size(tensor.code)
         out = np.empty((last - first) * width, np.uint8)
         self.base.read_into(tensor, out.data, first * width)
@@ -149,7 +157,7 @@ class Adapted(Checkpoint):
 
     def _matrix(self, ref: TensorRef, first: int, last: int) -> Float32:
         """Rows `first` to `last` of `A` or `B`, widened to float32."""
-        columns = ref.shape[1]
+        columns = math.prod(ref.shape[1:])
         raw = np.empty((last - first) * columns * size(ref.code), np.uint8)
         self.shards[0].source.read_into(raw.data, ref.offset + first * columns * size(ref.code))
         stored = raw.view(STORAGE[ref.code]).reshape(last - first, columns)
@@ -182,31 +190,30 @@ def open_adapter(
     if name is None:
         raise SourceError(f"{where} holds an adapter's config and no weights; looked for {' and '.join(WEIGHTS)}")
     trained_on = config.get("base_model_name_or_path")
-    result: Adapted | Folded
-    fields: dict[str, Any] = {
-        "kind": "adapter",
-        "config_from": base.config_from or base.path,
-        "tensors": base.tensors,
-        "base": base,
-        "trained_on": trained_on if isinstance(trained_on, str) else None,
-    }
-    identity = identify(directory, claimed)
-    if beyond is None:
-        result = Adapted(role, directory, identity, base.config, tally, **fields, scale=scale)
-    else:
+    shard = open_shard(role, directory, name, tally)
+    try:
+        _check_entries(f"{role}: {shard.source.path}", shard, base)
+        fields: dict[str, Any] = {
+            "shards": (shard,),
+            "kind": "adapter",
+            "config_from": base.config_from or base.path,
+            "tensors": base.tensors,
+            "base": base,
+            "trained_on": trained_on if isinstance(trained_on, str) else None,
+        }
+        identity = identify(directory, claimed)
+        if beyond is None:
+            adapted = Adapted(role, directory, identity, base.config, tally, **fields, scale=scale)
+            adapted.pairs = _pairs(adapted, rank)
+            return adapted
         require_peft(f"{where}/{ADAPTER_CONFIG} has {beyond}, which is more than plain LoRA", FOLD_FIRST)
         if base.kind == "openai":
             raise RequestError(f"{where} has {beyond}, which needs base as a checkpoint directory; or {FOLD_FIRST}")
         note = f"{role}'s adapter has {beyond}: peft folds it in, with base and adapter as whole models in memory"
-        result = Folded(role, directory, identity, base.config, tally, **fields, notes=(note,))
-    try:
-        result.shards = (open_shard(role, directory, name, tally),)
-        if isinstance(result, Adapted):
-            result.pairs = _pairs(result, rank)
+        return Folded(role, directory, identity, base.config, tally, **fields, notes=(note,))
     except BaseException:
-        result.close()
+        shard.source.close()
         raise
-    return result
 
 
 def _beyond(config: Mapping[str, Any], where: str) -> str | None:
@@ -228,11 +235,37 @@ def _beyond(config: Mapping[str, Any], where: str) -> str | None:
 def _scaling(config: Mapping[str, Any], where: str) -> tuple[int, float]:
     """Rank and scale of an adapter; SourceError where they are no such numbers."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_MATRIX:
         raise SourceError(f"{where} has r = {shown(rank, 40)}, expected a positive whole number")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= MAX_ALPHA:
         raise SourceError(f"{where} has lora_alpha = {shown(alpha, 40)}, expected a finite number")
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _check_entries(where: str, shard: Shard, base: Checkpoint) -> None:
+    """Refuse an adapter's file that holds nothing, names that peft does not read, and LoRA on what base ties."""
+    if not shard.header.entries:
+        raise SourceError(f"{where} holds no tensor; the adapter is empty; {_GATHER}")
+    for entry in shard.header.entries:
+        if 0 in entry.shape:
+            raise SourceError(
+                f"{where}: {entry.name} has shape {list(entry.shape)}: the adapter's tensors are empty; {_GATHER}"
+            )
+        match = _LORA.fullmatch(entry.name)
+        own = None if match is None else match["adapter"] or match["embedding_adapter"]
+        if own is not None:
+            raise RequestError(
+                f"{where}: the name of tensor {entry.name} holds that of the adapter, {own}, as those of state_dict() "
+                f"do; save the adapter with save_pretrained() of the PeftModel"
+            )
+        if not entry.name.startswith(_PREFIX):
+            raise RequestError(
+                f"{where}: the name of tensor {entry.name} does not begin with {_PREFIX}, as peft's do; save the "
+                f"adapter with save_pretrained() of the PeftModel"
+            )
+        name = "" if match is None else whisper.canonical(f"{match['module'].removeprefix(_PREFIX)}.weight")
+        if name in (whisper.UNTIED_OUTPUT, whisper.EMBEDDING) and whisper.UNTIED_OUTPUT not in base.tensors:
+            raise RequestError(f"{where}: tensor {entry.name} adapts {name}. {TIED}")
 
 
 def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]]:
@@ -251,8 +284,6 @@ def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]
         offset = shard.origin + entry.start
         ref = TensorRef(entry.name, entry.code, entry.shape, 0, offset, entry.stop - entry.start)
         halves.setdefault(whisper.canonical(f"{match['module']}.weight"), {})[match["matrix"]] = ref
-    if not halves:
-        raise SourceError(f"{where} holds no tensor; the adapter is empty")
     pairs = {}
     for name, half in halves.items():
         weight = adapter.base.tensors.get(name)
@@ -264,12 +295,7 @@ def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]
                 f"{where}: tensor {some.name} has no counterpart; the adapter is incomplete, copy it again"
             )
         down, up = half["A"], half["B"]
-        expected = [[rank, *weight.shape[1:]], [*weight.shape[:1], rank]]
-        if len(weight.shape) != 2 or [list(down.shape), list(up.shape)] != expected:
-            raise MismatchError(
-                f"{where}: lora_A {list(down.shape)} and lora_B {list(up.shape)} do not fit {name} "
-                f"{list(weight.shape)} of base at rank {rank}; {_WRONG_BASE}"
-            )
+        _check_shapes(where, name, weight, (down, up), rank)
         if weight.code not in ARITHMETIC:
             raise SourceError(
                 f"{adapter.base.file_of(weight)}: tensor {weight.name} has dtype {weight.code}, and the adapter of "
@@ -284,4 +310,27 @@ def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]
     return pairs
 
 
+def _check_shapes(where: str, name: str, weight: TensorRef, pair: tuple[TensorRef, TensorRef], rank: int) -> None:
+    """Refuse matrices that do not make a weight of this shape, by what is wrong: the adapter's rank, or base."""
+    (first, *rest), (out, *columns) = (list(matrix.shape) or [0] for matrix in pair)
+    found = f"lora_A {list(pair[0].shape)} and lora_B {list(pair[1].shape)}"
+    inner = columns[0] if columns else 0
+    if len(weight.shape) not in (2, 3):
+        raise RequestError(
+            f"{where}: {found} are for {name}, which has shape {list(weight.shape)} in base; LoRA is read on matrices "
+            f"and convolutions; {FOLD_FIRST}"
+        )
+    if [out, *rest] != list(weight.shape) or columns[1:] != [1] * (len(weight.shape) - 2):
+        raise MismatchError(f"{where}: {found} do not fit {name} {list(weight.shape)} of base; {_WRONG_BASE}")
+    if not first == inner == rank:
+        raise SourceError(
+            f"{where}: {found} of {name} have rank {first if first == inner else f'{first} and {inner}'}, and r is "
+            f"{rank} in {ADAPTER_CONFIG}; give the {ADAPTER_CONFIG} that was saved with these weights"
+        )
+
+
 _WRONG_BASE = "was the adapter trained on this base?"
+_GATHER = (
+    "DeepSpeed ZeRO-3 and FSDP leave such files where weights are not gathered before they are saved "
+    "(stage3_gather_16bit_weights_on_model_save); save it again"
+)

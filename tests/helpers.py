@@ -229,7 +229,8 @@ def write_adapter(
     tensors = {}
     for name, weight in weights.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        for half, shape in (("A", (rank, weight.shape[1])), ("B", (weight.shape[0], rank))):
+        ones = [1] * (weight.ndim - 2)  # of a convolution
+        for half, shape in (("A", [rank, *weight.shape[1:]]), ("B", [weight.shape[0], rank, *ones])):
             numbers = torch.randn(shape, generator=generator) * scale
             tensors[f"{module}.lora_{half}.weight"] = numbers.to(dtype)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

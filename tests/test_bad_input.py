@@ -1072,7 +1072,7 @@ def test_more_than_plain_lora(
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"r": 4}, "do not fit"),
+        ({"r": 4}, "have rank 3, and r is 4 in adapter_config.json"),
         ({"r": 0}, "has r = 0, expected a positive whole number"),
         ({"r": None}, "has r = None"),
         ({"lora_alpha": "8"}, "has lora_alpha = '8', expected a finite number"),

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import merged_bytes, raw_bytes, read_tensors, write_adapter, write_openai, write_pickle, write_tensors
-from safetensors.torch import load_file
+from helpers import (
+    edit_json,
+    merged_bytes,
+    raw_bytes,
+    read_tensors,
+    write_adapter,
+    write_openai,
+    write_pickle,
+    write_tensors,
+)
+from safetensors.torch import load_file, save_file
 from transformers import WhisperForConditionalGeneration
 
 import hsa
@@ -24,6 +34,7 @@ from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]
 EVERY = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")
+CONVOLUTIONS = ("conv1.weight", "conv2.weight")
 NARROW = ("q_proj.weight", "v_proj.weight")
 
 
@@ -41,9 +52,10 @@ def folded(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
         if ".lora_A." in key:
             name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
             down, up = halves[key].float(), halves[key.replace("lora_A", "lora_B")].float()
-            delta = torch.zeros(up.shape[0], down.shape[1])
+            delta = torch.zeros_like(tensors[name], dtype=torch.float32)
             for rank in range(down.shape[0]):
-                delta = delta + up[:, rank, None] * down[None, rank]
+                rows = up[:, rank].reshape(-1, *[1] * (down.ndim - 1))
+                delta = delta + rows * down[None, rank]
             tensors[name] = (tensors[name].float() + delta * torch.tensor(scale)).to(tensors[name].dtype)
     return tensors
 
@@ -173,6 +185,160 @@ def test_memory_is_bounded_by_blocks(adapters: Triple, monkeypatch: pytest.Monke
     monkeypatch.setattr(lora, "BLOCK_ELEMENTS", 1000)
     hsa.Merger(**adapters)
     assert 0 < largest <= 1000
+
+
+# Convolutions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_lora_on_convolutions_is_folded_in(typed: Triple, tmp_path: Path, role: str) -> None:
+    weights = adapted_names(typed["base"], (*NARROW, *CONVOLUTIONS))
+    assert [list(weight.shape) for name, weight in weights.items() if "conv1" in name] == [[64, 80, 3]]
+    write_adapter(tmp_path / "adapter", weights)
+    whole = fold_into(typed["base"], tmp_path / "adapter", tmp_path / "folded")
+    parameters: dict[str, Any] = {"non_attention_scale": 0.5}
+    expected = merged_bytes({**typed, role: whole}, tmp_path / "expected", **parameters)
+    assert merged_bytes({**typed, role: tmp_path / "adapter"}, tmp_path / "out", **parameters) == expected
+    unchanged = merged_bytes({**typed, role: typed["base"]}, tmp_path / "unchanged", **parameters)
+    moved = {name for name in expected if expected[name] != unchanged[name]}
+    assert any(name.endswith("conv1.weight") for name in moved) == (role == "primary")
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 15])
+def test_bytes_of_a_convolution_do_not_depend_on_the_range_read(
+    shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    write_adapter(tmp_path / "adapter", adapted_names(shared_triple["base"], CONVOLUTIONS))
+    expected = folded(shared_triple["base"], tmp_path / "adapter")
+    with (
+        open_checkpoint("base", shared_triple["base"], Tally()) as under,
+        open_adapter("secondary", tmp_path / "adapter", Tally(), under) as source,
+    ):
+        for name in ("encoder.conv1.weight", "encoder.conv2.weight"):
+            ref, whole = source.tensors[name], raw_bytes(expected[f"model.{name}"])
+            monkeypatch.setattr(lora, "BLOCK_ELEMENTS", block)
+            for start, count in [(0, 1), (3, 7), (255, 2), (1000, 501), (ref.nbytes - 3, 3), (0, ref.nbytes)]:
+                part = bytearray(count)
+                source.read_into(ref, memoryview(part), start)
+                assert part == whole[start : start + count], (name, start, count)
+
+
+# Files that hold no adapter, or not this one's -----------------------------------------------------------------
+
+
+def saved(directory: Path, tensors: dict[str, torch.Tensor], form: str) -> Path:
+    (directory / "adapter_model.safetensors").unlink()
+    if form == "safetensors":
+        save_file(tensors, directory / "adapter_model.safetensors")
+    else:
+        torch.save(tensors, directory / "adapter_model.bin")
+    return directory
+
+
+def renamed_key(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+WRONG_FILES: dict[str, tuple[Change, str]] = {
+    "every tensor of shape [0]": (
+        lambda tensors: {name: torch.empty(0) for name in tensors},
+        r"\.weight has shape \[0\]: the adapter's tensors are empty; DeepSpeed ZeRO-3 .*save it again",
+    ),
+    "one tensor of shape [0]": (
+        lambda tensors: {**tensors, next(reversed(tensors)): torch.empty(0)},
+        r"\.weight has shape \[0\]: the adapter's tensors are empty",
+    ),
+    "a rank of 0": (
+        lambda tensors: {name: t[:0] if ".lora_A." in name else t[:, :0] for name, t in tensors.items()},
+        r"has shape \[(0, 64|64, 0)\]: the adapter's tensors are empty",
+    ),
+    "no tensor": (lambda tensors: {}, r"holds no tensor; the adapter is empty; DeepSpeed ZeRO-3"),
+    "the adapter's name": (
+        lambda tensors: renamed_key(tensors, ".weight", ".default.weight"),
+        r"lora_[AB]\.default\.weight holds that of the adapter, default, .*save_pretrained\(\)",
+    ),
+    "another adapter's name": (
+        lambda tensors: renamed_key(tensors, ".weight", ".my_adapter.weight"),
+        r"holds that of the adapter, my_adapter, .*save_pretrained\(\)",
+    ),
+    "no prefix of peft": (
+        lambda tensors: renamed_key(tensors, "base_model.model.", ""),
+        r"does not begin with base_model\.model\., .*save_pretrained\(\)",
+    ),
+    "another rank": (
+        lambda tensors: {name: t[:2] if ".lora_A." in name else t[:, :2].clone() for name, t in tensors.items()},
+        r"have rank 2, and r is 3 in adapter_config\.json; give the adapter_config\.json that was saved with",
+    ),
+    "the output projection": (
+        lambda tensors: {
+            "base_model.model.proj_out.lora_A.weight": torch.zeros(3, 64),
+            "base_model.model.proj_out.lora_B.weight": torch.zeros(268, 3),
+        },
+        r"adapts proj_out\.weight\. Base ties its output projection to the embedding.*train the adapter without it",
+    ),
+    "the embedding": (
+        lambda tensors: {
+            "base_model.model.model.decoder.embed_tokens.base_layer.weight": torch.zeros(268, 64),
+            "base_model.model.model.decoder.embed_tokens.lora_embedding_A": torch.zeros(3, 268),
+            "base_model.model.model.decoder.embed_tokens.lora_embedding_B": torch.zeros(64, 3),
+        },
+        r"adapts decoder\.embed_tokens\.weight\. Base ties its output projection to the embedding",
+    ),
+    "a layer norm": (
+        lambda tensors: {
+            "base_model.model.model.encoder.layer_norm.lora_A.weight": torch.zeros(3, 64),
+            "base_model.model.model.encoder.layer_norm.lora_B.weight": torch.zeros(64, 3),
+        },
+        r"are for encoder\.layer_norm\.weight, which has shape \[64\] in base; LoRA is read on matrices and",
+    ),
+}
+
+
+OF_PLAIN_LORA = {"another rank", "a layer norm"}
+"""Found by the shapes of what is read here; of anything more than plain LoRA peft checks them."""
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+@pytest.mark.parametrize(
+    ("what", "settings"),
+    [(what, {}) for what in WRONG_FILES]
+    + [(what, {"use_dora": True}) for what in WRONG_FILES if what not in OF_PLAIN_LORA],
+)
+def test_an_adapters_file_that_is_wrong_is_refused_by_its_cause(
+    shared_triple: Triple, tmp_path: Path, what: str, form: str, settings: dict[str, Any]
+) -> None:
+    change, pattern = WRONG_FILES[what]
+    tensors = write_adapter(tmp_path / "a1", adapted_names(shared_triple["base"], NARROW), **settings)
+    saved(tmp_path / "a1", change(tensors), form)
+    with pytest.raises(hsa.HsaError, match=pattern) as caught:
+        hsa.merge(output=tmp_path / "out", **{**shared_triple, "primary": tmp_path / "a1"})
+    assert "trained on this base" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shape", [(3, 80, 5), (3, 81, 3), (3, 240)])
+def test_lora_of_another_convolution_asks_for_its_base(
+    shared_triple: Triple, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    tensors = write_adapter(tmp_path / "a1", adapted_names(shared_triple["base"], CONVOLUTIONS))
+    name = "base_model.model.model.encoder.conv1.lora_A.weight"
+    saved(tmp_path / "a1", {**tensors, name: torch.zeros(shape)}, "safetensors")
+    with pytest.raises(hsa.MismatchError, match=r"do not fit encoder\.conv1\.weight \[64, 80, 3\] of base; was the"):
+        hsa.merge(output=tmp_path / "out", **{**shared_triple, "primary": tmp_path / "a1"})
+
+
+def test_lora_on_an_output_projection_that_is_not_tied_is_folded_in(triple: Triple, tmp_path: Path) -> None:
+    for path in triple.values():
+        tensors = read_tensors(path)
+        own = {"proj_out.weight": tensors["model.decoder.embed_tokens.weight"] * 2}
+        write_tensors(path, {**tensors, **own})
+        edit_json(path / "config.json", tie_word_embeddings=False)
+    write_adapter(tmp_path / "a1", adapted_names(triple["base"], ("proj_out.weight", *NARROW)))
+    whole = fold_into(triple["base"], tmp_path / "a1", tmp_path / "folded")
+    expected = merged_bytes({**triple, "primary": whole}, tmp_path / "expected")
+    assert merged_bytes({**triple, "primary": tmp_path / "a1"}, tmp_path / "out") == expected
 
 
 # What is written -----------------------------------------------------------------------------------------------

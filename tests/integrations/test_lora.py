@@ -139,6 +139,34 @@ def _halves(adapter: Path) -> dict[str, torch.Tensor]:
     return load_file(adapter / "adapter_model.safetensors")
 
 
+def test_lora_on_convolutions_is_pefts_within_rounding(base: Path, tmp_path: Path) -> None:
+    """Untrained, for Whisper in transformers 5 asks a convolution for an attribute that peft's layer lacks."""
+    torch.manual_seed(9)
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["conv1", "conv2", "q_proj"], init_lora_weights=False)
+    stored = WhisperForConditionalGeneration.from_pretrained(base, dtype="auto")
+    adapted = peft.get_peft_model(stored, config, autocast_adapter_dtype=False)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    theirs = {name: tensor.clone() for name, tensor in adapted.merge_and_unload().state_dict().items()}
+    before, halves = read_tensors(base), _halves(tmp_path / "adapter")
+    with (
+        open_source("base", base, Tally()) as under,
+        open_source("primary", tmp_path / "adapter", Tally(), None, under) as source,
+    ):
+        for name in ("encoder.conv1.weight", "encoder.conv2.weight"):
+            ref, weight = source.tensors[name], before[f"model.{name}"]
+            buffer = bytearray(ref.nbytes)
+            source.read_into(ref, memoryview(buffer))
+            ours = torch.frombuffer(buffer, dtype=weight.dtype).reshape(weight.shape)
+            module = f"base_model.model.model.{name.removesuffix('.weight')}"
+            down, up = (halves[f"{module}.lora_{half}.weight"].flatten(1) for half in "AB")
+            allowed = bound(weight.flatten(1), down, up, source.scale).reshape(weight.shape)  # type: ignore[attr-defined]
+            assert ((ours.double() - theirs[f"model.{name}"].double()).abs() <= allowed).all(), name
+            assert ((ours.double() - weight.double()).abs() > allowed).any(), name
+
+
 # More than plain LoRA ------------------------------------------------------------------------------------------------
 
 BEYOND: dict[str, dict[str, Any]] = {
@@ -187,7 +215,24 @@ def test_an_output_projection_of_its_own_is_refused(base: Path, tmp_path: Path) 
     """Base has none to change: its output projection is the embedding."""
     train(base, tmp_path / "a1", tmp_path / "folded", 6, target_modules=["q_proj"], modules_to_save=["proj_out"])
     triple = write_triple(tmp_path / "sources", SHAPE)
-    with pytest.raises(MismatchError, match=r"with peft's folding proj_out.weight is .* base has nothing"):
+    with pytest.raises(MismatchError, match=r"with peft's folding proj_out.weight is a tensor of its own. Base ties"):
+        hsa.merge(base=base, primary=tmp_path / "a1", secondary=triple["secondary"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["lacks", "holds"])
+def test_an_adapter_of_which_peft_would_leave_a_part_aside_is_refused(base: Path, tmp_path: Path, change: str) -> None:
+    train(base, tmp_path / "a1", tmp_path / "folded", 8, target_modules=["q_proj", "v_proj"], use_dora=True)
+    if change == "lacks":
+        from safetensors.torch import save_file
+
+        halves = _halves(tmp_path / "a1")
+        dropped = next(name for name in halves if ".v_proj.lora_B" in name)
+        save_file({n: t for n, t in halves.items() if n != dropped}, tmp_path / "a1" / "adapter_model.safetensors")
+    else:
+        edit_json(tmp_path / "a1" / "adapter_config.json", target_modules=["q_proj"])
+    triple = write_triple(tmp_path / "sources", SHAPE)
+    with pytest.raises(MismatchError, match=rf"adapter_model.safetensors {change} tensor \S+v_proj\S+.*was saved with"):
         hsa.merge(base=base, primary=tmp_path / "a1", secondary=triple["secondary"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
