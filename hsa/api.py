@@ -17,7 +17,7 @@ from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor,
 from hsa.errors import RequestError, SourceError, shown
 from hsa.extent import Extent
 from hsa.findings import Findings
-from hsa.finish import finish
+from hsa.finish import CARD, finish
 from hsa.hub import Hub
 from hsa.meaning import of_plan, of_settings, refuse
 from hsa.memory import PeakMemory
@@ -258,4 +258,6 @@ def _open(
     sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
-    return _Job(sources, make_plan(request.config, sources, request.shard_bytes), backend, destination)
+    plan = make_plan(request.config, sources, request.shard_bytes)
+    provenance.check_fits(plan, sources, request.settings(backend.name), (*assets.SMALL_FILES, INDEX, CARD))
+    return _Job(sources, plan, backend, destination)

@@ -18,7 +18,7 @@ from hsa.checks import merge_config
 from hsa.digests import digest_of
 from hsa.errors import PatchError, RequestError, SourceError, shown
 from hsa.extent import Extent, weights
-from hsa.finish import finish
+from hsa.finish import CARD, finish
 from hsa.graft import Grafter
 from hsa.header import load_json
 from hsa.hub import Hub, Want
@@ -140,6 +140,7 @@ def apply_to(
     """
     contents = _tensors(patch, primary)
     files, index = pack(primary, contents, patch.contents.parameters["max_shard_size"])
+    patch.record.check_fits([*small, INDEX, CARD, *(file.name for file in files)])
     total = sum(file.size for file in files)
     step = None if progress is None else lambda done: progress(done, total)
     grafter = Grafter(primary, patch.source)

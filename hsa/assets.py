@@ -318,4 +318,6 @@ def _config(source: Checkpoint, dtype: str | None, tally: Tally) -> bytes:
     if all(config.get(key) == dtype for key in keys):
         return raw
     config.update(dict.fromkeys(keys, dtype))
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    load_json(text, f"output: {CONFIG} of {source.role} with another dtype", "config")  # what is written is read again
+    return text

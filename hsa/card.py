@@ -8,7 +8,7 @@ from typing import Any
 
 from hsa.assets import FEATURES, TOKENS
 from hsa.checkpoint import Identity, Role, is_hub_id
-from hsa.errors import RequestError, shown
+from hsa.errors import RequestError, is_text, shown
 from hsa.option_names import option
 from hsa.provenance import SETTINGS, Record, TargetRecord
 from hsa.whisper import CLASSIFICATION, GENERATION, Stack
@@ -54,6 +54,8 @@ def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
     for name, value in fields.items():
         if not isinstance(value, str) or not value.strip():
             raise RequestError(f"card field {name} must be a text that says something, got {shown(value)}")
+        if not is_text(value):
+            raise RequestError(f"card field {name} is {shown(value)}, which is not valid UTF-8; give it as UTF-8")
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise RequestError(f"card field {shown(unknown[0])} is unknown; there are {', '.join(FIELDS)}")

@@ -270,6 +270,16 @@ def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part 
         raise
 
 
+def readable(name: str) -> str:
+    """A file's name as text that any file can hold: bytes that are not UTF-8 are written as `\\xe9`.
+
+    Example:
+        >>> readable(os.fsdecode(b"caf\\xe9"))
+        'caf\\\\xe9'
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def identify(directory: Path, claimed: str | None) -> Identity:
     """The identity to record: what is claimed, else the hub snapshot's id, else the directory's own name.
 
@@ -280,8 +290,8 @@ def identify(directory: Path, claimed: str | None) -> Identity:
         return Identity(name, revision or None)
     cached = _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:]))
     if cached:
-        return Identity(cached["id"].replace("--", "/"), cached["revision"])
-    return Identity(located(directory) if says_nothing(directory.name) else directory.name)
+        return Identity(readable(cached["id"].replace("--", "/")), readable(cached["revision"]))
+    return Identity(located(directory) if says_nothing(directory.name) else readable(directory.name))
 
 
 def says_nothing(name: str) -> bool:
@@ -299,8 +309,8 @@ def located(path: Path) -> str:
         if not parent.name or parent == home:
             break
         if not says_nothing(parent.name):
-            return f"{path.name} in {parent.name}"
-    return path.name
+            return readable(f"{path.name} in {parent.name}")
+    return readable(path.name)
 
 
 def is_snapshot(directory: Path) -> bool:

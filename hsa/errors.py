@@ -136,6 +136,20 @@ _SHORT = {("torch", "dtype"), ("torch", "device")}
 """Modules and names of types, beside the plain ones, whose texts are short whatever the value is."""
 
 
+def is_text(value: str) -> bool:
+    """Whether a text can be written as UTF-8: not with half of a surrogate pair in it, as names of files may have.
+
+    Example:
+        >>> is_text("größe"), is_text("caf\\udce9")
+        (True, False)
+    """
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown(value: Any, limit: int = 80) -> str:
     """A value from a file or a caller for a message, in at most `limit` characters and bounded time.
 

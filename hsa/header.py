@@ -32,6 +32,9 @@ hundred bytes each at most. A header of large-v3 has ten thousand."""
 MAX_DEPTH = 64
 """Levels of a JSON document; what is nested deeper could be read and not be written again."""
 
+METADATA = "__metadata__"
+"""The one name in a header that is no tensor's."""
+
 MAX_RANK = 64
 """Dimensions; numpy's own limit."""
 
@@ -85,9 +88,9 @@ def read_header(source: Source) -> Header:
 def parse(text: bytes, data_size: int, where: str) -> tuple[tuple[Entry, ...], Mapping[str, str]]:
     """Entries in order of their offsets, and the metadata, of a header's JSON; HeaderError when malformed."""
     document = load_json(text, where, "header")
-    metadata = document.pop("__metadata__", {})
+    metadata = document.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise HeaderError(f"{where}: __metadata__ must map names to strings")
+        raise HeaderError(f"{where}: {METADATA} must map names to strings")
     entries = sorted((_entry(name, value, where) for name, value in document.items()), key=lambda e: (e.start, e.stop))
     position = 0
     for entry in entries:
@@ -106,7 +109,7 @@ def parse(text: bytes, data_size: int, where: str) -> tuple[tuple[Entry, ...], M
 
 def serialize(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
     """A header, length included, padded with spaces so that the data is 8-byte aligned."""
-    document: dict[str, Any] = {"__metadata__": dict(metadata)}
+    document: dict[str, Any] = {METADATA: dict(metadata)}
     for entry in entries:
         document[entry.name] = {
             "dtype": entry.code,
@@ -118,7 +121,7 @@ def serialize(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
+def load_json(text: bytes, where: str, what: str, max_marks: int = MAX_MARKS) -> dict[str, Any]:
     """A JSON object from UTF-8 bytes: no repeated names, no NaN; HeaderError says where it is malformed."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -138,7 +141,7 @@ def load_json(text: bytes, where: str, what: str) -> dict[str, Any]:
             raise ValueError(f"{digits:.40} is out of range")
         return value
 
-    document = parse_json(text, where, what, unique, whole, real, most_bytes=MAX_HEADER, most_marks=MAX_MARKS)
+    document = parse_json(text, where, what, unique, whole, real, most_bytes=MAX_HEADER, most_marks=max_marks)
     try:
         if _is_deep(document):
             raise RecursionError

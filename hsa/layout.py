@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import accumulate
 
-from hsa.checkpoint import WEIGHTS, Checkpoint, Role, TensorRef
+from hsa.checkpoint import INDEX, MAX_TENSORS, WEIGHTS, Checkpoint, Role, TensorRef
 from hsa.dtypes import BITS, size
 from hsa.errors import RequestError, shown
-from hsa.header import Entry, serialize
+from hsa.header import MAX_HEADER, MAX_MARKS, Entry, marks, serialize
 from hsa.option_names import option
 from hsa.target import Target
 
@@ -214,8 +214,17 @@ def pack(
     """Spread tensors over files: `owner`'s own shard layout, or shards of at most `max_shard_size` bytes.
 
     An owner without safetensors files of its own takes `base`'s layout, or shards of at most SHARD_BYTES.
-    Returns the files and the index, None for a single file. `contents` is keyed by canonical name.
+    Returns the files and the index, None for a single file. `contents` is keyed by canonical name. Raises RequestError
+    where their headers or the index would be larger than what is read of a checkpoint.
     """
+    files, index = _spread(owner, contents, max_shard_size, base)
+    _check_readable(files, index, len(contents))
+    return files, index
+
+
+def _spread(
+    owner: Checkpoint, contents: Mapping[str, TensorContent], max_shard_size: int | None, base: Checkpoint | None
+) -> tuple[tuple[OutputFile, ...], bytes | None]:
     if max_shard_size is None and owner.kind == "safetensors":
         return _own_layout(owner, contents)
     if max_shard_size is None and base is not None and base.kind == "safetensors":
@@ -234,6 +243,21 @@ def pack(
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     files = tuple(_file(name, group, owner, None) for name, group in zip(names, groups, strict=True))
     return files, _index(dict(zip(names, groups, strict=True)))
+
+
+def _check_readable(files: Sequence[OutputFile], index: bytes | None, tensors: int) -> None:
+    headers = [file.segments[0].content for file in files]
+    texts = [header.data[8:] for header in headers if isinstance(header, Literal)]
+    for what, nbytes, found in (
+        ("headers", sum(map(len, texts)), sum(map(marks, texts))),
+        (INDEX, len(index or b""), marks(index or b"")),
+    ):
+        if nbytes > MAX_HEADER or found > MAX_MARKS or tensors > MAX_TENSORS:
+            raise RequestError(
+                f"the output's {what} would have {nbytes} bytes with {found} brackets, braces and commas for {tensors} "
+                f"tensors in {len(files)} files, and at most {MAX_HEADER}, {MAX_MARKS} and {MAX_TENSORS} are read "
+                f"again; choose larger weights files ({option('max_shard_size')}), or a primary with fewer tensors"
+            )
 
 
 def _own_layout(

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from hsa import whisper
-from hsa.checkpoint import Checkpoint, Identity, Role, Shard, TensorRef, identify
+from hsa.checkpoint import Checkpoint, Identity, Role, Shard, TensorRef, identify, readable
 from hsa.errors import RequestError, SourceError
 from hsa.fsio import Source, Tally
 from hsa.header import Header
@@ -79,7 +79,7 @@ def _read(role: Role, file: Path, source: Source, tally: Tally, identity: Identi
         identity,
         config,
         tally,
-        shards=(Shard(file.name, source, header, 0),),
+        shards=(Shard(readable(file.name), source, header, 0),),
         tensors=found,
         kind="openai",
         notes=notes,

@@ -28,9 +28,9 @@ from hsa.assets import SMALL_FILES
 from hsa.checkpoint import CONFIG, ROLES, Role
 from hsa.distances import Distances
 from hsa.dtypes import ARITHMETIC, BITS
-from hsa.errors import HeaderError, PatchError, ProvenanceError, shown
+from hsa.errors import HeaderError, PatchError, ProvenanceError, RequestError, shown
 from hsa.fsio import ALIGNMENT
-from hsa.header import Entry, Header, load_json, serialize
+from hsa.header import MAX_HEADER, MAX_MARKS, Entry, Header, load_json, marks, serialize
 from hsa.provenance import (
     Record,
     SourceRecord,
@@ -39,15 +39,13 @@ from hsa.provenance import (
     hex_digest,
     parse_origin,
 )
-from hsa.provenance_file import DIGEST, check_digest, document_digest
+from hsa.provenance_file import BLANK, DIGEST, LONGEST_NUMBER, check_digest, document_digest
 from hsa.target import MAX_SCORE, of_selected
 from hsa.whisper import Projection, canonical, parse
 
 KEY = "hsa_patch"
 FORMAT = 1
 SCORES, SELECTED = "hsa.scores", "hsa.selected"
-BLANK = "0" * 64
-"""Stands for a digest that is not known yet, at its length."""
 
 
 class OtherFormat(PatchError):
@@ -83,8 +81,8 @@ class PatchTarget:
 MAX_TARGETS, MAX_HEADS = 4096, 1 << 17
 """Targets of a patch, and heads of all of them: several times what large-v3 has. A file of holes may promise more."""
 
-LONGEST = Distances(1.2345678901234567e-100, 1.2345678901234567e-100)
-"""Stands for distances that are not known yet: no number is written with more digits."""
+LONGEST = Distances(LONGEST_NUMBER, LONGEST_NUMBER)
+"""Stands for distances that are not known yet."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,26 @@ def entries(contents: Contents, counts: Mapping[str, int]) -> tuple[Entry, ...]:
 
 
 def header_size(contents: Contents) -> int:
-    """Bytes to leave for the header before it is known which heads are selected: a multiple of a page."""
+    """Bytes to leave for the header before it is known which heads are selected: a multiple of a page.
+
+    Raises RequestError where the patch would be larger than `read` accepts.
+    """
+    heads = sum(target.heads for target in contents.targets)
+    if len(contents.targets) > MAX_TARGETS or heads > MAX_HEADS:
+        raise RequestError(
+            f"the patch would hold {len(contents.targets)} targets with {heads} heads, and at most {MAX_TARGETS} and "
+            f"{MAX_HEADS} are read again; write a whole checkpoint"
+        )
     every = {target.name: target.heads for target in contents.targets}
     stacks = dict.fromkeys(("encoder", "decoder", "all"), LONGEST)
-    longest = len(_header(replace(contents, distances=stacks), entries(contents, every)))
-    return -(-longest // ALIGNMENT) * ALIGNMENT
+    longest = _header(replace(contents, distances=stacks), entries(contents, every))
+    size = -(-len(longest) // ALIGNMENT) * ALIGNMENT
+    if size - 8 > MAX_HEADER or marks(longest[8:]) > MAX_MARKS:
+        raise RequestError(
+            f"the patch's header would have {size} bytes with {marks(longest[8:])} brackets, braces and commas, and at "
+            f"most {MAX_HEADER} and {MAX_MARKS} are read again; write a whole checkpoint"
+        )
+    return size
 
 
 def header(contents: Contents, counts: Mapping[str, int], size: int) -> bytes:

@@ -32,6 +32,7 @@ from hsa.pages import allocate
 from hsa.patch_format import Contents, PatchTarget
 from hsa.plan import find_targets
 from hsa.provenance import PROGRAM, libraries, source_record, target_digest, tensors_digest
+from hsa.provenance_file import BLANK
 from hsa.target import Selection, Target, select
 from hsa.threads import supervise
 from hsa.workbench import Workbench
@@ -185,7 +186,7 @@ class _Run:
             PROGRAM,
             libraries(),
             {**point.config.as_dict(), **settings},
-            {source.role: source_record(source, patch_format.BLANK) for source in self.sources},
+            {source.role: source_record(source, BLANK) for source in self.sources},
             tuple(map(_patch_target, targets)),
             files,
         )

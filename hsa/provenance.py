@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from hsa.errors import ProvenanceError, RequestError, shown
 from hsa.layout import parse_size
 from hsa.option_names import as_keys, spelled
 from hsa.plan import MergePlan
-from hsa.provenance_file import DIGEST, FORMAT, PROVENANCE, document_digest, render
+from hsa.provenance_file import BLANK, DIGEST, FORMAT, PROVENANCE, document_digest, render
 from hsa.target import MAX_SCORE, Selection
 from hsa.whisper import Projection, canonical, parse
 
@@ -152,6 +152,12 @@ class Record:
             "targets": {target.name: target.as_dict() for target in self.targets},
         }
 
+    def check_fits(self, names: Iterable[str], heads: int | None = None) -> None:
+        """RequestError where the record, with files of these names, would be too large to be read again."""
+        files = {name: {"blake3": BLANK} for name in names}
+        total = sum(target.heads for target in self.targets) if heads is None else heads
+        provenance_file.check_fits({**self.as_dict(), "files": files, DIGEST: BLANK}, total)
+
     def with_files(self, digests: Mapping[str, str | None]) -> bytes:
         """The file's bytes. `digests` maps every other file of the output to its BLAKE3 digest, None where left out."""
         files = {name: ({"blake3": digest} if digest else {}) for name, digest in sorted(digests.items())}
@@ -178,6 +184,34 @@ def record(plan: MergePlan, sources: Sources, outcomes: Sequence[TargetOutcome],
         {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
         tuple(map(TargetRecord.of, outcomes)),
     )
+
+
+def check_fits(plan: MergePlan, sources: Sources, settings: Mapping[str, Any], small: Iterable[str]) -> None:
+    """RequestError where the provenance of a planned merge could be too large to be read again.
+
+    `small` are the names of the files that may lie beside the weights.
+    """
+    longest = provenance_file.LONGEST_NUMBER
+    heads = sum(target.heads for target in plan.targets)
+    most = tuple(
+        TargetRecord(
+            target.primary.name,
+            target.projection,
+            target.shape,
+            target.out_code,
+            target.heads,
+            target.keep,
+            longest,
+            tuple(range(target.heads)),
+            (longest,) * target.heads,
+            longest,
+        )
+        for target in (plan.targets if heads <= provenance_file.MAX_PROVENANCE_MARKS else ())
+    )
+    records = {source.role: source_record(source, BLANK) for source in sources}
+    numerics = libraries(numerics=plan.config.numerics)
+    expected = Record(dict(PROGRAM), numerics, {**plan.config.as_dict(), **settings}, records, most)
+    expected.check_fits([*small, *(file.name for file in plan.files)], heads)
 
 
 def load(directory: Path) -> Provenance:

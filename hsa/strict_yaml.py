@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from hsa.errors import RequestError, shown
+from hsa.errors import RequestError, is_text, shown
 
 MAX_DEPTH = 16
 """Mappings and lists inside one another."""
@@ -94,6 +94,11 @@ def _value(node: Any, where: str, line: int) -> Value:
         raise RequestError(f"{where}:{_line(node)}: YAML takes {node.value:.80} for a {kind}; put it in quotes")
     if node.style is None and _EXPONENT.fullmatch(node.value):
         return Value(line, float(node.value))
+    if not is_text(node.value):
+        raise RequestError(
+            f"{where}:{_line(node)}: {shown(node.value)} holds half of a surrogate pair, which UTF-8 cannot write; "
+            f"write the character itself"
+        )
     try:
         return Value(line, yaml.constructor.SafeConstructor().construct_object(node))
     except ValueError as error:

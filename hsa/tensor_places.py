@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hsa import whisper
-from hsa.errors import MismatchError
+from hsa.errors import HeaderError, MismatchError, is_text, shown
 from hsa.fsio import Source
-from hsa.header import Header
+from hsa.header import METADATA, Header
 
 AGAIN = "save the checkpoint again, or fetch all its files again"
 
@@ -65,7 +65,8 @@ def place_tensors(
 
     Names are read as `whisper.plain_names` reads them. An embedding that is stored under the name of the output
     projection alone, to which config.json ties it, is the embedding, as for transformers. Raises MismatchError where an
-    index and the shards disagree, or two entries are one tensor of Whisper.
+    index and the shards disagree, or two entries are one tensor of Whisper, HeaderError for a name that no
+    safetensors file can hold.
     """
     stored: dict[str, str] = {}
     tensors: dict[str, TensorRef] = {}
@@ -80,6 +81,7 @@ def place_tensors(
                     f"{'does not list' if place is None else f'places in {place}'}; index and shards do not belong "
                     f"together: {AGAIN}"
                 )
+            _check_name(names[entry.name], where)
             name = whisper.canonical(names[entry.name])
             if name in tensors:
                 raise MismatchError(
@@ -102,6 +104,15 @@ def place_tensors(
     if tied:
         notes += _tie(role, tensors, shares_bytes=shares_bytes)
     return Places(tensors, renamed, tuple(notes))
+
+
+def _check_name(name: str, where: str) -> None:
+    """HeaderError for a tensor that no safetensors file could hold under its name."""
+    if name == METADATA or not is_text(name):
+        raise HeaderError(
+            f"{where}: a tensor is named {shown(name)}, which no safetensors file can hold: expected a text in Unicode "
+            f"other than {METADATA}; rename it"
+        )
 
 
 _TIED = (whisper.UNTIED_OUTPUT, whisper.EMBEDDING)

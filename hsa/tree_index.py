@@ -17,8 +17,7 @@ from urllib.parse import quote
 
 from hsa import card, fsio
 from hsa.checkpoint import Identity, is_hub_id
-from hsa.errors import DestinationError, HeaderError
-from hsa.header import load_json
+from hsa.errors import DestinationError
 from hsa.provenance import Provenance
 from hsa.recipe import INDEX, README, Entry, Recipe
 from hsa.workbench import STAGING, Workbench, beside
@@ -28,7 +27,10 @@ MARKER = "<!-- Written by hsa release, which writes it anew: change the recipe, 
 PATIENCE = 10.0
 """Seconds to wait for another run that writes the index of the same tree."""
 
-MAX_BYTES = 64 << 20
+MAX_LINE = 1 << 16
+"""Bytes of a line of a README that are in memory at a time, while the marker is looked for."""
+
+_START = f'{{\n "kind": "{KIND}",'.encode()
 
 Standing = Literal["complete", "missing", "other", "damaged"]
 """Of an entry in the tree: as the recipe says; not there; made otherwise than the recipe says; not whole."""
@@ -67,7 +69,7 @@ def check_place(tree: Path) -> None:
         place = tree / name
         if not (place.is_symlink() or place.exists()):
             continue
-        if place.is_symlink() or not place.is_file() or place.stat().st_size > MAX_BYTES or not ours(place):
+        if place.is_symlink() or not place.is_file() or not ours(place):
             raise DestinationError(
                 f"{place} is no index that hsa release wrote and would be replaced by one; move it away, or choose "
                 f"another tree"
@@ -110,14 +112,15 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def _is_readme(path: Path) -> bool:
-    return MARKER.encode() in path.read_bytes()
+    marker = MARKER.encode()
+    with path.open("rb") as file:
+        return any(line.rstrip(b"\r\n") == marker for line in iter(lambda: file.readline(MAX_LINE), b""))
 
 
 def _is_index(path: Path) -> bool:
-    try:
-        return load_json(path.read_bytes(), str(path), "index").get("kind") == KIND
-    except HeaderError:
-        return False
+    """By its first bytes: it has no limit, for a tree may have any number of entries."""
+    with path.open("rb") as file:
+        return file.read(len(_START)) == _START
 
 
 def _entry_dict(row: Row) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import Any
 
 from hsa import fsio, report
 from hsa.checkpoint import CONFIG, Role, read_text
-from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError, shown
+from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError, is_text, shown
 from hsa.integrations.mergekit_method import (
     DEFAULTS,
     METHOD,
@@ -337,6 +337,10 @@ def _destination(output: str, recipe: _Recipe) -> Path:
     place = Path(output).expanduser().resolve()
     if place.is_dir() and place not in sources and any(place.iterdir()):
         raise DestinationError(f"output {place} is not empty; choose another, or move it away")
+    if not is_text(place.name):
+        raise DestinationError(
+            f"output {place} has a name that is not UTF-8, and mergekit writes it into its card; choose another name"
+        )
     return check_destination(output, sources, overwrite=False)
 
 

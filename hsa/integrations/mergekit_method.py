@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 from hsa import whisper
 from hsa.backends import NotFinite
 from hsa.backends.cpu import CpuWorker
-from hsa.checkpoint import CONFIG, ROLES, Checkpoint, Identity, Role, Sources, TensorRef
+from hsa.checkpoint import CONFIG, ROLES, Checkpoint, Identity, Role, Sources, TensorRef, readable
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, Preset
 from hsa.dtypes import NAMES, Array, size
@@ -172,7 +172,7 @@ class Merging:
             ref = TensorRef(name, code, tuple(tensor.shape), 0, 0, nbytes)
             path = Path(str(models[role]))
             found = self.config(role, models[role])
-            return Checkpoint(role, path, Identity(path.name), found, Tally(), tensors={projection.name: ref})
+            return Checkpoint(role, path, Identity(readable(path.name)), found, Tally(), tensors={projection.name: ref})
 
         sources = Sources(checkpoint("base"), checkpoint("primary"), checkpoint("secondary"))
         shapes = {source.role: whisper.architecture(source.config, source.role) for source in sources}
