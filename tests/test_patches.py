@@ -310,7 +310,7 @@ def test_where_a_patch_may_be_written(triple: Triple, tmp_path: Path) -> None:
     attempt(occupied, "is no patch of hsa", overwrite=True)
     folder = tmp_path / "b.safetensors"
     folder.mkdir()
-    attempt(folder, "is no patch of hsa", overwrite=True)
+    attempt(folder, "is a directory; a patch is one file", overwrite=True)
     assert occupied.read_bytes() == b"mine"
     hsa.merge_patch(**triple, output=tmp_path / NAME, sync=False)
     old = (tmp_path / NAME).read_bytes()

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hsa
-from hsa import provenance, whisper
+from hsa import provenance, provenance_file, whisper
 from hsa.checks import LISTED
 from hsa.errors import MachineError, RequestError, SourceError
 from hsa.provenance_file import PROVENANCE
@@ -541,10 +541,10 @@ def test_names_that_lead_elsewhere(out: Path, name: str, monkeypatch: pytest.Mon
 
 
 def test_a_provenance_of_any_size_is_refused_unread(out: Path) -> None:
-    os.truncate(out / PROVENANCE, provenance.MAX_PROVENANCE + 1)
+    os.truncate(out / PROVENANCE, provenance_file.MAX_PROVENANCE + 1)
     report = hsa.verify(out)
-    assert report.record is None and f"at most {provenance.MAX_PROVENANCE} are read" in told(report)
-    (out / PROVENANCE).write_bytes(b"[" * provenance.MAX_PROVENANCE)
+    assert report.record is None and f"at most {provenance_file.MAX_PROVENANCE} are read" in told(report)
+    (out / PROVENANCE).write_bytes(b"[" * provenance_file.MAX_PROVENANCE)
     assert PROVENANCE in named(hsa.verify(out))
 
 
@@ -564,7 +564,7 @@ def test_a_large_provenance_is_well_below_the_limit() -> None:
     size = len(
         provenance.render({f"model.decoder.layers.{n}.encoder_attn.out_proj.weight": entry for n in range(targets)})
     )
-    assert size * 8 < provenance.MAX_PROVENANCE
+    assert size * 8 < provenance_file.MAX_PROVENANCE
 
 
 # Sources ---------------------------------------------------------------------------------------------------
