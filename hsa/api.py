@@ -13,7 +13,7 @@ from hsa.backends import Backend, resolve
 from hsa.card import unlinked
 from hsa.checkpoint import INDEX, Role, Sources
 from hsa.compute import Calculator
-from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset
+from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset, percentages
 from hsa.errors import RequestError, SourceError, shown
 from hsa.extent import Extent
 from hsa.findings import Findings
@@ -142,7 +142,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
     with ExitStack() as stack:
         job = _prepare(request, tally, hub, stack)
         found = collect(request, job.sources, job.plan, tally)
-        early = _early(job, found, hub)
+        early = _early(request, job, found, hub)
         refuse(early + of_settings(job.plan.targets), strict=request.strict)
         with deferred():  # a directory that was made must be known to the stack that removes it
             staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
@@ -203,7 +203,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
         needed = plan.bytes_to_write + sum(map(len, found.files.values()))
         existing = next(parent for parent in job.destination.parents if parent.exists())
         free = fsio.free_bytes(existing)
-        told = _early(job, found, hub) + of_settings(plan.targets)
+        told = _early(request, job, found, hub) + of_settings(plan.targets)
         refuse(told, strict=request.strict)
         short = [f"{needed} bytes are to be written and {free} are free in {existing}"] if free < needed else []
         return PlanReport(
@@ -230,9 +230,10 @@ def collect(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tal
     return assets.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
 
 
-def _early(job: _Job, found: assets.Assets, hub: Hub) -> Findings:
+def _early(request: Request, job: _Job, found: assets.Assets, hub: Hub) -> Findings:
     """What there is to say before the first tensor is read."""
-    return Findings((*hub.notes, *job.plan.notes, *found.notes), found.warnings) + of_plan(job.sources)
+    told = Findings((*hub.notes, *job.plan.notes, *found.notes), found.warnings)
+    return told + percentages([request.config.k]) + of_plan(job.sources)
 
 
 @dataclass(frozen=True)

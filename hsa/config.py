@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from hsa.errors import RequestError, shown
+from hsa.findings import Findings
 from hsa.option_names import as_keys, option, spelled
 
 Preset = Literal["encoder-qkv", "attention-qkv", "attention-all"]
@@ -20,6 +21,12 @@ PerTensor = float | Mapping[str, float]
 
 MAX_COUNT = 10_000
 """Heads or layers that a caller or a config.json may claim: work grows with them before any tensor is looked at."""
+
+LEAST_LIKELY_PERCENTAGE = 10
+"""A `k` above 1 and below this is a warning: so few percent of a model's 6 to 20 heads are one head or two."""
+
+NAMED = 3
+"""Values that one message names."""
 
 MAX_SCALE = (2.0 - 2.0**-23) * 2.0**127
 """The largest float32: the arithmetic of a merge is float32's."""
@@ -135,6 +142,26 @@ def keep_count(k: float, heads: int) -> int:
     if share >= 1.0:
         return heads
     return max(1, round(share * heads))
+
+
+def percentages(values: Iterable[PerTensor]) -> Findings:
+    """What is said of values of `k` above 1: a note, and below `LEAST_LIKELY_PERCENTAGE` a warning.
+
+    Example:
+        >>> percentages([0.6, 60]).notes
+        ('k = 60 is taken as a percentage, the share 0.6',)
+    """
+    numbers = {number for value in values for number in (value.values() if isinstance(value, Mapping) else (value,))}
+    above = sorted(float(number) for number in numbers if number > 1)
+    doubtful = [number for number in above if number < LEAST_LIKELY_PERCENTAGE]
+    usual = [number for number in above if number >= LEAST_LIKELY_PERCENTAGE]
+    hint = "; a share of heads lies between 0 and 1, such as 0.6"
+    return Findings((_as_shares(usual),) if usual else (), (_as_shares(doubtful) + hint,) if doubtful else ())
+
+
+def _as_shares(values: Sequence[float]) -> str:
+    each = [f"k = {value:g} is taken as a percentage, the share {value / 100:g}" for value in values[:NAMED]]
+    return "; ".join(each) + (f"; and {len(values) - NAMED} more" if len(values) > NAMED else "")
 
 
 def layer_coefficient(lam: float, alpha: float, layer: int, layers: int) -> float:

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal, localcontext
 from itertools import product
 
 from hsa.config import MergeConfig, Preset
 from hsa.errors import RequestError, shown
+from hsa.option_names import option
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?")
 DIGITS = 20
@@ -21,10 +22,16 @@ MOST_POINTS = 10_000
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:
-    """The numbers of `0.1,0.3` or `0:1:0.1` (start, stop, step: the stop included where a step meets it).
+    """The numbers of `0.1,0.3` or `0:1:0.1` (start, stop, step, both ends included); `name` is an argument of a sweep.
 
-    Ranges are counted in decimal arithmetic: `0:1:0.1` holds 0.3, not 0.30000000000000004. Raises RequestError.
+    Ranges are counted in decimal arithmetic: `0:1:0.1` holds 0.3, not 0.30000000000000004. Raises RequestError, also
+    where the steps do not meet the stop: the last value would be left out silently.
+
+    Example:
+        >>> numbers("lam", "0:1:0.25")
+        (0.0, 0.25, 0.5, 0.75, 1.0)
     """
+    name = option(name)
     found: list[Decimal] = []
     for part in text.split(","):
         ends = [_decimal(name, end, text) for end in part.split(":")]
@@ -35,12 +42,24 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
             raise RequestError(
                 f"{name} takes numbers such as 0.1,0.3 or start:stop:step with a step above 0, got {shown(text)}"
             )
-        start, stop, step = ends
+        found += _steps(name, text, *ends)
+    return tuple(float(value) for value in found)
+
+
+def _steps(name: str, text: str, start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
+    """The values from start to stop; RequestError where they are too many or do not meet the stop."""
+    with localcontext(Context(prec=4 * DIGITS)):  # exact for all numbers that `_decimal` lets through
         count = int((stop - start) / step) + 1
         if count > MOST_POINTS:
             raise RequestError(f"{name} {shown(text)} has over {MOST_POINTS} values; is the step right?")
-        found += [start + step * number for number in range(count)]
-    return tuple(float(value) for value in found)
+        values = [start + step * number for number in range(count)]
+        last, after = values[-1], values[-1] + step
+        if last != stop:
+            raise RequestError(
+                f"{name} {shown(text)}: steps of {step:f} from {start:f} do not meet {stop:f}, but {last:f} and "
+                f"{after:f}; give {start:f}:{last:f}:{step:f}, or another step"
+            )
+    return values
 
 
 def _decimal(name: str, text: str, whole: str) -> Decimal:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hsa import assets, fsio, patch_format
 from hsa.checkpoint import Role, Sources
-from hsa.config import MergeConfig, PerTensor, Preset
+from hsa.config import MergeConfig, PerTensor, Preset, percentages
 from hsa.digests import digest_of
 from hsa.errors import DestinationError, HsaError, RequestError
 from hsa.extent import Extent
@@ -176,7 +176,7 @@ def open_for_patches(
     _check(configs, sources)
     found_assets = assets.collect(sources, "primary", request.assets_from, None, tally)
     notes = (*(note for source in sources for note in source.notes), *found_assets.notes)
-    told = Findings(notes, found_assets.warnings) + of_plan(sources)
+    told = Findings(notes, found_assets.warnings) + percentages(config.k for config in configs) + of_plan(sources)
     return Opened(sources, request.settings("cpu"), found_assets.files, told)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from hsa import RequestError, grid
 from hsa.grid import GridPoint
+from hsa.option_names import command_line, spelled
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,8 @@ from hsa.grid import GridPoint
         ("0.1,0.3", (0.1, 0.3)),
         ("0:1:0.1", tuple(n / 10 for n in range(11))),
         ("0:1:0.25", (0.0, 0.25, 0.5, 0.75, 1.0)),
-        ("0:1:0.3", (0.0, 0.3, 0.6, 0.9)),
+        ("0:0.9:0.3", (0.0, 0.3, 0.6, 0.9)),
+        ("0:1.00:0.5", (0.0, 0.5, 1.0)),
         ("0.5:0.5:1", (0.5,)),
         (" 0.2 , 0.4:0.6:0.1 ", (0.2, 0.4, 0.5, 0.6)),
         ("1e-3", (0.001,)),
@@ -26,7 +28,7 @@ from hsa.grid import GridPoint
 )
 def test_numbers(text: str, expected: tuple[float, ...]) -> None:
     """Every value is the float of its decimal: no sum of rounded steps."""
-    assert grid.numbers("lambda", text) == expected
+    assert grid.numbers("lam", text) == expected
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,23 @@ def test_numbers(text: str, expected: tuple[float, ...]) -> None:
 def test_bad_numbers_are_refused_by_name(text: str) -> None:
     with pytest.raises(RequestError, match=r"^alpha takes numbers such as 0.1,0.3 or start:stop:step"):
         grid.numbers("alpha", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "met", "remedy"),
+    [
+        ("0:1:0.3", "do not meet 1, but 0.9 and 1.2", "0:0.9:0.3"),
+        ("0.1,0:1:0.4", "do not meet 1, but 0.8 and 1.2", "0:0.8:0.4"),
+        ("0.2:0.25:0.1", "do not meet 0.25, but 0.2 and 0.3", "0.2:0.2:0.1"),
+        ("20:60:30", "do not meet 60, but 50 and 80", "20:50:30"),
+    ],
+)
+def test_a_range_whose_steps_do_not_meet_its_end_is_refused(text: str, met: str, remedy: str) -> None:
+    """Its end used to be left out without a word."""
+    with pytest.raises(RequestError, match=rf"^alpha '{text}': steps of .* {met}; give {remedy}, or"):
+        grid.numbers("alpha", text)
+    with spelled(command_line), pytest.raises(RequestError, match=r"^--lambda '"):
+        grid.numbers("lam", text)
 
 
 def test_a_mistyped_step_does_not_fill_the_memory() -> None:

@@ -67,7 +67,7 @@ def sweep(
             secondary=secondary,
             output=output,
             k=grid.numbers("k", k),
-            lam=grid.numbers("lambda", lam),
+            lam=grid.numbers("lam", lam),
             alpha=grid.numbers("alpha", alpha),
             targets=[name.strip() for name in targets.split(",")],  # type: ignore[misc]
             num_heads=num_heads,

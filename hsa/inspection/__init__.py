@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hsa import provenance
 from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
-from hsa.config import MergeConfig, PerTensor, Preset, keep_count
+from hsa.config import MergeConfig, PerTensor, Preset, keep_count, percentages
 from hsa.errors import MismatchError, RequestError
 from hsa.fsio import Tally
 from hsa.geometry import Geometry
@@ -146,7 +146,9 @@ def _from_sources(
             f"the share of energy is left out: of {' and '.join(remote)}, on the Hub, only targets were fetched; "
             f"download the models and give their directories"
         )
-    warnings += [*close_margins(tensors), *_still(measured)]
+    told = percentages([config.k])
+    notes += told.notes
+    warnings += [*told.warnings, *close_margins(tensors), *_still(measured)]
     return Inspection(
         title=directory.resolve().name if directory else " + ".join(str(identities[r]["id"]) for r in ROLES[1:]),
         origin="output and sources" if directory else "sources",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hsa.config import MergeConfig, PerTensor, keep_count, layer_coefficient
+from hsa.config import MergeConfig, PerTensor, keep_count, layer_coefficient, percentages
 from hsa.errors import HsaError, ProvenanceError, shown
 from hsa.fsio import Tally
 from hsa.inspection.model import Inspection, Recorded, TensorInspection, in_order
@@ -60,6 +60,8 @@ def from_output(
     layers = _layers(config, record.record.targets)
     tensors = [_recorded_tensor(each, layers, config, asked) for each in record.record.targets]
     notes = [NO_SOURCES]
+    told = percentages([asked.k])
+    notes += told.notes
     if asked.k != config.k:
         notes.append(ROOTS)
     return Inspection(
@@ -74,7 +76,7 @@ def from_output(
         files=record.files,
         bytes_read=tally.read,
         notes=tuple(notes),
-        warnings=(*close_margins(tensors), *_unlike(record.record.targets, config, layers)),
+        warnings=(*told.warnings, *close_margins(tensors), *_unlike(record.record.targets, config, layers)),
     )
 
 

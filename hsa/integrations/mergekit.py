@@ -31,6 +31,7 @@ from typing import Any
 
 from hsa import fsio, report
 from hsa.checkpoint import CONFIG, Role, read_text
+from hsa.config import percentages
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError, is_text, shown
 from hsa.integrations.mergekit_method import (
     DEFAULTS,
@@ -147,7 +148,7 @@ def run(arguments: Sequence[str]) -> Result:
         _settle(staging)
         staging.publish()
     if recipe.is_hsa:
-        told = report.findings(merging.outcomes)
+        told = percentages(outcome.target.k for outcome in merging.outcomes) + report.findings(merging.outcomes)
         result.notes += told.notes
         result.warnings += told.warnings
         result.tensors = len(merging.outcomes)
