@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 INTEGRATIONS := .venv-integrations
+PYTHONS := .venv-pythons
 
-.PHONY: demo test test-faults test-interpret test-integrations test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
+.PHONY: demo test test-faults test-pythons test-interpret test-integrations test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
@@ -17,6 +18,11 @@ test: lint types
 # The fault suite in full, of which `make test` tries a sample; it ends with a table.
 test-faults: $(READY)
 	HSA_FAULTS=full $(BIN)/python -m pytest tests/faults
+
+# Every CPU command on each of Python 3.10 to 3.13 that is found here, with the lowest versions that setup.py allows and
+# without torch. Downloads small packages.
+test-pythons: $(READY)
+	$(BIN)/python tests/pythons.py
 
 # With the real programs that hsa works with, in an environment of their own; nothing is downloaded while they run.
 test-integrations: $(INTEGRATIONS)/ready
@@ -74,7 +80,7 @@ report: $(READY)
 	$(BIN)/python bench/report.py
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) $(PYTHONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): setup.py pyproject.toml constraints.txt hsa/_version.py
 	@echo "Installing hsa and what it needs (torch, transformers and the test tools, a few GB) into $(VENV)"

@@ -51,6 +51,9 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     except Terminated as error:
         how = "interrupted" if error.number == signal.SIGINT else f"ended by {signal.Signals(error.number).name}"
         return fail(f"{how}; nothing half done was left behind", 128 + error.number, debug=debug)
+    except ModuleNotFoundError as error:
+        name = (error.name or str(error)).partition(".")[0]
+        return fail(f"this needs {name}, which is not installed; pip install {name}", 1, debug=debug)
     except MemoryError:
         return fail(out_of_memory(), 1, debug=debug)
     except OSError as error:

@@ -146,8 +146,13 @@ def resolve(name: str, device: str, config: MergeConfig) -> Backend:
     if on_gpu or (name == "auto" and device == "auto" and config.numerics == "exact" and _sees_gpu()):
         return _triton(device)
     if config.numerics == "reference":
-        from hsa.backends.script import ScriptBackend
-
+        try:
+            from hsa.backends.script import ScriptBackend
+        except ImportError as error:
+            raise BackendUnavailable(
+                f"numerics 'reference' needs torch, which cannot be imported: {error}; install torch, or use numerics "
+                f"'exact'"
+            ) from error
         return ScriptBackend()
     from hsa.backends.cpu import CpuBackend
 
@@ -155,11 +160,13 @@ def resolve(name: str, device: str, config: MergeConfig) -> Backend:
 
 
 def _sees_gpu() -> bool:
-    """Whether a GPU's device file is there and torch can use it: torch is imported only after the first."""
+    """Whether a GPU's device file is there and torch can use it: torch, if installed, is imported after the first."""
     if not any(Path(file).exists() for file in GPU_FILES):
         return False
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return False
     return torch.cuda.is_available()
 
 
