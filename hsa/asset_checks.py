@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
 )
 CHECKED_FILES = (GENERATION_CONFIG, PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES)
 
-MAX_VOCABULARY_MARKS = 1 << 20
+MAX_VOCABULARY_MARKS = 1 << 19
 """Brackets, braces and commas of a file with a vocabulary. Whisper's tokenizer.json has 100,000, or twice as many where
 merges are written as pairs."""
 

@@ -255,12 +255,15 @@ class Hub:
 
     def _small(self, role: Role, repo: Repo, names: Iterable[str]) -> None:
         """Small files that may be missing; offline they are left out with a note where no run has fetched them."""
-        for name in names:
-            if name not in repo.files:
-                continue
-            if repo.offline and not cached(repo, name):
-                self._say(f"{role}: {name} of {repo.id} is not in the cache and left out, for the Hub is not asked")
-            else:
+        held = [name for name in names if name in repo.files]
+        absent = [name for name in held if repo.offline and not cached(repo, name)]
+        if absent:
+            are = "is" if len(absent) == 1 else "are"
+            self._say(
+                f"{role}: {', '.join(absent)} of {repo.id} {are} not in the cache and left out, for the Hub is not asked"
+            )
+        for name in held:
+            if name not in absent:
                 self._download(role, repo, name)
 
     def _download(self, role: Role, repo: Repo, name: str) -> Path:

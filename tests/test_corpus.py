@@ -166,6 +166,7 @@ def largest(tmp_path_factory: pytest.TempPathFactory) -> Judged:
     put("header", worst.texts())
     put("config", worst.configs())
     put("index", ((name, text) for name, text in worst.texts() if name.startswith("names")))
+    put("tokenizer", worst.tokenizers())
     put("pickle", worst.pickles())
     put("zip", worst.archives())
     return replay(root / "place", files)

@@ -27,6 +27,8 @@ from bombs import (
     text,
 )
 
+from hsa.asset_checks import MAX_VOCABULARY_MARKS
+from hsa.checkpoint import MAX_TEXT
 from hsa.header import MAX_HEADER, MAX_MARKS
 from hsa.pickled import MAX_PICKLE
 from hsa.tensor_pickle import MAX_OPCODES
@@ -81,6 +83,20 @@ def configs() -> Iterator[tuple[str, bytes]]:
     start = json.dumps(sound).encode()[:-1] + b","
     for name, full in texts():
         yield name, _within(start + full[1 : MAX_HEADER - len(start)])
+
+
+def tokenizers() -> Iterator[tuple[str, bytes]]:
+    """Sound files with a vocabulary and as much beside it as can be, by what they are full of."""
+    half = MAX_VOCABULARY_MARKS - 50
+    start = b'{"model":{"vocab":{"a":0}},"added_tokens":['
+    yield "ids", start + b'{"id":1},' * (half // 2) + b"0]}"
+    yield "lists", start + b"[]," * (half // 2) + b"0]}"
+    yield "texts that are wide", start + f'"{WIDE}{"x" * 8}",'.encode() * half + b"0]}"
+    yield "one wide text", start + b'"' + WIDE.encode() + b"x" * (MAX_TEXT - len(start) - 20) + b'"]}'
+    yield "names", b'{"model":{"vocab":{' + _pairs(half, 8) + b"}}}"
+    yield "names that are wide", b'{"model":{"vocab":{' + _pairs(half // 2, 8, WIDE) + b"}}}"
+    yield "pairs", start + b'["ab","cd"],' * (half // 3) + b"0]}"
+    yield "nesting", b'{"model":' * (half - 2)
 
 
 def pickles() -> Iterator[tuple[str, bytes]]:
