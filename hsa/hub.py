@@ -260,7 +260,8 @@ class Hub:
         if absent:
             are = "is" if len(absent) == 1 else "are"
             self._say(
-                f"{role}: {', '.join(absent)} of {repo.id} {are} not in the cache and left out, for the Hub is not asked"
+                f"{role}: {', '.join(absent)} of {repo.id} {are} not in the cache and left out, for the Hub is not "
+                f"asked"
             )
         for name in held:
             if name not in absent:
