@@ -180,7 +180,8 @@ class Handler(BaseHTTPRequestHandler):
             self.count_and_answer(200, self.servers.api, Content_Type="application/json")
             return
         if api:
-            files = [{"rfilename": path.name} for path in sorted(directory.iterdir())]
+            names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+            files = [{"rfilename": name} for name in names]
             document = {"id": name, "sha": commit, "siblings": files, "private": repo.private, "tags": []}
             self.count_and_answer(200, json.dumps(document).encode(), Content_Type="application/json")
             return

@@ -43,7 +43,7 @@ from hub_support import IDS, IMPATIENT, arguments, env, merge, published, refuse
 
 import hsa
 from hsa import header
-from hsa.checkpoint import CONFIG, INDEX, PICKLES, WEIGHTS
+from hsa.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
 from hsa.dtypes import CODES
 from hsa.repo import HubId, find_id
 from hsa.synthetic import SHAPES, DType, tensor_shapes, write_config
@@ -500,6 +500,32 @@ def test_repositories_that_cannot_be_merged(
     refused(IDS, out, env, 2, f"secondary: org/second has no {CONFIG}")
     whole = (triple["primary"] / WEIGHTS).stat().st_size
     assert all(seen.bytes < whole for seen in servers.of("cdn")), "nothing whole is fetched before all is checked"
+
+
+def test_a_repository_of_training_checkpoints_is_refused_with_the_newest(
+    servers: Servers, env: dict[str, str], triple: Triple, tmp_path: Path
+) -> None:
+    for role, name in IDS.items():
+        servers.add(name, triple[role])
+    for step in (900, 1000):
+        (triple["secondary"] / f"checkpoint-{step}").mkdir()
+        shutil.copy(triple["secondary"] / WEIGHTS, triple["secondary"] / f"checkpoint-{step}")
+    (triple["secondary"] / WEIGHTS).unlink()
+    servers.add(IDS["secondary"], triple["secondary"])
+    said = ("secondary: org/second holds no weights", "checkpoint-1000", "hf download org/second")
+    refused(IDS, tmp_path / "out", env, 2, *said)
+
+
+def test_what_lies_beside_the_weights_of_a_repository_is_noted(
+    servers: Servers, env: dict[str, str], triple: Triple, tmp_path: Path
+) -> None:
+    """By the list of its files: the ones that are not read are not fetched either."""
+    (triple["secondary"] / ADAPTER_CONFIG).write_text("{}")
+    (triple["secondary"] / INDEX).write_text("{}")
+    for role, name in IDS.items():
+        servers.add(name, triple[role])
+    notes = merge(IDS, tmp_path / "out", env)["notes"]
+    assert sum(note.startswith("secondary holds") for note in notes) == 2
 
 
 def test_a_mismatch_is_found_before_anything_large_is_fetched(
