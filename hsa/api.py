@@ -72,7 +72,7 @@ def merge(
             Hub (`org/name`, `org/name@revision`), which are fetched; what exists locally is a directory. Primary and
             secondary may be directories with a LoRA adapter of base, base and secondary OpenAI's own `.pt` files.
         output: the directory to write; it appears whole or not at all.
-        k: share of heads kept per tensor, in [0, 1], or a percentage up to 100.
+        k: share of heads merged per tensor, in [0, 1], or a percentage up to 100.
         lam: weight of primary's task vector in a selected head, in [0, 1].
         alpha: layer exponent, at least 0. `k`, `lam` and `alpha` also take a mapping from every target
             tensor's name to its own value.

@@ -168,7 +168,7 @@ def _method(parameters: Mapping[str, Any]) -> str:
 
 METHOD = """Headwise Selective Attention (HSA) merge composes two fine-tunes of one pretrained model without
 retraining. With `B` the base, `tv1` and `tv2` the task vectors of primary and secondary, each target tensor
-ranks its attention heads by the L2 norm of `|tv1| + |tv2|`. The heads kept become
+ranks its attention heads by the L2 norm of `|tv1| + |tv2|`. The selected heads become
 `B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)` with
 `lambda_i = lambda ** (alpha * (i + 1) / L)` in layer `i` of `L`."""
 

@@ -135,7 +135,7 @@ class MergeConfig:
 
 
 def keep_count(k: float, heads: int) -> int:
-    """How many heads are kept of `heads`: max(1, round half to even of k * heads); none at k = 0."""
+    """How many heads are merged of `heads`: max(1, round half to even of k * heads); none at k = 0."""
     share = k / 100.0 if k > 1.0 else k
     if share <= 0.0:
         return 0

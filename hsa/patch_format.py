@@ -54,7 +54,7 @@ class OtherFormat(PatchError):
 
 @dataclass(frozen=True)
 class PatchTarget:
-    """A target of a patch: primary's tensor, how many heads it has and were to be kept, and lambda_i."""
+    """A target of a patch: primary's tensor, how many heads it has and were to be merged, and lambda_i."""
 
     name: str
     projection: Projection

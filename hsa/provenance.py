@@ -66,8 +66,8 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class TargetRecord:
-    """A merged tensor: shape, element type, heads, how many were to be kept, lambda_i in float64, the heads selected,
-    every head's score (an L2 norm) and the margin of the cut (None where nothing or everything is kept)."""
+    """A merged tensor: shape, element type, heads, how many were to be merged, lambda_i in float64, the heads selected,
+    every head's score (an L2 norm) and the margin of the cut (None where no head or every head is selected)."""
 
     name: str
     projection: Projection

@@ -75,8 +75,8 @@ class Target:
 class Selection:
     """The heads of one tensor: squared scores (float64), the heads selected, and the margin of the cut.
 
-    `margin` is the relative gap between the squared scores of the last head kept and the first dropped, None
-    where nothing or everything is kept.
+    `margin` is the relative gap between the squared scores of the last head selected and the first one left out, None
+    where no head or every head is selected.
     """
 
     squared: tuple[float, ...]
@@ -99,10 +99,10 @@ def select(squared: Sequence[float], keep: int) -> Selection:
 
 def of_selected(squared: Sequence[float], selected: tuple[int, ...]) -> Selection:
     """The selection with its margin, for heads that were chosen already."""
-    kept = set(selected)
-    dropped = [score for head, score in enumerate(squared) if head not in kept]
+    chosen = set(selected)
+    dropped = [score for head, score in enumerate(squared) if head not in chosen]
     margin = None
-    if kept and dropped:
-        last = min(squared[head] for head in kept)
+    if chosen and dropped:
+        last = min(squared[head] for head in chosen)
         margin = (last - max(dropped)) / last if last > 0 else 0.0
     return Selection(tuple(squared), selected, margin)

@@ -216,3 +216,14 @@ def test_percentages_have_two_digits_and_no_exponent(share: float, text: str) ->
 def test_a_merge_of_no_head_says_so() -> None:
     assert Extent(0, 120, None).text == "none of 120 heads is merged"
     assert more(MergeConfig(), None) is None
+
+
+def test_kept_is_not_said_of_heads() -> None:
+    """Merged heads are called merged or selected; what is kept is primary's."""
+    root = Path(hsa.__file__).parents[1]
+    texts = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "hsa").rglob("*.py")]
+    texts += [path for suffix in ("html", "js") for path in (root / "hsa").rglob(f"*.{suffix}")]
+    said = re.compile(r"\bheads? (were to be |are |is )?kept\b|\bkept heads?\b|\"kept\"", re.IGNORECASE)
+    assert len(texts) > 100
+    found = [f"{path.name}: {match[0]}" for path in texts for match in said.finditer(path.read_text(encoding="utf-8"))]
+    assert found == []

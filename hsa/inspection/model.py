@@ -20,7 +20,7 @@ AGREEING = ("q", "k", "v")
 
 @dataclass(frozen=True)
 class Recorded:
-    """What an output's provenance says of a tensor: how many heads were to be kept, and which were merged."""
+    """What an output's provenance says of a tensor: how many heads were to be merged, and which were merged."""
 
     keep: int
     selected: tuple[int, ...]

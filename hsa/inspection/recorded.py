@@ -28,7 +28,7 @@ def recorded_config(record: Provenance, directory: Path) -> MergeConfig:
         raise ProvenanceError(f"{where} records no merged tensor; it is no provenance that hsa wrote")
     for each in record.record.targets:
         if each.heads < 1 or each.keep > each.heads:
-            raise ProvenanceError(f"{where}: {each.name} has {each.heads} heads of which {each.keep} were to be kept")
+            raise ProvenanceError(f"{where}: {each.name} has {each.heads} heads of which {each.keep} were to be merged")
     try:
         config = MergeConfig.from_dict(record.record.parameters)
         for each in record.record.targets:
@@ -122,7 +122,7 @@ def _unlike(records: Sequence[TargetRecord], config: MergeConfig, layers: Mappin
         value = layer_coefficient(config.of("lam", name), config.of("alpha", name), p.layer, layers[p.stack])
         if each.keep != keep or abs(each.coefficient - value) > 1e-12:
             yield (
-                f"{each.name}: {each.keep} heads kept and lambda_i {shown(each.coefficient)} are recorded, its "
+                f"{each.name}: {each.keep} heads to merge and lambda_i {shown(each.coefficient)} are recorded, its "
                 f"parameters give {keep} and {shown(value)}; shown is what is recorded"
             )
             return

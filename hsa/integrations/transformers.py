@@ -48,7 +48,7 @@ def hsa_merge_(
     Args:
         model: a loaded Whisper model of transformers whose targets are float32, float16 or bfloat16, on any device.
         base, secondary: each a checkpoint directory, a state dict or another loaded model. They are not changed.
-        k: share of heads kept per tensor, 0 to 1, or above 1 a percentage up to 100.
+        k: share of heads merged per tensor, 0 to 1, or above 1 a percentage up to 100.
         lam: lambda, the weight of the model's own task vector in a selected head, 0 to 1.
         alpha: the layer exponent, not negative. `k`, `lam` and `alpha` are numbers, or mappings from every target's
             name to a number.
