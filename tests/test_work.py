@@ -15,7 +15,7 @@ import blake3
 import pytest
 
 import hsa
-from hsa import fsio, pipeline, sink
+from hsa import fsio, geometry, likeness, pipeline, sink
 from hsa.backends import cpu
 from hsa.checkpoint import open_checkpoint
 from hsa.config import MergeConfig
@@ -252,6 +252,34 @@ def test_heads_are_scored_once_and_blended_once(deep: Triple, monkeypatch: pytes
     for lam in (0.2, 0.3, 0.4):
         merger.apply_(state, lam=lam)
     assert calls == {"_score": report.total_heads, "_blend": 4 * report.selected_heads}
+
+
+def test_each_head_is_summed_once_while_its_target_is_in_memory(
+    deep: Triple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The sums that a report's figures come from: one pass, in float32, and no source is compared beyond its start."""
+    tiles, in_float64, pieces = [0], [0], [0]
+    sums, dot, piece = cpu.tile_sums, geometry.dot, likeness._equal_piece
+
+    def counted_sums(*arrays: Any) -> Any:
+        tiles[0] += 1
+        return sums(*arrays)
+
+    def counted_dot(x: Any, y: Any, *, wide: bool = False) -> float:
+        in_float64[0] += wide or x.dtype != "float32"
+        return dot(x, y, wide=wide)
+
+    def counted_piece(*arguments: Any) -> bool:
+        pieces[0] += 1
+        return piece(*arguments)
+
+    monkeypatch.setattr(cpu, "tile_sums", counted_sums)
+    monkeypatch.setattr(geometry, "dot", counted_dot)
+    monkeypatch.setattr(likeness, "_equal_piece", counted_piece)
+    report = hsa.merge(**deep, output=tmp_path / "out", sync=False)
+    assert tiles[0] == report.total_heads
+    assert in_float64[0] == 0
+    assert pieces[0] == len(likeness.PAIRS) * len(report.tensors)
 
 
 def test_a_merger_reads_its_sources_once(deep: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
