@@ -13,6 +13,7 @@ from hsa.errors import MismatchError, RequestError
 from hsa.loaded import Entry, Model, entries_of, in_its_place, targets_of
 from hsa.shared_memory import first_shared, repeats_elements, spans
 from hsa.target import Target
+from hsa.written import Record
 
 KEPT_LAYOUTS = 4
 """Models whose checks are remembered: a search writes to one again and again."""
@@ -25,6 +26,7 @@ class _Layout:
     addresses: tuple[int, ...]
     kinds: tuple[tuple[Any, ...], ...]
     positions: tuple[int, ...]
+    record: Record
 
 
 class Destinations:
@@ -38,8 +40,8 @@ class Destinations:
         self._targets, self._preset = targets, preset
         self._known: tuple[_Layout, ...] = ()
 
-    def of(self, model: Model, first_met: Callable[[Sequence[Entry]], None]) -> list[torch.Tensor]:
-        """The model's own tensor for every target.
+    def of(self, model: Model, first_met: Callable[[Sequence[Entry]], None]) -> tuple[list[torch.Tensor], Record]:
+        """The model's own tensor for every target, and the record to renew when they are written.
 
         `first_met` gets the entries of a model that is new, after its checks. Raises RequestError, MismatchError.
         """
@@ -49,7 +51,7 @@ class Destinations:
             if layout.addresses == addresses:
                 places = [held[position] for position in layout.positions]
                 if tuple(map(_kind, places)) == layout.kinds:
-                    return places
+                    return places, layout.record
         entries = entries_of("model", model)
         places = self._checked(model, entries)
         position_of = {id(tensor): position for position, tensor in enumerate(held)}
@@ -60,9 +62,9 @@ class Destinations:
             )
         first_met(entries)
         positions = tuple(position_of[id(tensor)] for tensor in places)
-        layout = _Layout(addresses, tuple(map(_kind, places)), positions)
+        layout = _Layout(addresses, tuple(map(_kind, places)), positions, Record(places))
         self._known = (layout, *self._known[: KEPT_LAYOUTS - 1])
-        return places
+        return places, layout.record
 
     def _checked(self, model: Model, entries: Sequence[Entry]) -> list[torch.Tensor]:
         found = targets_of("model", model, entries, self._preset)

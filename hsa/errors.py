@@ -20,11 +20,12 @@ A message is one line: what is wrong, where, what was expected, and what to do.
 from __future__ import annotations
 
 import sys
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 from itertools import islice
 from pathlib import PurePath
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 __all__ = [
@@ -112,6 +113,15 @@ class HsaWarning(UserWarning):
         >>> import warnings
         >>> warnings.simplefilter("error", HsaWarning)  # refuse what is only warned of
     """
+
+
+def warn(text: str) -> None:
+    """Give a HsaWarning, at the line of the caller of this package."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2  # of that frame, as warnings counts from this one
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("hsa", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(one_line(text), HsaWarning, stacklevel=level)
 
 
 MAX_MESSAGE = 4000

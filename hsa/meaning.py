@@ -42,8 +42,12 @@ STILL = 1e-4
 
 def of_plan(sources: Sources) -> Findings:
     """What headers, configs and names tell, before any tensor is read."""
-    warnings = [*_adapters(sources), *_unnamed(sources)]
-    return Findings(tuple(_located(sources)), tuple(warnings))
+    return Findings(tuple(_located(sources)), tuple(_unnamed(sources))) + of_adapters(sources)
+
+
+def of_adapters(sources: Sources) -> Findings:
+    """What the configs of adapters tell; part of `of_plan`."""
+    return Findings(warnings=tuple(_adapters(sources)))
 
 
 def of_settings(targets: Sequence[Target]) -> Findings:

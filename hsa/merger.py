@@ -6,7 +6,6 @@ Scores do not depend on lambda or alpha, and the ranking of heads not on k: they
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,16 +15,21 @@ import numpy as np
 import torch
 
 from hsa import samples
-from hsa.backends import Backend, resolve
+from hsa.backends import Backend, Merged, changed_ranges, resolve
 from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
 from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef
+from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.destination import Destinations
 from hsa.dtypes import NAMES, Array
-from hsa.errors import HsaWarning, RequestError
+from hsa.errors import RequestError, warn
+from hsa.extent import Extent
+from hsa.findings import Findings
 from hsa.fsio import Tally, explained
 from hsa.hub import Hub, Want
+from hsa.likeness import equal_pairs
 from hsa.loaded import Entry, Model, config_of, entries_of, targets_of, wanted
+from hsa.meaning import of_adapters, of_change, of_values
 from hsa.option_names import option
 from hsa.plan import check_heads, check_whole, find_targets, with_parameters
 from hsa.samples import Sample
@@ -34,6 +38,7 @@ from hsa.structure import require_shapes
 from hsa.target import Target, select
 from hsa.threads import check_threads, default_threads
 from hsa.whisper import MODEL_TYPE, is_known
+from hsa.written import holds_a_merge
 
 Source = str | os.PathLike[str] | Model
 
@@ -46,6 +51,7 @@ class _Held:
     checkpoint: Checkpoint
     data: Mapping[str, Array]
     others: Mapping[str, Sample]
+    warnings: tuple[str, ...] = ()
 
 
 class Merger:
@@ -63,7 +69,9 @@ class Merger:
             writing into a model on the same device allocates nothing after the first call with that model.
         threads: worker threads on the CPU, 1 to 256; by default the usable cores and one more.
 
-    `backend` and `device` are what was chosen, `notes` what is to say of the sources, and of models written to.
+    `backend` and `device` are what was chosen, `notes` what is to say of the sources, `warnings` what may be a mistake:
+    sources exchanged, given twice, not of one base or merged already, and a model written to whose other tensors are
+    not primary's. Each warning is also given as a HsaWarning, which Python's filters can make an error.
 
     Merged values are those of `hsa.merge` with exact numerics, bit for bit, whatever torch's default device and grad or
     inference mode are.
@@ -118,8 +126,16 @@ class Merger:
             check_heads(self._sources)
         self._stored = {target.projection.name: target.primary.name for target in self._targets}
         self._resident = _make_resident(chosen, data, self._targets, default_threads() if threads is None else threads)
-        self._squared = dict(zip(self._stored, self._resident.score(self._targets), strict=True))
+        self._scored = dict(zip(self._stored, self._resident.score(self._targets), strict=True))
+        self._equal = {
+            target.projection.name: equal_pairs(target, {role: data[role][target.projection.name] for role in ROLES})
+            for target in self._targets
+        }
         self._destinations = Destinations(self._targets, targets)
+        told = of_adapters(self._sources) + of_values(self._outcomes(self._targets))
+        self.warnings = [*(text for each in held.values() for text in each.warnings), *told.warnings]
+        for text in self.warnings:
+            warn(text)
 
     def __repr__(self) -> str:
         named = ", ".join(f"{source.role} {source.identity.id}" for source in self._sources)
@@ -130,16 +146,25 @@ class Merger:
     def scores(self) -> dict[str, torch.Tensor]:
         """The saliency scores of every target: float32 [H] by tensor name."""
         return {
-            self._stored[name]: torch.tensor(squared, dtype=torch.float64, device="cpu").sqrt().float()
-            for name, squared in self._squared.items()
+            self._stored[name]: torch.tensor(scored.squared, dtype=torch.float64, device="cpu").sqrt().float()
+            for name, scored in self._scored.items()
         }
 
     def selected(self, k: PerTensor = 0.6) -> dict[str, tuple[int, ...]]:
         """The heads that a merge with this `k` blends, by tensor name. Raises RequestError."""
         return {
-            target.primary.name: select(self._squared[target.projection.name], target.keep).selected
-            for target in self._with(k, 0.5, 0.2)
+            outcome.target.primary.name: outcome.merged.selection.selected
+            for outcome in self._outcomes(self._with(k, 0.5, 0.2))
         }
+
+    def check(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> Findings:
+        """What is to say of a merge with these parameters, which is not made for it.
+
+        `notes` say how much is merged; `warnings` that the output would be next to primary. Mistakes that the sources
+        tell, whatever the parameters, are in `Merger.warnings`. Raises RequestError.
+        """
+        outcomes = self._outcomes(self._with(k, lam, alpha))
+        return Findings(notes=(Extent.of(outcomes).text,)) + of_change(outcomes)
 
     def merge(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> dict[str, torch.Tensor]:
         """The merged target tensors by name, new on every call, on the CPU: shapes and dtypes are primary's.
@@ -163,8 +188,8 @@ class Merger:
         Every target is written whole, from the sources alone: what the model held there before does not matter. The
         values are rounded once to the dtype of the model's own tensors, which stay the same objects; autograd sees that
         they changed. Tensors that are no target are left as they are, so the model should be primary's. When a model is
-        first met, up to 32 elements of each of them are compared with primary's; where some differ, `notes` says so,
-        and a HsaWarning is given.
+        first met, up to 32 elements of each of them are compared with primary's; where some differ, a HsaWarning
+        says so.
 
         Either all targets are written or none. After one of the errors below the model is as it was. An interrupt
         (Ctrl-C) that comes while targets are written takes effect when all of them are. Only where the machine itself
@@ -179,9 +204,10 @@ class Merger:
             NonFiniteError: a merged value overflows the dtype of the model.
         """
         targets = self._with(k, lam, alpha)
-        out = self._destinations.of(model, self._note_others)
+        out, record = self._destinations.of(model, self._note_others)
         with deferred():
             self._resident.write(targets, out)
+            record.renew(out)
         return model
 
     def _with(self, k: PerTensor, lam: PerTensor, alpha: PerTensor) -> tuple[Target, ...]:
@@ -190,6 +216,17 @@ class Merger:
             *(k, lam, alpha, own.targets, own.attention_scale), num_heads=own.num_heads, num_layers=own.num_layers
         )
         return with_parameters(self._targets, config, self._sources)
+
+    def _outcomes(self, targets: Sequence[Target]) -> list[TargetOutcome]:
+        """What merges of these targets come to, by the scores alone; without digests."""
+        outcomes = []
+        for target in targets:
+            scored = self._scored[target.projection.name]
+            selection = select(scored.squared, target.keep)
+            changed = changed_ranges(target, selection.selected)
+            merged = Merged(selection, changed, scored.primary_moved, scored.secondary_moved, scored.geometry)
+            outcomes.append(TargetOutcome(target, merged, {}, self._equal[target.projection.name]))
+        return outcomes
 
     def _note_others(self, entries: Sequence[Entry]) -> None:
         """Say where a model's other tensors are not primary's."""
@@ -201,8 +238,8 @@ class Merger:
             f"the model's other tensors are not primary's: {found.name} {found.how}{more} of {found.compared}, "
             f"and apply_ leaves them as they are; load primary and apply to it for the model that hsa.merge writes"
         )
-        self.notes.append(note)
-        warnings.warn(note, HsaWarning, stacklevel=4)  # the caller of apply_
+        self.warnings.append(note)
+        warn(note)
 
 
 def _make_resident(
@@ -252,7 +289,15 @@ def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:
         require_shapes(checkpoint)
     # Names of Whisper that are not merged are left out: a plan goes through all that is here.
     checkpoint.tensors = {name: ref for name, ref in refs.items() if name in targets or not is_known(name)}
-    return _Held(checkpoint, data, samples.of_loaded(entries, data) if role == "primary" else {})
+    merged = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
+    warnings = () if merged is None else (_AGAIN.format(role=role, name=merged),)
+    return _Held(checkpoint, data, samples.of_loaded(entries, data) if role == "primary" else {}, warnings)
+
+
+_AGAIN = (
+    "{role} is a model that a merge was written to: {name} still holds merged values, which are taken for those of "
+    "{role}; load {role} again, or keep one Merger and call apply_ with other parameters"
+)
 
 
 def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: int | None) -> None:

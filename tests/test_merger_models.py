@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
 import threading
 import warnings
@@ -456,7 +457,7 @@ def test_a_model_that_is_not_primary_is_warned_of_once(
     said = warned(lambda: merger.apply_(target))
     assert len(said) == 1
     assert "the model's other tensors are not primary's: " in said[0]
-    assert merger.notes[-1:] == said
+    assert merger.warnings[-1:] == said
     assert warned(lambda: merger.apply_(target, lam=0.1)) == []
     assert wrong(other, merger.merge(lam=0.1)) == []
     with warnings.catch_warnings():
@@ -469,11 +470,11 @@ def test_a_model_that_is_not_primary_is_warned_of_once(
 def test_primary_itself_is_not_warned_of(typed_triple: Triple, dtype: torch.dtype) -> None:
     merger = hsa.Merger(**typed_triple)
     model = load(typed_triple["primary"]).to(dtype)
-    notes = list(merger.notes)
+    assert merger.warnings == []
     assert warned(lambda: merger.apply_(model)) == []
     assert warned(lambda: merger.apply_(model.model.state_dict())) == []
     assert warned(lambda: merger.apply_(merger.merge())) == []
-    assert merger.notes == notes
+    assert merger.warnings == []
 
 
 def test_one_other_tensor_that_differs_is_named(shared_triple: Triple, merger: hsa.Merger, model: Any) -> None:
@@ -493,6 +494,49 @@ def test_a_model_that_was_exchanged_between_calls_is_checked_again(
     model.load_state_dict({name: tensor.clone() for name, tensor in load(shared_triple["base"]).state_dict().items()})
     other = copy.deepcopy(model)
     assert len(warned(lambda: merger.apply_(other))) == 1
+
+
+# --- mistakes of meaning ---------------------------------------------------------------------------------------------
+
+
+def test_sources_that_are_exchanged_or_given_twice_are_warned_of(shared_triple: Triple) -> None:
+    base, primary, secondary = (str(shared_triple[role]) for role in ("base", "primary", "secondary"))
+    for given, pattern in (
+        ((base, primary, primary), "primary and secondary are equal on all 10 target tensors"),
+        ((base, load(shared_triple["base"]), secondary), "base and primary are equal on all 10 target tensors"),
+        ((primary, base, secondary), "secondary is nearer to|primary is nearer to"),
+    ):
+        said = warned(lambda given=given: hsa.Merger(*given))  # type: ignore[misc]
+        assert len(said) == 1 and re.search(pattern, said[0]), said
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert hsa.Merger(*given).warnings == said
+    assert warned(lambda: hsa.Merger(base, primary, secondary)) == []
+
+
+def test_a_cell_that_makes_a_merger_of_the_model_it_wrote_to_is_warned_of(shared_triple: Triple, model: Any) -> None:
+    base, secondary = shared_triple["base"], shared_triple["secondary"]
+    primary = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def cell(given: Any) -> None:
+        hsa.Merger(base, given, secondary).apply_(given)
+
+    assert warned(lambda: cell(model)) == []
+    for again in (model, model.model):
+        (said,) = warned(lambda again=again: cell(again))  # type: ignore[misc]
+        assert re.match(r"primary is a model that a merge was written to: \S+_proj\.(weight|bias) still holds", said)
+    assert "secondary is a model that a merge" in warned(lambda: hsa.Merger(base, shared_triple["primary"], model))[0]
+    model.load_state_dict(primary)
+    assert warned(lambda: cell(model)) == []
+
+
+def test_a_merger_says_what_a_merge_comes_to(shared_triple: Triple, merger: hsa.Merger, tmp_path: Path) -> None:
+    report = hsa.merge(output=tmp_path / "out", sync=False, **shared_triple)
+    found = merger.check()
+    assert found.warnings == ()
+    assert found.notes == (report.extent.text,)
+    assert "changes next to nothing" in merger.check(lam=1.0).warnings[0]
+    refused(lambda: merger.check(lam=2.0), "^lam must be in")
 
 
 # --- what it says of itself ------------------------------------------------------------------------------------------

@@ -266,6 +266,14 @@ def test_a_frozen_target_that_is_still_merged_is_named(shared_triple: Triple, mo
     refused(model, *sources, rf"^model was merged by hsa_merge_ already: {TARGET} still holds merged values")
 
 
+def test_a_merge_that_changes_nothing_is_warned_of(shared_triple: Triple, model: Any) -> None:
+    before = bytes_of(model)
+    with pytest.warns(hsa.HsaWarning, match="the merge changes next to nothing") as caught:
+        hsa_merge_(model, shared_triple["base"], shared_triple["secondary"], k=0)
+    assert [entry.filename for entry in caught] == [__file__]
+    assert bytes_of(model) == before
+
+
 # --- memory that two share -------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,38 @@ for k, lam in ((0.6, 0.5), (1.0, 0.0), (0.0, 0.5), (0.3, 0.9)):
     narrow = cpu.apply_({name: tensor.half() for name, tensor in model.items()}, k=k, lam=lam)
     gpu.apply_(half, k=k, lam=lam)
     assert all(raw_bytes(narrow[name]) == raw_bytes(half[name]) for name in expected)
+
+# An overflow leaves what is written to as it was; autograd notices what a kernel wrote; torch's modes do not matter.
+name = "model.encoder.layers.1.self_attn.v_proj.weight"
+sources = {role: read_tensors(path) for role, path in triple.items()}
+sources["secondary"][name] *= 1e7
+large = hsa.Merger(**sources, num_heads=4, num_layers=2, targets="attention-all", backend="triton")
+before = {name: raw_bytes(tensor) for name, tensor in half.items()}
+try:
+    large.apply_(half, k=1.0, lam=0.0)
+    raise SystemExit("an overflow was written")
+except hsa.NonFiniteError as error:
+    assert f"{name}, head" in str(error), error
+assert {name: raw_bytes(tensor) for name, tensor in half.items()} == before
+version = model[name]._version
+torch.set_default_device("meta")
+with torch.inference_mode():
+    gpu = hsa.Merger(**triple, targets="attention-all", backend="triton")
+    gpu.apply_(model, lam=0.1)
+    result = gpu.merge(lam=0.1)
+torch.set_default_device(None)
+assert model[name]._version > version
+expected = cpu.merge(lam=0.1)
+assert all(raw_bytes(expected[name]) == raw_bytes(result[name]) == raw_bytes(model[name]) for name in expected)
+gpu.apply_(model, lam=0.3)
+expected = cpu.merge(lam=0.3)
+assert all(raw_bytes(tensor) == raw_bytes(model[name]) for name, tensor in expected.items())
+try:
+    hsa.Merger(**triple, num_heads=64, backend="triton")
+    raise SystemExit("more heads than the kernels have room for")
+except hsa.BackendUnavailable as error:
+    assert "expected 1 to 62, found 64; use backend='cpu'" in str(error), error
+
 known = dict(gpu._resident._known)
 gpu.apply_(model, lam=0.2)
 assert gpu._resident._known == known, "tables were made again for tensors that were written before"

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from hsa.backends import NotFinite
-from hsa.backends.cpu import CpuWorker
+from hsa.backends.cpu import CpuWorker, Scored
 from hsa.checkpoint import ROLES, Role
 from hsa.dtypes import CODES, STORAGE, Array, largest_magnitude
 from hsa.errors import MachineError, NonFiniteError
@@ -29,8 +29,8 @@ T = TypeVar("T")
 class Resident(Protocol):
     """The targets of three sources in memory. Both methods take all targets, in the order of the first call."""
 
-    def score(self, targets: Sequence[Target]) -> list[tuple[float, ...]]:
-        """Squared saliency scores of each target's heads. Raises NonFiniteError."""
+    def score(self, targets: Sequence[Target]) -> list[Scored]:
+        """Squared saliency scores of each target's heads, and its geometry. Raises NonFiniteError."""
 
     def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
         """Write each target, merged by the scores, whole into a tensor of its shape.
@@ -47,18 +47,18 @@ class CpuResident:
         self._squared: dict[str, tuple[float, ...]] = {}
         self._largest_base: dict[str, float] = {}
 
-    def score(self, targets: Sequence[Target]) -> list[tuple[float, ...]]:
-        def one(number: int, worker: CpuWorker) -> tuple[tuple[float, ...], float]:
+    def score(self, targets: Sequence[Target]) -> list[Scored]:
+        def one(number: int, worker: CpuWorker) -> tuple[Scored, float]:
             target = targets[number]
             base, primary, secondary = self._of(target)
-            squared = worker.score(target, base, primary, secondary).squared
-            return squared, largest_magnitude(target.base.code, base.view(STORAGE[target.base.code]))
+            scored = worker.score(target, base, primary, secondary)
+            return scored, largest_magnitude(target.base.code, base.view(STORAGE[target.base.code]))
 
         found = self._each(range(len(targets)), targets, one)
-        for target, (squared, largest_base) in zip(targets, found, strict=True):
-            self._squared[target.projection.name] = squared
+        for target, (scored, largest_base) in zip(targets, found, strict=True):
+            self._squared[target.projection.name] = scored.squared
             self._largest_base[target.projection.name] = largest_base
-        return [squared for squared, _ in found]
+        return [scored for scored, _ in found]
 
     def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
         def compute(number: int, worker: CpuWorker, place: torch.Tensor) -> None:

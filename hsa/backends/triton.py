@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from hsa.backends import Job, Merged, NotFinite, buffers_cost, changed_ranges
-from hsa.backends.cpu import CpuWorker
+from hsa.backends.cpu import CpuWorker, Scored
 from hsa.backends.resident import Data, may_overflow, naming_halfway, not_finite
 from hsa.backends.tensor_geometry import geometry
 from hsa.checkpoint import ROLES, Role
@@ -170,7 +170,7 @@ class TritonResident:
 
     # Everything that is kept is made and written in inference mode, whatever mode a caller is in.
     @torch.inference_mode()
-    def score(self, targets: Sequence[Target]) -> list[tuple[float, ...]]:
+    def score(self, targets: Sequence[Target]) -> list[Scored]:
         with _INTERPRETER if interpreted() else nullcontext():
             projections = self._projections(targets, self._held["primary"])
             self._scores = score_heads(projections).clone()
@@ -178,7 +178,13 @@ class TritonResident:
             rows = self._scores.tolist()
         self._largest_base = [float(base.abs().amax()) for base in self._held["base"]]
         self._squared = [tuple(row[: target.heads]) for row, target in zip(rows, targets, strict=True)]
-        return self._squared
+        held = self._held["base"], self._held["primary"], self._held["secondary"]
+        return [
+            Scored(
+                squared, _differ(base, primary), _differ(base, secondary), geometry(target, base, primary, secondary)
+            )
+            for target, squared, base, primary, secondary in zip(targets, self._squared, *held, strict=True)
+        ]
 
     @torch.inference_mode()
     def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:

@@ -13,11 +13,12 @@ import torch
 
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.destination import require_own_memory
-from hsa.errors import RequestError, shown
+from hsa.errors import RequestError, shown, warn
 from hsa.loaded import Entry, config_of, entries_of, in_its_place, targets_of
 from hsa.merger import Merger, Source
 from hsa.shared_memory import first_shared, spans
 from hsa.whisper import MODEL_TYPE, Architecture, architecture, expected_targets
+from hsa.written import forget
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
@@ -74,7 +75,9 @@ def hsa_merge_(
     MergeConfig(k, lam, alpha, targets, attention_scale)
     own = _own_targets(model, targets)
     _check_sources(own, {"base": base, "secondary": secondary}, targets)
-    if not again:
+    if again:
+        forget(entry.tensor for entry in own.values())
+    else:
         _refuse_merged(model, own)
     merger = Merger(
         base,
@@ -86,6 +89,8 @@ def hsa_merge_(
         device=device,
         threads=threads,
     )
+    for text in merger.check(k, lam, alpha).warnings:
+        warn(text)
     before = {stored: _some_values(tensor) for stored, _, tensor in own.values()}
     merger.apply_(model, k, lam, alpha)
     _mark(model, own, before)
