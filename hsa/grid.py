@@ -50,7 +50,7 @@ def _steps(name: str, text: str, start: Decimal, stop: Decimal, step: Decimal) -
     """The values from start to stop; RequestError where they are too many or do not meet the stop."""
     with localcontext(Context(prec=4 * DIGITS)):  # exact for all numbers that `_decimal` lets through
         count = int((stop - start) / step) + 1
-        if count > MOST_POINTS:
+        if len(found) + count > MOST_POINTS:
             raise RequestError(f"{name} {shown(text)} has over {MOST_POINTS} values; is the step right?")
         values = [start + step * number for number in range(count)]
         last, after = values[-1], values[-1] + step

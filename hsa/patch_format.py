@@ -274,7 +274,7 @@ def _target(name: str, entry: Any, held: Entry | None) -> PatchTarget:
         if isinstance(number, bool) or not isinstance(number, int):
             raise ValueError(f"{name}: {shown(number, 40)} is no number of heads")
     if not 1 <= heads <= 1 << 20 or not 0 <= keep <= heads:
-        raise ValueError(f"{name}: {keep} of {heads} heads")
+        raise ValueError(f"{name}: {shown(keep, 40)} of {shown(heads, 40)} heads")
     if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 <= coefficient <= 1:
         raise ValueError(f"{name}: lambda_i is {shown(coefficient, 40)}")
     if held.code not in ARITHMETIC:

@@ -1,7 +1,8 @@
 """YAML that people write, read strictly: plain values with their lines, nothing that could build objects or explode.
 
 One document of mappings, lists and scalars. Refused, with the line: anchors and aliases (a few lines of them can stand
-for gigabytes), tags, repeated keys, keys that are no text, dates, deep nesting.
+for gigabytes), tags, repeated keys, keys that are no text, dates, deep nesting, numbers of many
+digits, and numbers to the base of 60 (`12:30`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from hsa.errors import RequestError, is_text, shown
 MAX_DEPTH = 16
 """Mappings and lists inside one another."""
 
+MAX_VALUES = 20_000
+"""Keys, values and containers of a document: those of six hundred merges, which take half a second to read."""
+
+MAX_NUMBER = 100
+"""Characters of a number. Python takes time that grows with their square, and raises ValueError beyond 4300 digits."""
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 """A number in YAML 1.2 and to everybody's eyes, which the YAML 1.1 of this library takes for a text."""
@@ -64,8 +72,12 @@ def parse(data: bytes, where: str) -> Value:
 def _check_events(text: str, where: str) -> None:
     """Before anything is built: the parser below keeps its own stack, so that no input can make it recurse."""
     depth = documents = 0
+    values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
+        values += isinstance(event, yaml.NodeEvent)
+        if values > MAX_VALUES:
+            raise RequestError(f"{where}:{line}: has more than {MAX_VALUES} keys and values; split it")
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
@@ -92,7 +104,10 @@ def _value(node: Any, where: str, line: int) -> Value:
     if node.tag not in _PLAIN:
         kind = node.tag.rpartition(":")[2]
         raise RequestError(f"{where}:{_line(node)}: YAML takes {node.value:.80} for a {kind}; put it in quotes")
-    if node.style is None and _EXPONENT.fullmatch(node.value):
+    exponent = node.style is None and _EXPONENT.fullmatch(node.value)
+    if exponent or node.tag in _NUMBERS:
+        _check_number(node.value, f"{where}:{_line(node)}")
+    if exponent:
         return Value(line, float(node.value))
     if not is_text(node.value):
         raise RequestError(
@@ -103,6 +118,15 @@ def _value(node: Any, where: str, line: int) -> Value:
         return Value(line, yaml.constructor.SafeConstructor().construct_object(node))
     except ValueError as error:
         raise RequestError(f"{where}:{_line(node)}: {node.value:.80} is no number: {error}") from error
+
+
+def _check_number(text: str, where: str) -> None:
+    if len(text) > MAX_NUMBER:
+        raise RequestError(
+            f"{where}: {text:.20}... is a number of {len(text)} characters, at most {MAX_NUMBER} are read"
+        )
+    if ":" in text:
+        raise RequestError(f"{where}: YAML takes {text} for a number to the base of 60; put it in quotes")
 
 
 def _pairs(node: Any, where: str) -> Iterator[tuple[str, Value]]:

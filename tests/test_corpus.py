@@ -169,6 +169,7 @@ def largest(tmp_path_factory: pytest.TempPathFactory) -> Judged:
     put("tokenizer", worst.tokenizers())
     put("pickle", worst.pickles())
     put("zip", worst.archives())
+    put("recipe", worst.recipes())
     return replay(root / "place", files)
 
 

@@ -81,6 +81,12 @@ def test_a_mistyped_step_does_not_fill_the_memory() -> None:
         grid.numbers("k", "0:1e19:1e-19")
 
 
+def test_many_ranges_count_together() -> None:
+    """Each alone is let through; all of them, in one text, would take gigabytes."""
+    with pytest.raises(RequestError, match="has over 10000 values"):
+        grid.numbers("k", ",".join(["0:9998:1"] * 10_000))
+
+
 def test_points_are_every_combination_once_in_order() -> None:
     found = grid.points(["encoder-qkv"], [0.2, 0.6], [0.1, 0.5, 0.1], [0.2])
     assert [(p.k, p.lam) for p in found] == [(0.2, 0.1), (0.2, 0.5), (0.6, 0.1), (0.6, 0.5)]

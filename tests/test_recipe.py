@@ -294,7 +294,9 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
 
 NAMES = st.from_regex(r"[A-Za-z0-9_][a-z0-9_]{0,8}", fullmatch=True)
 IDENTIFIERS = st.builds("{}/{}".format, NAMES, NAMES)
+EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 TEXTS = st.text(min_size=1, max_size=30).filter(str.strip).filter(str.isprintable)
+TEXTS = TEXTS.filter(lambda text: not EXPONENT.fullmatch(text))  # written without quotes, and read as a number
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "k": st.floats(0, 100) | st.integers(0, 100),
     "lambda": st.floats(0, 1) | st.dictionaries(TEXTS, st.floats(0, 1), min_size=1, max_size=2),

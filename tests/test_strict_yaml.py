@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa.errors import RequestError
-from hsa.strict_yaml import MAX_DEPTH, parse
+from hsa.strict_yaml import MAX_DEPTH, MAX_VALUES, parse
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
@@ -38,7 +38,27 @@ BAD = {
     "a list as key": (b"? [a]\n: b\n", "f:1: the key a list or mapping is no text"),
     "deep": (b"[" * 2000 + b"]" * 2000, f"f:1: nested more than {MAX_DEPTH} deep"),
     "deep mappings": (b"{a: " * 500 + b"1" + b"}" * 500, f"f:1: nested more than {MAX_DEPTH} deep"),
-    "a number of too many digits": (b"a: " + b"9" * 10_000, "f:1: 9999"),
+    "a number of too many digits": (b"a: " + b"9" * 10_000, "f:1: 99999999999999999999... is a number of 10000 charac"),
+    "a hexadecimal number of many digits": (
+        b"a: 0x" + b"f" * 10_000,
+        "f:1: 0xffffffffffffffffff... is a number of 10002",
+    ),
+    "a binary number of many digits": (b"a: 0b" + b"1" * 200, "f:1: 0b111111111111111111... is a number of 202 char"),
+    "an octal number of many digits": (b"a: -0" + b"7" * 200, "f:1: -0777777777777777777... is a number of 202 char"),
+    "a fraction of many digits": (b"a: 0." + b"3" * 200, "f:1: 0.333333333333333333... is a number of 202 char"),
+    "an exponent of many digits": (b"a: 1e" + b"9" * 200, "f:1: 1e999999999999999999... is a number of 202 char"),
+    "a number with underscores": (b"a: 1" + b"_0" * 200, "f:1: 1_0_0_0_0_0_0_0_0_0_... is a number of 401 char"),
+    "a number to the base of 60": (b"a: 1\nb: 12:30\n", "f:2: YAML takes 12:30 for a number to the base of 60; put"),
+    "a long number to the base of 60": (
+        b"a: 1" + b":59" * 3000,
+        "f:1: 1:59:59:59:59:59:59:... is a number of 9001 cha",
+    ),
+    "a fraction to the base of 60": (
+        b"a: 1" + b":59" * 3000 + b".5",
+        "f:1: 1:59:59:59:59:59:59:... is a number of 9003",
+    ),
+    "a number of many digits as key": (b"9" * 500 + b": 1\n", "f:1: 99999999999999999999... is a number of 500 char"),
+    "many values": (b"a: [" + b"x," * MAX_VALUES + b"]", f"f:1: has more than {MAX_VALUES} keys and values; split it"),
 }
 
 

@@ -31,6 +31,8 @@ from hsa.asset_checks import MAX_VOCABULARY_MARKS
 from hsa.checkpoint import MAX_TEXT
 from hsa.header import MAX_HEADER, MAX_MARKS
 from hsa.pickled import MAX_PICKLE
+from hsa.recipe import MAX_BYTES
+from hsa.strict_yaml import MAX_VALUES
 from hsa.tensor_pickle import MAX_OPCODES
 
 ROOM = MAX_PICKLE - 1000
@@ -138,6 +140,17 @@ def pickles() -> Iterator[tuple[str, bytes]]:
 def _full(unit: bytes, instructions: int, start: bytes = b"") -> bytes:
     """The unit as often as the limits on length and instructions let through."""
     return PROTO + start + unit * min((ROOM - len(start)) // len(unit), (MAX_OPCODES - 60) // instructions) + STOP
+
+
+def recipes() -> Iterator[tuple[str, bytes]]:
+    """Recipes by what they are full of."""
+    yield "values", b"merges: [" + b"a," * (MAX_VALUES - 10) + b"]"
+    yield "too many values", b"merges: [" + b"a," * (MAX_BYTES // 2 - 10) + b"]"
+    yield "lines", b"merges:\n" + b"- a\n" * (MAX_VALUES - 10)
+    yield "keys", b"merges: {" + b"".join(b"a%x: b," % number for number in range(MAX_VALUES // 2 - 10)) + b"}"
+    yield "escapes", b'title: "' + b"\\x41" * (MAX_BYTES // 4 - 10) + b'"'
+    yield "one number to the base of 60", b"title: 1" + b":59" * (MAX_BYTES // 3 - 10)
+    yield "one hexadecimal number", b"title: 0x" + b"f" * (MAX_BYTES - 20)
 
 
 def archives() -> Iterator[tuple[str, bytes]]:
