@@ -42,15 +42,15 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
             raise RequestError(
                 f"{name} takes numbers such as 0.1,0.3 or start:stop:step with a step above 0, got {shown(text)}"
             )
-        found += _steps(name, text, *ends)
+        found += _steps(name, text, MOST_POINTS - len(found), *ends)
     return tuple(float(value) for value in found)
 
 
-def _steps(name: str, text: str, start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
-    """The values from start to stop; RequestError where they are too many or do not meet the stop."""
+def _steps(name: str, text: str, room: int, start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
+    """The values from start to stop; RequestError where they are more than `room` or do not meet the stop."""
     with localcontext(Context(prec=4 * DIGITS)):  # exact for all numbers that `_decimal` lets through
         count = int((stop - start) / step) + 1
-        if len(found) + count > MOST_POINTS:
+        if count > room:
             raise RequestError(f"{name} {shown(text)} has over {MOST_POINTS} values; is the step right?")
         values = [start + step * number for number in range(count)]
         last, after = values[-1], values[-1] + step

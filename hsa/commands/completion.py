@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsa.errors import RequestError
+from hsa.errors import RequestError, shown
 from hsa.streams import tell
 
 PROGRAM = "hsa"
@@ -43,5 +43,5 @@ def _named(shell: str) -> str:
         except shellingham.ShellDetectionFailure:
             raise RequestError(f"the shell is not known; name it, one of {', '.join(SHELLS)}") from None
     if shell not in SHELLS:
-        raise RequestError(f"there is no completion for the shell {shell!r:.40}; there is for {', '.join(SHELLS)}")
+        raise RequestError(f"there is no completion for the shell {shown(shell, 40)}; there is for {', '.join(SHELLS)}")
     return shell
