@@ -9,7 +9,6 @@ import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import get_args
 
 import numpy as np
@@ -69,7 +68,7 @@ class Problems:
 
 def keys(checkpoint: Checkpoint) -> Iterator[str]:
     """Whether the tensors are those that the config promises, in names, shapes and element types."""
-    for name, stored in islice(checkpoint.renamed.items(), 1):
+    for name, stored in itertools.islice(checkpoint.renamed.items(), 1):
         yield f"{len(checkpoint.renamed)} tensors have names that no loader finds, such as {stored:.300} for {name}"
     yield from (fault.what for fault in structure.faults(checkpoint))
 
@@ -199,7 +198,11 @@ def targets_alone(record: Record) -> Iterator[str]:
     if other:
         yield f"{len(other)} targets are listed and are none of {shown(config.targets)}, such as {other[0]}"
     yield from _unknown_tensor(config, recorded)
+    width = record.targets[0].shape[0] if record.targets else 0
     for target in record.targets:
+        expected = (width,) * len(target.shape)  # every projection of a Whisper model is as wide as the model
+        if target.shape != expected:
+            yield f"target {target.name} is listed with shape {list(target.shape)}, expected {list(expected)}"
         yield from itertools.islice(_follows(target, config, Architecture(heads, layers)), 1)
 
 

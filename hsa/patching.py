@@ -187,7 +187,7 @@ class _Run:
             libraries(),
             {**point.config.as_dict(), **settings},
             {source.role: source_record(source, BLANK) for source in self.sources},
-            tuple(map(_patch_target, targets)),
+            tuple(map(patch_target, targets)),
             files,
         )
         size = patch_format.header_size(contents)
@@ -326,7 +326,7 @@ class _Run:
             rows = []
             for file, target in job.targets:
                 selection = selections[id(file)]
-                nbytes = _patch_target(target).rows_bytes(len(selection.selected))
+                nbytes = patch_target(target).rows_bytes(len(selection.selected))
                 rows.append(_Rows(file, target, selection, file.stop, nbytes))
                 file.stop += nbytes
             self.placed += 1
@@ -395,7 +395,8 @@ def _file_order(target: Target) -> tuple[int, bool, int, int]:
     return (-BITS[target.out_code], len(target.shape) == 1, target.primary.shard, target.primary.offset)
 
 
-def _patch_target(target: Target) -> PatchTarget:
+def patch_target(target: Target) -> PatchTarget:
+    """What a patch says of a target."""
     return PatchTarget(
         target.primary.name,
         target.projection,
@@ -409,7 +410,7 @@ def _patch_target(target: Target) -> PatchTarget:
 
 def expected_bytes(config: MergeConfig, sources: Sources) -> int:
     """Bytes of the rows of a point's patch, where no heads tie at the cut."""
-    return sum(_patch_target(target).rows_bytes(target.keep) for target in find_targets(config, sources))
+    return sum(patch_target(target).rows_bytes(target.keep) for target in find_targets(config, sources))
 
 
 def _expected_bytes(contents: Contents) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,29 +17,30 @@ import numpy as np
 
 from hsa import api, provenance
 from hsa.backends import resolve
-from hsa.checkpoint import INDEX, ROLES, Checkpoint, Role, Sources, contained, read_text
+from hsa.checkpoint import INDEX, ROLES, Sources, contained, read_text
 from hsa.checks import Problems, head_text, merge_config
-from hsa.compute import Calculator, TargetOutcome
+from hsa.compute import Calculator
 from hsa.dtypes import size
 from hsa.errors import HsaError, SourceChanged, SourceError
 from hsa.finish import CARD, last_files
 from hsa.fsio import Source, Tally
-from hsa.hub import Hub
 from hsa.layout import Literal, Merge, OutputFile, Segment
-from hsa.memory import PeakMemory
 from hsa.pipeline import Options, assemble
 from hsa.plan import make_plan
-from hsa.provenance import PROGRAM, Provenance, SourceRecord, changed_keys
+from hsa.provenance import Provenance, Record, changed_keys
 from hsa.provenance_file import PROVENANCE
 from hsa.ranges import Range
-from hsa.request import PathLike, Request, has_hub_ids, open_sources
+from hsa.request import Request
 from hsa.sink import CACHED_PIECE
-from hsa.target import TIE_RISK
-
-NAMED = 8
-"""Tensors of a file that are named when they differ."""
-
-Progress = Callable[[int, int], None]
+from hsa.source_checks import (
+    NAMED,
+    GivenSources,
+    Work,
+    cautions,
+    check_targets,
+    open_recorded,
+    other_versions,
+)
 
 
 @dataclass
@@ -165,191 +166,115 @@ def _describe(difference: _Difference) -> str:
     )
 
 
-def recompute(
-    directory: Path,
-    found: Provenance,
-    paths: Mapping[Role, PathLike],
-    threads: int,
-    tally: Tally,
-    memory: PeakMemory,
-    problems: Problems,
-    notes: list[str],
-    progress: Progress | None = None,
-) -> bool:
+def recompute(directory: Path, found: Provenance, given: GivenSources, work: Work) -> bool:
     """Merge the sources again by the provenance's parameters and compare every byte; returns whether that was done.
 
-    `progress` is called with bytes done and bytes in all. Raises SourceError where a source cannot be opened,
-    MachineError, SourceChanged.
+    Raises SourceError where a source cannot be opened, MachineError, SourceChanged.
     """
     record = found.record
     try:
-        request = _request(directory, found, paths)
+        request = _request(directory, found, given)
     except (HsaError, KeyError, TypeError, ValueError) as error:
-        problems.add(PROVENANCE, f"its parameters cannot be merged with: {error}")
+        work.problems.add(PROVENANCE, f"its parameters cannot be merged with: {error}")
         return False
-    hub = Hub(bars=progress is not None)
     with ExitStack() as stack:
-        if has_hub_ids(request):  # headers first: other sources need not be fetched whole
-            with ExitStack() as trial:
-                sources = open_sources(request, Tally(), hub, trial, headers_only=True)
-                if not _are_recorded(sources, record.sources, problems):
-                    return False
-        sources = open_sources(request, tally, hub, stack, headers_only=False)
-        notes.extend(hub.notes)
-        if not _are_recorded(sources, record.sources, problems):
-            notes.append("nothing was recomputed, for the sources given are not the recorded ones")
+        sources = open_recorded(request, record, given, work, stack)
+        if sources is None:
             return False
-        for source in sources:
-            source.identity = record.sources[source.role].identity
         try:
-            _compare(directory, found, request, sources, threads, tally, memory, problems, progress)
+            _compare(directory, found, request, sources, work)
         except SourceChanged:
             raise
         except SourceError as error:
-            problems.add("sources", f"cannot be merged again: {error}")
+            work.problems.add("sources", f"cannot be merged again: {error}")
             return False
-    notes.extend(_cautions(found))
+    work.notes.extend(cautions(record))
     return True
 
 
-def _request(directory: Path, found: Provenance, paths: Mapping[Role, PathLike]) -> Request:
+def _request(directory: Path, found: Provenance, given: GivenSources) -> Request:
     """What the merge was told, by its provenance."""
     parameters = found.record.parameters
     return Request(
-        sources=paths,
+        sources=given.paths,
         output=directory,
         config=merge_config(found.record),
         assets_from=parameters["assets_from"],
         max_shard_size=parameters["max_shard_size"],
+        ids=given.ids,
         card=dict(parameters["card"]),
         digest=any(found.files.values()),
         sync=False,
     )
 
 
-def _are_recorded(sources: Sources, recorded: Mapping[Role, SourceRecord], problems: Problems) -> bool:
-    """Whether the sources have the recorded files, by size and header."""
-    same = True
-    for source in sources:
-        for what in _unlike(source, recorded[source.role]):
-            problems.add(source.role, f"is not the recorded source: {what}")
-            same = False
-    return same
-
-
-def _unlike(source: Checkpoint, recorded: SourceRecord) -> Iterator[str]:
-    own = provenance.source_record(source, "")
-    if own.kind != recorded.kind:
-        yield f"its weights are {own.kind}, {recorded.kind:.40} was recorded"
-        return
-    for name in changed_keys(own.files, recorded.files)[:NAMED]:
-        here, there = own.files.get(name), recorded.files.get(name)
-        if here is None or there is None:
-            yield f"{name:.200} {'was not recorded' if there is None else 'was recorded and is not there'}"
-        elif here.nbytes != there.nbytes:
-            yield f"{name} has {here.nbytes} bytes, {there.nbytes} were recorded"
-        else:
-            yield f"the header of {name} has BLAKE3 {here.header}, {there.header} was recorded"
-
-
-def _compare(
-    directory: Path,
-    found: Provenance,
-    request: Request,
-    sources: Sources,
-    threads: int,
-    tally: Tally,
-    memory: PeakMemory,
-    problems: Problems,
-    progress: Progress | None,
-) -> None:
+def _compare(directory: Path, found: Provenance, request: Request, sources: Sources, work: Work) -> None:
     plan = make_plan(request.config, sources, request.shard_bytes)
-    small = api.collect(request, sources, plan, tally)
-    comparison = Comparison(directory, tally, problems)
-    total = plan.bytes_to_write
+    small = api.collect(request, sources, plan, work.tally)
+    comparison = Comparison(directory, work.tally, work.problems)
+    total, progress = plan.bytes_to_write, work.progress
     step = None if progress is None else lambda done: progress(done, total)
     calculator = Calculator(sources, resolve("auto", "auto", request.config), request.config.numerics)
-    options = Options(threads, digest=request.digest, sync=False)
+    options = Options(work.threads, digest=request.digest, sync=False)
     try:
-        digests = assemble(plan.files, sources.by_role, calculator, comparison, options, memory, step)
+        digests = assemble(plan.files, sources.by_role, calculator, comparison, options, work.memory, step)
     except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
         sources.check_unchanged()
         raise
     sources.check_unchanged()
     outcomes = calculator.ordered(plan.targets)
-    comparison.report(others=_other_targets(found, outcomes, problems))
+    digests_of_targets = {role: provenance.target_digest(role, outcomes) for role in ROLES}
+    comparison.report(others=not check_targets(found.record, digests_of_targets, work.problems))
     made = provenance.record(plan, sources, outcomes, request.settings(found.record.parameters["backend"]))
     made = replace(made, program=found.record.program, libraries=found.record.libraries)
     files = dict(small.files) if plan.index is None else {**small.files, INDEX: plan.index}
     weights = {file.name: digests.get(file.name) for file in plan.files}
     for name, data in last_files(made, files, weights, digest=request.digest):
         if name == PROVENANCE:
-            _compare_provenance(found, data, directory, tally, problems)
-        elif not (name == CARD and _written_by_another(found)):
-            _compare_small(directory, name, data, tally, problems)
+            _compare_provenance(found, data, directory, work)
+        else:
+            _compare_small(directory, name, data, work, _wording(found.record) if name == CARD else "")
 
 
-def _other_targets(found: Provenance, outcomes: Sequence[TargetOutcome], problems: Problems) -> bool:
-    """Name the sources whose target tensors are not the recorded ones."""
-    others = False
-    for role in ROLES:
-        digest, recorded = provenance.target_digest(role, outcomes), found.record.sources[role].targets
-        if digest != recorded:
-            problems.add(role, f"is not the recorded source: its targets have BLAKE3 {digest}, {recorded} was recorded")
-            others = True
-    return others
+def _wording(record: Record) -> str:
+    """Why the card of another version may differ, and what to do."""
+    versions = other_versions(record)
+    if versions is None:
+        return ""
+    return f"; the record names {versions}, which may word it differently: read it, or verify with that version"
 
 
-def _compare_small(directory: Path, name: str, data: bytes, tally: Tally, problems: Problems) -> None:
+def _compare_small(directory: Path, name: str, data: bytes, work: Work, more: str = "") -> None:
     try:
-        written = read_text("output", directory, name, tally)
+        written = read_text("output", directory, name, work.tally)
     except SourceError as error:
-        problems.add(name, f"cannot be compared: {error}")
+        work.problems.add(name, f"cannot be compared: {error}")
         return
-    if written != data:
-        pairs = enumerate(zip(written, data, strict=False))
-        at = next((at for at, (a, b) in pairs if a != b), min(len(written), len(data)))
-        sizes = f"{len(written)} bytes, expected {len(data)}"
-        problems.add(name, f"is not what the sources give: {sizes}; they differ first at byte {at}")
+    where = first_difference(written, data)
+    if where is not None:
+        work.problems.add(name, f"is not what the sources give: {where}{more}")
 
 
-def _compare_provenance(found: Provenance, data: bytes, directory: Path, tally: Tally, problems: Problems) -> None:
-    """By content, for the card of another version may have other bytes, and so another digest."""
+def first_difference(found: bytes, expected: bytes) -> str | None:
+    """Where a small file differs from what it should be; None where it does not."""
+    if found == expected:
+        return None
+    pairs = enumerate(zip(found, expected, strict=False))
+    at = next((at for at, (a, b) in pairs if a != b), min(len(found), len(expected)))
+    return f"{len(found)} bytes, expected {len(expected)}; they differ first at byte {at}"
+
+
+def _compare_provenance(found: Provenance, data: bytes, directory: Path, work: Work) -> None:
+    """By content, so that what differs is named."""
     made = provenance.loads(data, "the provenance made again")
-    before = found.record.as_dict()
-    after = made.record.as_dict()
+    before, after = found.record.as_dict(), made.record.as_dict()
     wrong = changed_keys(before, after)
     for key in wrong:
         inner = changed_keys(before[key], after[key]) if isinstance(before[key], dict) else []
-        problems.add(PROVENANCE, f"{key} are not what the sources give: {', '.join(inner[:NAMED]) or 'in their order'}")
-    files, expected = dict(found.files), dict(made.files)
-    if _written_by_another(found):
-        files.pop(CARD, None)
-        expected.pop(CARD, None)
-    unlike = changed_keys(files, expected)
+        what = ", ".join(inner[:NAMED]) or "in their order"
+        work.problems.add(PROVENANCE, f"{key} are not what the sources give: {what}")
+    unlike = changed_keys(found.files, made.files)
     if unlike:
-        problems.add(PROVENANCE, f"files are not what the sources give: {', '.join(unlike[:NAMED])}")
-    if not wrong and not unlike and not _written_by_another(found):
-        _compare_small(directory, PROVENANCE, data, tally, problems)
-
-
-def _written_by_another(found: Provenance) -> bool:
-    """Whether another version of hsa, or of a library, wrote the output: it may word the card in another way."""
-    record = found.record
-    own = provenance.libraries(numerics=str(record.parameters.get("numerics")))
-    return dict(record.program) != PROGRAM or dict(record.libraries) != own
-
-
-def _cautions(found: Provenance) -> Iterator[str]:
-    record = found.record
-    if _written_by_another(found):
-        own = {**PROGRAM, **provenance.libraries(numerics=str(record.parameters.get("numerics")))}
-        theirs = {**record.program, **record.libraries}
-        unlike = ", ".join(f"{key} {theirs.get(key)} (here {own.get(key)})" for key in changed_keys(theirs, own))
-        yield f"it was written with {unlike[:500]}: {CARD} was not compared, for other versions may word it otherwise"
-    close = [target.name for target in record.targets if target.margin is not None and target.margin < TIE_RISK]
-    if close:
-        yield (
-            f"{len(close)} tensors have a margin below {TIE_RISK:g}, such as {close[0]}: another backend could have "
-            f"selected other heads there, and would give other bytes"
-        )
+        work.problems.add(PROVENANCE, f"files are not what the sources give: {', '.join(unlike[:NAMED])}")
+    if not wrong and not unlike:
+        _compare_small(directory, PROVENANCE, data, work)

@@ -47,10 +47,7 @@ class Request:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{option(name)} must be True or False, got {shown(getattr(self, name))}")
         check_threads(self.threads)
-        for role, claimed in (self.ids or {}).items():
-            if claimed is not None and not _is_claim(claimed):
-                form = "a hub id such as org/name or org/name@revision"
-                raise RequestError(f"{option(f'{role}_id')} must be {form}, got {shown(claimed)}")
+        check_ids(self.ids or {})
 
     @property
     def shard_bytes(self) -> int | None:
@@ -72,6 +69,14 @@ def _is_claim(claimed: object) -> bool:
         return False
     name, at, revision = claimed.partition("@")
     return is_hub_id(name) and (not at or REVISION.fullmatch(revision) is not None)
+
+
+def check_ids(ids: Mapping[Role, str | None]) -> None:
+    """RequestError unless the ids to record are hub ids, with or without a revision, or None."""
+    for role, claimed in ids.items():
+        if claimed is not None and not _is_claim(claimed):
+            form = "a hub id such as org/name or org/name@revision"
+            raise RequestError(f"{option(f'{role}_id')} must be {form}, got {shown(claimed)}")
 
 
 def check_settings(assets_from: str, max_shard_size: str | int | None, card: Mapping[str, str] | None) -> None:

@@ -13,17 +13,26 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hsa.checkpoint import ROLES, Role
+from hsa.config import MergeConfig, Preset
 from hsa.distances import Distances
 from hsa.dtypes import BITS
+from hsa.errors import RequestError
 from hsa.grid import GridPoint
+from hsa.patch_reader import Patch
+from hsa.patches import is_patch
 from hsa.provenance import Record, SourceRecord
+from hsa.provenance_file import PROVENANCE
+from hsa.workbench import ASIDE, STAGING
 
 JSON, CSV = "index.json", "index.csv"
 STACKS = ("encoder", "decoder", "all")
 KIND = "hsa-sweep"
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+"""Each holds the targets of those before it; names of points begin with them."""
+
 _START = f'{{\n "kind": "{KIND}",'.encode()
 """What an index begins with, so that a sweep can tell its own from another file of that name."""
 
@@ -109,6 +118,38 @@ def render(entries: Iterable[Entry], sources: Mapping[Role, SourceRecord]) -> di
 
 def is_index(path: Path) -> bool:
     """Whether a file is an index that a sweep wrote, by its first bytes."""
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(len(_START)) == _START
+    with suppress(OSError):
+        if path.is_file():  # opening a pipe would wait for a writer
+            with path.open("rb") as file:
+                return file.read(len(_START)) == _START
     return False
+
+
+def is_point(path: Path) -> bool:
+    """Whether a directory entry is what a sweep left that was killed before its index: a point, or one being made."""
+    if path.name.startswith(tuple(f".{preset}" for preset in PRESETS)):
+        return path.name.endswith((STAGING, ASIDE))
+    if not path.name.startswith(PRESETS):
+        return False
+    return (path / PROVENANCE).is_file() or is_patch(path)
+
+
+def holds_points(directory: Path) -> bool:
+    """Whether a directory is a sweep's: it holds the index of one, or a point."""
+    with suppress(OSError):
+        return is_index(directory / JSON) or any(map(is_point, sorted(directory.iterdir())))
+    return False
+
+
+def point_of(record: Record) -> GridPoint:
+    """The grid point with a record's parameters. Raises RequestError where they are those of none."""
+    config = MergeConfig.from_dict(record.parameters)
+    values = [value for value in (config.k, config.lam, config.alpha) if not isinstance(value, Mapping)]
+    if len(values) < 3:
+        raise RequestError("its parameters are given per tensor")
+    return GridPoint(config.targets, *map(float, values))
+
+
+def entry_of(point: GridPoint, patch: Patch) -> Entry:
+    """The entry of a patch."""
+    return Entry.of(point, patch.source.path.name, patch.record, patch.contents.tensors, patch.contents.distances)

@@ -19,19 +19,17 @@ from hsa.option_names import option
 from hsa.output_place import check_destination, check_occupied, refuse_enclosed
 from hsa.patch_checks import require_sound
 from hsa.patch_format import OtherFormat
-from hsa.patch_reader import Patch, digest_range, open_patch
+from hsa.patch_reader import digest_range, open_patch
 from hsa.patches import SUFFIX, Opened, is_patch
 from hsa.plan import find_targets
 from hsa.provenance import PROGRAM, Record, SourceRecord, libraries, source_record, tensors_digest
 from hsa.provenance_file import PROVENANCE
 from hsa.request import Request
-from hsa.sweep_index import Entry
+from hsa.sweep_index import Entry, entry_of, is_point, point_of
 from hsa.verification import verify
-from hsa.workbench import ASIDE, STAGING
+from hsa.workbench import STAGING
 
 BENCH = f".sweep{STAGING}"
-PRESETS: tuple[Preset, ...] = ("encoder-qkv", "attention-qkv", "attention-all")
-"""Each holds the targets of those before it."""
 
 
 def check_directory(request: Request, sources: Sources) -> Path:
@@ -40,7 +38,7 @@ def check_directory(request: Request, sources: Sources) -> Path:
     directory = check_destination(request.output, folders, overwrite=False, adding=True)
     refuse_enclosed(directory / BENCH, f"output {directory}")
     held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    foreign = [name for name in held if name != BENCH and not _is_points(directory / name)]
+    foreign = [name for name in held if name != BENCH and not is_point(directory / name)]
     index = sweep_index.JSON in held
     if index and not sweep_index.is_index(directory / sweep_index.JSON):
         raise DestinationError(f"{directory / sweep_index.JSON} is no index of a sweep; choose another output")
@@ -50,15 +48,6 @@ def check_directory(request: Request, sources: Sources) -> Path:
             f"choose another directory"
         )
     return directory
-
-
-def _is_points(path: Path) -> bool:
-    """Whether a directory entry is what a sweep left that was killed before its index: a point, or one being made."""
-    if path.name.startswith(tuple(f".{preset}" for preset in PRESETS)):
-        return path.name.endswith((STAGING, ASIDE))
-    if not path.name.startswith(PRESETS):
-        return False
-    return (path / PROVENANCE).is_file() or is_patch(path)
 
 
 @dataclass
@@ -127,7 +116,9 @@ class Standing:
             if damage:
                 self.notes.append(f"{place.name} is damaged and made anew: {damage[0].file}: {damage[0].what}")
                 return None
+            ids = self.request.ids or {}
             given: dict[str, Any] = {role: self.request.sources[role] for role in ROLES}
+            given |= {f"{role}_id": ids.get(role) for role in ROLES}
             if problems:
                 differs.append("list of files")
             elif not verify(place, threads=threads, **given).ok:
@@ -144,14 +135,14 @@ class Standing:
         found: list[Entry] = []
         own = {point.name if full else f"{point.name}{SUFFIX}" for point in self.configs}
         for place in sorted(self.directory.iterdir()):
-            if place.name in own or place.is_symlink() or not _is_points(place) or place.name.startswith("."):
+            if place.name in own or place.is_symlink() or not is_point(place) or place.name.startswith("."):
                 continue
             try:
                 with ExitStack() as stack:
                     patch = open_patch(place, self.tally, stack) if place.is_file() else None
                     held = provenance.load(place) if patch is None else None
                     record = held.record if held is not None else patch.record  # type: ignore[union-attr]
-                    point = _point(record)
+                    point = point_of(record)
                     if point.name != place.name.removesuffix(SUFFIX):
                         continue
                     if dict(record.sources) != self.sources(point.targets):
@@ -222,17 +213,3 @@ class Standing:
             distances.Merged(t.projection.stack, t.coefficient, t.selected, self._norms[t.projection.name])
             for t in record.targets
         )
-
-
-def entry_of(point: GridPoint, patch: Patch) -> Entry:
-    """The entry of a patch."""
-    return Entry.of(point, patch.source.path.name, patch.record, patch.contents.tensors, patch.contents.distances)
-
-
-def _point(record: Record) -> GridPoint:
-    """The grid point with a record's parameters. Raises RequestError where they are those of none."""
-    config = MergeConfig.from_dict(record.parameters)
-    values = [value for value in (config.k, config.lam, config.alpha) if not isinstance(value, Mapping)]
-    if len(values) < 3:
-        raise RequestError("its parameters are given per tensor")
-    return GridPoint(config.targets, *map(float, values))

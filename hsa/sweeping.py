@@ -32,8 +32,8 @@ from hsa.provenance import load, source_record
 from hsa.report import NO_DIGESTS, of_cuts
 from hsa.request import PathLike, Request
 from hsa.signals import deferred
-from hsa.sweep_index import Entry
-from hsa.sweep_standing import BENCH, PRESETS, Standing, check_directory, entry_of
+from hsa.sweep_index import PRESETS, Entry, entry_of
+from hsa.sweep_standing import BENCH, Standing, check_directory
 from hsa.threads import default_threads
 from hsa.workbench import Workbench
 

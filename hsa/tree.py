@@ -210,8 +210,9 @@ def _wrong(standing: Standing, seen: VerifyReport) -> str:
     return f"{what}: {'; '.join(texts)}{more}"
 
 
-def _to_compare(planned: PlannedEntry) -> dict[str, PathLike]:
-    """The sources to compute the merge from again; none where all are commits of the Hub, which cannot change."""
+def _to_compare(planned: PlannedEntry) -> dict[str, Any]:
+    """The sources to compute the merge from again, with the ids that the recipe gives them; none where all are commits
+    of the Hub, which cannot change."""
     sources, claimed = planned.request.sources, planned.request.ids or {}
     written = provenance.load(planned.plan.output)
     found = written.record.sources
@@ -221,7 +222,8 @@ def _to_compare(planned: PlannedEntry) -> dict[str, PathLike]:
         and _COMMIT.fullmatch(found[role].identity.revision or "")
         for role in ROLES
     )
-    return {} if fixed else {role: sources[role] for role in ROLES}
+    ids = {f"{role}_id": claimed.get(role) for role in ROLES}
+    return {} if fixed else {**{role: sources[role] for role in ROLES}, **ids}
 
 
 def _row(planned: PlannedEntry, standing: Standing) -> Row:

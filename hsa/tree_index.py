@@ -111,6 +111,14 @@ def _holds(path: Path, data: bytes) -> bool:
     return False
 
 
+def is_tree(directory: Path) -> bool:
+    """Whether a directory holds the index of a release."""
+    place = directory / INDEX
+    with suppress(OSError):
+        return place.is_file() and not place.is_symlink() and _is_index(place)
+    return False
+
+
 def _is_readme(path: Path) -> bool:
     marker = MARKER.encode()
     with path.open("rb") as file:
@@ -128,15 +136,19 @@ def _entry_dict(row: Row) -> dict[str, Any]:
     about = {"path": entry.path, "group": entry.group, "name": entry.name, "state": row.standing}
     if row.found is None:
         return about
-    record = row.found.record
+    return {**about, **facts(row.found)}
+
+
+def facts(found: Provenance) -> dict[str, Any]:
+    """What the index says of an entry that is complete, by its provenance."""
+    record = found.record
     return {
-        **about,
         "parameters": dict(record.parameters),
         "sources": {role: source.as_dict() for role, source in record.sources.items()},
         "target_tensors": len(record.targets),
         "selected_heads": sum(len(target.selected) for target in record.targets),
         "total_heads": sum(target.heads for target in record.targets),
-        "provenance": row.found.digest,
+        "provenance": found.digest,
     }
 
 

@@ -1,15 +1,13 @@
-"""`hsa.verify`: whether an output is what was written, is sound, and follows from its sources."""
+"""An output against its provenance, its parts against one another, and with sources against the merge made again."""
 
 from __future__ import annotations
 
 import os
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,21 +28,17 @@ from hsa.checkpoint import (
     open_shard,
     read_text,
 )
-from hsa.checks import STEP, Problem, Problems
-from hsa.errors import HsaError, MachineError, RequestError, SourceError, shown
-from hsa.fsio import Source, Tally, exists, explained
+from hsa.checks import STEP, Problems
+from hsa.errors import HsaError, MachineError, SourceChanged, SourceError, shown
+from hsa.fsio import Source, exists
 from hsa.header import load_json
-from hsa.memory import PeakMemory
 from hsa.option_names import carried, option
-from hsa.provenance import Provenance, Record
+from hsa.provenance import Provenance
 from hsa.provenance_file import PROVENANCE
-from hsa.request import PathLike
-from hsa.threads import check_threads, default_threads, out_of_memory
-
-__all__ = ["Problem", "VerifyReport", "verify"]
-
-DOCUMENTS = (".md", ".html", ".pdf", ".csv", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".wav", ".flac", ".mp3")
-"""Endings of files that people lay beside a published model, and that no loader reads."""
+from hsa.source_checks import GivenSources, Work
+from hsa.threads import out_of_memory
+from hsa.verification.report import Found
+from hsa.verification.strays import changes_what_is_loaded
 
 LARGE = 64 << 20
 """Bytes of a file from which on several threads digest it."""
@@ -53,137 +47,34 @@ LABEL = cast(Role, "output")
 """What messages call the checkpoint that is verified, in the place of a source's role."""
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What came of a verification. `record` is the provenance, None where it cannot be read; `files` counts the files
-    whose bytes were read; `problems` is empty for a sound output; `notes` say what should be known besides.
-    `sources_compared`: the merge was computed again and compared."""
-
-    output: Path
-    record: Record | None
-    files: int
-    bytes_read: int
-    peak_memory_bytes: int
-    seconds: float
-    problems: tuple[Problem, ...]
-    notes: tuple[str, ...]
-    sources_compared: bool
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def as_dict(self) -> dict[str, Any]:
-        """What `hsa verify --json` prints."""
-        record = self.record
-        about: dict[str, Any] = {"parameters": None, "sources": None, "target_tensors": None}
-        about |= {"selected_heads": None, "total_heads": None}
-        if record is not None:
-            about = {
-                "parameters": dict(record.parameters),
-                "sources": {
-                    role: {"id": source.identity.id, "revision": source.identity.revision}
-                    for role, source in record.sources.items()
-                },
-                "target_tensors": len(record.targets),
-                "selected_heads": sum(len(target.selected) for target in record.targets),
-                "total_heads": sum(target.heads for target in record.targets),
-            }
-        return {
-            "output": str(self.output),
-            "ok": self.ok,
-            "problems": [{"file": problem.file, "what": problem.what} for problem in self.problems],
-            "notes": list(self.notes),
-            "sources_compared": self.sources_compared,
-            "files": self.files,
-            "bytes_read": self.bytes_read,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "seconds": self.seconds,
-            **about,
-        }
-
-
-@explained()
-def verify(
-    output: PathLike,
-    *,
-    base: PathLike | None = None,
-    primary: PathLike | None = None,
-    secondary: PathLike | None = None,
-    threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> VerifyReport:
-    """Check an output of hsa, and with its three sources compute the merge again and compare bytes.
-
-    Without sources: every file against the digests of the provenance, headers, index, names and shapes against
-    `config.json`, every target tensor finite, and the provenance's targets and heads against weights and parameters.
-    With them: every byte of every file against what the sources give.
-
-    Args:
-        output: the directory to check. Only files in it are read; of the Hub's cache those that its links lead to.
-        base, primary, secondary: all three or none; as for `merge`.
-        threads: worker threads; by default the usable cores and one more.
-        progress: called now and then with bytes done and bytes in all.
-
-    Returns the report: a damaged output is no exception. Raises RequestError (no such directory, some sources and not
-    all), SourceError (a source cannot be opened), MachineError (reading failed).
-    """
-    started = time.perf_counter()
-    check_threads(threads)
-    directory = _directory(output)
-    given = {"base": base, "primary": primary, "secondary": secondary}
-    paths = {cast(Role, role): path for role, path in given.items() if path is not None}
-    if paths and len(paths) < len(given):
-        lacking = ", ".join(role for role in given if role not in paths)
-        raise RequestError(f"to compare with the sources all three are needed; {lacking} is not given")
-    workers = threads or default_threads()
-    memory, tally, problems = PeakMemory(), Tally(), Problems()
-    notes: list[str] = []
-    found = _provenance(directory, problems)
-    names = [] if found is None else list(_files(directory, found, problems))
-    _listing(directory, found, problems, notes)
-    run = _Run(directory, found, tally, memory, problems, workers)
-    run.go(names, progress)
-    notes.extend(run.contradictions)
+def verify_output(directory: Path, given: GivenSources | None, work: Work) -> Found:
+    """Check an output's directory, links resolved; with sources, merge them again and compare every byte."""
+    found = _provenance(directory, work.problems)
+    names = [] if found is None else list(_files(directory, found, work.problems))
+    _listing(directory, found, work)
+    _Run(directory, found, work).go(names)
     if found is not None and not all(found.files.values()):
-        notes.append(
+        work.notes.append(
             "without whole-file digests it cannot be told whether copied tensors and small files are what was written"
-            + ("" if paths else f"; give {option('sources')} to compare them")
+            + ("" if given else f"; give {option('sources')} to compare them")
         )
     compared = False
-    if paths and found is None:
-        notes.append(f"nothing was recomputed, for {PROVENANCE} does not say how")
-    elif paths and found is not None:
+    if given and found is None:
+        work.notes.append(f"nothing was recomputed, for {PROVENANCE} does not say how")
+    elif given and found is not None:
         from hsa.recompute import recompute
 
-        compared = recompute(directory, found, paths, workers, tally, memory, problems, notes, progress)
-    memory.sample()
-    return VerifyReport(
-        output=directory,
-        record=None if found is None else found.record,
-        files=len(names) + (found is not None),
-        bytes_read=tally.read,
-        peak_memory_bytes=memory.peak,
-        seconds=time.perf_counter() - started,
-        problems=problems.listed(),
-        notes=tuple(notes),
-        sources_compared=compared,
-    )
-
-
-def _directory(output: PathLike) -> Path:
-    try:
-        directory = Path(output).expanduser().resolve(strict=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"output {os.fspath(output)} cannot be found ({reason}); name an output of hsa") from error
-    if not os.fspath(output) or not directory.is_dir():
-        raise RequestError(f"output {shown(os.fspath(output), 1000)} is not a directory; name an output of hsa")
-    return directory
+        compared = recompute(directory, found, given, work)
+    return Found(None if found is None else found.record, len(names) + (found is not None), compared)
 
 
 def _provenance(directory: Path, problems: Problems) -> Provenance | None:
     wrong = _irregular(directory, PROVENANCE)
+    if not os.path.lexists(directory / PROVENANCE):
+        wrong = (
+            "is missing: hsa did not write this checkpoint, or its record was removed. Nothing says what it should "
+            "hold, so its headers, names, shapes and attention tensors alone were checked; give an output of hsa"
+        )
     if wrong is not None:
         problems.add(PROVENANCE, wrong)
         return None
@@ -224,44 +115,36 @@ def _files(directory: Path, found: Provenance, problems: Problems) -> Iterator[s
             problems.add(name, wrong)
 
 
-def _listing(directory: Path, found: Provenance | None, problems: Problems, notes: list[str]) -> None:
-    """What lies in the directory and was not written. A hidden file or a document changes nothing of the model."""
-    known = {PROVENANCE, *(found.files if found is not None else ())}
-    aside = 0
-    first = ""
+def _listing(directory: Path, found: Provenance | None, work: Work) -> None:
+    """What lies in the directory and was not written: a problem where a loader would read it, else a note."""
+    if found is None:
+        return
+    known = {PROVENANCE, *found.files}
     try:
         entries = sorted(entry.name for entry in os.scandir(directory) if entry.name not in known)
     except OSError as error:
         raise MachineError(f"output {directory} cannot be listed: {error.strerror}") from error
-    for name in entries:
-        if name.startswith(".") or name.lower().endswith(DOCUMENTS) or name.upper() in ("LICENSE", "NOTICE"):
-            aside, first = aside + 1, first or name
-        elif found is not None:
-            problems.add(name, f"{PROVENANCE} does not know it; expected no file that was not written by the merge")
+    for name in filter(changes_what_is_loaded, entries):
+        work.problems.add(
+            name, f"{PROVENANCE} does not know it, and loaders read files of that name; expected no file that the "
+            f"merge did not write"
+        )  # fmt: skip
+    aside = [name for name in entries if not changes_what_is_loaded(name)]
     if aside:
-        notes.append(f"{aside} files beside the output were not looked at, such as {first}")
+        work.notes.append(f"{len(aside)} files beside the output were not looked at, such as {shown(aside[0])}")
 
 
 class _Run:
     """The checks that read weights, spread over threads: digests of files, and finite targets."""
 
-    def __init__(
-        self,
-        directory: Path,
-        found: Provenance | None,
-        tally: Tally,
-        memory: PeakMemory,
-        problems: Problems,
-        threads: int,
-    ) -> None:
-        self.directory, self.found, self.tally, self.memory = directory, found, tally, memory
-        self.problems, self.threads = problems, threads
-        self.contradictions: tuple[str, ...] = ()
+    def __init__(self, directory: Path, found: Provenance | None, work: Work) -> None:
+        self.directory, self.found, self.work = directory, found, work
+        self.problems, self.tally = work.problems, work.tally
         self.stop = threading.Event()
         self._lock = threading.Lock()
         self.done = self.total = 0
 
-    def go(self, names: list[str], progress: Callable[[int, int], None] | None) -> None:
+    def go(self, names: list[str]) -> None:
         tasks: list[tuple[str, Callable[[], None]]] = []
         with ExitStack() as stack:
             for name in names:
@@ -271,17 +154,17 @@ class _Run:
             if checkpoint is not None:
                 tasks += self._checks(checkpoint)
                 sizes = ModelSizes.of(checkpoint.config, checkpoint.tensors.get(whisper.EMBEDDING))
-                self.contradictions = tuple(contradictions(documents, sizes))
-            pool = stack.enter_context(ThreadPoolExecutor(self.threads))
+                self.work.notes.extend(contradictions(documents, sizes))
+            pool = stack.enter_context(ThreadPoolExecutor(self.work.threads))
             stack.callback(self.stop.set)
             ahead: set[Future[None]] = {pool.submit(carried(self._guarded), name, task) for name, task in tasks}
             while ahead:
                 finished, ahead = wait(ahead, timeout=0.02)
                 for future in finished:
                     future.result()
-                self.memory.sample()
-                if progress is not None:
-                    progress(self.done, self.total)
+                self.work.memory.sample()
+                if self.work.progress is not None:
+                    self.work.progress(self.done, self.total)
 
     def _guarded(self, name: str, task: Callable[[], None]) -> None:
         try:
@@ -289,6 +172,8 @@ class _Run:
         except MachineError:
             self.stop.set()
             raise
+        except SourceChanged:
+            self.problems.add(name, "changed while it was read; verify it again once nothing writes to it")
         except SourceError as error:
             self.problems.add(name, str(error))
         except MemoryError as error:
@@ -308,7 +193,7 @@ class _Run:
 
         source = Source(contained(LABEL, self.directory, name), LABEL, self.tally)
         try:
-            hasher = blake3(max_threads=self.threads if source.size >= LARGE else 1)
+            hasher = blake3(max_threads=self.work.threads if source.size >= LARGE else 1)
             buffer = memoryview(bytearray(min(STEP, source.size)))
             for start in range(0, source.size, STEP):
                 if self.stop.is_set():

@@ -1,0 +1,112 @@
+"""The directory of a release: each output, and what index.json says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hsa import provenance, recipe, tree_index
+from hsa.errors import HsaError, RequestError, shown
+from hsa.fsio import Source
+from hsa.header import MAX_HEADER, load_json
+from hsa.provenance import Provenance, changed_keys
+from hsa.provenance_file import PROVENANCE
+from hsa.source_checks import GivenSources, Work
+from hsa.verification.members import Verify, open_index, pieces, take_over
+from hsa.verification.report import Found
+
+
+def verify_release(directory: Path, given: GivenSources | None, work: Work, verify: Verify) -> Found:
+    """Check each output of a release by `verify`, and what index.json says of it. Raises RequestError with sources."""
+    if given is not None:
+        raise RequestError(
+            f"{directory} is a release, each output of which has sources of its own: run hsa release with its recipe "
+            f"again, which compares each with its sources, or verify one output"
+        )
+    members = []
+    entries = list(_index_entries(directory, work))
+    known = {path for path, _ in entries}
+    for path, entry in entries:
+        if entry.get("state") != "complete":
+            work.notes.append(f"{path} is listed as {shown(entry.get('state'))}, and was not looked at")
+            continue
+        if not (directory / path).is_dir() or _has_link(directory, path):
+            work.problems.add(path, "is listed as complete, and is no directory there")
+            continue
+        report = verify(directory / path, None)
+        members.append(report)
+        take_over(path, report, work)
+        with suppress(HsaError):  # which its own verification has named
+            _compare_entry(path, entry, provenance.load(directory / path), work)
+    others = sorted(set(_outputs(directory)) - known)
+    if others:
+        work.notes.append(
+            f"{len(others)} outputs that {recipe.INDEX} does not list were not looked at, such as {shown(others[0])}"
+        )
+    work.notes.append(f"{recipe.README} of the release was not compared, for its recipe says what it holds")
+    return Found(None, sum(report.files for report in members), False, tuple(members))
+
+
+def _index_entries(directory: Path, work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and content of each entry of index.json, each once."""
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        source = open_index(directory, recipe.INDEX, work, stack)
+        try:
+            for text in _entry_texts(source) if source is not None else ():
+                entry = load_json(text, str(directory / recipe.INDEX), "an entry")
+                path = entry["path"]
+                plain = PurePosixPath(path)
+                if plain.is_absolute() or str(plain) != path or not 1 <= len(plain.parts) <= 2 or ".." in plain.parts:
+                    raise ValueError(f"an entry has the path {shown(path)}; expected group/name")
+                if path not in seen:
+                    seen.add(path)
+                    yield path, entry
+        except (HsaError, KeyError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            work.problems.add(recipe.INDEX, f"{reason}; it is no index that hsa release wrote")
+
+
+def _entry_texts(source: Source) -> Iterator[bytes]:
+    """The JSON of each entry: the index may be of any size, and is written with an indent of one space a level.
+
+    Raises ValueError where it is not, or where an entry is larger than any that hsa writes.
+    """
+    rest, ended, size = b"", False, 0
+    entry: list[bytes] = []
+    for piece in pieces(source):
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if entry or line == b"  {":
+                entry.append(line)
+                size += len(line) + 1
+            if entry and line in (b"  }", b"  },"):
+                yield b"\n".join(entry).rstrip(b",")
+                entry, size = [], 0
+            ended = line == b"}"
+        if len(rest) + size > MAX_HEADER:
+            raise ValueError(f"an entry has more than {MAX_HEADER} bytes")
+    if not ended or entry or rest:
+        raise ValueError("it does not end as an index does")
+
+
+def _has_link(directory: Path, path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return any(directory.joinpath(*parts[: count + 1]).is_symlink() for count in range(len(parts)))
+
+
+def _compare_entry(path: str, entry: Mapping[str, Any], found: Provenance, work: Work) -> None:
+    facts = tree_index.facts(found)
+    unlike = changed_keys({key: entry.get(key) for key in facts}, facts)
+    if unlike:
+        work.problems.add(recipe.INDEX, f"its {', '.join(unlike)} of {path} are not what the output's record says")
+
+
+def _outputs(directory: Path) -> Iterator[str]:
+    """Places of the outputs of a release, at most two levels down."""
+    with suppress(OSError):
+        for depth in ("*", "*/*"):
+            for place in sorted(directory.glob(f"{depth}/{PROVENANCE}")):
+                yield place.parent.relative_to(directory).as_posix()

@@ -1,0 +1,80 @@
+"""What comes of a verification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hsa.checks import Problem
+from hsa.provenance import Record
+
+Kind = Literal["output", "patch", "sweep", "release"]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What came of a verification.
+
+    `kind` says what was verified: an `output`, a `patch`, or the directory of a `sweep` or of a `release`, whose
+    `members` are the reports of what is in it. `record` is the provenance, None where it cannot be read, and of
+    directories; `files` counts the files whose bytes were read; `problems` is empty for what is sound, those of members
+    included; `notes` say what should be known besides. `sources_compared`: the merge was computed again and compared.
+    """
+
+    output: Path
+    kind: Kind
+    record: Record | None
+    files: int
+    bytes_read: int
+    peak_memory_bytes: int
+    seconds: float
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    sources_compared: bool
+    members: tuple[VerifyReport, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `hsa verify --json` prints."""
+        record = self.record
+        about: dict[str, Any] = {"parameters": None, "sources": None, "target_tensors": None}
+        about |= {"selected_heads": None, "total_heads": None}
+        if record is not None:
+            about = {
+                "parameters": dict(record.parameters),
+                "sources": {
+                    role: {"id": source.identity.id, "revision": source.identity.revision}
+                    for role, source in record.sources.items()
+                },
+                "target_tensors": len(record.targets),
+                "selected_heads": sum(len(target.selected) for target in record.targets),
+                "total_heads": sum(target.heads for target in record.targets),
+            }
+        return {
+            "output": str(self.output),
+            "kind": self.kind,
+            "ok": self.ok,
+            "problems": [{"file": problem.file, "what": problem.what} for problem in self.problems],
+            "notes": list(self.notes),
+            "sources_compared": self.sources_compared,
+            "files": self.files,
+            "bytes_read": self.bytes_read,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "seconds": self.seconds,
+            **about,
+            "members": [member.as_dict() for member in self.members],
+        }
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the verification of one kind of thing gives beside problems and notes; see VerifyReport."""
+
+    record: Record | None
+    files: int
+    sources_compared: bool
+    members: tuple[VerifyReport, ...] = ()

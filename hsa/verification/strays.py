@@ -1,0 +1,45 @@
+"""Files beside an output that the merge did not write: which of them change what is loaded from the directory."""
+
+from __future__ import annotations
+
+import re
+
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ggml",
+    ".index.json",
+)
+"""Endings of weights, and of their indexes, that some loader of Whisper models takes where it finds them."""
+
+_CODE = (".py", ".jinja", ".model", ".tiktoken")
+"""Endings of code and templates that transformers loads, and of tokenizers in other formats."""
+
+_CONFIGS = "generation|preprocessor|processor|tokenizer|adapter|video_preprocessor|image_processor|feature_extractor"
+_SETTINGS = re.compile(
+    rf"(?:(?:{_CONFIGS}|quanti\w*)_)?config(?:\..+)?\.json"
+    r"|(?:adapter|tokenizer|vocab|merges|normalizer|special_tokens|added_tokens|chat_template)[^/]*\.(?:json|txt)",
+    re.ASCII,
+)
+"""Names of configs and tokenizer files; transformers also takes those with a version in them (`config.4.0.0.json`)."""
+
+_FOLDERS = ("additional_chat_templates", "custom_generate")
+"""Directories that transformers looks into. It reads none of the others in a model's directory."""
+
+
+def changes_what_is_loaded(name: str) -> bool:
+    """Whether a loader would read this file or directory if it lies in the directory of a model.
+
+    Example:
+        >>> changes_what_is_loaded("tokenizer.json"), changes_what_is_loaded("wer.json")
+        (True, False)
+    """
+    lower = name.lower()
+    return lower.endswith(_WEIGHTS + _CODE) or lower in _FOLDERS or _SETTINGS.fullmatch(lower) is not None
