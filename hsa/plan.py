@@ -142,7 +142,8 @@ def _check_complete(config: MergeConfig, sources: Sources, found: set[str]) -> N
             if name not in found:
                 raise MismatchError(
                     f"target tensor {name} is missing from base, primary and secondary, and the config.json of primary "
-                    f"promises it ({stack}_layers {layers[stack]}); correct config.json, or fetch the checkpoints again"
+                    f"promises it ({stack}_layers {layers[stack]}); the checkpoints are incomplete, fetch them again "
+                    f"or correct config.json"
                 )
 
 
