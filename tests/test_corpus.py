@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -79,7 +80,9 @@ def test_nothing_in_the_corpus_is_a_finding(corpus: Judged) -> None:
 def test_sound_seeds_succeed_and_hostile_ones_are_refused(corpus: Judged) -> None:
     said = {f"{path.parent.name}/{path.name}": entry["said"] for path, entry in corpus.items()}
     targets = {path.name for path in CORPUS.iterdir()}
-    for target in targets - {"weights", "zip"}:  # whose seeds are too small to be a whole model
+    small = {"weights", "zip"}  # too small to be a whole model
+    dated = {"verify", "recompute"}  # with digests of cards as they read then; child.py runs seeds that are made now
+    for target in targets - small - dated:
         assert said[f"{target}/seed-0"] == "success"
     assert "names os.system" in said["pickle/seed-1"]
     assert all("expected the plain name" in said[f"index/seed-{number}"] for number in (1, 2, 3, 4))
@@ -220,15 +223,26 @@ def test_a_promise_of_many_layers_is_refused_at_once(triple: dict[str, Path]) ->
 
 def test_a_target_too_large_to_hold_is_refused(triple: dict[str, Path]) -> None:
     """A sparse file costs its sender nothing, whatever its tensors claim."""
+    from dataclasses import replace
+
+    from helpers import edit_json
+
+    from hsa.synthetic import SHAPES, tensor_shapes
+
+    width = 2560
+    shape = replace(SHAPES["test"], d_model=width, encoder_layers=1, decoder_layers=1)
+    entries, position = [], 0
+    for name, lengths in tensor_shapes(shape).items():
+        size = 4 * math.prod(lengths)
+        entries.append(header.Entry(name, "F32", lengths, position, position + size))
+        position += size
+    raw = header.serialize(entries, {"format": "pt"})
     for path in triple.values():
-        document = json.loads((path / "config.json").read_text())
-        entry = {"dtype": "F32", "shape": [4, 1 << 23], "data_offsets": [0, 1 << 27]}
-        text = json.dumps({"model.encoder.layers.0.self_attn.q_proj.weight": entry}).encode()
-        assert document["model_type"] == "whisper"
+        edit_json(path / "config.json", d_model=width, encoder_layers=1, decoder_layers=1)
         with (path / "model.safetensors").open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + (1 << 27))
-    with pytest.raises(HsaError, match=f"incomplete|takes {1 << 27} bytes, at most {plan.MAX_TARGET}"):
+            file.write(raw)
+            file.truncate(len(raw) + position)
+    with pytest.raises(HsaError, match=f"takes {4 * width * width} bytes, at most {plan.MAX_TARGET}"):
         merge(triple)
 
 
