@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hsa import assets, fsio, provenance, report
+from hsa.arguments import check_functions
 from hsa.backends import Backend, resolve
 from hsa.card import unlinked
 from hsa.checkpoint import INDEX, Role, Sources
 from hsa.compute import Calculator
 from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset, percentages
-from hsa.errors import RequestError, SourceError, shown
+from hsa.errors import SourceError
 from hsa.extent import Extent
 from hsa.findings import Findings
 from hsa.finish import CARD, finish
@@ -135,8 +136,7 @@ def merge(
 @fsio.explained()
 def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says; see `merge`."""
-    if progress is not None and not callable(progress):
-        raise RequestError(f"progress must be a function of two whole numbers, got {shown(progress)}")
+    check_functions(progress=progress)
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa import fsio, patch_format
+from hsa.arguments import check_flags, check_functions, check_paths, check_values
 from hsa.asset_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.assets import PROCESSOR_FILES
 from hsa.card import unlinked
@@ -77,6 +78,12 @@ def apply(
         >>> report = hsa.apply("m1", "sweep/encoder-qkv_k0.6_lambda0.3_alpha0.2.safetensors", output="best")
     """
     started = time.perf_counter()
+    check_paths(primary=primary, patch=patch, output=output)
+    check_values(assets=assets)
+    for each in assets:
+        check_paths(assets=each)
+    check_flags(digest=digest, sync=sync, overwrite=overwrite)
+    check_functions(progress=progress)
     check_threads(threads)
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -24,3 +25,8 @@ class Findings:
 
     def __add__(self, other: Findings) -> Findings:
         return Findings((*self.notes, *other.notes), (*self.warnings, *other.warnings))
+
+
+def counted(warnings: Sequence[str]) -> str:
+    """How many warnings there are, to append to what a report says of itself; empty for none."""
+    return f"; {len(warnings)} warning{'s' * (len(warnings) > 1)}" if warnings else ""

@@ -10,8 +10,9 @@ from typing import Any
 from hsa import meaning
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig
+from hsa.errors import one_line
 from hsa.extent import Extent, more, planned, weights_dict, weights_text
-from hsa.findings import Findings
+from hsa.findings import Findings, counted
 from hsa.provenance import TargetRecord
 from hsa.target import TIE_RISK, Target
 
@@ -86,6 +87,9 @@ class MergeReport:
     warnings: tuple[str, ...]
     unlinked: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return one_line(f"<hsa.MergeReport of {self.output}: {self.extent.text}{counted(self.warnings)}>")
+
     @property
     def selected_heads(self) -> int:
         return sum(len(tensor.selected) for tensor in self.tensors.values())
@@ -155,6 +159,9 @@ class PlanReport:
     free_bytes: int
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return one_line(f"<hsa.PlanReport of {self.output}: {self.text}{counted(self.warnings)}>")
 
     @property
     def heads_to_merge(self) -> int:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from hsa.arguments import check_flags, check_paths
 from hsa.card import check_fields
 from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, is_hub_id, located
 from hsa.config import MergeConfig
@@ -43,9 +44,8 @@ class Request:
 
     def __post_init__(self) -> None:
         check_settings(self.assets_from, self.max_shard_size, self.card)
-        for name in ("digest", "sync", "overwrite"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{option(name)} must be True or False, got {shown(getattr(self, name))}")
+        check_paths(output=self.output, **{str(role): path for role, path in self.sources.items()})
+        check_flags(digest=self.digest, sync=self.sync, overwrite=self.overwrite, strict=self.strict)
         check_threads(self.threads)
         check_ids(self.ids or {})
 

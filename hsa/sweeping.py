@@ -13,12 +13,13 @@ from typing import Any
 
 from hsa import fsio, grid, sweep_index
 from hsa.applying import apply_to
+from hsa.arguments import check_flags, check_functions, check_values
 from hsa.checkpoint import Role
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, Preset
-from hsa.errors import MachineError, RequestError, shown
+from hsa.errors import MachineError, RequestError, one_line, shown
 from hsa.extent import Extent
-from hsa.findings import Findings
+from hsa.findings import Findings, counted
 from hsa.grid import GridPoint
 from hsa.hub import Hub
 from hsa.meaning import of_change, of_values, refuse
@@ -63,6 +64,10 @@ class SweepReport:
     extents: Mapping[str, Extent]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        made = f"{len(self.made)} points made, {len(self.skipped)} skipped"
+        return one_line(f"<hsa.SweepReport of {self.output}: {made}{counted(self.warnings)}>")
 
     def as_dict(self) -> dict[str, Any]:
         """What `hsa sweep --json` prints."""
@@ -127,6 +132,9 @@ def sweep(
 
     Raises what `hsa.merge` raises. Points that were finished before an error stay.
     """
+    _check_grid(targets=targets, k=k, lam=lam, alpha=alpha)
+    check_flags(full=full)
+    check_functions(progress=progress)
     points = grid.points(targets, k, lam, alpha)
     configs = {point: point.config(num_heads, num_layers) for point in points}
     widest = max((point.targets for point in points), key=PRESETS.index)
@@ -179,6 +187,16 @@ def sweep(
         ),
         warnings=(*opened.found.warnings, *run.found.warnings),
     )
+
+
+def _check_grid(**values: Sequence[Any]) -> None:
+    """RequestError unless these are lists of values that `hsa.merge` takes, none of them per tensor."""
+    check_values(**values)
+    for name, each in values.items():
+        for value in each:
+            if isinstance(value, Mapping):
+                raise RequestError(f"{option(name)} of a sweep takes numbers, not values per tensor: {shown(value)}")
+            MergeConfig(**{name: value})
 
 
 class _Sweep:

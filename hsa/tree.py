@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsa import api, provenance, tree_index
+from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.checkpoint import ROLES
-from hsa.errors import HsaError, MachineError, RequestError, StrictError
+from hsa.errors import HsaError, MachineError, RequestError, StrictError, one_line
 from hsa.option_names import as_keys, option, spelled
 from hsa.provenance_file import PROVENANCE
 from hsa.recipe import INDEX, KEYS
@@ -75,6 +76,11 @@ class ReleaseReport:
     index_written: bool
     index_problem: str | None
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{self.count(result)} {result}" for result in ("built", "verified", "failed"))
+        index = "" if self.index_problem is None else "; the index could not be written"
+        return one_line(f"<hsa.ReleaseReport of {self.tree}: {counts}{index}>")
 
     @property
     def failed(self) -> tuple[EntryReport, ...]:
@@ -143,6 +149,9 @@ def release(
     MachineError before anything is written: for a bad recipe, merges that cannot be done, a disk too small.
     """
     started = time.perf_counter()
+    check_paths(recipe=recipe, output=output)
+    check_flags(overwrite=overwrite, strict=strict, sync=sync)
+    check_functions(progress=progress, watch=watch)
     how: dict[str, Any] = {"threads": threads, "backend": backend, "device": device, "sync": sync}
     planned = plan(recipe, output, overwrite=overwrite, strict=strict, **how)
     if planned.short:

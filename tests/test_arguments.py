@@ -78,3 +78,81 @@ def test_a_bad_argument_of_merger_is_refused_in_one_line(shared_triple: Triple, 
         refused(merger.apply_, name, model=merger.merge(), **{name: value})
     else:
         refused(hsa.Merger, name, **{**shared_triple, name: value})
+
+
+# --- the other calls -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(shared_triple: Triple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the other calls work on: an output, a patch and a recipe."""
+    folder = tmp_path_factory.mktemp("made")
+    hsa.merge(**shared_triple, output=folder / "merged", sync=False)
+    hsa.merge_patch(**shared_triple, output=folder / "patch.safetensors", sync=False)
+    entry = ", ".join(["name: one", "group: g", *(f"{role}: {path}" for role, path in shared_triple.items())])
+    (folder / "recipe.yaml").write_text(f"merges:\n- {{{entry}}}\n")
+    return {"output": folder / "merged", "patch": folder / "patch.safetensors", "recipe": folder / "recipe.yaml"}
+
+
+NO_PATHS = (HUGE, None, [], 3, b"path")
+OTHERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "sweep": {
+        "k": (HUGE, [HUGE], 0.5, "0.5", None, [None], {"a": 1}, [{NAME: 0.5}]),
+        "lam": (0.5, [HUGE], [2.0]),
+        "alpha": ([HUGE], ["1"]),
+        "targets": (None, "encoder-qkv", HUGE, ["decoder"]),
+        "full": ("no", HUGE),
+        "strict": ("no",),
+        "jobs": (HUGE, "1"),
+        "max_shard_size": (HUGE,),
+        "progress": (3,),
+        "base": NO_PATHS,
+        "output": NO_PATHS,
+    },
+    "merge_patch": {"k": (HUGE,), "overwrite": ("no",), "secondary": NO_PATHS, "output": NO_PATHS},
+    "merge": {"strict": ("no",), "base": NO_PATHS, "primary": NO_PATHS, "secondary": NO_PATHS, "output": NO_PATHS},
+    "inspect": {"k": (HUGE,), "energy": ("no",), "progress": (3,), "base": NO_PATHS[2:], "primary": NO_PATHS[2:]},
+    "verify": {"threads": (HUGE, 0), "progress": (3,), "output": NO_PATHS},
+    "apply": {
+        "threads": (HUGE,),
+        "overwrite": ("no",),
+        "sync": ("no",),
+        "assets": (3, "abc", [HUGE]),
+        "progress": (3,),
+        "primary": NO_PATHS,
+        "patch": NO_PATHS,
+        "output": NO_PATHS,
+    },
+    "release": {
+        "threads": (HUGE,),
+        "overwrite": ("no",),
+        "strict": ("no",),
+        "progress": (3,),
+        "watch": (3,),
+        "recipe": NO_PATHS,
+        "output": NO_PATHS,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "value"),
+    [
+        pytest.param(call, name, value, id=f"{call}-{name}-{number}")
+        for call, arguments in OTHERS.items()
+        for name, values in arguments.items()
+        for number, value in enumerate(values)
+    ],
+)
+def test_a_bad_argument_of_another_call_is_refused_in_one_line(
+    shared_triple: Triple, made: dict[str, Path], tmp_path: Path, call: str, name: str, value: Any
+) -> None:
+    output = tmp_path / "new"
+    given: dict[str, dict[str, Any]] = {
+        "verify": {"output": made["output"]},
+        "apply": {"primary": shared_triple["primary"], "patch": made["patch"], "output": output},
+        "release": {"recipe": made["recipe"], "output": output},
+        "inspect": {**shared_triple},
+    }
+    refused(getattr(hsa, call), name, **{**given.get(call, {**shared_triple, "output": output}), name: value})
+    assert not output.exists()

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hsa import provenance
+from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
 from hsa.config import MergeConfig, PerTensor, Preset, keep_count, percentages
 from hsa.errors import MismatchError, RequestError
@@ -70,6 +71,9 @@ def inspect(
     if lacking and len(lacking) < len(ROLES):
         raise RequestError(f"{' and '.join(lacking)} not given; {together} are needed together")
     paths = {role: path for role, path in given.items() if path is not None}
+    check_paths(**paths, **({} if output is None else {"output": output}))
+    check_flags(energy=energy)
+    check_functions(progress=progress)
     if output is None:
         defaults = MergeConfig()
         config = MergeConfig(

@@ -10,6 +10,8 @@ from typing import Any
 
 from hsa._version import __version__
 from hsa.checkpoint import Role
+from hsa.errors import one_line
+from hsa.findings import counted
 from hsa.geometry import Geometry
 from hsa.whisper import Projection
 
@@ -192,6 +194,10 @@ class Inspection:
     bytes_read: int
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        heads = f"{self.selected_heads} of {self.total_heads} heads selected in {len(self.tensors)} tensors"
+        return one_line(f"<hsa.Inspection of {self.title}: {heads}{counted(self.warnings)}>")
 
     @property
     def selected_heads(self) -> int:

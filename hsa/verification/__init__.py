@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from hsa.arguments import check_functions, check_paths
 from hsa.checkpoint import CONFIG, PICKLES, SAFETENSORS, Role
 from hsa.checks import Problem, Problems
 from hsa.errors import HeaderError, HsaError, RequestError, SourceChanged, shown
@@ -75,6 +76,9 @@ def verify(
         >>> report.ok, report.problems
         (True, ())
     """
+    sources = {"base": base, "primary": primary, "secondary": secondary}
+    check_paths(output=output, **{name: path for name, path in sources.items() if path is not None})
+    check_functions(progress=progress)
     check_threads(threads)
     place = _place(output)
     given = _given(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsa.checks import Problem
+from hsa.errors import one_line
 from hsa.provenance import Record
 
 Kind = Literal["output", "patch", "sweep", "release"]
@@ -33,6 +34,12 @@ class VerifyReport:
     notes: tuple[str, ...]
     sources_compared: bool
     members: tuple[VerifyReport, ...] = ()
+
+    def __repr__(self) -> str:
+        found = f"sound, {self.files} files read"
+        if self.problems:
+            found = f"not sound, {len(self.problems)} found wrong, {self.problems[0].file}: {self.problems[0].what}"
+        return one_line(f"<hsa.VerifyReport of {self.kind} {self.output}: {found}>")
 
     @property
     def ok(self) -> bool:

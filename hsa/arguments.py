@@ -1,0 +1,45 @@
+"""Arguments of Python's calls whose type alone can be wrong: paths, flags, and functions that are told of progress.
+
+Parameters of a merge are checked by `config`, threads by `threads`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hsa.errors import RequestError, shown
+from hsa.option_names import option
+
+
+def check_paths(**paths: Any) -> None:
+    """RequestError unless each is a text or a path object of one.
+
+    Example:
+        >>> check_paths(base="whisper-small", output=Path("merged"))
+    """
+    for name, path in paths.items():
+        if not isinstance(path, str) and not (isinstance(path, os.PathLike) and isinstance(os.fspath(path), str)):
+            raise RequestError(f"{option(name)} must be a path or a text, got {shown(path)}")
+
+
+def check_flags(**flags: Any) -> None:
+    """RequestError unless each is True or False: in Python a text such as "False" counts as true."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise RequestError(f"{option(name)} must be True or False, got {shown(flag)}")
+
+
+def check_functions(**functions: Any) -> None:
+    """RequestError unless each can be called, or is None."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise RequestError(f"{option(name)} must be a function, got {shown(function)}")
+
+
+def check_values(**values: Any) -> None:
+    """RequestError unless each is a list of values: no single one, and no text, whose letters it would be."""
+    for name, each in values.items():
+        if isinstance(each, (str, bytes, Mapping)) or not (hasattr(each, "__len__") and hasattr(each, "__iter__")):
+            raise RequestError(f"{option(name)} must be a list of values, got {shown(each)}")
