@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from hsa import whisper
+from hsa.descriptors import reason
 from hsa.dtypes import ARITHMETIC
 from hsa.errors import HeaderError, MachineError, MismatchError, SourceError, shown
 from hsa.fsio import MACHINE, Source, Tally, exists
@@ -387,7 +388,7 @@ def _exists(path: Path) -> bool:
         return exists(path)
     except OSError as error:
         kind = MachineError if error.errno in MACHINE else SourceError
-        raise kind(f"cannot look for {path}: {error.strerror}; give a directory that can be read") from error
+        raise kind(f"cannot look for {path}: {reason(error)}; give a directory that can be read") from error
 
 
 @dataclass(frozen=True)
@@ -453,4 +454,4 @@ def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: Form
 
 
 def _reason(error: BaseException) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    return reason(error) if isinstance(error, OSError) else str(error)

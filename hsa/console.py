@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from hsa.descriptors import import_problem, reason
 from hsa.errors import HsaError, one_line
 from hsa.option_names import option
 from hsa.signals import ENDING
@@ -57,7 +59,13 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     except MemoryError:
         return fail(out_of_memory(), 1, debug=debug)
     except OSError as error:
-        return fail(f"the system refused: {error}; see {option('debug')}", 1, debug=debug)
+        at = "" if error.filename is None else f" at {os.fsdecode(error.filename)}"
+        return fail(f"the system refused{at}: {reason(error)}; see {option('debug')}", 1, debug=debug)
+    except ImportError as error:
+        problem = import_problem(error)
+        if problem is None:
+            raise
+        return fail(problem, 1, debug=debug)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hsa.descriptors import TOO_MANY, Reopened, import_problem, open_file, reason
 from hsa.errors import MachineError, SourceChanged, SourceError
 from hsa.option_names import option
 from hsa.ranges import Range, covers
@@ -89,20 +90,37 @@ class Source:
 
     def __init__(self, path: Path, label: str, tally: Tally, held: Sequence[Range] | None = None) -> None:
         self.path, self.label, self._tally, self.held = path, label, tally, held
+        self._fingerprint: Fingerprint | None = None
+        self._file = Reopened(path, self._recognise)
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not make it wait
+            with self._file.descriptor():
+                pass
         except OSError as error:
             kind = MachineError if error.errno in MACHINE else SourceError
-            raise kind(f"{label}: cannot open {path}: {error.strerror}") from error
-        try:
-            status = os.fstat(self.fd)
-        except OSError as error:
-            self.close()
-            raise MachineError(f"{label}: cannot look at {path}: {error.strerror}") from error
+            raise kind(f"{label}: cannot open {path}: {reason(error)}") from error
+
+    def _recognise(self, status: os.stat_result) -> None:
+        """Remember the file when it is first opened, and compare it whenever it is opened again."""
+        if self._fingerprint is not None:
+            self._compare(Fingerprint.of(status))
+            return
         if not stat.S_ISREG(status.st_mode):
-            os.close(self.fd)
-            raise SourceError(f"{label}: {path} is not a regular file; expected a file with data in it")
-        self.fingerprint = Fingerprint.of(status)
+            raise SourceError(f"{self.label}: {self.path} is not a regular file; expected a file with data in it")
+        self._fingerprint = Fingerprint.of(status)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        assert self._fingerprint is not None
+        return self._fingerprint
+
+    @contextmanager
+    def descriptor(self) -> Iterator[int]:
+        """The file, open for reading inside the block; SourceChanged where it is not what was opened first."""
+        try:
+            with self._file.descriptor() as fd:
+                yield fd
+        except FileNotFoundError as error:
+            raise SourceChanged(f"{self.label}: {self.path} vanished during the run: {reason(error)}") from error
 
     @property
     def size(self) -> int:
@@ -116,19 +134,20 @@ class Source:
                 f"download the model (hf download) and give its directory"
             )
         done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self.fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise MachineError(
-                    f"{self.label}: reading {len(view)} bytes at {offset} of {self.path} failed: {error.strerror}"
-                ) from error
-            if count == 0:
-                raise SourceChanged(
-                    f"{self.label}: {self.path} ended at byte {offset + done} while it was read, expected at "
-                    f"least {offset + len(view)}; something truncated it, run the merge again"
-                )
-            done += count
+        try:
+            with self.descriptor() as fd:
+                while done < len(view):
+                    count = os.preadv(fd, [view[done:]], offset + done)
+                    if count == 0:
+                        raise SourceChanged(
+                            f"{self.label}: {self.path} ended at byte {offset + done} while it was read, expected at "
+                            f"least {offset + len(view)}; something truncated it, run the merge again"
+                        )
+                    done += count
+        except OSError as error:
+            raise MachineError(
+                f"{self.label}: reading {len(view)} bytes at {offset} of {self.path} failed: {reason(error)}"
+            ) from error
         self._tally.add_read(self.label, done)
 
     def read(self, count: int, offset: int = 0) -> bytes:
@@ -142,27 +161,30 @@ class Source:
         To a file that is held in part, other runs may add what this one does not read.
         """
         try:
-            now = Fingerprint.of(os.fstat(self.fd))
-            named = Fingerprint.of(self.path.stat())
+            status = self._file.status()
+            named = self.path.stat()
         except OSError as error:
-            raise SourceChanged(f"{self.label}: {self.path} vanished during the run: {error.strerror}") from error
+            raise SourceChanged(f"{self.label}: {self.path} vanished during the run: {reason(error)}") from error
+        for found in (status or named, named):
+            self._compare(Fingerprint.of(found))
+
+    def _compare(self, found: Fingerprint) -> None:
         if self.held is not None:
-            now, named = now.but_for_times(self.fingerprint), named.but_for_times(self.fingerprint)
-        if now != self.fingerprint or named != self.fingerprint:
+            found = found.but_for_times(self.fingerprint)
+        if found != self.fingerprint:
             raise SourceChanged(
                 f"{self.label}: {self.path} changed while it was read (size, time or inode differ); the output "
                 f"was withdrawn, run the merge again once nothing writes to it"
             )
 
     def close(self) -> None:
-        with suppress(OSError):  # nothing was written that a failure could lose, and the descriptor is gone anyway
-            os.close(self.fd)
+        self._file.close()
 
 
 def create(path: Path, size: int) -> int:
     """Create a file of `size` bytes with the umask's ordinary mode and reserve its blocks: a full disk shows here."""
     with writing(path, size):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             if size:
                 _reserve(fd, size)
@@ -186,13 +208,18 @@ def _reserve(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
+def reopen(path: Path) -> int:
+    """A file that `create` made, open for reading and writing again; OSError as it comes."""
+    return open_file(path, os.O_RDWR)
+
+
 def reopen_direct(path: Path) -> int | None:
     """The file open for writes past the page cache, or None where the filesystem has no such thing."""
     direct = getattr(os, "O_DIRECT", 0)
     if not direct:
         return None
     try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | direct)
+        return open_file(path, os.O_WRONLY | direct)
     except OSError:
         return None
 
@@ -248,7 +275,7 @@ def sync(fd: int) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = open_file(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:
@@ -304,8 +331,13 @@ def explained() -> Iterator[None]:
         yield
     except OSError as error:
         at = "" if error.filename is None else f" at {os.fsdecode(error.filename)}"
-        reason = error.strerror or str(error)
-        raise MachineError(f"the system failed{at}: {reason}; look after the disk, and run it again") from error
+        what = "raise it" if error.errno in TOO_MANY else "look after the disk"
+        raise MachineError(f"the system failed{at}: {reason(error)}; {what}, and run it again") from error
+    except ImportError as error:
+        problem = import_problem(error)
+        if problem is None:
+            raise
+        raise MachineError(problem) from error
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -327,7 +359,7 @@ def free_bytes(path: Path) -> int:
 
 
 def _explain(error: OSError, path: Path, needed: int | None, remedy: str) -> str:
-    text = f"cannot write {path}: {error.strerror}"
+    text = f"cannot write {path}: {reason(error)}"
     if needed is not None:
         text += f"; {needed} bytes were needed"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hsa.checkpoint import Role
+from hsa.descriptors import reason
 from hsa.errors import HsaError, MachineError, SourceError, shown
 from hsa.fetch import invalid_url, network_error
 from hsa.option_names import option
@@ -57,9 +58,9 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
         )
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
         cause = error.__cause__
-        reason = f" ({type(cause).__name__})" if cause is not None else ""
+        asked = f" ({type(cause).__name__})" if cause is not None else ""
         return MachineError(
-            f"{name}: a file is not in the cache and {constants.ENDPOINT} cannot be asked{reason}; check the network "
+            f"{name}: a file is not in the cache and {constants.ENDPOINT} cannot be asked{asked}; check the network "
             f"and HF_HUB_OFFLINE"
         )
     if isinstance(error, errors.EntryNotFoundError):
@@ -82,11 +83,10 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
         )
     if isinstance(error, OSError) and error.errno in CACHE_FULL:
         return MachineError(
-            f"{name}: the cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}; free some space there, "
+            f"{name}: the cache {constants.HF_HUB_CACHE} cannot be written: {reason(error)}; free some space there, "
             f"or set HF_HOME to a directory that can be written"
         )
     if isinstance(error, OSError):
-        return MachineError(
-            f"{name} could not be fetched: {error.strerror or type(error).__name__}; see {option('debug')}"
-        )
+        why = reason(error) if error.strerror else type(error).__name__
+        return MachineError(f"{name} could not be fetched: {why}; see {option('debug')}")
     return None

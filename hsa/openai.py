@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hsa import whisper
 from hsa.checkpoint import Checkpoint, Identity, Role, Shard, TensorRef, identify, readable
+from hsa.descriptors import reason
 from hsa.errors import RequestError, SourceError
 from hsa.fsio import Source, Tally
 from hsa.header import Header
@@ -40,9 +41,9 @@ def open_openai(role: Role, path: str | os.PathLike[str], tally: Tally, claimed:
     try:
         file = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        why = reason(error) if isinstance(error, OSError) else str(error)
         raise SourceError(
-            f"{role}: {os.fspath(path)} cannot be found ({reason}); looked for a checkpoint directory, or a file in "
+            f"{role}: {os.fspath(path)} cannot be found ({why}); looked for a checkpoint directory, or a file in "
             f"OpenAI's format ({SUFFIX})"
         ) from error
     source = Source(file, role, tally)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hsa import fsio
+from hsa.descriptors import list_directory, reason
 from hsa.errors import DestinationError, ProvenanceError
 from hsa.output_place import check_occupied, unlisted
 from hsa.provenance_file import PROVENANCE
@@ -106,7 +107,7 @@ class Staging(Workbench):
             if old is None:  # a run that is just ending still removes it
                 return
             try:
-                names = os.listdir(old)
+                names = list_directory(old)
                 surplus = unlisted(aside, names) if names else []
                 if surplus:
                     raise OSError(errno.ENOTEMPTY, f"it holds {surplus[0]}, which its record does not list")
@@ -184,7 +185,7 @@ class Staging(Workbench):
 
         What came there meanwhile keeps it: OSError.
         """
-        held = set(os.listdir(old))
+        held = set(list_directory(old))
         for name in sorted(held & set(names) - {PROVENANCE}):
             os.unlink(name, dir_fd=old)
         if held - set(names):
@@ -197,8 +198,8 @@ class Staging(Workbench):
         place.rmdir()
 
     def _note_left(self, place: Path, error: Exception) -> None:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        why = reason(error) if isinstance(error, OSError) else str(error)
         self.notes.append(
-            f"an earlier output could not be removed whole and is left at {place} ({reason}); remove it yourself, or "
+            f"an earlier output could not be removed whole and is left at {place} ({why}); remove it yourself, or "
             f"the next run tries again"
         )

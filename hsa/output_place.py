@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hsa import fsio
+from hsa.descriptors import reason
 from hsa.errors import DestinationError, ProvenanceError
 from hsa.option_names import option
 from hsa.provenance_file import PROVENANCE, listed_files
@@ -41,7 +42,7 @@ def check_destination(
     try:
         _refuse(destination, label, sources, overwrite=overwrite, adding=adding)
     except OSError as error:
-        raise DestinationError(f"{label} cannot be looked at: {error.strerror}; choose another destination") from error
+        raise DestinationError(f"{label} cannot be looked at: {reason(error)}; choose another destination") from error
     return destination
 
 
@@ -177,7 +178,7 @@ def check_occupied(destination: Path, *, overwrite: bool, label: str | None = No
     try:
         names = sorted(os.listdir(destination))
     except OSError as error:
-        raise DestinationError(f"{label} cannot be listed: {error.strerror}; choose another destination") from error
+        raise DestinationError(f"{label} cannot be listed: {reason(error)}; choose another destination") from error
     if not names:
         return frozenset()
     if not overwrite:

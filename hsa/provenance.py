@@ -208,7 +208,15 @@ def check_fits(plan: MergePlan, sources: Sources, settings: Mapping[str, Any], s
         )
         for target in (plan.targets if heads <= provenance_file.MAX_PROVENANCE_MARKS else ())
     )
-    records = {source.role: source_record(source, BLANK) for source in sources}
+    records = {
+        source.role: SourceRecord(
+            source.identity,
+            source.kind,
+            {shard.name: SourceFile(shard.source.size, BLANK) for shard in source.shards},
+            BLANK,
+        )
+        for source in sources
+    }
     numerics = libraries(numerics=plan.config.numerics)
     expected = Record(dict(PROGRAM), numerics, {**plan.config.as_dict(), **settings}, records, most)
     expected.check_fits([*small, *(file.name for file in plan.files)], heads)

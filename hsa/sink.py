@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from hsa import fsio
@@ -45,18 +48,22 @@ class Sink(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class _File:
-    """An output file while it is written."""
+    """An output file, open from its first piece until its last; `left` are the bytes that were not stored yet."""
 
     plan: OutputFile
-    fd: int
-    direct: int | None
     cloned: bool
+    left: int
+    fd: int | None = None
+    direct: int | None = None
 
 
 class FileSink:
     """Writes into a staging directory. A file with primary's own layout starts as a clone where blocks can be shared.
+
+    Every file is made at once, so that a full disk shows before anything is computed. No more are open than threads
+    write to: pieces come in the order of the files, and a file is synced and closed after its last.
 
     Raises MachineError.
     """
@@ -65,74 +72,101 @@ class FileSink:
         self._staging, self._primary, self._tally, self._sync = staging, primary, tally, sync
         self._files: list[_File] = []
         self._lanes = None if sync else Lanes()
+        self._lock = threading.Lock()
+        self._has_direct = False
 
     def begin(self, files: Sequence[OutputFile]) -> int:
         for file in files:
-            self._files.append(self._create(file))
-        direct = bool(self._files) and all(file.direct is not None for file in self._files)
-        return DIRECT_PIECE if direct else CACHED_PIECE
+            self._files.append(_File(file, self._make(file), file.size))
+        fresh = next((file for file in self._files if not file.cloned), None)
+        if fresh is not None:
+            direct = fsio.reopen_direct(self._path(fresh))
+            self._has_direct = direct is not None
+            if direct is not None:
+                os.close(direct)
+        return DIRECT_PIECE if self._has_direct and not any(file.cloned for file in self._files) else CACHED_PIECE
 
     def holds_copies(self, number: int) -> bool:
         return self._files[number].cloned
 
     def finish(self) -> None:
-        for written in self._files if self._sync else ():
-            with fsio.writing(self._staging.file(written.plan.name)):
-                fsio.sync(written.fd)
+        assert all(file.fd is None and not file.left for file in self._files), "a piece was not stored"
 
     def close(self) -> None:
         files, self._files = self._files, []
         for file in files:
-            with fsio.writing(self._staging.file(file.plan.name)):  # a network filesystem may fail only here
-                os.close(file.fd)
-                if file.direct is not None:
-                    os.close(file.direct)
-
-    def _create(self, file: OutputFile) -> _File:
-        path = self._staging.file(file.name)
-        fd, cloned = self._clone(file), True
-        if fd is None:
-            fd, cloned = fsio.create(path, file.size), False
-        direct = None if cloned else fsio.reopen_direct(path)
-        return _File(file, fd, direct, cloned)
-
-    def _clone(self, file: OutputFile) -> int | None:
-        """Start the file as a clone of primary's shard, where the filesystem shares blocks."""
-        if file.twin is None:
-            return None
-        path = self._staging.file(file.name)
-        source = self._primary.shards[file.twin].source
-        fd = fsio.create(path, 0)
-        with fsio.writing(path, file.size):
-            try:
-                if fsio.clone(source.fd, fd):
-                    return fd
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
-            path.unlink()
-        return None
+            self._close(file)
 
     def store(self, number: int, start: int, view: memoryview, changed: Sequence[Range]) -> None:
         file = self._files[number]
-        with fsio.writing(self._staging.file(file.plan.name), file.plan.size):
+        with fsio.writing(self._path(file), file.plan.size):
+            fd = self._opened(file)
             if file.cloned:
                 for low, high in changed:
-                    fsio.write_all(file.fd, view[low:high], start + low, self._tally)
+                    fsio.write_all(fd, view[low:high], start + low, self._tally)
             elif file.direct is not None and len(view) % fsio.ALIGNMENT == 0:
                 if self._lanes is None:
-                    self._store_direct(file, start, view)
+                    self._store_direct(fd, file.direct, start, view)
                 else:
                     with self._lanes.write(len(view)) as lane:
-                        (self._store_direct if lane == "direct" else self._store_cached)(file, start, view)
+                        if lane == "direct":
+                            self._store_direct(fd, file.direct, start, view)
+                        else:
+                            self._store_cached(fd, start, view)
             else:
-                self._store_cached(file, start, view)
+                self._store_cached(fd, start, view)
+            with self._lock:
+                file.left -= len(view)
+                whole = file.left == 0
+            if whole:
+                if self._sync:
+                    fsio.sync(fd)
+                self._close(file)
 
-    def _store_cached(self, file: _File, start: int, view: memoryview) -> None:
-        fsio.write_cached(file.fd, view, start, self._tally, writeback=self._sync)
+    def _path(self, file: _File) -> Path:
+        return self._staging.file(file.plan.name)
 
-    def _store_direct(self, file: _File, start: int, view: memoryview) -> None:
-        assert file.direct is not None
-        if not fsio.write_direct(file.direct, view, start, self._tally):
-            self._store_cached(file, start, view)
+    def _make(self, file: OutputFile) -> bool:
+        """Make a file of its size, as a clone of primary's shard where the filesystem shares blocks; whether it is one.
+
+        The file is closed again: there may be more files than a process may have open.
+        """
+        path = self._staging.file(file.name)
+        if file.twin is not None:
+            with self._primary.shards[file.twin].source.descriptor() as source:
+                made = fsio.create(path, 0)
+                with fsio.writing(path, file.size):
+                    try:
+                        cloned = fsio.clone(source, made)
+                    finally:
+                        os.close(made)
+                    if cloned:
+                        return True
+                    path.unlink()
+        made = fsio.create(path, file.size)
+        with fsio.writing(path):
+            os.close(made)
+        return False
+
+    def _opened(self, file: _File) -> int:
+        with self._lock:
+            if file.fd is None:
+                file.fd = fsio.reopen(self._path(file))
+                if self._has_direct and not file.cloned:
+                    file.direct = fsio.reopen_direct(self._path(file))
+            return file.fd
+
+    def _close(self, file: _File) -> None:
+        with self._lock:
+            held = [fd for fd in (file.fd, file.direct) if fd is not None]
+            file.fd = file.direct = None
+        with fsio.writing(self._path(file)), ExitStack() as stack:  # a network filesystem may fail only here
+            for fd in held:
+                stack.callback(os.close, fd)
+
+    def _store_cached(self, fd: int, start: int, view: memoryview) -> None:
+        fsio.write_cached(fd, view, start, self._tally, writeback=self._sync)
+
+    def _store_direct(self, fd: int, direct: int, start: int, view: memoryview) -> None:
+        if not fsio.write_direct(direct, view, start, self._tally):
+            self._store_cached(fd, start, view)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from hsa import fsio
+from hsa.descriptors import list_directory, open_file, reason
 from hsa.errors import DestinationError, MachineError
 
 NAME_MAX = 255
@@ -125,6 +126,11 @@ class Workbench:
                 held = self._lock_staging(made=made)
             except FileNotFoundError:  # the run that held it has just ended
                 continue
+            except OSError:
+                if made:  # it could not even be opened, so that nothing later can remove it through a descriptor
+                    with suppress(OSError):
+                        self.path.rmdir()
+                raise
             if held is not None:
                 return held
         raise MachineError(f"{self.path} keeps changing under this run; choose another output")
@@ -170,7 +176,7 @@ class Workbench:
         except OSError as error:
             owner = os.fstat(held).st_uid
             raise MachineError(
-                f"{self.path}, which a killed run of uid {owner} left, cannot be removed: {error.strerror}; remove it "
+                f"{self.path}, which a killed run of uid {owner} left, cannot be removed: {reason(error)}; remove it "
                 f"with that user's rights, or choose another output"
             ) from error
 
@@ -184,7 +190,7 @@ class Workbench:
                 self._remove_parents()
         except OSError as error:
             raise MachineError(
-                f"{self.path} could not be removed: {error.strerror}; remove it, or the next run will"
+                f"{self.path} could not be removed: {reason(error)}; remove it, or the next run will"
             ) from error
         finally:
             os.close(self._lock)
@@ -195,7 +201,7 @@ def lock(path: Path, *, made: bool) -> int | None:
 
     On a filesystem without locks, the one who `made` the directory holds it.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = open_file(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -219,7 +225,7 @@ def same(fd: int, path: Path) -> bool:
 
 def clear(fd: int) -> None:
     """Remove everything in the directory that is open as `fd`, following no link."""
-    for name in os.listdir(fd):
+    for name in list_directory(fd):
         if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
             inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             try:

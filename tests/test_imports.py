@@ -23,7 +23,7 @@ HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matp
 
 LAYERS = (
     ("_version", "digests", "findings", "ranges", "streams"),
-    ("errors", "dtypes", "lanes", "memory", "option_names", "reference", "signals", "synthetic_config"),
+    ("descriptors", "errors", "dtypes", "lanes", "memory", "option_names", "reference", "signals", "synthetic_config"),
     (
         "arguments",
         "config",

@@ -12,8 +12,9 @@ from pathlib import Path
 from hsa.arguments import check_functions, check_paths
 from hsa.checkpoint import CONFIG, PICKLES, SAFETENSORS, Role
 from hsa.checks import Problem, Problems
+from hsa.descriptors import open_file, reason
 from hsa.errors import HeaderError, HsaError, RequestError, SourceChanged, shown
-from hsa.fsio import Source, Tally, exists, explained
+from hsa.fsio import MACHINE, Source, Tally, exists, explained
 from hsa.header import read_header
 from hsa.memory import PeakMemory
 from hsa.patches import SUFFIX, is_patch
@@ -103,8 +104,8 @@ def _place(output: PathLike) -> Path:
     try:
         return Path(os.path.expanduser(given)).resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"output {shown(given, 1000)} cannot be found ({reason}); {EXPECTED}") from error
+        why = reason(error) if isinstance(error, OSError) else error
+        raise RequestError(f"output {shown(given, 1000)} cannot be found ({why}); {EXPECTED}") from error
 
 
 def _given(paths: Mapping[Role, PathLike | None], ids: Mapping[Role, str | None]) -> GivenSources | None:
@@ -138,9 +139,11 @@ def _whole(place: Path, given: GivenSources | None, threads: int, progress: Prog
 def _held(place: Path) -> Iterator[tuple[int, int]]:
     """Device and inode of what is at a place, which stay its own as long as it is held open."""
     try:
-        fd = os.open(place, os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK))
+        fd = open_file(place, getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK))
     except OSError as error:
-        raise RequestError(f"output {place} cannot be opened ({error.strerror}); {EXPECTED}") from error
+        if error.errno in MACHINE:
+            raise
+        raise RequestError(f"output {place} cannot be opened ({reason(error)}); {EXPECTED}") from error
     try:
         status = os.fstat(fd)
         yield status.st_dev, status.st_ino
@@ -157,7 +160,7 @@ def _is_replaced(place: Path, before: tuple[int, int]) -> bool:
             return (status.st_dev, status.st_ino) != before
         except OSError as error:
             if time.monotonic() > last:
-                raise SourceChanged(f"output {place} was removed while it was read: {error.strerror}") from error
+                raise SourceChanged(f"output {place} was removed while it was read: {reason(error)}") from error
             time.sleep(0.02)
 
 

@@ -29,6 +29,7 @@ from hsa.checkpoint import (
     read_text,
 )
 from hsa.checks import STEP, Problems
+from hsa.descriptors import reason
 from hsa.errors import HsaError, MachineError, SourceChanged, SourceError, shown
 from hsa.fsio import Source, exists
 from hsa.header import load_json
@@ -123,7 +124,7 @@ def _listing(directory: Path, found: Provenance | None, work: Work) -> None:
     try:
         entries = sorted(entry.name for entry in os.scandir(directory) if entry.name not in known)
     except OSError as error:
-        raise MachineError(f"output {directory} cannot be listed: {error.strerror}") from error
+        raise MachineError(f"output {directory} cannot be listed: {reason(error)}") from error
     for name in filter(changes_what_is_loaded, entries):
         work.problems.add(
             name, f"{PROVENANCE} does not know it, and loaders read files of that name; expected no file that the "

@@ -12,6 +12,7 @@ from typing import Any
 
 from hsa import provenance, sweep_index
 from hsa.checkpoint import ROLES, read_text
+from hsa.descriptors import reason
 from hsa.distances import Distances
 from hsa.errors import HsaError, MachineError, RequestError, SourceError, shown
 from hsa.patch_reader import Patch, open_patch
@@ -59,7 +60,7 @@ def _listed(directory: Path, work: Work) -> list[str]:
     try:
         found = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:
-        raise MachineError(f"{directory} cannot be listed: {error.strerror}") from error
+        raise MachineError(f"{directory} cannot be listed: {reason(error)}") from error
     for entry in found:
         if entry.name in (sweep_index.JSON, sweep_index.CSV):
             continue
