@@ -28,4 +28,6 @@ def mergekit(
     lines = [one_line(str(result.output))]
     if result.tensors:
         lines.append(f"  {result.selected_heads} of {result.total_heads} heads merged in {result.tensors} tensors")
+    if result.extent is not None:
+        lines.append(f"  {result.extent.text}")
     show.result("\n".join(lines), quiet=False, done=f"the output {result.output} is whole")

@@ -33,6 +33,7 @@ from hsa import fsio, report
 from hsa.checkpoint import CONFIG, Role, read_text
 from hsa.config import percentages
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError, is_text, shown
+from hsa.extent import Extent
 from hsa.integrations.mergekit_method import (
     DEFAULTS,
     METHOD,
@@ -62,12 +63,13 @@ _merging: Merging | None = None
 
 @dataclass
 class Result:
-    """A finished run: where, what the user should know, and for `hsa` how many heads of how many were merged."""
+    """A finished run: where, what the user should know, and for `hsa` how many heads were merged, and how much."""
 
     output: Path
     tensors: int = 0
     selected_heads: int = 0
     total_heads: int = 0
+    extent: Extent | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -154,6 +156,7 @@ def run(arguments: Sequence[str]) -> Result:
         result.tensors = len(merging.outcomes)
         result.selected_heads = sum(len(outcome.merged.selection.selected) for outcome in merging.outcomes)
         result.total_heads = sum(outcome.target.heads for outcome in merging.outcomes)
+        result.extent = Extent.of(merging.outcomes)
     return result
 
 
