@@ -9,13 +9,25 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from soundness import every_output_verified
 
 from hsa.synthetic import SHAPES, write_triple
 
 Triple = dict[str, Path]
+
+
+@pytest.fixture(autouse=True)
+def verified_outputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """merge and verify agree on every output of every test; `unverified(reason)` marks a test whose outputs cannot."""
+    if request.node.get_closest_marker("unverified"):
+        yield
+        return
+    with every_output_verified(monkeypatch):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from soundness import check_command
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["hsa.cli", "hsa.api", "hsa.card", "torch", "httpx", "httpx2", "httpcore2", "yaml", "rich"]
@@ -43,7 +45,10 @@ def run_python(
 
 def run_hsa(*arguments: str | os.PathLike[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run the command line, as `helpers.run_hsa` does from nothing."""
-    return run_python(COMMAND, *arguments, env=env)
+    done = run_python(COMMAND, *arguments, env=env)
+    if done.returncode == 0:
+        check_command(arguments)
+    return done
 
 
 def _child(code: str, arguments: list[str], env: dict[str, str], out: str, err: str) -> None:

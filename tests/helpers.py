@@ -20,6 +20,7 @@ import pytest
 import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
+from soundness import check_command
 
 import hsa
 from hsa import provenance_file
@@ -28,8 +29,8 @@ from hsa import provenance_file
 def run_hsa(
     *arguments: str | os.PathLike[str], env: Mapping[str, str] | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a fresh process."""
-    return subprocess.run(
+    """Run the command line in a fresh process; what it has written is verified."""
+    done = subprocess.run(
         [sys.executable, "-m", "hsa", *map(os.fspath, arguments)],
         capture_output=True,
         text=True,
@@ -37,6 +38,9 @@ def run_hsa(
         env={**os.environ, **(env or {})},
         check=False,
     )
+    if done.returncode == 0:
+        check_command(arguments)
+    return done
 
 
 def merge_arguments(triple: Mapping[str, Path], output: Path, *more: str) -> Sequence[str]:
