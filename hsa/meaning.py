@@ -10,7 +10,7 @@ that is nearer to the other.
 | fine-tunes of one base, any two of three | 0.005 to 0.010 | 0.20 to 0.33 | 1.16 to 1.29 |
 | made-up triples of the benchmarks, any shape | 0.05 | -0.01 to 0.03 | 1.4 |
 | base and a fine-tune exchanged, any pair | 0.005 to 0.013 | 0.57 to 0.63 | 0.80 to 0.87 |
-| a third fine-tune as base | 0.006 to 0.013 | 0.55 | 0.93 |
+| a third fine-tune as base, any of three | 0.006 to 0.013 | 0.45 to 0.55 | 0.93 to 1.04 |
 | random base of equal shapes | 1.4 to 2.2 | 1.00 | below 0.02 |
 | random secondary, or primary | 1.1 to 1.4 of it | 0.01 | 1.0 |
 """
@@ -32,9 +32,12 @@ from hsa.target import Target
 UNRELATED = 0.5
 """|tv| / |B| from which a fine-tune is none of this base. Two independent models are at least 1.0 apart."""
 
-SHARED = 0.45
+SHARED = 0.39
 """Cosine of the task vectors from which they share more than two fine-tunes of one base do. It is used together with
-the distances, for a small fine-tune lies near to a large one whatever their angle."""
+`CLOSE`, for a small fine-tune lies near to a large one whatever their angle."""
+
+CLOSE = 1.1
+"""d / t below which two fine-tunes lie nearer to each other than two of one base do."""
 
 STILL = 1e-4
 """|output - primary| / |tv1| below which a merge changes next to nothing. HSA's defaults give 0.1."""
@@ -131,18 +134,20 @@ def _strangers(extent: Extent) -> Iterator[str]:
 
 
 def _exchanged(outcomes: Sequence[TargetOutcome], extent: Extent) -> Iterator[str]:
-    """A fine-tune that is nearer to the other than to base."""
+    """A fine-tune that is nearer to the other than to base, or nearly so."""
     found = [outcome.merged.geometry for outcome in outcomes]
     apart = math.fsum(value for geometry in found for value in geometry.apart)
     one = math.fsum(value for geometry in found for value in geometry.primary)
     two = math.fsum(value for geometry in found for value in geometry.secondary)
     nearer, other = ("secondary", "primary") if two >= one else ("primary", "secondary")
-    if extent.cosine is None or extent.cosine < SHARED or apart >= max(one, two):
+    if extent.cosine is None or extent.cosine < SHARED or apart >= CLOSE**2 * max(one, two):
         return
+    share = math.sqrt(apart / max(one, two))
+    how = f"nearer to {other} than to base" if share < 1.0 else f"nearly as near to {other} as to base"
     yield (
-        f"{nearer} is nearer to {other} than to base, at {percent(math.sqrt(apart / max(one, two)))} % of the distance "
-        f"(the cosine of the task vectors is {extent.cosine:.2f}, that of two fine-tunes of one base 0.2 to 0.33): are "
-        f"base and {other} exchanged, is base itself a fine-tune, or is one fine-tune made from the other?"
+        f"{nearer} is {how}, at {percent(share)} % of the distance (the cosine of the task vectors is "
+        f"{extent.cosine:.2f}, that of two fine-tunes of one base was 0.2 to 0.33 where it was measured): are base and "
+        f"{other} exchanged, is base itself a fine-tune, or is one fine-tune made from the other?"
     )
 
 

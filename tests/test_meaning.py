@@ -94,6 +94,20 @@ def test_every_exchange_of_the_real_fine_tunes_is_told(real: Triple, other: str,
             )
 
 
+@pytest.mark.parametrize("preset", ["encoder-qkv", "attention-qkv"])
+@pytest.mark.parametrize("base", ["primary", "secondary", "tertiary"])
+def test_every_real_fine_tune_in_the_place_of_base_is_told(
+    real: Triple, base: str, preset: str, tmp_path: Path
+) -> None:
+    """The base of a merge is the pretrained model; a third fine-tune in its place is no ancestor of the other two."""
+    tuned = {name: real["base"].parent / name for name in ("primary", "secondary", "tertiary")}
+    if not (tuned["tertiary"] / "config.json").is_file():
+        pytest.skip("the real triple has no tertiary")
+    first, second = sorted(tuned.keys() - {base})
+    sources = {"base": tuned[base], "primary": tuned[first], "secondary": tuned[second]}
+    assert "is base itself a fine-tune" in warnings_of(sources, tmp_path / "out", targets=preset)
+
+
 @pytest.mark.parametrize("std", [None, 0.02, 0.5], ids=["its own std", "0.02", "0.5"])
 def test_a_base_that_is_no_ancestor_is_told(triple: Triple, std: float | None, tmp_path: Path) -> None:
     stranger = rewritten(triple["base"], tmp_path / "stranger", random_like(1, std))
