@@ -22,7 +22,7 @@ from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.destination import Destinations
 from hsa.dtypes import NAMES, Array
-from hsa.errors import RequestError, warn
+from hsa.errors import RequestError, one_line, warn
 from hsa.extent import Extent
 from hsa.findings import Findings
 from hsa.fsio import Tally, explained
@@ -140,7 +140,7 @@ class Merger:
     def __repr__(self) -> str:
         named = ", ".join(f"{source.role} {source.identity.id}" for source in self._sources)
         what = f"{len(self._targets)} targets of {self._config.targets}"
-        return f"<hsa.Merger of {named}: {what}, in memory of {self.device}, backend {self.backend}>"
+        return one_line(f"<hsa.Merger of {named}: {what}, in memory of {self.device}, backend {self.backend}>")
 
     @property
     def scores(self) -> dict[str, torch.Tensor]:
