@@ -405,8 +405,8 @@ def _verify_seeds(arena: Arena) -> Iterable[bytes]:
 
 
 def _patch(arena: Arena, data: bytes) -> str:
-    """`hsa apply` with a patch whose header and document are the input's, each with a digest that fits; any other input
-    is the header itself."""
+    """`hsa verify` and `hsa apply` with a patch whose header and document are the input's, each with a digest that
+    fits; any other input is the header itself."""
     sound = _sound(arena, _patch_file(arena))
     _, tensors = _split(sound)
     header = data
@@ -418,7 +418,11 @@ def _patch(arena: Arena, data: bytes) -> str:
         header = json.dumps({"__metadata__": about, **made["header"]}).encode()
     path = arena.sources / "hostile.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + tensors)
-    return arena.command("apply", str(arena.triple["primary"]), str(path), f"--output={arena.output}", *QUIETLY)
+    verified, _, _ = arena.run("verify", str(path), "--json", "--threads=1")
+    said = arena.command("apply", str(arena.triple["primary"]), str(path), f"--output={arena.output}", *QUIETLY)
+    if said == "success" and verified != 0:
+        raise Finding("hsa apply takes a patch that hsa verify does not call sound")
+    return said
 
 
 def _patch_file(arena: Arena) -> Path:
@@ -436,6 +440,43 @@ def _patch_seeds(arena: Arena) -> Iterable[bytes]:
     header = json.loads(_split(_patch_file(arena).read_bytes())[0])
     document = json.loads(header.pop("__metadata__")["hsa_patch"])
     yield json.dumps({"document": document, "header": header}).encode()
+
+
+# Indexes of sweeps and releases ----------------------------------------------------------------------------------
+
+
+def _listed(name: str, folder: Callable[[Arena], Path]) -> Callable[[Arena, bytes], str]:
+    """`hsa verify` of a directory of points or outputs, where this file of its index is the input."""
+
+    def run(arena: Arena, data: bytes) -> str:
+        (folder(arena) / name).write_bytes(data)
+        code, _, _ = arena.run("verify", str(folder(arena)), "--json", "--threads=1")
+        return "success" if code == 0 else "refused"
+
+    return run
+
+
+def _made(arena: Arena, name: str, command: list[str]) -> Path:
+    """What a command writes, made once among the sources."""
+    place = arena.sources / name
+    if not place.exists():
+        shutil.rmtree(arena.output, ignore_errors=True)
+        code = cli.run([*command, f"--output={arena.output}", "--no-sync", "--quiet"])
+        assert code == 0
+        shutil.move(arena.output, place)
+    return place
+
+
+def _sweep(arena: Arena) -> Path:
+    given = [f"--{role}={path}" for role, path in arena.triple.items()]
+    return _made(arena, "sweep", ["sweep", *given, "--k=0.3,0.6"])
+
+
+def _tree(arena: Arena) -> Path:
+    path = arena.sources / "recipe.yaml"
+    entry = {"name": "a", "group": "g", **{role: str(path) for role, path in arena.triple.items()}}
+    path.write_text(json.dumps({"merges": [entry]}), encoding="utf-8")
+    return _made(arena, "tree", ["release", str(path)])
 
 
 # Pickles ---------------------------------------------------------------------------------------------------------
@@ -625,6 +666,17 @@ TARGETS: Mapping[str, Target] = {
     "release": Target(_release, _release_seeds, tokens=("max_shard_size", "dtype", "targets", "k", "lambda", "card")),
     "inspect": Target(_inspect, _inspect_seeds, tokens=("<x-a>", "</script><x-b>", '"onload="x', "scores", "id", "k")),
     "patch": Target(_patch, _patch_seeds, tokens=("targets", "files", "hsa.scores", "max_shard_size", "parameters")),
+    "sweep_index": Target(
+        _listed("index.csv", _sweep),
+        lambda arena: [(_sweep(arena) / "index.csv").read_bytes()],
+        "bytes",
+        ("encoder-qkv_k0.6", ",,", '"', "nan", "1e999", "../", "\n"),
+    ),
+    "release_index": Target(
+        _listed("index.json", _tree),
+        lambda arena: [(_tree(arena) / "index.json").read_bytes()],
+        tokens=("entries", "path", "../x", "g/a", "complete", "provenance", "state"),
+    ),
     "pickle": Target(_pickle, _pickle_seeds, "bytes", ("torch._utils\n_rebuild_tensor_v2\n", "storage", "cpu")),
     "zip": Target(
         _placed(lambda arena: arena.pickled / PICKLES.weights, lambda arena: arena.merge(secondary=arena.pickled)),
