@@ -20,11 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from hsa.checkpoint import Checkpoint, Role, Sources, is_hub_id, says_nothing
+from hsa.checkpoint import Checkpoint, Role, Sources
 from hsa.compute import TargetOutcome
 from hsa.errors import StrictError, shown
 from hsa.extent import Extent, percent, planned
 from hsa.findings import Findings
+from hsa.identity import is_hub_id, says_nothing
 from hsa.likeness import PAIRS, Pair
 from hsa.option_names import option
 from hsa.target import Target

@@ -17,7 +17,7 @@ import torch
 from hsa import samples
 from hsa.backends import Backend, Merged, changed_ranges, resolve
 from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
-from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, TensorRef
+from hsa.checkpoint import ROLES, Checkpoint, Role, Sources, TensorRef
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.destination import Destinations
@@ -27,6 +27,7 @@ from hsa.extent import Extent
 from hsa.findings import Findings
 from hsa.fsio import Tally, explained
 from hsa.hub import Hub, Want
+from hsa.identity import Identity
 from hsa.likeness import equal_pairs
 from hsa.loaded import Entry, Model, config_of, entries_of, targets_of, wanted
 from hsa.meaning import of_adapters, of_change, of_values

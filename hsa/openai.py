@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 
 from hsa import whisper
-from hsa.checkpoint import Checkpoint, Identity, Role, Shard, TensorRef, identify, readable
+from hsa.checkpoint import Checkpoint, Role, Shard, TensorRef
 from hsa.descriptors import reason
 from hsa.errors import RequestError, SourceError
 from hsa.fsio import Source, Tally
 from hsa.header import Header
+from hsa.identity import Identity, identify, readable
 from hsa.pickle_names import kind_of
 from hsa.pickled import entries, read_archive
 

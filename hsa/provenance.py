@@ -17,11 +17,12 @@ from typing import Any, get_args
 
 from hsa import provenance_file
 from hsa._version import __version__
-from hsa.checkpoint import ROLES, Checkpoint, Identity, Kind, Role, Sources
+from hsa.checkpoint import ROLES, Checkpoint, Kind, Role, Sources
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig
 from hsa.digests import digest_of
 from hsa.errors import ProvenanceError, RequestError, shown
+from hsa.identity import Identity
 from hsa.layout import parse_size
 from hsa.option_names import as_keys, spelled
 from hsa.plan import MergePlan

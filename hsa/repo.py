@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hsa.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, is_hub_id
+from hsa.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS
+from hsa.identity import is_hub_id
 from hsa.partial import load_record, save_record
 
 CACHE_VARIABLE = "HSA_CACHE"

@@ -10,11 +10,12 @@ from typing import Any, get_args
 
 from hsa.arguments import check_flags, check_paths
 from hsa.card import check_fields
-from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources, is_hub_id, located
+from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
 from hsa.config import MergeConfig
 from hsa.errors import RequestError, shown
 from hsa.fsio import Tally
 from hsa.hub import Hub, Want
+from hsa.identity import Identity, is_hub_id, located
 from hsa.layout import parse_size
 from hsa.option_names import option
 from hsa.repo import REVISION, find_id

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from hsa import provenance
-from hsa.checkpoint import ROLES, Checkpoint, Identity, Role, Sources
+from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
 from hsa.checks import Problems
 from hsa.errors import shown
 from hsa.fsio import Tally
 from hsa.hub import Hub
+from hsa.identity import Identity
 from hsa.memory import PeakMemory
 from hsa.option_names import option
 from hsa.provenance import PROGRAM, Record, SourceRecord, changed_keys

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from hsa import card, fsio
-from hsa.checkpoint import Identity, is_hub_id
 from hsa.errors import DestinationError
+from hsa.identity import Identity, is_hub_id
 from hsa.provenance import Provenance
 from hsa.recipe import INDEX, README, Entry, Recipe
 from hsa.workbench import STAGING, Workbench, beside

@@ -13,9 +13,10 @@ import pytest
 from helpers import edit_json, read_safetensors, read_tensors, safetensors_bytes
 
 from hsa import checkpoint
-from hsa.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, Identity, open_checkpoint
+from hsa.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from hsa.errors import HeaderError, MismatchError, SourceChanged, SourceError
 from hsa.fsio import Tally
+from hsa.identity import Identity, identify
 from hsa.synthetic import SHAPES, tensor_shapes, write_checkpoint
 
 NAMES = set(tensor_shapes(SHAPES["test"]))
@@ -146,7 +147,7 @@ def test_a_link_to_the_directory_and_links_within_it_are_followed(sharded: Path,
     ],
 )
 def test_identity(directory: str, claimed: str | None, identity: Identity) -> None:
-    assert checkpoint.identify(Path(directory), claimed) == identity
+    assert identify(Path(directory), claimed) == identity
 
 
 def test_the_hubs_cache_keeps_its_files_elsewhere(single: Path, tmp_path: Path) -> None:

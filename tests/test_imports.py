@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matplotlib")
 
 LAYERS = (
-    ("_version", "digests", "findings", "ranges", "streams"),
+    ("_version", "digests", "findings", "identity", "ranges", "streams"),
     ("descriptors", "errors", "dtypes", "lanes", "memory", "option_names", "reference", "signals", "synthetic_config"),
     (
         "arguments",

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 from hsa import whisper
 from hsa.backends import NotFinite
 from hsa.backends.cpu import CpuWorker
-from hsa.checkpoint import CONFIG, ROLES, Checkpoint, Identity, Role, Sources, TensorRef, readable
+from hsa.checkpoint import CONFIG, ROLES, Checkpoint, Role, Sources, TensorRef
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, Preset
 from hsa.dtypes import NAMES, Array, size
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
 from hsa.fsio import Tally
+from hsa.identity import Identity, readable
 from hsa.likeness import equal_pairs
 from hsa.option_names import as_keys, spelled
 from hsa.plan import make_target

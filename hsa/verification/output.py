@@ -23,7 +23,6 @@ from hsa.checkpoint import (
     Role,
     TensorRef,
     contained,
-    is_snapshot,
     open_checkpoint,
     open_shard,
     read_text,
@@ -33,6 +32,7 @@ from hsa.descriptors import reason
 from hsa.errors import HsaError, MachineError, SourceChanged, SourceError, shown
 from hsa.fsio import Source, exists
 from hsa.header import load_json
+from hsa.identity import is_snapshot
 from hsa.option_names import carried, option
 from hsa.provenance import Provenance
 from hsa.provenance_file import PROVENANCE

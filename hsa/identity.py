@@ -1,0 +1,87 @@
+"""Who a source is: a model on the Hub, or a directory by a name that tells it from others."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
+_SAYS_NOTHING = re.compile(
+    r"((best|final|last|latest|global)[-_. ]?)?(checkpoints?|ckpts?|epoch|step|model|weights|pytorch_model)"
+    r"([-_. ]?(best|final|last|latest|[0-9]+))?(\.pt)?|"
+    r"(best|final|last|latest|out|outputs?|results?|models|merged|trained|finetuned)(\.pt)?",
+    re.ASCII | re.IGNORECASE,
+)
+_HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a source says it is: a hub id or the directory's own name, and a revision where one is known."""
+
+    id: str
+    revision: str | None = None
+
+    def named(self, role: str) -> str:
+        """The source in a message: its role, and its name where that says more.
+
+        Example:
+            >>> Identity("org/children").named("primary"), Identity("primary").named("primary")
+            ('primary org/children', 'primary')
+        """
+        return role if self.id == role else f"{role} {self.id}"
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether this is the name of a model on the Hub, `org/name`; a name without an owner is that of a directory."""
+    return _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
+
+
+def readable(name: str) -> str:
+    """A file's name as text that any file can hold: bytes that are not UTF-8 are written as `\\xe9`.
+
+    Example:
+        >>> readable(os.fsdecode(b"caf\\xe9"))
+        'caf\\\\xe9'
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def identify(directory: Path, claimed: str | None) -> Identity:
+    """The identity to record: what is claimed, else the hub snapshot's id, else the directory's own name.
+
+    Where that name says nothing, such as checkpoint-1000, its parent's is added: see `located`.
+    """
+    if claimed:
+        name, _, revision = claimed.partition("@")
+        return Identity(name, revision or None)
+    cached = _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:]))
+    if cached:
+        return Identity(readable(cached["id"].replace("--", "/")), readable(cached["revision"]))
+    return Identity(located(directory) if says_nothing(directory.name) else readable(directory.name))
+
+
+def says_nothing(name: str) -> bool:
+    """Whether a directory or file of this name could be any model: checkpoint-1000, best, final, output, model, ..."""
+    return _SAYS_NOTHING.fullmatch(name) is not None
+
+
+def located(path: Path) -> str:
+    """The name with that of the nearest parent which says something, at most two levels up: `checkpoint-1000 in run-a`.
+
+    A name with spaces is no hub id. The user's home and the root stay out of it.
+    """
+    home = Path(os.path.expanduser("~"))  # not Path.home(), which fails where there is none
+    for parent in path.parents[:2]:
+        if not parent.name or parent == home:
+            break
+        if not says_nothing(parent.name):
+            return readable(f"{path.name} in {parent.name}")
+    return readable(path.name)
+
+
+def is_snapshot(directory: Path) -> bool:
+    """Whether this is a snapshot in the hub's cache, which keeps files as links."""
+    return _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:])) is not None
