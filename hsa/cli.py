@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         except typer.Exit as error:
             return error.exit_code
         except USAGE_ERROR as error:
-            message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+            message = error.format_message().removesuffix(".")  # type: ignore[attr-defined]
             stop = "" if message.endswith("?") else "."
             return fail(f"{message}{stop} See: hsa {_command(arguments)}--help", 2, debug=debug)
         except typer.Abort:

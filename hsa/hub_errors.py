@@ -39,6 +39,7 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
 
     name = f"{role}: {hub_id.repo}"
     where = f"{constants.ENDPOINT}/{hub_id.repo}"
+    local = f"a local directory of that name would be ./{hub_id.repo}"
     response = error.response if isinstance(error, errors.HfHubHTTPError) else None
     status = None if response is None else response.status_code
     if isinstance(error, errors.GatedRepoError):
@@ -61,20 +62,18 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
         asked = f" ({type(cause).__name__})" if cause is not None else ""
         return MachineError(
             f"{name}: a file is not in the cache and {constants.ENDPOINT} cannot be asked{asked}; check the network "
-            f"and HF_HUB_OFFLINE"
+            f"and HF_HUB_OFFLINE; {local}"
         )
     if isinstance(error, errors.EntryNotFoundError):
         return SourceError(f"{name}: a file that the repository lists is missing on the Hub; see {where}/tree/main")
     if isinstance(error, errors.HFValidationError):
         return SourceError(f"{name} is no local directory and no name that the Hub knows; check it")
     if status is not None:
-        return MachineError(
-            f"{name}: {constants.ENDPOINT} answered {status}; try again later: what was fetched is kept"
-        )
+        return MachineError(f"{name}: {constants.ENDPOINT} answered {status}; try again later")
     if isinstance(error, network_error()):
         return MachineError(
-            f"{name} is no local directory, and {constants.ENDPOINT} cannot be reached ({type(error).__name__}); check "
-            f"the network and try again: what was fetched is kept"
+            f"{name} is taken for a model on the Hub, and {constants.ENDPOINT} cannot be reached "
+            f"({type(error).__name__}); check the network and try again; {local}"
         )
     if isinstance(error, (*MALFORMED, invalid_url())):
         return MachineError(

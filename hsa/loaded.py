@@ -29,14 +29,14 @@ class Entry(NamedTuple):
 MERGE_ADAPTERS = "call merge_and_unload() of the PeftModel and give the model that it returns"
 
 
-def entries_of(label: str, model: Model) -> list[Entry]:
+def entries_of(label: str, model: Model, expected: str = "a loaded model or a state dict") -> list[Entry]:
     """Every parameter and buffer, tied ones under each of their names; of a state dict every item.
 
     Names are read without what wrappers such as torch.compile, DataParallel or FSDP add. Raises RequestError for
-    anything else, and for a name that is no text.
+    anything else, in which it says what was `expected`, and for a name that is no text.
     """
     if not isinstance(model, (torch.nn.Module, Mapping)):
-        raise RequestError(f"{label}: expected a loaded model or a state dict, got {type(model).__name__}")
+        raise RequestError(f"{label}: expected {expected}, got {type(model).__name__}")
     held = dict(_items(model))
     for stored in held:
         if not isinstance(stored, str):

@@ -52,6 +52,7 @@ class _Held:
     checkpoint: Checkpoint
     data: Mapping[str, Array]
     others: Mapping[str, Sample]
+    has_config: bool
     warnings: tuple[str, ...] = ()
 
 
@@ -115,7 +116,10 @@ class Merger:
         given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()
         held = {role: _hold(role, given[role], targets, hub, base) for role in ROLES}
-        _lend_config(held, num_heads, num_layers)
+        lender = _lend_config(held, num_heads, num_layers)
+        for role in ROLES:
+            if not isinstance(given[role], (str, os.PathLike)):
+                _check_loaded(held[role], lender)
         data = {role: held[role].data for role in ROLES}
         self._sources = Sources(*(held[role].checkpoint for role in ROLES))
         self._others = held["primary"].others
@@ -270,11 +274,11 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
                 checkpoint.read_into(ref, data[name].data)
         others = samples.of_checkpoint(checkpoint, data) if role == "primary" else {}
         checkpoint.check_unchanged()
-        return _Held(checkpoint, data, others)
+        return _Held(checkpoint, data, others, bool(checkpoint.config))
 
 
 def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:
-    entries = entries_of(role, source)
+    entries = entries_of(role, source, "a checkpoint directory, an id on the Hub, a loaded model or a state dict")
     targets = targets_of(role, source, entries, preset)
     refs, data = {}, {}
     for stored, name, tensor in entries:
@@ -286,13 +290,24 @@ def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:
             refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
     label = "state dict" if isinstance(source, Mapping) else "model"
     checkpoint = Checkpoint(role, Path(label), Identity(label), config_of(source), Tally(), tensors=refs)
-    if role == "primary" and checkpoint.config:
-        require_shapes(checkpoint)
-    # Names of Whisper that are not merged are left out: a plan goes through all that is here.
-    checkpoint.tensors = {name: ref for name, ref in refs.items() if name in targets or not is_known(name)}
     merged = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
     warnings = () if merged is None else (_AGAIN.format(role=role, name=merged),)
-    return _Held(checkpoint, data, samples.of_loaded(entries, data) if role == "primary" else {}, warnings)
+    others = samples.of_loaded(entries, data) if role == "primary" else {}
+    return _Held(checkpoint, data, others, bool(checkpoint.config), warnings)
+
+
+def _check_loaded(held: _Held, lender: Role | None) -> None:
+    """Refuse shapes of primary that its config, or the one that `lender` lent it, does not allow. Then leave out the
+    names of Whisper that are not merged: a plan goes through all that are left."""
+    checkpoint = held.checkpoint
+    if checkpoint.role == "primary":
+        if held.has_config:
+            require_shapes(checkpoint)
+        elif lender is not None:
+            require_shapes(checkpoint, lender)
+    checkpoint.tensors = {
+        name: ref for name, ref in checkpoint.tensors.items() if name in held.data or not is_known(name)
+    }
 
 
 _AGAIN = (
@@ -301,10 +316,13 @@ _AGAIN = (
 )
 
 
-def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: int | None) -> None:
-    """Give sources without a config another's; state dicts alone need both counts from the caller."""
-    known = next((h.checkpoint.config for h in held.values() if h.checkpoint.config), None)
-    if known is None:
+def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: int | None) -> Role | None:
+    """Give sources without a config another's, and return whose; None for state dicts alone, which need both counts
+    from the caller."""
+    lender = next((role for role, source in held.items() if source.has_config), None)
+    if lender is not None:
+        known = held[lender].checkpoint.config
+    else:
         if num_heads is None or num_layers is None:
             raise RequestError(
                 f"three state dicts say nothing of heads and layers: give {option('num_heads')} and "
@@ -317,5 +335,6 @@ def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: 
             **{f"{stack}_layers": num_layers for stack in stacks},
         }
     for source in held.values():
-        if not source.checkpoint.config:
+        if not source.has_config:
             source.checkpoint.config = known
+    return lender

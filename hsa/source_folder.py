@@ -61,13 +61,6 @@ def unread_weights(role: str, names: Collection[str], whole: str, index: str, ad
         )
 
 
-def _names(directory: Path) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:  # it says of a refusal what else there is; what cannot be listed is left out
-        return []
-
-
 def _listed(names: Sequence[str]) -> str:
     """Names in pairs, as they belong together, and the last alone."""
     pairs = [" and ".join(names[at : at + 2]) for at in range(0, len(names), 2)]

@@ -17,6 +17,10 @@ from hsa.errors import MismatchError, SourceError, shown
 INCOMPLETE = "save or fetch the checkpoint again"
 CONTRADICTORY = "write the size that the tensors have into config.json, or give the config.json that belongs to them"
 FOLD_ADAPTER = "a LoRA adapter's tensors are among them: merge it first with peft (merge_and_unload, save_pretrained)"
+_OWN_CONFIG = (
+    "that is the config of {lender}, as a state dict has none; give {role} as a directory or a loaded model, which has "
+    "its own config, or give its tensors whole"
+)
 DEQUANTIZE = "give the checkpoint as it was before it was quantized"
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -66,14 +70,15 @@ def require_whole(checkpoint: Checkpoint) -> None:
         raise MismatchError(f"{checkpoint.role} {checkpoint.path}: {fault.what}; {fault.remedy}")
 
 
-def require_shapes(checkpoint: Checkpoint) -> None:
+def require_shapes(checkpoint: Checkpoint, lender: str | None = None) -> None:
     """Raise MismatchError where a tensor that is there has another shape than config.json gives it; the others may be
-    missing, as from a state dict of targets alone."""
+    missing, as from a state dict of targets alone. `lender` is the source whose config it is, where it is another's."""
     for entry in whisper.state_dict(checkpoint.config, f"{checkpoint.role} {checkpoint.path}"):
         ref = checkpoint.tensors.get(entry.name)
         if ref is not None and ref.shape != entry.shape:
             fault = _shape(entry, ref, checkpoint.config)
-            raise MismatchError(f"{checkpoint.role} {checkpoint.path}: {fault.what}; {fault.remedy}")
+            remedy = fault.remedy if lender is None else _OWN_CONFIG.format(lender=lender, role=checkpoint.role)
+            raise MismatchError(f"{checkpoint.role} {checkpoint.path}: {fault.what}; {remedy}")
 
 
 def odd_name(checkpoint: Checkpoint, name: str) -> str | None:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
@@ -16,6 +16,7 @@ from helpers import merge_arguments, run_hsa
 import hsa
 from hsa import cli
 from hsa.commands.usage import COMMON, GROUPS
+from hsa.errors import shown
 
 Triple = dict[str, Path]
 PROGRAM: Any = typer.main.get_command(cli.app)
@@ -97,7 +98,7 @@ def test_the_version_can_be_asked_for_in_two_ways(capsys: pytest.CaptureFixture[
         ("merge --lamda=0.5", "No such option: --lamda"),
         ("merge --base=a", "Missing option '--primary'. See: hsa merge --help"),
         ("merge --base", "Option '--base' requires an argument. See: hsa merge --help"),
-        ("merge --base=b --primary=p --secondary=s --output=o --k=much", "Invalid value for '--k'"),
+        ("merge --base=b --primary=p --secondary=s --output=o --k=much", "--k must be a number, got 'much'. See: "),
         ("apply primary", "Missing argument 'PATCH'. See: hsa apply --help"),
         ("verify one two", "unexpected extra argument"),
         ("inspect --diff one", "Option '--diff' requires 2 arguments"),
@@ -107,6 +108,63 @@ def test_the_version_can_be_asked_for_in_two_ways(capsys: pytest.CaptureFixture[
 )
 def test_a_usage_error_is_one_line(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in refused(capsys, *arguments.split())
+
+
+def numeric_options() -> list[tuple[str, str, str]]:
+    """Command, option, and what its value must be, by the annotations of the commands' functions."""
+    kinds = {float: "a number", int: "a whole number"}
+    return [
+        (command, parameter.opts[0], kind)
+        for command, found in PROGRAM.commands.items()
+        for parameter in found.params
+        for of, kind in kinds.items()
+        if of in (hint := hints(found)[parameter.name], *get_args(hint)) and bool not in (hint, *get_args(hint))
+    ]
+
+
+def hints(command: Any) -> dict[str, Any]:
+    """Types by the name of the parameter; of a context or a help option, nothing that counts."""
+    return {"help": str, **get_type_hints(command.callback)}
+
+
+def test_numeric_options_are_those_of_merge_sweep_inspect_and_verify() -> None:
+    found = {(command, name) for command, name, _ in numeric_options()}
+    assert {("merge", "--k"), ("merge", "--lambda"), ("inspect", "--alpha"), ("sweep", "--jobs")} <= found
+    assert {("merge", "--num-heads"), ("verify", "--threads"), ("merge", "--non-attention-scale")} <= found
+
+
+@pytest.mark.parametrize(("command", "name", "kind"), numeric_options())
+def test_a_value_that_is_not_a_number_is_named_in_our_own_words(
+    command: str, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The validator's words stood there, which depend on typer's version and lack the value."""
+    for value in ["much", "1.5.2", "0.6%", "1,5", "", "x" * 5000]:
+        line = refused(capsys, command, *required(command), f"{name}={value}")
+        remedy = {"--k": "; write 60 for 60 %", "--lambda": "; write 0.6 for 60 %"}.get(name, "")
+        expected = f"{name} must be {kind}, got {shown(value)}{remedy if value.endswith('%') else ''}"
+        assert line == f"{expected.removesuffix('.')}. See: hsa {command} --help"
+    if kind == "a whole number":
+        line = refused(capsys, command, *required(command), f"{name}=1.5")
+        assert line == f"{name} must be a whole number, got '1.5'. See: hsa {command} --help"
+        line = refused(capsys, command, *required(command), f"{name}={'9' * 5000}")
+        assert line.startswith(f"{name} must be a smaller number, got '999") and len(line) < 200
+
+
+def required(command: str) -> list[str]:
+    """What a command needs beside the option in question."""
+    return [
+        word
+        for parameter in PROGRAM.commands[command].params
+        if parameter.required
+        for word in ([f"{parameter.opts[0]}=x"] if parameter.param_type_name == "option" else ["x"])
+    ]
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
+def test_numbers_that_are_not_finite_are_refused_by_their_range(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "merge", *required("merge"), f"--k={value}")
+    assert line.startswith("--k must be ")
+    assert "a number, got '" not in line
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,15 @@ def test_a_config_alone_in_the_cache_lacks_the_weights(
 # Paths that look local ------------------------------------------------------------------------------------------
 
 
+def test_a_hub_that_cannot_be_reached_says_how_a_local_path_is_written(tmp_path: Path, env: Env) -> None:
+    """It said that what was fetched is kept, where nothing was, and nothing of the path that may have been meant."""
+    ids = {"base": "tt/base", "primary": "tt/primary", "secondary": "tt/secondary"}
+    unreachable = {**env, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    line = refused(ids, tmp_path / "out", unreachable, 1, "base: tt/base", "http://127.0.0.1:9 cannot be reached")
+    assert line.endswith("check the network and try again; a local directory of that name would be ./tt/base")
+    assert "is kept" not in line
+
+
 def test_a_typo_in_a_local_path_asks_no_hub(
     triple: Mapping[str, Path], servers: Servers, env: Env, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

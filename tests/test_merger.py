@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,33 @@ def test_state_dicts_with_and_without_the_prefix(shared_triple: Triple, tmp_path
 
 def test_a_directory_lends_its_config(shared_triple: Triple, tmp_path: Path) -> None:
     merger = hsa.Merger(shared_triple["base"], read_tensors(shared_triple["primary"]), str(shared_triple["secondary"]))
+    assert same(merger.merge(), merged(shared_triple, tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("lender", ["base", "secondary"])
+@pytest.mark.parametrize("loaded", [False, True], ids=["directory", "model"])
+@pytest.mark.parametrize(
+    "name", ["model.decoder.embed_tokens.weight", "model.encoder.conv1.bias", "model.decoder.layers.1.fc1.weight"]
+)
+def test_a_state_dict_of_other_shapes_than_the_config_lent_to_it_is_refused(
+    shared_triple: Triple, name: str, lender: str, loaded: bool
+) -> None:
+    """Only a source with a config of its own was checked, so that a cut embedding went unnoticed."""
+    sources: dict[str, Any] = {role: read_tensors(path) for role, path in shared_triple.items()}
+    sources[lender] = load(shared_triple[lender]) if loaded else shared_triple[lender]
+    assert hsa.Merger(**sources).merge()
+    sources["primary"][name] = sources["primary"][name][:5].clone()
+    with pytest.raises(hsa.MismatchError) as caught:
+        hsa.Merger(**sources)
+    message = str(caught.value)
+    assert message.startswith(f"primary state dict: tensor {name} has shape [5")
+    assert f"that is the config of {lender}, as a state dict has none; give primary as a directory" in message
+
+
+def test_a_state_dict_of_targets_alone_needs_no_other_tensor(shared_triple: Triple, tmp_path: Path) -> None:
+    targets = hsa.Merger(**shared_triple).merge()
+    held = {name: tensor for name, tensor in read_tensors(shared_triple["primary"]).items() if name in targets}
+    merger = hsa.Merger(shared_triple["base"], held, shared_triple["secondary"])
     assert same(merger.merge(), merged(shared_triple, tmp_path / "out")) == []
 
 

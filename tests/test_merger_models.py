@@ -166,6 +166,12 @@ def test_what_is_neither_model_nor_state_dict_nor_path_is_refused(
     refused(lambda: hsa.Merger(**{**shared_triple, "base": wrong_kind}), "^base: expected a ")
 
 
+@pytest.mark.parametrize("role", ["base", "primary", "secondary"])
+def test_a_wrong_source_of_a_merger_names_all_that_it_takes(shared_triple: Triple, role: str) -> None:
+    expected = f"^{role}: expected a checkpoint directory, an id on the Hub, a loaded model or a state dict, got int$"
+    refused(lambda: hsa.Merger(**{**shared_triple, role: 3}), expected, kind=hsa.RequestError)
+
+
 def test_empty_state_dicts_are_refused(shared_triple: Triple, merger: hsa.Merger) -> None:
     refused(lambda: merger.apply_({}), "the model holds nothing", kind=hsa.MismatchError)
     refused(lambda: hsa.Merger({}, {}, {}, num_heads=4, num_layers=2), "holds no tensor")

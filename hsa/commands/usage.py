@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from hsa.errors import shown
 from hsa.streams import tell
 
 COMMON = "Common options"
@@ -43,6 +45,11 @@ GROUPS = {
 COMPLETION = ("--install-completion", "--show-completion")
 """Options that take the name of a shell, or find it out where none is given."""
 
+NUMBERS = {"NUMBER": "a number", "N": "a whole number"}
+"""What the value of an option must be, by the name that help gives it."""
+
+SHARES = {"k": "60", "lam": "0.6"}
+"""How 60 % is written for the options that are shares."""
 
 _TYPE = re.compile(r" <[\w\[\]]+>$")
 """What typer adds to the name of an argument."""
@@ -82,11 +89,33 @@ class Command(_Plain, TyperCommand):
     would win silently."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for option, count in Counter(each for each in order if isinstance(each, TyperOption)).items():
             if count > 1 and not option.multiple and not option.is_flag:
                 ctx.fail(f"{option.opts[0]} is given {count} times and takes one value; give it once")
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            problem = _not_a_number(getattr(error, "param", None), values)
+            if problem is not None:
+                ctx.fail(problem)
+            raise
+
+
+def _not_a_number(parameter: Any, values: Mapping[str, Any]) -> str | None:
+    """What is wrong with the value of a numeric option that could not be read as a number; None for other options.
+
+    typer's own message depends on its version, and lacks the value.
+    """
+    kind = NUMBERS.get(getattr(parameter, "metavar", None) or "")
+    value = None if kind is None else values.get(parameter.name)
+    if not isinstance(value, str):
+        return None
+    if value.strip().lstrip("+-").isdecimal():  # it has more digits than Python reads
+        kind = "a smaller number"
+    problem = f"{parameter.opts[0]} must be {kind}, got {shown(value)}"
+    share = SHARES.get(parameter.name)
+    return f"{problem}; write {share} for 60 %" if share is not None and value.rstrip().endswith("%") else problem
 
 
 class Group(_Plain, TyperGroup):
