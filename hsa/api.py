@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hsa import assets, fsio, provenance, report
+from hsa.ancestry import Ancestries, ancestries
 from hsa.arguments import check_functions
 from hsa.backends import Backend, resolve
 from hsa.card import unlinked
@@ -20,7 +21,7 @@ from hsa.extent import Extent
 from hsa.findings import Findings
 from hsa.finish import CARD, finish
 from hsa.hub import Hub
-from hsa.meaning import of_plan, of_settings, refuse
+from hsa.meaning import of_plan, of_settings, of_sources, refuse
 from hsa.memory import PeakMemory
 from hsa.output import Staging
 from hsa.output_place import check_destination
@@ -157,7 +158,8 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
             raise
         job.sources.check_unchanged()
         outcomes = calculator.ordered(job.plan.targets)
-        told = early + report.findings(outcomes)
+        doubts = of_sources(outcomes, job.sources, job.ancestries, request.config.targets)
+        told = early + doubts + report.findings(outcomes)
         refuse(told, strict=request.strict)
         record = provenance.record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
         small = dict(found.files)
@@ -184,6 +186,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         notes=(*told.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
         warnings=told.warnings,
         unlinked=unlinked(record),
+        doubtful=bool(doubts.warnings) or "base" in job.ancestries,
     )
 
 
@@ -221,6 +224,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
             free_bytes=free,
             notes=told.notes,
             warnings=(*told.warnings, *short),
+            doubtful="base" in job.ancestries,
         )
 
 
@@ -233,7 +237,7 @@ def collect(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tal
 def _early(request: Request, job: _Job, found: assets.Assets, hub: Hub) -> Findings:
     """What there is to say before the first tensor is read."""
     told = Findings((*hub.notes, *job.plan.notes, *found.notes), found.warnings)
-    return told + percentages([request.config.k]) + of_plan(job.sources)
+    return told + percentages([request.config.k]) + of_plan(job.sources, job.ancestries)
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,7 @@ class _Job:
     plan: MergePlan
     backend: Backend
     destination: Path
+    ancestries: Ancestries
 
 
 def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> _Job:
@@ -261,4 +266,4 @@ def _open(
     destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
     plan = make_plan(request.config, sources, request.shard_bytes)
     provenance.check_fits(plan, sources, request.settings(backend.name), (*assets.SMALL_FILES, INDEX, CARD))
-    return _Job(sources, plan, backend, destination)
+    return _Job(sources, plan, backend, destination, ancestries(sources))

@@ -20,14 +20,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from hsa.ancestry import Ancestries, of_base, of_fine_tunes
 from hsa.checkpoint import Checkpoint, Role, Sources
 from hsa.compute import TargetOutcome
+from hsa.config import Preset
 from hsa.errors import StrictError, shown
 from hsa.extent import Extent, percent, planned
 from hsa.findings import Findings
 from hsa.identity import is_hub_id, says_nothing
 from hsa.likeness import PAIRS, Pair
 from hsa.option_names import option
+from hsa.provenance import target_digest
 from hsa.target import Target
 
 UNRELATED = 0.5
@@ -44,9 +47,9 @@ STILL = 1e-4
 """|output - primary| / |tv1| below which a merge changes next to nothing. HSA's defaults give 0.1."""
 
 
-def of_plan(sources: Sources) -> Findings:
-    """What headers, configs and names tell, before any tensor is read."""
-    return Findings(tuple(_located(sources)), tuple(_unnamed(sources))) + of_adapters(sources)
+def of_plan(sources: Sources, found: Ancestries) -> Findings:
+    """What headers, configs, names and the sources' own records tell, before any tensor is read."""
+    return Findings(tuple(_located(sources)), tuple(_unnamed(sources))) + of_adapters(sources) + of_base(found)
 
 
 def of_adapters(sources: Sources) -> Findings:
@@ -69,6 +72,11 @@ def of_values(outcomes: Sequence[TargetOutcome]) -> Findings:
     strangers = list(_strangers(extent))
     exchanged = [] if equal or strangers else _exchanged(outcomes, extent)
     return Findings(warnings=(*(_twice(pair, len(outcomes)) for pair in equal), *strangers, *exchanged))
+
+
+def of_sources(outcomes: Sequence[TargetOutcome], sources: Sources, found: Ancestries, preset: Preset) -> Findings:
+    """What a finished merge tells of its sources: their values, and whether they were merged with each other before."""
+    return of_values(outcomes) + of_fine_tunes(found, sources, preset, lambda role: target_digest(role, outcomes))
 
 
 def of_change(outcomes: Sequence[TargetOutcome]) -> Findings:

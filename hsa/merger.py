@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from hsa import samples
+from hsa.ancestry import Ancestry, ancestries, of_base, of_fine_tunes
 from hsa.backends import Backend, Merged, changed_ranges, resolve
 from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
 from hsa.checkpoint import ROLES, Checkpoint, Role, Sources, TensorRef
 from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, PerTensor, Preset
 from hsa.destination import Destinations
+from hsa.digests import digest_of
 from hsa.dtypes import NAMES, Array
 from hsa.errors import RequestError, one_line, warn
 from hsa.extent import Extent
@@ -33,6 +35,7 @@ from hsa.loaded import Entry, Model, config_of, entries_of, targets_of, wanted
 from hsa.meaning import of_adapters, of_change, of_values
 from hsa.option_names import option
 from hsa.plan import check_heads, check_whole, find_targets, with_parameters
+from hsa.provenance import tensors_digest
 from hsa.samples import Sample
 from hsa.signals import deferred
 from hsa.structure import require_shapes
@@ -47,13 +50,14 @@ Source = str | os.PathLike[str] | Model
 @dataclass(frozen=True)
 class _Held:
     """A source's targets: what a plan needs to know of them, and their bytes by canonical name; of primary also samples
-    of its other tensors."""
+    of its other tensors, and of an output of hsa how it was merged."""
 
     checkpoint: Checkpoint
     data: Mapping[str, Array]
     others: Mapping[str, Sample]
     has_config: bool
     warnings: tuple[str, ...] = ()
+    ancestry: Ancestry | None = None
 
 
 class Merger:
@@ -137,7 +141,9 @@ class Merger:
             for target in self._targets
         }
         self._destinations = Destinations(self._targets, targets)
-        told = of_adapters(self._sources) + of_values(self._outcomes(self._targets))
+        merges = {role: each.ancestry for role, each in held.items() if each.ancestry is not None}
+        told = of_adapters(self._sources) + of_base(merges) + of_values(self._outcomes(self._targets))
+        told += of_fine_tunes(merges, self._sources, targets, lambda role: _digest(role, data[role], self._targets))
         self.warnings = [*(text for each in held.values() for text in each.warnings), *told.warnings]
         for text in self.warnings:
             warn(text)
@@ -274,7 +280,7 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
                 checkpoint.read_into(ref, data[name].data)
         others = samples.of_checkpoint(checkpoint, data) if role == "primary" else {}
         checkpoint.check_unchanged()
-        return _Held(checkpoint, data, others, bool(checkpoint.config))
+        return _Held(checkpoint, data, others, bool(checkpoint.config), ancestry=ancestries([checkpoint]).get(role))
 
 
 def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:
@@ -308,6 +314,21 @@ def _check_loaded(held: _Held, lender: Role | None) -> None:
     checkpoint.tensors = {
         name: ref for name, ref in checkpoint.tensors.items() if name in held.data or not is_known(name)
     }
+
+
+def _digest(role: Role, data: Mapping[str, Array], targets: Sequence[Target]) -> str:
+    """The digest over a source's target tensors that a record has."""
+    return tensors_digest(
+        [
+            (
+                target.projection.name,
+                target.ref(role).code,
+                target.ref(role).shape,
+                digest_of(data[target.projection.name]),
+            )
+            for target in targets
+        ]
+    )
 
 
 _AGAIN = (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa import assets, fsio, patch_format
+from hsa.ancestry import Ancestries, ancestries
 from hsa.checkpoint import Role, Sources
 from hsa.config import MergeConfig, PerTensor, Preset, percentages
 from hsa.digests import digest_of
@@ -19,7 +20,7 @@ from hsa.extent import Extent
 from hsa.findings import Findings
 from hsa.header import read_header
 from hsa.hub import Hub
-from hsa.meaning import of_plan, of_settings, refuse
+from hsa.meaning import of_plan, of_settings, of_sources, refuse
 from hsa.memory import PeakMemory
 from hsa.option_names import option
 from hsa.output_place import refuse_enclosed, relation
@@ -105,7 +106,8 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         threads = request.threads or default_threads()
         (made,) = make_patches([point], sources, opened.settings, opened.files, bench, threads, tally, memory, progress)
         sources.check_unchanged()
-        told = early + findings(made.outcomes)
+        doubts = of_sources(made.outcomes, sources, opened.ancestries, request.config.targets)
+        told = early + doubts + findings(made.outcomes)
         refuse(told, strict=request.strict)
         check_patch_destination(destination, (), overwrite=request.overwrite)
         bench.publish_file(point.name, destination)
@@ -126,6 +128,7 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         extent=Extent.of(made.outcomes),
         notes=told.notes,
         warnings=told.warnings,
+        doubtful=bool(doubts.warnings) or "base" in opened.ancestries,
     )
 
 
@@ -138,12 +141,13 @@ def recorded(made: Made) -> Record:
 @dataclass(frozen=True)
 class Opened:
     """Sources open for patches, what a provenance says beside a merge's own parameters, the small files that a merge
-    writes, and what there is to say of all this."""
+    writes, what there is to say of all this, and which sources are merges."""
 
     sources: Sources
     settings: Mapping[str, Any]
     small: Mapping[str, bytes]
     found: Findings
+    ancestries: Ancestries
 
     @property
     def files(self) -> dict[str, str]:
@@ -176,8 +180,9 @@ def open_for_patches(
     _check(configs, sources)
     found_assets = assets.collect(sources, "primary", request.assets_from, None, tally)
     notes = (*(note for source in sources for note in source.notes), *found_assets.notes)
-    told = Findings(notes, found_assets.warnings) + percentages(config.k for config in configs) + of_plan(sources)
-    return Opened(sources, request.settings("cpu"), found_assets.files, told)
+    merges = ancestries(sources)
+    told = Findings(notes, found_assets.warnings) + percentages(config.k for config in configs)
+    return Opened(sources, request.settings("cpu"), found_assets.files, told + of_plan(sources, merges), merges)
 
 
 def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:

@@ -67,7 +67,8 @@ class MergeReport:
     headers, configs and targets are read where nothing else is needed. `bytes_fetched` came from the Hub: bytes of
     files that were received now, 0 for local sources and for what the caches hold. `tensors` is keyed by tensor name as
     primary stores it. `extent` says how much was merged, and how the task vectors lie. `unlinked` are the sources that
-    the card does not link to the Hub, for want of a hub id.
+    the card does not link to the Hub, for want of a hub id. `doubtful` says that the sources hardly belong together:
+    that they are exchanged, given twice, unrelated or merged already, as `warnings` tell.
     """
 
     output: Path
@@ -86,6 +87,7 @@ class MergeReport:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     unlinked: tuple[str, ...] = ()
+    doubtful: bool = False
 
     def __repr__(self) -> str:
         return one_line(f"<hsa.MergeReport of {self.output}: {self.extent.text}{counted(self.warnings)}>")
@@ -96,8 +98,8 @@ class MergeReport:
 
     @property
     def hint(self) -> str | None:
-        """With HSA's defaults: what would merge more."""
-        return more(MergeConfig.from_dict(self.parameters), self.extent.weights)
+        """With HSA's defaults: what would merge more. None with doubtful sources, which no parameter mends."""
+        return None if self.doubtful else more(MergeConfig.from_dict(self.parameters), self.extent.weights)
 
     @property
     def total_heads(self) -> int:
@@ -143,6 +145,7 @@ class PlanReport:
 
     Sizes are bytes; those to write leave out the model card and the provenance, which are made at the end.
     `bytes_fetched` came from the Hub for this plan, `bytes_to_fetch` are what the merge would fetch of weights.
+    `doubtful` says that base is itself an output of hsa.
     """
 
     output: Path
@@ -159,6 +162,7 @@ class PlanReport:
     free_bytes: int
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    doubtful: bool = False
 
     def __repr__(self) -> str:
         return one_line(f"<hsa.PlanReport of {self.output}: {self.text}{counted(self.warnings)}>")
@@ -179,8 +183,8 @@ class PlanReport:
 
     @property
     def hint(self) -> str | None:
-        """With HSA's defaults: what would merge more."""
-        return more(MergeConfig.from_dict(self.parameters), planned(self.targets))
+        """With HSA's defaults: what would merge more. None with a base that is itself a merge."""
+        return None if self.doubtful else more(MergeConfig.from_dict(self.parameters), planned(self.targets))
 
     def as_dict(self) -> dict[str, Any]:
         """What `hsa merge --dry-run --json` prints."""
@@ -209,8 +213,8 @@ class PlanReport:
 
 
 def findings(outcomes: Sequence[TargetOutcome]) -> Findings:
-    """Notes and warnings that only the finished computation can give."""
-    return meaning.of_values(outcomes) + meaning.of_change(outcomes) + of_cuts(outcomes)
+    """Notes and warnings that only the finished computation can give, besides those of the sources."""
+    return meaning.of_change(outcomes) + of_cuts(outcomes)
 
 
 def of_cuts(outcomes: Sequence[TargetOutcome]) -> Findings:

@@ -22,11 +22,11 @@ from hsa.extent import Extent
 from hsa.findings import Findings, counted
 from hsa.grid import GridPoint
 from hsa.hub import Hub
-from hsa.meaning import of_change, of_values, refuse
+from hsa.meaning import of_change, of_sources, refuse
 from hsa.memory import PeakMemory
 from hsa.option_names import carried, option
 from hsa.patch_reader import open_patch
-from hsa.patches import SUFFIX, open_for_patches
+from hsa.patches import SUFFIX, Opened, open_for_patches
 from hsa.patching import Point, expected_bytes, make_patches
 from hsa.pipeline import Options
 from hsa.provenance import load, source_record
@@ -254,7 +254,7 @@ class _Sweep:
         )
         sources.check_unchanged()
         self.extents |= {point.name: Extent.of(found.outcomes) for point, found in zip(points, made, strict=True)}
-        self.found = (self.found + _told(points, [found.outcomes for found in made])).once
+        self.found = (self.found + _told(points, [found.outcomes for found in made], self.opened)).once
         refuse(self.found, strict=self.request.strict)
         if self.jobs > 1:
             with ThreadPoolExecutor(self.jobs) as pool:
@@ -314,12 +314,12 @@ class _Sweep:
             )
 
 
-def _told(points: Sequence[GridPoint], outcomes: Sequence[Sequence[TargetOutcome]]) -> Findings:
+def _told(points: Sequence[GridPoint], outcomes: Sequence[Sequence[TargetOutcome]], opened: Opened) -> Findings:
     """What there is to say of the points of one pass."""
     found = Findings()
     still = []
     for point, merged in zip(points, outcomes, strict=True):
-        found += of_values(merged) + of_cuts(merged)
+        found += of_sources(merged, opened.sources, opened.ancestries, point.targets) + of_cuts(merged)
         if (change := of_change(merged)).warnings:
             still.append(f"{point.name}: {change.warnings[0]}")
     if still:

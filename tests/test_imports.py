@@ -53,7 +53,7 @@ LAYERS = (
     ("compute", "sink"),
     ("pipeline",),
     ("provenance",),
-    ("distances", "extent"),
+    ("ancestry", "distances", "extent"),
     ("meaning",),
     ("card", "grid", "inspection", "merger", "patch_format", "report"),
     ("graft", "patching", "views"),

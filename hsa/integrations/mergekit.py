@@ -45,6 +45,7 @@ from hsa.integrations.mergekit_method import (
     takes_text,
 )
 from hsa.integrations.mergekit_method import register as register_method
+from hsa.meaning import of_values
 from hsa.output import Staging
 from hsa.output_place import check_destination
 from hsa.signals import deferred
@@ -150,7 +151,8 @@ def run(arguments: Sequence[str]) -> Result:
         _settle(staging)
         staging.publish()
     if recipe.is_hsa:
-        told = percentages(outcome.target.k for outcome in merging.outcomes) + report.findings(merging.outcomes)
+        told = percentages(outcome.target.k for outcome in merging.outcomes)
+        told += of_values(merging.outcomes) + report.findings(merging.outcomes)
         result.notes += told.notes
         result.warnings += told.warnings
         result.tensors = len(merging.outcomes)
