@@ -9,21 +9,25 @@ from pathlib import Path
 
 from hsa import provenance
 from hsa.arguments import check_flags, check_functions, check_paths
+from hsa.backends import Merged, changed_ranges
 from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
+from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig, PerTensor, Preset, keep_count, percentages
 from hsa.errors import MismatchError, RequestError
+from hsa.findings import Findings
 from hsa.fsio import Tally
 from hsa.geometry import Geometry
 from hsa.hub import Hub, Want
 from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes, measure
 from hsa.inspection.model import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
 from hsa.inspection.recorded import changed_config, close_margins, from_output, parameters_of, recorded_config
+from hsa.meaning import of_adapters, of_change, of_values
 from hsa.option_names import option
-from hsa.plan import find_targets
+from hsa.plan import check_whole, find_targets
 from hsa.provenance import Provenance, TargetRecord, tensors_digest
 from hsa.provenance_file import PROVENANCE
 from hsa.repo import find_id
-from hsa.target import Target, of_selected, select
+from hsa.target import Selection, Target, of_selected, select
 from hsa.whisper import architecture, group_of
 
 __all__ = ["Agreement", "Energy", "Geometry", "Inspection", "TensorInspection", "inspect"]
@@ -59,7 +63,9 @@ def inspect(
             Hub only targets are fetched, and it is left out.
         progress: called now and then with bytes done and bytes in all.
 
-    Scores are those of exact numerics, bit for bit those of a merge; memory holds one target at a time.
+    Scores are those of exact numerics, bit for bit those of a merge; memory holds one target at a time. The warnings
+    say whatever a merge of the sources would warn of, by their values and adapters and by the parameters, and why a
+    merge would refuse them where their config.json and tensors differ.
 
     Raises RequestError, SourceError, MachineError or a subclass; MismatchError where the sources are not the output's.
     """
@@ -141,6 +147,8 @@ def _from_sources(
             _tensor(target, measured[target.projection.name], layers, config, recorded.get(target.projection.name))
             for target in found
         ]
+        told = percentages([config.k]) + _refusal(config, sources) + of_adapters(sources)
+        told += _of_merge(found, measured, tensors)
         energies = _energies(sources, found, tensors, buffers, step) if whole else None
         sources.check_unchanged()
         identities = {source.role: _identity(source) for source in sources}
@@ -150,9 +158,8 @@ def _from_sources(
             f"the share of energy is left out: of {' and '.join(remote)}, on the Hub, only targets were fetched; "
             f"download the models and give their directories"
         )
-    told = percentages([config.k])
     notes += told.notes
-    warnings += [*told.warnings, *close_margins(tensors), *_still(measured)]
+    warnings += [*told.warnings, *close_margins(tensors)]
     return Inspection(
         title=directory.resolve().name if directory else " + ".join(str(identities[r]["id"]) for r in ROLES[1:]),
         origin="output and sources" if directory else "sources",
@@ -167,6 +174,29 @@ def _from_sources(
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
+
+
+def _refusal(config: MergeConfig, sources: Sources) -> Findings:
+    """A warning where a merge would refuse the sources because a config.json and the tensors differ."""
+    try:
+        check_whole(config, sources)
+    except MismatchError as error:
+        return Findings(warnings=(f"a merge would refuse these sources: {error}",))
+    return Findings()
+
+
+def _of_merge(
+    targets: Sequence[Target], measured: Mapping[str, Measured], tensors: Sequence[TensorInspection]
+) -> Findings:
+    """What a merge of the same sources with the same parameters would say of them. `tensors` are in targets' order."""
+    outcomes = []
+    for target, tensor in zip(targets, tensors, strict=True):
+        found = measured[target.projection.name]
+        selection = Selection(found.squared, tensor.selected, tensor.margin)
+        changed = changed_ranges(target, tensor.selected)
+        merged = Merged(selection, changed, found.moved["primary"], found.moved["secondary"], found.geometry)
+        outcomes.append(TargetOutcome(target, merged, found.digests, found.equal))
+    return of_values(outcomes) + of_change(outcomes)
 
 
 def _open(
@@ -295,9 +325,3 @@ def _energies(
         ordered = dict(sorted(groups.items(), key=lambda item: -item[1]))
         energies.append(Energy(role, total, inside, selected, ordered, tuple(outside[role].skipped)))
     return tuple(energies)
-
-
-def _still(measured: Mapping[str, Measured]) -> Iterator[str]:
-    for role in ROLES[1:]:
-        if not any(found.moved[role] for found in measured.values()):
-            yield f"base and {role} are equal on all {len(measured)} target tensors: is {role} a fine-tune?"

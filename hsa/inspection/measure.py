@@ -21,6 +21,7 @@ from hsa.dtypes import ARITHMETIC, STORAGE, Array, size, widen
 from hsa.errors import NonFiniteError
 from hsa.geometry import Geometry, Sums, dot, tile_sums
 from hsa.layout import SLICE_ELEMENTS
+from hsa.likeness import Pair, equal_pairs
 from hsa.target import Target
 
 Step = Callable[[int], None]
@@ -29,12 +30,14 @@ Step = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """One target: squared scores, geometry, whether each task vector moved, and the digest of its bytes by role."""
+    """One target: squared scores, geometry, whether each task vector moved, the digest of its bytes by role, and which
+    sources hold the same values in it."""
 
     squared: tuple[float, ...]
     geometry: Geometry
     moved: Mapping[Role, bool]
     digests: Mapping[Role, str]
+    equal: frozenset[Pair]
 
 
 class Buffers:
@@ -73,7 +76,7 @@ def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step:
         except NotFinite as error:
             raise _not_finite(error, target, sources) from None
         moved: dict[Role, bool] = {"primary": scored.primary_moved, "secondary": scored.secondary_moved}
-        yield Measured(scored.squared, geometry(target, raw), moved, digests)
+        yield Measured(scored.squared, geometry(target, raw), moved, digests, equal_pairs(target, raw))
 
 
 def geometry(target: Target, raw: Mapping[Role, Array]) -> Geometry:
