@@ -199,9 +199,7 @@ def test_inspect_warns_of_a_base_exchanged_with_a_fine_tune(sound: Triple, other
     assert any("exchanged" in text for text in warned(swapped, tmp_path / "out"))
 
 
-@pytest.mark.parametrize(
-    ("one", "two"), [("base", "primary"), ("base", "secondary"), ("secondary", "primary")], ids="-".join
-)
+@pytest.mark.parametrize(("one", "two"), [("base", "primary"), ("base", "secondary"), ("secondary", "primary")])
 def test_inspect_warns_of_a_model_given_twice(sound: Triple, one: str, two: str) -> None:
     (found,) = [text for text in warned({**sound, one: sound[two]}) if "equal on all" in text]
     assert one in found
