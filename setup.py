@@ -27,6 +27,7 @@ setup(
         "hsa.inspection",
         "hsa.integrations",
         "hsa.kernels",
+        "hsa.verification",
         "hsa.views",
     ],
     package_dir={
@@ -36,6 +37,7 @@ setup(
         "hsa.inspection": "hsa/inspection",
         "hsa.integrations": "hsa/integrations",
         "hsa.kernels": "kernels",
+        "hsa.verification": "hsa/verification",
         "hsa.views": "hsa/views",
     },
     package_data={"hsa": ["py.typed"], "hsa.views": ["page.html", "page.css", "page.js"]},

@@ -84,8 +84,9 @@ class TargetRecord:
     @classmethod
     def of(cls, outcome: TargetOutcome) -> TargetRecord:
         target = outcome.target
+        scripted = target.load_codes is not None  # reference numerics write names as transformers does
         return cls.selecting(
-            target.primary.name,
+            f"model.{target.projection.name}" if scripted else target.primary.name,
             target.projection,
             target.shape,
             target.out_code,

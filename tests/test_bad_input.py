@@ -530,14 +530,20 @@ def test_value_out_of_range(triple: Triple, output: Path, refuse: Refuse, option
 @pytest.mark.parametrize("option", ["k", "lambda", "alpha", "attention-scale", "non-attention-scale"])
 @pytest.mark.parametrize("value", ["half", "", "0,5", "1e"])
 def test_value_that_is_no_number(triple: Triple, output: Path, refuse: Refuse, option: str, value: str) -> None:
-    refuse(merge_arguments(triple, output, f"--{option}={value}"), f"'--{option}'", "number", ". See: hsa merge --help")
+    refuse(
+        merge_arguments(triple, output, f"--{option}={value}"),
+        f"--{option} must be a number, got",
+        ". See: hsa merge --help",
+    )
 
 
 @pytest.mark.parametrize("option", ["num-heads", "num-layers", "threads"])
 @pytest.mark.parametrize("value", ["four", "4.5", "", "nan"])
 def test_value_that_is_no_whole_number(triple: Triple, output: Path, refuse: Refuse, option: str, value: str) -> None:
     refuse(
-        merge_arguments(triple, output, f"--{option}={value}"), f"'--{option}'", "integer", ". See: hsa merge --help"
+        merge_arguments(triple, output, f"--{option}={value}"),
+        f"--{option} must be a whole number, got",
+        ". See: hsa merge --help",
     )
 
 

@@ -50,7 +50,7 @@ def current() -> dict[signal.Signals, Any]:
         (KeyboardInterrupt(), 130, "interrupted; nothing half done was left behind"),
         (console.Terminated(signal.SIGTERM), 143, "ended by SIGTERM; nothing half done was left behind"),
         (MemoryError(), 1, "out of memory; give --threads 1, or free some"),
-        (OSError(5, "Input/output error"), 1, "the system refused: [Errno 5] Input/output error; see --debug"),
+        (OSError(5, "Input/output error"), 1, "the system refused: Input/output error; see --debug"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -29,6 +29,8 @@ from hsa.errors import MachineError, SourceChanged
 Triple = dict[str, Path]
 MIB = 1 << 20
 
+pytestmark = pytest.mark.unverified("calls are counted and made to fail here, and a verification would make more")
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
