@@ -70,7 +70,7 @@ GENERATION_SETTINGS: Mapping[str, Any] = {
     "top_p": 1.0,
     "typical_p": 1.0,
 }
-"""Settings that transformers takes from `config.json` where there is no `generation_config.json`, and what they are
+"""Settings that transformers takes from `config.json` when `generation_config.json` is missing, and what they are
 where neither gives them (its GenerationConfig)."""
 
 
@@ -92,7 +92,7 @@ class Place:
     label: str
 
     def has(self, name: str) -> bool:
-        """Whether something stands there under that name, a link that leads nowhere included."""
+        """Whether a file or directory has that name, including a link whose target is missing."""
         return exists(self.directory / name)
 
     def holds(self, names: Iterable[str]) -> list[str]:

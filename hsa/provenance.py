@@ -84,9 +84,8 @@ class TargetRecord:
     @classmethod
     def of(cls, outcome: TargetOutcome) -> TargetRecord:
         target = outcome.target
-        scripted = target.load_codes is not None  # reference numerics write names as transformers does
         return cls.selecting(
-            f"model.{target.projection.name}" if scripted else target.primary.name,
+            target.output_name,
             target.projection,
             target.shape,
             target.out_code,
@@ -197,7 +196,7 @@ def check_fits(plan: MergePlan, sources: Sources, settings: Mapping[str, Any], s
     heads = sum(target.heads for target in plan.targets)
     most = tuple(
         TargetRecord(
-            target.primary.name,
+            target.output_name,
             target.projection,
             target.shape,
             target.out_code,

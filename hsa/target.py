@@ -46,6 +46,11 @@ class Target:
         """The shape as rows and columns; a bias is one column."""
         return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (self.shape[0], 1)
 
+    @property
+    def output_name(self) -> str:
+        """Its name in the output: primary's, or with reference numerics the one that transformers saves."""
+        return self.primary.name if self.load_codes is None else f"model.{self.projection.name}"
+
     def ref(self, role: Role) -> TensorRef:
         """Where the tensor lies in a source."""
         return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
