@@ -28,11 +28,13 @@ from cases import ALPHA, LAM, K
 
 import hsa
 from hsa import reference, synthetic
-from hsa.backends import Job, Merged
+from hsa.backends import Job
 from hsa.backends.cpu import CpuBackend
 from hsa.backends.resident import CODE_OF, CpuResident, bytes_of
-from hsa.checkpoint import ROLES, TensorRef
+from hsa.outcome import Merged
+from hsa.roles import ROLES
 from hsa.target import Target
+from hsa.tensor_places import TensorRef
 from hsa.whisper import parse
 
 if importlib.util.find_spec("hsa.kernels") is None:

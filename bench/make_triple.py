@@ -14,8 +14,8 @@ from pathlib import Path
 
 from cases import ITEM_SIZE, model_bytes
 
-from hsa.layout import parse_size
 from hsa.synthetic import SHAPES, write_triple
+from hsa.types import parse_size
 
 
 def main() -> None:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
-from hsa.config import Preset
+from hsa.architecture import Preset
+from hsa.checkpoint import Checkpoint
 from hsa.errors import HsaError
 from hsa.findings import Findings
 from hsa.identity import is_hub_id
 from hsa.provenance import SourceRecord, load
 from hsa.provenance_file import PROVENANCE
+from hsa.roles import ROLES, Role
+from hsa.source_set import Sources
 
 
 @dataclass(frozen=True)

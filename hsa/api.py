@@ -10,12 +10,14 @@ from pathlib import Path
 
 from hsa import assets, fsio, provenance, report
 from hsa.ancestry import Ancestries, ancestries
+from hsa.architecture import Preset
 from hsa.arguments import check_functions
-from hsa.backends import Backend, resolve
+from hsa.backends import Backend
+from hsa.backends.choose import resolve
 from hsa.card import unlinked
-from hsa.checkpoint import INDEX, Role, Sources
+from hsa.checkpoint import INDEX
 from hsa.compute import Calculator
-from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, Preset, percentages
+from hsa.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, percentages
 from hsa.errors import SourceError
 from hsa.extent import Extent
 from hsa.findings import Findings
@@ -28,9 +30,12 @@ from hsa.output_place import check_destination
 from hsa.pipeline import Options, execute
 from hsa.plan import MergePlan, make_plan
 from hsa.report import MergeReport, PlanReport, TensorReport
-from hsa.request import PathLike, Request, has_hub_ids, open_sources
+from hsa.request import Request, has_hub_ids, open_sources
+from hsa.roles import Role
 from hsa.signals import deferred
+from hsa.source_set import Sources
 from hsa.threads import default_threads
+from hsa.types import PathLike
 
 __all__ = ["PathLike", "Request", "dry_run", "merge", "run"]
 

@@ -15,13 +15,11 @@ from hsa.asset_checks import CHECKED_FILES, ModelSizes, contradictions, read_sma
 from hsa.assets import PROCESSOR_FILES
 from hsa.card import unlinked
 from hsa.checkpoint import CONFIG, INDEX, Checkpoint, read_text
-from hsa.checks import merge_config
 from hsa.digests import digest_of
 from hsa.errors import PatchError, RequestError, SourceError, shown
 from hsa.extent import Extent, weights
 from hsa.finish import CARD, finish
 from hsa.graft import Grafter
-from hsa.header import load_json
 from hsa.hub import Hub, Want
 from hsa.layout import Content, Copied, Graft, TensorContent, pack
 from hsa.memory import PeakMemory
@@ -30,17 +28,18 @@ from hsa.output import Staging
 from hsa.output_place import check_destination
 from hsa.patch_checks import require_sound
 from hsa.patch_format import PatchTarget
-from hsa.patch_reader import Patch, digest_range, open_patch
-from hsa.patches import SUFFIX, is_patch
+from hsa.patch_reader import SUFFIX, Patch, digest_range, is_patch, open_patch
 from hsa.pipeline import Options, execute
 from hsa.plan import MAX_TARGET
 from hsa.provenance import Record, changed_keys, source_record, tensors_digest
 from hsa.provenance_file import PROVENANCE
+from hsa.record_checks import merge_config
 from hsa.report import NO_DIGESTS, MergeReport, TensorReport
-from hsa.request import PathLike
 from hsa.signals import deferred
+from hsa.strict_json import load_json
 from hsa.structure import require_whole
 from hsa.threads import check_threads, default_threads
+from hsa.types import PathLike
 from hsa.whisper import EMBEDDING, canonical
 
 

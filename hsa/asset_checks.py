@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa import whisper
-from hsa.checkpoint import MAX_TEXT, TensorRef
+from hsa.checkpoint import MAX_TEXT
 from hsa.errors import SourceError, shown
-from hsa.header import MAX_MARKS, parse_json, refuse_byte_order_mark
+from hsa.strict_json import MAX_MARKS, parse_json, refuse_byte_order_mark
+from hsa.tensor_places import TensorRef
 
 GENERATION_CONFIG = "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"

@@ -27,10 +27,12 @@ from hsa.asset_checks import (
     features_of,
     read_small_file,
 )
-from hsa.checkpoint import CONFIG, Checkpoint, Role, Sources, contained, read_text
+from hsa.checkpoint import CONFIG, Checkpoint, contained, read_text
 from hsa.errors import SourceChanged
 from hsa.fsio import Tally, exists
-from hsa.header import load_json
+from hsa.roles import Role
+from hsa.source_set import Sources
+from hsa.strict_json import load_json
 
 PROCESSOR_FILES = (PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES)
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, *PROCESSOR_FILES)

@@ -6,13 +6,14 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from hsa.architecture import Stack
 from hsa.assets import FEATURES, TOKENS
-from hsa.checkpoint import Role
 from hsa.errors import RequestError, is_text, shown
 from hsa.identity import Identity, is_hub_id
 from hsa.option_names import option
 from hsa.provenance import SETTINGS, Record, TargetRecord
-from hsa.whisper import CLASSIFICATION, GENERATION, Stack
+from hsa.roles import Role
+from hsa.whisper import CLASSIFICATION, GENERATION
 
 FIELDS = (
     "title",

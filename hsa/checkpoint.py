@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,23 +13,20 @@ from typing import Any, Literal
 
 from hsa import whisper
 from hsa.descriptors import reason
-from hsa.dtypes import ARITHMETIC
-from hsa.errors import HeaderError, MachineError, MismatchError, SourceError, shown
+from hsa.errors import HeaderError, MachineError, SourceError, shown
 from hsa.fsio import MACHINE, Source, Tally, exists
 from hsa.git_lfs import refuse_pointer
-from hsa.header import MAX_HEADER, MAX_MARKS, load_json, marks, read_header
+from hsa.header import MAX_HEADER, read_header
 from hsa.identity import Identity, identify, is_hub_id, is_snapshot
 from hsa.pickled import read_state_dict
 from hsa.ranges import Range
+from hsa.roles import Role
 from hsa.source_folder import names_in, unread_weights, without_weights
+from hsa.strict_json import MAX_MARKS, load_json, marks
 from hsa.tensor_pickle import REMEDY
-from hsa.tensor_places import Shard as Shard
-from hsa.tensor_places import TensorRef as TensorRef
-from hsa.tensor_places import place_tensors
+from hsa.tensor_places import Shard, TensorRef, place_tensors
 
-Role = Literal["base", "primary", "secondary"]
 Kind = Literal["safetensors", "pickle", "openai", "adapter"]
-ROLES: tuple[Role, ...] = ("base", "primary", "secondary")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -115,46 +112,6 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The three open checkpoints of a merge."""
-
-    base: Checkpoint
-    primary: Checkpoint
-    secondary: Checkpoint
-
-    def __iter__(self) -> Iterator[Checkpoint]:
-        return iter((self.base, self.primary, self.secondary))
-
-    @property
-    def by_role(self) -> dict[Role, Checkpoint]:
-        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}
-
-    def of(self, role: Role) -> Checkpoint:
-        return self.by_role[role]
-
-    def check_unchanged(self) -> None:
-        for source in self:
-            source.check_unchanged()
-
-    def base_of(self, name: str, primary: TensorRef, needed_by: str) -> TensorRef:
-        """Base's tensor where the arithmetic needs it; MismatchError when it is missing or has another shape."""
-        base = self.base.tensors.get(name)
-        if base is None:
-            raise MismatchError(f"tensor {primary.name} is missing from base, and {needed_by} needs it")
-        if base.shape != primary.shape:
-            raise MismatchError(
-                f"tensor {primary.name}: the shape differs: base {list(base.shape)}, primary {list(primary.shape)}, "
-                f"and {needed_by} needs both"
-            )
-        if base.code not in ARITHMETIC:
-            raise SourceError(
-                f"{self.base.file_of(base)}: tensor {base.name} has dtype {base.code}, and {needed_by} needs one of "
-                f"{', '.join(ARITHMETIC)}"
-            )
-        return base
 
 
 def open_checkpoint(

@@ -7,16 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from hsa.backends import Backend, Job, Merged, NotFinite
-from hsa.checkpoint import ROLES, Role, Sources, TensorRef
+from hsa.backends import Backend, Job, NotFinite
 from hsa.config import Numerics
 from hsa.digests import digest_of
 from hsa.dtypes import Array, size
 from hsa.errors import NonFiniteError
 from hsa.layout import Computed, Merge, Slice
-from hsa.likeness import Pair, equal_pairs
+from hsa.likeness import equal_pairs
 from hsa.option_names import option
+from hsa.outcome import TargetOutcome
+from hsa.roles import ROLES, Role
+from hsa.source_set import Sources
 from hsa.target import Target
+from hsa.tensor_places import TensorRef
 
 BUDGET_BYTES = 80 << 20
 """Memory of all computations under way: four targets of large-v3 in float32, whatever the number of threads."""
@@ -25,16 +28,6 @@ SPARE_BYTES = 48 << 20
 """Memory of buffers kept for reuse."""
 
 Ranges = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class TargetOutcome:
-    """A merged target, the BLAKE3 digest of its bytes in each source, and which sources hold the same values in it."""
-
-    target: Target
-    merged: Merged
-    digests: Mapping[Role, str]
-    equal: frozenset[Pair]
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+from hsa.architecture import MAX_COUNT, Preset
 from hsa.errors import RequestError, shown
 from hsa.findings import Findings
 from hsa.option_names import as_keys, option, spelled
 
-Preset = Literal["encoder-qkv", "attention-qkv", "attention-all"]
 Numerics = Literal["exact", "reference"]
 LoadDtype = Literal["auto", "float32"]
 OutputDtype = Literal["auto", "float32", "float16", "bfloat16"]
 PerTensor = float | Mapping[str, float]
 
-MAX_COUNT = 10_000
-"""Heads or layers that a caller or a config.json may claim: work grows with them before any tensor is looked at."""
 
 LEAST_LIKELY_PERCENTAGE = 10
 """A `k` above 1 and below this is a warning: so few percent of a model's 6 to 20 heads are one head or two."""

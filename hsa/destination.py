@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hsa.config import Preset
+from hsa.architecture import Preset
 from hsa.errors import MismatchError, RequestError
 from hsa.loaded import Entry, Model, entries_of, in_its_place, targets_of
 from hsa.shared_memory import first_shared, repeats_elements, spans

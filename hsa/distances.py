@@ -7,14 +7,12 @@ once for a triple, whatever the parameters, and are those of the formula's value
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from hsa.backends.cpu import CpuWorker, Norms
-from hsa.checkpoint import Role, Sources
-from hsa.target import Target
+from hsa.geometry import Norms
 
 
 @dataclass(frozen=True)
@@ -52,20 +50,6 @@ def of(targets: Iterable[Merged]) -> dict[str, Distances]:
             for place, part in enumerate(parts):
                 held[place] += part
     return {stack: Distances(_root(a, b), _root(c, d)) for stack, (a, b, c, d) in sums.items()}
-
-
-def measure(targets: Iterable[Target], sources: Sources) -> Mapping[str, Norms]:
-    """The sums of each target, by canonical name; one target is in memory at a time."""
-    worker = CpuWorker()
-    found = {}
-    roles: tuple[Role, Role] = ("primary", "secondary")
-    for target in targets:
-        arrays = []
-        for role in roles:
-            arrays.append(np.empty(target.ref(role).nbytes, np.uint8))
-            sources.of(role).read_into(target.ref(role), arrays[-1].data)
-        found[target.projection.name] = worker.norms(target, *arrays)
-    return found
 
 
 def _root(above: float, below: float) -> float | None:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig
 from hsa.geometry import cosine, ratio
 from hsa.option_names import option
+from hsa.outcome import TargetOutcome
 from hsa.target import Target
 
 Weights = tuple[float, float]

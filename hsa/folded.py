@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hsa import whisper
-from hsa.checkpoint import ADAPTER_CONFIG, Checkpoint, TensorRef
+from hsa.checkpoint import ADAPTER_CONFIG, Checkpoint
 from hsa.dtypes import CODES
 from hsa.errors import MismatchError, RequestError, SourceError
+from hsa.tensor_places import TensorRef
 
 TIED = (
     "Base ties its output projection to the embedding, so that a change of one alone has no place in it; train the "

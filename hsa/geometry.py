@@ -116,3 +116,12 @@ def cosine(first: float, second: float, product: float) -> float | None:
 def ratio(part: float, whole: float) -> float | None:
     """The ratio of two norms by their squares; None where `whole` is zero."""
     return math.sqrt(part / whole) if whole > 0.0 else None
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Sums of squares of a tensor's elements: of primary, of secondary, and by head of their difference."""
+
+    primary: float
+    secondary: float
+    apart: tuple[float, ...]

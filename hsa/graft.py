@@ -12,9 +12,10 @@ from hsa.checkpoint import Checkpoint
 from hsa.compute import Computation
 from hsa.digests import digest_of
 from hsa.dtypes import STORAGE, Array, all_finite, first_not_finite
-from hsa.errors import NonFiniteError, PatchError
+from hsa.errors import NonFiniteError
 from hsa.fsio import Source
 from hsa.layout import Computed, Graft
+from hsa.patch_reader import not_finite
 
 
 class Grafter:
@@ -82,14 +83,6 @@ class Grafter:
         self.patch.read_into(flat.data, content.start)
         data.reshape(rows, -1, content.width)[:, list(content.selected)] = columns
         return digest_of(flat.data), ((0, content.nbytes),) if content.selected else ()
-
-
-def not_finite(patch: Source, name: str, head: int) -> PatchError:
-    """The error for a patch whose rows of a head are not all finite."""
-    return PatchError(
-        f"patch {patch.path}: its rows of {name}, head {head} hold NaN or Inf, which no merge writes; make the patch "
-        f"again"
-    )
 
 
 def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:

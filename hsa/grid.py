@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 from itertools import product
 
-from hsa.config import MergeConfig, Preset
+from hsa.architecture import Preset
 from hsa.errors import RequestError, shown
+from hsa.grid_point import LONGEST_NAME, GridPoint
 from hsa.option_names import option
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?")
@@ -71,34 +71,6 @@ def _decimal(name: str, text: str, whole: str) -> Decimal:
             f"{name} takes numbers of at most {DIGITS} digits before and after the point, got {shown(text, 40)}"
         )
     return value
-
-
-LONGEST_NAME = 200
-"""Letters of a point's name: with what else a file's name holds, fewer than any filesystem allows."""
-
-
-@dataclass(frozen=True)
-class GridPoint:
-    """One setting of a grid."""
-
-    targets: Preset
-    k: float
-    lam: float
-    alpha: float
-
-    @property
-    def name(self) -> str:
-        """Names its files; the same in every grid that has it."""
-        return f"{self.targets}_k{plain(self.k)}_lambda{plain(self.lam)}_alpha{plain(self.alpha)}"
-
-    def config(self, num_heads: int | None, num_layers: int | None) -> MergeConfig:
-        return MergeConfig(self.k, self.lam, self.alpha, self.targets, num_heads=num_heads, num_layers=num_layers)
-
-
-def plain(value: float) -> str:
-    """A number in decimal digits, without an exponent: 0.25, 1."""
-    text = format(Decimal(repr(float(value))), "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def points(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from hsa import whisper
 from hsa._version import __version__
+from hsa.architecture import Preset
 from hsa.asset_checks import GENERATION_CONFIG
 from hsa.assets import PROCESSOR_FILES
 from hsa.checkpoint import (
@@ -31,12 +32,10 @@ from hsa.checkpoint import (
     Checkpoint,
     Format,
     Part,
-    Role,
     is_plain,
     open_checkpoint,
     weight_map,
 )
-from hsa.config import Preset
 from hsa.errors import MachineError, SourceError, shown
 from hsa.fetch import GAP, HEADER_GUESS, WASTE, NoRanges, Remote, network_error, passing, retrying
 from hsa.fsio import Source, Tally
@@ -47,8 +46,10 @@ from hsa.lora import is_adapter, open_adapter
 from hsa.opening import open_source
 from hsa.partial import Partial
 from hsa.ranges import Range, coalesce, total
-from hsa.repo import COMMIT, HubId, PathLike, Repo, cached, find_id, home, remember, remembered
+from hsa.repo import COMMIT, HubId, Repo, cached, find_id, home, remember, remembered
+from hsa.roles import Role
 from hsa.source_folder import newest_checkpoint
+from hsa.types import PathLike
 
 MAX_FILE = 1 << 43
 """Bytes of a weights file that a server may claim: 8 TiB, a thousand times what any speech model has."""

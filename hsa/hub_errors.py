@@ -6,12 +6,12 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hsa.checkpoint import Role
 from hsa.descriptors import reason
 from hsa.errors import HsaError, MachineError, SourceError, shown
 from hsa.fetch import invalid_url, network_error
 from hsa.option_names import option
 from hsa.repo import HubId
+from hsa.roles import Role
 
 CACHE_FULL = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 """What the disk under the cache may say."""

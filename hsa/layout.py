@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import accumulate
 
-from hsa.checkpoint import INDEX, MAX_TENSORS, WEIGHTS, Checkpoint, Role, TensorRef
+from hsa.checkpoint import INDEX, MAX_TENSORS, WEIGHTS, Checkpoint
 from hsa.dtypes import BITS, size
-from hsa.errors import RequestError, shown
-from hsa.header import MAX_HEADER, MAX_MARKS, Entry, marks, serialize
+from hsa.errors import RequestError
+from hsa.header import MAX_HEADER, Entry, serialize
 from hsa.option_names import option
+from hsa.roles import Role
+from hsa.strict_json import MAX_MARKS, marks
 from hsa.target import Target
+from hsa.tensor_places import TensorRef
 
 SLICE_ELEMENTS = 1 << 18
 """Elements of a streamed tensor that are in memory at a time."""
 
 SHARD_BYTES = 5 * 10**9
 """Tensor bytes of a file where no source has safetensors files whose layout could be kept."""
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-SIZE_DIGITS = 40
-"""Characters of a size: more than any disk needs, few enough to compute with at once."""
-
-_SIZE = re.compile(rf"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>{'|'.join(_UNITS)})")
 
 
 @dataclass(frozen=True)
@@ -329,16 +312,3 @@ def _index(groups: Mapping[str, list[TensorContent]]) -> bytes:
     total = sum(content.nbytes for contents in groups.values() for content in contents)
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes of a size such as 5GB (10**9), 500MiB (2**20) or 1000000; RequestError otherwise."""
-    match = _SIZE.fullmatch(size.strip().upper()) if isinstance(size, str) and len(size) <= SIZE_DIGITS else None
-    value = int(Decimal(match["number"]) * _UNITS[match["unit"]]) if match else 0
-    if isinstance(size, int) and not isinstance(size, bool):
-        value = size
-    if not 1 <= value < 1 << 63:
-        raise RequestError(
-            f"{option('max_shard_size')} must be a size such as 5GB or 500MiB, below 2^63 bytes, got {shown(size)}"
-        )
-    return value

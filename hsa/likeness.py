@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hsa.checkpoint import Role
 from hsa.dtypes import STORAGE, Array, narrow, widen
+from hsa.roles import Role
 from hsa.target import Target
 
 Pair = tuple[Role, Role]

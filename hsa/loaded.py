@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa.architecture import Preset, Projection
 from hsa.backends.resident import CODE_OF
-from hsa.config import Preset
 from hsa.errors import RequestError, shown
-from hsa.whisper import Projection, canonical, is_target, parse, plain_names
+from hsa.whisper import canonical, is_target, parse, plain_names
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 

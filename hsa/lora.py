@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 
 from hsa import whisper
-from hsa.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, Checkpoint, Role, Shard, TensorRef, open_shard, read_text
+from hsa.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, Checkpoint, open_shard, read_text
 from hsa.dtypes import ARITHMETIC, STORAGE, Array, Float32, all_finite, narrow, size, widen
 from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError, shown
 from hsa.folded import TIED, Folded, require_peft
 from hsa.fsio import Tally
-from hsa.header import load_json
 from hsa.identity import identify
+from hsa.roles import Role
+from hsa.strict_json import load_json
+from hsa.tensor_places import Shard, TensorRef
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BLOCK_ELEMENTS = 1 << 15

@@ -21,16 +21,18 @@ import math
 from collections.abc import Iterator, Sequence
 
 from hsa.ancestry import Ancestries, of_base, of_fine_tunes
-from hsa.checkpoint import Checkpoint, Role, Sources
-from hsa.compute import TargetOutcome
-from hsa.config import Preset
+from hsa.architecture import Preset
+from hsa.checkpoint import Checkpoint
 from hsa.errors import StrictError, shown
 from hsa.extent import Extent, percent, planned
 from hsa.findings import Findings
 from hsa.identity import is_hub_id, says_nothing
 from hsa.likeness import PAIRS, Pair
 from hsa.option_names import option
+from hsa.outcome import TargetOutcome
 from hsa.provenance import target_digest
+from hsa.roles import Role
+from hsa.source_set import Sources
 from hsa.target import Target
 
 UNRELATED = 0.5

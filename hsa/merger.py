@@ -16,11 +16,12 @@ import torch
 
 from hsa import samples
 from hsa.ancestry import Ancestry, ancestries, of_base, of_fine_tunes
-from hsa.backends import Backend, Merged, changed_ranges, resolve
+from hsa.architecture import Preset
+from hsa.backends import Backend, changed_ranges
+from hsa.backends.choose import resolve
 from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
-from hsa.checkpoint import ROLES, Checkpoint, Role, Sources, TensorRef
-from hsa.compute import TargetOutcome
-from hsa.config import MergeConfig, PerTensor, Preset
+from hsa.checkpoint import Checkpoint
+from hsa.config import MergeConfig, PerTensor
 from hsa.destination import Destinations
 from hsa.digests import digest_of
 from hsa.dtypes import NAMES, Array
@@ -34,12 +35,17 @@ from hsa.likeness import equal_pairs
 from hsa.loaded import Entry, Model, config_of, entries_of, targets_of, wanted
 from hsa.meaning import of_adapters, of_change, of_values
 from hsa.option_names import option
+from hsa.outcome import Merged, TargetOutcome
 from hsa.plan import check_heads, check_whole, find_targets, with_parameters
 from hsa.provenance import tensors_digest
+from hsa.roles import ROLES, Role
 from hsa.samples import Sample
+from hsa.selection import select
 from hsa.signals import deferred
+from hsa.source_set import Sources
 from hsa.structure import require_shapes
-from hsa.target import Target, select
+from hsa.target import Target
+from hsa.tensor_places import TensorRef
 from hsa.threads import check_threads, default_threads
 from hsa.whisper import MODEL_TYPE, is_known
 from hsa.written import holds_a_merge

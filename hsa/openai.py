@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hsa import whisper
-from hsa.checkpoint import Checkpoint, Role, Shard, TensorRef
+from hsa.checkpoint import Checkpoint
 from hsa.descriptors import reason
 from hsa.errors import RequestError, SourceError
 from hsa.fsio import Source, Tally
 from hsa.header import Header
 from hsa.identity import Identity, identify, readable
+from hsa.openai_names import from_openai, openai_config
 from hsa.pickle_names import kind_of
 from hsa.pickled import entries, read_archive
+from hsa.roles import Role
+from hsa.tensor_places import Shard, TensorRef
 
 SUFFIX = ".pt"
 WEIGHTS_KEY = "model_state_dict"
@@ -66,8 +68,8 @@ def _read(role: Role, file: Path, source: Source, tally: Tally, identity: Identi
             f"checkpoint directory, or a file as OpenAI publishes them"
         )
     plain = {name: value if isinstance(value, (int, float, str)) else kind_of(value) for name, value in dims.items()}
-    config = whisper.openai_config(plain, where)
-    placed = {name: bare for name in tensors if isinstance(name, str) and (bare := whisper.from_openai(name))}
+    config = openai_config(plain, where)
+    placed = {name: bare for name in tensors if isinstance(name, str) and (bare := from_openai(name))}
     other = [str(name) for name in tensors if name not in placed]
     header = Header(archive.raw, entries({name: tensors[name] for name in placed}, archive, where), {})
     found: dict[str, TensorRef] = {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-from hsa.checkpoint import Checkpoint, Role, open_checkpoint
+from hsa.checkpoint import Checkpoint, open_checkpoint
 from hsa.fsio import Tally
 from hsa.lora import is_adapter, open_adapter
 from hsa.openai import is_openai, open_openai
+from hsa.roles import Role
 
 
 def open_source(

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hsa.checkpoint import Checkpoint
-from hsa.checks import merge_config, recorded_settings, recorded_targets, targets_alone
 from hsa.errors import HsaError, PatchError, shown
 from hsa.option_names import as_keys, spelled
+from hsa.patch_format import unpatchable
 from hsa.patch_reader import Patch
-from hsa.patching import unpatchable
+from hsa.record_checks import merge_config, recorded_settings, recorded_targets, targets_alone
 
 
 def faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[str]:

@@ -17,20 +17,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from hsa.architecture import Projection
 from hsa.assets import SMALL_FILES
-from hsa.checkpoint import CONFIG, ROLES, Role
+from hsa.checkpoint import CONFIG
+from hsa.config import MergeConfig
 from hsa.distances import Distances
 from hsa.dtypes import ARITHMETIC, BITS
 from hsa.errors import HeaderError, PatchError, ProvenanceError, RequestError, shown
 from hsa.fsio import ALIGNMENT
-from hsa.header import MAX_HEADER, MAX_MARKS, Entry, Header, load_json, marks, serialize
+from hsa.header import MAX_HEADER, Entry, Header, serialize
+from hsa.option_names import option
 from hsa.provenance import (
     Record,
     SourceRecord,
@@ -40,8 +43,10 @@ from hsa.provenance import (
     parse_origin,
 )
 from hsa.provenance_file import BLANK, DIGEST, LONGEST_NUMBER, check_digest, document_digest
-from hsa.target import MAX_SCORE, of_selected
-from hsa.whisper import Projection, canonical, parse
+from hsa.roles import ROLES, Role
+from hsa.selection import MAX_SCORE, of_selected
+from hsa.strict_json import MAX_MARKS, load_json, marks
+from hsa.whisper import canonical, parse
 
 KEY = "hsa_patch"
 FORMAT = 1
@@ -334,3 +339,15 @@ def unpack(
 def roles(contents: Contents) -> str:
     """Who the sources were, for messages."""
     return ", ".join(contents.sources[role].identity.named(role) for role in ROLES)
+
+
+def unpatchable(config: MergeConfig, primary_kind: str) -> Iterator[str]:
+    """Why more than merged rows differ from primary, so that a patch cannot hold the merge; nothing where it can."""
+    reasons = (
+        (config.numerics != "exact", "numerics 'reference' computes every tensor"),
+        (config.attention_scale != 1.0, f"{option('attention_scale')} moves the heads that are not merged"),
+        (config.non_attention_scale != 1.0, f"{option('non_attention_scale')} moves every other tensor"),
+        (config.dtype != "auto", f"{option('dtype')} casts every tensor"),
+        (primary_kind != "safetensors", "primary has no safetensors files, which a patch is applied to"),
+    )
+    yield from (why for refused, why in reasons if refused)

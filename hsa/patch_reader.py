@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,13 @@ import numpy as np
 
 from hsa import fsio, patch_format
 from hsa.dtypes import STORAGE, all_finite, first_not_finite
-from hsa.errors import PatchError
-from hsa.graft import not_finite
+from hsa.errors import HsaError, PatchError
+from hsa.fsio import Source
 from hsa.header import Entry, Header, read_header
 from hsa.patch_format import Contents
 from hsa.provenance import Record, tensors_digest
-from hsa.request import PathLike
-from hsa.target import select
+from hsa.selection import select
+from hsa.types import PathLike
 
 READ_BYTES = 4 << 20
 """Bytes of a tensor that are digested at a time."""
@@ -120,3 +120,25 @@ def digest_range(
         if look is not None:
             look(view, first)
     return hasher.hexdigest()
+
+
+def not_finite(patch: Source, name: str, head: int) -> PatchError:
+    """The error for a patch whose rows of a head are not all finite."""
+    return PatchError(
+        f"patch {patch.path}: its rows of {name}, head {head} hold NaN or Inf, which no merge writes; make the patch "
+        f"again"
+    )
+
+
+SUFFIX = ".safetensors"
+
+
+def is_patch(path: Path) -> bool:
+    """Whether a file's header says that it is a patch, whatever else may be wrong with it."""
+    with suppress(HsaError):
+        source = fsio.Source(path, "patch", fsio.Tally())
+        try:
+            return patch_format.KEY in read_header(source).metadata
+        finally:
+            source.close()
+    return False

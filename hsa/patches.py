@@ -5,35 +5,36 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsa import assets, fsio, patch_format
+from hsa import assets, fsio
 from hsa.ancestry import Ancestries, ancestries
-from hsa.checkpoint import Role, Sources
-from hsa.config import MergeConfig, PerTensor, Preset, percentages
+from hsa.architecture import Preset
+from hsa.config import MergeConfig, PerTensor, percentages
 from hsa.digests import digest_of
-from hsa.errors import DestinationError, HsaError, RequestError
+from hsa.errors import DestinationError, RequestError
 from hsa.extent import Extent
 from hsa.findings import Findings
-from hsa.header import read_header
 from hsa.hub import Hub
 from hsa.meaning import of_plan, of_settings, of_sources, refuse
 from hsa.memory import PeakMemory
 from hsa.option_names import option
 from hsa.output_place import refuse_enclosed, relation
+from hsa.patch_reader import SUFFIX, is_patch
 from hsa.patching import Made, Point, check_patchable, make_patches
 from hsa.plan import check_whole, find_targets
 from hsa.provenance import Record
 from hsa.report import MergeReport, TensorReport, findings
-from hsa.request import PathLike, Request, has_hub_ids, open_sources
+from hsa.request import Request, has_hub_ids, open_sources
+from hsa.roles import Role
 from hsa.signals import deferred
+from hsa.source_set import Sources
 from hsa.threads import default_threads
+from hsa.types import PathLike
 from hsa.workbench import STAGING, Workbench, beside
-
-SUFFIX = ".safetensors"
 
 
 def merge_patch(
@@ -220,14 +221,3 @@ def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwr
     except (OSError, RuntimeError, ValueError) as error:
         raise DestinationError(f"output {given} cannot be looked at: {error}; choose another destination") from error
     return destination
-
-
-def is_patch(path: Path) -> bool:
-    """Whether a file's header says that it is a patch, whatever else may be wrong with it."""
-    with suppress(HsaError):
-        source = fsio.Source(path, "patch", fsio.Tally())
-        try:
-            return patch_format.KEY in read_header(source).metadata
-        finally:
-            source.close()
-    return False

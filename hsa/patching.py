@@ -9,31 +9,34 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 from hsa import distances, fsio, patch_format
-from hsa.backends import Merged, NotFinite
-from hsa.backends.cpu import Blend, CpuBackend, CpuWorker, Norms
-from hsa.checkpoint import ROLES, Role, Sources
-from hsa.compute import Calculator, TargetOutcome, not_finite
+from hsa.backends import NotFinite
+from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
+from hsa.compute import Calculator, not_finite
 from hsa.config import MergeConfig
 from hsa.digests import digest_of
 from hsa.distances import Distances
 from hsa.dtypes import BITS, Array
 from hsa.errors import RequestError
+from hsa.geometry import Norms
 from hsa.likeness import equal_pairs
 from hsa.memory import PeakMemory
-from hsa.option_names import option
+from hsa.outcome import Merged, TargetOutcome
 from hsa.pages import allocate
-from hsa.patch_format import Contents, PatchTarget
+from hsa.patch_format import Contents, PatchTarget, unpatchable
 from hsa.plan import find_targets
 from hsa.provenance import PROGRAM, libraries, source_record, target_digest, tensors_digest
 from hsa.provenance_file import BLANK
-from hsa.target import Selection, Target, select
+from hsa.roles import ROLES, Role
+from hsa.selection import Selection, select
+from hsa.source_set import Sources
+from hsa.target import Target
 from hsa.threads import supervise
 from hsa.workbench import Workbench
 
@@ -56,18 +59,6 @@ class Made:
     contents: Contents
     outcomes: tuple[TargetOutcome, ...]
     nbytes: int
-
-
-def unpatchable(config: MergeConfig, primary_kind: str) -> Iterator[str]:
-    """Why more than merged rows differ from primary, so that a patch cannot hold the merge; nothing where it can."""
-    reasons = (
-        (config.numerics != "exact", "numerics 'reference' computes every tensor"),
-        (config.attention_scale != 1.0, f"{option('attention_scale')} moves the heads that are not merged"),
-        (config.non_attention_scale != 1.0, f"{option('non_attention_scale')} moves every other tensor"),
-        (config.dtype != "auto", f"{option('dtype')} casts every tensor"),
-        (primary_kind != "safetensors", "primary has no safetensors files, which a patch is applied to"),
-    )
-    yield from (why for refused, why in reasons if refused)
 
 
 def check_patchable(config: MergeConfig, sources: Sources) -> None:

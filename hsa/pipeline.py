@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hsa import fsio
-from hsa.checkpoint import Checkpoint, Role
+from hsa.checkpoint import Checkpoint
 from hsa.compute import Computation, Ranges
 from hsa.dtypes import Array
 from hsa.layout import Computed, Copied, Literal, Merge, OutputFile, Segment, Slice
 from hsa.memory import PeakMemory
 from hsa.output import Staging
 from hsa.pages import allocate
+from hsa.roles import Role
 from hsa.sink import FileSink, Sink
 from hsa.threads import supervise
 

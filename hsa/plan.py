@@ -13,12 +13,15 @@ from typing import Any, Literal
 import numpy as np
 
 from hsa import script, structure, whisper
-from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
+from hsa.architecture import Architecture, Projection
+from hsa.checkpoint import Checkpoint
 from hsa.config import MergeConfig, keep_count, layer_coefficient
 from hsa.dtypes import ARITHMETIC, CODES, NAMES
 from hsa.errors import MismatchError, SourceError, shown
 from hsa.layout import Content, Copied, Merge, OutputFile, Slice, TensorContent, pack, slices
 from hsa.option_names import option
+from hsa.roles import ROLES, Role
+from hsa.source_set import Sources
 from hsa.target import Target
 
 Route = Literal["patch", "rewrite"]
@@ -114,7 +117,7 @@ def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, st
 
     `loaded` gives the element types that reference numerics cast each source to, None in exact numerics.
     """
-    found: dict[str, whisper.Projection] = {}
+    found: dict[str, Projection] = {}
     for source in sources:
         for name in source.tensors:
             projection = whisper.parse(name)
@@ -148,10 +151,10 @@ def _check_complete(config: MergeConfig, sources: Sources, found: set[str]) -> N
 
 
 def make_target(
-    projection: whisper.Projection,
+    projection: Projection,
     config: MergeConfig,
     sources: Sources,
-    shapes: Mapping[Role, whisper.Architecture],
+    shapes: Mapping[Role, Architecture],
     loaded: Mapping[Role, str] | None = None,
 ) -> Target:
     """One target, checked to agree in the three sources, whose heads and layers `shapes` gives; see `find_targets`."""
@@ -228,7 +231,7 @@ def with_parameters(targets: Sequence[Target], config: MergeConfig, sources: Sou
     )
 
 
-def _settings(config: MergeConfig, projection: whisper.Projection, heads: int, layers: int) -> dict[str, Any]:
+def _settings(config: MergeConfig, projection: Projection, heads: int, layers: int) -> dict[str, Any]:
     """What k, lambda and alpha make of one target, as fields of it."""
     name = projection.name
     coefficient = layer_coefficient(config.of("lam", name), config.of("alpha", name), projection.layer, layers)

@@ -17,18 +17,21 @@ from typing import Any, get_args
 
 from hsa import provenance_file
 from hsa._version import __version__
-from hsa.checkpoint import ROLES, Checkpoint, Kind, Role, Sources
-from hsa.compute import TargetOutcome
+from hsa.architecture import Projection
+from hsa.checkpoint import Checkpoint, Kind
 from hsa.config import MergeConfig
 from hsa.digests import digest_of
 from hsa.errors import ProvenanceError, RequestError, shown
 from hsa.identity import Identity
-from hsa.layout import parse_size
 from hsa.option_names import as_keys, spelled
+from hsa.outcome import TargetOutcome
 from hsa.plan import MergePlan
 from hsa.provenance_file import BLANK, DIGEST, FORMAT, PROVENANCE, document_digest, render
-from hsa.target import MAX_SCORE, Selection
-from hsa.whisper import Projection, canonical, parse
+from hsa.roles import ROLES, Role
+from hsa.selection import MAX_SCORE, Selection
+from hsa.source_set import Sources
+from hsa.types import parse_size
+from hsa.whisper import canonical, parse
 
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
 """What stands among a record's parameters besides those of the merge itself."""

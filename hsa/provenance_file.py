@@ -13,7 +13,7 @@ from typing import Any
 from hsa.digests import digest_of
 from hsa.errors import HeaderError, ProvenanceError, RequestError, shown
 from hsa.fsio import Source, Tally
-from hsa.header import load_json, marks
+from hsa.strict_json import load_json, marks
 
 PROVENANCE = "hsa_merge.json"
 """The file that marks a directory as an output of this program."""

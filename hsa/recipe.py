@@ -24,20 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from hsa.card import FIELDS
-from hsa.checkpoint import ROLES, Role
 from hsa.config import MergeConfig
 from hsa.errors import RequestError, shown
 from hsa.fsio import Source, Tally
 from hsa.option_names import as_keys, spelled
+from hsa.release_format import INDEX, README
 from hsa.repo import parse_id
-from hsa.request import PathLike, Request
+from hsa.request import Request
+from hsa.roles import ROLES, Role
 from hsa.strict_yaml import Value, parse
+from hsa.types import PathLike
 
 MAX_BYTES = 256 << 10
 """The largest recipe: several hundred merges."""
-
-README, INDEX = "README.md", "index.json"
-"""The files of a tree's index, which no group may be named after."""
 
 IDS = tuple(f"{role}_id" for role in ROLES)
 PARAMETERS = tuple(MergeConfig().as_dict())

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from hsa import api, provenance
-from hsa.backends import resolve
-from hsa.checkpoint import INDEX, ROLES, Sources, contained, read_text
-from hsa.checks import Problems, head_text, merge_config
+from hsa.backends.choose import resolve
+from hsa.checkpoint import INDEX, contained, read_text
+from hsa.checks import head_text
 from hsa.compute import Calculator
 from hsa.dtypes import size
 from hsa.errors import HsaError, SourceChanged, SourceError
@@ -27,10 +27,13 @@ from hsa.fsio import Source, Tally
 from hsa.layout import Literal, Merge, OutputFile, Segment
 from hsa.pipeline import Options, assemble
 from hsa.plan import make_plan
+from hsa.problems import Problems
 from hsa.provenance import Provenance, Record, changed_keys
 from hsa.provenance_file import PROVENANCE
 from hsa.ranges import Range
+from hsa.record_checks import merge_config
 from hsa.request import Request
+from hsa.roles import ROLES
 from hsa.sink import CACHED_PIECE
 from hsa.source_checks import (
     NAMED,
@@ -41,6 +44,7 @@ from hsa.source_checks import (
     open_recorded,
     other_versions,
 )
+from hsa.source_set import Sources
 
 
 @dataclass

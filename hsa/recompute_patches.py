@@ -12,23 +12,27 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hsa import assets, distances
+from hsa.architecture import Preset
 from hsa.backends import NotFinite
-from hsa.backends.cpu import Blend, CpuBackend, CpuWorker, Norms
-from hsa.checkpoint import ROLES, Role, Sources
-from hsa.checks import merge_config
+from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
 from hsa.compute import Calculator, not_finite
-from hsa.config import MergeConfig, Preset
+from hsa.config import MergeConfig
 from hsa.digests import digest_of
 from hsa.dtypes import Array, size
 from hsa.errors import HsaError, SourceChanged, SourceError
+from hsa.geometry import Norms
 from hsa.option_names import carried
 from hsa.patch_reader import Patch
 from hsa.patching import patch_target
 from hsa.plan import find_targets
 from hsa.provenance import SourceRecord, changed_keys, tensors_digest
+from hsa.record_checks import merge_config
 from hsa.request import Request
+from hsa.roles import ROLES, Role
+from hsa.selection import Selection, select
 from hsa.source_checks import NAMED, GivenSources, Work, cautions, check_targets, open_recorded
-from hsa.target import Selection, Target, select
+from hsa.source_set import Sources
+from hsa.target import Target
 from hsa.whisper import canonical
 
 DISTANCE_ERROR = 1e-9

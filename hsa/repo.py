@@ -16,12 +16,11 @@ from urllib.parse import quote
 from hsa.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS
 from hsa.identity import is_hub_id
 from hsa.partial import load_record, save_record
+from hsa.types import PathLike
 
 CACHE_VARIABLE = "HSA_CACHE"
 REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hsa import meaning
-from hsa.compute import TargetOutcome
 from hsa.config import MergeConfig
 from hsa.errors import one_line
 from hsa.extent import Extent, more, planned, weights_dict, weights_text
 from hsa.findings import Findings, counted
+from hsa.outcome import TargetOutcome
 from hsa.provenance import TargetRecord
-from hsa.target import TIE_RISK, Target
+from hsa.selection import TIE_RISK
+from hsa.target import Target
 
 NO_DIGESTS = (
     "without whole-file digests a later verification cannot tell whether copied tensors and the small files are still "

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from hsa.arguments import check_flags, check_paths
-from hsa.card import check_fields
-from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
+from hsa.checkpoint import Checkpoint
 from hsa.config import MergeConfig
 from hsa.errors import RequestError, shown
 from hsa.fsio import Tally
 from hsa.hub import Hub, Want
 from hsa.identity import Identity, is_hub_id, located
-from hsa.layout import parse_size
 from hsa.option_names import option
+from hsa.output_settings import check_settings
 from hsa.repo import REVISION, find_id
+from hsa.roles import ROLES, Role
+from hsa.source_set import Sources
 from hsa.threads import check_threads
-
-PathLike = str | os.PathLike[str]
+from hsa.types import PathLike, parse_size
 
 
 @dataclass(frozen=True)
@@ -78,18 +77,6 @@ def check_ids(ids: Mapping[Role, str | None]) -> None:
         if claimed is not None and not _is_claim(claimed):
             form = "a hub id such as org/name or org/name@revision"
             raise RequestError(f"{option(f'{role}_id')} must be {form}, got {shown(claimed)}")
-
-
-def check_settings(assets_from: str, max_shard_size: str | int | None, card: Mapping[str, str] | None) -> None:
-    """RequestError unless what shapes an output besides the merge's own parameters is what a merge can be told."""
-    if not isinstance(assets_from, str) or assets_from not in get_args(Role):
-        roles = ", ".join(get_args(Role))
-        raise RequestError(f"{option('assets_from')} must be one of {roles}, got {shown(assets_from)}")
-    if card is not None and not isinstance(card, Mapping):
-        raise RequestError(f"{option('card')} must be a mapping from field to text, got {shown(card)}")
-    check_fields(card or {})
-    if max_shard_size is not None:
-        parse_size(max_shard_size)
 
 
 def open_sources(

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hsa import whisper
-from hsa.checkpoint import Checkpoint, Role, Sources
+from hsa.checkpoint import Checkpoint
 from hsa.config import MergeConfig
 from hsa.dtypes import ARITHMETIC, CODES
 from hsa.errors import MismatchError, RequestError, SourceError, shown
 from hsa.layout import TensorContent, slices
 from hsa.option_names import option
+from hsa.roles import Role
+from hsa.source_set import Sources
 
 COMPARE_BYTES = 1 << 20
 """Bytes of two tensors that are compared at a time."""

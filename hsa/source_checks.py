@@ -7,17 +7,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from hsa import provenance
-from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
-from hsa.checks import Problems
+from hsa.checkpoint import Checkpoint
 from hsa.errors import shown
 from hsa.fsio import Tally
 from hsa.hub import Hub
 from hsa.identity import Identity
 from hsa.memory import PeakMemory
 from hsa.option_names import option
+from hsa.problems import Problems
 from hsa.provenance import PROGRAM, Record, SourceRecord, changed_keys
-from hsa.request import PathLike, Request, has_hub_ids, open_sources
-from hsa.target import TIE_RISK
+from hsa.request import Request, has_hub_ids, open_sources
+from hsa.roles import ROLES, Role
+from hsa.selection import TIE_RISK
+from hsa.source_set import Sources
+from hsa.types import PathLike
 
 NAMED = 8
 """Differences of one kind that are named."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa import whisper
-from hsa.checkpoint import Checkpoint, TensorRef
+from hsa.architecture import Promised
+from hsa.checkpoint import Checkpoint
 from hsa.errors import MismatchError, SourceError, shown
+from hsa.tensor_places import TensorRef
 
 INCOMPLETE = "save or fetch the checkpoint again"
 CONTRADICTORY = "write the size that the tensors have into config.json, or give the config.json that belongs to them"
@@ -114,7 +116,7 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[Fault]:
 
 def _compare(held: Mapping[str, TensorRef], config: Mapping[str, Any], where: str) -> Iterator[Fault]:
     rest = dict(held)
-    missing: list[whisper.Promised] = []
+    missing: list[Promised] = []
     absent = 0
     integer: TensorRef | None = None
     for entry in whisper.state_dict(config, where):
@@ -128,7 +130,7 @@ def _compare(held: Mapping[str, TensorRef], config: Mapping[str, Any], where: st
             integer = integer or ref
     output, embedding = rest.pop(whisper.UNTIED_OUTPUT, None), held.get(whisper.EMBEDDING)
     if output is not None and embedding is not None and output.shape != embedding.shape:
-        promised = whisper.Promised(whisper.UNTIED_OUTPUT, embedding.shape, ("vocab_size", "d_model"))
+        promised = Promised(whisper.UNTIED_OUTPUT, embedding.shape, ("vocab_size", "d_model"))
         yield _shape(promised, output, config)
     elif output is not None and embedding is None:
         rest[whisper.UNTIED_OUTPUT] = output
@@ -141,7 +143,7 @@ def _compare(held: Mapping[str, TensorRef], config: Mapping[str, Any], where: st
         yield Fault(f"tensor {integer.name} has dtype {integer.code}, expected one of {', '.join(_FLOATS)}", DEQUANTIZE)
 
 
-def _shape(entry: whisper.Promised, ref: TensorRef, config: Mapping[str, Any]) -> Fault:
+def _shape(entry: Promised, ref: TensorRef, config: Mapping[str, Any]) -> Fault:
     same_rank = len(ref.shape) == len(entry.shape)
     blamed = [
         key
@@ -156,7 +158,7 @@ def _shape(entry: whisper.Promised, ref: TensorRef, config: Mapping[str, Any]) -
 
 
 def _missing(
-    first: whisper.Promised,
+    first: Promised,
     count: int,
     held: Mapping[str, TensorRef],
     others: Sequence[TensorRef],

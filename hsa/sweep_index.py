@@ -15,16 +15,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from hsa.checkpoint import ROLES, Role
-from hsa.config import MergeConfig, Preset
+from hsa.architecture import Preset
+from hsa.config import MergeConfig
 from hsa.distances import Distances
 from hsa.dtypes import BITS
 from hsa.errors import RequestError
-from hsa.grid import GridPoint
-from hsa.patch_reader import Patch
-from hsa.patches import is_patch
+from hsa.grid_point import GridPoint
+from hsa.patch_reader import Patch, is_patch
 from hsa.provenance import Record, SourceRecord
 from hsa.provenance_file import PROVENANCE
+from hsa.roles import ROLES, Role
 from hsa.workbench import ASIDE, STAGING
 
 JSON, CSV = "index.json", "index.csv"

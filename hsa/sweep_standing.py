@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from hsa import distances, fsio, provenance, sweep_index
-from hsa.backends.cpu import Norms
-from hsa.checkpoint import ROLES, Role, Sources
-from hsa.config import MergeConfig, Preset
+from hsa.architecture import Preset
+from hsa.config import MergeConfig
 from hsa.distances import Distances
 from hsa.errors import DestinationError, HeaderError, PatchError, ProvenanceError, RequestError
-from hsa.grid import GridPoint
+from hsa.geometry import Norms
+from hsa.grid_point import GridPoint
 from hsa.option_names import option
 from hsa.output_place import check_destination, check_occupied, refuse_enclosed
 from hsa.patch_checks import require_sound
 from hsa.patch_format import OtherFormat
-from hsa.patch_reader import digest_range, open_patch
-from hsa.patches import SUFFIX, Opened, is_patch
+from hsa.patch_reader import SUFFIX, digest_range, is_patch, open_patch
+from hsa.patches import Opened
 from hsa.plan import find_targets
 from hsa.provenance import PROGRAM, Record, SourceRecord, libraries, source_record, tensors_digest
 from hsa.provenance_file import PROVENANCE
 from hsa.request import Request
+from hsa.roles import ROLES, Role
+from hsa.source_norms import measure
+from hsa.source_set import Sources
 from hsa.sweep_index import Entry, entry_of, is_point, point_of
 from hsa.verification import verify
 from hsa.workbench import STAGING
@@ -208,7 +211,7 @@ class Standing:
         if not names <= self._norms.keys():
             every = find_targets(self._any(point.targets), self.opened.sources)
             missing = [target for target in every if target.projection.name not in self._norms]
-            self._norms.update(distances.measure(missing, self.opened.sources))
+            self._norms.update(measure(missing, self.opened.sources))
         return distances.of(
             distances.Merged(t.projection.stack, t.coefficient, t.selected, self._norms[t.projection.name])
             for t in record.targets

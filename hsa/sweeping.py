@@ -13,29 +13,31 @@ from typing import Any
 
 from hsa import fsio, grid, sweep_index
 from hsa.applying import apply_to
+from hsa.architecture import Preset
 from hsa.arguments import check_flags, check_functions, check_values
-from hsa.checkpoint import Role
-from hsa.compute import TargetOutcome
-from hsa.config import MergeConfig, Preset
+from hsa.config import MergeConfig
 from hsa.errors import MachineError, RequestError, one_line, shown
 from hsa.extent import Extent
 from hsa.findings import Findings, counted
-from hsa.grid import GridPoint
+from hsa.grid_point import GridPoint
 from hsa.hub import Hub
 from hsa.meaning import of_change, of_sources, refuse
 from hsa.memory import PeakMemory
 from hsa.option_names import carried, option
-from hsa.patch_reader import open_patch
-from hsa.patches import SUFFIX, Opened, open_for_patches
+from hsa.outcome import TargetOutcome
+from hsa.patch_reader import SUFFIX, open_patch
+from hsa.patches import Opened, open_for_patches
 from hsa.patching import Point, expected_bytes, make_patches
 from hsa.pipeline import Options
 from hsa.provenance import load, source_record
 from hsa.report import NO_DIGESTS, of_cuts
-from hsa.request import PathLike, Request
+from hsa.request import Request
+from hsa.roles import Role
 from hsa.signals import deferred
 from hsa.sweep_index import PRESETS, Entry, entry_of
 from hsa.sweep_standing import BENCH, Standing, check_directory
 from hsa.threads import default_threads
+from hsa.types import PathLike
 from hsa.workbench import Workbench
 
 PASS_POINTS = 128

@@ -21,17 +21,18 @@ from typing import Any, Literal
 
 from hsa import api, provenance, tree_index
 from hsa.arguments import check_flags, check_functions, check_paths
-from hsa.checkpoint import ROLES
 from hsa.errors import HsaError, MachineError, RequestError, StrictError, one_line
 from hsa.option_names import as_keys, option, spelled
 from hsa.provenance_file import PROVENANCE
-from hsa.recipe import INDEX, KEYS
+from hsa.recipe import KEYS
+from hsa.release_format import INDEX
 from hsa.repo import find_id
 from hsa.report import MergeReport
-from hsa.request import PathLike
+from hsa.roles import ROLES
 from hsa.threads import out_of_memory
 from hsa.tree_index import Row, Standing
 from hsa.tree_plan import NAMED, PlannedEntry, ReleasePlan, plan, standing_of
+from hsa.types import PathLike
 from hsa.verification import VerifyReport, verify
 
 __all__ = ["EntryReport", "ReleasePlan", "ReleaseReport", "plan", "release"]

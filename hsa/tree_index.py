@@ -19,10 +19,10 @@ from hsa import card, fsio
 from hsa.errors import DestinationError
 from hsa.identity import Identity, is_hub_id
 from hsa.provenance import Provenance
-from hsa.recipe import INDEX, README, Entry, Recipe
+from hsa.recipe import Entry, Recipe
+from hsa.release_format import FORMAT, INDEX, KIND, README, facts, is_index
 from hsa.workbench import STAGING, Workbench, beside
 
-KIND, FORMAT = "hsa-release", 1
 MARKER = "<!-- Written by hsa release, which writes it anew: change the recipe, not this file. -->"
 PATIENCE = 10.0
 """Seconds to wait for another run that writes the index of the same tree."""
@@ -30,7 +30,6 @@ PATIENCE = 10.0
 MAX_LINE = 1 << 16
 """Bytes of a line of a README that are in memory at a time, while the marker is looked for."""
 
-_START = f'{{\n "kind": "{KIND}",'.encode()
 
 Standing = Literal["complete", "missing", "other", "damaged"]
 """Of an entry in the tree: as the recipe says; not there; made otherwise than the recipe says; not whole."""
@@ -65,7 +64,7 @@ def render(recipe: Recipe, rows: Sequence[Row]) -> dict[str, bytes]:
 
 def check_place(tree: Path) -> None:
     """DestinationError where the tree holds a README.md or index.json that is not an earlier index."""
-    for name, ours in ((README, _is_readme), (INDEX, _is_index)):
+    for name, ours in ((README, _is_readme), (INDEX, is_index)):
         place = tree / name
         if not (place.is_symlink() or place.exists()):
             continue
@@ -111,24 +110,10 @@ def _holds(path: Path, data: bytes) -> bool:
     return False
 
 
-def is_tree(directory: Path) -> bool:
-    """Whether a directory holds the index of a release."""
-    place = directory / INDEX
-    with suppress(OSError):
-        return place.is_file() and not place.is_symlink() and _is_index(place)
-    return False
-
-
 def _is_readme(path: Path) -> bool:
     marker = MARKER.encode()
     with path.open("rb") as file:
         return any(line.rstrip(b"\r\n") == marker for line in iter(lambda: file.readline(MAX_LINE), b""))
-
-
-def _is_index(path: Path) -> bool:
-    """By its first bytes: it has no limit, for a tree may have any number of entries."""
-    with path.open("rb") as file:
-        return file.read(len(_START)) == _START
 
 
 def _entry_dict(row: Row) -> dict[str, Any]:
@@ -137,19 +122,6 @@ def _entry_dict(row: Row) -> dict[str, Any]:
     if row.found is None:
         return about
     return {**about, **facts(row.found)}
-
-
-def facts(found: Provenance) -> dict[str, Any]:
-    """What the index says of an entry that is complete, by its provenance."""
-    record = found.record
-    return {
-        "parameters": dict(record.parameters),
-        "sources": {role: source.as_dict() for role, source in record.sources.items()},
-        "target_tensors": len(record.targets),
-        "selected_heads": sum(len(target.selected) for target in record.targets),
-        "total_heads": sum(target.heads for target in record.targets),
-        "provenance": found.digest,
-    }
 
 
 def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:

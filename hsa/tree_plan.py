@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsa import api, fsio, provenance, tree_index
-from hsa.checkpoint import ROLES, Role
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
 from hsa.hub import Hub
 from hsa.option_names import as_keys, spelled
@@ -24,8 +23,10 @@ from hsa.provenance_file import PROVENANCE
 from hsa.recipe import KEYS, Entry, Recipe, load
 from hsa.repo import cache_directories, find_id
 from hsa.report import PlanReport
-from hsa.request import PathLike, Request, open_sources
+from hsa.request import Request, open_sources
+from hsa.roles import ROLES, Role
 from hsa.tree_index import Standing
+from hsa.types import PathLike
 
 Action = Literal["build", "verify", "rebuild", "refuse"]
 

@@ -18,8 +18,8 @@ from hsa.kernels import compile_check
 from kernel_cases import CASES, MIXES, SHAPES, TRAFFIC, CpuProblem, Mix, Shape, volume
 from rows import read
 
-from hsa.backends import Merged
 from hsa.backends.cpu import CpuWorker
+from hsa.outcome import Merged
 
 LITTLE = Shape("little", layers=2, width=64, heads=4)
 COPY_OF_H200 = 4.3e12

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hsa import checkpoint, header, pickled, plan, provenance, whisper
+from hsa import checkpoint, header, pickled, plan, provenance, strict_json, whisper
 from hsa.errors import MAX_MESSAGE, HsaError, ProvenanceError, one_line
 
 HERE = Path(__file__).resolve().parent
@@ -199,7 +199,7 @@ def test_limits_leave_room_for_the_largest_model() -> None:
         entries.append(header.Entry(name, "F32", shape, position, position + size))
         position += size
     raw = header.serialize(entries, {"format": "pt"})
-    assert 5 * len(raw) < header.MAX_HEADER and 5 * header.marks(raw) < header.MAX_MARKS
+    assert 5 * len(raw) < header.MAX_HEADER and 5 * strict_json.marks(raw) < strict_json.MAX_MARKS
     assert 5 * len(shapes) < checkpoint.MAX_TENSORS
     assert pickled.MAX_PICKLE > 5 * 170_000
     targets = [e for e in entries if (p := whisper.parse(e.name)) and whisper.is_target(p, "attention-all")]
@@ -403,13 +403,13 @@ def test_changed_headers_are_opened_or_refused(shared_triple: dict[str, Path], t
 @given(draw=st.data())
 def test_forged_provenance_is_read_or_refused(draw: Any) -> None:
     """With a digest that fits: whoever forges one can compute it."""
-    from hsa import card
+    from hsa import card, strict_json
 
     document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
     text = changed(document, draw)
     only_hsa_errors(lambda: provenance.loads(text, "here"))
     try:
-        document = header.load_json(text, "here", "provenance")
+        document = strict_json.load_json(text, "here", "provenance")
         document["digest"] = provenance.document_digest(document)
         text = provenance.render(document)
     except (HsaError, ValueError):

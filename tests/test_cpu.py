@@ -19,12 +19,14 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from hsa import reference, whisper
-from hsa.backends import Merged, NotFinite, cpu
-from hsa.checkpoint import Role, TensorRef
+from hsa.backends import NotFinite, cpu
 from hsa.config import keep_count, layer_coefficient
 from hsa.dtypes import Array
 from hsa.layout import Slice
+from hsa.outcome import Merged
+from hsa.roles import Role
 from hsa.target import Target
+from hsa.tensor_places import TensorRef
 
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES = tuple(CODES)

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, deserialize
 from hsa.dtypes import BITS
 from hsa.errors import HeaderError, SourceError
 from hsa.fsio import Source, Tally
-from hsa.header import MAX_HEADER, MAX_RANK, Entry, load_json, parse, read_header, serialize
+from hsa.header import MAX_HEADER, MAX_RANK, Entry, parse, read_header, serialize
+from hsa.strict_json import load_json
 
 DATA = bytes(range(64))
 

@@ -16,7 +16,7 @@ from hsa import provenance
 from hsa.config import keep_count, layer_coefficient
 from hsa.inspection import Inspection
 from hsa.provenance_file import PROVENANCE
-from hsa.target import select
+from hsa.selection import select
 from hsa.views import page as view
 
 Triple = dict[str, Path]

@@ -21,7 +21,7 @@ import hsa
 from hsa import api, descriptors, fsio
 from hsa.descriptors import MOST_OPEN
 from hsa.fsio import Source, Tally
-from hsa.patches import SUFFIX
+from hsa.patch_reader import SUFFIX
 
 Triple = dict[str, Path]
 

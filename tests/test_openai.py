@@ -12,7 +12,7 @@ from helpers import merged_bytes, openai_tensors, raw_bytes, read_tensors, run_h
 from transformers import WhisperForConditionalGeneration
 
 import hsa
-from hsa import whisper
+from hsa import openai_names, whisper
 from hsa.checkpoint import WEIGHTS
 from hsa.errors import RequestError, SourceError
 from hsa.fsio import Tally
@@ -27,7 +27,7 @@ Triple = dict[str, Path]
 def test_every_tensor_has_its_name(shape: str) -> None:
     ours = tensor_shapes(SHAPES[shape])
     theirs = openai_tensors({name: torch.empty(0) for name in ours})
-    assert [whisper.from_openai(name) for name in theirs] == [whisper.canonical(name) for name in ours]
+    assert [openai_names.from_openai(name) for name in theirs] == [whisper.canonical(name) for name in ours]
     assert len(set(theirs)) == len(ours)
 
 
@@ -58,7 +58,7 @@ def test_every_tensor_has_its_name(shape: str) -> None:
     ],
 )
 def test_names(theirs: str, ours: str | None) -> None:
-    assert whisper.from_openai(theirs) == ours
+    assert openai_names.from_openai(theirs) == ours
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

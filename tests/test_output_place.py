@@ -15,7 +15,7 @@ from helpers import merge_arguments, mounted, run_hsa, snapshot
 import hsa
 from hsa import fsio, tree
 from hsa.output import Staging
-from hsa.patches import SUFFIX
+from hsa.patch_reader import SUFFIX
 from hsa.provenance_file import PROVENANCE
 from hsa.workbench import ASIDE
 

@@ -16,11 +16,11 @@ from helpers import merge_arguments, read_tensors, run_hsa, write_openai, write_
 import hsa
 from hsa import api, patch_format, provenance, provenance_file, tree, tree_index
 from hsa.config import MergeConfig
-from hsa.header import MAX_MARKS
-from hsa.patches import SUFFIX
+from hsa.patch_reader import SUFFIX
 from hsa.provenance_file import LONGEST_NUMBER, PROVENANCE
 from hsa.recipe import Recipe, loads
 from hsa.report import PlanReport
+from hsa.strict_json import MAX_MARKS
 from hsa.synthetic import SHAPES, write_triple
 from hsa.tree_index import Row
 

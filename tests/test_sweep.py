@@ -20,7 +20,7 @@ import torch
 from helpers import edit_json, poke, read_tensors, run_hsa, snapshot
 
 import hsa
-from hsa import header, patch_format, sweeping
+from hsa import patch_format, strict_json, sweeping
 from hsa.backends.cpu import CpuWorker
 from hsa.synthetic import SHAPES, write_triple
 
@@ -329,7 +329,7 @@ def test_large_grids_of_many_heads_can_be_resumed(shared_triple: Triple, tmp_pat
     """Their index is larger than what is read of a stranger's."""
     grid: dict[str, Any] = {"targets": ("attention-all",), "k": (1.0,), "lam": tuple(n / 999 for n in range(1000))}
     first = sweep(shared_triple, tmp_path / "out", **grid)
-    assert header.marks((tmp_path / "out/index.json").read_bytes()) > header.MAX_MARKS
+    assert strict_json.marks((tmp_path / "out/index.json").read_bytes()) > strict_json.MAX_MARKS
     assert sweep(shared_triple, tmp_path / "out", **grid).skipped == first.made
 
 

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 import hsa
 from hsa import provenance, whisper
 from hsa.card import render as render_card
-from hsa.checks import LISTED
 from hsa.errors import MachineError, RequestError, SourceChanged, SourceError
 from hsa.identity import Identity
+from hsa.problems import LISTED
 from hsa.provenance_file import MAX_PROVENANCE, PROVENANCE
 from hsa.synthetic import SHAPES, write_triple
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hsa import whisper
-from hsa.config import Preset
+from hsa.architecture import Architecture, Preset, Projection
 from hsa.errors import SourceError
 from hsa.synthetic import SHAPES, WhisperShape, tensor_shapes
 
@@ -19,7 +19,7 @@ UNEVEN = WhisperShape(
 )
 
 
-def targets(shape: WhisperShape, preset: Preset) -> dict[str, whisper.Projection]:
+def targets(shape: WhisperShape, preset: Preset) -> dict[str, Projection]:
     found = {name: whisper.parse(name) for name in tensor_shapes(shape)}
     return {name: p for name, p in found.items() if p is not None and whisper.is_target(p, preset)}
 
@@ -78,9 +78,7 @@ def test_both_name_forms_mean_the_same(preset: Preset) -> None:
 
 def test_a_projection_says_what_its_name_says() -> None:
     found = whisper.parse("model.decoder.layers.11.encoder_attn.v_proj.bias")
-    assert found == whisper.Projection(
-        "decoder.layers.11.encoder_attn.v_proj.bias", "decoder", 11, "encoder_attn", "v", "bias"
-    )
+    assert found == Projection("decoder.layers.11.encoder_attn.v_proj.bias", "decoder", 11, "encoder_attn", "v", "bias")
 
 
 @pytest.mark.parametrize(("kind", "axis"), [("q", 0), ("k", 0), ("v", 0), ("out", 1)])
@@ -151,7 +149,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def test_heads_and_layers_of_each_stack() -> None:
     found = whisper.architecture(config(), "primary /x")
-    assert found == whisper.Architecture({"encoder": 5, "decoder": 3}, {"encoder": 4, "decoder": 2})
+    assert found == Architecture({"encoder": 5, "decoder": 3}, {"encoder": 4, "decoder": 2})
 
 
 @pytest.mark.parametrize("model_type", ["bert", "Whisper", None, 1, ["whisper"]])

@@ -5,39 +5,16 @@ A backend makes one worker per thread; a worker owns its scratch memory and merg
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Protocol
 
-from hsa.checkpoint import Role
-from hsa.config import MergeConfig
 from hsa.dtypes import Array, size
-from hsa.errors import BackendUnavailable, RequestError, shown
-from hsa.geometry import Geometry
 from hsa.layout import Slice
-from hsa.option_names import option
-from hsa.target import Selection, Target
-
-BACKENDS = ("auto", "cpu", "triton")
-GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""Device files of NVIDIA's and AMD's drivers, and of either under WSL."""
-
-_NUMBERED = re.compile(r"cuda:[0-9]{1,3}")
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What came of a target: its heads, the byte ranges that now differ from primary, whether any task vector element
-    is nonzero (False for every tensor means that a fine-tune equals base), and how large the task vectors are."""
-
-    selection: Selection
-    changed: tuple[tuple[int, int], ...]
-    primary_moved: bool
-    secondary_moved: bool
-    geometry: Geometry
+from hsa.outcome import Merged
+from hsa.roles import Role
+from hsa.target import Target
 
 
 class NotFinite(Exception):
@@ -125,56 +102,3 @@ def changed_ranges(target: Target, selected: tuple[int, ...]) -> tuple[tuple[int
     starts = [selected[0]] + [after for before, after in pairwise(selected) if after != before + 1]
     stops = [before + 1 for before, after in pairwise(selected) if after != before + 1] + [selected[-1] + 1]
     return tuple((start * step, stop * step) for start, stop in zip(starts, stops, strict=True))
-
-
-def resolve(name: str, device: str, config: MergeConfig) -> Backend:
-    """The backend of that name; only `auto` chooses, and a name that cannot be had is an error.
-
-    Raises BackendUnavailable, or RequestError for an unknown name or numerics that a backend does not offer.
-    """
-    if not isinstance(name, str) or name not in BACKENDS:
-        raise RequestError(f"{option('backend')} must be one of {', '.join(BACKENDS)}, got {shown(name)}")
-    if not isinstance(device, str) or not (device in ("auto", "cpu", "cuda") or _NUMBERED.fullmatch(device)):
-        raise RequestError(f"{option('device')} must be the text auto, cpu, cuda or cuda:N, got {shown(device)}")
-    on_gpu = name == "triton" or device.startswith("cuda")
-    if config.numerics == "reference" and on_gpu:
-        raise RequestError(
-            f"numerics 'reference' repeats the script's torch operations on the CPU; use {option('backend', 'cpu')}"
-        )
-    if name == "cpu" and on_gpu:
-        raise RequestError(f"backend 'cpu' has no device {shown(device)}; use {option('backend', 'triton')} or auto")
-    if on_gpu or (name == "auto" and device == "auto" and config.numerics == "exact" and _sees_gpu()):
-        return _triton(device)
-    if config.numerics == "reference":
-        try:
-            from hsa.backends.script import ScriptBackend
-        except ImportError as error:
-            raise BackendUnavailable(
-                f"numerics 'reference' needs torch, which cannot be imported: {error}; install torch, or use numerics "
-                f"'exact'"
-            ) from error
-        return ScriptBackend()
-    from hsa.backends.cpu import CpuBackend
-
-    return CpuBackend()
-
-
-def _sees_gpu() -> bool:
-    """Whether a GPU's device file is there and torch can use it: torch, if installed, is imported after the first."""
-    if not any(Path(file).exists() for file in GPU_FILES):
-        return False
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
-
-
-def _triton(device: str) -> Backend:
-    try:
-        from hsa.backends.triton import TritonBackend
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"backend 'triton' cannot be imported: {error}; install triton, or use {option('backend', 'cpu')}"
-        ) from error
-    return TritonBackend(device)

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsa.backends import Job, Merged, NotFinite, buffers_cost, changed_ranges, one_by_one
-from hsa.checkpoint import Role
+from hsa.backends import Job, NotFinite, buffers_cost, changed_ranges, one_by_one
 from hsa.dtypes import STORAGE, Array, Float32, all_finite, narrow, widen
-from hsa.geometry import Geometry, Sums, tile_sums
+from hsa.geometry import Geometry, Norms, Sums, tile_sums
 from hsa.layout import Slice
-from hsa.target import Target, select
+from hsa.outcome import Merged
+from hsa.roles import Role
+from hsa.selection import select
+from hsa.target import Target
 
 TILE = 1 << 17
 """Elements of a tile at most: a head of any Whisper size is one. Its scratch of 4 MiB exceeds a core's second-level
@@ -43,15 +45,6 @@ class Scored:
     primary_moved: bool
     secondary_moved: bool
     geometry: Geometry
-
-
-@dataclass(frozen=True)
-class Norms:
-    """Sums of squares of a tensor's elements: of primary, of secondary, and by head of their difference."""
-
-    primary: float
-    secondary: float
-    apart: tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import torch
 
 from hsa.backends import NotFinite
 from hsa.backends.cpu import CpuWorker, Scored
-from hsa.checkpoint import ROLES, Role
 from hsa.dtypes import CODES, STORAGE, Array, largest_magnitude
 from hsa.errors import MachineError, NonFiniteError
-from hsa.target import Target, select
+from hsa.roles import ROLES, Role
+from hsa.selection import select
+from hsa.target import Target
 
 CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}
 """safetensors' element type of a torch dtype that a merge computes with."""

@@ -13,11 +13,13 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from hsa.backends import Job, Merged, NotFinite, buffers_cost, one_by_one
+from hsa.backends import Job, NotFinite, buffers_cost, one_by_one
 from hsa.backends.tensor_geometry import geometry
 from hsa.dtypes import NAMES, Array
 from hsa.layout import Slice
-from hsa.target import Target, of_selected
+from hsa.outcome import Merged
+from hsa.selection import of_selected
+from hsa.target import Target
 
 TEMPORARIES = 8
 """Whole tensors, at most float32, that the script's expressions hold at once."""

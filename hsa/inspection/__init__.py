@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hsa import provenance
+from hsa.architecture import Preset
 from hsa.arguments import check_flags, check_functions, check_paths
-from hsa.backends import Merged, changed_ranges
-from hsa.checkpoint import ROLES, Checkpoint, Role, Sources
-from hsa.compute import TargetOutcome
-from hsa.config import MergeConfig, PerTensor, Preset, keep_count, percentages
+from hsa.backends import changed_ranges
+from hsa.checkpoint import Checkpoint
+from hsa.config import MergeConfig, PerTensor, keep_count, percentages
 from hsa.errors import MismatchError, RequestError
 from hsa.findings import Findings
 from hsa.fsio import Tally
@@ -23,11 +23,15 @@ from hsa.inspection.model import Agreement, Energy, Inspection, Recorded, Tensor
 from hsa.inspection.recorded import changed_config, close_margins, from_output, parameters_of, recorded_config
 from hsa.meaning import of_adapters, of_change, of_values
 from hsa.option_names import option
+from hsa.outcome import Merged, TargetOutcome
 from hsa.plan import check_whole, find_targets
 from hsa.provenance import Provenance, TargetRecord, tensors_digest
 from hsa.provenance_file import PROVENANCE
 from hsa.repo import find_id
-from hsa.target import Selection, Target, of_selected, select
+from hsa.roles import ROLES, Role
+from hsa.selection import Selection, of_selected, select
+from hsa.source_set import Sources
+from hsa.target import Target
 from hsa.whisper import architecture, group_of
 
 __all__ = ["Agreement", "Energy", "Geometry", "Inspection", "TensorInspection", "inspect"]

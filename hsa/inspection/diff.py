@@ -11,13 +11,14 @@ from typing import Any
 
 from hsa import provenance
 from hsa._version import __version__
-from hsa.checkpoint import INDEX, ROLES, WEIGHTS, Role
+from hsa.checkpoint import INDEX, WEIGHTS
 from hsa.errors import ProvenanceError, shown
 from hsa.fsio import Source, Tally
 from hsa.inspection.distance import Weights, compare_weights
 from hsa.inspection.model import FORMAT, jaccard
 from hsa.provenance import Provenance, TargetRecord
 from hsa.provenance_file import PROVENANCE
+from hsa.roles import ROLES, Role
 
 STEP = 1 << 20
 """Bytes of each file that are compared at a time."""

@@ -12,10 +12,11 @@ from typing import Any, cast
 import numpy as np
 
 from hsa import whisper
-from hsa.checkpoint import Checkpoint, Role, open_checkpoint
+from hsa.checkpoint import Checkpoint, open_checkpoint
 from hsa.dtypes import ARITHMETIC, BITS, STORAGE, Array, size, widen
 from hsa.fsio import Tally
 from hsa.inspection.measure import Buffers
+from hsa.roles import Role
 
 STEP = 1 << 18
 """Elements of each tensor that are compared at a time."""

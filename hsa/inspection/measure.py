@@ -15,14 +15,16 @@ import numpy as np
 from hsa import whisper
 from hsa.backends import NotFinite
 from hsa.backends.cpu import TILE, CpuBackend
-from hsa.checkpoint import ROLES, Role, Sources, TensorRef
 from hsa.digests import digest_of
 from hsa.dtypes import ARITHMETIC, STORAGE, Array, size, widen
 from hsa.errors import NonFiniteError
 from hsa.geometry import Geometry, Sums, dot, tile_sums
 from hsa.layout import SLICE_ELEMENTS
 from hsa.likeness import Pair, equal_pairs
+from hsa.roles import ROLES, Role
+from hsa.source_set import Sources
 from hsa.target import Target
+from hsa.tensor_places import TensorRef
 
 Step = Callable[[int], None]
 """Called with bytes read since the last call."""

@@ -12,7 +12,7 @@ from hsa.fsio import Tally
 from hsa.inspection.model import Inspection, Recorded, TensorInspection, in_order
 from hsa.provenance import Provenance, TargetRecord
 from hsa.provenance_file import PROVENANCE
-from hsa.target import TIE_RISK, of_selected, select
+from hsa.selection import TIE_RISK, of_selected, select
 
 NO_SOURCES = "cosines, relative sizes and the share of energy need the sources: give base, primary and secondary too"
 ROOTS = (

@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hsa import fsio, report
-from hsa.checkpoint import CONFIG, Role, read_text
+from hsa.checkpoint import CONFIG, read_text
 from hsa.config import percentages
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError, is_text, shown
 from hsa.extent import Extent
@@ -48,6 +48,7 @@ from hsa.integrations.mergekit_method import register as register_method
 from hsa.meaning import of_values
 from hsa.output import Staging
 from hsa.output_place import check_destination
+from hsa.roles import Role
 from hsa.signals import deferred
 from hsa.streams import watched
 

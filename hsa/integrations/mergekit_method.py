@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from hsa import whisper
+from hsa.architecture import Preset
 from hsa.backends import NotFinite
 from hsa.backends.cpu import CpuWorker
-from hsa.checkpoint import CONFIG, ROLES, Checkpoint, Role, Sources, TensorRef
-from hsa.compute import TargetOutcome
-from hsa.config import MergeConfig, Preset
+from hsa.checkpoint import CONFIG, Checkpoint
+from hsa.config import MergeConfig
 from hsa.dtypes import NAMES, Array, size
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
 from hsa.fsio import Tally
 from hsa.identity import Identity, readable
 from hsa.likeness import equal_pairs
 from hsa.option_names import as_keys, spelled
+from hsa.outcome import TargetOutcome
 from hsa.plan import make_target
+from hsa.roles import ROLES, Role
+from hsa.source_set import Sources
+from hsa.tensor_places import TensorRef
 
 if TYPE_CHECKING:
     import torch

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from hsa import api
-from hsa.checkpoint import Role
 from hsa.config import MergeConfig
 from hsa.console import exit_with, guarded
 from hsa.errors import RequestError, one_line, shown
 from hsa.option_names import renamed, spelled
+from hsa.roles import Role
 from hsa.streams import say, tell
 
 OPTIONS = {

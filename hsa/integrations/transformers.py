@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from hsa.config import MergeConfig, PerTensor, Preset
+from hsa.architecture import Architecture, Preset
+from hsa.config import MergeConfig, PerTensor
 from hsa.destination import require_own_memory
 from hsa.errors import RequestError, shown, warn
 from hsa.loaded import Entry, config_of, entries_of, in_its_place, targets_of
 from hsa.merger import Merger, Source
 from hsa.shared_memory import first_shared, spans
-from hsa.whisper import MODEL_TYPE, Architecture, architecture, expected_targets
+from hsa.whisper import MODEL_TYPE, architecture, expected_targets
 from hsa.written import forget
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)

@@ -10,20 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from hsa.arguments import check_functions, check_paths
-from hsa.checkpoint import CONFIG, PICKLES, SAFETENSORS, Role
-from hsa.checks import Problem, Problems
+from hsa.checkpoint import CONFIG, PICKLES, SAFETENSORS
 from hsa.descriptors import open_file, reason
 from hsa.errors import HeaderError, HsaError, RequestError, SourceChanged, shown
 from hsa.fsio import MACHINE, Source, Tally, exists, explained
 from hsa.header import read_header
 from hsa.memory import PeakMemory
-from hsa.patches import SUFFIX, is_patch
+from hsa.patch_reader import SUFFIX, is_patch
+from hsa.problems import Problem, Problems
 from hsa.provenance_file import PROVENANCE
-from hsa.request import PathLike, check_ids
+from hsa.release_format import is_tree
+from hsa.request import check_ids
+from hsa.roles import Role
 from hsa.source_checks import GivenSources, Progress, Work
 from hsa.sweep_index import holds_points
 from hsa.threads import check_threads, default_threads
-from hsa.tree_index import is_tree
+from hsa.types import PathLike
 from hsa.verification.output import verify_output
 from hsa.verification.patch import verify_patch
 from hsa.verification.release import verify_release

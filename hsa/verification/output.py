@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from hsa import checks, provenance, whisper
+from hsa import checks, provenance, record_checks, whisper
+from hsa.architecture import Projection
 from hsa.asset_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.checkpoint import (
     CONFIG,
@@ -20,23 +21,24 @@ from hsa.checkpoint import (
     SAFETENSORS,
     WEIGHTS,
     Checkpoint,
-    Role,
-    TensorRef,
     contained,
     open_checkpoint,
     open_shard,
     read_text,
 )
-from hsa.checks import STEP, Problems
+from hsa.checks import STEP
 from hsa.descriptors import reason
 from hsa.errors import HsaError, MachineError, SourceChanged, SourceError, shown
 from hsa.fsio import Source, exists
-from hsa.header import load_json
 from hsa.identity import is_snapshot
 from hsa.option_names import carried, option
+from hsa.problems import Problems
 from hsa.provenance import Provenance
 from hsa.provenance_file import PROVENANCE
+from hsa.roles import Role
 from hsa.source_checks import GivenSources, Work
+from hsa.strict_json import load_json
+from hsa.tensor_places import TensorRef
 from hsa.threads import out_of_memory
 from hsa.verification.report import Found
 from hsa.verification.strays import changes_what_is_loaded
@@ -274,18 +276,18 @@ class _Run:
         problems, record = self.problems, None if self.found is None else self.found.record
         problems.add_all(CONFIG, checks.keys(checkpoint))
         if record is not None:
-            problems.add_all(PROVENANCE, checks.recorded_settings(record))
-            problems.add_all(PROVENANCE, checks.recorded_targets(record, checkpoint))
+            problems.add_all(PROVENANCE, record_checks.recorded_settings(record))
+            problems.add_all(PROVENANCE, record_checks.recorded_targets(record, checkpoint))
         heads = whisper.architecture(checkpoint.config, LABEL).heads
         given = None if record is None else record.parameters.get("num_heads")
-        for projection, ref in checks.targets_of(checkpoint, checks.preset_of(record)):
+        for projection, ref in record_checks.targets_of(checkpoint, checks.preset_of(record)):
             count = given if isinstance(given, int) and given > 0 else heads[projection.stack]
             name = checkpoint.shards[ref.shard].name
             self.total += ref.nbytes
             yield name, partial(self._check_finite, checkpoint, name, projection, ref, count)
 
     def _check_finite(
-        self, checkpoint: Checkpoint, name: str, projection: whisper.Projection, ref: TensorRef, heads: int
+        self, checkpoint: Checkpoint, name: str, projection: Projection, ref: TensorRef, heads: int
     ) -> None:
         if not self.stop.is_set():
             self.problems.add_all(name, checks.finite(checkpoint, projection, ref, heads))

@@ -7,13 +7,15 @@ from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hsa import provenance, recipe, tree_index
+from hsa import provenance
 from hsa.errors import HsaError, RequestError, shown
 from hsa.fsio import Source
-from hsa.header import MAX_HEADER, load_json
+from hsa.header import MAX_HEADER
 from hsa.provenance import Provenance, changed_keys
 from hsa.provenance_file import PROVENANCE
+from hsa.release_format import INDEX, README, facts
 from hsa.source_checks import GivenSources, Work
+from hsa.strict_json import load_json
 from hsa.verification.members import Verify, open_index, pieces, take_over
 from hsa.verification.report import Found
 
@@ -43,9 +45,9 @@ def verify_release(directory: Path, given: GivenSources | None, work: Work, veri
     others = sorted(set(_outputs(directory)) - known)
     if others:
         work.notes.append(
-            f"{len(others)} outputs that {recipe.INDEX} does not list were not looked at, such as {shown(others[0])}"
+            f"{len(others)} outputs that {INDEX} does not list were not looked at, such as {shown(others[0])}"
         )
-    work.notes.append(f"{recipe.README} of the release was not compared, for its recipe says what it holds")
+    work.notes.append(f"{README} of the release was not compared, for its recipe says what it holds")
     return Found(None, sum(report.files for report in members), False, tuple(members))
 
 
@@ -53,10 +55,10 @@ def _index_entries(directory: Path, work: Work) -> Iterator[tuple[str, dict[str,
     """Place and content of each entry of index.json, each once."""
     seen: set[str] = set()
     with ExitStack() as stack:
-        source = open_index(directory, recipe.INDEX, work, stack)
+        source = open_index(directory, INDEX, work, stack)
         try:
             for text in _entry_texts(source) if source is not None else ():
-                entry = load_json(text, str(directory / recipe.INDEX), "an entry")
+                entry = load_json(text, str(directory / INDEX), "an entry")
                 path = entry["path"]
                 plain = PurePosixPath(path)
                 if plain.is_absolute() or str(plain) != path or not 1 <= len(plain.parts) <= 2 or ".." in plain.parts:
@@ -66,7 +68,7 @@ def _index_entries(directory: Path, work: Work) -> Iterator[tuple[str, dict[str,
                     yield path, entry
         except (HsaError, KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            work.problems.add(recipe.INDEX, f"{reason}; it is no index that hsa release wrote")
+            work.problems.add(INDEX, f"{reason}; it is no index that hsa release wrote")
 
 
 def _entry_texts(source: Source) -> Iterator[bytes]:
@@ -98,10 +100,10 @@ def _has_link(directory: Path, path: str) -> bool:
 
 
 def _compare_entry(path: str, entry: Mapping[str, Any], found: Provenance, work: Work) -> None:
-    facts = tree_index.facts(found)
-    unlike = changed_keys({key: entry.get(key) for key in facts}, facts)
+    expected = facts(found)
+    unlike = changed_keys({key: entry.get(key) for key in expected}, expected)
     if unlike:
-        work.problems.add(recipe.INDEX, f"its {', '.join(unlike)} of {path} are not what the output's record says")
+        work.problems.add(INDEX, f"its {', '.join(unlike)} of {path} are not what the output's record says")
 
 
 def _outputs(directory: Path) -> Iterator[str]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hsa.checks import Problem
 from hsa.errors import one_line
+from hsa.problems import Problem
 from hsa.provenance import Record
 
 Kind = Literal["output", "patch", "sweep", "release"]

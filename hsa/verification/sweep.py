@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from hsa import provenance, sweep_index
-from hsa.checkpoint import ROLES, read_text
+from hsa.checkpoint import read_text
 from hsa.descriptors import reason
 from hsa.distances import Distances
 from hsa.errors import HsaError, MachineError, RequestError, SourceError, shown
-from hsa.patch_reader import Patch, open_patch
-from hsa.patches import SUFFIX
+from hsa.patch_reader import SUFFIX, Patch, open_patch
 from hsa.provenance import Record, changed_keys
+from hsa.roles import ROLES
 from hsa.source_checks import GivenSources, Work
 from hsa.sweep_index import PRESETS, Entry, entry_of, point_of
 from hsa.verification.members import Verify, compare_index, open_index, take_over

@@ -24,8 +24,8 @@ from guard import Finding, Guard
 from hsa import card, cli, provenance, recipe
 from hsa.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
 from hsa.errors import HsaError
-from hsa.header import marks
 from hsa.lora import WEIGHTS as ADAPTER_WEIGHTS
+from hsa.strict_json import marks
 from hsa.synthetic import SHAPES, write_triple
 
 

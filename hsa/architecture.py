@@ -1,0 +1,67 @@
+"""What every family of models is described by: stacks, projections and their heads, and the presets of targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Preset = Literal["encoder-qkv", "attention-qkv", "attention-all"]
+
+
+MAX_COUNT = 10_000
+"""Heads or layers that a caller or a config.json may claim: work grows with them before any tensor is looked at."""
+
+
+Stack = Literal["encoder", "decoder"]
+
+
+Block = Literal["self_attn", "encoder_attn"]
+
+
+Kind = Literal["q", "k", "v", "out"]
+
+
+Part = Literal["weight", "bias"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One attention projection tensor.
+
+    `head_axis` is 0 where a head owns consecutive output rows (q, k, v: weight [d_model, d_model] and bias
+    [d_model]), 1 where it owns consecutive columns (the weight of `out_proj`).
+    """
+
+    name: str
+    stack: Stack
+    layer: int
+    block: Block
+    kind: Kind
+    part: Part
+
+    @property
+    def head_axis(self) -> Literal[0, 1]:
+        return 1 if self.kind == "out" else 0
+
+
+@dataclass(frozen=True)
+class Promised:
+    """A tensor that a `config.json` promises: its canonical name and its shape.
+
+    `sizes` names the config's key behind each dimension (None where every Whisper has the same), `because` the key that
+    makes the model have this tensor (None where every Whisper has it).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sizes: tuple[str | None, ...]
+    because: str | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Heads and layers of both stacks, from `config.json`."""
+
+    heads: Mapping[Stack, int]
+    layers: Mapping[Stack, int]

@@ -1,0 +1,136 @@
+"""JSON read whole and without traps: no repeated names, no NaN, bounded in size and depth."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from hsa.errors import HeaderError, shown
+
+MAX_JSON = 8 << 20
+"""Bytes of a header, or of any JSON that is parsed: fifty times what large-v3 takes. The safetensors library accepts
+100 MB, which takes gigabytes once it is parsed."""
+
+
+MAX_MARKS = 1 << 17
+"""Brackets, braces and commas of a JSON text, of which every value needs one: they bound what parsing it takes, a few
+hundred bytes each at most. A header of large-v3 has ten thousand."""
+
+
+MAX_DEPTH = 64
+"""Levels of a JSON document; what is nested deeper could be read and not be written again."""
+
+
+_MARKS_OF_ORDER = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+_NO_NUMBER = re.compile(rb'"([^"\\]{1,80})"\s*:\s*-?(?:NaN|Infinity)')
+
+
+def load_json(text: bytes, where: str, what: str, max_marks: int = MAX_MARKS) -> dict[str, Any]:
+    """A JSON object from UTF-8 bytes: no repeated names, no NaN; HeaderError says where it is malformed."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise HeaderError(f"{where}: {what} names {shown(repeated, 200)} twice")
+        return found
+
+    def whole(digits: str) -> int | float:
+        return int(digits) if digits != "-0" else -0.0
+
+    def real(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise ValueError(f"{digits:.40} is out of range")
+        return value
+
+    document = parse_json(text, where, what, unique, whole, real, most_bytes=MAX_JSON, most_marks=max_marks)
+    try:
+        if _is_deep(document):
+            raise RecursionError
+        if b"\\u" in text:  # an escaped lone surrogate is no text: it could not be written again
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise _malformed(where, what, error) from error
+    if not isinstance(document, dict):
+        raise HeaderError(f"{where}: {what} must be a JSON object, found {type(document).__name__}")
+    return document
+
+
+def parse_json(
+    text: bytes,
+    where: str,
+    what: str,
+    pairs: Callable[[list[tuple[str, Any]]], Any],
+    whole: Callable[[str], int | float] | None = None,
+    real: Callable[[str], float] | None = None,
+    *,
+    most_bytes: int,
+    most_marks: int,
+) -> Any:
+    """Any JSON value from UTF-8 bytes, in which `pairs` makes of each object what is kept of it, `whole` and `real`
+    of the digits of numbers.
+
+    Raises HeaderError for NaN, a byte-order mark, more bytes or `marks` than allowed, and where it is malformed.
+    """
+
+    def constant(name: str) -> None:
+        found = _NO_NUMBER.search(text)
+        at = f" under {shown(found[1].decode('utf-8', 'replace'))}" if found else ""
+        raise HeaderError(
+            f"{where}: {what} is not valid JSON: it holds {name}{at}, which Python writes and JSON does not have; "
+            f"write a finite number or null there"
+        )
+
+    refuse_byte_order_mark(text, f"{where}: {what}")
+    if len(text) > most_bytes or marks(text) > most_marks:
+        raise HeaderError(
+            f"{where}: {what} of {len(text)} bytes with {marks(text)} brackets, braces and commas, at most "
+            f"{most_bytes} and {most_marks} are read; it is no {what} of a Whisper checkpoint"
+        )
+    if not text:
+        raise _malformed(where, what, ValueError("it is empty"))
+    try:
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=whole, parse_float=real
+        )
+    except (ValueError, RecursionError) as error:
+        raise _malformed(where, what, error) from error
+
+
+def _malformed(where: str, what: str, error: Exception) -> HeaderError:
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return HeaderError(f"{where}: {what} is not valid JSON ({reason}); the file is damaged, copy it again")
+
+
+def refuse_byte_order_mark(text: bytes, where: str, expected: str = "valid JSON") -> None:
+    """HeaderError if a text begins with a byte-order mark, with which transformers does not read it either."""
+    if text.startswith(_MARKS_OF_ORDER):
+        raise HeaderError(
+            f"{where} is not {expected}: it begins with a byte-order mark, as some Windows programs write it, and "
+            f"transformers does not read it either; save the file as UTF-8 without a byte-order mark"
+        )
+
+
+def marks(text: bytes) -> int:
+    """Brackets, braces and commas of a JSON text, those within strings too."""
+    return text.count(b"{") + text.count(b"[") + text.count(b",")
+
+
+def _is_deep(document: Any) -> bool:
+    level = [document]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    return bool(level)
