@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
 VERSION = {}
 exec((HERE / "hsa" / "_version.py").read_text(encoding="utf-8"), VERSION)
+
+PACKAGES = ["hsa", "hsa.kernels", *(f"hsa.{name}" for name in find_packages(str(HERE / "hsa")))]
 
 setup(
     name="hsa-merge",
@@ -20,26 +22,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=[
-        "hsa",
-        "hsa.backends",
-        "hsa.commands",
-        "hsa.inspection",
-        "hsa.integrations",
-        "hsa.kernels",
-        "hsa.verification",
-        "hsa.views",
-    ],
-    package_dir={
-        "hsa": "hsa",
-        "hsa.backends": "hsa/backends",
-        "hsa.commands": "hsa/commands",
-        "hsa.inspection": "hsa/inspection",
-        "hsa.integrations": "hsa/integrations",
-        "hsa.kernels": "kernels",
-        "hsa.verification": "hsa/verification",
-        "hsa.views": "hsa/views",
-    },
+    packages=PACKAGES,
+    package_dir={"hsa": "hsa", "hsa.kernels": "kernels"},
     package_data={"hsa": ["py.typed"], "hsa.views": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "torch>=2.11,<3",

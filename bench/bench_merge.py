@@ -30,7 +30,7 @@ from cases import FULL, ITEM_SIZE, QUICK, SHARD_BYTES, SIZES, MergeCase
 from gates import ROLES, Gate
 from programs import Program, Run, compile_package, measure
 
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 HERE = Path(__file__).resolve().parent
 MERGEKIT = "mergekit==0.1.5"

@@ -29,8 +29,8 @@ from gates import ROLES, Gate
 from programs import Program, compile_package, measure
 
 import hsa
-from hsa.pages import allocate
-from hsa.synthetic import SHAPES, write_triple
+from hsa.system.huge_pages import allocate
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 POINTS = 11
 LIMIT = 1.3

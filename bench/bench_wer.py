@@ -36,7 +36,7 @@ from cases import CAVEATS
 from safetensors.torch import load_file
 
 import hsa
-from hsa.whisper import canonical
+from hsa.architectures.whisper import canonical
 
 ROLES = ("base", "primary", "secondary")
 PACKAGES = ("torch", "numpy", "transformers", "jiwer", "soundfile")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hsa.synthetic import SHAPES, tensor_shapes
+from hsa.testing.whisper_checkpoints import SHAPES, tensor_shapes
 
 K, LAM, ALPHA = 0.6, 0.5, 0.2
 """The defaults of `hsa merge`, which all programs are given."""

@@ -10,10 +10,10 @@ from cases import ALPHA, LAM, K
 from mergekit_task_arithmetic import WEIGHT
 from safetensors import safe_open
 
-from hsa.api import Request, dry_run
-from hsa.config import MergeConfig
+from hsa.actions.merge import Request, dry_run
+from hsa.methods.config import MergeConfig
+from hsa.planning.target import Target
 from hsa.reference import MergedTensor, merge_tensor
-from hsa.target import Target
 
 ROLES = ("base", "primary", "secondary")
 Tensors = Mapping[str, torch.Tensor]

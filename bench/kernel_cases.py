@@ -27,15 +27,16 @@ if importlib.util.find_spec("hsa") is None:
 from cases import ALPHA, LAM, K
 
 import hsa
-from hsa import reference, synthetic
-from hsa.backends import Job
+from hsa import reference
+from hsa.architectures.whisper import parse
+from hsa.backends.base import Job
 from hsa.backends.cpu import CpuBackend
 from hsa.backends.resident import CODE_OF, CpuResident, bytes_of
-from hsa.outcome import Merged
-from hsa.roles import ROLES
-from hsa.target import Target
-from hsa.tensor_places import TensorRef
-from hsa.whisper import parse
+from hsa.planning.outcome import Merged
+from hsa.planning.target import Target
+from hsa.sources.roles import ROLES
+from hsa.sources.tensor_places import TensorRef
+from hsa.testing import whisper_checkpoints
 
 if importlib.util.find_spec("hsa.kernels") is None:
     hsa.__path__.append(str(Path(__file__).resolve().parents[1]))
@@ -75,7 +76,7 @@ class Shape:
 
 
 def _published(name: str) -> Shape:
-    whole = synthetic.SHAPES[name]
+    whole = whisper_checkpoints.SHAPES[name]
     return Shape(name, whole.encoder_layers, whole.d_model, whole.encoder_heads)
 
 

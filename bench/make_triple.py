@@ -14,8 +14,8 @@ from pathlib import Path
 
 from cases import ITEM_SIZE, model_bytes
 
-from hsa.synthetic import SHAPES, write_triple
-from hsa.types import parse_size
+from hsa.system.types import parse_size
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rows import Row
 
-from hsa.synthetic_config import SHAPES
+from hsa.testing.whisper_config import SHAPES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import hsa
-from hsa.memory import family
+from hsa.system.memory import family
 
 INTERVAL = 0.01
 SETTLE = 1.0

@@ -34,7 +34,7 @@ from figures import (
 from report_merge import FULL_SYNC, HSA, MERGEKIT_SYNC, merge_block, merges
 from rows import RESULTS, ROOT, Row, newest
 
-from hsa.synthetic_config import SHAPES
+from hsa.testing.whisper_config import SHAPES
 
 ON_GPU = "hsa merge --backend triton"
 

@@ -26,33 +26,33 @@ from hsa.errors import (
 )
 
 if TYPE_CHECKING:
-    from hsa.api import merge
-    from hsa.applying import apply
-    from hsa.config import MergeConfig
-    from hsa.inspection import Inspection, inspect
-    from hsa.merger import Merger
-    from hsa.patches import merge_patch
-    from hsa.report import MergeReport, TensorReport
-    from hsa.sweeping import SweepReport, sweep
-    from hsa.tree import ReleaseReport, release
-    from hsa.verification import VerifyReport, verify
+    from hsa.actions.apply import apply
+    from hsa.actions.merge import merge
+    from hsa.actions.merger.merger import Merger
+    from hsa.actions.patch import merge_patch
+    from hsa.inspection.inspect import Inspection, inspect
+    from hsa.methods.config import MergeConfig
+    from hsa.outputs.report import MergeReport, TensorReport
+    from hsa.releases.release import ReleaseReport, release
+    from hsa.sweeps.sweep import SweepReport, sweep
+    from hsa.verification.verify import VerifyReport, verify
 
 _LAZY = {
-    "Inspection": "hsa.inspection",
-    "inspect": "hsa.inspection",
-    "apply": "hsa.applying",
-    "merge": "hsa.api",
-    "merge_patch": "hsa.patches",
-    "MergeConfig": "hsa.config",
-    "MergeReport": "hsa.report",
-    "Merger": "hsa.merger",
-    "ReleaseReport": "hsa.tree",
-    "release": "hsa.tree",
-    "SweepReport": "hsa.sweeping",
-    "TensorReport": "hsa.report",
-    "VerifyReport": "hsa.verification",
-    "verify": "hsa.verification",
-    "sweep": "hsa.sweeping",
+    "Inspection": "hsa.inspection.inspect",
+    "inspect": "hsa.inspection.inspect",
+    "apply": "hsa.actions.apply",
+    "merge": "hsa.actions.merge",
+    "merge_patch": "hsa.actions.patch",
+    "MergeConfig": "hsa.methods.config",
+    "MergeReport": "hsa.outputs.report",
+    "Merger": "hsa.actions.merger.merger",
+    "ReleaseReport": "hsa.releases.release",
+    "release": "hsa.releases.release",
+    "SweepReport": "hsa.sweeps.sweep",
+    "TensorReport": "hsa.outputs.report",
+    "VerifyReport": "hsa.verification.verify",
+    "verify": "hsa.verification.verify",
+    "sweep": "hsa.sweeps.sweep",
 }
 
 __all__ = [

@@ -7,8 +7,8 @@ import sys
 
 def main() -> None:
     try:
-        from hsa.cli import run
-        from hsa.console import exit_with
+        from hsa.cli.app import run
+        from hsa.system.console import exit_with
     except KeyboardInterrupt:
         if sys.stderr is not None:
             print("hsa: error: interrupted; nothing half done was left behind", file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from helpers import read_tensors, write_tensors
 
-from hsa.whisper import is_target, parse
+from hsa.architectures.whisper import is_target, parse
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]

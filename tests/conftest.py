@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from soundness import every_output_verified
 
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from hsa import patch_format
-from hsa.provenance import document_digest, tensors_digest
+from hsa.outputs import patch_format
+from hsa.outputs.provenance import document_digest, tensors_digest
 
 Rows = dict[str, tuple[str, list[int], bytes]]
 

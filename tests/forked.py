@@ -17,7 +17,7 @@ from soundness import check_command
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["hsa.cli", "hsa.api", "hsa.card", "torch", "httpx", "httpx2", "httpcore2", "yaml", "rich"]
+    ["hsa.cli.app", "hsa.actions.merge", "hsa.outputs.card", "torch", "httpx", "httpx2", "httpcore2", "yaml", "rich"]
 )
 """What cannot be imported is left out."""
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from soundness import check_command
 
 import hsa
-from hsa import provenance_file
+from hsa.system import manifest
 
 
 def run_hsa(
@@ -139,9 +139,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], bytes]:
 
 def provenance_bytes(*files: str) -> bytes:
     """A smallest record file that lists these files: enough to be replaced by, not to be verified."""
-    document: dict[str, Any] = {"format": provenance_file.FORMAT, "files": {name: {} for name in files}}
-    document[provenance_file.DIGEST] = provenance_file.document_digest(document)
-    return provenance_file.render(document)
+    document: dict[str, Any] = {"format": manifest.FORMAT, "files": {name: {} for name in files}}
+    document[manifest.DIGEST] = manifest.document_digest(document)
+    return manifest.render(document)
 
 
 def safetensors_bytes(document: Any, data: bytes = b"") -> bytes:

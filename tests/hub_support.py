@@ -57,7 +57,7 @@ def arguments(ids: Mapping[str, str], output: Path, *more: str) -> list[str]:
 
 IMPATIENT = """
 import sys
-from hsa import fetch
+from hsa.sources.hub import range_requests as fetch
 from hsa.__main__ import main
 fetch.PAUSE = 0.01
 main()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from helpers import snapshot
 
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hsa import api, applying
-from hsa.output import PROVENANCE, Staging
-from hsa.verification import verify
+from hsa.actions import apply, merge
+from hsa.system.publish import PROVENANCE, Staging
+from hsa.verification.verify import verify
 
 FOUND: list[str] = []
 """What verify says against outputs of the test that runs now."""
@@ -56,7 +56,7 @@ def every_output_verified(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             finished.remove(id(staging))
             check(staging.destination)
 
-    for module in (api, applying):
+    for module in (merge, apply):
         monkeypatch.setattr(module, "finish", noting(module.finish))
     monkeypatch.setattr(Staging, "publish", publish_and_verify)
     yield

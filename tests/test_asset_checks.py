@@ -21,10 +21,10 @@ from helpers import (
 )
 
 import hsa
-from hsa.asset_checks import CHECKED_FILES, MAX_VOCABULARY_MARKS, read_small_file
-from hsa.checkpoint import MAX_TEXT
-from hsa.digests import digest_of
-from hsa.provenance import document_digest, render
+from hsa.outputs.provenance import document_digest, render
+from hsa.sources.checkpoint import MAX_TEXT
+from hsa.sources.small_file_checks import CHECKED_FILES, MAX_VOCABULARY_MARKS, read_small_file
+from hsa.system.digests import digest_of
 
 Triple = dict[str, Path]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"b" * 64 + b"\nsize 2128466\n"

@@ -38,11 +38,11 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from hsa import cli
-from hsa.checkpoint import CONFIG, INDEX, WEIGHTS
+from hsa.cli import app
 from hsa.errors import shown
-from hsa.header import MAX_HEADER
-from hsa.synthetic import SHAPES, write_triple
+from hsa.sources.checkpoint import CONFIG, INDEX, WEIGHTS
+from hsa.sources.safetensors import MAX_HEADER
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 # A numpy warning of a worker thread would be a second line on stderr.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -78,7 +78,7 @@ def refuse(tmp_path: Path, output: Path, capfd: pytest.CaptureFixture[str]) -> R
         messages = []
         for more in ([], ["--dry-run"]) if dry else ([],):
             capfd.readouterr()
-            status = cli.run([*arguments, *more])
+            status = app.run([*arguments, *more])
             out, err = capfd.readouterr()
             assert (status, out) == (code, ""), err
             assert err.startswith("hsa: error: ")
@@ -102,7 +102,7 @@ def finish(tmp_path: Path, output: Path, capfd: pytest.CaptureFixture[str]) -> C
     def check(arguments: Sequence[str]) -> list[str]:
         before = snapshot(tmp_path)
         capfd.readouterr()
-        status = cli.run([*arguments, "--no-sync"])
+        status = app.run([*arguments, "--no-sync"])
         err = capfd.readouterr().err
         assert status == 0, err
         after = snapshot(tmp_path)

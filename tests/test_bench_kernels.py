@@ -19,7 +19,7 @@ from kernel_cases import CASES, MIXES, SHAPES, TRAFFIC, CpuProblem, Mix, Shape, 
 from rows import read
 
 from hsa.backends.cpu import CpuWorker
-from hsa.outcome import Merged
+from hsa.planning.outcome import Merged
 
 LITTLE = Shape("little", layers=2, width=64, heads=4)
 COPY_OF_H200 = 4.3e12

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
 
 import hsa
-from hsa import card
+from hsa.outputs import card
 
 Triple = dict[str, Path]
 SECTIONS = [

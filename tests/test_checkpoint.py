@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from helpers import edit_json, read_safetensors, read_tensors, safetensors_bytes
 
-from hsa import checkpoint
-from hsa.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from hsa.errors import HeaderError, MismatchError, SourceChanged, SourceError
-from hsa.fsio import Tally
-from hsa.identity import Identity, identify
-from hsa.synthetic import SHAPES, tensor_shapes, write_checkpoint
+from hsa.sources import checkpoint
+from hsa.sources.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from hsa.sources.identity import Identity, identify
+from hsa.system.fsio import Tally
+from hsa.testing.whisper_checkpoints import SHAPES, tensor_shapes, write_checkpoint
 
 NAMES = set(tensor_shapes(SHAPES["test"]))
 
@@ -201,7 +201,7 @@ def test_no_weights(single: Path) -> None:
 
 @pytest.mark.parametrize("name", ["openai/whisper-base", "org/name@main"])
 def test_a_checkpoint_is_a_directory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hub ids are looked up by hsa.hub, before."""
+    """Hub ids are looked up by hsa.sources.hub.client, before."""
     monkeypatch.chdir(tmp_path)
     refused(name, SourceError, f"{name} cannot be found")
 

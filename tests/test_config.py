@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsa.config import MergeConfig, keep_count, layer_coefficient
 from hsa.errors import RequestError
+from hsa.methods.config import MergeConfig, keep_count, layer_coefficient
 
 NAME = "encoder.layers.0.self_attn.q_proj.weight"
 NOT_NUMBERS: tuple[Any, ...] = (math.nan, math.inf, -math.inf, True, "0.5", None, [0.5], 1j)

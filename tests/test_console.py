@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from hsa import cli, console
-from hsa.console import guarded
+from hsa.cli import app
 from hsa.errors import MachineError, RequestError
 from hsa.option_names import command_line, spelled
-from hsa.signals import ENDING
+from hsa.system import console
+from hsa.system.console import guarded
+from hsa.system.signals import ENDING
 
 
 def raising(error: BaseException) -> Callable[[], int]:
@@ -114,8 +115,8 @@ def test_the_command_line_runs_in_any_thread(
     codes: list[int] = []
 
     def call() -> None:
-        codes.append(cli.run(["--version"]))
-        codes.append(cli.run(["merge", "--base=/nowhere"]))
+        codes.append(app.run(["--version"]))
+        codes.append(app.run(["merge", "--base=/nowhere"]))
 
     thread = threading.Thread(target=call)
     thread.start()
@@ -129,7 +130,7 @@ def test_the_command_line_runs_in_any_thread(
 
 LATE = """
 import os, signal, sys, atexit
-from hsa.console import exit_with, guarded
+from hsa.system.console import exit_with, guarded
 atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
 def work():
     if sys.argv[1] == "after":

@@ -19,8 +19,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hsa import checkpoint, header, pickled, plan, provenance, strict_json, whisper
+from hsa.architectures import whisper
 from hsa.errors import MAX_MESSAGE, HsaError, ProvenanceError, one_line
+from hsa.outputs import provenance
+from hsa.planning import plan
+from hsa.sources import checkpoint, safetensors, torch_pickle
+from hsa.system import strict_json
 
 HERE = Path(__file__).resolve().parent
 FUZZ, CORPUS = HERE / "fuzz", HERE / "corpus"
@@ -188,7 +192,7 @@ def test_the_largest_files_stay_within_memory_and_time(largest: Judged) -> None:
 
 def test_limits_leave_room_for_the_largest_model() -> None:
     """What large-v3 takes, times five, is let through: its headers, its index, its description as a pickle."""
-    from hsa.synthetic import SHAPES, tensor_shapes
+    from hsa.testing.whisper_checkpoints import SHAPES, tensor_shapes
 
     shapes = tensor_shapes(SHAPES["large-v3"])
     entries, position = [], 0
@@ -196,15 +200,15 @@ def test_limits_leave_room_for_the_largest_model() -> None:
         size = 4
         for length in shape:
             size *= length
-        entries.append(header.Entry(name, "F32", shape, position, position + size))
+        entries.append(safetensors.Entry(name, "F32", shape, position, position + size))
         position += size
-    raw = header.serialize(entries, {"format": "pt"})
-    assert 5 * len(raw) < header.MAX_HEADER and 5 * strict_json.marks(raw) < strict_json.MAX_MARKS
+    raw = safetensors.serialize(entries, {"format": "pt"})
+    assert 5 * len(raw) < safetensors.MAX_HEADER and 5 * strict_json.marks(raw) < strict_json.MAX_MARKS
     assert 5 * len(shapes) < checkpoint.MAX_TENSORS
-    assert pickled.MAX_PICKLE > 5 * 170_000
+    assert torch_pickle.MAX_PICKLE > 5 * 170_000
     targets = [e for e in entries if (p := whisper.parse(e.name)) and whisper.is_target(p, "attention-all")]
     assert targets and all(2 * (e.stop - e.start) < plan.MAX_TARGET for e in targets)
-    assert header.parse(raw[8:], position, "here")[0] == tuple(entries)
+    assert safetensors.parse(raw[8:], position, "here")[0] == tuple(entries)
 
 
 # Refusals of their own -------------------------------------------------------------------------------------------
@@ -227,16 +231,16 @@ def test_a_target_too_large_to_hold_is_refused(triple: dict[str, Path]) -> None:
 
     from helpers import edit_json
 
-    from hsa.synthetic import SHAPES, tensor_shapes
+    from hsa.testing.whisper_checkpoints import SHAPES, tensor_shapes
 
     width = 2560
     shape = replace(SHAPES["test"], d_model=width, encoder_layers=1, decoder_layers=1)
     entries, position = [], 0
     for name, lengths in tensor_shapes(shape).items():
         size = 4 * math.prod(lengths)
-        entries.append(header.Entry(name, "F32", lengths, position, position + size))
+        entries.append(safetensors.Entry(name, "F32", lengths, position, position + size))
         position += size
-    raw = header.serialize(entries, {"format": "pt"})
+    raw = safetensors.serialize(entries, {"format": "pt"})
     for path in triple.values():
         edit_json(path / "config.json", d_model=width, encoder_layers=1, decoder_layers=1)
         with (path / "model.safetensors").open("wb") as file:
@@ -266,7 +270,7 @@ def test_many_headers_count_as_one(triple: dict[str, Path], monkeypatch: pytest.
 
 
 def open_secondary(path: Path) -> None:
-    from hsa.fsio import Tally
+    from hsa.system.fsio import Tally
 
     checkpoint.open_checkpoint("secondary", path, Tally()).close()
 
@@ -383,7 +387,7 @@ def test_changed_json_files_are_opened_or_refused(triple: dict[str, Path], name:
     (path / name).write_bytes(changed(json.loads(kept.read_bytes()), draw))
 
     def work() -> None:
-        from hsa.fsio import Tally
+        from hsa.system.fsio import Tally
 
         checkpoint.open_checkpoint("base", path, Tally()).close()
 
@@ -396,14 +400,15 @@ def test_changed_headers_are_opened_or_refused(shared_triple: dict[str, Path], t
     raw = (shared_triple["base"] / "model.safetensors").read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     text = changed(json.loads(raw[8:end]), draw)
-    only_hsa_errors(lambda: header.parse(text, len(raw) - end, "here"))
+    only_hsa_errors(lambda: safetensors.parse(text, len(raw) - end, "here"))
 
 
 @QUICK
 @given(draw=st.data())
 def test_forged_provenance_is_read_or_refused(draw: Any) -> None:
     """With a digest that fits: whoever forges one can compute it."""
-    from hsa import card, strict_json
+    from hsa.outputs import card
+    from hsa.system import strict_json
 
     document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
     text = changed(document, draw)
@@ -450,7 +455,7 @@ def test_forged_parameters_are_refused(change: Any, said: str) -> None:
 
 
 def test_forged_names_of_parameters_are_words_in_the_card() -> None:
-    from hsa import card
+    from hsa.outputs import card
 
     document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
     document["parameters"]["<script>x</script>"] = "`</td><b>|"

@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from hsa import reference, whisper
-from hsa.backends import NotFinite, cpu
-from hsa.config import keep_count, layer_coefficient
-from hsa.dtypes import Array
-from hsa.layout import Slice
-from hsa.outcome import Merged
-from hsa.roles import Role
-from hsa.target import Target
-from hsa.tensor_places import TensorRef
+from hsa import reference
+from hsa.architectures import whisper
+from hsa.backends import cpu
+from hsa.backends.base import NotFinite
+from hsa.methods.config import keep_count, layer_coefficient
+from hsa.planning.file_layout import Slice
+from hsa.planning.outcome import Merged
+from hsa.planning.target import Target
+from hsa.sources.roles import Role
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.dtypes import Array
 
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES = tuple(CODES)

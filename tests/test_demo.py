@@ -8,8 +8,8 @@ import pytest
 from helpers import run_hsa
 
 import hsa
-from hsa import demo
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing import demo
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 
 def test_the_whole_demo(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ import pytest
 from helpers import merge_arguments, mounted, ordinary_user, snapshot
 
 import hsa
-from hsa import fsio
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import MachineError, SourceChanged
+from hsa.system import fsio
 
 Triple = dict[str, Path]
 MIB = 1 << 20
@@ -455,16 +455,16 @@ def test_a_source_that_changes_at_the_very_end(triple: Triple, place: Path) -> N
 
 
 def test_a_config_that_changes_between_two_looks(triple: Triple, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hsa import api
+    from hsa.actions import merge as merging
 
-    check = api.check_destination
+    check = merging.check_destination
 
     def meanwhile(*arguments: Any, **keywords: Any) -> Any:
         path = triple["primary"] / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "encoder_attention_heads": 2}))
         return check(*arguments, **keywords)
 
-    monkeypatch.setattr(api, "check_destination", meanwhile)
+    monkeypatch.setattr(merging, "check_destination", meanwhile)
     with pytest.raises(SourceChanged, match=r"config\.json"):
         hsa.merge(**triple, output=place / "out")
     assert snapshot(place) == {}

@@ -11,8 +11,8 @@ import torch
 from helpers import read_tensors, run_hsa, snapshot, write_tensors
 
 import hsa
-from hsa import patch_format
-from hsa.distances import Distances
+from hsa.outputs import patch_format
+from hsa.outputs.distances import Distances
 
 Triple = dict[str, Path]
 LARGEST = float(torch.finfo(torch.float32).max)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hsa.dtypes import ARITHMETIC, BITS, CODES, NAMES, STORAGE, all_finite, narrow, size, widen
+from hsa.system.dtypes import ARITHMETIC, BITS, CODES, NAMES, STORAGE, all_finite, narrow, size, widen
 
 pytestmark = pytest.mark.filterwarnings("error")
 

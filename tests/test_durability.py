@@ -22,7 +22,7 @@ import pytest
 from helpers import merge_arguments
 
 import hsa
-from hsa import fsio
+from hsa.system import fsio
 
 Triple = dict[str, Path]
 

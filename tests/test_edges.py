@@ -13,10 +13,10 @@ import torch
 from helpers import raw_bytes, read_tensors, write_tensors
 
 import hsa
+from hsa.architectures.whisper import architecture, is_target, parse
 from hsa.errors import NonFiniteError
 from hsa.reference import merge_tensor
-from hsa.synthetic import SHAPES, DType, write_triple
-from hsa.whisper import architecture, is_target, parse
+from hsa.testing.whisper_checkpoints import SHAPES, DType, write_triple
 
 Triple = dict[str, Path]
 SHAPE = SHAPES["test"]

@@ -16,9 +16,9 @@ import torch
 from helpers import merge_arguments, read_tensors, run_hsa, write_tensors
 
 import hsa
-from hsa.config import MergeConfig
-from hsa.extent import Extent, more, percent
-from hsa.synthetic import SHAPES, write_triple
+from hsa.methods.config import MergeConfig
+from hsa.outputs.extent import Extent, more, percent
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = Mapping[str, Path]
 

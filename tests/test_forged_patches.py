@@ -15,9 +15,10 @@ from forger import Forger
 from helpers import poke, run_hsa, snapshot
 
 import hsa
-from hsa import assets, patch_format
-from hsa.checkpoint import CONFIG
-from hsa.digests import digest_of
+from hsa.outputs import patch_format
+from hsa.sources import small_files
+from hsa.sources.checkpoint import CONFIG
+from hsa.system.digests import digest_of
 
 Triple = dict[str, Path]
 NAME = "p.safetensors"
@@ -274,7 +275,7 @@ def test_a_primary_with_nan_that_the_patch_was_made_to_fit(triple: Triple, forge
     assert os.listdir(forger.path.parent) == [NAME]
 
 
-@pytest.mark.parametrize("name", assets.SMALL_FILES)
+@pytest.mark.parametrize("name", small_files.SMALL_FILES)
 def test_every_small_file_that_a_merge_writes_may_be_in_a_patch(triple: Triple, tmp_path: Path, name: str) -> None:
     if not (triple["primary"] / name).is_file():
         vocabulary = json.loads((triple["primary"] / "vocab.json").read_text())

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hsa.geometry import Geometry, dot, tile_sums
+from hsa.methods.geometry import Geometry, dot, tile_sums
 
 Sums = tuple[float, float, float, float, float]
 

@@ -38,7 +38,7 @@ from helpers import edit_json, read_safetensors, read_tensors, write_adapter, wr
 from safetensors.numpy import load_file, save_file
 
 import hsa
-from hsa.synthetic import WhisperShape, write_checkpoint, write_triple
+from hsa.testing.whisper_checkpoints import WhisperShape, write_checkpoint, write_triple
 
 DATA = Path(__file__).resolve().parent / "golden" / "digests.json"
 REWRITE = "if the change is meant, write tests/golden/digests.json again by `python tests/test_golden.py`"

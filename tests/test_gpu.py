@@ -30,7 +30,7 @@ from kernel_problems import (
 )
 
 import hsa
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 TYPES = ["float32", "float16", "bfloat16"]

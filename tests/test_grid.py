@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from hsa import RequestError, grid
-from hsa.grid_point import GridPoint, plain
+from hsa import RequestError
+from hsa.methods.grid_point import GridPoint, plain
 from hsa.option_names import command_line, spelled
+from hsa.sweeps import grid
 
 
 @pytest.mark.parametrize(

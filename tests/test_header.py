@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from hsa.dtypes import BITS
 from hsa.errors import HeaderError, SourceError
-from hsa.fsio import Source, Tally
-from hsa.header import MAX_HEADER, MAX_RANK, Entry, parse, read_header, serialize
-from hsa.strict_json import load_json
+from hsa.sources.safetensors import MAX_HEADER, MAX_RANK, Entry, parse, read_header, serialize
+from hsa.system.dtypes import BITS
+from hsa.system.fsio import Source, Tally
+from hsa.system.strict_json import load_json
 
 DATA = bytes(range(64))
 

@@ -14,12 +14,12 @@ import typer
 from helpers import merge_arguments, run_hsa
 
 import hsa
-from hsa import cli
-from hsa.commands.usage import COMMON, GROUPS
+from hsa.cli import app
+from hsa.cli.usage import COMMON, GROUPS
 from hsa.errors import shown
 
 Triple = dict[str, Path]
-PROGRAM: Any = typer.main.get_command(cli.app)
+PROGRAM: Any = typer.main.get_command(app.app)
 COMMANDS = tuple(PROGRAM.commands)
 
 
@@ -30,13 +30,13 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     """What a command prints."""
-    assert cli.run(arguments) == code
+    assert app.run(arguments) == code
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line of a usage error."""
-    assert cli.run(arguments) == 2
+    assert app.run(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert re.fullmatch(r"hsa: error: [^\n]+\n", printed.err)
@@ -189,7 +189,7 @@ def test_options_of_several_values_and_flags_can_be_repeated(
 ) -> None:
     cards = ["--card=license=mit", "--card=language=de"]
     arguments = merge_arguments(shared_triple, tmp_path / "out", *cards, "--no-sync", "--no-sync")
-    assert cli.run(arguments) == 0
+    assert app.run(arguments) == 0
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "license: mit" in card and "de" in card
 

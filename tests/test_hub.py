@@ -42,11 +42,11 @@ from hub_server import (
 from hub_support import IDS, IMPATIENT, arguments, env, merge, published, refused, servers
 
 import hsa
-from hsa import header
-from hsa.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
-from hsa.dtypes import CODES
-from hsa.repo import HubId, find_id
-from hsa.synthetic import SHAPES, DType, tensor_shapes, write_config
+from hsa.sources import safetensors
+from hsa.sources.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
+from hsa.sources.hub.repository import HubId, find_id
+from hsa.system.dtypes import CODES
+from hsa.testing.whisper_checkpoints import SHAPES, DType, tensor_shapes, write_config
 
 Triple = Mapping[str, Path]
 
@@ -566,9 +566,9 @@ def write_hollow(directory: Path, shape: str, dtype: DType) -> Path:
         count = itemsize
         for dim in dims:
             count *= dim
-        entries.append(header.Entry(name, CODES[dtype], dims, end, end + count))
+        entries.append(safetensors.Entry(name, CODES[dtype], dims, end, end + count))
         end += count
-    raw = header.serialize(entries, {"format": "pt"})
+    raw = safetensors.serialize(entries, {"format": "pt"})
     (directory / WEIGHTS).write_bytes(raw)
     os.truncate(directory / WEIGHTS, len(raw) + end)
     return directory
@@ -577,9 +577,9 @@ def write_hollow(directory: Path, shape: str, dtype: DType) -> Path:
 OPEN = """
 import json, sys
 from hsa.errors import SourceError
-from hsa.fsio import Tally
-from hsa.hub import Hub, Want
-from hsa.whisper import is_target, parse
+from hsa.system.fsio import Tally
+from hsa.sources.hub.client import Hub, Want
+from hsa.architectures.whisper import is_target, parse
 hub = Hub()
 with hub.open(sys.argv[1], sys.argv[2], Tally(), Want("targets", "encoder-qkv", assets=True)) as checkpoint:
     readable = {True: [0, 0], False: [0, 0]}

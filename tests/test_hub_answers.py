@@ -18,7 +18,7 @@ from helpers import merged, run_hsa, same_tensors
 from hub_server import Fault, Handler, Servers
 from hub_support import COMMIT, IDS, arguments, env, merge, published, refused, servers
 
-from hsa.repo import find_id
+from hsa.sources.hub.repository import find_id
 
 __all__ = ["env", "published", "servers"]
 

@@ -21,174 +21,48 @@ from helpers import merge_arguments
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matplotlib")
 
-LAYERS = (
-    (
-        "_version",
-        "architecture",
-        "descriptors",
-        "digests",
-        "dtypes",
-        "errors",
-        "findings",
-        "identity",
-        "lanes",
-        "memory",
-        "option_names",
-        "ranges",
-        "reference",
-        "selection",
-        "signals",
-        "streams",
-        "synthetic_config",
-        "written",
-    ),
-    (
-        "arguments",
-        "config",
-        "fsio",
-        "geometry",
-        "git_lfs",
-        "pages",
-        "problems",
-        "source_folder",
-        "strict_json",
-        "strict_yaml",
-        "synthetic",
-        "threads",
-        "types",
-        "whisper",
-    ),
-    (
-        "console",
-        "distances",
-        "grid_point",
-        "header",
-        "openai_names",
-        "partial",
-        "provenance_file",
-        "workbench",
-    ),
-    (
-        "fetch",
-        "grid",
-        "output_place",
-        "pickle_names",
-        "tensor_places",
-    ),
-    (
-        "output",
-        "roles",
-        "tensor_pickle",
-    ),
-    (
-        "pickled",
-        "target",
-    ),
-    (
-        "checkpoint",
-        "likeness",
-    ),
-    (
-        "asset_checks",
-        "folded",
-        "layout",
-        "openai",
-        "outcome",
-        "repo",
-        "source_set",
-        "structure",
-    ),
-    (
-        "assets",
-        "backends",
-        "extent",
-        "hub_errors",
-        "lora",
-        "script",
-        "sink",
-    ),
-    (
-        "compute",
-        "loaded",
-        "opening",
-        "plan",
-        "source_norms",
-    ),
-    (
-        "hub",
-        "pipeline",
-        "provenance",
-        "samples",
-        "shared_memory",
-    ),
-    (
-        "ancestry",
-        "card",
-        "checks",
-        "destination",
-        "patch_format",
-        "release_format",
-    ),
-    (
-        "finish",
-        "meaning",
-        "output_settings",
-        "patch_reader",
-        "patching",
-    ),
-    (
-        "graft",
-        "inspection",
-        "merger",
-        "record_checks",
-        "report",
-        "request",
-        "sweep_index",
-    ),
-    (
-        "api",
-        "patch_checks",
-        "patches",
-        "recipe",
-        "source_checks",
-        "views",
-    ),
-    (
-        "applying",
-        "demo",
-        "integrations",
-        "recompute",
-        "recompute_patches",
-        "tree_index",
-    ),
-    (
-        "tree_plan",
-        "verification",
-    ),
-    (
-        "sweep_standing",
-        "tree",
-    ),
-    ("sweeping",),
-    ("commands",),
-    ("cli",),
-    ("__main__",),
-)
-"""Modules and packages of hsa from the ground up: each imports from lower layers alone."""
+ARROWS = {
+    "errors": (),
+    "option_names": (),
+    "findings": (),
+    "arguments": ("errors", "option_names"),
+    "system": ("errors", "option_names"),
+    "architectures": ("errors", "system"),
+    "sources": ("errors", "option_names", "architectures", "system"),
+    "methods": ("errors", "option_names", "findings", "architectures", "system"),
+    "planning": ("methods", "sources"),
+    "backends": ("planning",),
+    "outputs": ("planning",),
+    "engine": ("outputs", "backends"),
+    "actions": ("engine", "arguments"),
+    "verification": ("actions",),
+    "sweeps": ("verification",),
+    "releases": ("verification",),
+    "inspection": ("verification",),
+    "integrations": ("verification",),
+    "views": ("inspection",),
+    "testing": ("reference", "actions"),
+    "cli": ("sweeps", "releases", "views", "integrations", "testing"),
+    "__main__": ("cli",),
+    "reference": (),
+    "_version": (),
+}
+"""The packages of hsa, and the modules beside them: each imports from those named, from what these import from, from
+itself, and from nothing else. `_version` is open to all, and `kernels` to `backends` alone."""
 
 AT_IMPORT = {
     "torch": {
         "hsa.reference",
-        "hsa.backends.script",
+        "hsa.backends.torch_cpu",
         "hsa.backends.tensor_geometry",
         "hsa.backends.resident",
         "hsa.backends.triton",
-        "hsa.destination",
-        "hsa.loaded",
-        "hsa.merger",
-        "hsa.samples",
-        "hsa.shared_memory",
-        "hsa.written",
+        "hsa.actions.merger.destination",
+        "hsa.actions.merger.loaded",
+        "hsa.actions.merger.merger",
+        "hsa.actions.merger.samples",
+        "hsa.actions.merger.shared_memory",
+        "hsa.actions.merger.written",
         "hsa.integrations.transformers",
     }
 }
@@ -197,17 +71,22 @@ AT_IMPORT = {
 ANYWHERE = {
     "torch": {
         *AT_IMPORT["torch"],
-        "hsa.demo",
+        "hsa.testing.demo",
         "hsa.backends.choose",
-        "hsa.folded",
+        "hsa.sources.peft_adapter",
         "hsa.integrations.mergekit_method",
     },
     "triton": {"hsa.backends.triton"},
-    "transformers": {"hsa.demo", "hsa.folded"},
-    "huggingface_hub": {"hsa.fetch", "hsa.hub", "hsa.hub_errors", "hsa.repo"},
+    "transformers": {"hsa.testing.demo", "hsa.sources.peft_adapter"},
+    "huggingface_hub": {
+        "hsa.sources.hub.range_requests",
+        "hsa.sources.hub.client",
+        "hsa.sources.hub.errors",
+        "hsa.sources.hub.repository",
+    },
     "mergekit": {"hsa.integrations.mergekit", "hsa.integrations.mergekit_method"},
     "matplotlib": {"hsa.views.picture"},
-    "hsa.reference": {"hsa.demo"},
+    "hsa.reference": {"hsa.testing.demo"},
     "hsa.kernels": {"hsa.backends.triton"},
 }
 """Which modules may import these at all, inside a function included."""
@@ -305,7 +184,7 @@ def hook(event, arguments):
         busy = False
 
 sys.addaudithook(hook)
-from hsa.cli import run
+from hsa.cli.app import run
 code = run(sys.argv[1:-1])
 print(json.dumps({"code": code, "seen": seen, "end": [name for name in HEAVY if name in sys.modules]}))
 """
@@ -409,33 +288,49 @@ def where(found: Import) -> str:
 
 def test_the_parser_finds_the_imports() -> None:
     pairs = {(found.module, found.target) for found in IMPORTS}
-    assert ("hsa.api", "hsa.plan.make_plan") in pairs
-    assert ("hsa.backends.cpu", "hsa.backends.Job") in pairs
+    assert ("hsa.actions.merge", "hsa.planning.plan.make_plan") in pairs
+    assert ("hsa.backends.cpu", "hsa.backends.base.Job") in pairs
     lazy = {(found.module, found.target.partition(".")[0]) for found in IMPORTS if found.lazy}
-    assert ("hsa.card", "yaml") in lazy
-    assert ("hsa.api", "time") not in lazy
+    assert ("hsa.outputs.card", "yaml") in lazy
+    assert ("hsa.actions.merge", "time") not in lazy
 
 
-def test_every_module_has_a_layer() -> None:
-    placed = [name for layer in LAYERS for name in layer]
-    assert len(placed) == len(set(placed))
-    found = {name for module in MODULES if (name := unit(module)) is not None}
-    assert found - {*placed, "kernels"} == set(), "give each new module a layer in LAYERS"
-    assert set(placed) - found == set(), "LAYERS names modules that are gone"
+def below(name: str) -> set[str]:
+    """Every package that one may import from, itself included."""
+    return {name, "_version"}.union(*(below(each) for each in ARROWS[name]))
 
 
-def test_imports_point_down() -> None:
-    rank = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+def test_every_package_has_its_arrows() -> None:
+    units = {name for module in MODULES if (name := unit(module)) is not None} - {"kernels"}
+    assert units - ARROWS.keys() == set(), "give each new package its arrows in ARROWS"
+    assert ARROWS.keys() - units == set(), "ARROWS names packages that are gone"
+    beside = sorted(path.name for path in (ROOT / "hsa").glob("*.py"))
+    assert len(beside) <= 10, f"at most ten modules stand beside the packages, there are {beside}"
+
+
+def test_imports_follow_the_arrows() -> None:
     wrong = []
     for found in IMPORTS:
         importer, target = unit(found.module), unit(found.target)
         if importer is None or importer == "kernels" or not reaches(found, "hsa"):
             continue
-        if target is None or f"hsa.{target}" not in MODULES:
+        if target is None or not any(name in MODULES for name in (found.target, found.target.rpartition(".")[0])):
             wrong.append(f"{where(found)}: import modules of hsa, not its lazy names")
-        elif target != "kernels" and target != importer and rank[target] >= rank[importer]:
+        elif target != "kernels" and target not in below(importer):
             wrong.append(where(found))
     assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    ahead = {module: set[str]() for module in MODULES}
+    for found in IMPORTS:
+        for target in (found.target, found.target.rpartition(".")[0]):
+            if target in MODULES and target != found.module:
+                ahead[found.module].add(target)
+                break
+    while ends := {module for module, targets in ahead.items() if not targets}:
+        ahead = {module: targets - ends for module, targets in ahead.items() if module not in ends}
+    assert sorted(ahead) == []
 
 
 def test_kernels_know_nothing_of_hsa() -> None:
@@ -446,7 +341,7 @@ def test_kernels_know_nothing_of_hsa() -> None:
 
 
 def test_the_oracle_shares_nothing_with_what_it_judges() -> None:
-    own = [found for found in IMPORTS if found.module == "hsa.reference"]
+    own = [found for found in IMPORTS if unit(found.module) == "reference" and not reaches(found, "hsa.reference")]
     assert own
     assert [where(found) for found in own if reaches(found, "hsa")] == []
     assert {found.target.partition(".")[0] for found in own} <= {"__future__", "math", "dataclasses", "torch"}

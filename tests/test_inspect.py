@@ -19,11 +19,13 @@ import torch
 from helpers import edit_json, merge_arguments, read_tensors, run_hsa, snapshot, write_adapter, write_tensors
 
 import hsa
-from hsa import inspection, provenance, reference
-from hsa.config import keep_count, layer_coefficient
-from hsa.inspection import Inspection
+from hsa import reference
+from hsa.inspection import inspect
+from hsa.inspection.inspect import Inspection
 from hsa.inspection.measure import Buffers
-from hsa.provenance_file import PROVENANCE
+from hsa.methods.config import keep_count, layer_coefficient
+from hsa.outputs import provenance
+from hsa.system.manifest import PROVENANCE
 from hsa.views import page, picture, sheet, table
 
 Triple = dict[str, Path]
@@ -338,7 +340,7 @@ def test_an_output_alone_says_what_its_provenance_says(merged: Path, shared_trip
         assert other.tensors[name].selected == again.tensors[name].selected
         assert other.tensors[name].coefficient == again.tensors[name].coefficient
         assert other.tensors[name].margin == pytest.approx(again.tensors[name].margin, rel=1e-9)
-        assert other.tensors[name].recorded == inspection.Recorded(tensor.keep, tensor.selected)
+        assert other.tensors[name].recorded == inspect.Recorded(tensor.keep, tensor.selected)
     same = hsa.inspect(alone, k=60)
     assert {n: t.selected for n, t in same.tensors.items()} == {n: t.selected for n, t in found.tensors.items()}
 
@@ -448,7 +450,7 @@ def test_memory_holds_one_target_and_slices(triple: Triple, monkeypatch: pytest.
             held.append(self.nbytes)
             return taken
 
-    monkeypatch.setattr(inspection, "Buffers", Watched)
+    monkeypatch.setattr(inspect, "Buffers", Watched)
     done: list[tuple[int, int]] = []
     hsa.inspect(**triple)  # imports and caches
     tracemalloc.start()

@@ -15,7 +15,7 @@ from test_inspect import forge
 
 import hsa
 from hsa.inspection.diff import compare
-from hsa.provenance_file import PROVENANCE
+from hsa.system.manifest import PROVENANCE
 
 Triple = dict[str, Path]
 

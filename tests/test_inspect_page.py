@@ -12,11 +12,11 @@ from helpers import read_tensors, write_tensors
 from test_inspect import HOSTILE, forge
 
 import hsa
-from hsa import provenance
-from hsa.config import keep_count, layer_coefficient
-from hsa.inspection import Inspection
-from hsa.provenance_file import PROVENANCE
-from hsa.selection import select
+from hsa.inspection.inspect import Inspection
+from hsa.methods.config import keep_count, layer_coefficient
+from hsa.methods.selection import select
+from hsa.outputs import provenance
+from hsa.system.manifest import PROVENANCE
 from hsa.views import page as view
 
 Triple = dict[str, Path]

@@ -19,9 +19,11 @@ import pytest
 from helpers import merge_arguments, snapshot
 
 import hsa
-from hsa import api, cli, console, fsio
-from hsa.output import Staging
-from hsa.synthetic import SHAPES, write_triple
+from hsa.actions import merge as merging
+from hsa.cli import app
+from hsa.system import console, fsio
+from hsa.system.publish import Staging
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 Snapshot = dict[str, str]
@@ -41,8 +43,9 @@ STEPS = ("mkdir", "pwritev", "fsync", "rename", "unlink", "rmdir")
 FORKER = """
 import json, os, signal, sys
 import blake3
-import hsa.api, hsa.backends.cpu, hsa.card, hsa.script  # once here, not in every child
-from hsa import fsio
+# Once here, not in every child:
+import hsa.actions.merge, hsa.backends.cpu, hsa.outputs.card, hsa.planning.reference_script
+from hsa.system import fsio
 
 def run(order):
     steps = 0
@@ -350,12 +353,12 @@ def test_a_signal_while_the_staging_directory_is_made(
             os.kill(os.getpid(), number)
             return lock
 
-    monkeypatch.setattr(api, "Staging", Struck)
+    monkeypatch.setattr(merging, "Staging", Struck)
     earlier = {of: signal.getsignal(of) for of in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     as_from_a_terminal()
     monkeypatch.setattr(console, "_terminated", -console.GRACE)
     try:
-        assert cli.run(merge_arguments(shared_triple, place / "out")) == 128 + number
+        assert app.run(merge_arguments(shared_triple, place / "out")) == 128 + number
     finally:
         for of, handler in earlier.items():
             signal.signal(of, handler)
@@ -392,7 +395,7 @@ def test_a_second_signal_does_not_disturb_the_cleaning_up(
 ) -> None:
     text = f"""
 import os, signal, sys
-from hsa import fsio, workbench
+from hsa.system import fsio, staging as workbench
 from hsa.__main__ import main
 clear, sync = workbench.clear, fsio.sync
 def send(*names):

@@ -10,6 +10,8 @@ import torch
 from gpu import DEVICE, NO_DEVICE
 from torch import Tensor
 
+from hsa import reference
+
 if NO_DEVICE:
     pytest.skip(NO_DEVICE, allow_module_level=True)
 
@@ -46,8 +48,6 @@ from kernel_problems import (
     poison,
     same_bits,
 )
-
-from hsa import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 

@@ -10,9 +10,10 @@ import pytest
 from helpers import snapshot
 
 import hsa
-from hsa import fsio, lanes, sink
-from hsa.lanes import RECHECK_WINDOWS, WINDOW_BYTES, Lane, Lanes
-from hsa.synthetic import SHAPES, write_triple
+from hsa.engine import consumers
+from hsa.system import fsio, write_mode
+from hsa.system.write_mode import RECHECK_WINDOWS, WINDOW_BYTES, Lane, Lanes
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 PIECE = 4 << 20
 Speed = Callable[[int], float]
@@ -69,7 +70,7 @@ def test_both_lanes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.Monk
     used = {"direct": 0, "cached": 0}
 
     def counted(way: str) -> Callable[..., None]:
-        store = getattr(sink.FileSink, f"_store_{way}")
+        store = getattr(consumers.FileSink, f"_store_{way}")
 
         def call(self: object, *arguments: object) -> None:
             used[way] += 1
@@ -78,9 +79,9 @@ def test_both_lanes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.Monk
         return call
 
     for way in used:
-        monkeypatch.setattr(sink.FileSink, f"_store_{way}", counted(way))
-    monkeypatch.setattr(sink, "DIRECT_PIECE", 1 << 18)
-    monkeypatch.setattr(lanes, "WINDOW_BYTES", 1 << 20)
+        monkeypatch.setattr(consumers.FileSink, f"_store_{way}", counted(way))
+    monkeypatch.setattr(consumers, "DIRECT_PIECE", 1 << 18)
+    monkeypatch.setattr(write_mode, "WINDOW_BYTES", 1 << 20)
     hsa.merge(**triple, output=tmp_path / "fast", sync=False, threads=4)
     assert min(used.values()) >= 4, used
     assert snapshot(tmp_path / "fast") == snapshot(tmp_path / "synced")

@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import hsa
-from hsa.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
-from hsa.config import MergeConfig
-from hsa.dtypes import BITS
 from hsa.errors import RequestError
-from hsa.fsio import Tally
-from hsa.header import Entry, parse, serialize
-from hsa.layout import SLICE_ELEMENTS, Copied, Literal, OutputFile, TensorContent, pack, slices
-from hsa.plan import make_plan
-from hsa.source_set import Sources
-from hsa.synthetic import SHAPES, tensor_shapes, write_triple
-from hsa.tensor_places import TensorRef
-from hsa.types import parse_size
+from hsa.methods.config import MergeConfig
+from hsa.planning.file_layout import SLICE_ELEMENTS, Copied, Literal, OutputFile, TensorContent, pack, slices
+from hsa.planning.plan import make_plan
+from hsa.sources.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from hsa.sources.safetensors import Entry, parse, serialize
+from hsa.sources.source_set import Sources
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.dtypes import BITS
+from hsa.system.fsio import Tally
+from hsa.system.types import parse_size
+from hsa.testing.whisper_checkpoints import SHAPES, tensor_shapes, write_triple
 
 # Sizes -----------------------------------------------------------------------------------------------------
 

@@ -25,12 +25,12 @@ from safetensors.torch import load_file, save_file
 from transformers import WhisperForConditionalGeneration
 
 import hsa
-from hsa import lora
-from hsa.checkpoint import INDEX, open_checkpoint
 from hsa.errors import NonFiniteError, RequestError
-from hsa.fsio import Tally
-from hsa.lora import Adapted, open_adapter
-from hsa.synthetic import SHAPES, write_triple
+from hsa.sources import lora
+from hsa.sources.checkpoint import INDEX, open_checkpoint
+from hsa.sources.lora import Adapted, open_adapter
+from hsa.system.fsio import Tally
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 EVERY = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")

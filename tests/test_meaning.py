@@ -17,8 +17,8 @@ import torch
 from helpers import merge_arguments, read_tensors, run_hsa, snapshot, write_adapter, write_openai, write_tensors
 
 import hsa
-from hsa import meaning
-from hsa.synthetic import SHAPES, WhisperShape, write_triple
+from hsa.outputs import meaning
+from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, write_triple
 
 Triple = Mapping[str, Path]
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]

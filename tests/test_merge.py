@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import hsa
 from hsa import reference
-from hsa.synthetic import SHAPES, WhisperShape, write_checkpoint, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, write_checkpoint, write_triple
 
 Triple = dict[str, Path]
 INDEX = "model.safetensors.index.json"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hsa.cli import run
-from hsa.config import MergeConfig
+from hsa.cli.app import run
 from hsa.errors import RequestError
 from hsa.integrations.mergekit_method import DEFAULTS, assign, config_of, in_numbers
+from hsa.methods.config import MergeConfig
 
 
 def test_without_mergekit_the_error_says_how_to_install_it(

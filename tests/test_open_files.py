@@ -18,10 +18,11 @@ import pytest
 from helpers import merge_arguments, read_tensors, snapshot, write_pickle, write_tensors
 
 import hsa
-from hsa import api, descriptors, fsio
-from hsa.descriptors import MOST_OPEN
-from hsa.fsio import Source, Tally
-from hsa.patch_reader import SUFFIX
+from hsa.actions import merge
+from hsa.outputs.patch_reader import SUFFIX
+from hsa.system import descriptors, fsio
+from hsa.system.descriptors import MOST_OPEN
+from hsa.system.fsio import Source, Tally
 
 Triple = dict[str, Path]
 
@@ -215,14 +216,14 @@ def test_a_shard_that_changes_between_two_looks_withdraws_the_output(
 ) -> None:
     monkeypatch.setattr(descriptors, "MOST_OPEN", 4)
     shard = sorted(sharded["secondary"].glob("*.safetensors"))[40]
-    execute = api.execute
+    execute = merge.execute
 
     def meanwhile(*arguments: Any, **keywords: Any) -> Any:
         digests = execute(*arguments, **keywords)
         grown(shard)
         return digests
 
-    monkeypatch.setattr(api, "execute", meanwhile)
+    monkeypatch.setattr(merge, "execute", meanwhile)
     with pytest.raises(hsa.SourceChanged, match=shard.name):
         hsa.merge(**sharded, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,13 +12,13 @@ from helpers import merged_bytes, openai_tensors, raw_bytes, read_tensors, run_h
 from transformers import WhisperForConditionalGeneration
 
 import hsa
-from hsa import openai_names, whisper
-from hsa.checkpoint import WEIGHTS
+from hsa.architectures import openai_whisper, whisper
 from hsa.errors import RequestError, SourceError
-from hsa.fsio import Tally
-from hsa.lora import is_adapter
-from hsa.openai import is_openai, open_openai
-from hsa.synthetic import SHAPES, tensor_shapes, write_triple
+from hsa.sources.checkpoint import WEIGHTS
+from hsa.sources.lora import is_adapter
+from hsa.sources.openai_file import is_openai, open_openai
+from hsa.system.fsio import Tally
+from hsa.testing.whisper_checkpoints import SHAPES, tensor_shapes, write_triple
 
 Triple = dict[str, Path]
 
@@ -27,7 +27,7 @@ Triple = dict[str, Path]
 def test_every_tensor_has_its_name(shape: str) -> None:
     ours = tensor_shapes(SHAPES[shape])
     theirs = openai_tensors({name: torch.empty(0) for name in ours})
-    assert [openai_names.from_openai(name) for name in theirs] == [whisper.canonical(name) for name in ours]
+    assert [openai_whisper.from_openai(name) for name in theirs] == [whisper.canonical(name) for name in ours]
     assert len(set(theirs)) == len(ours)
 
 
@@ -58,7 +58,7 @@ def test_every_tensor_has_its_name(shape: str) -> None:
     ],
 )
 def test_names(theirs: str, ours: str | None) -> None:
-    assert openai_names.from_openai(theirs) == ours
+    assert openai_whisper.from_openai(theirs) == ours
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -15,7 +15,8 @@ import typer
 from helpers import read_tensors, write_tensors
 
 import hsa
-from hsa import cli, option_names
+from hsa import option_names
+from hsa.cli import app
 from hsa.integrations import reference_script
 from hsa.option_names import command_line, option, spelled
 from hsa.reference import layer_coefficient
@@ -34,7 +35,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The error line of a command."""
-    assert cli.run(list(arguments)) in (1, 2)
+    assert app.run(list(arguments)) in (1, 2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hsa: error: ")]
     return line.removeprefix("hsa: error: ")
 
@@ -157,7 +158,7 @@ def test_a_note_names_what_the_caller_can_write(
 ) -> None:
     hsa.merge(**shared_triple, output=tmp_path / "out", digest=False, sync=False)
     assert any("give base, primary and secondary to compare" in note for note in hsa.verify(tmp_path / "out").notes)
-    assert cli.run(["verify", str(tmp_path / "out")]) == 0
+    assert app.run(["verify", str(tmp_path / "out")]) == 0
     assert "give --sources to compare" in capsys.readouterr().err
 
 
@@ -199,7 +200,7 @@ def test_the_reference_scripts_command_line_names_its_own_options(
 
 
 def known_options() -> set[str]:
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app.app)
     return {flag for command in group.commands.values() for parameter in command.params for flag in parameter.opts}
 
 
@@ -217,13 +218,12 @@ def test_the_command_line_knows_every_option_that_a_message_names() -> None:
 
 
 OWN_COMMAND_LINES = {
-    "hsa/cli.py": "the command line itself",
-    "hsa/demo.py": "shows a command to type",
+    "hsa/testing/demo.py": "shows a command to type",
     "hsa/integrations/reference_script.py": "a command line with options of its own",
     "hsa/option_names.py": "the spellings",
     "hsa/views/table.py": "what hsa inspect prints",
 }
-"""Modules besides hsa/commands whose texts hold options as they are typed, and why."""
+"""Modules besides hsa/cli whose texts hold options as they are typed, and why."""
 
 
 def library() -> list[Path]:
@@ -231,7 +231,7 @@ def library() -> list[Path]:
     return [
         path
         for path in paths
-        if (name := path.relative_to(ROOT).as_posix()) not in OWN_COMMAND_LINES and not name.startswith("hsa/commands/")
+        if (name := path.relative_to(ROOT).as_posix()) not in OWN_COMMAND_LINES and not name.startswith("hsa/cli/")
     ]
 
 

@@ -18,19 +18,19 @@ import pytest
 from helpers import merge_arguments, mounted, provenance_bytes, run_hsa, snapshot
 
 import hsa
-from hsa import fsio
 from hsa.errors import DestinationError, MachineError
-from hsa.output import Staging, staging_path
-from hsa.output_place import check_destination
-from hsa.provenance_file import PROVENANCE
-from hsa.workbench import NAME_MAX
+from hsa.system import fsio
+from hsa.system.destinations import check_destination
+from hsa.system.manifest import PROVENANCE
+from hsa.system.publish import Staging, staging_path
+from hsa.system.staging import NAME_MAX
 
 Triple = dict[str, Path]
 
 STAND = """
 import sys
 import hsa
-from hsa.output import Staging
+from hsa.system.publish import Staging
 publish = Staging.publish
 def stand(self):
     print("standing", flush=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hsa.errors import MachineError
-from hsa.fsio import ALIGNMENT
-from hsa.pages import HUGE_PAGE, allocate
+from hsa.system.fsio import ALIGNMENT
+from hsa.system.huge_pages import HUGE_PAGE, allocate
 
 
 def address(view: memoryview) -> int:

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import hsa
-from hsa import patch_format, workbench
-from hsa.asset_checks import TOKENIZER_FILES
-from hsa.synthetic import SHAPES, write_triple
+from hsa.outputs import patch_format
+from hsa.sources.small_file_checks import TOKENIZER_FILES
+from hsa.system import staging
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 NAME = "p.safetensors"
@@ -332,7 +333,7 @@ def test_bad_threads(triple: Triple, patched: Path, threads: Any) -> None:
 def test_two_runs_to_one_patch(shared_triple: Triple, tmp_path: Path) -> None:
     place = tmp_path / NAME
     with (
-        workbench.Workbench(workbench.beside(place, workbench.STAGING), place, sync=False),
+        staging.Workbench(staging.beside(place, staging.STAGING), place, sync=False),
         pytest.raises(hsa.DestinationError, match="another run is writing to"),
     ):
         hsa.merge_patch(**shared_triple, output=place, sync=False)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import hsa
-from hsa import cli
-from hsa.config import percentages
+from hsa.cli import app
+from hsa.methods.config import percentages
 
 Triple = dict[str, Path]
 Report = tuple[tuple[str, ...], tuple[str, ...]]
@@ -56,17 +56,17 @@ def test_the_command_line_says_so_too(
     shared_triple: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sources = [f"--{role}={path}" for role, path in shared_triple.items()]
-    assert cli.run(["merge", *sources, f"--output={tmp_path / 'out'}", "--k=1.5", "--quiet"]) == 0
+    assert app.run(["merge", *sources, f"--output={tmp_path / 'out'}", "--k=1.5", "--quiet"]) == 0
     assert f"hsa: warning: {DOUBTFUL}\n" in capsys.readouterr().err
     assert (
-        cli.run(["merge", *sources, f"--output={tmp_path / 'out'}", "--k=60", "--dry-run", "--json", "--overwrite"])
+        app.run(["merge", *sources, f"--output={tmp_path / 'out'}", "--k=60", "--dry-run", "--json", "--overwrite"])
         == 0
     )
     assert USUAL in json.loads(capsys.readouterr().out)["notes"]
     recipe = tmp_path / "recipe.yaml"
     lines = [f"    {role}: {path}" for role, path in shared_triple.items()]
     recipe.write_text("\n".join(["merges:", "  - name: a", "    group: g", "    k: 1.5", *lines]), encoding="utf-8")
-    assert cli.run(["release", str(recipe), f"--output={tmp_path / 'tree'}"]) == 0
+    assert app.run(["release", str(recipe), f"--output={tmp_path / 'tree'}"]) == 0
     assert f"hsa: warning: g/a: {DOUBTFUL}\n" in capsys.readouterr().err
 
 

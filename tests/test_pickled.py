@@ -15,12 +15,12 @@ from helpers import edit_json, merged_bytes, raw_bytes, read_tensors, write_pick
 from transformers import WhisperForConditionalGeneration
 
 import hsa
-from hsa import pickled
-from hsa.checkpoint import CONFIG, INDEX, WEIGHTS, open_checkpoint
 from hsa.errors import HeaderError, SourceError
-from hsa.fsio import Source, Tally
-from hsa.header import Header
-from hsa.synthetic import SHAPES, write_triple
+from hsa.sources import torch_pickle
+from hsa.sources.checkpoint import CONFIG, INDEX, WEIGHTS, open_checkpoint
+from hsa.sources.safetensors import Header
+from hsa.system.fsio import Source, Tally
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 EMBEDDING = "model.decoder.embed_tokens.weight"
@@ -34,7 +34,7 @@ def weights(directory: Path) -> dict[str, bytes]:
 def header_of(path: Path) -> Header:
     source = Source(path, "primary", Tally())
     try:
-        return pickled.read_state_dict(source)
+        return torch_pickle.read_state_dict(source)
     finally:
         source.close()
 
@@ -330,13 +330,13 @@ def test_big_endian(saved: Path) -> None:
 def test_a_description_that_is_too_large(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [(n, d + b"." * 5000 if n.endswith("data.pkl") else d) for n, d in records_of(saved)]
     archive(saved, records)
-    monkeypatch.setattr(pickled, "MAX_PICKLE", 5000)
-    monkeypatch.setattr(pickled, "read", lambda *_: pytest.fail("the pickle was parsed"))
+    monkeypatch.setattr(torch_pickle, "MAX_PICKLE", 5000)
+    monkeypatch.setattr(torch_pickle, "read", lambda *_: pytest.fail("the pickle was parsed"))
     refused(saved, "data.pkl has .* bytes, at most 5000 are allowed")
 
 
 def test_a_directory_of_records_that_is_too_large(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickled, "MAX_PICKLE", 100)
+    monkeypatch.setattr(torch_pickle, "MAX_PICKLE", 100)
     refused(saved, "a part of .* bytes of the archive is to be read at once, at most 100")
 
 

@@ -19,8 +19,8 @@ from blake3 import blake3
 from helpers import raw_bytes, read_tensors, write_tensors
 
 import hsa
-from hsa import card, provenance
-from hsa.config import MergeConfig
+from hsa.methods.config import MergeConfig
+from hsa.outputs import card, provenance
 
 Triple = dict[str, Path]
 
@@ -69,7 +69,7 @@ def test_every_digest_is_that_of_the_written_file(
 
 def test_large_files_of_many_pieces_are_digested_in_order(tmp_path: Path) -> None:
     """The digest runs beside the copy, in pieces of megabytes, over several threads."""
-    from hsa.synthetic import SHAPES, write_triple
+    from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
     triple = write_triple(tmp_path / "sources", SHAPES["demo"], dtype="float16")
     for threads, sync in ((1, False), (4, True)):

@@ -15,7 +15,7 @@ Triple = dict[str, Path]
 BLOCKED = """
 import sys
 sys.modules.update(dict.fromkeys(("torch", "triton", "transformers"), None))
-from hsa.cli import run
+from hsa.cli.app import run
 sys.exit(run(sys.argv[1:]))
 """
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa.errors import MachineError, SourceChanged, SourceError
-from hsa.fsio import Source, Tally
-from hsa.partial import Partial, load_record, save_record
-from hsa.ranges import Range, coalesce, covers, subtract, total, union
+from hsa.sources.hub.partial_file import Partial, load_record, save_record
+from hsa.system.fsio import Source, Tally
+from hsa.system.ranges import Range, coalesce, covers, subtract, total, union
 
 RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=8)
 

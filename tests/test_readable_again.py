@@ -14,15 +14,18 @@ import torch
 from helpers import merge_arguments, read_tensors, run_hsa, write_openai, write_pickle
 
 import hsa
-from hsa import api, patch_format, provenance, provenance_file, tree, tree_index
-from hsa.config import MergeConfig
-from hsa.patch_reader import SUFFIX
-from hsa.provenance_file import LONGEST_NUMBER, PROVENANCE
-from hsa.recipe import Recipe, loads
-from hsa.report import PlanReport
-from hsa.strict_json import MAX_MARKS
-from hsa.synthetic import SHAPES, write_triple
-from hsa.tree_index import Row
+from hsa.actions import merge
+from hsa.methods.config import MergeConfig
+from hsa.outputs import patch_format, provenance
+from hsa.outputs.patch_reader import SUFFIX
+from hsa.outputs.report import PlanReport
+from hsa.releases import index, release
+from hsa.releases.index import Row
+from hsa.releases.recipe import Recipe, loads
+from hsa.system import manifest
+from hsa.system.manifest import LONGEST_NUMBER, PROVENANCE
+from hsa.system.strict_json import MAX_MARKS
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 
@@ -210,9 +213,9 @@ def test_a_record_of_as_many_heads_as_a_patch_may_have_is_read(shared_triple: Tr
     for target in document["targets"].values():
         heads = {"heads": count, "keep": count, "selected": list(range(count)), "scores": [LONGEST_NUMBER] * count}
         target.update(heads, margin=None)
-    provenance_file.check_fits(document, patch_format.MAX_HEADS)
-    document["digest"] = provenance_file.document_digest(document)
-    record = provenance.loads(provenance_file.render(document), "here").record
+    manifest.check_fits(document, patch_format.MAX_HEADS)
+    document["digest"] = manifest.document_digest(document)
+    record = provenance.loads(manifest.render(document), "here").record
     assert sum(target.heads for target in record.targets) > 0.99 * patch_format.MAX_HEADS
 
 
@@ -220,8 +223,8 @@ def test_more_heads_than_a_record_can_hold_are_refused_before_anything_is_comput
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triple = many_heads(tmp_path / "sources", 152, 96)
-    monkeypatch.setattr("hsa.api.execute", None)
-    monkeypatch.setattr("hsa.patches.make_patches", lambda *arguments, **keywords: pytest.fail("computed"))
+    monkeypatch.setattr("hsa.actions.merge.execute", None)
+    monkeypatch.setattr("hsa.actions.patch.make_patches", lambda *arguments, **keywords: pytest.fail("computed"))
     for run in (hsa.merge, lambda **given: run_dry(**given)):
         with pytest.raises(hsa.RequestError, match=r"of this merge would list 262656 heads"):
             run(**triple, output=tmp_path / "out", targets="attention-all", k=1)
@@ -235,7 +238,7 @@ def test_more_heads_than_a_record_can_hold_are_refused_before_anything_is_comput
 def run_dry(**given: Any) -> PlanReport:
 
     sources = {role: given[role] for role in ("base", "primary", "secondary")}
-    return api.dry_run(api.Request(sources, given["output"], MergeConfig(k=given["k"], targets=given["targets"])))
+    return merge.dry_run(merge.Request(sources, given["output"], MergeConfig(k=given["k"], targets=given["targets"])))
 
 
 def sweep_presets(**given: Any) -> object:
@@ -272,13 +275,13 @@ def test_the_index_of_a_tree_of_any_size_is_known_as_its_own(shared_triple: Trip
     recipe.write_text(f"merges: [{{name: a, group: g{sources}}}]")
     output = tmp_path / "tree"
     assert hsa.release(recipe, output, sync=False).ok
-    planned = tree.plan(recipe, output)
+    planned = release.plan(recipe, output)
     entry = planned.entries[0].entry
     many: Recipe = replace(planned.recipe, entries=(entry,) * 10_000)
     row = Row(entry, "complete", provenance.load(output / "g" / "a"))
-    files = tree_index.render(many, [row] * 10_000)
+    files = index.render(many, [row] * 10_000)
     assert files["index.json"].count(b",") > MAX_MARKS
-    assert tree_index.write(output, files, sync=False)
+    assert index.write(output, files, sync=False)
     assert hsa.release(recipe, output, sync=False).ok
     (output / "index.json").write_text('{"kind": "hsa-release", "mine": true}')
     with pytest.raises(hsa.DestinationError, match=r"index\.json is no index that hsa release wrote"):

@@ -12,10 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsa.card import FIELDS
-from hsa.config import MergeConfig
 from hsa.errors import HsaError, RequestError
-from hsa.recipe import IDS, MAX_BYTES, PARAMETERS, SETTINGS, Recipe, load, loads
+from hsa.methods.config import MergeConfig
+from hsa.outputs.card import FIELDS
+from hsa.releases.recipe import IDS, MAX_BYTES, PARAMETERS, SETTINGS, Recipe, load, loads
 
 FOLDER = Path("/nowhere")
 MERGE = "- {name: a, group: g, base: ./b, primary: ./p, secondary: ./s"

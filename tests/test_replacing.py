@@ -16,10 +16,10 @@ import pytest
 from helpers import ordinary_user, run_hsa, snapshot
 
 import hsa
-from hsa import fsio
-from hsa.output import Staging, staging_path
-from hsa.provenance_file import PROVENANCE
-from hsa.workbench import ASIDE
+from hsa.system import fsio
+from hsa.system.manifest import PROVENANCE
+from hsa.system.publish import Staging, staging_path
+from hsa.system.staging import ASIDE
 
 Triple = dict[str, Path]
 

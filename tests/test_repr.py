@@ -9,9 +9,9 @@ from typing import Any
 from helpers import read_tensors, write_tensors
 
 import hsa
-from hsa.api import dry_run
-from hsa.config import MergeConfig
-from hsa.request import Request
+from hsa.actions.merge import dry_run
+from hsa.actions.request import Request
+from hsa.methods.config import MergeConfig
 
 Triple = dict[str, Path]
 

@@ -16,7 +16,7 @@ from helpers import edit_json, raw_bytes, read_tensors, write_tensors
 
 import hsa
 from hsa.reference import head_scores
-from hsa.synthetic import SHAPES, WhisperShape, write_checkpoint, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, write_checkpoint, write_triple
 
 Triple = dict[str, Path]
 DTYPES = ("float32", "float16", "bfloat16")

@@ -25,9 +25,12 @@ ALLOWED = {
     "hsa/__init__.py": (2, "the module's name, and that of an attribute which source code asks it for"),
     "hsa/errors.py": (4, "`shown` itself, which cuts a value before it asks for its repr"),
     "hsa/option_names.py": (1, "a value that a message's own source code proposes, such as True"),
-    "hsa/synthetic.py": (2, "arguments of developers; the module imports nothing that it makes test data for"),
-    "hsa/synthetic_config.py": (1, "the same"),
-    "hsa/grid.py": (1, "a float, written with all its digits for decimal arithmetic"),
+    "hsa/testing/whisper_checkpoints.py": (
+        2,
+        "arguments of developers; it imports nothing that it tests",
+    ),
+    "hsa/testing/whisper_config.py": (1, "the same"),
+    "hsa/methods/grid_point.py": (1, "a float, written with all its digits for decimal arithmetic"),
     "hsa/views/sheet.py": (1, "a float, written with all its digits for a table"),
 }
 """Files that may call `repr` or write `!r`: how often, and of what."""

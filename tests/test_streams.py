@@ -17,8 +17,8 @@ import pytest
 from helpers import snapshot
 
 import hsa
-from hsa import cli
-from hsa.commands import show
+from hsa.cli import printing
+from hsa.cli import app
 
 Triple = dict[str, Path]
 
@@ -119,8 +119,8 @@ sys.addaudithook(noise)
 from hsa.__main__ import main
 number, sys.argv[-1:] = sys.argv[-1], []
 sys.argv.append(number)
-from hsa.cli import run
-from hsa.console import exit_with
+from hsa.cli.app import run
+from hsa.system.console import exit_with
 exit_with(lambda: run(sys.argv[1:-1]))
 """
 
@@ -231,21 +231,21 @@ def test_python_without_streams_runs_commands(workshop: Path, tmp_path: Path, mo
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     for name, arguments in commands(workshop, tmp_path).items():
-        assert cli.run(arguments) == 0, name
-    assert cli.run(["verify", str(workshop / "nothing")]) == 2
+        assert app.run(arguments) == 0, name
+    assert app.run(["verify", str(workshop / "nothing")]) == 2
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stderr", closed)
-    assert cli.run(["verify", str(workshop / "ready")]) == 0
+    assert app.run(["verify", str(workshop / "ready")]) == 0
     monkeypatch.setattr(sys, "stdout", closed)
-    assert cli.run(["verify", str(workshop / "ready")]) == 1
+    assert app.run(["verify", str(workshop / "ready")]) == 1
 
 
 def test_a_terminal_that_goes_away_ends_the_bar_and_not_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     leader, follower = os.openpty()
     with open(follower, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        with show.progress(show=True) as step:
+        with printing.progress(show=True) as step:
             assert step is not None
             step(1, 10)
             os.close(leader)
@@ -253,7 +253,7 @@ def test_a_terminal_that_goes_away_ends_the_bar_and_not_the_work(monkeypatch: py
                 print("x" * 10_000, file=terminal, flush=True)
             for done in range(2, 11):
                 step(done, 10)
-        show.problem("nobody reads this")
+        printing.problem("nobody reads this")
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             terminal.close()

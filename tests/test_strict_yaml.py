@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa.errors import RequestError
-from hsa.strict_yaml import MAX_DEPTH, MAX_VALUES, parse
+from hsa.system.strict_yaml import MAX_DEPTH, MAX_VALUES, parse
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)

@@ -16,7 +16,7 @@ from broken_primaries import EMBEDDING, Breakage, Config, Tensors, breakages, wh
 from helpers import edit_json, merge_arguments, raw_bytes, read_tensors, run_hsa, same_tensors, write_tensors
 
 import hsa
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 COUNT = 50

@@ -20,9 +20,11 @@ import torch
 from helpers import edit_json, poke, read_tensors, run_hsa, snapshot
 
 import hsa
-from hsa import patch_format, strict_json, sweeping
 from hsa.backends.cpu import CpuWorker
-from hsa.synthetic import SHAPES, write_triple
+from hsa.outputs import patch_format
+from hsa.sweeps import sweep as sweeping
+from hsa.system import strict_json
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 GRID: dict[str, Any] = {"k": (0.2, 0.6), "lam": (0.1, 0.5), "targets": ("encoder-qkv", "attention-all")}

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hsa import synthetic
-from hsa.synthetic import SHAPES, TOKENIZER_VOCAB_SIZE, WhisperShape
+from hsa.testing import whisper_checkpoints
+from hsa.testing.whisper_checkpoints import SHAPES, TOKENIZER_VOCAB_SIZE, WhisperShape
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -91,17 +91,17 @@ def load_model(directory: Path, cls: str = "WhisperForConditionalGeneration") ->
     ],
 )
 def test_published_sizes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
-    assert sum(int(np.prod(shape)) for shape in synthetic.tensor_shapes(SHAPES[name]).values()) == parameters
+    assert sum(int(np.prod(shape)) for shape in whisper_checkpoints.tensor_shapes(SHAPES[name]).values()) == parameters
 
 
 @pytest.mark.parametrize("shape", [TEST, ODD], ids=["test", "odd"])
 def test_tensor_shapes_are_those_transformers_saves(shape: WhisperShape, tmp_path: Path) -> None:
-    synthetic.write_config(tmp_path / "config", shape, "float32")
+    whisper_checkpoints.write_config(tmp_path / "config", shape, "float32")
     config = transformers.WhisperConfig.from_pretrained(tmp_path / "config")
     model = transformers.WhisperForConditionalGeneration(config)
     model.save_pretrained(tmp_path / "saved")
     expected = {name: tuple(tensor.shape) for name, tensor in tensors(tmp_path / "saved").items()}
-    found = synthetic.tensor_shapes(shape)
+    found = whisper_checkpoints.tensor_shapes(shape)
     assert found == expected
     assert list(found) == [name for name in model.state_dict() if name in found]
 
@@ -121,8 +121,8 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_checkpoint_loads_completely(dtype: synthetic.DType, tmp_path: Path) -> None:
-    synthetic.write_checkpoint(tmp_path, TEST, dtype=dtype, role="primary")
+def test_checkpoint_loads_completely(dtype: whisper_checkpoints.DType, tmp_path: Path) -> None:
+    whisper_checkpoints.write_checkpoint(tmp_path, TEST, dtype=dtype, role="primary")
     model = load_model(tmp_path)
     assert model.dtype == getattr(torch, dtype)
     state = model.state_dict()
@@ -133,7 +133,7 @@ def test_checkpoint_loads_completely(dtype: synthetic.DType, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["test", "demo"])
 def test_model_and_processor_transcribe_together(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
-    synthetic.write_checkpoint(tmp_path, shape)
+    whisper_checkpoints.write_checkpoint(tmp_path, shape)
     processor = transformers.WhisperProcessor.from_pretrained(tmp_path)
     model = load_model(tmp_path)
     audio = np.random.default_rng(0).standard_normal(8000)
@@ -146,8 +146,8 @@ def test_model_and_processor_transcribe_together(name: str, tmp_path: Path) -> N
 
 
 def test_names_without_prefix_load_as_both_classes(tmp_path: Path) -> None:
-    synthetic.write_checkpoint(tmp_path / "with", TEST)
-    synthetic.write_checkpoint(tmp_path / "without", TEST, prefix="")
+    whisper_checkpoints.write_checkpoint(tmp_path / "with", TEST)
+    whisper_checkpoints.write_checkpoint(tmp_path / "without", TEST, prefix="")
     expected = {name.removeprefix("model."): tensor for name, tensor in tensors(tmp_path / "with").items()}
     assert_same_tensors(tensors(tmp_path / "without"), expected)
     assert json.loads((tmp_path / "without" / "config.json").read_text())["architectures"] == ["WhisperModel"]
@@ -159,7 +159,7 @@ def test_names_without_prefix_load_as_both_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_config_says_what_the_shape_says(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
-    synthetic.write_config(tmp_path, shape, "bfloat16")
+    whisper_checkpoints.write_config(tmp_path, shape, "bfloat16")
     config = transformers.WhisperConfig.from_pretrained(tmp_path)
     assert config.model_type == "whisper"
     assert config.architectures == ["WhisperForConditionalGeneration"]
@@ -185,7 +185,7 @@ def test_config_says_what_the_shape_says(name: str, tmp_path: Path) -> None:
 
 def test_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"vocab_size is 100, expected at least {TOKENIZER_VOCAB_SIZE}"):
-        synthetic.write_config(tmp_path, replace(TEST, vocab_size=100), "float32")
+        whisper_checkpoints.write_config(tmp_path, replace(TEST, vocab_size=100), "float32")
     assert not list(tmp_path.iterdir())
 
 
@@ -193,7 +193,7 @@ def test_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> Non
 
 
 def test_tokenizer_round_trips_text_and_special_tokens(tmp_path: Path) -> None:
-    synthetic.write_processor(tmp_path)
+    whisper_checkpoints.write_processor(tmp_path)
     tokenizer = transformers.WhisperProcessor.from_pretrained(tmp_path).tokenizer
     assert len(tokenizer) == TOKENIZER_VOCAB_SIZE
     for text in (
@@ -211,7 +211,7 @@ def test_tokenizer_round_trips_text_and_special_tokens(tmp_path: Path) -> None:
 
 
 def test_token_ids_agree_between_tokenizer_and_configs(tmp_path: Path) -> None:
-    synthetic.write_checkpoint(tmp_path, TEST)
+    whisper_checkpoints.write_checkpoint(tmp_path, TEST)
     tokenizer = transformers.WhisperProcessor.from_pretrained(tmp_path).tokenizer
     generation = transformers.GenerationConfig.from_pretrained(tmp_path)
     config = transformers.WhisperConfig.from_pretrained(tmp_path)
@@ -237,7 +237,7 @@ def test_token_ids_agree_between_tokenizer_and_configs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("shape", "seconds", "mels"), [(None, 30, 80), (SHAPES["large-v3"], 30, 128), (ODD, 3, 9)])
 def test_feature_extractor_fits_the_model(shape: WhisperShape | None, seconds: int, mels: int, tmp_path: Path) -> None:
-    synthetic.write_processor(tmp_path, shape)
+    whisper_checkpoints.write_processor(tmp_path, shape)
     extractor = transformers.WhisperProcessor.from_pretrained(tmp_path).feature_extractor
     audio = np.random.default_rng(0).standard_normal(1000)
     features = extractor(audio, sampling_rate=16000, return_tensors="np").input_features
@@ -246,7 +246,7 @@ def test_feature_extractor_fits_the_model(shape: WhisperShape | None, seconds: i
 
 def test_window_of_no_whole_seconds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_source_positions is 60, expected a multiple of 50"):
-        synthetic.write_processor(tmp_path, replace(TEST, max_source_positions=60))
+        whisper_checkpoints.write_processor(tmp_path, replace(TEST, max_source_positions=60))
 
 
 # Weight files ----------------------------------------------------------------------------------------------
@@ -254,8 +254,10 @@ def test_window_of_no_whole_seconds_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [TEST, ODD], ids=["test", "odd"])
-def test_file_is_what_safetensors_would_write(shape: WhisperShape, dtype: synthetic.DType, tmp_path: Path) -> None:
-    synthetic.write_checkpoint(tmp_path, shape, dtype=dtype, processor=False)
+def test_file_is_what_safetensors_would_write(
+    shape: WhisperShape, dtype: whisper_checkpoints.DType, tmp_path: Path
+) -> None:
+    whisper_checkpoints.write_checkpoint(tmp_path, shape, dtype=dtype, processor=False)
     file, again = tmp_path / "model.safetensors", tmp_path / "again"
     safetensors_torch.save_file(tensors(tmp_path), again, metadata={"format": "pt"})
     assert header(file) == header(again)
@@ -270,8 +272,8 @@ def test_file_is_what_safetensors_would_write(shape: WhisperShape, dtype: synthe
 # 61,696 bytes are just what the first two tensors take.
 @pytest.mark.parametrize("limit", [1, 20_000, 61_696, 150_000])
 def test_shards_are_cut_as_transformers_cuts_them(limit: int, tmp_path: Path) -> None:
-    synthetic.write_checkpoint(tmp_path / "one", TEST, processor=False)
-    synthetic.write_checkpoint(tmp_path / "ours", TEST, processor=False, max_shard_bytes=limit)
+    whisper_checkpoints.write_checkpoint(tmp_path / "one", TEST, processor=False)
+    whisper_checkpoints.write_checkpoint(tmp_path / "ours", TEST, processor=False, max_shard_bytes=limit)
     model = transformers.WhisperForConditionalGeneration(load_model(tmp_path / "one").config)
     model.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
     name = "model.safetensors.index.json"
@@ -283,15 +285,17 @@ def test_shards_are_cut_as_transformers_cuts_them(limit: int, tmp_path: Path) ->
 
 
 def test_limit_that_is_not_exceeded_gives_one_file(tmp_path: Path) -> None:
-    synthetic.write_checkpoint(tmp_path, TEST, processor=False, max_shard_bytes=10**7)
+    whisper_checkpoints.write_checkpoint(tmp_path, TEST, processor=False, max_shard_bytes=10**7)
     assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("role", ["base", "secondary"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_float32_rounded_once(dtype: synthetic.DType, role: synthetic.Role, tmp_path: Path) -> None:
-    synthetic.write_checkpoint(tmp_path / "wide", TEST, role=role, processor=False)
-    synthetic.write_checkpoint(tmp_path / "half", TEST, role=role, dtype=dtype, processor=False)
+def test_half_precision_is_float32_rounded_once(
+    dtype: whisper_checkpoints.DType, role: whisper_checkpoints.Role, tmp_path: Path
+) -> None:
+    whisper_checkpoints.write_checkpoint(tmp_path / "wide", TEST, role=role, processor=False)
+    whisper_checkpoints.write_checkpoint(tmp_path / "half", TEST, role=role, dtype=dtype, processor=False)
     wide = tensors(tmp_path / "wide")
     expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in wide.items()}
     assert_same_tensors(tensors(tmp_path / "half"), expected)
@@ -300,7 +304,7 @@ def test_half_precision_is_float32_rounded_once(dtype: synthetic.DType, role: sy
 def test_bfloat16_rounds_ties_to_even() -> None:
     bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF808000, 0x00000000], dtype=np.uint32)
     expected = [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0xBF80, 0x0000]
-    assert synthetic._encode(bits.view(np.float32), "bfloat16").tolist() == expected
+    assert whisper_checkpoints._encode(bits.view(np.float32), "bfloat16").tolist() == expected
 
 
 # Numbers ---------------------------------------------------------------------------------------------------
@@ -314,25 +318,25 @@ def test_triple_equals_three_checkpoints_byte_for_byte(tmp_path: Path) -> None:
         "loud_heads": [("encoder", 1, "q", 2)],
         "max_shard_bytes": 100_000,
     }
-    paths = synthetic.write_triple(tmp_path / "triple", TEST, **keywords)
+    paths = whisper_checkpoints.write_triple(tmp_path / "triple", TEST, **keywords)
     assert list(paths) == ["base", "primary", "secondary"]
     for role in ("base", "primary", "secondary"):
-        alone = synthetic.write_checkpoint(tmp_path / "alone" / role, TEST, role=role, **keywords)
+        alone = whisper_checkpoints.write_checkpoint(tmp_path / "alone" / role, TEST, role=role, **keywords)
         assert paths[role] == tmp_path / "triple" / role
         assert all_bytes(paths[role]) == all_bytes(alone)
 
 
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
-    synthetic.write_triple(tmp_path / "here", ODD)
+    whisper_checkpoints.write_triple(tmp_path / "here", ODD)
     code = (
-        "import sys; from hsa import synthetic as s; "
+        "import sys; from hsa.testing import whisper_checkpoints as s; "
         f"s.write_triple(sys.argv[1], s.{ODD!r}); "
         "assert not {'torch', 'transformers', 'safetensors'} & sys.modules.keys()"
     )
     environment = {
         **os.environ,
         "PYTHONHASHSEED": "1",
-        "PYTHONPATH": str(Path(synthetic.__file__).parents[1]),
+        "PYTHONPATH": str(Path(whisper_checkpoints.__file__).parents[1]),
     }
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], check=True, env=environment)
     assert all_bytes(tmp_path / "here") == all_bytes(tmp_path / "there")
@@ -342,23 +346,24 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_block_size_changes_no_value(shape: WhisperShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row is written once and in its place, however many blocks a tensor takes."""
     loud = [("encoder", 0, "q", 1)]
-    expected = synthetic.write_checkpoint(tmp_path / "whole", shape, role="primary", loud_heads=loud)
+    expected = whisper_checkpoints.write_checkpoint(tmp_path / "whole", shape, role="primary", loud_heads=loud)
     for block in (1, 640):
-        monkeypatch.setattr(synthetic, "_BLOCK_ELEMENTS", block)
-        path = synthetic.write_checkpoint(tmp_path / str(block), shape, role="primary", loud_heads=loud)
+        monkeypatch.setattr(whisper_checkpoints, "_BLOCK_ELEMENTS", block)
+        path = whisper_checkpoints.write_checkpoint(tmp_path / str(block), shape, role="primary", loud_heads=loud)
         assert all_bytes(path) == all_bytes(expected)
 
 
 def test_another_seed_gives_other_tensors_everywhere(tmp_path: Path) -> None:
-    first = tensors(synthetic.write_checkpoint(tmp_path / "0", TEST, processor=False))
-    second = tensors(synthetic.write_checkpoint(tmp_path / "1", TEST, seed=1, processor=False))
+    first = tensors(whisper_checkpoints.write_checkpoint(tmp_path / "0", TEST, processor=False))
+    second = tensors(whisper_checkpoints.write_checkpoint(tmp_path / "1", TEST, seed=1, processor=False))
     assert [name for name in first if torch.equal(first[name], second[name])] == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_both_task_vectors_live_in_every_tensor(dtype: synthetic.DType, tmp_path: Path) -> None:
+def test_both_task_vectors_live_in_every_tensor(dtype: whisper_checkpoints.DType, tmp_path: Path) -> None:
     base, primary, secondary = (
-        tensors(path) for path in synthetic.write_triple(tmp_path, TEST, dtype=dtype, processor=False).values()
+        tensors(path)
+        for path in whisper_checkpoints.write_triple(tmp_path, TEST, dtype=dtype, processor=False).values()
     )
     for name, tensor in base.items():
         first, second = primary[name].float() - tensor.float(), secondary[name].float() - tensor.float()
@@ -369,7 +374,7 @@ def test_both_task_vectors_live_in_every_tensor(dtype: synthetic.DType, tmp_path
 
 def test_weights_have_the_promised_mean_and_spread(tmp_path: Path) -> None:
     base, primary, _ = (
-        tensors(path) for path in synthetic.write_triple(tmp_path, TEST, delta=2e-3, processor=False).values()
+        tensors(path) for path in whisper_checkpoints.write_triple(tmp_path, TEST, delta=2e-3, processor=False).values()
     )
     norms = torch.cat([base[name] for name in base if "layer_norm.weight" in name])
     others = torch.cat([base[name].flatten() for name in base if "layer_norm.weight" not in name])
@@ -382,7 +387,7 @@ def test_weights_have_the_promised_mean_and_spread(tmp_path: Path) -> None:
 
 def test_no_head_is_a_copy_and_no_two_score_alike(tmp_path: Path) -> None:
     base, primary, secondary = (
-        tensors(path) for path in synthetic.write_triple(tmp_path, TEST, processor=False).values()
+        tensors(path) for path in whisper_checkpoints.write_triple(tmp_path, TEST, processor=False).values()
     )
     for name in base:
         if "_proj." not in name or name.endswith("out_proj.bias"):
@@ -409,8 +414,8 @@ def by_head(tensor: Any) -> Any:
 
 @pytest.mark.parametrize("role", ["primary", "secondary"])
 def test_loud_heads_are_louder_by_the_factor_and_the_rest_is_untouched(role: str, tmp_path: Path) -> None:
-    quiet = synthetic.write_triple(tmp_path / "quiet", TEST, processor=False)
-    loud = synthetic.write_triple(tmp_path / "loud", TEST, loud_heads=LOUD, loud_factor=7.0, processor=False)
+    quiet = whisper_checkpoints.write_triple(tmp_path / "quiet", TEST, processor=False)
+    loud = whisper_checkpoints.write_triple(tmp_path / "loud", TEST, loud_heads=LOUD, loud_factor=7.0, processor=False)
     assert all_bytes(quiet["base"]) == all_bytes(loud["base"])
     base, before, after = tensors(quiet["base"]), tensors(quiet[role]), tensors(loud[role])
     changed = set()
@@ -435,7 +440,8 @@ def test_loud_heads_are_louder_by_the_factor_and_the_rest_is_untouched(role: str
 
 def test_loud_heads_have_the_highest_scores(tmp_path: Path) -> None:
     base, primary, secondary = (
-        tensors(path) for path in synthetic.write_triple(tmp_path, TEST, loud_heads=LOUD, processor=False).values()
+        tensors(path)
+        for path in whisper_checkpoints.write_triple(tmp_path, TEST, loud_heads=LOUD, processor=False).values()
     )
     for stack, layer, kind in {entry[:3] for entry in LOUD}:
         name = f"model.{stack}.layers.{layer}.self_attn.{kind}_proj.weight"
@@ -466,15 +472,15 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     keywords: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        synthetic.write_checkpoint(tmp_path / "out", TEST, **keywords)
+        whisper_checkpoints.write_checkpoint(tmp_path / "out", TEST, **keywords)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("write", [synthetic.write_checkpoint, synthetic.write_triple])
+@pytest.mark.parametrize("write", [whisper_checkpoints.write_checkpoint, whisper_checkpoints.write_triple])
 def test_directory_with_weights_is_refused_and_kept(write: Callable[..., Any], tmp_path: Path) -> None:
-    synthetic.write_triple(tmp_path, TEST, max_shard_bytes=100_000)
+    whisper_checkpoints.write_triple(tmp_path, TEST, max_shard_bytes=100_000)
     before = all_bytes(tmp_path)
-    target = tmp_path if write is synthetic.write_triple else tmp_path / "base"
+    target = tmp_path if write is whisper_checkpoints.write_triple else tmp_path / "base"
     with pytest.raises(FileExistsError, match="already holds weights"):
         write(target, TEST, seed=1)
     assert all_bytes(tmp_path) == before

@@ -17,11 +17,11 @@ import pytest
 import torch
 from helpers import description, raw_bytes, read_tensors, with_description, write_pickle
 
-from hsa import checkpoint, tensor_pickle
 from hsa.errors import HeaderError, HsaError, SourceError
-from hsa.fsio import Source, Tally
-from hsa.pickle_names import Other, Tensor
-from hsa.pickled import read_state_dict
+from hsa.sources import checkpoint, pickle_reader
+from hsa.sources.pickle_names import Other, Tensor
+from hsa.sources.torch_pickle import read_state_dict
+from hsa.system.fsio import Source, Tally
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
@@ -37,7 +37,7 @@ def saved(value: Any) -> bytes:
 
 
 def read(value: Any) -> Any:
-    return tensor_pickle.read(description(saved(value)), "here")[0]
+    return pickle_reader.read(description(saved(value)), "here")[0]
 
 
 # The same as torch reads -----------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_pickle_protocols(tmp_path: Path, protocol: int) -> None:
 @pytest.mark.parametrize("path", sorted((CORPUS / "pickle").glob("*-*")), ids=lambda path: path.name)
 def test_no_pickle_of_the_corpus_makes_more_values_than_it_has_instructions(path: Path) -> None:
     try:
-        value, count = tensor_pickle.read(path.read_bytes(), "here")
+        value, count = pickle_reader.read(path.read_bytes(), "here")
     except SourceError as error:
         assert len(str(error)) < 500
         return
@@ -240,10 +240,10 @@ def test_many_shards_of_pickles_count_as_one(triple: Triple, monkeypatch: pytest
 
 
 def test_a_pickle_with_too_many_instructions() -> None:
-    room = tensor_pickle.MAX_OPCODES
-    assert tensor_pickle.read(b"N" * (room - 1) + b".", "here") == (None, room)
+    room = pickle_reader.MAX_OPCODES
+    assert pickle_reader.read(b"N" * (room - 1) + b".", "here") == (None, room)
     with pytest.raises(SourceError, match=f"byte {room - 1} of its pickle: it has more than {room} instructions"):
-        tensor_pickle.read(b"N" * room + b".", "here")
+        pickle_reader.read(b"N" * room + b".", "here")
 
 
 class Interrupted(BaseException):
@@ -254,14 +254,14 @@ def test_a_signal_is_heard_while_a_pickle_is_read() -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted
 
-    data = b")" + b"\x85" * (tensor_pickle.MAX_OPCODES - 2) + b"."
+    data = b")" + b"\x85" * (pickle_reader.MAX_OPCODES - 2) + b"."
     before = signal.signal(signal.SIGALRM, stop)
     try:
         with pytest.raises(Interrupted):
             signal.setitimer(signal.ITIMER_REAL, 0.01, 0.05)  # again and again: Python drops one that a finalizer meets
             started = resource.getrusage(resource.RUSAGE_SELF).ru_utime
             while resource.getrusage(resource.RUSAGE_SELF).ru_utime < started + 5:
-                tensor_pickle.read(data, "here")
+                pickle_reader.read(data, "here")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -16,7 +16,7 @@ from transformers import WhisperForConditionalGeneration, WhisperModel
 
 import hsa
 from hsa.integrations.transformers import hsa_merge_
-from hsa.synthetic import SHAPES
+from hsa.testing.whisper_checkpoints import SHAPES
 
 Triple = dict[str, Path]
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import merge_arguments, poke, run_hsa, snapshot
 
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 INTERPRETED = {"TRITON_INTERPRET": "1"}
@@ -86,7 +86,7 @@ WITHOUT_TRITON = """
 import sys
 
 sys.modules["triton"] = None
-from hsa.cli import run
+from hsa.cli.app import run
 
 sys.exit(run(sys.argv[1:]))
 """

@@ -20,13 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hsa
-from hsa import provenance, whisper
-from hsa.card import render as render_card
+from hsa.architectures import whisper
 from hsa.errors import MachineError, RequestError, SourceChanged, SourceError
-from hsa.identity import Identity
-from hsa.problems import LISTED
-from hsa.provenance_file import MAX_PROVENANCE, PROVENANCE
-from hsa.synthetic import SHAPES, write_triple
+from hsa.outputs import provenance
+from hsa.outputs.card import render as render_card
+from hsa.sources.identity import Identity
+from hsa.system.manifest import MAX_PROVENANCE, PROVENANCE
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
+from hsa.verification.problems import LISTED
 
 Triple = dict[str, Path]
 WEIGHTS = "model.safetensors"

@@ -17,9 +17,9 @@ from forger import Forger
 from helpers import merge_arguments, poke, run_hsa, snapshot
 
 import hsa
-from hsa import patch_format
 from hsa.errors import RequestError, SourceChanged
-from hsa.provenance_file import PROVENANCE
+from hsa.outputs import patch_format
+from hsa.system.manifest import PROVENANCE
 
 Triple = dict[str, Path]
 NAME = "p.safetensors"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from hsa import whisper
-from hsa.architecture import Architecture, Preset, Projection
+from hsa.architectures import whisper
+from hsa.architectures.base import Architecture, Preset, Projection
 from hsa.errors import SourceError
-from hsa.synthetic import SHAPES, WhisperShape, tensor_shapes
+from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, tensor_shapes
 
 PRESETS: tuple[Preset, ...] = ("encoder-qkv", "attention-qkv", "attention-all")
 UNEVEN = WhisperShape(

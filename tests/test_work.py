@@ -15,15 +15,18 @@ import blake3
 import pytest
 
 import hsa
-from hsa import fsio, geometry, likeness, pipeline, sink
+from hsa.architectures.whisper import is_target, parse
 from hsa.backends import cpu
-from hsa.checkpoint import open_checkpoint
-from hsa.config import MergeConfig
-from hsa.fsio import Tally
-from hsa.layout import Merge, Slice
-from hsa.pages import HUGE_PAGE
-from hsa.synthetic import SHAPES, WhisperShape, write_triple
-from hsa.whisper import is_target, parse
+from hsa.engine import consumers, pipeline
+from hsa.methods import geometry
+from hsa.methods.config import MergeConfig
+from hsa.planning import likeness
+from hsa.planning.file_layout import Merge, Slice
+from hsa.sources.checkpoint import open_checkpoint
+from hsa.system import fsio
+from hsa.system.fsio import Tally
+from hsa.system.huge_pages import HUGE_PAGE
+from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, write_triple
 
 Triple = dict[str, Path]
 Range = tuple[int, int]
@@ -134,8 +137,8 @@ def test_calls_are_few(deep: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyP
     writes = work.written[f"{tmp_path}/.out.hsa-staging/model.safetensors"]
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     direct = fsio.reopen_direct(_touched(tmp_path / "probe")) is not None
-    step = sink.DIRECT_PIECE if direct else fsio.CACHED_STEP
-    assert len(writes) <= -(-size // step) + sink.DIRECT_PIECE // fsio.CACHED_STEP
+    step = consumers.DIRECT_PIECE if direct else fsio.CACHED_STEP
+    assert len(writes) <= -(-size // step) + consumers.DIRECT_PIECE // fsio.CACHED_STEP
 
 
 def test_buffers_do_not_grow_with_the_model(deep: Triple, shared_triple: Triple, tmp_path: Path) -> None:
@@ -149,8 +152,8 @@ def test_buffers_do_not_grow_with_the_model(deep: Triple, shared_triple: Triple,
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu.CpuBackend, "empty", counted)
-            patch.setattr(sink, "DIRECT_PIECE", 1 << 16)  # fewer than all targets begin in a piece
-            patch.setattr(sink, "CACHED_PIECE", 1 << 16)
+            patch.setattr(consumers, "DIRECT_PIECE", 1 << 16)  # fewer than all targets begin in a piece
+            patch.setattr(consumers, "CACHED_PIECE", 1 << 16)
             patch.setattr(pipeline, "AHEAD", 1 << 16)
             report = hsa.merge(**triple, output=tmp_path / name, threads=THREADS, sync=False)
         return len(report.tensors), count[0]
@@ -178,8 +181,8 @@ def test_targets_are_computed_so_far_ahead_and_no_farther(
 
     monkeypatch.setattr(pipeline._Run, "_all_tasks", listed)
     monkeypatch.setattr(pipeline, "AHEAD", ahead)
-    monkeypatch.setattr(sink, "DIRECT_PIECE", piece)
-    monkeypatch.setattr(sink, "CACHED_PIECE", piece)
+    monkeypatch.setattr(consumers, "DIRECT_PIECE", piece)
+    monkeypatch.setattr(consumers, "CACHED_PIECE", piece)
     hsa.merge(**deep, output=tmp_path / "out", threads=threads, sync=False, dtype=dtype)
     pending: set[int] = set()
     most, early = 0, 0
@@ -295,7 +298,7 @@ def test_a_merger_reads_its_sources_once(deep: Triple, monkeypatch: pytest.Monke
 
 
 def test_a_plan_names_the_bytes_that_a_run_reads(deep: Triple, tmp_path: Path) -> None:
-    from hsa.api import Request, dry_run
+    from hsa.actions.merge import Request, dry_run
 
     plan = dry_run(Request(sources=deep, output=tmp_path / "out", config=MergeConfig()))  # type: ignore[arg-type]
     report = hsa.merge(**deep, output=tmp_path / "out", sync=False)
@@ -315,7 +318,7 @@ def test_what_is_written_past_the_page_cache_lies_in_huge_pages(
         return pwritev(fd, views, offset)
 
     monkeypatch.setattr(os, "pwritev", writing)
-    monkeypatch.setattr(sink, "DIRECT_PIECE", HUGE_PAGE)
+    monkeypatch.setattr(consumers, "DIRECT_PIECE", HUGE_PAGE)
     hsa.merge(**deep, output=tmp_path / "out", threads=THREADS)
     if not starts:
         pytest.skip(f"the filesystem of {tmp_path} has no direct writes")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hsa.backends import Backend
-from hsa.config import MergeConfig
+from hsa.backends.base import Backend
 from hsa.errors import BackendUnavailable, RequestError, shown
+from hsa.methods.config import MergeConfig
 from hsa.option_names import option
 
 BACKENDS = ("auto", "cpu", "triton")
@@ -40,7 +40,7 @@ def resolve(name: str, device: str, config: MergeConfig) -> Backend:
         return _triton(device)
     if config.numerics == "reference":
         try:
-            from hsa.backends.script import ScriptBackend
+            from hsa.backends.torch_cpu import ScriptBackend
         except ImportError as error:
             raise BackendUnavailable(
                 f"numerics 'reference' needs torch, which cannot be imported: {error}; install torch, or use numerics "

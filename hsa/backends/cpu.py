@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsa.backends import Job, NotFinite, buffers_cost, changed_ranges, one_by_one
-from hsa.dtypes import STORAGE, Array, Float32, all_finite, narrow, widen
-from hsa.geometry import Geometry, Norms, Sums, tile_sums
-from hsa.layout import Slice
-from hsa.outcome import Merged
-from hsa.roles import Role
-from hsa.selection import select
-from hsa.target import Target
+from hsa.backends.base import Job, NotFinite, buffers_cost, changed_ranges, one_by_one
+from hsa.methods.geometry import Geometry, Norms, Sums, tile_sums
+from hsa.methods.selection import select
+from hsa.planning.file_layout import Slice
+from hsa.planning.outcome import Merged
+from hsa.planning.target import Target
+from hsa.sources.roles import Role
+from hsa.system.dtypes import STORAGE, Array, Float32, all_finite, narrow, widen
 
 TILE = 1 << 17
 """Elements of a tile at most: a head of any Whisper size is one. Its scratch of 4 MiB exceeds a core's second-level

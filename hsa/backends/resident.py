@@ -10,13 +10,13 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from hsa.backends import NotFinite
+from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker, Scored
-from hsa.dtypes import CODES, STORAGE, Array, largest_magnitude
 from hsa.errors import MachineError, NonFiniteError
-from hsa.roles import ROLES, Role
-from hsa.selection import select
-from hsa.target import Target
+from hsa.methods.selection import select
+from hsa.planning.target import Target
+from hsa.sources.roles import ROLES, Role
+from hsa.system.dtypes import CODES, STORAGE, Array, largest_magnitude
 
 CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}
 """safetensors' element type of a torch dtype that a merge computes with."""

@@ -1,11 +1,11 @@
-"""The sums of `hsa.geometry` over torch tensors, on whatever device holds them, in float64."""
+"""The sums of `hsa.methods.geometry` over torch tensors, on whatever device holds them, in float64."""
 
 from __future__ import annotations
 
 import torch
 
-from hsa.geometry import Geometry
-from hsa.target import Target
+from hsa.methods.geometry import Geometry
+from hsa.planning.target import Target
 
 
 def geometry(target: Target, base: torch.Tensor, primary: torch.Tensor, secondary: torch.Tensor) -> Geometry:

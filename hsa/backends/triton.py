@@ -14,20 +14,20 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from hsa.backends import Job, NotFinite, buffers_cost, changed_ranges
+from hsa.backends.base import Job, NotFinite, buffers_cost, changed_ranges
 from hsa.backends.cpu import CpuWorker, Scored
 from hsa.backends.resident import Data, may_overflow, naming_halfway, not_finite
 from hsa.backends.tensor_geometry import geometry
-from hsa.dtypes import NAMES, Array
 from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
-from hsa.layout import Slice
+from hsa.methods.selection import of_selected
 from hsa.option_names import option
-from hsa.outcome import Merged
-from hsa.roles import ROLES, Role
-from hsa.selection import of_selected
-from hsa.target import Target
+from hsa.planning.file_layout import Slice
+from hsa.planning.outcome import Merged
+from hsa.planning.target import Target
+from hsa.sources.roles import ROLES, Role
+from hsa.system.dtypes import NAMES, Array
 
 GROUP_BYTES = 16 << 20
 """Bytes of primary's targets that a worker takes at a time: enough work for a launch, and bounded memory."""

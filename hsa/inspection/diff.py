@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsa import provenance
 from hsa._version import __version__
-from hsa.checkpoint import INDEX, WEIGHTS
 from hsa.errors import ProvenanceError, shown
-from hsa.fsio import Source, Tally
 from hsa.inspection.distance import Weights, compare_weights
 from hsa.inspection.model import FORMAT, jaccard
-from hsa.provenance import Provenance, TargetRecord
-from hsa.provenance_file import PROVENANCE
-from hsa.roles import ROLES, Role
+from hsa.outputs import provenance
+from hsa.outputs.provenance import Provenance, TargetRecord
+from hsa.sources.checkpoint import INDEX, WEIGHTS
+from hsa.sources.roles import ROLES, Role
+from hsa.system.fsio import Source, Tally
+from hsa.system.manifest import PROVENANCE
 
 STEP = 1 << 20
 """Bytes of each file that are compared at a time."""

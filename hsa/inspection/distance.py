@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from hsa import whisper
-from hsa.checkpoint import Checkpoint, open_checkpoint
-from hsa.dtypes import ARITHMETIC, BITS, STORAGE, Array, size, widen
-from hsa.fsio import Tally
+from hsa.architectures import whisper
 from hsa.inspection.measure import Buffers
-from hsa.roles import Role
+from hsa.sources.checkpoint import Checkpoint, open_checkpoint
+from hsa.sources.roles import Role
+from hsa.system.dtypes import ARITHMETIC, BITS, STORAGE, Array, size, widen
+from hsa.system.fsio import Tally
 
 STEP = 1 << 18
 """Elements of each tensor that are compared at a time."""

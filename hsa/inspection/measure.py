@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsa import whisper
-from hsa.backends import NotFinite
+from hsa.architectures import whisper
+from hsa.backends.base import NotFinite
 from hsa.backends.cpu import TILE, CpuBackend
-from hsa.digests import digest_of
-from hsa.dtypes import ARITHMETIC, STORAGE, Array, size, widen
 from hsa.errors import NonFiniteError
-from hsa.geometry import Geometry, Sums, dot, tile_sums
-from hsa.layout import SLICE_ELEMENTS
-from hsa.likeness import Pair, equal_pairs
-from hsa.roles import ROLES, Role
-from hsa.source_set import Sources
-from hsa.target import Target
-from hsa.tensor_places import TensorRef
+from hsa.methods.geometry import Geometry, Sums, dot, tile_sums
+from hsa.planning.file_layout import SLICE_ELEMENTS
+from hsa.planning.likeness import Pair, equal_pairs
+from hsa.planning.target import Target
+from hsa.sources.roles import ROLES, Role
+from hsa.sources.source_set import Sources
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.digests import digest_of
+from hsa.system.dtypes import ARITHMETIC, STORAGE, Array, size, widen
 
 Step = Callable[[int], None]
 """Called with bytes read since the last call."""

@@ -9,11 +9,11 @@ from itertools import combinations
 from typing import Any
 
 from hsa._version import __version__
-from hsa.architecture import Projection
+from hsa.architectures.base import Projection
 from hsa.errors import one_line
 from hsa.findings import counted
-from hsa.geometry import Geometry
-from hsa.roles import Role
+from hsa.methods.geometry import Geometry
+from hsa.sources.roles import Role
 
 FORMAT = 1
 AGREEING = ("q", "k", "v")

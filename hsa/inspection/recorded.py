@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hsa.config import MergeConfig, PerTensor, keep_count, layer_coefficient, percentages
 from hsa.errors import HsaError, ProvenanceError, shown
-from hsa.fsio import Tally
 from hsa.inspection.model import Inspection, Recorded, TensorInspection, in_order
-from hsa.provenance import Provenance, TargetRecord
-from hsa.provenance_file import PROVENANCE
-from hsa.selection import TIE_RISK, of_selected, select
+from hsa.methods.config import MergeConfig, PerTensor, keep_count, layer_coefficient, percentages
+from hsa.methods.selection import TIE_RISK, of_selected, select
+from hsa.outputs.provenance import Provenance, TargetRecord
+from hsa.system.fsio import Tally
+from hsa.system.manifest import PROVENANCE
 
 NO_SOURCES = "cosines, relative sizes and the share of energy need the sources: give base, primary and secondary too"
 ROOTS = (

@@ -29,11 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hsa import fsio, report
-from hsa.checkpoint import CONFIG, read_text
-from hsa.config import percentages
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError, is_text, shown
-from hsa.extent import Extent
 from hsa.integrations.mergekit_method import (
     DEFAULTS,
     METHOD,
@@ -45,12 +41,17 @@ from hsa.integrations.mergekit_method import (
     takes_text,
 )
 from hsa.integrations.mergekit_method import register as register_method
-from hsa.meaning import of_values
-from hsa.output import Staging
-from hsa.output_place import check_destination
-from hsa.roles import Role
-from hsa.signals import deferred
-from hsa.streams import watched
+from hsa.methods.config import percentages
+from hsa.outputs import report
+from hsa.outputs.extent import Extent
+from hsa.outputs.meaning import of_values
+from hsa.sources.checkpoint import CONFIG, read_text
+from hsa.sources.roles import Role
+from hsa.system import fsio
+from hsa.system.destinations import check_destination
+from hsa.system.publish import Staging
+from hsa.system.signals import deferred
+from hsa.system.streams import watched
 
 INSTALL = 'pip install "hsa-merge[mergekit]"'
 NARROW = ("float16", "bfloat16")

@@ -10,23 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
-from hsa import whisper
-from hsa.architecture import Preset
-from hsa.backends import NotFinite
+from hsa.architectures import whisper
+from hsa.architectures.base import Preset
+from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker
-from hsa.checkpoint import CONFIG, Checkpoint
-from hsa.config import MergeConfig
-from hsa.dtypes import NAMES, Array, size
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
-from hsa.fsio import Tally
-from hsa.identity import Identity, readable
-from hsa.likeness import equal_pairs
+from hsa.methods.config import MergeConfig
 from hsa.option_names import as_keys, spelled
-from hsa.outcome import TargetOutcome
-from hsa.plan import make_target
-from hsa.roles import ROLES, Role
-from hsa.source_set import Sources
-from hsa.tensor_places import TensorRef
+from hsa.planning.likeness import equal_pairs
+from hsa.planning.outcome import TargetOutcome
+from hsa.planning.plan import make_target
+from hsa.sources.checkpoint import CONFIG, Checkpoint
+from hsa.sources.identity import Identity, readable
+from hsa.sources.roles import ROLES, Role
+from hsa.sources.source_set import Sources
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.dtypes import NAMES, Array, size
+from hsa.system.fsio import Tally
 
 if TYPE_CHECKING:
     import torch

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hsa import api
-from hsa.config import MergeConfig
-from hsa.console import exit_with, guarded
+from hsa.actions import merge
 from hsa.errors import RequestError, one_line, shown
+from hsa.methods.config import MergeConfig
 from hsa.option_names import renamed, spelled
-from hsa.roles import Role
-from hsa.streams import say, tell
+from hsa.sources.roles import Role
+from hsa.system.console import exit_with, guarded
+from hsa.system.streams import say, tell
 
 OPTIONS = {
     "base": "--pretrained-model",
@@ -115,7 +115,7 @@ def _decimals(value: float) -> str:
     return f"{value:.4f}".rstrip("0").rstrip(".").replace(".", "p")
 
 
-def requests(options: argparse.Namespace) -> list[api.Request]:
+def requests(options: argparse.Namespace) -> list[merge.Request]:
     """One request for each lambda. Raises RequestError when a value is out of range, or two outputs share a name."""
     values = lambdas(options)
     exact = options.numerics == "exact"
@@ -141,7 +141,7 @@ def requests(options: argparse.Namespace) -> list[api.Request]:
             raise RequestError(f"--lambdas holds values that would share the directory {twice}; leave one of them out")
         outputs = [options.out_path / name for name in names]
     return [
-        api.Request(
+        merge.Request(
             sources={"base": options.pretrained_model, "primary": options.model1, "secondary": options.model2},
             output=output,
             config=config,
@@ -155,17 +155,17 @@ def requests(options: argparse.Namespace) -> list[api.Request]:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line of the script and return the exit code; see `hsa.console.guarded`."""
+    """Run a command line of the script and return the exit code; see `hsa.system.console.guarded`."""
 
     def work() -> int:
         options = parser().parse_args(arguments)
         planned = requests(options)
         for request in planned:
-            api.dry_run(request)
+            merge.dry_run(request)
         if options.numerics == "reference" and options.device != "cpu":
             _say(f"note: reference numerics run on the CPU; --device {options.device} has no effect")
         for request in planned:
-            report = api.run(request)
+            report = merge.run(request)
             for warning in report.warnings:
                 _say(f"warning: {warning}")
             for note in report.notes:

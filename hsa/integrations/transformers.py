@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from hsa.architecture import Architecture, Preset
-from hsa.config import MergeConfig, PerTensor
-from hsa.destination import require_own_memory
+from hsa.actions.merger.destination import require_own_memory
+from hsa.actions.merger.loaded import Entry, config_of, entries_of, in_its_place, targets_of
+from hsa.actions.merger.merger import Merger, Source
+from hsa.actions.merger.shared_memory import first_shared, spans
+from hsa.actions.merger.written import forget
+from hsa.architectures.base import Architecture, Preset
+from hsa.architectures.whisper import MODEL_TYPE, architecture, expected_targets
 from hsa.errors import RequestError, shown, warn
-from hsa.loaded import Entry, config_of, entries_of, in_its_place, targets_of
-from hsa.merger import Merger, Source
-from hsa.shared_memory import first_shared, spans
-from hsa.whisper import MODEL_TYPE, architecture, expected_targets
-from hsa.written import forget
+from hsa.methods.config import MergeConfig, PerTensor
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 

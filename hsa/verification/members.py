@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from hsa.checks import STEP
 from hsa.errors import SourceError
-from hsa.fsio import Source
-from hsa.source_checks import GivenSources, Work
+from hsa.system.fsio import Source
 from hsa.verification.output import LABEL
+from hsa.verification.output_checks import STEP
 from hsa.verification.report import VerifyReport
+from hsa.verification.source_checks import GivenSources, Work
 
 Verify = Callable[[Path, GivenSources | None], VerifyReport]
 """How a member is verified."""

@@ -12,10 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from hsa import checks, provenance, record_checks, whisper
-from hsa.architecture import Projection
-from hsa.asset_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
-from hsa.checkpoint import (
+from hsa.architectures import whisper
+from hsa.architectures.base import Projection
+from hsa.errors import HsaError, MachineError, SourceChanged, SourceError, shown
+from hsa.option_names import carried, option
+from hsa.outputs import provenance, record_checks
+from hsa.outputs.provenance import Provenance
+from hsa.sources.checkpoint import (
     CONFIG,
     INDEX,
     SAFETENSORS,
@@ -26,21 +29,20 @@ from hsa.checkpoint import (
     open_shard,
     read_text,
 )
-from hsa.checks import STEP
-from hsa.descriptors import reason
-from hsa.errors import HsaError, MachineError, SourceChanged, SourceError, shown
-from hsa.fsio import Source, exists
-from hsa.identity import is_snapshot
-from hsa.option_names import carried, option
-from hsa.problems import Problems
-from hsa.provenance import Provenance
-from hsa.provenance_file import PROVENANCE
-from hsa.roles import Role
-from hsa.source_checks import GivenSources, Work
-from hsa.strict_json import load_json
-from hsa.tensor_places import TensorRef
-from hsa.threads import out_of_memory
+from hsa.sources.identity import is_snapshot
+from hsa.sources.roles import Role
+from hsa.sources.small_file_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.descriptors import reason
+from hsa.system.fsio import Source, exists
+from hsa.system.manifest import PROVENANCE
+from hsa.system.strict_json import load_json
+from hsa.system.threads import out_of_memory
+from hsa.verification import output_checks
+from hsa.verification.output_checks import STEP
+from hsa.verification.problems import Problems
 from hsa.verification.report import Found
+from hsa.verification.source_checks import GivenSources, Work
 from hsa.verification.strays import changes_what_is_loaded
 
 LARGE = 64 << 20
@@ -65,7 +67,7 @@ def verify_output(directory: Path, given: GivenSources | None, work: Work) -> Fo
     if given and found is None:
         work.notes.append(f"nothing was recomputed, for {PROVENANCE} does not say how")
     elif given and found is not None:
-        from hsa.recompute import recompute
+        from hsa.verification.recompute import recompute
 
         compared = recompute(directory, found, given, work)
     return Found(None if found is None else found.record, len(names) + (found is not None), compared)
@@ -274,13 +276,13 @@ class _Run:
 
     def _checks(self, checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[], None]]]:
         problems, record = self.problems, None if self.found is None else self.found.record
-        problems.add_all(CONFIG, checks.keys(checkpoint))
+        problems.add_all(CONFIG, output_checks.keys(checkpoint))
         if record is not None:
             problems.add_all(PROVENANCE, record_checks.recorded_settings(record))
             problems.add_all(PROVENANCE, record_checks.recorded_targets(record, checkpoint))
         heads = whisper.architecture(checkpoint.config, LABEL).heads
         given = None if record is None else record.parameters.get("num_heads")
-        for projection, ref in record_checks.targets_of(checkpoint, checks.preset_of(record)):
+        for projection, ref in record_checks.targets_of(checkpoint, output_checks.preset_of(record)):
             count = given if isinstance(given, int) and given > 0 else heads[projection.stack]
             name = checkpoint.shards[ref.shard].name
             self.total += ref.nbytes
@@ -290,6 +292,6 @@ class _Run:
         self, checkpoint: Checkpoint, name: str, projection: Projection, ref: TensorRef, heads: int
     ) -> None:
         if not self.stop.is_set():
-            self.problems.add_all(name, checks.finite(checkpoint, projection, ref, heads))
+            self.problems.add_all(name, output_checks.finite(checkpoint, projection, ref, heads))
             with self._lock:
                 self.done += ref.nbytes

@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hsa.errors import SourceChanged, SourceError
-from hsa.patch_checks import faults
-from hsa.patch_reader import Patch, open_patch
-from hsa.source_checks import GivenSources, Work
+from hsa.outputs.patch_checks import faults
+from hsa.outputs.patch_reader import Patch, open_patch
 from hsa.verification.report import Found
+from hsa.verification.source_checks import GivenSources, Work
 
 
 def verify_patch(path: Path, given: GivenSources | None, work: Work) -> Found:
@@ -22,7 +22,7 @@ def verify_patch(path: Path, given: GivenSources | None, work: Work) -> Found:
             return Found(None, 0, False)
         compared = False
         if given:
-            from hsa.recompute_patches import recompute_patches
+            from hsa.verification.recompute_patches import recompute_patches
 
             compared = recompute_patches([patch], given, work)
         return Found(patch.record, 1, compared)

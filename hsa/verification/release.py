@@ -7,17 +7,17 @@ from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hsa import provenance
 from hsa.errors import HsaError, RequestError, shown
-from hsa.fsio import Source
-from hsa.header import MAX_HEADER
-from hsa.provenance import Provenance, changed_keys
-from hsa.provenance_file import PROVENANCE
-from hsa.release_format import INDEX, README, facts
-from hsa.source_checks import GivenSources, Work
-from hsa.strict_json import load_json
+from hsa.outputs import provenance
+from hsa.outputs.provenance import Provenance, changed_keys
+from hsa.outputs.release_index import INDEX, README, facts
+from hsa.sources.safetensors import MAX_HEADER
+from hsa.system.fsio import Source
+from hsa.system.manifest import PROVENANCE
+from hsa.system.strict_json import load_json
 from hsa.verification.members import Verify, open_index, pieces, take_over
 from hsa.verification.report import Found
+from hsa.verification.source_checks import GivenSources, Work
 
 
 def verify_release(directory: Path, given: GivenSources | None, work: Work, verify: Verify) -> Found:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsa.errors import one_line
-from hsa.problems import Problem
-from hsa.provenance import Record
+from hsa.outputs.provenance import Record
+from hsa.verification.problems import Problem
 
 Kind = Literal["output", "patch", "sweep", "release"]
 

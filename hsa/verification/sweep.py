@@ -10,19 +10,19 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from hsa import provenance, sweep_index
-from hsa.checkpoint import read_text
-from hsa.descriptors import reason
-from hsa.distances import Distances
 from hsa.errors import HsaError, MachineError, RequestError, SourceError, shown
-from hsa.patch_reader import SUFFIX, Patch, open_patch
-from hsa.provenance import Record, changed_keys
-from hsa.roles import ROLES
-from hsa.source_checks import GivenSources, Work
-from hsa.sweep_index import PRESETS, Entry, entry_of, point_of
+from hsa.outputs import provenance, sweep_index
+from hsa.outputs.distances import Distances
+from hsa.outputs.patch_reader import SUFFIX, Patch, open_patch
+from hsa.outputs.provenance import Record, changed_keys
+from hsa.outputs.sweep_index import PRESETS, Entry, entry_of, point_of
+from hsa.sources.checkpoint import read_text
+from hsa.sources.roles import ROLES
+from hsa.system.descriptors import reason
 from hsa.verification.members import Verify, compare_index, open_index, take_over
 from hsa.verification.output import LABEL
 from hsa.verification.report import Found
+from hsa.verification.source_checks import GivenSources, Work
 
 OPEN_PATCHES = 64
 """Patches that are open at a time while they are compared with their sources."""
@@ -108,7 +108,7 @@ def _compare_sources(records: Sequence[tuple[str, Record]], work: Work) -> None:
 
 
 def _recompute(patches: Sequence[Path], given: GivenSources, work: Work) -> bool:
-    from hsa.recompute_patches import recompute_patches
+    from hsa.verification.recompute_patches import recompute_patches
 
     compared = True
     for first in range(0, len(patches), OPEN_PATCHES):

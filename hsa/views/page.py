@@ -11,7 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from hsa.inspection import Inspection
+from hsa.inspection.inspect import Inspection
 
 _HERE = Path(__file__).parent
 _ESCAPED = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hsa.errors import RequestError, one_line
-from hsa.inspection import Inspection, TensorInspection
+from hsa.inspection.inspect import Inspection, TensorInspection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from hsa.inspection import Inspection, TensorInspection
+from hsa.inspection.inspect import Inspection, TensorInspection
 
 COLUMNS = (
     "tensor",

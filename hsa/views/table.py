@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from hsa.architectures.whisper import parse
 from hsa.errors import one_line
-from hsa.inspection import Inspection, TensorInspection
 from hsa.inspection.diff import Comparison, HeadsDiff
 from hsa.inspection.distance import Distance
-from hsa.whisper import parse
+from hsa.inspection.inspect import Inspection, TensorInspection
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 from helpers import snapshot
 
-from hsa import fsio
 from hsa.errors import HsaError
+from hsa.system import fsio
 
 FULL = os.environ.get("HSA_FAULTS") == "full"
 """Whether the suite runs in full, by each operation's step; without it a sample, small enough for every `make test`."""

@@ -9,7 +9,7 @@ from fault_harness import Operation, Sources
 from helpers import merge_arguments
 
 import hsa
-from hsa.patch_reader import SUFFIX
+from hsa.outputs.patch_reader import SUFFIX
 
 K = {"old": 0.3, "new": 0.6}
 """What tells an earlier output of a merge from the one that replaces it."""

@@ -10,7 +10,7 @@ import pytest
 from fault_harness import CALLS, FULL, SHORT, Fault, Injector, Operation, Points, Stage, attempt, make_stage, sampled
 from fault_operations import OPERATIONS
 
-from hsa import fsio
+from hsa.system import fsio
 
 HOWS = ("new", "overwrite", "overwrite without swap")
 SAMPLE = 37

@@ -14,7 +14,7 @@ import pytest
 from fault_harness import FULL, Operation, Points, Stage, assert_ended_by, make_stage
 from fault_operations import OPERATIONS
 
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 KILLS = 68 // len(OPERATIONS) + 1 if FULL else 2
 """Kills for each signal and operation: more than 200 in all."""

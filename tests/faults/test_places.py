@@ -16,8 +16,8 @@ from fault_harness import FULL, Fault, Injector, Operation, Points, Stage, attem
 from fault_operations import OPERATIONS
 from helpers import mounted, ordinary_user, snapshot
 
-from hsa import fsio
 from hsa.errors import HsaError
+from hsa.system import fsio
 
 MANY = 1 if FULL else 20
 """Every which point of a walk is tried."""

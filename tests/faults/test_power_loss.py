@@ -22,7 +22,7 @@ import pytest
 from fault_harness import FULL, Operation, Points, Stage, make_stage
 from fault_operations import OPERATIONS
 
-from hsa import fsio
+from hsa.system import fsio
 
 CHOICES = 3 if FULL else 1
 """Disks that are put together for each moment."""

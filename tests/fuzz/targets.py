@@ -21,12 +21,14 @@ from typing import Any
 
 from guard import Finding, Guard
 
-from hsa import card, cli, provenance, recipe
-from hsa.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
+from hsa.cli import app
 from hsa.errors import HsaError
-from hsa.lora import WEIGHTS as ADAPTER_WEIGHTS
-from hsa.strict_json import marks
-from hsa.synthetic import SHAPES, write_triple
+from hsa.outputs import card, provenance
+from hsa.releases import recipe
+from hsa.sources.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
+from hsa.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
+from hsa.system.strict_json import marks
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Arena:
         """A command line in this process: exit code, one of `codes`; what it says; printable lines on stderr."""
         said, errors = io.StringIO(), io.StringIO()
         with self.guard.watching(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
-            code = cli.run(arguments)
+            code = app.run(arguments)
         lines = errors.getvalue().splitlines()
         if code not in codes or any(not line.startswith("hsa: ") for line in lines):
             raise Finding(f"exit code {code} with {lines!r:.500}")
@@ -430,7 +432,7 @@ def _patch_file(arena: Arena) -> Path:
     if not path.exists():
         shutil.rmtree(arena.output, ignore_errors=True)
         given = {f"--{role}={source}": None for role, source in arena.triple.items()}
-        code = cli.run(["merge", *given, f"--output={arena.output}.safetensors", "--patch", "--quiet"])
+        code = app.run(["merge", *given, f"--output={arena.output}.safetensors", "--patch", "--quiet"])
         assert code == 0
         shutil.move(f"{arena.output}.safetensors", path)
     return path
@@ -461,7 +463,7 @@ def _made(arena: Arena, name: str, command: list[str]) -> Path:
     place = arena.sources / name
     if not place.exists():
         shutil.rmtree(arena.output, ignore_errors=True)
-        code = cli.run([*command, f"--output={arena.output}", "--no-sync", "--quiet"])
+        code = app.run([*command, f"--output={arena.output}", "--no-sync", "--quiet"])
         assert code == 0
         shutil.move(arena.output, place)
     return place

@@ -27,13 +27,13 @@ from bombs import (
     text,
 )
 
-from hsa.asset_checks import MAX_VOCABULARY_MARKS
-from hsa.checkpoint import MAX_TEXT
-from hsa.header import MAX_HEADER, MAX_MARKS
-from hsa.pickled import MAX_PICKLE
-from hsa.recipe import MAX_BYTES
-from hsa.strict_yaml import MAX_VALUES
-from hsa.tensor_pickle import MAX_OPCODES
+from hsa.releases.recipe import MAX_BYTES
+from hsa.sources.checkpoint import MAX_TEXT
+from hsa.sources.pickle_reader import MAX_OPCODES
+from hsa.sources.safetensors import MAX_HEADER, MAX_MARKS
+from hsa.sources.small_file_checks import MAX_VOCABULARY_MARKS
+from hsa.sources.torch_pickle import MAX_PICKLE
+from hsa.system.strict_yaml import MAX_VALUES
 
 ROOM = MAX_PICKLE - 1000
 """Bytes of a description that is full of one thing."""

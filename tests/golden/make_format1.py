@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers import edit_json, read_tensors, write_adapter, write_openai, write_pickle
 
 import hsa
-from hsa.synthetic import WhisperShape, write_checkpoint, write_triple
+from hsa.testing.whisper_checkpoints import WhisperShape, write_checkpoint, write_triple
 
 SHAPE = WhisperShape(
     d_model=16,

@@ -21,7 +21,7 @@ import torch
 from helpers import RATE, read_clips, word_edits
 
 import hsa
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 NEEDED = "is not installed; `make test-integrations` installs the extra `deploy`"
 ctranslate2 = pytest.importorskip("ctranslate2", reason=f"ctranslate2 {NEEDED}")

@@ -12,9 +12,9 @@ from transformers import WhisperForConditionalGeneration
 
 import hsa
 from hsa.errors import MismatchError, SourceError
-from hsa.fsio import Tally
-from hsa.opening import open_source
-from hsa.synthetic import SHAPES, write_triple
+from hsa.sources.open import open_source
+from hsa.system.fsio import Tally
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 peft = pytest.importorskip("peft", reason="peft is not installed: make test-integrations installs it")
 

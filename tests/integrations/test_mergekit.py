@@ -18,9 +18,9 @@ import yaml
 from helpers import edit_json, merged, poke, raw_bytes, read_tensors, run_hsa, same_tensors, snapshot, write_tensors
 
 import hsa
-from hsa.cli import run
+from hsa.cli.app import run
 from hsa.integrations.mergekit_method import takes_groups, takes_text
-from hsa.synthetic import SHAPES, write_triple
+from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 Tensors = dict[str, torch.Tensor]

@@ -1,0 +1,292 @@
+"""`hsa.apply`: the output of a merge from primary and a patch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from hsa.architectures.whisper import EMBEDDING, canonical
+from hsa.arguments import check_flags, check_functions, check_paths, check_values
+from hsa.engine.patch_apply import Grafter
+from hsa.engine.pipeline import Options, execute
+from hsa.errors import PatchError, RequestError, SourceError, shown
+from hsa.option_names import option
+from hsa.outputs import patch_format
+from hsa.outputs.card import unlinked
+from hsa.outputs.extent import Extent, weights
+from hsa.outputs.finish import CARD, finish
+from hsa.outputs.patch_checks import require_sound
+from hsa.outputs.patch_format import PatchTarget
+from hsa.outputs.patch_reader import SUFFIX, Patch, digest_range, is_patch, open_patch
+from hsa.outputs.provenance import Record, changed_keys, source_record, tensors_digest
+from hsa.outputs.record_checks import merge_config
+from hsa.outputs.report import NO_DIGESTS, MergeReport, TensorReport
+from hsa.planning.file_layout import Content, Copied, Graft, TensorContent, pack
+from hsa.planning.plan import MAX_TARGET
+from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_text
+from hsa.sources.hub.client import Hub, Want
+from hsa.sources.small_file_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
+from hsa.sources.small_files import PROCESSOR_FILES
+from hsa.sources.structure import require_whole
+from hsa.system import fsio
+from hsa.system.destinations import check_destination
+from hsa.system.digests import digest_of
+from hsa.system.manifest import PROVENANCE
+from hsa.system.memory import PeakMemory
+from hsa.system.publish import Staging
+from hsa.system.signals import deferred
+from hsa.system.strict_json import load_json
+from hsa.system.threads import check_threads, default_threads
+from hsa.system.types import PathLike
+
+
+@fsio.explained()
+def apply(
+    primary: PathLike,
+    patch: PathLike,
+    *,
+    output: PathLike,
+    assets: Sequence[PathLike] = (),
+    threads: int | None = None,
+    digest: bool = True,
+    sync: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Make the output of a merge from primary and its patch: the very bytes that `hsa.merge` would have written.
+
+    Args:
+        primary: the checkpoint directory, or id on the Hub, that the patch was made with.
+        patch: a file of `hsa.merge_patch` or `hsa.sweep`.
+        output: the directory to write; it appears whole or not at all.
+        assets: directories to look in for tokenizer and processor files that the merge took from elsewhere than
+            primary or its parent directory.
+        threads, digest, sync, overwrite, progress: as for `hsa.merge`.
+
+    Returns the report of the merge, with the route `apply`.
+
+    Raises PatchError where the patch is damaged, was made for another primary, or says what no merge writes (rows with
+    NaN, heads or coefficients that do not follow from its parameters, other files); RequestError where primary and
+    patch are exchanged; SourceError where a small file of the merge cannot be found as it was; and what `hsa.merge`
+    raises. Nothing is left behind then.
+
+    Example:
+        >>> report = hsa.apply("m1", "sweep/encoder-qkv_k0.6_lambda0.3_alpha0.2.safetensors", output="best")
+    """
+    started = time.perf_counter()
+    check_paths(primary=primary, patch=patch, output=output)
+    check_values(assets=assets)
+    for each in assets:
+        check_paths(assets=each)
+    check_flags(digest=digest, sync=sync, overwrite=overwrite)
+    check_functions(progress=progress)
+    check_threads(threads)
+    memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
+    with ExitStack() as stack:
+        _check_order(primary, patch)
+        opened = open_patch(patch, tally, stack)
+        require_sound(opened)
+        config = merge_config(opened.record)
+        want = Want("whole", config.targets, assets=True)
+        source = stack.enter_context(hub.open("primary", primary, tally, want, None))
+        extra = [_folder(each) for each in assets]
+        apart = [source.path, opened.source.path.resolve(), *extra]
+        destination = check_destination(output, apart, overwrite=overwrite)
+        check_primary(opened, source)
+        small, contradicting = _small_files(opened, source, extra, tally)
+        options = Options(threads or default_threads(), digest, sync)
+        record, left = apply_to(
+            opened, source, small, destination, options, tally, memory, overwrite=overwrite, progress=progress
+        )
+    return MergeReport(
+        output=destination,
+        seconds=time.perf_counter() - started,
+        bytes_read=tally.read,
+        bytes_read_by_source=dict(tally.read_by),
+        bytes_written=tally.written,
+        bytes_fetched=sum(hub.fetched.values()),
+        peak_memory_bytes=memory.peak,
+        backend="cpu",
+        device="cpu",
+        route="apply",
+        parameters=config.as_dict(),
+        tensors={target.name: TensorReport.of(target) for target in record.targets},
+        extent=_extent(record),
+        notes=(*hub.notes, *source.notes, *(() if digest else (NO_DIGESTS,)), *left),
+        warnings=contradicting,
+        unlinked=unlinked(record),
+    )
+
+
+def _extent(record: Record) -> Extent:
+    """How much was merged, as far as a patch tells: it does not hold base."""
+    counts = [(target.coefficient, len(target.selected)) for target in record.targets]
+    heads = sum(target.heads for target in record.targets)
+    return Extent(sum(count for _, count in counts), heads, weights(counts))
+
+
+def apply_to(
+    patch: Patch,
+    primary: Checkpoint,
+    small: Mapping[str, bytes],
+    destination: Path,
+    options: Options,
+    tally: fsio.Tally,
+    memory: PeakMemory,
+    *,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Record, Sequence[str]]:
+    """Write the output of an open patch and its open primary, which was checked, with these small files.
+
+    Returns its record, and notes of what of an earlier output could not be removed.
+    """
+    contents = _tensors(patch, primary)
+    files, index = pack(primary, contents, patch.contents.parameters["max_shard_size"])
+    patch.record.check_fits([*small, INDEX, CARD, *(file.name for file in files)])
+    total = sum(file.size for file in files)
+    step = None if progress is None else lambda done: progress(done, total)
+    grafter = Grafter(primary, patch.source)
+    with ExitStack() as stack:
+        with deferred():
+            staging = stack.enter_context(Staging(destination, overwrite=overwrite, sync=options.sync))
+        digests = execute(files, {"primary": primary}, grafter, staging, options, tally, memory, step)
+        patch.check_tensors(grafter.digests)
+        primary.check_unchanged()
+        patch.source.check_unchanged()
+        record = patch.record
+        held = {**small, **({INDEX: index} if index is not None else {})}
+        weights = {file.name: digests.get(file.name) for file in files}
+        finish(staging, record, held, weights, digest=options.digest, tally=tally)
+        staging.publish()
+        memory.sample()
+    return record, staging.notes
+
+
+def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
+    """Every tensor of primary by canonical name, in the order of its files: copied, or with rows of the patch."""
+    targets = {
+        canonical(target.name): (target, heads)
+        for target, heads in zip(patch.contents.targets, patch.selected, strict=True)
+    }
+    found: dict[str, TensorContent] = {}
+    for name, ref in sorted(primary.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
+        piece: Content = Copied("primary", ref)
+        if name in targets:
+            target, heads = targets[name]
+            piece = Graft(ref, target.projection.head_axis, target.head_dim, heads, patch.start(target.name))
+        found[name] = TensorContent(ref.name, ref.code, ref.shape, (piece,))
+    return found
+
+
+def check_primary(patch: Patch, primary: Checkpoint) -> None:
+    """PatchError unless primary is the one that the patch was made with: by its files' headers, then by its targets.
+
+    MismatchError where primary does not hold what its config.json promises.
+    """
+    require_whole(primary)
+    made = patch.contents.sources["primary"]
+    name = shown(made.identity.id, 200)
+    where = f"patch {patch.source.path} was made for a primary named {name}, and {primary.path} is not it"
+    for target in patch.contents.targets:
+        ref = primary.tensors.get(canonical(target.name))
+        found = None if ref is None else (ref.name, ref.code, ref.shape)
+        if found != (target.name, target.code, target.shape):
+            held = "is missing" if ref is None else f"is {ref.name} {ref.code} {list(ref.shape)}"
+            raise PatchError(f"{where}: tensor {target.name} {target.code} {list(target.shape)} {held}")
+        if ref is not None and ref.nbytes > MAX_TARGET:
+            raise PatchError(
+                f"{primary.file_of(ref)}: target tensor {ref.name} takes {ref.nbytes} bytes, at most {MAX_TARGET} are "
+                f"held in memory; is it a Whisper checkpoint?"
+            )
+    digests = [_line(target, primary) for target in patch.contents.targets]
+    held_now = source_record(primary, tensors_digest(digests))
+    if held_now.files != made.files or held_now.kind != made.kind:
+        different = sorted(changed_keys(held_now.files, made.files)) or ["its weights"]
+        raise PatchError(f"{where}: the size or the header of {', '.join(different[:3])} differs; give that primary")
+    if held_now.targets != made.targets:
+        raise PatchError(
+            f"{where}: its target tensors hold other values (BLAKE3 {held_now.targets}, expected {made.targets})"
+        )
+    require_sound(patch, primary)
+
+
+def _line(target: PatchTarget, primary: Checkpoint) -> tuple[str, str, Sequence[int], str]:
+    ref = primary.tensors[canonical(target.name)]
+    digest = digest_range(primary.shards[ref.shard].source, ref.offset, ref.nbytes)
+    return target.projection.name, ref.code, ref.shape, digest
+
+
+def _folder(path: PathLike) -> Path:
+    """A directory of `assets`, its links resolved."""
+    try:
+        folder = Path(path).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(f"{option('assets')}: {path} cannot be found: {error}") from error
+    if not folder.is_dir():
+        raise SourceError(
+            f"{option('assets')}: {path} is not a directory; expected one with tokenizer or processor files"
+        )
+    return folder
+
+
+def _small_files(
+    patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally: fsio.Tally
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The small files as the merge wrote them, found by their digests, and warnings of what contradicts the model.
+
+    Raises SourceError for one that is not there, or cannot be loaded.
+    """
+    files: dict[str, bytes] = {}
+    documents: dict[str, Any] = {}
+    for name, digest in patch.contents.files.items():
+        above = [primary.path.parent] if name in PROCESSOR_FILES else []  # configs are those of the model itself
+        for directory in (primary.path, *above, *extra):
+            if (directory / name).is_file():
+                role = "assets" if directory in extra else "primary"
+                data = read_text(role, directory, name, tally)
+                if digest_of(data) == digest:
+                    files[name] = data
+                    if name in CHECKED_FILES:
+                        documents[name] = read_small_file(name, data, f"{role}: {directory / name}")
+                    break
+        else:
+            raise SourceError(
+                f"{name} as the merge of {patch_format.roles(patch.contents)} wrote it (BLAKE3 {digest}) is not in "
+                f"{primary.path}{' or the directory above' if above else ''}; give the directory that holds it with "
+                f"{option('assets')}, such as the base's"
+            )
+    where = f"patch {patch.source.path}: the {CONFIG} of its merge"
+    if load_json(files[CONFIG], where, "config") != primary.config:
+        raise PatchError(
+            f"{where} is not that of primary {primary.path}; a merge writes primary's, make the patch again"
+        )
+    sizes = ModelSizes.of(primary.config, primary.tensors.get(EMBEDDING))
+    return files, tuple(contradictions(documents, sizes))
+
+
+def _check_order(primary: PathLike, patch: PathLike) -> None:
+    """RequestError where a patch is given as primary; PatchError where a directory is given as the patch."""
+    first, second = (Path(os.path.expanduser(os.fspath(path))) for path in (primary, patch))
+    if first.is_file() and is_patch(first):
+        both = second.is_file() and is_patch(second)
+        todo = "give the checkpoint that it was made with" if both else f"exchange it and {second}"
+        raise RequestError(f"primary {first} is a patch; primary comes first, then the patch: {todo}")
+    if second.is_dir():
+        raise PatchError(f"patch {second} is a directory{_kind(second)}")
+
+
+def _kind(directory: Path) -> str:
+    """What a directory is that was given as a patch, and what to do."""
+    if (directory / PROVENANCE).is_file():
+        return ": an output of hsa, which is a whole checkpoint already"
+    if (directory / CONFIG).is_file():
+        return " with a checkpoint; expected a patch, which is one file that hsa wrote"
+    patches = sorted(path.name for path in directory.glob(f"*{SUFFIX}"))
+    if patches:
+        return f" with {len(patches)} patches; name one of them, such as {patches[0]}"
+    return "; expected a patch, which is one file that hsa wrote"

@@ -1,0 +1,276 @@
+"""`hsa.merge`: sources to a finished output directory; and the same as a plan alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from hsa.actions.request import Request, has_hub_ids, open_sources
+from hsa.architectures.base import Preset
+from hsa.arguments import check_functions
+from hsa.backends.base import Backend
+from hsa.backends.choose import resolve
+from hsa.engine.compute import Calculator
+from hsa.engine.pipeline import Options, execute
+from hsa.errors import SourceError
+from hsa.findings import Findings
+from hsa.methods.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, percentages
+from hsa.outputs import provenance, report
+from hsa.outputs.ancestry import Ancestries, ancestries
+from hsa.outputs.card import unlinked
+from hsa.outputs.extent import Extent
+from hsa.outputs.finish import CARD, finish
+from hsa.outputs.meaning import of_plan, of_settings, of_sources, refuse
+from hsa.outputs.report import MergeReport, PlanReport, TensorReport
+from hsa.planning.plan import MergePlan, make_plan
+from hsa.sources import small_files
+from hsa.sources.checkpoint import INDEX
+from hsa.sources.hub.client import Hub
+from hsa.sources.roles import Role
+from hsa.sources.source_set import Sources
+from hsa.system import fsio
+from hsa.system.destinations import check_destination
+from hsa.system.memory import PeakMemory
+from hsa.system.publish import Staging
+from hsa.system.signals import deferred
+from hsa.system.threads import default_threads
+from hsa.system.types import PathLike
+
+__all__ = ["PathLike", "Request", "dry_run", "merge", "run"]
+
+
+def merge(
+    *,
+    base: PathLike,
+    primary: PathLike,
+    secondary: PathLike,
+    output: PathLike,
+    k: PerTensor = 0.6,
+    lam: PerTensor = 0.5,
+    alpha: PerTensor = 0.2,
+    targets: Preset = "encoder-qkv",
+    attention_scale: float = 1.0,
+    non_attention_scale: float = 1.0,
+    num_heads: int | None = None,
+    num_layers: int | None = None,
+    numerics: Numerics = "exact",
+    load_dtype: LoadDtype = "auto",
+    dtype: OutputDtype = "auto",
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    assets_from: Role = "primary",
+    max_shard_size: str | int | None = None,
+    base_id: str | None = None,
+    primary_id: str | None = None,
+    secondary_id: str | None = None,
+    card: Mapping[str, str] | None = None,
+    digest: bool = True,
+    sync: bool = True,
+    overwrite: bool = False,
+    strict: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint directory.
+
+    Args:
+        base, primary, secondary: Hugging Face checkpoint directories with safetensors or pickle weights, or ids on the
+            Hub (`org/name`, `org/name@revision`), which are fetched; what exists locally is a directory. Primary and
+            secondary may be directories with a LoRA adapter of base, base and secondary OpenAI's own `.pt` files.
+        output: the directory to write; it appears whole or not at all.
+        k: share of heads merged per tensor, in [0, 1], or a percentage up to 100.
+        lam: weight of primary's task vector in a selected head, in [0, 1].
+        alpha: layer exponent, at least 0. `k`, `lam` and `alpha` also take a mapping from every target
+            tensor's name to its own value.
+        targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
+        attention_scale, non_attention_scale: factors on the task vectors of targets and of all else.
+        num_heads, num_layers: instead of what config.json says, for both stacks.
+        numerics: `exact`, or `reference` for the reference script's own torch operations.
+        load_dtype: with `reference`, how its loader reads: `auto` or `float32`.
+        dtype: element type of the output; `auto` keeps each tensor's.
+        backend, device: where to compute; only `auto` chooses.
+        threads: worker threads; by default the usable cores and one more.
+        assets_from: whose tokenizer and processor files are taken.
+        max_shard_size: bytes, or a size such as `5GB`; by default primary's own shards.
+        base_id, primary_id, secondary_id: hub ids to record instead of the directories' names or the ids fetched.
+        card: model card fields, of `hsa.outputs.card.FIELDS`.
+        digest: record BLAKE3 digests of whole files.
+        sync: fsync everything before the output appears.
+        overwrite: replace an earlier output.
+        strict: make warnings errors; nothing is written then.
+        progress: called now and then with bytes done and bytes in all.
+
+    Returns the report, with heads, scores and margins per tensor.
+
+    Raises RequestError, SourceError, StrictError, MachineError or a subclass (see `hsa.errors`); nothing is left behind
+    then.
+    Source: SPEC section 1, after Shankar et al., Computer Speech & Language, 2026, 102012.
+    """
+    config = MergeConfig(
+        k,
+        lam,
+        alpha,
+        targets,
+        attention_scale,
+        non_attention_scale,
+        num_heads,
+        num_layers,
+        numerics,
+        load_dtype,
+        dtype,
+    )
+    request = Request(
+        sources={"base": base, "primary": primary, "secondary": secondary},
+        output=output,
+        config=config,
+        backend=backend,
+        device=device,
+        threads=threads,
+        assets_from=assets_from,
+        max_shard_size=max_shard_size,
+        ids={"base": base_id, "primary": primary_id, "secondary": secondary_id},
+        card=card,
+        digest=digest,
+        sync=sync,
+        overwrite=overwrite,
+        strict=strict,
+    )
+    return run(request, progress)
+
+
+@fsio.explained()
+def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
+    """Do what a request says; see `merge`."""
+    check_functions(progress=progress)
+    started = time.perf_counter()
+    memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
+    with ExitStack() as stack:
+        job = _prepare(request, tally, hub, stack)
+        found = collect(request, job.sources, job.plan, tally)
+        early = _early(request, job, found, hub)
+        refuse(early + of_settings(job.plan.targets), strict=request.strict)
+        with deferred():  # a directory that was made must be known to the stack that removes it
+            staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
+        options = Options(request.threads or default_threads(), request.digest, request.sync)
+        total = job.plan.bytes_to_write
+        step = None if progress is None else lambda done: progress(done, total)
+        try:
+            calculator = Calculator(job.sources, job.backend, request.config.numerics)
+            digests = execute(job.plan.files, job.sources.by_role, calculator, staging, options, tally, memory, step)
+        except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
+            job.sources.check_unchanged()
+            raise
+        job.sources.check_unchanged()
+        outcomes = calculator.ordered(job.plan.targets)
+        doubts = of_sources(outcomes, job.sources, job.ancestries, request.config.targets)
+        told = early + doubts + report.findings(outcomes)
+        refuse(told, strict=request.strict)
+        record = provenance.record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
+        small = dict(found.files)
+        if job.plan.index is not None:
+            small[INDEX] = job.plan.index
+        weights = {file.name: digests.get(file.name) for file in job.plan.files}
+        finish(staging, record, small, weights, digest=request.digest, tally=tally)
+        staging.publish()
+        memory.sample()
+    return MergeReport(
+        output=job.destination,
+        seconds=time.perf_counter() - started,
+        bytes_read=tally.read,
+        bytes_read_by_source=dict(tally.read_by),
+        bytes_written=tally.written,
+        bytes_fetched=sum(hub.fetched.values()),
+        peak_memory_bytes=memory.peak,
+        backend=job.backend.name,
+        device=job.backend.device,
+        route=job.plan.route,
+        parameters=request.config.as_dict(),
+        tensors={target.name: TensorReport.of(target) for target in record.targets},
+        extent=Extent.of(outcomes),
+        notes=(*told.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
+        warnings=told.warnings,
+        unlinked=unlinked(record),
+        doubtful=bool(doubts.warnings) or "base" in job.ancestries,
+    )
+
+
+@fsio.explained()
+def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
+    """The plan of a request: reads headers and small files, writes nothing.
+
+    Of a source on the Hub no more than that is fetched either, primary included, except pickle weights and adapters,
+    and from a server that gives neither ranges nor sizes. With `occupied` an earlier output at the destination is
+    accepted, whatever it is: the caller decides about it.
+    """
+    tally, hub = fsio.Tally(), Hub()
+    with ExitStack() as stack:
+        job = _open(request, tally, hub, stack, headers_only=True, occupied=occupied)
+        plan = job.plan
+        found = collect(request, job.sources, job.plan, tally)
+        needed = plan.bytes_to_write + sum(map(len, found.files.values()))
+        existing = next(parent for parent in job.destination.parents if parent.exists())
+        free = fsio.free_bytes(existing)
+        told = _early(request, job, found, hub) + of_settings(plan.targets)
+        refuse(told, strict=request.strict)
+        short = [f"{needed} bytes are to be written and {free} are free in {existing}"] if free < needed else []
+        return PlanReport(
+            output=job.destination,
+            route=plan.route,
+            backend=job.backend.name,
+            device=job.backend.device,
+            parameters=request.config.as_dict(),
+            targets=plan.targets,
+            files={file.name: file.size for file in plan.files},
+            bytes_to_read=tally.read + sum(plan.weight_bytes_read.values()),
+            bytes_to_write=needed,
+            bytes_fetched=sum(hub.fetched.values()),
+            bytes_to_fetch=sum(hub.pending.values()),
+            free_bytes=free,
+            notes=told.notes,
+            warnings=(*told.warnings, *short),
+            doubtful="base" in job.ancestries,
+        )
+
+
+def collect(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tally) -> small_files.Assets:
+    """The small files of the output, but for index, card and provenance."""
+    owner: Role = "base" if request.config.numerics == "reference" else "primary"
+    return small_files.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
+
+
+def _early(request: Request, job: _Job, found: small_files.Assets, hub: Hub) -> Findings:
+    """What there is to say before the first tensor is read."""
+    told = Findings((*hub.notes, *job.plan.notes, *found.notes), found.warnings)
+    return told + percentages([request.config.k]) + of_plan(job.sources, job.ancestries)
+
+
+@dataclass(frozen=True)
+class _Job:
+    sources: Sources
+    plan: MergePlan
+    backend: Backend
+    destination: Path
+    ancestries: Ancestries
+
+
+def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> _Job:
+    """Open what a merge needs. Before anything large is fetched, whatever can be refused by headers is refused."""
+    if has_hub_ids(request):
+        with ExitStack() as trial:
+            _open(request, fsio.Tally(), hub, trial, headers_only=True)
+    return _open(request, tally, hub, stack, headers_only=False)
+
+
+def _open(
+    request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, occupied: bool = False
+) -> _Job:
+    backend = resolve(request.backend, request.device, request.config)
+    sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
+    folders = [source.path for source in sources]
+    destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
+    plan = make_plan(request.config, sources, request.shard_bytes)
+    provenance.check_fits(plan, sources, request.settings(backend.name), (*small_files.SMALL_FILES, INDEX, CARD))
+    return _Job(sources, plan, backend, destination, ancestries(sources))

@@ -1,0 +1,139 @@
+"""The targets of a model that a merge is written into, checked when the model is first met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hsa.actions.merger.loaded import Entry, Model, entries_of, in_its_place, targets_of
+from hsa.actions.merger.shared_memory import first_shared, repeats_elements, spans
+from hsa.actions.merger.written import Record
+from hsa.architectures.base import Preset
+from hsa.errors import MismatchError, RequestError
+from hsa.planning.target import Target
+
+KEPT_LAYOUTS = 4
+"""Models whose checks are remembered: a search writes to one again and again."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A model as it was checked: the addresses of all its tensors, and its targets: what they are and where."""
+
+    addresses: tuple[int, ...]
+    kinds: tuple[tuple[Any, ...], ...]
+    positions: tuple[int, ...]
+    record: Record
+
+
+class Destinations:
+    """Finds the tensors to write in a model or state dict.
+
+    A model is checked whole when it is first met, and again when an address of any of its tensors, or a dtype, shape or
+    stride of a target, has changed. Otherwise its targets are found by their positions, in a fraction of a millisecond.
+    """
+
+    def __init__(self, targets: Sequence[Target], preset: Preset) -> None:
+        self._targets, self._preset = targets, preset
+        self._known: tuple[_Layout, ...] = ()
+
+    def of(self, model: Model, first_met: Callable[[Sequence[Entry]], None]) -> tuple[list[torch.Tensor], Record]:
+        """The model's own tensor for every target, and the record to renew when they are written.
+
+        `first_met` gets the entries of a model that is new, after its checks. Raises RequestError, MismatchError.
+        """
+        held = list(_walk(model)) if isinstance(model, (torch.nn.Module, Mapping)) else []
+        addresses = tuple(map(_address, held))
+        for layout in self._known:
+            if layout.addresses == addresses:
+                places = [held[position] for position in layout.positions]
+                if tuple(map(_kind, places)) == layout.kinds:
+                    return places, layout.record
+        entries = entries_of("model", model)
+        places = self._checked(model, entries)
+        position_of = {id(tensor): position for position, tensor in enumerate(held)}
+        if any(id(tensor) not in position_of for tensor in places):
+            raise RequestError(
+                f"model: a {type(model).__name__} makes its tensors when it is asked for them, so that nothing written "
+                f"into them would stay; give a dict of tensors"
+            )
+        first_met(entries)
+        positions = tuple(position_of[id(tensor)] for tensor in places)
+        layout = _Layout(addresses, tuple(map(_kind, places)), positions, Record(places))
+        self._known = (layout, *self._known[: KEPT_LAYOUTS - 1])
+        return places, layout.record
+
+    def _checked(self, model: Model, entries: Sequence[Entry]) -> list[torch.Tensor]:
+        found = targets_of("model", model, entries, self._preset)
+        own = {}
+        for target in self._targets:
+            name = target.primary.name
+            entry = found.get(target.projection.name)
+            if entry is None:
+                there = in_its_place(entries, target.projection.name)
+                instead = "" if there is None else f" of that name, and {there:.300}; give the plain model, with {name}"
+                raise MismatchError(
+                    f"target tensor {name} of shape {list(target.shape)}: the model holds nothing{instead}"
+                )
+            tensor = entry.tensor
+            if tuple(tensor.shape) != target.shape:
+                empty = "; DeepSpeed ZeRO-3 and FSDP leave parameters empty: gather them first"
+                raise MismatchError(
+                    f"target tensor {name} of shape {list(target.shape)}: the model holds {list(tensor.shape)}"
+                    f"{'' if tensor.numel() else empty}"
+                )
+            if repeats_elements(tensor):
+                raise RequestError(
+                    f"model: target tensor {entry.stored}: several elements lie in one place (strides "
+                    f"{list(tensor.stride())}), as expand() makes them; give the model a copy of its own (contiguous())"
+                )
+            own[entry.name] = entry
+        require_own_memory(own, entries)
+        return [entry.tensor for entry in own.values()]
+
+
+def require_own_memory(targets: Mapping[str, Entry], entries: Sequence[Entry]) -> None:
+    """Raise RequestError where a target of a model shares memory with another tensor of it.
+
+    `targets` has canonical names as keys, `entries` is everything that the model holds.
+    """
+    others = [entry for entry in entries if entry.name not in targets]
+    shared = first_shared(
+        [*spans("target", targets.values()), *spans("other", others)], {"target": ("target", "other")}
+    )
+    if shared is not None:
+        raise RequestError(
+            f"model: {shared[0]} and {shared[1]} share memory, so that a merge of one would change the other; give the "
+            f"target a copy of its own"
+        )
+
+
+def _walk(model: Model) -> Iterator[Any]:
+    """Every tensor that a model holds, some twice, in an order that depends on nothing else."""
+    if isinstance(model, Mapping):
+        yield from model.values()
+        return
+    seen: set[int] = set()
+    left: list[torch.nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            left.extend(module._modules.values())
+            yield from module._parameters.values()
+            yield from module._buffers.values()
+
+
+def _address(tensor: Any) -> int:
+    """Where a tensor's elements begin; -1 for what has no address."""
+    try:
+        return int(tensor.data_ptr())
+    except (AttributeError, RuntimeError):  # no tensor, or a class of tensors that computes its elements
+        return -1
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device

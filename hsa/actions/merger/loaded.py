@@ -1,0 +1,147 @@
+"""Loaded models and state dicts: their targets by name, and which of them a merge can neither read nor write.
+
+Imports neither transformers nor peft: a model is known by its attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from hsa.architectures.base import Preset, Projection
+from hsa.architectures.whisper import canonical, is_target, parse, plain_names
+from hsa.backends.resident import CODE_OF
+from hsa.errors import RequestError, shown
+
+Model = torch.nn.Module | Mapping[str, torch.Tensor]
+
+
+class Entry(NamedTuple):
+    """A tensor of a model: the name that the model has it under, its canonical name, and what is there."""
+
+    stored: str
+    name: str
+    tensor: Any
+
+
+MERGE_ADAPTERS = "call merge_and_unload() of the PeftModel and give the model that it returns"
+
+
+def entries_of(label: str, model: Model, expected: str = "a loaded model or a state dict") -> list[Entry]:
+    """Every parameter and buffer, tied ones under each of their names; of a state dict every item.
+
+    Names are read without what wrappers such as torch.compile, DataParallel or FSDP add. Raises RequestError for
+    anything else, in which it says what was `expected`, and for a name that is no text.
+    """
+    if not isinstance(model, (torch.nn.Module, Mapping)):
+        raise RequestError(f"{label}: expected {expected}, got {type(model).__name__}")
+    held = dict(_items(model))
+    for stored in held:
+        if not isinstance(stored, str):
+            raise RequestError(f"{label}: a state dict maps names to tensors, and this one has the key {shown(stored)}")
+    return [Entry(stored, canonical(name), held[stored]) for stored, name in plain_names(held).items()]
+
+
+def _items(model: Model) -> Iterator[tuple[str, Any]]:
+    if isinstance(model, Mapping):
+        yield from model.items()
+        return
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def config_of(model: Model) -> Mapping[str, Any]:
+    """What the config.json of a loaded model says; empty for a state dict, and for a model without a config.
+
+    DataParallel and its like have the model in `module`; torch.compile's wrapper passes `config` on by itself.
+    """
+    for holder in (model, getattr(model, "module", None)):
+        config = getattr(holder, "config", None)
+        if config is not None and hasattr(config, "to_dict"):
+            return dict(config.to_dict())
+    return {}
+
+
+def targets_of(label: str, model: Model, entries: Sequence[Entry], preset: Preset) -> dict[str, Entry]:
+    """The targets of a model or state dict by canonical name, each a plain tensor with its data in memory.
+
+    `entries` is what `entries_of` gives of the model. Raises RequestError, which names the tensor, where one is no
+    tensor, has no data (meta device, offloaded), is of a class or dtype of its own (quantised, distributed, sparse), or
+    is there twice; and where adapters change what the tensors mean.
+    """
+    _refuse_adapters(label, model, entries)
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        if wanted(entry.name, preset) is None:
+            continue
+        _require_readable(label, entry.stored, entry.tensor)
+        if entry.name in found:
+            raise RequestError(
+                f"{label}: {found[entry.name].stored} and {entry.stored} are one tensor of Whisper, {entry.name}; give "
+                f"one of them"
+            )
+        found[entry.name] = entry
+    return found
+
+
+def wanted(name: str, preset: Preset) -> Projection | None:
+    """The projection of that name where the preset merges it, else None."""
+    projection = parse(name)
+    return projection if projection is not None and is_target(projection, preset) else None
+
+
+def in_its_place(entries: Sequence[Entry], target: str) -> str | None:
+    """What a model has where a target should be, such as `q_proj.parametrizations.weight.original0`; or None."""
+    module, _, part = target.rpartition(".")
+    for entry in entries:
+        _, found, rest = f".{entry.name}".partition(f".{module}.")
+        if found and part in rest and rest not in ("weight", "bias"):
+            return entry.stored
+    return None
+
+
+def has_addresses(tensor: Any) -> bool:
+    """Whether the elements lie at addresses that the tensor can say: no subclass that gathers or computes them."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return False
+    return not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+
+
+def _require_readable(label: str, name: str, tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        kind = type(tensor)
+        remedy = "; convert it with torch.from_numpy" if kind.__module__ == "numpy" else ""
+        raise RequestError(
+            f"{label}: target tensor {name} is a {kind.__module__}.{kind.__name__}, expected a torch tensor in a state "
+            f"dict{remedy}"
+        )
+    if tensor.is_meta:
+        raise RequestError(
+            f"{label}: target tensor {name} is on the meta device, where no data is (offloaded by a device_map, or not "
+            f"loaded yet); load {label} whole"
+        )
+    if not has_addresses(tensor) or tensor.dtype not in CODE_OF:
+        layout = "" if tensor.layout == torch.strided else f" with layout {str(tensor.layout).removeprefix('torch.')}"
+        raise RequestError(
+            f"{label}: target tensor {name} is a {type(tensor).__name__} of {tensor.dtype}{layout}, expected a plain "
+            f"tensor of float32, float16 or bfloat16; load {label} neither quantised nor distributed"
+        )
+
+
+def _refuse_adapters(label: str, model: Model, entries: Sequence[Entry]) -> None:
+    """PEFT's layers keep the original in `base_layer`; `peft_config` alone may outlast their unloading."""
+    if isinstance(model, torch.nn.Module):
+        wrapper = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        if wrapper or any(hasattr(module, "base_layer") for module in model.modules()):
+            raise RequestError(
+                f"{label} is a {type(model).__name__} with PEFT adapters, which are not part of its target tensors "
+                f"yet; {MERGE_ADAPTERS}"
+            )
+    names = (entry.stored for entry in entries)
+    adapter = next((name for name in names if ".lora_" in name or ".base_layer." in name), None)
+    if adapter is not None:
+        raise RequestError(
+            f"{label} holds {adapter:.300}, a PEFT adapter's tensor, beside its targets; {MERGE_ADAPTERS}"
+        )

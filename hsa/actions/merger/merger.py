@@ -1,0 +1,367 @@
+"""`Merger`: the target tensors of three sources, resident, for many merges with other parameters.
+
+Scores do not depend on lambda or alpha, and the ranking of heads not on k: they are computed once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hsa.actions.merger import samples
+from hsa.actions.merger.destination import Destinations
+from hsa.actions.merger.loaded import Entry, Model, config_of, entries_of, targets_of, wanted
+from hsa.actions.merger.samples import Sample
+from hsa.actions.merger.written import holds_a_merge
+from hsa.architectures.base import Preset
+from hsa.architectures.whisper import MODEL_TYPE, is_known
+from hsa.backends.base import Backend, changed_ranges
+from hsa.backends.choose import resolve
+from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
+from hsa.errors import RequestError, one_line, warn
+from hsa.findings import Findings
+from hsa.methods.config import MergeConfig, PerTensor
+from hsa.methods.selection import select
+from hsa.option_names import option
+from hsa.outputs.ancestry import Ancestry, ancestries, of_base, of_fine_tunes
+from hsa.outputs.extent import Extent
+from hsa.outputs.meaning import of_adapters, of_change, of_values
+from hsa.outputs.provenance import tensors_digest
+from hsa.planning.likeness import equal_pairs
+from hsa.planning.outcome import Merged, TargetOutcome
+from hsa.planning.plan import check_heads, check_whole, find_targets, with_parameters
+from hsa.planning.target import Target
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.hub.client import Hub, Want
+from hsa.sources.identity import Identity
+from hsa.sources.roles import ROLES, Role
+from hsa.sources.source_set import Sources
+from hsa.sources.structure import require_shapes
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.digests import digest_of
+from hsa.system.dtypes import NAMES, Array
+from hsa.system.fsio import Tally, explained
+from hsa.system.signals import deferred
+from hsa.system.threads import check_threads, default_threads
+
+Source = str | os.PathLike[str] | Model
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A source's targets: what a plan needs to know of them, and their bytes by canonical name; of primary also samples
+    of its other tensors, and of an output of hsa how it was merged."""
+
+    checkpoint: Checkpoint
+    data: Mapping[str, Array]
+    others: Mapping[str, Sample]
+    has_config: bool
+    warnings: tuple[str, ...] = ()
+    ancestry: Ancestry | None = None
+
+
+class Merger:
+    """Merges of three sources under many parameters, from target tensors kept in memory.
+
+    Args:
+        base, primary, secondary: each a checkpoint directory (or a file or adapter that `hsa.merge` takes), an id on
+            the Hub (`org/name`, `org/name@revision`), a state dict, or a loaded Whisper model. Their target tensors are
+            copied, so that a source may be changed, or be the model that `apply_` writes to.
+        targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
+        attention_scale: factor on the task vectors of the targets.
+        num_heads, num_layers: instead of what the configs say, for both stacks; needed where all three are state
+            dicts, which say nothing of heads.
+        backend, device: where to compute, as for `hsa.merge`; `device="cuda"` keeps the targets on that GPU, where
+            writing into a model on the same device allocates nothing after the first call with that model.
+        threads: worker threads on the CPU, 1 to 256; by default the usable cores and one more.
+
+    `backend` and `device` are what was chosen, `notes` what is to say of the sources, `warnings` what may be a mistake:
+    sources exchanged, given twice, not of one base or merged already, and a model written to whose other tensors are
+    not primary's. Each warning is also given as a HsaWarning, which Python's filters can make an error.
+
+    Merged values are those of `hsa.merge` with exact numerics, bit for bit, whatever torch's default device and grad or
+    inference mode are.
+
+    Raises:
+        RequestError: an argument is out of range; a source is neither a path nor a model nor a state dict, holds PEFT
+            adapters, or a target of it is no plain tensor with data (on the meta device, offloaded, quantised,
+            distributed, sparse) or is there under two names.
+        SourceError, MismatchError, NonFiniteError, BackendUnavailable, MachineError: as for `hsa.merge`.
+
+    Example:
+        >>> merger = hsa.Merger("whisper-small", "m1", "m2")  # doctest: +SKIP
+        >>> for lam in (0.1, 0.5, 0.9):  # doctest: +SKIP
+        ...     measure(merger.apply_(model, lam=lam))
+
+    Source: SPEC sections 1, 2 and 5.
+    """
+
+    @explained()
+    def __init__(
+        self,
+        base: Source,
+        primary: Source,
+        secondary: Source,
+        *,
+        targets: Preset = "encoder-qkv",
+        attention_scale: float = 1.0,
+        num_heads: int | None = None,
+        num_layers: int | None = None,
+        backend: str = "auto",
+        device: str | torch.device = "auto",
+        threads: int | None = None,
+    ) -> None:
+        self._config = MergeConfig(
+            targets=targets, attention_scale=attention_scale, num_heads=num_heads, num_layers=num_layers
+        )
+        check_threads(threads)
+        chosen = resolve(backend, str(device) if isinstance(device, torch.device) else device, self._config)
+        self.backend, self.device = chosen.name, chosen.device
+        given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
+        hub = Hub()
+        held = {role: _hold(role, given[role], targets, hub, base) for role in ROLES}
+        lender = _lend_config(held, num_heads, num_layers)
+        for role in ROLES:
+            if not isinstance(given[role], (str, os.PathLike)):
+                _check_loaded(held[role], lender)
+        data = {role: held[role].data for role in ROLES}
+        self._sources = Sources(*(held[role].checkpoint for role in ROLES))
+        self._others = held["primary"].others
+        self.notes = [*hub.notes, *(note for source in self._sources for note in source.notes)]
+        self._targets = find_targets(self._config, self._sources)
+        if isinstance(primary, (str, os.PathLike)):
+            check_whole(self._config, self._sources)
+        elif num_heads is None:
+            check_heads(self._sources)
+        self._stored = {target.projection.name: target.primary.name for target in self._targets}
+        self._resident = _make_resident(chosen, data, self._targets, default_threads() if threads is None else threads)
+        self._scored = dict(zip(self._stored, self._resident.score(self._targets), strict=True))
+        self._equal = {
+            target.projection.name: equal_pairs(target, {role: data[role][target.projection.name] for role in ROLES})
+            for target in self._targets
+        }
+        self._destinations = Destinations(self._targets, targets)
+        merges = {role: each.ancestry for role, each in held.items() if each.ancestry is not None}
+        told = of_adapters(self._sources) + of_base(merges) + of_values(self._outcomes(self._targets))
+        told += of_fine_tunes(merges, self._sources, targets, lambda role: _digest(role, data[role], self._targets))
+        self.warnings = [*(text for each in held.values() for text in each.warnings), *told.warnings]
+        for text in self.warnings:
+            warn(text)
+
+    def __repr__(self) -> str:
+        named = ", ".join(f"{source.role} {source.identity.id}" for source in self._sources)
+        what = f"{len(self._targets)} targets of {self._config.targets}"
+        return one_line(f"<hsa.Merger of {named}: {what}, in memory of {self.device}, backend {self.backend}>")
+
+    @property
+    def scores(self) -> dict[str, torch.Tensor]:
+        """The saliency scores of every target: float32 [H] by tensor name."""
+        return {
+            self._stored[name]: torch.tensor(scored.squared, dtype=torch.float64, device="cpu").sqrt().float()
+            for name, scored in self._scored.items()
+        }
+
+    def selected(self, k: PerTensor = 0.6) -> dict[str, tuple[int, ...]]:
+        """The heads that a merge with this `k` blends, by tensor name. Raises RequestError."""
+        return {
+            outcome.target.primary.name: outcome.merged.selection.selected
+            for outcome in self._outcomes(self._with(k, 0.5, 0.2))
+        }
+
+    def check(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> Findings:
+        """What is to say of a merge with these parameters, which is not made for it.
+
+        `notes` say how much is merged; `warnings` that the output would be next to primary. Mistakes that the sources
+        tell, whatever the parameters, are in `Merger.warnings`. Raises RequestError.
+        """
+        outcomes = self._outcomes(self._with(k, lam, alpha))
+        return Findings(notes=(Extent.of(outcomes).text,)) + of_change(outcomes)
+
+    def merge(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> dict[str, torch.Tensor]:
+        """The merged target tensors by name, new on every call, on the CPU: shapes and dtypes are primary's.
+
+        `k`, `lam` and `alpha` are numbers, or mappings from every target's name to a number.
+
+        Raises RequestError for values out of range, NonFiniteError for a merged value that overflows.
+        """
+        targets = self._with(k, lam, alpha)
+        with torch.inference_mode(False):  # tensors that a caller may go on with outside of it
+            out = [
+                torch.empty(target.shape, dtype=getattr(torch, NAMES[target.out_code]), device="cpu")
+                for target in targets
+            ]
+        self._resident.write(targets, out)
+        return {target.primary.name: tensor for target, tensor in zip(targets, out, strict=True)}
+
+    def apply_(self, model: Model, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> Model:
+        """Write the merged targets into a loaded model or a state dict, in place, and return it.
+
+        Every target is written whole, from the sources alone: what the model held there before does not matter. The
+        values are rounded once to the dtype of the model's own tensors, which stay the same objects; autograd sees that
+        they changed. Tensors that are no target are left as they are, so the model should be primary's. When a model is
+        first met, up to 32 elements of each of them are compared with primary's; where some differ, a HsaWarning
+        says so.
+
+        Either all targets are written or none. After one of the errors below the model is as it was. An interrupt
+        (Ctrl-C) that comes while targets are written takes effect when all of them are. Only where the machine itself
+        fails halfway, for example out of memory, is a MachineError raised that says that some targets are written.
+
+        Raises:
+            RequestError: a parameter is out of range; `model` is neither a model nor a state dict, holds PEFT adapters,
+                or a target of it is no plain float32, float16 or bfloat16 tensor with data (see `Merger`), has several
+                elements in one place (as after `expand`), or shares memory with another tensor of the model (tied,
+                overlapping).
+            MismatchError: a target is missing from the model or has another shape.
+            NonFiniteError: a merged value overflows the dtype of the model.
+        """
+        targets = self._with(k, lam, alpha)
+        out, record = self._destinations.of(model, self._note_others)
+        with deferred():
+            self._resident.write(targets, out)
+            record.renew(out)
+        return model
+
+    def _with(self, k: PerTensor, lam: PerTensor, alpha: PerTensor) -> tuple[Target, ...]:
+        own = self._config
+        config = MergeConfig(
+            *(k, lam, alpha, own.targets, own.attention_scale), num_heads=own.num_heads, num_layers=own.num_layers
+        )
+        return with_parameters(self._targets, config, self._sources)
+
+    def _outcomes(self, targets: Sequence[Target]) -> list[TargetOutcome]:
+        """What merges of these targets come to, by the scores alone; without digests."""
+        outcomes = []
+        for target in targets:
+            scored = self._scored[target.projection.name]
+            selection = select(scored.squared, target.keep)
+            changed = changed_ranges(target, selection.selected)
+            merged = Merged(selection, changed, scored.primary_moved, scored.secondary_moved, scored.geometry)
+            outcomes.append(TargetOutcome(target, merged, {}, self._equal[target.projection.name]))
+        return outcomes
+
+    def _note_others(self, entries: Sequence[Entry]) -> None:
+        """Say where a model's other tensors are not primary's."""
+        found = samples.difference(self._others, samples.of_loaded(entries, self._stored))
+        if found is None:
+            return
+        more = f", as do {found.count - 1} more" if found.count > 1 else ""
+        note = (
+            f"the model's other tensors are not primary's: {found.name} {found.how}{more} of {found.compared}, "
+            f"and apply_ leaves them as they are; load primary and apply to it for the model that hsa.merge writes"
+        )
+        self.warnings.append(note)
+        warn(note)
+
+
+def _make_resident(
+    backend: Backend, data: Mapping[Role, Mapping[str, Array]], targets: Sequence[Target], threads: int
+) -> Resident:
+    if backend.name == "triton":
+        from hsa.backends.triton import TritonResident
+
+        return TritonResident(data, targets, backend.device)
+    return CpuResident(data, threads)
+
+
+def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) -> _Held:
+    """Copy a source's targets; `base` is what an adapter stands on."""
+    if not isinstance(source, (str, os.PathLike)):
+        return _hold_loaded(role, source, preset)
+    with ExitStack() as stack:
+        under = None
+        if role != "base" and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
+            under = stack.enter_context(hub.open("base", base, Tally(), Want("targets", preset)))
+        want = Want("whole" if role == "primary" else "targets", preset)
+        checkpoint = stack.enter_context(hub.open(role, source, Tally(), want, None, under))
+        data = {}
+        for name, ref in checkpoint.tensors.items():
+            if wanted(name, preset):
+                data[name] = np.empty(ref.nbytes, np.uint8)
+                checkpoint.read_into(ref, data[name].data)
+        others = samples.of_checkpoint(checkpoint, data) if role == "primary" else {}
+        checkpoint.check_unchanged()
+        return _Held(checkpoint, data, others, bool(checkpoint.config), ancestry=ancestries([checkpoint]).get(role))
+
+
+def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:
+    entries = entries_of(role, source, "a checkpoint directory, an id on the Hub, a loaded model or a state dict")
+    targets = targets_of(role, source, entries, preset)
+    refs, data = {}, {}
+    for stored, name, tensor in entries:
+        if name in targets:
+            data[name] = bytes_of(tensor.detach().to("cpu", copy=True).contiguous())
+        if isinstance(tensor, torch.Tensor):  # no number of a training step, or the like
+            code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+            nbytes = data[name].nbytes if name in targets else 0
+            refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
+    label = "state dict" if isinstance(source, Mapping) else "model"
+    checkpoint = Checkpoint(role, Path(label), Identity(label), config_of(source), Tally(), tensors=refs)
+    merged = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
+    warnings = () if merged is None else (_AGAIN.format(role=role, name=merged),)
+    others = samples.of_loaded(entries, data) if role == "primary" else {}
+    return _Held(checkpoint, data, others, bool(checkpoint.config), warnings)
+
+
+def _check_loaded(held: _Held, lender: Role | None) -> None:
+    """Refuse shapes of primary that its config, or the one that `lender` lent it, does not allow. Then leave out the
+    names of Whisper that are not merged: a plan goes through all that are left."""
+    checkpoint = held.checkpoint
+    if checkpoint.role == "primary":
+        if held.has_config:
+            require_shapes(checkpoint)
+        elif lender is not None:
+            require_shapes(checkpoint, lender)
+    checkpoint.tensors = {
+        name: ref for name, ref in checkpoint.tensors.items() if name in held.data or not is_known(name)
+    }
+
+
+def _digest(role: Role, data: Mapping[str, Array], targets: Sequence[Target]) -> str:
+    """The digest over a source's target tensors that a record has."""
+    return tensors_digest(
+        [
+            (
+                target.projection.name,
+                target.ref(role).code,
+                target.ref(role).shape,
+                digest_of(data[target.projection.name]),
+            )
+            for target in targets
+        ]
+    )
+
+
+_AGAIN = (
+    "{role} is a model that a merge was written to: {name} still holds merged values, which are taken for those of "
+    "{role}; load {role} again, or keep one Merger and call apply_ with other parameters"
+)
+
+
+def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: int | None) -> Role | None:
+    """Give sources without a config another's, and return whose; None for state dicts alone, which need both counts
+    from the caller."""
+    lender = next((role for role, source in held.items() if source.has_config), None)
+    if lender is not None:
+        known = held[lender].checkpoint.config
+    else:
+        if num_heads is None or num_layers is None:
+            raise RequestError(
+                f"three state dicts say nothing of heads and layers: give {option('num_heads')} and "
+                f"{option('num_layers')}, or one source as a directory or a model"
+            )
+        stacks = ("encoder", "decoder")
+        known = {
+            "model_type": MODEL_TYPE,
+            **{f"{stack}_attention_heads": num_heads for stack in stacks},
+            **{f"{stack}_layers": num_layers for stack in stacks},
+        }
+    for source in held.values():
+        if not source.has_config:
+            source.checkpoint.config = known
+    return lender

@@ -1,0 +1,92 @@
+"""Whether a loaded model's other tensors are primary's, from a few elements of each.
+
+`hsa.Merger` writes the targets of a model and nothing else, so the result is the merge only where the rest of the model
+is primary's. Of every tensor the first `ELEMENTS` elements of its middle row are compared: about 1100 small reads of
+primary for large-v3. A model that differs elsewhere alone is not noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from hsa.actions.merger.loaded import Entry, has_addresses
+from hsa.sources.checkpoint import Checkpoint
+from hsa.system.dtypes import NAMES, size
+
+ELEMENTS = 32
+"""Of each tensor. Fine-tuning moves nearly every element of a tensor that it trains."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The shape of a tensor, and elements of its middle row on the CPU, one-dimensional."""
+
+    shape: tuple[int, ...]
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a model's other tensors differ from primary's: the first one's name and how, how many, and of how many."""
+
+    name: str
+    how: str
+    count: int
+    compared: int
+
+
+def of_checkpoint(checkpoint: Checkpoint, targets: Collection[str]) -> dict[str, Sample]:
+    """Samples of the tensors that are no target, by canonical name, in the order of the files. Raises SourceError."""
+    found = {}
+    for name, ref in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
+        if name in targets or ref.code not in NAMES or 0 in ref.shape:
+            continue
+        row = 0
+        for length in ref.shape[:-1]:
+            row = row * length + length // 2
+        width = ref.shape[-1] if ref.shape else 1
+        buffer = bytearray(min(ELEMENTS, width) * size(ref.code))
+        checkpoint.read_into(ref, memoryview(buffer), row * width * size(ref.code))
+        found[name] = Sample(ref.shape, torch.frombuffer(buffer, dtype=getattr(torch, NAMES[ref.code])))
+    return found
+
+
+def of_loaded(entries: Iterable[Entry], targets: Collection[str]) -> dict[str, Sample]:
+    """The same of a loaded model's tensors; those without elements in memory, and integers, are left out."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
+    for _, name, tensor in entries:
+        if name in targets or name in shapes or not has_addresses(tensor):
+            continue
+        if tensor.is_floating_point() and tensor.numel():
+            shapes[name] = tuple(tensor.shape)
+            row = tensor.detach()[tuple(length // 2 for length in tensor.shape[:-1])]
+            parts.setdefault((tensor.device, tensor.dtype), {})[name] = row.reshape(-1)[:ELEMENTS]
+    found = {}
+    for rows in parts.values():  # one copy from a device, not one for each tensor
+        together = torch.cat(list(rows.values())).cpu()
+        values = torch.split(together, [len(row) for row in rows.values()])
+        found.update({name: Sample(shapes[name], part) for name, part in zip(rows, values, strict=True)})
+    return found
+
+
+@torch.no_grad()
+def difference(primary: Mapping[str, Sample], model: Mapping[str, Sample]) -> Difference | None:
+    """How the model differs from primary, whose values are rounded to the model's dtypes; None where it does not."""
+    common = [name for name in primary if name in model]
+    differing = [(name, how) for name in common if (how := _how(primary[name], model[name])) is not None]
+    return Difference(*differing[0], len(differing), len(common)) if differing else None
+
+
+def _how(primary: Sample, model: Sample) -> str | None:
+    if primary.shape != model.shape:
+        return f"has shape {list(model.shape)}, primary's {list(primary.shape)}"
+    ours, theirs = primary.values.to(model.values.dtype), model.values
+    return (
+        None
+        if torch.equal(ours, theirs) or bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
+        else "differs"
+    )

@@ -1,0 +1,224 @@
+"""`hsa.merge_patch`: a merge as its merged rows alone; and the sources opened for one patch or many."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsa.actions.request import Request, has_hub_ids, open_sources
+from hsa.architectures.base import Preset
+from hsa.engine.patch_writer import Made, Point, check_patchable, make_patches
+from hsa.errors import DestinationError, RequestError
+from hsa.findings import Findings
+from hsa.methods.config import MergeConfig, PerTensor, percentages
+from hsa.option_names import option
+from hsa.outputs.ancestry import Ancestries, ancestries
+from hsa.outputs.extent import Extent
+from hsa.outputs.meaning import of_plan, of_settings, of_sources, refuse
+from hsa.outputs.patch_reader import SUFFIX, is_patch
+from hsa.outputs.provenance import Record
+from hsa.outputs.report import MergeReport, TensorReport, findings
+from hsa.planning.plan import check_whole, find_targets
+from hsa.sources import small_files
+from hsa.sources.hub.client import Hub
+from hsa.sources.roles import Role
+from hsa.sources.source_set import Sources
+from hsa.system import fsio
+from hsa.system.destinations import refuse_enclosed, relation
+from hsa.system.digests import digest_of
+from hsa.system.memory import PeakMemory
+from hsa.system.signals import deferred
+from hsa.system.staging import STAGING, Workbench, beside
+from hsa.system.threads import default_threads
+from hsa.system.types import PathLike
+
+
+def merge_patch(
+    *,
+    base: PathLike,
+    primary: PathLike,
+    secondary: PathLike,
+    output: PathLike,
+    k: PerTensor = 0.6,
+    lam: PerTensor = 0.5,
+    alpha: PerTensor = 0.2,
+    targets: Preset = "encoder-qkv",
+    num_heads: int | None = None,
+    num_layers: int | None = None,
+    threads: int | None = None,
+    assets_from: Role = "primary",
+    max_shard_size: str | int | None = None,
+    base_id: str | None = None,
+    primary_id: str | None = None,
+    secondary_id: str | None = None,
+    card: Mapping[str, str] | None = None,
+    sync: bool = True,
+    overwrite: bool = False,
+    strict: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Merge as `hsa.merge` does, and write the merged rows alone: a patch, from which `hsa.apply` makes the output.
+
+    Args:
+        output: the file to write, named `*.safetensors`; it appears whole or not at all.
+        The others are those of `hsa.merge`; what moves more than the merged heads (scales, casts, reference numerics)
+        has no patch. Of primary only headers and targets are read, as of base and secondary.
+
+    Returns the report, with heads, scores and margins per tensor; its route is `patch file`.
+
+    Raises what `hsa.merge` raises; nothing is left behind then.
+    """
+    request = Request(
+        sources={"base": base, "primary": primary, "secondary": secondary},
+        output=output,
+        config=MergeConfig(k, lam, alpha, targets, num_heads=num_heads, num_layers=num_layers),
+        threads=threads,
+        assets_from=assets_from,
+        max_shard_size=max_shard_size,
+        ids={"base": base_id, "primary": primary_id, "secondary": secondary_id},
+        card=card,
+        sync=sync,
+        overwrite=overwrite,
+        strict=strict,
+    )
+    return run_patch(request, progress)
+
+
+@fsio.explained()
+def run_patch(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
+    """Do what a request says as a patch; see `merge_patch`."""
+    started = time.perf_counter()
+    memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
+    with ExitStack() as stack:
+        opened = open_for_patches([request.config], request, tally, hub, stack)
+        sources = opened.sources
+        early = Findings((*hub.notes, *opened.found.notes), opened.found.warnings)
+        refuse(early + of_settings(find_targets(request.config, sources)), strict=request.strict)
+        destination = check_patch_destination(
+            request.output, [source.path for source in sources], overwrite=request.overwrite
+        )
+        with deferred():
+            bench = stack.enter_context(Workbench(beside(destination, STAGING), destination, sync=request.sync))
+        point = Point(request.config, destination.name)
+        threads = request.threads or default_threads()
+        (made,) = make_patches([point], sources, opened.settings, opened.files, bench, threads, tally, memory, progress)
+        sources.check_unchanged()
+        doubts = of_sources(made.outcomes, sources, opened.ancestries, request.config.targets)
+        told = early + doubts + findings(made.outcomes)
+        refuse(told, strict=request.strict)
+        check_patch_destination(destination, (), overwrite=request.overwrite)
+        bench.publish_file(point.name, destination)
+        memory.sample()
+    return MergeReport(
+        output=destination,
+        seconds=time.perf_counter() - started,
+        bytes_read=tally.read,
+        bytes_read_by_source=dict(tally.read_by),
+        bytes_written=tally.written,
+        bytes_fetched=sum(hub.fetched.values()),
+        peak_memory_bytes=memory.peak,
+        backend="cpu",
+        device="cpu",
+        route="patch file",
+        parameters=request.config.as_dict(),
+        tensors={target.name: TensorReport.of(target) for target in recorded(made).targets},
+        extent=Extent.of(made.outcomes),
+        notes=told.notes,
+        warnings=told.warnings,
+        doubtful=bool(doubts.warnings) or "base" in opened.ancestries,
+    )
+
+
+def recorded(made: Made) -> Record:
+    """The record that the merge of a finished patch has."""
+    selections = [outcome.merged.selection for outcome in made.outcomes]
+    return made.contents.record([s.selected for s in selections], [s.squared for s in selections])
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Sources open for patches, what a provenance says beside a merge's own parameters, the small files that a merge
+    writes, what there is to say of all this, and which sources are merges."""
+
+    sources: Sources
+    settings: Mapping[str, Any]
+    small: Mapping[str, bytes]
+    found: Findings
+    ancestries: Ancestries
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {name: digest_of(data) for name, data in self.small.items()}
+
+
+def open_for_patches(
+    configs: Sequence[MergeConfig],
+    request: Request,
+    tally: fsio.Tally,
+    hub: Hub,
+    stack: ExitStack,
+    *,
+    rows_only: bool = True,
+) -> Opened:
+    """Open the sources of a request for patches with these parameters; primary whole unless `rows_only`.
+
+    Raises as `hsa.merge`.
+    """
+    if request.backend == "triton" or request.device not in ("auto", "cpu"):
+        raise RequestError(
+            f"patches are made on the CPU, for the disk sets their pace; leave {option('backend')} and "
+            f"{option('device')} out, or use hsa.Merger(device='cuda') for merges that stay in memory"
+        )
+    if has_hub_ids(request):
+        with ExitStack() as trial:
+            found = open_sources(request, fsio.Tally(), hub, trial, headers_only=True, rows_only=rows_only)
+            _check(configs, found)
+    sources = open_sources(request, tally, hub, stack, headers_only=False, rows_only=rows_only)
+    _check(configs, sources)
+    found_assets = small_files.collect(sources, "primary", request.assets_from, None, tally)
+    notes = (*(note for source in sources for note in source.notes), *found_assets.notes)
+    merges = ancestries(sources)
+    told = Findings(notes, found_assets.warnings) + percentages(config.k for config in configs)
+    return Opened(sources, request.settings("cpu"), found_assets.files, told + of_plan(sources, merges), merges)
+
+
+def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:
+    for config in configs:
+        check_patchable(config, sources)
+        find_targets(config, sources)
+    check_whole(configs[0], sources)
+
+
+def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwrite: bool) -> Path:
+    """Where a patch may be written, links resolved; DestinationError where it may not."""
+    given = Path(output)
+    if given.suffix != SUFFIX:
+        raise DestinationError(f"output {given} is no name of a patch: expected one that ends in {SUFFIX}")
+    try:
+        destination = (Path.cwd() / given.expanduser()).resolve()
+        for source in sources:
+            found = relation(destination.parent, source)
+            if found in ("is", "lies in"):
+                raise DestinationError(
+                    f"output {destination} lies in the source {source}; choose a directory apart from the sources"
+                )
+        label = f"output {destination}"
+        if destination.is_dir():
+            raise DestinationError(f"{label} is a directory; a patch is one file: name one outside any output")
+        refuse_enclosed(destination, label)
+        if not os.path.lexists(destination):
+            return destination
+        if not overwrite:
+            raise DestinationError(f"output {destination} exists; choose another, or give {option('overwrite', True)}")
+        if not destination.is_file() or not is_patch(destination):
+            raise DestinationError(
+                f"output {destination} exists and is no patch of hsa; {option('overwrite', True)} replaces no other"
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DestinationError(f"output {given} cannot be looked at: {error}; choose another destination") from error
+    return destination

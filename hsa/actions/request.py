@@ -1,0 +1,130 @@
+"""What a merge is told, and its sources opened by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from hsa.arguments import check_flags, check_paths
+from hsa.errors import RequestError, shown
+from hsa.methods.config import MergeConfig
+from hsa.option_names import option
+from hsa.outputs.output_settings import check_settings
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.hub.client import Hub, Want
+from hsa.sources.hub.repository import REVISION, find_id
+from hsa.sources.identity import Identity, is_hub_id, located
+from hsa.sources.roles import ROLES, Role
+from hsa.sources.source_set import Sources
+from hsa.system.fsio import Tally
+from hsa.system.threads import check_threads
+from hsa.system.types import PathLike, parse_size
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a merge is told; see `merge` for the meaning of each field."""
+
+    sources: Mapping[Role, PathLike]
+    output: PathLike
+    config: MergeConfig
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    assets_from: Role = "primary"
+    max_shard_size: str | int | None = None
+    ids: Mapping[Role, str | None] | None = None
+    card: Mapping[str, str] | None = None
+    digest: bool = True
+    sync: bool = True
+    overwrite: bool = False
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self.assets_from, self.max_shard_size, self.card)
+        check_paths(output=self.output, **{str(role): path for role, path in self.sources.items()})
+        check_flags(digest=self.digest, sync=self.sync, overwrite=self.overwrite, strict=self.strict)
+        check_threads(self.threads)
+        check_ids(self.ids or {})
+
+    @property
+    def shard_bytes(self) -> int | None:
+        return None if self.max_shard_size is None else parse_size(self.max_shard_size)
+
+    def settings(self, backend: str) -> dict[str, Any]:
+        """What besides the merge's own parameters shapes the output, for its provenance."""
+        return {
+            "assets_from": self.assets_from,
+            "backend": backend,
+            "card": dict(self.card or {}),
+            "max_shard_size": self.shard_bytes,
+        }
+
+
+def _is_claim(claimed: object) -> bool:
+    """Whether it is a hub id, with or without a revision."""
+    if not isinstance(claimed, str):
+        return False
+    name, at, revision = claimed.partition("@")
+    return is_hub_id(name) and (not at or REVISION.fullmatch(revision) is not None)
+
+
+def check_ids(ids: Mapping[Role, str | None]) -> None:
+    """RequestError unless the ids to record are hub ids, with or without a revision, or None."""
+    for role, claimed in ids.items():
+        if claimed is not None and not _is_claim(claimed):
+            form = "a hub id such as org/name or org/name@revision"
+            raise RequestError(f"{option(f'{role}_id')} must be {form}, got {shown(claimed)}")
+
+
+def open_sources(
+    request: Request, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, rows_only: bool = False
+) -> Sources:
+    """The three sources, open until the stack ends; of primary, too, no more than its targets where `rows_only`.
+
+    See `hsa.merge` for what it raises.
+    """
+    ids = request.ids or {}
+    adapted = {role for role in ROLES if hub.is_adapter(role, request.sources[role])}  # in the order of messages
+
+    def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
+        want = _want(request, role, adapted="primary" in adapted, headers_only=headers_only, rows_only=rows_only)
+        return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
+
+    base = opened("base")
+    sources = Sources(base, opened("primary", base), opened("secondary", base))
+    _tell_apart([source for source in sources if not ids.get(source.role)])
+    return sources
+
+
+def _tell_apart(sources: Sequence[Checkpoint]) -> None:
+    """Add the parent's name to those of different directories that have one name, which a card could not tell apart."""
+    shared = [
+        source
+        for source in sources
+        if any(source.path != other.path and source.identity == other.identity for other in sources)
+    ]
+    for source in shared:
+        if source.identity == Identity(source.path.name):
+            source.identity = Identity(located(source.path))
+
+
+def has_hub_ids(request: Request) -> bool:
+    return any(find_id(path) for path in request.sources.values())
+
+
+def _want(request: Request, role: Role, *, adapted: bool, headers_only: bool, rows_only: bool) -> Want:
+    """What a merge needs of a source on the Hub; `adapted`: primary is an adapter, written with the whole of base."""
+    config = request.config
+    reference = config.numerics == "reference"
+    everywhere = reference or config.non_attention_scale != 1.0 or adapted
+    whole = (role == "primary" and not rows_only) or (role == "base" and everywhere)
+    return Want(
+        need="whole" if whole else "targets",
+        preset=config.targets,
+        assets=role in ("base", request.assets_from) or (rows_only and role == "primary"),
+        headers_only=headers_only,
+        compare=reference and role != "secondary",
+    )

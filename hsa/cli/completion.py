@@ -1,0 +1,47 @@
+"""Completion of command lines by the shell: what `hsa --install-completion` and `--show-completion` do."""
+
+from __future__ import annotations
+
+from hsa.errors import RequestError, shown
+from hsa.system.streams import tell
+
+PROGRAM = "hsa"
+VARIABLE = "_HSA_COMPLETE"
+"""The environment variable by which a shell asks for completions."""
+
+SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")
+
+
+def show(shell: str) -> None:
+    """Print the script that a shell reads. `auto` is the shell that started this process."""
+    from typer._completion_shared import get_completion_script
+
+    tell(get_completion_script(prog_name=PROGRAM, complete_var=VARIABLE, shell=_named(shell)))
+
+
+def install(shell: str) -> None:
+    """Write the script where the shell finds it, and say where."""
+    from typer._completion_shared import install
+
+    name, path = install(shell=_named(shell), prog_name=PROGRAM, complete_var=VARIABLE)
+    tell(f"{path} completes hsa in {name}; start a new shell to use it")
+
+
+def prepare() -> None:
+    """Let typer answer the shell, which asks by an environment variable."""
+    from typer._completion_classes import completion_init
+
+    completion_init()
+
+
+def _named(shell: str) -> str:
+    if shell == "auto":
+        import shellingham
+
+        try:
+            shell = shellingham.detect_shell()[0]
+        except shellingham.ShellDetectionFailure:
+            raise RequestError(f"the shell is not known; name it, one of {', '.join(SHELLS)}") from None
+    if shell not in SHELLS:
+        raise RequestError(f"there is no completion for the shell {shown(shell, 40)}; there is for {', '.join(SHELLS)}")
+    return shell

@@ -1,0 +1,203 @@
+"""`hsa inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsa.cli import options, printing
+from hsa.findings import Findings
+
+if TYPE_CHECKING:
+    from hsa.inspection.diff import Comparison
+    from hsa.inspection.inspect import Inspection
+    from hsa.verification.verify import VerifyReport
+
+Source = Annotated[str | None, typer.Option(metavar="SOURCE", help="As for merge; all three or none.")]
+
+
+def _own(default: str) -> str:
+    return f"the output's, else {default}"
+
+
+def inspect(
+    output: Annotated[
+        str | None, typer.Argument(metavar="OUT", help="A finished output; its provenance alone is read.")
+    ] = None,
+    base: Source = None,
+    primary: Source = None,
+    secondary: Source = None,
+    k: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="Share of heads to select.", show_default=_own("0.6")),
+    ] = None,
+    lam: Annotated[
+        float | None,
+        typer.Option("--lambda", metavar="NUMBER", help="Weight of primary.", show_default=_own("0.5")),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="Layer exponent.", show_default=_own("0.2"))
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET", help="encoder-qkv, attention-qkv or attention-all.", show_default="encoder-qkv"),
+    ] = None,
+    num_heads: options.NumHeads = None,
+    num_layers: options.NumLayers = None,
+    diff: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two outputs instead.")] = None,
+    no_energy: Annotated[
+        bool, typer.Option("--no-energy", help="Read the targets alone, not the rest of the models.")
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="With OUT: do not read its files to see whether they are as written.")
+    ] = False,
+    csv: Annotated[str | None, typer.Option(metavar="F", help="Write a row for each head.")] = None,
+    png: Annotated[str | None, typer.Option(metavar="F", help="Write heat maps (needs matplotlib).")] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="F", help="Write a page whose heat maps answer to sliders.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Show every column of the tables, however wide they are.")
+    ] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Show which heads a merge selects and why: of three sources, of a finished output, or of two. Exit code 0 or 2."""
+    from hsa.errors import RequestError
+
+    bars = not (quiet or as_json)
+    wanted = {"csv": csv, "png": png, "html": html}
+    if diff is not None:
+        others = {"OUT": output, "--base": base, "--primary": primary, "--secondary": secondary, "--k": k}
+        others |= {"--lambda": lam, "--alpha": alpha, "--targets": targets}
+        others |= {"--num-heads": num_heads, "--num-layers": num_layers}
+        others |= {f"--{name}": value for name, value in wanted.items()}
+        surplus = [name for name, value in others.items() if value is not None]
+        if surplus:
+            raise RequestError(f"--diff A B goes with --json alone, not with {', '.join(surplus)}; leave them out")
+        from hsa.inspection.diff import compare
+
+        with printing.progress(show=bars, label="comparing") as step:
+            compared = compare(*diff, progress=step)
+        _present(compared, as_json, quiet, wide=wide)
+        return 0
+
+    from hsa.inspection.inspect import inspect as inspect_
+    from hsa.views.files import check_file
+
+    kept = [path for path in (output, base, primary, secondary) if path is not None]
+    files = {name: check_file(path, kept, overwrite=overwrite) for name, path in wanted.items() if path is not None}
+    if len(set(files.values())) < len(files):
+        raise RequestError("two of --csv, --png and --html name one file; give each its own")
+    renderers = {name: _renderer(name) for name in files}  # what is not installed is said before anything is read
+    with printing.progress(show=bars, label="inspecting") as step:
+        found = inspect_(
+            output,
+            base=base,
+            primary=primary,
+            secondary=secondary,
+            k=k,
+            lam=lam,
+            alpha=alpha,
+            targets=targets,  # type: ignore[arg-type]
+            num_heads=num_heads,
+            num_layers=num_layers,
+            energy=not no_energy,
+            progress=step,
+        )
+    written = _write(found, files, renderers, kept, overwrite=overwrite)
+    verified = None
+    if output is not None and not no_verify:
+        from hsa.verification.verify import verify
+
+        with printing.progress(show=bars, label="verifying") as step:
+            verified = verify(output, progress=step)
+    _present(found, as_json, quiet, written, verified, wide=wide)
+    return 0 if verified is None or verified.ok else 2
+
+
+def _renderer(name: str) -> Callable[[Inspection], Mapping[str, bytes]]:
+    """What draws an inspection in a format: the bytes of each of its pages by the page's name, empty for the first."""
+    from hsa.views import page, picture, sheet
+
+    if name == "png":
+        picture.check_installed()
+        return picture.render
+    whole = {"csv": sheet.render, "html": page.render}[name]
+    return lambda found: {"": whole(found)}
+
+
+def _write(
+    found: Inspection,
+    files: Mapping[str, Path],
+    renderers: Mapping[str, Callable[[Inspection], Mapping[str, bytes]]],
+    kept: Sequence[str],
+    *,
+    overwrite: bool,
+) -> dict[str, tuple[Path, ...]]:
+    """Write every page of every format: `heads.png`, and for further pages `heads-NAME.png`. Returns their paths.
+
+    No file is written before every place was checked.
+    """
+    from hsa.views.files import check_file, write_file
+
+    pages: dict[str, dict[Path, bytes]] = {}
+    for name, render in renderers.items():
+        place = files[name]
+        named = {
+            place.with_stem(f"{place.stem}-{page}") if page else place: data for page, data in render(found).items()
+        }
+        pages[name] = {check_file(path, kept, overwrite=overwrite): data for path, data in named.items()}
+    for each in pages.values():
+        for path, data in each.items():
+            write_file(path, data)
+    return {name: tuple(each) for name, each in pages.items()}
+
+
+def _present(
+    view: Inspection | Comparison,
+    as_json: bool,
+    quiet: bool,
+    files: dict[str, tuple[Path, ...]] | None = None,
+    verified: VerifyReport | None = None,
+    *,
+    wide: bool = False,
+) -> None:
+    from hsa.errors import one_line
+    from hsa.views import table
+
+    written = [path for paths in (files or {}).values() for path in paths]
+    done = f"{', '.join(map(str, written))} {'is' if len(written) == 1 else 'are'} whole" if written else ""
+    printing.findings(Findings(view.notes, getattr(view, "warnings", ())), quiet=quiet)
+    if verified is not None:
+        printing.findings(Findings(verified.notes), quiet=quiet)
+        if not as_json:
+            printing.problems(verified)
+    if as_json:
+        more: dict[str, Any] = {"written": {name: [*map(str, paths)] for name, paths in files.items()}} if files else {}
+        if verified is not None:
+            whole = verified.as_dict()
+            more["verification"] = {name: whole[name] for name in ("ok", "problems", "notes", "files", "bytes_read")}
+        printing.result({**view.as_dict(), **more}, quiet, done=done)
+    elif not quiet:
+        lines = [table.render(view, wide=wide)]
+        if verified is not None:
+            hashed = all((getattr(view, "files", None) or {"": None}).values())
+            lines.append(_verdict(verified, hashed))
+        lines += [one_line(f"written: {path}") for path in written]
+        printing.result("\n".join(lines), quiet, done=done)
+
+
+def _verdict(verified: VerifyReport, hashed: bool) -> str:
+    """Whether the bytes are what was written, as far as that can be told."""
+    if not verified.ok:
+        count = len(verified.problems)
+        return f"bytes: not what was written, {count} problem{'s' * (count > 1)}"
+    if not hashed:
+        return f"bytes: {verified.files} files read, no problem found; without digests no more can be told"
+    return f"bytes: still what was written, {verified.files} files read"

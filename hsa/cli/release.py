@@ -1,0 +1,151 @@
+"""`hsa release`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsa.cli import options, printing
+from hsa.cli.printing import size_text
+from hsa.errors import one_line
+from hsa.findings import Findings
+from hsa.system.streams import say, watched
+
+if TYPE_CHECKING:
+    from hsa.releases.release import EntryReport, ReleasePlan, ReleaseReport
+
+ACTIONS = {"build": "build", "verify": "verify", "rebuild": "build anew", "refuse": "leave, and fail"}
+
+
+def release(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; the README says what is in it.")],
+    output: Annotated[str, typer.Option(metavar="TREE", help="Directory of the tree, new or of an earlier run.")],
+    backend: options.Backend = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    no_sync: options.NoSync = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Build anew what differs from the recipe or is damaged.")
+    ] = False,
+    strict: options.Strict = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Build TREE/<group>/<name> for each merge of a recipe, and an index; what stands already is verified."""
+    from hsa.releases import release as releasing
+
+    how = {
+        "backend": backend,
+        "device": device,
+        "threads": threads,
+        "sync": not no_sync,
+        "overwrite": overwrite,
+        "strict": strict,
+    }
+    if dry_run:
+        plan = releasing.plan(recipe, output, **how)  # type: ignore[arg-type]
+        printing.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
+        return 0
+    with _Screen(bars=watched() and not (quiet or as_json), quiet=quiet or as_json) as screen:
+        progress = screen.step if screen.bars else None
+        report = releasing.release(recipe, output, progress=progress, watch=screen.done, **how)  # type: ignore[arg-type]
+    printing.findings(Findings(report.notes), quiet=quiet)
+    if report.index_problem is not None:
+        printing.problem(f"the index: {report.index_problem}")
+    printing.result(
+        report.as_dict() if as_json else _describe(report),
+        quiet,
+        done=f"the tree {report.tree} is whole" if report.ok else "",
+    )
+    return report.exit_code
+
+
+class _Screen:
+    """What is shown while entries are built: a bar for each on a terminal, a line for each that ends."""
+
+    def __init__(self, *, bars: bool, quiet: bool) -> None:
+        self.bars, self._quiet = bars, quiet
+        self._bar = ExitStack()
+        self._path: str | None = None
+        self._update: Any = None
+        self._ended = 0
+
+    def __enter__(self) -> _Screen:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._bar.close()
+        if kind is not None and self._ended and not issubclass(kind, Exception):
+            say(f"hsa: note: {self._ended} merges ended before and stand; run again to go on")
+
+    def step(self, path: str, done: int, total: int) -> None:
+        if path != self._path:
+            self._bar.close()
+            self._path = path
+            self._update = self._bar.enter_context(printing.progress(show=True, label=one_line(path)))
+        self._update(done, total)
+
+    def done(self, entry: EntryReport) -> None:
+        self._bar.close()
+        self._path = None
+        self._ended += 1
+        if entry.problem is not None:
+            printing.problem(f"{entry.path}: {entry.problem}")
+        notes, warnings = (entry.notes, ()) if entry.merge is None else (entry.merge.notes, entry.merge.warnings)
+        about = [tuple(f"{entry.path}: {text}" for text in texts) for texts in (notes, warnings)]
+        printing.findings(Findings(*about), quiet=self._quiet)
+        if not self._quiet and entry.problem is None:
+            say(one_line(f"hsa: {entry.path}: {_result(entry)}"))
+
+
+def _result(entry: EntryReport) -> str:
+    if entry.merge is None:
+        return f"stands and is as the recipe says ({size_text(entry.bytes_read)} read)"
+    merge = entry.merge
+    return (
+        f"built, {merge.selected_heads} of {merge.total_heads} heads merged, {size_text(merge.bytes_written)} written "
+        f"in {merge.seconds:.2f} s; {merge.extent.text}"
+    )
+
+
+def _describe(report: ReleaseReport) -> str:
+    built, verified, failed = map(report.count, ("built", "verified", "failed"))
+    total = len(report.entries)
+    if verified == total and not report.index_written and report.ok:
+        what = f"nothing to do: all {total} merges stand, verified, and so does the index"
+    else:
+        index = "index written" if report.index_written else "index unchanged"
+        what = f"{built} built, {verified} verified, {failed} failed of {total} merges; {index}"
+    lines = [f"{report.tree}", f"  {what}"]
+    lines += [f"  failed: {entry.path}" for entry in report.failed]
+    if report.failed:
+        lines.append("  mend what the errors name and run again: what stands is kept")
+    return "\n".join(map(one_line, lines))
+
+
+def _describe_plan(plan: ReleasePlan) -> str:
+    lines = [f"{plan.tree} (dry run: nothing was written)"]
+    for planned in plan.entries:
+        seen = planned.plan
+        lines.append(f"  {planned.entry.path}: {ACTIONS[planned.action]}")
+        if planned.why:
+            remedy = f"; {planned.remedy}" if planned.remedy else ""
+            lines.append(f"    why     {planned.why}{remedy}")
+        if planned.action in ("build", "rebuild"):
+            lines.append(f"    merge   {seen.text}, in {len(seen.targets)} tensors, {seen.route} route")
+            lines.append(f"    write   {size_text(seen.bytes_to_write)}")
+            if seen.bytes_to_fetch:
+                lines.append(f"    fetch   {size_text(seen.bytes_to_fetch)} of weights from the Hub")
+        lines += [f"    note    {note}" for note in seen.notes]
+        lines += [f"    warning {warning}" for warning in seen.warnings]
+    fetch = f", {size_text(plan.bytes_to_fetch)} fetched at most" if plan.bytes_to_fetch else ""
+    lines.append(
+        f"  in all {len(plan.building)} of {len(plan.entries)} to build, {size_text(plan.bytes_to_write)}{fetch}"
+    )
+    lines += [f"  note    {note}" for note in plan.notes]
+    lines += [f"  warning {warning}" for warning in plan.short]
+    return "\n".join(map(one_line, lines))

@@ -1,0 +1,95 @@
+"""`hsa verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hsa.cli import options, printing
+from hsa.cli.printing import size_text
+from hsa.errors import RequestError, one_line
+from hsa.findings import Findings
+
+if TYPE_CHECKING:
+    from hsa.verification.verify import VerifyReport
+
+_SOURCE = "With --sources: as for hsa merge."
+_ID = "With --sources: the id that the record must have for it."
+
+
+def verify(
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="An output, a patch, or the directory of a sweep or of a release.")
+    ],
+    sources: Annotated[bool, typer.Option("--sources", help="Merge the sources again and compare every byte.")] = False,
+    base: Annotated[str | None, typer.Option(metavar="SOURCE", help=_SOURCE)] = None,
+    primary: Annotated[str | None, typer.Option(metavar="SOURCE", help=_SOURCE)] = None,
+    secondary: Annotated[str | None, typer.Option(metavar="SOURCE", help=_SOURCE)] = None,
+    base_id: Annotated[str | None, typer.Option(metavar="ID", help=_ID)] = None,
+    primary_id: Annotated[str | None, typer.Option(metavar="ID", help=_ID)] = None,
+    secondary_id: Annotated[str | None, typer.Option(metavar="ID", help=_ID)] = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Check what hsa wrote: digests, headers, names, finite targets; with --sources every byte. Exit code 0 or 2."""
+    given = {"--base": base, "--primary": primary, "--secondary": secondary}
+    lacking = [name for name, value in given.items() if value is None]
+    if sources and lacking:
+        raise RequestError(f"--sources compares with all three sources; add {', '.join(lacking)}")
+    ids = {"base_id": base_id, "primary_id": primary_id, "secondary_id": secondary_id}
+    if not sources and (len(lacking) < len(given) or any(ids.values())):
+        raise RequestError("to compare with the sources, add --sources; without it none is read")
+    from hsa.verification.verify import verify as run
+
+    with printing.progress(show=not (quiet or as_json), label="verifying") as step:
+        report = run(output, base=base, primary=primary, secondary=secondary, **ids, threads=threads, progress=step)
+    printing.findings(Findings(report.notes), quiet=quiet or as_json)
+    if not as_json:
+        printing.problems(report)
+    printing.result(report.as_dict() if as_json else _describe(report), quiet)
+    return 0 if report.ok else 2
+
+
+def _describe(report: VerifyReport) -> str:
+    count = len(report.problems)
+    found = "sound" if report.ok else f"{count} problem{'s' if count > 1 else ''}"
+    lines = [f"{report.output}: {found}"]
+    record = report.record
+    if record is not None:
+        chosen = sum(len(target.selected) for target in record.targets)
+        total = sum(target.heads for target in record.targets)
+        lines += [
+            "  " + ", ".join(source.identity.named(role) for role, source in record.sources.items()),
+            "  " + ", ".join(_parameters(record.parameters)),
+            f"  {chosen} of {total} heads merged in {len(record.targets)} tensors",
+        ]
+    if report.kind in ("sweep", "release"):
+        sound = sum(member.ok for member in report.members)
+        lines.append(f"  {report.kind}: {sound} of {len(report.members)} {_MEMBERS[report.kind]} are sound")
+    checked = _COMPARED[report.kind] if report.sources_compared else "not compared with the sources"
+    lines.append(
+        f"  {report.files} file{'' if report.files == 1 else 's'}, {size_text(report.bytes_read)} read in "
+        f"{report.seconds:.2f} s, peak memory {size_text(report.peak_memory_bytes)}; {checked}"
+    )
+    return "\n".join(map(one_line, lines))
+
+
+_MEMBERS = {"sweep": "points", "release": "outputs"}
+_COMPARED = {
+    "output": "every weight recomputed from the sources",
+    "patch": "every row recomputed from the sources",
+    "sweep": "every point recomputed from the sources",
+}
+
+
+def _parameters(parameters: object) -> list[str]:
+    shown = ("k", "lambda", "alpha", "targets", "numerics")
+    held = parameters if isinstance(parameters, dict) else {}
+    texts = {
+        name: "per tensor" if isinstance(held[name], dict) else str(held[name])[:40] for name in shown if name in held
+    }
+    return [f"{name} {text}" for name, text in texts.items()]

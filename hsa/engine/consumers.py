@@ -1,0 +1,172 @@
+"""Where the pieces of an output go: into files, past the page cache or through it, or onto a clone of primary's."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hsa.planning.file_layout import OutputFile
+from hsa.sources.checkpoint import Checkpoint
+from hsa.system import fsio
+from hsa.system.publish import Staging
+from hsa.system.ranges import Range
+from hsa.system.write_mode import Lanes
+
+DIRECT_PIECE = 4 << 20
+"""Bytes of a piece that is written past the page cache."""
+
+CACHED_PIECE = 1 << 20
+"""Bytes of a piece that is written through it: small enough to be digested from a core's own cache."""
+
+
+class Sink(Protocol):
+    """Takes the pieces of every file of a plan, from several threads; files go by their number in the plan."""
+
+    def begin(self, files: Sequence[OutputFile]) -> int:
+        """Be ready for these files; returns the bytes of a piece."""
+        ...
+
+    def holds_copies(self, number: int) -> bool:
+        """Whether ranges copied from primary stand in the file already, so that they need not be assembled."""
+        ...
+
+    def store(self, number: int, start: int, view: memoryview, changed: Sequence[Range]) -> None:
+        """Take a piece of a file, from byte `start` on. `changed` are its ranges that differ from primary's bytes."""
+        ...
+
+    def finish(self) -> None:
+        """After the last piece: make them lasting."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files, whatever happened."""
+        ...
+
+
+@dataclass
+class _File:
+    """An output file, open from its first piece until its last; `left` are the bytes that were not stored yet."""
+
+    plan: OutputFile
+    cloned: bool
+    left: int
+    fd: int | None = None
+    direct: int | None = None
+
+
+class FileSink:
+    """Writes into a staging directory. A file with primary's own layout starts as a clone where blocks can be shared.
+
+    Every file is made at once, so that a full disk shows before anything is computed. No more are open than threads
+    write to: pieces come in the order of the files, and a file is synced and closed after its last.
+
+    Raises MachineError.
+    """
+
+    def __init__(self, staging: Staging, primary: Checkpoint, tally: fsio.Tally, *, sync: bool) -> None:
+        self._staging, self._primary, self._tally, self._sync = staging, primary, tally, sync
+        self._files: list[_File] = []
+        self._lanes = None if sync else Lanes()
+        self._lock = threading.Lock()
+        self._has_direct = False
+
+    def begin(self, files: Sequence[OutputFile]) -> int:
+        for file in files:
+            self._files.append(_File(file, self._make(file), file.size))
+        fresh = next((file for file in self._files if not file.cloned), None)
+        if fresh is not None:
+            direct = fsio.reopen_direct(self._path(fresh))
+            self._has_direct = direct is not None
+            if direct is not None:
+                os.close(direct)
+        return DIRECT_PIECE if self._has_direct and not any(file.cloned for file in self._files) else CACHED_PIECE
+
+    def holds_copies(self, number: int) -> bool:
+        return self._files[number].cloned
+
+    def finish(self) -> None:
+        assert all(file.fd is None and not file.left for file in self._files), "a piece was not stored"
+
+    def close(self) -> None:
+        files, self._files = self._files, []
+        for file in files:
+            self._close(file)
+
+    def store(self, number: int, start: int, view: memoryview, changed: Sequence[Range]) -> None:
+        file = self._files[number]
+        with fsio.writing(self._path(file), file.plan.size):
+            fd = self._opened(file)
+            if file.cloned:
+                for low, high in changed:
+                    fsio.write_all(fd, view[low:high], start + low, self._tally)
+            elif file.direct is not None and len(view) % fsio.ALIGNMENT == 0:
+                if self._lanes is None:
+                    self._store_direct(fd, file.direct, start, view)
+                else:
+                    with self._lanes.write(len(view)) as lane:
+                        if lane == "direct":
+                            self._store_direct(fd, file.direct, start, view)
+                        else:
+                            self._store_cached(fd, start, view)
+            else:
+                self._store_cached(fd, start, view)
+            with self._lock:
+                file.left -= len(view)
+                whole = file.left == 0
+            if whole:
+                if self._sync:
+                    fsio.sync(fd)
+                self._close(file)
+
+    def _path(self, file: _File) -> Path:
+        return self._staging.file(file.plan.name)
+
+    def _make(self, file: OutputFile) -> bool:
+        """Make a file of its size, as a clone of primary's shard where the filesystem shares blocks; whether it is one.
+
+        The file is closed again: there may be more files than a process may have open.
+        """
+        path = self._staging.file(file.name)
+        if file.twin is not None:
+            with self._primary.shards[file.twin].source.descriptor() as source:
+                made = fsio.create(path, 0)
+                with fsio.writing(path, file.size):
+                    try:
+                        cloned = fsio.clone(source, made)
+                    finally:
+                        os.close(made)
+                    if cloned:
+                        return True
+                    path.unlink()
+        made = fsio.create(path, file.size)
+        with fsio.writing(path):
+            os.close(made)
+        return False
+
+    def _opened(self, file: _File) -> int:
+        with self._lock:
+            if file.fd is None:
+                file.fd = fsio.reopen(self._path(file))
+                if self._has_direct and not file.cloned:
+                    file.direct = fsio.reopen_direct(self._path(file))
+            return file.fd
+
+    def _close(self, file: _File) -> None:
+        with self._lock:
+            held = [fd for fd in (file.fd, file.direct) if fd is not None]
+            file.fd = file.direct = None
+        with fsio.writing(self._path(file)), ExitStack() as stack:  # a network filesystem may fail only here
+            for fd in held:
+                stack.callback(os.close, fd)
+
+    def _store_cached(self, fd: int, start: int, view: memoryview) -> None:
+        fsio.write_cached(fd, view, start, self._tally, writeback=self._sync)
+
+    def _store_direct(self, fd: int, direct: int, start: int, view: memoryview) -> None:
+        if not fsio.write_direct(direct, view, start, self._tally):
+            self._store_cached(fd, start, view)

@@ -1,0 +1,409 @@
+"""From sources to patch files, many points at once: each target is read and scored once, and blended for every point.
+
+Threads draw targets in the order of the files. Where a target's rows go is known once the heads of all targets before
+it are selected, so a thread waits for those that drew before it, and for nobody else. What is in memory is the targets
+under way, within the budget of a merge, and a fixed share of rows for each thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from hsa.backends.base import NotFinite
+from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
+from hsa.engine.compute import Calculator, not_finite
+from hsa.errors import RequestError
+from hsa.methods.config import MergeConfig
+from hsa.methods.geometry import Norms
+from hsa.methods.selection import Selection, select
+from hsa.outputs import distances, patch_format
+from hsa.outputs.distances import Distances
+from hsa.outputs.patch_format import Contents, PatchTarget, unpatchable
+from hsa.outputs.provenance import PROGRAM, libraries, source_record, target_digest, tensors_digest
+from hsa.planning.likeness import equal_pairs
+from hsa.planning.outcome import Merged, TargetOutcome
+from hsa.planning.plan import find_targets
+from hsa.planning.target import Target
+from hsa.sources.roles import ROLES, Role
+from hsa.sources.source_set import Sources
+from hsa.system import fsio
+from hsa.system.digests import digest_of
+from hsa.system.dtypes import BITS, Array
+from hsa.system.huge_pages import allocate
+from hsa.system.manifest import BLANK
+from hsa.system.memory import PeakMemory
+from hsa.system.staging import Workbench
+from hsa.system.threads import supervise
+
+ROWS_BYTES = 12 << 20
+"""Memory of a thread for merged rows that are to be written."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One patch to make: its parameters, and the name of its file on the workbench."""
+
+    config: MergeConfig
+    name: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished patch: its contents, outcomes in the order of the targets, and bytes."""
+
+    contents: Contents
+    outcomes: tuple[TargetOutcome, ...]
+    nbytes: int
+
+
+def check_patchable(config: MergeConfig, sources: Sources) -> None:
+    """RequestError where a patch cannot hold the merge; see `unpatchable`."""
+    for why in unpatchable(config, sources.primary.kind):
+        raise RequestError(f"a patch holds the rows of merged heads alone, and {why}; write a whole checkpoint")
+
+
+@dataclass
+class _File:
+    """A patch while it is written. `stop` is where the rows of the next target begin."""
+
+    point: Point
+    contents: Contents
+    fd: int
+    direct: int | None
+    header_bytes: int
+    stop: int
+    outcomes: dict[str, TargetOutcome] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        if self.direct is not None:
+            os.close(self.direct)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A target, for the files in whose points it is one."""
+
+    number: int
+    targets: tuple[tuple[_File, Target], ...]
+
+    @property
+    def any(self) -> Target:
+        return self.targets[0][1]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a target in one file: their place, and how they come about."""
+
+    file: _File
+    target: Target
+    selection: Selection
+    offset: int
+    nbytes: int
+
+
+class _Stopped(Exception):
+    """Another thread failed; this one has nothing to add."""
+
+
+def make_patches(
+    points: Sequence[Point],
+    sources: Sources,
+    settings: Mapping[str, Any],
+    files: Mapping[str, str],
+    bench: Workbench,
+    threads: int,
+    tally: fsio.Tally,
+    memory: PeakMemory,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Made]:
+    """Write a patch for every point onto the workbench, and fsync it where the bench says so.
+
+    `settings` and `files` are what a merge's provenance says beside its own parameters, and the digests of the small
+    files that it would write. `progress` gets bytes done and in all. Raises as a merge does.
+    """
+    with ExitStack() as stack:
+        run = _Run(points, sources, settings, files, bench, tally, memory, stack)
+        run.go(threads, progress)
+        return run.finish()
+
+
+class _Run:
+    def __init__(
+        self,
+        points: Sequence[Point],
+        sources: Sources,
+        settings: Mapping[str, Any],
+        files: Mapping[str, str],
+        bench: Workbench,
+        tally: fsio.Tally,
+        memory: PeakMemory,
+        stack: ExitStack,
+    ) -> None:
+        self.sources, self.bench, self.tally, self.memory = sources, bench, tally, memory
+        self.backend = CpuBackend()
+        self.calculator = Calculator(sources, self.backend, "exact")
+        self.changed = threading.Condition()
+        self.drawing = threading.Lock()
+        self.failure: BaseException | None = None
+        self.placed = 0
+        self.done = 0
+        self.norms: dict[str, Norms] = {}
+        self.files: list[_File] = []
+        targets: dict[str, list[tuple[_File, Target]]] = {}
+        for point in points:
+            found = find_targets(point.config, sources)
+            file = self._create(point, found, settings, files)
+            self.files.append(file)
+            stack.callback(file.close)
+            for target in found:
+                targets.setdefault(target.projection.name, []).append((file, target))
+        ordered = sorted(targets.values(), key=lambda held: _file_order(held[0][1]))
+        self.jobs = [_Job(number, tuple(held)) for number, held in enumerate(ordered)]
+        self.ahead = iter(self.jobs)
+        self.total = sum(_expected_bytes(file.contents) for file in self.files)
+
+    def _create(
+        self, point: Point, targets: Sequence[Target], settings: Mapping[str, Any], files: Mapping[str, str]
+    ) -> _File:
+        contents = Contents(
+            PROGRAM,
+            libraries(),
+            {**point.config.as_dict(), **settings},
+            {source.role: source_record(source, BLANK) for source in self.sources},
+            tuple(map(patch_target, targets)),
+            files,
+        )
+        size = patch_format.header_size(contents)
+        expected = size + _expected_bytes(contents)
+        path = self.bench.file(point.name)
+        fd = fsio.create(path, expected)
+        return _File(point, contents, fd, fsio.reopen_direct(path), size, size)
+
+    def go(self, threads: int, progress: Callable[[int, int], None] | None) -> None:
+        """Have every target blended and written. `progress` is called from this thread."""
+
+        def watch() -> None:
+            self.memory.sample()
+            if progress is not None:
+                progress(min(self.done, self.total), self.total)
+
+        supervise(threads, self._work, self._fail, watch)
+        if self.failure is not None:
+            raise self.failure
+
+    def finish(self) -> list[Made]:
+        """Scores, selection and header of every file, which are known now."""
+        return [self._finish(file) for file in self.files]
+
+    def _finish(self, file: _File) -> Made:
+        path = self.bench.file(file.point.name)
+        outcomes = tuple(file.outcomes[target.name] for target in file.contents.targets)
+        selections = [outcome.merged.selection for outcome in outcomes]
+        counts = {o.target.primary.name: len(s.selected) for o, s in zip(outcomes, selections, strict=True)}
+        tail = {
+            patch_format.SCORES: patch_format.pack_scores([s.squared for s in selections]),
+            patch_format.SELECTED: patch_format.pack_selected(
+                [s.selected for s in selections], [t.heads for t in file.contents.targets]
+            ),
+        }
+        digests = {**file.digests, **{name: digest_of(data) for name, data in tail.items()}}
+        listed = patch_format.entries(file.contents, counts)
+        contents = patch_format.completed(
+            file.contents,
+            {role: target_digest(role, outcomes) for role in ROLES},
+            tensors_digest([(entry.name, entry.code, entry.shape, digests[entry.name]) for entry in listed]),
+            self._distances(outcomes),
+        )
+        raw = patch_format.header(contents, counts, file.header_bytes)
+        stop = file.stop + sum(map(len, tail.values()))
+        with fsio.writing(path, stop):
+            fsio.write_all(file.fd, memoryview(b"".join(tail.values())), file.stop, self.tally)
+            fsio.write_all(file.fd, memoryview(raw), 0, self.tally)
+            os.ftruncate(file.fd, stop)
+            if self.bench.sync:
+                fsio.sync(file.fd)
+        return Made(contents, outcomes, stop)
+
+    def _distances(self, outcomes: Sequence[TargetOutcome]) -> dict[str, Distances]:
+        return distances.of(
+            distances.Merged(
+                outcome.target.projection.stack,
+                outcome.target.coefficient,
+                outcome.merged.selection.selected,
+                self.norms[outcome.target.projection.name],
+            )
+            for outcome in outcomes
+        )
+
+    def _work(self) -> None:
+        try:
+            worker, room = self.backend.worker(), _Room()
+            while True:
+                with ExitStack() as stack:
+                    with (
+                        self.drawing
+                    ):  # room is taken in the order of drawing: who waits for another holds none it needs
+                        job = next(self.ahead, None)
+                        if job is None:
+                            return
+                        cost = sum(job.any.ref(role).nbytes for role in ROLES)
+                        stack.enter_context(self.calculator.room_for(cost))
+                    self._check()
+                    self._do(job, worker, room)
+        except _Stopped:
+            return
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self.changed:
+            if self.failure is None:
+                self.failure = error
+            self.changed.notify_all()
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise _Stopped
+
+    def _do(self, job: _Job, worker: CpuWorker, room: _Room) -> None:
+        target = job.any
+        data: dict[Role, Array] = {}
+        digests: dict[Role, str] = {}
+        for role in ROLES:
+            data[role] = self.calculator.buffer(target.ref(role).nbytes)
+            self.sources.of(role).read_into(target.ref(role), data[role].data)
+            digests[role] = digest_of(data[role].data)
+        arrays = data["base"], data["primary"], data["secondary"]
+        equal = equal_pairs(target, data)
+        try:
+            scored = worker.score(target, *arrays)
+            self.norms[target.projection.name] = worker.norms(target, data["primary"], data["secondary"])
+            merged = {
+                id(file): Merged(
+                    select(scored.squared, each.keep),
+                    (),
+                    scored.primary_moved,
+                    scored.secondary_moved,
+                    scored.geometry,
+                )
+                for file, each in job.targets
+            }
+            rows = self._place(job, {key: found.selection for key, found in merged.items()})
+            for group in _groups(rows):
+                self._blend(group, arrays, worker, room)
+        except NotFinite as error:
+            refs = {role: target.ref(role) for role in ROLES}
+            raise not_finite(error, refs, target.out_code, self.sources, "exact") from None
+        for file, each in job.targets:
+            file.outcomes[each.primary.name] = TargetOutcome(each, merged[id(file)], digests, equal)
+        for array in arrays:
+            self.calculator.give_back(array)
+
+    def _place(self, job: _Job, selections: Mapping[int, Selection]) -> list[_Rows]:
+        """Where the rows go in every file, once all targets before this one have their place."""
+        with self.changed:
+            while self.placed != job.number:
+                self._check()
+                self.changed.wait()
+            self._check()
+            rows = []
+            for file, target in job.targets:
+                selection = selections[id(file)]
+                nbytes = patch_target(target).rows_bytes(len(selection.selected))
+                rows.append(_Rows(file, target, selection, file.stop, nbytes))
+                file.stop += nbytes
+            self.placed += 1
+            self.changed.notify_all()
+        return rows
+
+    def _blend(
+        self, group: Sequence[_Rows], arrays: tuple[Array, Array, Array], worker: CpuWorker, room: _Room
+    ) -> None:
+        """Compute the rows of one target for some files, then digest and write them."""
+        outs = room.split([rows.nbytes for rows in group])
+        blends = [
+            Blend(rows.selection.selected, rows.target.c1, rows.target.c2, out)
+            for rows, out in zip(group, outs, strict=True)
+        ]
+        worker.blend(group[0].target, *arrays, blends)
+        for rows, out in zip(group, outs, strict=True):
+            self._check()
+            rows.file.digests[rows.target.primary.name] = digest_of(out.data)
+            self._write(rows, out.data)
+            with self.changed:
+                self.done += rows.nbytes
+
+    def _write(self, rows: _Rows, view: memoryview) -> None:
+        file = rows.file
+        with fsio.writing(self.bench.file(file.point.name), rows.nbytes):
+            aligned = not (rows.offset % fsio.ALIGNMENT or rows.nbytes % fsio.ALIGNMENT)
+            if file.direct is not None and aligned and fsio.write_direct(file.direct, view, rows.offset, self.tally):
+                return
+            fsio.write_cached(file.fd, view, rows.offset, self.tally, writeback=self.bench.sync)
+
+
+class _Room:
+    """A thread's memory for rows: whole pages, so that they can be written past the page cache."""
+
+    def __init__(self) -> None:
+        self._memory = allocate(ROWS_BYTES)
+
+    def split(self, sizes: Sequence[int]) -> list[Array]:
+        """Apart arrays of these sizes, each from the start of a page; those of the last call are lost."""
+        import numpy as np
+
+        starts = [0, *accumulate(-(-size // fsio.ALIGNMENT) * fsio.ALIGNMENT for size in sizes)]
+        if starts[-1] > len(self._memory):
+            self._memory = allocate(starts[-1])
+        whole = np.frombuffer(self._memory, np.uint8)
+        return [whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+
+def _groups(rows: Sequence[_Rows]) -> list[list[_Rows]]:
+    """Rows of as many files as fit into a thread's memory at a time, at least one."""
+    groups: list[list[_Rows]] = []
+    filled = 0
+    for each in rows:
+        size = -(-each.nbytes // fsio.ALIGNMENT) * fsio.ALIGNMENT
+        if not groups or filled + size > ROWS_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(each)
+        filled += size
+    return groups
+
+
+def _file_order(target: Target) -> tuple[int, bool, int, int]:
+    """As `Contents.in_file_order`, of targets in the order of primary's files."""
+    return (-BITS[target.out_code], len(target.shape) == 1, target.primary.shard, target.primary.offset)
+
+
+def patch_target(target: Target) -> PatchTarget:
+    """What a patch says of a target."""
+    return PatchTarget(
+        target.primary.name,
+        target.projection,
+        target.shape,
+        target.out_code,
+        target.heads,
+        target.keep,
+        target.coefficient,
+    )
+
+
+def expected_bytes(config: MergeConfig, sources: Sources) -> int:
+    """Bytes of the rows of a point's patch, where no heads tie at the cut."""
+    return sum(patch_target(target).rows_bytes(target.keep) for target in find_targets(config, sources))
+
+
+def _expected_bytes(contents: Contents) -> int:
+    return sum(target.rows_bytes(target.keep) + 9 * target.heads for target in contents.targets)

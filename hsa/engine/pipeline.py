@@ -1,0 +1,327 @@
+"""Plan to bytes: read, compute, digest and write, overlapped, in bounded memory.
+
+The output is a row of pieces. Threads draw work in file order: first the targets that begin in a piece or soon after
+it, then the piece itself, which is assembled from copied ranges and computed tensors, digested in order, and written.
+A piece waits only for work that was drawn before it, so the threads cannot wait on one another in a circle,
+and no more than the tensors of the pieces in flight and of what lies `AHEAD` of them are in memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hsa.engine.compute import Computation, Ranges
+from hsa.engine.consumers import FileSink, Sink
+from hsa.planning.file_layout import Computed, Copied, Literal, Merge, OutputFile, Segment, Slice
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.roles import Role
+from hsa.system import fsio
+from hsa.system.dtypes import Array
+from hsa.system.huge_pages import allocate
+from hsa.system.memory import PeakMemory
+from hsa.system.publish import Staging
+from hsa.system.threads import supervise
+
+AHEAD = 32 << 20
+"""Bytes before a target's place at which its computing begins, so that no thread waits for it while others write."""
+
+
+class Hasher(Protocol):
+    """What this module uses of blake3."""
+
+    def update(self, data: Any, /) -> Any: ...
+
+    def hexdigest(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run goes about it: `threads` at work, whole-file digests, fsync."""
+
+    threads: int
+    digest: bool = True
+    sync: bool = True
+
+
+class Desk(Protocol):
+    """One thread's place at a calculator."""
+
+    def compute(self, contents: Sequence[Computed]) -> list[Computation]:
+        """Compute targets as a group, or one slice. Raises NonFiniteError, SourceChanged, MachineError."""
+
+
+class Calculator(Protocol):
+    """What computes the segments of a plan that are no copies: `compute.Calculator` or `patch_apply.Grafter`.
+
+    `group_bytes` are the targets that a desk takes in one go."""
+
+    @property
+    def group_bytes(self) -> int: ...
+
+    def desk(self) -> Desk: ...
+
+    def give_back(self, buffer: Array) -> None:
+        """Take back the memory of a computation that was written."""
+
+
+@dataclass
+class _File:
+    """An output file while it is assembled."""
+
+    plan: OutputFile
+    number: int
+    hasher: Hasher | None
+    starts: list[int]
+    digested: int = 0
+
+    def overlapping(self, start: int, stop: int) -> Iterator[Segment]:
+        first = bisect_right(self.starts, start) - 1
+        for segment in self.plan.segments[max(0, first) :]:
+            if segment.offset >= stop:
+                return
+            if segment.stop > start:
+                yield segment
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Compute segments, or (with none) assemble and write a piece."""
+
+    file: _File
+    number: int
+    start: int
+    stop: int
+    segments: tuple[Segment, ...] = ()
+
+
+@dataclass
+class _Result:
+    """A computed segment: its bytes, the ranges that differ from primary, and who still has to write it."""
+
+    pieces_left: int
+    data: Array | None = None
+    changed: Ranges = ()
+
+
+@dataclass(frozen=True)
+class _Local:
+    """One thread's own memory."""
+
+    desk: Desk
+    piece: memoryview
+
+
+class _Stopped(Exception):
+    """Another thread failed; this one has nothing to add."""
+
+
+def execute(
+    files: Sequence[OutputFile],
+    sources: Mapping[Role, Checkpoint],
+    calculator: Calculator,
+    staging: Staging,
+    options: Options,
+    tally: fsio.Tally,
+    memory: PeakMemory,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Write the weights files into the staging directory. Returns the digest of each, empty without digests.
+
+    `progress` is called from this thread with the bytes done so far. Raises NonFiniteError, SourceChanged,
+    MachineError; KeyboardInterrupt and the like stop the threads first.
+    """
+    sink = FileSink(staging, sources["primary"], tally, sync=options.sync)
+    return assemble(files, sources, calculator, sink, options, memory, progress)
+
+
+def assemble(
+    files: Sequence[OutputFile],
+    sources: Mapping[Role, Checkpoint],
+    calculator: Calculator,
+    sink: Sink,
+    options: Options,
+    memory: PeakMemory,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Hand every piece of the weights files to a sink, which writes it, or compares it; see `execute`."""
+    try:
+        return _Run(files, sources, calculator, sink, options, memory).go(progress)
+    finally:
+        sink.close()
+
+
+class _Run:
+    def __init__(
+        self,
+        files: Sequence[OutputFile],
+        sources: Mapping[Role, Checkpoint],
+        calculator: Calculator,
+        sink: Sink,
+        options: Options,
+        memory: PeakMemory,
+    ) -> None:
+        self.planned, self.sources, self.sink = files, sources, sink
+        self.options, self.memory = options, memory
+        self.changed = threading.Condition()
+        self.failure: BaseException | None = None
+        self.done = 0
+        self.results: dict[int, _Result] = {}
+        self.calculator = calculator
+        self.files = [self._opened(file, number) for number, file in enumerate(files)]
+        self.piece = 0
+        self.tasks: Iterator[_Task] = iter(())
+
+    def go(self, progress: Callable[[int], None] | None) -> dict[str, str]:
+        self.piece = self.sink.begin(self.planned)
+        self.tasks = self._all_tasks()
+
+        def watch() -> None:
+            self.memory.sample()
+            if progress is not None:
+                progress(self.done)
+
+        supervise(self.options.threads, self._work, self._fail, watch)
+        if self.failure is not None:
+            raise self.failure
+        if progress is not None:
+            progress(self.done)
+        self.sink.finish()
+        return {file.plan.name: file.hasher.hexdigest() for file in self.files if file.hasher is not None}
+
+    def _opened(self, file: OutputFile, number: int) -> _File:
+        hasher: Hasher | None = None
+        if self.options.digest:
+            from blake3 import blake3
+
+            hasher = blake3()
+        return _File(file, number, hasher, [segment.offset for segment in file.segments])
+
+    def _all_tasks(self) -> Iterator[_Task]:
+        """Every task in file order, computations before the piece in which the first of their results begins.
+
+        Targets come `AHEAD` of it. Slices do not: they are most of a file that has any, and no dearer than its pieces.
+        """
+        for file in self.files:
+            ahead = deque(segment for segment in file.plan.segments if isinstance(segment.content, Computed))
+            for number, start in enumerate(range(0, file.plan.size, self.piece)):
+                stop = min(start + self.piece, file.plan.size)
+                while ahead and ahead[0].offset < stop + (0 if isinstance(ahead[0].content, Slice) else AHEAD):
+                    group = self._draw_group(ahead)
+                    for segment in group:
+                        first, last = segment.offset // self.piece, (segment.stop - 1) // self.piece
+                        self.results[id(segment)] = _Result(pieces_left=last - first + 1)
+                    yield _Task(file, number, start, stop, group)
+                yield _Task(file, number, start, stop)
+
+    def _draw_group(self, ahead: deque[Segment]) -> tuple[Segment, ...]:
+        """The next segment, and the targets after it that the backend takes in the same go."""
+        group = [ahead.popleft()]
+        total = group[0].content.nbytes
+        while ahead and isinstance(group[0].content, Merge) and isinstance(ahead[0].content, Merge):
+            total += ahead[0].content.nbytes
+            if total > self.calculator.group_bytes:
+                break
+            group.append(ahead.popleft())
+        return tuple(group)
+
+    def _work(self) -> None:
+        try:
+            local = _Local(self.calculator.desk(), allocate(self.piece))
+            while True:
+                with self.changed:
+                    if self.failure is not None:
+                        return
+                    task = next(self.tasks, None)
+                if task is None:
+                    return
+                if task.segments:
+                    self._compute(task.segments, local)
+                else:
+                    self._write(task, local)
+        except _Stopped:
+            return
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self.changed:
+            if self.failure is None:
+                self.failure = error
+            self.changed.notify_all()
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        """Wait, holding the condition, until `ready`."""
+        while not ready():
+            if self.failure is not None:
+                raise _Stopped
+            self.changed.wait()
+        if self.failure is not None:
+            raise _Stopped
+
+    def _compute(self, segments: Sequence[Segment], local: _Local) -> None:
+        computed = local.desk.compute([segment.content for segment in segments])  # type: ignore[misc]
+        with self.changed:
+            for segment, found in zip(segments, computed, strict=True):
+                result = self.results[id(segment)]
+                result.data, result.changed = found.data, found.changed
+            self.changed.notify_all()
+
+    def _write(self, task: _Task, local: _Local) -> None:
+        file, start, stop = task.file, task.start, task.stop
+        view = local.piece[: stop - start]
+        segments = list(file.overlapping(start, stop))
+        used: list[tuple[Segment, _Result]] = []
+        for segment in segments:
+            low, high = max(start, segment.offset), min(stop, segment.stop)
+            part = view[low - start : high - start]
+            content = segment.content
+            if isinstance(content, Literal):
+                part[:] = memoryview(content.data)[low - segment.offset : high - segment.offset]
+            elif isinstance(content, Copied):
+                if file.hasher is not None or not self.sink.holds_copies(file.number):
+                    self.sources[content.role].read_into(content.tensor, part, low - segment.offset)
+            else:
+                result = self._result(segment)
+                assert result.data is not None
+                part[:] = result.data.data[low - segment.offset : high - segment.offset]
+                used.append((segment, result))
+        if file.hasher is not None:
+            with self.changed:
+                self._wait(lambda: file.digested == task.number)
+            file.hasher.update(view)
+            with self.changed:
+                file.digested += 1
+                self.changed.notify_all()
+        self.sink.store(file.number, start, view, _changed(used, start, len(view)))
+        with self.changed:
+            for segment, result in used:
+                result.pieces_left -= 1
+                if result.pieces_left == 0:
+                    assert result.data is not None
+                    self.calculator.give_back(result.data)
+                    del self.results[id(segment)]
+            self.done += stop - start
+            self.changed.notify_all()
+
+    def _result(self, segment: Segment) -> _Result:
+        with self.changed:
+            result = self.results[id(segment)]
+            self._wait(lambda: result.data is not None)
+            return result
+
+
+def _changed(used: Sequence[tuple[Segment, _Result]], start: int, count: int) -> Ranges:
+    """The ranges of a piece that differ from primary's bytes, from the piece's own beginning."""
+    found = []
+    for segment, result in used:
+        for first, last in result.changed:
+            low = max(0, segment.offset + first - start)
+            high = min(count, segment.offset + last - start)
+            if low < high:
+                found.append((low, high))
+    return tuple(found)

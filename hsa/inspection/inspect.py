@@ -1,0 +1,331 @@
+"""`hsa.inspect`: what a merge of three sources would select and why, or what a finished output says of itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from hsa.architectures.base import Preset
+from hsa.architectures.whisper import architecture, group_of
+from hsa.arguments import check_flags, check_functions, check_paths
+from hsa.backends.base import changed_ranges
+from hsa.errors import MismatchError, RequestError
+from hsa.findings import Findings
+from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes, measure
+from hsa.inspection.model import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
+from hsa.inspection.recorded import changed_config, close_margins, from_output, parameters_of, recorded_config
+from hsa.methods.config import MergeConfig, PerTensor, keep_count, percentages
+from hsa.methods.geometry import Geometry
+from hsa.methods.selection import Selection, of_selected, select
+from hsa.option_names import option
+from hsa.outputs import provenance
+from hsa.outputs.meaning import of_adapters, of_change, of_values
+from hsa.outputs.provenance import Provenance, TargetRecord, tensors_digest
+from hsa.planning.outcome import Merged, TargetOutcome
+from hsa.planning.plan import check_whole, find_targets
+from hsa.planning.target import Target
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.hub.client import Hub, Want
+from hsa.sources.hub.repository import find_id
+from hsa.sources.roles import ROLES, Role
+from hsa.sources.source_set import Sources
+from hsa.system.fsio import Tally
+from hsa.system.manifest import PROVENANCE
+
+__all__ = ["Agreement", "Energy", "Geometry", "Inspection", "TensorInspection", "inspect"]
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+
+
+def inspect(
+    output: PathLike | None = None,
+    *,
+    base: PathLike | None = None,
+    primary: PathLike | None = None,
+    secondary: PathLike | None = None,
+    k: PerTensor | None = None,
+    lam: PerTensor | None = None,
+    alpha: PerTensor | None = None,
+    targets: Preset | None = None,
+    num_heads: int | None = None,
+    num_layers: int | None = None,
+    energy: bool = True,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Scores, selection, margins and task vectors of every head, of three sources, of a finished output, or of both.
+
+    Args:
+        output: a directory that `hsa.merge` wrote; alone, nothing but its provenance is read.
+        base, primary, secondary: as for `hsa.merge`, all or none. With `output` they must be what it was made from, and
+            tell what a provenance does not hold: cosines, relative sizes, energies.
+        k, lam, alpha: the selection to show, by default the output's own, or that of `hsa.merge`.
+        targets, num_heads, num_layers: as for `hsa.merge`; an output has its own.
+        energy: read the whole of local sources for the share of each task vector inside the targets. Of sources on the
+            Hub only targets are fetched, and it is left out.
+        progress: called now and then with bytes done and bytes in all.
+
+    Scores are those of exact numerics, bit for bit those of a merge; memory holds one target at a time. The warnings
+    say whatever a merge of the sources would warn of, by their values and adapters and by the parameters, and why a
+    merge would refuse them where their config.json and tensors differ.
+
+    Raises RequestError, SourceError, MachineError or a subclass; MismatchError where the sources are not the output's.
+    """
+    given: dict[Role, PathLike | None] = {"base": base, "primary": primary, "secondary": secondary}
+    lacking = [option(role) for role, path in given.items() if path is None]
+    together = "{}, {} and {}".format(*map(option, ROLES))
+    if output is None and len(lacking) == len(ROLES):
+        raise RequestError(f"there is nothing to inspect; give an output, or {together}")
+    if lacking and len(lacking) < len(ROLES):
+        raise RequestError(f"{' and '.join(lacking)} not given; {together} are needed together")
+    paths = {role: path for role, path in given.items() if path is not None}
+    check_paths(**paths, **({} if output is None else {"output": output}))
+    check_flags(energy=energy)
+    check_functions(progress=progress)
+    if output is None:
+        defaults = MergeConfig()
+        config = MergeConfig(
+            k=defaults.k if k is None else k,
+            lam=defaults.lam if lam is None else lam,
+            alpha=defaults.alpha if alpha is None else alpha,
+            targets=defaults.targets if targets is None else targets,
+            num_heads=num_heads,
+            num_layers=num_layers,
+        )
+        return _from_sources(paths, config, None, None, energy, progress)
+    if targets is not None or num_heads is not None or num_layers is not None:
+        raise RequestError(
+            f"{option('targets')}, {option('num_heads')} and {option('num_layers')} are recorded in an output; leave "
+            f"them out"
+        )
+    directory = Path(output).expanduser()
+    tally = Tally()
+    record = provenance.load(directory)
+    tally.add_read("output", (directory / PROVENANCE).stat().st_size)
+    config = recorded_config(record, directory)
+    changed = {"k": k, "lam": lam, "alpha": alpha}
+    asked = changed_config(config, {name: value for name, value in changed.items() if value is not None})
+    if paths:
+        return _from_sources(paths, asked, record, directory, energy, progress)
+    return from_output(record, directory, config, asked, tally)
+
+
+def _from_sources(
+    paths: Mapping[Role, PathLike],
+    config: MergeConfig,
+    record: Provenance | None,
+    directory: Path | None,
+    energy: bool,
+    progress: Progress | None,
+) -> Inspection:
+    tally, hub = Tally(), Hub(bars=progress is not None)
+    remote = [role for role, path in paths.items() if find_id(path)]
+    with ExitStack() as stack:
+        if remote:  # whatever headers can refuse is refused before targets are fetched
+            with ExitStack() as trial:
+                find_targets(config, _open(paths, config, Tally(), hub, trial, headers_only=True))
+        sources = _open(paths, config, tally, hub, stack, headers_only=False)
+        found = find_targets(config, sources)
+        whole = energy and not remote
+        total = sum(target.ref(role).nbytes for target in found for role in ROLES)
+        total += elsewhere_bytes(sources, found) if whole else 0
+        done = 0
+
+        def step(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+
+        buffers = Buffers()
+        measured = dict(zip((t.projection.name for t in found), measure(sources, found, buffers, step), strict=True))
+        layers = _stack_layers(config, sources)
+        recorded = {} if record is None else {t.projection.name: t for t in record.record.targets}
+        warnings: list[str] = []
+        if record is not None and directory is not None:
+            _check_sources(record, directory, found, measured)
+            warnings += _unlike_record(recorded, found, measured, recorded_config(record, directory))
+        tensors = [
+            _tensor(target, measured[target.projection.name], layers, config, recorded.get(target.projection.name))
+            for target in found
+        ]
+        told = percentages([config.k]) + _refusal(config, sources) + of_adapters(sources)
+        told += _of_merge(found, measured, tensors)
+        energies = _energies(sources, found, tensors, buffers, step) if whole else None
+        sources.check_unchanged()
+        identities = {source.role: _identity(source) for source in sources}
+    notes = [*hub.notes, *(note for source in sources for note in source.notes)]
+    if remote and energy:
+        notes.append(
+            f"the share of energy is left out: of {' and '.join(remote)}, on the Hub, only targets were fetched; "
+            f"download the models and give their directories"
+        )
+    notes += told.notes
+    warnings += [*told.warnings, *close_margins(tensors)]
+    return Inspection(
+        title=directory.resolve().name if directory else " + ".join(str(identities[r]["id"]) for r in ROLES[1:]),
+        origin="output and sources" if directory else "sources",
+        numerics=config.numerics,
+        written_by=None if record is None else {**record.record.program, "libraries": dict(record.record.libraries)},
+        parameters=config.as_dict() if record is None else parameters_of(record, config),
+        sources=identities,
+        tensors=in_order(tensors),
+        energy=energies,
+        files=None if record is None else record.files,
+        bytes_read=tally.read,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+    )
+
+
+def _refusal(config: MergeConfig, sources: Sources) -> Findings:
+    """A warning where a merge would refuse the sources because a config.json and the tensors differ."""
+    try:
+        check_whole(config, sources)
+    except MismatchError as error:
+        return Findings(warnings=(f"a merge would refuse these sources: {error}",))
+    return Findings()
+
+
+def _of_merge(
+    targets: Sequence[Target], measured: Mapping[str, Measured], tensors: Sequence[TensorInspection]
+) -> Findings:
+    """What a merge of the same sources with the same parameters would say of them. `tensors` are in targets' order."""
+    outcomes = []
+    for target, tensor in zip(targets, tensors, strict=True):
+        found = measured[target.projection.name]
+        selection = Selection(found.squared, tensor.selected, tensor.margin)
+        changed = changed_ranges(target, tensor.selected)
+        merged = Merged(selection, changed, found.moved["primary"], found.moved["secondary"], found.geometry)
+        outcomes.append(TargetOutcome(target, merged, found.digests, found.equal))
+    return of_values(outcomes) + of_change(outcomes)
+
+
+def _open(
+    paths: Mapping[Role, PathLike], config: MergeConfig, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool
+) -> Sources:
+    want = Want(need="targets", preset=config.targets, headers_only=headers_only)
+
+    def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
+        return stack.enter_context(hub.open(role, paths[role], tally, want, None, base))
+
+    base = opened("base")
+    return Sources(base, opened("primary", base), opened("secondary", base))
+
+
+def _stack_layers(config: MergeConfig, sources: Sources) -> dict[str, int]:
+    counts = architecture(sources.primary.config, "primary").layers
+    return {stack: config.num_layers or count for stack, count in counts.items()}
+
+
+def _identity(source: Checkpoint) -> dict[str, object]:
+    return {
+        "id": source.identity.id,
+        "revision": source.identity.revision,
+        "format": source.kind,
+        "tensors": len(source.tensors),
+    }
+
+
+def _tensor(
+    target: Target,
+    found: Measured,
+    layers: Mapping[str, int],
+    config: MergeConfig,
+    recorded: TargetRecord | None,
+) -> TensorInspection:
+    name = target.projection.name
+    selection = select(found.squared, target.keep)
+    squared: tuple[float, ...] | None = found.squared
+    scores, selected, margin = selection.scores, selection.selected, selection.margin
+    if recorded is not None and config.numerics == "reference":  # its scores are torch's own, and so is its choice
+        squared, scores = None, recorded.scores
+        selected, margin = recorded.selected, recorded.margin
+        if target.keep != recorded.keep:
+            selected = select(scores, target.keep).selected
+            margin = of_selected([score * score for score in scores], selected).margin
+    return TensorInspection(
+        name=target.primary.name if recorded is None else recorded.name,
+        projection=target.projection,
+        shape=target.shape,
+        dtype=target.out_code if recorded is None else recorded.code,
+        heads=target.heads,
+        layers=layers[target.projection.stack],
+        k=target.k,
+        lam=config.of("lam", name),
+        alpha=config.of("alpha", name),
+        keep=target.keep,
+        coefficient=target.coefficient,
+        scores=scores,
+        squared=squared,
+        selected=selected,
+        margin=margin,
+        geometry=found.geometry,
+        recorded=None if recorded is None else Recorded(recorded.keep, recorded.selected),
+    )
+
+
+def _check_sources(
+    record: Provenance, directory: Path, targets: Sequence[Target], measured: Mapping[str, Measured]
+) -> None:
+    """MismatchError unless these are the target bytes that the output was made from."""
+    for role in ROLES:
+        lines = []
+        for target in targets:
+            ref = target.ref(role)
+            lines.append((target.projection.name, ref.code, ref.shape, measured[target.projection.name].digests[role]))
+        if tensors_digest(lines) != record.record.sources[role].targets:
+            was = record.record.sources[role].identity.id
+            raise MismatchError(
+                f"{role}: its target tensors are not those that {directory} was made from ({was}); give that source, "
+                f"or inspect the sources without the output"
+            )
+
+
+def _unlike_record(
+    recorded: Mapping[str, TargetRecord],
+    targets: Sequence[Target],
+    measured: Mapping[str, Measured],
+    config: MergeConfig,
+) -> Iterator[str]:
+    """Recorded heads that the sources do not give; only exact numerics can be repeated here."""
+    if config.numerics == "reference":
+        return
+    for target in targets:
+        own = recorded.get(target.projection.name)
+        if own is None:
+            continue
+        keep = keep_count(config.of("k", target.projection.name), target.heads)
+        again = select(measured[target.projection.name].squared, keep)
+        if again.selected != own.selected:
+            yield (
+                f"{own.name}: heads {list(own.selected)} are recorded and the sources give {list(again.selected)} "
+                f"(margin {again.margin}); another backend may differ at so small a margin, else this is a bug"
+            )
+
+
+def _energies(
+    sources: Sources,
+    targets: Sequence[Target],
+    tensors: Sequence[TensorInspection],
+    buffers: Buffers,
+    step: Callable[[int], None],
+) -> tuple[Energy, ...]:
+    outside = elsewhere(sources, targets, buffers, step)
+    energies = []
+    for role in ROLES[1:]:
+        groups = dict(outside[role].groups)
+        inside = selected = 0.0
+        for tensor in tensors:
+            assert tensor.geometry is not None
+            heads = tensor.geometry.primary if role == "primary" else tensor.geometry.secondary
+            group = " ".join(group_of(tensor.projection.name))
+            groups[group] = groups.get(group, 0.0) + sum(heads)
+            inside += sum(heads)
+            selected += sum(heads[head] for head in tensor.selected)
+        total = inside + sum(outside[role].groups.values())
+        ordered = dict(sorted(groups.items(), key=lambda item: -item[1]))
+        energies.append(Energy(role, total, inside, selected, ordered, tuple(outside[role].skipped)))
+    return tuple(energies)

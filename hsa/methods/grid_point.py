@@ -1,0 +1,36 @@
+"""One setting of a grid of parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+
+from hsa.architectures.base import Preset
+from hsa.methods.config import MergeConfig
+
+LONGEST_NAME = 200
+"""Letters of a point's name: with what else a file's name holds, fewer than any filesystem allows."""
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One setting of a grid."""
+
+    targets: Preset
+    k: float
+    lam: float
+    alpha: float
+
+    @property
+    def name(self) -> str:
+        """Names its files; the same in every grid that has it."""
+        return f"{self.targets}_k{plain(self.k)}_lambda{plain(self.lam)}_alpha{plain(self.alpha)}"
+
+    def config(self, num_heads: int | None, num_layers: int | None) -> MergeConfig:
+        return MergeConfig(self.k, self.lam, self.alpha, self.targets, num_heads=num_heads, num_layers=num_layers)
+
+
+def plain(value: float) -> str:
+    """A number in decimal digits, without an exponent: 0.25, 1."""
+    text = format(Decimal(repr(float(value))), "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,0 +1,1 @@
+"""What lies beside the weights: records, patch files, indexes, model cards, small files and reports."""

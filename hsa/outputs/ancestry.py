@@ -1,0 +1,101 @@
+"""Sources that are themselves outputs of hsa, by the record in their folder, and what that says of merging them again.
+
+A record is `hsa_merge.json`. It names the three sources of the earlier merge, with a digest over the target tensors of
+each. A source without a record, or with one that is damaged, counts as a model that hsa did not write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from hsa.architectures.base import Preset
+from hsa.errors import HsaError
+from hsa.findings import Findings
+from hsa.outputs.provenance import SourceRecord, load
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.identity import is_hub_id
+from hsa.sources.roles import ROLES, Role
+from hsa.sources.source_set import Sources
+from hsa.system.manifest import PROVENANCE
+
+
+@dataclass(frozen=True)
+class Ancestry:
+    """How a source was merged, by its own record: the preset of target tensors, and the three sources."""
+
+    preset: str
+    sources: Mapping[Role, SourceRecord]
+
+
+Ancestries = Mapping[Role, Ancestry]
+"""The sources of a merge that are outputs of hsa."""
+
+
+def ancestries(sources: Iterable[Checkpoint]) -> dict[Role, Ancestry]:
+    """What the records in the folders of open sources say. Each is read whole, within the bounds of `provenance`."""
+    found: dict[Role, Ancestry] = {}
+    for source in sources:
+        with suppress(HsaError):
+            record = load(source.path).record
+            found[source.role] = Ancestry(record.parameters["targets"], record.sources)
+    return found
+
+
+def of_base(found: Ancestries) -> Findings:
+    """A warning where base is an output of hsa."""
+    if "base" not in found:
+        return Findings()
+    return Findings(
+        warnings=(
+            f"base is an output of hsa, by the {PROVENANCE} in its folder: a merge is not the pretrained model; give "
+            "the model that primary and secondary were trained from",
+        )
+    )
+
+
+def of_fine_tunes(found: Ancestries, sources: Sources, preset: Preset, digest: Callable[[Role], str]) -> Findings:
+    """Warnings where primary or secondary was merged from another source of this merge.
+
+    A common base is as it should be, and so is a merge with a further fine-tune. `digest` gives the digest over the
+    target tensors of a source; it is called only where a record has one for the same preset.
+    """
+    return Findings(warnings=tuple(_merged_before(found, sources, preset, digest)))
+
+
+def _merged_before(found: Ancestries, sources: Sources, preset: Preset, digest: Callable[[Role], str]) -> Iterator[str]:
+    for role in ROLES[1:]:
+        ancestry = found.get(role)
+        if ancestry is None:
+            continue
+        for other in ROLES:
+            if other == role:
+                continue
+            was = _place(ancestry, sources.of(other), preset, digest)
+            if was is None or (was == "base" and other == "base"):
+                continue
+            advice = (
+                "give the pretrained model as base"
+                if "base" in (was, other)
+                else f"give the fine-tunes themselves, and to merge more of {other} another k, lambda or alpha"
+            )
+            yield (
+                f"{role} was merged from {other} already: the {PROVENANCE} in {role}'s folder names {other}'s model as "
+                f"the {was} of that merge; {advice}"
+            )
+
+
+def _place(ancestry: Ancestry, source: Checkpoint, preset: Preset, digest: Callable[[Role], str]) -> Role | None:
+    """The place that a source had in an earlier merge; None for none.
+
+    Digests are comparable where both merges have the same target tensors. Otherwise only names on the Hub are compared.
+    """
+    for was in ROLES:
+        record = ancestry.sources[was]
+        if ancestry.preset == preset:
+            if record.targets == digest(source.role):
+                return was
+        elif is_hub_id(record.identity.id) and record.identity == source.identity:
+            return was
+    return None

@@ -1,0 +1,161 @@
+"""How much a merge merges: what secondary weighs, in how many heads, and how far the output moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hsa.methods.config import MergeConfig
+from hsa.methods.geometry import cosine, ratio
+from hsa.option_names import option
+from hsa.planning.outcome import TargetOutcome
+from hsa.planning.target import Target
+
+Weights = tuple[float, float]
+"""The least and the greatest weight of secondary, 1 - lambda_i, among tensors with merged heads."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Sizes over all target tensors of a merge, in the formula's exact values before they are rounded.
+
+    `weights` are the least and the greatest weight of secondary in merged heads, None where no head is merged.
+    `primary` and `secondary` are |tv1| / |B| and |tv2| / |B|, `cosine` is that of the task vectors, and `change` is
+    |output - primary| / |tv1|; None where a divisor is zero, or where the sources were not read.
+
+    Example:
+        >>> Extent(80, 120, (0.034, 0.129), 0.0102, 0.0102, 0.22, 0.098).text
+        'secondary weighs 3 to 13 % in 80 of 120 heads; the output differs from primary by 9.8 % of its task vector \
+(on the target tensors)'
+    """
+
+    merged_heads: int
+    total_heads: int
+    weights: Weights | None
+    primary: float | None = None
+    secondary: float | None = None
+    cosine: float | None = None
+    change: float | None = None
+
+    @classmethod
+    def of(cls, outcomes: Sequence[TargetOutcome]) -> Extent:
+        """The extent of a finished merge."""
+        found = [outcome.merged.geometry for outcome in outcomes]
+        base = math.fsum(value for geometry in found for value in geometry.base)
+        one = math.fsum(value for geometry in found for value in geometry.primary)
+        two = math.fsum(value for geometry in found for value in geometry.secondary)
+        product = math.fsum(value for geometry in found for value in geometry.product)
+        counts = [(outcome.target.coefficient, len(outcome.merged.selection.selected)) for outcome in outcomes]
+        return cls(
+            sum(count for _, count in counts),
+            sum(outcome.target.heads for outcome in outcomes),
+            weights(counts),
+            ratio(one, base),
+            ratio(two, base),
+            cosine(one, two, product),
+            ratio(math.fsum(map(_moved, outcomes)), one),
+        )
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        what = weights_text(self.weights, self.merged_heads, self.total_heads)
+        if self.change is None:
+            return what
+        return (
+            f"{what}; the output differs from primary by {percent(self.change)} % of its task vector (on the target "
+            f"tensors)"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return {
+            "secondary_weight": weights_dict(self.weights),
+            "change": self.change,
+            "task_vectors": {"primary": self.primary, "secondary": self.secondary, "cosine": self.cosine},
+        }
+
+
+def weights(counts: Iterable[tuple[float, int]]) -> Weights | None:
+    """The range of secondary's weight, from each tensor's lambda_i and number of merged heads."""
+    found = [1.0 - coefficient for coefficient, heads in counts if heads]
+    return (min(found), max(found)) if found else None
+
+
+def planned(targets: Sequence[Target]) -> Weights | None:
+    """The range of secondary's weight that a plan gives."""
+    return weights((target.coefficient, target.keep) for target in targets)
+
+
+def weights_text(found: Weights | None, heads: int, total: int) -> str:
+    """`secondary weighs 3 to 13 % in 80 of 120 heads`."""
+    if found is None:
+        return f"none of {total} heads is merged"
+    return f"secondary weighs {_range(found)} % in {heads} of {total} heads"
+
+
+def weights_dict(found: Weights | None) -> dict[str, float] | None:
+    """The range for JSON."""
+    return None if found is None else {"least": found[0], "greatest": found[1]}
+
+
+def more(config: MergeConfig, found: Weights | None) -> str | None:
+    """With HSA's defaults, which let secondary weigh little: what would merge more. None with other parameters.
+
+    With base 0.5 and alpha 0.2, lambda_i is 0.5 ** (0.2 * x), where x grows to 1 with the layer; so other values of
+    lambda and alpha are powers of it.
+    """
+    defaults = MergeConfig()
+    if found is None or (config.k, config.lam, config.alpha) != (defaults.k, defaults.lam, defaults.alpha):
+        return None
+    assert isinstance(defaults.lam, float) and isinstance(defaults.alpha, float)
+    lower = math.log(0.1) / math.log(defaults.lam)
+    alpha, lam = (_range(_powers(found, exponent)) for exponent in (1.0 / defaults.alpha, lower))
+    return (
+        f"these are HSA's careful defaults; {option('alpha', 1)} (secondary weighs {alpha} %), {option('lam', 0.1)} "
+        f"({lam} %) or a larger {option('k')} merges more"
+    )
+
+
+def percent(share: float) -> str:
+    """A share in percent, to two significant digits, never in exponents.
+
+    Example:
+        >>> [percent(share) for share in (0.0000123, 0.0344, 0.129, 1.25)]
+        ['0.0012', '3.4', '13', '125']
+    """
+    if share >= 0.1:
+        return f"{100.0 * share:.0f}"
+    value = float(f"{100.0 * share:.1e}")
+    return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}" if value else "0"
+
+
+def _range(found: Weights) -> str:
+    """A range in percent, in whole ones from 1 % on."""
+    least, greatest = (percent(weight) if weight < 0.01 else f"{100 * weight:.0f}" for weight in found)
+    return least if least == greatest else f"{least} to {greatest}"
+
+
+def _powers(found: Weights, exponent: float) -> Weights:
+    """The weights where every lambda_i is raised to a power."""
+    least, greatest = (1.0 - (1.0 - weight) ** exponent for weight in found)
+    return least, greatest
+
+
+def _moved(outcome: TargetOutcome) -> float:
+    """|output - primary|^2 over one target."""
+    target, geometry = outcome.target, outcome.merged.geometry
+    one, other, scale = target.coefficient, 1.0 - target.coefficient, target.scale
+    chosen = set(outcome.merged.selection.selected)
+    parts = []
+    for head, tv1 in enumerate(geometry.primary):
+        if head not in chosen:
+            parts.append((scale - 1.0) ** 2 * tv1)
+        elif scale == 1.0:
+            parts.append(other**2 * geometry.apart[head])
+        else:
+            x, y = scale * one - 1.0, scale * other
+            parts.append(x * x * tv1 + 2.0 * x * y * geometry.product[head] + y * y * geometry.secondary[head])
+    return max(0.0, math.fsum(parts))

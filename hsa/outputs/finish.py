@@ -1,0 +1,48 @@
+"""The last files of an output: configs, tokenizer files and index, the card, and the provenance with all digests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+from hsa.architectures.whisper import model_class
+from hsa.outputs.provenance import Record
+from hsa.sources.checkpoint import CONFIG
+from hsa.system import fsio
+from hsa.system.digests import digest_of
+from hsa.system.manifest import PROVENANCE
+from hsa.system.publish import Staging
+
+CARD = "README.md"
+
+
+def finish(
+    staging: Staging,
+    record: Record,
+    small: Mapping[str, bytes],
+    weights: Mapping[str, str | None],
+    *,
+    digest: bool,
+    tally: fsio.Tally,
+) -> None:
+    """Write the small files, the card, and last the provenance, which holds the digest of all others.
+
+    `weights` are the weights files that stand already, with their digests (None where left out).
+    """
+    for name, data in last_files(record, small, weights, digest=digest):
+        staging.write(name, data, tally)
+
+
+def last_files(
+    record: Record, small: Mapping[str, bytes], weights: Mapping[str, str | None], *, digest: bool
+) -> Iterator[tuple[str, bytes]]:
+    """What `finish` writes, in its order: name and bytes."""
+    from hsa.outputs import card
+
+    model = model_class(json.loads(small[CONFIG]))
+    files = {**small, CARD: card.render(record, [*small, *weights, CARD, PROVENANCE], model)}
+    digests = dict(weights)
+    for name, data in files.items():
+        yield name, data
+        digests[name] = digest_of(data) if digest else None
+    yield PROVENANCE, record.with_files(digests)

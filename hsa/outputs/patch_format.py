@@ -1,0 +1,346 @@
+"""Patch files: the merged rows of one merge, and what it takes to make the merge's output from them and primary.
+
+A patch is a safetensors file. Each target stands in it under primary's own name for it, as the rows (for `out_proj` the
+columns) of its selected heads alone:
+
+    weights   [heads selected, head_dim, d_in]       q, k and v
+              [d_out, heads selected, head_dim]      out_proj
+    biases    [heads selected, head_dim]
+    hsa.selected   uint8 [heads of all targets]      1 where a head is selected
+    hsa.scores     float64 [heads of all targets]    squared saliency scores
+
+Metadata `hsa_patch` holds a JSON document: the merge's provenance record without scores and selection, the small files
+that the merge writes with their digests, a digest over all tensors, and last a digest of the document itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from hsa.architectures.base import Projection
+from hsa.architectures.whisper import canonical, parse
+from hsa.errors import HeaderError, PatchError, ProvenanceError, RequestError, shown
+from hsa.methods.config import MergeConfig
+from hsa.methods.selection import MAX_SCORE, of_selected
+from hsa.option_names import option
+from hsa.outputs.distances import Distances
+from hsa.outputs.provenance import Record, SourceRecord, TargetRecord, changed_keys, hex_digest, parse_origin
+from hsa.sources.checkpoint import CONFIG
+from hsa.sources.roles import ROLES, Role
+from hsa.sources.safetensors import MAX_HEADER, Entry, Header, serialize
+from hsa.sources.small_files import SMALL_FILES
+from hsa.system.dtypes import ARITHMETIC, BITS
+from hsa.system.fsio import ALIGNMENT
+from hsa.system.manifest import BLANK, DIGEST, LONGEST_NUMBER, check_digest, document_digest
+from hsa.system.strict_json import MAX_MARKS, load_json, marks
+
+KEY = "hsa_patch"
+FORMAT = 1
+SCORES, SELECTED = "hsa.scores", "hsa.selected"
+
+
+class OtherFormat(PatchError):
+    """A patch of another version of the format: none of this version's to judge."""
+
+
+@dataclass(frozen=True)
+class PatchTarget:
+    """A target of a patch: primary's tensor, how many heads it has and were to be merged, and lambda_i."""
+
+    name: str
+    projection: Projection
+    shape: tuple[int, ...]
+    code: str
+    heads: int
+    keep: int
+    coefficient: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.shape[self.projection.head_axis] // self.heads
+
+    def rows_shape(self, count: int) -> tuple[int, ...]:
+        """Shape of the rows of `count` heads."""
+        if self.projection.head_axis == 1:
+            return (self.shape[0], count, self.head_dim)
+        return (count, self.head_dim, *self.shape[1:])
+
+    def rows_bytes(self, count: int) -> int:
+        return math.prod(self.rows_shape(count)) * BITS[self.code] // 8
+
+
+MAX_TARGETS, MAX_HEADS = 4096, 1 << 17
+"""Targets of a patch, and heads of all of them: several times what large-v3 has. A file of holes may promise more."""
+
+LONGEST = Distances(LONGEST_NUMBER, LONGEST_NUMBER)
+"""Stands for distances that are not known yet."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a patch's document says: everything but scores, selection and rows.
+
+    `targets` are in the order of the merge's provenance; `files` maps the small files that the merge writes to their
+    digests; `distances` are by stack, and of `all`; `tensors` is the digest over all tensors of the patch.
+    """
+
+    program: Mapping[str, str]
+    libraries: Mapping[str, str]
+    parameters: Mapping[str, Any]
+    sources: Mapping[Role, SourceRecord]
+    targets: tuple[PatchTarget, ...]
+    files: Mapping[str, str]
+    tensors: str = BLANK
+    distances: Mapping[str, Distances] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        document = {
+            "format": FORMAT,
+            "program": dict(self.program),
+            "libraries": dict(self.libraries),
+            "parameters": dict(self.parameters),
+            "sources": {role: source.as_dict() for role, source in self.sources.items()},
+            "targets": {t.name: [t.heads, t.keep, t.coefficient] for t in self.targets},
+            "files": dict(self.files),
+            "distances": {stack: [d.from_primary, d.from_secondary] for stack, d in self.distances.items()},
+            "tensors_blake3": self.tensors,
+        }
+        document[DIGEST] = document_digest(document)
+        return document
+
+    def in_file_order(self) -> tuple[PatchTarget, ...]:
+        """Weights before biases and wide elements before narrow ones: so the weights of every Whisper size begin at
+        multiples of a page, and can be written past the page cache."""
+        return tuple(sorted(self.targets, key=lambda t: (-BITS[t.code], len(t.shape) == 1)))
+
+    def record(self, selected: Sequence[tuple[int, ...]], squared: Sequence[tuple[float, ...]]) -> Record:
+        """The record of the merge, with the selection and the squared scores of each target."""
+        targets = tuple(
+            TargetRecord.selecting(
+                t.name, t.projection, t.shape, t.code, t.keep, t.coefficient, of_selected(scores, heads)
+            )
+            for t, heads, scores in zip(self.targets, selected, squared, strict=True)
+        )
+        return Record(self.program, self.libraries, self.parameters, self.sources, targets)
+
+
+def entries(contents: Contents, counts: Mapping[str, int]) -> tuple[Entry, ...]:
+    """The tensors of a patch in the order of the file; `counts` gives the number of heads selected by target."""
+    total = sum(target.heads for target in contents.targets)
+    listed: list[tuple[str, str, tuple[int, ...]]] = [
+        (target.name, target.code, target.rows_shape(counts[target.name])) for target in contents.in_file_order()
+    ]
+    listed += [(SCORES, "U8", (total, 8)), (SELECTED, "U8", (total,))]
+    sizes = [math.prod(shape) * BITS[code] // 8 for _, code, shape in listed]
+    stops = list(accumulate(sizes))
+    return tuple(
+        Entry(name, code, shape, stop - nbytes, stop)
+        for (name, code, shape), nbytes, stop in zip(listed, sizes, stops, strict=True)
+    )
+
+
+def header_size(contents: Contents) -> int:
+    """Bytes to leave for the header before it is known which heads are selected: a multiple of a page.
+
+    Raises RequestError where the patch would be larger than `read` accepts.
+    """
+    heads = sum(target.heads for target in contents.targets)
+    if len(contents.targets) > MAX_TARGETS or heads > MAX_HEADS:
+        raise RequestError(
+            f"the patch would hold {len(contents.targets)} targets with {heads} heads, and at most {MAX_TARGETS} and "
+            f"{MAX_HEADS} are read again; write a whole checkpoint"
+        )
+    every = {target.name: target.heads for target in contents.targets}
+    stacks = dict.fromkeys(("encoder", "decoder", "all"), LONGEST)
+    longest = _header(replace(contents, distances=stacks), entries(contents, every))
+    size = -(-len(longest) // ALIGNMENT) * ALIGNMENT
+    if size - 8 > MAX_HEADER or marks(longest[8:]) > MAX_MARKS:
+        raise RequestError(
+            f"the patch's header would have {size} bytes with {marks(longest[8:])} brackets, braces and commas, and at "
+            f"most {MAX_HEADER} and {MAX_MARKS} are read again; write a whole checkpoint"
+        )
+    return size
+
+
+def header(contents: Contents, counts: Mapping[str, int], size: int) -> bytes:
+    """The header, padded to `size` bytes."""
+    raw = _header(contents, entries(contents, counts))
+    assert len(raw) <= size
+    text = raw[8:] + b" " * (size - len(raw))
+    return len(text).to_bytes(8, "little") + text
+
+
+def _header(contents: Contents, listed: Sequence[Entry]) -> bytes:
+    text = json.dumps(contents.document(), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return serialize(listed, {"format": "pt", KEY: text})
+
+
+def completed(
+    contents: Contents, targets: Mapping[Role, str], tensors: str, distances: Mapping[str, Distances]
+) -> Contents:
+    """The contents with what only finished rows give: digests of each source's targets and of the patch's tensors,
+    distances."""
+    sources = {role: replace(source, targets=targets[role]) for role, source in contents.sources.items()}
+    return replace(contents, sources=sources, tensors=tensors, distances=distances)
+
+
+def read(header: Header, where: str) -> Contents:
+    """What the document in a patch's checked header says, held to the tensors beside it.
+
+    Raises PatchError where the file is no patch, of another version, or damaged.
+    """
+    text = header.metadata.get(KEY)
+    if text is None:
+        raise PatchError(f"{where} is no patch: its header has no {KEY}; expected a file that hsa wrote as a patch")
+    try:
+        document = load_json(text.encode("utf-8"), where, KEY)
+        if document.get("format") != FORMAT:
+            raise OtherFormat(f"{where}: format is {shown(document.get('format'), 40)}, this version reads {FORMAT}")
+        check_digest(document, where)
+    except (HeaderError, ProvenanceError, UnicodeEncodeError) as error:
+        raise PatchError(f"{where}: {error}") from error
+    if len(header.entries) > MAX_TARGETS + 2:
+        raise PatchError(f"{where}: it holds {len(header.entries)} tensors, at most {MAX_TARGETS} targets are read")
+    try:
+        contents = _contents(document, {entry.name: entry for entry in header.entries})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise PatchError(f"{where}: {reason}; it is no patch that hsa wrote") from error
+    unlike = [key for key in changed_keys(document, contents.document()) if key != DIGEST]
+    if unlike:
+        raise PatchError(f"{where}: {shown(unlike[0])} is not written as hsa writes it; it is no patch that hsa wrote")
+    counts = counts_of(contents, header.entries)
+    if header.entries != entries(contents, counts):
+        raise PatchError(
+            f"{where}: its tensors are not those that its document promises; it is no patch that hsa wrote"
+        )
+    return contents
+
+
+def _contents(document: Mapping[str, Any], held: Mapping[str, Entry]) -> Contents:
+    program, libraries, parameters, sources = parse_origin(document)
+    targets, files = document["targets"], document["files"]
+    if not isinstance(targets, dict) or not targets or not isinstance(files, dict):
+        raise TypeError("targets and files must be objects, and targets not empty")
+    for name, digest in files.items():
+        if name not in SMALL_FILES:
+            raise ValueError(f"files has {shown(name)}, which no merge writes; expected {', '.join(SMALL_FILES)}")
+        hex_digest(digest)
+    if CONFIG not in files:
+        raise ValueError(f"files has no {CONFIG}, which every merge writes")
+    placed = tuple(_target(name, entry, held.get(name)) for name, entry in targets.items())
+    heads = sum(target.heads for target in placed)
+    if heads > MAX_HEADS:
+        raise ValueError(f"its targets have {heads} heads, at most {MAX_HEADS} are read")
+    tensors = document["tensors_blake3"]
+    if not isinstance(tensors, str):
+        raise TypeError("tensors_blake3 must be a text")
+    return Contents(
+        program,
+        libraries,
+        parameters,
+        sources,
+        placed,
+        files,
+        tensors,
+        {stack: _distances(entry) for stack, entry in document["distances"].items()},
+    )
+
+
+def _distances(entry: Any) -> Distances:
+    one, two = entry
+    if not all(value is None or (isinstance(value, float) and 0 <= value < math.inf) for value in (one, two)):
+        raise ValueError(f"distances are {shown(entry)}, expected two finite numbers of at least 0, or null")
+    return Distances(one, two)
+
+
+def _target(name: str, entry: Any, held: Entry | None) -> PatchTarget:
+    projection = parse(canonical(name))
+    if projection is None or held is None:
+        raise ValueError(f"{shown(name, 120)} is no attention projection with rows in the file")
+    if not isinstance(entry, list) or len(entry) != 3:
+        raise ValueError(f"{name}: expected heads, heads to keep and lambda_i, found {shown(entry)}")
+    heads, keep, coefficient = entry
+    for number in (heads, keep):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ValueError(f"{name}: {shown(number, 40)} is no number of heads")
+    if not 1 <= heads <= 1 << 20 or not 0 <= keep <= heads:
+        raise ValueError(f"{name}: {shown(keep, 40)} of {shown(heads, 40)} heads")
+    if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 <= coefficient <= 1:
+        raise ValueError(f"{name}: lambda_i is {shown(coefficient, 40)}")
+    if held.code not in ARITHMETIC:
+        raise ValueError(f"{name}: its dtype is {shown(held.code)}, expected one of {', '.join(ARITHMETIC)}")
+    rank = 3 if projection.part == "weight" else 2
+    if len(held.shape) != rank:
+        raise ValueError(f"{name}: its rows have shape {list(held.shape)}")
+    if projection.head_axis == 1:
+        shape: tuple[int, ...] = (held.shape[0], heads * held.shape[2])
+    else:
+        shape = (heads * held.shape[1], *held.shape[2:])
+    return PatchTarget(name, projection, shape, held.code, heads, keep, float(coefficient))
+
+
+def counts_of(contents: Contents, listed: Sequence[Entry]) -> dict[str, int]:
+    """How many heads the rows of each target are of, by the tensors of the file; 0 where the file lacks a target."""
+    held = {entry.name: entry for entry in listed}
+    return {
+        target.name: held[target.name].shape[target.projection.head_axis] if target.name in held else 0
+        for target in contents.targets
+    }
+
+
+def pack_scores(squared: Sequence[Sequence[float]]) -> bytes:
+    """`hsa.scores`: little-endian float64, eight bytes each, for no element type would be aligned after odd rows."""
+    return np.array([score for scores in squared for score in scores], dtype="<f8").tobytes()
+
+
+def pack_selected(selected: Sequence[Sequence[int]], heads: Sequence[int]) -> bytes:
+    """`hsa.selected`: a byte for every head."""
+    return b"".join(
+        bytes(head in chosen for head in range(count)) for chosen, count in zip(map(set, selected), heads, strict=True)
+    )
+
+
+def unpack(
+    contents: Contents, scores: bytes, flags: bytes, where: str
+) -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
+    """Selected heads and squared scores of each target, in the order of the targets; PatchError where not sound."""
+    selected: list[tuple[int, ...]] = []
+    squared: list[tuple[float, ...]] = []
+    values = np.frombuffer(scores, dtype="<f8").tolist()
+    if not all(value >= 0 and math.sqrt(value) < MAX_SCORE for value in values) or not set(flags) <= {0, 1}:
+        raise PatchError(
+            f"{where}: {SCORES} must hold numbers of at least 0 whose roots are below {MAX_SCORE:g}, and {SELECTED} 0 "
+            f"and 1; make the patch again"
+        )
+    first = 0
+    for target in contents.targets:
+        span = slice(first, first + target.heads)
+        selected.append(tuple(head for head, flag in enumerate(flags[span]) if flag))
+        squared.append(tuple(values[span]))
+        first += target.heads
+    return selected, squared
+
+
+def roles(contents: Contents) -> str:
+    """Who the sources were, for messages."""
+    return ", ".join(contents.sources[role].identity.named(role) for role in ROLES)
+
+
+def unpatchable(config: MergeConfig, primary_kind: str) -> Iterator[str]:
+    """Why more than merged rows differ from primary, so that a patch cannot hold the merge; nothing where it can."""
+    reasons = (
+        (config.numerics != "exact", "numerics 'reference' computes every tensor"),
+        (config.attention_scale != 1.0, f"{option('attention_scale')} moves the heads that are not merged"),
+        (config.non_attention_scale != 1.0, f"{option('non_attention_scale')} moves every other tensor"),
+        (config.dtype != "auto", f"{option('dtype')} casts every tensor"),
+        (primary_kind != "safetensors", "primary has no safetensors files, which a patch is applied to"),
+    )
+    yield from (why for refused, why in reasons if refused)

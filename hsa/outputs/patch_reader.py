@@ -1,0 +1,145 @@
+"""A patch to read: its header, document, scores and selection are checked before any of its rows is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from hsa.errors import HsaError, PatchError
+from hsa.methods.selection import select
+from hsa.outputs import patch_format
+from hsa.outputs.patch_format import Contents
+from hsa.outputs.provenance import Record, tensors_digest
+from hsa.sources.safetensors import Entry, Header, read_header
+from hsa.system import fsio
+from hsa.system.dtypes import STORAGE, all_finite, first_not_finite
+from hsa.system.fsio import Source
+from hsa.system.types import PathLike
+
+READ_BYTES = 4 << 20
+"""Bytes of a tensor that are digested at a time."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """An open patch: its contents, the places of its tensors, and what was selected."""
+
+    source: fsio.Source
+    header: Header
+    contents: Contents
+    selected: tuple[tuple[int, ...], ...]
+    squared: tuple[tuple[float, ...], ...]
+
+    @cached_property
+    def record(self) -> Record:
+        return self.contents.record(self.selected, self.squared)
+
+    @cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        """The tensors of the file by name."""
+        return {entry.name: entry for entry in self.header.entries}
+
+    def start(self, name: str) -> int:
+        """The byte of the file where a tensor begins."""
+        return len(self.header.raw) + self.entries[name].start
+
+    def check_tensors(self, rows: Mapping[str, str]) -> None:
+        """PatchError unless the digests of the rows, by tensor, and of what else it holds are those of its document."""
+        digests = dict(rows)
+        for entry in self.header.entries:
+            if entry.name not in digests:
+                digests[entry.name] = digest_range(self.source, self.start(entry.name), entry.stop - entry.start)
+        found = tensors_digest([(e.name, e.code, e.shape, digests[e.name]) for e in self.header.entries])
+        if found != self.contents.tensors:
+            raise PatchError(
+                f"{self.source.path}: its rows give the digest {found}, its document says {self.contents.tensors}; it "
+                f"is damaged, make it again"
+            )
+
+    def check_rows(self, progress: Callable[[int], None] = lambda count: None) -> None:
+        """Read every row once. PatchError where one holds NaN or Inf, or where digests are not those of the document.
+
+        `progress` is called with the number of bytes read since the last call. Raises MachineError, SourceChanged.
+        """
+        digests = {}
+        for number, target in enumerate(self.contents.targets):
+            entry = self.entries[target.name]
+            digests[target.name] = digest_range(
+                self.source,
+                self.start(target.name),
+                entry.stop - entry.start,
+                lambda view, start, number=number: self._check_finite(number, view, start),  # type: ignore[misc]
+            )
+            progress(entry.stop - entry.start)
+        self.check_tensors(digests)
+
+    def _check_finite(self, number: int, view: memoryview, start: int) -> None:
+        target, heads = self.contents.targets[number], self.selected[number]
+        values = np.frombuffer(view, dtype=STORAGE[target.code])
+        if not all_finite(target.code, values):
+            element = start // values.itemsize + first_not_finite(target.code, values)
+            shape = target.rows_shape(len(heads))
+            place = int(np.unravel_index(element, shape)[target.projection.head_axis])
+            raise not_finite(self.source, target.name, heads[place])
+
+
+def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
+    """Open a patch, and check its header, scores and selection. Raises PatchError, SourceError, HeaderError."""
+    place = Path(os.path.expanduser(os.fspath(path)))  # which raises nothing where there is no such user
+    source = fsio.Source(place, "patch", tally)
+    stack.callback(source.close)
+    header = read_header(source)
+    where = f"patch {place}"
+    contents = patch_format.read(header, where)
+    at = {entry.name: (len(header.raw) + entry.start, entry.stop - entry.start) for entry in header.entries}
+    scores, flags = (source.read(at[n][1], at[n][0]) for n in (patch_format.SCORES, patch_format.SELECTED))
+    selected, squared = patch_format.unpack(contents, scores, flags, where)
+    counts = patch_format.counts_of(contents, header.entries)
+    for target, heads, values in zip(contents.targets, selected, squared, strict=True):
+        if select(values, target.keep).selected != heads or counts[target.name] != len(heads):
+            raise PatchError(f"{where}: the heads selected in {target.name} do not follow from its scores")
+    return Patch(source, header, contents, tuple(selected), tuple(squared))
+
+
+def digest_range(
+    source: fsio.Source, start: int, count: int, look: Callable[[memoryview, int], None] | None = None
+) -> str:
+    """BLAKE3 of a range of a file, read in pieces; `look` gets each piece and where in the range it begins."""
+    from blake3 import blake3
+
+    hasher, buffer = blake3(), bytearray(min(count, READ_BYTES))
+    for first in range(0, count, READ_BYTES):
+        view = memoryview(buffer)[: min(READ_BYTES, count - first)]
+        source.read_into(view, start + first)
+        hasher.update(view)
+        if look is not None:
+            look(view, first)
+    return hasher.hexdigest()
+
+
+def not_finite(patch: Source, name: str, head: int) -> PatchError:
+    """The error for a patch whose rows of a head are not all finite."""
+    return PatchError(
+        f"patch {patch.path}: its rows of {name}, head {head} hold NaN or Inf, which no merge writes; make the patch "
+        f"again"
+    )
+
+
+SUFFIX = ".safetensors"
+
+
+def is_patch(path: Path) -> bool:
+    """Whether a file's header says that it is a patch, whatever else may be wrong with it."""
+    with suppress(HsaError):
+        source = fsio.Source(path, "patch", fsio.Tally())
+        try:
+            return patch_format.KEY in read_header(source).metadata
+        finally:
+            source.close()
+    return False

@@ -1,0 +1,314 @@
+"""What the weights files of an output are made of, byte for byte, and how tensors are spread over them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from hsa.errors import RequestError
+from hsa.option_names import option
+from hsa.planning.target import Target
+from hsa.sources.checkpoint import INDEX, MAX_TENSORS, WEIGHTS, Checkpoint
+from hsa.sources.roles import Role
+from hsa.sources.safetensors import MAX_HEADER, Entry, serialize
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.dtypes import BITS, size
+from hsa.system.strict_json import MAX_MARKS, marks
+
+SLICE_ELEMENTS = 1 << 18
+"""Elements of a streamed tensor that are in memory at a time."""
+
+SHARD_BYTES = 5 * 10**9
+"""Tensor bytes of a file where no source has safetensors files whose layout could be kept."""
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Bytes that the plan knows already: a header."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The bytes of one tensor of a source, unchanged."""
+
+    role: Role
+    tensor: TensorRef
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        yield self.role, self.tensor.nbytes
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A target tensor, whole."""
+
+    target: Target
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.target.shape) * size(self.target.out_code)
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        for tensor, role in (
+            (self.target.base, "base"),
+            (self.target.primary, "primary"),
+            (self.target.secondary, "secondary"),
+        ):
+            yield role, tensor.nbytes  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`count` elements of a tensor that is no target, from element `first`, computed one by one.
+
+    The result is primary cast to `code` where `base` is None, else `base + scale * (primary - base)`. With
+    `load_codes` both are cast to those element types first and the arithmetic is the reference script's.
+    """
+
+    primary: TensorRef
+    base: TensorRef | None
+    first: int
+    count: int
+    code: str
+    scale: float
+    load_codes: Mapping[Role, str] | None = None
+    role: Role = "primary"
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * size(self.code)
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        yield self.role, self.count * size(self.primary.code)
+        if self.base is not None:
+            yield "base", self.count * size(self.base.code)
+
+
+@dataclass(frozen=True)
+class Graft:
+    """A tensor of primary in which the rows of some heads (the columns, where `head_axis` is 1) come from a patch.
+
+    There they stand one head after another from byte `start` of the file.
+    """
+
+    tensor: TensorRef
+    head_axis: int
+    head_dim: int
+    selected: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def reads(self) -> Iterator[tuple[Role, int]]:
+        yield "primary", self.tensor.nbytes
+
+    @property
+    def width(self) -> int:
+        """Bytes of one head along a row-major run: its rows, or its part of one row."""
+        per = self.tensor.nbytes // self.tensor.shape[0]
+        return self.head_dim * (per if self.head_axis == 0 else per // self.tensor.shape[1])
+
+
+Content = Literal | Copied | Merge | Slice | Graft
+Computed = Merge | Slice | Graft
+
+
+@dataclass(frozen=True)
+class TensorContent:
+    """One tensor of the output: name as stored, element type, shape, and its pieces in order."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    pieces: tuple[Content, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece at its place in a file."""
+
+    offset: int
+    content: Content
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.content.nbytes
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A weights file: its segments, in order and without holes.
+
+    `twin` is the number of primary's shard whose bytes stand at the same places, so that the file may start
+    as a clone of it; None where the layout differs.
+    """
+
+    name: str
+    size: int
+    segments: tuple[Segment, ...]
+    twin: int | None
+
+
+def slices(
+    primary: TensorRef,
+    base: TensorRef | None,
+    code: str,
+    *,
+    scale: float = 1.0,
+    load_codes: Mapping[Role, str] | None = None,
+    role: Role = "primary",
+) -> tuple[Slice, ...]:
+    """The pieces of a tensor that streams through memory."""
+    total = math.prod(primary.shape)
+    return tuple(
+        Slice(primary, base, first, min(SLICE_ELEMENTS, total - first), code, scale, load_codes, role)
+        for first in range(0, total, SLICE_ELEMENTS)
+    )
+
+
+def pack(
+    owner: Checkpoint,
+    contents: Mapping[str, TensorContent],
+    max_shard_size: int | None,
+    base: Checkpoint | None = None,
+) -> tuple[tuple[OutputFile, ...], bytes | None]:
+    """Spread tensors over files: `owner`'s own shard layout, or shards of at most `max_shard_size` bytes.
+
+    An owner without safetensors files of its own takes `base`'s layout, or shards of at most SHARD_BYTES.
+    Returns the files and the index, None for a single file. `contents` is keyed by canonical name. Raises RequestError
+    where their headers or the index would be larger than what is read of a checkpoint.
+    """
+    files, index = _spread(owner, contents, max_shard_size, base)
+    _check_readable(files, index, len(contents))
+    return files, index
+
+
+def _spread(
+    owner: Checkpoint, contents: Mapping[str, TensorContent], max_shard_size: int | None, base: Checkpoint | None
+) -> tuple[tuple[OutputFile, ...], bytes | None]:
+    if max_shard_size is None and owner.kind == "safetensors":
+        return _own_layout(owner, contents)
+    if max_shard_size is None and base is not None and base.kind == "safetensors":
+        return _borrowed_layout(base, owner, contents)
+    max_shard_size = max_shard_size or SHARD_BYTES
+    groups: list[list[TensorContent]] = [[]]
+    filled = 0
+    for content in contents.values():
+        if groups[-1] and filled + content.nbytes > max_shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(content)
+        filled += content.nbytes
+    if len(groups) == 1:
+        return (_file(WEIGHTS, groups[0], owner, None),), None
+    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    files = tuple(_file(name, group, owner, None) for name, group in zip(names, groups, strict=True))
+    return files, _index(dict(zip(names, groups, strict=True)))
+
+
+def _check_readable(files: Sequence[OutputFile], index: bytes | None, tensors: int) -> None:
+    headers = [file.segments[0].content for file in files]
+    texts = [header.data[8:] for header in headers if isinstance(header, Literal)]
+    for what, nbytes, found in (
+        ("headers", sum(map(len, texts)), sum(map(marks, texts))),
+        (INDEX, len(index or b""), marks(index or b"")),
+    ):
+        if nbytes > MAX_HEADER or found > MAX_MARKS or tensors > MAX_TENSORS:
+            raise RequestError(
+                f"the output's {what} would have {nbytes} bytes with {found} brackets, braces and commas for {tensors} "
+                f"tensors in {len(files)} files, and at most {MAX_HEADER}, {MAX_MARKS} and {MAX_TENSORS} are read "
+                f"again; choose larger weights files ({option('max_shard_size')}), or a primary with fewer tensors"
+            )
+
+
+def _own_layout(
+    owner: Checkpoint, contents: Mapping[str, TensorContent]
+) -> tuple[tuple[OutputFile, ...], bytes | None]:
+    places = {name: ref.shard for name, ref in owner.tensors.items()}
+    groups = {
+        shard.name: [content for name, content in contents.items() if places[name] == number]
+        for number, shard in enumerate(owner.shards)
+    }
+    files = tuple(_file(shard.name, groups[shard.name], owner, number) for number, shard in enumerate(owner.shards))
+    if owner.index is None:
+        return files, None
+    document = json.loads(owner.index)
+    unchanged = all(
+        (ref := owner.tensors.get(name)) is not None and ref.nbytes == content.nbytes
+        for name, content in contents.items()
+    ) and {content.name for content in contents.values()} == {*document["weight_map"]}
+    loadable = isinstance(document.get("metadata"), dict)  # transformers does without none
+    return files, owner.index if unchanged and loadable else _index(groups)
+
+
+def _borrowed_layout(
+    lender: Checkpoint, owner: Checkpoint, contents: Mapping[str, TensorContent]
+) -> tuple[tuple[OutputFile, ...], bytes | None]:
+    """Each tensor in the file where `lender` keeps it; what `lender` does not have, in its last file."""
+    last = len(lender.shards) - 1
+    places = {name: lender.tensors[name].shard if name in lender.tensors else last for name in contents}
+    groups = {
+        shard.name: [content for name, content in contents.items() if places[name] == number]
+        for number, shard in enumerate(lender.shards)
+    }
+    held = {name: group for name, group in groups.items() if group}
+    files = tuple(_file(name, group, owner, None) for name, group in held.items())
+    return files, None if lender.index is None else _index(held)
+
+
+def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: int | None) -> OutputFile:
+    metadata = {"format": "pt"}
+    raw, twin = None, None
+    if shard is not None:
+        own = owner.shards[shard].header
+        metadata = {**own.metadata, **metadata}
+        if _entries(contents) == own.entries and own.metadata.get("format") == "pt":
+            raw, twin = own.raw, shard
+    if raw is None:  # wider elements first, as the safetensors library does, so that each tensor is aligned
+        contents = sorted(contents, key=lambda content: -BITS[content.code])
+        raw = serialize(_entries(contents), metadata)
+    segments, offset = [Segment(0, Literal(raw))], len(raw)
+    for content in contents:
+        for piece in content.pieces:
+            if piece.nbytes:
+                segments.append(Segment(offset, piece))
+                offset += piece.nbytes
+    return OutputFile(name, offset, tuple(segments), twin if owner.role == "primary" else None)
+
+
+def _entries(contents: list[TensorContent]) -> tuple[Entry, ...]:
+    """The tensors one after another."""
+    stops = tuple(accumulate(content.nbytes for content in contents))
+    return tuple(
+        Entry(content.name, content.code, content.shape, stop - content.nbytes, stop)
+        for content, stop in zip(contents, stops, strict=True)
+    )
+
+
+def _index(groups: Mapping[str, list[TensorContent]]) -> bytes:
+    weight_map = {content.name: name for name, contents in groups.items() for content in contents}
+    total = sum(content.nbytes for contents in groups.values() for content in contents)
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

@@ -1,0 +1,49 @@
+"""Which sources hold the same values in a target tensor, if only up to the rounding of a narrower element type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hsa.planning.target import Target
+from hsa.sources.roles import Role
+from hsa.system.dtypes import STORAGE, Array, narrow, widen
+
+Pair = tuple[Role, Role]
+
+PAIRS: tuple[Pair, ...] = (("base", "primary"), ("base", "secondary"), ("primary", "secondary"))
+
+PIECE = 1 << 14
+"""Elements that are compared at a time: different models differ in the first of them."""
+
+
+def equal_pairs(target: Target, raw: Mapping[Role, Array]) -> frozenset[Pair]:
+    """The pairs of sources whose tensors hold the same values. `raw` holds the tensors' bytes, uint8.
+
+    A float32 tensor and one in float16 or bfloat16 count as the same where the one rounds to the other.
+    """
+    return frozenset(
+        (one, two) for one, two in PAIRS if _equal(target.ref(one).code, raw[one], target.ref(two).code, raw[two])
+    )
+
+
+def _equal(first: str, one: Array, second: str, two: Array) -> bool:
+    if second == "F32" and first != "F32":
+        first, one, second, two = second, two, first, one
+    a, b = one.view(STORAGE[first]), two.view(STORAGE[second])
+    pieces = (slice(start, start + PIECE) for start in range(0, a.size, PIECE))
+    return all(_equal_piece(first, a[piece], second, b[piece]) for piece in pieces)
+
+
+def _equal_piece(first: str, one: Array, second: str, two: Array) -> bool:
+    """Whether pieces hold equal values; the first is float32 where only one of them is."""
+    if first == second:
+        return bool(np.array_equal(one.view(np.uint8), two.view(np.uint8)))
+    if first == "F32":
+        rounded = np.empty(one.shape, STORAGE[second])
+        narrow(second, one.copy(), rounded, np.empty(one.shape, np.uint32))
+        return bool(np.array_equal(rounded.view(np.uint8), two.view(np.uint8)))
+    a = widen(first, one, np.empty(one.shape, np.float32))
+    b = widen(second, two, np.empty(two.shape, np.float32))
+    return bool(np.array_equal(a, b))

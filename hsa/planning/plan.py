@@ -1,0 +1,315 @@
+"""From parameters and headers to an immutable plan: what is merged, and what every output byte is made of.
+
+Reads no tensor data, except that reference numerics compare a stored output projection with the embedding. The dry
+run, the error messages and the tests all come from the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from hsa.architectures import whisper
+from hsa.architectures.base import Architecture, Projection
+from hsa.errors import MismatchError, SourceError, shown
+from hsa.methods.config import MergeConfig, keep_count, layer_coefficient
+from hsa.option_names import option
+from hsa.planning import reference_script
+from hsa.planning.file_layout import Content, Copied, Merge, OutputFile, Slice, TensorContent, pack, slices
+from hsa.planning.target import Target
+from hsa.sources import structure
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.roles import ROLES, Role
+from hsa.sources.source_set import Sources
+from hsa.system.dtypes import ARITHMETIC, CODES, NAMES
+
+Route = Literal["patch", "rewrite"]
+
+MAX_TARGET = 16 << 20
+"""Bytes of a target tensor, which is held whole, as three sources and a result: twice what large-v3 has."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything a merge will do.
+
+    `route` is `patch` when the output is primary's files with target ranges overwritten, `rewrite` when every
+    tensor streams through. `weight_bytes_read` counts tensor data per source. `output_dtype` is the element
+    type that the written config.json must name, or None to leave it as it stands.
+    """
+
+    config: MergeConfig
+    route: Route
+    targets: tuple[Target, ...]
+    files: tuple[OutputFile, ...]
+    index: bytes | None
+    weight_bytes_read: Mapping[Role, int]
+    output_dtype: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(file.size for file in self.files) + len(self.index or b"")
+
+
+def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None = None) -> MergePlan:
+    """Check that the sources fit together and lay out the output.
+
+    Raises MismatchError (tensor, each source's value; primary's tensors and its config.json), SourceError (no target,
+    an element type that cannot be merged) or RequestError (per-tensor parameters that fit no target).
+    """
+    loaded = reference_script.load_codes(config, sources) if config.numerics == "reference" else None
+    targets = find_targets(config, sources, loaded)
+    check_whole(config, sources)
+    by_name = {target.projection.name: target for target in targets}
+    owner = sources.primary if loaded is None else sources.base
+    names = reference_script.names(sources) if loaded is not None else dict(_stored_names(owner))
+    contents: dict[str, TensorContent] = {}
+    for name, stored in names.items():
+        if name in by_name:
+            target = by_name[name]
+            contents[name] = TensorContent(stored, target.out_code, target.shape, (Merge(target),))
+        elif loaded is not None:
+            contents[name] = reference_script.content(name, stored, sources, config, loaded)
+        else:
+            contents[name] = _other(name, stored, sources, config)
+    files, index = pack(owner, contents, max_shard_size, sources.base)
+    written = [piece for content in contents.values() for piece in content.pieces]
+    rewritten = any(isinstance(piece, Slice) for piece in written) or max_shard_size is not None
+    rewritten = rewritten or owner.kind != "safetensors"
+    return MergePlan(
+        config=config,
+        route="rewrite" if rewritten or loaded is not None else "patch",
+        targets=targets,
+        files=files,
+        index=index,
+        weight_bytes_read=_bytes_read(written),
+        output_dtype=_output_dtype(config, loaded),
+        notes=tuple(_notes(sources, set(by_name), set(names))),
+    )
+
+
+def check_whole(config: MergeConfig, sources: Sources) -> None:
+    """MismatchError unless primary, and base too where the output takes its config.json, holds what that promises."""
+    structure.require_whole(sources.primary)
+    if config.numerics == "reference":
+        structure.require_whole(sources.base)
+    if config.num_heads is None:
+        check_heads(sources)
+
+
+def check_heads(sources: Sources) -> None:
+    """MismatchError where the config.json of primary has other heads than base's, of any stack: no tensor's shape tells
+    how many heads there are, and with another number the same weights compute something else."""
+    ours, theirs = (whisper.architecture(source.config, source.role) for source in (sources.primary, sources.base))
+    for stack in whisper.stacks_of(sources.primary.config):
+        if ours.heads[stack] != theirs.heads[stack]:
+            raise MismatchError(
+                f"primary {sources.primary.path}: config.json has {stack}_attention_heads {ours.heads[stack]}, base "
+                f"{sources.base.path} has {theirs.heads[stack]}; a fine-tune has as many heads as its base: correct "
+                f"the one that is wrong"
+            )
+
+
+def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, str] | None = None) -> tuple[Target, ...]:
+    """The target tensors in the order of primary's files, checked to agree; see `make_plan` for what it raises.
+
+    `loaded` gives the element types that reference numerics cast each source to, None in exact numerics.
+    """
+    found: dict[str, Projection] = {}
+    for source in sources:
+        for name in source.tensors:
+            projection = whisper.parse(name)
+            if projection is not None and whisper.is_target(projection, config.targets):
+                found[name] = projection
+    if not found:
+        odd = structure.odd_name(sources.primary, "encoder.layers.0.self_attn.q_proj.weight")
+        instead = "" if odd is None else f"; it holds {odd:.300}: save the model without what wraps it"
+        raise SourceError(
+            f"primary {sources.primary.path} holds no tensor that {shown(config.targets)} would merge (looked for "
+            f"names like model.encoder.layers.0.self_attn.q_proj.weight){instead}; is it a Whisper checkpoint?"
+        )
+    config.check_names(set(found))
+    _check_complete(config, sources, set(found))
+    shapes = {role: whisper.architecture(sources.of(role).config, role) for role in ROLES}
+    targets = [make_target(p, config, sources, shapes, loaded) for p in found.values()]
+    return tuple(sorted(targets, key=lambda t: (t.primary.shard, t.primary.offset)))
+
+
+def _check_complete(config: MergeConfig, sources: Sources, found: set[str]) -> None:
+    """Every layer that primary's config promises must have its targets: a merge of half a model is no model."""
+    layers = whisper.architecture(sources.primary.config, "primary").layers
+    for stack in whisper.stacks_of(sources.primary.config):
+        for name in whisper.expected_targets({stack: layers[stack]}, config.targets):
+            if name not in found:
+                raise MismatchError(
+                    f"target tensor {name} is missing from base, primary and secondary, and the config.json of primary "
+                    f"promises it ({stack}_layers {layers[stack]}); the checkpoints are incomplete, fetch them again "
+                    f"or correct config.json"
+                )
+
+
+def make_target(
+    projection: Projection,
+    config: MergeConfig,
+    sources: Sources,
+    shapes: Mapping[Role, Architecture],
+    loaded: Mapping[Role, str] | None = None,
+) -> Target:
+    """One target, checked to agree in the three sources, whose heads and layers `shapes` gives; see `find_targets`."""
+    name, stack = projection.name, projection.stack
+    refs = {role: sources.of(role).tensors.get(name) for role in ROLES}
+    present = {role: ref for role, ref in refs.items() if ref is not None}
+    if len(present) < len(ROLES):
+        missing = ", ".join(role for role in ROLES if role not in present)
+        odd = [(role, structure.odd_name(sources.of(role), name)) for role in ROLES if role not in present]
+        instead = "".join(f"; {role} holds {stored:.300} instead" for role, stored in odd if stored is not None)
+        raise MismatchError(
+            f"target tensor {name} is missing from {missing} and stands in {', '.join(present)}{instead}; the three "
+            f"must be fine-tunes of one model with one naming"
+        )
+    _agree(name, "shape", {role: list(ref.shape) for role, ref in present.items()})
+    if config.num_heads is None:
+        _agree(name, "number of heads", {role: shapes[role].heads[stack] for role in ROLES})
+    for role, ref in present.items():
+        if ref.code not in ARITHMETIC:
+            raise SourceError(
+                f"{sources.of(role).file_of(ref)}: target tensor {ref.name} has dtype {ref.code}, expected one of "
+                f"{', '.join(ARITHMETIC)}"
+            )
+        if ref.nbytes > MAX_TARGET:
+            raise SourceError(
+                f"{sources.of(role).file_of(ref)}: target tensor {ref.name} of shape {list(ref.shape)} takes "
+                f"{ref.nbytes} bytes, at most {MAX_TARGET} are held in memory; is it a Whisper checkpoint?"
+            )
+    owner: Role = "primary" if loaded is None else "base"
+    heads = config.num_heads or shapes[owner].heads[stack]
+    layers = config.num_layers or shapes[owner].layers[stack]
+    shape = present["primary"].shape
+    if len(shape) != (2 if projection.part == "weight" else 1) or 0 in shape:
+        raise MismatchError(f"target tensor {name} has shape {list(shape)}, expected a matrix weight or a vector bias")
+    width = shape[projection.head_axis]
+    if width % heads:
+        raise SourceError(
+            f"target tensor {name} of shape {list(shape)} cannot be split into {heads} heads: {width} is not a "
+            f"multiple of {heads}; is the number of heads right?"
+        )
+    if projection.layer >= layers:
+        raise MismatchError(
+            f"target tensor {name} lies in layer {projection.layer}, but the {stack} has {layers} layers by "
+            f"{option('num_layers') if config.num_layers else f'the config.json of {owner}'}"
+        )
+    cast = CODES[config.dtype] if config.dtype != "auto" else present["primary"].code
+    return Target(
+        projection=projection,
+        shape=shape,
+        heads=heads,
+        **_settings(config, projection, heads, layers),
+        scale=config.attention_scale,
+        base=present["base"],
+        primary=present["primary"],
+        secondary=present["secondary"],
+        out_code=cast if loaded is None else loaded["base"],
+        load_codes=loaded,
+    )
+
+
+def with_parameters(targets: Sequence[Target], config: MergeConfig, sources: Sources) -> tuple[Target, ...]:
+    """The same targets with the k, lambda and alpha of another config; nothing else of it may differ.
+
+    Raises RequestError where per-tensor parameters do not fit the targets.
+    """
+    config.check_names({target.projection.name for target in targets})
+    layers = whisper.architecture(sources.primary.config, "primary").layers
+    return tuple(
+        replace(
+            target,
+            **_settings(config, target.projection, target.heads, config.num_layers or layers[target.projection.stack]),
+        )
+        for target in targets
+    )
+
+
+def _settings(config: MergeConfig, projection: Projection, heads: int, layers: int) -> dict[str, Any]:
+    """What k, lambda and alpha make of one target, as fields of it."""
+    name = projection.name
+    coefficient = layer_coefficient(config.of("lam", name), config.of("alpha", name), projection.layer, layers)
+    k = config.of("k", name)
+    return {
+        "k": k,
+        "keep": keep_count(k, heads),
+        "coefficient": coefficient,
+        "c1": float(np.float32(coefficient)),
+        "c2": float(np.float32(1.0 - coefficient)),
+    }
+
+
+def _agree(name: str, what: str, values: Mapping[Role, object]) -> None:
+    if len({str(value) for value in values.values()}) > 1:
+        each = ", ".join(f"{role} {value}" for role, value in values.items())
+        raise MismatchError(f"target tensor {name}: the {what} differs: {each}; the three must agree")
+
+
+def _stored_names(owner: Checkpoint) -> Iterator[tuple[str, str]]:
+    for name, ref in sorted(owner.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
+        yield name, ref.name
+
+
+def _other(name: str, stored: str, sources: Sources, config: MergeConfig) -> TensorContent:
+    """A tensor that is no target: primary's bytes, cast or scaled where asked."""
+    primary = sources.primary.tensors[name]
+    floating = primary.code in ARITHMETIC
+    code = CODES[config.dtype] if config.dtype != "auto" and _is_float(primary.code) else primary.code
+    scaled = config.non_attention_scale != 1.0 and _is_float(primary.code)
+    if code == primary.code and not scaled:
+        return TensorContent(stored, code, primary.shape, (Copied("primary", primary),))
+    if not floating:
+        raise SourceError(
+            f"{sources.primary.file_of(primary)}: tensor {primary.name} has dtype {primary.code}, which can be copied "
+            f"but not cast or scaled; drop {option('dtype')} and {option('non_attention_scale')}"
+        )
+    base = (
+        sources.base_of(name, primary, f"{option('non_attention_scale')} {config.non_attention_scale:g}")
+        if scaled
+        else None
+    )
+    return TensorContent(stored, code, primary.shape, slices(primary, base, code, scale=config.non_attention_scale))
+
+
+def _is_float(code: str) -> bool:
+    return code.startswith(("F", "BF"))
+
+
+def _bytes_read(pieces: Sequence[Content]) -> dict[Role, int]:
+    totals: dict[Role, int] = dict.fromkeys(ROLES, 0)
+    for piece in pieces:
+        for role, count in piece.reads():
+            totals[role] += count
+    return totals
+
+
+def _output_dtype(config: MergeConfig, loaded: Mapping[Role, str] | None) -> str | None:
+    if loaded is not None:
+        return NAMES[loaded["base"]]
+    return None if config.dtype == "auto" else config.dtype
+
+
+def _notes(sources: Sources, targets: set[str], written: set[str]) -> Iterator[str]:
+    primary = sources.primary
+    for source in sources:
+        yield from source.notes
+    for other in (sources.base, sources.secondary):
+        missing = [name for name in primary.tensors if name not in other.tensors]
+        if missing:
+            yield f"{len(missing)} tensors of primary are missing from {other.role}, such as {missing[0]}"
+        for name, ref in primary.tensors.items():
+            theirs = other.tensors.get(name)
+            if name not in targets and theirs is not None and theirs.shape != ref.shape:
+                yield f"{name} has shape {list(ref.shape)} in primary and {list(theirs.shape)} in {other.role}"
+    if whisper.UNTIED_OUTPUT in written:
+        yield f"{whisper.UNTIED_OUTPUT} is stored beside {whisper.EMBEDDING} and written as a tensor of its own"
+    elif whisper.UNTIED_OUTPUT in primary.tensors:
+        yield f"primary's {whisper.UNTIED_OUTPUT} is left out, for base ties it to {whisper.EMBEDDING}"

@@ -1,0 +1,1 @@
+"""A tree of outputs, made from a recipe."""

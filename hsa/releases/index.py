@@ -1,0 +1,199 @@
+"""The index over a release tree: `README.md`, which the Hub shows, and `index.json`, for programs.
+
+Both are made from the recipe and from the provenance of what stands in the tree, and from nothing else: no time, no
+path of this machine, no message of a run. So the same tree has the same index, however many runs made it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from hsa.errors import DestinationError
+from hsa.outputs import card
+from hsa.outputs.provenance import Provenance
+from hsa.outputs.release_index import FORMAT, INDEX, KIND, README, facts, is_index
+from hsa.releases.recipe import Entry, Recipe
+from hsa.sources.identity import Identity, is_hub_id
+from hsa.system import fsio
+from hsa.system.staging import STAGING, Workbench, beside
+
+MARKER = "<!-- Written by hsa release, which writes it anew: change the recipe, not this file. -->"
+PATIENCE = 10.0
+"""Seconds to wait for another run that writes the index of the same tree."""
+
+MAX_LINE = 1 << 16
+"""Bytes of a line of a README that are in memory at a time, while the marker is looked for."""
+
+
+Standing = Literal["complete", "missing", "other", "damaged"]
+"""Of an entry in the tree: as the recipe says; not there; made otherwise than the recipe says; not whole."""
+
+_STANDING_TEXT = {
+    "missing": "not built yet",
+    "other": "made otherwise than the recipe says, and left as it is",
+    "damaged": "damaged, and left as it is",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry, how it stands, and its provenance where it is complete."""
+
+    entry: Entry
+    standing: Standing
+    found: Provenance | None
+
+
+def render(recipe: Recipe, rows: Sequence[Row]) -> dict[str, bytes]:
+    """The bytes of both files, by name."""
+    document = {
+        "kind": KIND,
+        "format": FORMAT,
+        "title": recipe.title,
+        "entries": [_entry_dict(row) for row in rows],
+    }
+    text = json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    return {INDEX: text.encode("ascii"), README: _readme(recipe, rows).encode("utf-8")}
+
+
+def check_place(tree: Path) -> None:
+    """DestinationError where the tree holds a README.md or index.json that is not an earlier index."""
+    for name, ours in ((README, _is_readme), (INDEX, is_index)):
+        place = tree / name
+        if not (place.is_symlink() or place.exists()):
+            continue
+        if place.is_symlink() or not place.is_file() or not ours(place):
+            raise DestinationError(
+                f"{place} is no index that hsa release wrote and would be replaced by one; move it away, or choose "
+                f"another tree"
+            )
+
+
+def write(tree: Path, files: Mapping[str, bytes], *, sync: bool) -> bool:
+    """Put each file into place in one step, where it is not there already; returns whether anything was written.
+
+    Raises MachineError, or DestinationError when another run does not let go of the index.
+    """
+    check_place(tree)
+    place = beside(tree / "index", STAGING)
+    stands = all(_holds(tree / name, data) for name, data in files.items())
+    if stands and not fsio.exists(place):
+        return False
+    tally, last = fsio.Tally(), time.monotonic() + PATIENCE
+    while True:
+        try:
+            bench = Workbench(place, tree / INDEX, sync=sync)
+            break
+        except DestinationError:
+            if time.monotonic() > last or not place.is_dir():  # a file of that name goes by no waiting
+                raise
+            time.sleep(0.05)
+    with bench:  # which clears what a killed run left there
+        if stands:
+            return False
+        for name, data in files.items():
+            bench.write(name, data, tally)
+        for name in files:
+            bench.publish_file(name, tree / name)
+    return True
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    with suppress(OSError):
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    return False
+
+
+def _is_readme(path: Path) -> bool:
+    marker = MARKER.encode()
+    with path.open("rb") as file:
+        return any(line.rstrip(b"\r\n") == marker for line in iter(lambda: file.readline(MAX_LINE), b""))
+
+
+def _entry_dict(row: Row) -> dict[str, Any]:
+    entry = row.entry
+    about = {"path": entry.path, "group": entry.group, "name": entry.name, "state": row.standing}
+    if row.found is None:
+        return about
+    return {**about, **facts(row.found)}
+
+
+def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:
+    complete = [row for row in rows if row.found is not None]
+    title = recipe.title or "Whisper models composed with Headwise Selective Attention merge"
+    citations = list(dict.fromkeys(row.entry.card.get("citation", card.PAPER) for row in complete))
+    sections = [_metadata(complete), MARKER, f"# {card.escape(title)}", INTRODUCTION]
+    for group in dict.fromkeys(row.entry.group for row in complete):
+        members = [row for row in complete if row.entry.group == group]
+        sections += [f"## {card.escape(group)}", card.table(HEAD, [_cells(row, citations) for row in members])]
+    lacking = [row for row in rows if row.found is None]
+    if lacking:
+        lines = [f"- `{card.code(row.entry.path)}`: {_STANDING_TEXT[row.standing]}" for row in lacking]
+        sections += ["## Not complete", "\n".join(lines)]
+    if citations:
+        sections.append("## Citations")
+    for number, text in enumerate(citations, 1):
+        sections.append(f"{number}.\n\n```bibtex\n{card.fence(text)}\n```")
+    return "\n\n".join(sections) + "\n"
+
+
+INTRODUCTION = f"""Each directory is a complete checkpoint that transformers loads, with a model card (`README.md`) and
+its provenance (`hsa_merge.json`): sources, parameters, merged heads, and a digest of every file. `{INDEX}` says the
+same as this page to programs."""
+
+HEAD = (
+    "model",
+    "role",
+    "base",
+    "primary",
+    "secondary",
+    "k",
+    "lambda",
+    "alpha",
+    "heads merged",
+    "adaptation context",
+    "citation",
+)
+
+
+def _cells(row: Row, citations: Sequence[str]) -> tuple[str, ...]:
+    assert row.found is not None
+    entry, record = row.entry, row.found.record
+    chosen = sum(len(target.selected) for target in record.targets)
+    total = sum(target.heads for target in record.targets)
+    return (
+        f"[{card.escape(entry.name)}]({entry.path}/{README})",
+        card.escape(entry.card.get("role", "")),
+        *(_source(source.identity) for source in record.sources.values()),
+        *(_number(record.parameters[name]) for name in ("k", "lambda", "alpha")),
+        f"{chosen} of {total}",
+        card.escape(entry.card.get("adaptation_context", "")),
+        str(1 + citations.index(entry.card.get("citation", card.PAPER))),
+    )
+
+
+def _source(identity: Identity) -> str:
+    """A link where the identity is a repository on the Hub: its name holds nothing then that a link would mind."""
+    revision = identity.revision
+    text = f"`{card.code(identity.id)}`" + (f" at `{card.code(revision[:12])}`" if revision else "")
+    if not is_hub_id(identity.id):
+        return text
+    place = f"/tree/{quote(revision, safe='')}" if revision else ""
+    return f"[{text}](https://huggingface.co/{identity.id}{place})"
+
+
+def _number(value: Any) -> str:
+    return "per tensor" if isinstance(value, dict) else f"{value:g}"
+
+
+def _metadata(rows: Sequence[Row]) -> str:
+    sources = [source.identity.id for row in rows if row.found for source in row.found.record.sources.values()]
+    licenses = {row.entry.card["license"] for row in rows if "license" in row.entry.card}
+    return card.metadata(filter(is_hub_id, sources), {"license": licenses.pop()} if len(licenses) == 1 else {})

@@ -1,0 +1,276 @@
+"""What a release will do: every merge of a recipe looked at before the first byte is written, and what stands already.
+
+An entry that stands is taken at its record's word here, where parameters, settings, card fields and sources agree as
+far as headers tell; a run proves it (see `hsa.releases.release`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hsa.actions import merge
+from hsa.actions.request import Request, open_sources
+from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
+from hsa.option_names import as_keys, spelled
+from hsa.outputs import provenance
+from hsa.outputs.provenance import SourceRecord
+from hsa.outputs.report import PlanReport
+from hsa.releases import index
+from hsa.releases.index import Standing
+from hsa.releases.recipe import KEYS, Entry, Recipe, load
+from hsa.sources.hub.client import Hub
+from hsa.sources.hub.repository import cache_directories, find_id
+from hsa.sources.roles import ROLES, Role
+from hsa.system import fsio
+from hsa.system.destinations import check_occupied, check_tree
+from hsa.system.manifest import PROVENANCE
+from hsa.system.types import PathLike
+
+Action = Literal["build", "verify", "rebuild", "refuse"]
+
+SMALL = 1 << 20
+"""Bytes to keep free for an entry's card and provenance, whose sizes are known at the end alone."""
+
+NAMED = 5
+"""Problems that one message names."""
+
+
+@dataclass(frozen=True)
+class PlannedEntry:
+    """What is to become of an entry: `standing` is how it stands now by its record, `why` what differs or is wrong.
+
+    `replaced` are the bytes that go when it is built again, `remedy` what to do where `overwrite` does not help.
+    """
+
+    entry: Entry
+    request: Request
+    action: Action
+    standing: Standing
+    why: str
+    plan: PlanReport
+    replaced: int = 0
+    remedy: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.entry.path,
+            "action": self.action,
+            "why": self.why,
+            "bytes_to_write": self.plan.bytes_to_write if self.action in ("build", "rebuild") else 0,
+            "bytes_to_fetch": self.plan.bytes_to_fetch if self.action in ("build", "rebuild") else 0,
+            "plan": self.plan.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class ReleasePlan:
+    """What a release would do: nothing was read but headers and small files, and nothing written.
+
+    `short` says where the disk has too little room; a release is refused then. Sizes are bytes.
+    """
+
+    recipe: Recipe
+    tree: Path
+    entries: tuple[PlannedEntry, ...]
+    short: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def building(self) -> tuple[PlannedEntry, ...]:
+        return tuple(planned for planned in self.entries if planned.action in ("build", "rebuild"))
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(planned.plan.bytes_to_write for planned in self.building)
+
+    @property
+    def bytes_to_fetch(self) -> int:
+        return sum(planned.plan.bytes_to_fetch for planned in self.building)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `hsa release --dry-run --json` prints."""
+        return {
+            "dry_run": True,
+            "tree": str(self.tree),
+            "bytes_to_write": self.bytes_to_write,
+            "bytes_to_fetch": self.bytes_to_fetch,
+            "entries": [planned.as_dict() for planned in self.entries],
+            "notes": list(self.notes),
+            "warnings": list(self.short),
+        }
+
+
+@fsio.explained()
+def plan(
+    recipe: PathLike,
+    output: PathLike,
+    *,
+    overwrite: bool = False,
+    strict: bool = False,
+    threads: int | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    sync: bool = True,
+) -> ReleasePlan:
+    """What `release` would do with the same arguments; reads headers and small files, writes nothing.
+
+    Raises RequestError for a bad recipe, or naming every merge that cannot be done (MachineError where the machine or
+    the network is to blame for all of them).
+    """
+    how = {"threads": threads, "backend": backend, "device": device, "sync": sync, "strict": strict}
+    found = load(recipe)
+    tree = check_tree(output, ())
+    index.check_place(tree)
+    requests = [entry.request(tree, **how) for entry in found.entries]
+    entries: list[PlannedEntry] = []
+    problems: list[tuple[Entry, HsaError]] = []
+    for entry, request in zip(found.entries, requests, strict=True):
+        try:
+            entries.append(_plan_entry(entry, request, tree, overwrite=overwrite))
+        except HsaError as error:
+            problems.append((entry, error))
+    if problems:
+        raise _cannot(found, problems)
+    _check_apart(found, entries)
+    return ReleasePlan(found, tree, tuple(entries), tuple(_short(entries)), tuple(_strangers(found, tree)))
+
+
+def _plan_entry(entry: Entry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
+    check_tree(tree, _local(request))
+    with spelled(as_keys(KEYS)):
+        looked = merge.dry_run(request, occupied=True)  # whatever stands there, look at the rest
+    destination = looked.output
+    if not (destination / PROVENANCE).is_file():
+        check_occupied(destination, overwrite=True)
+        return PlannedEntry(entry, request, "build", "missing", "", looked)
+    replaced = sum(path.lstat().st_size for path in destination.iterdir())
+    standing, why = standing_of(destination, request)
+    if standing == "complete":
+        return PlannedEntry(entry, request, "verify", standing, "", looked, replaced)
+    if not overwrite:
+        return PlannedEntry(entry, request, "refuse", standing, why, looked, replaced)
+    try:
+        check_occupied(destination, overwrite=True)
+    except DestinationError as error:
+        return PlannedEntry(entry, request, "refuse", standing, why, looked, replaced, str(error))
+    return PlannedEntry(entry, request, "rebuild", standing, why, looked, replaced)
+
+
+def _local(request: Request) -> list[Path]:
+    """The sources that are no hub ids, with their links resolved."""
+    paths = [Path(path).expanduser() for path in request.sources.values() if find_id(path) is None]
+    return [Path(os.path.realpath(path)) for path in paths]
+
+
+def standing_of(destination: Path, request: Request) -> tuple[Standing, str]:
+    """How an output stands by its own record, and what is otherwise."""
+    try:
+        found = provenance.load(destination)
+    except HsaError as error:
+        return "damaged", str(error)
+    with ExitStack() as stack:
+        sources = open_sources(request, fsio.Tally(), Hub(), stack, headers_only=True)
+        records = {source.role: provenance.source_record(source, "") for source in sources}
+    expected = {**request.config.as_dict(), **request.settings("")}
+    unlike = [*_other_parameters(expected, found.record.parameters), *_other_sources(records, found.record.sources)]
+    if not unlike:
+        return "complete", ""
+    more = f", and {len(unlike) - NAMED} more" if len(unlike) > NAMED else ""
+    return "other", f"it was made otherwise than the recipe says: {'; '.join(unlike[:NAMED])}{more}"
+
+
+def _other_parameters(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """What shaped the output otherwise; the backend does not, for all write the same bytes."""
+    for key in sorted({*expected, *found} - {"backend", "card"}):
+        if expected.get(key) != found.get(key):
+            yield f"{key} is {shown(found.get(key), 60)}, the recipe says {shown(expected.get(key), 60)}"
+    fields, written = expected["card"], found.get("card")
+    written = written if isinstance(written, dict) else {}
+    for key in sorted({*fields, *written}):
+        if fields.get(key) != written.get(key):
+            yield f"card field {key} is {shown(written.get(key), 60)}, the recipe says {shown(fields.get(key), 60)}"
+
+
+def _other_sources(expected: Mapping[Role, SourceRecord], found: Mapping[Role, SourceRecord]) -> Iterator[str]:
+    """As far as headers tell."""
+    for role in ROLES:
+        new, old = expected[role], found[role]
+        if new.identity != old.identity:
+            yield f"{role} is {_name(old)}, the recipe's is {_name(new)}"
+        elif (new.kind, dict(new.files)) != (old.kind, dict(old.files)):
+            yield f"the weights files of {role} are not those that it was made from"
+
+
+def _name(source: SourceRecord) -> str:
+    identity = source.identity
+    return f"{identity.id:.120}@{identity.revision:.60}" if identity.revision else f"{identity.id:.120}"
+
+
+def _cannot(recipe: Recipe, problems: Sequence[tuple[Entry, HsaError]]) -> HsaError:
+    """One error of all merges that cannot be done."""
+    texts = [f"{entry.path} (line {entry.line}): {error}" for entry, error in problems[:NAMED]]
+    more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    machine = all(isinstance(error, MachineError) for _, error in problems)
+    return (MachineError if machine else RequestError)(
+        f"{recipe.where}: {len(problems)} of {len(recipe.entries)} merges cannot be done, nothing was written: "
+        f"{'; '.join(texts)}{more}"
+    )
+
+
+def _check_apart(recipe: Recipe, found: Sequence[PlannedEntry]) -> None:
+    """Links in the tree may lead two entries to one place."""
+    places: dict[Path, Entry] = {}
+    for each in found:
+        place = each.plan.output
+        for other, entry in places.items():
+            if place == other or place.is_relative_to(other) or other.is_relative_to(place):
+                raise RequestError(
+                    f"{recipe.where}:{each.entry.line}: {each.entry.path} and {entry.path} lead to {place} and "
+                    f"{other}; take the links out of the tree"
+                )
+        places[place] = each.entry
+
+
+def _short(found: Sequence[PlannedEntry]) -> Iterator[str]:
+    """Disks without room for all that is to be written; an output that is replaced goes when the new one stands."""
+    used: dict[int, int] = {}
+    peak: dict[int, int] = {}
+    places: dict[int, Path] = {}
+    building = [each for each in found if each.action in ("build", "rebuild")]
+    fetched = max((each.plan.bytes_to_fetch for each in building), default=0)
+    caches = {_device(place, places) for place in cache_directories()} if fetched else set()
+    if len(caches) == 1:  # merges may share sources, so that only what one of them fetches is certain
+        used = dict.fromkeys(caches, fetched)
+        peak = dict(used)
+    for each in building:
+        device = _device(each.plan.output.parent, places)
+        wanted, before = each.plan.bytes_to_write, used.get(device, 0)
+        peak[device] = max(peak.get(device, 0), before + wanted + SMALL)
+        used[device] = before + (max(0, wanted - each.replaced) if each.replaced else wanted + SMALL)
+    for device, needed in peak.items():
+        free = fsio.free_bytes(places[device])
+        if free < needed:
+            yield f"{needed} bytes are needed for all merges and {free} are free in {places[device]}"
+
+
+def _device(path: Path, places: dict[int, Path]) -> int:
+    """The device of the nearest directory that exists, which `places` keeps."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    device = existing.stat().st_dev
+    places.setdefault(device, existing)
+    return device
+
+
+def _strangers(recipe: Recipe, tree: Path) -> Iterator[str]:
+    """Outputs in the tree that the recipe does not name."""
+    named = {entry.path for entry in recipe.entries}
+    found = sorted(path.parent for path in tree.glob(f"*/*/{PROVENANCE}")) if tree.is_dir() else []
+    others = [path.relative_to(tree).as_posix() for path in found]
+    others = [path for path in others if path not in named and not path.split("/")[1].startswith(".")]
+    if others:
+        yield f"{len(others)} outputs in the tree are not of this recipe and left alone, such as {others[0]}"

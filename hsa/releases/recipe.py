@@ -1,0 +1,241 @@
+"""A release recipe: YAML that says which merges make up a tree, checked whole before anything is looked at.
+
+    title: ...                        # of the tree's index; may be left out
+    defaults: {k: 0.6, card: {...}}   # whatever a merge may say, but its name
+    merges:
+      - name: ...                     # the tree's directory <group>/<name>
+        group: ...
+        base, primary, secondary: ... # directories, or hub ids
+        k, lambda, alpha, ...         # as on the command line of `hsa merge`, with underscores
+        card: {role: ...}             # fields of the model card
+
+What a merge says wins over the defaults, card fields one by one; `null` takes a default back. A relative path counts
+from the recipe's own directory, never from where the program was started.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hsa.actions.request import Request
+from hsa.errors import RequestError, shown
+from hsa.methods.config import MergeConfig
+from hsa.option_names import as_keys, spelled
+from hsa.outputs.card import FIELDS
+from hsa.outputs.release_index import INDEX, README
+from hsa.sources.hub.repository import parse_id
+from hsa.sources.roles import ROLES, Role
+from hsa.system.fsio import Source, Tally
+from hsa.system.strict_yaml import Value, parse
+from hsa.system.types import PathLike
+
+MAX_BYTES = 256 << 10
+"""The largest recipe: several hundred merges."""
+
+IDS = tuple(f"{role}_id" for role in ROLES)
+PARAMETERS = tuple(MergeConfig().as_dict())
+SETTINGS = ("assets_from", "max_shard_size")
+KEYS = (*ROLES, *PARAMETERS, *SETTINGS, *IDS, "card")
+"""What a merge of a recipe says in its file, where `hsa merge` has an option."""
+
+SHARED = ("group", *KEYS)
+"""What defaults may say."""
+
+_COMPONENT = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One merge of a recipe, and the line where it begins. `task` is the merge with `path` for its output."""
+
+    group: str
+    name: str
+    line: int
+    task: Request
+
+    @property
+    def path(self) -> str:
+        """The place in the tree."""
+        return f"{self.group}/{self.name}"
+
+    @property
+    def card(self) -> Mapping[str, str]:
+        return self.task.card or {}
+
+    def request(self, tree: Path, **how: Any) -> Request:
+        """The merge into a tree; `how` are fields of a request that do not shape the output (threads, overwrite)."""
+        return replace(self.task, output=tree / self.group / self.name, **how)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `where` is what messages call it."""
+
+    where: str
+    title: str | None
+    entries: tuple[Entry, ...]
+
+
+def load(path: PathLike) -> Recipe:
+    """Read and check a recipe; RequestError or SourceError says what is wrong in which line. Opens no source."""
+    where = Path(path)
+    source = Source(where, "recipe", Tally())
+    try:
+        if source.size > MAX_BYTES:
+            raise RequestError(f"recipe {where} has {source.size} bytes, at most {MAX_BYTES} are read; split it")
+        data = source.read(source.size)
+    finally:
+        source.close()
+    return loads(data, str(where), Path(os.path.abspath(where)).parent)
+
+
+def loads(data: bytes, where: str, folder: Path) -> Recipe:
+    """The recipe in the bytes of a file; relative paths count from `folder`. See `load`."""
+    document = _mapping(parse(data, where), where, "the recipe")
+    _known(document, ("title", "defaults", "merges"), where, "the recipe")
+    defaults = _mapping(document["defaults"], where, "defaults") if "defaults" in document else {}
+    _known(defaults, SHARED, where, "defaults")
+    merges = document.get("merges")
+    if merges is None or not isinstance(merges.content, tuple) or not merges.content:
+        raise RequestError(f"{where}: merges must be a list with at least one merge")
+    title = document.get("title")
+    entries = tuple(_entry(value, defaults, where, folder) for value in merges.content)
+    _check_places(entries, where)
+    return Recipe(where, None if title is None else _text(title, where, "title"), entries)
+
+
+def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path) -> Entry:
+    own = _mapping(value, where, "a merge")
+    label = f"merge {_shown(own['name'])}" if "name" in own else "the merge"
+    _known(own, ("name", *SHARED), where, label)
+    given = {key: each for key, each in {**defaults, **own}.items() if key != "card" and each.content is not None}
+    names = {}
+    for key in ("name", "group"):
+        if key not in given:
+            raise RequestError(f"{where}:{value.line}: {label} has no {key}")
+        names[key] = _component(given[key], where, key)
+    sources: dict[Role, PathLike] = {}
+    for role in ROLES:
+        if role not in given:
+            raise RequestError(f"{where}:{value.line}: {label} has no {role}; name a directory or a hub id")
+        sources[role] = _source(given[role], where, f"{role} of {label}", folder)
+    written = {"release_group": names["group"], **_card(defaults, own, where)}
+    fields = {name: written[name] for name in FIELDS if name in written}  # in one order, for provenance keeps it
+    settings = {key: given[key].plain() for key in SETTINGS if key in given}
+    renamed = {"lambda": "lam"}
+    parameters = {renamed.get(key, key): given[key].plain() for key in PARAMETERS if key in given}
+    ids = {role: given[f"{role}_id"].plain() for role in ROLES if f"{role}_id" in given}
+    output = Path(names["group"], names["name"])
+    try:
+        with spelled(as_keys(KEYS)):
+            task = Request(sources, output, MergeConfig(**parameters), ids=ids, card=fields, **settings)
+    except RequestError as error:
+        about = str(error).partition(" ")[0]  # the message begins with the parameter that it is about
+        line = given[about].line if about in given else value.line
+        raise RequestError(f"{where}:{line}: {label}: {error}") from error
+    return Entry(names["group"], names["name"], value.line, task)
+
+
+def _card(defaults: Mapping[str, Value], own: Mapping[str, Value], where: str) -> dict[str, str]:
+    fields: dict[str, Value] = {}
+    for held in (defaults, own):
+        if "card" in held and held["card"].content is not None:
+            found = _mapping(held["card"], where, "card")
+            _known(found, FIELDS, where, "card")
+            fields |= found
+    return {name: _text(each, where, f"card field {name}") for name, each in fields.items() if each.content is not None}
+
+
+def _source(value: Value, where: str, what: str, folder: Path) -> PathLike:
+    """A path from the recipe's directory, or a hub id: what exists there is a path."""
+    text = _text(value, where, what)
+    try:
+        path = folder / Path(text).expanduser()
+        exists = os.path.lexists(path)
+    except (RuntimeError, ValueError) as error:
+        raise RequestError(f"{where}:{value.line}: {what}: {shown(text, 120)} is no path: {error}") from error
+    if exists or parse_id(text) is None:
+        return path
+    if os.path.lexists(text):
+        raise RequestError(
+            f"{where}:{value.line}: {what}: {text} is a hub id, for {folder} holds no such path, and also a path in "
+            f"the working directory; start from elsewhere, or write ./ and the path from the recipe's directory"
+        )
+    return text
+
+
+def _component(value: Value, where: str, what: str) -> str:
+    text = _text(value, where, what)
+    if not _COMPONENT.fullmatch(text) or "--" in text or ".." in text:
+        raise RequestError(
+            f"{where}:{value.line}: {what} {shown(text, 120)} must be a name that the Hub would take: at most 96 "
+            f"letters, digits, '.', '_' and '-', with none of '.' and '-' at an end, and neither '--' nor '..'"
+        )
+    if what == "group" and text.lower() in (README.lower(), INDEX.lower()):
+        raise RequestError(
+            f"{where}:{value.line}: group {shown(text)} is the name of a file of the index; choose another"
+        )
+    return text
+
+
+def _check_places(entries: Iterable[Entry], where: str) -> None:
+    """No two merges at one place, nor at places that are one where capital letters do not count."""
+    groups: dict[str, Entry] = {}
+    places: dict[str, Entry] = {}
+    for entry in entries:
+        first = groups.setdefault(entry.group.lower(), entry)
+        if first.group != entry.group:
+            raise RequestError(
+                f"{where}:{entry.line}: group {shown(entry.group)} differs from {shown(first.group)} (line "
+                f"{first.line}) in capital letters alone, which some filesystems do not tell apart; choose one"
+            )
+        other = places.setdefault(entry.path.lower(), entry)
+        if other is not entry:
+            raise RequestError(
+                f"{where}:{entry.line}: {entry.path} would stand where {other.path} of line {other.line} does; give "
+                f"one another name"
+            )
+
+
+def _mapping(value: Value, where: str, what: str) -> Mapping[str, Value]:
+    if not isinstance(value.content, Mapping):
+        raise RequestError(f"{where}:{value.line}: {what} must be a mapping of keys to values, got {_shown(value)}")
+    return value.content
+
+
+def _text(value: Value, where: str, what: str) -> str:
+    if not isinstance(value.content, str) or not value.content.strip():
+        hint = "; put it in quotes" if isinstance(value.content, (bool, int, float)) else ""
+        raise RequestError(
+            f"{where}:{value.line}: {what} must be a text that says something, got {_shown(value)}{hint}"
+        )
+    return value.content
+
+
+def _shown(value: Value) -> str:
+    if isinstance(value.content, Mapping):
+        return "a mapping"
+    return "a list" if isinstance(value.content, tuple) else shown(value.content)
+
+
+def _known(found: Mapping[str, Value], allowed: Iterable[str], where: str, what: str) -> None:
+    for key, value in found.items():
+        if key not in allowed:
+            raise RequestError(f"{where}:{value.line}: {what} has the unknown key {shown(key)}; {_hint(key, allowed)}")
+
+
+def _hint(key: str, allowed: Iterable[str]) -> str:
+    names = list(allowed)
+    if key in FIELDS and "card" in names:
+        return f"it is a field of the model card: write card: {{{key}: ...}}"
+    if key == "name":
+        return "each merge has a name of its own"
+    likely = key.lower().replace("-", "_")
+    close = [name for name in names if name[:3] == likely[:3]] or get_close_matches(likely, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"

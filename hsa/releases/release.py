@@ -1,0 +1,257 @@
+"""`hsa.release`: a recipe to a tree of checkpoints with an index.
+
+Everything is looked at before the first byte is written (`hsa.releases.plan`). Then each entry is built, or, where it
+stands already, verified; what fails is left as it was, and the next entry follows.
+
+When does an entry that stands count as done? Headers, sizes and names of local sources prove nothing: another training
+run of the same model has the same ones. So the merge is computed again and every byte of every file compared. Where
+all three sources are commits of the Hub, which cannot change, the files' own digests are enough against damage, and
+nothing is fetched again; against somebody who writes digests anew, `hsa verify --sources` is the answer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from hsa.actions import merge as merging
+from hsa.arguments import check_flags, check_functions, check_paths
+from hsa.errors import HsaError, MachineError, RequestError, StrictError, one_line
+from hsa.option_names import as_keys, option, spelled
+from hsa.outputs import provenance
+from hsa.outputs.release_index import INDEX
+from hsa.outputs.report import MergeReport
+from hsa.releases import index
+from hsa.releases.index import Row, Standing
+from hsa.releases.plan import NAMED, PlannedEntry, ReleasePlan, plan, standing_of
+from hsa.releases.recipe import KEYS
+from hsa.sources.hub.repository import find_id
+from hsa.sources.roles import ROLES
+from hsa.system.manifest import PROVENANCE
+from hsa.system.threads import out_of_memory
+from hsa.system.types import PathLike
+from hsa.verification.verify import VerifyReport, verify
+
+__all__ = ["EntryReport", "ReleasePlan", "ReleaseReport", "plan", "release"]
+
+Progress = Callable[[str, int, int], None]
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class EntryReport:
+    """What became of an entry; `problem` says why it failed, `merge` is the report of one that was built, and
+    `notes` are of one that was verified. `exit_code` is 2 where only `strict` refused it, and 1 for other failures."""
+
+    path: str
+    result: Literal["built", "verified", "failed"]
+    problem: str | None = None
+    merge: MergeReport | None = None
+    bytes_read: int = 0
+    peak_memory_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    exit_code: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "result": self.result,
+            "problem": self.problem,
+            "notes": list(self.notes),
+            "merge": None if self.merge is None else self.merge.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class ReleaseReport:
+    """A finished release. Sizes are bytes, `seconds` wall time; `index_written` is false where the index stood already,
+    `index_problem` says why it could not be written."""
+
+    tree: Path
+    entries: tuple[EntryReport, ...]
+    seconds: float
+    index_written: bool
+    index_problem: str | None
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{self.count(result)} {result}" for result in ("built", "verified", "failed"))
+        index = "" if self.index_problem is None else "; the index could not be written"
+        return one_line(f"<hsa.ReleaseReport of {self.tree}: {counts}{index}>")
+
+    @property
+    def failed(self) -> tuple[EntryReport, ...]:
+        return tuple(entry for entry in self.entries if entry.result == "failed")
+
+    @property
+    def ok(self) -> bool:
+        return not self.failed and self.index_problem is None
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line returns: 2 where warnings that `strict` made errors are all that went wrong."""
+        codes = [entry.exit_code for entry in self.failed] + ([1] if self.index_problem is not None else [])
+        return min(codes, default=0)
+
+    def count(self, result: str) -> int:
+        return sum(entry.result == result for entry in self.entries)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `hsa release --json` prints."""
+        merges = [entry.merge for entry in self.entries if entry.merge is not None]
+        return {
+            "tree": str(self.tree),
+            "ok": self.ok,
+            "built": self.count("built"),
+            "verified": self.count("verified"),
+            "failed": self.count("failed"),
+            "index_written": self.index_written,
+            "index_problem": self.index_problem,
+            "seconds": self.seconds,
+            "bytes_read": sum(entry.bytes_read for entry in self.entries),
+            "bytes_written": sum(merge.bytes_written for merge in merges),
+            "bytes_fetched": sum(merge.bytes_fetched for merge in merges),
+            "peak_memory_bytes": max(entry.peak_memory_bytes for entry in self.entries),
+            "entries": [entry.as_dict() for entry in self.entries],
+            "notes": list(self.notes),
+        }
+
+
+def release(
+    recipe: PathLike,
+    output: PathLike,
+    *,
+    overwrite: bool = False,
+    strict: bool = False,
+    threads: int | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    sync: bool = True,
+    progress: Progress | None = None,
+    watch: Callable[[EntryReport], None] | None = None,
+) -> ReleaseReport:
+    """Build the tree of a recipe: `output/<group>/<name>` for each merge, and an index over them.
+
+    Args:
+        recipe: a YAML file; see `hsa.releases.recipe` and the README.
+        output: the directory of the tree, new or of an earlier run. What the recipe does not name is left alone.
+        overwrite: build entries anew that differ from the recipe or are damaged; without it they are failures.
+        strict: make warnings errors. What headers tell stops the release; an entry whose merge warns is not written,
+            and is a failure.
+        threads, backend, device, sync: as for `hsa.merge`, for every entry.
+        progress: called now and then with an entry's path, bytes done and bytes in all.
+        watch: called with what became of each entry.
+
+    Returns the report; entries that failed are in it and stop nothing else. Raises RequestError, SourceError or
+    MachineError before anything is written: for a bad recipe, merges that cannot be done, a disk too small.
+    """
+    started = time.perf_counter()
+    check_paths(recipe=recipe, output=output)
+    check_flags(overwrite=overwrite, strict=strict, sync=sync)
+    check_functions(progress=progress, watch=watch)
+    how: dict[str, Any] = {"threads": threads, "backend": backend, "device": device, "sync": sync}
+    planned = plan(recipe, output, overwrite=overwrite, strict=strict, **how)
+    if planned.short:
+        raise MachineError(f"{planned.short[0]}; nothing was written: free some space, or choose another tree")
+    reports, rows = [], []
+    for each in planned.entries:
+        report, row = _do(each, progress, overwrite=overwrite)
+        reports.append(report)
+        rows.append(row)
+        if watch is not None:
+            watch(report)
+    written, problem = _write_index(planned, rows, sync=sync)
+    seconds = time.perf_counter() - started
+    return ReleaseReport(planned.tree, tuple(reports), seconds, written, problem, planned.notes)
+
+
+def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) -> tuple[EntryReport, Row]:
+    """Build or verify one entry, and look at how it stands then."""
+    path = planned.entry.path
+    step = None if progress is None else lambda done, total: progress(path, done, total)
+    read = peak = 0
+    standing = planned.standing
+    try:
+        if planned.action == "refuse":
+            raise RequestError(f"{planned.why}; {planned.remedy or _overwrite()}")
+        if planned.action == "verify":
+            seen = verify(planned.plan.output, threads=planned.request.threads, progress=step, **_to_compare(planned))
+            read, peak = seen.bytes_read, seen.peak_memory_bytes
+            if seen.ok:
+                verified = EntryReport(path, "verified", None, None, read, peak, seen.notes)
+                return verified, _row(planned, "complete")
+            standing = "other" if any(problem.file in ROLES for problem in seen.problems) else "damaged"
+            if not overwrite:
+                raise RequestError(f"{_wrong(standing, seen)}; {_overwrite()}")
+        with spelled(as_keys(KEYS)):
+            made = merging.run(replace(planned.request, overwrite=planned.standing != "missing"), step)
+    except (HsaError, OSError, MemoryError) as error:
+        reason = out_of_memory() if isinstance(error, MemoryError) else str(error)
+        if standing == "missing":
+            standing = _look_again(planned)
+        code = 2 if isinstance(error, StrictError) else 1
+        return EntryReport(path, "failed", reason, None, read, peak, exit_code=code), _row(planned, standing)
+    report = EntryReport(path, "built", None, made, read + made.bytes_read, max(peak, made.peak_memory_bytes))
+    return report, _row(planned, "complete")
+
+
+def _overwrite() -> str:
+    return f"give {option('overwrite', True)} to build it again"
+
+
+def _look_again(planned: PlannedEntry) -> Standing:
+    """How an entry stands that was not there and could not be built: another run may have built it just now."""
+    if not (planned.plan.output / PROVENANCE).is_file():
+        return "missing"
+    try:
+        return standing_of(planned.plan.output, planned.request)[0]
+    except HsaError:  # its sources cannot be opened any more
+        return "other"
+
+
+def _wrong(standing: Standing, seen: VerifyReport) -> str:
+    texts = [f"{problem.file}: {problem.what}" for problem in seen.problems[:NAMED]]
+    more = f"; and {len(seen.problems) - NAMED} more" if len(seen.problems) > NAMED else ""
+    what = "it was made from other sources" if standing == "other" else "it is damaged"
+    return f"{what}: {'; '.join(texts)}{more}"
+
+
+def _to_compare(planned: PlannedEntry) -> dict[str, Any]:
+    """The sources to compute the merge from again, with the ids that the recipe gives them; none where all are commits
+    of the Hub, which cannot change."""
+    sources, claimed = planned.request.sources, planned.request.ids or {}
+    written = provenance.load(planned.plan.output)
+    found = written.record.sources
+    fixed = all(written.files.values()) and all(
+        find_id(sources[role]) is not None
+        and not claimed.get(role)
+        and _COMMIT.fullmatch(found[role].identity.revision or "")
+        for role in ROLES
+    )
+    ids = {f"{role}_id": claimed.get(role) for role in ROLES}
+    return {} if fixed else {**{role: sources[role] for role in ROLES}, **ids}
+
+
+def _row(planned: PlannedEntry, standing: Standing) -> Row:
+    if standing != "complete":
+        return Row(planned.entry, standing, None)
+    try:
+        return Row(planned.entry, standing, provenance.load(planned.plan.output))
+    except HsaError:  # damaged by another program since it was written or verified
+        return Row(planned.entry, "damaged", None)
+
+
+def _write_index(planned: ReleasePlan, rows: Sequence[Row], *, sync: bool) -> tuple[bool, str | None]:
+    """Write the index, unless nothing stands in the tree at all; whether it was written, and what went wrong."""
+    if all(row.found is None for row in rows) and not os.path.lexists(planned.tree / INDEX):
+        return False, None
+    try:
+        return index.write(planned.tree, index.render(planned.recipe, rows), sync=sync), None
+    except (HsaError, OSError) as error:
+        return False, str(error)

@@ -1,0 +1,335 @@
+"""A checkpoint to read: a local Hugging Face directory, its files, its tensors and where their bytes lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from hsa.architectures import whisper
+from hsa.errors import HeaderError, MachineError, SourceError, shown
+from hsa.sources.git_lfs import refuse_pointer
+from hsa.sources.identity import Identity, identify, is_hub_id, is_snapshot
+from hsa.sources.pickle_reader import REMEDY
+from hsa.sources.roles import Role
+from hsa.sources.safetensors import MAX_HEADER, read_header
+from hsa.sources.source_folder import names_in, unread_weights, without_weights
+from hsa.sources.tensor_places import Shard, TensorRef, place_tensors
+from hsa.sources.torch_pickle import read_state_dict
+from hsa.system.descriptors import reason
+from hsa.system.fsio import MACHINE, Source, Tally, exists
+from hsa.system.ranges import Range
+from hsa.system.strict_json import MAX_MARKS, load_json, marks
+
+Kind = Literal["safetensors", "pickle", "openai", "adapter"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+MAX_TEXT = 16 << 20
+"""Bytes; the largest config, index or tokenizer file that is read. All of an output's are held at once."""
+MAX_TENSORS = 1 << 14
+"""Tensors of a checkpoint: ten times as many as large-v3 has."""
+MAX_STEPS = 1 << 19
+"""Instructions and records of the pickles of a checkpoint: nine times as many as large-v3 takes, read in a second."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights are stored: the name of a single file, of an index of shards, and the suffix of either's files."""
+
+    weights: str
+    index: str
+    suffix: str
+
+
+SAFETENSORS = Format(WEIGHTS, INDEX, ".safetensors")
+PICKLES = Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
+WHOLE_WEIGHTS = (SAFETENSORS.weights, SAFETENSORS.index, PICKLES.weights, PICKLES.index)
+"""Files of which one says that a whole model's weights are there, first the ones that are preferred."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weights file of which some ranges were fetched: where they lie, and which they are."""
+
+    path: Path
+    held: tuple[Range, ...]
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint; `tensors` maps canonical names (no `model.`) to places. Close it, or use `with`.
+
+    A name that transformers would not find is read without what a wrapper added to it: `renamed` maps the canonical
+    names of such tensors to their names in the file, while their TensorRef has the name to write.
+    `path` is a directory, or OpenAI's file; `config_from` the directory of its `config.json` where that is another one.
+    `notes` say what a user should know of how it was read; `trained_on` is what an adapter's config calls its base.
+    """
+
+    role: Role
+    path: Path
+    identity: Identity
+    config: Mapping[str, Any]
+    tally: Tally
+    shards: tuple[Shard, ...] = ()
+    tensors: Mapping[str, TensorRef] = field(default_factory=dict)
+    index: bytes | None = None
+    kind: Kind = "safetensors"
+    config_from: Path | None = None
+    notes: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    trained_on: str | None = None
+
+    def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
+        """Fill `view` with the tensor's bytes from byte `start` on."""
+        self.shards[tensor.shard].source.read_into(view, tensor.offset + start)
+
+    def check_unchanged(self) -> None:
+        for shard in self.shards:
+            shard.source.check_unchanged()
+
+    def file_of(self, tensor: TensorRef) -> str:
+        inside = bool(self.shards) and self.kind != "openai"
+        held = self.path / self.shards[tensor.shard].name if inside else self.path
+        return f"{self.role} {held}"
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.source.close()
+        self.shards = ()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(
+    role: Role,
+    path: str | os.PathLike[str],
+    tally: Tally,
+    claimed: str | None = None,
+    parts: Mapping[str, Part] | None = None,
+    names: Collection[str] | None = None,
+) -> Checkpoint:
+    """Open a checkpoint directory: check its index, open its shards, check their headers. Reads no tensor data.
+
+    `claimed` is the identity to record (`org/name` or `org/name@revision`). `parts` gives weights files that lie
+    elsewhere and in part, by name: reading what was not fetched raises SourceError. `names` are the files of the
+    source where the directory holds only some of them. Raises SourceError, HeaderError.
+    """
+    directory = _directory(role, path)
+    parts = parts or {}
+    listed = _weights_files(role, directory, tally, parts)
+    config = _config(role, directory, tally)
+    whisper.architecture(config, f"{role} {directory}")
+    result = Checkpoint(role, directory, identify(directory, claimed), config, tally)
+    form = PICKLES if listed.suffix == PICKLES.suffix else SAFETENSORS
+    names = names_in(directory) if names is None else names
+    result.notes = tuple(unread_weights(role, names, form.weights, form.index, ADAPTER_CONFIG))
+    if form is PICKLES:
+        result.kind = "pickle"
+    else:
+        result.index = listed.index
+    spent = [0, 0, 0, 0]
+    try:
+        for name in listed.names:
+            result.shards += (open_shard(role, directory, name, tally, parts.get(name)),)
+            _check_size(result, spent)
+        index, shares_bytes = directory / listed.index_name, result.kind == "pickle"
+        places = place_tensors(role, config, result.shards, index, listed.placed, shares_bytes=shares_bytes)
+        result.tensors, result.renamed = places.tensors, places.renamed
+        result.notes += places.notes
+    except BaseException:
+        result.close()
+        raise
+    return result
+
+
+def _check_size(checkpoint: Checkpoint, spent: list[int]) -> None:
+    """The limits of one header, held for all shards together; HeaderError beyond. `spent`, to which the last shard is
+    added, counts bytes, marks, tensors and steps."""
+    header = checkpoint.shards[-1].header
+    spent[0] += len(header.raw) - 8
+    spent[1] += marks(header.raw[8:]) if checkpoint.kind == "safetensors" else 0
+    spent[2] += len(header.entries)
+    spent[3] += header.steps
+    size, found, tensors, steps = spent
+    if steps > MAX_STEPS:
+        raise HeaderError(
+            f"{checkpoint.role}: {checkpoint.path} has pickles with {steps} instructions and records, at most "
+            f"{MAX_STEPS} are read; {REMEDY}"
+        )
+    if size > MAX_HEADER or found > MAX_MARKS or tensors > MAX_TENSORS:
+        raise HeaderError(
+            f"{checkpoint.role}: {checkpoint.path} has headers of {size} bytes, {found} brackets, braces and commas, "
+            f"for {tensors} tensors; at most {MAX_HEADER}, {MAX_MARKS} and {MAX_TENSORS} are read"
+        )
+
+
+def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part | None = None) -> Shard:
+    """Open one weights file of a directory and check its header: a pickle's by its name, else safetensors.
+
+    `part` is where the file lies instead, and which ranges of it.
+    """
+    if part is None:
+        contained(role, directory, name)
+        source = Source(directory / name, role, tally)  # by its own name, also where the hub's cache links to a digest
+    else:
+        source = Source(part.path, role, tally, part.held)
+    try:
+        if name.endswith(PICKLES.suffix):
+            return Shard(name, source, read_state_dict(source), 0)
+        header = read_header(source)
+        return Shard(name, source, header, len(header.raw))
+    except BaseException:
+        source.close()
+        raise
+
+
+def contained(role: str, directory: Path, name: str) -> Path:
+    """The real path of a file of a source; SourceError when a link leads out of the directory.
+
+    The hub's cache keeps a snapshot's files as links into the repository's own `blobs`, and these may be links into the
+    `blobs` that all its repositories share; both are let through.
+    """
+    allowed = [directory]
+    if is_snapshot(directory):
+        allowed += [directory.parents[1] / "blobs", directory.parents[2] / "blobs"]
+    try:
+        real = (directory / name).resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise SourceError(f"{role}: {directory / name} cannot be opened: {_reason(error)}") from error
+    if not any(real.is_relative_to(root) for root in allowed):
+        raise SourceError(
+            f"{role}: {directory / name} is a link that leads out of the directory, to {real}; refused: copy the "
+            f"file into the directory or give the directory that holds it"
+        )
+    return real
+
+
+def read_text(role: str, directory: Path, name: str, tally: Tally) -> bytes:
+    """The bytes of a small file of a source, read whole; SourceError when it cannot be read or is too large."""
+    source = Source(contained(role, directory, name), role, tally)
+    try:
+        if source.size > MAX_TEXT:
+            raise SourceError(f"{role}: {directory / name} has {source.size} bytes, at most {MAX_TEXT} are read")
+        text = source.read(source.size)
+        source.check_unchanged()
+        refuse_pointer(text, f"{role}: {directory / name}")
+        return text
+    finally:
+        source.close()
+
+
+def _directory(role: str, path: str | os.PathLike[str]) -> Path:
+    given = Path(path)
+    looked = f"a directory with {CONFIG} and {WEIGHTS} or {INDEX}"
+    if not os.fspath(path):
+        raise SourceError(f"{role}: no directory is given (an empty path); looked for {looked}")
+    try:
+        given = given.expanduser()
+        directory = given.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(
+            f"{role}: {given} cannot be found ({_reason(error)}); looked for {looked}{_instead(given)}"
+        ) from error
+    if not directory.is_dir():
+        raise SourceError(f"{role}: {given} is not a directory; looked for {looked}")
+    return directory
+
+
+def _instead(path: Path) -> str:
+    """What may be meant by a path that leads nowhere: a directory of nearly that name beside it, or a hub id."""
+    text = ""
+    with suppress(OSError, ValueError):
+        beside = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
+        near = get_close_matches(path.name, beside, n=1)
+        text = f"; did you mean {path.parent / near[0]}?" if near else ""
+    if is_hub_id(str(path)):
+        text += f"; a model on the Hub is {path}@main"
+    return text
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return exists(path)
+    except OSError as error:
+        kind = MachineError if error.errno in MACHINE else SourceError
+        raise kind(f"cannot look for {path}: {reason(error)}; give a directory that can be read") from error
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The weights files of a directory, and what their index says; `index` and `placed` are None without one."""
+
+    names: tuple[str, ...]
+    suffix: str
+    index_name: str
+    index: bytes | None = None
+    placed: Mapping[str, str] | None = None
+
+
+def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str, Part]) -> _Listed:
+    """Which files hold the weights: safetensors wherever there are any. Refuses bad names before any is opened."""
+    for form in (SAFETENSORS, PICKLES):
+        if form.weights in parts or _exists(directory / form.weights):
+            return _Listed((form.weights,), form.suffix, form.index)
+        if _exists(directory / form.index):
+            index = read_text(role, directory, form.index, tally)
+            placed = weight_map(index, f"{role}: {directory / form.index}")
+            names = tuple(sorted(set(placed.values())))
+            _check_shards(role, directory, names, form, parts)
+            return _Listed(names, form.suffix, form.index, index, placed)
+    raise SourceError(f"{role}: {without_weights(directory, (*WHOLE_WEIGHTS, ADAPTER_CONFIG))}")
+
+
+def _config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
+    if not _exists(directory / CONFIG):
+        raise SourceError(f"{role}: {directory} has no {CONFIG}, which says how many heads and layers there are")
+    return load_json(read_text(role, directory, CONFIG, tally), f"{role}: {directory / CONFIG}", "config")
+
+
+def weight_map(text: bytes, where: str) -> Mapping[str, str]:
+    """The shard of each tensor by an index's own text; HeaderError when it is malformed."""
+    placed = load_json(text, where, "index").get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
+        raise HeaderError(f"{where}: expected a weight_map from tensor names to file names")
+    return placed
+
+
+def is_plain(name: str, suffix: str = SAFETENSORS.suffix) -> bool:
+    """Whether an index may name this shard: a file with that suffix in the same directory."""
+    plain = name == Path(name).name and name not in ("", ".", "..") and "\0" not in name
+    return plain and name.endswith(suffix)
+
+
+def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: Format, parts: Mapping[str, Part]) -> None:
+    """Refuse every bad name before anything is opened."""
+    for name in names:
+        if not is_plain(name, form.suffix):
+            raise SourceError(
+                f"{role}: {directory / form.index} names the shard {shown(name)}; expected the plain name of a "
+                f"{form.suffix} file in the same directory"
+            )
+        if name not in parts and not _exists(directory / name):
+            raise SourceError(
+                f"{role}: {directory / form.index} names the shard {name}, which is missing; download it again"
+            )
+    for name in names:
+        if name not in parts:
+            contained(role, directory, name)
+
+
+def _reason(error: BaseException) -> str:
+    return reason(error) if isinstance(error, OSError) else str(error)

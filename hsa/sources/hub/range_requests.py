@@ -1,0 +1,241 @@
+"""Byte ranges of one file on the Hub, by HTTP: redirects, retries, and servers that know no ranges.
+
+Source: RFC 9110 section 14 on range requests; the Hub's URL scheme as huggingface_hub uses it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from hsa.errors import MachineError, SourceChanged
+from hsa.sources.hub.partial_file import Partial
+from hsa.system.ranges import Range, coalesce
+
+HEADER_GUESS = 256 << 10
+"""Bytes of the first request to a file; the header of large-v3 has 150 kB."""
+
+GAP = 1 << 20
+"""Bytes between two ranges that are fetched with them sooner than asking twice: about one round trip's worth."""
+
+WASTE = 100
+"""Of a file's bytes at most one in so many are fetched only because they lie between two ranges."""
+
+COMMIT = 16 << 20
+"""Bytes after which what was fetched is made last, so that a killed run goes on from there."""
+
+ATTEMPTS = 5
+"""Tries without a single byte of progress before a fetch gives up."""
+
+PAUSE = 0.25
+"""Seconds before the second try, doubled for each one after it."""
+
+MAX_DIGITS = 20
+"""Digits of a byte's place in a Content-Range."""
+
+REDIRECTS = 10
+_MOVED = {301, 302, 303, 307, 308}
+_PASSING = {408, 429, 500, 502, 503, 504}
+_EXPIRED = {401, 403, 404, 410}
+
+
+class NoRanges(Exception):
+    """The server answers a range request with the whole file."""
+
+
+class Again(Exception):
+    """Something went wrong that may go right the next time; the text says what. `wait`: seconds asked for."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+def passing(error: BaseException) -> bool:
+    """Whether another try may help: a network failure or a server that is busy or broken for now."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code in _PASSING
+    return isinstance(error, (Again, network_error()))
+
+
+def network_error() -> type[Exception]:
+    """The HTTP library's class of every failed request; which library it is depends on huggingface_hub's version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+    return found
+
+
+def invalid_url() -> type[Exception]:
+    """The HTTP library's class for an address that it cannot use, which is no failed request to it."""
+    found: type[Exception] = import_module(network_error().__module__.partition(".")[0]).InvalidURL
+    return found
+
+
+def pause(failures: int, error: BaseException) -> None:
+    """Wait before the next try: PAUSE, doubled each time up to 8 s, or as long as the server asks for, up to 30 s."""
+    asked = error.wait if isinstance(error, Again) else 0.0
+    time.sleep(max(min(8.0, PAUSE * 2.0 ** (failures - 1)), min(30.0, asked)))
+
+
+def retrying(work: Callable[[], Any]) -> Any:
+    """What `work` returns, tried again while its failures are passing ones."""
+    failures = 0
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            failures += 1
+            if not passing(error) or failures >= ATTEMPTS:
+                raise
+            pause(failures, error)
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _etag(text: str | None) -> str | None:
+    return None if text is None else text.removeprefix("W/").strip('"')
+
+
+@dataclass
+class Remote:
+    """A file of a repository at one commit. `label` names it in messages; `headers` carry the token, if there is one.
+
+    `link` is where the Hub's last redirect led, with the headers that go there: no token goes to another host.
+    """
+
+    label: str
+    url: str
+    etag: str
+    size: int
+    headers: Mapping[str, str]
+    timeout: float
+    link: tuple[str, Mapping[str, str]] | None = None
+
+    def fetch(
+        self, partial: Partial, wanted: Iterable[Range], got: Callable[[int], None], *, prefix: bool = False
+    ) -> None:
+        """Bring ranges into `partial`, whose exclusive lock is held; `got` is told every count of bytes received.
+
+        With `prefix`, the beginning of a file is taken from a server without range support too: it sends the whole
+        file, and the connection is closed once enough of it is here.
+
+        Raises NoRanges, SourceChanged, MachineError, and huggingface_hub's errors.
+        """
+        since = 0
+        try:
+            for start, stop in coalesce(partial.missing(wanted), GAP, self.size // WASTE):
+                failures = 0
+                while start < stop:
+                    try:
+                        with closing(self._stream(start, stop, prefix)) as chunks:
+                            for chunk in chunks:
+                                partial.write(start, chunk)
+                                start, since, failures = start + len(chunk), since + len(chunk), 0
+                                got(len(chunk))
+                                if since >= COMMIT:
+                                    partial.commit()
+                                    since = 0
+                    except Exception as error:
+                        failures += 1
+                        if not passing(error):
+                            raise
+                        if failures >= ATTEMPTS:
+                            if not isinstance(error, Again):
+                                raise
+                            raise MachineError(
+                                f"{self.label}: bytes {start} to {stop} could not be fetched in {failures} tries "
+                                f"({error}); try again later: what was fetched is kept"
+                            ) from error
+                        pause(failures, error)
+        finally:
+            partial.commit()
+
+    def _stream(self, start: int, stop: int, prefix: bool) -> Generator[bytes, None, None]:
+        """Chunks from `start` on, up to `stop` or fewer where the server says so."""
+        from huggingface_hub.utils import get_session
+
+        url, headers = self.link or (self.url, self.headers)
+        for _ in range(REDIRECTS):
+            sent = {**headers, "range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
+            session = get_session()
+            with session.stream("GET", url, headers=sent, follow_redirects=False, timeout=self.timeout) as response:
+                if response.status_code not in _MOVED or "location" not in response.headers:
+                    yield from self._body(response, start, stop, prefix)
+                    return
+                self._check_etag(response.headers.get("x-linked-etag"))
+                target = self._target(url, response.headers["location"])
+            if _origin(target) != _origin(url):
+                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+            url = target
+            self.link = (url, headers) if _origin(url) != _origin(self.url) else None
+        raise MachineError(f"{self.label}: more than {REDIRECTS} redirects; is HF_ENDPOINT right?")
+
+    def _target(self, url: str, location: str) -> str:
+        """Where a redirect leads; MachineError for an address that is none, or that leaves HTTP or HTTPS."""
+        with suppress(ValueError):
+            target = urljoin(url, location)
+            scheme, host, _ = _origin(target)
+            if host and (scheme == "https" or scheme == urlsplit(url).scheme == "http"):
+                return target
+        raise MachineError(
+            f"{self.label}: the server redirects to an address that cannot be used; is HF_ENDPOINT right?"
+        )
+
+    def _body(self, response: Any, start: int, stop: int, prefix: bool) -> Iterator[bytes]:
+        from huggingface_hub.utils import hf_raise_for_status
+
+        status = response.status_code
+        if status in _PASSING:
+            asked = response.headers.get("retry-after", "")
+            raise Again(f"the server answered {status}", float(asked) if asked.isdecimal() else 0.0)
+        if self.link is not None and status in _EXPIRED:
+            self.link = None
+            raise Again(f"the storage server answered {status}")
+        hf_raise_for_status(response)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise Again("the server answered in an encoding, asked for none")
+        if self.link is None:
+            self._check_etag(response.headers.get("x-linked-etag") or response.headers.get("etag"))
+        if status == 200:
+            if not (prefix and start == 0):
+                raise NoRanges
+            end = stop
+        elif status == 206:
+            end = self._end(response.headers.get("content-range", ""), start, stop)
+        else:
+            raise Again(f"the server answered {status}, expected 206")
+        for chunk in response.iter_raw():
+            if start == end:  # the loop goes on to here: a body read to its end leaves the connection usable
+                return
+            chunk = chunk[: end - start]
+            if chunk:
+                yield chunk
+            start += len(chunk)
+        if start < end:
+            raise Again(f"the connection ended at byte {start}, expected {end}")
+
+    def _end(self, content_range: str, start: int, stop: int) -> int:
+        """Where the body of a 206 ends; it must begin where it was asked to and belong to a file of the known size."""
+        place, _, size = content_range.removeprefix("bytes ").partition("/")
+        first, _, last = place.partition("-")
+        digits = all(text.isdecimal() and len(text) <= MAX_DIGITS for text in (first, last))
+        if not (digits and int(first) == start and start <= int(last) < stop):
+            raise Again(f"the server answered with another range than {start} to {stop}")
+        if size not in (str(self.size), "*"):
+            raise SourceChanged(f"{self.label} has no longer {self.size} bytes on the Hub; run the merge again")
+        return int(last) + 1
+
+    def _check_etag(self, found: str | None) -> None:
+        if found is not None and _etag(found) != self.etag:
+            raise SourceChanged(f"{self.label} changed on the Hub while it was fetched; run the merge again")

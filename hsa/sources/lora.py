@@ -1,0 +1,329 @@
+"""A LoRA adapter as peft saves it, on top of base: a checkpoint whose adapted weights are computed as they are read.
+
+An adapted weight is `W + scale * (B @ A)`, with `W` base's weight [d_out, d_in], `A` [r, d_in] and `B` [d_out, r] the
+adapter's, and `scale` lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`). Of a convolution they are [d_out, d_in,
+width], [r, d_in, width] and [d_out, r, 1], and are taken as matrices of d_in * width columns, as in peft's Conv1d. The
+product is summed over the ranks in order, in float32, one operation at a time, and the sum with `W` is rounded once to
+base's dtype. So an element depends on nothing but its own inputs: not on the range that is read, nor on the number of
+threads, as it would with BLAS.
+
+Source: Hu et al., LoRA, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski, arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hsa.architectures import whisper
+from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError, shown
+from hsa.sources.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, Checkpoint, open_shard, read_text
+from hsa.sources.identity import identify
+from hsa.sources.peft_adapter import TIED, Folded, require_peft
+from hsa.sources.roles import Role
+from hsa.sources.tensor_places import Shard, TensorRef
+from hsa.system.dtypes import ARITHMETIC, STORAGE, Array, Float32, all_finite, narrow, size, widen
+from hsa.system.fsio import Tally
+from hsa.system.strict_json import load_json
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+BLOCK_ELEMENTS = 1 << 15
+"""Elements of an adapted weight that are computed at a time: with its scratch, within a core's second-level cache."""
+MAX_MATRIX = 16 << 20
+"""Bytes of `A` or `B`, which are held whole by every thread: rank 800 on the widest weight of large-v3."""
+MAX_ALPHA = float(np.finfo(np.float32).max)
+
+FOLD_FIRST = "fold it into its base with peft first (PeftModel.merge_and_unload, then save_pretrained) and give that"
+
+_PREFIX = "base_model.model."
+_PAIR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>A|B)\.weight")
+_LORA = re.compile(
+    r"(?P<module>.+)\.(lora_[AB](\.(?P<adapter>[^.]+))?\.weight|lora_embedding_[AB](\.(?P<embedding_adapter>[^.]+))?)"
+)
+"""A tensor of LoRA, with the adapter's name in it where it is not as peft saves it."""
+_PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+"""Values that leave the arithmetic plain, of settings that are not simply off. Other ways to initialise change base."""
+
+_BY_PEFT = {"alpha_pattern", "bias", "modules_to_save", "rank_pattern", "use_dora"}
+"""Settings beyond plain arithmetic that leave base as it was: peft folds such an adapter in."""
+
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+"""Settings that say how an adapter was trained or what it is named, and those that are read here."""
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a source is a directory that holds an adapter and no weights of a whole model."""
+    directory = os.path.expanduser(path)
+    if not os.path.isfile(os.path.join(directory, ADAPTER_CONFIG)):
+        return False
+    return not any(os.path.lexists(os.path.join(directory, name)) for name in WHOLE_WEIGHTS)
+
+
+@dataclass
+class Adapted(Checkpoint):
+    """Base with an adapter on it. `pairs` maps canonical names of adapted weights to `A` and `B` in the adapter."""
+
+    base: Checkpoint = field(kw_only=True)
+    pairs: Mapping[str, tuple[TensorRef, TensorRef]] = field(default_factory=dict)
+    scale: float = 1.0
+
+    def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
+        """Fill `view` with the tensor's bytes from byte `start` on: base's, or computed. Raises NonFiniteError."""
+        pair = self.pairs.get(whisper.canonical(tensor.name))
+        if pair is None:
+            self.base.read_into(tensor, view, start)
+            return
+        columns = math.prod(tensor.shape[1:])
+        width = columns * size(tensor.code)
+        down = self._matrix(pair[0], 0, pair[0].shape[0])
+        step = max(1, BLOCK_ELEMENTS // columns)
+        stop = start + len(view)
+        for first in range(start // width, -(-stop // width), step):
+            last = min(first + step, -(-stop // width))
+            rows = self._fold(tensor, first, last, down, self._matrix(pair[1], first, last))
+            low, high = max(start, first * width), min(stop, last * width)
+            view[low - start : high - start] = rows.data[low - first * width : high - first * width]
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        self.base.check_unchanged()
+
+    def file_of(self, tensor: TensorRef) -> str:
+        if whisper.canonical(tensor.name) not in self.pairs:
+            return self.base.file_of(tensor)
+        return f"{self.role} {self.path / self.shards[0].name if self.shards else self.path}"
+
+    def fold(self, weight: Float32, down: Float32, up: Float32) -> Float32:
+        """`weight + scale * (up @ down)` in float32: weight [n, d_in], down [r, d_in], up [n, r]."""
+        total, product = np.zeros_like(weight), np.empty_like(weight)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for rank in range(down.shape[0]):
+                np.multiply(up[:, rank : rank + 1], down[rank], out=product)
+                np.add(total, product, out=total)
+            np.multiply(total, np.float32(self.scale), out=total)
+            return np.add(weight, total, out=total)
+
+    def _fold(self, tensor: TensorRef, first: int, last: int, down: Float32, up: Float32) -> Array:
+        """The bytes of rows `first` to `last` of an adapted weight, one-dimensional uint8."""
+        columns = math.prod(tensor.shape[1:])
+        width = columns * size(tensor.code)
+        out = np.empty((last - first) * width, np.uint8)
+        self.base.read_into(tensor, out.data, first * width)
+        stored = out.view(STORAGE[tensor.code]).reshape(last - first, columns)
+        weight = widen(tensor.code, stored, np.empty(stored.shape, np.float32))
+        narrow(tensor.code, self.fold(weight, down, up), stored, np.empty(stored.shape, np.uint32))
+        if not all_finite(tensor.code, stored):
+            raise NonFiniteError(
+                f"{self.file_of(tensor)}: tensor {tensor.name}: base's weight or the adapter holds NaN or Inf, or "
+                f"their sum overflows {tensor.code}; does the adapter belong to this base?"
+            )
+        return out
+
+    def _matrix(self, ref: TensorRef, first: int, last: int) -> Float32:
+        """Rows `first` to `last` of `A` or `B`, widened to float32."""
+        columns = math.prod(ref.shape[1:])
+        raw = np.empty((last - first) * columns * size(ref.code), np.uint8)
+        self.shards[0].source.read_into(raw.data, ref.offset + first * columns * size(ref.code))
+        stored = raw.view(STORAGE[ref.code]).reshape(last - first, columns)
+        return widen(ref.code, stored, np.empty(stored.shape, np.float32))
+
+
+def open_adapter(
+    role: Role, path: str | os.PathLike[str], tally: Tally, base: Checkpoint | None, claimed: str | None = None
+) -> Adapted | Folded:
+    """Open a LoRA adapter on top of `base`, which must stay open as long. Reads no tensor data; what is more than plain
+    LoRA is left to peft, at the first read.
+
+    `claimed` is the identity to record. Raises RequestError for an adapter as base, for one as primary on a file of
+    OpenAI's, which has no config.json for the output, or with what cannot be folded in; SourceError, MismatchError
+    where it is damaged or does not fit base.
+    """
+    directory = Path(path).expanduser().resolve()
+    where = f"{role}: {directory}"
+    if role == "base":
+        raise RequestError(f"{where} holds a LoRA adapter, not a pretrained model; give the model it was trained on")
+    if base is None or (base.kind == "openai" and role == "primary"):
+        raise RequestError(
+            f"{where} holds a LoRA adapter, which needs base as a checkpoint directory to stand on; give one, or "
+            f"{FOLD_FIRST}"
+        )
+    config = load_json(read_text(role, directory, ADAPTER_CONFIG, tally), f"{where}/{ADAPTER_CONFIG}", "adapter config")
+    beyond = _beyond(config, f"{where}/{ADAPTER_CONFIG}")
+    rank, scale = _scaling(config, f"{where}/{ADAPTER_CONFIG}")
+    name = next((name for name in WEIGHTS if os.path.lexists(directory / name)), None)
+    if name is None:
+        raise SourceError(f"{where} holds an adapter's config and no weights; looked for {' and '.join(WEIGHTS)}")
+    trained_on = config.get("base_model_name_or_path")
+    shard = open_shard(role, directory, name, tally)
+    try:
+        _check_entries(f"{role}: {shard.source.path}", shard, base)
+        fields: dict[str, Any] = {
+            "shards": (shard,),
+            "kind": "adapter",
+            "config_from": base.config_from or base.path,
+            "tensors": base.tensors,
+            "base": base,
+            "trained_on": trained_on if isinstance(trained_on, str) else None,
+        }
+        identity = identify(directory, claimed)
+        if beyond is None:
+            adapted = Adapted(role, directory, identity, base.config, tally, **fields, scale=scale)
+            adapted.pairs = _pairs(adapted, rank)
+            return adapted
+        require_peft(f"{where}/{ADAPTER_CONFIG} has {beyond}, which is more than plain LoRA", FOLD_FIRST)
+        if base.kind == "openai":
+            raise RequestError(f"{where} has {beyond}, which needs base as a checkpoint directory; or {FOLD_FIRST}")
+        note = f"{role}'s adapter has {beyond}: peft folds it in, with base and adapter as whole models in memory"
+        return Folded(role, directory, identity, base.config, tally, **fields, notes=(note,))
+    except BaseException:
+        shard.source.close()
+        raise
+
+
+def _beyond(config: Mapping[str, Any], where: str) -> str | None:
+    """The first setting that only peft can fold in; RequestError for one that changes more than the adapted layers."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise RequestError(f"{where} has peft_type {shown(kind, 40)}, only LORA is read; {FOLD_FIRST}")
+    beyond = None
+    for key, value in config.items():
+        if key in _WITHOUT_EFFECT or value in _PLAIN.get(key, ()):
+            continue
+        if key in _BY_PEFT and value:
+            beyond = beyond or f"{key} = {shown(value)}"
+        elif key in _PLAIN or value not in (None, False, "", [], {}):
+            raise RequestError(f"{where} has {key} = {shown(value)}, which is more than plain LoRA; {FOLD_FIRST}")
+    return beyond
+
+
+def _scaling(config: Mapping[str, Any], where: str) -> tuple[int, float]:
+    """Rank and scale of an adapter; SourceError where they are no such numbers."""
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_MATRIX:
+        raise SourceError(f"{where} has r = {shown(rank, 40)}, expected a positive whole number")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= MAX_ALPHA:
+        raise SourceError(f"{where} has lora_alpha = {shown(alpha, 40)}, expected a finite number")
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _check_entries(where: str, shard: Shard, base: Checkpoint) -> None:
+    """Refuse an adapter's file that holds nothing, names that peft does not read, and LoRA on what base ties."""
+    if not shard.header.entries:
+        raise SourceError(f"{where} holds no tensor; the adapter is empty; {_GATHER}")
+    for entry in shard.header.entries:
+        if 0 in entry.shape:
+            raise SourceError(
+                f"{where}: {entry.name} has shape {list(entry.shape)}: the adapter's tensors are empty; {_GATHER}"
+            )
+        match = _LORA.fullmatch(entry.name)
+        own = None if match is None else match["adapter"] or match["embedding_adapter"]
+        if own is not None:
+            raise RequestError(
+                f"{where}: the name of tensor {entry.name} holds that of the adapter, {own}, as those of state_dict() "
+                f"do; save the adapter with save_pretrained() of the PeftModel"
+            )
+        if not entry.name.startswith(_PREFIX):
+            raise RequestError(
+                f"{where}: the name of tensor {entry.name} does not begin with {_PREFIX}, as peft's do; save the "
+                f"adapter with save_pretrained() of the PeftModel"
+            )
+        name = "" if match is None else whisper.canonical(f"{match['module'].removeprefix(_PREFIX)}.weight")
+        if name in (whisper.UNTIED_OUTPUT, whisper.EMBEDDING) and whisper.UNTIED_OUTPUT not in base.tensors:
+            raise RequestError(f"{where}: tensor {entry.name} adapts {name}. {TIED}")
+
+
+def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]]:
+    """Every tensor of the adapter's file, as pairs that fit a weight of base."""
+    shard = adapter.shards[0]
+    where = f"{adapter.role}: {shard.source.path}"
+    halves: dict[str, dict[str, TensorRef]] = {}
+    for entry in shard.header.entries:
+        match = _PAIR.fullmatch(entry.name)
+        if match is None:
+            raise RequestError(f"{where} holds tensor {entry.name}, which is more than plain LoRA; {FOLD_FIRST}")
+        if entry.code not in ARITHMETIC:
+            raise SourceError(
+                f"{where}: tensor {entry.name} has dtype {entry.code}, expected one of {', '.join(ARITHMETIC)}"
+            )
+        offset = shard.origin + entry.start
+        ref = TensorRef(entry.name, entry.code, entry.shape, 0, offset, entry.stop - entry.start)
+        halves.setdefault(whisper.canonical(f"{match['module']}.weight"), {})[match["matrix"]] = ref
+    pairs = {}
+    for name, half in halves.items():
+        weight = adapter.base.tensors.get(name)
+        some = next(iter(half.values()))
+        if weight is None:
+            raise MismatchError(f"{where}: tensor {some.name} is for {name}, which base does not have; {_WRONG_BASE}")
+        if len(half) != 2:
+            raise SourceError(
+                f"{where}: tensor {some.name} has no counterpart; the adapter is incomplete, copy it again"
+            )
+        down, up = half["A"], half["B"]
+        _check_shapes(where, name, weight, (down, up), rank)
+        if weight.code not in ARITHMETIC:
+            raise SourceError(
+                f"{adapter.base.file_of(weight)}: tensor {weight.name} has dtype {weight.code}, and the adapter of "
+                f"{adapter.role} needs one of {', '.join(ARITHMETIC)}"
+            )
+        if max(down.nbytes, up.nbytes) > MAX_MATRIX:
+            raise RequestError(
+                f"{where}: lora_A and lora_B of {name} take {down.nbytes} and {up.nbytes} bytes, at most {MAX_MATRIX} "
+                f"each are held in memory; {FOLD_FIRST}"
+            )
+        pairs[name] = (down, up)
+    return pairs
+
+
+def _check_shapes(where: str, name: str, weight: TensorRef, pair: tuple[TensorRef, TensorRef], rank: int) -> None:
+    """Refuse matrices that do not make a weight of this shape, by what is wrong: the adapter's rank, or base."""
+    (first, *rest), (out, *columns) = (list(matrix.shape) or [0] for matrix in pair)
+    found = f"lora_A {list(pair[0].shape)} and lora_B {list(pair[1].shape)}"
+    inner = columns[0] if columns else 0
+    if len(weight.shape) not in (2, 3):
+        raise RequestError(
+            f"{where}: {found} are for {name}, which has shape {list(weight.shape)} in base; LoRA is read on matrices "
+            f"and convolutions; {FOLD_FIRST}"
+        )
+    if [out, *rest] != list(weight.shape) or columns[1:] != [1] * (len(weight.shape) - 2):
+        raise MismatchError(f"{where}: {found} do not fit {name} {list(weight.shape)} of base; {_WRONG_BASE}")
+    if not first == inner == rank:
+        raise SourceError(
+            f"{where}: {found} of {name} have rank {first if first == inner else f'{first} and {inner}'}, and r is "
+            f"{rank} in {ADAPTER_CONFIG}; give the {ADAPTER_CONFIG} that was saved with these weights"
+        )
+
+
+_WRONG_BASE = "was the adapter trained on this base?"
+_GATHER = (
+    "DeepSpeed ZeRO-3 and FSDP leave such files where weights are not gathered before they are saved "
+    "(stage3_gather_16bit_weights_on_model_save); save it again"
+)

@@ -1,0 +1,90 @@
+"""OpenAI's own Whisper checkpoints: one `.pt` file of dimensions and tensors, under the names of its own code.
+
+They serve as base or secondary: such a file has no `config.json`, tokenizer or feature extractor, so an output could
+not be made complete from it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hsa.architectures.openai_whisper import from_openai, openai_config
+from hsa.errors import RequestError, SourceError
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.identity import Identity, identify, readable
+from hsa.sources.pickle_names import kind_of
+from hsa.sources.roles import Role
+from hsa.sources.safetensors import Header
+from hsa.sources.tensor_places import Shard, TensorRef
+from hsa.sources.torch_pickle import entries, read_archive
+from hsa.system.descriptors import reason
+from hsa.system.fsio import Source, Tally
+
+SUFFIX = ".pt"
+WEIGHTS_KEY = "model_state_dict"
+DIMS_KEY = "dims"
+
+
+def is_openai(path: str | os.PathLike[str]) -> bool:
+    """Whether a source is given as a file of OpenAI's: its name ends in .pt, and it is no directory."""
+    return os.fspath(path).endswith(SUFFIX) and not os.path.isdir(os.path.expanduser(path))
+
+
+def open_openai(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:
+    """Open a file of OpenAI's as a checkpoint with Hugging Face's names. Reads no tensor data.
+
+    `claimed` is the identity to record. Raises RequestError for primary, SourceError, HeaderError.
+    """
+    if role == "primary":
+        raise RequestError(
+            f"primary: {os.fspath(path)} is a file in OpenAI's format, which can be base or secondary: the output "
+            f"takes its config.json and names from primary; convert it to a Hugging Face checkpoint directory first"
+        )
+    try:
+        file = Path(path).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise SourceError(
+            f"{role}: {os.fspath(path)} cannot be found ({why}); looked for a checkpoint directory, or a file in "
+            f"OpenAI's format ({SUFFIX})"
+        ) from error
+    source = Source(file, role, tally)
+    try:
+        return _read(role, file, source, tally, identify(file, claimed))
+    except BaseException:
+        source.close()
+        raise
+
+
+def _read(role: Role, file: Path, source: Source, tally: Tally, identity: Identity) -> Checkpoint:
+    where = f"{role}: {file}"
+    archive = read_archive(source)
+    content = archive.content if isinstance(archive.content, dict) else {}
+    dims, tensors = content.get(DIMS_KEY), content.get(WEIGHTS_KEY)
+    if not isinstance(dims, dict) or not isinstance(tensors, dict):
+        raise SourceError(
+            f"{where} is no checkpoint in OpenAI's format: expected {DIMS_KEY} and {WEIGHTS_KEY} in it; give a "
+            f"checkpoint directory, or a file as OpenAI publishes them"
+        )
+    plain = {name: value if isinstance(value, (int, float, str)) else kind_of(value) for name, value in dims.items()}
+    config = openai_config(plain, where)
+    placed = {name: bare for name in tensors if isinstance(name, str) and (bare := from_openai(name))}
+    other = [str(name) for name in tensors if name not in placed]
+    header = Header(archive.raw, entries({name: tensors[name] for name in placed}, archive, where), {})
+    found: dict[str, TensorRef] = {}
+    for entry in header.entries:
+        bare = placed[entry.name]
+        found[bare] = TensorRef(f"model.{bare}", entry.code, entry.shape, 0, entry.start, entry.stop - entry.start)
+    notes = (f"{len(other)} tensors of {role} have no place in Whisper, such as {other[0]}",) if other else ()
+    return Checkpoint(
+        role,
+        file,
+        identity,
+        config,
+        tally,
+        shards=(Shard(readable(file.name), source, header, 0),),
+        tensors=found,
+        kind="openai",
+        notes=notes,
+    )

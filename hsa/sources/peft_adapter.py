@@ -1,0 +1,153 @@
+"""An adapter that is more than plain LoRA, on top of base: peft folds it in, when the first of its tensors is read.
+
+That takes base and adapter as models in memory, unlike everything else that is read here. What peft leaves as it is
+comes from base's file; what it changes is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from hsa.architectures import whisper
+from hsa.errors import MismatchError, RequestError, SourceError
+from hsa.sources.checkpoint import ADAPTER_CONFIG, Checkpoint
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.dtypes import CODES
+
+TIED = (
+    "Base ties its output projection to the embedding, so that a change of one alone has no place in it; train the "
+    "adapter without it, or give a base with tie_word_embeddings false and a proj_out.weight of its own"
+)
+
+INSTALL = 'pip install "hsa-merge[integrations]"'
+
+
+def require_peft(reason: str, otherwise: str) -> None:
+    """Raises RequestError where peft is not installed: `reason` says what needs it, `otherwise` what to do without."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise RequestError(f"{reason} and needs peft ({error}): {INSTALL}, or {otherwise}") from error
+
+
+@dataclass
+class Folded(Checkpoint):
+    """Base with an adapter that peft folded in; `_changed` holds the bytes of the tensors that differ from base's."""
+
+    base: Checkpoint = field(kw_only=True)
+    _changed: Mapping[str, memoryview] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
+        """Fill `view` with the tensor's bytes from byte `start` on. Raises SourceError, MismatchError."""
+        with self._lock:
+            if self._changed is None:
+                self._changed = self._fold()
+        changed = self._changed.get(whisper.canonical(tensor.name))
+        if changed is None:
+            self.base.read_into(tensor, view, start)
+        else:
+            view[:] = changed[start : start + len(view)]
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        self.base.check_unchanged()
+
+    def file_of(self, tensor: TensorRef) -> str:
+        return f"{self.role} {self.path / self.shards[0].name if self.shards else self.path}"
+
+    def close(self) -> None:
+        super().close()
+        self._changed = {}
+
+    def _fold(self) -> dict[str, memoryview]:
+        import torch
+
+        where = f"{self.role}: {self.path}"
+        state = {whisper.canonical(name): tensor for name, tensor in self._state().items()}
+        output = state.get(whisper.UNTIED_OUTPUT)
+        tied = output is not None and torch.equal(output, state[whisper.EMBEDDING])
+        if tied and whisper.UNTIED_OUTPUT not in self.base.tensors:
+            del state[whisper.UNTIED_OUTPUT]
+        changed = {}
+        for name, tensor in state.items():
+            ref = self.base.tensors.get(name)
+            found = (CODES.get(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
+            if ref is None and name == whisper.UNTIED_OUTPUT:
+                raise MismatchError(f"{where}: with peft's folding {name} is a tensor of its own. {TIED}")
+            if ref is None or found != (ref.code, ref.shape):
+                expected = "nothing" if ref is None else f"{list(ref.shape)} of {ref.code}"
+                raise MismatchError(
+                    f"{where}: with peft's folding {name} is {list(tensor.shape)} of {tensor.dtype}, base has "
+                    f"{expected}; was the adapter trained on this base, and is base of one element type?"
+                )
+            data = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            before = bytearray(ref.nbytes)
+            self.base.read_into(ref, memoryview(before))
+            if data != before:
+                changed[name] = data
+        if not changed:
+            raise SourceError(f"{where}: with peft's folding nothing of base changes; is the adapter trained?")
+        return changed
+
+    def _state(self) -> Mapping[str, Any]:
+        """The folded model's tensors by name."""
+        import peft
+        from transformers import WhisperForConditionalGeneration
+
+        with _quiet():
+            try:
+                model = WhisperForConditionalGeneration.from_pretrained(
+                    self.base.path, dtype="auto", local_files_only=True
+                )
+                adapted = peft.PeftModel.from_pretrained(
+                    model, str(self.path), autocast_adapter_dtype=False, local_files_only=True
+                )
+                placed = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+                anywhere = set(adapted.state_dict())
+                state: Mapping[str, Any] = adapted.merge_and_unload(safe_merge=True).state_dict()
+            except Exception as error:  # whatever three libraries raise about files that do not fit
+                text = " ".join(str(error).split())
+                raise SourceError(
+                    f"{self.role}: {self.path} could not be folded into base {self.base.path} by peft "
+                    f"({type(error).__name__}: {text:.300}); base must be there whole, as a directory"
+                ) from error
+        self._check_placed(placed, anywhere)
+        return state
+
+    def _check_placed(self, placed: Collection[str], anywhere: Collection[str]) -> None:
+        """MismatchError unless the adapter's file holds what the adapted model needs, `placed`, and nothing that has no
+        place in it. peft leaves what it does not find as it was, and what it cannot place aside."""
+        held = {entry.name for entry in self.shards[0].header.entries}
+        missing, unplaced = sorted(set(placed) - held), sorted(held - set(placed) - set(anywhere))
+        if missing or unplaced:
+            what = (
+                f"lacks tensor {missing[0]}" if missing else f"holds tensor {unplaced[0]}, for which there is no place"
+            )
+            raise MismatchError(
+                f"{self.role}: {self.path / self.shards[0].name} {what}, by its {ADAPTER_CONFIG}; give the "
+                f"{ADAPTER_CONFIG} that was saved with these weights"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and warnings of transformers and peft."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

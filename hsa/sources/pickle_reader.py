@@ -1,0 +1,281 @@
+"""The description of tensors in a file of `torch.save`, read from its pickle without unpickling it.
+
+A pickle is a program for a small stack machine. The one here knows the instructions that `torch.save` writes for
+tensors and plain containers (pickle protocol 2). It imports nothing and calls nothing: the name of a function is a
+word, and a call of one that builds tensors becomes a `Tensor`, which says where its bytes lie. So no pickle can run
+code, and what it takes to read one is bounded by its length:
+
+- at most `MAX_OPCODES` instructions, each in bounded time;
+- no value grows: a container lies in one place alone. Where the memo gives it a second time, as shared or recursive
+  structures do, an `Other` takes its place. Nothing that walks the result can walk more than was read;
+- keys of dictionaries are texts and small whole numbers, whose hashes cost what their bytes in the file do.
+
+Source: pickletools of the standard library; torch/_weights_only_unpickler.py, torch/serialization.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hsa.errors import SourceError, shown
+from hsa.sources.pickle_names import Global, Malformed, Other, call, is_known, kind_of, storage
+
+REMEDY = "save the model as safetensors (save_pretrained does) and give that"
+
+MAX_OPCODES = 1 << 18
+"""Instructions of a pickle: five times what large-v3 takes. A pickle of one mebibyte could have a million."""
+
+MAX_DEPTH = 64
+"""Containers that are begun and not ended."""
+
+_LONGEST = 8
+"""Bytes of a whole number: sizes of files have no more."""
+
+_LONGEST_NAME = 1000
+"""Bytes of the name of a class or function."""
+
+_DAMAGED = (IndexError, KeyError, struct.error, UnicodeDecodeError)
+"""What reading beyond the pickle's end, its stack or its memo raises, or a text that is none."""
+
+
+class _Foreign(Exception):
+    """A name that no description of tensors needs."""
+
+
+def read(data: bytes, where: str) -> tuple[Any, int]:
+    """The value that a pickle describes, of dicts, lists, tuples, texts, numbers, `Tensor` and `Other`; and how many
+    instructions it has.
+
+    `data` is the record `data.pkl` of an archive of `torch.save`; bytes after the pickle's end are left aside. Raises
+    SourceError, which begins with `where`, for a pickle that names anything but tensors and plain containers, that is
+    malformed, or that has more than `MAX_OPCODES` instructions.
+
+    Example:
+        >>> read(b"\\x80\\x02}X\\x01\\0\\0\\0aK\\x03s.", "here")
+        ({'a': 3}, 6)
+    """
+    machine = _Machine(data)
+    try:
+        return machine.run()
+    except _Foreign as error:
+        raise SourceError(
+            f"{where} holds more than tensors and plain containers (it names {error}), so that loading it could run "
+            f"code; refused: {REMEDY}"
+        ) from error
+    except (Malformed, *_DAMAGED) as error:
+        reason = str(error) if isinstance(error, Malformed) else "it is damaged"
+        raise SourceError(
+            f"{where} cannot be loaded as weights (byte {machine.began} of its pickle: {reason}); copy it again, or "
+            f"{REMEDY}"
+        ) from error
+
+
+class _Machine:
+    """The stack, the memo, and one method for each instruction."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at, self.began = data, 0, 0
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> tuple[Any, int]:
+        data, methods = self.data, _METHODS
+        for count in range(1, MAX_OPCODES + 1):
+            self.began = self.at
+            code = data[self.at]
+            self.at += 1
+            if code == _STOP:
+                return self.pop(), count
+            method = methods.get(code)
+            if method is None:
+                raise Malformed(_unknown(code))
+            method(self)
+        raise Malformed(f"it has more than {MAX_OPCODES} instructions, five times those of whisper-large-v3")
+
+    def take(self, count: int) -> bytes:
+        """The next bytes, as many as are asked for."""
+        found = self.data[self.at : self.at + count]
+        if len(found) < count:
+            raise Malformed(f"it ends {count - len(found)} bytes too soon")
+        self.at += count
+        return found
+
+    def number(self, form: str) -> Any:
+        (value,) = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return value
+
+    def line(self) -> str:
+        end = self.data.find(b"\n", self.at, self.at + _LONGEST_NAME)
+        if end < 0:
+            raise Malformed("a name has no end")
+        return self.take(end + 1 - self.at)[:-1].decode("utf-8")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        """The topmost value above the last mark."""
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise Malformed("it takes a value where none is left")
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        value = self.pop()
+        self.stack.append(value)
+        return value
+
+    def since_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        found = self.stack[start:]
+        del self.stack[start:]
+        return found
+
+    # Instructions ------------------------------------------------------------------------------------------------
+
+    def protocol(self) -> None:
+        self.number("<B")
+
+    def mark(self) -> None:
+        if len(self.marks) >= MAX_DEPTH:
+            raise Malformed(f"it is nested more than {MAX_DEPTH} deep")
+        self.marks.append(len(self.stack))
+
+    def text(self) -> None:
+        self.push(self.take(self.number("<I")).decode("utf-8"))
+
+    def short_text(self) -> None:
+        self.push(self.take(self.number("<B")).decode("utf-8"))
+
+    def long(self) -> None:
+        count = self.number("<B")
+        if count > _LONGEST:
+            raise Malformed(f"a whole number of {count} bytes, at most {_LONGEST} are read")
+        self.push(int.from_bytes(self.take(count), "little", signed=True))
+
+    def tuple_(self) -> None:
+        self.push(tuple(self.since_mark()))
+
+    def tuple_of(self, count: int) -> None:
+        self.push(tuple([self.pop() for _ in range(count)][::-1]))
+
+    def put(self, form: str) -> None:
+        self.memo[self.number(form)] = self.top()
+
+    def get(self, form: str) -> None:
+        value = self.memo[self.number(form)]
+        shared = isinstance(value, (dict, list)) or (isinstance(value, tuple) and value)
+        self.push(Other(f"a shared {type(value).__name__}") if shared else value)
+
+    def append(self) -> None:
+        value = self.pop()
+        self.extend([value])
+
+    def appends(self) -> None:
+        self.extend(self.since_mark())
+
+    def extend(self, values: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, list):
+            target.extend(values)
+        elif not isinstance(target, Other):
+            raise Malformed(f"it appends to {kind_of(target)}, expected a list")
+
+    def set_item(self) -> None:
+        value, key = self.pop(), self.pop()
+        self.update([key, value])
+
+    def set_items(self) -> None:
+        self.update(self.since_mark())
+
+    def update(self, items: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, Other):
+            return
+        if not isinstance(target, dict) or len(items) % 2:
+            raise Malformed(f"it sets items of {kind_of(target)}, expected keys and values of a dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, (str, int)):
+                raise Malformed(f"a key is {kind_of(key)}, expected a text or a whole number")
+            if key in target:
+                raise Malformed(f"the key {shown(key)} is set twice")
+            target[key] = value
+
+    def global_(self) -> None:
+        module, name = self.line(), self.line()
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        full = f"{module}.{name}"
+        if not is_known(full):
+            raise _Foreign(f"{full.removeprefix('builtins.'):.200}")
+        self.push(Global(full))
+
+    def reduce(self) -> None:
+        arguments, function = self.pop(), self.pop()
+        self.push(call(function, arguments))
+
+    def build(self) -> None:
+        """Attributes of an OrderedDict (`_metadata` of a state dict), which are left aside."""
+        state, target = self.pop(), self.top()
+        if isinstance(target, Other):
+            return
+        if not isinstance(target, OrderedDict) or not isinstance(state, (dict, Other)):
+            raise Malformed(f"it sets attributes of {kind_of(target)}")
+
+    def persistent(self) -> None:
+        """The storage that its class, key, place and number of elements say."""
+        self.push(storage(self.pop()))
+
+
+def _unknown(code: int) -> str:
+    from pickletools import opcodes
+
+    known = next((opcode for opcode in opcodes if ord(opcode.code) == code), None)
+    if known is None:
+        return f"{code:#04x} is no instruction of a pickle"
+    return (
+        f"the instruction {known.name} of pickle protocol {known.proto}, which torch.save does not write for weights "
+        f"with its own protocol 2"
+    )
+
+
+_STOP = ord(".")
+_METHODS: Mapping[int, Callable[[_Machine], None]] = {
+    0x80: _Machine.protocol,
+    ord("("): _Machine.mark,
+    ord("N"): lambda machine: machine.push(None),
+    0x88: lambda machine: machine.push(True),
+    0x89: lambda machine: machine.push(False),
+    ord("K"): lambda machine: machine.push(machine.number("<B")),
+    ord("M"): lambda machine: machine.push(machine.number("<H")),
+    ord("J"): lambda machine: machine.push(machine.number("<i")),
+    ord("G"): lambda machine: machine.push(machine.number(">d")),
+    0x8A: _Machine.long,
+    ord("X"): _Machine.text,
+    ord("U"): _Machine.short_text,
+    ord(")"): lambda machine: machine.push(()),
+    ord("]"): lambda machine: machine.push([]),
+    ord("}"): lambda machine: machine.push({}),
+    0x8F: lambda machine: machine.push(Other("set")),
+    ord("t"): _Machine.tuple_,
+    0x85: lambda machine: machine.tuple_of(1),
+    0x86: lambda machine: machine.tuple_of(2),
+    0x87: lambda machine: machine.tuple_of(3),
+    ord("q"): lambda machine: machine.put("<B"),
+    ord("r"): lambda machine: machine.put("<I"),
+    ord("h"): lambda machine: machine.get("<B"),
+    ord("j"): lambda machine: machine.get("<I"),
+    ord("a"): _Machine.append,
+    ord("e"): _Machine.appends,
+    ord("s"): _Machine.set_item,
+    ord("u"): _Machine.set_items,
+    ord("c"): _Machine.global_,
+    ord("R"): _Machine.reduce,
+    ord("b"): _Machine.build,
+    ord("Q"): _Machine.persistent,
+}
+"""The instructions that torch.save writes, and EMPTY_SET, by their bytes."""

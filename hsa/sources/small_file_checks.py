@@ -1,0 +1,263 @@
+"""What the small files beside the weights say: whether they can be loaded, and whether they fit the model.
+
+What keeps transformers, tokenizers or faster-whisper from loading a file is an error. What they load although it
+contradicts the model is told: a merge warns of it, and `hsa verify` notes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hsa.architectures import whisper
+from hsa.errors import SourceError, shown
+from hsa.sources.checkpoint import MAX_TEXT
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.strict_json import MAX_MARKS, parse_json, refuse_byte_order_mark
+
+GENERATION_CONFIG = "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+VOCABULARY, MERGES, ADDED_TOKENS = "vocab.json", "merges.txt", "added_tokens.json"
+TOKENIZER_FILES = (
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
+    VOCABULARY,
+    MERGES,
+    "normalizer.json",
+    "special_tokens_map.json",
+    ADDED_TOKENS,
+)
+CHECKED_FILES = (GENERATION_CONFIG, PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES)
+
+MAX_VOCABULARY_MARKS = 1 << 19
+"""Brackets, braces and commas of a file with a vocabulary. Whisper's tokenizer.json has 100,000, or twice as many where
+merges are written as pairs."""
+
+_WHAT = {
+    GENERATION_CONFIG: "generation config",
+    PREPROCESSOR: "feature extractor config",
+    PROCESSOR: "processor config",
+    TOKENIZER_JSON: "tokenizer",
+    TOKENIZER_CONFIG: "tokenizer config",
+    VOCABULARY: "vocabulary",
+    "normalizer.json": "normalizer",
+    "special_tokens_map.json": "map of special tokens",
+    ADDED_TOKENS: "map of added tokens",
+}
+_VOCABULARIES = (TOKENIZER_JSON, VOCABULARY, ADDED_TOKENS)
+_KEPT = ("model", "vocab", "added_tokens", "id")
+"""Names in the files with a vocabulary whose values are looked at: the others take no memory."""
+
+_FEATURES = {"feature_size": 80, "sampling_rate": 16000, "hop_length": 160, "chunk_length": 30}
+"""What transformers takes where a feature extractor does not say (its WhisperFeatureExtractor)."""
+
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
+"""Classes that take whatever the files hold, less the ending Fast."""
+
+NAMED = 8
+"""Keys that a message names."""
+
+MAX_NUMBER = 1 << 31
+"""Larger numbers mean nothing here, and are not calculated with."""
+
+_NO_MERGE = re.compile(rb"^(?!\Z)(?!#version)(?![^ \n]+ [^ \n]+$)", re.MULTILINE)
+"""The start of a line of merges.txt that is not two tokens with a space between; tokenizers refuses it."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """A map from tokens to ids, of which only this is kept: how many there are, and the largest (-1 of none)."""
+
+    count: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the small files must fit: mel bins, frames of features, rows of the embedding; None for what is unknown."""
+
+    mel_bins: int | None
+    frames: int | None
+    rows: int | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], embedding: TensorRef | None) -> ModelSizes:
+        """By a `config.json`, and by the embedding [vocabulary, width] where there is one."""
+        positions = _count(config.get("max_source_positions", whisper.DIMENSIONS["max_source_positions"]))
+        rows = embedding.shape[0] if embedding is not None and embedding.shape else config.get("vocab_size")
+        return cls(
+            mel_bins=_count(config.get("num_mel_bins", whisper.DIMENSIONS["num_mel_bins"])),
+            frames=None if positions is None else 2 * positions,  # the second convolution halves them
+            rows=_count(rows),
+        )
+
+
+def read_small_file(name: str, data: bytes, where: str) -> Any:
+    """What one of `CHECKED_FILES` says, as far as it is looked at; of merges.txt whether it ends in a blank line.
+
+    `where` names source and path in messages. Raises SourceError where the file cannot be loaded.
+
+    Example:
+        >>> read_small_file("vocab.json", b'{"a": 0, "b": 1}', "base: vocab.json")
+        TokenIds(count=2, largest=1)
+    """
+    if name == MERGES:
+        _check_merges(data, where)
+        return data.endswith((b"\n\n", b"\n\r\n"))
+    what = _WHAT[name]
+    if name in _VOCABULARIES:
+        document = parse_json(data, where, what, _condensed, most_bytes=MAX_TEXT, most_marks=MAX_VOCABULARY_MARKS)
+    else:
+        document = parse_json(data, where, what, dict, most_bytes=MAX_TEXT, most_marks=MAX_MARKS)
+    wrong = _wrong(name, document)
+    if wrong is not None:
+        raise SourceError(f"{where}: {what} {wrong}; the file is damaged, copy it again")
+    return document
+
+
+def contradictions(documents: Mapping[str, Any], sizes: ModelSizes) -> Iterator[str]:
+    """Where small files, as `read_small_file` gave them by name, contradict the model or one another."""
+    features = {name: found for name in (PREPROCESSOR, PROCESSOR) if (found := features_of(documents, name))}
+    for name, found in features.items():
+        yield from _unfit_features(name, found, sizes)
+    if len(features) == 2:
+        old, new = features.values()
+        shared = [key for key in new if key in old and not isinstance(new[key], (dict, list))]
+        differ = [shown(key) for key in shared if old[key] != new[key]]
+        if differ:
+            yield (
+                f"{PREPROCESSOR} and the feature extractor in {PROCESSOR} differ in {', '.join(differ[:NAMED])}: "
+                f"transformers 5 reads the latter, transformers 4 and faster-whisper the former"
+            )
+    ids = {name: largest for name, document in documents.items() if (largest := _largest_id(name, document)) >= 0}
+    if ids and sizes.rows is not None and max(ids.values()) >= sizes.rows:
+        name = max(ids, key=lambda each: ids[each])
+        yield (
+            f"{name} has token ids up to {shown(ids[name])} and the embedding only {sizes.rows} rows: the model can "
+            f"neither read nor write the tokens beyond; use the tokenizer that it was trained with"
+        )
+    yield from _unlike_tokenizers(documents)
+    if documents.get(MERGES) and TOKENIZER_JSON not in documents:
+        yield f"{MERGES} ends in a blank line, with which transformers 5 does not load the tokenizer; remove that line"
+
+
+def features_of(documents: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The feature extractor in `preprocessor_config.json`, or the one that transformers 5 keeps in
+    `processor_config.json`; None where there is none."""
+    document = documents.get(name)
+    if name == PREPROCESSOR or document is None:
+        return document
+    nested = document.get("feature_extractor", document.get("audio_processor"))
+    return nested if isinstance(nested, dict) else None
+
+
+def _condensed(pairs: list[tuple[str, Any]]) -> Any:
+    if all(type(value) is int for _, value in pairs):
+        return TokenIds(len(pairs), max((value for _, value in pairs), default=-1))
+    return {name: value for name, value in pairs if name in _KEPT}
+
+
+def _wrong(name: str, document: Any) -> str | None:
+    """What keeps a JSON file from being loaded."""
+    if name in (VOCABULARY, ADDED_TOKENS):
+        if not isinstance(document, TokenIds):
+            return "must map tokens to whole numbers"
+        return "holds no token" if name == VOCABULARY and not document.count else None
+    if name == TOKENIZER_JSON:
+        model = document.get("model") if isinstance(document, dict) else None
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        held = vocabulary.count if isinstance(vocabulary, TokenIds) else isinstance(vocabulary, list) and vocabulary
+        return None if held else "has no model with a vocabulary"
+    if not isinstance(document, dict):
+        return f"must be a JSON object, found {type(document).__name__}"
+    if name == PROCESSOR:
+        for key in ("feature_extractor", "audio_processor"):
+            if not isinstance(document.get(key, {}), (dict, type(None))):
+                return f"has {key} = {shown(document[key])}, expected a JSON object"
+    return None
+
+
+def _check_merges(data: bytes, where: str) -> None:
+    refuse_byte_order_mark(data, where, "UTF-8 text")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); copy it again") from error
+    wrong = _NO_MERGE.search(data.rstrip(b"\r\n"))
+    if wrong is not None:
+        number = data.count(b"\n", 0, wrong.start()) + 1
+        line = data[wrong.start() : wrong.start() + 80].partition(b"\n")[0].decode("utf-8", "replace")
+        raise SourceError(
+            f"{where}: line {number} is {shown(line)}, expected two tokens with a space between; the file is damaged, "
+            f"copy it again"
+        )
+
+
+def _unfit_features(name: str, features: Mapping[str, Any], sizes: ModelSizes) -> Iterator[str]:
+    if features.get("feature_extractor_type", "WhisperFeatureExtractor") != "WhisperFeatureExtractor":
+        yield (
+            f"{name} is for a {shown(features['feature_extractor_type'])}, and Whisper takes the features of a "
+            f"WhisperFeatureExtractor"
+        )
+        return
+    size, rate, hop, seconds = (features.get(key, default) for key, default in _FEATURES.items())
+    if sizes.mel_bins is not None and size != sizes.mel_bins:
+        given = f"feature_size {shown(size)}" if "feature_size" in features else "no feature_size, which means 80"
+        yield (
+            f"{name} has {given}, and the model takes {sizes.mel_bins} mel bins (num_mel_bins in config.json): use the "
+            f"feature extractor that it was trained with"
+        )
+    numbers = all(isinstance(value, (int, float)) and 0 < value < MAX_NUMBER for value in (rate, hop, seconds))
+    if sizes.frames is None or not numbers:
+        return
+    frames = rate * seconds // hop
+    if frames != sizes.frames:
+        yield (
+            f"{name} makes {frames:g} frames of features (chunk_length {seconds:g} at sampling_rate {rate:g}, "
+            f"hop_length {hop:g}), and the model takes {sizes.frames} (twice max_source_positions in config.json)"
+        )
+
+
+def _largest_id(name: str, document: Any) -> int:
+    """The largest token id that a file names; -1 where it names none."""
+    if isinstance(document, TokenIds):
+        return document.largest
+    if name == TOKENIZER_CONFIG:
+        decoder = document.get("added_tokens_decoder")
+        return max((_id(key) for key in decoder), default=-1) if isinstance(decoder, dict) else -1
+    if name != TOKENIZER_JSON:
+        return -1
+    vocabulary, added = document["model"]["vocab"], document.get("added_tokens")
+    largest = vocabulary.largest if isinstance(vocabulary, TokenIds) else len(vocabulary) - 1
+    entries = added if isinstance(added, list) else []
+    return max(largest, *(_id(entry.get("id")) for entry in entries if isinstance(entry, dict)), -1)
+
+
+def _id(value: Any) -> int:
+    if isinstance(value, str) and len(value) <= 18 and value.isdecimal():
+        return int(value)
+    return value if type(value) is int else -1
+
+
+def _unlike_tokenizers(documents: Mapping[str, Any]) -> Iterator[str]:
+    """A processor_config.json that names another tokenizer class than the tokenizer's own config."""
+    processor, tokenizer = documents.get(PROCESSOR) or {}, documents.get(TOKENIZER_CONFIG) or {}
+    inner = processor.get("tokenizer")
+    wanted = processor.get("tokenizer_class") or (inner.get("tokenizer_class") if isinstance(inner, dict) else None)
+    named = tokenizer.get("tokenizer_class")
+    if not isinstance(wanted, str) or not isinstance(named, str):
+        return
+    plain = {each.removesuffix("Fast") for each in (wanted, named)}
+    if len(plain) == 2 and not plain.intersection(_GENERIC_TOKENIZERS):
+        yield (
+            f"{PROCESSOR} names the tokenizer class {shown(wanted)} and {TOKENIZER_CONFIG} {shown(named)}: they may be "
+            f"of two models"
+        )
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 < value < MAX_NUMBER else None

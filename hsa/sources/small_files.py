@@ -1,0 +1,325 @@
+"""The small files beside the weights: configs, tokenizer and processor files, and which source each comes from.
+
+A tokenizer, a feature extractor and a processor each come from one source whole: their files refer to one another, and
+programs differ in which of them they read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hsa.architectures import whisper
+from hsa.errors import SourceChanged
+from hsa.sources.checkpoint import CONFIG, Checkpoint, contained, read_text
+from hsa.sources.roles import Role
+from hsa.sources.small_file_checks import (
+    ADDED_TOKENS,
+    GENERATION_CONFIG,
+    MERGES,
+    PREPROCESSOR,
+    PROCESSOR,
+    TOKENIZER_FILES,
+    TOKENIZER_JSON,
+    VOCABULARY,
+    ModelSizes,
+    contradictions,
+    features_of,
+    read_small_file,
+)
+from hsa.sources.source_set import Sources
+from hsa.system.fsio import Tally, exists
+from hsa.system.strict_json import load_json
+
+PROCESSOR_FILES = (PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES)
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, *PROCESSOR_FILES)
+"""Every small file that a merge may write beside the weights, their index, the card and the provenance."""
+
+FEATURES = (PREPROCESSOR, PROCESSOR)
+TOKENS = (TOKENIZER_JSON, VOCABULARY)
+
+GENERATION_SETTINGS: Mapping[str, Any] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "bos_token_id": None,
+    "decoder_start_token_id": None,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_decoder_ids": None,
+    "forced_eos_token_id": None,
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "pad_token_id": None,
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "suppress_tokens": None,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+}
+"""Settings that transformers takes from `config.json` when `generation_config.json` is missing, and what they are
+where neither gives them (its GenerationConfig)."""
+
+
+@dataclass(frozen=True)
+class Assets:
+    """File name to bytes, in the order written, with what the user should know about them."""
+
+    files: Mapping[str, bytes]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory in which small files are looked for: whose it is, and what messages call it."""
+
+    role: str
+    directory: Path
+    label: str
+
+    def has(self, name: str) -> bool:
+        """Whether a file or directory has that name, including a link whose target is missing."""
+        return exists(self.directory / name)
+
+    def holds(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if self.has(name)]
+
+
+@dataclass
+class Chosen:
+    """Small files taken so far: their bytes and what they say, by name, and what the user should know of them."""
+
+    tally: Tally
+    files: dict[str, bytes] = field(default_factory=dict)
+    documents: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    _read: dict[Path, tuple[bytes, Any]] = field(default_factory=dict)
+
+    def take(self, place: Place, names: Iterable[str]) -> None:
+        """Read these files of a place; SourceError where one cannot be loaded."""
+        for name in names:
+            if name not in self.files:
+                self.files[name], self.documents[name] = self.read(place, name)
+
+    def read(self, place: Place, name: str) -> tuple[bytes, Any]:
+        """The bytes of a place's file and what it says, read once."""
+        path = place.directory / name
+        if path not in self._read:
+            data = read_text(place.role, place.directory, name, self.tally)
+            self._read[path] = data, read_small_file(name, data, f"{place.role}: {path}")
+        return self._read[path]
+
+
+def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None, tally: Tally) -> Assets:
+    """Read every small file of the output, and check that it can be loaded.
+
+    `config.json` is the owner's, with its dtype replaced where `dtype` is given; `generation_config.json` the owner's,
+    else base's unless the owner's `config.json` has other generation settings. Tokenizer, feature extractor and
+    processor each come whole from `assets_from`, else from its parent directory, else from base. Notes say what does
+    not come from the place asked for or is left out, warnings what contradicts the model.
+
+    Raises SourceError where a file that would be taken cannot be loaded.
+    """
+    chosen = Chosen(tally)
+    config = _config(sources.of(owner), dtype, tally)
+    _choose_generation_config(chosen, sources, owner)
+    asked = sources.of(assets_from)
+    places = [
+        Place(asked.role, asked.path, assets_from),
+        Place(asked.role, asked.path.parent, f"the directory above {assets_from}"),
+    ]
+    if sources.base.path not in [place.directory for place in places]:
+        places.append(Place(sources.base.role, sources.base.path, "base"))
+    tokenizer = choose_processor(chosen, places)
+    embedding = sources.of(owner).tensors.get(whisper.EMBEDDING)
+    sizes = ModelSizes.of(sources.of(owner).config, embedding)
+    contradicting = list(contradictions(chosen.documents, sizes))
+    if tokenizer is not None and not contradicting:
+        contradicting += _other_vocabulary(sources, owner, tokenizer)
+    files = {CONFIG: config, **chosen.files}
+    return Assets(files, tuple(chosen.notes), (*chosen.warnings, *contradicting))
+
+
+def choose_processor(chosen: Chosen, places: Sequence[Place]) -> Place | None:
+    """Take tokenizer, feature extractor and processor, each whole from the first place that has it.
+
+    Returns the place of the tokenizer.
+    """
+    features = _choose_features(chosen, places)
+    tokenizer = _choose_tokenizer(chosen, places)
+    lacking = [what for what, place in (("feature extractor", features), ("tokenizer", tokenizer)) if place is None]
+    if lacking:
+        chosen.warnings.append(
+            f"no source has {' or '.join(lacking)} files ({', '.join(FEATURES + TOKENS)}); the output holds weights "
+            f"and configs, and WhisperProcessor cannot be loaded from it: copy these files in from the pretrained model"
+        )
+    return tokenizer
+
+
+def _choose_tokenizer(chosen: Chosen, places: Sequence[Place]) -> Place | None:
+    """Files of an incomplete tokenizer are left out, for they say nothing without its vocabulary."""
+    for place in places:
+        held = place.holds(TOKENIZER_FILES)
+        if TOKENIZER_JSON in held or {VOCABULARY, MERGES} <= set(held):
+            chosen.take(place, held)
+            _tell_origin(chosen, "tokenizer", held, place, places)
+            return place
+        if held:
+            for name in held:
+                contained(place.role, place.directory, name)
+            told = chosen.warnings if {VOCABULARY, ADDED_TOKENS} & set(held) else chosen.notes
+            told.append(
+                f"{', '.join(held)} of {place.label} {_are(held)} left out: without {TOKENIZER_JSON}, or {VOCABULARY} "
+                f"and {MERGES}, no tokenizer can be loaded from {'it' if len(held) == 1 else 'them'}"
+            )
+    return None
+
+
+def _choose_features(chosen: Chosen, places: Sequence[Place]) -> Place | None:
+    """Feature extractor and processor; transformers 5 keeps the former in the file of the latter, which then wins over
+    `preprocessor_config.json`."""
+    own: Place | None = None
+    within = False
+    earlier: list[Place] = []
+    for place in places:
+        if place.has(PROCESSOR):
+            within = features_of({PROCESSOR: chosen.read(place, PROCESSOR)[1]}, PROCESSOR) is not None
+        if within or place.has(PREPROCESSOR):
+            own = place
+            break
+        if place.has(PROCESSOR):
+            earlier.append(place)
+    if own is None:
+        for place in earlier:
+            chosen.notes.append(f"{PROCESSOR} of {place.label} is left out, for there is no feature extractor for it")
+        return None
+    held = own.holds(FEATURES)
+    taken = held if within or not earlier else [PREPROCESSOR]
+    chosen.take(own, taken)
+    _tell_origin(chosen, "feature extractor", taken, own, places)
+    later = places[places.index(own) + 1 :]
+    if within:
+        for place in earlier:
+            chosen.notes.append(
+                f"{PROCESSOR} of {place.label} is left out, for that of {own.label} holds the feature extractor"
+            )
+        for place in later if PREPROCESSOR not in held else ():
+            if place.has(PREPROCESSOR):
+                chosen.notes.append(
+                    f"{PREPROCESSOR} of {place.label} is left out, for {PROCESSOR} of {own.label} holds a feature "
+                    f"extractor"
+                )
+    elif PROCESSOR not in chosen.files:
+        _choose_processor_config(chosen, own, [*earlier, *later], places)
+    return own
+
+
+def _choose_processor_config(chosen: Chosen, own: Place, others: Sequence[Place], places: Sequence[Place]) -> None:
+    """Another place's processor, unless it holds a feature extractor too, which would win over `own`'s."""
+    for place in others:
+        if not place.has(PROCESSOR):
+            continue
+        document = chosen.read(place, PROCESSOR)[1]
+        if features_of({PROCESSOR: document}, PROCESSOR) is not None:
+            chosen.notes.append(
+                f"{PROCESSOR} of {place.label} is left out, for it holds a feature extractor that would win over that "
+                f"of {own.label}"
+            )
+            continue
+        chosen.take(place, [PROCESSOR])
+        _tell_origin(chosen, "processor", [PROCESSOR], place, places)
+        return
+
+
+def _tell_origin(chosen: Chosen, what: str, names: Sequence[str], place: Place, places: Sequence[Place]) -> None:
+    if place is not places[0]:
+        files = "files" if len(names) > 1 else "file"
+        verb = "come" if len(names) > 1 else "comes"
+        chosen.notes.append(
+            f"{what} {files} ({', '.join(names)}) {verb} from {place.label}, for {places[0].label} has none"
+        )
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _choose_generation_config(chosen: Chosen, sources: Sources, owner: Role) -> None:
+    source, base = sources.of(owner), Place("base", sources.base.path, "base")
+    own = Place(owner, source.path, owner)
+    if own.has(GENERATION_CONFIG):
+        chosen.take(own, [GENERATION_CONFIG])
+        return
+    if owner == "base" or not base.has(GENERATION_CONFIG):
+        return
+    data, document = chosen.read(base, GENERATION_CONFIG)
+    borrowed = source.config_from is not None  # an adapter's config.json is base's
+    overridden = [] if borrowed else _overridden(source.config, document)
+    if overridden:
+        chosen.notes.append(
+            f"{GENERATION_CONFIG} of base is left out, for {owner} has none and its {CONFIG} sets "
+            f"{', '.join(overridden)} in another way, which base's would override"
+        )
+        return
+    chosen.files[GENERATION_CONFIG], chosen.documents[GENERATION_CONFIG] = data, document
+    chosen.notes.append(f"{GENERATION_CONFIG} comes from base, for {owner} has none")
+
+
+def _overridden(config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[str]:
+    """Generation settings of a `config.json` that a `generation_config.json` would change."""
+    return [
+        key
+        for key, default in GENERATION_SETTINGS.items()
+        if config.get(key) is not None and config[key] != generation.get(key, default)
+    ]
+
+
+def _other_vocabulary(sources: Sources, owner: Role, tokenizer: Place) -> list[str]:
+    """A tokenizer whose own model has another number of tokens than the one whose weights are written."""
+    rows = {}
+    for source in (sources.of(owner), *(each for each in sources if each.path == tokenizer.directory)):
+        embedding = source.tensors.get(whisper.EMBEDDING)
+        if embedding is not None and embedding.shape:
+            rows[source.role] = embedding.shape[0]
+    other = next((role for role in rows if role != owner), None)
+    if owner not in rows or other is None or rows[owner] == rows[other]:
+        return []
+    return [
+        f"the tokenizer is {other}'s, whose embedding has {rows[other]} rows, and that of {owner} has {rows[owner]}: "
+        f"tokens that {owner} added or dropped are not those of this tokenizer; use the one that it was trained with"
+    ]
+
+
+def _config(source: Checkpoint, dtype: str | None, tally: Tally) -> bytes:
+    directory = source.config_from or source.path
+    raw = read_text(source.role, directory, CONFIG, tally)
+    where = f"{source.role}: {directory / CONFIG}"
+    if load_json(raw, where, "config") != source.config:
+        raise SourceChanged(f"{where} changed while the source was read; run the merge again")
+    if dtype is None:
+        return raw
+    config = dict(source.config)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    if all(config.get(key) == dtype for key in keys):
+        return raw
+    config.update(dict.fromkeys(keys, dtype))
+    text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    load_json(text, f"output: {CONFIG} of {source.role} with another dtype", "config")  # what is written is read again
+    return text

@@ -1,0 +1,161 @@
+"""From the entries of a checkpoint's weights files to its tensors: the name that each has in Whisper, and its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsa.architectures import whisper
+from hsa.errors import HeaderError, MismatchError, is_text, shown
+from hsa.sources.safetensors import METADATA, Header
+from hsa.system.fsio import Source
+
+AGAIN = "save the checkpoint again, or fetch all its files again"
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor of a checkpoint: its name as written, element type, shape, and absolute place in a shard."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weights file: its plain name, the open file, the checked header, and the byte its offsets count from.
+
+    Of a file that torch.save wrote, the header is the description of its tensors.
+    """
+
+    name: str
+    source: Source
+    header: Header
+    origin: int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Tensors by canonical name; the names in the files of those that are read under another; what should be known."""
+
+    tensors: Mapping[str, TensorRef]
+    renamed: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def place_tensors(
+    role: str,
+    config: Mapping[str, Any],
+    shards: Sequence[Shard],
+    index: Path,
+    placed: Mapping[str, str] | None,
+    *,
+    shares_bytes: bool,
+) -> Places:
+    """The tensors of a checkpoint whose shards are open.
+
+    `index` is the path of its index and `placed` what that says, None where there is none. `shares_bytes`: in files of
+    torch.save, two names may stand for the same bytes.
+
+    Names are read as `whisper.plain_names` reads them. An embedding that is stored under the name of the output
+    projection alone, to which config.json ties it, is the embedding, as for transformers. Raises MismatchError where an
+    index and the shards disagree, or two entries are one tensor of Whisper, HeaderError for a name that no
+    safetensors file can hold.
+    """
+    stored: dict[str, str] = {}
+    tensors: dict[str, TensorRef] = {}
+    names = whisper.plain_names(entry.name for shard in shards for entry in shard.header.entries)
+    for number, shard in enumerate(shards):
+        where = f"{role}: {shard.source.path}"
+        for entry in shard.header.entries:
+            if placed is not None and placed.get(entry.name) != shard.name:
+                place = placed.get(entry.name)
+                raise MismatchError(
+                    f"{where} holds tensor {entry.name}, which {index.name} "
+                    f"{'does not list' if place is None else f'places in {place}'}; index and shards do not belong "
+                    f"together: {AGAIN}"
+                )
+            _check_name(names[entry.name], where)
+            name = whisper.canonical(names[entry.name])
+            if name in tensors:
+                raise MismatchError(
+                    f"{where}: tensors {stored[name]} and {entry.name} are one tensor of Whisper, {name}, and a "
+                    f"checkpoint holds each once; remove one of them"
+                )
+            stored[name] = entry.name
+            tensors[name] = TensorRef(
+                names[entry.name],
+                entry.code,
+                entry.shape,
+                number,
+                shard.origin + entry.start,
+                entry.stop - entry.start,
+            )
+    renamed = {name: other for name, other in stored.items() if other != tensors[name].name}
+    notes = [*_about_names(role, tensors, renamed)]
+    tied = whisper.is_tied(config)
+    notes += _unlisted(role, index, placed or {}, {*stored.values()}, tied=tied and not {*_TIED}.isdisjoint(tensors))
+    if tied:
+        notes += _tie(role, tensors, shares_bytes=shares_bytes)
+    return Places(tensors, renamed, tuple(notes))
+
+
+def _check_name(name: str, where: str) -> None:
+    """HeaderError for a tensor that no safetensors file could hold under its name."""
+    if name == METADATA or not is_text(name):
+        raise HeaderError(
+            f"{where}: a tensor is named {shown(name)}, which no safetensors file can hold: expected a text in Unicode "
+            f"other than {METADATA}; rename it"
+        )
+
+
+_TIED = (whisper.UNTIED_OUTPUT, whisper.EMBEDDING)
+
+
+def _about_names(role: str, tensors: Mapping[str, TensorRef], renamed: Mapping[str, str]) -> Iterator[str]:
+    if renamed:
+        name, stored = next(iter(renamed.items()))
+        yield (
+            f"{len(renamed)} tensor names of {role} are read without what a wrapper added, such as {stored:.300} as "
+            f"{tensors[name].name}"
+        )
+
+
+def _unlisted(role: str, index: Path, placed: Mapping[str, str], held: set[str], *, tied: bool) -> Iterator[str]:
+    """Refuse an index that lists what no shard holds, but for a tensor that config.json ties to one that is held."""
+    for name, file in placed.items():
+        if name in held:
+            continue
+        if not tied or whisper.canonical(name) not in _TIED:
+            raise MismatchError(
+                f"{role}: {index} places tensor {name} in {file}, which does not hold it, nor does another shard; "
+                f"{AGAIN}"
+            )
+        yield (
+            f"{role}'s {index.name} lists {name:.300}, which no shard holds; config.json ties it to the embedding, and "
+            f"transformers does without it"
+        )
+
+
+def _tie(role: str, tensors: dict[str, TensorRef], *, shares_bytes: bool) -> Iterator[str]:
+    """Leave one name of an embedding to which the output projection is tied, as transformers does when it saves."""
+    output, embedding = tensors.get(whisper.UNTIED_OUTPUT), tensors.get(whisper.EMBEDDING)
+    if output is not None and embedding is None:
+        tensors[whisper.EMBEDDING] = tensors.pop(whisper.UNTIED_OUTPUT)
+        yield (
+            f"{role} stores its embedding as {output.name} alone, to which its config.json ties it, as transformers "
+            f"allows"
+        )
+    elif output is not None and embedding is not None and shares_bytes and _same_bytes(output, embedding):
+        del tensors[whisper.UNTIED_OUTPUT]
+        yield f"{role}'s {output.name} is {embedding.name} under another name in its file, and left out"
+
+
+def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    return (one.shard, one.offset, one.shape, one.code) == (other.shard, other.offset, other.shape, other.code)

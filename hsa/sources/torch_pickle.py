@@ -1,0 +1,221 @@
+"""Weights that `torch.save` wrote, read like safetensors: where in the file each tensor's bytes lie.
+
+Such a file is a zip archive: every storage an uncompressed record, and `data.pkl`, a pickle that says what they are.
+The archive is checked record by record before the pickle is looked at. The pickle is never unpickled: `tensor_pickle`
+reads what it says. The bytes themselves are read later, range by range, where they are needed.
+
+Source: the notes on serialization semantics of torch's documentation; the zip format's application note.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hsa.errors import HeaderError, SourceError, shown
+from hsa.sources.git_lfs import refuse_pointer
+from hsa.sources.pickle_names import Tensor, kind_of
+from hsa.sources.pickle_reader import REMEDY, read
+from hsa.sources.safetensors import Entry, Header
+from hsa.system.dtypes import BITS
+from hsa.system.fsio import Source
+
+_AGAIN = "the file is damaged, copy it again"
+
+MAX_PICKLE = 1 << 20
+"""Bytes of an archive that are read at once: its directory, or the description of its tensors, which takes up to a
+hundred times its size once it is read. Those of large-v3 have a sixth of it."""
+
+_LOCAL_MAGIC = b"PK\x03\x04"
+_LOCAL_HEADER = 30
+"""Bytes of a zip record's own header before its name."""
+
+_CODES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+}
+_BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, EOFError, struct.error)
+"""What the zip reader raises for an archive that is none."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A checked file: the bytes of its `data.pkl`, the values that it describes (see `tensor_pickle`), the first byte
+    and size of every record of tensor data by its key, and how many instructions and records were read."""
+
+    raw: bytes
+    content: Any
+    records: Mapping[str, tuple[int, int]]
+    steps: int
+
+
+def read_state_dict(source: Source) -> Header:
+    """The tensors of an open file that holds a state dict and nothing else; offsets count from the file's first byte.
+
+    Raises HeaderError for a damaged archive, SourceError for a pickle that is refused or no state dict.
+    """
+    archive = read_archive(source)
+    found = entries(archive.content, archive, f"{source.label}: {source.path}")
+    return Header(archive.raw, found, {}, archive.steps)
+
+
+def read_archive(source: Source) -> Archive:
+    """Check the archive of an open file and load its description; see `read_state_dict` for what it raises."""
+    where = f"{source.label}: {source.path}"
+    head = source.read(min(source.size, 8))
+    refuse_pointer(head, where)
+    if not head.startswith(_LOCAL_MAGIC):
+        raise HeaderError(
+            f"{where} is no zip archive, which torch.save writes: a bare pickle, or no weights at all; refused "
+            f"unread: {REMEDY}"
+        )
+    records = _records(source, where)
+    described = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(described) != 1:
+        raise HeaderError(f"{where}: expected one data.pkl in the archive, found {len(described)}; {REMEDY}")
+    start, size = records[described[0]]
+    if size > MAX_PICKLE:
+        raise HeaderError(
+            f"{where}: data.pkl has {size} bytes, at most {MAX_PICKLE} are allowed for the description of tensors; "
+            f"{REMEDY}"
+        )
+    root = described[0].partition("/")[0]
+    order = records.get(f"{root}/byteorder")
+    if order is not None and source.read(min(order[1], 16), order[0]) != b"little":
+        raise SourceError(f"{where}: expected the byte order 'little'; {REMEDY}")
+    raw, data = source.read(size, start), f"{root}/data/"
+    places = {name.removeprefix(data): place for name, place in records.items() if name.startswith(data)}
+    content, instructions = read(raw, where)
+    return Archive(raw, content, places, instructions + len(records))
+
+
+def entries(tensors: Any, archive: Archive, where: str) -> tuple[Entry, ...]:
+    """The tensors of a state dict of the archive, in the order of their first bytes in the file.
+
+    Two tensors may share bytes, as tied weights do. Raises SourceError for what is no plain tensor, HeaderError for
+    one that lies outside its record.
+    """
+    if not isinstance(tensors, dict):
+        raise SourceError(f"{where}: expected a state dict, found {kind_of(tensors)}; {REMEDY}")
+    found = []
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise SourceError(
+                f"{where}: expected a state dict of plain tensors, found {kind_of(tensor)} under {shown(name)}; "
+                f"{REMEDY}"
+            )
+        found.append(_entry(name, tensor, archive, f"{where}: tensor {name}"))
+    return tuple(sorted(found, key=lambda entry: entry.start))
+
+
+class _Window(io.RawIOBase):
+    """An open source as the file object that zipfile expects; refuses to read too much in one go."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._position = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}[whence]
+        if position < 0:
+            raise OSError(f"byte {position} lies before the file")
+        self._position = position
+        return position
+
+    def read(self, size: int = -1, /) -> bytes:
+        left = max(0, self._source.size - self._position)
+        count = left if size < 0 else min(size, left)
+        if count > MAX_PICKLE:
+            raise HeaderError(
+                f"{self._source.label}: {self._source.path}: a part of {count} bytes of the archive is to be read at "
+                f"once, at most {MAX_PICKLE} are allowed; {REMEDY}"
+            )
+        found = self._source.read(count, self._position)
+        self._position += count
+        return found
+
+
+def _records(source: Source, where: str) -> dict[str, tuple[int, int]]:
+    """First byte and size of every record by name: each stored as it is, within the file, and apart from the others."""
+    try:
+        with zipfile.ZipFile(_Window(source)) as archive:
+            listed = archive.infolist()
+    except _BAD_ZIP as error:
+        raise HeaderError(
+            f"{where} is truncated or damaged: no directory of its records ({error}); copy it again"
+        ) from error
+    found: dict[str, tuple[int, int]] = {}
+    for record in listed:
+        label = f"{where}: record {record.filename}"
+        encrypted = record.flag_bits & 1
+        if record.compress_type != zipfile.ZIP_STORED or encrypted or record.compress_size != record.file_size:
+            raise HeaderError(f"{label} is compressed or encrypted, expected it stored as torch.save does; {REMEDY}")
+        if record.filename in found:
+            raise HeaderError(f"{label} stands twice in the archive; {REMEDY}")
+        place, header = record.header_offset, b""
+        if 0 <= place <= source.size - _LOCAL_HEADER:
+            header = source.read(_LOCAL_HEADER, place)
+        if not header.startswith(_LOCAL_MAGIC):
+            raise HeaderError(f"{label} should begin at byte {place} and does not; {_AGAIN}")
+        name, extra = struct.unpack("<HH", header[26:])
+        start = place + _LOCAL_HEADER + name + extra
+        if start + record.file_size > source.size:
+            raise HeaderError(
+                f"{label} ends at byte {start + record.file_size}, the file at {source.size}: it is truncated, copy "
+                f"it again"
+            )
+        found[record.filename] = (start, record.file_size)
+    end, before = 0, ""
+    for name, (start, size) in sorted(found.items(), key=lambda item: item[1]):
+        if start < end:
+            raise HeaderError(f"{where}: record {name} overlaps record {before}; {_AGAIN}")
+        end, before = start + size, name
+    return found
+
+
+def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> Entry:
+    code = _CODES.get(tensor.dtype)
+    if code is None:
+        known = ", ".join(f"torch.{dtype}" for dtype in _CODES)
+        raise SourceError(f"{label} has dtype torch.{tensor.dtype}, expected one of {known}; {REMEDY}")
+    if not tensor.is_contiguous:
+        raise SourceError(f"{label} is a transposed or strided view, expected it contiguous; {REMEDY}")
+    width = BITS[code] // 8
+    nbytes = math.prod(tensor.shape) * width
+    if nbytes == 0:
+        return Entry(name, code, tensor.shape, 0, 0)
+    if tensor.storage is None:
+        raise SourceError(f"{label} has no data in the file; {REMEDY}")
+    key = tensor.storage.key
+    if key not in archive.records:
+        raise HeaderError(f"{label} is to be in the record data/{key:.200}, which the archive lacks; {_AGAIN}")
+    record, held = archive.records[key]
+    claimed = tensor.storage.count * (1 if tensor.storage.dtype == "uint8" else width)
+    start = record + tensor.offset * width
+    if claimed != held or start + nbytes > record + held:
+        raise HeaderError(
+            f"{label}: shape {list(tensor.shape)} of {code} takes {nbytes} bytes from byte {start} on, and {claimed} "
+            f"bytes are said to be in the record at {record}, which holds {held}; {_AGAIN}"
+        )
+    return Entry(name, code, tensor.shape, start, start + nbytes)

@@ -1,0 +1,1 @@
+"""Many merges of one triple, over a grid of parameters."""

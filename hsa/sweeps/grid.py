@@ -1,0 +1,89 @@
+"""Grids of parameters: lists and ranges of numbers, and the points that they span."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from decimal import Context, Decimal, localcontext
+from itertools import product
+
+from hsa.architectures.base import Preset
+from hsa.errors import RequestError, shown
+from hsa.methods.grid_point import LONGEST_NAME, GridPoint
+from hsa.option_names import option
+
+_NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?")
+DIGITS = 20
+"""Orders of magnitude on either side of the point; more would not fit into the name of a file."""
+
+MOST_POINTS = 10_000
+"""Points of a grid at most; more are a mistyped step."""
+
+
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """The numbers of `0.1,0.3` or `0:1:0.1` (start, stop, step, both ends included); `name` is an argument of a sweep.
+
+    Ranges are counted in decimal arithmetic: `0:1:0.1` holds 0.3, not 0.30000000000000004. Raises RequestError, also
+    where the steps do not meet the stop: the last value would be left out silently.
+
+    Example:
+        >>> numbers("lam", "0:1:0.25")
+        (0.0, 0.25, 0.5, 0.75, 1.0)
+    """
+    name = option(name)
+    found: list[Decimal] = []
+    for part in text.split(","):
+        ends = [_decimal(name, end, text) for end in part.split(":")]
+        if len(ends) == 1:
+            found += ends
+            continue
+        if len(ends) != 3 or ends[2] <= 0 or ends[1] < ends[0]:
+            raise RequestError(
+                f"{name} takes numbers such as 0.1,0.3 or start:stop:step with a step above 0, got {shown(text)}"
+            )
+        found += _steps(name, text, MOST_POINTS - len(found), *ends)
+    return tuple(float(value) for value in found)
+
+
+def _steps(name: str, text: str, room: int, start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
+    """The values from start to stop; RequestError where they are more than `room` or do not meet the stop."""
+    with localcontext(Context(prec=4 * DIGITS)):  # exact for all numbers that `_decimal` lets through
+        count = int((stop - start) / step) + 1
+        if count > room:
+            raise RequestError(f"{name} {shown(text)} has over {MOST_POINTS} values; is the step right?")
+        values = [start + step * number for number in range(count)]
+        last, after = values[-1], values[-1] + step
+        if last != stop:
+            raise RequestError(
+                f"{name} {shown(text)}: steps of {step:f} from {start:f} do not meet {stop:f}, but {last:f} and "
+                f"{after:f}; give {start:f}:{last:f}:{step:f}, or another step"
+            )
+    return values
+
+
+def _decimal(name: str, text: str, whole: str) -> Decimal:
+    if not _NUMBER.fullmatch(text.strip()):
+        raise RequestError(f"{name} takes numbers such as 0.1,0.3 or start:stop:step, got {shown(whole)}")
+    value = Decimal(text.strip()) + 0  # no minus before a zero
+    if value and not -DIGITS < value.adjusted() < DIGITS:
+        raise RequestError(
+            f"{name} takes numbers of at most {DIGITS} digits before and after the point, got {shown(text, 40)}"
+        )
+    return value
+
+
+def points(
+    targets: Sequence[Preset], k: Sequence[float], lam: Sequence[float], alpha: Sequence[float]
+) -> tuple[GridPoint, ...]:
+    """Every combination, each once, in the order of the values given. Raises RequestError for too many or none."""
+    many = math.prod(map(len, (targets, k, lam, alpha)))
+    if not 1 <= many <= MOST_POINTS:
+        raise RequestError(f"the grid has {many} points, expected 1 to {MOST_POINTS}")
+    found = tuple(dict.fromkeys(GridPoint(*setting) for setting in product(targets, k, lam, alpha)))
+    for point in found:
+        if len(point.name) > LONGEST_NAME:
+            raise RequestError(
+                f"the point {point.name:.80}... has a name of {len(point.name)} letters; give fewer digits"
+            )
+    return found

@@ -1,0 +1,268 @@
+"""Which directories an output may be written to, and which earlier outputs may be replaced."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from hsa.errors import DestinationError, ProvenanceError
+from hsa.option_names import option
+from hsa.system import fsio
+from hsa.system.descriptors import reason
+from hsa.system.manifest import PROVENANCE, listed_files
+from hsa.system.staging import ASIDE, NAME_MAX, STAGING
+
+
+def check_destination(
+    output: str | os.PathLike[str], sources: Iterable[Path], *, overwrite: bool, adding: bool = False
+) -> Path:
+    """The destination with its links resolved; DestinationError where nothing may be written.
+
+    Refused always: a root, home or mount point, a directory that is, contains or lies in a source, and a place inside
+    an earlier output. Refused without `overwrite`: anything but an empty directory. Refused with it: anything but an
+    empty directory or an earlier output, all of which its record lists and this user may remove. With `adding` an
+    earlier output may be anything: what becomes of it is decided later.
+    """
+    if not os.fspath(output):
+        raise DestinationError("output is an empty path; name a directory of its own for the output")
+    try:
+        given = Path.cwd() / Path(output).expanduser()
+        destination = given.resolve()
+        longest = max(len(os.fsencode(part)) for part in destination.parts)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DestinationError(f"output {os.fspath(output)} cannot be resolved: {error}") from error
+    label = f"output {destination}" if destination == given else f"output {given} (which is {destination})"
+    if longest > NAME_MAX:
+        raise DestinationError(f"{label} has a name of {longest} bytes, at most {NAME_MAX} are allowed; choose another")
+    try:
+        _refuse(destination, label, sources, overwrite=overwrite, adding=adding)
+    except OSError as error:
+        raise DestinationError(f"{label} cannot be looked at: {reason(error)}; choose another destination") from error
+    return destination
+
+
+def _refuse(destination: Path, label: str, sources: Iterable[Path], *, overwrite: bool, adding: bool) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        destination.lstat()
+    _refuse_special(destination, label)
+    for source in sources:
+        found = relation(destination, source)
+        if found:
+            raise DestinationError(f"{label} {found} the source {source}; choose a directory apart from the sources")
+    refuse_enclosed(destination, label)
+    if not adding or not destination.is_dir():
+        check_occupied(destination, overwrite=overwrite, label=label)
+    if not destination.parent.is_dir():
+        existing = next(parent for parent in destination.parents if parent.exists())
+        if not existing.is_dir():
+            raise DestinationError(f"{label} cannot be made: {existing} is not a directory")
+
+
+def check_tree(output: str | os.PathLike[str], sources: Iterable[Path]) -> Path:
+    """The root of several outputs with its links resolved, which may hold anything; DestinationError where not.
+
+    Refused: the root, a home or what holds one, a file, a directory that is, contains or lies in a source, and an
+    earlier output or a place inside one.
+    """
+    if not os.fspath(output):
+        raise DestinationError("output is an empty path; name a directory of its own for the tree")
+    try:
+        tree = (Path.cwd() / Path(output).expanduser()).resolve()
+        label = f"output {tree}"
+        own, homes = _homes()
+        if tree == Path(tree.anchor) or tree in homes or any(home.is_relative_to(tree) for home in own):
+            raise DestinationError(f"{label} is the root, or is or holds a home directory; name one of its own")
+        if os.path.lexists(tree) and not tree.is_dir():
+            raise DestinationError(f"{label} exists and is not a directory; choose another, or move it away")
+        for source in sources:
+            how = relation(tree, source)
+            if how:
+                raise DestinationError(f"{label} {how} the source {source}; choose a directory apart from the sources")
+        refuse_enclosed(tree / "entry", label)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DestinationError(f"output {os.fspath(output)} cannot be looked at: {error}") from error
+    return tree
+
+
+def _refuse_special(destination: Path, label: str) -> None:
+    own, homes = _homes()
+    if destination == Path(destination.anchor):
+        raise DestinationError(f"{label} is the root directory; name a directory of its own for the output")
+    if destination in homes or any(home.is_relative_to(destination) for home in own):
+        raise DestinationError(f"{label} is or holds a home directory; name a directory of its own for the output")
+    if _is_mount(destination):
+        raise DestinationError(f"{label} is a mount point and cannot be renamed; name a directory inside it")
+    if destination.name.startswith(".") and destination.name.endswith((STAGING, ASIDE)):
+        raise DestinationError(f"{label} has a name that hsa keeps for its own staging directories; choose another")
+
+
+def _homes() -> tuple[set[Path], set[Path]]:
+    """This user's home directories (by HOME and by the user database), and everybody's."""
+    own: set[str] = set()
+    every: set[str] = set()
+    with suppress(RuntimeError):  # a user that no database knows, without HOME
+        own.add(str(Path.home()))
+    with suppress(ImportError, OSError, KeyError):
+        import pwd
+
+        own.add(pwd.getpwuid(os.getuid()).pw_dir)
+        every |= {entry.pw_dir for entry in pwd.getpwall()}
+    resolved = {home: Path(os.path.realpath(home)) for home in own | every if os.path.isabs(home)}
+    return {resolved[home] for home in own if home in resolved}, set(resolved.values())
+
+
+def _is_mount(path: Path) -> bool:
+    """Also where the mounted directory lies on the same device, as with a bind mount, which stat(2) cannot tell."""
+    if path.is_mount():
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    escaped = (line.split(b" ")[4] for line in lines)
+    return os.fsencode(path) in {re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), e) for e in escaped}
+
+
+def relation(destination: Path, source: Path) -> str | None:
+    """How a destination lies to a source, `is`, `contains` or `lies in`, or None where they are apart.
+
+    By path and by inode, for a bind mount gives one directory two paths."""
+    if destination == source or _identity(destination) & _identity(source):
+        return "is"
+    if source.is_relative_to(destination) or _identity(destination) & _identity(*source.parents):
+        return "contains"
+    if destination.is_relative_to(source) or _identity(source) & _identity(*destination.parents):
+        return "lies in"
+    return None
+
+
+def _identity(*paths: Path) -> set[tuple[int, int]]:
+    """Device and inode of each of the paths that exists."""
+    found = set()
+    for path in paths:
+        with suppress(OSError):
+            status = path.stat()
+            if status.st_ino:
+                found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def refuse_enclosed(place: Path, label: str) -> None:
+    """DestinationError where a place lies inside an earlier output, at any depth. Links are resolved already.
+
+    An output lists its files: what is added to it makes `hsa verify` fail, and `--overwrite` refuse.
+    """
+    for parent in place.parents:
+        if (parent / PROVENANCE).is_file():
+            raise DestinationError(
+                f"{label}: {parent} is an earlier output of hsa, which lists its files, so nothing is added to it; "
+                f"choose a place outside it"
+            )
+
+
+def check_occupied(destination: Path, *, overwrite: bool, label: str | None = None) -> frozenset[str]:
+    """The names in a directory that may be replaced by an output: none, or with `overwrite` those of an earlier output.
+
+    Raises DestinationError where anything else stands there, or where this user may not remove it; OSError.
+    """
+    label = label or f"output {destination}"
+    if not fsio.exists(destination):
+        return frozenset()
+    if not destination.is_dir():
+        raise DestinationError(f"{label} exists and is not a directory; choose another, or move it away")
+    try:
+        names = sorted(os.listdir(destination))
+    except OSError as error:
+        raise DestinationError(f"{label} cannot be listed: {reason(error)}; choose another destination") from error
+    if not names:
+        return frozenset()
+    if not overwrite:
+        raise DestinationError(
+            f"{label} is not empty: it holds {_some(names)}; choose another, or give {option('overwrite', True)} to "
+            f"replace an earlier output"
+        )
+    if not (destination / PROVENANCE).is_file():
+        raise DestinationError(
+            f"{label} is no earlier output of hsa: it holds {_some(names)} and no {PROVENANCE}; "
+            f"{option('overwrite', True)} replaces nothing else, so move it away yourself"
+        )
+    try:
+        surplus = unlisted(destination, names)
+    except ProvenanceError as error:
+        raise DestinationError(
+            f"{label} is not replaced: its record lists no file, for it is damaged or of another version ({error}); "
+            f"move the directory away yourself, or choose another"
+        ) from error
+    if surplus:
+        raise DestinationError(
+            f"{label} holds {_some(surplus)}, which its {PROVENANCE} does not list; "
+            f"{option('overwrite', True)} deletes only what is listed, so move the rest away, or choose another output"
+        )
+    _refuse_protected(destination, names, label)
+    return frozenset(names)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def unlisted(directory: Path, names: Iterable[str]) -> list[str]:
+    """Those of the names in an earlier output that its record does not list, each with what it is unless a file.
+
+    A directory, a link or a device is never listed, whatever its name: an output has none. Raises ProvenanceError
+    where the record cannot be read.
+    """
+    listed, present, found = listed_files(directory), set(names), []
+    for name in sorted(present):
+        status = os.lstat(directory / name)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "directory" if stat.S_ISDIR(status.st_mode) else "link" if stat.S_ISLNK(status.st_mode) else "device"
+            found.append(f"{name} (a {kind})")
+        elif name not in listed and not _is_spelling(directory, name, listed - present, status):
+            found.append(name)
+    return found
+
+
+def _is_spelling(directory: Path, name: str, listed: Iterable[str], status: os.stat_result) -> bool:
+    """Whether a file is one that is listed under another spelling, on a filesystem that does not tell them apart."""
+    for other in listed:
+        if _folded(other) == _folded(name):
+            with suppress(OSError):
+                return os.path.samestat(os.lstat(directory / other), status)
+    return False
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _refuse_protected(destination: Path, names: Iterable[str], label: str) -> None:
+    """DestinationError where this user may not remove an earlier output: its own mode, another owner, a sticky bit."""
+    if os.statvfs(destination).f_flag & os.ST_RDONLY:  # which making the staging directory says better
+        return
+    status = destination.stat()
+    effective = {"effective_ids": True} if os.access in os.supports_effective_ids else {}
+    reason = None
+    if not os.access(destination, os.R_OK | os.W_OK | os.X_OK, **effective):
+        reason = "Permission denied"
+    elif _is_sticky_for_others(destination.parent.stat(), status):
+        reason = f"{destination.parent} lets its owner alone remove what others made"
+    elif status.st_mode & stat.S_ISVTX:
+        held = [name for name in names if _is_sticky_for_others(status, os.lstat(destination / name))]
+        reason = f"it lets its owner alone remove {held[0]}" if held else None
+    if reason is not None:
+        raise DestinationError(
+            f"{label} may not be removed by this user (uid {os.geteuid()}): {reason}; it belongs to uid "
+            f"{status.st_uid} and has mode {stat.S_IMODE(status.st_mode):o}: choose another output, or let its owner "
+            f"give it write permission"
+        )
+
+
+def _is_sticky_for_others(directory: os.stat_result, entry: os.stat_result) -> bool:
+    """Whether the sticky bit of a directory keeps this user from renaming or removing an entry; see unlink(2)."""
+    return bool(directory.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, directory.st_uid, entry.st_uid)

@@ -1,0 +1,205 @@
+"""A checkpoint to write: staged beside its destination, locked, and renamed into place whole or not at all.
+
+Order on disk: every file is written and fsynced, then the staging directory, then the rename, then the parent
+directory. A run that is killed leaves at most a staging directory, which the next run to the same destination
+recognises by its name, locks and clears.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from hsa.errors import DestinationError, ProvenanceError
+from hsa.system import fsio
+from hsa.system.descriptors import list_directory, reason
+from hsa.system.destinations import check_occupied, unlisted
+from hsa.system.manifest import PROVENANCE
+from hsa.system.staging import ASIDE, STAGING, Workbench, beside, lock, same
+
+CANNOT_MOVE = (
+    "it lies in a lower layer of an overlay filesystem, such as a container's image, where no directory can be renamed "
+    "or swapped; nothing was changed: choose another output, such as one on a volume, or remove the old one first"
+)
+
+
+def staging_path(destination: Path) -> Path:
+    return beside(destination, STAGING)
+
+
+def _aside_path(destination: Path) -> Path:
+    return beside(destination, ASIDE)
+
+
+class Staging(Workbench):
+    """A locked staging directory. `publish` puts it into place; leaving the block otherwise removes it.
+
+    Raises DestinationError when another run holds the lock, MachineError when the disk fails. After `publish`, `notes`
+    say what of an earlier output could not be removed.
+    """
+
+    def __init__(self, destination: Path, *, overwrite: bool, sync: bool) -> None:
+        self.notes: list[str] = []
+        super().__init__(staging_path(destination), destination, sync=sync)
+        self.overwrite = overwrite
+        try:  # again, for another run may have ended, or a killed one's old output may be back
+            if check_occupied(self.destination, overwrite=self.overwrite):
+                self._check_movable()
+        except BaseException:
+            self._discard()
+            raise
+
+    def publish(self) -> None:
+        """Put the staged directory at the destination in one step, and make that lasting."""
+        with fsio.writing(self.destination):
+            if self.sync:
+                fsio.sync_directory(self.path)
+            names = check_occupied(self.destination, overwrite=self.overwrite)
+            if names:
+                self._replace(names)
+            else:
+                fsio.rename(self.path, self.destination)
+                try:
+                    self.settle(self.destination.parent)
+                except OSError:
+                    fsio.rename(self.destination, self.path)
+                    raise
+        self.closed = True
+        with suppress(OSError):  # the output stands, and nothing was written through this descriptor
+            os.close(self._lock)
+
+    def _check_movable(self) -> None:
+        """DestinationError where the earlier output can be neither renamed nor swapped, before anything is computed.
+
+        On an overlay filesystem alone, which says so of a rename onto a directory that is not empty: one that fails on
+        every filesystem.
+        """
+        if not fsio.is_overlay(self.destination):
+            return
+        obstacle = self.file("obstacle")
+        with fsio.writing(self.path):
+            os.close(fsio.create(obstacle, 0))
+            try:
+                fsio.rename(self.destination, self.path)
+            except OSError as error:
+                obstacle.unlink()
+                if error.errno == errno.EXDEV:
+                    raise DestinationError(f"output {self.destination} cannot be replaced: {CANNOT_MOVE}") from error
+
+    def _recover(self) -> None:
+        """Finish what a killed replacement left: put the old output back, or remove it when the new one stands."""
+        aside = _aside_path(self.destination)
+        if not fsio.exists(aside):
+            return
+        if not fsio.exists(self.destination) or not any(self.destination.iterdir()):
+            old = lock(aside, made=True)
+            if old is not None:
+                try:
+                    fsio.rename(aside, self.destination)
+                finally:
+                    os.close(old)
+            return
+        try:
+            old = lock(aside, made=True)
+            if old is None:  # a run that is just ending still removes it
+                return
+            try:
+                names = list_directory(old)
+                surplus = unlisted(aside, names) if names else []
+                if surplus:
+                    raise OSError(errno.ENOTEMPTY, f"it holds {surplus[0]}, which its record does not list")
+                self._remove(old, aside, names)
+            finally:
+                os.close(old)
+        except (OSError, ProvenanceError) as error:
+            self._note_left(aside, error)
+
+    def _replace(self, names: Collection[str]) -> None:
+        """Swap the new directory with the earlier output, then remove that one, which holds these names.
+
+        Where the filesystem cannot swap, the old output steps aside first. Whatever interrupts this, the old
+        one is removed only when the new one stands, and is put back when nothing does, or when the disk fails
+        to keep the swap.
+        """
+        old = lock(self.destination, made=True)
+        if old is None:
+            raise DestinationError(f"another run holds {self.destination}; wait for it to end")
+        aside = _aside_path(self.destination)
+        try:
+            if not fsio.exchange(self.path, self.destination):
+                self._step_aside(aside)
+                fsio.rename(self.path, self.destination)
+            try:
+                self.settle(self.destination.parent)
+            except OSError:
+                if not same(old, self.path):
+                    fsio.rename(self.destination, self.path)
+                    fsio.rename(aside, self.destination)
+                else:
+                    fsio.exchange(self.path, self.destination)
+                raise
+        finally:
+            try:
+                self._retire(old, aside, names)
+            except BaseException:  # an interrupt in the middle of a long removal: finish it
+                self._retire(old, aside, names)
+                raise
+            finally:
+                os.close(old)
+
+    def _step_aside(self, aside: Path) -> None:
+        try:
+            fsio.rename(self.destination, aside)
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                raise DestinationError(f"output {self.destination} cannot be replaced: {CANNOT_MOVE}") from error
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise DestinationError(
+                    f"output {self.destination} cannot be replaced: {aside} is in the way, which an earlier run could "
+                    f"not remove; remove it yourself, or choose another output"
+                ) from error
+            raise
+
+    def _retire(self, old: int, aside: Path, names: Collection[str]) -> None:
+        """Remove the old output from where it stepped to, or put it back when nothing stands in its place."""
+        leftover = next((place for place in (self.path, aside) if same(old, place)), None)
+        if leftover is None:
+            return
+        if not fsio.exists(self.destination):
+            fsio.rename(leftover, self.destination)
+            return
+        try:
+            self._remove(old, leftover, names)
+        except OSError as error:  # the new output stands, so that this run did what it was asked to
+            with suppress(OSError):
+                if leftover != aside and not fsio.exists(aside):
+                    fsio.rename(leftover, aside)
+                    leftover = aside
+            self._note_left(leftover, error)
+
+    def _remove(self, old: int, place: Path, names: Collection[str]) -> None:
+        """Remove the files of these names from an output that stepped to `place`, its record last; then the directory.
+
+        What came there meanwhile keeps it: OSError.
+        """
+        held = set(list_directory(old))
+        for name in sorted(held & set(names) - {PROVENANCE}):
+            os.unlink(name, dir_fd=old)
+        if held - set(names):
+            raise OSError(errno.ENOTEMPTY, f"it holds {min(held - set(names))}, which its record does not list")
+        if PROVENANCE in held:
+            if self.sync:
+                with suppress(OSError):  # lest a crash leave files without the record that lists them
+                    os.fsync(old)
+            os.unlink(PROVENANCE, dir_fd=old)
+        place.rmdir()
+
+    def _note_left(self, place: Path, error: Exception) -> None:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        self.notes.append(
+            f"an earlier output could not be removed whole and is left at {place} ({why}); remove it yourself, or "
+            f"the next run tries again"
+        )

@@ -1,0 +1,1 @@
+"""Whisper-shaped checkpoints with made-up numbers, and the demo."""

@@ -1,0 +1,491 @@
+"""Whisper-shaped checkpoints with made-up numbers, for the demo, the tests and the benchmarks.
+
+A written directory holds everything a published Whisper checkpoint does (weights, `config.json`,
+`generation_config.json`, tokenizer and feature extractor), loads offline with transformers, and transcribes
+nothing sensible. The same arguments give the same bytes on every run and every machine: the numbers are made
+from the raw output of a bit generator, whose stream numpy keeps fixed across its versions, by float32
+operations that round the same everywhere.
+
+Needs numpy alone. Memory stays at a few MB per thread, whatever the shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsa.testing.whisper_config import (
+    DTYPES,
+    SHAPES,
+    TOKENIZER_VOCAB_SIZE,
+    WEIGHT_STD,
+    DType,
+    WhisperShape,
+    check_dtype,
+    write_config,
+    write_json,
+    write_processor,
+)
+
+__all__ = [
+    "SHAPES",
+    "TOKENIZER_VOCAB_SIZE",
+    "DType",
+    "LoudHead",
+    "Role",
+    "WhisperShape",
+    "tensor_shapes",
+    "write_checkpoint",
+    "write_config",
+    "write_processor",
+    "write_triple",
+]
+
+Role = Literal["base", "primary", "secondary"]
+LoudHead = tuple[str, int, str, int]
+"""(stack, layer, kind, head): stack "encoder" or "decoder", kind "q", "k" or "v", indices from zero."""
+
+_Floats = NDArray[np.float32]
+
+_ROLES: tuple[Role, ...] = ("base", "primary", "secondary")
+_BLOCK_ELEMENTS = 1 << 18
+_THREADS = 2
+
+# Tensors ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the model; its `heads` (0: it has none) are groups of equal size along `head_axis`."""
+
+    name: str
+    shape: tuple[int, ...]
+    mean: float = 0.0
+    heads: int = 0
+    head_axis: int = 0
+    projection: tuple[str, int, str] | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def row_elements(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def _norm(name: str, width: int) -> Iterator[_Tensor]:
+    yield _Tensor(f"{name}.weight", (width,), mean=1.0)
+    yield _Tensor(f"{name}.bias", (width,))
+
+
+def _affine(name: str, *weight_shape: int) -> Iterator[_Tensor]:
+    yield _Tensor(f"{name}.weight", weight_shape)
+    yield _Tensor(f"{name}.bias", weight_shape[:1])
+
+
+def _attention(name: str, width: int, heads: int, loudable: tuple[str, int] | None) -> Iterator[_Tensor]:
+    """Projections in the order of transformers' modules; `k_proj` has no bias in Whisper."""
+    for kind in "kvq":
+        projection = None if loudable is None else (*loudable, kind)
+        yield _Tensor(f"{name}.{kind}_proj.weight", (width, width), heads=heads, projection=projection)
+        if kind != "k":
+            yield _Tensor(f"{name}.{kind}_proj.bias", (width,), heads=heads, projection=projection)
+    yield _Tensor(f"{name}.out_proj.weight", (width, width), heads=heads, head_axis=1)
+    yield _Tensor(f"{name}.out_proj.bias", (width,))
+
+
+def _stack(shape: WhisperShape, stack: str) -> Iterator[_Tensor]:
+    width = shape.d_model
+    layers, heads = (
+        (shape.encoder_layers, shape.encoder_heads)
+        if stack == "encoder"
+        else (shape.decoder_layers, shape.decoder_heads)
+    )
+    for index in range(layers):
+        layer = f"model.{stack}.layers.{index}"
+        yield from _attention(f"{layer}.self_attn", width, heads, (stack, index))
+        yield from _norm(f"{layer}.self_attn_layer_norm", width)
+        if stack == "decoder":
+            yield from _attention(f"{layer}.encoder_attn", width, heads, None)
+            yield from _norm(f"{layer}.encoder_attn_layer_norm", width)
+        yield from _affine(f"{layer}.fc1", shape.ffn_dim, width)
+        yield from _affine(f"{layer}.fc2", width, shape.ffn_dim)
+        yield from _norm(f"{layer}.final_layer_norm", width)
+    yield from _norm(f"model.{stack}.layer_norm", width)
+
+
+def _tensors(shape: WhisperShape) -> Iterator[_Tensor]:
+    width = shape.d_model
+    yield from _affine("model.encoder.conv1", width, shape.num_mel_bins, 3)
+    yield from _affine("model.encoder.conv2", width, width, 3)
+    yield _Tensor("model.encoder.embed_positions.weight", (shape.max_source_positions, width))
+    yield from _stack(shape, "encoder")
+    yield _Tensor("model.decoder.embed_tokens.weight", (shape.vocab_size, width))
+    yield _Tensor("model.decoder.embed_positions.weight", (shape.max_target_positions, width))
+    yield from _stack(shape, "decoder")
+
+
+def tensor_shapes(shape: WhisperShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a saved WhisperForConditionalGeneration, in the order of its state dict.
+
+    Names start with `model.`; the output projection is tied to the token embedding and so is absent.
+    """
+    return {tensor.name: tensor.shape for tensor in _tensors(shape)}
+
+
+# Numbers ---------------------------------------------------------------------------------------------------
+
+
+def _generator(seed: int, purpose: str, name: str) -> np.random.SFC64:
+    """A stream of its own for each (seed, purpose, tensor), so that neither order nor sharding matters."""
+    digest = hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=16).digest()
+    return np.random.SFC64(int.from_bytes(digest, "little"))
+
+
+def _noise(generator: np.random.SFC64, count: int, std: float) -> _Floats:
+    """`count` float32 numbers, uniform around zero with the given standard deviation."""
+    raw = generator.random_raw((count + 1) // 2)
+    noise = raw.view(np.int32)[:count].astype(np.float32)
+    noise *= np.float32(std * math.sqrt(3.0) / 2.0**31)
+    return noise
+
+
+def _head_gains(tensor: _Tensor, seed: int, role: str, loud: Collection[int], loud_factor: float) -> _Floats:
+    """A factor between 0.5 and 1.5 for each head's delta, times `loud_factor` in the loud heads.
+
+    Noise of one strength gives the heads of a wide model almost equal saliency scores, and a selection that
+    hangs on rounding. So the heads' strengths are spaced evenly, in an order that both fine-tunes share, and
+    each fine-tune moves them by less than half a step.
+    """
+    order = _generator(seed, "rank", tensor.name).random_raw(tensor.heads)
+    rank = np.argsort(np.argsort(order, kind="stable"), kind="stable")
+    jitter = _generator(seed, f"{role} jitter", tensor.name).random_raw(tensor.heads) / 2.0**64
+    gains = 0.5 + (rank + 0.25 + 0.5 * jitter) / tensor.heads
+    gains[list(loud)] *= loud_factor
+    return gains.astype(np.float32)
+
+
+class _Delta:
+    """The task vector of one role in one tensor, drawn block by block from its first row to its last."""
+
+    def __init__(
+        self, tensor: _Tensor, role: str, seed: int, delta: float, loud: Collection[int], loud_factor: float
+    ) -> None:
+        self._generator = _generator(seed, role, tensor.name)
+        self._std = delta
+        self._axis = tensor.head_axis
+        self._gains: _Floats | None = None
+        if tensor.heads:
+            gains = _head_gains(tensor, seed, role, loud, loud_factor)
+            self._gains = np.repeat(gains, tensor.shape[tensor.head_axis] // tensor.heads)
+
+    def block(self, first: int, rows: int, row_elements: int) -> _Floats:
+        """Rows `first` to `first + rows`, float32 [rows, row_elements]."""
+        values = _noise(self._generator, rows * row_elements, self._std).reshape(rows, row_elements)
+        if self._gains is not None:
+            values *= self._gains[first : first + rows, None] if self._axis == 0 else self._gains
+        return values
+
+
+def _encode(values: _Floats, dtype: str) -> NDArray[Any]:
+    """Rounds float32 once, to nearest even; bfloat16 comes as its uint16 bit patterns. Finite values only."""
+    if dtype == "float32":
+        return values
+    if dtype == "float16":
+        return values.astype(np.float16)
+    bits = values.view(np.uint32)
+    lowest_kept = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + lowest_kept + np.uint32(0x7FFF)) >> np.uint32(16)).astype(np.uint16)
+
+
+# Files -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Placed:
+    tensor: _Tensor
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where each tensor lies: headers (with length prefix) and sizes by file, tensors in file order."""
+
+    headers: dict[str, bytes]
+    sizes: dict[str, int]
+    placed: tuple[_Placed, ...]
+    index: dict[str, Any] | None
+
+
+def _split(tensors: Iterable[_Tensor], itemsize: int, limit: int | None) -> list[list[_Tensor]]:
+    """Shards as transformers cuts a model: a tensor above the limit has its own, others fill up in order."""
+    shards: list[list[_Tensor]] = []
+    current: list[_Tensor] = []
+    used = 0
+    for tensor in tensors:
+        size = tensor.elements * itemsize
+        if limit is not None and size > limit:
+            shards.append([tensor])
+            continue
+        if limit is not None and current and used + size > limit:
+            shards.append(current)
+            current, used = [], 0
+        current.append(tensor)
+        used += size
+    return [*shards, current] if current else shards
+
+
+def _saved_name(tensor: _Tensor, prefix: str) -> str:
+    return prefix + tensor.name.removeprefix("model.")
+
+
+def _layout(shape: WhisperShape, dtype: str, max_shard_bytes: int | None, prefix: str) -> _Layout:
+    code, itemsize = DTYPES[dtype]
+    shards = _split(_tensors(shape), itemsize, max_shard_bytes)
+    headers: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    placed: list[_Placed] = []
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        single = len(shards) == 1
+        file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = sorted(shard, key=lambda tensor: tensor.name)
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in shard:
+            start, end = end, end + tensor.elements * itemsize
+            name = _saved_name(tensor, prefix)
+            entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+            weight_map[name] = file
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        headers[file] = len(text).to_bytes(8, "little") + text
+        sizes[file] = len(headers[file]) + end
+        placed += [
+            _Placed(tensor, file, len(headers[file]) + entries[_saved_name(tensor, prefix)]["data_offsets"][0])
+            for tensor in shard
+        ]
+    index = None
+    if len(shards) > 1:
+        parameters = sum(math.prod(tensor_shape) for tensor_shape in tensor_shapes(shape).values())
+        totals = {"total_parameters": parameters, "total_size": parameters * itemsize}
+        index = {"metadata": totals, "weight_map": weight_map}
+    return _Layout(headers, sizes, tuple(placed), index)
+
+
+def _pwrite_all(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What the values depend on, besides tensor and role."""
+
+    dtype: str
+    seed: int
+    delta: float
+    loud: Mapping[tuple[str, int, str], frozenset[int]]
+    loud_factor: float
+
+    def delta_of(self, tensor: _Tensor, role: str) -> _Delta:
+        loud = self.loud.get(tensor.projection, frozenset()) if tensor.projection else frozenset()
+        return _Delta(tensor, role, self.seed, self.delta, loud, self.loud_factor)
+
+
+def _write_tensor(place: _Placed, descriptors: Mapping[str, int], numbers: _Numbers) -> None:
+    """Writes one tensor into each role's open file; base's numbers are drawn once for all of them."""
+    tensor = place.tensor
+    base_generator = _generator(numbers.seed, "base", tensor.name)
+    deltas = {role: numbers.delta_of(tensor, role) for role in descriptors if role != "base"}
+    # An even number of rows, so that no block ends within a raw number and the block size changes no value.
+    step = max(2, _BLOCK_ELEMENTS // tensor.row_elements // 2 * 2)
+    row_bytes = tensor.row_elements * DTYPES[numbers.dtype][1]
+    for first in range(0, tensor.rows, step):
+        rows = min(step, tensor.rows - first)
+        base = _noise(base_generator, rows * tensor.row_elements, WEIGHT_STD).reshape(rows, -1)
+        if tensor.mean:
+            base += np.float32(tensor.mean)
+        for role, descriptor in descriptors.items():
+            values = base
+            if role != "base":
+                values = deltas[role].block(first, rows, tensor.row_elements)
+                values += base
+            data = _encode(values, numbers.dtype).view(np.uint8).data
+            _pwrite_all(descriptor, data, place.offset + first * row_bytes)
+
+
+def _write_weights(directories: Mapping[str, Path], layout: _Layout, numbers: _Numbers) -> None:
+    """Writes the weights of several roles side by side, tensors in parallel."""
+    with ExitStack() as stack:
+        descriptors: dict[str, dict[str, int]] = {file: {} for file in layout.headers}
+        for role, directory in directories.items():
+            for file, header in layout.headers.items():
+                descriptor = os.open(directory / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                stack.callback(os.close, descriptor)
+                os.truncate(descriptor, layout.sizes[file])
+                _pwrite_all(descriptor, memoryview(header), 0)
+                descriptors[file][role] = descriptor
+        pool = ThreadPoolExecutor(_THREADS)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        tasks = [pool.submit(_write_tensor, place, descriptors[place.file], numbers) for place in layout.placed]
+        for task in tasks:
+            task.result()
+    if layout.index is not None:
+        for directory in directories.values():
+            write_json(directory / "model.safetensors.index.json", layout.index)
+
+
+# Checkpoints -----------------------------------------------------------------------------------------------
+
+
+def _loud_by_projection(
+    shape: WhisperShape, loud_heads: Collection[LoudHead]
+) -> dict[tuple[str, int, str], frozenset[int]]:
+    heads_of = {tensor.projection: tensor.heads for tensor in _tensors(shape) if tensor.projection}
+    loud: dict[tuple[str, int, str], frozenset[int]] = {}
+    for stack, layer, kind, head in loud_heads:
+        projection = (stack, layer, kind)
+        if projection not in heads_of or not 0 <= head < heads_of[projection]:
+            raise ValueError(f"loud head {(stack, layer, kind, head)} does not exist in {shape}")
+        loud[projection] = loud.get(projection, frozenset()) | {head}
+    return loud
+
+
+def _write_roles(
+    directories: Mapping[str, Path],
+    shape: WhisperShape,
+    *,
+    dtype: DType,
+    seed: int,
+    delta: float,
+    loud_heads: Collection[LoudHead],
+    loud_factor: float,
+    max_shard_bytes: int | None,
+    prefix: str,
+    processor: bool,
+) -> None:
+    check_dtype(dtype)
+    if prefix not in ("model.", ""):
+        raise ValueError(f"prefix is {prefix!r}, expected 'model.' or ''")
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
+    numbers = _Numbers(dtype, seed, delta, _loud_by_projection(shape, loud_heads), loud_factor)
+    architecture = "WhisperForConditionalGeneration" if prefix else "WhisperModel"
+    for directory in directories.values():
+        # Shards of another layout beside the new ones would make a checkpoint of two models.
+        if any(directory.glob("model*.safetensors*")):
+            raise FileExistsError(f"{directory} already holds weights, expected a directory without")
+    for directory in directories.values():
+        write_config(directory, shape, dtype, architecture=architecture)
+        if processor:
+            write_processor(directory, shape)
+    _write_weights(directories, _layout(shape, dtype, max_shard_bytes, prefix), numbers)
+
+
+def write_checkpoint(
+    directory: str | os.PathLike[str],
+    shape: WhisperShape,
+    *,
+    dtype: DType = "float32",
+    role: Role = "base",
+    seed: int = 0,
+    delta: float = 1e-3,
+    loud_heads: Collection[LoudHead] = (),
+    loud_factor: float = 10.0,
+    max_shard_bytes: int | None = None,
+    prefix: str = "model.",
+    processor: bool = True,
+) -> Path:
+    """Writes one synthetic checkpoint and returns its directory.
+
+    Weights are uniform around 0 (layer norm weights around 1) with a standard deviation of 0.02. The base is
+    a function of the seed alone; "primary" and "secondary" are that base plus a delta of their own, so the
+    three roles written with the same arguments form a triple. Values are made in float32 and rounded once.
+
+    Args:
+        directory: made if it does not exist; must hold no weights yet.
+        shape: the model's dimensions.
+        dtype: the dtype of every tensor in the file.
+        role: which of the triple to write.
+        seed: of the base and of both deltas.
+        delta: standard deviation of the delta; heads vary between half and one and a half times that.
+        loud_heads: heads of self-attention projections, weight and bias, whose delta is `loud_factor` larger.
+        loud_factor: see `loud_heads`.
+        max_shard_bytes: tensor bytes a file may hold before another is begun; None writes a single file.
+        prefix: "model." as WhisperForConditionalGeneration saves names, "" as WhisperModel does. The numbers
+            are the same.
+        processor: whether to write tokenizer and feature extractor too.
+
+    Raises:
+        ValueError: an argument is out of its range, or a loud head does not exist.
+        FileExistsError: the directory already holds weights.
+        OSError: the disk is full or not writable; an incomplete checkpoint stays behind.
+    """
+    if role not in _ROLES:
+        raise ValueError(f"role is {role!r}, expected one of {', '.join(_ROLES)}")
+    _write_roles(
+        {role: Path(directory)},
+        shape,
+        dtype=dtype,
+        seed=seed,
+        delta=delta,
+        loud_heads=loud_heads,
+        loud_factor=loud_factor,
+        max_shard_bytes=max_shard_bytes,
+        prefix=prefix,
+        processor=processor,
+    )
+    return Path(directory)
+
+
+def write_triple(
+    root: str | os.PathLike[str],
+    shape: WhisperShape,
+    *,
+    dtype: DType = "float32",
+    seed: int = 0,
+    delta: float = 1e-3,
+    loud_heads: Collection[LoudHead] = (),
+    loud_factor: float = 10.0,
+    max_shard_bytes: int | None = None,
+    prefix: str = "model.",
+    processor: bool = True,
+) -> dict[str, Path]:
+    """Writes `root/base`, `root/primary` and `root/secondary` and returns the three directories by role.
+
+    The files equal those of three `write_checkpoint` calls, byte for byte; base's numbers are drawn once for
+    all three. Arguments and errors are those of `write_checkpoint`.
+    """
+    directories: dict[str, Path] = {role: Path(root) / role for role in _ROLES}
+    _write_roles(
+        directories,
+        shape,
+        dtype=dtype,
+        seed=seed,
+        delta=delta,
+        loud_heads=loud_heads,
+        loud_factor=loud_factor,
+        max_shard_bytes=max_shard_bytes,
+        prefix=prefix,
+        processor=processor,
+    )
+    return directories

@@ -1,0 +1,60 @@
+"""What the parts of an output say of one another: its tensors, its config, and its provenance.
+
+Nothing here raises for a damaged output: each check yields a line for everything that is not as it must be.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import get_args
+
+import numpy as np
+
+from hsa.architectures.base import Preset, Projection
+from hsa.outputs.provenance import Record
+from hsa.sources import structure
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.dtypes import ARITHMETIC, STORAGE, all_finite, first_not_finite
+
+STEP = 1 << 20
+"""Bytes of an output that are in memory at a time, for each thread."""
+
+
+def keys(checkpoint: Checkpoint) -> Iterator[str]:
+    """Whether the tensors are those that the config promises, in names, shapes and element types."""
+    for name, stored in itertools.islice(checkpoint.renamed.items(), 1):
+        yield f"{len(checkpoint.renamed)} tensors have names that no loader finds, such as {stored:.300} for {name}"
+    yield from (fault.what for fault in structure.faults(checkpoint))
+
+
+def preset_of(record: Record | None) -> Preset:
+    """Which tensors to take for targets; all that could be where the provenance does not say."""
+    found = None if record is None else record.parameters.get("targets")
+    return found if isinstance(found, str) and found in get_args(Preset) else "attention-all"  # type: ignore[return-value]
+
+
+def finite(checkpoint: Checkpoint, projection: Projection, ref: TensorRef, heads: int | None) -> Iterator[str]:
+    """Whether a target tensor holds finite numbers alone; names the head of the first that is none."""
+    if ref.code not in ARITHMETIC:
+        yield f"target tensor {ref.name} has dtype {ref.code}, expected one of {', '.join(ARITHMETIC)}"
+        return
+    buffer = np.empty(min(STEP, ref.nbytes), dtype=np.uint8)
+    for start in range(0, ref.nbytes, STEP):
+        part = buffer[: min(STEP, ref.nbytes - start)]
+        checkpoint.read_into(ref, part.data, start)
+        values = part.view(STORAGE[ref.code])
+        if not all_finite(ref.code, values):
+            element = start // values.itemsize + first_not_finite(ref.code, values)
+            head = "" if heads is None else head_text(projection, ref.shape, heads, element)
+            yield f"target tensor {ref.name}{head} holds NaN or Inf, first in element {element}"
+            return
+
+
+def head_text(projection: Projection, shape: tuple[int, ...], heads: int, element: int) -> str:
+    """`, head N`: the head that owns an element; nothing where the tensor cannot be split into so many."""
+    if len(shape) <= projection.head_axis or shape[projection.head_axis] % heads or heads > shape[projection.head_axis]:
+        return ""
+    index = np.unravel_index(element, shape)[projection.head_axis]
+    return f", head {int(index) // (shape[projection.head_axis] // heads)}"

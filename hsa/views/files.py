@@ -1,0 +1,67 @@
+"""What an inspection looks like: text, CSV, a picture, a page. Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from hsa.errors import DestinationError
+from hsa.option_names import option
+from hsa.system import fsio
+from hsa.system.destinations import refuse_enclosed
+
+PathLike = str | os.PathLike[str]
+
+
+def check_file(path: PathLike, kept: Sequence[PathLike], *, overwrite: bool) -> Path:
+    """The absolute path of a file to write. `kept` are sources and outputs, into which nothing is written.
+
+    Raises DestinationError when it exists (without `overwrite`) or is no file, when its directory is missing, or when
+    it lies in a source or an output.
+    """
+    given = Path(path).expanduser()
+    try:
+        parent = given.parent.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise DestinationError(
+            f"{given} cannot be written: its directory {given.parent} is missing; make it"
+        ) from error
+    found = parent / given.name
+    if not given.name or found.is_dir():
+        raise DestinationError(f"{given} is a directory; give the name of a file")
+    if os.path.lexists(found) and (not overwrite or not found.is_file()):
+        raise DestinationError(f"{given} exists; give another name, or {option('overwrite', True)} to replace a file")
+    real = found.resolve()
+    for folder in kept:
+        with suppress(OSError, RuntimeError):
+            if real.is_relative_to(Path(folder).expanduser().resolve()):
+                raise DestinationError(f"{given} lies in {folder}, which is not written to; choose another directory")
+    refuse_enclosed(real, str(given))
+    return real
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole: beside its place first, then renamed. Raises MachineError."""
+    with fsio.writing(path, len(data)):
+        fd, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+                file.write(data)
+                file.flush()
+                fsio.sync(file.fileno())
+            fsio.rename(Path(name), path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+
+
+def _umask() -> int:
+    """This process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
