@@ -22,20 +22,20 @@ test-faults: $(READY)
 # Every CPU command on each of Python 3.10 to 3.13 that is found here, with the lowest versions that setup.py allows and
 # without torch. Downloads small packages.
 test-pythons: $(READY)
-	$(BIN)/python tests/pythons.py
+	$(BIN)/python tests/support/pythons.py
 
 # With the real programs that hsa works with, in an environment of their own; nothing is downloaded while they run.
 test-integrations: $(INTEGRATIONS)/ready
-	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations tests/test_transformers.py
+	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/programs tests/integrations/test_transformers.py
 
 test-interpret: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernels_merge.py tests/test_kernels_refusals.py \
-	    tests/test_kernels_interleaved.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_merge.py tests/kernels/test_refusals.py \
+	    tests/kernels/test_interleaved.py
 
 # On a machine whose Python has torch already: make test-gpu BIN=/path/to/its/bin READY=
 # Where there is no GPU every module is skipped and says so, for which pytest exits with 5.
 test-gpu: $(READY)
-	$(BIN)/python -m pytest tests/test_gpu.py tests/test_kernels_merge.py tests/test_kernels_refusals.py || test $$? = 5
+	$(BIN)/python -m pytest tests/backends/test_gpu.py tests/kernels/test_merge.py tests/kernels/test_refusals.py || test $$? = 5
 
 # A coverage-guided fuzzer on each kind of file, one after the other: make fuzz SECONDS=600 TARGETS="header patch"
 SECONDS := 60

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE), str(HERE.parent / "support"), str(HERE.parents[1])]
 
 TIMEOUT = 20
 """Seconds that one input may take, instrumented, on a busy machine."""
@@ -30,7 +30,7 @@ INSTRUMENTED = 10.0
 ROOM = 3 << 30
 """Bytes of memory of a fuzzer, its own corpus, mutations and counters included."""
 LENGTH = 1 << 17
-"""Bytes of an input that is made up; larger ones are in tests/test_corpus.py."""
+"""Bytes of an input that is made up; larger ones are in tests/fuzz/test_corpus.py."""
 
 
 def replay(place: Path, files: list[Path]) -> None:
