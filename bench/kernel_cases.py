@@ -29,7 +29,7 @@ from cases import ALPHA, LAM, K
 import hsa
 from hsa import reference
 from hsa.architectures.whisper import parse
-from hsa.backends.base import Job
+from hsa.backends.base import TargetBuffers
 from hsa.backends.cpu import CpuBackend
 from hsa.backends.resident import CODE_OF, CpuResident, bytes_of
 from hsa.planning.outcome import Merged
@@ -419,11 +419,11 @@ class CpuProblem(Problem):
         c1, c2 = float(np.float32(c)), float(np.float32(1.0 - c))
         return Target(projection, size, shape.heads, K, self.keep, c, c1, c2, 1.0, *refs, out_code=CODE_OF[mix.out])
 
-    def _job(self, of: Sources, g: int) -> Job:
+    def _job(self, of: Sources, g: int) -> TargetBuffers:
         base, primary, secondary = (bytes_of(role[g]) for role in (of.base, of.primary, of.secondary))
-        return Job(self._targets[g], base, primary, secondary, out=primary)
+        return TargetBuffers(self._targets[g], base, primary, secondary, out=primary)
 
-    def _resident(self, jobs: list[Job], threads: int) -> CpuResident:
+    def _resident(self, jobs: list[TargetBuffers], threads: int) -> CpuResident:
         data = {role: {job.target.projection.name: job.source(role) for job in jobs} for role in ROLES}
         resident = CpuResident(data, threads)
         resident.score(self._targets)

@@ -114,7 +114,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Found:
+class Compiled:
     """What a compiled kernel needs (registers a thread; bytes) and why it is refused."""
 
     case: Case
@@ -158,7 +158,7 @@ def _cases(target: str) -> Iterator[Case]:
                 yield replace(plain, one_run=False)
 
 
-def compile_case(case: Case, **changed: object) -> Found:
+def compile_case(case: Case, **changed: object) -> Compiled:
     """Compile one case and judge the code. changed: compiler options that differ from a launch's."""
     kernel = KERNELS[case.kernel]
     variant = case.variant
@@ -186,7 +186,7 @@ def compile_case(case: Case, **changed: object) -> Found:
     compiled = triton.compile(source, target=target, options=options)
     judge = _judge_cuda if target.backend == "cuda" else _judge_amd
     used, refusals = judge(compiled.asm, case.aligned)
-    return Found(case, tuned.rows, tuned.warps, used, compiled.metadata.shared, tuple(refusals))
+    return Compiled(case, tuned.rows, tuned.warps, used, compiled.metadata.shared, tuple(refusals))
 
 
 def _judge_cuda(asm: dict[str, object], aligned: bool) -> tuple[int, list[str]]:

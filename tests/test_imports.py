@@ -289,7 +289,7 @@ def where(found: Import) -> str:
 def test_the_parser_finds_the_imports() -> None:
     pairs = {(found.module, found.target) for found in IMPORTS}
     assert ("hsa.actions.merge", "hsa.planning.plan.make_plan") in pairs
-    assert ("hsa.backends.cpu", "hsa.backends.base.Job") in pairs
+    assert ("hsa.backends.cpu", "hsa.backends.base.TargetBuffers") in pairs
     lazy = {(found.module, found.target.partition(".")[0]) for found in IMPORTS if found.lazy}
     assert ("hsa.outputs.card", "yaml") in lazy
     assert ("hsa.actions.merge", "time") not in lazy

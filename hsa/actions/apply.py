@@ -11,7 +11,7 @@ from typing import Any
 
 from hsa.architectures.whisper import EMBEDDING, canonical
 from hsa.arguments import check_flags, check_functions, check_paths, check_values
-from hsa.engine.patch_apply import Grafter
+from hsa.engine.patch_apply import PatchApplier
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import PatchError, RequestError, SourceError, shown
 from hsa.option_names import option
@@ -25,7 +25,7 @@ from hsa.outputs.patch_reader import SUFFIX, Patch, digest_range, is_patch, open
 from hsa.outputs.provenance import Record, changed_keys, source_record, tensors_digest
 from hsa.outputs.record_checks import merge_config
 from hsa.outputs.report import NO_DIGESTS, MergeReport, TensorReport
-from hsa.planning.file_layout import Content, Copied, Graft, TensorContent, pack
+from hsa.planning.file_layout import Content, Copied, Patched, TensorContent, pack
 from hsa.planning.plan import MAX_TARGET
 from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_text
 from hsa.sources.hub.client import Hub, Want
@@ -37,7 +37,7 @@ from hsa.system.destinations import check_destination
 from hsa.system.digests import digest_of
 from hsa.system.manifest import PROVENANCE
 from hsa.system.memory import PeakMemory
-from hsa.system.publish import Staging
+from hsa.system.publish import StagedOutput
 from hsa.system.signals import deferred
 from hsa.system.strict_json import load_json
 from hsa.system.threads import check_threads, default_threads
@@ -150,10 +150,10 @@ def apply_to(
     patch.record.check_fits([*small, INDEX, CARD, *(file.name for file in files)])
     total = sum(file.size for file in files)
     step = None if progress is None else lambda done: progress(done, total)
-    grafter = Grafter(primary, patch.source)
+    grafter = PatchApplier(primary, patch.source)
     with ExitStack() as stack:
         with deferred():
-            staging = stack.enter_context(Staging(destination, overwrite=overwrite, sync=options.sync))
+            staging = stack.enter_context(StagedOutput(destination, overwrite=overwrite, sync=options.sync))
         digests = execute(files, {"primary": primary}, grafter, staging, options, tally, memory, step)
         patch.check_tensors(grafter.digests)
         primary.check_unchanged()
@@ -178,7 +178,7 @@ def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
         piece: Content = Copied("primary", ref)
         if name in targets:
             target, heads = targets[name]
-            piece = Graft(ref, target.projection.head_axis, target.head_dim, heads, patch.start(target.name))
+            piece = Patched(ref, target.projection.head_axis, target.head_dim, heads, patch.start(target.name))
         found[name] = TensorContent(ref.name, ref.code, ref.shape, (piece,))
     return found
 

@@ -34,7 +34,7 @@ from hsa.sources.source_set import Sources
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
 from hsa.system.memory import PeakMemory
-from hsa.system.publish import Staging
+from hsa.system.publish import StagedOutput
 from hsa.system.signals import deferred
 from hsa.system.threads import default_threads
 from hsa.system.types import PathLike
@@ -153,7 +153,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
         early = _early(request, job, found, hub)
         refuse(early + of_settings(job.plan.targets), strict=request.strict)
         with deferred():  # a directory that was made must be known to the stack that removes it
-            staging = stack.enter_context(Staging(job.destination, overwrite=request.overwrite, sync=request.sync))
+            staging = stack.enter_context(StagedOutput(job.destination, overwrite=request.overwrite, sync=request.sync))
         options = Options(request.threads or default_threads(), request.digest, request.sync)
         total = job.plan.bytes_to_write
         step = None if progress is None else lambda done: progress(done, total)
@@ -241,14 +241,14 @@ def collect(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tal
     return small_files.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
 
 
-def _early(request: Request, job: _Job, found: small_files.Assets, hub: Hub) -> Findings:
+def _early(request: Request, job: _PreparedMerge, found: small_files.Assets, hub: Hub) -> Findings:
     """What there is to say before the first tensor is read."""
     told = Findings((*hub.notes, *job.plan.notes, *found.notes), found.warnings)
     return told + percentages([request.config.k]) + of_plan(job.sources, job.ancestries)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _PreparedMerge:
     sources: Sources
     plan: MergePlan
     backend: Backend
@@ -256,7 +256,7 @@ class _Job:
     ancestries: Ancestries
 
 
-def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> _Job:
+def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> _PreparedMerge:
     """Open what a merge needs. Before anything large is fetched, whatever can be refused by headers is refused."""
     if has_hub_ids(request):
         with ExitStack() as trial:
@@ -266,11 +266,11 @@ def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) ->
 
 def _open(
     request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, occupied: bool = False
-) -> _Job:
+) -> _PreparedMerge:
     backend = resolve(request.backend, request.device, request.config)
     sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
     plan = make_plan(request.config, sources, request.shard_bytes)
     provenance.check_fits(plan, sources, request.settings(backend.name), (*small_files.SMALL_FILES, INDEX, CARD))
-    return _Job(sources, plan, backend, destination, ancestries(sources))
+    return _PreparedMerge(sources, plan, backend, destination, ancestries(sources))

@@ -12,7 +12,7 @@ from typing import Any
 
 from hsa.actions.request import Request, has_hub_ids, open_sources
 from hsa.architectures.base import Preset
-from hsa.engine.patch_writer import Made, Point, check_patchable, make_patches
+from hsa.engine.patch_writer import FinishedPatch, Point, check_patchable, make_patches
 from hsa.errors import DestinationError, RequestError
 from hsa.findings import Findings
 from hsa.methods.config import MergeConfig, PerTensor, percentages
@@ -33,7 +33,7 @@ from hsa.system.destinations import refuse_enclosed, relation
 from hsa.system.digests import digest_of
 from hsa.system.memory import PeakMemory
 from hsa.system.signals import deferred
-from hsa.system.staging import STAGING, Workbench, beside
+from hsa.system.staging import STAGING, StagingDirectory, beside
 from hsa.system.threads import default_threads
 from hsa.system.types import PathLike
 
@@ -103,16 +103,20 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
             request.output, [source.path for source in sources], overwrite=request.overwrite
         )
         with deferred():
-            bench = stack.enter_context(Workbench(beside(destination, STAGING), destination, sync=request.sync))
+            staging = stack.enter_context(
+                StagingDirectory(beside(destination, STAGING), destination, sync=request.sync)
+            )
         point = Point(request.config, destination.name)
         threads = request.threads or default_threads()
-        (made,) = make_patches([point], sources, opened.settings, opened.files, bench, threads, tally, memory, progress)
+        (made,) = make_patches(
+            [point], sources, opened.settings, opened.files, staging, threads, tally, memory, progress
+        )
         sources.check_unchanged()
         doubts = of_sources(made.outcomes, sources, opened.ancestries, request.config.targets)
         told = early + doubts + findings(made.outcomes)
         refuse(told, strict=request.strict)
         check_patch_destination(destination, (), overwrite=request.overwrite)
-        bench.publish_file(point.name, destination)
+        staging.publish_file(point.name, destination)
         memory.sample()
     return MergeReport(
         output=destination,
@@ -134,14 +138,14 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
     )
 
 
-def recorded(made: Made) -> Record:
+def recorded(made: FinishedPatch) -> Record:
     """The record that the merge of a finished patch has."""
     selections = [outcome.merged.selection for outcome in made.outcomes]
     return made.contents.record([s.selected for s in selections], [s.squared for s in selections])
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedSources:
     """Sources open for patches, what a provenance says beside a merge's own parameters, the small files that a merge
     writes, what there is to say of all this, and which sources are merges."""
 
@@ -164,7 +168,7 @@ def open_for_patches(
     stack: ExitStack,
     *,
     rows_only: bool = True,
-) -> Opened:
+) -> OpenedSources:
     """Open the sources of a request for patches with these parameters; primary whole unless `rows_only`.
 
     Raises as `hsa.merge`.
@@ -184,7 +188,7 @@ def open_for_patches(
     notes = (*(note for source in sources for note in source.notes), *found_assets.notes)
     merges = ancestries(sources)
     told = Findings(notes, found_assets.warnings) + percentages(config.k for config in configs)
-    return Opened(sources, request.settings("cpu"), found_assets.files, told + of_plan(sources, merges), merges)
+    return OpenedSources(sources, request.settings("cpu"), found_assets.files, told + of_plan(sources, merges), merges)
 
 
 def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:

@@ -26,7 +26,7 @@ class NotFinite(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
+class TargetBuffers:
     """A target to merge: the bytes of its three tensors and of its result, one-dimensional uint8.
 
     `out` is `primary` itself where the result replaces it.
@@ -49,7 +49,7 @@ class Job:
 class Worker(Protocol):
     """One thread's share of a backend."""
 
-    def merge_all(self, jobs: Sequence[Job]) -> list[Merged]:
+    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[Merged]:
         """Score, select and merge a group of targets into their outputs. Raises NotFinite."""
 
     def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
@@ -77,7 +77,9 @@ def buffers_cost(target: Target) -> int:
     return target.base.nbytes + 2 * target.primary.nbytes + target.secondary.nbytes
 
 
-def one_by_one(jobs: Sequence[Job], merge: Callable[[Target, Array, Array, Array, Array], Merged]) -> list[Merged]:
+def one_by_one(
+    jobs: Sequence[TargetBuffers], merge: Callable[[Target, Array, Array, Array, Array], Merged]
+) -> list[Merged]:
     """`merge_all` for a worker that merges one target at a time."""
     merged = []
     for number, job in enumerate(jobs):

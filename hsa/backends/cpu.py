@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsa.backends.base import Job, NotFinite, buffers_cost, changed_ranges, one_by_one
+from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, changed_ranges, one_by_one
 from hsa.methods.geometry import Geometry, Norms, Sums, tile_sums
 from hsa.methods.selection import select
 from hsa.planning.file_layout import Slice
@@ -105,7 +105,7 @@ class CpuWorker:
     def __init__(self) -> None:
         self._scratch = _Scratch()
 
-    def merge_all(self, jobs: Sequence[Job]) -> list[Merged]:
+    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[Merged]:
         """Merge targets one after another."""
         return one_by_one(jobs, self.merge)
 

@@ -13,7 +13,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from hsa.backends.base import Job, NotFinite, buffers_cost, one_by_one
+from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, one_by_one
 from hsa.backends.tensor_geometry import geometry
 from hsa.methods.selection import of_selected
 from hsa.planning.file_layout import Slice
@@ -52,7 +52,7 @@ class ScriptWorker:
     def __init__(self, thread: Executor) -> None:
         self._thread = thread
 
-    def merge_all(self, jobs: Sequence[Job]) -> list[Merged]:
+    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[Merged]:
         """Merge targets one after another."""
         return self._thread.submit(one_by_one, jobs, self.merge).result()
 

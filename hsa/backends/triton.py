@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from hsa.backends.base import Job, NotFinite, buffers_cost, changed_ranges
+from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, changed_ranges
 from hsa.backends.cpu import CpuWorker, Scored
 from hsa.backends.resident import Data, may_overflow, naming_halfway, not_finite
 from hsa.backends.tensor_geometry import geometry
@@ -81,7 +81,7 @@ class TritonWorker:
         self._cpu.slice(piece, primary, base, out)
 
     @torch.no_grad()
-    def merge_all(self, jobs: Sequence[Job]) -> list[Merged]:
+    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[Merged]:
         """Score, select and merge a group of targets in one launch for each combination of dtypes."""
         with self._exclusive():
             held = {role: [self._upload(job, role) for job in jobs] for role in ROLES}
@@ -131,12 +131,12 @@ class TritonWorker:
         with _INTERPRETER if interpreted() else nullcontext(), stream:
             yield
 
-    def _upload(self, job: Job, role: Role) -> torch.Tensor:
+    def _upload(self, job: TargetBuffers, role: Role) -> torch.Tensor:
         ref = job.target.ref(role)
         host = torch.from_numpy(job.source(role)).view(_dtype(ref.code)).view(job.target.shape)
         return host.to(self._device, non_blocking=True)
 
-    def _download(self, job: Job, tensor: torch.Tensor, merged: Merged) -> None:
+    def _download(self, job: TargetBuffers, tensor: torch.Tensor, merged: Merged) -> None:
         """The ranges that changed, or everything where the output is no copy of primary yet."""
         host, device = torch.from_numpy(job.out), tensor.view(-1).view(torch.uint8)
         if job.in_place and self._device.type == "cpu":

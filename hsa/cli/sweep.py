@@ -61,7 +61,7 @@ def sweep(
     from hsa.sweeps import sweep as sweeping
 
     bars = not (quiet or as_json)
-    with _standing_points_named(), printing.progress(show=bars, label="sweeping") as step:
+    with _existing_points_named(), printing.progress(show=bars, label="sweeping") as step:
         report = sweeping.sweep(
             base=base,
             primary=primary,
@@ -95,7 +95,7 @@ def sweep(
 
 
 @contextmanager
-def _standing_points_named() -> Iterator[None]:
+def _existing_points_named() -> Iterator[None]:
     """Say what stays when a signal ends a sweep."""
     try:
         yield

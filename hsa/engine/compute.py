@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from hsa.backends.base import Backend, Job, NotFinite
+from hsa.backends.base import Backend, NotFinite, TargetBuffers
 from hsa.errors import NonFiniteError
 from hsa.methods.config import Numerics
 from hsa.option_names import option
@@ -52,8 +52,8 @@ class Calculator:
     def group_bytes(self) -> int:
         return self.backend.group_bytes
 
-    def desk(self) -> Desk:
-        return Desk(self)
+    def thread(self) -> ComputeThread:
+        return ComputeThread(self)
 
     def ordered(self, targets: Sequence[Target]) -> tuple[TargetOutcome, ...]:
         """The outcomes of these targets, which all were computed."""
@@ -74,7 +74,7 @@ class Calculator:
                 del self._spare[0]
 
     @contextmanager
-    def room_for(self, cost: int) -> Iterator[None]:
+    def reserve(self, cost: int) -> Iterator[None]:
         """Wait until the computations under way leave room for one more; the largest runs alone."""
         with self._lock:
             while self._in_use and self._in_use + cost > BUDGET_BYTES:
@@ -92,7 +92,7 @@ class Calculator:
             self.outcomes[outcome.target.projection.name] = outcome
 
 
-class Desk:
+class ComputeThread:
     """One thread's place at a calculator: its worker."""
 
     def __init__(self, calculator: Calculator) -> None:
@@ -107,7 +107,7 @@ class Desk:
         return self._merge([content.target for content in contents if isinstance(content, Merge)])
 
     def _merge(self, targets: Sequence[Target]) -> list[Computation]:
-        with self._shared.room_for(sum(map(self._shared.backend.cost, targets))):
+        with self._shared.reserve(sum(map(self._shared.backend.cost, targets))):
             return self._merge_now(targets)
 
     def _merge_now(self, targets: Sequence[Target]) -> list[Computation]:
@@ -136,14 +136,14 @@ class Desk:
                     self._shared.give_back(job.source(role))
         return [Computation(job.out, result.changed) for job, result in zip(jobs, merged, strict=True)]
 
-    def _job(self, target: Target) -> Job:
+    def _job(self, target: Target) -> TargetBuffers:
         """Buffers for a target: the result replaces primary's bytes where it has their element type."""
         buffer = self._shared.buffer
         primary = out = buffer(target.primary.nbytes)
         if target.load_codes is not None or target.out_code != target.primary.code:
             rows, columns = target.matrix
             out = buffer(rows * columns * size(target.out_code))
-        return Job(target, buffer(target.base.nbytes), primary, buffer(target.secondary.nbytes), out)
+        return TargetBuffers(target, buffer(target.base.nbytes), primary, buffer(target.secondary.nbytes), out)
 
     def _slice(self, piece: Slice) -> Computation:
         start = piece.first * size(piece.primary.code)

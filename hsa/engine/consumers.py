@@ -13,7 +13,7 @@ from typing import Protocol
 from hsa.planning.file_layout import OutputFile
 from hsa.sources.checkpoint import Checkpoint
 from hsa.system import fsio
-from hsa.system.publish import Staging
+from hsa.system.publish import StagedOutput
 from hsa.system.ranges import Range
 from hsa.system.write_mode import Lanes
 
@@ -49,7 +49,7 @@ class Sink(Protocol):
 
 
 @dataclass
-class _File:
+class _OpenFile:
     """An output file, open from its first piece until its last; `left` are the bytes that were not stored yet."""
 
     plan: OutputFile
@@ -68,16 +68,16 @@ class FileSink:
     Raises MachineError.
     """
 
-    def __init__(self, staging: Staging, primary: Checkpoint, tally: fsio.Tally, *, sync: bool) -> None:
+    def __init__(self, staging: StagedOutput, primary: Checkpoint, tally: fsio.Tally, *, sync: bool) -> None:
         self._staging, self._primary, self._tally, self._sync = staging, primary, tally, sync
-        self._files: list[_File] = []
+        self._files: list[_OpenFile] = []
         self._lanes = None if sync else Lanes()
         self._lock = threading.Lock()
         self._has_direct = False
 
     def begin(self, files: Sequence[OutputFile]) -> int:
         for file in files:
-            self._files.append(_File(file, self._make(file), file.size))
+            self._files.append(_OpenFile(file, self._make(file), file.size))
         fresh = next((file for file in self._files if not file.cloned), None)
         if fresh is not None:
             direct = fsio.reopen_direct(self._path(fresh))
@@ -123,7 +123,7 @@ class FileSink:
                     fsio.sync(fd)
                 self._close(file)
 
-    def _path(self, file: _File) -> Path:
+    def _path(self, file: _OpenFile) -> Path:
         return self._staging.file(file.plan.name)
 
     def _make(self, file: OutputFile) -> bool:
@@ -148,7 +148,7 @@ class FileSink:
             os.close(made)
         return False
 
-    def _opened(self, file: _File) -> int:
+    def _opened(self, file: _OpenFile) -> int:
         with self._lock:
             if file.fd is None:
                 file.fd = fsio.reopen(self._path(file))
@@ -156,7 +156,7 @@ class FileSink:
                     file.direct = fsio.reopen_direct(self._path(file))
             return file.fd
 
-    def _close(self, file: _File) -> None:
+    def _close(self, file: _OpenFile) -> None:
         with self._lock:
             held = [fd for fd in (file.fd, file.direct) if fd is not None]
             file.fd = file.direct = None

@@ -11,24 +11,24 @@ import numpy as np
 from hsa.engine.compute import Computation
 from hsa.errors import NonFiniteError
 from hsa.outputs.patch_reader import not_finite
-from hsa.planning.file_layout import Computed, Graft
+from hsa.planning.file_layout import Computed, Patched
 from hsa.sources.checkpoint import Checkpoint
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import STORAGE, Array, all_finite, first_not_finite
-from hsa.system.fsio import Source
+from hsa.system.fsio import SourceFile
 
 
-class Grafter:
+class PatchApplier:
     """What the threads of a run share: primary, the patch, and the digest of the rows of each tensor by its name."""
 
     group_bytes = 0
 
-    def __init__(self, primary: Checkpoint, patch: Source) -> None:
+    def __init__(self, primary: Checkpoint, patch: SourceFile) -> None:
         self.primary, self.patch = primary, patch
         self.digests: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def desk(self) -> Grafter:
+    def thread(self) -> PatchApplier:
         return self
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
@@ -38,7 +38,7 @@ class Grafter:
         MachineError.
         """
         (content,) = contents
-        assert isinstance(content, Graft)
+        assert isinstance(content, Patched)
         data = np.empty(content.nbytes, np.uint8)
         self.primary.read_into(content.tensor, data.data)
         digest, ranges = self._put_rows(content, data) if content.head_axis == 0 else self._put_columns(content, data)
@@ -47,7 +47,7 @@ class Grafter:
             self.digests[content.tensor.name] = digest
         return [Computation(data, ranges)]
 
-    def _check_finite(self, content: Graft, data: Array) -> None:
+    def _check_finite(self, content: Patched, data: Array) -> None:
         ref = content.tensor
         values = data.view(STORAGE[ref.code])
         if all_finite(ref.code, values):
@@ -64,7 +64,7 @@ class Grafter:
     def give_back(self, buffer: Array) -> None:
         """Nothing is kept for another tensor."""
 
-    def _put_rows(self, content: Graft, data: Array) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def _put_rows(self, content: Patched, data: Array) -> tuple[str, tuple[tuple[int, int], ...]]:
         from blake3 import blake3
 
         hasher, place, ranges = blake3(), content.start, []
@@ -76,7 +76,7 @@ class Grafter:
             ranges.append((start, stop))
         return hasher.hexdigest(), tuple(ranges)
 
-    def _put_columns(self, content: Graft, data: Array) -> tuple[str, tuple[tuple[int, int], ...]]:
+    def _put_columns(self, content: Patched, data: Array) -> tuple[str, tuple[tuple[int, int], ...]]:
         rows = content.tensor.shape[0]
         columns = np.empty((rows, len(content.selected), content.width), np.uint8)
         flat = columns.reshape(-1)

@@ -38,7 +38,7 @@ from hsa.system.dtypes import BITS, Array
 from hsa.system.huge_pages import allocate
 from hsa.system.manifest import BLANK
 from hsa.system.memory import PeakMemory
-from hsa.system.staging import Workbench
+from hsa.system.staging import StagingDirectory
 from hsa.system.threads import supervise
 
 ROWS_BYTES = 12 << 20
@@ -47,14 +47,14 @@ ROWS_BYTES = 12 << 20
 
 @dataclass(frozen=True)
 class Point:
-    """One patch to make: its parameters, and the name of its file on the workbench."""
+    """One patch to make: its parameters, and the name of its file in the staging directory."""
 
     config: MergeConfig
     name: str
 
 
 @dataclass(frozen=True)
-class Made:
+class FinishedPatch:
     """A finished patch: its contents, outcomes in the order of the targets, and bytes."""
 
     contents: Contents
@@ -69,7 +69,7 @@ def check_patchable(config: MergeConfig, sources: Sources) -> None:
 
 
 @dataclass
-class _File:
+class _OpenPatch:
     """A patch while it is written. `stop` is where the rows of the next target begin."""
 
     point: Point
@@ -88,11 +88,11 @@ class _File:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _TargetJob:
     """A target, for the files in whose points it is one."""
 
     number: int
-    targets: tuple[tuple[_File, Target], ...]
+    targets: tuple[tuple[_OpenPatch, Target], ...]
 
     @property
     def any(self) -> Target:
@@ -103,7 +103,7 @@ class _Job:
 class _Rows:
     """The rows of a target in one file: their place, and how they come about."""
 
-    file: _File
+    file: _OpenPatch
     target: Target
     selection: Selection
     offset: int
@@ -119,36 +119,36 @@ def make_patches(
     sources: Sources,
     settings: Mapping[str, Any],
     files: Mapping[str, str],
-    bench: Workbench,
+    staging: StagingDirectory,
     threads: int,
     tally: fsio.Tally,
     memory: PeakMemory,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Made]:
-    """Write a patch for every point onto the workbench, and fsync it where the bench says so.
+) -> list[FinishedPatch]:
+    """Write a patch for every point into the staging directory, and fsync it where that one says so.
 
     `settings` and `files` are what a merge's provenance says beside its own parameters, and the digests of the small
     files that it would write. `progress` gets bytes done and in all. Raises as a merge does.
     """
     with ExitStack() as stack:
-        run = _Run(points, sources, settings, files, bench, tally, memory, stack)
+        run = _PatchRun(points, sources, settings, files, staging, tally, memory, stack)
         run.go(threads, progress)
         return run.finish()
 
 
-class _Run:
+class _PatchRun:
     def __init__(
         self,
         points: Sequence[Point],
         sources: Sources,
         settings: Mapping[str, Any],
         files: Mapping[str, str],
-        bench: Workbench,
+        staging: StagingDirectory,
         tally: fsio.Tally,
         memory: PeakMemory,
         stack: ExitStack,
     ) -> None:
-        self.sources, self.bench, self.tally, self.memory = sources, bench, tally, memory
+        self.sources, self.staging, self.tally, self.memory = sources, staging, tally, memory
         self.backend = CpuBackend()
         self.calculator = Calculator(sources, self.backend, "exact")
         self.changed = threading.Condition()
@@ -157,8 +157,8 @@ class _Run:
         self.placed = 0
         self.done = 0
         self.norms: dict[str, Norms] = {}
-        self.files: list[_File] = []
-        targets: dict[str, list[tuple[_File, Target]]] = {}
+        self.files: list[_OpenPatch] = []
+        targets: dict[str, list[tuple[_OpenPatch, Target]]] = {}
         for point in points:
             found = find_targets(point.config, sources)
             file = self._create(point, found, settings, files)
@@ -167,13 +167,13 @@ class _Run:
             for target in found:
                 targets.setdefault(target.projection.name, []).append((file, target))
         ordered = sorted(targets.values(), key=lambda held: _file_order(held[0][1]))
-        self.jobs = [_Job(number, tuple(held)) for number, held in enumerate(ordered)]
+        self.jobs = [_TargetJob(number, tuple(held)) for number, held in enumerate(ordered)]
         self.ahead = iter(self.jobs)
         self.total = sum(_expected_bytes(file.contents) for file in self.files)
 
     def _create(
         self, point: Point, targets: Sequence[Target], settings: Mapping[str, Any], files: Mapping[str, str]
-    ) -> _File:
+    ) -> _OpenPatch:
         contents = Contents(
             PROGRAM,
             libraries(),
@@ -184,9 +184,9 @@ class _Run:
         )
         size = patch_format.header_size(contents)
         expected = size + _expected_bytes(contents)
-        path = self.bench.file(point.name)
+        path = self.staging.file(point.name)
         fd = fsio.create(path, expected)
-        return _File(point, contents, fd, fsio.reopen_direct(path), size, size)
+        return _OpenPatch(point, contents, fd, fsio.reopen_direct(path), size, size)
 
     def go(self, threads: int, progress: Callable[[int, int], None] | None) -> None:
         """Have every target blended and written. `progress` is called from this thread."""
@@ -200,12 +200,12 @@ class _Run:
         if self.failure is not None:
             raise self.failure
 
-    def finish(self) -> list[Made]:
+    def finish(self) -> list[FinishedPatch]:
         """Scores, selection and header of every file, which are known now."""
         return [self._finish(file) for file in self.files]
 
-    def _finish(self, file: _File) -> Made:
-        path = self.bench.file(file.point.name)
+    def _finish(self, file: _OpenPatch) -> FinishedPatch:
+        path = self.staging.file(file.point.name)
         outcomes = tuple(file.outcomes[target.name] for target in file.contents.targets)
         selections = [outcome.merged.selection for outcome in outcomes]
         counts = {o.target.primary.name: len(s.selected) for o, s in zip(outcomes, selections, strict=True)}
@@ -229,9 +229,9 @@ class _Run:
             fsio.write_all(file.fd, memoryview(b"".join(tail.values())), file.stop, self.tally)
             fsio.write_all(file.fd, memoryview(raw), 0, self.tally)
             os.ftruncate(file.fd, stop)
-            if self.bench.sync:
+            if self.staging.sync:
                 fsio.sync(file.fd)
-        return Made(contents, outcomes, stop)
+        return FinishedPatch(contents, outcomes, stop)
 
     def _distances(self, outcomes: Sequence[TargetOutcome]) -> dict[str, Distances]:
         return distances.of(
@@ -256,7 +256,7 @@ class _Run:
                         if job is None:
                             return
                         cost = sum(job.any.ref(role).nbytes for role in ROLES)
-                        stack.enter_context(self.calculator.room_for(cost))
+                        stack.enter_context(self.calculator.reserve(cost))
                     self._check()
                     self._do(job, worker, room)
         except _Stopped:
@@ -274,7 +274,7 @@ class _Run:
         if self.failure is not None:
             raise _Stopped
 
-    def _do(self, job: _Job, worker: CpuWorker, room: _Room) -> None:
+    def _do(self, job: _TargetJob, worker: CpuWorker, room: _Room) -> None:
         target = job.any
         data: dict[Role, Array] = {}
         digests: dict[Role, str] = {}
@@ -308,7 +308,7 @@ class _Run:
         for array in arrays:
             self.calculator.give_back(array)
 
-    def _place(self, job: _Job, selections: Mapping[int, Selection]) -> list[_Rows]:
+    def _place(self, job: _TargetJob, selections: Mapping[int, Selection]) -> list[_Rows]:
         """Where the rows go in every file, once all targets before this one have their place."""
         with self.changed:
             while self.placed != job.number:
@@ -344,11 +344,11 @@ class _Run:
 
     def _write(self, rows: _Rows, view: memoryview) -> None:
         file = rows.file
-        with fsio.writing(self.bench.file(file.point.name), rows.nbytes):
+        with fsio.writing(self.staging.file(file.point.name), rows.nbytes):
             aligned = not (rows.offset % fsio.ALIGNMENT or rows.nbytes % fsio.ALIGNMENT)
             if file.direct is not None and aligned and fsio.write_direct(file.direct, view, rows.offset, self.tally):
                 return
-            fsio.write_cached(file.fd, view, rows.offset, self.tally, writeback=self.bench.sync)
+            fsio.write_cached(file.fd, view, rows.offset, self.tally, writeback=self.staging.sync)
 
 
 class _Room:

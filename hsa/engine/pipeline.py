@@ -17,14 +17,14 @@ from typing import Any, Protocol
 
 from hsa.engine.compute import Computation, Ranges
 from hsa.engine.consumers import FileSink, Sink
-from hsa.planning.file_layout import Computed, Copied, Literal, Merge, OutputFile, Segment, Slice
+from hsa.planning.file_layout import Bytes, Computed, Copied, Merge, OutputFile, Segment, Slice
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.roles import Role
 from hsa.system import fsio
 from hsa.system.dtypes import Array
 from hsa.system.huge_pages import allocate
 from hsa.system.memory import PeakMemory
-from hsa.system.publish import Staging
+from hsa.system.publish import StagedOutput
 from hsa.system.threads import supervise
 
 AHEAD = 32 << 20
@@ -48,7 +48,7 @@ class Options:
     sync: bool = True
 
 
-class Desk(Protocol):
+class ComputeThread(Protocol):
     """One thread's place at a calculator."""
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
@@ -58,19 +58,19 @@ class Desk(Protocol):
 class Calculator(Protocol):
     """What computes the segments of a plan that are no copies: `compute.Calculator` or `patch_apply.Grafter`.
 
-    `group_bytes` are the targets that a desk takes in one go."""
+    `group_bytes` are the targets that a thread takes at once."""
 
     @property
     def group_bytes(self) -> int: ...
 
-    def desk(self) -> Desk: ...
+    def thread(self) -> ComputeThread: ...
 
     def give_back(self, buffer: Array) -> None:
         """Take back the memory of a computation that was written."""
 
 
 @dataclass
-class _File:
+class _FileProgress:
     """An output file while it is assembled."""
 
     plan: OutputFile
@@ -92,7 +92,7 @@ class _File:
 class _Task:
     """Compute segments, or (with none) assemble and write a piece."""
 
-    file: _File
+    file: _FileProgress
     number: int
     start: int
     stop: int
@@ -112,7 +112,7 @@ class _Result:
 class _Local:
     """One thread's own memory."""
 
-    desk: Desk
+    thread: ComputeThread
     piece: memoryview
 
 
@@ -124,7 +124,7 @@ def execute(
     files: Sequence[OutputFile],
     sources: Mapping[Role, Checkpoint],
     calculator: Calculator,
-    staging: Staging,
+    staging: StagedOutput,
     options: Options,
     tally: fsio.Tally,
     memory: PeakMemory,
@@ -150,12 +150,12 @@ def assemble(
 ) -> dict[str, str]:
     """Hand every piece of the weights files to a sink, which writes it, or compares it; see `execute`."""
     try:
-        return _Run(files, sources, calculator, sink, options, memory).go(progress)
+        return _PipelineRun(files, sources, calculator, sink, options, memory).go(progress)
     finally:
         sink.close()
 
 
-class _Run:
+class _PipelineRun:
     def __init__(
         self,
         files: Sequence[OutputFile],
@@ -193,13 +193,13 @@ class _Run:
         self.sink.finish()
         return {file.plan.name: file.hasher.hexdigest() for file in self.files if file.hasher is not None}
 
-    def _opened(self, file: OutputFile, number: int) -> _File:
+    def _opened(self, file: OutputFile, number: int) -> _FileProgress:
         hasher: Hasher | None = None
         if self.options.digest:
             from blake3 import blake3
 
             hasher = blake3()
-        return _File(file, number, hasher, [segment.offset for segment in file.segments])
+        return _FileProgress(file, number, hasher, [segment.offset for segment in file.segments])
 
     def _all_tasks(self) -> Iterator[_Task]:
         """Every task in file order, computations before the piece in which the first of their results begins.
@@ -231,7 +231,7 @@ class _Run:
 
     def _work(self) -> None:
         try:
-            local = _Local(self.calculator.desk(), allocate(self.piece))
+            local = _Local(self.calculator.thread(), allocate(self.piece))
             while True:
                 with self.changed:
                     if self.failure is not None:
@@ -264,7 +264,7 @@ class _Run:
             raise _Stopped
 
     def _compute(self, segments: Sequence[Segment], local: _Local) -> None:
-        computed = local.desk.compute([segment.content for segment in segments])  # type: ignore[misc]
+        computed = local.thread.compute([segment.content for segment in segments])  # type: ignore[misc]
         with self.changed:
             for segment, found in zip(segments, computed, strict=True):
                 result = self.results[id(segment)]
@@ -280,7 +280,7 @@ class _Run:
             low, high = max(start, segment.offset), min(stop, segment.stop)
             part = view[low - start : high - start]
             content = segment.content
-            if isinstance(content, Literal):
+            if isinstance(content, Bytes):
                 part[:] = memoryview(content.data)[low - segment.offset : high - segment.offset]
             elif isinstance(content, Copied):
                 if file.hasher is not None or not self.sink.holds_copies(file.number):

@@ -17,7 +17,7 @@ from hsa.outputs import provenance
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.sources.checkpoint import INDEX, WEIGHTS
 from hsa.sources.roles import ROLES, Role
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 from hsa.system.manifest import PROVENANCE
 
 STEP = 1 << 20
@@ -240,7 +240,7 @@ def _compare_file(first: Path, second: Path, tally: Tally, step: Callable[[int],
     with ExitStack() as stack:
         files = []
         for path, label in ((first, "a"), (second, "b")):
-            file = Source(path, label, tally)
+            file = SourceFile(path, label, tally)
             stack.callback(file.close)
             files.append(file)
         if files[0].size != files[1].size:

@@ -49,7 +49,7 @@ from hsa.sources.checkpoint import CONFIG, read_text
 from hsa.sources.roles import Role
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
-from hsa.system.publish import Staging
+from hsa.system.publish import StagedOutput
 from hsa.system.signals import deferred
 from hsa.system.streams import watched
 
@@ -143,7 +143,7 @@ def run(arguments: Sequence[str]) -> Result:
     destination = _destination(context.params["out_path"], recipe)
     _less_noise(context)
     with deferred():  # a directory that was made must be known to the block that removes it
-        staging = Staging(destination, overwrite=False, sync=True)
+        staging = StagedOutput(destination, overwrite=False, sync=True)
     with staging:
         with _readable(config, recipe) as document, _plainly(), context:
             context.params.update(config_file=os.fspath(document), out_path=os.fspath(staging.path))
@@ -364,7 +364,7 @@ def _cast_warnings(recipe: _Recipe) -> Iterator[str]:
 # --- after mergekit has written -----------------------------------------------------------------------------------
 
 
-def _complete(staging: Staging, recipe: _Recipe, merging: Merging, cache: str | None, result: Result) -> None:
+def _complete(staging: StagedOutput, recipe: _Recipe, merging: Merging, cache: str | None, result: Result) -> None:
     """Put right what mergekit leaves out or gets wrong beside the weights.
 
     With `hsa` the small files are primary's, else base's, as `hsa merge` has them; with other methods what is missing
@@ -417,7 +417,7 @@ def _edit(path: Path, change: Callable[[str], str]) -> None:
             path.write_text(change(text), encoding="utf-8")
 
 
-def _settle(staging: Staging) -> None:
+def _settle(staging: StagedOutput) -> None:
     """Ordinary modes, where safetensors' writer leaves 0600, and everything on disk before it is published."""
     mask = os.umask(0o022)
     os.umask(mask)

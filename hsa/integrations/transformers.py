@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from hsa.actions.merger.destination import require_own_memory
-from hsa.actions.merger.loaded import Entry, config_of, entries_of, in_its_place, targets_of
+from hsa.actions.merger.loaded import LoadedTensor, config_of, entries_of, in_its_place, targets_of
 from hsa.actions.merger.merger import Merger, Source
 from hsa.actions.merger.shared_memory import first_shared, spans
 from hsa.actions.merger.written import forget
@@ -98,7 +98,7 @@ def hsa_merge_(
     return model
 
 
-def _own_targets(model: torch.nn.Module, preset: Preset) -> dict[str, Entry]:
+def _own_targets(model: torch.nn.Module, preset: Preset) -> dict[str, LoadedTensor]:
     """The model's targets by canonical name, after what can be wrong with the model alone."""
     shape = _check_whisper(model)
     entries = entries_of("model", model)
@@ -130,7 +130,7 @@ def _check_whisper(model: torch.nn.Module) -> Architecture:
     return architecture(config_of(model), "model")
 
 
-def _check_sources(own: Mapping[str, Entry], sources: Mapping[str, Source], preset: Preset) -> None:
+def _check_sources(own: Mapping[str, LoadedTensor], sources: Mapping[str, Source], preset: Preset) -> None:
     """Refuse a source that shares memory with the model's targets, and two that are one."""
     loaded = {
         role: targets_of(role, source, entries_of(role, source), preset)
@@ -151,7 +151,7 @@ def _check_sources(own: Mapping[str, Entry], sources: Mapping[str, Source], pres
         )
 
 
-def _are_one(base: Source, secondary: Source, loaded: Mapping[str, Mapping[str, Entry]]) -> bool:
+def _are_one(base: Source, secondary: Source, loaded: Mapping[str, Mapping[str, LoadedTensor]]) -> bool:
     """Whether two sources are one directory, or share the memory of every target."""
     if isinstance(base, (str, os.PathLike)) and isinstance(secondary, (str, os.PathLike)):
         return os.path.exists(base) and os.path.exists(secondary) and os.path.samefile(base, secondary)
@@ -163,7 +163,7 @@ def _are_one(base: Source, secondary: Source, loaded: Mapping[str, Mapping[str, 
     )
 
 
-def _refuse_merged(model: torch.nn.Module, own: Mapping[str, Entry]) -> None:
+def _refuse_merged(model: torch.nn.Module, own: Mapping[str, LoadedTensor]) -> None:
     """Refuse a model that still has values which `hsa_merge_` wrote: they would count as primary's."""
     for stored, _, tensor in own.values():
         module, _, part = stored.rpartition(".")
@@ -178,7 +178,7 @@ def _refuse_merged(model: torch.nn.Module, own: Mapping[str, Entry]) -> None:
             )
 
 
-def _mark(model: torch.nn.Module, own: Mapping[str, Entry], before: Mapping[str, torch.Tensor]) -> None:
+def _mark(model: torch.nn.Module, own: Mapping[str, LoadedTensor], before: Mapping[str, torch.Tensor]) -> None:
     """Note some of the merged values on the modules that hold them, where the merge changed any."""
     for stored, _, tensor in own.values():
         module, _, part = stored.rpartition(".")

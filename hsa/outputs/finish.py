@@ -11,13 +11,13 @@ from hsa.sources.checkpoint import CONFIG
 from hsa.system import fsio
 from hsa.system.digests import digest_of
 from hsa.system.manifest import PROVENANCE
-from hsa.system.publish import Staging
+from hsa.system.publish import StagedOutput
 
 CARD = "README.md"
 
 
 def finish(
-    staging: Staging,
+    staging: StagedOutput,
     record: Record,
     small: Mapping[str, bytes],
     weights: Mapping[str, str | None],

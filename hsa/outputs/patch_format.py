@@ -34,7 +34,7 @@ from hsa.outputs.distances import Distances
 from hsa.outputs.provenance import Record, SourceRecord, TargetRecord, changed_keys, hex_digest, parse_origin
 from hsa.sources.checkpoint import CONFIG
 from hsa.sources.roles import ROLES, Role
-from hsa.sources.safetensors import MAX_HEADER, Entry, Header, serialize
+from hsa.sources.safetensors import MAX_HEADER, Header, TensorEntry, serialize
 from hsa.sources.small_files import SMALL_FILES
 from hsa.system.dtypes import ARITHMETIC, BITS
 from hsa.system.fsio import ALIGNMENT
@@ -131,7 +131,7 @@ class Contents:
         return Record(self.program, self.libraries, self.parameters, self.sources, targets)
 
 
-def entries(contents: Contents, counts: Mapping[str, int]) -> tuple[Entry, ...]:
+def entries(contents: Contents, counts: Mapping[str, int]) -> tuple[TensorEntry, ...]:
     """The tensors of a patch in the order of the file; `counts` gives the number of heads selected by target."""
     total = sum(target.heads for target in contents.targets)
     listed: list[tuple[str, str, tuple[int, ...]]] = [
@@ -141,7 +141,7 @@ def entries(contents: Contents, counts: Mapping[str, int]) -> tuple[Entry, ...]:
     sizes = [math.prod(shape) * BITS[code] // 8 for _, code, shape in listed]
     stops = list(accumulate(sizes))
     return tuple(
-        Entry(name, code, shape, stop - nbytes, stop)
+        TensorEntry(name, code, shape, stop - nbytes, stop)
         for (name, code, shape), nbytes, stop in zip(listed, sizes, stops, strict=True)
     )
 
@@ -177,7 +177,7 @@ def header(contents: Contents, counts: Mapping[str, int], size: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _header(contents: Contents, listed: Sequence[Entry]) -> bytes:
+def _header(contents: Contents, listed: Sequence[TensorEntry]) -> bytes:
     text = json.dumps(contents.document(), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return serialize(listed, {"format": "pt", KEY: text})
 
@@ -224,7 +224,7 @@ def read(header: Header, where: str) -> Contents:
     return contents
 
 
-def _contents(document: Mapping[str, Any], held: Mapping[str, Entry]) -> Contents:
+def _contents(document: Mapping[str, Any], held: Mapping[str, TensorEntry]) -> Contents:
     program, libraries, parameters, sources = parse_origin(document)
     targets, files = document["targets"], document["files"]
     if not isinstance(targets, dict) or not targets or not isinstance(files, dict):
@@ -261,7 +261,7 @@ def _distances(entry: Any) -> Distances:
     return Distances(one, two)
 
 
-def _target(name: str, entry: Any, held: Entry | None) -> PatchTarget:
+def _target(name: str, entry: Any, held: TensorEntry | None) -> PatchTarget:
     projection = parse(canonical(name))
     if projection is None or held is None:
         raise ValueError(f"{shown(name, 120)} is no attention projection with rows in the file")
@@ -287,7 +287,7 @@ def _target(name: str, entry: Any, held: Entry | None) -> PatchTarget:
     return PatchTarget(name, projection, shape, held.code, heads, keep, float(coefficient))
 
 
-def counts_of(contents: Contents, listed: Sequence[Entry]) -> dict[str, int]:
+def counts_of(contents: Contents, listed: Sequence[TensorEntry]) -> dict[str, int]:
     """How many heads the rows of each target are of, by the tensors of the file; 0 where the file lacks a target."""
     held = {entry.name: entry for entry in listed}
     return {

@@ -16,10 +16,10 @@ from hsa.methods.selection import select
 from hsa.outputs import patch_format
 from hsa.outputs.patch_format import Contents
 from hsa.outputs.provenance import Record, tensors_digest
-from hsa.sources.safetensors import Entry, Header, read_header
+from hsa.sources.safetensors import Header, TensorEntry, read_header
 from hsa.system import fsio
 from hsa.system.dtypes import STORAGE, all_finite, first_not_finite
-from hsa.system.fsio import Source
+from hsa.system.fsio import SourceFile
 from hsa.system.types import PathLike
 
 READ_BYTES = 4 << 20
@@ -30,7 +30,7 @@ READ_BYTES = 4 << 20
 class Patch:
     """An open patch: its contents, the places of its tensors, and what was selected."""
 
-    source: fsio.Source
+    source: fsio.SourceFile
     header: Header
     contents: Contents
     selected: tuple[tuple[int, ...], ...]
@@ -41,7 +41,7 @@ class Patch:
         return self.contents.record(self.selected, self.squared)
 
     @cached_property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, TensorEntry]:
         """The tensors of the file by name."""
         return {entry.name: entry for entry in self.header.entries}
 
@@ -92,7 +92,7 @@ class Patch:
 def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
     """Open a patch, and check its header, scores and selection. Raises PatchError, SourceError, HeaderError."""
     place = Path(os.path.expanduser(os.fspath(path)))  # which raises nothing where there is no such user
-    source = fsio.Source(place, "patch", tally)
+    source = fsio.SourceFile(place, "patch", tally)
     stack.callback(source.close)
     header = read_header(source)
     where = f"patch {place}"
@@ -108,7 +108,7 @@ def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
 
 
 def digest_range(
-    source: fsio.Source, start: int, count: int, look: Callable[[memoryview, int], None] | None = None
+    source: fsio.SourceFile, start: int, count: int, look: Callable[[memoryview, int], None] | None = None
 ) -> str:
     """BLAKE3 of a range of a file, read in pieces; `look` gets each piece and where in the range it begins."""
     from blake3 import blake3
@@ -123,7 +123,7 @@ def digest_range(
     return hasher.hexdigest()
 
 
-def not_finite(patch: Source, name: str, head: int) -> PatchError:
+def not_finite(patch: SourceFile, name: str, head: int) -> PatchError:
     """The error for a patch whose rows of a head are not all finite."""
     return PatchError(
         f"patch {patch.path}: its rows of {name}, head {head} hold NaN or Inf, which no merge writes; make the patch "
@@ -137,7 +137,7 @@ SUFFIX = ".safetensors"
 def is_patch(path: Path) -> bool:
     """Whether a file's header says that it is a patch, whatever else may be wrong with it."""
     with suppress(HsaError):
-        source = fsio.Source(path, "patch", fsio.Tally())
+        source = fsio.SourceFile(path, "patch", fsio.Tally())
         try:
             return patch_format.KEY in read_header(source).metadata
         finally:

@@ -38,7 +38,7 @@ _START = f'{{\n "kind": "{KIND}",'.encode()
 
 
 @dataclass(frozen=True)
-class Entry:
+class SweepEntry:
     """One point: its file or directory in the sweep's, its parameters, heads and distances.
 
     `rows_bytes` are those of the merged rows; `blake3` is the digest of a patch's tensors, or of a checkpoint's
@@ -60,7 +60,9 @@ class Entry:
     selected: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, point: GridPoint, place: str, record: Record, blake3: str, distances: Mapping[str, Distances]) -> Entry:
+    def of(
+        cls, point: GridPoint, place: str, record: Record, blake3: str, distances: Mapping[str, Distances]
+    ) -> SweepEntry:
         measured = [target for target in record.targets if target.margin is not None]
         narrow = min(measured, key=lambda target: target.margin or 0.0, default=None)
         return cls(
@@ -95,7 +97,7 @@ class Entry:
         return found
 
 
-def render(entries: Iterable[Entry], sources: Mapping[Role, SourceRecord]) -> dict[str, bytes]:
+def render(entries: Iterable[SweepEntry], sources: Mapping[Role, SourceRecord]) -> dict[str, bytes]:
     """Both index files. Nothing in them depends on when, where or in which order the points were made."""
     listed = sorted(entries, key=lambda entry: entry.order)
     known = {role: sources[role].as_dict() for role in ROLES}
@@ -150,6 +152,6 @@ def point_of(record: Record) -> GridPoint:
     return GridPoint(config.targets, *map(float, values))
 
 
-def entry_of(point: GridPoint, patch: Patch) -> Entry:
+def entry_of(point: GridPoint, patch: Patch) -> SweepEntry:
     """The entry of a patch."""
-    return Entry.of(point, patch.source.path.name, patch.record, patch.contents.tensors, patch.contents.distances)
+    return SweepEntry.of(point, patch.source.path.name, patch.record, patch.contents.tensors, patch.contents.distances)

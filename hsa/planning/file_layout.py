@@ -13,7 +13,7 @@ from hsa.option_names import option
 from hsa.planning.target import Target
 from hsa.sources.checkpoint import INDEX, MAX_TENSORS, WEIGHTS, Checkpoint
 from hsa.sources.roles import Role
-from hsa.sources.safetensors import MAX_HEADER, Entry, serialize
+from hsa.sources.safetensors import MAX_HEADER, TensorEntry, serialize
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import BITS, size
 from hsa.system.strict_json import MAX_MARKS, marks
@@ -26,7 +26,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class Literal:
+class Bytes:
     """Bytes that the plan knows already: a header."""
 
     data: bytes
@@ -101,7 +101,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Graft:
+class Patched:
     """A tensor of primary in which the rows of some heads (the columns, where `head_axis` is 1) come from a patch.
 
     There they stand one head after another from byte `start` of the file.
@@ -127,8 +127,8 @@ class Graft:
         return self.head_dim * (per if self.head_axis == 0 else per // self.tensor.shape[1])
 
 
-Content = Literal | Copied | Merge | Slice | Graft
-Computed = Merge | Slice | Graft
+Content = Bytes | Copied | Merge | Slice | Patched
+Computed = Merge | Slice | Patched
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _spread(
 
 def _check_readable(files: Sequence[OutputFile], index: bytes | None, tensors: int) -> None:
     headers = [file.segments[0].content for file in files]
-    texts = [header.data[8:] for header in headers if isinstance(header, Literal)]
+    texts = [header.data[8:] for header in headers if isinstance(header, Bytes)]
     for what, nbytes, found in (
         ("headers", sum(map(len, texts)), sum(map(marks, texts))),
         (INDEX, len(index or b""), marks(index or b"")),
@@ -289,7 +289,7 @@ def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: in
     if raw is None:  # wider elements first, as the safetensors library does, so that each tensor is aligned
         contents = sorted(contents, key=lambda content: -BITS[content.code])
         raw = serialize(_entries(contents), metadata)
-    segments, offset = [Segment(0, Literal(raw))], len(raw)
+    segments, offset = [Segment(0, Bytes(raw))], len(raw)
     for content in contents:
         for piece in content.pieces:
             if piece.nbytes:
@@ -298,11 +298,11 @@ def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: in
     return OutputFile(name, offset, tuple(segments), twin if owner.role == "primary" else None)
 
 
-def _entries(contents: list[TensorContent]) -> tuple[Entry, ...]:
+def _entries(contents: list[TensorContent]) -> tuple[TensorEntry, ...]:
     """The tensors one after another."""
     stops = tuple(accumulate(content.nbytes for content in contents))
     return tuple(
-        Entry(content.name, content.code, content.shape, stop - content.nbytes, stop)
+        TensorEntry(content.name, content.code, content.shape, stop - content.nbytes, stop)
         for content, stop in zip(contents, stops, strict=True)
     )
 

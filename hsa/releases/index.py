@@ -19,10 +19,10 @@ from hsa.errors import DestinationError
 from hsa.outputs import card
 from hsa.outputs.provenance import Provenance
 from hsa.outputs.release_index import FORMAT, INDEX, KIND, README, facts, is_index
-from hsa.releases.recipe import Entry, Recipe
+from hsa.releases.recipe import Recipe, RecipeEntry
 from hsa.sources.identity import Identity, is_hub_id
 from hsa.system import fsio
-from hsa.system.staging import STAGING, Workbench, beside
+from hsa.system.staging import STAGING, StagingDirectory, beside
 
 MARKER = "<!-- Written by hsa release, which writes it anew: change the recipe, not this file. -->"
 PATIENCE = 10.0
@@ -32,10 +32,10 @@ MAX_LINE = 1 << 16
 """Bytes of a line of a README that are in memory at a time, while the marker is looked for."""
 
 
-Standing = Literal["complete", "missing", "other", "damaged"]
+EntryState = Literal["complete", "missing", "other", "damaged"]
 """Of an entry in the tree: as the recipe says; not there; made otherwise than the recipe says; not whole."""
 
-_STANDING_TEXT = {
+_STATE_TEXT = {
     "missing": "not built yet",
     "other": "made otherwise than the recipe says, and left as it is",
     "damaged": "damaged, and left as it is",
@@ -46,8 +46,8 @@ _STANDING_TEXT = {
 class Row:
     """An entry, how it stands, and its provenance where it is complete."""
 
-    entry: Entry
-    standing: Standing
+    entry: RecipeEntry
+    state: EntryState
     found: Provenance | None
 
 
@@ -89,19 +89,19 @@ def write(tree: Path, files: Mapping[str, bytes], *, sync: bool) -> bool:
     tally, last = fsio.Tally(), time.monotonic() + PATIENCE
     while True:
         try:
-            bench = Workbench(place, tree / INDEX, sync=sync)
+            staging = StagingDirectory(place, tree / INDEX, sync=sync)
             break
         except DestinationError:
             if time.monotonic() > last or not place.is_dir():  # a file of that name goes by no waiting
                 raise
             time.sleep(0.05)
-    with bench:  # which clears what a killed run left there
+    with staging:  # which clears what a killed run left there
         if stands:
             return False
         for name, data in files.items():
-            bench.write(name, data, tally)
+            staging.write(name, data, tally)
         for name in files:
-            bench.publish_file(name, tree / name)
+            staging.publish_file(name, tree / name)
     return True
 
 
@@ -119,7 +119,7 @@ def _is_readme(path: Path) -> bool:
 
 def _entry_dict(row: Row) -> dict[str, Any]:
     entry = row.entry
-    about = {"path": entry.path, "group": entry.group, "name": entry.name, "state": row.standing}
+    about = {"path": entry.path, "group": entry.group, "name": entry.name, "state": row.state}
     if row.found is None:
         return about
     return {**about, **facts(row.found)}
@@ -135,7 +135,7 @@ def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:
         sections += [f"## {card.escape(group)}", card.table(HEAD, [_cells(row, citations) for row in members])]
     lacking = [row for row in rows if row.found is None]
     if lacking:
-        lines = [f"- `{card.code(row.entry.path)}`: {_STANDING_TEXT[row.standing]}" for row in lacking]
+        lines = [f"- `{card.code(row.entry.path)}`: {_STATE_TEXT[row.state]}" for row in lacking]
         sections += ["## Not complete", "\n".join(lines)]
     if citations:
         sections.append("## Citations")

@@ -21,8 +21,8 @@ from hsa.outputs import provenance
 from hsa.outputs.provenance import SourceRecord
 from hsa.outputs.report import PlanReport
 from hsa.releases import index
-from hsa.releases.index import Standing
-from hsa.releases.recipe import KEYS, Entry, Recipe, load
+from hsa.releases.index import EntryState
+from hsa.releases.recipe import KEYS, Recipe, RecipeEntry, load
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.repository import cache_directories, find_id
 from hsa.sources.roles import ROLES, Role
@@ -42,15 +42,15 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class PlannedEntry:
-    """What is to become of an entry: `standing` is how it stands now by its record, `why` what differs or is wrong.
+    """What is to become of an entry: `state` is how it stands now by its record, `why` what differs or is wrong.
 
     `replaced` are the bytes that go when it is built again, `remedy` what to do where `overwrite` does not help.
     """
 
-    entry: Entry
+    entry: RecipeEntry
     request: Request
     action: Action
-    standing: Standing
+    state: EntryState
     why: str
     plan: PlanReport
     replaced: int = 0
@@ -128,7 +128,7 @@ def plan(
     index.check_place(tree)
     requests = [entry.request(tree, **how) for entry in found.entries]
     entries: list[PlannedEntry] = []
-    problems: list[tuple[Entry, HsaError]] = []
+    problems: list[tuple[RecipeEntry, HsaError]] = []
     for entry, request in zip(found.entries, requests, strict=True):
         try:
             entries.append(_plan_entry(entry, request, tree, overwrite=overwrite))
@@ -140,7 +140,7 @@ def plan(
     return ReleasePlan(found, tree, tuple(entries), tuple(_short(entries)), tuple(_strangers(found, tree)))
 
 
-def _plan_entry(entry: Entry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
+def _plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
     check_tree(tree, _local(request))
     with spelled(as_keys(KEYS)):
         looked = merge.dry_run(request, occupied=True)  # whatever stands there, look at the rest
@@ -149,16 +149,16 @@ def _plan_entry(entry: Entry, request: Request, tree: Path, *, overwrite: bool) 
         check_occupied(destination, overwrite=True)
         return PlannedEntry(entry, request, "build", "missing", "", looked)
     replaced = sum(path.lstat().st_size for path in destination.iterdir())
-    standing, why = standing_of(destination, request)
-    if standing == "complete":
-        return PlannedEntry(entry, request, "verify", standing, "", looked, replaced)
+    state, why = state_of(destination, request)
+    if state == "complete":
+        return PlannedEntry(entry, request, "verify", state, "", looked, replaced)
     if not overwrite:
-        return PlannedEntry(entry, request, "refuse", standing, why, looked, replaced)
+        return PlannedEntry(entry, request, "refuse", state, why, looked, replaced)
     try:
         check_occupied(destination, overwrite=True)
     except DestinationError as error:
-        return PlannedEntry(entry, request, "refuse", standing, why, looked, replaced, str(error))
-    return PlannedEntry(entry, request, "rebuild", standing, why, looked, replaced)
+        return PlannedEntry(entry, request, "refuse", state, why, looked, replaced, str(error))
+    return PlannedEntry(entry, request, "rebuild", state, why, looked, replaced)
 
 
 def _local(request: Request) -> list[Path]:
@@ -167,7 +167,7 @@ def _local(request: Request) -> list[Path]:
     return [Path(os.path.realpath(path)) for path in paths]
 
 
-def standing_of(destination: Path, request: Request) -> tuple[Standing, str]:
+def state_of(destination: Path, request: Request) -> tuple[EntryState, str]:
     """How an output stands by its own record, and what is otherwise."""
     try:
         found = provenance.load(destination)
@@ -211,7 +211,7 @@ def _name(source: SourceRecord) -> str:
     return f"{identity.id:.120}@{identity.revision:.60}" if identity.revision else f"{identity.id:.120}"
 
 
-def _cannot(recipe: Recipe, problems: Sequence[tuple[Entry, HsaError]]) -> HsaError:
+def _cannot(recipe: Recipe, problems: Sequence[tuple[RecipeEntry, HsaError]]) -> HsaError:
     """One error of all merges that cannot be done."""
     texts = [f"{entry.path} (line {entry.line}): {error}" for entry, error in problems[:NAMED]]
     more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
@@ -224,7 +224,7 @@ def _cannot(recipe: Recipe, problems: Sequence[tuple[Entry, HsaError]]) -> HsaEr
 
 def _check_apart(recipe: Recipe, found: Sequence[PlannedEntry]) -> None:
     """Links in the tree may lead two entries to one place."""
-    places: dict[Path, Entry] = {}
+    places: dict[Path, RecipeEntry] = {}
     for each in found:
         place = each.plan.output
         for other, entry in places.items():

@@ -31,7 +31,7 @@ from hsa.outputs.card import FIELDS
 from hsa.outputs.release_index import INDEX, README
 from hsa.sources.hub.repository import parse_id
 from hsa.sources.roles import ROLES, Role
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 from hsa.system.strict_yaml import Value, parse
 from hsa.system.types import PathLike
 
@@ -51,7 +51,7 @@ _COMPONENT = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecipeEntry:
     """One merge of a recipe, and the line where it begins. `task` is the merge with `path` for its output."""
 
     group: str
@@ -79,13 +79,13 @@ class Recipe:
 
     where: str
     title: str | None
-    entries: tuple[Entry, ...]
+    entries: tuple[RecipeEntry, ...]
 
 
 def load(path: PathLike) -> Recipe:
     """Read and check a recipe; RequestError or SourceError says what is wrong in which line. Opens no source."""
     where = Path(path)
-    source = Source(where, "recipe", Tally())
+    source = SourceFile(where, "recipe", Tally())
     try:
         if source.size > MAX_BYTES:
             raise RequestError(f"recipe {where} has {source.size} bytes, at most {MAX_BYTES} are read; split it")
@@ -110,7 +110,7 @@ def loads(data: bytes, where: str, folder: Path) -> Recipe:
     return Recipe(where, None if title is None else _text(title, where, "title"), entries)
 
 
-def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path) -> Entry:
+def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path) -> RecipeEntry:
     own = _mapping(value, where, "a merge")
     label = f"merge {_shown(own['name'])}" if "name" in own else "the merge"
     _known(own, ("name", *SHARED), where, label)
@@ -139,7 +139,7 @@ def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path
         about = str(error).partition(" ")[0]  # the message begins with the parameter that it is about
         line = given[about].line if about in given else value.line
         raise RequestError(f"{where}:{line}: {label}: {error}") from error
-    return Entry(names["group"], names["name"], value.line, task)
+    return RecipeEntry(names["group"], names["name"], value.line, task)
 
 
 def _card(defaults: Mapping[str, Value], own: Mapping[str, Value], where: str) -> dict[str, str]:
@@ -184,10 +184,10 @@ def _component(value: Value, where: str, what: str) -> str:
     return text
 
 
-def _check_places(entries: Iterable[Entry], where: str) -> None:
+def _check_places(entries: Iterable[RecipeEntry], where: str) -> None:
     """No two merges at one place, nor at places that are one where capital letters do not count."""
-    groups: dict[str, Entry] = {}
-    places: dict[str, Entry] = {}
+    groups: dict[str, RecipeEntry] = {}
+    places: dict[str, RecipeEntry] = {}
     for entry in entries:
         first = groups.setdefault(entry.group.lower(), entry)
         if first.group != entry.group:

@@ -27,8 +27,8 @@ from hsa.outputs import provenance
 from hsa.outputs.release_index import INDEX
 from hsa.outputs.report import MergeReport
 from hsa.releases import index
-from hsa.releases.index import Row, Standing
-from hsa.releases.plan import NAMED, PlannedEntry, ReleasePlan, plan, standing_of
+from hsa.releases.index import EntryState, Row
+from hsa.releases.plan import NAMED, PlannedEntry, ReleasePlan, plan, state_of
 from hsa.releases.recipe import KEYS
 from hsa.sources.hub.repository import find_id
 from hsa.sources.roles import ROLES
@@ -176,7 +176,7 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
     path = planned.entry.path
     step = None if progress is None else lambda done, total: progress(path, done, total)
     read = peak = 0
-    standing = planned.standing
+    state = planned.state
     try:
         if planned.action == "refuse":
             raise RequestError(f"{planned.why}; {planned.remedy or _overwrite()}")
@@ -186,17 +186,17 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
             if seen.ok:
                 verified = EntryReport(path, "verified", None, None, read, peak, seen.notes)
                 return verified, _row(planned, "complete")
-            standing = "other" if any(problem.file in ROLES for problem in seen.problems) else "damaged"
+            state = "other" if any(problem.file in ROLES for problem in seen.problems) else "damaged"
             if not overwrite:
-                raise RequestError(f"{_wrong(standing, seen)}; {_overwrite()}")
+                raise RequestError(f"{_wrong(state, seen)}; {_overwrite()}")
         with spelled(as_keys(KEYS)):
-            made = merging.run(replace(planned.request, overwrite=planned.standing != "missing"), step)
+            made = merging.run(replace(planned.request, overwrite=planned.state != "missing"), step)
     except (HsaError, OSError, MemoryError) as error:
         reason = out_of_memory() if isinstance(error, MemoryError) else str(error)
-        if standing == "missing":
-            standing = _look_again(planned)
+        if state == "missing":
+            state = _look_again(planned)
         code = 2 if isinstance(error, StrictError) else 1
-        return EntryReport(path, "failed", reason, None, read, peak, exit_code=code), _row(planned, standing)
+        return EntryReport(path, "failed", reason, None, read, peak, exit_code=code), _row(planned, state)
     report = EntryReport(path, "built", None, made, read + made.bytes_read, max(peak, made.peak_memory_bytes))
     return report, _row(planned, "complete")
 
@@ -205,20 +205,20 @@ def _overwrite() -> str:
     return f"give {option('overwrite', True)} to build it again"
 
 
-def _look_again(planned: PlannedEntry) -> Standing:
+def _look_again(planned: PlannedEntry) -> EntryState:
     """How an entry stands that was not there and could not be built: another run may have built it just now."""
     if not (planned.plan.output / PROVENANCE).is_file():
         return "missing"
     try:
-        return standing_of(planned.plan.output, planned.request)[0]
+        return state_of(planned.plan.output, planned.request)[0]
     except HsaError:  # its sources cannot be opened any more
         return "other"
 
 
-def _wrong(standing: Standing, seen: VerifyReport) -> str:
+def _wrong(state: EntryState, seen: VerifyReport) -> str:
     texts = [f"{problem.file}: {problem.what}" for problem in seen.problems[:NAMED]]
     more = f"; and {len(seen.problems) - NAMED} more" if len(seen.problems) > NAMED else ""
-    what = "it was made from other sources" if standing == "other" else "it is damaged"
+    what = "it was made from other sources" if state == "other" else "it is damaged"
     return f"{what}: {'; '.join(texts)}{more}"
 
 
@@ -238,11 +238,11 @@ def _to_compare(planned: PlannedEntry) -> dict[str, Any]:
     return {} if fixed else {**{role: sources[role] for role in ROLES}, **ids}
 
 
-def _row(planned: PlannedEntry, standing: Standing) -> Row:
-    if standing != "complete":
-        return Row(planned.entry, standing, None)
+def _row(planned: PlannedEntry, state: EntryState) -> Row:
+    if state != "complete":
+        return Row(planned.entry, state, None)
     try:
-        return Row(planned.entry, standing, provenance.load(planned.plan.output))
+        return Row(planned.entry, state, provenance.load(planned.plan.output))
     except HsaError:  # damaged by another program since it was written or verified
         return Row(planned.entry, "damaged", None)
 

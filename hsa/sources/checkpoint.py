@@ -22,7 +22,7 @@ from hsa.sources.source_folder import names_in, unread_weights, without_weights
 from hsa.sources.tensor_places import Shard, TensorRef, place_tensors
 from hsa.sources.torch_pickle import read_state_dict
 from hsa.system.descriptors import reason
-from hsa.system.fsio import MACHINE, Source, Tally, exists
+from hsa.system.fsio import MACHINE, SourceFile, Tally, exists
 from hsa.system.ranges import Range
 from hsa.system.strict_json import MAX_MARKS, load_json, marks
 
@@ -184,9 +184,11 @@ def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part 
     """
     if part is None:
         contained(role, directory, name)
-        source = Source(directory / name, role, tally)  # by its own name, also where the hub's cache links to a digest
+        source = SourceFile(
+            directory / name, role, tally
+        )  # by its own name, also where the hub's cache links to a digest
     else:
-        source = Source(part.path, role, tally, part.held)
+        source = SourceFile(part.path, role, tally, part.held)
     try:
         if name.endswith(PICKLES.suffix):
             return Shard(name, source, read_state_dict(source), 0)
@@ -220,7 +222,7 @@ def contained(role: str, directory: Path, name: str) -> Path:
 
 def read_text(role: str, directory: Path, name: str, tally: Tally) -> bytes:
     """The bytes of a small file of a source, read whole; SourceError when it cannot be read or is too large."""
-    source = Source(contained(role, directory, name), role, tally)
+    source = SourceFile(contained(role, directory, name), role, tally)
     try:
         if source.size > MAX_TEXT:
             raise SourceError(f"{role}: {directory / name} has {source.size} bytes, at most {MAX_TEXT} are read")

@@ -19,7 +19,7 @@ from hsa.sources.safetensors import Header
 from hsa.sources.tensor_places import Shard, TensorRef
 from hsa.sources.torch_pickle import entries, read_archive
 from hsa.system.descriptors import reason
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 
 SUFFIX = ".pt"
 WEIGHTS_KEY = "model_state_dict"
@@ -49,7 +49,7 @@ def open_openai(role: Role, path: str | os.PathLike[str], tally: Tally, claimed:
             f"{role}: {os.fspath(path)} cannot be found ({why}); looked for a checkpoint directory, or a file in "
             f"OpenAI's format ({SUFFIX})"
         ) from error
-    source = Source(file, role, tally)
+    source = SourceFile(file, role, tally)
     try:
         return _read(role, file, source, tally, identify(file, claimed))
     except BaseException:
@@ -57,7 +57,7 @@ def open_openai(role: Role, path: str | os.PathLike[str], tally: Tally, claimed:
         raise
 
 
-def _read(role: Role, file: Path, source: Source, tally: Tally, identity: Identity) -> Checkpoint:
+def _read(role: Role, file: Path, source: SourceFile, tally: Tally, identity: Identity) -> Checkpoint:
     where = f"{role}: {file}"
     archive = read_archive(source)
     content = archive.content if isinstance(archive.content, dict) else {}

@@ -17,7 +17,7 @@ from typing import Any
 from hsa.errors import HeaderError, shown
 from hsa.sources.git_lfs import refuse_pointer
 from hsa.system.dtypes import BITS
-from hsa.system.fsio import Source
+from hsa.system.fsio import SourceFile
 from hsa.system.strict_json import MAX_JSON, load_json
 
 MAX_HEADER = MAX_JSON
@@ -31,7 +31,7 @@ MAX_RANK = 64
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file: element type, shape, and its byte range within the data."""
 
     name: str
@@ -47,12 +47,12 @@ class Header:
     what it took to read a pickle instead: its instructions and the records of its archive."""
 
     raw: bytes
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
     steps: int = 0
 
 
-def read_header(source: Source) -> Header:
+def read_header(source: SourceFile) -> Header:
     """Read and check the header of an open file; HeaderError names file, tensor, expected and found."""
     where = f"{source.label}: {source.path}"
     if source.size < 8:
@@ -73,7 +73,7 @@ def read_header(source: Source) -> Header:
     return Header(raw, entries, metadata)
 
 
-def parse(text: bytes, data_size: int, where: str) -> tuple[tuple[Entry, ...], Mapping[str, str]]:
+def parse(text: bytes, data_size: int, where: str) -> tuple[tuple[TensorEntry, ...], Mapping[str, str]]:
     """Entries in order of their offsets, and the metadata, of a header's JSON; HeaderError when malformed."""
     document = load_json(text, where, "header")
     metadata = document.pop(METADATA, {})
@@ -95,7 +95,7 @@ def parse(text: bytes, data_size: int, where: str) -> tuple[tuple[Entry, ...], M
     return tuple(entries), metadata
 
 
-def serialize(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
+def serialize(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """A header, length included, padded with spaces so that the data is 8-byte aligned."""
     document: dict[str, Any] = {METADATA: dict(metadata)}
     for entry in entries:
@@ -109,7 +109,7 @@ def serialize(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _entry(name: str, value: Any, where: str) -> Entry:
+def _entry(name: str, value: Any, where: str) -> TensorEntry:
     label = f"{where}: tensor {name:.200}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(f"{label}: expected exactly dtype, shape and data_offsets")
@@ -131,7 +131,7 @@ def _entry(name: str, value: Any, where: str) -> Entry:
             f"{label}: shape {shape} of {code} takes {bits // 8} bytes, data_offsets [{start}, {stop}] hold "
             f"{stop - start}"
         )
-    return Entry(name, code, tuple(shape), start, stop)
+    return TensorEntry(name, code, tuple(shape), start, stop)
 
 
 def _is_size(value: Any) -> bool:

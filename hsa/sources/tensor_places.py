@@ -10,7 +10,7 @@ from typing import Any
 from hsa.architectures import whisper
 from hsa.errors import HeaderError, MismatchError, is_text, shown
 from hsa.sources.safetensors import METADATA, Header
-from hsa.system.fsio import Source
+from hsa.system.fsio import SourceFile
 
 AGAIN = "save the checkpoint again, or fetch all its files again"
 
@@ -35,7 +35,7 @@ class Shard:
     """
 
     name: str
-    source: Source
+    source: SourceFile
     header: Header
     origin: int
 

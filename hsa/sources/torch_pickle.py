@@ -21,9 +21,9 @@ from hsa.errors import HeaderError, SourceError, shown
 from hsa.sources.git_lfs import refuse_pointer
 from hsa.sources.pickle_names import Tensor, kind_of
 from hsa.sources.pickle_reader import REMEDY, read
-from hsa.sources.safetensors import Entry, Header
+from hsa.sources.safetensors import Header, TensorEntry
 from hsa.system.dtypes import BITS
-from hsa.system.fsio import Source
+from hsa.system.fsio import SourceFile
 
 _AGAIN = "the file is damaged, copy it again"
 
@@ -62,7 +62,7 @@ class Archive:
     steps: int
 
 
-def read_state_dict(source: Source) -> Header:
+def read_state_dict(source: SourceFile) -> Header:
     """The tensors of an open file that holds a state dict and nothing else; offsets count from the file's first byte.
 
     Raises HeaderError for a damaged archive, SourceError for a pickle that is refused or no state dict.
@@ -72,7 +72,7 @@ def read_state_dict(source: Source) -> Header:
     return Header(archive.raw, found, {}, archive.steps)
 
 
-def read_archive(source: Source) -> Archive:
+def read_archive(source: SourceFile) -> Archive:
     """Check the archive of an open file and load its description; see `read_state_dict` for what it raises."""
     where = f"{source.label}: {source.path}"
     head = source.read(min(source.size, 8))
@@ -102,7 +102,7 @@ def read_archive(source: Source) -> Archive:
     return Archive(raw, content, places, instructions + len(records))
 
 
-def entries(tensors: Any, archive: Archive, where: str) -> tuple[Entry, ...]:
+def entries(tensors: Any, archive: Archive, where: str) -> tuple[TensorEntry, ...]:
     """The tensors of a state dict of the archive, in the order of their first bytes in the file.
 
     Two tensors may share bytes, as tied weights do. Raises SourceError for what is no plain tensor, HeaderError for
@@ -124,7 +124,7 @@ def entries(tensors: Any, archive: Archive, where: str) -> tuple[Entry, ...]:
 class _Window(io.RawIOBase):
     """An open source as the file object that zipfile expects; refuses to read too much in one go."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: SourceFile) -> None:
         self._source, self._position = source, 0
 
     def readable(self) -> bool:
@@ -156,7 +156,7 @@ class _Window(io.RawIOBase):
         return found
 
 
-def _records(source: Source, where: str) -> dict[str, tuple[int, int]]:
+def _records(source: SourceFile, where: str) -> dict[str, tuple[int, int]]:
     """First byte and size of every record by name: each stored as it is, within the file, and apart from the others."""
     try:
         with zipfile.ZipFile(_Window(source)) as archive:
@@ -194,7 +194,7 @@ def _records(source: Source, where: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> Entry:
+def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> TensorEntry:
     code = _CODES.get(tensor.dtype)
     if code is None:
         known = ", ".join(f"torch.{dtype}" for dtype in _CODES)
@@ -204,7 +204,7 @@ def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> Entry:
     width = BITS[code] // 8
     nbytes = math.prod(tensor.shape) * width
     if nbytes == 0:
-        return Entry(name, code, tensor.shape, 0, 0)
+        return TensorEntry(name, code, tensor.shape, 0, 0)
     if tensor.storage is None:
         raise SourceError(f"{label} has no data in the file; {REMEDY}")
     key = tensor.storage.key
@@ -218,4 +218,4 @@ def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> Entry:
             f"{label}: shape {list(tensor.shape)} of {code} takes {nbytes} bytes from byte {start} on, and {claimed} "
             f"bytes are said to be in the record at {record}, which holds {held}; {_AGAIN}"
         )
-    return Entry(name, code, tensor.shape, start, start + nbytes)
+    return TensorEntry(name, code, tensor.shape, start, start + nbytes)

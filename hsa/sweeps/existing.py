@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.patch import Opened
+from hsa.actions.patch import OpenedSources
 from hsa.actions.request import Request
 from hsa.architectures.base import Preset
 from hsa.engine.source_norms import measure
@@ -23,7 +23,7 @@ from hsa.outputs.patch_checks import require_sound
 from hsa.outputs.patch_format import OtherFormat
 from hsa.outputs.patch_reader import SUFFIX, digest_range, is_patch, open_patch
 from hsa.outputs.provenance import PROGRAM, Record, SourceRecord, libraries, source_record, tensors_digest
-from hsa.outputs.sweep_index import Entry, entry_of, is_point, point_of
+from hsa.outputs.sweep_index import SweepEntry, entry_of, is_point, point_of
 from hsa.planning.plan import find_targets
 from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
@@ -33,16 +33,16 @@ from hsa.system.manifest import PROVENANCE
 from hsa.system.staging import STAGING
 from hsa.verification.verify import verify
 
-BENCH = f".sweep{STAGING}"
+SWEEP_STAGING = f".sweep{STAGING}"
 
 
 def check_directory(request: Request, sources: Sources) -> Path:
     """The directory of a sweep: new, empty, or an earlier sweep's. Raises DestinationError."""
     folders = [source.path for source in sources]
     directory = check_destination(request.output, folders, overwrite=False, adding=True)
-    refuse_enclosed(directory / BENCH, f"output {directory}")
+    refuse_enclosed(directory / SWEEP_STAGING, f"output {directory}")
     held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    foreign = [name for name in held if name != BENCH and not is_point(directory / name)]
+    foreign = [name for name in held if name != SWEEP_STAGING and not is_point(directory / name)]
     index = sweep_index.JSON in held
     if index and not sweep_index.is_index(directory / sweep_index.JSON):
         raise DestinationError(f"{directory / sweep_index.JSON} is no index of a sweep; choose another output")
@@ -55,19 +55,19 @@ def check_directory(request: Request, sources: Sources) -> Path:
 
 
 @dataclass
-class Standing:
+class ExistingPoints:
     """The points in a sweep's directory, asked after one by one; `notes` are of damaged ones."""
 
     request: Request
     configs: Mapping[GridPoint, MergeConfig]
-    opened: Opened
+    opened: OpenedSources
     directory: Path
     tally: fsio.Tally
     notes: list[str] = field(default_factory=list)
     _digests: dict[Role, dict[str, str]] = field(default_factory=dict)
     _norms: dict[str, Norms] = field(default_factory=dict)
 
-    def patch(self, point: GridPoint) -> Entry | None:
+    def patch(self, point: GridPoint) -> SweepEntry | None:
         """The entry of a point whose patch stands and is what would be made; None where it is to be made.
 
         Every byte is looked at. Raises DestinationError for what is no patch, or was made otherwise and may not be
@@ -96,7 +96,7 @@ class Standing:
             self.notes.append(f"{place.name} is damaged and made anew: {error}")
             return None
 
-    def checkpoint(self, point: GridPoint) -> Entry | None:
+    def checkpoint(self, point: GridPoint) -> SweepEntry | None:
         """The same of a point's checkpoint; the merge is computed again and every byte compared."""
         place = self.directory / point.name
         if not fsio.exists(place):
@@ -107,7 +107,7 @@ class Standing:
             check_occupied(place, overwrite=True)
         return entry
 
-    def _verified(self, point: GridPoint, place: Path) -> Entry | None:
+    def _verified(self, point: GridPoint, place: Path) -> SweepEntry | None:
         try:
             held = provenance.load(place)
         except ProvenanceError:  # it lists no files that could be replaced, which the caller says
@@ -129,14 +129,14 @@ class Standing:
                 differs.append("copied tensors or small files")
         if self._remake(place, differs):
             return None
-        return Entry.of(point, place.name, held.record, held.digest, self._distances(point, held.record))
+        return SweepEntry.of(point, place.name, held.record, held.digest, self._distances(point, held.record))
 
-    def others(self, *, full: bool) -> list[Entry]:
+    def others(self, *, full: bool) -> list[SweepEntry]:
         """Points that this sweep does not make, of earlier ones: their records are read, not their bytes.
 
         Raises DestinationError where their sources are others.
         """
-        found: list[Entry] = []
+        found: list[SweepEntry] = []
         own = {point.name if full else f"{point.name}{SUFFIX}" for point in self.configs}
         for place in sorted(self.directory.iterdir()):
             if place.name in own or place.is_symlink() or not is_point(place) or place.name.startswith("."):
@@ -158,7 +158,7 @@ class Standing:
                         found.append(entry_of(point, patch))
                     elif held is not None:
                         far = self._distances(point, held.record)
-                        found.append(Entry.of(point, place.name, held.record, held.digest, far))
+                        found.append(SweepEntry.of(point, place.name, held.record, held.digest, far))
             except (PatchError, HeaderError, ProvenanceError, RequestError) as error:
                 if isinstance(error, DestinationError):
                     raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa.actions.apply import apply_to
-from hsa.actions.patch import Opened, open_for_patches
+from hsa.actions.patch import OpenedSources, open_for_patches
 from hsa.actions.request import Request
 from hsa.architectures.base import Preset
 from hsa.arguments import check_flags, check_functions, check_values
@@ -29,16 +29,16 @@ from hsa.outputs.meaning import of_change, of_sources, refuse
 from hsa.outputs.patch_reader import SUFFIX, open_patch
 from hsa.outputs.provenance import load, source_record
 from hsa.outputs.report import NO_DIGESTS, of_cuts
-from hsa.outputs.sweep_index import PRESETS, Entry, entry_of
+from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of
 from hsa.planning.outcome import TargetOutcome
 from hsa.sources.hub.client import Hub
 from hsa.sources.roles import Role
 from hsa.sweeps import grid
-from hsa.sweeps.existing import BENCH, Standing, check_directory
+from hsa.sweeps.existing import SWEEP_STAGING, ExistingPoints, check_directory
 from hsa.system import fsio
 from hsa.system.memory import PeakMemory
 from hsa.system.signals import deferred
-from hsa.system.staging import Workbench
+from hsa.system.staging import StagingDirectory
 from hsa.system.threads import default_threads
 from hsa.system.types import PathLike
 
@@ -64,7 +64,7 @@ class SweepReport:
     peak_memory_bytes: int
     made: tuple[str, ...]
     skipped: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[SweepEntry, ...]
     extents: Mapping[str, Extent]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -165,9 +165,9 @@ def sweep(
         refuse(opened.found, strict=strict)
         directory = check_directory(request, opened.sources)
         with deferred():
-            bench = stack.enter_context(Workbench(directory / BENCH, directory, sync=sync))
-        standing = Standing(request, configs, opened, directory, tally)
-        run = _Sweep(standing, bench, memory, full=full, jobs=jobs)
+            staging = stack.enter_context(StagingDirectory(directory / SWEEP_STAGING, directory, sync=sync))
+        existing = ExistingPoints(request, configs, opened, directory, tally)
+        run = _Sweep(existing, staging, memory, full=full, jobs=jobs)
         run.go(progress)
         memory.sample()
     return SweepReport(
@@ -185,7 +185,7 @@ def sweep(
         notes=(
             *hub.notes,
             *opened.found.notes,
-            *standing.notes,
+            *existing.notes,
             *run.found.notes,
             *((NO_DIGESTS,) if full and not digest else ()),
         ),
@@ -204,19 +204,19 @@ def _check_grid(**values: Sequence[Any]) -> None:
 
 
 class _Sweep:
-    """The work of a sweep. Points on the workbench are patches; they are published, or applied and removed."""
+    """The work of a sweep. Points in the staging directory are patches; they are published, or applied and removed."""
 
     def __init__(
         self,
-        standing: Standing,
-        bench: Workbench,
+        existing: ExistingPoints,
+        staging: StagingDirectory,
         memory: PeakMemory,
         *,
         full: bool,
         jobs: int | None,
     ) -> None:
-        self.standing, self.bench, self.memory, self.full = standing, bench, memory, full
-        self.request, self.opened, self.directory = standing.request, standing.opened, standing.directory
+        self.existing, self.staging, self.memory, self.full = existing, staging, memory, full
+        self.request, self.opened, self.directory = existing.request, existing.opened, existing.directory
         self.threads = self.request.threads or default_threads()
         self.jobs = min(jobs or 1, self.threads) if full else 1
         self.size = min(PASS_POINTS, _open_files() // 2) if full else min(jobs or PASS_POINTS, _open_files() // 2)
@@ -224,14 +224,14 @@ class _Sweep:
         self.skipped: list[str] = []
         self.found = Findings()
         self.extents: dict[str, Extent] = {}
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, SweepEntry] = {}
         self._listing = threading.Lock()
 
     def go(self, progress: Callable[[int, int], None] | None) -> None:
-        self.entries = {entry.place: entry for entry in self.standing.others(full=self.full)}
+        self.entries = {entry.place: entry for entry in self.existing.others(full=self.full)}
         ahead = []
-        for point in self.standing.configs:
-            entry = self.standing.checkpoint(point) if self.full else self.standing.patch(point)
+        for point in self.existing.configs:
+            entry = self.existing.checkpoint(point) if self.full else self.existing.patch(point)
             if entry is None:
                 ahead.append(point)
             else:
@@ -246,13 +246,13 @@ class _Sweep:
     def _pass(self, points: Sequence[GridPoint], progress: _Share | None) -> None:
         sources = self.opened.sources
         made = make_patches(
-            [Point(self.standing.configs[point], f"{point.name}{SUFFIX}") for point in points],
+            [Point(self.existing.configs[point], f"{point.name}{SUFFIX}") for point in points],
             sources,
             self.opened.settings,
             self.opened.files,
-            self.bench,
+            self.staging,
             self.threads,
-            self.standing.tally,
+            self.existing.tally,
             self.memory,
             progress,
         )
@@ -272,23 +272,23 @@ class _Sweep:
                 self._publish(point)
 
     def _publish(self, point: GridPoint) -> None:
-        """Put the point of a patch on the workbench where it belongs, and list it."""
+        """Put the point of a patch in the staging directory where it belongs, and list it."""
         file = f"{point.name}{SUFFIX}"
         left: Sequence[str] = ()
         with ExitStack() as stack:
-            patch = open_patch(self.bench.file(file), self.standing.tally, stack)
+            patch = open_patch(self.staging.file(file), self.existing.tally, stack)
             entry = entry_of(point, patch)
             if self.full:
                 options = Options(max(1, self.threads // self.jobs), self.request.digest, self.request.sync)
                 primary, small = self.opened.sources.primary, self.opened.small
                 destination = self.directory / point.name
                 _, left = apply_to(
-                    patch, primary, small, destination, options, self.standing.tally, self.memory, overwrite=True
+                    patch, primary, small, destination, options, self.existing.tally, self.memory, overwrite=True
                 )
-                self.bench.file(file).unlink()
+                self.staging.file(file).unlink()
                 entry = replace(entry, place=point.name, blake3=load(destination).digest)
             else:
-                self.bench.publish_file(file, self.directory / file)
+                self.staging.publish_file(file, self.directory / file)
         with self._listing:
             self.entries[entry.place] = entry
             self.made.add(point)
@@ -300,12 +300,12 @@ class _Sweep:
             place = self.directory / name
             if place.is_file() and place.read_bytes() == data:
                 continue
-            self.bench.write(name, data, self.standing.tally)
-            self.bench.publish_file(name, place)
+            self.staging.write(name, data, self.existing.tally)
+            self.staging.publish_file(name, place)
 
     def _check_space(self, points: Sequence[GridPoint]) -> None:
         """MachineError where the points cannot fit on the disk."""
-        sources, configs = self.opened.sources, self.standing.configs
+        sources, configs = self.opened.sources, self.existing.configs
         patches = points[: self.size] if self.full else points
         needed = sum(expected_bytes(configs[point], sources) for point in patches)
         if self.full:
@@ -318,7 +318,7 @@ class _Sweep:
             )
 
 
-def _told(points: Sequence[GridPoint], outcomes: Sequence[Sequence[TargetOutcome]], opened: Opened) -> Findings:
+def _told(points: Sequence[GridPoint], outcomes: Sequence[Sequence[TargetOutcome]], opened: OpenedSources) -> Findings:
     """What there is to say of the points of one pass."""
     found = Findings()
     still = []

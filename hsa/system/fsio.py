@@ -82,7 +82,7 @@ class Fingerprint:
         return replace(self, modified_ns=other.modified_ns, changed_ns=other.changed_ns)
 
 
-class Source:
+class SourceFile:
     """A file open for reading, and what it was when it was opened.
 
     `held` are the ranges that may be read, None for all: elsewhere a file that was fetched in part has holes.

@@ -13,7 +13,7 @@ from typing import Any
 
 from hsa.errors import HeaderError, ProvenanceError, RequestError, shown
 from hsa.system.digests import digest_of
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 from hsa.system.strict_json import load_json, marks
 
 PROVENANCE = "hsa_merge.json"
@@ -41,7 +41,7 @@ def read_bytes(directory: Path) -> bytes:
     path = directory / PROVENANCE
     if not path.is_file():
         raise ProvenanceError(f"{directory} holds no {PROVENANCE}; expected an output of hsa")
-    source = Source(path, "output", Tally())
+    source = SourceFile(path, "output", Tally())
     try:
         if source.size > MAX_PROVENANCE:
             raise ProvenanceError(f"{path} has {source.size} bytes, at most {MAX_PROVENANCE} are read")

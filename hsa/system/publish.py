@@ -18,7 +18,7 @@ from hsa.system import fsio
 from hsa.system.descriptors import list_directory, reason
 from hsa.system.destinations import check_occupied, unlisted
 from hsa.system.manifest import PROVENANCE
-from hsa.system.staging import ASIDE, STAGING, Workbench, beside, lock, same
+from hsa.system.staging import ASIDE, STAGING, StagingDirectory, beside, lock, same
 
 CANNOT_MOVE = (
     "it lies in a lower layer of an overlay filesystem, such as a container's image, where no directory can be renamed "
@@ -34,7 +34,7 @@ def _aside_path(destination: Path) -> Path:
     return beside(destination, ASIDE)
 
 
-class Staging(Workbench):
+class StagedOutput(StagingDirectory):
     """A locked staging directory. `publish` puts it into place; leaving the block otherwise removes it.
 
     Raises DestinationError when another run holds the lock, MachineError when the disk fails. After `publish`, `notes`

@@ -22,7 +22,7 @@ from hsa.system.descriptors import list_directory, open_file, reason
 NAME_MAX = 255
 """Bytes of the longest file name, on every common filesystem."""
 
-W = TypeVar("W", bound="Workbench")
+W = TypeVar("W", bound="StagingDirectory")
 
 STAGING, ASIDE = ".hsa-staging", ".hsa-replaced"
 """Suffixes of the hidden names beside a destination: where its files are made, and where the old ones step aside."""
@@ -38,7 +38,7 @@ def beside(destination: Path, suffix: str) -> Path:
     return destination.with_name(name)
 
 
-class Workbench:
+class StagingDirectory:
     """The locked directory `path`, for what will stand at `destination`. Leaving the block removes it.
 
     Raises DestinationError when another run holds the lock, MachineError when the disk fails.

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hsa.errors import SourceError
-from hsa.system.fsio import Source
+from hsa.system.fsio import SourceFile
 from hsa.verification.output import LABEL
 from hsa.verification.output_checks import STEP
 from hsa.verification.report import VerifyReport
@@ -28,13 +28,13 @@ def take_over(name: str, report: VerifyReport, work: Work) -> None:
     work.notes.extend(f"{name}: {note}" for note in report.notes)
 
 
-def open_index(directory: Path, name: str, work: Work, stack: ExitStack) -> Source | None:
+def open_index(directory: Path, name: str, work: Work, stack: ExitStack) -> SourceFile | None:
     """A file of an index, open until the stack ends; None where it cannot be read, which is told."""
     path = directory / name
     try:
         if path.is_symlink():
             raise SourceError("is a link; expected a file with data in it")
-        source = Source(path, LABEL, work.tally)
+        source = SourceFile(path, LABEL, work.tally)
         stack.callback(source.close)
         return source
     except SourceError as error:
@@ -44,13 +44,13 @@ def open_index(directory: Path, name: str, work: Work, stack: ExitStack) -> Sour
         return None
 
 
-def pieces(source: Source) -> Iterator[bytes]:
+def pieces(source: SourceFile) -> Iterator[bytes]:
     """The bytes of an index, which may be of any size, in pieces."""
     for start in range(0, source.size, STEP):
         yield source.read(min(STEP, source.size - start), start)
 
 
-def compare_index(source: Source, expected: bytes) -> str | None:
+def compare_index(source: SourceFile, expected: bytes) -> str | None:
     """Where an index differs from what it should be; None where it does not. It is never in memory whole."""
     start = 0
     for piece in pieces(source):

@@ -34,14 +34,14 @@ from hsa.sources.roles import Role
 from hsa.sources.small_file_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.descriptors import reason
-from hsa.system.fsio import Source, exists
+from hsa.system.fsio import SourceFile, exists
 from hsa.system.manifest import PROVENANCE
 from hsa.system.strict_json import load_json
 from hsa.system.threads import out_of_memory
 from hsa.verification import output_checks
 from hsa.verification.output_checks import STEP
 from hsa.verification.problems import Problems
-from hsa.verification.report import Found
+from hsa.verification.report import Verified
 from hsa.verification.source_checks import GivenSources, Work
 from hsa.verification.strays import changes_what_is_loaded
 
@@ -52,12 +52,12 @@ LABEL = cast(Role, "output")
 """What messages call the checkpoint that is verified, in the place of a source's role."""
 
 
-def verify_output(directory: Path, given: GivenSources | None, work: Work) -> Found:
+def verify_output(directory: Path, given: GivenSources | None, work: Work) -> Verified:
     """Check an output's directory, links resolved; with sources, merge them again and compare every byte."""
     found = _provenance(directory, work.problems)
     names = [] if found is None else list(_files(directory, found, work.problems))
     _listing(directory, found, work)
-    _Run(directory, found, work).go(names)
+    _OutputVerification(directory, found, work).go(names)
     if found is not None and not all(found.files.values()):
         work.notes.append(
             "without whole-file digests it cannot be told whether copied tensors and small files are what was written"
@@ -70,7 +70,7 @@ def verify_output(directory: Path, given: GivenSources | None, work: Work) -> Fo
         from hsa.verification.recompute import recompute
 
         compared = recompute(directory, found, given, work)
-    return Found(None if found is None else found.record, len(names) + (found is not None), compared)
+    return Verified(None if found is None else found.record, len(names) + (found is not None), compared)
 
 
 def _provenance(directory: Path, problems: Problems) -> Provenance | None:
@@ -139,7 +139,7 @@ def _listing(directory: Path, found: Provenance | None, work: Work) -> None:
         work.notes.append(f"{len(aside)} files beside the output were not looked at, such as {shown(aside[0])}")
 
 
-class _Run:
+class _OutputVerification:
     """The checks that read weights, spread over threads: digests of files, and finite targets."""
 
     def __init__(self, directory: Path, found: Provenance | None, work: Work) -> None:
@@ -196,7 +196,7 @@ class _Run:
     def _check_digest(self, name: str, expected: str) -> None:
         from blake3 import blake3
 
-        source = Source(contained(LABEL, self.directory, name), LABEL, self.tally)
+        source = SourceFile(contained(LABEL, self.directory, name), LABEL, self.tally)
         try:
             hasher = blake3(max_threads=self.work.threads if source.size >= LARGE else 1)
             buffer = memoryview(bytearray(min(STEP, source.size)))

@@ -8,24 +8,24 @@ from pathlib import Path
 from hsa.errors import SourceChanged, SourceError
 from hsa.outputs.patch_checks import faults
 from hsa.outputs.patch_reader import Patch, open_patch
-from hsa.verification.report import Found
+from hsa.verification.report import Verified
 from hsa.verification.source_checks import GivenSources, Work
 
 
-def verify_patch(path: Path, given: GivenSources | None, work: Work) -> Found:
+def verify_patch(path: Path, given: GivenSources | None, work: Work) -> Verified:
     """Check a patch file, links resolved; with sources, compute its merge again and compare every byte."""
     with ExitStack() as stack:
         patch = checked_patch(path, work, stack)
         if patch is None:
             if given:
                 work.notes.append("nothing was recomputed, for the patch does not say how")
-            return Found(None, 0, False)
+            return Verified(None, 0, False)
         compared = False
         if given:
             from hsa.verification.recompute_patches import recompute_patches
 
             compared = recompute_patches([patch], given, work)
-        return Found(patch.record, 1, compared)
+        return Verified(patch.record, 1, compared)
 
 
 def checked_patch(path: Path, work: Work, stack: ExitStack) -> Patch | None:

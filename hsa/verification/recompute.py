@@ -26,13 +26,13 @@ from hsa.outputs import provenance
 from hsa.outputs.finish import CARD, last_files
 from hsa.outputs.provenance import Provenance, Record, changed_keys
 from hsa.outputs.record_checks import merge_config
-from hsa.planning.file_layout import Literal, Merge, OutputFile, Segment
+from hsa.planning.file_layout import Bytes, Merge, OutputFile, Segment
 from hsa.planning.plan import make_plan
 from hsa.sources.checkpoint import INDEX, contained, read_text
 from hsa.sources.roles import ROLES
 from hsa.sources.source_set import Sources
 from hsa.system.dtypes import size
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 from hsa.system.manifest import PROVENANCE
 from hsa.system.ranges import Range
 from hsa.verification.output_checks import head_text
@@ -65,7 +65,7 @@ class Comparison:
     def __init__(self, directory: Path, tally: Tally, problems: Problems) -> None:
         self._directory, self._tally, self._problems = directory, tally, problems
         self._files: list[OutputFile] = []
-        self._sources: list[Source | None] = []
+        self._sources: list[SourceFile | None] = []
         self._starts: list[list[int]] = []
         self._lock = threading.Lock()
         self._own = threading.local()
@@ -128,9 +128,9 @@ class Comparison:
                     f"{_name(ordered[named].segment)}",
                 )
 
-    def _open(self, file: OutputFile) -> Source | None:
+    def _open(self, file: OutputFile) -> SourceFile | None:
         try:
-            source = Source(contained("output", self._directory, file.name), "output", self._tally)
+            source = SourceFile(contained("output", self._directory, file.name), "output", self._tally)
         except SourceError as error:
             self._problems.add(file.name, f"cannot be compared: {error}")
             return None
@@ -151,7 +151,7 @@ class Comparison:
 
 def _name(segment: Segment) -> str:
     content = segment.content
-    if isinstance(content, Literal):
+    if isinstance(content, Bytes):
         return "the header"
     if isinstance(content, Merge):
         return f"target tensor {content.target.primary.name}"

@@ -119,7 +119,7 @@ def _compare(patches: Sequence[Patch], sources: Sources, work: Work) -> bool:
             raise
         except HsaError as error:
             work.problems.add(patch.source.path.name, f"cannot be merged again: {error}")
-    _Run(comparisons, sources, work).go()
+    _PatchRecomputation(comparisons, sources, work).go()
     sources.check_unchanged()
     return len(comparisons) == len(patches)
 
@@ -132,7 +132,7 @@ def _compare_small_files(patch: Patch, sources: Sources, work: Work) -> None:
         work.problems.add(patch.source.path.name, what)
 
 
-class _Run:
+class _PatchRecomputation:
     """The threads that merge targets again. Patches are compared target by target, so that one is in memory at a time
     for each thread."""
 
@@ -171,7 +171,7 @@ class _Run:
     def _do(self, job: Sequence[tuple[_Comparison, Target]]) -> None:
         target = job[0][1]
         refs = {role: target.ref(role) for role in ROLES}
-        with self.calculator.room_for(sum(ref.nbytes for ref in refs.values())):
+        with self.calculator.reserve(sum(ref.nbytes for ref in refs.values())):
             if self._stop.is_set():
                 return
             data = {role: self.calculator.buffer(ref.nbytes) for role, ref in refs.items()}

@@ -12,15 +12,15 @@ from hsa.outputs import provenance
 from hsa.outputs.provenance import Provenance, changed_keys
 from hsa.outputs.release_index import INDEX, README, facts
 from hsa.sources.safetensors import MAX_HEADER
-from hsa.system.fsio import Source
+from hsa.system.fsio import SourceFile
 from hsa.system.manifest import PROVENANCE
 from hsa.system.strict_json import load_json
 from hsa.verification.members import Verify, open_index, pieces, take_over
-from hsa.verification.report import Found
+from hsa.verification.report import Verified
 from hsa.verification.source_checks import GivenSources, Work
 
 
-def verify_release(directory: Path, given: GivenSources | None, work: Work, verify: Verify) -> Found:
+def verify_release(directory: Path, given: GivenSources | None, work: Work, verify: Verify) -> Verified:
     """Check each output of a release by `verify`, and what index.json says of it. Raises RequestError with sources."""
     if given is not None:
         raise RequestError(
@@ -48,7 +48,7 @@ def verify_release(directory: Path, given: GivenSources | None, work: Work, veri
             f"{len(others)} outputs that {INDEX} does not list were not looked at, such as {shown(others[0])}"
         )
     work.notes.append(f"{README} of the release was not compared, for its recipe says what it holds")
-    return Found(None, sum(report.files for report in members), False, tuple(members))
+    return Verified(None, sum(report.files for report in members), False, tuple(members))
 
 
 def _index_entries(directory: Path, work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -71,7 +71,7 @@ def _index_entries(directory: Path, work: Work) -> Iterator[tuple[str, dict[str,
             work.problems.add(INDEX, f"{reason}; it is no index that hsa release wrote")
 
 
-def _entry_texts(source: Source) -> Iterator[bytes]:
+def _entry_texts(source: SourceFile) -> Iterator[bytes]:
     """The JSON of each entry: the index may be of any size, and is written with an indent of one space a level.
 
     Raises ValueError where it is not, or where an entry is larger than any that hsa writes.

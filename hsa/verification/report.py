@@ -78,7 +78,7 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
-class Found:
+class Verified:
     """What the verification of one kind of thing gives beside problems and notes; see VerifyReport."""
 
     record: Record | None

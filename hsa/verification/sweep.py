@@ -15,20 +15,20 @@ from hsa.outputs import provenance, sweep_index
 from hsa.outputs.distances import Distances
 from hsa.outputs.patch_reader import SUFFIX, Patch, open_patch
 from hsa.outputs.provenance import Record, changed_keys
-from hsa.outputs.sweep_index import PRESETS, Entry, entry_of, point_of
+from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of, point_of
 from hsa.sources.checkpoint import read_text
 from hsa.sources.roles import ROLES
 from hsa.system.descriptors import reason
 from hsa.verification.members import Verify, compare_index, open_index, take_over
 from hsa.verification.output import LABEL
-from hsa.verification.report import Found
+from hsa.verification.report import Verified
 from hsa.verification.source_checks import GivenSources, Work
 
 OPEN_PATCHES = 64
 """Patches that are open at a time while they are compared with their sources."""
 
 
-def verify_sweep(directory: Path, given: GivenSources | None, work: Work, verify: Verify) -> Found:
+def verify_sweep(directory: Path, given: GivenSources | None, work: Work, verify: Verify) -> Verified:
     """Check each point of a sweep by `verify`, and both index files against the points."""
     names = _listed(directory, work)
     members, entries, records, patches = [], [], [], []
@@ -51,7 +51,7 @@ def verify_sweep(directory: Path, given: GivenSources | None, work: Work, verify
     if given is not None:
         compared = _recompute(patches, given, work) and compared and len(patches) + len(records) > 0
     _compare_index(directory, names, entries, records, work)
-    return Found(None, sum(report.files for report in members), given is not None and compared, tuple(members))
+    return Verified(None, sum(report.files for report in members), given is not None and compared, tuple(members))
 
 
 def _listed(directory: Path, work: Work) -> list[str]:
@@ -75,7 +75,7 @@ def _listed(directory: Path, work: Work) -> list[str]:
     return names
 
 
-def _entry(path: Path, record: Record, listed: Mapping[str, Mapping[str, Distances]], work: Work) -> Entry | None:
+def _entry(path: Path, record: Record, listed: Mapping[str, Mapping[str, Distances]], work: Work) -> SweepEntry | None:
     """What the index must say of a point. The distances of a checkpoint need its sources, and are taken as listed."""
     try:
         point = point_of(record)
@@ -83,7 +83,7 @@ def _entry(path: Path, record: Record, listed: Mapping[str, Mapping[str, Distanc
             work.problems.add(path.name, f"its parameters are those of the point {shown(point.name, 300)}")
         if path.is_dir():
             held = provenance.load(path)
-            return Entry.of(point, path.name, held.record, held.digest, listed.get(path.name, {}))
+            return SweepEntry.of(point, path.name, held.record, held.digest, listed.get(path.name, {}))
         with ExitStack() as stack:
             return entry_of(point, open_patch(path, work.tally, stack))
     except (RequestError, SourceError) as error:
@@ -139,7 +139,7 @@ def _distances(directory: Path, work: Work) -> dict[str, dict[str, Distances]]:
 def _compare_index(
     directory: Path,
     names: Sequence[str],
-    entries: Sequence[Entry],
+    entries: Sequence[SweepEntry],
     records: Sequence[tuple[str, Record]],
     work: Work,
 ) -> None:

@@ -19,7 +19,7 @@ from hsa.sources.checkpoint import CONFIG, PICKLES, SAFETENSORS
 from hsa.sources.roles import Role
 from hsa.sources.safetensors import read_header
 from hsa.system.descriptors import open_file, reason
-from hsa.system.fsio import MACHINE, Source, Tally, exists, explained
+from hsa.system.fsio import MACHINE, SourceFile, Tally, exists, explained
 from hsa.system.manifest import PROVENANCE
 from hsa.system.memory import PeakMemory
 from hsa.system.threads import check_threads, default_threads
@@ -222,7 +222,7 @@ def _is_cut(place: Path) -> bool:
     if place.suffix != SUFFIX:
         return False
     try:
-        source = Source(place, "patch", Tally())
+        source = SourceFile(place, "patch", Tally())
     except HsaError:
         return True
     try:

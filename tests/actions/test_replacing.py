@@ -18,7 +18,7 @@ from helpers import ordinary_user, run_hsa, snapshot
 import hsa
 from hsa.system import fsio
 from hsa.system.manifest import PROVENANCE
-from hsa.system.publish import Staging, staging_path
+from hsa.system.publish import StagedOutput, staging_path
 from hsa.system.staging import ASIDE
 
 Triple = dict[str, Path]
@@ -123,7 +123,7 @@ def test_an_output_that_becomes_read_only_during_the_run_stays_whole(shared_trip
         try:
             with (
                 pytest.raises(hsa.DestinationError, match="may not be removed by this user"),
-                Staging(out, overwrite=True, sync=False) as staging,
+                StagedOutput(out, overwrite=True, sync=False) as staging,
             ):
                 out.chmod(0o555)
                 staging.publish()
@@ -143,20 +143,20 @@ def test_an_old_output_that_cannot_be_removed_is_a_note_and_blocks_no_later_run(
     place = tmp_path / "place"
     out, aside = place / "out", place / f".out{ASIDE}"
     hsa.merge(**shared_triple, output=out, k=0.3, sync=False)
-    retire_old = Staging._retire
+    retire_old = StagedOutput._retire
     if not swap:
         monkeypatch.setattr(fsio, "exchange", lambda first, second: False)
 
     def failing(*arguments: object, **keywords: object) -> object:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    def retire(self: Staging, *arguments: object) -> None:
+    def retire(self: StagedOutput, *arguments: object) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing)
             retire_old(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Staging, "_retire", retire)
+        patch.setattr(StagedOutput, "_retire", retire)
         report = hsa.merge(**shared_triple, output=out, overwrite=True, sync=False)
     (note,) = [note for note in report.notes if str(aside) in note]
     assert "Operation not permitted" in note and "remove it yourself" in note

@@ -172,14 +172,14 @@ def test_targets_are_computed_so_far_ahead_and_no_farther(
 ) -> None:
     """Of what is drawn: a target before the pieces that far ahead of it, a slice right before its own."""
     piece, ahead, drawn = 1 << 14, 1 << 17, list[Any]()
-    draw = pipeline._Run._all_tasks
+    draw = pipeline._PipelineRun._all_tasks
 
-    def listed(self: pipeline._Run) -> Iterator[Any]:
+    def listed(self: pipeline._PipelineRun) -> Iterator[Any]:
         for task in draw(self):
             drawn.append(task)
             yield task
 
-    monkeypatch.setattr(pipeline._Run, "_all_tasks", listed)
+    monkeypatch.setattr(pipeline._PipelineRun, "_all_tasks", listed)
     monkeypatch.setattr(pipeline, "AHEAD", ahead)
     monkeypatch.setattr(consumers, "DIRECT_PIECE", piece)
     monkeypatch.setattr(consumers, "CACHED_PIECE", piece)

@@ -200,7 +200,7 @@ def test_limits_leave_room_for_the_largest_model() -> None:
         size = 4
         for length in shape:
             size *= length
-        entries.append(safetensors.Entry(name, "F32", shape, position, position + size))
+        entries.append(safetensors.TensorEntry(name, "F32", shape, position, position + size))
         position += size
     raw = safetensors.serialize(entries, {"format": "pt"})
     assert 5 * len(raw) < safetensors.MAX_HEADER and 5 * strict_json.marks(raw) < strict_json.MAX_MARKS
@@ -238,7 +238,7 @@ def test_a_target_too_large_to_hold_is_refused(triple: dict[str, Path]) -> None:
     entries, position = [], 0
     for name, lengths in tensor_shapes(shape).items():
         size = 4 * math.prod(lengths)
-        entries.append(safetensors.Entry(name, "F32", lengths, position, position + size))
+        entries.append(safetensors.TensorEntry(name, "F32", lengths, position, position + size))
         position += size
     raw = safetensors.serialize(entries, {"format": "pt"})
     for path in triple.values():

@@ -20,10 +20,10 @@ from safetensors import safe_open
 import hsa
 from hsa.errors import RequestError
 from hsa.methods.config import MergeConfig
-from hsa.planning.file_layout import SLICE_ELEMENTS, Copied, Literal, OutputFile, TensorContent, pack, slices
+from hsa.planning.file_layout import SLICE_ELEMENTS, Bytes, Copied, OutputFile, TensorContent, pack, slices
 from hsa.planning.plan import make_plan
 from hsa.sources.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
-from hsa.sources.safetensors import Entry, parse, serialize
+from hsa.sources.safetensors import TensorEntry, parse, serialize
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import BITS
@@ -120,7 +120,7 @@ def owner_of(tmp_path: Path) -> Iterator[MakeOwner]:
                 entries, position = [], 0
                 for name, code, shape in tensors:
                     stop = position + math.prod(shape) * BITS[code] // 8
-                    entries.append(Entry(name, code, shape, position, stop))
+                    entries.append(TensorEntry(name, code, shape, position, stop))
                     position = stop
                 (folder / file).write_bytes(serialize(entries, metadata) + bytes(position))
             if list(shards) != [WEIGHTS]:
@@ -138,10 +138,10 @@ def copied(owner: Checkpoint) -> dict[str, TensorContent]:
     }
 
 
-def header_of(file: OutputFile) -> tuple[tuple[Entry, ...], Mapping[str, str]]:
+def header_of(file: OutputFile) -> tuple[tuple[TensorEntry, ...], Mapping[str, str]]:
     """The entries of a planned file, after checking that its segments are as the header says, without holes."""
     literal = file.segments[0].content
-    assert isinstance(literal, Literal)
+    assert isinstance(literal, Bytes)
     entries, metadata = parse(literal.data[8:], file.size - len(literal.data), file.name)
     position = 0
     for segment in file.segments:
@@ -234,7 +234,7 @@ def test_primarys_header_is_kept_byte_for_byte(owner_of: MakeOwner) -> None:
     assert index == owner.index
     for file, shard in zip(files, owner.shards, strict=True):
         header_of(file)
-        assert file.segments[0].content == Literal(shard.header.raw)
+        assert file.segments[0].content == Bytes(shard.header.raw)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"format": "tf"}, {"trained_with": "care"}])
@@ -296,7 +296,7 @@ def test_any_tensors_fit_any_limit(owner_of: MakeOwner, tensors: list[tuple[str,
         assert json.loads(index)["weight_map"] == held
 
 
-def _one_large(entries: tuple[Entry, ...], limit: int) -> bool:
+def _one_large(entries: tuple[TensorEntry, ...], limit: int) -> bool:
     """One tensor above the limit, and beside it tensors without any bytes."""
     sizes = sorted(entry.stop - entry.start for entry in entries)
     return sizes[-1] > limit and sizes[-2] == 0
@@ -322,7 +322,7 @@ def test_a_plan_over_primarys_layout_repeats_its_headers(tmp_path: Path) -> None
     for file in files:
         raw = (triple["primary"] / file.name).read_bytes()
         literal = file.segments[0].content
-        assert isinstance(literal, Literal)
+        assert isinstance(literal, Bytes)
         assert raw.startswith(literal.data)
         assert file.size == len(raw)
 

@@ -38,7 +38,7 @@ from hsa.releases.index import MARKER
 from hsa.releases.plan import SMALL
 from hsa.system import fsio
 from hsa.system.manifest import PROVENANCE
-from hsa.system.publish import Staging, staging_path
+from hsa.system.publish import StagedOutput, staging_path
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
@@ -472,7 +472,7 @@ def test_links_that_lead_two_entries_to_one_place(triple: Triple, tmp_path: Path
 
 def test_another_run_at_one_entry(recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "tree"
-    with Staging(output / "g" / "b", overwrite=False, sync=False):
+    with StagedOutput(output / "g" / "b", overwrite=False, sync=False):
         report = build(recipe, output)
         assert results(report) == {"g/a": "built", "g/b": "failed", "g/c": "built"}
         assert "another run is writing to" in (report.entries[1].problem or "")
@@ -501,13 +501,13 @@ def test_what_is_done_stays_and_the_next_run_goes_on(triple: Triple, tmp_path: P
         "import signal, sys, time\n"
         "from hsa.system import publish as output; from hsa.cli import app as cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "publish = output.Staging.publish\n"
+        "publish = output.StagedOutput.publish\n"
         "def late(self):\n"
         "    if self.destination.name == 'b':\n"
         "        print('now', flush=True)\n"
         "        time.sleep(60)\n"
         "    publish(self)\n"
-        "output.Staging.publish = late\n"
+        "output.StagedOutput.publish = late\n"
         "sys.exit(cli.run(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, "release", str(recipe), f"--output={output}"]

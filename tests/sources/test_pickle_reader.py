@@ -21,7 +21,7 @@ from hsa.errors import HeaderError, HsaError, SourceError
 from hsa.sources import checkpoint, pickle_reader
 from hsa.sources.pickle_names import Other, Tensor
 from hsa.sources.torch_pickle import read_state_dict
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 
 TESTS = Path(__file__).resolve().parents[1]
 CORPUS = TESTS / "corpus"
@@ -84,7 +84,7 @@ def test_tensors_are_found_where_torch_finds_them(tmp_path: Path, name: str) -> 
 
 
 def found_in(path: Path) -> dict[str, bytes]:
-    source, raw = Source(path, "primary", Tally()), path.read_bytes()
+    source, raw = SourceFile(path, "primary", Tally()), path.read_bytes()
     try:
         entries = read_state_dict(source).entries
     finally:
@@ -229,7 +229,7 @@ def test_many_shards_of_pickles_count_as_one(triple: Triple, monkeypatch: pytest
     write_pickle(triple["secondary"], read_tensors(triple["secondary"]), shards=3)
     sizes = []
     for shard in sorted(triple["secondary"].glob("pytorch_model-*.bin")):
-        source = Source(shard, "secondary", Tally())
+        source = SourceFile(shard, "secondary", Tally())
         sizes.append(read_state_dict(source).steps)
         source.close()
     monkeypatch.setattr(checkpoint, "MAX_STEPS", sum(sizes))

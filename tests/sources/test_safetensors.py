@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 from hsa.errors import HeaderError, SourceError
-from hsa.sources.safetensors import MAX_HEADER, MAX_RANK, Entry, parse, read_header, serialize
+from hsa.sources.safetensors import MAX_HEADER, MAX_RANK, TensorEntry, parse, read_header, serialize
 from hsa.system.dtypes import BITS
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 from hsa.system.strict_json import load_json
 
 DATA = bytes(range(64))
@@ -50,7 +50,7 @@ def text_of(document: Any) -> bytes:
 def test_entries_stand_in_the_order_of_their_places() -> None:
     entries, metadata = parse(text_of(sound()), 64, "here")
     assert [entry.name for entry in entries] == ["w", "empty", "scalar", "b", "ids", "flags"]
-    assert entries[0] == Entry("w", "F32", (2, 3), 0, 24)
+    assert entries[0] == TensorEntry("w", "F32", (2, 3), 0, 24)
     assert entries[2].shape == ()
     assert metadata == {"format": "pt"}
 
@@ -81,7 +81,7 @@ def test_serialize_is_read_by_the_library_and_read_back() -> None:
 
 
 def test_serialize_keeps_names_of_any_language() -> None:
-    entries = (Entry('größe "1"\n', "U8", (2,), 0, 2), Entry("頭", "U8", (1,), 2, 3))
+    entries = (TensorEntry('größe "1"\n', "U8", (2,), 0, 2), TensorEntry("頭", "U8", (1,), 2, 3))
     raw = serialize(entries, {})
     assert parse(raw[8:], 3, "here") == (entries, {})
     assert {name for name, _ in deserialize(raw + b"abc")} == {'größe "1"\n', "頭"}
@@ -193,7 +193,7 @@ def test_what_the_text_is_called_stands_in_the_message() -> None:
 
 
 def header_of(path: Path, tally: Tally | None = None) -> Any:
-    source = Source(path, "primary", tally or Tally())
+    source = SourceFile(path, "primary", tally or Tally())
     try:
         return read_header(source)
     finally:

@@ -19,7 +19,7 @@ from hsa.errors import HeaderError, SourceError
 from hsa.sources import torch_pickle
 from hsa.sources.checkpoint import CONFIG, INDEX, WEIGHTS, open_checkpoint
 from hsa.sources.safetensors import Header
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
@@ -32,7 +32,7 @@ def weights(directory: Path) -> dict[str, bytes]:
 
 
 def header_of(path: Path) -> Header:
-    source = Source(path, "primary", Tally())
+    source = SourceFile(path, "primary", Tally())
     try:
         return torch_pickle.read_state_dict(source)
     finally:

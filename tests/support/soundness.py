@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hsa.actions import apply, merge
-from hsa.system.publish import PROVENANCE, Staging
+from hsa.system.publish import PROVENANCE, StagedOutput
 from hsa.verification.verify import verify
 
 FOUND: list[str] = []
@@ -41,16 +41,16 @@ def every_output_verified(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     end where one is not sound. Directories that tests stage by hand hold no output and are left alone."""
     FOUND.clear()
     finished: set[int] = set()
-    publish: Callable[[Staging], None] = Staging.publish
+    publish: Callable[[StagedOutput], None] = StagedOutput.publish
 
     def noting(finish: Callable[..., None]) -> Callable[..., None]:
-        def finish_and_note(staging: Staging, *arguments: object, **options: object) -> None:
+        def finish_and_note(staging: StagedOutput, *arguments: object, **options: object) -> None:
             finish(staging, *arguments, **options)
             finished.add(id(staging))
 
         return finish_and_note
 
-    def publish_and_verify(staging: Staging) -> None:
+    def publish_and_verify(staging: StagedOutput) -> None:
         publish(staging)
         if id(staging) in finished:
             finished.remove(id(staging))
@@ -58,6 +58,6 @@ def every_output_verified(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for module in (merge, apply):
         monkeypatch.setattr(module, "finish", noting(module.finish))
-    monkeypatch.setattr(Staging, "publish", publish_and_verify)
+    monkeypatch.setattr(StagedOutput, "publish", publish_and_verify)
     yield
     assert not FOUND, f"hsa verify does not accept what hsa has just written: {FOUND[:3]}"

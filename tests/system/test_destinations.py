@@ -17,7 +17,7 @@ from hsa.outputs.patch_reader import SUFFIX
 from hsa.releases import release
 from hsa.system import fsio
 from hsa.system.manifest import PROVENANCE
-from hsa.system.publish import Staging
+from hsa.system.publish import StagedOutput
 from hsa.system.staging import ASIDE
 
 Triple = dict[str, Path]
@@ -175,7 +175,7 @@ def test_apply_deletes_no_file_that_the_record_does_not_list(shared_triple: Trip
 def test_a_file_that_appears_while_the_merge_runs_is_not_deleted(shared_triple: Triple, out: Path) -> None:
     with (
         pytest.raises(hsa.DestinationError, match=r"notes\.txt"),
-        Staging(out, overwrite=True, sync=False) as staging,
+        StagedOutput(out, overwrite=True, sync=False) as staging,
     ):
         staging.write(PROVENANCE, b"{}", fsio.Tally())
         notes(out)

@@ -22,7 +22,7 @@ import hsa
 from hsa.actions import merge as merging
 from hsa.cli import app
 from hsa.system import console, fsio
-from hsa.system.publish import Staging
+from hsa.system.publish import StagedOutput
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
@@ -347,13 +347,13 @@ def test_a_signal_while_the_staging_directory_is_made(
 ) -> None:
     """Between the making of the directory and the moment when somebody is in charge of removing it."""
 
-    class Struck(Staging):
+    class Struck(StagedOutput):
         def _acquire(self) -> int:
             lock = super()._acquire()
             os.kill(os.getpid(), number)
             return lock
 
-    monkeypatch.setattr(merging, "Staging", Struck)
+    monkeypatch.setattr(merging, "StagedOutput", Struck)
     earlier = {of: signal.getsignal(of) for of in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     as_from_a_terminal()
     monkeypatch.setattr(console, "_terminated", -console.GRACE)

@@ -22,7 +22,7 @@ from hsa.actions import merge
 from hsa.outputs.patch_reader import SUFFIX
 from hsa.system import descriptors, fsio
 from hsa.system.descriptors import MOST_OPEN
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 
 Triple = dict[str, Path]
 
@@ -129,7 +129,7 @@ def test_no_more_sources_stay_open_than_are_said(tmp_path: Path) -> None:
     for number, path in enumerate(paths):
         path.write_bytes(number.to_bytes(2, "little") * 8)
     before = len(os.listdir("/proc/self/fd"))
-    sources = [Source(path, "test", Tally()) for path in paths]
+    sources = [SourceFile(path, "test", Tally()) for path in paths]
     assert len(os.listdir("/proc/self/fd")) - before <= MOST_OPEN
     for _ in range(2):
         assert [int.from_bytes(source.read(2, 6), "little") for source in sources] == list(range(len(paths)))
@@ -155,9 +155,9 @@ def test_threads_share_the_descriptors(tmp_path: Path) -> None:
             wrong.append(error)
 
     soft = len(os.listdir("/proc/self/fd")) + 12
-    sources: list[Source] = []
+    sources: list[SourceFile] = []
     with at_most(soft):
-        sources += [Source(path, "test", Tally()) for path in paths]
+        sources += [SourceFile(path, "test", Tally()) for path in paths]
         threads = [threading.Thread(target=read, args=(number,)) for number in range(8)]
         for thread in threads:
             thread.start()
@@ -201,7 +201,7 @@ def test_a_file_that_is_opened_again_must_be_the_same(
     first, second = tmp_path / "first", tmp_path / "second"
     for path in (first, second):
         path.write_bytes(b"0123456789")
-    one, two = Source(first, "test", Tally()), Source(second, "test", Tally())
+    one, two = SourceFile(first, "test", Tally()), SourceFile(second, "test", Tally())
     assert two.read(2) == b"01"
     change(first)
     for work in (lambda: one.read(2), one.check_unchanged):

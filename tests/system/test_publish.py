@@ -22,7 +22,7 @@ from hsa.errors import DestinationError, MachineError
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
 from hsa.system.manifest import PROVENANCE
-from hsa.system.publish import Staging, staging_path
+from hsa.system.publish import StagedOutput, staging_path
 from hsa.system.staging import NAME_MAX
 
 Triple = dict[str, Path]
@@ -30,13 +30,13 @@ Triple = dict[str, Path]
 STAND = """
 import sys
 import hsa
-from hsa.system.publish import Staging
-publish = Staging.publish
+from hsa.system.publish import StagedOutput
+publish = StagedOutput.publish
 def stand(self):
     print("standing", flush=True)
     sys.stdin.readline()
     publish(self)
-Staging.publish = stand
+StagedOutput.publish = stand
 hsa.merge(base=sys.argv[1], primary=sys.argv[2], secondary=sys.argv[3], output=sys.argv[4])
 """
 """A run that stands still with everything staged, until it is told to go on."""
@@ -78,7 +78,7 @@ def thesis(directory: Path) -> Path:
 
 def stage(destination: Path, content: bytes, *, overwrite: bool = False) -> None:
     """A smallest output, staged and published."""
-    with Staging(destination, overwrite=overwrite, sync=True) as staging:
+    with StagedOutput(destination, overwrite=overwrite, sync=True) as staging:
         staging.write("model.safetensors", content, fsio.Tally())
         staging.write(PROVENANCE, provenance_bytes("model.safetensors"), fsio.Tally())
         staging.publish()
@@ -381,7 +381,7 @@ def test_missing_parents_go_when_one_of_them_cannot_be_made(
 
 
 def test_parents_that_somebody_else_uses_by_now_stay(place: Path) -> None:
-    with Staging(place / "a" / "b" / "out", overwrite=False, sync=False):
+    with StagedOutput(place / "a" / "b" / "out", overwrite=False, sync=False):
         (place / "a" / "notes.txt").write_text("mine")
     assert sorted(snapshot(place)) == ["a", "a/notes.txt"]
 
@@ -425,7 +425,7 @@ def test_a_second_run_to_one_destination_is_refused_at_once(triple: Triple, plac
 def test_the_lock_falls_with_the_run(place: Path) -> None:
     for overwrite in (False, True):
         stage(place / "out", b"one", overwrite=overwrite)
-    with Staging(place / "other", overwrite=False, sync=False):
+    with StagedOutput(place / "other", overwrite=False, sync=False):
         pass
     stage(place / "other", b"two")
     assert sorted(os.listdir(place)) == ["other", "out"]
@@ -487,13 +487,13 @@ def test_a_destination_that_another_run_filled_meanwhile_is_refused_at_once(plac
     stage(place / "out", b"theirs")
     before = snapshot(place)
     with pytest.raises(DestinationError, match="not empty"):
-        Staging(place / "out", overwrite=False, sync=False)
+        StagedOutput(place / "out", overwrite=False, sync=False)
     assert snapshot(place) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_destination_that_fills_during_the_run_is_left_alone(place: Path, overwrite: bool) -> None:
-    with pytest.raises(DestinationError), Staging(place / "out", overwrite=overwrite, sync=False) as staging:
+    with pytest.raises(DestinationError), StagedOutput(place / "out", overwrite=overwrite, sync=False) as staging:
         staging.write(PROVENANCE, b"{}", fsio.Tally())
         thesis(place / "out")
         before = snapshot(place / "out")
@@ -529,7 +529,7 @@ def test_a_crash_after_the_second_rename_is_made_good(place: Path) -> None:
     (place / "out").rename(place / ".out.hsa-replaced")
     stage_by_hand = staged(b"new", place / "out")
     with pytest.raises(DestinationError):
-        Staging(place / "out", overwrite=False, sync=False)
+        StagedOutput(place / "out", overwrite=False, sync=False)
     assert os.listdir(place) == ["out"]
     assert snapshot(place / "out") == stage_by_hand
 
@@ -539,7 +539,7 @@ def test_an_old_output_that_stepped_aside_outlives_an_empty_directory_in_its_pla
     old = snapshot(place / "out")
     (place / "out").rename(place / ".out.hsa-replaced")
     (place / "out").mkdir()
-    with Staging(place / "out", overwrite=True, sync=False):
+    with StagedOutput(place / "out", overwrite=True, sync=False):
         pass
     assert snapshot(place / "out") == old
     assert os.listdir(place) == ["out"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hsa.errors import MachineError, SourceChanged, SourceError
 from hsa.sources.hub.partial_file import Partial, load_record, save_record
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 from hsa.system.ranges import Range, coalesce, covers, subtract, total, union
 
 RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=8)
@@ -102,7 +102,7 @@ def test_holes_cannot_be_read(tmp_path: Path) -> None:
     with partial.writing():
         partial.write(10, b"abcdef")
         partial.commit()
-    source = Source(partial.path, "base", Tally(), partial.ranges)
+    source = SourceFile(partial.path, "base", Tally(), partial.ranges)
     try:
         assert source.read(6, 10) == b"abcdef"
         assert source.read(0, 50) == b""

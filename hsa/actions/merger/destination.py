@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from hsa.actions.merger.loaded import Entry, Model, entries_of, in_its_place, targets_of
+from hsa.actions.merger.loaded import LoadedTensor, Model, entries_of, in_its_place, targets_of
 from hsa.actions.merger.shared_memory import first_shared, repeats_elements, spans
-from hsa.actions.merger.written import Record
+from hsa.actions.merger.written import WrittenTensors
 from hsa.architectures.base import Preset
 from hsa.errors import MismatchError, RequestError
 from hsa.planning.target import Target
@@ -26,7 +26,7 @@ class _Layout:
     addresses: tuple[int, ...]
     kinds: tuple[tuple[Any, ...], ...]
     positions: tuple[int, ...]
-    record: Record
+    record: WrittenTensors
 
 
 class Destinations:
@@ -40,7 +40,9 @@ class Destinations:
         self._targets, self._preset = targets, preset
         self._known: tuple[_Layout, ...] = ()
 
-    def of(self, model: Model, first_met: Callable[[Sequence[Entry]], None]) -> tuple[list[torch.Tensor], Record]:
+    def of(
+        self, model: Model, first_met: Callable[[Sequence[LoadedTensor]], None]
+    ) -> tuple[list[torch.Tensor], WrittenTensors]:
         """The model's own tensor for every target, and the record to renew when they are written.
 
         `first_met` gets the entries of a model that is new, after its checks. Raises RequestError, MismatchError.
@@ -62,11 +64,11 @@ class Destinations:
             )
         first_met(entries)
         positions = tuple(position_of[id(tensor)] for tensor in places)
-        layout = _Layout(addresses, tuple(map(_kind, places)), positions, Record(places))
+        layout = _Layout(addresses, tuple(map(_kind, places)), positions, WrittenTensors(places))
         self._known = (layout, *self._known[: KEPT_LAYOUTS - 1])
         return places, layout.record
 
-    def _checked(self, model: Model, entries: Sequence[Entry]) -> list[torch.Tensor]:
+    def _checked(self, model: Model, entries: Sequence[LoadedTensor]) -> list[torch.Tensor]:
         found = targets_of("model", model, entries, self._preset)
         own = {}
         for target in self._targets:
@@ -95,7 +97,7 @@ class Destinations:
         return [entry.tensor for entry in own.values()]
 
 
-def require_own_memory(targets: Mapping[str, Entry], entries: Sequence[Entry]) -> None:
+def require_own_memory(targets: Mapping[str, LoadedTensor], entries: Sequence[LoadedTensor]) -> None:
     """Raise RequestError where a target of a model shares memory with another tensor of it.
 
     `targets` has canonical names as keys, `entries` is everything that the model holds.

@@ -18,7 +18,7 @@ from hsa.errors import RequestError, shown
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
-class Entry(NamedTuple):
+class LoadedTensor(NamedTuple):
     """A tensor of a model: the name that the model has it under, its canonical name, and what is there."""
 
     stored: str
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 MERGE_ADAPTERS = "call merge_and_unload() of the PeftModel and give the model that it returns"
 
 
-def entries_of(label: str, model: Model, expected: str = "a loaded model or a state dict") -> list[Entry]:
+def entries_of(label: str, model: Model, expected: str = "a loaded model or a state dict") -> list[LoadedTensor]:
     """Every parameter and buffer, tied ones under each of their names; of a state dict every item.
 
     Names are read without what wrappers such as torch.compile, DataParallel or FSDP add. Raises RequestError for
@@ -41,7 +41,7 @@ def entries_of(label: str, model: Model, expected: str = "a loaded model or a st
     for stored in held:
         if not isinstance(stored, str):
             raise RequestError(f"{label}: a state dict maps names to tensors, and this one has the key {shown(stored)}")
-    return [Entry(stored, canonical(name), held[stored]) for stored, name in plain_names(held).items()]
+    return [LoadedTensor(stored, canonical(name), held[stored]) for stored, name in plain_names(held).items()]
 
 
 def _items(model: Model) -> Iterator[tuple[str, Any]]:
@@ -64,7 +64,7 @@ def config_of(model: Model) -> Mapping[str, Any]:
     return {}
 
 
-def targets_of(label: str, model: Model, entries: Sequence[Entry], preset: Preset) -> dict[str, Entry]:
+def targets_of(label: str, model: Model, entries: Sequence[LoadedTensor], preset: Preset) -> dict[str, LoadedTensor]:
     """The targets of a model or state dict by canonical name, each a plain tensor with its data in memory.
 
     `entries` is what `entries_of` gives of the model. Raises RequestError, which names the tensor, where one is no
@@ -72,7 +72,7 @@ def targets_of(label: str, model: Model, entries: Sequence[Entry], preset: Prese
     is there twice; and where adapters change what the tensors mean.
     """
     _refuse_adapters(label, model, entries)
-    found: dict[str, Entry] = {}
+    found: dict[str, LoadedTensor] = {}
     for entry in entries:
         if wanted(entry.name, preset) is None:
             continue
@@ -92,7 +92,7 @@ def wanted(name: str, preset: Preset) -> Projection | None:
     return projection if projection is not None and is_target(projection, preset) else None
 
 
-def in_its_place(entries: Sequence[Entry], target: str) -> str | None:
+def in_its_place(entries: Sequence[LoadedTensor], target: str) -> str | None:
     """What a model has where a target should be, such as `q_proj.parametrizations.weight.original0`; or None."""
     module, _, part = target.rpartition(".")
     for entry in entries:
@@ -130,7 +130,7 @@ def _require_readable(label: str, name: str, tensor: Any) -> None:
         )
 
 
-def _refuse_adapters(label: str, model: Model, entries: Sequence[Entry]) -> None:
+def _refuse_adapters(label: str, model: Model, entries: Sequence[LoadedTensor]) -> None:
     """PEFT's layers keep the original in `base_layer`; `peft_config` alone may outlast their unloading."""
     if isinstance(model, torch.nn.Module):
         wrapper = hasattr(model, "peft_config") and hasattr(model, "get_base_model")

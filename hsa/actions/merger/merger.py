@@ -16,7 +16,7 @@ import torch
 
 from hsa.actions.merger import samples
 from hsa.actions.merger.destination import Destinations
-from hsa.actions.merger.loaded import Entry, Model, config_of, entries_of, targets_of, wanted
+from hsa.actions.merger.loaded import LoadedTensor, Model, config_of, entries_of, targets_of, wanted
 from hsa.actions.merger.samples import Sample
 from hsa.actions.merger.written import holds_a_merge
 from hsa.architectures.base import Preset
@@ -245,7 +245,7 @@ class Merger:
             outcomes.append(TargetOutcome(target, merged, {}, self._equal[target.projection.name]))
         return outcomes
 
-    def _note_others(self, entries: Sequence[Entry]) -> None:
+    def _note_others(self, entries: Sequence[LoadedTensor]) -> None:
         """Say where a model's other tensors are not primary's."""
         found = samples.difference(self._others, samples.of_loaded(entries, self._stored))
         if found is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hsa.actions.merger.loaded import Entry, has_addresses
+from hsa.actions.merger.loaded import LoadedTensor, has_addresses
 from hsa.sources.checkpoint import Checkpoint
 from hsa.system.dtypes import NAMES, size
 
@@ -54,7 +54,7 @@ def of_checkpoint(checkpoint: Checkpoint, targets: Collection[str]) -> dict[str,
     return found
 
 
-def of_loaded(entries: Iterable[Entry], targets: Collection[str]) -> dict[str, Sample]:
+def of_loaded(entries: Iterable[LoadedTensor], targets: Collection[str]) -> dict[str, Sample]:
     """The same of a loaded model's tensors; those without elements in memory, and integers, are left out."""
     shapes: dict[str, tuple[int, ...]] = {}
     parts: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}

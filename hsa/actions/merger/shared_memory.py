@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hsa.actions.merger.loaded import Entry, has_addresses
+from hsa.actions.merger.loaded import LoadedTensor, has_addresses
 from hsa.system.dtypes import Array
 
 
@@ -24,7 +24,7 @@ class Span:
     tensor: torch.Tensor
 
 
-def spans(group: str, entries: Iterable[Entry]) -> Iterator[Span]:
+def spans(group: str, entries: Iterable[LoadedTensor]) -> Iterator[Span]:
     """The spans of tensors that have elements at addresses; others are left out."""
     for name, _, tensor in entries:
         if has_addresses(tensor) and tensor.numel():

@@ -11,7 +11,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-class Record:
+class WrittenTensors:
     """The tensors that one `Merger` writes in one model, and their versions after the last time."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -47,7 +47,7 @@ from hsa.sources.safetensors import MAX_HEADER, Header, read_header
 from hsa.sources.small_file_checks import GENERATION_CONFIG
 from hsa.sources.small_files import PROCESSOR_FILES
 from hsa.sources.source_folder import newest_checkpoint
-from hsa.system.fsio import Source, Tally
+from hsa.system.fsio import SourceFile, Tally
 from hsa.system.ranges import Range, coalesce, total
 from hsa.system.types import PathLike
 
@@ -403,8 +403,8 @@ def _places(header: Header, plain: Mapping[str, str], chosen: Callable[[str], bo
 
 
 @contextmanager
-def _opened(partial: Partial, role: Role) -> Iterator[Source]:
-    source = Source(partial.path, role, Tally(), partial.ranges)
+def _opened(partial: Partial, role: Role) -> Iterator[SourceFile]:
+    source = SourceFile(partial.path, role, Tally(), partial.ranges)
     try:
         yield source
     finally:

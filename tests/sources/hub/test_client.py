@@ -566,7 +566,7 @@ def write_hollow(directory: Path, shape: str, dtype: DType) -> Path:
         count = itemsize
         for dim in dims:
             count *= dim
-        entries.append(safetensors.Entry(name, CODES[dtype], dims, end, end + count))
+        entries.append(safetensors.TensorEntry(name, CODES[dtype], dims, end, end + count))
         end += count
     raw = safetensors.serialize(entries, {"format": "pt"})
     (directory / WEIGHTS).write_bytes(raw)
