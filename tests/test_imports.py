@@ -52,7 +52,7 @@ itself, and from nothing else. `_version` is open to all, and `kernels` to `back
 
 AT_IMPORT = {
     "torch": {
-        "hsa.reference",
+        "hsa.reference.hsa",
         "hsa.backends.torch_cpu",
         "hsa.backends.tensor_geometry",
         "hsa.backends.resident",
@@ -86,7 +86,7 @@ ANYWHERE = {
     },
     "mergekit": {"hsa.integrations.mergekit", "hsa.integrations.mergekit_method"},
     "matplotlib": {"hsa.views.picture"},
-    "hsa.reference": {"hsa.testing.demo"},
+    "hsa.reference": {"hsa.reference", "hsa.testing.demo"},
     "hsa.kernels": {"hsa.backends.triton"},
 }
 """Which modules may import these at all, inside a function included."""
