@@ -84,7 +84,11 @@ ANYWHERE = {
         "hsa.sources.hub.errors",
         "hsa.sources.hub.repository",
     },
-    "mergekit": {"hsa.integrations.mergekit", "hsa.integrations.mergekit_method"},
+    "mergekit": {
+        "hsa.integrations.mergekit",
+        "hsa.integrations.mergekit_method",
+        "hsa.integrations.mergekit_recipe",
+    },
     "matplotlib": {"hsa.views.picture"},
     "hsa.reference": {"hsa.reference", "hsa.testing.demo"},
     "hsa.kernels": {"hsa.backends.triton"},

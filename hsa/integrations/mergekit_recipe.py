@@ -1,0 +1,165 @@
+"""A YAML file for mergekit, read and checked as far as merge method `hsa` is concerned, before mergekit starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsa.errors import HsaError, MachineError, RequestError, shown
+from hsa.integrations.mergekit_method import DEFAULTS, METHOD, Merging, assign, config_of
+from hsa.sources.roles import Role
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A YAML file: its text and mapping, and the models in it (mergekit's references), base first."""
+
+    text: str
+    document: Mapping[str, Any]
+    models: tuple[Any, ...]
+    roles: Mapping[Role, Any]
+
+    @property
+    def is_hsa(self) -> bool:
+        return bool(self.document.get("merge_method") == METHOD)
+
+    @property
+    def casts(self) -> bool:
+        return bool(self.document.get("dtype") or self.document.get("out_dtype"))
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """mergekit's errors as this package's: the command line shows them in one line."""
+    try:
+        yield
+    except (HsaError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if hasattr(error, "format_message"):  # of click
+            raise RequestError(f"mergekit: {error.format_message()}") from error
+        text = " ".join(str(error).split())
+        kind = MachineError if "IoError" in text else RequestError  # safetensors' own name for a failed write
+        raise kind(f"mergekit stopped: {type(error).__name__}: {text}") from error
+
+
+def read(path: Path, merging: Merging) -> Recipe:
+    """The YAML file, checked as far as this package's method is concerned: mergekit itself ignores what it does not
+    know, and would write half an output before it found the rest."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RequestError(f"mergekit's configuration {path} cannot be read: {reason}") from error
+    except yaml.YAMLError as error:
+        raise RequestError(f"mergekit's configuration {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise RequestError(f"mergekit's configuration {path} is no mapping; it must say merge_method and models")
+    if document.get("merge_method") != METHOD:
+        return Recipe(text, document, tuple(_mentioned(document)), {})
+    roles = _check(document)
+    for role, model in roles.items():
+        merging.config(role, model)
+    return Recipe(text, document, (roles["base"], roles["primary"], roles["secondary"]), roles)
+
+
+def _reference(value: Any) -> Any:
+    from mergekit.common import ModelReference
+
+    with plainly():
+        return ModelReference.model_validate(value)
+
+
+def _mentioned(document: Any) -> Iterator[Any]:
+    """Every model of a document: base first, then in the order written."""
+    if isinstance(document, dict):
+        for key in ("base_model", "model"):
+            if isinstance(document.get(key), (str, dict)):
+                yield _reference(document[key])
+        for key in ("models", "slices", "modules", "sources"):
+            yield from _mentioned(document.get(key))
+        for value in document.values():
+            if isinstance(value, dict) and {"models", "slices"} & value.keys():
+                yield from _mentioned(value)
+    elif isinstance(document, list):
+        for entry in document:
+            yield from _mentioned(entry)
+
+
+def _check(document: Mapping[str, Any]) -> dict[Role, Any]:
+    """The roles of the models. Raises RequestError for what a merge with `hsa` cannot mean."""
+    for key in ("slices", "modules"):
+        if document.get(key) is not None:
+            raise RequestError(f"merge_method {METHOD} merges whole models: list them under models, not under {key}")
+    if not document.get("base_model"):
+        raise RequestError(f"merge_method {METHOD} needs base_model, the pretrained model that both were tuned from")
+    entries = document.get("models")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "model" in entry for entry in entries):
+        raise RequestError(
+            f"merge_method {METHOD} needs models: a list with primary and secondary, each as model: NAME"
+        )
+    _check_parameters(document.get("parameters"))
+    base = _reference(document["base_model"])
+    others = []
+    for entry in entries:
+        model, role = _reference(entry["model"]), _role(entry)
+        if model != base:
+            others.append((model, role))
+        elif role not in (None, "base"):
+            raise RequestError(f"{model} is base_model and cannot have the role {shown(role)} too")
+    return {"base": base, **assign(others)}
+
+
+def _role(entry: Mapping[str, Any]) -> Any:
+    parameters = entry.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise RequestError(f"the parameters of {entry['model']} must be a mapping such as {{role: primary}}")
+    for name in parameters:
+        if name in DEFAULTS:
+            raise RequestError(f"{name} stands under {entry['model']}; it belongs to the parameters of the whole merge")
+        if name != "role":
+            raise RequestError(
+                f"{entry['model']} has a parameter {shown(name)}; merge_method {METHOD} knows role alone there"
+            )
+    return parameters.get("role")
+
+
+def _check_parameters(parameters: Any) -> None:
+    if parameters is None:
+        return
+    if not isinstance(parameters, dict):
+        raise RequestError(f"parameters must be a mapping, got {shown(parameters)}")
+    for name, setting in parameters.items():
+        if name == "role":
+            raise RequestError("role belongs under each model: parameters: {role: primary} or {role: secondary}")
+        if name not in DEFAULTS:
+            raise RequestError(f"merge_method {METHOD} has no parameter {shown(name)}; it has {', '.join(DEFAULTS)}")
+        for value in _values(setting):
+            config_of({name: _number(value) if name != "targets" else value})
+
+
+def _values(setting: Any) -> Iterator[Any]:
+    """Every value that a setting may take: mergekit has gradients and filters."""
+    if isinstance(setting, list):
+        for part in setting:
+            yield from _values(part)
+    elif isinstance(setting, dict):
+        yield from _values(setting.get("value"))
+    else:
+        yield setting
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-1 as text, mergekit as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
