@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import hsa
-from hsa.system.memory import family
+from hsa.system.memory import process_tree
 
 INTERVAL = 0.01
 SETTLE = 1.0
@@ -131,7 +131,7 @@ class _Watcher:
 
     def _watch(self) -> None:
         while not self._over.wait(INTERVAL):
-            sizes = [_memory(pid) for pid in family(self._pid)]
+            sizes = [_memory(pid) for pid in process_tree(self._pid)]
             self.peak = max(self.peak, sum(size[0] for size in sizes))
             self.peak_rss = max(self.peak_rss, sum(size[1] for size in sizes))
 

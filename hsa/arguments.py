@@ -1,4 +1,4 @@
-"""Arguments of Python's calls whose type alone can be wrong: paths, flags, and functions that are told of progress.
+"""Check the types of arguments of Python calls: paths, flags, lists, and callbacks.
 
 Parameters of a merge are checked by `config`, threads by `threads`.
 """

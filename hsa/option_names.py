@@ -4,7 +4,7 @@ A message is written once, with `option("overwrite", True)` where it names an op
 `overwrite=True`; inside `with spelled(command_line):`, in which `hsa` runs every command, it reads `--overwrite`.
 
 The spelling belongs to the running context, so that a command in one thread does not change what another thread's
-Python errors say. Threads that hsa starts itself take it over by `carried`.
+Python errors say. Threads that hsa starts itself take it over by `with_current_spelling`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def spelled(spelling: Spelling) -> Iterator[None]:
         _spelling.reset(token)
 
 
-def carried(function: Callable[_P, _T]) -> Callable[_P, _T]:
+def with_current_spelling(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """The function, for another thread: its messages spell options as this thread's messages do now."""
     spelling = _spelling.get()
 

@@ -44,7 +44,7 @@ from hsa.system.threads import check_threads, default_threads
 from hsa.system.types import PathLike
 
 
-@fsio.explained()
+@fsio.map_os_errors()
 def apply(
     primary: PathLike,
     patch: PathLike,

@@ -141,7 +141,7 @@ def merge(
     return run(request, progress)
 
 
-@fsio.explained()
+@fsio.map_os_errors()
 def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says; see `merge`."""
     check_functions(progress=progress)
@@ -197,7 +197,7 @@ def run(request: Request, progress: Callable[[int, int], None] | None = None) ->
     )
 
 
-@fsio.explained()
+@fsio.map_os_errors()
 def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
     """The plan of a request: reads headers and small files, writes nothing.
 

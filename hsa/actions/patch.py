@@ -29,11 +29,11 @@ from hsa.sources.hub.client import Hub
 from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
-from hsa.system.destinations import refuse_enclosed, relation
+from hsa.system.destinations import path_overlap, refuse_inside_output
 from hsa.system.digests import digest_of
 from hsa.system.memory import PeakMemory
 from hsa.system.signals import deferred
-from hsa.system.staging import STAGING, StagingDirectory, beside
+from hsa.system.staging import STAGING, StagingDirectory, hidden_sibling
 from hsa.system.threads import default_threads
 from hsa.system.types import PathLike
 
@@ -89,7 +89,7 @@ def merge_patch(
     return run_patch(request, progress)
 
 
-@fsio.explained()
+@fsio.map_os_errors()
 def run_patch(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says as a patch; see `merge_patch`."""
     started = time.perf_counter()
@@ -104,7 +104,7 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         )
         with deferred():
             staging = stack.enter_context(
-                StagingDirectory(beside(destination, STAGING), destination, sync=request.sync)
+                StagingDirectory(hidden_sibling(destination, STAGING), destination, sync=request.sync)
             )
         point = Point(request.config, destination.name)
         threads = request.threads or default_threads()
@@ -206,7 +206,7 @@ def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwr
     try:
         destination = (Path.cwd() / given.expanduser()).resolve()
         for source in sources:
-            found = relation(destination.parent, source)
+            found = path_overlap(destination.parent, source)
             if found in ("is", "lies in"):
                 raise DestinationError(
                     f"output {destination} lies in the source {source}; choose a directory apart from the sources"
@@ -214,7 +214,7 @@ def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwr
         label = f"output {destination}"
         if destination.is_dir():
             raise DestinationError(f"{label} is a directory; a patch is one file: name one outside any output")
-        refuse_enclosed(destination, label)
+        refuse_inside_output(destination, label)
         if not os.path.lexists(destination):
             return destination
         if not overwrite:

@@ -20,7 +20,7 @@ from hsa.cli.sweep import sweep
 from hsa.cli.verify import verify
 from hsa.option_names import command_line, spelled
 from hsa.system.console import fail, guarded
-from hsa.system.streams import tell
+from hsa.system.streams import print_stdout
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """click's UsageError: typer brings a click of its own or uses the installed one, depending on its version."""
@@ -84,13 +84,13 @@ def _program(
     show_completion: Shell = None,
 ) -> None:
     if version:
-        tell(__version__)
+        print_stdout(__version__)
     elif install_completion is not None:
         completion.install(install_completion)
     elif show_completion is not None:
         completion.show(show_completion)
     elif ctx.invoked_subcommand is None:
-        tell(ctx.get_help())
+        print_stdout(ctx.get_help())
         raise typer.Exit(2)
     else:
         return

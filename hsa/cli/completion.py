@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hsa.errors import RequestError, shown
-from hsa.system.streams import tell
+from hsa.system.streams import print_stdout
 
 PROGRAM = "hsa"
 VARIABLE = "_HSA_COMPLETE"
@@ -16,7 +16,7 @@ def show(shell: str) -> None:
     """Print the script that a shell reads. `auto` is the shell that started this process."""
     from typer._completion_shared import get_completion_script
 
-    tell(get_completion_script(prog_name=PROGRAM, complete_var=VARIABLE, shell=_named(shell)))
+    print_stdout(get_completion_script(prog_name=PROGRAM, complete_var=VARIABLE, shell=_named(shell)))
 
 
 def install(shell: str) -> None:
@@ -24,7 +24,7 @@ def install(shell: str) -> None:
     from typer._completion_shared import install
 
     name, path = install(shell=_named(shell), prog_name=PROGRAM, complete_var=VARIABLE)
-    tell(f"{path} completes hsa in {name}; start a new shell to use it")
+    print_stdout(f"{path} completes hsa in {name}; start a new shell to use it")
 
 
 def prepare() -> None:

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from hsa.errors import one_line
 from hsa.findings import Findings
-from hsa.system.streams import Forgiving, say, tell, watched
+from hsa.system.streams import LenientStream, print_stderr, print_stdout, stderr_is_terminal
 
 if TYPE_CHECKING:
     from hsa.outputs.report import MergeReport
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 def result(content: dict[str, Any] | str, quiet: bool, *, done: str = "") -> None:
     """An object as JSON, or text unless `quiet`, on stdout. `done` says what is finished even if that fails."""
     if isinstance(content, dict):
-        tell(json.dumps(content), done=done, needed=True)
+        print_stdout(json.dumps(content), done=done, needed=True)
     elif not quiet:
-        tell(content, done=done)
+        print_stdout(content, done=done)
 
 
 def findings(found: Findings, *, quiet: bool = False) -> None:
     """Warnings, and notes unless `quiet`, on stderr."""
     for warning in found.warnings:
-        say(f"hsa: warning: {one_line(warning)}")
+        print_stderr(f"hsa: warning: {one_line(warning)}")
     for note in () if quiet else found.notes:
-        say(f"hsa: note: {one_line(note)}")
+        print_stderr(f"hsa: note: {one_line(note)}")
 
 
 def problems(report: VerifyReport) -> None:
     """What a verification found, on stderr."""
     for found in report.problems:
-        say(one_line(f"hsa: problem: {found.file}: {found.what}"))
+        print_stderr(one_line(f"hsa: problem: {found.file}: {found.what}"))
 
 
 def problem(text: str) -> None:
     """An error that does not end the run, on stderr."""
-    say(f"hsa: error: {one_line(text)}")
+    print_stderr(f"hsa: error: {one_line(text)}")
 
 
 def size_text(count: int) -> str:
@@ -86,7 +86,7 @@ def progress(*, show: bool, label: str = "merging") -> Iterator[Any]:
 
     Before the first step, sources may show bars of their own. A terminal that goes away ends the bar, not the work.
     """
-    if not show or not watched():
+    if not show or not stderr_is_terminal():
         yield None
         return
     from rich.console import Console
@@ -97,7 +97,7 @@ def progress(*, show: bool, label: str = "merging") -> Iterator[Any]:
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
-        console=Console(file=cast(IO[str], Forgiving(sys.stderr))),
+        console=Console(file=cast(IO[str], LenientStream(sys.stderr))),
         transient=True,
     )
     task = bar.add_task(label, total=None)

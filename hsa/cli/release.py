@@ -11,7 +11,7 @@ from hsa.cli import options, printing
 from hsa.cli.printing import size_text
 from hsa.errors import one_line
 from hsa.findings import Findings
-from hsa.system.streams import say, watched
+from hsa.system.streams import print_stderr, stderr_is_terminal
 
 if TYPE_CHECKING:
     from hsa.releases.release import EntryReport, ReleasePlan, ReleaseReport
@@ -50,7 +50,7 @@ def release(
         plan = releasing.plan(recipe, output, **how)  # type: ignore[arg-type]
         printing.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
         return 0
-    with _Screen(bars=watched() and not (quiet or as_json), quiet=quiet or as_json) as screen:
+    with _Screen(bars=stderr_is_terminal() and not (quiet or as_json), quiet=quiet or as_json) as screen:
         progress = screen.step if screen.bars else None
         report = releasing.release(recipe, output, progress=progress, watch=screen.done, **how)  # type: ignore[arg-type]
     printing.findings(Findings(report.notes), quiet=quiet)
@@ -80,7 +80,7 @@ class _Screen:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._bar.close()
         if kind is not None and self._ended and not issubclass(kind, Exception):
-            say(f"hsa: note: {self._ended} merges ended before and stand; run again to go on")
+            print_stderr(f"hsa: note: {self._ended} merges ended before and stand; run again to go on")
 
     def step(self, path: str, done: int, total: int) -> None:
         if path != self._path:
@@ -99,7 +99,7 @@ class _Screen:
         about = [tuple(f"{entry.path}: {text}" for text in texts) for texts in (notes, warnings)]
         printing.findings(Findings(*about), quiet=self._quiet)
         if not self._quiet and entry.problem is None:
-            say(one_line(f"hsa: {entry.path}: {_result(entry)}"))
+            print_stderr(one_line(f"hsa: {entry.path}: {_result(entry)}"))
 
 
 def _result(entry: EntryReport) -> str:

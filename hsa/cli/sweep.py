@@ -12,7 +12,7 @@ from hsa.cli import options, printing
 from hsa.cli.printing import size_text
 from hsa.errors import one_line
 from hsa.findings import Findings
-from hsa.system.streams import say
+from hsa.system.streams import print_stderr
 
 if TYPE_CHECKING:
     from hsa.sweeps.sweep import SweepReport
@@ -102,7 +102,7 @@ def _existing_points_named() -> Iterator[None]:
     except Exception:
         raise
     except BaseException:
-        say("hsa: note: points that were finished stay; run the sweep again to go on")
+        print_stderr("hsa: note: points that were finished stay; run the sweep again to go on")
         raise
 
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from hsa.errors import shown
-from hsa.system.streams import tell
+from hsa.system.streams import print_stdout
 
 COMMON = "Common options"
 GROUPS = {
@@ -137,14 +137,14 @@ def show_help_of(ctx: typer.Context, name: str | None) -> None:
     """Print the help of a command, or of the program. A usage error where there is no such command."""
     parent: Any = ctx.parent
     if name is None:
-        tell(parent.get_help())
+        print_stdout(parent.get_help())
         return
     _, command, _ = parent.command.resolve_command(parent, [name])
     with command.make_context(name, [], parent=parent, resilient_parsing=True) as found:
-        tell(found.get_help())
+        print_stdout(found.get_help())
 
 
 def _show_help(ctx: Any, parameter: Any, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        tell(ctx.get_help())
+        print_stdout(ctx.get_help())
         ctx.exit()

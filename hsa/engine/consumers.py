@@ -15,7 +15,7 @@ from hsa.sources.checkpoint import Checkpoint
 from hsa.system import fsio
 from hsa.system.publish import StagedOutput
 from hsa.system.ranges import Range
-from hsa.system.write_mode import Lanes
+from hsa.system.write_mode import WriteModeChooser
 
 DIRECT_PIECE = 4 << 20
 """Bytes of a piece that is written past the page cache."""
@@ -71,7 +71,7 @@ class FileSink:
     def __init__(self, staging: StagedOutput, primary: Checkpoint, tally: fsio.Tally, *, sync: bool) -> None:
         self._staging, self._primary, self._tally, self._sync = staging, primary, tally, sync
         self._files: list[_OpenFile] = []
-        self._lanes = None if sync else Lanes()
+        self._write_modes = None if sync else WriteModeChooser()
         self._lock = threading.Lock()
         self._has_direct = False
 
@@ -99,17 +99,17 @@ class FileSink:
 
     def store(self, number: int, start: int, view: memoryview, changed: Sequence[Range]) -> None:
         file = self._files[number]
-        with fsio.writing(self._path(file), file.plan.size):
+        with fsio.map_write_errors(self._path(file), file.plan.size):
             fd = self._opened(file)
             if file.cloned:
                 for low, high in changed:
                     fsio.write_all(fd, view[low:high], start + low, self._tally)
             elif file.direct is not None and len(view) % fsio.ALIGNMENT == 0:
-                if self._lanes is None:
+                if self._write_modes is None:
                     self._store_direct(fd, file.direct, start, view)
                 else:
-                    with self._lanes.write(len(view)) as lane:
-                        if lane == "direct":
+                    with self._write_modes.write(len(view)) as mode:
+                        if mode == "direct":
                             self._store_direct(fd, file.direct, start, view)
                         else:
                             self._store_cached(fd, start, view)
@@ -135,7 +135,7 @@ class FileSink:
         if file.twin is not None:
             with self._primary.shards[file.twin].source.descriptor() as source:
                 made = fsio.create(path, 0)
-                with fsio.writing(path, file.size):
+                with fsio.map_write_errors(path, file.size):
                     try:
                         cloned = fsio.clone(source, made)
                     finally:
@@ -144,7 +144,7 @@ class FileSink:
                         return True
                     path.unlink()
         made = fsio.create(path, file.size)
-        with fsio.writing(path):
+        with fsio.map_write_errors(path):
             os.close(made)
         return False
 
@@ -160,7 +160,7 @@ class FileSink:
         with self._lock:
             held = [fd for fd in (file.fd, file.direct) if fd is not None]
             file.fd = file.direct = None
-        with fsio.writing(self._path(file)), ExitStack() as stack:  # a network filesystem may fail only here
+        with fsio.map_write_errors(self._path(file)), ExitStack() as stack:  # a network filesystem may fail only here
             for fd in held:
                 stack.callback(os.close, fd)
 

@@ -36,7 +36,7 @@ from hsa.system import fsio
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import BITS, Array
 from hsa.system.huge_pages import allocate
-from hsa.system.manifest import BLANK
+from hsa.system.manifest import BLANK_DIGEST
 from hsa.system.memory import PeakMemory
 from hsa.system.staging import StagingDirectory
 from hsa.system.threads import supervise
@@ -178,7 +178,7 @@ class _PatchRun:
             PROGRAM,
             libraries(),
             {**point.config.as_dict(), **settings},
-            {source.role: source_record(source, BLANK) for source in self.sources},
+            {source.role: source_record(source, BLANK_DIGEST) for source in self.sources},
             tuple(map(patch_target, targets)),
             files,
         )
@@ -225,7 +225,7 @@ class _PatchRun:
         )
         raw = patch_format.header(contents, counts, file.header_bytes)
         stop = file.stop + sum(map(len, tail.values()))
-        with fsio.writing(path, stop):
+        with fsio.map_write_errors(path, stop):
             fsio.write_all(file.fd, memoryview(b"".join(tail.values())), file.stop, self.tally)
             fsio.write_all(file.fd, memoryview(raw), 0, self.tally)
             os.ftruncate(file.fd, stop)
@@ -344,7 +344,7 @@ class _PatchRun:
 
     def _write(self, rows: _Rows, view: memoryview) -> None:
         file = rows.file
-        with fsio.writing(self.staging.file(file.point.name), rows.nbytes):
+        with fsio.map_write_errors(self.staging.file(file.point.name), rows.nbytes):
             aligned = not (rows.offset % fsio.ALIGNMENT or rows.nbytes % fsio.ALIGNMENT)
             if file.direct is not None and aligned and fsio.write_direct(file.direct, view, rows.offset, self.tally):
                 return

@@ -51,7 +51,7 @@ from hsa.system import fsio
 from hsa.system.destinations import check_destination
 from hsa.system.publish import StagedOutput
 from hsa.system.signals import deferred
-from hsa.system.streams import watched
+from hsa.system.streams import stderr_is_terminal
 
 INSTALL = 'pip install "hsa-merge[mergekit]"'
 NARROW = ("float16", "bfloat16")
@@ -201,7 +201,7 @@ def _plainly() -> Iterator[None]:
 def _less_noise(context: Any) -> None:
     """No progress bars where nobody watches, unless asked for."""
     chosen = getattr(context.get_parameter_source("quiet"), "name", "")
-    if chosen == "DEFAULT" and not watched():
+    if chosen == "DEFAULT" and not stderr_is_terminal():
         context.params["quiet"] = True
 
 
@@ -424,7 +424,7 @@ def _settle(staging: StagedOutput) -> None:
     files = [path for path in staging.path.rglob("*") if path.is_file()]
     if not files:
         raise SourceError("mergekit wrote nothing; does the configuration name models?")
-    with fsio.writing(staging.path):
+    with fsio.map_write_errors(staging.path):
         for path in files:
             path.chmod(0o666 & ~mask)
             fd = os.open(path, os.O_RDONLY)

@@ -24,7 +24,7 @@ from hsa.methods.config import MergeConfig
 from hsa.option_names import renamed, spelled
 from hsa.sources.roles import Role
 from hsa.system.console import exit_with, guarded
-from hsa.system.streams import say, tell
+from hsa.system.streams import print_stderr, print_stdout
 
 OPTIONS = {
     "base": "--pretrained-model",
@@ -171,8 +171,8 @@ def run(arguments: Sequence[str]) -> int:
             for note in report.notes:
                 _say(f"note: {note}")
             done = f"the output {report.output} is whole"
-            tell(one_line(f"[SAVE] {report.output}"), done=done)
-            tell(
+            print_stdout(one_line(f"[SAVE] {report.output}"), done=done)
+            print_stdout(
                 f"[INFO] lambda={float(report.parameters['lambda']):.4f}; hsa_target_tensors={len(report.tensors)}; "
                 f"selected_heads={report.selected_heads}/{report.total_heads}",
                 done=done,
@@ -184,7 +184,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(text: str) -> None:
-    say(f"hsa: {one_line(text)}")
+    print_stderr(f"hsa: {one_line(text)}")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from hsa.sources.safetensors import MAX_HEADER, Header, TensorEntry, serialize
 from hsa.sources.small_files import SMALL_FILES
 from hsa.system.dtypes import ARITHMETIC, BITS
 from hsa.system.fsio import ALIGNMENT
-from hsa.system.manifest import BLANK, DIGEST, LONGEST_NUMBER, check_digest, document_digest
-from hsa.system.strict_json import MAX_MARKS, load_json, marks
+from hsa.system.manifest import BLANK_DIGEST, DIGEST, LONGEST_NUMBER, check_digest, document_digest
+from hsa.system.strict_json import MAX_MARKS, count_marks, load_json
 
 KEY = "hsa_patch"
 FORMAT = 1
@@ -97,7 +97,7 @@ class Contents:
     sources: Mapping[Role, SourceRecord]
     targets: tuple[PatchTarget, ...]
     files: Mapping[str, str]
-    tensors: str = BLANK
+    tensors: str = BLANK_DIGEST
     distances: Mapping[str, Distances] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
@@ -161,10 +161,10 @@ def header_size(contents: Contents) -> int:
     stacks = dict.fromkeys(("encoder", "decoder", "all"), LONGEST)
     longest = _header(replace(contents, distances=stacks), entries(contents, every))
     size = -(-len(longest) // ALIGNMENT) * ALIGNMENT
-    if size - 8 > MAX_HEADER or marks(longest[8:]) > MAX_MARKS:
+    if size - 8 > MAX_HEADER or count_marks(longest[8:]) > MAX_MARKS:
         raise RequestError(
-            f"the patch's header would have {size} bytes with {marks(longest[8:])} brackets, braces and commas, and at "
-            f"most {MAX_HEADER} and {MAX_MARKS} are read again; write a whole checkpoint"
+            f"the patch's header would have {size} bytes with {count_marks(longest[8:])} brackets, braces and commas, "
+            f"and at most {MAX_HEADER} and {MAX_MARKS} are read again; write a whole checkpoint"
         )
     return size
 

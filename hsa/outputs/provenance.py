@@ -30,7 +30,7 @@ from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
 from hsa.system import manifest
 from hsa.system.digests import digest_of
-from hsa.system.manifest import BLANK, DIGEST, FORMAT, PROVENANCE, document_digest, render
+from hsa.system.manifest import BLANK_DIGEST, DIGEST, FORMAT, PROVENANCE, document_digest, render
 from hsa.system.types import parse_size
 
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
@@ -158,9 +158,9 @@ class Record:
 
     def check_fits(self, names: Iterable[str], heads: int | None = None) -> None:
         """RequestError where the record, with files of these names, would be too large to be read again."""
-        files = {name: {"blake3": BLANK} for name in names}
+        files = {name: {"blake3": BLANK_DIGEST} for name in names}
         total = sum(target.heads for target in self.targets) if heads is None else heads
-        manifest.check_fits({**self.as_dict(), "files": files, DIGEST: BLANK}, total)
+        manifest.check_fits({**self.as_dict(), "files": files, DIGEST: BLANK_DIGEST}, total)
 
     def with_files(self, digests: Mapping[str, str | None]) -> bytes:
         """The file's bytes. `digests` maps every other file of the output to its BLAKE3 digest, None where left out."""
@@ -216,8 +216,8 @@ def check_fits(plan: MergePlan, sources: Sources, settings: Mapping[str, Any], s
         source.role: SourceRecord(
             source.identity,
             source.kind,
-            {shard.name: SourceFile(shard.source.size, BLANK) for shard in source.shards},
-            BLANK,
+            {shard.name: SourceFile(shard.source.size, BLANK_DIGEST) for shard in source.shards},
+            BLANK_DIGEST,
         )
         for source in sources
     }

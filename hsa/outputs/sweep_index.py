@@ -25,7 +25,7 @@ from hsa.outputs.provenance import Record, SourceRecord
 from hsa.sources.roles import ROLES, Role
 from hsa.system.dtypes import BITS
 from hsa.system.manifest import PROVENANCE
-from hsa.system.staging import ASIDE, STAGING
+from hsa.system.staging import REPLACED, STAGING
 
 JSON, CSV = "index.json", "index.csv"
 STACKS = ("encoder", "decoder", "all")
@@ -130,7 +130,7 @@ def is_index(path: Path) -> bool:
 def is_point(path: Path) -> bool:
     """Whether a directory entry is what a sweep left that was killed before its index: a point, or one being made."""
     if path.name.startswith(tuple(f".{preset}" for preset in PRESETS)):
-        return path.name.endswith((STAGING, ASIDE))
+        return path.name.endswith((STAGING, REPLACED))
     if not path.name.startswith(PRESETS):
         return False
     return (path / PROVENANCE).is_file() or is_patch(path)

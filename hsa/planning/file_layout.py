@@ -16,7 +16,7 @@ from hsa.sources.roles import Role
 from hsa.sources.safetensors import MAX_HEADER, TensorEntry, serialize
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import BITS, size
-from hsa.system.strict_json import MAX_MARKS, marks
+from hsa.system.strict_json import MAX_MARKS, count_marks
 
 SLICE_ELEMENTS = 1 << 18
 """Elements of a streamed tensor that are in memory at a time."""
@@ -232,8 +232,8 @@ def _check_readable(files: Sequence[OutputFile], index: bytes | None, tensors: i
     headers = [file.segments[0].content for file in files]
     texts = [header.data[8:] for header in headers if isinstance(header, Bytes)]
     for what, nbytes, found in (
-        ("headers", sum(map(len, texts)), sum(map(marks, texts))),
-        (INDEX, len(index or b""), marks(index or b"")),
+        ("headers", sum(map(len, texts)), sum(map(count_marks, texts))),
+        (INDEX, len(index or b""), count_marks(index or b"")),
     ):
         if nbytes > MAX_HEADER or found > MAX_MARKS or tensors > MAX_TENSORS:
             raise RequestError(

@@ -22,7 +22,7 @@ from hsa.outputs.release_index import FORMAT, INDEX, KIND, README, facts, is_ind
 from hsa.releases.recipe import Recipe, RecipeEntry
 from hsa.sources.identity import Identity, is_hub_id
 from hsa.system import fsio
-from hsa.system.staging import STAGING, StagingDirectory, beside
+from hsa.system.staging import STAGING, StagingDirectory, hidden_sibling
 
 MARKER = "<!-- Written by hsa release, which writes it anew: change the recipe, not this file. -->"
 PATIENCE = 10.0
@@ -82,7 +82,7 @@ def write(tree: Path, files: Mapping[str, bytes], *, sync: bool) -> bool:
     Raises MachineError, or DestinationError when another run does not let go of the index.
     """
     check_place(tree)
-    place = beside(tree / "index", STAGING)
+    place = hidden_sibling(tree / "index", STAGING)
     stands = all(_holds(tree / name, data) for name, data in files.items())
     if stands and not fsio.exists(place):
         return False

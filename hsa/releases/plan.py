@@ -27,7 +27,7 @@ from hsa.sources.hub.client import Hub
 from hsa.sources.hub.repository import cache_directories, find_id
 from hsa.sources.roles import ROLES, Role
 from hsa.system import fsio
-from hsa.system.destinations import check_occupied, check_tree
+from hsa.system.destinations import check_replaceable, check_tree
 from hsa.system.manifest import PROVENANCE
 from hsa.system.types import PathLike
 
@@ -105,7 +105,7 @@ class ReleasePlan:
         }
 
 
-@fsio.explained()
+@fsio.map_os_errors()
 def plan(
     recipe: PathLike,
     output: PathLike,
@@ -146,7 +146,7 @@ def _plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: 
         looked = merge.dry_run(request, occupied=True)  # whatever stands there, look at the rest
     destination = looked.output
     if not (destination / PROVENANCE).is_file():
-        check_occupied(destination, overwrite=True)
+        check_replaceable(destination, overwrite=True)
         return PlannedEntry(entry, request, "build", "missing", "", looked)
     replaced = sum(path.lstat().st_size for path in destination.iterdir())
     state, why = state_of(destination, request)
@@ -155,7 +155,7 @@ def _plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: 
     if not overwrite:
         return PlannedEntry(entry, request, "refuse", state, why, looked, replaced)
     try:
-        check_occupied(destination, overwrite=True)
+        check_replaceable(destination, overwrite=True)
     except DestinationError as error:
         return PlannedEntry(entry, request, "refuse", state, why, looked, replaced, str(error))
     return PlannedEntry(entry, request, "rebuild", state, why, looked, replaced)

@@ -22,9 +22,9 @@ from hsa.sources.source_folder import names_in, unread_weights, without_weights
 from hsa.sources.tensor_places import Shard, TensorRef, place_tensors
 from hsa.sources.torch_pickle import read_state_dict
 from hsa.system.descriptors import reason
-from hsa.system.fsio import MACHINE, SourceFile, Tally, exists
+from hsa.system.fsio import MACHINE_ERRNOS, SourceFile, Tally, exists
 from hsa.system.ranges import Range
-from hsa.system.strict_json import MAX_MARKS, load_json, marks
+from hsa.system.strict_json import MAX_MARKS, count_marks, load_json
 
 Kind = Literal["safetensors", "pickle", "openai", "adapter"]
 
@@ -161,7 +161,7 @@ def _check_size(checkpoint: Checkpoint, spent: list[int]) -> None:
     added, counts bytes, marks, tensors and steps."""
     header = checkpoint.shards[-1].header
     spent[0] += len(header.raw) - 8
-    spent[1] += marks(header.raw[8:]) if checkpoint.kind == "safetensors" else 0
+    spent[1] += count_marks(header.raw[8:]) if checkpoint.kind == "safetensors" else 0
     spent[2] += len(header.entries)
     spent[3] += header.steps
     size, found, tensors, steps = spent
@@ -267,7 +267,7 @@ def _exists(path: Path) -> bool:
     try:
         return exists(path)
     except OSError as error:
-        kind = MachineError if error.errno in MACHINE else SourceError
+        kind = MachineError if error.errno in MACHINE_ERRNOS else SourceError
         raise kind(f"cannot look for {path}: {reason(error)}; give a directory that can be read") from error
 
 

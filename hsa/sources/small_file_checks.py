@@ -110,9 +110,9 @@ def read_small_file(name: str, data: bytes, where: str) -> Any:
         return data.endswith((b"\n\n", b"\n\r\n"))
     what = _WHAT[name]
     if name in _VOCABULARIES:
-        document = parse_json(data, where, what, _condensed, most_bytes=MAX_TEXT, most_marks=MAX_VOCABULARY_MARKS)
+        document = parse_json(data, where, what, _condensed, max_bytes=MAX_TEXT, max_marks=MAX_VOCABULARY_MARKS)
     else:
-        document = parse_json(data, where, what, dict, most_bytes=MAX_TEXT, most_marks=MAX_MARKS)
+        document = parse_json(data, where, what, dict, max_bytes=MAX_TEXT, max_marks=MAX_MARKS)
     wrong = _wrong(name, document)
     if wrong is not None:
         raise SourceError(f"{where}: {what} {wrong}; the file is damaged, copy it again")

@@ -28,7 +28,7 @@ from hsa.planning.plan import find_targets
 from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
-from hsa.system.destinations import check_destination, check_occupied, refuse_enclosed
+from hsa.system.destinations import check_destination, check_replaceable, refuse_inside_output
 from hsa.system.manifest import PROVENANCE
 from hsa.system.staging import STAGING
 from hsa.verification.verify import verify
@@ -40,7 +40,7 @@ def check_directory(request: Request, sources: Sources) -> Path:
     """The directory of a sweep: new, empty, or an earlier sweep's. Raises DestinationError."""
     folders = [source.path for source in sources]
     directory = check_destination(request.output, folders, overwrite=False, adding=True)
-    refuse_enclosed(directory / SWEEP_STAGING, f"output {directory}")
+    refuse_inside_output(directory / SWEEP_STAGING, f"output {directory}")
     held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     foreign = [name for name in held if name != SWEEP_STAGING and not is_point(directory / name)]
     index = sweep_index.JSON in held
@@ -104,7 +104,7 @@ class ExistingPoints:
         self._check_kind(place, place.is_dir() and fsio.exists(place / PROVENANCE))
         entry = self._verified(point, place)
         if entry is None:  # before anything is computed
-            check_occupied(place, overwrite=True)
+            check_replaceable(place, overwrite=True)
         return entry
 
     def _verified(self, point: GridPoint, place: Path) -> SweepEntry | None:

@@ -22,7 +22,7 @@ from hsa.errors import MachineError, RequestError, one_line, shown
 from hsa.findings import Findings, counted
 from hsa.methods.config import MergeConfig
 from hsa.methods.grid_point import GridPoint
-from hsa.option_names import carried, option
+from hsa.option_names import option, with_current_spelling
 from hsa.outputs import sweep_index
 from hsa.outputs.extent import Extent
 from hsa.outputs.meaning import of_change, of_sources, refuse
@@ -92,7 +92,7 @@ class SweepReport:
         }
 
 
-@fsio.explained()
+@fsio.map_os_errors()
 def sweep(
     *,
     base: PathLike,
@@ -263,7 +263,7 @@ class _Sweep:
         if self.jobs > 1:
             with ThreadPoolExecutor(self.jobs) as pool:
                 try:
-                    list(pool.map(carried(self._publish), points))
+                    list(pool.map(with_current_spelling(self._publish), points))
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise

@@ -1,4 +1,4 @@
-"""What every command of this package does around its work: signals that end it, and errors as one line on stderr."""
+"""Run a command: signals end it cleanly, and errors become one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from hsa.errors import HsaError, one_line
 from hsa.option_names import option
 from hsa.system.descriptors import import_problem, reason
-from hsa.system.signals import ENDING
-from hsa.system.streams import prepare, say, settle, unprinted
+from hsa.system.signals import END_SIGNALS
+from hsa.system.streams import flush_stdout, print_stderr, protect_streams, unprinted
 from hsa.system.threads import out_of_memory
 
 GRACE = 3.0
@@ -41,33 +41,33 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     While the work lasts, signals that end a process end the work; then their handlers are again what they were. In any
     thread but the main one, which alone may have handlers, signals stay as they are.
     """
-    before = _handle_signals()
+    previous = _handle_signals()
     try:
-        with unprinted() as lost:
+        with unprinted() as unprinted_messages:
             code = work()
-        return fail(lost[0], code or 1) if lost else code
+        return fail(unprinted_messages[0], code or 1) if unprinted_messages else code
     except HsaError as error:
         return fail(str(error), error.exit_code, debug=debug)
     except KeyboardInterrupt:
         return fail("interrupted; nothing half done was left behind", 130, debug=debug)
     except Terminated as error:
-        how = "interrupted" if error.number == signal.SIGINT else f"ended by {signal.Signals(error.number).name}"
-        return fail(f"{how}; nothing half done was left behind", 128 + error.number, debug=debug)
+        cause = "interrupted" if error.number == signal.SIGINT else f"ended by {signal.Signals(error.number).name}"
+        return fail(f"{cause}; nothing half done was left behind", 128 + error.number, debug=debug)
     except ModuleNotFoundError as error:
         name = (error.name or str(error)).partition(".")[0]
         return fail(f"this needs {name}, which is not installed; pip install {name}", 1, debug=debug)
     except MemoryError:
         return fail(out_of_memory(), 1, debug=debug)
     except OSError as error:
-        at = "" if error.filename is None else f" at {os.fsdecode(error.filename)}"
-        return fail(f"the system refused{at}: {reason(error)}; see {option('debug')}", 1, debug=debug)
+        location = "" if error.filename is None else f" at {os.fsdecode(error.filename)}"
+        return fail(f"the system refused{location}: {reason(error)}; see {option('debug')}", 1, debug=debug)
     except ImportError as error:
         problem = import_problem(error)
         if problem is None:
             raise
         return fail(problem, 1, debug=debug)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
@@ -77,37 +77,37 @@ def exit_with(work: Callable[[], int]) -> NoReturn:
     The handlers stay after it, and are switched off at the end: Python lets go of its handlers before it ends, and a
     late signal would change the exit code.
     """
-    prepare()
+    protect_streams()
     _handle_signals()
     try:
         code = work()
     except Terminated as error:
         code = 128 + error.number
-    settle()
-    for number in ENDING:
+    flush_stdout()
+    for number in END_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
 def _handle_signals() -> dict[signal.Signals, Any]:
-    """Let signals that end a process raise Terminated; the handlers before, by signal.
+    """Let signals that end a process raise Terminated; returns the previous handlers, by signal.
 
     What is ignored, as under nohup, stays so, and so does a handler that was not set from Python.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    handlers = {number: signal.getsignal(number) for number in ENDING}
-    before = {number: found for number, found in handlers.items() if found not in (signal.SIG_IGN, None)}
-    for number in before:
+    handlers = {number: signal.getsignal(number) for number in END_SIGNALS}
+    previous = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in previous:
         signal.signal(number, _terminate)
-    return before
+    return previous
 
 
 def fail(message: str, code: int, *, debug: bool = False) -> int:
     """Print the line of an error, and return the exit code."""
     if debug:
-        say(traceback.format_exc().rstrip())
-    say(f"hsa: error: {one_line(message)}")
+        print_stderr(traceback.format_exc().rstrip())
+    print_stderr(f"hsa: error: {one_line(message)}")
     return code
 
 

@@ -1,6 +1,6 @@
-"""Files that this process has open: sources share a bounded number of descriptors, and a limit that is met is named.
+"""Share a bounded number of file descriptors between all sources, and name the limit when too many files are open.
 
-A source with thousands of shards has no more than `MOST_OPEN` of them open. The one that was read longest ago is closed
+A source with thousands of shards has no more than `MAX_OPEN` of them open. The one that was read longest ago is closed
 for the next, and opened again when it is wanted; its reader then checks that it is the same file.
 """
 
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-MOST_OPEN = 128
+MAX_OPEN = 128
 """Files of sources that are open while nobody reads them: twenty times what large-v3's three sources have."""
 
 TOO_MANY = (errno.EMFILE, errno.ENFILE)
@@ -48,15 +48,15 @@ def import_problem(error: ImportError) -> str | None:
 
 def open_file(path: str | os.PathLike[str], flags: int, mode: int = 0o777) -> int:
     """os.open, which closes a source's file that nobody reads where too many are open."""
-    return _making_room(lambda: os.open(path, flags | os.O_CLOEXEC, mode))
+    return _closing_idle_files(lambda: os.open(path, flags | os.O_CLOEXEC, mode))
 
 
 def list_directory(directory: int) -> list[str]:
     """os.listdir of an open directory, which takes a second descriptor for a while; see `open_file`."""
-    return _making_room(lambda: os.listdir(directory))
+    return _closing_idle_files(lambda: os.listdir(directory))
 
 
-def _making_room(call: Callable[[], _T]) -> _T:
+def _closing_idle_files(call: Callable[[], _T]) -> _T:
     while True:
         try:
             return call()
@@ -65,7 +65,7 @@ def _making_room(call: Callable[[], _T]) -> _T:
                 raise
 
 
-class Reopened:
+class ReopenableFile:
     """A file for reading, whose descriptor may be closed while nobody uses it.
 
     `check` is called with the status of the file each time it is opened, and raises where it is another file.
@@ -98,10 +98,10 @@ class _Pool:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._idle: dict[Reopened, None] = {}
+        self._idle: dict[ReopenableFile, None] = {}
         self._open = 0
 
-    def take(self, file: Reopened) -> int:
+    def take(self, file: ReopenableFile) -> int:
         with self._lock:
             if file.fd is None:
                 self._open_again(file)
@@ -110,18 +110,18 @@ class _Pool:
             assert file.fd is not None
             return file.fd
 
-    def give_back(self, file: Reopened) -> None:
+    def give_back(self, file: ReopenableFile) -> None:
         with self._lock:
             file.users -= 1
             if file.users == 0 and file.fd is not None:
                 self._idle[file] = None  # the last of the dict: used most recently
-                self._trim(_most_open())
+                self._trim(_max_open())
 
-    def status(self, file: Reopened) -> os.stat_result | None:
+    def status(self, file: ReopenableFile) -> os.stat_result | None:
         with self._lock:
             return None if file.fd is None else os.fstat(file.fd)
 
-    def close(self, file: Reopened) -> None:
+    def close(self, file: ReopenableFile) -> None:
         with self._lock:
             self._idle.pop(file, None)
             if file.fd is not None:
@@ -138,7 +138,7 @@ class _Pool:
                 self.close(oldest)
             return oldest is not None
 
-    def _open_again(self, file: Reopened) -> None:
+    def _open_again(self, file: ReopenableFile) -> None:
         fd = open_file(file.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make it wait
         try:
             file.check(os.fstat(fd))
@@ -148,14 +148,14 @@ class _Pool:
         file.fd = fd
         self._open += 1
 
-    def _trim(self, most: int) -> None:
-        while self._open > most and self.release_one():
+    def _trim(self, limit: int) -> None:
+        while self._open > limit and self.release_one():
             pass
 
 
-def _most_open() -> int:
+def _max_open() -> int:
     limit = _soft_limit()
-    return MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, limit // 4))
+    return MAX_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MAX_OPEN, limit // 4))
 
 
 def _soft_limit() -> int:

@@ -1,4 +1,4 @@
-"""Which directories an output may be written to, and which earlier outputs may be replaced."""
+"""Check that an output may be written to a directory, and that an earlier output there may be replaced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hsa.option_names import option
 from hsa.system import fsio
 from hsa.system.descriptors import reason
 from hsa.system.manifest import PROVENANCE, listed_files
-from hsa.system.staging import ASIDE, NAME_MAX, STAGING
+from hsa.system.staging import NAME_MAX, REPLACED, STAGING
 
 
 def check_destination(
@@ -31,12 +31,12 @@ def check_destination(
     if not os.fspath(output):
         raise DestinationError("output is an empty path; name a directory of its own for the output")
     try:
-        given = Path.cwd() / Path(output).expanduser()
-        destination = given.resolve()
+        absolute = Path.cwd() / Path(output).expanduser()
+        destination = absolute.resolve()
         longest = max(len(os.fsencode(part)) for part in destination.parts)
     except (OSError, RuntimeError, ValueError) as error:
         raise DestinationError(f"output {os.fspath(output)} cannot be resolved: {error}") from error
-    label = f"output {destination}" if destination == given else f"output {given} (which is {destination})"
+    label = f"output {destination}" if destination == absolute else f"output {absolute} (which is {destination})"
     if longest > NAME_MAX:
         raise DestinationError(f"{label} has a name of {longest} bytes, at most {NAME_MAX} are allowed; choose another")
     try:
@@ -51,12 +51,12 @@ def _refuse(destination: Path, label: str, sources: Iterable[Path], *, overwrite
         destination.lstat()
     _refuse_special(destination, label)
     for source in sources:
-        found = relation(destination, source)
-        if found:
-            raise DestinationError(f"{label} {found} the source {source}; choose a directory apart from the sources")
-    refuse_enclosed(destination, label)
+        overlap = path_overlap(destination, source)
+        if overlap:
+            raise DestinationError(f"{label} {overlap} the source {source}; choose a directory apart from the sources")
+    refuse_inside_output(destination, label)
     if not adding or not destination.is_dir():
-        check_occupied(destination, overwrite=overwrite, label=label)
+        check_replaceable(destination, overwrite=overwrite, label=label)
     if not destination.parent.is_dir():
         existing = next(parent for parent in destination.parents if parent.exists())
         if not existing.is_dir():
@@ -80,10 +80,12 @@ def check_tree(output: str | os.PathLike[str], sources: Iterable[Path]) -> Path:
         if os.path.lexists(tree) and not tree.is_dir():
             raise DestinationError(f"{label} exists and is not a directory; choose another, or move it away")
         for source in sources:
-            how = relation(tree, source)
-            if how:
-                raise DestinationError(f"{label} {how} the source {source}; choose a directory apart from the sources")
-        refuse_enclosed(tree / "entry", label)
+            overlap = path_overlap(tree, source)
+            if overlap:
+                raise DestinationError(
+                    f"{label} {overlap} the source {source}; choose a directory apart from the sources"
+                )
+        refuse_inside_output(tree / "entry", label)
     except (OSError, RuntimeError, ValueError) as error:
         raise DestinationError(f"output {os.fspath(output)} cannot be looked at: {error}") from error
     return tree
@@ -97,7 +99,7 @@ def _refuse_special(destination: Path, label: str) -> None:
         raise DestinationError(f"{label} is or holds a home directory; name a directory of its own for the output")
     if _is_mount(destination):
         raise DestinationError(f"{label} is a mount point and cannot be renamed; name a directory inside it")
-    if destination.name.startswith(".") and destination.name.endswith((STAGING, ASIDE)):
+    if destination.name.startswith(".") and destination.name.endswith((STAGING, REPLACED)):
         raise DestinationError(f"{label} has a name that hsa keeps for its own staging directories; choose another")
 
 
@@ -125,34 +127,36 @@ def _is_mount(path: Path) -> bool:
     except OSError:
         return False
     escaped = (line.split(b" ")[4] for line in lines)
-    return os.fsencode(path) in {re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), e) for e in escaped}
+    mount_points = {re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), point) for point in escaped}
+    return os.fsencode(path) in mount_points
 
 
-def relation(destination: Path, source: Path) -> str | None:
-    """How a destination lies to a source, `is`, `contains` or `lies in`, or None where they are apart.
+def path_overlap(destination: Path, source: Path) -> str | None:
+    """How the two paths overlap: `is`, `contains` or `lies in`, or None where they are apart.
 
-    By path and by inode, for a bind mount gives one directory two paths."""
-    if destination == source or _identity(destination) & _identity(source):
+    By path and by inode, for a bind mount gives one directory two paths.
+    """
+    if destination == source or _inodes(destination) & _inodes(source):
         return "is"
-    if source.is_relative_to(destination) or _identity(destination) & _identity(*source.parents):
+    if source.is_relative_to(destination) or _inodes(destination) & _inodes(*source.parents):
         return "contains"
-    if destination.is_relative_to(source) or _identity(source) & _identity(*destination.parents):
+    if destination.is_relative_to(source) or _inodes(source) & _inodes(*destination.parents):
         return "lies in"
     return None
 
 
-def _identity(*paths: Path) -> set[tuple[int, int]]:
-    """Device and inode of each of the paths that exists."""
-    found = set()
+def _inodes(*paths: Path) -> set[tuple[int, int]]:
+    """Device and inode of each of the paths that exist."""
+    inodes = set()
     for path in paths:
         with suppress(OSError):
             status = path.stat()
             if status.st_ino:
-                found.add((status.st_dev, status.st_ino))
-    return found
+                inodes.add((status.st_dev, status.st_ino))
+    return inodes
 
 
-def refuse_enclosed(place: Path, label: str) -> None:
+def refuse_inside_output(place: Path, label: str) -> None:
     """DestinationError where a place lies inside an earlier output, at any depth. Links are resolved already.
 
     An output lists its files: what is added to it makes `hsa verify` fail, and `--overwrite` refuse.
@@ -165,7 +169,7 @@ def refuse_enclosed(place: Path, label: str) -> None:
             )
 
 
-def check_occupied(destination: Path, *, overwrite: bool, label: str | None = None) -> frozenset[str]:
+def check_replaceable(destination: Path, *, overwrite: bool, label: str | None = None) -> frozenset[str]:
     """The names in a directory that may be replaced by an output: none, or with `overwrite` those of an earlier output.
 
     Raises DestinationError where anything else stands there, or where this user may not remove it; OSError.
@@ -183,12 +187,12 @@ def check_occupied(destination: Path, *, overwrite: bool, label: str | None = No
         return frozenset()
     if not overwrite:
         raise DestinationError(
-            f"{label} is not empty: it holds {_some(names)}; choose another, or give {option('overwrite', True)} to "
-            f"replace an earlier output"
+            f"{label} is not empty: it holds {_first_names(names)}; choose another, or give "
+            f"{option('overwrite', True)} to replace an earlier output"
         )
     if not (destination / PROVENANCE).is_file():
         raise DestinationError(
-            f"{label} is no earlier output of hsa: it holds {_some(names)} and no {PROVENANCE}; "
+            f"{label} is no earlier output of hsa: it holds {_first_names(names)} and no {PROVENANCE}; "
             f"{option('overwrite', True)} replaces nothing else, so move it away yourself"
         )
     try:
@@ -200,14 +204,14 @@ def check_occupied(destination: Path, *, overwrite: bool, label: str | None = No
         ) from error
     if surplus:
         raise DestinationError(
-            f"{label} holds {_some(surplus)}, which its {PROVENANCE} does not list; "
+            f"{label} holds {_first_names(surplus)}, which its {PROVENANCE} does not list; "
             f"{option('overwrite', True)} deletes only what is listed, so move the rest away, or choose another output"
         )
     _refuse_protected(destination, names, label)
     return frozenset(names)
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -217,27 +221,27 @@ def unlisted(directory: Path, names: Iterable[str]) -> list[str]:
     A directory, a link or a device is never listed, whatever its name: an output has none. Raises ProvenanceError
     where the record cannot be read.
     """
-    listed, present, found = listed_files(directory), set(names), []
+    listed, present, surplus = listed_files(directory), set(names), []
     for name in sorted(present):
         status = os.lstat(directory / name)
         if not stat.S_ISREG(status.st_mode):
             kind = "directory" if stat.S_ISDIR(status.st_mode) else "link" if stat.S_ISLNK(status.st_mode) else "device"
-            found.append(f"{name} (a {kind})")
+            surplus.append(f"{name} (a {kind})")
         elif name not in listed and not _is_spelling(directory, name, listed - present, status):
-            found.append(name)
-    return found
+            surplus.append(name)
+    return surplus
 
 
 def _is_spelling(directory: Path, name: str, listed: Iterable[str], status: os.stat_result) -> bool:
     """Whether a file is one that is listed under another spelling, on a filesystem that does not tell them apart."""
     for other in listed:
-        if _folded(other) == _folded(name):
+        if _normalized(other) == _normalized(name):
             with suppress(OSError):
                 return os.path.samestat(os.lstat(directory / other), status)
     return False
 
 
-def _folded(name: str) -> str:
+def _normalized(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -253,8 +257,8 @@ def _refuse_protected(destination: Path, names: Iterable[str], label: str) -> No
     elif _is_sticky_for_others(destination.parent.stat(), status):
         reason = f"{destination.parent} lets its owner alone remove what others made"
     elif status.st_mode & stat.S_ISVTX:
-        held = [name for name in names if _is_sticky_for_others(status, os.lstat(destination / name))]
-        reason = f"it lets its owner alone remove {held[0]}" if held else None
+        protected = [name for name in names if _is_sticky_for_others(status, os.lstat(destination / name))]
+        reason = f"it lets its owner alone remove {protected[0]}" if protected else None
     if reason is not None:
         raise DestinationError(
             f"{label} may not be removed by this user (uid {os.geteuid()}): {reason}; it belongs to uid "

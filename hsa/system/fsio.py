@@ -1,4 +1,4 @@
-"""Every system call on a file that a merge makes, in one place: counted, complete, and with plain errors.
+"""Every system call that a merge makes on a file, in one place: counted, complete, and with plain errors.
 
 Reads and writes go on until the whole range is done. An OSError becomes a SourceError, a SourceChanged or a
 MachineError that names the file; nothing else in the package touches weights.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hsa.errors import MachineError, SourceChanged, SourceError
 from hsa.option_names import option
-from hsa.system.descriptors import TOO_MANY, Reopened, import_problem, open_file, reason
+from hsa.system.descriptors import TOO_MANY, ReopenableFile, import_problem, open_file, reason
 from hsa.system.ranges import Range, covers
 
 FICLONE = 0x40049409
@@ -34,11 +34,11 @@ CACHED_STEP = 64 << 10
 took up to four times as long on a machine whose memory was in use."""
 
 _NO_SUPPORT = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTTY}
-MACHINE = {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
-"""Why an open fails that is not the file's fault."""
+MACHINE_ERRNOS = {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+"""Errors of an open that are the machine's, and not the file's."""
 
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
-"""What a look at a name answers where nothing can stand."""
+"""What lstat answers where no file can be."""
 
 
 class Tally:
@@ -77,7 +77,7 @@ class Fingerprint:
     def of(cls, status: os.stat_result) -> Fingerprint:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
-    def but_for_times(self, other: Fingerprint) -> Fingerprint:
+    def with_times_of(self, other: Fingerprint) -> Fingerprint:
         """This one with the other's times."""
         return replace(self, modified_ns=other.modified_ns, changed_ns=other.changed_ns)
 
@@ -85,21 +85,21 @@ class Fingerprint:
 class SourceFile:
     """A file open for reading, and what it was when it was opened.
 
-    `held` are the ranges that may be read, None for all: elsewhere a file that was fetched in part has holes.
+    `readable` are the ranges that may be read, None for all: elsewhere a file that was fetched in part has holes.
     """
 
-    def __init__(self, path: Path, label: str, tally: Tally, held: Sequence[Range] | None = None) -> None:
-        self.path, self.label, self._tally, self.held = path, label, tally, held
+    def __init__(self, path: Path, label: str, tally: Tally, readable: Sequence[Range] | None = None) -> None:
+        self.path, self.label, self._tally, self.readable = path, label, tally, readable
         self._fingerprint: Fingerprint | None = None
-        self._file = Reopened(path, self._recognise)
+        self._file = ReopenableFile(path, self._remember_or_compare)
         try:
             with self._file.descriptor():
                 pass
         except OSError as error:
-            kind = MachineError if error.errno in MACHINE else SourceError
+            kind = MachineError if error.errno in MACHINE_ERRNOS else SourceError
             raise kind(f"{label}: cannot open {path}: {reason(error)}") from error
 
-    def _recognise(self, status: os.stat_result) -> None:
+    def _remember_or_compare(self, status: os.stat_result) -> None:
         """Remember the file when it is first opened, and compare it whenever it is opened again."""
         if self._fingerprint is not None:
             self._compare(Fingerprint.of(status))
@@ -128,7 +128,7 @@ class SourceFile:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` (bytes) from `offset`; SourceChanged when the file ends before."""
-        if self.held is not None and not covers(self.held, offset, offset + len(view)):
+        if self.readable is not None and not covers(self.readable, offset, offset + len(view)):
             raise SourceError(
                 f"{self.label}: {len(view)} bytes at {offset} of {self.path} were not fetched and are wanted now; "
                 f"download the model (hf download) and give its directory"
@@ -162,16 +162,16 @@ class SourceFile:
         """
         try:
             status = self._file.status()
-            named = self.path.stat()
+            current = self.path.stat()
         except OSError as error:
             raise SourceChanged(f"{self.label}: {self.path} vanished during the run: {reason(error)}") from error
-        for found in (status or named, named):
-            self._compare(Fingerprint.of(found))
+        for each in (status or current, current):
+            self._compare(Fingerprint.of(each))
 
-    def _compare(self, found: Fingerprint) -> None:
-        if self.held is not None:
-            found = found.but_for_times(self.fingerprint)
-        if found != self.fingerprint:
+    def _compare(self, current: Fingerprint) -> None:
+        if self.readable is not None:
+            current = current.with_times_of(self.fingerprint)
+        if current != self.fingerprint:
             raise SourceChanged(
                 f"{self.label}: {self.path} changed while it was read (size, time or inode differ); the output "
                 f"was withdrawn, run the merge again once nothing writes to it"
@@ -183,7 +183,7 @@ class SourceFile:
 
 def create(path: Path, size: int) -> int:
     """Create a file of `size` bytes with the umask's ordinary mode and reserve its blocks: a full disk shows here."""
-    with writing(path, size):
+    with map_write_errors(path, size):
         fd = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             if size:
@@ -299,7 +299,7 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
-ELSEWHERE = "choose a destination that you may write to"
+CHOOSE_ANOTHER = "choose a destination that you may write to"
 """What to do about a directory that cannot be written, unless a caller knows better."""
 
 
@@ -310,13 +310,13 @@ def is_overlay(path: Path) -> bool:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return False
-    number = f"{os.major(device)}:{os.minor(device)}".encode()
-    found = (line.partition(b" - ") for line in lines if line.split(b" ")[2] == number)
-    return any(after.startswith((b"overlay ", b"fuse.fuse-overlayfs ")) for _, _, after in found)
+    device_number = f"{os.major(device)}:{os.minor(device)}".encode()
+    mounts = (line.partition(b" - ") for line in lines if line.split(b" ")[2] == device_number)
+    return any(after.startswith((b"overlay ", b"fuse.fuse-overlayfs ")) for _, _, after in mounts)
 
 
 @contextmanager
-def writing(path: Path, needed: int | None = None, remedy: str = ELSEWHERE) -> Iterator[None]:
+def map_write_errors(path: Path, needed: int | None = None, remedy: str = CHOOSE_ANOTHER) -> Iterator[None]:
     """Turn an OSError inside into a MachineError: what was needed, what there is, and what to do (`remedy`)."""
     try:
         yield
@@ -325,14 +325,14 @@ def writing(path: Path, needed: int | None = None, remedy: str = ELSEWHERE) -> I
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn an OSError that nothing else has explained into a MachineError: for the edge of the package."""
+def map_os_errors() -> Iterator[None]:
+    """Turn an OSError that nothing else has caught into a MachineError: for the edge of the package."""
     try:
         yield
     except OSError as error:
-        at = "" if error.filename is None else f" at {os.fsdecode(error.filename)}"
-        what = "raise it" if error.errno in TOO_MANY else "look after the disk"
-        raise MachineError(f"the system failed{at}: {reason(error)}; {what}, and run it again") from error
+        location = "" if error.filename is None else f" at {os.fsdecode(error.filename)}"
+        remedy = "raise it" if error.errno in TOO_MANY else "look after the disk"
+        raise MachineError(f"the system failed{location}: {reason(error)}; {remedy}, and run it again") from error
     except ImportError as error:
         problem = import_problem(error)
         if problem is None:

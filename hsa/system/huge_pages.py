@@ -1,4 +1,4 @@
-"""Memory that is filled by threads and written past the page cache."""
+"""Allocate aligned memory, in huge pages where the kernel has them, for direct writes."""
 
 from __future__ import annotations
 

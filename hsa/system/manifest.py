@@ -14,7 +14,7 @@ from typing import Any
 from hsa.errors import HeaderError, ProvenanceError, RequestError, shown
 from hsa.system.digests import digest_of
 from hsa.system.fsio import SourceFile, Tally
-from hsa.system.strict_json import load_json, marks
+from hsa.system.strict_json import count_marks, load_json
 
 PROVENANCE = "hsa_merge.json"
 """The file that marks a directory as an output of this program."""
@@ -29,7 +29,7 @@ MAX_PROVENANCE_MARKS = 1 << 19
 """Brackets, braces and commas of one: each head has two, for its score and where it is selected. Files just under both
 limits take at most 230 MiB and 5 s to read and check (measured, 2 cores)."""
 
-BLANK = "0" * 64
+BLANK_DIGEST = "0" * 64
 """Stands for a digest that is not known yet, at its length."""
 
 LONGEST_NUMBER = 1.2345678901234567e-100
@@ -88,13 +88,13 @@ def check_fits(document: Mapping[str, Any], heads: int) -> None:
     Its length is bounded from above, by the line breaks and spaces that `render` puts at each mark.
     """
     text = b"" if heads > MAX_PROVENANCE_MARKS // 2 else json.dumps(document, separators=(",", ":")).encode("ascii")
-    found = max(marks(text), 2 * heads)
-    size = len(text) + 12 * found
-    if found > MAX_PROVENANCE_MARKS or size > MAX_PROVENANCE:
+    mark_count = max(count_marks(text), 2 * heads)
+    size = len(text) + 12 * mark_count
+    if mark_count > MAX_PROVENANCE_MARKS or size > MAX_PROVENANCE:
         raise RequestError(
-            f"{PROVENANCE} of this merge would list {heads} heads in up to {size} bytes with {found} brackets, braces "
-            f"and commas, and at most {MAX_PROVENANCE} and {MAX_PROVENANCE_MARKS} are read again; choose fewer target "
-            f"tensors, fewer heads, or larger weights files"
+            f"{PROVENANCE} of this merge would list {heads} heads in up to {size} bytes with {mark_count} brackets, "
+            f"braces and commas, and at most {MAX_PROVENANCE} and {MAX_PROVENANCE_MARKS} are read again; choose fewer "
+            f"target tensors, fewer heads, or larger weights files"
         )
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of this process and its children: RssAnon plus RssShmem, sampled.
+"""Sample the peak memory of this process and its children: RssAnon plus RssShmem.
 
 Pages of mapped files are left out, for the kernel can drop them at any time. Source: proc(5).
 """
@@ -26,10 +26,10 @@ class PeakMemory:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + self._interval
-            self.peak = max(self.peak, sum(map(resident, family(os.getpid()))))
+            self.peak = max(self.peak, sum(map(resident_bytes, process_tree(os.getpid()))))
 
 
-def resident(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
     """RssAnon plus RssShmem of a process in bytes; 0 when it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()  # a process may have any bytes for a name
@@ -38,15 +38,15 @@ def resident(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(_FIELDS))
 
 
-def family(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """A process and all its descendants."""
-    found, ahead = [], [pid]
-    while ahead:
-        current = ahead.pop()
-        found.append(current)
+    pids, pending = [], [pid]
+    while pending:
+        current = pending.pop()
+        pids.append(current)
         with suppress(OSError):  # a process or a thread that has just ended
             for thread in os.listdir(f"/proc/{current}/task"):
                 with suppress(OSError):
                     children = Path(f"/proc/{current}/task/{thread}/children").read_text()
-                    ahead += [int(child) for child in children.split()]
-    return found
+                    pending += [int(child) for child in children.split()]
+    return pids

@@ -1,4 +1,4 @@
-"""A checkpoint to write: staged beside its destination, locked, and renamed into place whole or not at all.
+"""Write a directory atomically: it is staged beside its destination, locked, and renamed into place.
 
 Order on disk: every file is written and fsynced, then the staging directory, then the rename, then the parent
 directory. A run that is killed leaves at most a staging directory, which the next run to the same destination
@@ -16,9 +16,9 @@ from pathlib import Path
 from hsa.errors import DestinationError, ProvenanceError
 from hsa.system import fsio
 from hsa.system.descriptors import list_directory, reason
-from hsa.system.destinations import check_occupied, unlisted
+from hsa.system.destinations import check_replaceable, unlisted
 from hsa.system.manifest import PROVENANCE
-from hsa.system.staging import ASIDE, STAGING, StagingDirectory, beside, lock, same
+from hsa.system.staging import REPLACED, STAGING, StagingDirectory, hidden_sibling, is_directory_at, lock
 
 CANNOT_MOVE = (
     "it lies in a lower layer of an overlay filesystem, such as a container's image, where no directory can be renamed "
@@ -27,11 +27,11 @@ CANNOT_MOVE = (
 
 
 def staging_path(destination: Path) -> Path:
-    return beside(destination, STAGING)
+    return hidden_sibling(destination, STAGING)
 
 
-def _aside_path(destination: Path) -> Path:
-    return beside(destination, ASIDE)
+def _replaced_path(destination: Path) -> Path:
+    return hidden_sibling(destination, REPLACED)
 
 
 class StagedOutput(StagingDirectory):
@@ -46,7 +46,7 @@ class StagedOutput(StagingDirectory):
         super().__init__(staging_path(destination), destination, sync=sync)
         self.overwrite = overwrite
         try:  # again, for another run may have ended, or a killed one's old output may be back
-            if check_occupied(self.destination, overwrite=self.overwrite):
+            if check_replaceable(self.destination, overwrite=self.overwrite):
                 self._check_movable()
         except BaseException:
             self._discard()
@@ -54,16 +54,16 @@ class StagedOutput(StagingDirectory):
 
     def publish(self) -> None:
         """Put the staged directory at the destination in one step, and make that lasting."""
-        with fsio.writing(self.destination):
+        with fsio.map_write_errors(self.destination):
             if self.sync:
                 fsio.sync_directory(self.path)
-            names = check_occupied(self.destination, overwrite=self.overwrite)
+            names = check_replaceable(self.destination, overwrite=self.overwrite)
             if names:
                 self._replace(names)
             else:
                 fsio.rename(self.path, self.destination)
                 try:
-                    self.settle(self.destination.parent)
+                    self.sync_entries(self.destination.parent)
                 except OSError:
                     fsio.rename(self.destination, self.path)
                     raise
@@ -80,7 +80,7 @@ class StagedOutput(StagingDirectory):
         if not fsio.is_overlay(self.destination):
             return
         obstacle = self.file("obstacle")
-        with fsio.writing(self.path):
+        with fsio.map_write_errors(self.path):
             os.close(fsio.create(obstacle, 0))
             try:
                 fsio.rename(self.destination, self.path)
@@ -91,81 +91,81 @@ class StagedOutput(StagingDirectory):
 
     def _recover(self) -> None:
         """Finish what a killed replacement left: put the old output back, or remove it when the new one stands."""
-        aside = _aside_path(self.destination)
-        if not fsio.exists(aside):
+        replaced = _replaced_path(self.destination)
+        if not fsio.exists(replaced):
             return
         if not fsio.exists(self.destination) or not any(self.destination.iterdir()):
-            old = lock(aside, made=True)
+            old = lock(replaced, created=True)
             if old is not None:
                 try:
-                    fsio.rename(aside, self.destination)
+                    fsio.rename(replaced, self.destination)
                 finally:
                     os.close(old)
             return
         try:
-            old = lock(aside, made=True)
+            old = lock(replaced, created=True)
             if old is None:  # a run that is just ending still removes it
                 return
             try:
                 names = list_directory(old)
-                surplus = unlisted(aside, names) if names else []
+                surplus = unlisted(replaced, names) if names else []
                 if surplus:
                     raise OSError(errno.ENOTEMPTY, f"it holds {surplus[0]}, which its record does not list")
-                self._remove(old, aside, names)
+                self._remove(old, replaced, names)
             finally:
                 os.close(old)
         except (OSError, ProvenanceError) as error:
-            self._note_left(aside, error)
+            self._note_left(replaced, error)
 
     def _replace(self, names: Collection[str]) -> None:
         """Swap the new directory with the earlier output, then remove that one, which holds these names.
 
-        Where the filesystem cannot swap, the old output steps aside first. Whatever interrupts this, the old
+        Where the filesystem cannot swap, the old output is renamed first. Whatever interrupts this, the old
         one is removed only when the new one stands, and is put back when nothing does, or when the disk fails
         to keep the swap.
         """
-        old = lock(self.destination, made=True)
+        old = lock(self.destination, created=True)
         if old is None:
             raise DestinationError(f"another run holds {self.destination}; wait for it to end")
-        aside = _aside_path(self.destination)
+        replaced = _replaced_path(self.destination)
         try:
             if not fsio.exchange(self.path, self.destination):
-                self._step_aside(aside)
+                self._move_to_replaced(replaced)
                 fsio.rename(self.path, self.destination)
             try:
-                self.settle(self.destination.parent)
+                self.sync_entries(self.destination.parent)
             except OSError:
-                if not same(old, self.path):
+                if not is_directory_at(old, self.path):
                     fsio.rename(self.destination, self.path)
-                    fsio.rename(aside, self.destination)
+                    fsio.rename(replaced, self.destination)
                 else:
                     fsio.exchange(self.path, self.destination)
                 raise
         finally:
             try:
-                self._retire(old, aside, names)
+                self._remove_or_restore(old, replaced, names)
             except BaseException:  # an interrupt in the middle of a long removal: finish it
-                self._retire(old, aside, names)
+                self._remove_or_restore(old, replaced, names)
                 raise
             finally:
                 os.close(old)
 
-    def _step_aside(self, aside: Path) -> None:
+    def _move_to_replaced(self, replaced: Path) -> None:
         try:
-            fsio.rename(self.destination, aside)
+            fsio.rename(self.destination, replaced)
         except OSError as error:
             if error.errno == errno.EXDEV:
                 raise DestinationError(f"output {self.destination} cannot be replaced: {CANNOT_MOVE}") from error
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise DestinationError(
-                    f"output {self.destination} cannot be replaced: {aside} is in the way, which an earlier run could "
-                    f"not remove; remove it yourself, or choose another output"
+                    f"output {self.destination} cannot be replaced: {replaced} is in the way, which an earlier run "
+                    f"could not remove; remove it yourself, or choose another output"
                 ) from error
             raise
 
-    def _retire(self, old: int, aside: Path, names: Collection[str]) -> None:
-        """Remove the old output from where it stepped to, or put it back when nothing stands in its place."""
-        leftover = next((place for place in (self.path, aside) if same(old, place)), None)
+    def _remove_or_restore(self, old: int, replaced: Path, names: Collection[str]) -> None:
+        """Remove the old output from where it was moved to, or put it back when nothing stands in its place."""
+        leftover = next((place for place in (self.path, replaced) if is_directory_at(old, place)), None)
         if leftover is None:
             return
         if not fsio.exists(self.destination):
@@ -175,22 +175,22 @@ class StagedOutput(StagingDirectory):
             self._remove(old, leftover, names)
         except OSError as error:  # the new output stands, so that this run did what it was asked to
             with suppress(OSError):
-                if leftover != aside and not fsio.exists(aside):
-                    fsio.rename(leftover, aside)
-                    leftover = aside
+                if leftover != replaced and not fsio.exists(replaced):
+                    fsio.rename(leftover, replaced)
+                    leftover = replaced
             self._note_left(leftover, error)
 
     def _remove(self, old: int, place: Path, names: Collection[str]) -> None:
-        """Remove the files of these names from an output that stepped to `place`, its record last; then the directory.
+        """Remove the files of these names from an output that was moved to `place`, its record last, and its directory.
 
         What came there meanwhile keeps it: OSError.
         """
-        held = set(list_directory(old))
-        for name in sorted(held & set(names) - {PROVENANCE}):
+        present = set(list_directory(old))
+        for name in sorted(present & set(names) - {PROVENANCE}):
             os.unlink(name, dir_fd=old)
-        if held - set(names):
-            raise OSError(errno.ENOTEMPTY, f"it holds {min(held - set(names))}, which its record does not list")
-        if PROVENANCE in held:
+        if present - set(names):
+            raise OSError(errno.ENOTEMPTY, f"it holds {min(present - set(names))}, which its record does not list")
+        if PROVENANCE in present:
             if self.sync:
                 with suppress(OSError):  # lest a crash leave files without the record that lists them
                     os.fsync(old)
@@ -198,8 +198,8 @@ class StagedOutput(StagingDirectory):
         place.rmdir()
 
     def _note_left(self, place: Path, error: Exception) -> None:
-        why = reason(error) if isinstance(error, OSError) else str(error)
+        cause = reason(error) if isinstance(error, OSError) else str(error)
         self.notes.append(
-            f"an earlier output could not be removed whole and is left at {place} ({why}); remove it yourself, or "
+            f"an earlier output could not be removed whole and is left at {place} ({cause}); remove it yourself, or "
             f"the next run tries again"
         )

@@ -1,4 +1,4 @@
-"""Byte ranges, each a start and a stop: which of them are here, which are missing, which to fetch in one go."""
+"""Arithmetic on byte ranges, each a start and a stop: union, difference, and fewer ranges that cover several."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ Range = tuple[int, int]
 
 def union(ranges: Iterable[Range]) -> tuple[Range, ...]:
     """The same bytes as disjoint ranges in order, none empty and none touching the next."""
-    found: list[Range] = []
+    disjoint: list[Range] = []
     for start, stop in sorted(r for r in ranges if r[0] < r[1]):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        if disjoint and start <= disjoint[-1][1]:
+            disjoint[-1] = (disjoint[-1][0], max(stop, disjoint[-1][1]))
         else:
-            found.append((start, stop))
-    return tuple(found)
+            disjoint.append((start, stop))
+    return tuple(disjoint)
 
 
-def covers(held: Sequence[Range], start: int, stop: int) -> bool:
-    """Whether every byte from `start` to `stop` lies in `held`, which is a union."""
+def covers(ranges: Sequence[Range], start: int, stop: int) -> bool:
+    """Whether every byte from `start` to `stop` lies in `ranges`, which is a union."""
     if start >= stop:
         return True
-    place = bisect_right(held, start, key=lambda r: r[0]) - 1
-    return place >= 0 and stop <= held[place][1]
+    index = bisect_right(ranges, start, key=lambda r: r[0]) - 1
+    return index >= 0 and stop <= ranges[index][1]
 
 
-def subtract(wanted: Iterable[Range], held: Sequence[Range]) -> tuple[Range, ...]:
-    """The bytes of `wanted` that are not in `held`, which is a union."""
+def subtract(ranges: Iterable[Range], removed: Sequence[Range]) -> tuple[Range, ...]:
+    """The bytes of `ranges` that are not in `removed`, which is a union."""
     missing: list[Range] = []
-    for start, stop in union(wanted):
-        for first, last in held:
+    for start, stop in union(ranges):
+        for first, last in removed:
             if last <= start:
                 continue
             if first >= stop:
@@ -48,15 +48,15 @@ def subtract(wanted: Iterable[Range], held: Sequence[Range]) -> tuple[Range, ...
 def coalesce(ranges: Iterable[Range], gap: int, budget: int) -> tuple[Range, ...]:
     """Fewer ranges that hold these and some bytes between: gaps of at most `gap` bytes are bridged, the smallest first,
     as long as all that are bridged have at most `budget` bytes together."""
-    apart = union(ranges)
-    gaps = sorted((after[0] - before[1], number) for number, (before, after) in enumerate(pairwise(apart)))
+    disjoint = union(ranges)
+    gaps = sorted((after[0] - before[1], number) for number, (before, after) in enumerate(pairwise(disjoint)))
     bridges: list[Range] = []
     for size, number in gaps:
         if size > gap or size > budget:
             break
         budget -= size
-        bridges.append((apart[number][1], apart[number + 1][0]))
-    return union((*apart, *bridges))
+        bridges.append((disjoint[number][1], disjoint[number + 1][0]))
+    return union((*disjoint, *bridges))
 
 
 def total(ranges: Iterable[Range]) -> int:

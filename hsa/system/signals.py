@@ -1,4 +1,4 @@
-"""Holding back the signals that end a run, for the moments in which ending would leave something behind."""
+"""Defer the signals that end a run, while ending would leave something behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
@@ -21,14 +21,14 @@ def deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    noted: list[tuple[int, FrameType | None]] = []
-    handlers = {number: handler for number in ENDING if callable(handler := signal.getsignal(number))}
+    pending: list[tuple[int, FrameType | None]] = []
+    handlers = {number: handler for number in END_SIGNALS if callable(handler := signal.getsignal(number))}
     try:
         for number in handlers:
-            signal.signal(number, lambda number, frame: noted.append((number, frame)))
+            signal.signal(number, lambda number, frame: pending.append((number, frame)))
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for caught, frame in noted[:1]:
-        handlers[signal.Signals(caught)](caught, frame)
+    for first, frame in pending[:1]:
+        handlers[signal.Signals(first)](first, frame)

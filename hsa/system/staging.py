@@ -1,4 +1,4 @@
-"""A locked, hidden directory in which files are made before they appear where they belong.
+"""A locked, hidden directory in which files are written before they are moved to their destination.
 
 A run that is killed leaves at most such a directory, which the next run recognises by its name, locks and clears.
 """
@@ -24,13 +24,13 @@ NAME_MAX = 255
 
 W = TypeVar("W", bound="StagingDirectory")
 
-STAGING, ASIDE = ".hsa-staging", ".hsa-replaced"
-"""Suffixes of the hidden names beside a destination: where its files are made, and where the old ones step aside."""
+STAGING, REPLACED = ".hsa-staging", ".hsa-replaced"
+"""Suffixes of the hidden names beside a destination: where its files are made, and where the old ones wait."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
-def beside(destination: Path, suffix: str) -> Path:
+def hidden_sibling(destination: Path, suffix: str) -> Path:
     """A hidden name beside the destination, or a digest of one that would be too long."""
     name = f".{destination.name}{suffix}"
     if len(os.fsencode(name)) > NAME_MAX:
@@ -47,13 +47,13 @@ class StagingDirectory:
     def __init__(self, path: Path, destination: Path, *, sync: bool) -> None:
         self.path, self.destination, self.sync = path, destination, sync
         self.closed = False
-        self._made: list[Path] = []
-        with fsio.writing(self.path):
+        self._created_parents: list[Path] = []
+        with fsio.map_write_errors(self.path):
             try:
                 self._make_parents()
                 self._lock = self._acquire()
             except BaseException:
-                self._sweep()
+                self._remove_orphan()
                 self._remove_parents()
                 raise
 
@@ -74,7 +74,7 @@ class StagingDirectory:
         path = self.file(name)
         fd = fsio.create(path, len(data))
         try:
-            with fsio.writing(path, len(data)):
+            with fsio.map_write_errors(path, len(data)):
                 fsio.write_all(fd, memoryview(data), 0, tally)
                 if self.sync:
                     fsio.sync(fd)
@@ -83,15 +83,15 @@ class StagingDirectory:
 
     def publish_file(self, name: str, place: Path) -> None:
         """Put a finished file at its place, in one step; an older one there is replaced. Lasting when `sync`."""
-        with fsio.writing(place):
+        with fsio.map_write_errors(place):
             fsio.rename(self.file(name), place)
-            self.settle(place.parent)
+            self.sync_entries(place.parent)
 
-    def settle(self, directory: Path) -> None:
+    def sync_entries(self, directory: Path) -> None:
         """Make the entries of a directory, and its own where this run made it, last."""
         if self.sync:
-            for each in {directory, *(path.parent for path in self._made)}:
-                fsio.sync_directory(each)
+            for parent in {directory, *(path.parent for path in self._created_parents)}:
+                fsio.sync_directory(parent)
 
     def _recover(self) -> None:
         """Finish what a killed run left beside the directory that is now locked and fresh."""
@@ -99,14 +99,14 @@ class StagingDirectory:
     def _make_parents(self) -> None:
         missing = [parent for parent in self.path.parents if not parent.exists()]
         for parent in reversed(missing):
-            self._made.append(parent)
+            self._created_parents.append(parent)
             try:
                 parent.mkdir()
             except FileExistsError:
-                self._made.pop()
+                self._created_parents.pop()
 
     def _remove_parents(self) -> None:
-        for parent in reversed(self._made):
+        for parent in reversed(self._created_parents):
             try:
                 parent.rmdir()
             except FileNotFoundError:
@@ -119,62 +119,62 @@ class StagingDirectory:
         for _ in range(100):
             try:
                 self.path.mkdir()
-                made = True
+                created = True
             except FileExistsError:
-                made = False
+                created = False
             try:
-                held = self._lock_staging(made=made)
+                fd = self._lock_staging(created=created)
             except FileNotFoundError:  # the run that held it has just ended
                 continue
             except OSError:
-                if made:  # it could not even be opened, so that nothing later can remove it through a descriptor
+                if created:  # it could not even be opened, so that nothing later can remove it through a descriptor
                     with suppress(OSError):
                         self.path.rmdir()
                 raise
-            if held is not None:
-                return held
+            if fd is not None:
+                return fd
         raise MachineError(f"{self.path} keeps changing under this run; choose another output")
 
-    def _sweep(self) -> None:
+    def _remove_orphan(self) -> None:
         """Remove the staging directory when an interrupt left it without anybody who holds it."""
         with suppress(OSError):
-            held = lock(self.path, made=False)
-            if held is not None:
+            fd = lock(self.path, created=False)
+            if fd is not None:
                 try:
-                    clear(held)
+                    remove_contents(fd)
                     self.path.rmdir()
                 finally:
-                    os.close(held)
+                    os.close(fd)
 
-    def _lock_staging(self, *, made: bool) -> int | None:
+    def _lock_staging(self, *, created: bool) -> int | None:
         """The staging directory locked, where this run made it; None when a leftover was removed, or is gone by now."""
         if not stat.S_ISDIR(self.path.lstat().st_mode):
             raise DestinationError(f"{self.path} is in the way and is no staging directory of hsa; move it away")
-        held = lock(self.path, made=made)
-        if held is None:
+        fd = lock(self.path, created=created)
+        if fd is None:
             raise DestinationError(
                 f"another run is writing to {self.destination} (it holds {self.path}); wait for it to end, or "
                 f"choose another output; where the filesystem has no locks, remove what a killed run left"
             )
         try:
-            if same(held, self.path):
-                if made:
+            if is_directory_at(fd, self.path):
+                if created:
                     self._recover()
-                    return held
-                self._remove_leftover(held)
+                    return fd
+                self._remove_leftover(fd)
         except BaseException:
-            os.close(held)
+            os.close(fd)
             raise
-        os.close(held)
+        os.close(fd)
         return None
 
-    def _remove_leftover(self, held: int) -> None:
+    def _remove_leftover(self, fd: int) -> None:
         """Remove a killed run's directory, so that a fresh one has this run's owner and mode; it is locked."""
         try:
-            clear(held)
+            remove_contents(fd)
             self.path.rmdir()
         except OSError as error:
-            owner = os.fstat(held).st_uid
+            owner = os.fstat(fd).st_uid
             raise MachineError(
                 f"{self.path}, which a killed run of uid {owner} left, cannot be removed: {reason(error)}; remove it "
                 f"with that user's rights, or choose another output"
@@ -184,8 +184,8 @@ class StagingDirectory:
         """Remove the staging directory, unless an interrupt came when it had already become the destination."""
         self.closed = True
         try:
-            if same(self._lock, self.path):
-                clear(self._lock)
+            if is_directory_at(self._lock, self.path):
+                remove_contents(self._lock)
                 self.path.rmdir()
                 self._remove_parents()
         except OSError as error:
@@ -196,16 +196,16 @@ class StagingDirectory:
             os.close(self._lock)
 
 
-def lock(path: Path, *, made: bool) -> int | None:
+def lock(path: Path, *, created: bool) -> int | None:
     """The directory open and locked, or None when somebody else holds it.
 
-    On a filesystem without locks, the one who `made` the directory holds it.
+    On a filesystem without locks, the one that `created` the directory holds it.
     """
     fd = open_file(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _NO_LOCKS and made:
+        if error.errno in _NO_LOCKS and created:
             return fd
         os.close(fd)
         if error.errno in _NO_LOCKS or isinstance(error, BlockingIOError):
@@ -214,22 +214,23 @@ def lock(path: Path, *, made: bool) -> int | None:
     return fd
 
 
-def same(fd: int, path: Path) -> bool:
+def is_directory_at(fd: int, path: Path) -> bool:
+    """Whether the directory that is open as `fd` is the one at `path`."""
     try:
-        named = os.stat(path, follow_symlinks=False)
+        at_path = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
     opened = os.fstat(fd)
-    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+    return (at_path.st_dev, at_path.st_ino) == (opened.st_dev, opened.st_ino)
 
 
-def clear(fd: int) -> None:
+def remove_contents(fd: int) -> None:
     """Remove everything in the directory that is open as `fd`, following no link."""
     for name in list_directory(fd):
         if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
             inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             try:
-                clear(inner)
+                remove_contents(inner)
             finally:
                 os.close(inner)
             os.rmdir(name, dir_fd=fd)

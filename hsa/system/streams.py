@@ -1,6 +1,6 @@
-"""The standard streams of a command: what cannot be printed never undoes what was done.
+"""Print to the standard streams of a command without failing where they are closed or full.
 
-`say` prints to stderr if it can. `tell` prints to stdout; what is lost there is kept for `unprinted`, and the command
+`print_stderr` prints if it can. `print_stdout` keeps for `unprinted` what stdout does not take, and the command then
 ends with exit code 1 and a message that names what is finished. A reader that stops early (`| head -1`) and a closed
 stdout lose nothing but text for people: only JSON counts as lost there.
 """
@@ -16,18 +16,18 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import IO, Any
 
-_lost: ContextVar[list[str] | None] = ContextVar("hsa text that could not be printed", default=None)
+_unprinted: ContextVar[list[str] | None] = ContextVar("hsa text that could not be printed", default=None)
 
 
-class Nowhere(io.StringIO):
+class NullStream(io.StringIO):
     """Takes the place of a stream that was closed before the program started, and forgets what it is given."""
 
     def write(self, text: str) -> int:
         return len(text)
 
 
-class Forgiving:
-    """A text stream whose writes may fail and say nothing of it, such as a terminal that was closed."""
+class LenientStream:
+    """A text stream whose failed writes are ignored, such as a terminal that was closed."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -45,7 +45,7 @@ class Forgiving:
         return getattr(self._stream, name)
 
 
-def prepare() -> None:
+def protect_streams() -> None:
     """Make this process's standard streams safe: for a program's own start, not for a library's.
 
     Descriptors 0 to 2 that are closed lead to /dev/null afterwards, so that no data file gets one of these numbers and
@@ -54,14 +54,14 @@ def prepare() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdin = sys.stdin or Nowhere()
-    sys.stdout = sys.stdout or Nowhere()
-    sys.stderr = Forgiving(sys.stderr or Nowhere())
+    sys.stdin = sys.stdin or NullStream()
+    sys.stdout = sys.stdout or NullStream()
+    sys.stderr = LenientStream(sys.stderr or NullStream())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def settle() -> None:
+def flush_stdout() -> None:
     """Send to /dev/null what stdout does not take, so that Python's own end does not try again and fail."""
     try:
         sys.stdout.flush()
@@ -72,7 +72,7 @@ def settle() -> None:
             os.close(descriptor)
 
 
-def watched() -> bool:
+def stderr_is_terminal() -> bool:
     """Whether stderr is a terminal."""
     try:
         return sys.stderr is not None and sys.stderr.isatty()
@@ -80,32 +80,32 @@ def watched() -> bool:
         return False
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Print to stderr, if it takes it."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             _print(sys.stderr, text)
 
 
-def tell(text: str, *, done: str = "", needed: bool = False) -> None:
+def print_stdout(text: str, *, done: str = "", needed: bool = False) -> None:
     """Print to stdout. What it does not take is noted for `unprinted`, with `done`: what is finished all the same.
 
     With `needed`, as for JSON, a closed stdout and a reader that went away count too.
     """
     try:
-        if sys.stdout is None or isinstance(sys.stdout, Nowhere):
+        if sys.stdout is None or isinstance(sys.stdout, NullStream):
             raise BrokenPipeError(errno.EBADF, "it is closed")
         _print(sys.stdout, text)
     except (OSError, ValueError) as error:
         if needed or not isinstance(error, BrokenPipeError):
-            _note(getattr(error, "strerror", None) or str(error), done)
+            _note_unprinted(getattr(error, "strerror", None) or str(error), done)
 
 
-def _note(reason: str, done: str) -> None:
-    lost = _lost.get()
-    if lost is not None:
-        about = f"{done}; only its summary" if done else "the result"
-        lost.append(f"{about} could not be printed, for stdout took no more: {reason}")
+def _note_unprinted(reason: str, done: str) -> None:
+    messages = _unprinted.get()
+    if messages is not None:
+        subject = f"{done}; only its summary" if done else "the result"
+        messages.append(f"{subject} could not be printed, for stdout took no more: {reason}")
 
 
 def _print(stream: IO[str], text: str) -> None:
@@ -117,10 +117,10 @@ def _print(stream: IO[str], text: str) -> None:
 
 @contextmanager
 def unprinted() -> Iterator[list[str]]:
-    """The messages about what `tell` could not print while the block lasted."""
-    lost: list[str] = []
-    token = _lost.set(lost)
+    """The messages about what `print_stdout` could not print while the block lasted."""
+    messages: list[str] = []
+    token = _unprinted.set(messages)
     try:
-        yield lost
+        yield messages
     finally:
-        _lost.reset(token)
+        _unprinted.reset(token)

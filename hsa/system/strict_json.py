@@ -1,4 +1,4 @@
-"""JSON read whole and without traps: no repeated names, no NaN, bounded in size and depth."""
+"""Read JSON strictly: no repeated names, no NaN, bounded in size and depth."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def load_json(text: bytes, where: str, what: str, max_marks: int = MAX_MARKS) ->
     """A JSON object from UTF-8 bytes: no repeated names, no NaN; HeaderError says where it is malformed."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        members = dict(pairs)
+        if len(members) != len(pairs):
+            names: set[str] = set()
+            repeated = next(name for name, _ in pairs if name in names or names.add(name))  # type: ignore[func-returns-value]
             raise HeaderError(f"{where}: {what} names {shown(repeated, 200)} twice")
-        return found
+        return members
 
-    def whole(digits: str) -> int | float:
+    def integer(digits: str) -> int | float:
         return int(digits) if digits != "-0" else -0.0
 
     def real(digits: str) -> float:
@@ -51,7 +51,7 @@ def load_json(text: bytes, where: str, what: str, max_marks: int = MAX_MARKS) ->
             raise ValueError(f"{digits:.40} is out of range")
         return value
 
-    document = parse_json(text, where, what, unique, whole, real, most_bytes=MAX_JSON, most_marks=max_marks)
+    document = parse_json(text, where, what, unique, integer, real, max_bytes=MAX_JSON, max_marks=max_marks)
     try:
         if _is_deep(document):
             raise RecursionError
@@ -68,38 +68,42 @@ def parse_json(
     text: bytes,
     where: str,
     what: str,
-    pairs: Callable[[list[tuple[str, Any]]], Any],
-    whole: Callable[[str], int | float] | None = None,
-    real: Callable[[str], float] | None = None,
+    make_object: Callable[[list[tuple[str, Any]]], Any],
+    make_int: Callable[[str], int | float] | None = None,
+    make_float: Callable[[str], float] | None = None,
     *,
-    most_bytes: int,
-    most_marks: int,
+    max_bytes: int,
+    max_marks: int,
 ) -> Any:
-    """Any JSON value from UTF-8 bytes, in which `pairs` makes of each object what is kept of it, `whole` and `real`
-    of the digits of numbers.
+    """Any JSON value from UTF-8 bytes, in which `make_object` turns the pairs of each object into what is kept of
+    it, and `make_int` and `make_float` the digits of numbers.
 
-    Raises HeaderError for NaN, a byte-order mark, more bytes or `marks` than allowed, and where it is malformed.
+    Raises HeaderError for NaN, a byte-order mark, more bytes or marks than allowed, and where it is malformed.
     """
 
     def constant(name: str) -> None:
-        found = _NO_NUMBER.search(text)
-        at = f" under {shown(found[1].decode('utf-8', 'replace'))}" if found else ""
+        match = _NO_NUMBER.search(text)
+        location = f" under {shown(match[1].decode('utf-8', 'replace'))}" if match else ""
         raise HeaderError(
-            f"{where}: {what} is not valid JSON: it holds {name}{at}, which Python writes and JSON does not have; "
-            f"write a finite number or null there"
+            f"{where}: {what} is not valid JSON: it holds {name}{location}, which Python writes and JSON does not "
+            f"have; write a finite number or null there"
         )
 
     refuse_byte_order_mark(text, f"{where}: {what}")
-    if len(text) > most_bytes or marks(text) > most_marks:
+    if len(text) > max_bytes or count_marks(text) > max_marks:
         raise HeaderError(
-            f"{where}: {what} of {len(text)} bytes with {marks(text)} brackets, braces and commas, at most "
-            f"{most_bytes} and {most_marks} are read; it is no {what} of a Whisper checkpoint"
+            f"{where}: {what} of {len(text)} bytes with {count_marks(text)} brackets, braces and commas, at most "
+            f"{max_bytes} and {max_marks} are read; it is no {what} of a Whisper checkpoint"
         )
     if not text:
         raise _malformed(where, what, ValueError("it is empty"))
     try:
         return json.loads(
-            text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=whole, parse_float=real
+            text.decode("utf-8"),
+            object_pairs_hook=make_object,
+            parse_constant=constant,
+            parse_int=make_int,
+            parse_float=make_float,
         )
     except (ValueError, RecursionError) as error:
         raise _malformed(where, what, error) from error
@@ -119,7 +123,7 @@ def refuse_byte_order_mark(text: bytes, where: str, expected: str = "valid JSON"
         )
 
 
-def marks(text: bytes) -> int:
+def count_marks(text: bytes) -> int:
     """Brackets, braces and commas of a JSON text, those within strings too."""
     return text.count(b"{") + text.count(b"[") + text.count(b",")
 

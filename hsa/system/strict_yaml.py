@@ -130,16 +130,16 @@ def _check_number(text: str, where: str) -> None:
 
 
 def _pairs(node: Any, where: str) -> Iterator[tuple[str, Value]]:
-    seen: dict[str, int] = {}
+    lines: dict[str, int] = {}
     for key, value in node.value:
         line = _line(key)
         name = _value(key, where, line).content
         if not isinstance(name, str):
-            found = "a list or mapping" if isinstance(name, (tuple, Mapping)) else shown(name)
-            raise RequestError(f"{where}:{line}: the key {found} is no text; put it in quotes if it is meant as one")
-        if name in seen:
-            raise RequestError(f"{where}:{line}: the key {shown(name)} stands in line {seen[name]} already")
-        seen[name] = line
+            key_text = "a list or mapping" if isinstance(name, (tuple, Mapping)) else shown(name)
+            raise RequestError(f"{where}:{line}: the key {key_text} is no text; put it in quotes if it is meant as one")
+        if name in lines:
+            raise RequestError(f"{where}:{line}: the key {shown(name)} stands in line {lines[name]} already")
+        lines[name] = line
         yield name, _value(value, where, line)
 
 

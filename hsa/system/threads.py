@@ -1,4 +1,4 @@
-"""How many threads a merge uses unless it is told, and having them work."""
+"""The number of threads that a merge uses by default, and running work in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from hsa.errors import MachineError, RequestError, shown
-from hsa.option_names import carried, option
+from hsa.option_names import option, with_current_spelling
 
 EXTRA_THREADS = 1
 """Threads beyond the cores: while one waits for the disk, another computes."""
@@ -51,7 +51,7 @@ def supervise(
     `work` raises nothing. When this thread is interrupted, or `watch` raises, `stop` gets the error, must make the
     threads end, and the error goes on when they have. MachineError where they cannot be started.
     """
-    threads = [threading.Thread(target=carried(work), daemon=True) for _ in range(count)]
+    threads = [threading.Thread(target=with_current_spelling(work), daemon=True) for _ in range(count)]
     try:
         for thread in threads:
             thread.start()

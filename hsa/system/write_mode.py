@@ -1,4 +1,4 @@
-"""Two ways to write, past the page cache or through it, and which of them is the faster just now.
+"""Choose the faster of two ways to write: past the page cache, or through it.
 
 With fsync the disk sets the pace, so direct writes are best wherever there are any. Without it a slow disk is best left
 to the page cache, while a fast one takes bytes sooner than the kernel finds free pages for them, and the cache slows
@@ -14,18 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-Lane = Literal["direct", "cached"]
+WriteMode = Literal["direct", "cached"]
 
 WINDOW_BYTES = 64 << 20
-"""What is written before a lane's speed is taken."""
+"""What is written before the speed of a mode is taken."""
 
 RECHECK_WINDOWS = 32
-"""Windows on one lane after which the other one is tried again: a trial costs at most a few percent."""
+"""Windows in one mode after which the other one is tried again: a trial costs at most a few percent."""
 
 
 @dataclass
 class _Timing:
-    """A lane's window: bytes written, seconds in which at least one write was under way, and the last speed."""
+    """One mode's window: bytes written, seconds in which at least one write was under way, and the last speed."""
 
     under_way: int = 0
     since: float = 0.0
@@ -50,34 +50,34 @@ class _Timing:
 
 
 @dataclass
-class Lanes:
-    """Chooses a lane for every write of a run; shared by its threads. `clock` gives seconds."""
+class WriteModeChooser:
+    """Chooses the mode of every write of a run; shared by its threads. `clock` gives seconds."""
 
     clock: Callable[[], float] = time.monotonic
-    current: Lane = "direct"
-    _timings: dict[Lane, _Timing] = field(default_factory=lambda: {"direct": _Timing(), "cached": _Timing()})
-    _stayed: int = 0
+    current: WriteMode = "direct"
+    _timings: dict[WriteMode, _Timing] = field(default_factory=lambda: {"direct": _Timing(), "cached": _Timing()})
+    _windows: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
-    def write(self, nbytes: int) -> Iterator[Lane]:
-        """The lane to write `nbytes` on; what happens inside is timed."""
+    def write(self, nbytes: int) -> Iterator[WriteMode]:
+        """The mode in which to write `nbytes`; the time inside the block is measured."""
         with self._lock:
-            lane = self.current
-            timing = self._timings[lane]
+            mode = self.current
+            timing = self._timings[mode]
             timing.begin(self.clock())
         try:
-            yield lane
+            yield mode
         finally:
             with self._lock:
                 timing.end(self.clock(), nbytes)
-                if lane == self.current and timing.written >= WINDOW_BYTES:
+                if mode == self.current and timing.written >= WINDOW_BYTES:
                     timing.close()
                     self._choose()
 
     def _choose(self) -> None:
-        other: Lane = "cached" if self.current == "direct" else "direct"
-        own, its = self._timings[self.current].speed, self._timings[other].speed
-        self._stayed += 1
-        if its is None or self._stayed > RECHECK_WINDOWS or (own is not None and its > own):
-            self.current, self._stayed = other, 0
+        other: WriteMode = "cached" if self.current == "direct" else "direct"
+        speed, other_speed = self._timings[self.current].speed, self._timings[other].speed
+        self._windows += 1
+        if other_speed is None or self._windows > RECHECK_WINDOWS or (speed is not None and other_speed > speed):
+            self.current, self._windows = other, 0

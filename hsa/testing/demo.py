@@ -10,7 +10,7 @@ from hsa.actions.merge import merge
 from hsa.errors import HsaError, MachineError, RequestError
 from hsa.methods.config import keep_count
 from hsa.outputs.report import MergeReport
-from hsa.system.streams import tell
+from hsa.system.streams import print_stdout
 
 LOUD = tuple(
     ("encoder", layer, kind, head)
@@ -155,4 +155,4 @@ def _check_loading(output: Path) -> None:
 
 
 def _say(text: str) -> None:
-    tell(text)
+    print_stdout(text)

@@ -15,7 +15,7 @@ from typing import Any, cast
 from hsa.architectures import whisper
 from hsa.architectures.base import Projection
 from hsa.errors import HsaError, MachineError, SourceChanged, SourceError, shown
-from hsa.option_names import carried, option
+from hsa.option_names import option, with_current_spelling
 from hsa.outputs import provenance, record_checks
 from hsa.outputs.provenance import Provenance
 from hsa.sources.checkpoint import (
@@ -162,7 +162,9 @@ class _OutputVerification:
                 self.work.notes.extend(contradictions(documents, sizes))
             pool = stack.enter_context(ThreadPoolExecutor(self.work.threads))
             stack.callback(self.stop.set)
-            ahead: set[Future[None]] = {pool.submit(carried(self._guarded), name, task) for name, task in tasks}
+            ahead: set[Future[None]] = {
+                pool.submit(with_current_spelling(self._guarded), name, task) for name, task in tasks
+            }
             while ahead:
                 finished, ahead = wait(ahead, timeout=0.02)
                 for future in finished:

@@ -22,7 +22,7 @@ from hsa.errors import HsaError, SourceChanged, SourceError
 from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import Norms
 from hsa.methods.selection import Selection, select
-from hsa.option_names import carried
+from hsa.option_names import with_current_spelling
 from hsa.outputs import distances
 from hsa.outputs.patch_reader import Patch
 from hsa.outputs.provenance import SourceRecord, changed_keys, tensors_digest
@@ -154,7 +154,7 @@ class _PatchRecomputation:
     def go(self) -> None:
         total = sum(target.ref(role).nbytes for ((_, target), *_) in self.jobs for role in ROLES)
         with ThreadPoolExecutor(self.work.threads) as pool:
-            ahead = {pool.submit(carried(self._do), job) for job in self.jobs}
+            ahead = {pool.submit(with_current_spelling(self._do), job) for job in self.jobs}
             try:
                 while ahead:
                     finished, ahead = wait(ahead, timeout=0.02)

@@ -19,7 +19,7 @@ from hsa.sources.checkpoint import CONFIG, PICKLES, SAFETENSORS
 from hsa.sources.roles import Role
 from hsa.sources.safetensors import read_header
 from hsa.system.descriptors import open_file, reason
-from hsa.system.fsio import MACHINE, SourceFile, Tally, exists, explained
+from hsa.system.fsio import MACHINE_ERRNOS, SourceFile, Tally, exists, map_os_errors
 from hsa.system.manifest import PROVENANCE
 from hsa.system.memory import PeakMemory
 from hsa.system.threads import check_threads, default_threads
@@ -43,7 +43,7 @@ PATIENCE = 1.0
 EXPECTED = "give an output, a patch, or the directory of a sweep or of a release"
 
 
-@explained()
+@map_os_errors()
 def verify(
     output: PathLike,
     *,
@@ -143,7 +143,7 @@ def _held(place: Path) -> Iterator[tuple[int, int]]:
     try:
         fd = open_file(place, getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK))
     except OSError as error:
-        if error.errno in MACHINE:
+        if error.errno in MACHINE_ERRNOS:
             raise
         raise RequestError(f"output {place} cannot be opened ({reason(error)}); {EXPECTED}") from error
     try:

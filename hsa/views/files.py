@@ -11,7 +11,7 @@ from pathlib import Path
 from hsa.errors import DestinationError
 from hsa.option_names import option
 from hsa.system import fsio
-from hsa.system.destinations import refuse_enclosed
+from hsa.system.destinations import refuse_inside_output
 
 PathLike = str | os.PathLike[str]
 
@@ -39,13 +39,13 @@ def check_file(path: PathLike, kept: Sequence[PathLike], *, overwrite: bool) -> 
         with suppress(OSError, RuntimeError):
             if real.is_relative_to(Path(folder).expanduser().resolve()):
                 raise DestinationError(f"{given} lies in {folder}, which is not written to; choose another directory")
-    refuse_enclosed(real, str(given))
+    refuse_inside_output(real, str(given))
     return real
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file whole: beside its place first, then renamed. Raises MachineError."""
-    with fsio.writing(path, len(data)):
+    with fsio.map_write_errors(path, len(data)):
         fd, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
         try:
             with os.fdopen(fd, "wb") as file:

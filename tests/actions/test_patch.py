@@ -333,7 +333,7 @@ def test_bad_threads(triple: Triple, patched: Path, threads: Any) -> None:
 def test_two_runs_to_one_patch(shared_triple: Triple, tmp_path: Path) -> None:
     place = tmp_path / NAME
     with (
-        staging.StagingDirectory(staging.beside(place, staging.STAGING), place, sync=False),
+        staging.StagingDirectory(staging.hidden_sibling(place, staging.STAGING), place, sync=False),
         pytest.raises(hsa.DestinationError, match="another run is writing to"),
     ):
         hsa.merge_patch(**shared_triple, output=place, sync=False)

@@ -19,7 +19,7 @@ import hsa
 from hsa.system import fsio
 from hsa.system.manifest import PROVENANCE
 from hsa.system.publish import StagedOutput, staging_path
-from hsa.system.staging import ASIDE
+from hsa.system.staging import REPLACED
 
 Triple = dict[str, Path]
 
@@ -141,9 +141,9 @@ def test_an_old_output_that_cannot_be_removed_is_a_note_and_blocks_no_later_run(
 ) -> None:
     """As on a filesystem that answers so when no permission tells it: an immutable file, a lost server."""
     place = tmp_path / "place"
-    out, aside = place / "out", place / f".out{ASIDE}"
+    out, aside = place / "out", place / f".out{REPLACED}"
     hsa.merge(**shared_triple, output=out, k=0.3, sync=False)
-    retire_old = StagedOutput._retire
+    retire_old = StagedOutput._remove_or_restore
     if not swap:
         monkeypatch.setattr(fsio, "exchange", lambda first, second: False)
 
@@ -156,13 +156,13 @@ def test_an_old_output_that_cannot_be_removed_is_a_note_and_blocks_no_later_run(
             retire_old(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(StagedOutput, "_retire", retire)
+        patch.setattr(StagedOutput, "_remove_or_restore", retire)
         report = hsa.merge(**shared_triple, output=out, overwrite=True, sync=False)
     (note,) = [note for note in report.notes if str(aside) in note]
     assert "Operation not permitted" in note and "remove it yourself" in note
     hsa.merge(**shared_triple, output=tmp_path / "fresh", sync=False)
     assert snapshot(out) == snapshot(tmp_path / "fresh")
-    assert sorted(os.listdir(place)) == [f".out{ASIDE}", "out"]
+    assert sorted(os.listdir(place)) == [f".out{REPLACED}", "out"]
     again = hsa.merge(**shared_triple, output=out, overwrite=True, sync=False)
     assert not any(str(aside) in note for note in again.notes)
     assert os.listdir(place) == ["out"]

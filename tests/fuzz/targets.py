@@ -27,7 +27,7 @@ from hsa.outputs import card, provenance
 from hsa.releases import recipe
 from hsa.sources.checkpoint import ADAPTER_CONFIG, CONFIG, INDEX, PICKLES, WEIGHTS
 from hsa.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
-from hsa.system.strict_json import marks
+from hsa.system.strict_json import count_marks
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 
@@ -258,7 +258,7 @@ def _merge_adapter(arena: Arena) -> str:
 def _provenance(arena: Arena, data: bytes) -> str:
     """As it stands; and with its digest made right, so that what a forger can write is looked at too."""
     seen = arena.call(lambda: _use(data))
-    if marks(data) < 10_000:
+    if count_marks(data) < 10_000:
         with contextlib.suppress(ValueError, RecursionError):
             document = json.loads(data)
             if isinstance(document, dict):
@@ -304,7 +304,7 @@ def _release(arena: Arena, data: bytes) -> str:
     """`hsa release` of a recipe whose only entry says what the input says, but for its sources, which are the sound
     ones: any other input is the recipe, where its entries can name no source that is there."""
     sources = {role: str(path) for role, path in arena.triple.items()}
-    if marks(data) < 10_000:
+    if count_marks(data) < 10_000:
         with contextlib.suppress(ValueError, RecursionError, TypeError):
             entry = {"name": "a", "group": "g", **json.loads(data), **sources}
             data = json.dumps({"merges": [{k: v for k, v in entry.items() if k != "assets_from"}]}).encode()
@@ -376,7 +376,7 @@ def _forged(arena: Arena, data: bytes, *arguments: str) -> str:
         arena.merge()
     path = arena.output / "hsa_merge.json"
     sound = path.read_bytes()
-    if marks(data) < 10_000:
+    if count_marks(data) < 10_000:
         with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
             document = json.loads(data)
             document["digest"] = provenance.document_digest(document)

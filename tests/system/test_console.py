@@ -17,7 +17,7 @@ from hsa.errors import MachineError, RequestError
 from hsa.option_names import command_line, spelled
 from hsa.system import console
 from hsa.system.console import guarded
-from hsa.system.signals import ENDING
+from hsa.system.signals import END_SIGNALS
 
 
 def raising(error: BaseException) -> Callable[[], int]:
@@ -30,8 +30,8 @@ def raising(error: BaseException) -> Callable[[], int]:
 @pytest.fixture
 def handlers() -> Iterator[dict[signal.Signals, Any]]:
     """Handlers of this process's own, one of each kind; what pytest had is put back at the end."""
-    before = {number: signal.getsignal(number) for number in ENDING}
-    own = dict(zip(ENDING, (signal.default_int_handler, lambda number, frame: None, signal.SIG_DFL), strict=True))
+    before = {number: signal.getsignal(number) for number in END_SIGNALS}
+    own = dict(zip(END_SIGNALS, (signal.default_int_handler, lambda number, frame: None, signal.SIG_DFL), strict=True))
     for number, handler in own.items():
         signal.signal(number, handler)
     yield own
@@ -40,7 +40,7 @@ def handlers() -> Iterator[dict[signal.Signals, Any]]:
 
 
 def current() -> dict[signal.Signals, Any]:
-    return {number: signal.getsignal(number) for number in ENDING}
+    return {number: signal.getsignal(number) for number in END_SIGNALS}
 
 
 @pytest.mark.parametrize(

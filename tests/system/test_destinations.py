@@ -18,7 +18,7 @@ from hsa.releases import release
 from hsa.system import fsio
 from hsa.system.manifest import PROVENANCE
 from hsa.system.publish import StagedOutput
-from hsa.system.staging import ASIDE
+from hsa.system.staging import REPLACED
 
 Triple = dict[str, Path]
 
@@ -205,7 +205,7 @@ def test_a_file_that_appears_at_the_very_swap_is_kept_beside_the_output(
     monkeypatch.setattr(fsio, "exchange", swapped)
     report = hsa.merge(**shared_triple, output=out, overwrite=True, sync=False)
     monkeypatch.undo()
-    aside = out.parent / f".out{ASIDE}"
+    aside = out.parent / f".out{REPLACED}"
     assert (aside / "notes.txt").read_text() == "mine"
     (note,) = [note for note in report.notes if str(aside) in note]
     assert "it holds notes.txt, which its record does not list" in note

@@ -395,18 +395,18 @@ def test_a_second_signal_does_not_disturb_the_cleaning_up(
 ) -> None:
     text = f"""
 import os, signal, sys
-from hsa.system import fsio, staging as workbench
+from hsa.system import fsio, staging
 from hsa.__main__ import main
-clear, sync = workbench.clear, fsio.sync
+remove_contents, sync = staging.remove_contents, fsio.sync
 def send(*names):
     for name in names:
         os.kill(os.getpid(), getattr(signal, name))
-def noisy_clear(fd):
+def noisy_remove(fd):
     send(*{numbers!r})
-    clear(fd)
+    remove_contents(fd)
     send(*{numbers!r})
 def noisy_sync(fd):
-    workbench.clear = noisy_clear
+    staging.remove_contents = noisy_remove
     send({first!r})
 fsio.sync = noisy_sync
 main()

@@ -21,7 +21,7 @@ import hsa
 from hsa.actions import merge
 from hsa.outputs.patch_reader import SUFFIX
 from hsa.system import descriptors, fsio
-from hsa.system.descriptors import MOST_OPEN
+from hsa.system.descriptors import MAX_OPEN
 from hsa.system.fsio import SourceFile, Tally
 
 Triple = dict[str, Path]
@@ -125,12 +125,12 @@ def test_a_sweep_with_many_shards_keeps_within_the_limit(sharded: Triple, tmp_pa
 
 
 def test_no_more_sources_stay_open_than_are_said(tmp_path: Path) -> None:
-    paths = [tmp_path / str(number) for number in range(MOST_OPEN + 50)]
+    paths = [tmp_path / str(number) for number in range(MAX_OPEN + 50)]
     for number, path in enumerate(paths):
         path.write_bytes(number.to_bytes(2, "little") * 8)
     before = len(os.listdir("/proc/self/fd"))
     sources = [SourceFile(path, "test", Tally()) for path in paths]
-    assert len(os.listdir("/proc/self/fd")) - before <= MOST_OPEN
+    assert len(os.listdir("/proc/self/fd")) - before <= MAX_OPEN
     for _ in range(2):
         assert [int.from_bytes(source.read(2, 6), "little") for source in sources] == list(range(len(paths)))
     for source in sources:
@@ -197,7 +197,7 @@ def made_a_directory(path: Path) -> None:
 def test_a_file_that_is_opened_again_must_be_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr(descriptors, "MOST_OPEN", 1)
+    monkeypatch.setattr(descriptors, "MAX_OPEN", 1)
     first, second = tmp_path / "first", tmp_path / "second"
     for path in (first, second):
         path.write_bytes(b"0123456789")
@@ -214,7 +214,7 @@ def test_a_file_that_is_opened_again_must_be_the_same(
 def test_a_shard_that_changes_between_two_looks_withdraws_the_output(
     sharded: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descriptors, "MOST_OPEN", 4)
+    monkeypatch.setattr(descriptors, "MAX_OPEN", 4)
     shard = sorted(sharded["secondary"].glob("*.safetensors"))[40]
     execute = merge.execute
 
@@ -280,14 +280,14 @@ def test_the_remedy_is_said_wherever_a_file_is_opened(
 
 
 def test_a_library_that_cannot_be_loaded_names_the_limit() -> None:
-    @fsio.explained()
+    @fsio.map_os_errors()
     def imports() -> None:
         raise ImportError(f"libx.so: cannot open shared object file: {os.strerror(errno.EMFILE)}")
 
     with pytest.raises(hsa.MachineError, match=r"a library cannot be loaded: Too many open files: .*ulimit -n"):
         imports()
 
-    @fsio.explained()
+    @fsio.map_os_errors()
     def lacks() -> None:
         raise ImportError("No module named 'x'")
 

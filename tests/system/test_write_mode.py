@@ -12,18 +12,18 @@ from helpers import snapshot
 import hsa
 from hsa.engine import consumers
 from hsa.system import fsio, write_mode
-from hsa.system.write_mode import RECHECK_WINDOWS, WINDOW_BYTES, Lane, Lanes
+from hsa.system.write_mode import RECHECK_WINDOWS, WINDOW_BYTES, WriteMode, WriteModeChooser
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 PIECE = 4 << 20
 Speed = Callable[[int], float]
 
 
-def write_through(nbytes: int, direct: Speed, cached: Speed) -> dict[Lane, int]:
+def write_through(nbytes: int, direct: Speed, cached: Speed) -> dict[WriteMode, int]:
     """Bytes that go each way, when each takes so many bytes a second after so many bytes in all."""
     now = [0.0]
-    chosen = Lanes(clock=lambda: now[0])
-    sent: dict[Lane, int] = {"direct": 0, "cached": 0}
+    chosen = WriteModeChooser(clock=lambda: now[0])
+    sent: dict[WriteMode, int] = {"direct": 0, "cached": 0}
     for done in range(0, nbytes, PIECE):
         with chosen.write(PIECE) as lane:
             now[0] += PIECE / (direct if lane == "direct" else cached)(done)
@@ -32,7 +32,7 @@ def write_through(nbytes: int, direct: Speed, cached: Speed) -> dict[Lane, int]:
 
 
 @pytest.mark.parametrize("winner", ["direct", "cached"])
-def test_the_faster_lane_writes_nearly_all(winner: Lane) -> None:
+def test_the_faster_lane_writes_nearly_all(winner: WriteMode) -> None:
     fast, slow = (lambda done: 2e9), (lambda done: 1e9)
     sent = write_through(8 << 30, *((fast, slow) if winner == "direct" else (slow, fast)))
     trials = (8 << 30) // (RECHECK_WINDOWS * WINDOW_BYTES) + 1
@@ -53,7 +53,7 @@ def test_a_disk_that_recovers_is_found_again() -> None:
 def test_writes_at_the_same_time_count_once() -> None:
     """Two threads at a disk that takes 1 GB/s in all see it at 1 GB/s, not at half of it."""
     now = [0.0]
-    chosen = Lanes(clock=lambda: now[0])
+    chosen = WriteModeChooser(clock=lambda: now[0])
     for _ in range(WINDOW_BYTES // (2 * PIECE)):
         with chosen.write(PIECE), chosen.write(PIECE):
             now[0] += 2 * PIECE / 1e9

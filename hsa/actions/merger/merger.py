@@ -46,7 +46,7 @@ from hsa.sources.structure import require_shapes
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import NAMES, Array
-from hsa.system.fsio import Tally, explained
+from hsa.system.fsio import Tally, map_os_errors
 from hsa.system.signals import deferred
 from hsa.system.threads import check_threads, default_threads
 
@@ -102,7 +102,7 @@ class Merger:
     Source: SPEC sections 1, 2 and 5.
     """
 
-    @explained()
+    @map_os_errors()
     def __init__(
         self,
         base: Source,

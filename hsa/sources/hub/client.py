@@ -35,7 +35,7 @@ from hsa.sources.checkpoint import (
     open_checkpoint,
     weight_map,
 )
-from hsa.sources.hub.errors import explained
+from hsa.sources.hub.errors import map_hub_errors
 from hsa.sources.hub.partial_file import Partial
 from hsa.sources.hub.range_requests import GAP, HEADER_GUESS, WASTE, NoRanges, Remote, network_error, passing, retrying
 from hsa.sources.hub.repository import COMMIT, HubId, Repo, cached, find_id, home, remember, remembered
@@ -123,7 +123,7 @@ class Hub:
         hub_id = find_id(path)
         if hub_id is None:
             return open_source(role, path, tally, claimed, base)
-        with explained(role, hub_id), self._quiet():
+        with map_hub_errors(role, hub_id), self._quiet():
             repo = self._repo(role, hub_id)
             claimed = claimed or f"{repo.id}@{repo.commit}"
             if repo.is_adapter:
@@ -139,7 +139,7 @@ class Hub:
         hub_id = find_id(path)
         if hub_id is None:
             return bool(os.fspath(path)) and is_adapter(path)
-        with explained(role, hub_id), self._quiet():
+        with map_hub_errors(role, hub_id), self._quiet():
             return self._repo(role, hub_id).is_adapter
 
     # What there is ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, in one line that says what to do, without a token or an address with a signature."""
+"""Turn the errors of huggingface_hub into one line that says what to do, without a token or a signed address."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 
 
 @contextmanager
-def explained(role: Role, hub_id: HubId) -> Iterator[None]:
+def map_hub_errors(role: Role, hub_id: HubId) -> Iterator[None]:
     """Turn what huggingface_hub raises into one line that says what to do."""
     try:
         yield
     except HsaError:
         raise
     except Exception as error:
-        explained = _explain(error, role, hub_id)
-        if explained is None:
+        mapped = _explain(error, role, hub_id)
+        if mapped is None:
             raise
-        raise explained from None  # the library's own text may repeat what a server says, and link with signatures
+        raise mapped from None  # the library's own text may repeat what a server says, and link with signatures
 
 
 def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:

@@ -27,7 +27,7 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 def _caching(path: Path, needed: int | None = None) -> AbstractContextManager[None]:
     """Errors of writing to the cache, which say how to move it."""
-    return fsio.writing(path, needed, REMEDY)
+    return fsio.map_write_errors(path, needed, REMEDY)
 
 
 def save_record(path: Path, document: Mapping[str, Any]) -> None:
