@@ -39,7 +39,7 @@ setup(
         "pyyaml>=6.0.2,<7",
     ],
     extras_require={
-        "mergekit": ["mergekit>=0.1.4,<0.2"],
+        "mergekit": ["mergekit>=0.1.5,<0.2"],
         "plot": ["matplotlib>=3.9,<4"],
         "dev": [
             "pytest>=8,<10",

@@ -21,32 +21,21 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from hsa.errors import DestinationError, HsaError, MachineError, RequestError, SourceError, is_text, shown
-from hsa.integrations.mergekit_method import (
-    DEFAULTS,
-    METHOD,
-    Merging,
-    assign,
-    config_of,
-    in_numbers,
-    takes_groups,
-    takes_text,
-)
+from hsa.errors import DestinationError, RequestError, SourceError, is_text
+from hsa.integrations.mergekit_method import Merging
 from hsa.integrations.mergekit_method import register as register_method
+from hsa.integrations.mergekit_recipe import Recipe, plainly, read
 from hsa.methods.config import percentages
 from hsa.outputs import report
 from hsa.outputs.extent import Extent
 from hsa.outputs.meaning import of_values
 from hsa.sources.checkpoint import CONFIG, read_text
-from hsa.sources.roles import Role
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
 from hsa.system.publish import StagedOutput
@@ -59,7 +48,6 @@ SMALL_FILES = ("generation_config.json", "processor_config.json")
 """What mergekit loses: the first where the donor has no tokenizer.json, the second always."""
 
 CARD = "README.md"
-DOCUMENT = "mergekit_config.yml"
 
 _merging: Merging | None = None
 
@@ -75,24 +63,6 @@ class Result:
     extent: Extent | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """A YAML file: its text and mapping, and the models in it (mergekit's references), base first."""
-
-    text: str
-    document: Mapping[str, Any]
-    models: tuple[Any, ...]
-    roles: Mapping[Role, Any]
-
-    @property
-    def is_hsa(self) -> bool:
-        return bool(self.document.get("merge_method") == METHOD)
-
-    @property
-    def casts(self) -> bool:
-        return bool(self.document.get("dtype") or self.document.get("out_dtype"))
 
 
 def register() -> None:
@@ -136,27 +106,27 @@ def run(arguments: Sequence[str]) -> Result:
     merging = _register()
     merging.forget()
     command = importlib.import_module("mergekit.scripts.run_yaml").main
-    with _plainly():
+    with plainly():
         context = command.make_context("hsa mergekit", list(arguments))
     config = Path(context.params["config_file"])
-    recipe = _read(config, merging)
+    recipe = read(config, merging)
     destination = _destination(context.params["out_path"], recipe)
     _less_noise(context)
     with deferred():  # a directory that was made must be known to the block that removes it
         staging = StagedOutput(destination, overwrite=False, sync=True)
     with staging:
-        with _readable(config, recipe) as document, _plainly(), context:
-            context.params.update(config_file=os.fspath(document), out_path=os.fspath(staging.path))
+        with plainly(), context:
+            context.params.update(out_path=os.fspath(staging.path))
             command.invoke(context)
         result = Result(destination, warnings=list(_cast_warnings(recipe)))
         _complete(staging, recipe, merging, context.params.get("transformers_cache"), result)
         _settle(staging)
         staging.publish()
     if recipe.is_hsa:
-        told = percentages(outcome.target.k for outcome in merging.outcomes)
-        told += of_values(merging.outcomes) + report.findings(merging.outcomes)
-        result.notes += told.notes
-        result.warnings += told.warnings
+        findings = percentages(outcome.target.k for outcome in merging.outcomes)
+        findings += of_values(merging.outcomes) + report.findings(merging.outcomes)
+        result.notes += findings.notes
+        result.warnings += findings.warnings
         result.tensors = len(merging.outcomes)
         result.selected_heads = sum(len(outcome.merged.selection.selected) for outcome in merging.outcomes)
         result.total_heads = sum(outcome.target.heads for outcome in merging.outcomes)
@@ -172,30 +142,13 @@ def _register() -> Merging:
         if error.name != "mergekit":
             raise RequestError(f"mergekit cannot be imported: {error}; install it anew: {INSTALL}") from error
         raise RequestError(f"mergekit is not installed; {INSTALL}") from error
-    with _plainly():
+    with plainly():
         if _merging is None:
             merging = Merging()
             register_method(merging)
             _merging = merging
         mend()
     return _merging
-
-
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """mergekit's errors as this package's: the command line shows them in one line."""
-    try:
-        yield
-    except (HsaError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        if hasattr(error, "format_message"):  # of click
-            raise RequestError(f"mergekit: {error.format_message()}") from error
-        text = " ".join(str(error).split())
-        kind = MachineError if "IoError" in text else RequestError  # safetensors' own name for a failed write
-        raise kind(f"mergekit stopped: {type(error).__name__}: {text}") from error
 
 
 def _less_noise(context: Any) -> None:
@@ -208,138 +161,7 @@ def _less_noise(context: Any) -> None:
 # --- before mergekit starts ---------------------------------------------------------------------------------------
 
 
-def _read(path: Path, merging: Merging) -> _Recipe:
-    """The YAML file, checked as far as this package's method is concerned: mergekit itself ignores what it does not
-    know, and would write half an output before it found the rest."""
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RequestError(f"mergekit's configuration {path} cannot be read: {reason}") from error
-    except yaml.YAMLError as error:
-        raise RequestError(f"mergekit's configuration {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict):
-        raise RequestError(f"mergekit's configuration {path} is no mapping; it must say merge_method and models")
-    if document.get("merge_method") != METHOD:
-        return _Recipe(text, document, tuple(_mentioned(document)), {})
-    roles = _check(document)
-    for role, model in roles.items():
-        merging.config(role, model)
-    return _Recipe(text, document, (roles["base"], roles["primary"], roles["secondary"]), roles)
-
-
-@contextmanager
-def _readable(config: Path, recipe: _Recipe) -> Iterator[Path]:
-    """The document as the installed mergekit reads it: as written, or a copy where it takes numbers alone."""
-    import yaml
-
-    if not recipe.is_hsa or takes_text():
-        yield config
-        return
-    with TemporaryDirectory() as folder:
-        copy = Path(folder) / config.name
-        copy.write_text(yaml.safe_dump(in_numbers(recipe.document), sort_keys=False), encoding="utf-8")
-        yield copy
-
-
-def _reference(value: Any) -> Any:
-    from mergekit.common import ModelReference
-
-    with _plainly():
-        return ModelReference.model_validate(value)
-
-
-def _mentioned(document: Any) -> Iterator[Any]:
-    """Every model of a document: base first, then in the order written."""
-    if isinstance(document, dict):
-        for key in ("base_model", "model"):
-            if isinstance(document.get(key), (str, dict)):
-                yield _reference(document[key])
-        for key in ("models", "slices", "modules", "sources"):
-            yield from _mentioned(document.get(key))
-        for value in document.values():
-            if isinstance(value, dict) and {"models", "slices"} & value.keys():
-                yield from _mentioned(value)
-    elif isinstance(document, list):
-        for entry in document:
-            yield from _mentioned(entry)
-
-
-def _check(document: Mapping[str, Any]) -> dict[Role, Any]:
-    """The roles of the models. Raises RequestError for what a merge with `hsa` cannot mean."""
-    for key in ("slices", "modules"):
-        if document.get(key) is not None:
-            raise RequestError(f"merge_method {METHOD} merges whole models: list them under models, not under {key}")
-    if not document.get("base_model"):
-        raise RequestError(f"merge_method {METHOD} needs base_model, the pretrained model that both were tuned from")
-    listed = document.get("models")
-    if not isinstance(listed, list) or not all(isinstance(entry, dict) and "model" in entry for entry in listed):
-        raise RequestError(
-            f"merge_method {METHOD} needs models: a list with primary and secondary, each as model: NAME"
-        )
-    _check_parameters(document.get("parameters"))
-    base = _reference(document["base_model"])
-    others = []
-    for entry in listed:
-        model, role = _reference(entry["model"]), _role(entry)
-        if model != base:
-            others.append((model, role))
-        elif role not in (None, "base"):
-            raise RequestError(f"{model} is base_model and cannot have the role {shown(role)} too")
-    return {"base": base, **assign(others, ordered=takes_groups())}
-
-
-def _role(entry: Mapping[str, Any]) -> Any:
-    given = entry.get("parameters") or {}
-    if not isinstance(given, dict):
-        raise RequestError(f"the parameters of {entry['model']} must be a mapping such as {{role: primary}}")
-    for name in given:
-        if name in DEFAULTS:
-            raise RequestError(f"{name} stands under {entry['model']}; it belongs to the parameters of the whole merge")
-        if name != "role":
-            raise RequestError(
-                f"{entry['model']} has a parameter {shown(name)}; merge_method {METHOD} knows role alone there"
-            )
-    return given.get("role")
-
-
-def _check_parameters(given: Any) -> None:
-    if given is None:
-        return
-    if not isinstance(given, dict):
-        raise RequestError(f"parameters must be a mapping, got {shown(given)}")
-    for name, setting in given.items():
-        if name == "role":
-            raise RequestError("role belongs under each model: parameters: {role: primary} or {role: secondary}")
-        if name not in DEFAULTS:
-            raise RequestError(f"merge_method {METHOD} has no parameter {shown(name)}; it has {', '.join(DEFAULTS)}")
-        for value in _values(setting):
-            config_of({name: _number(value) if name != "targets" else value})
-
-
-def _values(setting: Any) -> Iterator[Any]:
-    """Every value that a setting may take: mergekit has gradients and filters."""
-    if isinstance(setting, list):
-        for part in setting:
-            yield from _values(part)
-    elif isinstance(setting, dict):
-        yield from _values(setting.get("value"))
-    else:
-        yield setting
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 1e-1 as text, mergekit as a number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _destination(output: str, recipe: _Recipe) -> Path:
+def _destination(output: str, recipe: Recipe) -> Path:
     paths = [Path(place.path) for model in recipe.models for place in (model.model, model.lora) if place is not None]
     sources = [path.resolve() for path in paths if path.is_dir()]
     place = Path(output).expanduser().resolve()
@@ -352,7 +174,7 @@ def _destination(output: str, recipe: _Recipe) -> Path:
     return check_destination(output, sources, overwrite=False)
 
 
-def _cast_warnings(recipe: _Recipe) -> Iterator[str]:
+def _cast_warnings(recipe: Recipe) -> Iterator[str]:
     dtype = str(recipe.document.get("dtype") or "").removeprefix("torch.")
     if recipe.is_hsa and dtype in NARROW:
         yield (
@@ -364,7 +186,7 @@ def _cast_warnings(recipe: _Recipe) -> Iterator[str]:
 # --- after mergekit has written -----------------------------------------------------------------------------------
 
 
-def _complete(staging: StagedOutput, recipe: _Recipe, merging: Merging, cache: str | None, result: Result) -> None:
+def _complete(staging: StagedOutput, recipe: Recipe, merging: Merging, cache: str | None, result: Result) -> None:
     """Put right what mergekit leaves out or gets wrong beside the weights.
 
     With `hsa` the small files are primary's, else base's, as `hsa merge` has them; with other methods what is missing
@@ -373,7 +195,7 @@ def _complete(staging: StagedOutput, recipe: _Recipe, merging: Merging, cache: s
     models = [recipe.roles["primary"], recipe.roles["base"]] if recipe.is_hsa else list(recipe.models)
     folders: list[tuple[Any, Path]] = []
     for model in models:
-        with _plainly():
+        with plainly():
             folders.append((model, Path(model.local_path(cache_dir=cache, ignore_lora=True))))
     tally = fsio.Tally()
     for name in SMALL_FILES:
@@ -394,10 +216,6 @@ def _complete(staging: StagedOutput, recipe: _Recipe, merging: Merging, cache: s
         dtype = merging.config("primary", recipe.roles["primary"]).get("dtype")
         if dtype is not None:
             _edit(staging.file(CONFIG), lambda text: _with_dtype(text, str(dtype)))
-    if staging.file(DOCUMENT).is_file():  # it may be the copy that `_readable` made
-        read = staging.file(DOCUMENT).read_text(encoding="utf-8")
-        for name in (CARD, DOCUMENT):
-            _edit(staging.file(name), lambda text: text.replace(read, recipe.text))
     _edit(staging.file(CARD), lambda text: text.replace(staging.path.name, staging.destination.name))
 
 

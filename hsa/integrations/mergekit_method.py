@@ -1,17 +1,15 @@
-"""The merge method `hsa` for mergekit: who is who, one tensor's arithmetic, and mergekit's two ways to hold a method.
+"""The merge method `hsa` for mergekit: the models' roles, one tensor's arithmetic, and the object that mergekit calls.
 
-mergekit 0.1.5 takes objects that merge a group of tensors; 0.1.4 takes objects that make a task of its graph, and keeps
-no order of the models. What the installed one has is looked at, not its version.
+mergekit takes objects that merge a group of tensors: one tensor of every model, in the models' order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hsa.architectures import whisper
-from hsa.architectures.base import Preset
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
@@ -33,9 +31,6 @@ if TYPE_CHECKING:
 
 METHOD = "hsa"
 PRETTY_NAME = "Headwise Selective Attention"
-ROLE_CODES = {"base": 0.0, "primary": 1.0, "secondary": 2.0}
-PRESET_CODES = {preset: float(number) for number, preset in enumerate(get_args(Preset))}
-"""Numbers for the texts of a document, for a mergekit whose documents hold numbers alone."""
 
 DEFAULTS: dict[str, Any] = {"k": 0.6, "lambda": 0.5, "alpha": 0.2, "targets": "encoder-qkv"}
 """The method's own parameters."""
@@ -43,12 +38,12 @@ DEFAULTS: dict[str, Any] = {"k": 0.6, "lambda": 0.5, "alpha": 0.2, "targets": "e
 M = TypeVar("M")
 
 
-def assign(others: Sequence[tuple[M, object]], *, ordered: bool) -> dict[Role, M]:
+def assign(others: Sequence[tuple[M, object]]) -> dict[Role, M]:
     """Which of the models besides base is primary and which secondary.
 
     Args:
-        others: each model with the role that its parameters name, or None. A single name settles both.
-        ordered: whether their order is that of the YAML, so that without names the first is primary.
+        others: in the YAML's order, each model with the role that its parameters name, or None. A single name settles
+            both; without any, the first is primary.
 
     Raises RequestError.
     """
@@ -60,11 +55,6 @@ def assign(others: Sequence[tuple[M, object]], *, ordered: bool) -> dict[Role, M
         if role not in (None, "primary", "secondary"):
             raise RequestError(f"the role of {model} is {shown(role)}, expected primary or secondary")
     (first, one), (second, two) = others
-    if one is None and two is None and not ordered:
-        raise RequestError(
-            "this mergekit keeps no order of models, so say which is which: parameters: {role: primary} under one "
-            "model and parameters: {role: secondary} under the other"
-        )
     if one is not None and one == two:
         raise RequestError(f"{first} and {second} both have the role {one}; one must be primary, the other secondary")
     swapped = one == "secondary" or two == "primary"
@@ -73,45 +63,9 @@ def assign(others: Sequence[tuple[M, object]], *, ordered: bool) -> dict[Role, M
 
 def config_of(parameters: Mapping[str, Any]) -> MergeConfig:
     """The parameters under mergekit's names, checked. Raises RequestError."""
-    found = {**DEFAULTS, **parameters}
+    values = {**DEFAULTS, **parameters}
     with spelled(as_keys(DEFAULTS)):
-        return MergeConfig(k=found["k"], lam=found["lambda"], alpha=found["alpha"], targets=found["targets"])
-
-
-def takes_text() -> bool:
-    """Whether the installed mergekit's documents may hold texts as parameters."""
-    from mergekit.config import InputModelDefinition
-
-    try:
-        InputModelDefinition.model_validate({"model": "name", "parameters": {"role": "primary"}})
-    except ValueError:
-        return False
-    return True
-
-
-def in_numbers(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A checked document with numbers in the place of roles and presets; `HsaTask` reads them back."""
-
-    def coded(setting: Any, codes: Mapping[str, float]) -> Any:
-        if isinstance(setting, list):
-            return [coded(part, codes) for part in setting]
-        if isinstance(setting, dict):
-            return {**setting, "value": coded(setting.get("value"), codes)}
-        return codes.get(setting, setting)
-
-    def entry(given: Mapping[str, Any]) -> dict[str, Any]:
-        parameters = {name: coded(value, ROLE_CODES) for name, value in (given.get("parameters") or {}).items()}
-        return {**given, "parameters": {name: value for name, value in parameters.items() if value is not None}}
-
-    found = {**document, "models": [entry(given) for given in document["models"]]}
-    if "targets" in (document.get("parameters") or {}):
-        parameters = document["parameters"]
-        found["parameters"] = {**parameters, "targets": coded(parameters["targets"], PRESET_CODES)}
-    return found
-
-
-def _named(value: Any, codes: Mapping[str, float]) -> Any:
-    return next((name for name, code in codes.items() if code == value), value)
+        return MergeConfig(k=values["k"], lam=values["lambda"], alpha=values["alpha"], targets=values["targets"])
 
 
 class Merging:
@@ -138,12 +92,12 @@ class Merging:
             if place.is_dir() and not (place / CONFIG).is_file():  # transformers may guess one from the path's name
                 raise SourceError(f"{role}: {place} has no {CONFIG}, which says how many heads and layers there are")
             try:
-                found: Mapping[str, Any] = model.config().to_dict()
+                config: Mapping[str, Any] = model.config().to_dict()
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise SourceError(f"{role}: the config.json of {model} cannot be read: {reason}") from error
-            whisper.architecture(found, f"{role} {model}")
-            self._configs[model] = found
+            whisper.architecture(config, f"{role} {model}")
+            self._configs[model] = config
         return self._configs[model]
 
     def tensor(
@@ -168,22 +122,23 @@ class Merging:
         projection = whisper.parse(name)
         if projection is None or not whisper.is_target(projection, config.targets):
             return primary
-        held = {role: tensors[models[role]].detach().cpu().contiguous() for role in ROLES}
+        on_cpu = {role: tensors[models[role]].detach().cpu().contiguous() for role in ROLES}
 
         def checkpoint(role: Role) -> Checkpoint:
-            tensor = held[role]
+            tensor = on_cpu[role]
             code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
             nbytes = tensor.numel() * size(code) if code in NAMES else 0
             ref = TensorRef(name, code, tuple(tensor.shape), 0, 0, nbytes)
             path = Path(str(models[role]))
-            found = self.config(role, models[role])
-            return Checkpoint(role, path, Identity(readable(path.name)), found, Tally(), tensors={projection.name: ref})
+            document = self.config(role, models[role])
+            places = {projection.name: ref}
+            return Checkpoint(role, path, Identity(readable(path.name)), document, Tally(), tensors=places)
 
         sources = Sources(checkpoint("base"), checkpoint("primary"), checkpoint("secondary"))
         shapes = {source.role: whisper.architecture(source.config, source.role) for source in sources}
         target = make_target(projection, config, sources, shapes)
-        out = torch.empty_like(held["primary"])
-        raw: dict[Role, Array] = {role: bytes_of(held[role]) for role in ROLES}
+        out = torch.empty_like(on_cpu["primary"])
+        raw: dict[Role, Array] = {role: bytes_of(on_cpu[role]) for role in ROLES}
         try:
             merged = CpuWorker().merge(target, raw["base"], raw["primary"], raw["secondary"], bytes_of(out))
         except NotFinite as error:
@@ -200,28 +155,16 @@ def _not_finite(error: NotFinite, name: str, sources: Sources, code: str) -> Non
     return NonFiniteError(f"{where} holds NaN or Inf; a merge with it would be damaged, use a sound checkpoint")
 
 
-# --- mergekit's two interfaces ----------------------------------------------------------------------------------
-
-
-def takes_groups() -> bool:
-    """Whether the installed mergekit registers methods that merge groups, which keep the models' order."""
-    from mergekit import merge_methods
-
-    return hasattr(merge_methods, "register") and hasattr(merge_methods, "GroupMergeMethod")
+# --- mergekit's interface ---------------------------------------------------------------------------------------
 
 
 def register(merging: Merging) -> None:
-    """Give the installed mergekit the method. Raises RequestError where it has neither interface."""
-    if takes_groups():
+    """Give the installed mergekit the method. Raises RequestError where it has no interface for it."""
+    try:
         from mergekit import merge_methods
 
         merge_methods.register(_group_method(merging))
-        return
-    try:
-        from mergekit.merge_methods.registry import REGISTERED_MERGE_METHODS
-
-        REGISTERED_MERGE_METHODS[METHOD] = _class_method(merging)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise RequestError(
             f"the installed mergekit has no interface for methods that is known here ({error}); install one that "
             f'fits: pip install "hsa-merge[mergekit]"'
@@ -250,7 +193,7 @@ def _group_method(merging: Merging) -> Any:
         def merge_group(self, group: Any, /, **parameters: Any) -> torch.Tensor:
             roles = parameters.pop("role")
             others = [(entry.id, roles[entry.id]) for entry in group.non_base]
-            models = {"base": group.base.id, **assign(others, ordered=True)}
+            models = {"base": group.base.id, **assign(others)}
             tensors = {entry.id: entry.tensor for entry in group.entries}
             return merging.tensor(group.metadata.name, config_of(parameters), cast(Any, models), tensors)
 
@@ -259,67 +202,10 @@ def _group_method(merging: Merging) -> Any:
         ) -> tuple[torch.Tensor, ...]:
             """Without widening all inputs to one dtype: the result has primary's."""
             results = []
-            for group, given, dtype in zip(groups, parameters, input_dtypes, strict=True):
+            for group, values, dtype in zip(groups, parameters, input_dtypes, strict=True):
                 cast_first = dtype != promoted_dtype(group)
-                result = self.merge_group(align_dtype(group, dtype) if cast_first else group, **given)
+                result = self.merge_group(align_dtype(group, dtype) if cast_first else group, **values)
                 results.append(result if out_dtype is None else result.to(out_dtype))
             return tuple(results)
-
-    return HsaMethod()
-
-
-def _class_method(merging: Merging) -> Any:
-    from mergekit.architecture import WeightInfo
-    from mergekit.common import ImmutableMap, ModelReference
-    from mergekit.graph import Task
-    from mergekit.merge_methods.base import ConfigParameterDef, MergeMethod, MergeTensorInput
-
-    class HsaTask(Task):  # type: ignore[misc]
-        gather_tensors: MergeTensorInput
-        weight: WeightInfo
-        base_model: ModelReference
-        parameters: ImmutableMap[str, Any]
-        tensor_parameters: ImmutableMap[ModelReference, Any]
-
-        def uses_accelerator(self) -> bool:
-            return False
-
-        def arguments(self) -> dict[str, Any]:
-            return {"tensors": self.gather_tensors}
-
-        def group_label(self) -> Any:
-            return self.gather_tensors.group_label()
-
-        def execute(self, tensors: Mapping[Any, torch.Tensor]) -> torch.Tensor:
-            roles = {model: _named(self.tensor_parameters[model]["role"], ROLE_CODES) for model in tensors}
-            others = [(model, role) for model, role in roles.items() if model != self.base_model]
-            found = dict(self.parameters.items())
-            found["targets"] = _named(found["targets"], PRESET_CODES)
-            models = {"base": self.base_model, **assign(others, ordered=False)}
-            return merging.tensor(self.weight.name, config_of(found), cast(Any, models), tensors)
-
-    class HsaMethod(MergeMethod):  # type: ignore[misc]
-        def name(self) -> str:
-            return METHOD
-
-        def pretty_name(self) -> str:
-            return PRETTY_NAME
-
-        def parameters(self) -> list[Any]:
-            return [ConfigParameterDef(name=name, default_value=default) for name, default in DEFAULTS.items()]
-
-        def tensor_parameters(self) -> list[Any]:
-            return [ConfigParameterDef(name="role")]
-
-        def make_task(
-            self, *, output_weight: Any, tensors: Any, parameters: Any, tensor_parameters: Any, base_model: Any
-        ) -> Any:
-            return HsaTask(
-                gather_tensors=tensors,
-                weight=output_weight,
-                base_model=base_model,
-                parameters=parameters,
-                tensor_parameters=tensor_parameters,
-            )
 
     return HsaMethod()

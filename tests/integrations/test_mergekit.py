@@ -9,7 +9,7 @@ import pytest
 
 from hsa.cli.app import run
 from hsa.errors import RequestError
-from hsa.integrations.mergekit_method import DEFAULTS, assign, config_of, in_numbers
+from hsa.integrations.mergekit_method import DEFAULTS, assign, config_of
 from hsa.methods.config import MergeConfig
 
 
@@ -37,7 +37,6 @@ def test_the_defaults_are_those_of_hsa_merge() -> None:
     assert set(DEFAULTS) == {"k", "lambda", "alpha", "targets"}
 
 
-@pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize(
     ("one", "two", "primary"),
     [
@@ -49,15 +48,12 @@ def test_the_defaults_are_those_of_hsa_merge() -> None:
         (None, "secondary", "a"),
     ],
 )
-def test_roles_decide_whatever_the_order(one: str | None, two: str | None, primary: str, ordered: bool) -> None:
-    found = assign([("a", one), ("b", two)], ordered=ordered)
-    assert found == {"primary": primary, "secondary": "b" if primary == "a" else "a"}
+def test_roles_decide_whatever_the_order(one: str | None, two: str | None, primary: str) -> None:
+    assert assign([("a", one), ("b", two)]) == {"primary": primary, "secondary": "b" if primary == "a" else "a"}
 
 
-def test_without_roles_the_order_decides_where_there_is_one() -> None:
-    assert assign([("a", None), ("b", None)], ordered=True) == {"primary": "a", "secondary": "b"}
-    with pytest.raises(RequestError, match="keeps no order of models"):
-        assign([("a", None), ("b", None)], ordered=False)
+def test_without_roles_the_order_decides() -> None:
+    assert assign([("a", None), ("b", None)]) == {"primary": "a", "secondary": "b"}
 
 
 @pytest.mark.parametrize(
@@ -73,18 +69,4 @@ def test_without_roles_the_order_decides_where_there_is_one() -> None:
 )
 def test_roles_that_cannot_be(others: list[tuple[str, object]], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        assign(others, ordered=True)
-
-
-def test_roles_and_presets_as_numbers() -> None:
-    given = {
-        "merge_method": "hsa",
-        "models": [{"model": "a", "parameters": {"role": "secondary"}}, {"model": "b"}],
-        "parameters": {"k": [0.2, 0.5], "targets": [{"filter": "q_proj", "value": "attention-all"}]},
-    }
-    assert in_numbers(given) == {
-        "merge_method": "hsa",
-        "models": [{"model": "a", "parameters": {"role": 2.0}}, {"model": "b", "parameters": {}}],
-        "parameters": {"k": [0.2, 0.5], "targets": [{"filter": "q_proj", "value": 2.0}]},
-    }
-    assert in_numbers({"models": []}) == {"models": []}
+        assign(others)

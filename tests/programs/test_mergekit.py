@@ -19,14 +19,12 @@ from helpers import edit_json, merged, poke, raw_bytes, read_tensors, run_hsa, s
 
 import hsa
 from hsa.cli.app import run
-from hsa.integrations.mergekit_method import takes_groups, takes_text
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
 Tensors = dict[str, torch.Tensor]
 
 TARGET = "model.encoder.layers.0.self_attn.q_proj.weight"
-NEEDS_ORDER = pytest.mark.skipif(not takes_groups(), reason="the installed mergekit keeps no order of models")
 
 
 @pytest.fixture
@@ -121,22 +119,11 @@ def test_one_role_settles_both(float32: Triple, tmp_path: Path) -> None:
     same_tensors(read_tensors(mergekit(tmp_path, document)), merged(float32, tmp_path / "hsa"))
 
 
-@NEEDS_ORDER
 def test_without_roles_the_first_is_primary(float32: Triple, tmp_path: Path) -> None:
     document = recipe(float32)
     for entry in document["models"]:
         del entry["parameters"]
     same_tensors(read_tensors(mergekit(tmp_path, document)), merged(float32, tmp_path / "hsa"))
-
-
-def test_without_an_order_roles_are_asked_for(
-    float32: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hsa.integrations.mergekit.takes_groups", lambda: False)
-    document = recipe(float32)
-    for entry in document["models"]:
-        del entry["parameters"]
-    assert refused(tmp_path, document, capsys).endswith("{role: secondary} under the other")
 
 
 @pytest.mark.parametrize(
@@ -260,8 +247,6 @@ def test_a_program_of_its_own_registers_the_method(float32: Triple, tmp_path: Pa
 
     from hsa.integrations.mergekit import register
 
-    if not takes_text():
-        pytest.skip("this mergekit's documents take numbers alone, which hsa mergekit gets round")
     register()
     register()
     document = MergeConfiguration.model_validate(recipe(float32, ("secondary", "primary")))
