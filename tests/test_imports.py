@@ -57,12 +57,12 @@ AT_IMPORT = {
         "hsa.backends.tensor_geometry",
         "hsa.backends.resident",
         "hsa.backends.triton",
-        "hsa.actions.merger.destination",
-        "hsa.actions.merger.loaded",
+        "hsa.actions.merger.writable_targets",
+        "hsa.actions.merger.loaded_models",
         "hsa.actions.merger.merger",
-        "hsa.actions.merger.samples",
+        "hsa.actions.merger.spot_check",
         "hsa.actions.merger.shared_memory",
-        "hsa.actions.merger.written",
+        "hsa.actions.merger.already_merged",
         "hsa.integrations.transformers",
     }
 }

@@ -39,7 +39,7 @@ from hsa.system.signals import deferred
 from hsa.system.threads import default_threads
 from hsa.system.types import PathLike
 
-__all__ = ["PathLike", "Request", "dry_run", "merge", "run"]
+__all__ = ["PathLike", "Request", "dry_run", "merge", "run_merge"]
 
 
 def merge(
@@ -138,18 +138,18 @@ def merge(
         overwrite=overwrite,
         strict=strict,
     )
-    return run(request, progress)
+    return run_merge(request, progress)
 
 
 @fsio.map_os_errors()
-def run(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
+def run_merge(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
     """Do what a request says; see `merge`."""
     check_functions(progress=progress)
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         job = _prepare(request, tally, hub, stack)
-        found = collect(request, job.sources, job.plan, tally)
+        found = collect_small_files(request, job.sources, job.plan, tally)
         early = _early(request, job, found, hub)
         refuse(early + of_settings(job.plan.targets), strict=request.strict)
         with deferred():  # a directory that was made must be known to the stack that removes it
@@ -209,7 +209,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
     with ExitStack() as stack:
         job = _open(request, tally, hub, stack, headers_only=True, occupied=occupied)
         plan = job.plan
-        found = collect(request, job.sources, job.plan, tally)
+        found = collect_small_files(request, job.sources, job.plan, tally)
         needed = plan.bytes_to_write + sum(map(len, found.files.values()))
         existing = next(parent for parent in job.destination.parents if parent.exists())
         free = fsio.free_bytes(existing)
@@ -235,7 +235,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
         )
 
 
-def collect(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tally) -> small_files.Assets:
+def collect_small_files(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tally) -> small_files.Assets:
     """The small files of the output, but for index, card and provenance."""
     owner: Role = "base" if request.config.numerics == "reference" else "primary"
     return small_files.collect(sources, owner, request.assets_from, plan.output_dtype, tally)

@@ -27,10 +27,10 @@ def apply(
     debug: options.Debug = False,
 ) -> None:
     """Make the checkpoint of a merge from primary and its patch, byte for byte."""
-    from hsa.actions import apply as applying
+    from hsa.actions.apply import apply as apply_patch
 
     with printing.progress(show=not (quiet or as_json), label="applying") as step:
-        report = applying.apply(
+        report = apply_patch(
             primary,
             patch,
             output=output,

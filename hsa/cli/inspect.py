@@ -123,12 +123,12 @@ def inspect(
 
 def _renderer(name: str) -> Callable[[Inspection], Mapping[str, bytes]]:
     """What draws an inspection in a format: the bytes of each of its pages by the page's name, empty for the first."""
-    from hsa.views import page, picture, sheet
+    from hsa.views import csv_file, page, picture
 
     if name == "png":
         picture.check_installed()
         return picture.render
-    whole = {"csv": sheet.render, "html": page.render}[name]
+    whole = {"csv": csv_file.render, "html": page.render}[name]
     return lambda found: {"": whole(found)}
 
 

@@ -57,8 +57,10 @@ def merge(
     ] = False,
 ) -> None:
     """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint."""
-    from hsa.actions import merge as merging
+    from hsa.actions.merge import dry_run as plan_merge
+    from hsa.actions.merge import run_merge
     from hsa.actions.patch import run_patch
+    from hsa.actions.request import Request
     from hsa.errors import RequestError
     from hsa.methods.config import MergeConfig
     from hsa.outputs.card import parse_fields
@@ -67,7 +69,7 @@ def merge(
         raise RequestError("--dry-run plans whole checkpoints; leave out --patch or --dry-run")
     if patch and no_hash:
         raise RequestError("--no-hash leaves out digests of whole files, which a patch does not hold; leave it out")
-    request = merging.Request(
+    request = Request(
         sources={"base": base, "primary": primary, "secondary": secondary},
         output=output,
         config=MergeConfig(
@@ -96,11 +98,11 @@ def merge(
         strict=strict,
     )
     if dry_run:
-        plan = merging.dry_run(request)
+        plan = plan_merge(request)
         printing.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
         return
     with printing.progress(show=not (quiet or as_json)) as step:
-        report = run_patch(request, step) if patch else merging.run(request, step)
+        report = run_patch(request, step) if patch else run_merge(request, step)
     printing.findings(Findings(report.notes, report.warnings), quiet=quiet)
     printing.result(
         report.as_dict() if as_json else printing.merge_report(report), quiet, done=printing.finished(report)

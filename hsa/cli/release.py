@@ -14,7 +14,8 @@ from hsa.findings import Findings
 from hsa.system.streams import print_stderr, stderr_is_terminal
 
 if TYPE_CHECKING:
-    from hsa.releases.release import EntryReport, ReleasePlan, ReleaseReport
+    from hsa.releases.plan import ReleasePlan
+    from hsa.releases.release import EntryReport, ReleaseReport
 
 ACTIONS = {"build": "build", "verify": "verify", "rebuild": "build anew", "refuse": "leave, and fail"}
 
@@ -36,7 +37,8 @@ def release(
     debug: options.Debug = False,
 ) -> int:
     """Build TREE/<group>/<name> for each merge of a recipe, and an index; what stands already is verified."""
-    from hsa.releases import release as releasing
+    from hsa.releases.plan import plan_release
+    from hsa.releases.release import release as build_release
 
     how = {
         "backend": backend,
@@ -47,12 +49,12 @@ def release(
         "strict": strict,
     }
     if dry_run:
-        plan = releasing.plan(recipe, output, **how)  # type: ignore[arg-type]
+        plan = plan_release(recipe, output, **how)  # type: ignore[arg-type]
         printing.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
         return 0
     with _Screen(bars=stderr_is_terminal() and not (quiet or as_json), quiet=quiet or as_json) as screen:
         progress = screen.step if screen.bars else None
-        report = releasing.release(recipe, output, progress=progress, watch=screen.done, **how)  # type: ignore[arg-type]
+        report = build_release(recipe, output, progress=progress, watch=screen.done, **how)  # type: ignore[arg-type]
     printing.findings(Findings(report.notes), quiet=quiet)
     if report.index_problem is not None:
         printing.problem(f"the index: {report.index_problem}")

@@ -58,11 +58,11 @@ def sweep(
     """Merge with every combination of parameters, from one reading of the sources' targets."""
     from hsa.outputs.card import parse_fields
     from hsa.sweeps import grid
-    from hsa.sweeps import sweep as sweeping
+    from hsa.sweeps.sweep import sweep as run_sweep
 
     bars = not (quiet or as_json)
     with _existing_points_named(), printing.progress(show=bars, label="sweeping") as step:
-        report = sweeping.sweep(
+        report = run_sweep(
             base=base,
             primary=primary,
             secondary=secondary,

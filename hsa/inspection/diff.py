@@ -12,7 +12,7 @@ from typing import Any
 from hsa._version import __version__
 from hsa.errors import ProvenanceError, shown
 from hsa.inspection.distance import Weights, compare_weights
-from hsa.inspection.model import FORMAT, jaccard
+from hsa.inspection.report import FORMAT, jaccard
 from hsa.outputs import provenance
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.sources.checkpoint import INDEX, WEIGHTS

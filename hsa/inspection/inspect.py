@@ -13,9 +13,9 @@ from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.backends.base import changed_ranges
 from hsa.errors import MismatchError, RequestError
 from hsa.findings import Findings
+from hsa.inspection.from_provenance import changed_config, close_margins, from_output, parameters_of, recorded_config
 from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes, measure
-from hsa.inspection.model import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
-from hsa.inspection.recorded import changed_config, close_margins, from_output, parameters_of, recorded_config
+from hsa.inspection.report import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
 from hsa.methods.config import MergeConfig, PerTensor, keep_count, percentages
 from hsa.methods.geometry import Geometry
 from hsa.methods.selection import Selection, of_selected, select

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hsa.actions import merge
+from hsa.actions.merge import dry_run, run_merge
+from hsa.actions.request import Request
 from hsa.errors import RequestError, one_line, shown
 from hsa.methods.config import MergeConfig
 from hsa.option_names import renamed, spelled
@@ -115,7 +116,7 @@ def _decimals(value: float) -> str:
     return f"{value:.4f}".rstrip("0").rstrip(".").replace(".", "p")
 
 
-def requests(options: argparse.Namespace) -> list[merge.Request]:
+def requests(options: argparse.Namespace) -> list[Request]:
     """One request for each lambda. Raises RequestError when a value is out of range, or two outputs share a name."""
     values = lambdas(options)
     exact = options.numerics == "exact"
@@ -141,7 +142,7 @@ def requests(options: argparse.Namespace) -> list[merge.Request]:
             raise RequestError(f"--lambdas holds values that would share the directory {twice}; leave one of them out")
         outputs = [options.out_path / name for name in names]
     return [
-        merge.Request(
+        Request(
             sources={"base": options.pretrained_model, "primary": options.model1, "secondary": options.model2},
             output=output,
             config=config,
@@ -161,11 +162,11 @@ def run(arguments: Sequence[str]) -> int:
         options = parser().parse_args(arguments)
         planned = requests(options)
         for request in planned:
-            merge.dry_run(request)
+            dry_run(request)
         if options.numerics == "reference" and options.device != "cpu":
             _say(f"note: reference numerics run on the CPU; --device {options.device} has no effect")
         for request in planned:
-            report = merge.run(request)
+            report = run_merge(request)
             for warning in report.warnings:
                 _say(f"warning: {warning}")
             for note in report.notes:

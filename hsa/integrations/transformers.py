@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from hsa.actions.merger.destination import require_own_memory
-from hsa.actions.merger.loaded import LoadedTensor, config_of, entries_of, in_its_place, targets_of
+from hsa.actions.merger.already_merged import forget
+from hsa.actions.merger.loaded_models import LoadedTensor, config_of, entries_of, in_its_place, targets_of
 from hsa.actions.merger.merger import Merger, Source
 from hsa.actions.merger.shared_memory import first_shared, spans
-from hsa.actions.merger.written import forget
+from hsa.actions.merger.writable_targets import require_own_memory
 from hsa.architectures.base import Architecture, Preset
 from hsa.architectures.whisper import MODEL_TYPE, architecture, expected_targets
 from hsa.errors import RequestError, shown, warn

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hsa.actions import merge
+from hsa.actions.merge import dry_run
 from hsa.actions.request import Request, open_sources
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
 from hsa.option_names import as_keys, spelled
@@ -106,7 +106,7 @@ class ReleasePlan:
 
 
 @fsio.map_os_errors()
-def plan(
+def plan_release(
     recipe: PathLike,
     output: PathLike,
     *,
@@ -143,7 +143,7 @@ def plan(
 def _plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
     check_tree(tree, _local(request))
     with spelled(as_keys(KEYS)):
-        looked = merge.dry_run(request, occupied=True)  # whatever stands there, look at the rest
+        looked = dry_run(request, occupied=True)  # whatever stands there, look at the rest
     destination = looked.output
     if not (destination / PROVENANCE).is_file():
         check_replaceable(destination, overwrite=True)

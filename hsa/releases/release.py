@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hsa.actions import merge as merging
+from hsa.actions.merge import run_merge
 from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.errors import HsaError, MachineError, RequestError, StrictError, one_line
 from hsa.option_names import as_keys, option, spelled
@@ -28,7 +28,7 @@ from hsa.outputs.release_index import INDEX
 from hsa.outputs.report import MergeReport
 from hsa.releases import index
 from hsa.releases.index import EntryState, Row
-from hsa.releases.plan import NAMED, PlannedEntry, ReleasePlan, plan, state_of
+from hsa.releases.plan import NAMED, PlannedEntry, ReleasePlan, plan_release, state_of
 from hsa.releases.recipe import KEYS
 from hsa.sources.hub.repository import find_id
 from hsa.sources.roles import ROLES
@@ -37,7 +37,7 @@ from hsa.system.threads import out_of_memory
 from hsa.system.types import PathLike
 from hsa.verification.verify import VerifyReport, verify
 
-__all__ = ["EntryReport", "ReleasePlan", "ReleaseReport", "plan", "release"]
+__all__ = ["EntryReport", "ReleaseReport", "release"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -156,7 +156,7 @@ def release(
     check_flags(overwrite=overwrite, strict=strict, sync=sync)
     check_functions(progress=progress, watch=watch)
     how: dict[str, Any] = {"threads": threads, "backend": backend, "device": device, "sync": sync}
-    planned = plan(recipe, output, overwrite=overwrite, strict=strict, **how)
+    planned = plan_release(recipe, output, overwrite=overwrite, strict=strict, **how)
     if planned.short:
         raise MachineError(f"{planned.short[0]}; nothing was written: free some space, or choose another tree")
     reports, rows = [], []
@@ -190,7 +190,7 @@ def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) ->
             if not overwrite:
                 raise RequestError(f"{_wrong(state, seen)}; {_overwrite()}")
         with spelled(as_keys(KEYS)):
-            made = merging.run(replace(planned.request, overwrite=planned.state != "missing"), step)
+            made = run_merge(replace(planned.request, overwrite=planned.state != "missing"), step)
     except (HsaError, OSError, MemoryError) as error:
         reason = out_of_memory() if isinstance(error, MemoryError) else str(error)
         if state == "missing":

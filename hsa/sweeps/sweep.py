@@ -34,7 +34,7 @@ from hsa.planning.outcome import TargetOutcome
 from hsa.sources.hub.client import Hub
 from hsa.sources.roles import Role
 from hsa.sweeps import grid
-from hsa.sweeps.existing import SWEEP_STAGING, ExistingPoints, check_directory
+from hsa.sweeps.resume import SWEEP_STAGING, ExistingPoints, check_directory
 from hsa.system import fsio
 from hsa.system.memory import PeakMemory
 from hsa.system.signals import deferred

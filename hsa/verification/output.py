@@ -43,7 +43,7 @@ from hsa.verification.output_checks import STEP
 from hsa.verification.problems import Problems
 from hsa.verification.report import Verified
 from hsa.verification.source_checks import GivenSources, Work
-from hsa.verification.strays import changes_what_is_loaded
+from hsa.verification.unlisted_files import changes_what_is_loaded
 
 LARGE = 64 << 20
 """Bytes of a file from which on several threads digest it."""

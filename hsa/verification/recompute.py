@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hsa.actions import merge
+from hsa.actions.merge import collect_small_files
 from hsa.actions.request import Request
 from hsa.backends.choose import resolve
 from hsa.engine.compute import Calculator
@@ -215,7 +215,7 @@ def _request(directory: Path, found: Provenance, given: GivenSources) -> Request
 
 def _compare(directory: Path, found: Provenance, request: Request, sources: Sources, work: Work) -> None:
     plan = make_plan(request.config, sources, request.shard_bytes)
-    small = merge.collect(request, sources, plan, work.tally)
+    small = collect_small_files(request, sources, plan, work.tally)
     comparison = Comparison(directory, work.tally, work.problems)
     total, progress = plan.bytes_to_write, work.progress
     step = None if progress is None else lambda done: progress(done, total)

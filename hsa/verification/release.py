@@ -15,7 +15,7 @@ from hsa.sources.safetensors import MAX_HEADER
 from hsa.system.fsio import SourceFile
 from hsa.system.manifest import PROVENANCE
 from hsa.system.strict_json import load_json
-from hsa.verification.members import Verify, open_index, pieces, take_over
+from hsa.verification.collection import Verify, open_index, pieces, take_over
 from hsa.verification.report import Verified
 from hsa.verification.source_checks import GivenSources, Work
 

@@ -19,7 +19,7 @@ from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of, point_of
 from hsa.sources.checkpoint import read_text
 from hsa.sources.roles import ROLES
 from hsa.system.descriptors import reason
-from hsa.verification.members import Verify, compare_index, open_index, take_over
+from hsa.verification.collection import Verify, compare_index, open_index, take_over
 from hsa.verification.output import LABEL
 from hsa.verification.report import Verified
 from hsa.verification.source_checks import GivenSources, Work

@@ -14,13 +14,14 @@ import torch
 from helpers import merge_arguments, read_tensors, run_hsa, write_openai, write_pickle
 
 import hsa
-from hsa.actions import merge
+from hsa.actions.merge import Request, dry_run
 from hsa.methods.config import MergeConfig
 from hsa.outputs import patch_format, provenance
 from hsa.outputs.patch_reader import SUFFIX
 from hsa.outputs.report import PlanReport
-from hsa.releases import index, release
+from hsa.releases import index
 from hsa.releases.index import Row
+from hsa.releases.plan import plan_release
 from hsa.releases.recipe import Recipe, loads
 from hsa.system import manifest
 from hsa.system.manifest import LONGEST_NUMBER, PROVENANCE
@@ -238,7 +239,7 @@ def test_more_heads_than_a_record_can_hold_are_refused_before_anything_is_comput
 def run_dry(**given: Any) -> PlanReport:
 
     sources = {role: given[role] for role in ("base", "primary", "secondary")}
-    return merge.dry_run(merge.Request(sources, given["output"], MergeConfig(k=given["k"], targets=given["targets"])))
+    return dry_run(Request(sources, given["output"], MergeConfig(k=given["k"], targets=given["targets"])))
 
 
 def sweep_presets(**given: Any) -> object:
@@ -275,7 +276,7 @@ def test_the_index_of_a_tree_of_any_size_is_known_as_its_own(shared_triple: Trip
     recipe.write_text(f"merges: [{{name: a, group: g{sources}}}]")
     output = tmp_path / "tree"
     assert hsa.release(recipe, output, sync=False).ok
-    planned = release.plan(recipe, output)
+    planned = plan_release(recipe, output)
     entry = planned.entries[0].entry
     many: Recipe = replace(planned.recipe, entries=(entry,) * 10_000)
     row = Row(entry, "complete", provenance.load(output / "g" / "a"))

@@ -27,7 +27,7 @@ from hsa.inspection.measure import Buffers
 from hsa.methods.config import keep_count, layer_coefficient
 from hsa.outputs import provenance
 from hsa.system.manifest import PROVENANCE
-from hsa.views import page, picture, sheet, table
+from hsa.views import csv_file, page, picture, table
 
 Triple = dict[str, Path]
 
@@ -273,7 +273,7 @@ def test_every_format_shows_sources_that_a_merge_would_warn_of(triple: Triple) -
     found = hsa.inspect(**swapped)
     assert len(found.warnings) == 2
     assert json.loads(json.dumps(found.as_dict()))["warnings"] == list(found.warnings)
-    assert len(sheet.render(found).splitlines()) == found.total_heads + 1
+    assert len(csv_file.render(found).splitlines()) == found.total_heads + 1
     assert page.render(found).count(b"exchanged") >= 1
     assert max(map(len, table.render(found).splitlines())) <= 80
 
@@ -465,7 +465,7 @@ def test_sources_are_left_alone(shared_triple: Triple, merged: Path) -> None:
 
 def test_csv_reads_back(mixed: Triple) -> None:
     found = hsa.inspect(**mixed, targets="attention-all", energy=False)
-    rows = list(csv.DictReader(io.StringIO(sheet.render(found).decode("utf-8"))))
+    rows = list(csv.DictReader(io.StringIO(csv_file.render(found).decode("utf-8"))))
     assert len(rows) == found.total_heads
     for row in rows:
         tensor, head = found.tensors[row["tensor"]], int(row["head"])
@@ -480,8 +480,8 @@ def test_csv_reads_back(mixed: Triple) -> None:
         assert row["cosine"] == ("" if cosine is None else repr(cosine))
         assert (row["stack"], int(row["layer"])) == (tensor.projection.stack, tensor.projection.layer)
     assert sum(row["cosine"] == "" for row in rows) == 1
-    alone = next(csv.DictReader(io.StringIO(sheet.render(hsa.inspect(**mixed, energy=False)).decode())))
-    assert list(alone) == list(sheet.COLUMNS)
+    alone = next(csv.DictReader(io.StringIO(csv_file.render(hsa.inspect(**mixed, energy=False)).decode())))
+    assert list(alone) == list(csv_file.COLUMNS)
 
 
 def test_png_shows_the_maps(shared_triple: Triple) -> None:
@@ -609,7 +609,7 @@ def test_every_format_from_the_command_line(shared_triple: Triple, merged: Path,
     expected = hsa.inspect(**shared_triple, k=0.3)
     assert document == json.loads(json.dumps(expected.as_dict()))
     assert document["energy"]["primary"]["inside"] + document["energy"]["primary"]["elsewhere"] == pytest.approx(1)
-    assert files["csv"].read_bytes() == sheet.render(expected)
+    assert files["csv"].read_bytes() == csv_file.render(expected)
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
     assert files["html"].read_bytes() == page.render(expected)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files.values()}
@@ -619,7 +619,7 @@ def test_every_format_from_the_command_line(shared_triple: Triple, merged: Path,
     assert "exists; give another name, or --overwrite" in again.stderr
     replaced = run_hsa("inspect", os_path(merged), options[0], "--overwrite", "--quiet")
     assert (replaced.returncode, replaced.stdout) == (0, "")
-    assert files["csv"].read_bytes() == sheet.render(hsa.inspect(merged))
+    assert files["csv"].read_bytes() == csv_file.render(hsa.inspect(merged))
 
 
 def os_path(path: Path) -> str:
@@ -740,7 +740,7 @@ def test_heads_that_differ_between_stacks(shared_triple: Triple, tmp_path: Path)
         edit_json(path / "config.json", decoder_attention_heads=8)
     found = hsa.inspect(**triple, targets="attention-all")
     assert {(t.projection.stack, t.heads) for t in found.tensors.values()} == {("encoder", 4), ("decoder", 8)}
-    assert len(sheet.render(found).splitlines()) == found.total_heads + 1
+    assert len(csv_file.render(found).splitlines()) == found.total_heads + 1
     done = run_hsa("inspect", *(f"--{r}={p}" for r, p in triple.items()), "--targets=attention-all", "--no-energy")
     assert done.returncode == 0, done.stderr
     assert "decoder, encoder_attn" in done.stdout

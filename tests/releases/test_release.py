@@ -33,9 +33,8 @@ from markdown_it import MarkdownIt
 import hsa
 from hsa.errors import DestinationError, HsaError, RequestError
 from hsa.outputs.card import FIELDS
-from hsa.releases import release
 from hsa.releases.index import MARKER
-from hsa.releases.plan import SMALL
+from hsa.releases.plan import SMALL, plan_release
 from hsa.system import fsio
 from hsa.system.manifest import PROVENANCE
 from hsa.system.publish import StagedOutput, staging_path
@@ -63,11 +62,11 @@ def write_recipe(path: Path, sources: Mapping[str, Path], *merges: dict[str, Any
     return path
 
 
-def build(recipe: Path, output: Path, **options: Any) -> release.ReleaseReport:
+def build(recipe: Path, output: Path, **options: Any) -> hsa.ReleaseReport:
     return hsa.release(recipe, output, sync=False, threads=2, **options)
 
 
-def results(report: release.ReleaseReport) -> dict[str, str]:
+def results(report: hsa.ReleaseReport) -> dict[str, str]:
     return {entry.path: entry.result for entry in report.entries}
 
 
@@ -242,7 +241,7 @@ def test_a_source_trained_again_in_its_place_is_noticed(
     output = tmp_path / "tree"
     build(recipe, output)
     poke(triple[role] / "model.safetensors", TARGET, 0, b"\x00\x00\x80\x3f")
-    seen = release.plan(recipe, output)
+    seen = plan_release(recipe, output)
     assert {each.action for each in seen.entries} == {"verify"}, "headers cannot tell"
     report = build(recipe, output)
     assert {entry.result for entry in report.entries} == {"failed"}
@@ -272,7 +271,7 @@ def test_other_weights_files_are_noticed_by_the_plan(recipe: Path, triple: Tripl
     output = tmp_path / "tree"
     build(recipe, output)
     write_tensors(triple["secondary"], read_tensors(triple["secondary"]), shards=2)
-    seen = release.plan(recipe, output)
+    seen = plan_release(recipe, output)
     assert {each.action for each in seen.entries} == {"refuse"}
     assert seen.entries[0].why.endswith("the weights files of secondary are not those that it was made from")
 
@@ -387,7 +386,7 @@ def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_too_small_for_all_is_noticed_before_the_first_byte(recipe: Path, tmp_path: Path) -> None:
-    (needed,) = {entry.plan.bytes_to_write for entry in release.plan(recipe, tmp_path / "tree").entries}
+    (needed,) = {entry.plan.bytes_to_write for entry in plan_release(recipe, tmp_path / "tree").entries}
     size = 2 * needed + 2 * SMALL
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={size}", "none") as point:
         before = snapshot(point)
@@ -405,7 +404,7 @@ def test_a_disk_too_small_for_all_is_noticed_before_the_first_byte(recipe: Path,
 
 def test_room_that_an_earlier_output_gives_back_counts(recipe: Path, tmp_path: Path) -> None:
     """Two of three stand; to build them anew takes room for one at a time."""
-    seen = release.plan(recipe, tmp_path / "tree")
+    seen = plan_release(recipe, tmp_path / "tree")
     (needed,) = {entry.plan.bytes_to_write for entry in seen.entries}
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={4 * needed + 3 * SMALL}", "none") as point:
         text = recipe.read_text(encoding="utf-8")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hsa.actions import apply, merge
+from hsa.actions import apply as apply_module
+from hsa.actions import merge as merge_module
 from hsa.system.publish import PROVENANCE, StagedOutput
 from hsa.verification.verify import verify
 
@@ -56,7 +57,7 @@ def every_output_verified(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             finished.remove(id(staging))
             check(staging.destination)
 
-    for module in (merge, apply):
+    for module in (merge_module, apply_module):
         monkeypatch.setattr(module, "finish", noting(module.finish))
     monkeypatch.setattr(StagedOutput, "publish", publish_and_verify)
     yield

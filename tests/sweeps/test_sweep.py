@@ -22,7 +22,7 @@ from helpers import edit_json, poke, read_tensors, run_hsa, snapshot
 import hsa
 from hsa.backends.cpu import CpuWorker
 from hsa.outputs import patch_format
-from hsa.sweeps import sweep as sweeping
+from hsa.sweeps import sweep as sweep_module
 from hsa.system import strict_json
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
@@ -374,7 +374,7 @@ def test_a_killed_sweep_ends_with_the_same_files(full: bool, tmp_path: Path) -> 
 def test_a_full_disk_is_found_before_the_work(
     shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeping.fsio, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(sweep_module.fsio, "free_bytes", lambda path: 1000)
     for full in (False, True):
         with pytest.raises(hsa.MachineError, match=r"8 points need [0-9]+ bytes and 1000 are free"):
             sweep(shared_triple, tmp_path / "out", full=full)

@@ -14,7 +14,7 @@ from helpers import merge_arguments, mounted, run_hsa, snapshot
 
 import hsa
 from hsa.outputs.patch_reader import SUFFIX
-from hsa.releases import release
+from hsa.releases.plan import plan_release
 from hsa.system import fsio
 from hsa.system.manifest import PROVENANCE
 from hsa.system.publish import StagedOutput
@@ -369,7 +369,7 @@ def test_a_release_leaves_an_entry_with_files_of_others_and_builds_the_rest(
     licence(output / "g" / "a")
     flipped(output / "g" / "b")
     before = snapshot(output / "g")
-    assert [each.action for each in release.plan(recipe, output).entries] == ["verify", "refuse", "verify"]
+    assert [each.action for each in plan_release(recipe, output).entries] == ["verify", "refuse", "verify"]
     recipe.write_text(f"merges: [{entries.replace('K', '0.3')}]")
     report = hsa.release(recipe, output, sync=False, overwrite=True)
     assert [entry.result for entry in report.entries] == ["failed", "failed", "built"]

@@ -455,16 +455,16 @@ def test_a_source_that_changes_at_the_very_end(triple: Triple, place: Path) -> N
 
 
 def test_a_config_that_changes_between_two_looks(triple: Triple, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hsa.actions import merge as merging
+    from hsa.actions import merge as merge_module
 
-    check = merging.check_destination
+    check = merge_module.check_destination
 
     def meanwhile(*arguments: Any, **keywords: Any) -> Any:
         path = triple["primary"] / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "encoder_attention_heads": 2}))
         return check(*arguments, **keywords)
 
-    monkeypatch.setattr(merging, "check_destination", meanwhile)
+    monkeypatch.setattr(merge_module, "check_destination", meanwhile)
     with pytest.raises(SourceChanged, match=r"config\.json"):
         hsa.merge(**triple, output=place / "out")
     assert snapshot(place) == {}

@@ -19,7 +19,7 @@ import pytest
 from helpers import merge_arguments, snapshot
 
 import hsa
-from hsa.actions import merge as merging
+from hsa.actions import merge as merge_module
 from hsa.cli import app
 from hsa.system import console, fsio
 from hsa.system.publish import StagedOutput
@@ -353,7 +353,7 @@ def test_a_signal_while_the_staging_directory_is_made(
             os.kill(os.getpid(), number)
             return lock
 
-    monkeypatch.setattr(merging, "StagedOutput", Struck)
+    monkeypatch.setattr(merge_module, "StagedOutput", Struck)
     earlier = {of: signal.getsignal(of) for of in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     as_from_a_terminal()
     monkeypatch.setattr(console, "_terminated", -console.GRACE)

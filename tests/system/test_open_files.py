@@ -18,7 +18,7 @@ import pytest
 from helpers import merge_arguments, read_tensors, snapshot, write_pickle, write_tensors
 
 import hsa
-from hsa.actions import merge
+from hsa.actions import merge as merge_module
 from hsa.outputs.patch_reader import SUFFIX
 from hsa.system import descriptors, fsio
 from hsa.system.descriptors import MAX_OPEN
@@ -216,14 +216,14 @@ def test_a_shard_that_changes_between_two_looks_withdraws_the_output(
 ) -> None:
     monkeypatch.setattr(descriptors, "MAX_OPEN", 4)
     shard = sorted(sharded["secondary"].glob("*.safetensors"))[40]
-    execute = merge.execute
+    execute = merge_module.execute
 
     def meanwhile(*arguments: Any, **keywords: Any) -> Any:
         digests = execute(*arguments, **keywords)
         grown(shard)
         return digests
 
-    monkeypatch.setattr(merge, "execute", meanwhile)
+    monkeypatch.setattr(merge_module, "execute", meanwhile)
     with pytest.raises(hsa.SourceChanged, match=shard.name):
         hsa.merge(**sharded, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

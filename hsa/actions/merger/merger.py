@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hsa.actions.merger import samples
-from hsa.actions.merger.destination import Destinations
-from hsa.actions.merger.loaded import LoadedTensor, Model, config_of, entries_of, targets_of, wanted
-from hsa.actions.merger.samples import Sample
-from hsa.actions.merger.written import holds_a_merge
+from hsa.actions.merger.already_merged import holds_a_merge
+from hsa.actions.merger.loaded_models import LoadedTensor, Model, config_of, entries_of, targets_of, wanted
+from hsa.actions.merger.spot_check import Sample, differing_tensors, sample_checkpoint, sample_model
+from hsa.actions.merger.writable_targets import Destinations
 from hsa.architectures.base import Preset
 from hsa.architectures.whisper import MODEL_TYPE, is_known
 from hsa.backends.base import Backend, changed_ranges
@@ -247,7 +246,7 @@ class Merger:
 
     def _note_others(self, entries: Sequence[LoadedTensor]) -> None:
         """Say where a model's other tensors are not primary's."""
-        found = samples.difference(self._others, samples.of_loaded(entries, self._stored))
+        found = differing_tensors(self._others, sample_model(entries, self._stored))
         if found is None:
             return
         more = f", as do {found.count - 1} more" if found.count > 1 else ""
@@ -284,7 +283,7 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
             if wanted(name, preset):
                 data[name] = np.empty(ref.nbytes, np.uint8)
                 checkpoint.read_into(ref, data[name].data)
-        others = samples.of_checkpoint(checkpoint, data) if role == "primary" else {}
+        others = sample_checkpoint(checkpoint, data) if role == "primary" else {}
         checkpoint.check_unchanged()
         return _Held(checkpoint, data, others, bool(checkpoint.config), ancestry=ancestries([checkpoint]).get(role))
 
@@ -304,7 +303,7 @@ def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:
     checkpoint = Checkpoint(role, Path(label), Identity(label), config_of(source), Tally(), tensors=refs)
     merged = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
     warnings = () if merged is None else (_AGAIN.format(role=role, name=merged),)
-    others = samples.of_loaded(entries, data) if role == "primary" else {}
+    others = sample_model(entries, data) if role == "primary" else {}
     return _Held(checkpoint, data, others, bool(checkpoint.config), warnings)
 
 

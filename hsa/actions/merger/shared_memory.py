@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hsa.actions.merger.loaded import LoadedTensor, has_addresses
+from hsa.actions.merger.loaded_models import LoadedTensor, has_addresses
 from hsa.system.dtypes import Array
 
 

@@ -1,4 +1,4 @@
-"""Whether a loaded model's other tensors are primary's, from a few elements of each.
+"""A spot check: whether a loaded model's other tensors are primary's, from a few elements of each.
 
 `hsa.Merger` writes the targets of a model and nothing else, so the result is the merge only where the rest of the model
 is primary's. Of every tensor the first `ELEMENTS` elements of its middle row are compared: about 1100 small reads of
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hsa.actions.merger.loaded import LoadedTensor, has_addresses
+from hsa.actions.merger.loaded_models import LoadedTensor, has_addresses
 from hsa.sources.checkpoint import Checkpoint
 from hsa.system.dtypes import NAMES, size
 
@@ -38,7 +38,7 @@ class Difference:
     compared: int
 
 
-def of_checkpoint(checkpoint: Checkpoint, targets: Collection[str]) -> dict[str, Sample]:
+def sample_checkpoint(checkpoint: Checkpoint, targets: Collection[str]) -> dict[str, Sample]:
     """Samples of the tensors that are no target, by canonical name, in the order of the files. Raises SourceError."""
     found = {}
     for name, ref in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
@@ -54,7 +54,7 @@ def of_checkpoint(checkpoint: Checkpoint, targets: Collection[str]) -> dict[str,
     return found
 
 
-def of_loaded(entries: Iterable[LoadedTensor], targets: Collection[str]) -> dict[str, Sample]:
+def sample_model(entries: Iterable[LoadedTensor], targets: Collection[str]) -> dict[str, Sample]:
     """The same of a loaded model's tensors; those without elements in memory, and integers, are left out."""
     shapes: dict[str, tuple[int, ...]] = {}
     parts: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
@@ -74,7 +74,7 @@ def of_loaded(entries: Iterable[LoadedTensor], targets: Collection[str]) -> dict
 
 
 @torch.no_grad()
-def difference(primary: Mapping[str, Sample], model: Mapping[str, Sample]) -> Difference | None:
+def differing_tensors(primary: Mapping[str, Sample], model: Mapping[str, Sample]) -> Difference | None:
     """How the model differs from primary, whose values are rounded to the model's dtypes; None where it does not."""
     common = [name for name in primary if name in model]
     differing = [(name, how) for name in common if (how := _how(primary[name], model[name])) is not None]

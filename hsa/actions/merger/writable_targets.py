@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from hsa.actions.merger.loaded import LoadedTensor, Model, entries_of, in_its_place, targets_of
+from hsa.actions.merger.already_merged import WrittenTensors
+from hsa.actions.merger.loaded_models import LoadedTensor, Model, entries_of, in_its_place, targets_of
 from hsa.actions.merger.shared_memory import first_shared, repeats_elements, spans
-from hsa.actions.merger.written import WrittenTensors
 from hsa.architectures.base import Preset
 from hsa.errors import MismatchError, RequestError
 from hsa.planning.target import Target

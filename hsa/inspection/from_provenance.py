@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hsa.errors import HsaError, ProvenanceError, shown
-from hsa.inspection.model import Inspection, Recorded, TensorInspection, in_order
+from hsa.inspection.report import Inspection, Recorded, TensorInspection, in_order
 from hsa.methods.config import MergeConfig, PerTensor, keep_count, layer_coefficient, percentages
 from hsa.methods.selection import TIE_RISK, of_selected, select
 from hsa.outputs.provenance import Provenance, TargetRecord
