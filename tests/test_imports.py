@@ -54,7 +54,7 @@ AT_IMPORT = {
     "torch": {
         "hsa.reference.hsa",
         "hsa.backends.torch_cpu",
-        "hsa.backends.tensor_geometry",
+        "hsa.backends.torch_geometry",
         "hsa.backends.resident",
         "hsa.backends.triton",
         "hsa.actions.merger.writable_targets",

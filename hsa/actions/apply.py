@@ -17,8 +17,8 @@ from hsa.errors import PatchError, RequestError, SourceError, shown
 from hsa.option_names import option
 from hsa.outputs import patch_format
 from hsa.outputs.card import unlinked
-from hsa.outputs.extent import Extent, weights
-from hsa.outputs.finish import CARD, finish
+from hsa.outputs.extent import Extent, weight_range
+from hsa.outputs.metadata_files import CARD, write_metadata_files
 from hsa.outputs.patch_checks import require_sound
 from hsa.outputs.patch_format import PatchTarget
 from hsa.outputs.patch_reader import SUFFIX, Patch, digest_range, is_patch, open_patch
@@ -126,7 +126,7 @@ def _extent(record: Record) -> Extent:
     """How much was merged, as far as a patch tells: it does not hold base."""
     counts = [(target.coefficient, len(target.selected)) for target in record.targets]
     heads = sum(target.heads for target in record.targets)
-    return Extent(sum(count for _, count in counts), heads, weights(counts))
+    return Extent(sum(count for _, count in counts), heads, weight_range(counts))
 
 
 def apply_to(
@@ -161,7 +161,7 @@ def apply_to(
         record = patch.record
         held = {**small, **({INDEX: index} if index is not None else {})}
         weights = {file.name: digests.get(file.name) for file in files}
-        finish(staging, record, held, weights, digest=options.digest, tally=tally)
+        write_metadata_files(staging, record, held, weights, digest=options.digest, tally=tally)
         staging.publish()
         memory.sample()
     return record, staging.notes

@@ -19,11 +19,11 @@ from hsa.errors import SourceError
 from hsa.findings import Findings
 from hsa.methods.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, percentages
 from hsa.outputs import provenance, report
-from hsa.outputs.ancestry import Ancestries, ancestries
 from hsa.outputs.card import unlinked
+from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.extent import Extent
-from hsa.outputs.finish import CARD, finish
-from hsa.outputs.meaning import of_plan, of_settings, of_sources, refuse
+from hsa.outputs.merge_warnings import header_findings, parameter_findings, raise_if_strict, source_findings
+from hsa.outputs.metadata_files import CARD, write_metadata_files
 from hsa.outputs.report import MergeReport, PlanReport, TensorReport
 from hsa.planning.plan import MergePlan, make_plan
 from hsa.sources import small_files
@@ -151,7 +151,7 @@ def run_merge(request: Request, progress: Callable[[int, int], None] | None = No
         job = _prepare(request, tally, hub, stack)
         found = collect_small_files(request, job.sources, job.plan, tally)
         early = _early(request, job, found, hub)
-        refuse(early + of_settings(job.plan.targets), strict=request.strict)
+        raise_if_strict(early + parameter_findings(job.plan.targets), strict=request.strict)
         with deferred():  # a directory that was made must be known to the stack that removes it
             staging = stack.enter_context(StagedOutput(job.destination, overwrite=request.overwrite, sync=request.sync))
         options = Options(request.threads or default_threads(), request.digest, request.sync)
@@ -165,15 +165,15 @@ def run_merge(request: Request, progress: Callable[[int, int], None] | None = No
             raise
         job.sources.check_unchanged()
         outcomes = calculator.ordered(job.plan.targets)
-        doubts = of_sources(outcomes, job.sources, job.ancestries, request.config.targets)
+        doubts = source_findings(outcomes, job.sources, job.earlier_merges, request.config.targets)
         told = early + doubts + report.findings(outcomes)
-        refuse(told, strict=request.strict)
+        raise_if_strict(told, strict=request.strict)
         record = provenance.record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
         small = dict(found.files)
         if job.plan.index is not None:
             small[INDEX] = job.plan.index
         weights = {file.name: digests.get(file.name) for file in job.plan.files}
-        finish(staging, record, small, weights, digest=request.digest, tally=tally)
+        write_metadata_files(staging, record, small, weights, digest=request.digest, tally=tally)
         staging.publish()
         memory.sample()
     return MergeReport(
@@ -193,7 +193,7 @@ def run_merge(request: Request, progress: Callable[[int, int], None] | None = No
         notes=(*told.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
         warnings=told.warnings,
         unlinked=unlinked(record),
-        doubtful=bool(doubts.warnings) or "base" in job.ancestries,
+        doubtful=bool(doubts.warnings) or "base" in job.earlier_merges,
     )
 
 
@@ -213,8 +213,8 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
         needed = plan.bytes_to_write + sum(map(len, found.files.values()))
         existing = next(parent for parent in job.destination.parents if parent.exists())
         free = fsio.free_bytes(existing)
-        told = _early(request, job, found, hub) + of_settings(plan.targets)
-        refuse(told, strict=request.strict)
+        told = _early(request, job, found, hub) + parameter_findings(plan.targets)
+        raise_if_strict(told, strict=request.strict)
         short = [f"{needed} bytes are to be written and {free} are free in {existing}"] if free < needed else []
         return PlanReport(
             output=job.destination,
@@ -231,7 +231,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
             free_bytes=free,
             notes=told.notes,
             warnings=(*told.warnings, *short),
-            doubtful="base" in job.ancestries,
+            doubtful="base" in job.earlier_merges,
         )
 
 
@@ -244,7 +244,7 @@ def collect_small_files(request: Request, sources: Sources, plan: MergePlan, tal
 def _early(request: Request, job: _PreparedMerge, found: small_files.Assets, hub: Hub) -> Findings:
     """What there is to say before the first tensor is read."""
     told = Findings((*hub.notes, *job.plan.notes, *found.notes), found.warnings)
-    return told + percentages([request.config.k]) + of_plan(job.sources, job.ancestries)
+    return told + percentages([request.config.k]) + header_findings(job.sources, job.earlier_merges)
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class _PreparedMerge:
     plan: MergePlan
     backend: Backend
     destination: Path
-    ancestries: Ancestries
+    earlier_merges: EarlierMerges
 
 
 def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> _PreparedMerge:
@@ -273,4 +273,4 @@ def _open(
     destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
     plan = make_plan(request.config, sources, request.shard_bytes)
     provenance.check_fits(plan, sources, request.settings(backend.name), (*small_files.SMALL_FILES, INDEX, CARD))
-    return _PreparedMerge(sources, plan, backend, destination, ancestries(sources))
+    return _PreparedMerge(sources, plan, backend, destination, read_earlier_merges(sources))

@@ -17,9 +17,9 @@ from hsa.errors import DestinationError, RequestError
 from hsa.findings import Findings
 from hsa.methods.config import MergeConfig, PerTensor, percentages
 from hsa.option_names import option
-from hsa.outputs.ancestry import Ancestries, ancestries
+from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.extent import Extent
-from hsa.outputs.meaning import of_plan, of_settings, of_sources, refuse
+from hsa.outputs.merge_warnings import header_findings, parameter_findings, raise_if_strict, source_findings
 from hsa.outputs.patch_reader import SUFFIX, is_patch
 from hsa.outputs.provenance import Record
 from hsa.outputs.report import MergeReport, TensorReport, findings
@@ -98,7 +98,7 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         opened = open_for_patches([request.config], request, tally, hub, stack)
         sources = opened.sources
         early = Findings((*hub.notes, *opened.found.notes), opened.found.warnings)
-        refuse(early + of_settings(find_targets(request.config, sources)), strict=request.strict)
+        raise_if_strict(early + parameter_findings(find_targets(request.config, sources)), strict=request.strict)
         destination = check_patch_destination(
             request.output, [source.path for source in sources], overwrite=request.overwrite
         )
@@ -112,9 +112,9 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
             [point], sources, opened.settings, opened.files, staging, threads, tally, memory, progress
         )
         sources.check_unchanged()
-        doubts = of_sources(made.outcomes, sources, opened.ancestries, request.config.targets)
+        doubts = source_findings(made.outcomes, sources, opened.earlier_merges, request.config.targets)
         told = early + doubts + findings(made.outcomes)
-        refuse(told, strict=request.strict)
+        raise_if_strict(told, strict=request.strict)
         check_patch_destination(destination, (), overwrite=request.overwrite)
         staging.publish_file(point.name, destination)
         memory.sample()
@@ -134,7 +134,7 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         extent=Extent.of(made.outcomes),
         notes=told.notes,
         warnings=told.warnings,
-        doubtful=bool(doubts.warnings) or "base" in opened.ancestries,
+        doubtful=bool(doubts.warnings) or "base" in opened.earlier_merges,
     )
 
 
@@ -153,7 +153,7 @@ class OpenedSources:
     settings: Mapping[str, Any]
     small: Mapping[str, bytes]
     found: Findings
-    ancestries: Ancestries
+    earlier_merges: EarlierMerges
 
     @property
     def files(self) -> dict[str, str]:
@@ -186,9 +186,11 @@ def open_for_patches(
     _check(configs, sources)
     found_assets = small_files.collect(sources, "primary", request.assets_from, None, tally)
     notes = (*(note for source in sources for note in source.notes), *found_assets.notes)
-    merges = ancestries(sources)
+    merges = read_earlier_merges(sources)
     told = Findings(notes, found_assets.warnings) + percentages(config.k for config in configs)
-    return OpenedSources(sources, request.settings("cpu"), found_assets.files, told + of_plan(sources, merges), merges)
+    return OpenedSources(
+        sources, request.settings("cpu"), found_assets.files, told + header_findings(sources, merges), merges
+    )
 
 
 def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, one_by_one
-from hsa.backends.tensor_geometry import geometry
+from hsa.backends.torch_geometry import geometry
 from hsa.methods.selection import of_selected
 from hsa.planning.file_layout import Slice
 from hsa.planning.outcome import Merged

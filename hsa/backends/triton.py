@@ -17,7 +17,7 @@ import torch
 from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, changed_ranges
 from hsa.backends.cpu import CpuWorker, Scored
 from hsa.backends.resident import Data, may_overflow, naming_halfway, not_finite
-from hsa.backends.tensor_geometry import geometry
+from hsa.backends.torch_geometry import geometry
 from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted

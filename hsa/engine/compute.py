@@ -11,8 +11,8 @@ from hsa.backends.base import Backend, NotFinite, TargetBuffers
 from hsa.errors import NonFiniteError
 from hsa.methods.config import Numerics
 from hsa.option_names import option
+from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import Computed, Merge, Slice
-from hsa.planning.likeness import equal_pairs
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target
 from hsa.sources.roles import ROLES, Role

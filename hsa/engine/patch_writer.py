@@ -26,7 +26,7 @@ from hsa.outputs import distances, patch_format
 from hsa.outputs.distances import Distances
 from hsa.outputs.patch_format import Contents, PatchTarget, unpatchable
 from hsa.outputs.provenance import PROGRAM, libraries, source_record, target_digest, tensors_digest
-from hsa.planning.likeness import equal_pairs
+from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import Merged, TargetOutcome
 from hsa.planning.plan import find_targets
 from hsa.planning.target import Target

@@ -21,7 +21,7 @@ from hsa.methods.geometry import Geometry
 from hsa.methods.selection import Selection, of_selected, select
 from hsa.option_names import option
 from hsa.outputs import provenance
-from hsa.outputs.meaning import of_adapters, of_change, of_values
+from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
 from hsa.outputs.provenance import Provenance, TargetRecord, tensors_digest
 from hsa.planning.outcome import Merged, TargetOutcome
 from hsa.planning.plan import check_whole, find_targets
@@ -151,7 +151,7 @@ def _from_sources(
             _tensor(target, measured[target.projection.name], layers, config, recorded.get(target.projection.name))
             for target in found
         ]
-        told = percentages([config.k]) + _refusal(config, sources) + of_adapters(sources)
+        told = percentages([config.k]) + _refusal(config, sources) + adapter_findings(sources)
         told += _of_merge(found, measured, tensors)
         energies = _energies(sources, found, tensors, buffers, step) if whole else None
         sources.check_unchanged()
@@ -200,7 +200,7 @@ def _of_merge(
         changed = changed_ranges(target, tensor.selected)
         merged = Merged(selection, changed, found.moved["primary"], found.moved["secondary"], found.geometry)
         outcomes.append(TargetOutcome(target, merged, found.digests, found.equal))
-    return of_values(outcomes) + of_change(outcomes)
+    return value_findings(outcomes) + change_findings(outcomes)
 
 
 def _open(

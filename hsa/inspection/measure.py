@@ -17,8 +17,8 @@ from hsa.backends.base import NotFinite
 from hsa.backends.cpu import TILE, CpuBackend
 from hsa.errors import NonFiniteError
 from hsa.methods.geometry import Geometry, Sums, dot, tile_sums
+from hsa.planning.equal_sources import SourcePair, equal_pairs
 from hsa.planning.file_layout import SLICE_ELEMENTS
-from hsa.planning.likeness import Pair, equal_pairs
 from hsa.planning.target import Target
 from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
@@ -39,7 +39,7 @@ class Measured:
     geometry: Geometry
     moved: Mapping[Role, bool]
     digests: Mapping[Role, str]
-    equal: frozenset[Pair]
+    equal: frozenset[SourcePair]
 
 
 class Buffers:

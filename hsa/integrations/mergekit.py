@@ -34,7 +34,7 @@ from hsa.integrations.mergekit_recipe import Recipe, plainly, read
 from hsa.methods.config import percentages
 from hsa.outputs import report
 from hsa.outputs.extent import Extent
-from hsa.outputs.meaning import of_values
+from hsa.outputs.merge_warnings import value_findings
 from hsa.sources.checkpoint import CONFIG, read_text
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
@@ -124,7 +124,7 @@ def run(arguments: Sequence[str]) -> Result:
         staging.publish()
     if recipe.is_hsa:
         findings = percentages(outcome.target.k for outcome in merging.outcomes)
-        findings += of_values(merging.outcomes) + report.findings(merging.outcomes)
+        findings += value_findings(merging.outcomes) + report.findings(merging.outcomes)
         result.notes += findings.notes
         result.warnings += findings.warnings
         result.tensors = len(merging.outcomes)

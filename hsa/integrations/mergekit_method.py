@@ -15,7 +15,7 @@ from hsa.backends.cpu import CpuWorker
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
 from hsa.methods.config import MergeConfig
 from hsa.option_names import as_keys, spelled
-from hsa.planning.likeness import equal_pairs
+from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.plan import make_target
 from hsa.sources.checkpoint import CONFIG, Checkpoint

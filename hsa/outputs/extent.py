@@ -13,7 +13,7 @@ from hsa.option_names import option
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target
 
-Weights = tuple[float, float]
+WeightRange = tuple[float, float]
 """The least and the greatest weight of secondary, 1 - lambda_i, among tensors with merged heads."""
 
 
@@ -33,7 +33,7 @@ class Extent:
 
     merged_heads: int
     total_heads: int
-    weights: Weights | None
+    weights: WeightRange | None
     primary: float | None = None
     secondary: float | None = None
     cosine: float | None = None
@@ -42,16 +42,16 @@ class Extent:
     @classmethod
     def of(cls, outcomes: Sequence[TargetOutcome]) -> Extent:
         """The extent of a finished merge."""
-        found = [outcome.merged.geometry for outcome in outcomes]
-        base = math.fsum(value for geometry in found for value in geometry.base)
-        one = math.fsum(value for geometry in found for value in geometry.primary)
-        two = math.fsum(value for geometry in found for value in geometry.secondary)
-        product = math.fsum(value for geometry in found for value in geometry.product)
+        geometries = [outcome.merged.geometry for outcome in outcomes]
+        base = math.fsum(value for geometry in geometries for value in geometry.base)
+        one = math.fsum(value for geometry in geometries for value in geometry.primary)
+        two = math.fsum(value for geometry in geometries for value in geometry.secondary)
+        product = math.fsum(value for geometry in geometries for value in geometry.product)
         counts = [(outcome.target.coefficient, len(outcome.merged.selection.selected)) for outcome in outcomes]
         return cls(
             sum(count for _, count in counts),
             sum(outcome.target.heads for outcome in outcomes),
-            weights(counts),
+            weight_range(counts),
             ratio(one, base),
             ratio(two, base),
             cosine(one, two, product),
@@ -61,7 +61,7 @@ class Extent:
     @property
     def text(self) -> str:
         """One line for people."""
-        what = weights_text(self.weights, self.merged_heads, self.total_heads)
+        what = weight_text(self.weights, self.merged_heads, self.total_heads)
         if self.change is None:
             return what
         return (
@@ -72,47 +72,47 @@ class Extent:
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
         return {
-            "secondary_weight": weights_dict(self.weights),
+            "secondary_weight": weight_dict(self.weights),
             "change": self.change,
             "task_vectors": {"primary": self.primary, "secondary": self.secondary, "cosine": self.cosine},
         }
 
 
-def weights(counts: Iterable[tuple[float, int]]) -> Weights | None:
+def weight_range(counts: Iterable[tuple[float, int]]) -> WeightRange | None:
     """The range of secondary's weight, from each tensor's lambda_i and number of merged heads."""
-    found = [1.0 - coefficient for coefficient, heads in counts if heads]
-    return (min(found), max(found)) if found else None
+    values = [1.0 - coefficient for coefficient, heads in counts if heads]
+    return (min(values), max(values)) if values else None
 
 
-def planned(targets: Sequence[Target]) -> Weights | None:
+def planned_weight_range(targets: Sequence[Target]) -> WeightRange | None:
     """The range of secondary's weight that a plan gives."""
-    return weights((target.coefficient, target.keep) for target in targets)
+    return weight_range((target.coefficient, target.keep) for target in targets)
 
 
-def weights_text(found: Weights | None, heads: int, total: int) -> str:
+def weight_text(weights: WeightRange | None, heads: int, total: int) -> str:
     """`secondary weighs 3 to 13 % in 80 of 120 heads`."""
-    if found is None:
+    if weights is None:
         return f"none of {total} heads is merged"
-    return f"secondary weighs {_range(found)} % in {heads} of {total} heads"
+    return f"secondary weighs {_range(weights)} % in {heads} of {total} heads"
 
 
-def weights_dict(found: Weights | None) -> dict[str, float] | None:
+def weight_dict(weights: WeightRange | None) -> dict[str, float] | None:
     """The range for JSON."""
-    return None if found is None else {"least": found[0], "greatest": found[1]}
+    return None if weights is None else {"least": weights[0], "greatest": weights[1]}
 
 
-def more(config: MergeConfig, found: Weights | None) -> str | None:
+def merge_more_hint(config: MergeConfig, weights: WeightRange | None) -> str | None:
     """With HSA's defaults, which let secondary weigh little: what would merge more. None with other parameters.
 
     With base 0.5 and alpha 0.2, lambda_i is 0.5 ** (0.2 * x), where x grows to 1 with the layer; so other values of
     lambda and alpha are powers of it.
     """
     defaults = MergeConfig()
-    if found is None or (config.k, config.lam, config.alpha) != (defaults.k, defaults.lam, defaults.alpha):
+    if weights is None or (config.k, config.lam, config.alpha) != (defaults.k, defaults.lam, defaults.alpha):
         return None
     assert isinstance(defaults.lam, float) and isinstance(defaults.alpha, float)
     lower = math.log(0.1) / math.log(defaults.lam)
-    alpha, lam = (_range(_powers(found, exponent)) for exponent in (1.0 / defaults.alpha, lower))
+    alpha, lam = (_range(_powers(weights, exponent)) for exponent in (1.0 / defaults.alpha, lower))
     return (
         f"these are HSA's careful defaults; {option('alpha', 1)} (secondary weighs {alpha} %), {option('lam', 0.1)} "
         f"({lam} %) or a larger {option('k')} merges more"
@@ -132,15 +132,15 @@ def percent(share: float) -> str:
     return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}" if value else "0"
 
 
-def _range(found: Weights) -> str:
+def _range(weights: WeightRange) -> str:
     """A range in percent, in whole ones from 1 % on."""
-    least, greatest = (percent(weight) if weight < 0.01 else f"{100 * weight:.0f}" for weight in found)
+    least, greatest = (percent(weight) if weight < 0.01 else f"{100 * weight:.0f}" for weight in weights)
     return least if least == greatest else f"{least} to {greatest}"
 
 
-def _powers(found: Weights, exponent: float) -> Weights:
+def _powers(weights: WeightRange, exponent: float) -> WeightRange:
     """The weights where every lambda_i is raised to a power."""
-    least, greatest = (1.0 - (1.0 - weight) ** exponent for weight in found)
+    least, greatest = (1.0 - (1.0 - weight) ** exponent for weight in weights)
     return least, greatest
 
 
@@ -148,10 +148,10 @@ def _moved(outcome: TargetOutcome) -> float:
     """|output - primary|^2 over one target."""
     target, geometry = outcome.target, outcome.merged.geometry
     one, other, scale = target.coefficient, 1.0 - target.coefficient, target.scale
-    chosen = set(outcome.merged.selection.selected)
+    selected = set(outcome.merged.selection.selected)
     parts = []
     for head, tv1 in enumerate(geometry.primary):
-        if head not in chosen:
+        if head not in selected:
             parts.append((scale - 1.0) ** 2 * tv1)
         elif scale == 1.0:
             parts.append(other**2 * geometry.apart[head])

@@ -11,8 +11,8 @@ from hsa.errors import one_line
 from hsa.findings import Findings, counted
 from hsa.methods.config import MergeConfig
 from hsa.methods.selection import TIE_RISK
-from hsa.outputs import meaning
-from hsa.outputs.extent import Extent, more, planned, weights_dict, weights_text
+from hsa.outputs.extent import Extent, merge_more_hint, planned_weight_range, weight_dict, weight_text
+from hsa.outputs.merge_warnings import change_findings
 from hsa.outputs.provenance import TargetRecord
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target
@@ -100,7 +100,7 @@ class MergeReport:
     @property
     def hint(self) -> str | None:
         """With HSA's defaults: what would merge more. None with doubtful sources, which no parameter mends."""
-        return None if self.doubtful else more(MergeConfig.from_dict(self.parameters), self.extent.weights)
+        return None if self.doubtful else merge_more_hint(MergeConfig.from_dict(self.parameters), self.extent.weights)
 
     @property
     def total_heads(self) -> int:
@@ -180,12 +180,16 @@ class PlanReport:
     @property
     def text(self) -> str:
         """How much will be merged, in one line for people."""
-        return weights_text(planned(self.targets), self.heads_to_merge, self.total_heads)
+        return weight_text(planned_weight_range(self.targets), self.heads_to_merge, self.total_heads)
 
     @property
     def hint(self) -> str | None:
         """With HSA's defaults: what would merge more. None with a base that is itself a merge."""
-        return None if self.doubtful else more(MergeConfig.from_dict(self.parameters), planned(self.targets))
+        return (
+            None
+            if self.doubtful
+            else merge_more_hint(MergeConfig.from_dict(self.parameters), planned_weight_range(self.targets))
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """What `hsa merge --dry-run --json` prints."""
@@ -198,7 +202,7 @@ class PlanReport:
             "target_tensors": len(self.targets),
             "heads_to_merge": self.heads_to_merge,
             "total_heads": self.total_heads,
-            "secondary_weight": weights_dict(planned(self.targets)),
+            "secondary_weight": weight_dict(planned_weight_range(self.targets)),
             "hint": self.hint,
             "targets": {t.primary.name: {"heads": t.heads, "keep": t.keep} for t in self.targets},
             "files": dict(self.files),
@@ -215,10 +219,10 @@ class PlanReport:
 
 def findings(outcomes: Sequence[TargetOutcome]) -> Findings:
     """Notes and warnings that only the finished computation can give, besides those of the sources."""
-    return meaning.of_change(outcomes) + of_cuts(outcomes)
+    return change_findings(outcomes) + selection_findings(outcomes)
 
 
-def of_cuts(outcomes: Sequence[TargetOutcome]) -> Findings:
+def selection_findings(outcomes: Sequence[TargetOutcome]) -> Findings:
     """Narrow margins and ties between the heads that are merged and those that are not."""
     notes, warnings = [], []
     close = [o for o in outcomes if o.merged.selection.margin is not None and o.merged.selection.margin < TIE_RISK]

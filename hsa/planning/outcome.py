@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hsa.methods.geometry import Geometry
 from hsa.methods.selection import Selection
-from hsa.planning.likeness import Pair
+from hsa.planning.equal_sources import SourcePair
 from hsa.planning.target import Target
 from hsa.sources.roles import Role
 
@@ -31,4 +31,4 @@ class TargetOutcome:
     target: Target
     merged: Merged
     digests: Mapping[Role, str]
-    equal: frozenset[Pair]
+    equal: frozenset[SourcePair]

@@ -25,10 +25,10 @@ from hsa.methods.grid_point import GridPoint
 from hsa.option_names import option, with_current_spelling
 from hsa.outputs import sweep_index
 from hsa.outputs.extent import Extent
-from hsa.outputs.meaning import of_change, of_sources, refuse
+from hsa.outputs.merge_warnings import change_findings, raise_if_strict, source_findings
 from hsa.outputs.patch_reader import SUFFIX, open_patch
 from hsa.outputs.provenance import load, source_record
-from hsa.outputs.report import NO_DIGESTS, of_cuts
+from hsa.outputs.report import NO_DIGESTS, selection_findings
 from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of
 from hsa.planning.outcome import TargetOutcome
 from hsa.sources.hub.client import Hub
@@ -162,7 +162,7 @@ def sweep(
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         opened = open_for_patches(list(configs.values()), request, tally, hub, stack, rows_only=not full)
-        refuse(opened.found, strict=strict)
+        raise_if_strict(opened.found, strict=strict)
         directory = check_directory(request, opened.sources)
         with deferred():
             staging = stack.enter_context(StagingDirectory(directory / SWEEP_STAGING, directory, sync=sync))
@@ -259,7 +259,7 @@ class _Sweep:
         sources.check_unchanged()
         self.extents |= {point.name: Extent.of(found.outcomes) for point, found in zip(points, made, strict=True)}
         self.found = (self.found + _told(points, [found.outcomes for found in made], self.opened)).once
-        refuse(self.found, strict=self.request.strict)
+        raise_if_strict(self.found, strict=self.request.strict)
         if self.jobs > 1:
             with ThreadPoolExecutor(self.jobs) as pool:
                 try:
@@ -323,8 +323,10 @@ def _told(points: Sequence[GridPoint], outcomes: Sequence[Sequence[TargetOutcome
     found = Findings()
     still = []
     for point, merged in zip(points, outcomes, strict=True):
-        found += of_sources(merged, opened.sources, opened.ancestries, point.targets) + of_cuts(merged)
-        if (change := of_change(merged)).warnings:
+        found += source_findings(merged, opened.sources, opened.earlier_merges, point.targets) + selection_findings(
+            merged
+        )
+        if (change := change_findings(merged)).warnings:
             still.append(f"{point.name}: {change.warnings[0]}")
     if still:
         more = f" (and so do {len(still) - 1} more points)" if len(still) > 1 else ""

@@ -23,7 +23,7 @@ from hsa.engine.consumers import CACHED_PIECE
 from hsa.engine.pipeline import Options, assemble
 from hsa.errors import HsaError, SourceChanged, SourceError
 from hsa.outputs import provenance
-from hsa.outputs.finish import CARD, last_files
+from hsa.outputs.metadata_files import CARD, metadata_files
 from hsa.outputs.provenance import Provenance, Record, changed_keys
 from hsa.outputs.record_checks import merge_config
 from hsa.planning.file_layout import Bytes, Merge, OutputFile, Segment
@@ -234,7 +234,7 @@ def _compare(directory: Path, found: Provenance, request: Request, sources: Sour
     made = replace(made, program=found.record.program, libraries=found.record.libraries)
     files = dict(small.files) if plan.index is None else {**small.files, INDEX: plan.index}
     weights = {file.name: digests.get(file.name) for file in plan.files}
-    for name, data in last_files(made, files, weights, digest=request.digest):
+    for name, data in metadata_files(made, files, weights, digest=request.digest):
         if name == PROVENANCE:
             _compare_provenance(found, data, directory, work)
         else:

@@ -20,7 +20,7 @@ from hsa.backends import cpu
 from hsa.engine import consumers, pipeline
 from hsa.methods import geometry
 from hsa.methods.config import MergeConfig
-from hsa.planning import likeness
+from hsa.planning import equal_sources
 from hsa.planning.file_layout import Merge, Slice
 from hsa.sources.checkpoint import open_checkpoint
 from hsa.system import fsio
@@ -263,7 +263,7 @@ def test_each_head_is_summed_once_while_its_target_is_in_memory(
 ) -> None:
     """The sums that a report's figures come from: one pass, in float32, and no source is compared beyond its start."""
     tiles, in_float64, pieces = [0], [0], [0]
-    sums, dot, piece = cpu.tile_sums, geometry.dot, likeness._equal_piece
+    sums, dot, piece = cpu.tile_sums, geometry.dot, equal_sources._equal_piece
 
     def counted_sums(*arrays: Any) -> Any:
         tiles[0] += 1
@@ -279,11 +279,11 @@ def test_each_head_is_summed_once_while_its_target_is_in_memory(
 
     monkeypatch.setattr(cpu, "tile_sums", counted_sums)
     monkeypatch.setattr(geometry, "dot", counted_dot)
-    monkeypatch.setattr(likeness, "_equal_piece", counted_piece)
+    monkeypatch.setattr(equal_sources, "_equal_piece", counted_piece)
     report = hsa.merge(**deep, output=tmp_path / "out", sync=False)
     assert tiles[0] == report.total_heads
     assert in_float64[0] == 0
-    assert pieces[0] == len(likeness.PAIRS) * len(report.tensors)
+    assert pieces[0] == len(equal_sources.SOURCE_PAIRS) * len(report.tensors)
 
 
 def test_a_merger_reads_its_sources_once(deep: Triple, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,11 @@ from hsa.findings import Findings
 from hsa.methods.config import MergeConfig, PerTensor
 from hsa.methods.selection import select
 from hsa.option_names import option
-from hsa.outputs.ancestry import Ancestry, ancestries, of_base, of_fine_tunes
+from hsa.outputs.earlier_merges import EarlierMerge, merged_base_findings, read_earlier_merges, repeated_merge_findings
 from hsa.outputs.extent import Extent
-from hsa.outputs.meaning import of_adapters, of_change, of_values
+from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
 from hsa.outputs.provenance import tensors_digest
-from hsa.planning.likeness import equal_pairs
+from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import Merged, TargetOutcome
 from hsa.planning.plan import check_heads, check_whole, find_targets, with_parameters
 from hsa.planning.target import Target
@@ -62,7 +62,7 @@ class _Held:
     others: Mapping[str, Sample]
     has_config: bool
     warnings: tuple[str, ...] = ()
-    ancestry: Ancestry | None = None
+    earlier_merge: EarlierMerge | None = None
 
 
 class Merger:
@@ -146,9 +146,15 @@ class Merger:
             for target in self._targets
         }
         self._destinations = Destinations(self._targets, targets)
-        merges = {role: each.ancestry for role, each in held.items() if each.ancestry is not None}
-        told = of_adapters(self._sources) + of_base(merges) + of_values(self._outcomes(self._targets))
-        told += of_fine_tunes(merges, self._sources, targets, lambda role: _digest(role, data[role], self._targets))
+        merges = {role: each.earlier_merge for role, each in held.items() if each.earlier_merge is not None}
+        told = (
+            adapter_findings(self._sources)
+            + merged_base_findings(merges)
+            + value_findings(self._outcomes(self._targets))
+        )
+        told += repeated_merge_findings(
+            merges, self._sources, targets, lambda role: _digest(role, data[role], self._targets)
+        )
         self.warnings = [*(text for each in held.values() for text in each.warnings), *told.warnings]
         for text in self.warnings:
             warn(text)
@@ -180,7 +186,7 @@ class Merger:
         tell, whatever the parameters, are in `Merger.warnings`. Raises RequestError.
         """
         outcomes = self._outcomes(self._with(k, lam, alpha))
-        return Findings(notes=(Extent.of(outcomes).text,)) + of_change(outcomes)
+        return Findings(notes=(Extent.of(outcomes).text,)) + change_findings(outcomes)
 
     def merge(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> dict[str, torch.Tensor]:
         """The merged target tensors by name, new on every call, on the CPU: shapes and dtypes are primary's.
@@ -285,7 +291,9 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
                 checkpoint.read_into(ref, data[name].data)
         others = sample_checkpoint(checkpoint, data) if role == "primary" else {}
         checkpoint.check_unchanged()
-        return _Held(checkpoint, data, others, bool(checkpoint.config), ancestry=ancestries([checkpoint]).get(role))
+        return _Held(
+            checkpoint, data, others, bool(checkpoint.config), earlier_merge=read_earlier_merges([checkpoint]).get(role)
+        )
 
 
 def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:

@@ -1,4 +1,4 @@
-"""Which sources hold the same values in a target tensor, if only up to the rounding of a narrower element type."""
+"""Finds the sources that hold equal values in a target tensor, up to the rounding of a narrower element type."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from hsa.planning.target import Target
 from hsa.sources.roles import Role
 from hsa.system.dtypes import STORAGE, Array, narrow, widen
 
-Pair = tuple[Role, Role]
+SourcePair = tuple[Role, Role]
 
-PAIRS: tuple[Pair, ...] = (("base", "primary"), ("base", "secondary"), ("primary", "secondary"))
+SOURCE_PAIRS: tuple[SourcePair, ...] = (("base", "primary"), ("base", "secondary"), ("primary", "secondary"))
 
 PIECE = 1 << 14
 """Elements that are compared at a time: different models differ in the first of them."""
 
 
-def equal_pairs(target: Target, raw: Mapping[Role, Array]) -> frozenset[Pair]:
+def equal_pairs(target: Target, raw: Mapping[Role, Array]) -> frozenset[SourcePair]:
     """The pairs of sources whose tensors hold the same values. `raw` holds the tensors' bytes, uint8.
 
     A float32 tensor and one in float16 or bfloat16 count as the same where the one rounds to the other.
     """
     return frozenset(
-        (one, two) for one, two in PAIRS if _equal(target.ref(one).code, raw[one], target.ref(two).code, raw[two])
+        (one, two)
+        for one, two in SOURCE_PAIRS
+        if _equal(target.ref(one).code, raw[one], target.ref(two).code, raw[two])
     )
 
 

@@ -1,4 +1,4 @@
-"""The last files of an output: configs, tokenizer files and index, the card, and the provenance with all digests."""
+"""Writes the files beside the weights: configs, tokenizer files, index, card, and the provenance with all digests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hsa.system.publish import StagedOutput
 CARD = "README.md"
 
 
-def finish(
+def write_metadata_files(
     staging: StagedOutput,
     record: Record,
-    small: Mapping[str, bytes],
+    small_files: Mapping[str, bytes],
     weights: Mapping[str, str | None],
     *,
     digest: bool,
@@ -29,18 +29,18 @@ def finish(
 
     `weights` are the weights files that stand already, with their digests (None where left out).
     """
-    for name, data in last_files(record, small, weights, digest=digest):
+    for name, data in metadata_files(record, small_files, weights, digest=digest):
         staging.write(name, data, tally)
 
 
-def last_files(
-    record: Record, small: Mapping[str, bytes], weights: Mapping[str, str | None], *, digest: bool
+def metadata_files(
+    record: Record, small_files: Mapping[str, bytes], weights: Mapping[str, str | None], *, digest: bool
 ) -> Iterator[tuple[str, bytes]]:
-    """What `finish` writes, in its order: name and bytes."""
+    """What `write_metadata_files` writes, in its order: name and bytes."""
     from hsa.outputs import card
 
-    model = model_class(json.loads(small[CONFIG]))
-    files = {**small, CARD: card.render(record, [*small, *weights, CARD, PROVENANCE], model)}
+    model = model_class(json.loads(small_files[CONFIG]))
+    files = {**small_files, CARD: card.render(record, [*small_files, *weights, CARD, PROVENANCE], model)}
     digests = dict(weights)
     for name, data in files.items():
         yield name, data

@@ -17,7 +17,7 @@ import torch
 from helpers import merge_arguments, read_tensors, run_hsa, snapshot, write_adapter, write_openai, write_tensors
 
 import hsa
-from hsa.outputs import meaning
+from hsa.outputs import merge_warnings
 from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, write_triple
 
 Triple = Mapping[str, Path]
@@ -26,8 +26,8 @@ Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 EXCHANGED = "nearer to {other} than to base.*are base and {other} exchanged"
 UNRELATED = "hardly trained from this base"
 TWICE = "equal on all .* target tensors"
-STILL = "changes next to nothing"
-MISTAKES = "|".join((r"exchanged", UNRELATED, TWICE, STILL, "changes nothing", "adapter was trained on"))
+NO_CHANGE = "changes next to nothing"
+MISTAKES = "|".join((r"exchanged", UNRELATED, TWICE, NO_CHANGE, "changes nothing", "adapter was trained on"))
 EVERY = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
 
@@ -271,11 +271,11 @@ def test_the_thresholds_lie_between_what_was_measured(triple: Triple, tmp_path: 
     stranger = rewritten(triple["base"], tmp_path / "stranger", random_like(3))
     unrelated = hsa.merge(**{**triple, "base": stranger}, output=tmp_path / "unrelated", sync=False).extent
     assert sound.primary is not None and unrelated.primary is not None
-    assert sound.primary * 5 < meaning.UNRELATED < unrelated.primary / 2
+    assert sound.primary * 5 < merge_warnings.UNRELATED < unrelated.primary / 2
     assert sound.cosine is not None and exchanged.cosine is not None
-    assert sound.cosine + 0.1 < meaning.SHARED < exchanged.cosine - 0.1
+    assert sound.cosine + 0.1 < merge_warnings.SHARED_COSINE < exchanged.cosine - 0.1
     assert sound.change is not None
-    assert sound.change > meaning.STILL * 100
+    assert sound.change > merge_warnings.NO_CHANGE * 100
 
 
 # --- merges that change next to nothing ------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_a_merge_that_changes_next_to_nothing_is_told(
     triple: Triple, parameters: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
     found = warnings_of(triple, tmp_path / "out", **parameters)
-    assert re.search(f"{STILL}.*{why}", found), found
+    assert re.search(f"{NO_CHANGE}.*{why}", found), found
 
 
 @pytest.mark.parametrize(

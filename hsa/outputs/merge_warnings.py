@@ -1,4 +1,4 @@
-"""Mistakes of meaning: sources that can be merged but hardly belong together, and merges that do next to nothing.
+"""Warns of sources that can be merged but do not belong together, and of merges that change next to nothing.
 
 Such a merge writes a sound checkpoint of no use, so it is told as a warning. The thresholds lie between what was
 measured of sound and of mistaken sources. Real ones: three fine-tunes of whisper-tiny by two or three, in float16, with
@@ -24,10 +24,10 @@ from hsa.architectures.base import Preset
 from hsa.errors import StrictError, shown
 from hsa.findings import Findings
 from hsa.option_names import option
-from hsa.outputs.ancestry import Ancestries, of_base, of_fine_tunes
-from hsa.outputs.extent import Extent, percent, planned
+from hsa.outputs.earlier_merges import EarlierMerges, merged_base_findings, repeated_merge_findings
+from hsa.outputs.extent import Extent, percent, planned_weight_range
 from hsa.outputs.provenance import target_digest
-from hsa.planning.likeness import PAIRS, Pair
+from hsa.planning.equal_sources import SOURCE_PAIRS, SourcePair
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target
 from hsa.sources.checkpoint import Checkpoint
@@ -38,81 +38,91 @@ from hsa.sources.source_set import Sources
 UNRELATED = 0.5
 """|tv| / |B| from which a fine-tune is none of this base. Two independent models are at least 1.0 apart."""
 
-SHARED = 0.39
+SHARED_COSINE = 0.39
 """Cosine of the task vectors from which they share more than two fine-tunes of one base do. It is used together with
-`CLOSE`, for a small fine-tune lies near to a large one whatever their angle."""
+`CLOSE_RATIO`, for a small fine-tune lies near to a large one whatever their angle."""
 
-CLOSE = 1.1
+CLOSE_RATIO = 1.1
 """d / t below which two fine-tunes lie nearer to each other than two of one base do."""
 
-STILL = 1e-4
+NO_CHANGE = 1e-4
 """|output - primary| / |tv1| below which a merge changes next to nothing. HSA's defaults give 0.1."""
 
 
-def of_plan(sources: Sources, found: Ancestries) -> Findings:
+def header_findings(sources: Sources, earlier: EarlierMerges) -> Findings:
     """What headers, configs, names and the sources' own records tell, before any tensor is read."""
-    return Findings(tuple(_located(sources)), tuple(_unnamed(sources))) + of_adapters(sources) + of_base(found)
+    return (
+        Findings(tuple(_names_with_parent(sources)), tuple(_uninformative_names(sources)))
+        + adapter_findings(sources)
+        + merged_base_findings(earlier)
+    )
 
 
-def of_adapters(sources: Sources) -> Findings:
-    """What the configs of adapters tell; part of `of_plan`."""
-    return Findings(warnings=tuple(_adapters(sources)))
+def adapter_findings(sources: Sources) -> Findings:
+    """What the configs of adapters tell; part of `header_findings`."""
+    return Findings(warnings=tuple(_foreign_adapters(sources)))
 
 
-def of_settings(targets: Sequence[Target]) -> Findings:
-    """A warning where the parameters alone give secondary no weight. A finished merge is judged by `of_change`."""
-    found = planned(targets)
-    if any(target.scale != 1.0 for target in targets) or (found is not None and found[1] > 0.0):
+def parameter_findings(targets: Sequence[Target]) -> Findings:
+    """A warning where the parameters alone give secondary no weight; `change_findings` judges a finished merge."""
+    weights = planned_weight_range(targets)
+    if any(target.scale != 1.0 for target in targets) or (weights is not None and weights[1] > 0.0):
         return Findings()
-    return Findings(warnings=(f"the merge changes nothing: {_reason(found)}",))
+    return Findings(warnings=(f"the merge changes nothing: {_why_nothing_changes(weights)}",))
 
 
-def of_values(outcomes: Sequence[TargetOutcome]) -> Findings:
+def value_findings(outcomes: Sequence[TargetOutcome]) -> Findings:
     """What the values of the sources' target tensors tell, whatever the parameters of the merge."""
     extent = Extent.of(outcomes)
-    equal = _equal(outcomes)
-    strangers = list(_strangers(extent))
-    exchanged = [] if equal or strangers else _exchanged(outcomes, extent)
-    return Findings(warnings=(*(_twice(pair, len(outcomes)) for pair in equal), *strangers, *exchanged))
+    equal = _equal_sources(outcomes)
+    unrelated = list(_unrelated_fine_tunes(extent))
+    exchanged = [] if equal or unrelated else _exchanged_sources(outcomes, extent)
+    return Findings(warnings=(*(_equal_sources_warning(pair, len(outcomes)) for pair in equal), *unrelated, *exchanged))
 
 
-def of_sources(outcomes: Sequence[TargetOutcome], sources: Sources, found: Ancestries, preset: Preset) -> Findings:
+def source_findings(
+    outcomes: Sequence[TargetOutcome], sources: Sources, earlier: EarlierMerges, preset: Preset
+) -> Findings:
     """What a finished merge tells of its sources: their values, and whether they were merged with each other before."""
-    return of_values(outcomes) + of_fine_tunes(found, sources, preset, lambda role: target_digest(role, outcomes))
+    return value_findings(outcomes) + repeated_merge_findings(
+        earlier, sources, preset, lambda role: target_digest(role, outcomes)
+    )
 
 
-def of_change(outcomes: Sequence[TargetOutcome]) -> Findings:
+def change_findings(outcomes: Sequence[TargetOutcome]) -> Findings:
     """A warning where a finished merge changes next to nothing, and not because two sources are equal."""
     extent = Extent.of(outcomes)
-    if extent.change is None or extent.change >= STILL or _equal(outcomes):
+    if extent.change is None or extent.change >= NO_CHANGE or _equal_sources(outcomes):
         return Findings()
     return Findings(
         warnings=(
             f"the merge changes next to nothing: the output differs from primary by {percent(extent.change)} % of its "
-            f"task vector on the target tensors; {_reason(extent.weights)}",
+            f"task vector on the target tensors; {_why_nothing_changes(extent.weights)}",
         )
     )
 
 
-def refuse(found: Findings, *, strict: bool) -> None:
+def raise_if_strict(findings: Findings, *, strict: bool) -> None:
     """StrictError where there are warnings and `strict` makes them errors."""
-    if strict and found.warnings:
-        count = len(found.warnings)
+    if strict and findings.warnings:
+        count = len(findings.warnings)
         what = "a warning is an error" if count == 1 else f"{count} warnings are errors"
-        raise StrictError(f"{what} with {option('strict', True)}, and nothing was written: {'; '.join(found.warnings)}")
+        raise StrictError(
+            f"{what} with {option('strict', True)}, and nothing was written: {'; '.join(findings.warnings)}"
+        )
 
 
-def _equal(outcomes: Sequence[TargetOutcome]) -> list[Pair]:
+def _equal_sources(outcomes: Sequence[TargetOutcome]) -> list[SourcePair]:
     """The pairs of sources that hold the same values in every target; of three equal ones, base and each other."""
     still = {
         ("base", "primary"): not any(outcome.merged.primary_moved for outcome in outcomes),
         ("base", "secondary"): not any(outcome.merged.secondary_moved for outcome in outcomes),
     }
-    found = [pair for pair in PAIRS if still.get(pair) or all(pair in outcome.equal for outcome in outcomes)]
-    return found if len(found) < len(PAIRS) else found[:2]
+    pairs = [pair for pair in SOURCE_PAIRS if still.get(pair) or all(pair in outcome.equal for outcome in outcomes)]
+    return pairs if len(pairs) < len(SOURCE_PAIRS) else pairs[:2]
 
 
-def _twice(pair: Pair, count: int) -> str:
+def _equal_sources_warning(pair: SourcePair, count: int) -> str:
     one, two = pair
     if one == "base":
         return (
@@ -122,7 +132,7 @@ def _twice(pair: Pair, count: int) -> str:
     return f"{one} and {two} are equal on all {count} target tensors: is the same model given twice?"
 
 
-def _strangers(extent: Extent) -> Iterator[str]:
+def _unrelated_fine_tunes(extent: Extent) -> Iterator[str]:
     """Fine-tunes that were not trained from this base."""
     sizes: dict[Role, float | None] = {"primary": extent.primary, "secondary": extent.secondary}
     far = {role: size for role, size in sizes.items() if size is not None and size > UNRELATED}
@@ -144,14 +154,14 @@ def _strangers(extent: Extent) -> Iterator[str]:
             )
 
 
-def _exchanged(outcomes: Sequence[TargetOutcome], extent: Extent) -> Iterator[str]:
+def _exchanged_sources(outcomes: Sequence[TargetOutcome], extent: Extent) -> Iterator[str]:
     """A fine-tune that is nearer to the other than to base, or nearly so."""
-    found = [outcome.merged.geometry for outcome in outcomes]
-    apart = math.fsum(value for geometry in found for value in geometry.apart)
-    one = math.fsum(value for geometry in found for value in geometry.primary)
-    two = math.fsum(value for geometry in found for value in geometry.secondary)
+    geometries = [outcome.merged.geometry for outcome in outcomes]
+    apart = math.fsum(value for geometry in geometries for value in geometry.apart)
+    one = math.fsum(value for geometry in geometries for value in geometry.primary)
+    two = math.fsum(value for geometry in geometries for value in geometry.secondary)
     nearer, other = ("secondary", "primary") if two >= one else ("primary", "secondary")
-    if extent.cosine is None or extent.cosine < SHARED or apart >= CLOSE**2 * max(one, two):
+    if extent.cosine is None or extent.cosine < SHARED_COSINE or apart >= CLOSE_RATIO**2 * max(one, two):
         return
     share = math.sqrt(apart / max(one, two))
     how = f"nearer to {other} than to base" if share < 1.0 else f"nearly as near to {other} as to base"
@@ -162,18 +172,18 @@ def _exchanged(outcomes: Sequence[TargetOutcome], extent: Extent) -> Iterator[st
     )
 
 
-def _reason(found: tuple[float, float] | None) -> str:
+def _why_nothing_changes(weights: tuple[float, float] | None) -> str:
     """Why a merge changes nothing, and what would merge more."""
-    if found is None:
+    if weights is None:
         return f"k selects no head; raise {option('k')}"
-    if found[1] == 0.0:
+    if weights[1] == 0.0:
         why = "secondary has no weight where lambda is 1 or alpha is 0"
         return f"{why}; lower {option('lam')}, or raise {option('alpha')}"
     more = f"lower {option('lam')}, raise {option('alpha')} or raise {option('k')}"
     return f"{more}, or give a secondary that differs from primary"
 
 
-def _adapters(sources: Sources) -> Iterator[str]:
+def _foreign_adapters(sources: Sources) -> Iterator[str]:
     """Adapters that say they were trained on another base; directory names say nothing."""
     base = sources.base.identity.id
     for source in sources:
@@ -187,7 +197,7 @@ def _adapters(sources: Sources) -> Iterator[str]:
             )
 
 
-def _unnamed(sources: Sources) -> Iterator[str]:
+def _uninformative_names(sources: Sources) -> Iterator[str]:
     """Names that say nothing even with their parent's, or that two sources share."""
     for source in sources:
         if says_nothing(source.identity.id):
@@ -195,7 +205,7 @@ def _unnamed(sources: Sources) -> Iterator[str]:
                 f"the card calls {source.role} {shown(source.identity.id)}, which says nothing; give "
                 f"{option(f'{source.role}_id')}, or a directory whose name or whose parent's name says what it is"
             )
-    for one, two in PAIRS:
+    for one, two in SOURCE_PAIRS:
         first, second = sources.of(one), sources.of(two)
         if first.identity == second.identity and first.path != second.path and not says_nothing(first.identity.id):
             yield (
@@ -204,15 +214,15 @@ def _unnamed(sources: Sources) -> Iterator[str]:
             )
 
 
-def _located(sources: Sources) -> Iterator[str]:
+def _names_with_parent(sources: Sources) -> Iterator[str]:
     """Names to which the parent's was added."""
     for source in sources:
-        if _has_place(source):
+        if _has_parent_name(source):
             yield (
                 f"{source.path.name} alone says little, so card and provenance call {source.role} "
                 f"{shown(source.identity.id)}"
             )
 
 
-def _has_place(source: Checkpoint) -> bool:
+def _has_parent_name(source: Checkpoint) -> bool:
     return source.identity.id.startswith(f"{source.path.name} in ")

@@ -1,4 +1,4 @@
-"""Sources that are themselves outputs of hsa, by the record in their folder, and what that says of merging them again.
+"""Warns where a source is itself an output of hsa, or was merged from another source already.
 
 A record is `hsa_merge.json`. It names the three sources of the earlier merge, with a digest over the target tensors of
 each. A source without a record, or with one that is damaged, counts as a model that hsa did not write.
@@ -22,30 +22,30 @@ from hsa.system.manifest import PROVENANCE
 
 
 @dataclass(frozen=True)
-class Ancestry:
+class EarlierMerge:
     """How a source was merged, by its own record: the preset of target tensors, and the three sources."""
 
     preset: str
     sources: Mapping[Role, SourceRecord]
 
 
-Ancestries = Mapping[Role, Ancestry]
+EarlierMerges = Mapping[Role, EarlierMerge]
 """The sources of a merge that are outputs of hsa."""
 
 
-def ancestries(sources: Iterable[Checkpoint]) -> dict[Role, Ancestry]:
+def read_earlier_merges(sources: Iterable[Checkpoint]) -> dict[Role, EarlierMerge]:
     """What the records in the folders of open sources say. Each is read whole, within the bounds of `provenance`."""
-    found: dict[Role, Ancestry] = {}
+    earlier: dict[Role, EarlierMerge] = {}
     for source in sources:
         with suppress(HsaError):
             record = load(source.path).record
-            found[source.role] = Ancestry(record.parameters["targets"], record.sources)
-    return found
+            earlier[source.role] = EarlierMerge(record.parameters["targets"], record.sources)
+    return earlier
 
 
-def of_base(found: Ancestries) -> Findings:
+def merged_base_findings(earlier: EarlierMerges) -> Findings:
     """A warning where base is an output of hsa."""
-    if "base" not in found:
+    if "base" not in earlier:
         return Findings()
     return Findings(
         warnings=(
@@ -55,47 +55,53 @@ def of_base(found: Ancestries) -> Findings:
     )
 
 
-def of_fine_tunes(found: Ancestries, sources: Sources, preset: Preset, digest: Callable[[Role], str]) -> Findings:
+def repeated_merge_findings(
+    earlier: EarlierMerges, sources: Sources, preset: Preset, digest: Callable[[Role], str]
+) -> Findings:
     """Warnings where primary or secondary was merged from another source of this merge.
 
     A common base is as it should be, and so is a merge with a further fine-tune. `digest` gives the digest over the
     target tensors of a source; it is called only where a record has one for the same preset.
     """
-    return Findings(warnings=tuple(_merged_before(found, sources, preset, digest)))
+    return Findings(warnings=tuple(_merged_before(earlier, sources, preset, digest)))
 
 
-def _merged_before(found: Ancestries, sources: Sources, preset: Preset, digest: Callable[[Role], str]) -> Iterator[str]:
+def _merged_before(
+    earlier: EarlierMerges, sources: Sources, preset: Preset, digest: Callable[[Role], str]
+) -> Iterator[str]:
     for role in ROLES[1:]:
-        ancestry = found.get(role)
-        if ancestry is None:
+        earlier_merge = earlier.get(role)
+        if earlier_merge is None:
             continue
         for other in ROLES:
             if other == role:
                 continue
-            was = _place(ancestry, sources.of(other), preset, digest)
-            if was is None or (was == "base" and other == "base"):
+            earlier_role = _earlier_role(earlier_merge, sources.of(other), preset, digest)
+            if earlier_role is None or (earlier_role == "base" and other == "base"):
                 continue
             advice = (
                 "give the pretrained model as base"
-                if "base" in (was, other)
+                if "base" in (earlier_role, other)
                 else f"give the fine-tunes themselves, and to merge more of {other} another k, lambda or alpha"
             )
             yield (
                 f"{role} was merged from {other} already: the {PROVENANCE} in {role}'s folder names {other}'s model as "
-                f"the {was} of that merge; {advice}"
+                f"the {earlier_role} of that merge; {advice}"
             )
 
 
-def _place(ancestry: Ancestry, source: Checkpoint, preset: Preset, digest: Callable[[Role], str]) -> Role | None:
-    """The place that a source had in an earlier merge; None for none.
+def _earlier_role(
+    earlier_merge: EarlierMerge, source: Checkpoint, preset: Preset, digest: Callable[[Role], str]
+) -> Role | None:
+    """The role that a source had in an earlier merge; None for none.
 
     Digests are comparable where both merges have the same target tensors. Otherwise only names on the Hub are compared.
     """
-    for was in ROLES:
-        record = ancestry.sources[was]
-        if ancestry.preset == preset:
+    for role in ROLES:
+        record = earlier_merge.sources[role]
+        if earlier_merge.preset == preset:
             if record.targets == digest(source.role):
-                return was
+                return role
         elif is_hub_id(record.identity.id) and record.identity == source.identity:
-            return was
+            return role
     return None
