@@ -27,7 +27,7 @@ from hsa.outputs.record_checks import merge_config
 from hsa.outputs.report import NO_DIGESTS, MergeReport, TensorReport
 from hsa.planning.file_layout import Content, Copied, Patched, TensorContent, pack
 from hsa.planning.plan import MAX_TARGET
-from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_text
+from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_whole
 from hsa.sources.hub.client import Hub, Want
 from hsa.sources.small_file_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.sources.small_files import PROCESSOR_FILES
@@ -248,7 +248,7 @@ def _small_files(
         for directory in (primary.path, *above, *extra):
             if (directory / name).is_file():
                 role = "assets" if directory in extra else "primary"
-                data = read_text(role, directory, name, tally)
+                data = read_whole(role, directory, name, tally)
                 if digest_of(data) == digest:
                     files[name] = data
                     if name in CHECKED_FILES:

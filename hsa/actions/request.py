@@ -15,7 +15,7 @@ from hsa.outputs.output_settings import check_settings
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub, Want
 from hsa.sources.hub.repository import REVISION, find_id
-from hsa.sources.identity import Identity, is_hub_id, located
+from hsa.sources.identity import Identity, is_hub_id, name_with_parent
 from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
 from hsa.system.fsio import Tally
@@ -108,7 +108,7 @@ def _tell_apart(sources: Sequence[Checkpoint]) -> None:
     ]
     for source in shared:
         if source.identity == Identity(source.path.name):
-            source.identity = Identity(located(source.path))
+            source.identity = Identity(name_with_parent(source.path))
 
 
 def has_hub_ids(request: Request) -> bool:

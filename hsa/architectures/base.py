@@ -1,4 +1,4 @@
-"""What every family of models is described by: stacks, projections and their heads, and the presets of targets."""
+"""What describes every model family: stacks, attention projections and their heads, and the presets of targets."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Promised:
-    """A tensor that a `config.json` promises: its canonical name and its shape.
+class ExpectedTensor:
+    """A tensor that the model of a `config.json` has: its canonical name and its shape.
 
-    `sizes` names the config's key behind each dimension (None where every Whisper has the same), `because` the key that
-    makes the model have this tensor (None where every Whisper has it).
+    `size_keys` names the config's key behind each dimension (None where every Whisper has the same), `required_by` the
+    key that makes the model have this tensor (None where every Whisper has it).
     """
 
     name: str
     shape: tuple[int, ...]
-    sizes: tuple[str | None, ...]
-    because: str | None = None
+    size_keys: tuple[str | None, ...]
+    required_by: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""OpenAI's own names of Whisper's tensors and sizes, as Hugging Face calls them."""
+"""Translate OpenAI's names of Whisper's tensors and sizes to Hugging Face's."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from hsa.architectures.whisper import EMBEDDING, MODEL_TYPE
 from hsa.errors import SourceError, shown
 
-_OPENAI_LAYER = re.compile(r"(?P<stack>encoder|decoder)\.blocks\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<rest>.+)")
+_LAYER = re.compile(r"(?P<stack>encoder|decoder)\.blocks\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<rest>.+)")
 
 
-_OPENAI_BLOCK = re.compile(r"(?P<block>attn|cross_attn)\.(?P<kind>query|key|value|out)\.(?P<part>weight|bias)")
+_BLOCK = re.compile(r"(?P<block>attn|cross_attn)\.(?P<kind>query|key|value|out)\.(?P<part>weight|bias)")
 
 
-_OPENAI_BLOCKS = {"attn": "self_attn", "cross_attn": "encoder_attn"}
+_BLOCKS = {"attn": "self_attn", "cross_attn": "encoder_attn"}
 
 
-_OPENAI_KINDS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+_KINDS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 
 
-_OPENAI_MODULES = {
+_MODULES = {
     "attn_ln": "self_attn_layer_norm",
     "cross_attn_ln": "encoder_attn_layer_norm",
     "mlp.0": "fc1",
@@ -30,13 +30,13 @@ _OPENAI_MODULES = {
 }
 
 
-_OPENAI_OUTSIDE = {
+_OUTSIDE_LAYERS = {
     "encoder.positional_embedding": "encoder.embed_positions.weight",
     "decoder.positional_embedding": "decoder.embed_positions.weight",
     "decoder.token_embedding.weight": EMBEDDING,
     **{
-        f"{theirs}.{part}": f"{ours}.{part}"
-        for theirs, ours in (
+        f"{openai}.{part}": f"{canonical}.{part}"
+        for openai, canonical in (
             ("encoder.conv1", "encoder.conv1"),
             ("encoder.conv2", "encoder.conv2"),
             ("encoder.ln_post", "encoder.layer_norm"),
@@ -47,7 +47,7 @@ _OPENAI_OUTSIDE = {
 }
 
 
-_OPENAI_DIMS = {
+_DIMS = {
     "d_model": "n_audio_state",
     "encoder_layers": "n_audio_layer",
     "encoder_attention_heads": "n_audio_head",
@@ -65,16 +65,16 @@ def from_openai(name: str) -> str | None:
 
     Source: the module names of OpenAI's whisper/model.py and of transformers' modeling_whisper.py.
     """
-    match = _OPENAI_LAYER.fullmatch(name)
+    match = _LAYER.fullmatch(name)
     if match is None:
-        return _OPENAI_OUTSIDE.get(name)
+        return _OUTSIDE_LAYERS.get(name)
     rest = match["rest"]
-    projection = _OPENAI_BLOCK.fullmatch(rest)
+    projection = _BLOCK.fullmatch(rest)
     module, _, part = rest.rpartition(".")
     if projection is not None:
-        rest = f"{_OPENAI_BLOCKS[projection['block']]}.{_OPENAI_KINDS[projection['kind']]}.{projection['part']}"
-    elif module in _OPENAI_MODULES and part in ("weight", "bias"):
-        rest = f"{_OPENAI_MODULES[module]}.{part}"
+        rest = f"{_BLOCKS[projection['block']]}.{_KINDS[projection['kind']]}.{projection['part']}"
+    elif module in _MODULES and part in ("weight", "bias"):
+        rest = f"{_MODULES[module]}.{part}"
     else:
         return None
     return f"{match['stack']}.layers.{match['layer']}.{rest}"
@@ -86,10 +86,10 @@ def openai_config(dims: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises SourceError when one of them is missing or not a positive integer.
     """
     config: dict[str, Any] = {"model_type": MODEL_TYPE}
-    for key, theirs in _OPENAI_DIMS.items():
-        value = dims.get(theirs)
+    for key, openai_key in _DIMS.items():
+        value = dims.get(openai_key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SourceError(f"{where}: dims has {theirs} = {shown(value, 40)}, expected a positive whole number")
+            raise SourceError(f"{where}: dims has {openai_key} = {shown(value, 40)}, expected a positive whole number")
         config[key] = value
     config["encoder_ffn_dim"] = config["decoder_ffn_dim"] = 4 * config["d_model"]  # as its ResidualAttentionBlock
     return config

@@ -1,6 +1,6 @@
-"""What a Whisper tensor's name says: its stack, layer and projection, and how its heads lie.
+"""Names and shapes of Whisper's tensors, and what they say: stack, layer, projection, and how heads lie.
 
-Tensor names of Whisper stand in this module alone.
+No module outside `hsa.architectures` parses or builds such names, but for the oracle and the synthetic checkpoints.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from hsa.architectures.base import MAX_COUNT, Architecture, Block, Preset, Projection, Promised, Stack
+from hsa.architectures.base import MAX_COUNT, Architecture, Block, ExpectedTensor, Preset, Projection, Stack
 from hsa.errors import SourceError, shown
 
 MODEL_TYPE = "whisper"
@@ -48,7 +48,7 @@ _NAME = re.compile(
 _WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_orig_module|module|_module|_forward_module|_\w+_wrapped_module)\.")
 """What torch.compile, DataParallel, FSDP, activation checkpointing and their like put between the parts of a name."""
 
-_KNOWN = re.compile(
+_WHISPER_TENSOR = re.compile(
     r"(encoder|decoder)\.layers\.[0-9]+\."
     r"((self|encoder)_attn\.(q|k|v|out)_proj|(self_attn|encoder_attn|final)_layer_norm|fc[12])\.(weight|bias)"
     r"|(encoder\.(conv1|conv2|layer_norm)|decoder\.layer_norm|projector|classifier)\.(weight|bias)"
@@ -78,9 +78,9 @@ def canonical(name: str) -> str:
     return plain(name).removeprefix("model.")
 
 
-def is_known(name: str) -> bool:
+def is_whisper_tensor(name: str) -> bool:
     """Whether a canonical name is that of a tensor which some Whisper model has."""
-    return _KNOWN.fullmatch(name) is not None
+    return _WHISPER_TENSOR.fullmatch(name) is not None
 
 
 def layer_key(name: str) -> str | None:
@@ -104,18 +104,18 @@ def plain_names(stored: Iterable[str]) -> dict[str, str]:
         >>> plain_names(["asr.model.encoder.conv1.bias"])
         {'asr.model.encoder.conv1.bias': 'model.encoder.conv1.bias'}
     """
-    found = {name: plain(name) for name in stored}
-    taken = {name.removeprefix("model.") for name in found.values()}
-    for name, rest in found.items():
-        if is_known(rest.removeprefix("model.")) or len(rest) > MAX_NAME:
+    plain_by_stored = {name: plain(name) for name in stored}
+    taken = {name.removeprefix("model.") for name in plain_by_stored.values()}
+    for name, plain_name in plain_by_stored.items():
+        if is_whisper_tensor(plain_name.removeprefix("model.")) or len(plain_name) > MAX_NAME:
             continue
-        while rest and not is_known(rest.removeprefix("model.")):
-            rest = rest.partition(".")[2]
-        bare = rest.removeprefix("model.")
-        if rest and bare not in taken:
+        while plain_name and not is_whisper_tensor(plain_name.removeprefix("model.")):
+            plain_name = plain_name.partition(".")[2]
+        bare = plain_name.removeprefix("model.")
+        if plain_name and bare not in taken:
             taken.add(bare)
-            found[name] = rest
-    return found
+            plain_by_stored[name] = plain_name
+    return plain_by_stored
 
 
 def parse(name: str) -> Projection | None:
@@ -175,8 +175,8 @@ def model_class(config: Mapping[str, Any]) -> str:
         >>> model_class({"architectures": ["WhisperForAudioClassification"]})
         'WhisperForAudioClassification'
     """
-    named = config.get("architectures")
-    return CLASSIFICATION if isinstance(named, list) and CLASSIFICATION in named else GENERATION
+    classes = config.get("architectures")
+    return CLASSIFICATION if isinstance(classes, list) and CLASSIFICATION in classes else GENERATION
 
 
 def stacks_of(config: Mapping[str, Any]) -> tuple[Stack, ...]:
@@ -184,7 +184,7 @@ def stacks_of(config: Mapping[str, Any]) -> tuple[Stack, ...]:
     return ("encoder", "decoder") if model_class(config) == GENERATION else ("encoder",)
 
 
-def state_dict(config: Mapping[str, Any], where: str) -> Iterator[Promised]:
+def state_dict(config: Mapping[str, Any], where: str) -> Iterator[ExpectedTensor]:
     """Every tensor that a model with this config saves; `model_class` says which class of model that is.
 
     An output projection of its own is among them where the config does not tie it to the embedding. Raises SourceError
@@ -199,13 +199,15 @@ def state_dict(config: Mapping[str, Any], where: str) -> Iterator[Promised]:
     layers = architecture(config, where).layers
     sizes = {key: _size(config, key, where) for key in DIMENSIONS}
 
-    def tensor(name: str, *dimensions: str | int, because: str | None = None) -> Promised:
+    def tensor(name: str, *dimensions: str | int, required_by: str | None = None) -> ExpectedTensor:
         shape = tuple(sizes[part] if isinstance(part, str) else part for part in dimensions)
-        return Promised(name, shape, tuple(part if isinstance(part, str) else None for part in dimensions), because)
+        return ExpectedTensor(
+            name, shape, tuple(part if isinstance(part, str) else None for part in dimensions), required_by
+        )
 
-    def affine(module: str, *dimensions: str | int, because: str | None = None) -> Iterator[Promised]:
-        yield tensor(f"{module}.weight", *dimensions, because=because)
-        yield tensor(f"{module}.bias", *dimensions[:1], because=because)
+    def affine(module: str, *dimensions: str | int, required_by: str | None = None) -> Iterator[ExpectedTensor]:
+        yield tensor(f"{module}.weight", *dimensions, required_by=required_by)
+        yield tensor(f"{module}.bias", *dimensions[:1], required_by=required_by)
 
     stacks = stacks_of(config)
     yield from affine("encoder.conv1", "d_model", "num_mel_bins", 3)
@@ -215,38 +217,40 @@ def state_dict(config: Mapping[str, Any], where: str) -> Iterator[Promised]:
         yield tensor("decoder.embed_positions.weight", "max_target_positions", "d_model")
         yield tensor(EMBEDDING, "vocab_size", "d_model")
     for stack in stacks:
-        counted = f"{stack}_layers"
-        inner = f"{stack}_ffn_dim"
+        layers_key = f"{stack}_layers"
+        ffn_key = f"{stack}_ffn_dim"
         for layer in range(layers[stack]):
             place = f"{stack}.layers.{layer}"
             for block in _BLOCKS[stack]:
                 for kind in ("q", "v", "out"):
-                    yield from affine(f"{place}.{block}.{kind}_proj", "d_model", "d_model", because=counted)
-                yield tensor(f"{place}.{block}.k_proj.weight", "d_model", "d_model", because=counted)
-                yield from affine(f"{place}.{block}_layer_norm", "d_model", because=counted)
-            yield from affine(f"{place}.fc1", inner, "d_model", because=counted)
-            yield from affine(f"{place}.fc2", "d_model", inner, because=counted)
-            yield from affine(f"{place}.final_layer_norm", "d_model", because=counted)
+                    yield from affine(f"{place}.{block}.{kind}_proj", "d_model", "d_model", required_by=layers_key)
+                yield tensor(f"{place}.{block}.k_proj.weight", "d_model", "d_model", required_by=layers_key)
+                yield from affine(f"{place}.{block}_layer_norm", "d_model", required_by=layers_key)
+            yield from affine(f"{place}.fc1", ffn_key, "d_model", required_by=layers_key)
+            yield from affine(f"{place}.fc2", "d_model", ffn_key, required_by=layers_key)
+            yield from affine(f"{place}.final_layer_norm", "d_model", required_by=layers_key)
         yield from affine(f"{stack}.layer_norm", "d_model")
     if "decoder" not in stacks:
         yield from _classifier(config, sizes["d_model"], where)
     elif not is_tied(config):
-        yield tensor(UNTIED_OUTPUT, "vocab_size", "d_model", because="tie_word_embeddings")
+        yield tensor(UNTIED_OUTPUT, "vocab_size", "d_model", required_by="tie_word_embeddings")
 
 
-def _classifier(config: Mapping[str, Any], width: int, where: str) -> Iterator[Promised]:
+def _classifier(config: Mapping[str, Any], width: int, where: str) -> Iterator[ExpectedTensor]:
     """What a model for classification has in the place of a decoder."""
-    inner = _positive(config.get("classifier_proj_size", 256), "classifier_proj_size", where)
-    named = config.get("id2label")
-    labels = config.get("num_labels", len(named) if isinstance(named, dict) else 2)
-    labels, because = _positive(labels, "num_labels", where), "architectures"
+    projection_size = _positive(config.get("classifier_proj_size", 256), "classifier_proj_size", where)
+    id2label = config.get("id2label")
+    labels = config.get("num_labels", len(id2label) if isinstance(id2label, dict) else 2)
+    labels, required_by = _positive(labels, "num_labels", where), "architectures"
     if config.get("use_weighted_layer_sum", False):
         count = architecture(config, where).layers["encoder"] + 1
-        yield Promised("layer_weights", (count,), ("encoder_layers",), "use_weighted_layer_sum")
-    yield Promised("projector.weight", (inner, width), ("classifier_proj_size", "d_model"), because)
-    yield Promised("projector.bias", (inner,), ("classifier_proj_size",), because)
-    yield Promised("classifier.weight", (labels, inner), ("id2label", "classifier_proj_size"), because)
-    yield Promised("classifier.bias", (labels,), ("id2label",), because)
+        yield ExpectedTensor("layer_weights", (count,), ("encoder_layers",), "use_weighted_layer_sum")
+    yield ExpectedTensor("projector.weight", (projection_size, width), ("classifier_proj_size", "d_model"), required_by)
+    yield ExpectedTensor("projector.bias", (projection_size,), ("classifier_proj_size",), required_by)
+    yield ExpectedTensor(
+        "classifier.weight", (labels, projection_size), ("id2label", "classifier_proj_size"), required_by
+    )
+    yield ExpectedTensor("classifier.bias", (labels,), ("id2label",), required_by)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
@@ -269,10 +273,10 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
 
     Raises SourceError when `model_type` is not Whisper's or a count is missing or not a positive integer.
     """
-    found = config.get("model_type")
-    if found != MODEL_TYPE:
+    model_type = config.get("model_type")
+    if model_type != MODEL_TYPE:
         raise SourceError(
-            f"{where} is not a Whisper checkpoint: its config.json has model_type {shown(found)}, "
+            f"{where} is not a Whisper checkpoint: its config.json has model_type {shown(model_type)}, "
             f"supported is '{MODEL_TYPE}'"
         )
 

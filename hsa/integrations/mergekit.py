@@ -35,7 +35,7 @@ from hsa.methods.config import percentages
 from hsa.outputs import report
 from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import value_findings
-from hsa.sources.checkpoint import CONFIG, read_text
+from hsa.sources.checkpoint import CONFIG, read_whole
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
 from hsa.system.publish import StagedOutput
@@ -204,7 +204,7 @@ def _complete(staging: StagedOutput, recipe: Recipe, merging: Merging, cache: st
             continue
         for model, folder in folders:
             if (folder / name).is_file():
-                data = read_text("source", folder.resolve(), name, tally)
+                data = read_whole("source", folder.resolve(), name, tally)
                 if not there or staging.file(name).read_bytes() != data:
                     staging.file(name).unlink(missing_ok=True)
                     staging.write(name, data, tally)

@@ -19,7 +19,7 @@ from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.plan import make_target
 from hsa.sources.checkpoint import CONFIG, Checkpoint
-from hsa.sources.identity import Identity, readable
+from hsa.sources.identity import Identity, escaped_name
 from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
@@ -132,7 +132,7 @@ class Merging:
             path = Path(str(models[role]))
             document = self.config(role, models[role])
             places = {projection.name: ref}
-            return Checkpoint(role, path, Identity(readable(path.name)), document, Tally(), tensors=places)
+            return Checkpoint(role, path, Identity(escaped_name(path.name)), document, Tally(), tensors=places)
 
         sources = Sources(checkpoint("base"), checkpoint("primary"), checkpoint("secondary"))
         shapes = {source.role: whisper.architecture(source.config, source.role) for source in sources}

@@ -31,7 +31,7 @@ from hsa.planning.equal_sources import SOURCE_PAIRS, SourcePair
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target
 from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.identity import is_hub_id, says_nothing
+from hsa.sources.identity import is_generic_name, is_hub_id
 from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 
@@ -200,14 +200,14 @@ def _foreign_adapters(sources: Sources) -> Iterator[str]:
 def _uninformative_names(sources: Sources) -> Iterator[str]:
     """Names that say nothing even with their parent's, or that two sources share."""
     for source in sources:
-        if says_nothing(source.identity.id):
+        if is_generic_name(source.identity.id):
             yield (
                 f"the card calls {source.role} {shown(source.identity.id)}, which says nothing; give "
                 f"{option(f'{source.role}_id')}, or a directory whose name or whose parent's name says what it is"
             )
     for one, two in SOURCE_PAIRS:
         first, second = sources.of(one), sources.of(two)
-        if first.identity == second.identity and first.path != second.path and not says_nothing(first.identity.id):
+        if first.identity == second.identity and first.path != second.path and not is_generic_name(first.identity.id):
             yield (
                 f"the card calls both {one} and {two} {shown(first.identity.id)}; give {option(f'{one}_id')} and "
                 f"{option(f'{two}_id')} to tell them apart"

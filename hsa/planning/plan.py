@@ -126,7 +126,7 @@ def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, st
             if projection is not None and whisper.is_target(projection, config.targets):
                 found[name] = projection
     if not found:
-        odd = structure.odd_name(sources.primary, "encoder.layers.0.self_attn.q_proj.weight")
+        odd = structure.wrapped_name(sources.primary, "encoder.layers.0.self_attn.q_proj.weight")
         instead = "" if odd is None else f"; it holds {odd:.300}: save the model without what wraps it"
         raise SourceError(
             f"primary {sources.primary.path} holds no tensor that {shown(config.targets)} would merge (looked for "
@@ -165,7 +165,7 @@ def make_target(
     present = {role: ref for role, ref in refs.items() if ref is not None}
     if len(present) < len(ROLES):
         missing = ", ".join(role for role in ROLES if role not in present)
-        odd = [(role, structure.odd_name(sources.of(role), name)) for role in ROLES if role not in present]
+        odd = [(role, structure.wrapped_name(sources.of(role), name)) for role in ROLES if role not in present]
         instead = "".join(f"; {role} holds {stored:.300} instead" for role, stored in odd if stored is not None)
         raise MismatchError(
             f"target tensor {name} is missing from {missing} and stands in {', '.join(present)}{instead}; the three "

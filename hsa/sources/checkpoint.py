@@ -1,4 +1,4 @@
-"""A checkpoint to read: a local Hugging Face directory, its files, its tensors and where their bytes lie."""
+"""Open a checkpoint for reading: a local Hugging Face directory, its tensors and where their bytes lie."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hsa.sources.identity import Identity, identify, is_hub_id, is_snapshot
 from hsa.sources.pickle_reader import REMEDY
 from hsa.sources.roles import Role
 from hsa.sources.safetensors import MAX_HEADER, read_header
-from hsa.sources.source_folder import names_in, unread_weights, without_weights
+from hsa.sources.source_folder import describe_missing_weights, entry_names, notes_on_unread_weights
 from hsa.sources.tensor_places import Shard, TensorRef, place_tensors
 from hsa.sources.torch_pickle import read_state_dict
 from hsa.system.descriptors import reason
@@ -56,11 +56,11 @@ WHOLE_WEIGHTS = (SAFETENSORS.weights, SAFETENSORS.index, PICKLES.weights, PICKLE
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialWeights:
     """A weights file of which some ranges were fetched: where they lie, and which they are."""
 
     path: Path
-    held: tuple[Range, ...]
+    ranges: tuple[Range, ...]
 
 
 @dataclass
@@ -97,8 +97,8 @@ class Checkpoint:
 
     def file_of(self, tensor: TensorRef) -> str:
         inside = bool(self.shards) and self.kind != "openai"
-        held = self.path / self.shards[tensor.shard].name if inside else self.path
-        return f"{self.role} {held}"
+        path = self.path / self.shards[tensor.shard].name if inside else self.path
+        return f"{self.role} {path}"
 
     def close(self) -> None:
         for shard in self.shards:
@@ -119,7 +119,7 @@ def open_checkpoint(
     path: str | os.PathLike[str],
     tally: Tally,
     claimed: str | None = None,
-    parts: Mapping[str, Part] | None = None,
+    parts: Mapping[str, PartialWeights] | None = None,
     names: Collection[str] | None = None,
 ) -> Checkpoint:
     """Open a checkpoint directory: check its index, open its shards, check their headers. Reads no tensor data.
@@ -130,24 +130,26 @@ def open_checkpoint(
     """
     directory = _directory(role, path)
     parts = parts or {}
-    listed = _weights_files(role, directory, tally, parts)
+    weights = _weights_files(role, directory, tally, parts)
     config = _config(role, directory, tally)
     whisper.architecture(config, f"{role} {directory}")
     result = Checkpoint(role, directory, identify(directory, claimed), config, tally)
-    form = PICKLES if listed.suffix == PICKLES.suffix else SAFETENSORS
-    names = names_in(directory) if names is None else names
-    result.notes = tuple(unread_weights(role, names, form.weights, form.index, ADAPTER_CONFIG))
-    if form is PICKLES:
+    weights_format = PICKLES if weights.suffix == PICKLES.suffix else SAFETENSORS
+    names = entry_names(directory) if names is None else names
+    result.notes = tuple(
+        notes_on_unread_weights(role, names, weights_format.weights, weights_format.index, ADAPTER_CONFIG)
+    )
+    if weights_format is PICKLES:
         result.kind = "pickle"
     else:
-        result.index = listed.index
-    spent = [0, 0, 0, 0]
+        result.index = weights.index
+    totals = [0, 0, 0, 0]
     try:
-        for name in listed.names:
+        for name in weights.names:
             result.shards += (open_shard(role, directory, name, tally, parts.get(name)),)
-            _check_size(result, spent)
-        index, shares_bytes = directory / listed.index_name, result.kind == "pickle"
-        places = place_tensors(role, config, result.shards, index, listed.placed, shares_bytes=shares_bytes)
+            _check_size(result, totals)
+        index, shares_bytes = directory / weights.index_name, result.kind == "pickle"
+        places = place_tensors(role, config, result.shards, index, weights.shard_of, shares_bytes=shares_bytes)
         result.tensors, result.renamed = places.tensors, places.renamed
         result.notes += places.notes
     except BaseException:
@@ -156,39 +158,39 @@ def open_checkpoint(
     return result
 
 
-def _check_size(checkpoint: Checkpoint, spent: list[int]) -> None:
-    """The limits of one header, held for all shards together; HeaderError beyond. `spent`, to which the last shard is
+def _check_size(checkpoint: Checkpoint, totals: list[int]) -> None:
+    """The limits of one header, held for all shards together; HeaderError beyond. `totals`, to which the last shard is
     added, counts bytes, marks, tensors and steps."""
     header = checkpoint.shards[-1].header
-    spent[0] += len(header.raw) - 8
-    spent[1] += count_marks(header.raw[8:]) if checkpoint.kind == "safetensors" else 0
-    spent[2] += len(header.entries)
-    spent[3] += header.steps
-    size, found, tensors, steps = spent
+    totals[0] += len(header.raw) - 8
+    totals[1] += count_marks(header.raw[8:]) if checkpoint.kind == "safetensors" else 0
+    totals[2] += len(header.entries)
+    totals[3] += header.steps
+    size, mark_count, tensors, steps = totals
     if steps > MAX_STEPS:
         raise HeaderError(
             f"{checkpoint.role}: {checkpoint.path} has pickles with {steps} instructions and records, at most "
             f"{MAX_STEPS} are read; {REMEDY}"
         )
-    if size > MAX_HEADER or found > MAX_MARKS or tensors > MAX_TENSORS:
+    if size > MAX_HEADER or mark_count > MAX_MARKS or tensors > MAX_TENSORS:
         raise HeaderError(
-            f"{checkpoint.role}: {checkpoint.path} has headers of {size} bytes, {found} brackets, braces and commas, "
-            f"for {tensors} tensors; at most {MAX_HEADER}, {MAX_MARKS} and {MAX_TENSORS} are read"
+            f"{checkpoint.role}: {checkpoint.path} has headers of {size} bytes, {mark_count} brackets, braces and "
+            f"commas, for {tensors} tensors; at most {MAX_HEADER}, {MAX_MARKS} and {MAX_TENSORS} are read"
         )
 
 
-def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part | None = None) -> Shard:
+def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: PartialWeights | None = None) -> Shard:
     """Open one weights file of a directory and check its header: a pickle's by its name, else safetensors.
 
     `part` is where the file lies instead, and which ranges of it.
     """
     if part is None:
-        contained(role, directory, name)
+        resolve_inside(role, directory, name)
         source = SourceFile(
             directory / name, role, tally
         )  # by its own name, also where the hub's cache links to a digest
     else:
-        source = SourceFile(part.path, role, tally, part.held)
+        source = SourceFile(part.path, role, tally, part.ranges)
     try:
         if name.endswith(PICKLES.suffix):
             return Shard(name, source, read_state_dict(source), 0)
@@ -199,7 +201,7 @@ def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Part 
         raise
 
 
-def contained(role: str, directory: Path, name: str) -> Path:
+def resolve_inside(role: str, directory: Path, name: str) -> Path:
     """The real path of a file of a source; SourceError when a link leads out of the directory.
 
     The hub's cache keeps a snapshot's files as links into the repository's own `blobs`, and these may be links into the
@@ -220,9 +222,9 @@ def contained(role: str, directory: Path, name: str) -> Path:
     return real
 
 
-def read_text(role: str, directory: Path, name: str, tally: Tally) -> bytes:
+def read_whole(role: str, directory: Path, name: str, tally: Tally) -> bytes:
     """The bytes of a small file of a source, read whole; SourceError when it cannot be read or is too large."""
-    source = SourceFile(contained(role, directory, name), role, tally)
+    source = SourceFile(resolve_inside(role, directory, name), role, tally)
     try:
         if source.size > MAX_TEXT:
             raise SourceError(f"{role}: {directory / name} has {source.size} bytes, at most {MAX_TEXT} are read")
@@ -235,29 +237,29 @@ def read_text(role: str, directory: Path, name: str, tally: Tally) -> bytes:
 
 
 def _directory(role: str, path: str | os.PathLike[str]) -> Path:
-    given = Path(path)
-    looked = f"a directory with {CONFIG} and {WEIGHTS} or {INDEX}"
+    source = Path(path)
+    expected = f"a directory with {CONFIG} and {WEIGHTS} or {INDEX}"
     if not os.fspath(path):
-        raise SourceError(f"{role}: no directory is given (an empty path); looked for {looked}")
+        raise SourceError(f"{role}: no directory is given (an empty path); looked for {expected}")
     try:
-        given = given.expanduser()
-        directory = given.resolve(strict=True)
+        source = source.expanduser()
+        directory = source.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(
-            f"{role}: {given} cannot be found ({_reason(error)}); looked for {looked}{_instead(given)}"
+            f"{role}: {source} cannot be found ({_reason(error)}); looked for {expected}{_suggestion(source)}"
         ) from error
     if not directory.is_dir():
-        raise SourceError(f"{role}: {given} is not a directory; looked for {looked}")
+        raise SourceError(f"{role}: {source} is not a directory; looked for {expected}")
     return directory
 
 
-def _instead(path: Path) -> str:
-    """What may be meant by a path that leads nowhere: a directory of nearly that name beside it, or a hub id."""
+def _suggestion(path: Path) -> str:
+    """What may be meant by a path that does not exist: a directory of nearly that name beside it, or a hub id."""
     text = ""
     with suppress(OSError, ValueError):
-        beside = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
-        near = get_close_matches(path.name, beside, n=1)
-        text = f"; did you mean {path.parent / near[0]}?" if near else ""
+        siblings = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
+        matches = get_close_matches(path.name, siblings, n=1)
+        text = f"; did you mean {path.parent / matches[0]}?" if matches else ""
     if is_hub_id(str(path)):
         text += f"; a model on the Hub is {path}@main"
     return text
@@ -272,54 +274,56 @@ def _exists(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class _Listed:
-    """The weights files of a directory, and what their index says; `index` and `placed` are None without one."""
+class _WeightsFiles:
+    """The weights files of a directory, and what their index says; `index` and `shard_of` are None without one."""
 
     names: tuple[str, ...]
     suffix: str
     index_name: str
     index: bytes | None = None
-    placed: Mapping[str, str] | None = None
+    shard_of: Mapping[str, str] | None = None
 
 
-def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str, Part]) -> _Listed:
+def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str, PartialWeights]) -> _WeightsFiles:
     """Which files hold the weights: safetensors wherever there are any. Refuses bad names before any is opened."""
-    for form in (SAFETENSORS, PICKLES):
-        if form.weights in parts or _exists(directory / form.weights):
-            return _Listed((form.weights,), form.suffix, form.index)
-        if _exists(directory / form.index):
-            index = read_text(role, directory, form.index, tally)
-            placed = weight_map(index, f"{role}: {directory / form.index}")
-            names = tuple(sorted(set(placed.values())))
-            _check_shards(role, directory, names, form, parts)
-            return _Listed(names, form.suffix, form.index, index, placed)
-    raise SourceError(f"{role}: {without_weights(directory, (*WHOLE_WEIGHTS, ADAPTER_CONFIG))}")
+    for weights_format in (SAFETENSORS, PICKLES):
+        if weights_format.weights in parts or _exists(directory / weights_format.weights):
+            return _WeightsFiles((weights_format.weights,), weights_format.suffix, weights_format.index)
+        if _exists(directory / weights_format.index):
+            index = read_whole(role, directory, weights_format.index, tally)
+            shard_of = weight_map(index, f"{role}: {directory / weights_format.index}")
+            names = tuple(sorted(set(shard_of.values())))
+            _check_shards(role, directory, names, weights_format, parts)
+            return _WeightsFiles(names, weights_format.suffix, weights_format.index, index, shard_of)
+    raise SourceError(f"{role}: {describe_missing_weights(directory, (*WHOLE_WEIGHTS, ADAPTER_CONFIG))}")
 
 
 def _config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
     if not _exists(directory / CONFIG):
         raise SourceError(f"{role}: {directory} has no {CONFIG}, which says how many heads and layers there are")
-    return load_json(read_text(role, directory, CONFIG, tally), f"{role}: {directory / CONFIG}", "config")
+    return load_json(read_whole(role, directory, CONFIG, tally), f"{role}: {directory / CONFIG}", "config")
 
 
 def weight_map(text: bytes, where: str) -> Mapping[str, str]:
     """The shard of each tensor by an index's own text; HeaderError when it is malformed."""
-    placed = load_json(text, where, "index").get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
+    shard_of = load_json(text, where, "index").get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise HeaderError(f"{where}: expected a weight_map from tensor names to file names")
-    return placed
+    return shard_of
 
 
-def is_plain(name: str, suffix: str = SAFETENSORS.suffix) -> bool:
+def is_shard_name(name: str, suffix: str = SAFETENSORS.suffix) -> bool:
     """Whether an index may name this shard: a file with that suffix in the same directory."""
-    plain = name == Path(name).name and name not in ("", ".", "..") and "\0" not in name
-    return plain and name.endswith(suffix)
+    in_directory = name == Path(name).name and name not in ("", ".", "..") and "\0" not in name
+    return in_directory and name.endswith(suffix)
 
 
-def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: Format, parts: Mapping[str, Part]) -> None:
+def _check_shards(
+    role: str, directory: Path, names: tuple[str, ...], form: Format, parts: Mapping[str, PartialWeights]
+) -> None:
     """Refuse every bad name before anything is opened."""
     for name in names:
-        if not is_plain(name, form.suffix):
+        if not is_shard_name(name, form.suffix):
             raise SourceError(
                 f"{role}: {directory / form.index} names the shard {shown(name)}; expected the plain name of a "
                 f"{form.suffix} file in the same directory"
@@ -330,7 +334,7 @@ def _check_shards(role: str, directory: Path, names: tuple[str, ...], form: Form
             )
     for name in names:
         if name not in parts:
-            contained(role, directory, name)
+            resolve_inside(role, directory, name)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Who a source is: a model on the Hub, or a directory by a name that tells it from others."""
+"""The identity of a source: a model on the Hub, or a directory by a name that tells it from others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _REPO = re.compile(r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
-_SAYS_NOTHING = re.compile(
+_GENERIC_NAME = re.compile(
     r"((best|final|last|latest|global)[-_. ]?)?(checkpoints?|ckpts?|epoch|step|model|weights|pytorch_model)"
     r"([-_. ]?(best|final|last|latest|[0-9]+))?(\.pt)?|"
     r"(best|final|last|latest|out|outputs?|results?|models|merged|trained|finetuned)(\.pt)?",
@@ -39,11 +39,11 @@ def is_hub_id(text: str) -> bool:
     return _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
-def readable(name: str) -> str:
+def escaped_name(name: str) -> str:
     """A file's name as text that any file can hold: bytes that are not UTF-8 are written as `\\xe9`.
 
     Example:
-        >>> readable(os.fsdecode(b"caf\\xe9"))
+        >>> escaped_name(os.fsdecode(b"caf\\xe9"))
         'caf\\\\xe9'
     """
     return os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -52,24 +52,24 @@ def readable(name: str) -> str:
 def identify(directory: Path, claimed: str | None) -> Identity:
     """The identity to record: what is claimed, else the hub snapshot's id, else the directory's own name.
 
-    Where that name says nothing, such as checkpoint-1000, its parent's is added: see `located`.
+    Where that name is generic, such as checkpoint-1000, its parent's is added: see `name_with_parent`.
     """
     if claimed:
         name, _, revision = claimed.partition("@")
         return Identity(name, revision or None)
-    cached = _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:]))
-    if cached:
-        return Identity(readable(cached["id"].replace("--", "/")), readable(cached["revision"]))
-    return Identity(located(directory) if says_nothing(directory.name) else readable(directory.name))
+    snapshot = _HUB_SNAPSHOT.fullmatch("/".join(directory.parts[-3:]))
+    if snapshot:
+        return Identity(escaped_name(snapshot["id"].replace("--", "/")), escaped_name(snapshot["revision"]))
+    return Identity(name_with_parent(directory) if is_generic_name(directory.name) else escaped_name(directory.name))
 
 
-def says_nothing(name: str) -> bool:
+def is_generic_name(name: str) -> bool:
     """Whether a directory or file of this name could be any model: checkpoint-1000, best, final, output, model, ..."""
-    return _SAYS_NOTHING.fullmatch(name) is not None
+    return _GENERIC_NAME.fullmatch(name) is not None
 
 
-def located(path: Path) -> str:
-    """The name with that of the nearest parent which says something, at most two levels up: `checkpoint-1000 in run-a`.
+def name_with_parent(path: Path) -> str:
+    """The name with that of the nearest parent that is not generic, two levels up at most: `checkpoint-1000 in run-a`.
 
     A name with spaces is no hub id. The user's home and the root stay out of it.
     """
@@ -77,9 +77,9 @@ def located(path: Path) -> str:
     for parent in path.parents[:2]:
         if not parent.name or parent == home:
             break
-        if not says_nothing(parent.name):
-            return readable(f"{path.name} in {parent.name}")
-    return readable(path.name)
+        if not is_generic_name(parent.name):
+            return escaped_name(f"{path.name} in {parent.name}")
+    return escaped_name(path.name)
 
 
 def is_snapshot(directory: Path) -> bool:

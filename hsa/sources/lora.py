@@ -1,4 +1,4 @@
-"""A LoRA adapter as peft saves it, on top of base: a checkpoint whose adapted weights are computed as they are read.
+"""Read a LoRA adapter, as peft saves it, on top of base: adapted weights are computed as they are read.
 
 An adapted weight is `W + scale * (B @ A)`, with `W` base's weight [d_out, d_in], `A` [r, d_in] and `B` [d_out, r] the
 adapter's, and `scale` lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`). Of a convolution they are [d_out, d_in,
@@ -24,9 +24,9 @@ import numpy as np
 
 from hsa.architectures import whisper
 from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError, shown
-from hsa.sources.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, Checkpoint, open_shard, read_text
+from hsa.sources.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, Checkpoint, open_shard, read_whole
 from hsa.sources.identity import identify
-from hsa.sources.peft_adapter import TIED, Folded, require_peft
+from hsa.sources.peft_adapter import TIED, PeftCheckpoint, require_peft
 from hsa.sources.roles import Role
 from hsa.sources.tensor_places import Shard, TensorRef
 from hsa.system.dtypes import ARITHMETIC, STORAGE, Array, Float32, all_finite, narrow, size, widen
@@ -89,7 +89,7 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 @dataclass
-class Adapted(Checkpoint):
+class LoraCheckpoint(Checkpoint):
     """Base with an adapter on it. `pairs` maps canonical names of adapted weights to `A` and `B` in the adapter."""
 
     base: Checkpoint = field(kw_only=True)
@@ -159,7 +159,7 @@ class Adapted(Checkpoint):
 
 def open_adapter(
     role: Role, path: str | os.PathLike[str], tally: Tally, base: Checkpoint | None, claimed: str | None = None
-) -> Adapted | Folded:
+) -> LoraCheckpoint | PeftCheckpoint:
     """Open a LoRA adapter on top of `base`, which must stay open as long. Reads no tensor data; what is more than plain
     LoRA is left to peft, at the first read.
 
@@ -176,8 +176,10 @@ def open_adapter(
             f"{where} holds a LoRA adapter, which needs base as a checkpoint directory to stand on; give one, or "
             f"{FOLD_FIRST}"
         )
-    config = load_json(read_text(role, directory, ADAPTER_CONFIG, tally), f"{where}/{ADAPTER_CONFIG}", "adapter config")
-    beyond = _beyond(config, f"{where}/{ADAPTER_CONFIG}")
+    config = load_json(
+        read_whole(role, directory, ADAPTER_CONFIG, tally), f"{where}/{ADAPTER_CONFIG}", "adapter config"
+    )
+    setting = _setting_for_peft(config, f"{where}/{ADAPTER_CONFIG}")
     rank, scale = _scaling(config, f"{where}/{ADAPTER_CONFIG}")
     name = next((name for name in WEIGHTS if os.path.lexists(directory / name)), None)
     if name is None:
@@ -195,34 +197,34 @@ def open_adapter(
             "trained_on": trained_on if isinstance(trained_on, str) else None,
         }
         identity = identify(directory, claimed)
-        if beyond is None:
-            adapted = Adapted(role, directory, identity, base.config, tally, **fields, scale=scale)
+        if setting is None:
+            adapted = LoraCheckpoint(role, directory, identity, base.config, tally, **fields, scale=scale)
             adapted.pairs = _pairs(adapted, rank)
             return adapted
-        require_peft(f"{where}/{ADAPTER_CONFIG} has {beyond}, which is more than plain LoRA", FOLD_FIRST)
+        require_peft(f"{where}/{ADAPTER_CONFIG} has {setting}, which is more than plain LoRA", FOLD_FIRST)
         if base.kind == "openai":
-            raise RequestError(f"{where} has {beyond}, which needs base as a checkpoint directory; or {FOLD_FIRST}")
-        note = f"{role}'s adapter has {beyond}: peft folds it in, with base and adapter as whole models in memory"
-        return Folded(role, directory, identity, base.config, tally, **fields, notes=(note,))
+            raise RequestError(f"{where} has {setting}, which needs base as a checkpoint directory; or {FOLD_FIRST}")
+        note = f"{role}'s adapter has {setting}: peft folds it in, with base and adapter as whole models in memory"
+        return PeftCheckpoint(role, directory, identity, base.config, tally, **fields, notes=(note,))
     except BaseException:
         shard.source.close()
         raise
 
 
-def _beyond(config: Mapping[str, Any], where: str) -> str | None:
+def _setting_for_peft(config: Mapping[str, Any], where: str) -> str | None:
     """The first setting that only peft can fold in; RequestError for one that changes more than the adapted layers."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise RequestError(f"{where} has peft_type {shown(kind, 40)}, only LORA is read; {FOLD_FIRST}")
-    beyond = None
+    setting = None
     for key, value in config.items():
         if key in _WITHOUT_EFFECT or value in _PLAIN.get(key, ()):
             continue
         if key in _BY_PEFT and value:
-            beyond = beyond or f"{key} = {shown(value)}"
+            setting = setting or f"{key} = {shown(value)}"
         elif key in _PLAIN or value not in (None, False, "", [], {}):
             raise RequestError(f"{where} has {key} = {shown(value)}, which is more than plain LoRA; {FOLD_FIRST}")
-    return beyond
+    return setting
 
 
 def _scaling(config: Mapping[str, Any], where: str) -> tuple[int, float]:
@@ -245,11 +247,11 @@ def _check_entries(where: str, shard: Shard, base: Checkpoint) -> None:
                 f"{where}: {entry.name} has shape {list(entry.shape)}: the adapter's tensors are empty; {_GATHER}"
             )
         match = _LORA.fullmatch(entry.name)
-        own = None if match is None else match["adapter"] or match["embedding_adapter"]
-        if own is not None:
+        adapter_name = None if match is None else match["adapter"] or match["embedding_adapter"]
+        if adapter_name is not None:
             raise RequestError(
-                f"{where}: the name of tensor {entry.name} holds that of the adapter, {own}, as those of state_dict() "
-                f"do; save the adapter with save_pretrained() of the PeftModel"
+                f"{where}: the name of tensor {entry.name} holds that of the adapter, {adapter_name}, as those of "
+                f"state_dict() do; save the adapter with save_pretrained() of the PeftModel"
             )
         if not entry.name.startswith(_PREFIX):
             raise RequestError(
@@ -261,11 +263,11 @@ def _check_entries(where: str, shard: Shard, base: Checkpoint) -> None:
             raise RequestError(f"{where}: tensor {entry.name} adapts {name}. {TIED}")
 
 
-def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]]:
+def _pairs(adapter: LoraCheckpoint, rank: int) -> dict[str, tuple[TensorRef, TensorRef]]:
     """Every tensor of the adapter's file, as pairs that fit a weight of base."""
     shard = adapter.shards[0]
     where = f"{adapter.role}: {shard.source.path}"
-    halves: dict[str, dict[str, TensorRef]] = {}
+    matrices_of: dict[str, dict[str, TensorRef]] = {}
     for entry in shard.header.entries:
         match = _PAIR.fullmatch(entry.name)
         if match is None:
@@ -276,18 +278,18 @@ def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]
             )
         offset = shard.origin + entry.start
         ref = TensorRef(entry.name, entry.code, entry.shape, 0, offset, entry.stop - entry.start)
-        halves.setdefault(whisper.canonical(f"{match['module']}.weight"), {})[match["matrix"]] = ref
+        matrices_of.setdefault(whisper.canonical(f"{match['module']}.weight"), {})[match["matrix"]] = ref
     pairs = {}
-    for name, half in halves.items():
+    for name, matrices in matrices_of.items():
         weight = adapter.base.tensors.get(name)
-        some = next(iter(half.values()))
+        first = next(iter(matrices.values()))
         if weight is None:
-            raise MismatchError(f"{where}: tensor {some.name} is for {name}, which base does not have; {_WRONG_BASE}")
-        if len(half) != 2:
+            raise MismatchError(f"{where}: tensor {first.name} is for {name}, which base does not have; {_WRONG_BASE}")
+        if len(matrices) != 2:
             raise SourceError(
-                f"{where}: tensor {some.name} has no counterpart; the adapter is incomplete, copy it again"
+                f"{where}: tensor {first.name} has no counterpart; the adapter is incomplete, copy it again"
             )
-        down, up = half["A"], half["B"]
+        down, up = matrices["A"], matrices["B"]
         _check_shapes(where, name, weight, (down, up), rank)
         if weight.code not in ARITHMETIC:
             raise SourceError(
@@ -305,20 +307,21 @@ def _pairs(adapter: Adapted, rank: int) -> dict[str, tuple[TensorRef, TensorRef]
 
 def _check_shapes(where: str, name: str, weight: TensorRef, pair: tuple[TensorRef, TensorRef], rank: int) -> None:
     """Refuse matrices that do not make a weight of this shape, by what is wrong: the adapter's rank, or base."""
-    (first, *rest), (out, *columns) = (list(matrix.shape) or [0] for matrix in pair)
-    found = f"lora_A {list(pair[0].shape)} and lora_B {list(pair[1].shape)}"
-    inner = columns[0] if columns else 0
+    (down_rank, *rest), (rows, *columns) = (list(matrix.shape) or [0] for matrix in pair)
+    shapes = f"lora_A {list(pair[0].shape)} and lora_B {list(pair[1].shape)}"
+    up_rank = columns[0] if columns else 0
     if len(weight.shape) not in (2, 3):
         raise RequestError(
-            f"{where}: {found} are for {name}, which has shape {list(weight.shape)} in base; LoRA is read on matrices "
+            f"{where}: {shapes} are for {name}, which has shape {list(weight.shape)} in base; LoRA is read on matrices "
             f"and convolutions; {FOLD_FIRST}"
         )
-    if [out, *rest] != list(weight.shape) or columns[1:] != [1] * (len(weight.shape) - 2):
-        raise MismatchError(f"{where}: {found} do not fit {name} {list(weight.shape)} of base; {_WRONG_BASE}")
-    if not first == inner == rank:
+    if [rows, *rest] != list(weight.shape) or columns[1:] != [1] * (len(weight.shape) - 2):
+        raise MismatchError(f"{where}: {shapes} do not fit {name} {list(weight.shape)} of base; {_WRONG_BASE}")
+    if not down_rank == up_rank == rank:
+        ranks = down_rank if down_rank == up_rank else f"{down_rank} and {up_rank}"
         raise SourceError(
-            f"{where}: {found} of {name} have rank {first if first == inner else f'{first} and {inner}'}, and r is "
-            f"{rank} in {ADAPTER_CONFIG}; give the {ADAPTER_CONFIG} that was saved with these weights"
+            f"{where}: {shapes} of {name} have rank {ranks}, and r is {rank} in {ADAPTER_CONFIG}; give the "
+            f"{ADAPTER_CONFIG} that was saved with these weights"
         )
 
 

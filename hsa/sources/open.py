@@ -1,4 +1,4 @@
-"""From what a user gives as a source to an open checkpoint: a directory, OpenAI's file, or an adapter on base."""
+"""Open what a user names as a source: a directory, OpenAI's file, or an adapter on base."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 from hsa.sources.checkpoint import Checkpoint, open_checkpoint
 from hsa.sources.lora import is_adapter, open_adapter
-from hsa.sources.openai_file import is_openai, open_openai
+from hsa.sources.openai_file import is_openai_file, open_openai_file
 from hsa.sources.roles import Role
 from hsa.system.fsio import Tally
 
@@ -21,10 +21,10 @@ def open_source(
     """Open a source; `base`, open, is what an adapter stands on. Reads no tensor data.
 
     `claimed` is the identity to record (`org/name` or `org/name@revision`). Raises RequestError, SourceError or a
-    subclass: see `open_checkpoint`, `open_openai`, `open_adapter`.
+    subclass: see `open_checkpoint`, `open_openai_file`, `open_adapter`.
     """
-    if os.fspath(path) and is_openai(path):
-        return open_openai(role, path, tally, claimed)
+    if os.fspath(path) and is_openai_file(path):
+        return open_openai_file(role, path, tally, claimed)
     if os.fspath(path) and is_adapter(path):
         return open_adapter(role, path, tally, base, claimed)
     return open_checkpoint(role, path, tally, claimed)

@@ -12,12 +12,12 @@ from pathlib import Path
 from hsa.architectures.openai_whisper import from_openai, openai_config
 from hsa.errors import RequestError, SourceError
 from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.identity import Identity, identify, readable
+from hsa.sources.identity import Identity, escaped_name, identify
 from hsa.sources.pickle_names import kind_of
 from hsa.sources.roles import Role
 from hsa.sources.safetensors import Header
 from hsa.sources.tensor_places import Shard, TensorRef
-from hsa.sources.torch_pickle import entries, read_archive
+from hsa.sources.torch_pickle import read_archive, tensor_entries
 from hsa.system.descriptors import reason
 from hsa.system.fsio import SourceFile, Tally
 
@@ -26,12 +26,12 @@ WEIGHTS_KEY = "model_state_dict"
 DIMS_KEY = "dims"
 
 
-def is_openai(path: str | os.PathLike[str]) -> bool:
+def is_openai_file(path: str | os.PathLike[str]) -> bool:
     """Whether a source is given as a file of OpenAI's: its name ends in .pt, and it is no directory."""
     return os.fspath(path).endswith(SUFFIX) and not os.path.isdir(os.path.expanduser(path))
 
 
-def open_openai(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:
+def open_openai_file(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:
     """Open a file of OpenAI's as a checkpoint with Hugging Face's names. Reads no tensor data.
 
     `claimed` is the identity to record. Raises RequestError for primary, SourceError, HeaderError.
@@ -44,9 +44,9 @@ def open_openai(role: Role, path: str | os.PathLike[str], tally: Tally, claimed:
     try:
         file = Path(path).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
+        cause = reason(error) if isinstance(error, OSError) else str(error)
         raise SourceError(
-            f"{role}: {os.fspath(path)} cannot be found ({why}); looked for a checkpoint directory, or a file in "
+            f"{role}: {os.fspath(path)} cannot be found ({cause}); looked for a checkpoint directory, or a file in "
             f"OpenAI's format ({SUFFIX})"
         ) from error
     source = SourceFile(file, role, tally)
@@ -67,24 +67,30 @@ def _read(role: Role, file: Path, source: SourceFile, tally: Tally, identity: Id
             f"{where} is no checkpoint in OpenAI's format: expected {DIMS_KEY} and {WEIGHTS_KEY} in it; give a "
             f"checkpoint directory, or a file as OpenAI publishes them"
         )
-    plain = {name: value if isinstance(value, (int, float, str)) else kind_of(value) for name, value in dims.items()}
-    config = openai_config(plain, where)
-    placed = {name: bare for name in tensors if isinstance(name, str) and (bare := from_openai(name))}
-    other = [str(name) for name in tensors if name not in placed]
-    header = Header(archive.raw, entries({name: tensors[name] for name in placed}, archive, where), {})
-    found: dict[str, TensorRef] = {}
+    dims_values = {
+        name: value if isinstance(value, (int, float, str)) else kind_of(value) for name, value in dims.items()
+    }
+    config = openai_config(dims_values, where)
+    canonical_names = {
+        name: canonical for name in tensors if isinstance(name, str) and (canonical := from_openai(name))
+    }
+    unplaced = [str(name) for name in tensors if name not in canonical_names]
+    header = Header(archive.raw, tensor_entries({name: tensors[name] for name in canonical_names}, archive, where), {})
+    refs: dict[str, TensorRef] = {}
     for entry in header.entries:
-        bare = placed[entry.name]
-        found[bare] = TensorRef(f"model.{bare}", entry.code, entry.shape, 0, entry.start, entry.stop - entry.start)
-    notes = (f"{len(other)} tensors of {role} have no place in Whisper, such as {other[0]}",) if other else ()
+        canonical = canonical_names[entry.name]
+        refs[canonical] = TensorRef(
+            f"model.{canonical}", entry.code, entry.shape, 0, entry.start, entry.stop - entry.start
+        )
+    notes = (f"{len(unplaced)} tensors of {role} have no place in Whisper, such as {unplaced[0]}",) if unplaced else ()
     return Checkpoint(
         role,
         file,
         identity,
         config,
         tally,
-        shards=(Shard(readable(file.name), source, header, 0),),
-        tensors=found,
+        shards=(Shard(escaped_name(file.name), source, header, 0),),
+        tensors=refs,
         kind="openai",
         notes=notes,
     )

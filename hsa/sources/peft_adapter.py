@@ -1,4 +1,4 @@
-"""An adapter that is more than plain LoRA, on top of base: peft folds it in, when the first of its tensors is read.
+"""Read an adapter that is more than plain LoRA: peft merges it into base when the first of its tensors is read.
 
 That takes base and adapter as models in memory, unlike everything else that is read here. What peft leaves as it is
 comes from base's file; what it changes is kept.
@@ -36,7 +36,7 @@ def require_peft(reason: str, otherwise: str) -> None:
 
 
 @dataclass
-class Folded(Checkpoint):
+class PeftCheckpoint(Checkpoint):
     """Base with an adapter that peft folded in; `_changed` holds the bytes of the tensors that differ from base's."""
 
     base: Checkpoint = field(kw_only=True)
@@ -77,19 +77,19 @@ class Folded(Checkpoint):
         changed = {}
         for name, tensor in state.items():
             ref = self.base.tensors.get(name)
-            found = (CODES.get(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
+            merged = (CODES.get(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
             if ref is None and name == whisper.UNTIED_OUTPUT:
                 raise MismatchError(f"{where}: with peft's folding {name} is a tensor of its own. {TIED}")
-            if ref is None or found != (ref.code, ref.shape):
+            if ref is None or merged != (ref.code, ref.shape):
                 expected = "nothing" if ref is None else f"{list(ref.shape)} of {ref.code}"
                 raise MismatchError(
                     f"{where}: with peft's folding {name} is {list(tensor.shape)} of {tensor.dtype}, base has "
                     f"{expected}; was the adapter trained on this base, and is base of one element type?"
                 )
             data = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-            before = bytearray(ref.nbytes)
-            self.base.read_into(ref, memoryview(before))
-            if data != before:
+            original = bytearray(ref.nbytes)
+            self.base.read_into(ref, memoryview(original))
+            if data != original:
                 changed[name] = data
         if not changed:
             raise SourceError(f"{where}: with peft's folding nothing of base changes; is the adapter trained?")
@@ -108,8 +108,8 @@ class Folded(Checkpoint):
                 adapted = peft.PeftModel.from_pretrained(
                     model, str(self.path), autocast_adapter_dtype=False, local_files_only=True
                 )
-                placed = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-                anywhere = set(adapted.state_dict())
+                expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+                model_names = set(adapted.state_dict())
                 state: Mapping[str, Any] = adapted.merge_and_unload(safe_merge=True).state_dict()
             except Exception as error:  # whatever three libraries raise about files that do not fit
                 text = " ".join(str(error).split())
@@ -117,20 +117,20 @@ class Folded(Checkpoint):
                     f"{self.role}: {self.path} could not be folded into base {self.base.path} by peft "
                     f"({type(error).__name__}: {text:.300}); base must be there whole, as a directory"
                 ) from error
-        self._check_placed(placed, anywhere)
+        self._check_placed(expected, model_names)
         return state
 
-    def _check_placed(self, placed: Collection[str], anywhere: Collection[str]) -> None:
-        """MismatchError unless the adapter's file holds what the adapted model needs, `placed`, and nothing that has no
-        place in it. peft leaves what it does not find as it was, and what it cannot place aside."""
-        held = {entry.name for entry in self.shards[0].header.entries}
-        missing, unplaced = sorted(set(placed) - held), sorted(held - set(placed) - set(anywhere))
+    def _check_placed(self, expected: Collection[str], model_names: Collection[str]) -> None:
+        """MismatchError unless the adapter's file holds what the adapted model needs, `expected`, and nothing that has
+        no place in it. peft leaves what it does not find as it was, and what it cannot place aside."""
+        stored = {entry.name for entry in self.shards[0].header.entries}
+        missing, unplaced = sorted(set(expected) - stored), sorted(stored - set(expected) - set(model_names))
         if missing or unplaced:
-            what = (
+            problem = (
                 f"lacks tensor {missing[0]}" if missing else f"holds tensor {unplaced[0]}, for which there is no place"
             )
             raise MismatchError(
-                f"{self.role}: {self.path / self.shards[0].name} {what}, by its {ADAPTER_CONFIG}; give the "
+                f"{self.role}: {self.path / self.shards[0].name} {problem}, by its {ADAPTER_CONFIG}; give the "
                 f"{ADAPTER_CONFIG} that was saved with these weights"
             )
 

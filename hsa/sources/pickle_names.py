@@ -1,4 +1,4 @@
-"""The names that a pickle of tensors may use, and what a call of each gives: a description, and nothing is called.
+"""The names that a pickle of tensors may use, and a description of what each would build; nothing is called.
 
 Of calls that build plain tensors all arguments are checked. What `torch.load` with `weights_only` would build beside
 them (`torch.Size`, sets, sparse tensors) becomes an `Other`: messages can say what was found, and nothing can be done

@@ -42,7 +42,7 @@ _DAMAGED = (IndexError, KeyError, struct.error, UnicodeDecodeError)
 """What reading beyond the pickle's end, its stack or its memo raises, or a text that is none."""
 
 
-class _Foreign(Exception):
+class _ForeignGlobal(Exception):
     """A name that no description of tensors needs."""
 
 
@@ -61,7 +61,7 @@ def read(data: bytes, where: str) -> tuple[Any, int]:
     machine = _Machine(data)
     try:
         return machine.run()
-    except _Foreign as error:
+    except _ForeignGlobal as error:
         raise SourceError(
             f"{where} holds more than tensors and plain containers (it names {error}), so that loading it could run "
             f"code; refused: {REMEDY}"
@@ -69,8 +69,8 @@ def read(data: bytes, where: str) -> tuple[Any, int]:
     except (Malformed, *_DAMAGED) as error:
         reason = str(error) if isinstance(error, Malformed) else "it is damaged"
         raise SourceError(
-            f"{where} cannot be loaded as weights (byte {machine.began} of its pickle: {reason}); copy it again, or "
-            f"{REMEDY}"
+            f"{where} cannot be loaded as weights (byte {machine.opcode_start} of its pickle: {reason}); copy it "
+            f"again, or {REMEDY}"
         ) from error
 
 
@@ -78,7 +78,7 @@ class _Machine:
     """The stack, the memo, and one method for each instruction."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.at, self.began = data, 0, 0
+        self.data, self.position, self.opcode_start = data, 0, 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -86,9 +86,9 @@ class _Machine:
     def run(self) -> tuple[Any, int]:
         data, methods = self.data, _METHODS
         for count in range(1, MAX_OPCODES + 1):
-            self.began = self.at
-            code = data[self.at]
-            self.at += 1
+            self.opcode_start = self.position
+            code = data[self.position]
+            self.position += 1
             if code == _STOP:
                 return self.pop(), count
             method = methods.get(code)
@@ -99,22 +99,22 @@ class _Machine:
 
     def take(self, count: int) -> bytes:
         """The next bytes, as many as are asked for."""
-        found = self.data[self.at : self.at + count]
-        if len(found) < count:
-            raise Malformed(f"it ends {count - len(found)} bytes too soon")
-        self.at += count
-        return found
+        data = self.data[self.position : self.position + count]
+        if len(data) < count:
+            raise Malformed(f"it ends {count - len(data)} bytes too soon")
+        self.position += count
+        return data
 
     def number(self, form: str) -> Any:
-        (value,) = struct.unpack_from(form, self.data, self.at)
-        self.at += struct.calcsize(form)
+        (value,) = struct.unpack_from(form, self.data, self.position)
+        self.position += struct.calcsize(form)
         return value
 
     def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + _LONGEST_NAME)
+        end = self.data.find(b"\n", self.position, self.position + _LONGEST_NAME)
         if end < 0:
             raise Malformed("a name has no end")
-        return self.take(end + 1 - self.at)[:-1].decode("utf-8")
+        return self.take(end + 1 - self.position)[:-1].decode("utf-8")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -132,9 +132,9 @@ class _Machine:
 
     def since_mark(self) -> list[Any]:
         start = self.marks.pop()
-        found = self.stack[start:]
+        values = self.stack[start:]
         del self.stack[start:]
-        return found
+        return values
 
     # Instructions ------------------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class _Machine:
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         if not is_known(full):
-            raise _Foreign(f"{full.removeprefix('builtins.'):.200}")
+            raise _ForeignGlobal(f"{full.removeprefix('builtins.'):.200}")
         self.push(Global(full))
 
     def reduce(self) -> None:
@@ -234,11 +234,11 @@ class _Machine:
 def _unknown(code: int) -> str:
     from pickletools import opcodes
 
-    known = next((opcode for opcode in opcodes if ord(opcode.code) == code), None)
-    if known is None:
+    names = next((opcode for opcode in opcodes if ord(opcode.code) == code), None)
+    if names is None:
         return f"{code:#04x} is no instruction of a pickle"
     return (
-        f"the instruction {known.name} of pickle protocol {known.proto}, which torch.save does not write for weights "
+        f"the instruction {names.name} of pickle protocol {names.proto}, which torch.save does not write for weights "
         f"with its own protocol 2"
     )
 

@@ -1,4 +1,4 @@
-"""What the small files beside the weights say: whether they can be loaded, and whether they fit the model.
+"""Check the small files beside the weights: whether they can be loaded, and whether they fit the model.
 
 What keeps transformers, tokenizers or faster-whisper from loading a file is an error. What they load although it
 contradicts the model is told: a merge warns of it, and `hsa verify` notes it.
@@ -58,7 +58,7 @@ _FEATURES = {"feature_size": 80, "sampling_rate": 16000, "hop_length": 160, "chu
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 """Classes that take whatever the files hold, less the ending Fast."""
 
-NAMED = 8
+MAX_NAMED = 8
 """Keys that a message names."""
 
 MAX_NUMBER = 1 << 31
@@ -110,28 +110,29 @@ def read_small_file(name: str, data: bytes, where: str) -> Any:
         return data.endswith((b"\n\n", b"\n\r\n"))
     what = _WHAT[name]
     if name in _VOCABULARIES:
-        document = parse_json(data, where, what, _condensed, max_bytes=MAX_TEXT, max_marks=MAX_VOCABULARY_MARKS)
+        document = parse_json(data, where, what, _condense, max_bytes=MAX_TEXT, max_marks=MAX_VOCABULARY_MARKS)
     else:
         document = parse_json(data, where, what, dict, max_bytes=MAX_TEXT, max_marks=MAX_MARKS)
-    wrong = _wrong(name, document)
-    if wrong is not None:
-        raise SourceError(f"{where}: {what} {wrong}; the file is damaged, copy it again")
+    problem = _problem(name, document)
+    if problem is not None:
+        raise SourceError(f"{where}: {what} {problem}; the file is damaged, copy it again")
     return document
 
 
 def contradictions(documents: Mapping[str, Any], sizes: ModelSizes) -> Iterator[str]:
     """Where small files, as `read_small_file` gave them by name, contradict the model or one another."""
-    features = {name: found for name in (PREPROCESSOR, PROCESSOR) if (found := features_of(documents, name))}
-    for name, found in features.items():
-        yield from _unfit_features(name, found, sizes)
+    features = {name: extractor for name in (PREPROCESSOR, PROCESSOR) if (extractor := features_of(documents, name))}
+    for name, extractor in features.items():
+        yield from _check_features(name, extractor, sizes)
     if len(features) == 2:
         old, new = features.values()
         shared = [key for key in new if key in old and not isinstance(new[key], (dict, list))]
-        differ = [shown(key) for key in shared if old[key] != new[key]]
-        if differ:
+        differing = [shown(key) for key in shared if old[key] != new[key]]
+        if differing:
             yield (
-                f"{PREPROCESSOR} and the feature extractor in {PROCESSOR} differ in {', '.join(differ[:NAMED])}: "
-                f"transformers 5 reads the latter, transformers 4 and faster-whisper the former"
+                f"{PREPROCESSOR} and the feature extractor in {PROCESSOR} differ in "
+                f"{', '.join(differing[:MAX_NAMED])}: transformers 5 reads the latter, "
+                f"transformers 4 and faster-whisper the former"
             )
     ids = {name: largest for name, document in documents.items() if (largest := _largest_id(name, document)) >= 0}
     if ids and sizes.rows is not None and max(ids.values()) >= sizes.rows:
@@ -140,7 +141,7 @@ def contradictions(documents: Mapping[str, Any], sizes: ModelSizes) -> Iterator[
             f"{name} has token ids up to {shown(ids[name])} and the embedding only {sizes.rows} rows: the model can "
             f"neither read nor write the tokens beyond; use the tokenizer that it was trained with"
         )
-    yield from _unlike_tokenizers(documents)
+    yield from _check_tokenizer_classes(documents)
     if documents.get(MERGES) and TOKENIZER_JSON not in documents:
         yield f"{MERGES} ends in a blank line, with which transformers 5 does not load the tokenizer; remove that line"
 
@@ -155,13 +156,13 @@ def features_of(documents: Mapping[str, Any], name: str) -> Mapping[str, Any] | 
     return nested if isinstance(nested, dict) else None
 
 
-def _condensed(pairs: list[tuple[str, Any]]) -> Any:
+def _condense(pairs: list[tuple[str, Any]]) -> Any:
     if all(type(value) is int for _, value in pairs):
         return TokenIds(len(pairs), max((value for _, value in pairs), default=-1))
     return {name: value for name, value in pairs if name in _KEPT}
 
 
-def _wrong(name: str, document: Any) -> str | None:
+def _problem(name: str, document: Any) -> str | None:
     """What keeps a JSON file from being loaded."""
     if name in (VOCABULARY, ADDED_TOKENS):
         if not isinstance(document, TokenIds):
@@ -170,8 +171,10 @@ def _wrong(name: str, document: Any) -> str | None:
     if name == TOKENIZER_JSON:
         model = document.get("model") if isinstance(document, dict) else None
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        held = vocabulary.count if isinstance(vocabulary, TokenIds) else isinstance(vocabulary, list) and vocabulary
-        return None if held else "has no model with a vocabulary"
+        has_tokens = (
+            vocabulary.count if isinstance(vocabulary, TokenIds) else isinstance(vocabulary, list) and vocabulary
+        )
+        return None if has_tokens else "has no model with a vocabulary"
     if not isinstance(document, dict):
         return f"must be a JSON object, found {type(document).__name__}"
     if name == PROCESSOR:
@@ -187,17 +190,17 @@ def _check_merges(data: bytes, where: str) -> None:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SourceError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); copy it again") from error
-    wrong = _NO_MERGE.search(data.rstrip(b"\r\n"))
-    if wrong is not None:
-        number = data.count(b"\n", 0, wrong.start()) + 1
-        line = data[wrong.start() : wrong.start() + 80].partition(b"\n")[0].decode("utf-8", "replace")
+    bad_line = _NO_MERGE.search(data.rstrip(b"\r\n"))
+    if bad_line is not None:
+        number = data.count(b"\n", 0, bad_line.start()) + 1
+        line = data[bad_line.start() : bad_line.start() + 80].partition(b"\n")[0].decode("utf-8", "replace")
         raise SourceError(
             f"{where}: line {number} is {shown(line)}, expected two tokens with a space between; the file is damaged, "
             f"copy it again"
         )
 
 
-def _unfit_features(name: str, features: Mapping[str, Any], sizes: ModelSizes) -> Iterator[str]:
+def _check_features(name: str, features: Mapping[str, Any], sizes: ModelSizes) -> Iterator[str]:
     if features.get("feature_extractor_type", "WhisperFeatureExtractor") != "WhisperFeatureExtractor":
         yield (
             f"{name} is for a {shown(features['feature_extractor_type'])}, and Whisper takes the features of a "
@@ -206,10 +209,10 @@ def _unfit_features(name: str, features: Mapping[str, Any], sizes: ModelSizes) -
         return
     size, rate, hop, seconds = (features.get(key, default) for key, default in _FEATURES.items())
     if sizes.mel_bins is not None and size != sizes.mel_bins:
-        given = f"feature_size {shown(size)}" if "feature_size" in features else "no feature_size, which means 80"
+        setting = f"feature_size {shown(size)}" if "feature_size" in features else "no feature_size, which means 80"
         yield (
-            f"{name} has {given}, and the model takes {sizes.mel_bins} mel bins (num_mel_bins in config.json): use the "
-            f"feature extractor that it was trained with"
+            f"{name} has {setting}, and the model takes {sizes.mel_bins} mel bins (num_mel_bins in config.json): use "
+            f"the feature extractor that it was trained with"
         )
     numbers = all(isinstance(value, (int, float)) and 0 < value < MAX_NUMBER for value in (rate, hop, seconds))
     if sizes.frames is None or not numbers:
@@ -228,34 +231,36 @@ def _largest_id(name: str, document: Any) -> int:
         return document.largest
     if name == TOKENIZER_CONFIG:
         decoder = document.get("added_tokens_decoder")
-        return max((_id(key) for key in decoder), default=-1) if isinstance(decoder, dict) else -1
+        return max((_token_id(key) for key in decoder), default=-1) if isinstance(decoder, dict) else -1
     if name != TOKENIZER_JSON:
         return -1
     vocabulary, added = document["model"]["vocab"], document.get("added_tokens")
     largest = vocabulary.largest if isinstance(vocabulary, TokenIds) else len(vocabulary) - 1
     entries = added if isinstance(added, list) else []
-    return max(largest, *(_id(entry.get("id")) for entry in entries if isinstance(entry, dict)), -1)
+    return max(largest, *(_token_id(entry.get("id")) for entry in entries if isinstance(entry, dict)), -1)
 
 
-def _id(value: Any) -> int:
+def _token_id(value: Any) -> int:
     if isinstance(value, str) and len(value) <= 18 and value.isdecimal():
         return int(value)
     return value if type(value) is int else -1
 
 
-def _unlike_tokenizers(documents: Mapping[str, Any]) -> Iterator[str]:
+def _check_tokenizer_classes(documents: Mapping[str, Any]) -> Iterator[str]:
     """A processor_config.json that names another tokenizer class than the tokenizer's own config."""
     processor, tokenizer = documents.get(PROCESSOR) or {}, documents.get(TOKENIZER_CONFIG) or {}
-    inner = processor.get("tokenizer")
-    wanted = processor.get("tokenizer_class") or (inner.get("tokenizer_class") if isinstance(inner, dict) else None)
-    named = tokenizer.get("tokenizer_class")
-    if not isinstance(wanted, str) or not isinstance(named, str):
+    nested = processor.get("tokenizer")
+    in_processor = processor.get("tokenizer_class") or (
+        nested.get("tokenizer_class") if isinstance(nested, dict) else None
+    )
+    in_tokenizer = tokenizer.get("tokenizer_class")
+    if not isinstance(in_processor, str) or not isinstance(in_tokenizer, str):
         return
-    plain = {each.removesuffix("Fast") for each in (wanted, named)}
-    if len(plain) == 2 and not plain.intersection(_GENERIC_TOKENIZERS):
+    classes = {name.removesuffix("Fast") for name in (in_processor, in_tokenizer)}
+    if len(classes) == 2 and not classes.intersection(_GENERIC_TOKENIZERS):
         yield (
-            f"{PROCESSOR} names the tokenizer class {shown(wanted)} and {TOKENIZER_CONFIG} {shown(named)}: they may be "
-            f"of two models"
+            f"{PROCESSOR} names the tokenizer class {shown(in_processor)} and {TOKENIZER_CONFIG} "
+            f"{shown(in_tokenizer)}: they may be of two models"
         )
 
 

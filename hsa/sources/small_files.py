@@ -1,4 +1,4 @@
-"""The small files beside the weights: configs, tokenizer and processor files, and which source each comes from.
+"""Choose the small files beside the weights: configs, tokenizer and processor files, and the source of each.
 
 A tokenizer, a feature extractor and a processor each come from one source whole: their files refer to one another, and
 programs differ in which of them they read.
@@ -14,7 +14,7 @@ from typing import Any
 
 from hsa.architectures import whisper
 from hsa.errors import SourceChanged
-from hsa.sources.checkpoint import CONFIG, Checkpoint, contained, read_text
+from hsa.sources.checkpoint import CONFIG, Checkpoint, read_whole, resolve_inside
 from hsa.sources.roles import Role
 from hsa.sources.small_file_checks import (
     ADDED_TOKENS,
@@ -86,7 +86,7 @@ class Assets:
 
 
 @dataclass(frozen=True)
-class Place:
+class AssetFolder:
     """A directory in which small files are looked for: whose it is, and what messages call it."""
 
     role: str
@@ -102,7 +102,7 @@ class Place:
 
 
 @dataclass
-class Chosen:
+class Selection:
     """Small files taken so far: their bytes and what they say, by name, and what the user should know of them."""
 
     tally: Tally
@@ -112,18 +112,18 @@ class Chosen:
     warnings: list[str] = field(default_factory=list)
     _read: dict[Path, tuple[bytes, Any]] = field(default_factory=dict)
 
-    def take(self, place: Place, names: Iterable[str]) -> None:
-        """Read these files of a place; SourceError where one cannot be loaded."""
+    def take(self, folder: AssetFolder, names: Iterable[str]) -> None:
+        """Read these files of a folder; SourceError where one cannot be loaded."""
         for name in names:
             if name not in self.files:
-                self.files[name], self.documents[name] = self.read(place, name)
+                self.files[name], self.documents[name] = self.read(folder, name)
 
-    def read(self, place: Place, name: str) -> tuple[bytes, Any]:
-        """The bytes of a place's file and what it says, read once."""
-        path = place.directory / name
+    def read(self, folder: AssetFolder, name: str) -> tuple[bytes, Any]:
+        """The bytes of a folder's file and its parsed content, read once."""
+        path = folder.directory / name
         if path not in self._read:
-            data = read_text(place.role, place.directory, name, self.tally)
-            self._read[path] = data, read_small_file(name, data, f"{place.role}: {path}")
+            data = read_whole(folder.role, folder.directory, name, self.tally)
+            self._read[path] = data, read_small_file(name, data, f"{folder.role}: {path}")
         return self._read[path]
 
 
@@ -133,153 +133,159 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
     `config.json` is the owner's, with its dtype replaced where `dtype` is given; `generation_config.json` the owner's,
     else base's unless the owner's `config.json` has other generation settings. Tokenizer, feature extractor and
     processor each come whole from `assets_from`, else from its parent directory, else from base. Notes say what does
-    not come from the place asked for or is left out, warnings what contradicts the model.
+    not come from `assets_from` or is left out, warnings what contradicts the model.
 
     Raises SourceError where a file that would be taken cannot be loaded.
     """
-    chosen = Chosen(tally)
+    selection = Selection(tally)
     config = _config(sources.of(owner), dtype, tally)
-    _choose_generation_config(chosen, sources, owner)
-    asked = sources.of(assets_from)
-    places = [
-        Place(asked.role, asked.path, assets_from),
-        Place(asked.role, asked.path.parent, f"the directory above {assets_from}"),
+    _choose_generation_config(selection, sources, owner)
+    requested = sources.of(assets_from)
+    folders = [
+        AssetFolder(requested.role, requested.path, assets_from),
+        AssetFolder(requested.role, requested.path.parent, f"the directory above {assets_from}"),
     ]
-    if sources.base.path not in [place.directory for place in places]:
-        places.append(Place(sources.base.role, sources.base.path, "base"))
-    tokenizer = choose_processor(chosen, places)
+    if sources.base.path not in [folder.directory for folder in folders]:
+        folders.append(AssetFolder(sources.base.role, sources.base.path, "base"))
+    tokenizer = choose_processor(selection, folders)
     embedding = sources.of(owner).tensors.get(whisper.EMBEDDING)
     sizes = ModelSizes.of(sources.of(owner).config, embedding)
-    contradicting = list(contradictions(chosen.documents, sizes))
+    contradicting = list(contradictions(selection.documents, sizes))
     if tokenizer is not None and not contradicting:
         contradicting += _other_vocabulary(sources, owner, tokenizer)
-    files = {CONFIG: config, **chosen.files}
-    return Assets(files, tuple(chosen.notes), (*chosen.warnings, *contradicting))
+    files = {CONFIG: config, **selection.files}
+    return Assets(files, tuple(selection.notes), (*selection.warnings, *contradicting))
 
 
-def choose_processor(chosen: Chosen, places: Sequence[Place]) -> Place | None:
-    """Take tokenizer, feature extractor and processor, each whole from the first place that has it.
+def choose_processor(selection: Selection, folders: Sequence[AssetFolder]) -> AssetFolder | None:
+    """Take tokenizer, feature extractor and processor, each whole from the first folder that has it.
 
-    Returns the place of the tokenizer.
+    Returns the folder of the tokenizer.
     """
-    features = _choose_features(chosen, places)
-    tokenizer = _choose_tokenizer(chosen, places)
-    lacking = [what for what, place in (("feature extractor", features), ("tokenizer", tokenizer)) if place is None]
-    if lacking:
-        chosen.warnings.append(
-            f"no source has {' or '.join(lacking)} files ({', '.join(FEATURES + TOKENS)}); the output holds weights "
+    features = _choose_features(selection, folders)
+    tokenizer = _choose_tokenizer(selection, folders)
+    missing = [what for what, folder in (("feature extractor", features), ("tokenizer", tokenizer)) if folder is None]
+    if missing:
+        selection.warnings.append(
+            f"no source has {' or '.join(missing)} files ({', '.join(FEATURES + TOKENS)}); the output holds weights "
             f"and configs, and WhisperProcessor cannot be loaded from it: copy these files in from the pretrained model"
         )
     return tokenizer
 
 
-def _choose_tokenizer(chosen: Chosen, places: Sequence[Place]) -> Place | None:
+def _choose_tokenizer(selection: Selection, folders: Sequence[AssetFolder]) -> AssetFolder | None:
     """Files of an incomplete tokenizer are left out, for they say nothing without its vocabulary."""
-    for place in places:
-        held = place.holds(TOKENIZER_FILES)
-        if TOKENIZER_JSON in held or {VOCABULARY, MERGES} <= set(held):
-            chosen.take(place, held)
-            _tell_origin(chosen, "tokenizer", held, place, places)
-            return place
-        if held:
-            for name in held:
-                contained(place.role, place.directory, name)
-            told = chosen.warnings if {VOCABULARY, ADDED_TOKENS} & set(held) else chosen.notes
-            told.append(
-                f"{', '.join(held)} of {place.label} {_are(held)} left out: without {TOKENIZER_JSON}, or {VOCABULARY} "
-                f"and {MERGES}, no tokenizer can be loaded from {'it' if len(held) == 1 else 'them'}"
+    for folder in folders:
+        present = folder.holds(TOKENIZER_FILES)
+        if TOKENIZER_JSON in present or {VOCABULARY, MERGES} <= set(present):
+            selection.take(folder, present)
+            _note_origin(selection, "tokenizer", present, folder, folders)
+            return folder
+        if present:
+            for name in present:
+                resolve_inside(folder.role, folder.directory, name)
+            messages = selection.warnings if {VOCABULARY, ADDED_TOKENS} & set(present) else selection.notes
+            messages.append(
+                f"{', '.join(present)} of {folder.label} {_is_or_are(present)} left out: without {TOKENIZER_JSON}, or "
+                f"{VOCABULARY} and {MERGES}, no tokenizer can be loaded from {'it' if len(present) == 1 else 'them'}"
             )
     return None
 
 
-def _choose_features(chosen: Chosen, places: Sequence[Place]) -> Place | None:
+def _choose_features(selection: Selection, folders: Sequence[AssetFolder]) -> AssetFolder | None:
     """Feature extractor and processor; transformers 5 keeps the former in the file of the latter, which then wins over
     `preprocessor_config.json`."""
-    own: Place | None = None
-    within = False
-    earlier: list[Place] = []
-    for place in places:
-        if place.has(PROCESSOR):
-            within = features_of({PROCESSOR: chosen.read(place, PROCESSOR)[1]}, PROCESSOR) is not None
-        if within or place.has(PREPROCESSOR):
-            own = place
+    own: AssetFolder | None = None
+    nested = False
+    earlier: list[AssetFolder] = []
+    for folder in folders:
+        if folder.has(PROCESSOR):
+            nested = features_of({PROCESSOR: selection.read(folder, PROCESSOR)[1]}, PROCESSOR) is not None
+        if nested or folder.has(PREPROCESSOR):
+            own = folder
             break
-        if place.has(PROCESSOR):
-            earlier.append(place)
+        if folder.has(PROCESSOR):
+            earlier.append(folder)
     if own is None:
-        for place in earlier:
-            chosen.notes.append(f"{PROCESSOR} of {place.label} is left out, for there is no feature extractor for it")
-        return None
-    held = own.holds(FEATURES)
-    taken = held if within or not earlier else [PREPROCESSOR]
-    chosen.take(own, taken)
-    _tell_origin(chosen, "feature extractor", taken, own, places)
-    later = places[places.index(own) + 1 :]
-    if within:
-        for place in earlier:
-            chosen.notes.append(
-                f"{PROCESSOR} of {place.label} is left out, for that of {own.label} holds the feature extractor"
+        for folder in earlier:
+            selection.notes.append(
+                f"{PROCESSOR} of {folder.label} is left out, for there is no feature extractor for it"
             )
-        for place in later if PREPROCESSOR not in held else ():
-            if place.has(PREPROCESSOR):
-                chosen.notes.append(
-                    f"{PREPROCESSOR} of {place.label} is left out, for {PROCESSOR} of {own.label} holds a feature "
+        return None
+    present = own.holds(FEATURES)
+    taken = present if nested or not earlier else [PREPROCESSOR]
+    selection.take(own, taken)
+    _note_origin(selection, "feature extractor", taken, own, folders)
+    later = folders[folders.index(own) + 1 :]
+    if nested:
+        for folder in earlier:
+            selection.notes.append(
+                f"{PROCESSOR} of {folder.label} is left out, for that of {own.label} holds the feature extractor"
+            )
+        for folder in later if PREPROCESSOR not in present else ():
+            if folder.has(PREPROCESSOR):
+                selection.notes.append(
+                    f"{PREPROCESSOR} of {folder.label} is left out, for {PROCESSOR} of {own.label} holds a feature "
                     f"extractor"
                 )
-    elif PROCESSOR not in chosen.files:
-        _choose_processor_config(chosen, own, [*earlier, *later], places)
+    elif PROCESSOR not in selection.files:
+        _choose_processor_config(selection, own, [*earlier, *later], folders)
     return own
 
 
-def _choose_processor_config(chosen: Chosen, own: Place, others: Sequence[Place], places: Sequence[Place]) -> None:
-    """Another place's processor, unless it holds a feature extractor too, which would win over `own`'s."""
-    for place in others:
-        if not place.has(PROCESSOR):
+def _choose_processor_config(
+    selection: Selection, own: AssetFolder, others: Sequence[AssetFolder], folders: Sequence[AssetFolder]
+) -> None:
+    """Another folder's processor, unless it holds a feature extractor too, which would win over `own`'s."""
+    for folder in others:
+        if not folder.has(PROCESSOR):
             continue
-        document = chosen.read(place, PROCESSOR)[1]
+        document = selection.read(folder, PROCESSOR)[1]
         if features_of({PROCESSOR: document}, PROCESSOR) is not None:
-            chosen.notes.append(
-                f"{PROCESSOR} of {place.label} is left out, for it holds a feature extractor that would win over that "
+            selection.notes.append(
+                f"{PROCESSOR} of {folder.label} is left out, for it holds a feature extractor that would win over that "
                 f"of {own.label}"
             )
             continue
-        chosen.take(place, [PROCESSOR])
-        _tell_origin(chosen, "processor", [PROCESSOR], place, places)
+        selection.take(folder, [PROCESSOR])
+        _note_origin(selection, "processor", [PROCESSOR], folder, folders)
         return
 
 
-def _tell_origin(chosen: Chosen, what: str, names: Sequence[str], place: Place, places: Sequence[Place]) -> None:
-    if place is not places[0]:
+def _note_origin(
+    selection: Selection, what: str, names: Sequence[str], folder: AssetFolder, folders: Sequence[AssetFolder]
+) -> None:
+    if folder is not folders[0]:
         files = "files" if len(names) > 1 else "file"
         verb = "come" if len(names) > 1 else "comes"
-        chosen.notes.append(
-            f"{what} {files} ({', '.join(names)}) {verb} from {place.label}, for {places[0].label} has none"
+        selection.notes.append(
+            f"{what} {files} ({', '.join(names)}) {verb} from {folder.label}, for {folders[0].label} has none"
         )
 
 
-def _are(names: Sequence[str]) -> str:
+def _is_or_are(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"
 
 
-def _choose_generation_config(chosen: Chosen, sources: Sources, owner: Role) -> None:
-    source, base = sources.of(owner), Place("base", sources.base.path, "base")
-    own = Place(owner, source.path, owner)
+def _choose_generation_config(selection: Selection, sources: Sources, owner: Role) -> None:
+    source, base = sources.of(owner), AssetFolder("base", sources.base.path, "base")
+    own = AssetFolder(owner, source.path, owner)
     if own.has(GENERATION_CONFIG):
-        chosen.take(own, [GENERATION_CONFIG])
+        selection.take(own, [GENERATION_CONFIG])
         return
     if owner == "base" or not base.has(GENERATION_CONFIG):
         return
-    data, document = chosen.read(base, GENERATION_CONFIG)
+    data, document = selection.read(base, GENERATION_CONFIG)
     borrowed = source.config_from is not None  # an adapter's config.json is base's
     overridden = [] if borrowed else _overridden(source.config, document)
     if overridden:
-        chosen.notes.append(
+        selection.notes.append(
             f"{GENERATION_CONFIG} of base is left out, for {owner} has none and its {CONFIG} sets "
             f"{', '.join(overridden)} in another way, which base's would override"
         )
         return
-    chosen.files[GENERATION_CONFIG], chosen.documents[GENERATION_CONFIG] = data, document
-    chosen.notes.append(f"{GENERATION_CONFIG} comes from base, for {owner} has none")
+    selection.files[GENERATION_CONFIG], selection.documents[GENERATION_CONFIG] = data, document
+    selection.notes.append(f"{GENERATION_CONFIG} comes from base, for {owner} has none")
 
 
 def _overridden(config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[str]:
@@ -291,7 +297,7 @@ def _overridden(config: Mapping[str, Any], generation: Mapping[str, Any]) -> lis
     ]
 
 
-def _other_vocabulary(sources: Sources, owner: Role, tokenizer: Place) -> list[str]:
+def _other_vocabulary(sources: Sources, owner: Role, tokenizer: AssetFolder) -> list[str]:
     """A tokenizer whose own model has another number of tokens than the one whose weights are written."""
     rows = {}
     for source in (sources.of(owner), *(each for each in sources if each.path == tokenizer.directory)):
@@ -309,7 +315,7 @@ def _other_vocabulary(sources: Sources, owner: Role, tokenizer: Place) -> list[s
 
 def _config(source: Checkpoint, dtype: str | None, tally: Tally) -> bytes:
     directory = source.config_from or source.path
-    raw = read_text(source.role, directory, CONFIG, tally)
+    raw = read_whole(source.role, directory, CONFIG, tally)
     where = f"{source.role}: {directory / CONFIG}"
     if load_json(raw, where, "config") != source.config:
         raise SourceChanged(f"{where} changed while the source was read; run the merge again")

@@ -1,4 +1,4 @@
-"""What a source's folder holds instead of weights, or beside the ones that are read."""
+"""Messages on what a source's folder holds instead of weights, or beside the ones that are read."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ _TRAINING = re.compile(r"checkpoint-([0-9]{1,18})")
 """Folders of training steps, as transformers' Trainer names them."""
 
 _SHARD = re.compile(r"(pytorch_)?model-[0-9]{5}-of-[0-9]{5}\.(safetensors|bin)")
-NAMED = 4
+MAX_NAMED = 4
 """Entries of a folder that a message names."""
 
 
-def without_weights(directory: Path, wanted: Sequence[str]) -> str:
-    """What to say of a directory that holds none of the `wanted` files, and what to do.
+def describe_missing_weights(directory: Path, weights_names: Sequence[str]) -> str:
+    """What to say of a directory that holds none of these weights files, and what to do.
 
     Example:
-        >>> without_weights(Path("run"), ("model.safetensors",))  # run/checkpoint-500 and run/checkpoint-1000 do
+        >>> # run/checkpoint-500 and run/checkpoint-1000 hold weights
+        >>> describe_missing_weights(Path("run"), ("model.safetensors",))
         'run holds no weights, but training checkpoints; give the newest of them, run/checkpoint-1000'
     """
-    names = names_in(directory)
+    names = entry_names(directory)
     training = (name for name in names if _TRAINING.fullmatch(name))
-    inner = [f"{name}/{file}" for name in training for file in wanted if os.path.lexists(directory / name / file)]
-    newest = newest_checkpoint(inner, wanted)
+    weights_paths = [
+        f"{name}/{file}" for name in training for file in weights_names if os.path.lexists(directory / name / file)
+    ]
+    newest = newest_training_checkpoint(weights_paths, weights_names)
     if newest is not None:
         return f"{directory} holds no weights, but training checkpoints; give the newest of them, {directory / newest}"
-    looked = f"{directory} holds no weights; looked for {_listed(wanted)}"
+    problem = f"{directory} holds no weights; looked for {_in_pairs(weights_names)}"
     shards = sorted(name for name in names if _SHARD.fullmatch(name))
     if shards:
-        return f"{looked}; there are shards such as {shards[0]}, but not their index: copy that too"
+        return f"{problem}; there are shards such as {shards[0]}, but not their index: copy that too"
     if not names:
-        return f"{looked}; the directory is empty"
-    listed = ", ".join(shown(name) for name in sorted(names)[:NAMED])
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{looked}; there are {listed}{more}: give the directory that holds the weights, or download them too"
+        return f"{problem}; the directory is empty"
+    examples = ", ".join(shown(name) for name in sorted(names)[:MAX_NAMED])
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{problem}; there are {examples}{more}: give the directory that holds the weights, or download them too"
 
 
-def unread_weights(role: str, names: Collection[str], whole: str, index: str, adapter: str) -> Iterator[str]:
+def notes_on_unread_weights(role: str, names: Collection[str], whole: str, index: str, adapter: str) -> Iterator[str]:
     """Notes on weights that are not read although they lie beside the ones that are.
 
     `names` are the entries of the folder. `whole` and `index` are the names of a single weights file and of an index of
@@ -61,13 +64,13 @@ def unread_weights(role: str, names: Collection[str], whole: str, index: str, ad
         )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _in_pairs(names: Sequence[str]) -> str:
     """Names in pairs, as they belong together, and the last alone."""
-    pairs = [" and ".join(names[at : at + 2]) for at in range(0, len(names), 2)]
+    pairs = [" and ".join(names[first : first + 2]) for first in range(0, len(names), 2)]
     return f"{', '.join(pairs[:-1])}, and {pairs[-1]}" if pairs[1:] else pairs[0]
 
 
-def names_in(directory: Path) -> list[str]:
+def entry_names(directory: Path) -> list[str]:
     """The entries of a directory; none where it cannot be listed, though files in it may still be read by name."""
     try:
         return os.listdir(directory)
@@ -75,8 +78,8 @@ def names_in(directory: Path) -> list[str]:
         return []
 
 
-def newest_checkpoint(files: Collection[str], wanted: Collection[str]) -> str | None:
-    """The training checkpoint with the largest number of those that hold one of the `wanted` files.
+def newest_training_checkpoint(files: Collection[str], weights_names: Collection[str]) -> str | None:
+    """The training checkpoint with the largest number of those that hold one of these weights files.
 
     `files` are paths below a folder, such as `checkpoint-500/model.safetensors`.
     """
@@ -84,6 +87,6 @@ def newest_checkpoint(files: Collection[str], wanted: Collection[str]) -> str | 
     for path in files:
         folder, _, name = path.partition("/")
         match = _TRAINING.fullmatch(folder)
-        if match and name in wanted:
+        if match and name in weights_names:
             numbered.append((int(match[1]), folder))
     return max(numbered)[1] if numbered else None

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the tensors that its config.json promises, as transformers will look for them.
+"""Check that a checkpoint holds the tensors that its config.json promises, as transformers will look for them.
 
 Merges, patches, `hsa apply`, sweeps, releases, `hsa.Merger` and `hsa verify` use this module, so that they agree. It
 reads names, shapes, element types and the config, and no tensor data.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa.architectures import whisper
-from hsa.architectures.base import Promised
+from hsa.architectures.base import ExpectedTensor
 from hsa.errors import MismatchError, SourceError, shown
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.tensor_places import TensorRef
@@ -51,16 +51,16 @@ def faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         ...     print([fault.what for fault in faults(checkpoint)])
         []
     """
-    held, config = checkpoint.tensors, checkpoint.config
+    tensors, config = checkpoint.tensors, checkpoint.config
     try:
         layers = sum(whisper.architecture(config, checkpoint.role).layers.values())
         yield from _contradictions(config)
-        if layers > len(held):  # before names are made of a number that may be anything
+        if layers > len(tensors):  # before names are made of a number that may be anything
             yield Fault(
-                f"config.json promises {layers} layers, and there are {len(held)} tensors in all", CONTRADICTORY
+                f"config.json promises {layers} layers, and there are {len(tensors)} tensors in all", CONTRADICTORY
             )
             return
-        yield from _compare(held, config, checkpoint.role)
+        yield from _compare(tensors, config, checkpoint.role)
     except SourceError as error:
         yield Fault(str(error), CONTRADICTORY)
 
@@ -83,13 +83,13 @@ def require_shapes(checkpoint: Checkpoint, lender: str | None = None) -> None:
             raise MismatchError(f"{checkpoint.role} {checkpoint.path}: {fault.what}; {remedy}")
 
 
-def odd_name(checkpoint: Checkpoint, name: str) -> str | None:
+def wrapped_name(checkpoint: Checkpoint, name: str) -> str | None:
     """A stored name without a place in Whisper that holds all parts of `name` in order; None if there is none.
 
     Such a name is what a wrapper leaves behind: `model.encoder.shard.layers.0.fc1.bias` for
     `model.encoder.layers.0.fc1.bias`.
     """
-    return _resembling(name, [ref for key, ref in checkpoint.tensors.items() if not whisper.is_known(key)])
+    return _similar_name(name, [ref for key, ref in checkpoint.tensors.items() if not whisper.is_whisper_tensor(key)])
 
 
 def _contradictions(config: Mapping[str, Any]) -> Iterator[Fault]:
@@ -114,99 +114,103 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[Fault]:
             )
 
 
-def _compare(held: Mapping[str, TensorRef], config: Mapping[str, Any], where: str) -> Iterator[Fault]:
-    rest = dict(held)
-    missing: list[Promised] = []
-    absent = 0
-    integer: TensorRef | None = None
+def _compare(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], where: str) -> Iterator[Fault]:
+    unmatched = dict(tensors)
+    missing: list[ExpectedTensor] = []
+    count = 0
+    quantized: TensorRef | None = None
     for entry in whisper.state_dict(config, where):
-        ref = rest.pop(entry.name, None)
+        ref = unmatched.pop(entry.name, None)
         if ref is None:
-            absent += 1
+            count += 1
             missing = missing or [entry]
         elif ref.shape != entry.shape:
             yield _shape(entry, ref, config)
         elif ref.code not in _FLOATS:
-            integer = integer or ref
-    output, embedding = rest.pop(whisper.UNTIED_OUTPUT, None), held.get(whisper.EMBEDDING)
+            quantized = quantized or ref
+    output, embedding = unmatched.pop(whisper.UNTIED_OUTPUT, None), tensors.get(whisper.EMBEDDING)
     if output is not None and embedding is not None and output.shape != embedding.shape:
-        promised = Promised(whisper.UNTIED_OUTPUT, embedding.shape, ("vocab_size", "d_model"))
-        yield _shape(promised, output, config)
+        expected = ExpectedTensor(whisper.UNTIED_OUTPUT, embedding.shape, ("vocab_size", "d_model"))
+        yield _shape(expected, output, config)
     elif output is not None and embedding is None:
-        rest[whisper.UNTIED_OUTPUT] = output
-    others = list(rest.values())
+        unmatched[whisper.UNTIED_OUTPUT] = output
+    unplaced = list(unmatched.values())
     if missing:
-        yield _missing(missing[0], absent, held, others, config)
-    if others:
-        yield _without_place(others, config)
-    if integer is not None:
-        yield Fault(f"tensor {integer.name} has dtype {integer.code}, expected one of {', '.join(_FLOATS)}", DEQUANTIZE)
+        yield _missing(missing[0], count, tensors, unplaced, config)
+    if unplaced:
+        yield _without_place(unplaced, config)
+    if quantized is not None:
+        yield Fault(
+            f"tensor {quantized.name} has dtype {quantized.code}, expected one of {', '.join(_FLOATS)}", DEQUANTIZE
+        )
 
 
-def _shape(entry: Promised, ref: TensorRef, config: Mapping[str, Any]) -> Fault:
+def _shape(entry: ExpectedTensor, ref: TensorRef, config: Mapping[str, Any]) -> Fault:
     same_rank = len(ref.shape) == len(entry.shape)
-    blamed = [
+    keys = [
         key
-        for number, key in enumerate(entry.sizes)
-        if key is not None and not (same_rank and ref.shape[number] == entry.shape[number])
+        for axis, key in enumerate(entry.size_keys)
+        if key is not None and not (same_rank and ref.shape[axis] == entry.shape[axis])
     ]
-    why = ", ".join(_said(key, config) for key in dict.fromkeys(blamed)) or "as in every Whisper model"
+    reason = ", ".join(_config_value(key, config) for key in dict.fromkeys(keys)) or "as in every Whisper model"
     return Fault(
-        f"tensor {ref.name} has shape {shown(list(ref.shape))}, config.json makes it {list(entry.shape)} ({why})",
+        f"tensor {ref.name} has shape {shown(list(ref.shape))}, config.json makes it {list(entry.shape)} ({reason})",
         INCOMPLETE if 0 in ref.shape else CONTRADICTORY,
     )
 
 
 def _missing(
-    first: Promised,
+    first: ExpectedTensor,
     count: int,
-    held: Mapping[str, TensorRef],
-    others: Sequence[TensorRef],
+    tensors: Mapping[str, TensorRef],
+    unplaced: Sequence[TensorRef],
     config: Mapping[str, Any],
 ) -> Fault:
-    prefixed = any(ref.name.startswith("model.") for ref in held.values())
+    prefixed = any(ref.name.startswith("model.") for ref in tensors.values())
     name = f"model.{first.name}" if prefixed and first.name != whisper.UNTIED_OUTPUT else first.name
-    why = "which every such model has" if first.because is None else _said(first.because, config)
-    what = f"tensor {name} is missing, and config.json promises it ({whisper.model_class(config)}, {why})"
+    reason = "which every such model has" if first.required_by is None else _config_value(first.required_by, config)
+    what = f"tensor {name} is missing, and config.json promises it ({whisper.model_class(config)}, {reason})"
     if count > 1:
         what += f"; {count} tensors that config.json promises are missing"
-    like = _resembling(first.name, others)
-    if like is not None:
-        return Fault(f"{what}; in its place is {like:.300}", f"save the model without what wraps it, or {INCOMPLETE}")
-    if others:
-        what += f"; without a place in that model is {others[0].name:.300}"
-    return Fault(what, _remedy(others) or INCOMPLETE)
+    similar = _similar_name(first.name, unplaced)
+    if similar is not None:
+        return Fault(
+            f"{what}; in its place is {similar:.300}", f"save the model without what wraps it, or {INCOMPLETE}"
+        )
+    if unplaced:
+        what += f"; without a place in that model is {unplaced[0].name:.300}"
+    return Fault(what, _remedy(unplaced) or INCOMPLETE)
 
 
-def _without_place(others: Sequence[TensorRef], config: Mapping[str, Any]) -> Fault:
+def _without_place(unplaced: Sequence[TensorRef], config: Mapping[str, Any]) -> Fault:
     what = (
-        f"tensor {others[0].name:.300} has no place in the model that config.json describes "
+        f"tensor {unplaced[0].name:.300} has no place in the model that config.json describes "
         f"({whisper.model_class(config)}"
     )
-    key = whisper.layer_key(whisper.canonical(others[0].name))
-    what += f", {_said(key, config)})" if key else ")"
-    if len(others) > 1:
-        what += f"; {len(others)} tensors have none"
-    return Fault(what, _remedy(others) or f"remove what does not belong to the model, or {INCOMPLETE}")
+    key = whisper.layer_key(whisper.canonical(unplaced[0].name))
+    what += f", {_config_value(key, config)})" if key else ")"
+    if len(unplaced) > 1:
+        what += f"; {len(unplaced)} tensors have none"
+    return Fault(what, _remedy(unplaced) or f"remove what does not belong to the model, or {INCOMPLETE}")
 
 
-def _remedy(others: Sequence[TensorRef]) -> str | None:
-    if any(part in ref.name for ref in others for part in _ADAPTER):
+def _remedy(unplaced: Sequence[TensorRef]) -> str | None:
+    if any(part in ref.name for ref in unplaced for part in _ADAPTER):
         return FOLD_ADAPTER
-    if any(ref.name.endswith(_QUANTIZED) for ref in others):
+    if any(ref.name.endswith(_QUANTIZED) for ref in unplaced):
         return DEQUANTIZE
     return None
 
 
-def _resembling(name: str, others: Sequence[TensorRef]) -> str | None:
-    for ref in others:
+def _similar_name(name: str, refs: Sequence[TensorRef]) -> str | None:
+    for ref in refs:
         parts = iter(ref.name.split("."))
         if all(part in parts for part in name.split(".")):
             return ref.name
     return None
 
 
-def _said(key: str, config: Mapping[str, Any]) -> str:
+def _config_value(key: str, config: Mapping[str, Any]) -> str:
     """What config.json says of a key; the default where it says nothing."""
     if key == "id2label":
         return "num_labels, id2label"

@@ -1,4 +1,4 @@
-"""From the entries of a checkpoint's weights files to its tensors: the name that each has in Whisper, and its place."""
+"""Map the entries of a checkpoint's weights files to tensors: the canonical name and the place of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hsa.errors import HeaderError, MismatchError, is_text, shown
 from hsa.sources.safetensors import METADATA, Header
 from hsa.system.fsio import SourceFile
 
-AGAIN = "save the checkpoint again, or fetch all its files again"
+FETCH_AGAIN = "save the checkpoint again, or fetch all its files again"
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ def place_tensors(
     config: Mapping[str, Any],
     shards: Sequence[Shard],
     index: Path,
-    placed: Mapping[str, str] | None,
+    shard_of: Mapping[str, str] | None,
     *,
     shares_bytes: bool,
 ) -> Places:
     """The tensors of a checkpoint whose shards are open.
 
-    `index` is the path of its index and `placed` what that says, None where there is none. `shares_bytes`: in files of
-    torch.save, two names may stand for the same bytes.
+    `index` is the path of its index and `shard_of` what that says, None where there is none. `shares_bytes`: in files
+    of torch.save, two names may stand for the same bytes.
 
     Names are read as `whisper.plain_names` reads them. An embedding that is stored under the name of the output
     projection alone, to which config.json ties it, is the embedding, as for transformers. Raises MismatchError where an
@@ -74,12 +74,12 @@ def place_tensors(
     for number, shard in enumerate(shards):
         where = f"{role}: {shard.source.path}"
         for entry in shard.header.entries:
-            if placed is not None and placed.get(entry.name) != shard.name:
-                place = placed.get(entry.name)
+            if shard_of is not None and shard_of.get(entry.name) != shard.name:
+                place = shard_of.get(entry.name)
                 raise MismatchError(
                     f"{where} holds tensor {entry.name}, which {index.name} "
                     f"{'does not list' if place is None else f'places in {place}'}; index and shards do not belong "
-                    f"together: {AGAIN}"
+                    f"together: {FETCH_AGAIN}"
                 )
             _check_name(names[entry.name], where)
             name = whisper.canonical(names[entry.name])
@@ -97,10 +97,12 @@ def place_tensors(
                 shard.origin + entry.start,
                 entry.stop - entry.start,
             )
-    renamed = {name: other for name, other in stored.items() if other != tensors[name].name}
-    notes = [*_about_names(role, tensors, renamed)]
+    renamed = {name: stored_name for name, stored_name in stored.items() if stored_name != tensors[name].name}
+    notes = [*_note_renamed(role, tensors, renamed)]
     tied = whisper.is_tied(config)
-    notes += _unlisted(role, index, placed or {}, {*stored.values()}, tied=tied and not {*_TIED}.isdisjoint(tensors))
+    notes += _check_index(
+        role, index, shard_of or {}, {*stored.values()}, tied=tied and not {*_TIED}.isdisjoint(tensors)
+    )
     if tied:
         notes += _tie(role, tensors, shares_bytes=shares_bytes)
     return Places(tensors, renamed, tuple(notes))
@@ -118,7 +120,7 @@ def _check_name(name: str, where: str) -> None:
 _TIED = (whisper.UNTIED_OUTPUT, whisper.EMBEDDING)
 
 
-def _about_names(role: str, tensors: Mapping[str, TensorRef], renamed: Mapping[str, str]) -> Iterator[str]:
+def _note_renamed(role: str, tensors: Mapping[str, TensorRef], renamed: Mapping[str, str]) -> Iterator[str]:
     if renamed:
         name, stored = next(iter(renamed.items()))
         yield (
@@ -127,15 +129,17 @@ def _about_names(role: str, tensors: Mapping[str, TensorRef], renamed: Mapping[s
         )
 
 
-def _unlisted(role: str, index: Path, placed: Mapping[str, str], held: set[str], *, tied: bool) -> Iterator[str]:
+def _check_index(
+    role: str, index: Path, shard_of: Mapping[str, str], stored_names: set[str], *, tied: bool
+) -> Iterator[str]:
     """Refuse an index that lists what no shard holds, but for a tensor that config.json ties to one that is held."""
-    for name, file in placed.items():
-        if name in held:
+    for name, shard in shard_of.items():
+        if name in stored_names:
             continue
         if not tied or whisper.canonical(name) not in _TIED:
             raise MismatchError(
-                f"{role}: {index} places tensor {name} in {file}, which does not hold it, nor does another shard; "
-                f"{AGAIN}"
+                f"{role}: {index} places tensor {name} in {shard}, which does not hold it, nor does another shard; "
+                f"{FETCH_AGAIN}"
             )
         yield (
             f"{role}'s {index.name} lists {name:.300}, which no shard holds; config.json ties it to the embedding, and "

@@ -1,7 +1,7 @@
-"""Weights that `torch.save` wrote, read like safetensors: where in the file each tensor's bytes lie.
+"""Read weights that `torch.save` wrote as safetensors are read: where in the file each tensor's bytes lie.
 
 Such a file is a zip archive: every storage an uncompressed record, and `data.pkl`, a pickle that says what they are.
-The archive is checked record by record before the pickle is looked at. The pickle is never unpickled: `tensor_pickle`
+The archive is checked record by record before the pickle is looked at. The pickle is never unpickled: `pickle_reader`
 reads what it says. The bytes themselves are read later, range by range, where they are needed.
 
 Source: the notes on serialization semantics of torch's documentation; the zip format's application note.
@@ -53,7 +53,7 @@ _BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, 
 
 @dataclass(frozen=True)
 class Archive:
-    """A checked file: the bytes of its `data.pkl`, the values that it describes (see `tensor_pickle`), the first byte
+    """A checked file: the bytes of its `data.pkl`, the values that it describes (see `pickle_reader`), the first byte
     and size of every record of tensor data by its key, and how many instructions and records were read."""
 
     raw: bytes
@@ -68,8 +68,8 @@ def read_state_dict(source: SourceFile) -> Header:
     Raises HeaderError for a damaged archive, SourceError for a pickle that is refused or no state dict.
     """
     archive = read_archive(source)
-    found = entries(archive.content, archive, f"{source.label}: {source.path}")
-    return Header(archive.raw, found, {}, archive.steps)
+    tensors = tensor_entries(archive.content, archive, f"{source.label}: {source.path}")
+    return Header(archive.raw, tensors, {}, archive.steps)
 
 
 def read_archive(source: SourceFile) -> Archive:
@@ -83,26 +83,26 @@ def read_archive(source: SourceFile) -> Archive:
             f"unread: {REMEDY}"
         )
     records = _records(source, where)
-    described = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(described) != 1:
-        raise HeaderError(f"{where}: expected one data.pkl in the archive, found {len(described)}; {REMEDY}")
-    start, size = records[described[0]]
+    pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise HeaderError(f"{where}: expected one data.pkl in the archive, found {len(pickles)}; {REMEDY}")
+    start, size = records[pickles[0]]
     if size > MAX_PICKLE:
         raise HeaderError(
             f"{where}: data.pkl has {size} bytes, at most {MAX_PICKLE} are allowed for the description of tensors; "
             f"{REMEDY}"
         )
-    root = described[0].partition("/")[0]
-    order = records.get(f"{root}/byteorder")
-    if order is not None and source.read(min(order[1], 16), order[0]) != b"little":
+    root = pickles[0].partition("/")[0]
+    byte_order = records.get(f"{root}/byteorder")
+    if byte_order is not None and source.read(min(byte_order[1], 16), byte_order[0]) != b"little":
         raise SourceError(f"{where}: expected the byte order 'little'; {REMEDY}")
-    raw, data = source.read(size, start), f"{root}/data/"
-    places = {name.removeprefix(data): place for name, place in records.items() if name.startswith(data)}
+    raw, prefix = source.read(size, start), f"{root}/data/"
+    places = {name.removeprefix(prefix): place for name, place in records.items() if name.startswith(prefix)}
     content, instructions = read(raw, where)
     return Archive(raw, content, places, instructions + len(records))
 
 
-def entries(tensors: Any, archive: Archive, where: str) -> tuple[TensorEntry, ...]:
+def tensor_entries(tensors: Any, archive: Archive, where: str) -> tuple[TensorEntry, ...]:
     """The tensors of a state dict of the archive, in the order of their first bytes in the file.
 
     Two tensors may share bytes, as tied weights do. Raises SourceError for what is no plain tensor, HeaderError for
@@ -110,18 +110,18 @@ def entries(tensors: Any, archive: Archive, where: str) -> tuple[TensorEntry, ..
     """
     if not isinstance(tensors, dict):
         raise SourceError(f"{where}: expected a state dict, found {kind_of(tensors)}; {REMEDY}")
-    found = []
+    unsorted = []
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise SourceError(
                 f"{where}: expected a state dict of plain tensors, found {kind_of(tensor)} under {shown(name)}; "
                 f"{REMEDY}"
             )
-        found.append(_entry(name, tensor, archive, f"{where}: tensor {name}"))
-    return tuple(sorted(found, key=lambda entry: entry.start))
+        unsorted.append(_entry(name, tensor, archive, f"{where}: tensor {name}"))
+    return tuple(sorted(unsorted, key=lambda entry: entry.start))
 
 
-class _Window(io.RawIOBase):
+class _SourceStream(io.RawIOBase):
     """An open source as the file object that zipfile expects; refuses to read too much in one go."""
 
     def __init__(self, source: SourceFile) -> None:
@@ -144,61 +144,61 @@ class _Window(io.RawIOBase):
         return position
 
     def read(self, size: int = -1, /) -> bytes:
-        left = max(0, self._source.size - self._position)
-        count = left if size < 0 else min(size, left)
+        remaining = max(0, self._source.size - self._position)
+        count = remaining if size < 0 else min(size, remaining)
         if count > MAX_PICKLE:
             raise HeaderError(
                 f"{self._source.label}: {self._source.path}: a part of {count} bytes of the archive is to be read at "
                 f"once, at most {MAX_PICKLE} are allowed; {REMEDY}"
             )
-        found = self._source.read(count, self._position)
+        data = self._source.read(count, self._position)
         self._position += count
-        return found
+        return data
 
 
 def _records(source: SourceFile, where: str) -> dict[str, tuple[int, int]]:
     """First byte and size of every record by name: each stored as it is, within the file, and apart from the others."""
     try:
-        with zipfile.ZipFile(_Window(source)) as archive:
-            listed = archive.infolist()
+        with zipfile.ZipFile(_SourceStream(source)) as archive:
+            infos = archive.infolist()
     except _BAD_ZIP as error:
         raise HeaderError(
             f"{where} is truncated or damaged: no directory of its records ({error}); copy it again"
         ) from error
-    found: dict[str, tuple[int, int]] = {}
-    for record in listed:
-        label = f"{where}: record {record.filename}"
-        encrypted = record.flag_bits & 1
-        if record.compress_type != zipfile.ZIP_STORED or encrypted or record.compress_size != record.file_size:
+    records: dict[str, tuple[int, int]] = {}
+    for info in infos:
+        label = f"{where}: record {info.filename}"
+        encrypted = info.flag_bits & 1
+        if info.compress_type != zipfile.ZIP_STORED or encrypted or info.compress_size != info.file_size:
             raise HeaderError(f"{label} is compressed or encrypted, expected it stored as torch.save does; {REMEDY}")
-        if record.filename in found:
+        if info.filename in records:
             raise HeaderError(f"{label} stands twice in the archive; {REMEDY}")
-        place, header = record.header_offset, b""
-        if 0 <= place <= source.size - _LOCAL_HEADER:
-            header = source.read(_LOCAL_HEADER, place)
+        position, header = info.header_offset, b""
+        if 0 <= position <= source.size - _LOCAL_HEADER:
+            header = source.read(_LOCAL_HEADER, position)
         if not header.startswith(_LOCAL_MAGIC):
-            raise HeaderError(f"{label} should begin at byte {place} and does not; {_AGAIN}")
+            raise HeaderError(f"{label} should begin at byte {position} and does not; {_AGAIN}")
         name, extra = struct.unpack("<HH", header[26:])
-        start = place + _LOCAL_HEADER + name + extra
-        if start + record.file_size > source.size:
+        start = position + _LOCAL_HEADER + name + extra
+        if start + info.file_size > source.size:
             raise HeaderError(
-                f"{label} ends at byte {start + record.file_size}, the file at {source.size}: it is truncated, copy "
+                f"{label} ends at byte {start + info.file_size}, the file at {source.size}: it is truncated, copy "
                 f"it again"
             )
-        found[record.filename] = (start, record.file_size)
-    end, before = 0, ""
-    for name, (start, size) in sorted(found.items(), key=lambda item: item[1]):
+        records[info.filename] = (start, info.file_size)
+    end, previous = 0, ""
+    for name, (start, size) in sorted(records.items(), key=lambda item: item[1]):
         if start < end:
-            raise HeaderError(f"{where}: record {name} overlaps record {before}; {_AGAIN}")
-        end, before = start + size, name
-    return found
+            raise HeaderError(f"{where}: record {name} overlaps record {previous}; {_AGAIN}")
+        end, previous = start + size, name
+    return records
 
 
 def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> TensorEntry:
     code = _CODES.get(tensor.dtype)
     if code is None:
-        known = ", ".join(f"torch.{dtype}" for dtype in _CODES)
-        raise SourceError(f"{label} has dtype torch.{tensor.dtype}, expected one of {known}; {REMEDY}")
+        supported = ", ".join(f"torch.{dtype}" for dtype in _CODES)
+        raise SourceError(f"{label} has dtype torch.{tensor.dtype}, expected one of {supported}; {REMEDY}")
     if not tensor.is_contiguous:
         raise SourceError(f"{label} is a transposed or strided view, expected it contiguous; {REMEDY}")
     width = BITS[code] // 8
@@ -210,12 +210,12 @@ def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> TensorEnt
     key = tensor.storage.key
     if key not in archive.records:
         raise HeaderError(f"{label} is to be in the record data/{key:.200}, which the archive lacks; {_AGAIN}")
-    record, held = archive.records[key]
+    record_start, record_size = archive.records[key]
     claimed = tensor.storage.count * (1 if tensor.storage.dtype == "uint8" else width)
-    start = record + tensor.offset * width
-    if claimed != held or start + nbytes > record + held:
+    start = record_start + tensor.offset * width
+    if claimed != record_size or start + nbytes > record_start + record_size:
         raise HeaderError(
             f"{label}: shape {list(tensor.shape)} of {code} takes {nbytes} bytes from byte {start} on, and {claimed} "
-            f"bytes are said to be in the record at {record}, which holds {held}; {_AGAIN}"
+            f"bytes are said to be in the record at {record_start}, which holds {record_size}; {_AGAIN}"
         )
     return TensorEntry(name, code, tensor.shape, start, start + nbytes)

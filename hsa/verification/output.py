@@ -24,10 +24,10 @@ from hsa.sources.checkpoint import (
     SAFETENSORS,
     WEIGHTS,
     Checkpoint,
-    contained,
     open_checkpoint,
     open_shard,
-    read_text,
+    read_whole,
+    resolve_inside,
 )
 from hsa.sources.identity import is_snapshot
 from hsa.sources.roles import Role
@@ -98,7 +98,7 @@ def _irregular(directory: Path, name: str) -> str | None:
         return f"is missing ({error.strerror})"
     if stat.S_ISLNK(mode) and is_snapshot(directory):
         try:
-            contained(LABEL, directory, name)
+            resolve_inside(LABEL, directory, name)
         except SourceError as error:
             return str(error)
         return None
@@ -198,7 +198,7 @@ class _OutputVerification:
     def _check_digest(self, name: str, expected: str) -> None:
         from blake3 import blake3
 
-        source = SourceFile(contained(LABEL, self.directory, name), LABEL, self.tally)
+        source = SourceFile(resolve_inside(LABEL, self.directory, name), LABEL, self.tally)
         try:
             hasher = blake3(max_threads=self.work.threads if source.size >= LARGE else 1)
             buffer = memoryview(bytearray(min(STEP, source.size)))
@@ -255,7 +255,7 @@ class _OutputVerification:
         return documents
 
     def _read_small_file(self, name: str, documents: dict[str, Any]) -> None:
-        data = read_text(LABEL, self.directory, name, self.tally)
+        data = read_whole(LABEL, self.directory, name, self.tally)
         documents[name] = read_small_file(name, data, f"output {self.directory / name}")
 
     def _read_header(self, name: str) -> None:
@@ -263,7 +263,7 @@ class _OutputVerification:
 
     def _read_config(self) -> None:
         where = f"output {self.directory / CONFIG}"
-        text = read_text(LABEL, self.directory, CONFIG, self.tally)
+        text = read_whole(LABEL, self.directory, CONFIG, self.tally)
         whisper.architecture(load_json(text, where, "config"), where)
 
     def _sound(self, name: str, look: Callable[[], object]) -> bool:

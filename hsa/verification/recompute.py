@@ -28,7 +28,7 @@ from hsa.outputs.provenance import Provenance, Record, changed_keys
 from hsa.outputs.record_checks import merge_config
 from hsa.planning.file_layout import Bytes, Merge, OutputFile, Segment
 from hsa.planning.plan import make_plan
-from hsa.sources.checkpoint import INDEX, contained, read_text
+from hsa.sources.checkpoint import INDEX, read_whole, resolve_inside
 from hsa.sources.roles import ROLES
 from hsa.sources.source_set import Sources
 from hsa.system.dtypes import size
@@ -130,7 +130,7 @@ class Comparison:
 
     def _open(self, file: OutputFile) -> SourceFile | None:
         try:
-            source = SourceFile(contained("output", self._directory, file.name), "output", self._tally)
+            source = SourceFile(resolve_inside("output", self._directory, file.name), "output", self._tally)
         except SourceError as error:
             self._problems.add(file.name, f"cannot be compared: {error}")
             return None
@@ -251,7 +251,7 @@ def _wording(record: Record) -> str:
 
 def _compare_small(directory: Path, name: str, data: bytes, work: Work, more: str = "") -> None:
     try:
-        written = read_text("output", directory, name, work.tally)
+        written = read_whole("output", directory, name, work.tally)
     except SourceError as error:
         work.problems.add(name, f"cannot be compared: {error}")
         return

@@ -16,7 +16,7 @@ from hsa.outputs.distances import Distances
 from hsa.outputs.patch_reader import SUFFIX, Patch, open_patch
 from hsa.outputs.provenance import Record, changed_keys
 from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of, point_of
-from hsa.sources.checkpoint import read_text
+from hsa.sources.checkpoint import read_whole
 from hsa.sources.roles import ROLES
 from hsa.system.descriptors import reason
 from hsa.verification.collection import Verify, compare_index, open_index, take_over
@@ -125,7 +125,7 @@ def _distances(directory: Path, work: Work) -> dict[str, dict[str, Distances]]:
     """The distances that index.csv lists, by place; nothing of rows that are malformed."""
     found: dict[str, dict[str, Distances]] = {}
     with suppress(HsaError, UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError):
-        text = read_text(LABEL, directory, sweep_index.CSV, work.tally).decode("utf-8")
+        text = read_whole(LABEL, directory, sweep_index.CSV, work.tally).decode("utf-8")
         for row in csv.DictReader(io.StringIO(text)):
             held = {}
             for stack in sweep_index.STACKS:
@@ -165,6 +165,6 @@ def _compare_index(
 def _places(directory: Path, work: Work) -> Iterator[str]:
     """The places that index.csv lists; none where it cannot be read, which its comparison tells."""
     with suppress(HsaError, UnicodeDecodeError, csv.Error):
-        text = read_text(LABEL, directory, sweep_index.CSV, work.tally).decode("utf-8")
+        text = read_whole(LABEL, directory, sweep_index.CSV, work.tally).decode("utf-8")
         for row in csv.DictReader(io.StringIO(text)):
             yield str(row.get("place"))

@@ -28,7 +28,7 @@ import hsa
 from hsa.errors import NonFiniteError, RequestError
 from hsa.sources import lora
 from hsa.sources.checkpoint import INDEX, open_checkpoint
-from hsa.sources.lora import Adapted, open_adapter
+from hsa.sources.lora import LoraCheckpoint, open_adapter
 from hsa.system.fsio import Tally
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
@@ -159,13 +159,13 @@ def test_only_targets_are_formed_of_a_secondary(
     typed: Triple, adapters: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formed: dict[str, set[str]] = {"primary": set(), "secondary": set()}
-    really = Adapted._fold
+    really = LoraCheckpoint._fold
 
-    def watched(self: Adapted, tensor: Any, *arguments: Any) -> Any:
+    def watched(self: LoraCheckpoint, tensor: Any, *arguments: Any) -> Any:
         formed[self.role].add(tensor.name)
         return really(self, tensor, *arguments)
 
-    monkeypatch.setattr(Adapted, "_fold", watched)
+    monkeypatch.setattr(LoraCheckpoint, "_fold", watched)
     report = hsa.merge(output=tmp_path / "out", sync=False, **adapters)
     weights = {name for name in report.tensors if name.endswith("weight")}
     assert formed["secondary"] == weights
@@ -174,14 +174,14 @@ def test_only_targets_are_formed_of_a_secondary(
 
 def test_memory_is_bounded_by_blocks(adapters: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
-    really = Adapted.fold
+    really = LoraCheckpoint.fold
 
-    def watched(self: Adapted, weight: Any, down: Any, up: Any) -> Any:
+    def watched(self: LoraCheckpoint, weight: Any, down: Any, up: Any) -> Any:
         nonlocal largest
         largest = max(largest, weight.size)
         return really(self, weight, down, up)
 
-    monkeypatch.setattr(Adapted, "fold", watched)
+    monkeypatch.setattr(LoraCheckpoint, "fold", watched)
     monkeypatch.setattr(lora, "BLOCK_ELEMENTS", 1000)
     hsa.Merger(**adapters)
     assert 0 < largest <= 1000

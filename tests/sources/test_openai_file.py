@@ -16,7 +16,7 @@ from hsa.architectures import openai_whisper, whisper
 from hsa.errors import RequestError, SourceError
 from hsa.sources.checkpoint import WEIGHTS
 from hsa.sources.lora import is_adapter
-from hsa.sources.openai_file import is_openai, open_openai
+from hsa.sources.openai_file import is_openai_file, open_openai_file
 from hsa.system.fsio import Tally
 from hsa.testing.whisper_checkpoints import SHAPES, tensor_shapes, write_triple
 
@@ -130,10 +130,10 @@ def test_a_directory_whose_name_ends_in_pt_is_a_directory(triple: Triple, tmp_pa
 
 
 def test_shapes_of_a_source_given(tmp_path: Path) -> None:
-    assert is_openai("small.pt")
-    assert is_openai(tmp_path / "gone.pt")
-    assert not is_openai(tmp_path / "model.safetensors")
-    assert not is_openai("openai/whisper-small")
+    assert is_openai_file("small.pt")
+    assert is_openai_file(tmp_path / "gone.pt")
+    assert not is_openai_file(tmp_path / "model.safetensors")
+    assert not is_openai_file("openai/whisper-small")
     assert not is_adapter("~nobody-of-that-name/x")
     assert not is_adapter("x" * 300)
 
@@ -141,7 +141,7 @@ def test_shapes_of_a_source_given(tmp_path: Path) -> None:
 def test_primary_is_refused_with_the_reason(triple: Triple, tmp_path: Path) -> None:
     path = write_openai(tmp_path / "primary.pt", triple["primary"])
     with pytest.raises(RequestError, match=r"can be base or secondary: the output takes its config.json"):
-        open_openai("primary", path, Tally())
+        open_openai_file("primary", path, Tally())
 
 
 def test_reference_numerics_are_refused(triple: Triple, tmp_path: Path) -> None:
@@ -154,4 +154,4 @@ def test_reference_numerics_are_refused(triple: Triple, tmp_path: Path) -> None:
 def test_bad_dimensions(triple: Triple, tmp_path: Path, value: object) -> None:
     path = write_openai(tmp_path / "base.pt", triple["base"], n_audio_head=value)
     with pytest.raises(SourceError, match=r"dims has n_audio_head = .*, expected a positive whole number"):
-        open_openai("base", path, Tally())
+        open_openai_file("base", path, Tally())

@@ -19,7 +19,7 @@ from hsa.actions.merger.loaded_models import LoadedTensor, Model, config_of, ent
 from hsa.actions.merger.spot_check import Sample, differing_tensors, sample_checkpoint, sample_model
 from hsa.actions.merger.writable_targets import Destinations
 from hsa.architectures.base import Preset
-from hsa.architectures.whisper import MODEL_TYPE, is_known
+from hsa.architectures.whisper import MODEL_TYPE, is_whisper_tensor
 from hsa.backends.base import Backend, changed_ranges
 from hsa.backends.choose import resolve
 from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
@@ -325,7 +325,7 @@ def _check_loaded(held: _Held, lender: Role | None) -> None:
         elif lender is not None:
             require_shapes(checkpoint, lender)
     checkpoint.tensors = {
-        name: ref for name, ref in checkpoint.tensors.items() if name in held.data or not is_known(name)
+        name: ref for name, ref in checkpoint.tensors.items() if name in held.data or not is_whisper_tensor(name)
     }
 
 

@@ -30,8 +30,8 @@ from hsa.sources.checkpoint import (
     WHOLE_WEIGHTS,
     Checkpoint,
     Format,
-    Part,
-    is_plain,
+    PartialWeights,
+    is_shard_name,
     open_checkpoint,
     weight_map,
 )
@@ -46,7 +46,7 @@ from hsa.sources.roles import Role
 from hsa.sources.safetensors import MAX_HEADER, Header, read_header
 from hsa.sources.small_file_checks import GENERATION_CONFIG
 from hsa.sources.small_files import PROCESSOR_FILES
-from hsa.sources.source_folder import newest_checkpoint
+from hsa.sources.source_folder import newest_training_checkpoint
 from hsa.system.fsio import SourceFile, Tally
 from hsa.system.ranges import Range, coalesce, total
 from hsa.system.types import PathLike
@@ -196,7 +196,7 @@ class Hub:
             directory = self._download(role, repo, name).parent
         return directory
 
-    def _place(self, role: Role, repo: Repo, want: Want) -> tuple[Path, Mapping[str, Part]]:
+    def _place(self, role: Role, repo: Repo, want: Want) -> tuple[Path, Mapping[str, PartialWeights]]:
         """The directory with the small files, and the weights files that are not there whole."""
         if CONFIG not in repo.files:
             if not repo.complete:
@@ -233,7 +233,7 @@ class Hub:
         if not repo.complete:
             raise _not_here(role, repo, "the weights")
         wanted = (*WHOLE_WEIGHTS, ADAPTER_CONFIG)
-        newest = newest_checkpoint(repo.files, wanted)
+        newest = newest_training_checkpoint(repo.files, wanted)
         if newest is not None:
             raise SourceError(
                 f"{role}: {repo.id} holds no weights, but training checkpoints, of which the newest is {newest}; "
@@ -245,7 +245,7 @@ class Hub:
         text = self._download(role, repo, form.index).read_bytes()
         names = sorted(set(weight_map(text, f"{role}: {repo.id} {form.index}").values()))
         for name in names:
-            if not is_plain(name, form.suffix) or name not in repo.files:
+            if not is_shard_name(name, form.suffix) or name not in repo.files:
                 raise SourceError(
                     f"{role}: {repo.id} {form.index} names the shard {shown(name)}; expected the plain name of a "
                     f"{form.suffix} file in the same repository"
@@ -287,7 +287,7 @@ class Hub:
 
     # Parts of files --------------------------------------------------------------------------------------------
 
-    def _ranges(self, role: Role, repo: Repo, weights: list[str], want: Want) -> Mapping[str, Part]:
+    def _ranges(self, role: Role, repo: Repo, weights: list[str], want: Want) -> Mapping[str, PartialWeights]:
         known = {name: self._look_up(role, repo, name) for name in weights}
         headers = {name: self._header(role, repo, *known[name]) for name in weights}
         plain = whisper.plain_names(entry.name for header in headers.values() for entry in header.entries)
@@ -299,7 +299,7 @@ class Hub:
             later = [(0, remote.size)] if whole else _places(header, plain, want.target)
             self.pending[role] += total(coalesce(partial.missing(later), GAP, remote.size // WASTE))
             self._bring(role, repo, remote, partial, _places(header, plain, wanted_now), prefix=False)
-        return {name: Part(partial.path, partial.ranges) for name, (_, partial) in known.items()}
+        return {name: PartialWeights(partial.path, partial.ranges) for name, (_, partial) in known.items()}
 
     def _header(self, role: Role, repo: Repo, remote: Remote, partial: Partial) -> Header:
         self._bring(role, repo, remote, partial, [(0, min(8, remote.size))], prefix=True)
