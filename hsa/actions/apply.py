@@ -14,6 +14,7 @@ from hsa.arguments import check_flags, check_functions, check_paths, check_value
 from hsa.engine.patch_apply import PatchApplier
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import PatchError, RequestError, SourceError, shown
+from hsa.methods.selection import count_heads
 from hsa.option_names import option
 from hsa.outputs import patch_format
 from hsa.outputs.card import unlinked
@@ -22,8 +23,9 @@ from hsa.outputs.metadata_files import CARD, write_metadata_files
 from hsa.outputs.patch_checks import require_sound
 from hsa.outputs.patch_format import PatchTarget
 from hsa.outputs.patch_reader import SUFFIX, Patch, digest_range, is_patch, open_patch
-from hsa.outputs.provenance import Record, changed_keys, source_record, tensors_digest
-from hsa.outputs.record_checks import merge_config
+from hsa.outputs.provenance import Record, changed_keys
+from hsa.outputs.record_checks import recorded_config
+from hsa.outputs.recording import source_record, tensors_digest
 from hsa.outputs.report import NO_DIGESTS, MergeReport, TensorReport
 from hsa.planning.file_layout import Content, Copied, Patched, TensorContent, pack
 from hsa.planning.plan import MAX_TARGET
@@ -90,7 +92,7 @@ def apply(
         _check_order(primary, patch)
         opened = open_patch(patch, tally, stack)
         require_sound(opened)
-        config = merge_config(opened.record)
+        config = recorded_config(opened.record)
         want = Want("whole", config.targets, assets=True)
         source = stack.enter_context(hub.open("primary", primary, tally, want, None))
         extra = [_folder(each) for each in assets]
@@ -125,8 +127,7 @@ def apply(
 def _extent(record: Record) -> Extent:
     """How much was merged, as far as a patch tells: it does not hold base."""
     counts = [(target.coefficient, len(target.selected)) for target in record.targets]
-    heads = sum(target.heads for target in record.targets)
-    return Extent(sum(count for _, count in counts), heads, weight_range(counts))
+    return Extent(*count_heads(record.targets), weight_range(counts))
 
 
 def apply_to(
@@ -256,8 +257,8 @@ def _small_files(
                     break
         else:
             raise SourceError(
-                f"{name} as the merge of {patch_format.roles(patch.contents)} wrote it (BLAKE3 {digest}) is not in "
-                f"{primary.path}{' or the directory above' if above else ''}; give the directory that holds it with "
+                f"{name} as the merge of {patch_format.source_names(patch.contents)} wrote it (BLAKE3 {digest}) is not "
+                f"in {primary.path}{' or the directory above' if above else ''}; give the directory that holds it with "
                 f"{option('assets')}, such as the base's"
             )
     where = f"patch {patch.source.path}: the {CONFIG} of its merge"

@@ -18,7 +18,7 @@ from hsa.engine.pipeline import Options, execute
 from hsa.errors import SourceError
 from hsa.findings import Findings
 from hsa.methods.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, percentages
-from hsa.outputs import provenance, report
+from hsa.outputs import recording, report
 from hsa.outputs.card import unlinked
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.extent import Extent
@@ -166,9 +166,9 @@ def run_merge(request: Request, progress: Callable[[int, int], None] | None = No
         job.sources.check_unchanged()
         outcomes = calculator.ordered(job.plan.targets)
         doubts = source_findings(outcomes, job.sources, job.earlier_merges, request.config.targets)
-        told = early + doubts + report.findings(outcomes)
+        told = early + doubts + report.outcome_findings(outcomes)
         raise_if_strict(told, strict=request.strict)
-        record = provenance.record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
+        record = recording.make_record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
         small = dict(found.files)
         if job.plan.index is not None:
             small[INDEX] = job.plan.index
@@ -272,5 +272,5 @@ def _open(
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
     plan = make_plan(request.config, sources, request.shard_bytes)
-    provenance.check_fits(plan, sources, request.settings(backend.name), (*small_files.SMALL_FILES, INDEX, CARD))
+    recording.check_record_size(plan, sources, request.settings(backend.name), (*small_files.SMALL_FILES, INDEX, CARD))
     return _PreparedMerge(sources, plan, backend, destination, read_earlier_merges(sources))

@@ -22,7 +22,7 @@ from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import header_findings, parameter_findings, raise_if_strict, source_findings
 from hsa.outputs.patch_reader import SUFFIX, is_patch
 from hsa.outputs.provenance import Record
-from hsa.outputs.report import MergeReport, TensorReport, findings
+from hsa.outputs.report import MergeReport, TensorReport, outcome_findings
 from hsa.planning.plan import check_whole, find_targets
 from hsa.sources import small_files
 from hsa.sources.hub.client import Hub
@@ -113,7 +113,7 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         )
         sources.check_unchanged()
         doubts = source_findings(made.outcomes, sources, opened.earlier_merges, request.config.targets)
-        told = early + doubts + findings(made.outcomes)
+        told = early + doubts + outcome_findings(made.outcomes)
         raise_if_strict(told, strict=request.strict)
         check_patch_destination(destination, (), overwrite=request.overwrite)
         staging.publish_file(point.name, destination)

@@ -15,7 +15,7 @@ import torch
 
 from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, one_by_one
 from hsa.backends.torch_geometry import geometry
-from hsa.methods.selection import of_selected
+from hsa.methods.selection import selection_of
 from hsa.planning.file_layout import Slice
 from hsa.planning.outcome import Merged
 from hsa.planning.target import Target
@@ -89,7 +89,7 @@ class ScriptWorker:
             raise NotFinite(None, _first_head(target, result.view(target.shape)))
         squared = tuple(float(score) ** 2 for score in scores)
         selected = tuple(int(head) for head in chosen.nonzero().flatten())
-        return Merged(of_selected(squared, selected), ((0, out.size),), *moved, found)
+        return Merged(selection_of(squared, selected), ((0, out.size),), *moved, found)
 
     @torch.no_grad()
     def _slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:

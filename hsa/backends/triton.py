@@ -21,7 +21,7 @@ from hsa.backends.torch_geometry import geometry
 from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
-from hsa.methods.selection import of_selected
+from hsa.methods.selection import selection_of
 from hsa.option_names import option
 from hsa.planning.file_layout import Slice
 from hsa.planning.outcome import Merged
@@ -109,7 +109,7 @@ class TritonWorker:
             merged = []
             for number, target in enumerate(targets):
                 heads = tuple(head for head in range(target.heads) if chosen[number][head])
-                result = of_selected(squared[number][: target.heads], heads)
+                result = selection_of(squared[number][: target.heads], heads)
                 merged.append(
                     Merged(
                         result,

@@ -11,6 +11,7 @@ from hsa.cli import options, printing
 from hsa.cli.printing import size_text
 from hsa.errors import RequestError, one_line
 from hsa.findings import Findings
+from hsa.methods.selection import count_heads
 
 if TYPE_CHECKING:
     from hsa.verification.verify import VerifyReport
@@ -60,12 +61,10 @@ def _describe(report: VerifyReport) -> str:
     lines = [f"{report.output}: {found}"]
     record = report.record
     if record is not None:
-        chosen = sum(len(target.selected) for target in record.targets)
-        total = sum(target.heads for target in record.targets)
         lines += [
             "  " + ", ".join(source.identity.named(role) for role, source in record.sources.items()),
             "  " + ", ".join(_parameters(record.parameters)),
-            f"  {chosen} of {total} heads merged in {len(record.targets)} tensors",
+            f"  {count_heads(record.targets)} heads merged in {len(record.targets)} tensors",
         ]
     if report.kind in ("sweep", "release"):
         sound = sum(member.ok for member in report.members)

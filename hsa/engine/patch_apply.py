@@ -10,7 +10,7 @@ import numpy as np
 
 from hsa.engine.compute import Computation
 from hsa.errors import NonFiniteError
-from hsa.outputs.patch_reader import not_finite
+from hsa.outputs.patch_reader import not_finite_rows
 from hsa.planning.file_layout import Computed, Patched
 from hsa.sources.checkpoint import Checkpoint
 from hsa.system.digests import digest_of
@@ -55,7 +55,7 @@ class PatchApplier:
         place = np.unravel_index(first_not_finite(ref.code, values), ref.shape)[content.head_axis]
         head = int(place) // content.head_dim
         if head in content.selected:
-            raise not_finite(self.patch, ref.name, head)
+            raise not_finite_rows(self.patch, ref.name, head)
         raise NonFiniteError(
             f"{self.primary.file_of(ref)}: tensor {ref.name}, head {head} holds NaN or Inf; no merge with it is "
             f"possible, use a sound checkpoint"

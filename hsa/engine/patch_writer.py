@@ -24,8 +24,8 @@ from hsa.methods.geometry import Norms
 from hsa.methods.selection import Selection, select
 from hsa.outputs import distances, patch_format
 from hsa.outputs.distances import Distances
-from hsa.outputs.patch_format import Contents, PatchTarget, unpatchable
-from hsa.outputs.provenance import PROGRAM, libraries, source_record, target_digest, tensors_digest
+from hsa.outputs.patch_format import PatchContents, PatchTarget, patch_obstacles
+from hsa.outputs.recording import PROGRAM, libraries, source_record, target_digest, tensors_digest
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import Merged, TargetOutcome
 from hsa.planning.plan import find_targets
@@ -57,14 +57,14 @@ class Point:
 class FinishedPatch:
     """A finished patch: its contents, outcomes in the order of the targets, and bytes."""
 
-    contents: Contents
+    contents: PatchContents
     outcomes: tuple[TargetOutcome, ...]
     nbytes: int
 
 
 def check_patchable(config: MergeConfig, sources: Sources) -> None:
-    """RequestError where a patch cannot hold the merge; see `unpatchable`."""
-    for why in unpatchable(config, sources.primary.kind):
+    """RequestError where a patch cannot hold the merge; see `patch_obstacles`."""
+    for why in patch_obstacles(config, sources.primary.kind):
         raise RequestError(f"a patch holds the rows of merged heads alone, and {why}; write a whole checkpoint")
 
 
@@ -73,7 +73,7 @@ class _OpenPatch:
     """A patch while it is written. `stop` is where the rows of the next target begin."""
 
     point: Point
-    contents: Contents
+    contents: PatchContents
     fd: int
     direct: int | None
     header_bytes: int
@@ -174,7 +174,7 @@ class _PatchRun:
     def _create(
         self, point: Point, targets: Sequence[Target], settings: Mapping[str, Any], files: Mapping[str, str]
     ) -> _OpenPatch:
-        contents = Contents(
+        contents = PatchContents(
             PROGRAM,
             libraries(),
             {**point.config.as_dict(), **settings},
@@ -216,14 +216,14 @@ class _PatchRun:
             ),
         }
         digests = {**file.digests, **{name: digest_of(data) for name, data in tail.items()}}
-        listed = patch_format.entries(file.contents, counts)
-        contents = patch_format.completed(
+        listed = patch_format.tensor_entries(file.contents, counts)
+        contents = patch_format.with_digests(
             file.contents,
             {role: target_digest(role, outcomes) for role in ROLES},
             tensors_digest([(entry.name, entry.code, entry.shape, digests[entry.name]) for entry in listed]),
             self._distances(outcomes),
         )
-        raw = patch_format.header(contents, counts, file.header_bytes)
+        raw = patch_format.render_header(contents, counts, file.header_bytes)
         stop = file.stop + sum(map(len, tail.values()))
         with fsio.map_write_errors(path, stop):
             fsio.write_all(file.fd, memoryview(b"".join(tail.values())), file.stop, self.tally)
@@ -234,8 +234,8 @@ class _PatchRun:
         return FinishedPatch(contents, outcomes, stop)
 
     def _distances(self, outcomes: Sequence[TargetOutcome]) -> dict[str, Distances]:
-        return distances.of(
-            distances.Merged(
+        return distances.by_stack(
+            distances.DistanceInputs(
                 outcome.target.projection.stack,
                 outcome.target.coefficient,
                 outcome.merged.selection.selected,
@@ -383,7 +383,7 @@ def _groups(rows: Sequence[_Rows]) -> list[list[_Rows]]:
 
 
 def _file_order(target: Target) -> tuple[int, bool, int, int]:
-    """As `Contents.in_file_order`, of targets in the order of primary's files."""
+    """As `PatchContents.in_file_order`, of targets in the order of primary's files."""
     return (-BITS[target.out_code], len(target.shape) == 1, target.primary.shard, target.primary.offset)
 
 
@@ -405,5 +405,5 @@ def expected_bytes(config: MergeConfig, sources: Sources) -> int:
     return sum(patch_target(target).rows_bytes(target.keep) for target in find_targets(config, sources))
 
 
-def _expected_bytes(contents: Contents) -> int:
+def _expected_bytes(contents: PatchContents) -> int:
     return sum(target.rows_bytes(target.keep) + 9 * target.heads for target in contents.targets)

@@ -9,7 +9,7 @@ from pathlib import Path
 from hsa.errors import HsaError, ProvenanceError, shown
 from hsa.inspection.report import Inspection, Recorded, TensorInspection, in_order
 from hsa.methods.config import MergeConfig, PerTensor, keep_count, layer_coefficient, percentages
-from hsa.methods.selection import TIE_RISK, of_selected, select
+from hsa.methods.selection import TIE_RISK, select, selection_of
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.system.fsio import Tally
 from hsa.system.manifest import PROVENANCE
@@ -89,7 +89,7 @@ def _recorded_tensor(
     if keep_count(k, each.heads) != keep_count(config.of("k", name), each.heads):
         keep = keep_count(k, each.heads)
         chosen = select(each.scores, keep).selected
-        selected, margin = chosen, of_selected([score * score for score in each.scores], chosen).margin
+        selected, margin = chosen, selection_of([score * score for score in each.scores], chosen).margin
     coefficient = each.coefficient
     if (lam, alpha) != (config.of("lam", name), config.of("alpha", name)):
         coefficient = layer_coefficient(lam, alpha, each.projection.layer, layers[stack])

@@ -18,11 +18,12 @@ from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes
 from hsa.inspection.report import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
 from hsa.methods.config import MergeConfig, PerTensor, keep_count, percentages
 from hsa.methods.geometry import Geometry
-from hsa.methods.selection import Selection, of_selected, select
+from hsa.methods.selection import Selection, select, selection_of
 from hsa.option_names import option
 from hsa.outputs import provenance
 from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
-from hsa.outputs.provenance import Provenance, TargetRecord, tensors_digest
+from hsa.outputs.provenance import Provenance, TargetRecord
+from hsa.outputs.recording import tensors_digest
 from hsa.planning.outcome import Merged, TargetOutcome
 from hsa.planning.plan import check_whole, find_targets
 from hsa.planning.target import Target
@@ -245,7 +246,7 @@ def _tensor(
         selected, margin = recorded.selected, recorded.margin
         if target.keep != recorded.keep:
             selected = select(scores, target.keep).selected
-            margin = of_selected([score * score for score in scores], selected).margin
+            margin = selection_of([score * score for score in scores], selected).margin
     return TensorInspection(
         name=target.primary.name if recorded is None else recorded.name,
         projection=target.projection,

@@ -13,6 +13,7 @@ from hsa.architectures.base import Projection
 from hsa.errors import one_line
 from hsa.findings import counted
 from hsa.methods.geometry import Geometry
+from hsa.methods.selection import count_heads, narrowest
 from hsa.sources.roles import Role
 
 FORMAT = 1
@@ -196,22 +197,21 @@ class Inspection:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        heads = f"{self.selected_heads} of {self.total_heads} heads selected in {len(self.tensors)} tensors"
+        heads = f"{count_heads(self.tensors.values())} heads selected in {len(self.tensors)} tensors"
         return one_line(f"<hsa.Inspection of {self.title}: {heads}{counted(self.warnings)}>")
 
     @property
     def selected_heads(self) -> int:
-        return sum(len(tensor.selected) for tensor in self.tensors.values())
+        return count_heads(self.tensors.values()).selected
 
     @property
     def total_heads(self) -> int:
-        return sum(tensor.heads for tensor in self.tensors.values())
+        return count_heads(self.tensors.values()).total
 
     @property
     def narrowest(self) -> TensorInspection | None:
         """The tensor with the smallest margin; None where no tensor has one."""
-        measured = [tensor for tensor in self.tensors.values() if tensor.margin is not None]
-        return min(measured, key=lambda tensor: tensor.margin or 0.0, default=None)
+        return narrowest(self.tensors.values())
 
     @property
     def agreement(self) -> tuple[Agreement, ...]:

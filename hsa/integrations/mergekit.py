@@ -32,6 +32,7 @@ from hsa.integrations.mergekit_method import Merging
 from hsa.integrations.mergekit_method import register as register_method
 from hsa.integrations.mergekit_recipe import Recipe, plainly, read
 from hsa.methods.config import percentages
+from hsa.methods.selection import count_heads
 from hsa.outputs import report
 from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import value_findings
@@ -124,12 +125,11 @@ def run(arguments: Sequence[str]) -> Result:
         staging.publish()
     if recipe.is_hsa:
         findings = percentages(outcome.target.k for outcome in merging.outcomes)
-        findings += value_findings(merging.outcomes) + report.findings(merging.outcomes)
+        findings += value_findings(merging.outcomes) + report.outcome_findings(merging.outcomes)
         result.notes += findings.notes
         result.warnings += findings.warnings
         result.tensors = len(merging.outcomes)
-        result.selected_heads = sum(len(outcome.merged.selection.selected) for outcome in merging.outcomes)
-        result.total_heads = sum(outcome.target.heads for outcome in merging.outcomes)
+        result.selected_heads, result.total_heads = count_heads(merging.outcomes)
         result.extent = Extent.of(merging.outcomes)
     return result
 

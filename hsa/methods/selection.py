@@ -1,10 +1,11 @@
-"""Which heads of a tensor are selected, by their scores."""
+"""Selects the heads of a tensor by their scores, and counts them over tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 TIE_RISK = 1e-5
 """Relative gap of squared scores below which two correct backends could select different heads."""
@@ -38,15 +39,62 @@ def select(squared: Sequence[float], keep: int) -> Selection:
     if keep == 0:
         return Selection(tuple(squared), (), None)
     cut = ranked[keep - 1]
-    return of_selected(squared, tuple(head for head, score in enumerate(squared) if score >= cut))
+    return selection_of(squared, tuple(head for head, score in enumerate(squared) if score >= cut))
 
 
-def of_selected(squared: Sequence[float], selected: tuple[int, ...]) -> Selection:
-    """The selection with its margin, for heads that were chosen already."""
-    chosen = set(selected)
-    dropped = [score for head, score in enumerate(squared) if head not in chosen]
+def selection_of(squared: Sequence[float], selected: tuple[int, ...]) -> Selection:
+    """The selection with its margin, for heads that are selected already."""
+    merged = set(selected)
+    dropped = [score for head, score in enumerate(squared) if head not in merged]
     margin = None
-    if chosen and dropped:
-        last = min(squared[head] for head in chosen)
+    if selected and dropped:
+        last = min(squared[head] for head in selected)
         margin = (last - max(dropped)) / last if last > 0 else 0.0
     return Selection(tuple(squared), selected, margin)
+
+
+class SelectedHeads(Protocol):
+    """A tensor with selected heads, such as a record of one, or what a report says of it."""
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def selected(self) -> tuple[int, ...]: ...
+
+
+class HeadCounts(NamedTuple):
+    """How many heads are selected, and how many there are."""
+
+    selected: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.selected} of {self.total}"
+
+
+def count_heads(tensors: Iterable[SelectedHeads]) -> HeadCounts:
+    """The counts over tensors.
+
+    Example:
+        >>> str(count_heads([]))
+        '0 of 0'
+    """
+    counts = [(len(tensor.selected), tensor.heads) for tensor in tensors]
+    return HeadCounts(sum(selected for selected, _ in counts), sum(heads for _, heads in counts))
+
+
+class SelectedWithMargin(Protocol):
+    """A tensor with the margin of its cut."""
+
+    @property
+    def margin(self) -> float | None: ...
+
+
+Tensor = TypeVar("Tensor", bound=SelectedWithMargin)
+
+
+def narrowest(tensors: Iterable[Tensor]) -> Tensor | None:
+    """The first tensor with the smallest margin; None where no tensor has one."""
+    measured = [tensor for tensor in tensors if tensor.margin is not None]
+    return min(measured, key=lambda tensor: tensor.margin or 0.0, default=None)

@@ -9,6 +9,7 @@ from typing import Any
 from hsa.architectures.base import Stack
 from hsa.architectures.whisper import CLASSIFICATION, GENERATION
 from hsa.errors import RequestError, is_text, shown
+from hsa.methods.selection import count_heads
 from hsa.option_names import option
 from hsa.outputs.provenance import SETTINGS, Record, TargetRecord
 from hsa.sources.identity import Identity, is_hub_id
@@ -95,15 +96,15 @@ def metadata(
     """
     import yaml
 
-    listed = list(dict.fromkeys(parents))
+    base_models = list(dict.fromkeys(parents))
     fields = {
-        "base_model": listed,
+        "base_model": base_models,
         "language": extra.get("language"),
         "library_name": "transformers",
         "license": extra.get("license"),
         "pipeline_tag": task,
         "tags": ["whisper", "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
-        "base_model_relation": "merge" if listed else None,
+        "base_model_relation": "merge" if base_models else None,
     }
     text: str = yaml.safe_dump({k: v for k, v in fields.items() if v}, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---"
@@ -111,8 +112,6 @@ def metadata(
 
 def _body(record: Record, files: Collection[str], fields: Mapping[str, str], model: str) -> str:
     identities = {role: source.identity for role, source in record.sources.items()}
-    chosen = sum(len(target.selected) for target in record.targets)
-    total = sum(target.heads for target in record.targets)
     details = [("Model type", _MODEL_TYPES[model])]
     details += [(role.capitalize(), _identity(identity)) for role, identity in identities.items()]
     details += [
@@ -135,7 +134,7 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str], mod
         _method(record.parameters),
         table(("parameter", "value"), _parameters(record.parameters)),
         "## Merged heads",
-        f"{chosen} of {total} heads in {len(record.targets)} target tensors. Scores and margins are in "
+        f"{count_heads(record.targets)} heads in {len(record.targets)} target tensors. Scores and margins are in "
         f"`hsa_merge.json`.",
         _heads(record.targets),
         "## Intended use",

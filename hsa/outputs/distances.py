@@ -27,7 +27,7 @@ class Distances:
 
 
 @dataclass(frozen=True)
-class Merged:
+class DistanceInputs:
     """What of a merged target its distances hang on: stack, lambda_i, selected heads, and the sums of its sources."""
 
     stack: str
@@ -36,19 +36,19 @@ class Merged:
     norms: Norms
 
 
-def of(targets: Iterable[Merged]) -> dict[str, Distances]:
+def by_stack(targets: Iterable[DistanceInputs]) -> dict[str, Distances]:
     """The distances by stack, and of `all`."""
     sums: dict[str, list[float]] = {}
     for target in targets:
-        chosen, norms = set(target.selected), target.norms
+        selected, norms = set(target.selected), target.norms
         c1, c2 = float(np.float32(target.coefficient)), float(np.float32(1.0 - target.coefficient))
-        merged = sum(value for head, value in enumerate(norms.apart) if head in chosen)
-        kept = sum(value for head, value in enumerate(norms.apart) if head not in chosen)
+        merged = sum(value for head, value in enumerate(norms.apart) if head in selected)
+        kept = sum(value for head, value in enumerate(norms.apart) if head not in selected)
         parts = (c2**2 * merged, norms.primary, c1**2 * merged + kept, norms.secondary)
         for stack in (target.stack, "all"):
-            held = sums.setdefault(stack, [0.0] * 4)
+            totals = sums.setdefault(stack, [0.0] * 4)
             for place, part in enumerate(parts):
-                held[place] += part
+                totals[place] += part
     return {stack: Distances(_root(a, b), _root(c, d)) for stack, (a, b, c, d) in sums.items()}
 
 

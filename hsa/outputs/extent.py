@@ -9,6 +9,7 @@ from typing import Any
 
 from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import cosine, ratio
+from hsa.methods.selection import count_heads
 from hsa.option_names import option
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target
@@ -47,10 +48,9 @@ class Extent:
         one = math.fsum(value for geometry in geometries for value in geometry.primary)
         two = math.fsum(value for geometry in geometries for value in geometry.secondary)
         product = math.fsum(value for geometry in geometries for value in geometry.product)
-        counts = [(outcome.target.coefficient, len(outcome.merged.selection.selected)) for outcome in outcomes]
+        counts = [(outcome.target.coefficient, len(outcome.selected)) for outcome in outcomes]
         return cls(
-            sum(count for _, count in counts),
-            sum(outcome.target.heads for outcome in outcomes),
+            *count_heads(outcomes),
             weight_range(counts),
             ratio(one, base),
             ratio(two, base),

@@ -26,7 +26,7 @@ from hsa.findings import Findings
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, merged_base_findings, repeated_merge_findings
 from hsa.outputs.extent import Extent, percent, planned_weight_range
-from hsa.outputs.provenance import target_digest
+from hsa.outputs.recording import target_digest
 from hsa.planning.equal_sources import SOURCE_PAIRS, SourcePair
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target

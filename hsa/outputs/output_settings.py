@@ -1,4 +1,4 @@
-"""What shapes an output besides the parameters of the merge."""
+"""Checks what shapes an output besides the parameters of the merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a patch says of itself, checked as far as that is possible without the sources.
+"""Checks what a patch says of itself, as far as that is possible without the sources.
 
 Its digests are checked where it is opened and read; but whoever rewrites a patch can compute them again. Here the
 document is compared with the parameters in it, by the checks that `hsa verify` makes of the record of an output.
@@ -10,42 +10,42 @@ from collections.abc import Iterator
 
 from hsa.errors import HsaError, PatchError, shown
 from hsa.option_names import as_keys, spelled
-from hsa.outputs.patch_format import unpatchable
+from hsa.outputs.patch_format import patch_obstacles
 from hsa.outputs.patch_reader import Patch
-from hsa.outputs.record_checks import merge_config, recorded_settings, recorded_targets, targets_alone
+from hsa.outputs.record_checks import recorded_config, setting_faults, target_faults, target_faults_without_weights
 from hsa.sources.checkpoint import Checkpoint
 
 
-def faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[str]:
+def patch_faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[str]:
     """One line for everything that no patch of hsa says, the most telling first; nothing for a sound one.
 
     With `primary`, names, shapes, element types, heads and layers are compared with its own. Rows are not read.
 
     Example:
         >>> with ExitStack() as stack:  # doctest: +SKIP
-        ...     list(faults(open_patch("sweep/encoder-qkv_k0.6_lambda0.3_alpha0.2.safetensors", Tally(), stack)))
+        ...     list(patch_faults(open_patch("sweep/encoder-qkv_k0.6_lambda0.3_alpha0.2.safetensors", Tally(), stack)))
         []
     """
     contents, record = patch.contents, patch.record
-    yield from recorded_settings(record)
+    yield from setting_faults(record)
     try:
-        config = merge_config(record)
+        config = recorded_config(record)
     except HsaError:  # which the line above has named
         return
     with spelled(as_keys(record.parameters)):
-        reasons = list(unpatchable(config, contents.sources["primary"].kind))
+        reasons = list(patch_obstacles(config, contents.sources["primary"].kind))
     for why in reasons:
         yield f"its parameters are those of no patch: {why}"
     if record.parameters.get("backend") != "cpu":
         yield f"its backend is {shown(record.parameters.get('backend'))}; patches are made on the CPU, expected 'cpu'"
-    yield from targets_alone(record) if primary is None else recorded_targets(record, primary)
+    yield from target_faults_without_weights(record) if primary is None else target_faults(record, primary)
     stacks = {target.projection.stack for target in contents.targets} | {"all"}
     if contents.distances.keys() != stacks:
         yield f"its distances are of {shown(sorted(contents.distances))}, expected {', '.join(sorted(stacks))}"
 
 
 def require_sound(patch: Patch, primary: Checkpoint | None = None) -> None:
-    """Raise PatchError with the first of `faults`, if there is any."""
-    fault = next(faults(patch, primary), None)
+    """Raise PatchError with the first of `patch_faults`, if there is any."""
+    fault = next(patch_faults(patch, primary), None)
     if fault is not None:
         raise PatchError(f"patch {patch.source.path}: {fault}; hsa wrote no such patch, make it again")

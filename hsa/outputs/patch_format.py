@@ -28,7 +28,7 @@ from hsa.architectures.base import Projection
 from hsa.architectures.whisper import canonical, parse
 from hsa.errors import HeaderError, PatchError, ProvenanceError, RequestError, shown
 from hsa.methods.config import MergeConfig
-from hsa.methods.selection import MAX_SCORE, of_selected
+from hsa.methods.selection import MAX_SCORE, selection_of
 from hsa.option_names import option
 from hsa.outputs.distances import Distances
 from hsa.outputs.provenance import Record, SourceRecord, TargetRecord, changed_keys, hex_digest, parse_origin
@@ -46,7 +46,7 @@ FORMAT = 1
 SCORES, SELECTED = "hsa.scores", "hsa.selected"
 
 
-class OtherFormat(PatchError):
+class OtherPatchFormat(PatchError):
     """A patch of another version of the format: none of this version's to judge."""
 
 
@@ -84,7 +84,7 @@ LONGEST = Distances(LONGEST_NUMBER, LONGEST_NUMBER)
 
 
 @dataclass(frozen=True)
-class Contents:
+class PatchContents:
     """What a patch's document says: everything but scores, selection and rows.
 
     `targets` are in the order of the merge's provenance; `files` maps the small files that the merge writes to their
@@ -123,33 +123,33 @@ class Contents:
     def record(self, selected: Sequence[tuple[int, ...]], squared: Sequence[tuple[float, ...]]) -> Record:
         """The record of the merge, with the selection and the squared scores of each target."""
         targets = tuple(
-            TargetRecord.selecting(
-                t.name, t.projection, t.shape, t.code, t.keep, t.coefficient, of_selected(scores, heads)
+            TargetRecord.from_selection(
+                t.name, t.projection, t.shape, t.code, t.keep, t.coefficient, selection_of(scores, heads)
             )
             for t, heads, scores in zip(self.targets, selected, squared, strict=True)
         )
         return Record(self.program, self.libraries, self.parameters, self.sources, targets)
 
 
-def entries(contents: Contents, counts: Mapping[str, int]) -> tuple[TensorEntry, ...]:
+def tensor_entries(contents: PatchContents, counts: Mapping[str, int]) -> tuple[TensorEntry, ...]:
     """The tensors of a patch in the order of the file; `counts` gives the number of heads selected by target."""
     total = sum(target.heads for target in contents.targets)
-    listed: list[tuple[str, str, tuple[int, ...]]] = [
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [
         (target.name, target.code, target.rows_shape(counts[target.name])) for target in contents.in_file_order()
     ]
-    listed += [(SCORES, "U8", (total, 8)), (SELECTED, "U8", (total,))]
-    sizes = [math.prod(shape) * BITS[code] // 8 for _, code, shape in listed]
+    tensors += [(SCORES, "U8", (total, 8)), (SELECTED, "U8", (total,))]
+    sizes = [math.prod(shape) * BITS[code] // 8 for _, code, shape in tensors]
     stops = list(accumulate(sizes))
     return tuple(
         TensorEntry(name, code, shape, stop - nbytes, stop)
-        for (name, code, shape), nbytes, stop in zip(listed, sizes, stops, strict=True)
+        for (name, code, shape), nbytes, stop in zip(tensors, sizes, stops, strict=True)
     )
 
 
-def header_size(contents: Contents) -> int:
+def header_size(contents: PatchContents) -> int:
     """Bytes to leave for the header before it is known which heads are selected: a multiple of a page.
 
-    Raises RequestError where the patch would be larger than `read` accepts.
+    Raises RequestError where the patch would be larger than `parse_contents` accepts.
     """
     heads = sum(target.heads for target in contents.targets)
     if len(contents.targets) > MAX_TARGETS or heads > MAX_HEADS:
@@ -159,7 +159,7 @@ def header_size(contents: Contents) -> int:
         )
     every = {target.name: target.heads for target in contents.targets}
     stacks = dict.fromkeys(("encoder", "decoder", "all"), LONGEST)
-    longest = _header(replace(contents, distances=stacks), entries(contents, every))
+    longest = _serialize_header(replace(contents, distances=stacks), tensor_entries(contents, every))
     size = -(-len(longest) // ALIGNMENT) * ALIGNMENT
     if size - 8 > MAX_HEADER or count_marks(longest[8:]) > MAX_MARKS:
         raise RequestError(
@@ -169,29 +169,29 @@ def header_size(contents: Contents) -> int:
     return size
 
 
-def header(contents: Contents, counts: Mapping[str, int], size: int) -> bytes:
+def render_header(contents: PatchContents, counts: Mapping[str, int], size: int) -> bytes:
     """The header, padded to `size` bytes."""
-    raw = _header(contents, entries(contents, counts))
+    raw = _serialize_header(contents, tensor_entries(contents, counts))
     assert len(raw) <= size
     text = raw[8:] + b" " * (size - len(raw))
     return len(text).to_bytes(8, "little") + text
 
 
-def _header(contents: Contents, listed: Sequence[TensorEntry]) -> bytes:
+def _serialize_header(contents: PatchContents, entries: Sequence[TensorEntry]) -> bytes:
     text = json.dumps(contents.document(), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return serialize(listed, {"format": "pt", KEY: text})
+    return serialize(entries, {"format": "pt", KEY: text})
 
 
-def completed(
-    contents: Contents, targets: Mapping[Role, str], tensors: str, distances: Mapping[str, Distances]
-) -> Contents:
+def with_digests(
+    contents: PatchContents, targets: Mapping[Role, str], tensors: str, distances: Mapping[str, Distances]
+) -> PatchContents:
     """The contents with what only finished rows give: digests of each source's targets and of the patch's tensors,
     distances."""
     sources = {role: replace(source, targets=targets[role]) for role, source in contents.sources.items()}
     return replace(contents, sources=sources, tensors=tensors, distances=distances)
 
 
-def read(header: Header, where: str) -> Contents:
+def parse_contents(header: Header, where: str) -> PatchContents:
     """What the document in a patch's checked header says, held to the tensors beside it.
 
     Raises PatchError where the file is no patch, of another version, or damaged.
@@ -202,7 +202,9 @@ def read(header: Header, where: str) -> Contents:
     try:
         document = load_json(text.encode("utf-8"), where, KEY)
         if document.get("format") != FORMAT:
-            raise OtherFormat(f"{where}: format is {shown(document.get('format'), 40)}, this version reads {FORMAT}")
+            raise OtherPatchFormat(
+                f"{where}: format is {shown(document.get('format'), 40)}, this version reads {FORMAT}"
+            )
         check_digest(document, where)
     except (HeaderError, ProvenanceError, UnicodeEncodeError) as error:
         raise PatchError(f"{where}: {error}") from error
@@ -213,18 +215,18 @@ def read(header: Header, where: str) -> Contents:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise PatchError(f"{where}: {reason}; it is no patch that hsa wrote") from error
-    unlike = [key for key in changed_keys(document, contents.document()) if key != DIGEST]
-    if unlike:
-        raise PatchError(f"{where}: {shown(unlike[0])} is not written as hsa writes it; it is no patch that hsa wrote")
-    counts = counts_of(contents, header.entries)
-    if header.entries != entries(contents, counts):
+    altered = [key for key in changed_keys(document, contents.document()) if key != DIGEST]
+    if altered:
+        raise PatchError(f"{where}: {shown(altered[0])} is not written as hsa writes it; it is no patch that hsa wrote")
+    counts = selected_counts(contents, header.entries)
+    if header.entries != tensor_entries(contents, counts):
         raise PatchError(
             f"{where}: its tensors are not those that its document promises; it is no patch that hsa wrote"
         )
     return contents
 
 
-def _contents(document: Mapping[str, Any], held: Mapping[str, TensorEntry]) -> Contents:
+def _contents(document: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> PatchContents:
     program, libraries, parameters, sources = parse_origin(document)
     targets, files = document["targets"], document["files"]
     if not isinstance(targets, dict) or not targets or not isinstance(files, dict):
@@ -235,14 +237,14 @@ def _contents(document: Mapping[str, Any], held: Mapping[str, TensorEntry]) -> C
         hex_digest(digest)
     if CONFIG not in files:
         raise ValueError(f"files has no {CONFIG}, which every merge writes")
-    placed = tuple(_target(name, entry, held.get(name)) for name, entry in targets.items())
+    placed = tuple(_target(name, entry, entries.get(name)) for name, entry in targets.items())
     heads = sum(target.heads for target in placed)
     if heads > MAX_HEADS:
         raise ValueError(f"its targets have {heads} heads, at most {MAX_HEADS} are read")
     tensors = document["tensors_blake3"]
     if not isinstance(tensors, str):
         raise TypeError("tensors_blake3 must be a text")
-    return Contents(
+    return PatchContents(
         program,
         libraries,
         parameters,
@@ -261,9 +263,9 @@ def _distances(entry: Any) -> Distances:
     return Distances(one, two)
 
 
-def _target(name: str, entry: Any, held: TensorEntry | None) -> PatchTarget:
+def _target(name: str, entry: Any, rows: TensorEntry | None) -> PatchTarget:
     projection = parse(canonical(name))
-    if projection is None or held is None:
+    if projection is None or rows is None:
         raise ValueError(f"{shown(name, 120)} is no attention projection with rows in the file")
     if not isinstance(entry, list) or len(entry) != 3:
         raise ValueError(f"{name}: expected heads, heads to keep and lambda_i, found {shown(entry)}")
@@ -275,23 +277,23 @@ def _target(name: str, entry: Any, held: TensorEntry | None) -> PatchTarget:
         raise ValueError(f"{name}: {shown(keep, 40)} of {shown(heads, 40)} heads")
     if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 <= coefficient <= 1:
         raise ValueError(f"{name}: lambda_i is {shown(coefficient, 40)}")
-    if held.code not in ARITHMETIC:
-        raise ValueError(f"{name}: its dtype is {shown(held.code)}, expected one of {', '.join(ARITHMETIC)}")
+    if rows.code not in ARITHMETIC:
+        raise ValueError(f"{name}: its dtype is {shown(rows.code)}, expected one of {', '.join(ARITHMETIC)}")
     rank = 3 if projection.part == "weight" else 2
-    if len(held.shape) != rank:
-        raise ValueError(f"{name}: its rows have shape {list(held.shape)}")
+    if len(rows.shape) != rank:
+        raise ValueError(f"{name}: its rows have shape {list(rows.shape)}")
     if projection.head_axis == 1:
-        shape: tuple[int, ...] = (held.shape[0], heads * held.shape[2])
+        shape: tuple[int, ...] = (rows.shape[0], heads * rows.shape[2])
     else:
-        shape = (heads * held.shape[1], *held.shape[2:])
-    return PatchTarget(name, projection, shape, held.code, heads, keep, float(coefficient))
+        shape = (heads * rows.shape[1], *rows.shape[2:])
+    return PatchTarget(name, projection, shape, rows.code, heads, keep, float(coefficient))
 
 
-def counts_of(contents: Contents, listed: Sequence[TensorEntry]) -> dict[str, int]:
+def selected_counts(contents: PatchContents, entries: Sequence[TensorEntry]) -> dict[str, int]:
     """How many heads the rows of each target are of, by the tensors of the file; 0 where the file lacks a target."""
-    held = {entry.name: entry for entry in listed}
+    by_name = {entry.name: entry for entry in entries}
     return {
-        target.name: held[target.name].shape[target.projection.head_axis] if target.name in held else 0
+        target.name: by_name[target.name].shape[target.projection.head_axis] if target.name in by_name else 0
         for target in contents.targets
     }
 
@@ -304,12 +306,12 @@ def pack_scores(squared: Sequence[Sequence[float]]) -> bytes:
 def pack_selected(selected: Sequence[Sequence[int]], heads: Sequence[int]) -> bytes:
     """`hsa.selected`: a byte for every head."""
     return b"".join(
-        bytes(head in chosen for head in range(count)) for chosen, count in zip(map(set, selected), heads, strict=True)
+        bytes(head in merged for head in range(count)) for merged, count in zip(map(set, selected), heads, strict=True)
     )
 
 
-def unpack(
-    contents: Contents, scores: bytes, flags: bytes, where: str
+def unpack_selection(
+    contents: PatchContents, scores: bytes, flags: bytes, where: str
 ) -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
     """Selected heads and squared scores of each target, in the order of the targets; PatchError where not sound."""
     selected: list[tuple[int, ...]] = []
@@ -329,12 +331,12 @@ def unpack(
     return selected, squared
 
 
-def roles(contents: Contents) -> str:
+def source_names(contents: PatchContents) -> str:
     """Who the sources were, for messages."""
     return ", ".join(contents.sources[role].identity.named(role) for role in ROLES)
 
 
-def unpatchable(config: MergeConfig, primary_kind: str) -> Iterator[str]:
+def patch_obstacles(config: MergeConfig, primary_kind: str) -> Iterator[str]:
     """Why more than merged rows differ from primary, so that a patch cannot hold the merge; nothing where it can."""
     reasons = (
         (config.numerics != "exact", "numerics 'reference' computes every tensor"),

@@ -1,4 +1,4 @@
-"""A patch to read: its header, document, scores and selection are checked before any of its rows is read."""
+"""Opens and reads a patch: its header, document, scores and selection are checked before any of its rows is read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import numpy as np
 from hsa.errors import HsaError, PatchError
 from hsa.methods.selection import select
 from hsa.outputs import patch_format
-from hsa.outputs.patch_format import Contents
-from hsa.outputs.provenance import Record, tensors_digest
+from hsa.outputs.patch_format import PatchContents
+from hsa.outputs.provenance import Record
+from hsa.outputs.recording import tensors_digest
 from hsa.sources.safetensors import Header, TensorEntry, read_header
 from hsa.system import fsio
 from hsa.system.dtypes import STORAGE, all_finite, first_not_finite
@@ -32,7 +33,7 @@ class Patch:
 
     source: fsio.SourceFile
     header: Header
-    contents: Contents
+    contents: PatchContents
     selected: tuple[tuple[int, ...], ...]
     squared: tuple[tuple[float, ...], ...]
 
@@ -55,10 +56,10 @@ class Patch:
         for entry in self.header.entries:
             if entry.name not in digests:
                 digests[entry.name] = digest_range(self.source, self.start(entry.name), entry.stop - entry.start)
-        found = tensors_digest([(e.name, e.code, e.shape, digests[e.name]) for e in self.header.entries])
-        if found != self.contents.tensors:
+        digest = tensors_digest([(e.name, e.code, e.shape, digests[e.name]) for e in self.header.entries])
+        if digest != self.contents.tensors:
             raise PatchError(
-                f"{self.source.path}: its rows give the digest {found}, its document says {self.contents.tensors}; it "
+                f"{self.source.path}: its rows give the digest {digest}, its document says {self.contents.tensors}; it "
                 f"is damaged, make it again"
             )
 
@@ -86,7 +87,7 @@ class Patch:
             element = start // values.itemsize + first_not_finite(target.code, values)
             shape = target.rows_shape(len(heads))
             place = int(np.unravel_index(element, shape)[target.projection.head_axis])
-            raise not_finite(self.source, target.name, heads[place])
+            raise not_finite_rows(self.source, target.name, heads[place])
 
 
 def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
@@ -96,11 +97,11 @@ def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
     stack.callback(source.close)
     header = read_header(source)
     where = f"patch {place}"
-    contents = patch_format.read(header, where)
+    contents = patch_format.parse_contents(header, where)
     at = {entry.name: (len(header.raw) + entry.start, entry.stop - entry.start) for entry in header.entries}
     scores, flags = (source.read(at[n][1], at[n][0]) for n in (patch_format.SCORES, patch_format.SELECTED))
-    selected, squared = patch_format.unpack(contents, scores, flags, where)
-    counts = patch_format.counts_of(contents, header.entries)
+    selected, squared = patch_format.unpack_selection(contents, scores, flags, where)
+    counts = patch_format.selected_counts(contents, header.entries)
     for target, heads, values in zip(contents.targets, selected, squared, strict=True):
         if select(values, target.keep).selected != heads or counts[target.name] != len(heads):
             raise PatchError(f"{where}: the heads selected in {target.name} do not follow from its scores")
@@ -123,7 +124,7 @@ def digest_range(
     return hasher.hexdigest()
 
 
-def not_finite(patch: SourceFile, name: str, head: int) -> PatchError:
+def not_finite_rows(patch: SourceFile, name: str, head: int) -> PatchError:
     """The error for a patch whose rows of a head are not all finite."""
     return PatchError(
         f"patch {patch.path}: its rows of {name}, head {head} hold NaN or Inf, which no merge writes; make the patch "

@@ -6,42 +6,33 @@ the same record, so that whoever holds a record can write both again.
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-from hsa._version import __version__
 from hsa.architectures.base import Projection
 from hsa.architectures.whisper import canonical, parse
 from hsa.errors import ProvenanceError, RequestError, shown
 from hsa.methods.config import MergeConfig
 from hsa.methods.selection import MAX_SCORE, Selection
 from hsa.option_names import as_keys, spelled
-from hsa.planning.outcome import TargetOutcome
-from hsa.planning.plan import MergePlan
-from hsa.sources.checkpoint import Checkpoint, Kind
+from hsa.sources.checkpoint import Kind
 from hsa.sources.identity import Identity
 from hsa.sources.roles import ROLES, Role
-from hsa.sources.source_set import Sources
 from hsa.system import manifest
-from hsa.system.digests import digest_of
 from hsa.system.manifest import BLANK_DIGEST, DIGEST, FORMAT, PROVENANCE, document_digest, render
 from hsa.system.types import parse_size
 
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
 """What stands among a record's parameters besides those of the merge itself."""
 
-PROGRAM = {"name": "hsa-merge", "version": __version__}
 HEX = frozenset("0123456789abcdef")
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class SourceFileRecord:
     """A weights file of a source: its size and the BLAKE3 digest of its header."""
 
     nbytes: int
@@ -54,7 +45,7 @@ class SourceRecord:
 
     identity: Identity
     kind: str
-    files: Mapping[str, SourceFile]
+    files: Mapping[str, SourceFileRecord]
     targets: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,20 +76,7 @@ class TargetRecord:
     margin: float | None
 
     @classmethod
-    def of(cls, outcome: TargetOutcome) -> TargetRecord:
-        target = outcome.target
-        return cls.selecting(
-            target.output_name,
-            target.projection,
-            target.shape,
-            target.out_code,
-            target.keep,
-            target.coefficient,
-            outcome.merged.selection,
-        )
-
-    @classmethod
-    def selecting(
+    def from_selection(
         cls,
         name: str,
         projection: Projection,
@@ -179,53 +157,6 @@ class Provenance:
     digest: str
 
 
-def record(plan: MergePlan, sources: Sources, outcomes: Sequence[TargetOutcome], settings: Mapping[str, Any]) -> Record:
-    """The record of a finished merge; `settings` is what besides its own parameters shaped the output."""
-    return Record(
-        dict(PROGRAM),
-        libraries(numerics=plan.config.numerics),
-        {**plan.config.as_dict(), **settings},
-        {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
-        tuple(map(TargetRecord.of, outcomes)),
-    )
-
-
-def check_fits(plan: MergePlan, sources: Sources, settings: Mapping[str, Any], small: Iterable[str]) -> None:
-    """RequestError where the provenance of a planned merge could be too large to be read again.
-
-    `small` are the names of the files that may lie beside the weights.
-    """
-    longest = manifest.LONGEST_NUMBER
-    heads = sum(target.heads for target in plan.targets)
-    most = tuple(
-        TargetRecord(
-            target.output_name,
-            target.projection,
-            target.shape,
-            target.out_code,
-            target.heads,
-            target.keep,
-            longest,
-            tuple(range(target.heads)),
-            (longest,) * target.heads,
-            longest,
-        )
-        for target in (plan.targets if heads <= manifest.MAX_PROVENANCE_MARKS else ())
-    )
-    records = {
-        source.role: SourceRecord(
-            source.identity,
-            source.kind,
-            {shard.name: SourceFile(shard.source.size, BLANK_DIGEST) for shard in source.shards},
-            BLANK_DIGEST,
-        )
-        for source in sources
-    }
-    numerics = libraries(numerics=plan.config.numerics)
-    expected = Record(dict(PROGRAM), numerics, {**plan.config.as_dict(), **settings}, records, most)
-    expected.check_fits([*small, *(file.name for file in plan.files)], heads)
-
-
 def load(directory: Path) -> Provenance:
     """Read and check the provenance of an output.
 
@@ -269,20 +200,20 @@ def parse_origin(document: Mapping[str, Any]) -> Origin:
 
 def _parameters(entry: Any) -> dict[str, Any]:
     """The parameters of a record, which the card and a merge made again rely on."""
-    found = _mapping(entry)
+    parameters = _mapping(entry)
     try:
-        MergeConfig.from_dict(found)
-        if found.get("max_shard_size") is not None:
-            with spelled(as_keys(found)):
-                parse_size(found["max_shard_size"])
+        MergeConfig.from_dict(parameters)
+        if parameters.get("max_shard_size") is not None:
+            with spelled(as_keys(parameters)):
+                parse_size(parameters["max_shard_size"])
     except RequestError as error:
         raise ValueError(str(error)) from error
     for setting in SETTINGS:
-        if setting not in found:
+        if setting not in parameters:
             raise KeyError(setting)
-    for field, value in _mapping(found["card"]).items():
+    for field, value in _mapping(parameters["card"]).items():
         _text(field), _text(value)
-    return found
+    return parameters
 
 
 def parse_source(entry: Any) -> SourceRecord:
@@ -295,7 +226,7 @@ def parse_source(entry: Any) -> SourceRecord:
         Identity(_text(entry["id"]), None if revision is None else _text(revision)),
         kind,
         {
-            _text(name): SourceFile(_count(_mapping(file)["bytes"]), hex_digest(file["header_blake3"]))
+            _text(name): SourceFileRecord(_count(_mapping(file)["bytes"]), hex_digest(file["header_blake3"]))
             for name, file in _mapping(entry["files"]).items()
         },
         hex_digest(entry["targets_blake3"]),
@@ -326,44 +257,10 @@ def _target_record(name: str, entry: Any) -> TargetRecord:
     )
 
 
-def target_digest(role: Role, outcomes: Sequence[TargetOutcome]) -> str:
-    """BLAKE3 over the target tensors of one source: name, element type, shape and digest of each, by name.
-
-    Independent of how the source is split into shards.
-    """
-    lines = []
-    for outcome in outcomes:
-        ref = outcome.target.ref(role)
-        lines.append((outcome.target.projection.name, ref.code, ref.shape, outcome.digests[role]))
-    return tensors_digest(lines)
-
-
-def tensors_digest(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> str:
-    """BLAKE3 over tensors given by name, element type, shape and the digest of their bytes, in the order of names."""
-    lines = [
-        json.dumps([name, code, list(shape), digest], separators=(",", ":")) for name, code, shape, digest in tensors
-    ]
-    return digest_of("\n".join(sorted(lines)).encode("ascii"))
-
-
-def source_record(source: Checkpoint, targets: str) -> SourceRecord:
-    """The record of an open source, with the digest over its target tensors."""
-    files = {s.name: SourceFile(s.source.size, digest_of(s.header.raw)) for s in source.shards}
-    return SourceRecord(source.identity, source.kind, files, targets)
-
-
-def libraries(*, numerics: str = "exact") -> dict[str, str]:
-    """Versions of what the bytes of an output depend on."""
-    names = ["numpy", "blake3", "huggingface_hub"]
-    if numerics == "reference":
-        names.append("torch")
-    return {"python": platform.python_version(), **{name: version(name) for name in sorted(names)}}
-
-
-def changed_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+def changed_keys(document: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Keys whose values differ, or that one of two documents has alone."""
     absent = object()
-    return [key for key in {**expected, **found} if found.get(key, absent) != expected.get(key, absent)]
+    return [key for key in {**expected, **document} if document.get(key, absent) != expected.get(key, absent)]
 
 
 def _mapping(value: Any) -> dict[str, Any]:

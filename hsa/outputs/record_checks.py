@@ -1,4 +1,4 @@
-"""What a record says of its own merge: whether targets, heads and coefficients follow from its parameters.
+"""Checks what a record says of its own merge: whether targets, heads and coefficients follow from its parameters.
 
 Nothing here raises for a damaged record: each check yields a line for everything that is not as it must be."""
 
@@ -13,7 +13,8 @@ from hsa.errors import HsaError, RequestError, shown
 from hsa.methods.config import MergeConfig, keep_count, layer_coefficient
 from hsa.option_names import as_keys, spelled
 from hsa.outputs.output_settings import check_settings
-from hsa.outputs.provenance import PROGRAM, SETTINGS, Record, TargetRecord, changed_keys
+from hsa.outputs.provenance import SETTINGS, Record, TargetRecord, changed_keys
+from hsa.outputs.recording import PROGRAM
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.tensor_places import TensorRef
 
@@ -21,7 +22,7 @@ MARGIN_ERROR = 1e-12
 """A margin is taken from squared scores, and the roots that the provenance holds are rounded."""
 
 
-def targets_of(checkpoint: Checkpoint, preset: Preset) -> Iterator[tuple[Projection, TensorRef]]:
+def checkpoint_targets(checkpoint: Checkpoint, preset: Preset) -> Iterator[tuple[Projection, TensorRef]]:
     """The target tensors that a checkpoint holds."""
     for name, ref in checkpoint.tensors.items():
         projection = whisper.parse(name)
@@ -29,7 +30,7 @@ def targets_of(checkpoint: Checkpoint, preset: Preset) -> Iterator[tuple[Project
             yield projection, ref
 
 
-def merge_config(record: Record) -> MergeConfig:
+def recorded_config(record: Record) -> MergeConfig:
     """The parameters of the merge; RequestError where they are none."""
     try:
         return MergeConfig.from_dict(record.parameters)
@@ -39,23 +40,23 @@ def merge_config(record: Record) -> MergeConfig:
         raise RequestError(f"parameters: {error}") from error
 
 
-def recorded_settings(record: Record) -> Iterator[str]:
+def setting_faults(record: Record) -> Iterator[str]:
     """Whether the parameters are those that hsa records, no more and no others."""
     try:
-        known = merge_config(record).as_dict()
+        expected = recorded_config(record).as_dict()
     except HsaError as error:
         yield str(error)
         return
-    found = record.parameters
-    for name in changed_keys(found, {**found, **known}):
-        yield f"parameter {shown(name)} is {shown(found.get(name))}, hsa records {shown(known[name])}"
-    unknown = [name for name in found if name not in known and name not in SETTINGS]
+    parameters = record.parameters
+    for name in changed_keys(parameters, {**parameters, **expected}):
+        yield f"parameter {shown(name)} is {shown(parameters.get(name))}, hsa records {shown(expected[name])}"
+    unknown = [name for name in parameters if name not in expected and name not in SETTINGS]
     if unknown:
-        yield f"parameter {shown(unknown[0])} is none that hsa records; expected {', '.join((*known, *SETTINGS))}"
-    size = found.get("max_shard_size")
+        yield f"parameter {shown(unknown[0])} is none that hsa records; expected {', '.join((*expected, *SETTINGS))}"
+    size = parameters.get("max_shard_size")
     try:
-        with spelled(as_keys(found)):
-            check_settings(found["assets_from"], size, found["card"])
+        with spelled(as_keys(parameters)):
+            check_settings(parameters["assets_from"], size, parameters["card"])
         if size is not None and type(size) is not int:
             raise RequestError(f"max_shard_size must be a number of bytes, got {shown(size)}")
     except (HsaError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -64,37 +65,37 @@ def recorded_settings(record: Record) -> Iterator[str]:
         yield f"its program is {shown(dict(record.program).get('name'))}, expected {PROGRAM['name']}"
 
 
-def recorded_targets(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
+def target_faults(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
     """Whether the targets of the record are those of these weights, and follow from its parameters."""
     try:
-        config = merge_config(record)
+        config = recorded_config(record)
         architecture = whisper.architecture(checkpoint.config, checkpoint.role)
     except HsaError as error:
         yield str(error)
         return
-    held = {projection.name: ref for projection, ref in targets_of(checkpoint, config.targets)}
+    stored = {projection.name: ref for projection, ref in checkpoint_targets(checkpoint, config.targets)}
     recorded = {target.projection.name for target in record.targets}
-    unmerged = [ref.name for name, ref in held.items() if name not in recorded]
+    unmerged = [ref.name for name, ref in stored.items() if name not in recorded]
     if unmerged:
         yield f"{len(unmerged)} targets of {shown(config.targets)} in the weights are not listed, such as {unmerged[0]}"
-    unknown = [target.name for target in record.targets if target.projection.name not in held]
+    unknown = [target.name for target in record.targets if target.projection.name not in stored]
     if unknown:
         yield f"{len(unknown)} targets are listed and are none of the weights' targets, such as {unknown[0]}"
-    yield from _unknown_tensor(config, recorded)
+    yield from _per_tensor_faults(config, recorded)
     for target in record.targets:
-        ref = held.get(target.projection.name)
+        ref = stored.get(target.projection.name)
         if ref is not None:
-            found = itertools.chain(_stored(target, ref), _follows(target, config, architecture))
-            yield from itertools.islice(found, 1)
+            faults = itertools.chain(_storage_faults(target, ref), _parameter_faults(target, config, architecture))
+            yield from itertools.islice(faults, 1)
 
 
-def targets_alone(record: Record) -> Iterator[str]:
+def target_faults_without_weights(record: Record) -> Iterator[str]:
     """Whether the targets of a record follow from its parameters, where no weights are at hand.
 
     How many heads and layers a stack has is taken from the targets: every layer has some, and all the same heads.
     """
     try:
-        config = merge_config(record)
+        config = recorded_config(record)
     except HsaError as error:
         yield str(error)
         return
@@ -114,23 +115,23 @@ def targets_alone(record: Record) -> Iterator[str]:
     other = [t.name for t in record.targets if not whisper.is_target(t.projection, config.targets)]
     if other:
         yield f"{len(other)} targets are listed and are none of {shown(config.targets)}, such as {other[0]}"
-    yield from _unknown_tensor(config, recorded)
+    yield from _per_tensor_faults(config, recorded)
     width = record.targets[0].shape[0] if record.targets else 0
     for target in record.targets:
         expected = (width,) * len(target.shape)  # every projection of a Whisper model is as wide as the model
         if target.shape != expected:
             yield f"target {target.name} is listed with shape {list(target.shape)}, expected {list(expected)}"
-        yield from itertools.islice(_follows(target, config, Architecture(heads, layers)), 1)
+        yield from itertools.islice(_parameter_faults(target, config, Architecture(heads, layers)), 1)
 
 
-def _unknown_tensor(config: MergeConfig, recorded: set[str]) -> Iterator[str]:
+def _per_tensor_faults(config: MergeConfig, recorded: set[str]) -> Iterator[str]:
     try:
         config.check_names(recorded)
     except RequestError as error:
         yield str(error)
 
 
-def _stored(target: TargetRecord, ref: TensorRef) -> Iterator[str]:
+def _storage_faults(target: TargetRecord, ref: TensorRef) -> Iterator[str]:
     """Whether a target of a record is the tensor that is stored."""
     if (target.name, target.shape, target.code) != (ref.name, ref.shape, ref.code):
         yield (
@@ -139,7 +140,7 @@ def _stored(target: TargetRecord, ref: TensorRef) -> Iterator[str]:
         )
 
 
-def _follows(target: TargetRecord, config: MergeConfig, architecture: Architecture) -> Iterator[str]:
+def _parameter_faults(target: TargetRecord, config: MergeConfig, architecture: Architecture) -> Iterator[str]:
     """Whether heads, coefficient and selection of a target follow from the parameters."""
     name, stack = target.projection.name, target.projection.stack
     heads = config.num_heads or architecture.heads[stack]
@@ -160,10 +161,10 @@ def _follows(target: TargetRecord, config: MergeConfig, architecture: Architectu
             f"target {target.name} is listed with keep {target.keep} and lambda_i {shown(target.coefficient)}; the "
             f"parameters give {keep} and {shown(coefficient)}"
         )
-    yield from _selection(target)
+    yield from _selection_faults(target)
 
 
-def _selection(target: TargetRecord) -> Iterator[str]:
+def _selection_faults(target: TargetRecord) -> Iterator[str]:
     """Whether heads, scores, keep and margin fit together. Scores are rounded roots, so that two which are equal here
     may have differed: of those at the cut, any may be in."""
     selected = set(target.selected)

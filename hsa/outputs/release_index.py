@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hsa.methods.selection import count_heads
 from hsa.outputs.provenance import Provenance
 
 README, INDEX = "README.md", "index.json"
@@ -17,7 +18,7 @@ KIND, FORMAT = "hsa-release", 1
 _START = f'{{\n "kind": "{KIND}",'.encode()
 
 
-def is_tree(directory: Path) -> bool:
+def is_release(directory: Path) -> bool:
     """Whether a directory holds the index of a release."""
     place = directory / INDEX
     with suppress(OSError):
@@ -31,14 +32,15 @@ def is_index(path: Path) -> bool:
         return file.read(len(_START)) == _START
 
 
-def facts(found: Provenance) -> dict[str, Any]:
+def entry_facts(provenance: Provenance) -> dict[str, Any]:
     """What the index says of an entry that is complete, by its provenance."""
-    record = found.record
+    record = provenance.record
+    heads = count_heads(record.targets)
     return {
         "parameters": dict(record.parameters),
         "sources": {role: source.as_dict() for role, source in record.sources.items()},
         "target_tensors": len(record.targets),
-        "selected_heads": sum(len(target.selected) for target in record.targets),
-        "total_heads": sum(target.heads for target in record.targets),
-        "provenance": found.digest,
+        "selected_heads": heads.selected,
+        "total_heads": heads.total,
+        "provenance": provenance.digest,
     }

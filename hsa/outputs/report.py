@@ -1,4 +1,4 @@
-"""What `hsa.merge` returns."""
+"""The reports that `hsa.merge` and its dry run return, and what a finished computation warns of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from hsa.errors import one_line
 from hsa.findings import Findings, counted
 from hsa.methods.config import MergeConfig
-from hsa.methods.selection import TIE_RISK
+from hsa.methods.selection import TIE_RISK, count_heads, narrowest
 from hsa.outputs.extent import Extent, merge_more_hint, planned_weight_range, weight_dict, weight_text
 from hsa.outputs.merge_warnings import change_findings
 from hsa.outputs.provenance import TargetRecord
@@ -95,7 +95,7 @@ class MergeReport:
 
     @property
     def selected_heads(self) -> int:
-        return sum(len(tensor.selected) for tensor in self.tensors.values())
+        return count_heads(self.tensors.values()).selected
 
     @property
     def hint(self) -> str | None:
@@ -104,13 +104,12 @@ class MergeReport:
 
     @property
     def total_heads(self) -> int:
-        return sum(tensor.heads for tensor in self.tensors.values())
+        return count_heads(self.tensors.values()).total
 
     @property
     def narrowest(self) -> TensorReport | None:
         """The tensor with the smallest margin; None where no tensor has one."""
-        measured = [tensor for tensor in self.tensors.values() if tensor.margin is not None]
-        return min(measured, key=lambda tensor: tensor.margin or 0.0, default=None)
+        return narrowest(self.tensors.values())
 
     def as_dict(self) -> dict[str, Any]:
         """What `hsa merge --json` prints."""
@@ -217,7 +216,7 @@ class PlanReport:
         }
 
 
-def findings(outcomes: Sequence[TargetOutcome]) -> Findings:
+def outcome_findings(outcomes: Sequence[TargetOutcome]) -> Findings:
     """Notes and warnings that only the finished computation can give, besides those of the sources."""
     return change_findings(outcomes) + selection_findings(outcomes)
 

@@ -19,6 +19,7 @@ from hsa.architectures.base import Preset
 from hsa.errors import RequestError
 from hsa.methods.config import MergeConfig
 from hsa.methods.grid_point import GridPoint
+from hsa.methods.selection import count_heads, narrowest
 from hsa.outputs.distances import Distances
 from hsa.outputs.patch_reader import Patch, is_patch
 from hsa.outputs.provenance import Record, SourceRecord
@@ -63,16 +64,15 @@ class SweepEntry:
     def of(
         cls, point: GridPoint, place: str, record: Record, blake3: str, distances: Mapping[str, Distances]
     ) -> SweepEntry:
-        measured = [target for target in record.targets if target.margin is not None]
-        narrow = min(measured, key=lambda target: target.margin or 0.0, default=None)
+        heads, narrow = count_heads(record.targets), narrowest(record.targets)
         return cls(
             place=place,
             targets=point.targets,
             k=point.k,
             lam=point.lam,
             alpha=point.alpha,
-            selected_heads=sum(len(target.selected) for target in record.targets),
-            total_heads=sum(target.heads for target in record.targets),
+            selected_heads=heads.selected,
+            total_heads=heads.total,
             min_margin=narrow.margin if narrow else None,
             min_margin_tensor=narrow.name if narrow else None,
             rows_bytes=sum(math.prod(t.shape) // t.heads * len(t.selected) * BITS[t.code] // 8 for t in record.targets),
@@ -87,23 +87,23 @@ class SweepEntry:
 
     def as_dict(self) -> dict[str, Any]:
         """The entry with lambda and lists under their names in JSON."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        found["lambda"] = found.pop("lam")
-        found["distances"] = {
+        document = {field.name: getattr(self, field.name) for field in fields(self)}
+        document["lambda"] = document.pop("lam")
+        document["distances"] = {
             stack: {"from_primary": each.from_primary, "from_secondary": each.from_secondary}
             for stack, each in self.distances.items()
         }
-        found["selected"] = {name: list(heads) for name, heads in self.selected.items()}
-        return found
+        document["selected"] = {name: list(heads) for name, heads in self.selected.items()}
+        return document
 
 
 def render(entries: Iterable[SweepEntry], sources: Mapping[Role, SourceRecord]) -> dict[str, bytes]:
     """Both index files. Nothing in them depends on when, where or in which order the points were made."""
-    listed = sorted(entries, key=lambda entry: entry.order)
-    known = {role: sources[role].as_dict() for role in ROLES}
-    for each in known.values():
+    ordered = sorted(entries, key=lambda entry: entry.order)
+    source_records = {role: sources[role].as_dict() for role in ROLES}
+    for each in source_records.values():
         del each["targets_blake3"]  # it differs from preset to preset, and stands in every point
-    document = {"kind": KIND, "sources": known, "points": [entry.as_dict() for entry in listed]}
+    document = {"kind": KIND, "sources": source_records, "points": [entry.as_dict() for entry in ordered]}
     text = json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
     ways = [(stack, way) for stack in STACKS for way in ("from_primary", "from_secondary")]
     shown = ["place", "targets", "k", "lambda", "alpha", "selected_heads", "total_heads"]
@@ -111,10 +111,10 @@ def render(entries: Iterable[SweepEntry], sources: Mapping[Role, SourceRecord]) 
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([*shown, *(f"{stack}_{way}" for stack, way in ways)])
-    for entry in listed:
-        held = entry.as_dict()
-        far = [held["distances"].get(stack, {}).get(way, "") for stack, way in ways]
-        writer.writerow([*(held[name] for name in shown), *far])
+    for entry in ordered:
+        values = entry.as_dict()
+        far = [values["distances"].get(stack, {}).get(way, "") for stack, way in ways]
+        writer.writerow([*(values[name] for name in shown), *far])
     return {JSON: text.encode("ascii"), CSV: table.getvalue().encode("utf-8")}
 
 

@@ -1,4 +1,4 @@
-"""What came of a target."""
+"""The outcome of merging a target."""
 
 from __future__ import annotations
 
@@ -32,3 +32,11 @@ class TargetOutcome:
     merged: Merged
     digests: Mapping[Role, str]
     equal: frozenset[SourcePair]
+
+    @property
+    def heads(self) -> int:
+        return self.target.heads
+
+    @property
+    def selected(self) -> tuple[int, ...]:
+        return self.merged.selection.selected

@@ -16,9 +16,10 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from hsa.errors import DestinationError
+from hsa.methods.selection import count_heads
 from hsa.outputs import card
 from hsa.outputs.provenance import Provenance
-from hsa.outputs.release_index import FORMAT, INDEX, KIND, README, facts, is_index
+from hsa.outputs.release_index import FORMAT, INDEX, KIND, README, entry_facts, is_index
 from hsa.releases.recipe import Recipe, RecipeEntry
 from hsa.sources.identity import Identity, is_hub_id
 from hsa.system import fsio
@@ -122,7 +123,7 @@ def _entry_dict(row: Row) -> dict[str, Any]:
     about = {"path": entry.path, "group": entry.group, "name": entry.name, "state": row.state}
     if row.found is None:
         return about
-    return {**about, **facts(row.found)}
+    return {**about, **entry_facts(row.found)}
 
 
 def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:
@@ -166,14 +167,12 @@ HEAD = (
 def _cells(row: Row, citations: Sequence[str]) -> tuple[str, ...]:
     assert row.found is not None
     entry, record = row.entry, row.found.record
-    chosen = sum(len(target.selected) for target in record.targets)
-    total = sum(target.heads for target in record.targets)
     return (
         f"[{card.escape(entry.name)}]({entry.path}/{README})",
         card.escape(entry.card.get("role", "")),
         *(_source(source.identity) for source in record.sources.values()),
         *(_number(record.parameters[name]) for name in ("k", "lambda", "alpha")),
-        f"{chosen} of {total}",
+        str(count_heads(record.targets)),
         card.escape(entry.card.get("adaptation_context", "")),
         str(1 + citations.index(entry.card.get("citation", card.PAPER))),
     )

@@ -17,7 +17,7 @@ from hsa.actions.merge import dry_run
 from hsa.actions.request import Request, open_sources
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
 from hsa.option_names import as_keys, spelled
-from hsa.outputs import provenance
+from hsa.outputs import provenance, recording
 from hsa.outputs.provenance import SourceRecord
 from hsa.outputs.report import PlanReport
 from hsa.releases import index
@@ -175,7 +175,7 @@ def state_of(destination: Path, request: Request) -> tuple[EntryState, str]:
         return "damaged", str(error)
     with ExitStack() as stack:
         sources = open_sources(request, fsio.Tally(), Hub(), stack, headers_only=True)
-        records = {source.role: provenance.source_record(source, "") for source in sources}
+        records = {source.role: recording.source_record(source, "") for source in sources}
     expected = {**request.config.as_dict(), **request.settings("")}
     unlike = [*_other_parameters(expected, found.record.parameters), *_other_sources(records, found.record.sources)]
     if not unlike:

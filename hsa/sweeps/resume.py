@@ -20,9 +20,10 @@ from hsa.option_names import option
 from hsa.outputs import distances, provenance, sweep_index
 from hsa.outputs.distances import Distances
 from hsa.outputs.patch_checks import require_sound
-from hsa.outputs.patch_format import OtherFormat
+from hsa.outputs.patch_format import OtherPatchFormat
 from hsa.outputs.patch_reader import SUFFIX, digest_range, is_patch, open_patch
-from hsa.outputs.provenance import PROGRAM, Record, SourceRecord, libraries, source_record, tensors_digest
+from hsa.outputs.provenance import Record, SourceRecord
+from hsa.outputs.recording import PROGRAM, libraries, source_record, tensors_digest
 from hsa.outputs.sweep_index import SweepEntry, entry_of, is_point, point_of
 from hsa.planning.plan import find_targets
 from hsa.sources.roles import ROLES, Role
@@ -86,7 +87,7 @@ class ExistingPoints:
                 if dict(patch.contents.files) != self.opened.files:
                     differs.append("configs or tokenizer files")
                 return None if self._remake(place, differs) else entry_of(point, patch)
-        except OtherFormat as error:
+        except OtherPatchFormat as error:
             raise DestinationError(f"{error}; choose another output") from error
         except (PatchError, HeaderError) as error:
             if not is_patch(place):
@@ -213,7 +214,7 @@ class ExistingPoints:
             every = find_targets(self._any(point.targets), self.opened.sources)
             missing = [target for target in every if target.projection.name not in self._norms]
             self._norms.update(measure(missing, self.opened.sources))
-        return distances.of(
-            distances.Merged(t.projection.stack, t.coefficient, t.selected, self._norms[t.projection.name])
+        return distances.by_stack(
+            distances.DistanceInputs(t.projection.stack, t.coefficient, t.selected, self._norms[t.projection.name])
             for t in record.targets
         )

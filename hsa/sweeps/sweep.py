@@ -27,7 +27,8 @@ from hsa.outputs import sweep_index
 from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import change_findings, raise_if_strict, source_findings
 from hsa.outputs.patch_reader import SUFFIX, open_patch
-from hsa.outputs.provenance import load, source_record
+from hsa.outputs.provenance import load
+from hsa.outputs.recording import source_record
 from hsa.outputs.report import NO_DIGESTS, selection_findings
 from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of
 from hsa.planning.outcome import TargetOutcome

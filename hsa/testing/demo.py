@@ -9,6 +9,7 @@ from pathlib import Path
 from hsa.actions.merge import merge
 from hsa.errors import HsaError, MachineError, RequestError
 from hsa.methods.config import keep_count
+from hsa.methods.selection import count_heads
 from hsa.outputs.report import MergeReport
 from hsa.system.streams import print_stdout
 
@@ -72,7 +73,7 @@ def _run(folder: Path) -> None:
     _say("4. Loading it with transformers")
     _check_loading(output)
     shown = [tensor for tensor in report.tensors.values() if tensor.part == "weight"]
-    merged, heads = sum(len(tensor.selected) for tensor in shown), sum(tensor.heads for tensor in shown)
+    merged, heads = count_heads(shown)
     _say(f"5. The {len(shown)} weights: {merged} of their {heads} heads are merged (#), the others stay primary's (.).")
     _say(f"   The {len(report.tensors) - len(shown)} biases choose theirs by themselves and are not drawn.\n")
     _say(head_map(report))

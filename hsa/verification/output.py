@@ -280,11 +280,11 @@ class _OutputVerification:
         problems, record = self.problems, None if self.found is None else self.found.record
         problems.add_all(CONFIG, output_checks.keys(checkpoint))
         if record is not None:
-            problems.add_all(PROVENANCE, record_checks.recorded_settings(record))
-            problems.add_all(PROVENANCE, record_checks.recorded_targets(record, checkpoint))
+            problems.add_all(PROVENANCE, record_checks.setting_faults(record))
+            problems.add_all(PROVENANCE, record_checks.target_faults(record, checkpoint))
         heads = whisper.architecture(checkpoint.config, LABEL).heads
         given = None if record is None else record.parameters.get("num_heads")
-        for projection, ref in record_checks.targets_of(checkpoint, output_checks.preset_of(record)):
+        for projection, ref in record_checks.checkpoint_targets(checkpoint, output_checks.preset_of(record)):
             count = given if isinstance(given, int) and given > 0 else heads[projection.stack]
             name = checkpoint.shards[ref.shard].name
             self.total += ref.nbytes

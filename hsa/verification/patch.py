@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hsa.errors import SourceChanged, SourceError
-from hsa.outputs.patch_checks import faults
+from hsa.outputs.patch_checks import patch_faults
 from hsa.outputs.patch_reader import Patch, open_patch
 from hsa.verification.report import Verified
 from hsa.verification.source_checks import GivenSources, Work
@@ -33,7 +33,7 @@ def checked_patch(path: Path, work: Work, stack: ExitStack) -> Patch | None:
     patch = None
     try:
         patch = open_patch(path, work.tally, stack)
-        for fault in faults(patch):
+        for fault in patch_faults(patch):
             work.problems.add(path.name, fault)
         done = 0
 

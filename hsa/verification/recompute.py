@@ -22,10 +22,10 @@ from hsa.engine.compute import Calculator
 from hsa.engine.consumers import CACHED_PIECE
 from hsa.engine.pipeline import Options, assemble
 from hsa.errors import HsaError, SourceChanged, SourceError
-from hsa.outputs import provenance
+from hsa.outputs import provenance, recording
 from hsa.outputs.metadata_files import CARD, metadata_files
 from hsa.outputs.provenance import Provenance, Record, changed_keys
-from hsa.outputs.record_checks import merge_config
+from hsa.outputs.record_checks import recorded_config
 from hsa.planning.file_layout import Bytes, Merge, OutputFile, Segment
 from hsa.planning.plan import make_plan
 from hsa.sources.checkpoint import INDEX, read_whole, resolve_inside
@@ -203,7 +203,7 @@ def _request(directory: Path, found: Provenance, given: GivenSources) -> Request
     return Request(
         sources=given.paths,
         output=directory,
-        config=merge_config(found.record),
+        config=recorded_config(found.record),
         assets_from=parameters["assets_from"],
         max_shard_size=parameters["max_shard_size"],
         ids=given.ids,
@@ -228,9 +228,9 @@ def _compare(directory: Path, found: Provenance, request: Request, sources: Sour
         raise
     sources.check_unchanged()
     outcomes = calculator.ordered(plan.targets)
-    digests_of_targets = {role: provenance.target_digest(role, outcomes) for role in ROLES}
+    digests_of_targets = {role: recording.target_digest(role, outcomes) for role in ROLES}
     comparison.report(others=not check_targets(found.record, digests_of_targets, work.problems))
-    made = provenance.record(plan, sources, outcomes, request.settings(found.record.parameters["backend"]))
+    made = recording.make_record(plan, sources, outcomes, request.settings(found.record.parameters["backend"]))
     made = replace(made, program=found.record.program, libraries=found.record.libraries)
     files = dict(small.files) if plan.index is None else {**small.files, INDEX: plan.index}
     weights = {file.name: digests.get(file.name) for file in plan.files}

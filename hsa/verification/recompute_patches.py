@@ -25,8 +25,9 @@ from hsa.methods.selection import Selection, select
 from hsa.option_names import with_current_spelling
 from hsa.outputs import distances
 from hsa.outputs.patch_reader import Patch
-from hsa.outputs.provenance import SourceRecord, changed_keys, tensors_digest
-from hsa.outputs.record_checks import merge_config
+from hsa.outputs.provenance import SourceRecord, changed_keys
+from hsa.outputs.record_checks import recorded_config
+from hsa.outputs.recording import tensors_digest
 from hsa.planning.plan import find_targets
 from hsa.planning.target import Target
 from hsa.sources import small_files
@@ -112,7 +113,7 @@ def _compare(patches: Sequence[Patch], sources: Sources, work: Work) -> bool:
     comparisons = []
     for patch in patches:
         try:
-            found = find_targets(merge_config(patch.record), sources)
+            found = find_targets(recorded_config(patch.record), sources)
             _compare_small_files(patch, sources, work)
             comparisons.append(_Comparison(patch, found))
         except SourceChanged:
@@ -225,8 +226,8 @@ class _PatchRecomputation:
         expected = [target.primary.name for target in comparison.targets]
         if expected != [target.name for target in patch.contents.targets]:
             problems.add(name, "its targets, or their order, are not those that the sources give")
-        far = distances.of(
-            distances.Merged(
+        far = distances.by_stack(
+            distances.DistanceInputs(
                 target.projection.stack,
                 target.coefficient,
                 comparison.selected[target.projection.name],

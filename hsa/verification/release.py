@@ -10,7 +10,7 @@ from typing import Any
 from hsa.errors import HsaError, RequestError, shown
 from hsa.outputs import provenance
 from hsa.outputs.provenance import Provenance, changed_keys
-from hsa.outputs.release_index import INDEX, README, facts
+from hsa.outputs.release_index import INDEX, README, entry_facts
 from hsa.sources.safetensors import MAX_HEADER
 from hsa.system.fsio import SourceFile
 from hsa.system.manifest import PROVENANCE
@@ -100,7 +100,7 @@ def _has_link(directory: Path, path: str) -> bool:
 
 
 def _compare_entry(path: str, entry: Mapping[str, Any], found: Provenance, work: Work) -> None:
-    expected = facts(found)
+    expected = entry_facts(found)
     unlike = changed_keys({key: entry.get(key) for key in expected}, expected)
     if unlike:
         work.problems.add(INDEX, f"its {', '.join(unlike)} of {path} are not what the output's record says")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsa.errors import one_line
+from hsa.methods.selection import count_heads
 from hsa.outputs.provenance import Record
 from hsa.verification.problems import Problem
 
@@ -51,6 +52,7 @@ class VerifyReport:
         about: dict[str, Any] = {"parameters": None, "sources": None, "target_tensors": None}
         about |= {"selected_heads": None, "total_heads": None}
         if record is not None:
+            heads = count_heads(record.targets)
             about = {
                 "parameters": dict(record.parameters),
                 "sources": {
@@ -58,8 +60,8 @@ class VerifyReport:
                     for role, source in record.sources.items()
                 },
                 "target_tensors": len(record.targets),
-                "selected_heads": sum(len(target.selected) for target in record.targets),
-                "total_heads": sum(target.heads for target in record.targets),
+                "selected_heads": heads.selected,
+                "total_heads": heads.total,
             }
         return {
             "output": str(self.output),

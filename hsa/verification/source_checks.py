@@ -10,8 +10,9 @@ from hsa.actions.request import Request, has_hub_ids, open_sources
 from hsa.errors import shown
 from hsa.methods.selection import TIE_RISK
 from hsa.option_names import option
-from hsa.outputs import provenance
-from hsa.outputs.provenance import PROGRAM, Record, SourceRecord, changed_keys
+from hsa.outputs import recording
+from hsa.outputs.provenance import Record, SourceRecord, changed_keys
+from hsa.outputs.recording import PROGRAM
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.identity import Identity
@@ -84,7 +85,7 @@ def _are_recorded(sources: Sources, recorded: Mapping[Role, SourceRecord], probl
 
 
 def _unlike(source: Checkpoint, recorded: SourceRecord) -> Iterator[str]:
-    own = provenance.source_record(source, "")
+    own = recording.source_record(source, "")
     if own.kind != recorded.kind:
         yield f"its weights are {own.kind}, {shown(recorded.kind, 40)} was recorded"
         return
@@ -140,7 +141,7 @@ def check_targets(record: Record, digests: Mapping[Role, str], problems: Problem
 
 def other_versions(record: Record) -> str | None:
     """The versions that a record names and that are not those here; None where all are."""
-    own = {**PROGRAM, **provenance.libraries(numerics=str(record.parameters.get("numerics")))}
+    own = {**PROGRAM, **recording.libraries(numerics=str(record.parameters.get("numerics")))}
     theirs = {**record.program, **record.libraries}
     unlike = [f"{shown(k)} {shown(theirs.get(k))} (here {shown(own.get(k))})" for k in changed_keys(theirs, own)]
     return ", ".join(unlike[:NAMED]) or None

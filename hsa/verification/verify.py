@@ -13,7 +13,7 @@ from hsa.actions.request import check_ids
 from hsa.arguments import check_functions, check_paths
 from hsa.errors import HeaderError, HsaError, RequestError, SourceChanged, shown
 from hsa.outputs.patch_reader import SUFFIX, is_patch
-from hsa.outputs.release_index import is_tree
+from hsa.outputs.release_index import is_release
 from hsa.outputs.sweep_index import holds_points
 from hsa.sources.checkpoint import CONFIG, PICKLES, SAFETENSORS
 from hsa.sources.roles import Role
@@ -209,7 +209,7 @@ def _kind(place: Path) -> Kind:
         return "output"
     if holds_points(place):
         return "sweep"
-    if is_tree(place):
+    if is_release(place):
         return "release"
     known = (CONFIG, *(name for form in (SAFETENSORS, PICKLES) for name in (form.weights, form.index)))
     if any(exists(place / name) for name in known):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsa.errors import RequestError, one_line
 from hsa.inspection.inspect import Inspection, TensorInspection
+from hsa.methods.selection import count_heads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,9 +101,8 @@ def check_installed() -> None:
 def _title(inspection: Inspection, page: str, tensors: Sequence[TensorInspection]) -> str:
     shown = {name: inspection.parameters.get(name) for name in ("k", "lambda", "alpha")}
     parameters = ", ".join(f"{name} {'per tensor' if isinstance(v, dict) else v}" for name, v in shown.items())
-    merged, heads = sum(len(tensor.selected) for tensor in tensors), sum(tensor.heads for tensor in tensors)
     title = one_line(inspection.title)
-    return f"{title[:80]}\n{page.replace('-', ', ')}: {merged} of {heads} heads are merged and framed ({parameters})"
+    return f"{title[:80]}\n{page.replace('-', ', ')}: {count_heads(tensors)} heads are merged and framed ({parameters})"
 
 
 def _values(tensor: TensorInspection, drawn: str) -> list[float]:

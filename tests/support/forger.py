@@ -11,7 +11,8 @@ import numpy as np
 from blake3 import blake3
 
 from hsa.outputs import patch_format, provenance
-from hsa.outputs.provenance import document_digest, tensors_digest
+from hsa.outputs.provenance import document_digest
+from hsa.outputs.recording import tensors_digest
 from hsa.system.manifest import PROVENANCE
 
 Rows = dict[str, tuple[str, list[int], bytes]]

@@ -31,7 +31,7 @@ from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerge, merged_base_findings, read_earlier_merges, repeated_merge_findings
 from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
-from hsa.outputs.provenance import tensors_digest
+from hsa.outputs.recording import tensors_digest
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import Merged, TargetOutcome
 from hsa.planning.plan import check_heads, check_whole, find_targets, with_parameters

@@ -1,0 +1,121 @@
+"""Makes the record of a merge from its plan and outcomes: who the sources were, what was merged, and digests."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from hsa._version import __version__
+from hsa.outputs.provenance import Record, SourceFileRecord, SourceRecord, TargetRecord
+from hsa.planning.outcome import TargetOutcome
+from hsa.planning.plan import MergePlan
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.roles import Role
+from hsa.sources.source_set import Sources
+from hsa.system import manifest
+from hsa.system.digests import digest_of
+from hsa.system.manifest import BLANK_DIGEST
+
+PROGRAM = {"name": "hsa-merge", "version": __version__}
+
+
+def make_record(
+    plan: MergePlan, sources: Sources, outcomes: Sequence[TargetOutcome], settings: Mapping[str, Any]
+) -> Record:
+    """The record of a finished merge; `settings` is what besides its own parameters shaped the output."""
+    return Record(
+        dict(PROGRAM),
+        libraries(numerics=plan.config.numerics),
+        {**plan.config.as_dict(), **settings},
+        {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
+        tuple(map(_target_record, outcomes)),
+    )
+
+
+def check_record_size(
+    plan: MergePlan, sources: Sources, settings: Mapping[str, Any], small_files: Iterable[str]
+) -> None:
+    """RequestError where the provenance of a planned merge could be too large to be read again.
+
+    `small_files` are the names of the files that may lie beside the weights.
+    """
+    longest = manifest.LONGEST_NUMBER
+    heads = sum(target.heads for target in plan.targets)
+    targets = tuple(
+        TargetRecord(
+            target.output_name,
+            target.projection,
+            target.shape,
+            target.out_code,
+            target.heads,
+            target.keep,
+            longest,
+            tuple(range(target.heads)),
+            (longest,) * target.heads,
+            longest,
+        )
+        for target in (plan.targets if heads <= manifest.MAX_PROVENANCE_MARKS else ())
+    )
+    records = {
+        source.role: SourceRecord(
+            source.identity,
+            source.kind,
+            {shard.name: SourceFileRecord(shard.source.size, BLANK_DIGEST) for shard in source.shards},
+            BLANK_DIGEST,
+        )
+        for source in sources
+    }
+    expected = Record(
+        dict(PROGRAM), libraries(numerics=plan.config.numerics), {**plan.config.as_dict(), **settings}, records, targets
+    )
+    expected.check_fits([*small_files, *(file.name for file in plan.files)], heads)
+
+
+def source_record(source: Checkpoint, targets: str) -> SourceRecord:
+    """The record of an open source, with the digest over its target tensors."""
+    files = {s.name: SourceFileRecord(s.source.size, digest_of(s.header.raw)) for s in source.shards}
+    return SourceRecord(source.identity, source.kind, files, targets)
+
+
+def target_digest(role: Role, outcomes: Sequence[TargetOutcome]) -> str:
+    """BLAKE3 over the target tensors of one source: name, element type, shape and digest of each, by name.
+
+    Independent of how the source is split into shards.
+    """
+    lines = []
+    for outcome in outcomes:
+        ref = outcome.target.ref(role)
+        lines.append((outcome.target.projection.name, ref.code, ref.shape, outcome.digests[role]))
+    return tensors_digest(lines)
+
+
+def tensors_digest(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> str:
+    """BLAKE3 over tensors given by name, element type, shape and the digest of their bytes, in the order of names."""
+    lines = [
+        json.dumps([name, code, list(shape), digest], separators=(",", ":")) for name, code, shape, digest in tensors
+    ]
+    return digest_of("\n".join(sorted(lines)).encode("ascii"))
+
+
+def libraries(*, numerics: str = "exact") -> dict[str, str]:
+    """Versions of what the bytes of an output depend on."""
+    names = ["numpy", "blake3", "huggingface_hub"]
+    if numerics == "reference":
+        names.append("torch")
+    return {"python": platform.python_version(), **{name: version(name) for name in sorted(names)}}
+
+
+def _target_record(outcome: TargetOutcome) -> TargetRecord:
+    target = outcome.target
+    return TargetRecord.from_selection(
+        target.output_name,
+        target.projection,
+        target.shape,
+        target.out_code,
+        target.keep,
+        target.coefficient,
+        outcome.merged.selection,
+    )
