@@ -81,6 +81,8 @@ ANYWHERE = {
     "huggingface_hub": {
         "hsa.sources.hub.range_requests",
         "hsa.sources.hub.client",
+        "hsa.sources.hub.downloads",
+        "hsa.sources.hub.weight_ranges",
         "hsa.sources.hub.errors",
         "hsa.sources.hub.repository",
     },

@@ -30,7 +30,8 @@ from hsa.outputs.report import NO_DIGESTS, MergeReport, TensorReport
 from hsa.planning.file_layout import Content, Copied, Patched, TensorContent, pack
 from hsa.planning.plan import MAX_TARGET
 from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_whole
-from hsa.sources.hub.client import Hub, Want
+from hsa.sources.hub.client import Hub
+from hsa.sources.hub.needs import Needs
 from hsa.sources.small_file_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.sources.small_files import PROCESSOR_FILES
 from hsa.sources.structure import require_whole
@@ -93,8 +94,8 @@ def apply(
         opened = open_patch(patch, tally, stack)
         require_sound(opened)
         config = recorded_config(opened.record)
-        want = Want("whole", config.targets, assets=True)
-        source = stack.enter_context(hub.open("primary", primary, tally, want, None))
+        needs = Needs("whole", config.targets, assets=True)
+        source = stack.enter_context(hub.open("primary", primary, tally, needs, None))
         extra = [_folder(each) for each in assets]
         apart = [source.path, opened.source.path.resolve(), *extra]
         destination = check_destination(output, apart, overwrite=overwrite)

@@ -13,7 +13,8 @@ from hsa.methods.config import MergeConfig
 from hsa.option_names import option
 from hsa.outputs.output_settings import check_settings
 from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.hub.client import Hub, Want
+from hsa.sources.hub.client import Hub
+from hsa.sources.hub.needs import Needs
 from hsa.sources.hub.repository import REVISION, find_id
 from hsa.sources.identity import Identity, is_hub_id, name_with_parent
 from hsa.sources.roles import ROLES, Role
@@ -90,8 +91,8 @@ def open_sources(
     adapted = {role for role in ROLES if hub.is_adapter(role, request.sources[role])}  # in the order of messages
 
     def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        want = _want(request, role, adapted="primary" in adapted, headers_only=headers_only, rows_only=rows_only)
-        return stack.enter_context(hub.open(role, request.sources[role], tally, want, ids.get(role), base))
+        needs = _needs(request, role, adapted="primary" in adapted, headers_only=headers_only, rows_only=rows_only)
+        return stack.enter_context(hub.open(role, request.sources[role], tally, needs, ids.get(role), base))
 
     base = opened("base")
     sources = Sources(base, opened("primary", base), opened("secondary", base))
@@ -115,13 +116,13 @@ def has_hub_ids(request: Request) -> bool:
     return any(find_id(path) for path in request.sources.values())
 
 
-def _want(request: Request, role: Role, *, adapted: bool, headers_only: bool, rows_only: bool) -> Want:
+def _needs(request: Request, role: Role, *, adapted: bool, headers_only: bool, rows_only: bool) -> Needs:
     """What a merge needs of a source on the Hub; `adapted`: primary is an adapter, written with the whole of base."""
     config = request.config
     reference = config.numerics == "reference"
     everywhere = reference or config.non_attention_scale != 1.0 or adapted
     whole = (role == "primary" and not rows_only) or (role == "base" and everywhere)
-    return Want(
+    return Needs(
         need="whole" if whole else "targets",
         preset=config.targets,
         assets=role in ("base", request.assets_from) or (rows_only and role == "primary"),

@@ -28,7 +28,8 @@ from hsa.planning.outcome import Merged, TargetOutcome
 from hsa.planning.plan import check_whole, find_targets
 from hsa.planning.target import Target
 from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.hub.client import Hub, Want
+from hsa.sources.hub.client import Hub
+from hsa.sources.hub.needs import Needs
 from hsa.sources.hub.repository import find_id
 from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
@@ -207,10 +208,10 @@ def _of_merge(
 def _open(
     paths: Mapping[Role, PathLike], config: MergeConfig, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool
 ) -> Sources:
-    want = Want(need="targets", preset=config.targets, headers_only=headers_only)
+    needs = Needs(need="targets", preset=config.targets, headers_only=headers_only)
 
     def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        return stack.enter_context(hub.open(role, paths[role], tally, want, None, base))
+        return stack.enter_context(hub.open(role, paths[role], tally, needs, None, base))
 
     base = opened("base")
     return Sources(base, opened("primary", base), opened("secondary", base))

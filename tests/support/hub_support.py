@@ -57,9 +57,9 @@ def arguments(ids: Mapping[str, str], output: Path, *more: str) -> list[str]:
 
 IMPATIENT = """
 import sys
-from hsa.sources.hub import range_requests as fetch
+from hsa.sources.hub import range_requests
 from hsa.__main__ import main
-fetch.PAUSE = 0.01
+range_requests.PAUSE = 0.01
 main()
 """
 """The command line, with next to no pauses between tries."""

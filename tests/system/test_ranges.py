@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa.errors import MachineError, SourceChanged, SourceError
-from hsa.sources.hub.partial_file import Partial, load_record, save_record
+from hsa.sources.hub.partial_file import PartialFile, load_record, save_record
 from hsa.system.fsio import SourceFile, Tally
 from hsa.system.ranges import Range, coalesce, covers, subtract, total, union
 
@@ -64,18 +64,18 @@ def test_the_smallest_gaps_are_bridged_first() -> None:
 
 
 def test_a_part_counts_once_it_is_committed(tmp_path: Path) -> None:
-    partial = Partial(tmp_path / "files", "x", 100, "tag")
-    with partial.writing():
+    partial = PartialFile(tmp_path / "files", "x", 100, "tag")
+    with partial.locked():
         partial.write(10, b"abc")
         partial.write(13, b"def")
         assert partial.missing([(0, 20)]) == ((0, 20),)
-        assert Partial(tmp_path / "files", "x", 100, "tag").ranges == ()
+        assert PartialFile(tmp_path / "files", "x", 100, "tag").ranges == ()
         partial.commit()
         partial.write(50, b"lost")
     assert partial.ranges == ((10, 16),)
-    again = Partial(tmp_path / "files", "x", 100, "tag")
+    again = PartialFile(tmp_path / "files", "x", 100, "tag")
     assert again.ranges == ((10, 16),)
-    with again.writing():
+    with again.locked():
         again.write(16, b"g")
         again.commit()
     assert again.missing([(8, 20)]) == ((8, 10), (17, 20))
@@ -83,14 +83,14 @@ def test_a_part_counts_once_it_is_committed(tmp_path: Path) -> None:
 
 
 def test_another_file_is_another(tmp_path: Path) -> None:
-    partial = Partial(tmp_path, "x", 100, "tag")
-    with partial.writing():
+    partial = PartialFile(tmp_path, "x", 100, "tag")
+    with partial.locked():
         partial.write(0, b"abc")
         partial.commit()
-    assert Partial(tmp_path, "x", 100, "other").ranges == ()
-    assert Partial(tmp_path, "x", 101, "tag").ranges == ()
-    other = Partial(tmp_path, "x", 100, "other")
-    with other.writing():
+    assert PartialFile(tmp_path, "x", 100, "other").ranges == ()
+    assert PartialFile(tmp_path, "x", 101, "tag").ranges == ()
+    other = PartialFile(tmp_path, "x", 100, "other")
+    with other.locked():
         other.write(1, b"z")
         other.commit()
     assert other.path.read_bytes()[:3] == b"\0z\0"
@@ -98,8 +98,8 @@ def test_another_file_is_another(tmp_path: Path) -> None:
 
 def test_holes_cannot_be_read(tmp_path: Path) -> None:
     """Where nothing was fetched there are zeros, which no one must take for weights."""
-    partial = Partial(tmp_path, "x", 100, "tag")
-    with partial.writing():
+    partial = PartialFile(tmp_path, "x", 100, "tag")
+    with partial.locked():
         partial.write(10, b"abcdef")
         partial.commit()
     source = SourceFile(partial.path, "base", Tally(), partial.ranges)
@@ -109,7 +109,7 @@ def test_holes_cannot_be_read(tmp_path: Path) -> None:
         for count, offset in ((1, 9), (7, 10), (1, 16), (100, 0)):
             with pytest.raises(SourceError, match=f"^base: {count} bytes at {offset} of .* were not fetched"):
                 source.read(count, offset)
-        with partial.writing():  # another run adds what this one does not read
+        with partial.locked():  # another run adds what this one does not read
             partial.write(20, b"more")
             partial.commit()
         source.check_unchanged()
@@ -135,6 +135,6 @@ def test_a_damaged_record_is_none(tmp_path: Path, damaged: bytes) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    partial = Partial(tmp_path / "file" / "below", "x", 100, "tag")
-    with pytest.raises(MachineError, match="cannot write"), partial.writing():
+    partial = PartialFile(tmp_path / "file" / "below", "x", 100, "tag")
+    with pytest.raises(MachineError, match="cannot write"), partial.locked():
         pass

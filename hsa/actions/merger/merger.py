@@ -37,7 +37,8 @@ from hsa.planning.outcome import Merged, TargetOutcome
 from hsa.planning.plan import check_heads, check_whole, find_targets, with_parameters
 from hsa.planning.target import Target
 from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.hub.client import Hub, Want
+from hsa.sources.hub.client import Hub
+from hsa.sources.hub.needs import Needs
 from hsa.sources.identity import Identity
 from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
@@ -281,9 +282,9 @@ def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) ->
     with ExitStack() as stack:
         under = None
         if role != "base" and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
-            under = stack.enter_context(hub.open("base", base, Tally(), Want("targets", preset)))
-        want = Want("whole" if role == "primary" else "targets", preset)
-        checkpoint = stack.enter_context(hub.open(role, source, Tally(), want, None, under))
+            under = stack.enter_context(hub.open("base", base, Tally(), Needs("targets", preset)))
+        needs = Needs("whole" if role == "primary" else "targets", preset)
+        checkpoint = stack.enter_context(hub.open(role, source, Tally(), needs, None, under))
         data = {}
         for name, ref in checkpoint.tensors.items():
             if wanted(name, preset):

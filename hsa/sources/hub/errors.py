@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from hsa.errors import HsaError, MachineError, SourceError, shown
 from hsa.option_names import option
-from hsa.sources.hub.range_requests import invalid_url, network_error
+from hsa.sources.hub.range_requests import invalid_url_error, network_error
 from hsa.sources.hub.repository import HubId
 from hsa.sources.roles import Role
 from hsa.system.descriptors import reason
@@ -59,10 +59,10 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
         )
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
         cause = error.__cause__
-        asked = f" ({type(cause).__name__})" if cause is not None else ""
+        cause_name = f" ({type(cause).__name__})" if cause is not None else ""
         return MachineError(
-            f"{name}: a file is not in the cache and {constants.ENDPOINT} cannot be asked{asked}; check the network "
-            f"and HF_HUB_OFFLINE; {local}"
+            f"{name}: a file is not in the cache and {constants.ENDPOINT} cannot be asked{cause_name}; check the "
+            f"network and HF_HUB_OFFLINE; {local}"
         )
     if isinstance(error, errors.EntryNotFoundError):
         return SourceError(f"{name}: a file that the repository lists is missing on the Hub; see {where}/tree/main")
@@ -75,7 +75,7 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
             f"{name} is taken for a model on the Hub, and {constants.ENDPOINT} cannot be reached "
             f"({type(error).__name__}); check the network and try again; {local}"
         )
-    if isinstance(error, (*MALFORMED, invalid_url())):
+    if isinstance(error, (*MALFORMED, invalid_url_error())):
         return MachineError(
             f"{name}: {constants.ENDPOINT} does not answer as the Hub does ({type(error).__name__}); check HF_ENDPOINT "
             f"and the network"
@@ -86,6 +86,6 @@ def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:
             f"or set HF_HOME to a directory that can be written"
         )
     if isinstance(error, OSError):
-        why = reason(error) if error.strerror else type(error).__name__
-        return MachineError(f"{name} could not be fetched: {why}; see {option('debug')}")
+        problem = reason(error) if error.strerror else type(error).__name__
+        return MachineError(f"{name} could not be fetched: {problem}; see {option('debug')}")
     return None

@@ -1,4 +1,4 @@
-"""A file of which some ranges were fetched: the data in a sparse file, and beside it the list of what is whole.
+"""Cache ranges of a remote file: the data in a sparse file, and beside it the list of ranges that are whole.
 
 The list is replaced only after the data that it names is on disk, so whatever ends a run, what it names is there.
 A damaged list counts as an empty one. The data never has the name of a weights file, so that no program takes a file
@@ -25,7 +25,7 @@ REMEDY = "set HSA_CACHE or HF_HOME to a directory that can be written"
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
-def _caching(path: Path, needed: int | None = None) -> AbstractContextManager[None]:
+def _map_cache_errors(path: Path, needed: int | None = None) -> AbstractContextManager[None]:
     """Errors of writing to the cache, which say how to move it."""
     return fsio.map_write_errors(path, needed, REMEDY)
 
@@ -33,17 +33,17 @@ def _caching(path: Path, needed: int | None = None) -> AbstractContextManager[No
 def save_record(path: Path, document: Mapping[str, Any]) -> None:
     """Write a small JSON file in one step, with a digest of itself; MachineError when the disk fails."""
     text = json.dumps({**document, "sha256": _digest(document)}, indent=1).encode("ascii")
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with _caching(path):
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with _map_cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with fresh.open("wb") as file:
+            with temporary.open("wb") as file:
                 file.write(text)
                 file.flush()
                 fsio.sync(file.fileno())
-            fsio.rename(fresh, path)
+            fsio.rename(temporary, path)
         except BaseException:
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         fsio.sync_directory(path.parent)
 
@@ -63,7 +63,7 @@ def _digest(document: Mapping[str, Any]) -> str:
     return sha256(json.dumps(document, sort_keys=True).encode("ascii")).hexdigest()
 
 
-class Partial:
+class PartialFile:
     """Ranges of a remote file of `size` bytes that `etag` identifies, kept in `folder`.
 
     `ranges` are those that are whole. A process that adds some holds a lock while it does. Readers need none: what is
@@ -74,61 +74,61 @@ class Partial:
         self.path = folder / f"{name}{SUFFIX}"
         self.size = size
         self.ranges: tuple[Range, ...] = ()
-        self._list = folder / f"{name}.ranges.json"
+        self._record = folder / f"{name}.ranges.json"
         self._lock = folder / f"{name}.lock"
         self._key = {"etag": etag, "size": size}
-        self._fresh: list[Range] = []
+        self._uncommitted: list[Range] = []
         self._data: int | None = None
         self._load()
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Wait until no other process adds to the file, read anew what is whole, and keep others out."""
-        with _caching(self._lock):
+        with _map_cache_errors(self._lock):
             self._lock.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            with _caching(self._lock):
+            with _map_cache_errors(self._lock):
                 _wait(lock)
             self._load()
             yield
         finally:
-            self._fresh.clear()
+            self._uncommitted.clear()
             data, self._data = self._data, None
             os.close(lock)
             if data is not None:
-                with _caching(self.path):
+                with _map_cache_errors(self.path):
                     os.close(data)
 
-    def missing(self, wanted: Iterable[Range]) -> tuple[Range, ...]:
-        return subtract(wanted, self.ranges)
+    def missing(self, ranges: Iterable[Range]) -> tuple[Range, ...]:
+        return subtract(ranges, self.ranges)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Put fetched bytes in their place, inside `writing`; `commit` makes them count."""
-        with _caching(self.path, len(data)):
+        """Put fetched bytes in their place, inside `locked`; `commit` makes them count."""
+        with _map_cache_errors(self.path, len(data)):
             if self._data is None:
-                self._data = self._begin()
-            view, at = memoryview(data), offset
+                self._data = self._open_data()
+            view, position = memoryview(data), offset
             while view:
-                done = os.pwrite(self._data, view, at)
-                view, at = view[done:], at + done
-        self._fresh.append((offset, offset + len(data)))
+                done = os.pwrite(self._data, view, position)
+                view, position = view[done:], position + done
+        self._uncommitted.append((offset, offset + len(data)))
 
     def commit(self) -> None:
         """Make what was written last, and add it to the list."""
-        if self._data is None or not self._fresh:
+        if self._data is None or not self._uncommitted:
             return
-        with _caching(self.path):
+        with _map_cache_errors(self.path):
             fsio.sync(self._data)
-        ranges = union((*self.ranges, *self._fresh))
-        save_record(self._list, {**self._key, "ranges": ranges})
+        ranges = union((*self.ranges, *self._uncommitted))
+        save_record(self._record, {**self._key, "ranges": ranges})
         self.ranges = ranges
-        self._fresh.clear()
+        self._uncommitted.clear()
 
-    def _begin(self) -> int:
+    def _open_data(self) -> int:
         """The data file open for writing; one without its list is worth nothing and makes way for a new one."""
         if not self.ranges:
-            self._list.unlink(missing_ok=True)
+            self._record.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -140,14 +140,14 @@ class Partial:
 
     def _load(self) -> None:
         self.ranges = ()
-        document = load_record(self._list)
+        document = load_record(self._record)
         if document is None or {name: document.get(name) for name in self._key} != self._key:
             return
         try:
-            whole = self.path.stat().st_size == self.size
+            complete = self.path.stat().st_size == self.size
         except OSError:
             return
-        if whole:
+        if complete:
             self.ranges = union((start, stop) for start, stop in document["ranges"])
 
 

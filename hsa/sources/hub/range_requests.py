@@ -1,4 +1,4 @@
-"""Byte ranges of one file on the Hub, by HTTP: redirects, retries, and servers that know no ranges.
+"""Fetch byte ranges of one file on the Hub by HTTP: redirects, retries, and servers without range support.
 
 Source: RFC 9110 section 14 on range requests; the Hub's URL scheme as huggingface_hub uses it.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from hsa.errors import MachineError, SourceChanged
-from hsa.sources.hub.partial_file import Partial
+from hsa.sources.hub.partial_file import PartialFile
 from hsa.system.ranges import Range, coalesce
 
 HEADER_GUESS = 256 << 10
@@ -27,7 +27,7 @@ WASTE = 100
 """Of a file's bytes at most one in so many are fetched only because they lie between two ranges."""
 
 COMMIT = 16 << 20
-"""Bytes after which what was fetched is made last, so that a killed run goes on from there."""
+"""Bytes after which what was fetched is committed, so that a killed run goes on from there."""
 
 ATTEMPTS = 5
 """Tries without a single byte of progress before a fetch gives up."""
@@ -40,62 +40,62 @@ MAX_DIGITS = 20
 
 REDIRECTS = 10
 _MOVED = {301, 302, 303, 307, 308}
-_PASSING = {408, 429, 500, 502, 503, 504}
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
 _EXPIRED = {401, 403, 404, 410}
 
 
-class NoRanges(Exception):
+class RangesUnsupported(Exception):
     """The server answers a range request with the whole file."""
 
 
-class Again(Exception):
-    """Something went wrong that may go right the next time; the text says what. `wait`: seconds asked for."""
+class TransientError(Exception):
+    """A failure that another try may not meet; the text says what. `wait`: seconds that the server asks for."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
 
 
-def passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether another try may help: a network failure or a server that is busy or broken for now."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code in _PASSING
-    return isinstance(error, (Again, network_error()))
+        return error.response is not None and error.response.status_code in _TRANSIENT
+    return isinstance(error, (TransientError, network_error()))
 
 
 def network_error() -> type[Exception]:
     """The HTTP library's class of every failed request; which library it is depends on huggingface_hub's version."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    found: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
-    return found
+    http_error: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    return http_error
 
 
-def invalid_url() -> type[Exception]:
+def invalid_url_error() -> type[Exception]:
     """The HTTP library's class for an address that it cannot use, which is no failed request to it."""
-    found: type[Exception] = import_module(network_error().__module__.partition(".")[0]).InvalidURL
-    return found
+    invalid: type[Exception] = import_module(network_error().__module__.partition(".")[0]).InvalidURL
+    return invalid
 
 
-def pause(failures: int, error: BaseException) -> None:
+def back_off(failures: int, error: BaseException) -> None:
     """Wait before the next try: PAUSE, doubled each time up to 8 s, or as long as the server asks for, up to 30 s."""
-    asked = error.wait if isinstance(error, Again) else 0.0
-    time.sleep(max(min(8.0, PAUSE * 2.0 ** (failures - 1)), min(30.0, asked)))
+    requested = error.wait if isinstance(error, TransientError) else 0.0
+    time.sleep(max(min(8.0, PAUSE * 2.0 ** (failures - 1)), min(30.0, requested)))
 
 
-def retrying(work: Callable[[], Any]) -> Any:
-    """What `work` returns, tried again while its failures are passing ones."""
+def retry(work: Callable[[], Any]) -> Any:
+    """What `work` returns, tried again while its failures are transient."""
     failures = 0
     while True:
         try:
             return work()
         except Exception as error:
             failures += 1
-            if not passing(error) or failures >= ATTEMPTS:
+            if not is_transient(error) or failures >= ATTEMPTS:
                 raise
-            pause(failures, error)
+            back_off(failures, error)
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -108,7 +108,7 @@ def _etag(text: str | None) -> str | None:
 
 
 @dataclass
-class Remote:
+class RemoteFile:
     """A file of a repository at one commit. `label` names it in messages; `headers` carry the token, if there is one.
 
     `link` is where the Hub's last redirect led, with the headers that go there: no token goes to another host.
@@ -123,41 +123,41 @@ class Remote:
     link: tuple[str, Mapping[str, str]] | None = None
 
     def fetch(
-        self, partial: Partial, wanted: Iterable[Range], got: Callable[[int], None], *, prefix: bool = False
+        self, partial: PartialFile, ranges: Iterable[Range], advance: Callable[[int], None], *, prefix: bool = False
     ) -> None:
-        """Bring ranges into `partial`, whose exclusive lock is held; `got` is told every count of bytes received.
+        """Bring ranges into `partial`, whose exclusive lock is held; `advance` gets every count of bytes received.
 
         With `prefix`, the beginning of a file is taken from a server without range support too: it sends the whole
         file, and the connection is closed once enough of it is here.
 
-        Raises NoRanges, SourceChanged, MachineError, and huggingface_hub's errors.
+        Raises RangesUnsupported, SourceChanged, MachineError, and huggingface_hub's errors.
         """
-        since = 0
+        uncommitted = 0
         try:
-            for start, stop in coalesce(partial.missing(wanted), GAP, self.size // WASTE):
+            for start, stop in coalesce(partial.missing(ranges), GAP, self.size // WASTE):
                 failures = 0
                 while start < stop:
                     try:
                         with closing(self._stream(start, stop, prefix)) as chunks:
                             for chunk in chunks:
                                 partial.write(start, chunk)
-                                start, since, failures = start + len(chunk), since + len(chunk), 0
-                                got(len(chunk))
-                                if since >= COMMIT:
+                                start, uncommitted, failures = start + len(chunk), uncommitted + len(chunk), 0
+                                advance(len(chunk))
+                                if uncommitted >= COMMIT:
                                     partial.commit()
-                                    since = 0
+                                    uncommitted = 0
                     except Exception as error:
                         failures += 1
-                        if not passing(error):
+                        if not is_transient(error):
                             raise
                         if failures >= ATTEMPTS:
-                            if not isinstance(error, Again):
+                            if not isinstance(error, TransientError):
                                 raise
                             raise MachineError(
                                 f"{self.label}: bytes {start} to {stop} could not be fetched in {failures} tries "
                                 f"({error}); try again later: what was fetched is kept"
                             ) from error
-                        pause(failures, error)
+                        back_off(failures, error)
         finally:
             partial.commit()
 
@@ -196,25 +196,26 @@ class Remote:
         from huggingface_hub.utils import hf_raise_for_status
 
         status = response.status_code
-        if status in _PASSING:
-            asked = response.headers.get("retry-after", "")
-            raise Again(f"the server answered {status}", float(asked) if asked.isdecimal() else 0.0)
+        if status in _TRANSIENT:
+            retry_after = response.headers.get("retry-after", "")
+            seconds = float(retry_after) if retry_after.isdecimal() else 0.0
+            raise TransientError(f"the server answered {status}", seconds)
         if self.link is not None and status in _EXPIRED:
             self.link = None
-            raise Again(f"the storage server answered {status}")
+            raise TransientError(f"the storage server answered {status}")
         hf_raise_for_status(response)
         if response.headers.get("content-encoding", "identity") != "identity":
-            raise Again("the server answered in an encoding, asked for none")
+            raise TransientError("the server answered in an encoding, asked for none")
         if self.link is None:
             self._check_etag(response.headers.get("x-linked-etag") or response.headers.get("etag"))
         if status == 200:
             if not (prefix and start == 0):
-                raise NoRanges
+                raise RangesUnsupported
             end = stop
         elif status == 206:
             end = self._end(response.headers.get("content-range", ""), start, stop)
         else:
-            raise Again(f"the server answered {status}, expected 206")
+            raise TransientError(f"the server answered {status}, expected 206")
         for chunk in response.iter_raw():
             if start == end:  # the loop goes on to here: a body read to its end leaves the connection usable
                 return
@@ -223,19 +224,19 @@ class Remote:
                 yield chunk
             start += len(chunk)
         if start < end:
-            raise Again(f"the connection ended at byte {start}, expected {end}")
+            raise TransientError(f"the connection ended at byte {start}, expected {end}")
 
     def _end(self, content_range: str, start: int, stop: int) -> int:
         """Where the body of a 206 ends; it must begin where it was asked to and belong to a file of the known size."""
-        place, _, size = content_range.removeprefix("bytes ").partition("/")
-        first, _, last = place.partition("-")
+        span, _, size = content_range.removeprefix("bytes ").partition("/")
+        first, _, last = span.partition("-")
         digits = all(text.isdecimal() and len(text) <= MAX_DIGITS for text in (first, last))
         if not (digits and int(first) == start and start <= int(last) < stop):
-            raise Again(f"the server answered with another range than {start} to {stop}")
+            raise TransientError(f"the server answered with another range than {start} to {stop}")
         if size not in (str(self.size), "*"):
             raise SourceChanged(f"{self.label} has no longer {self.size} bytes on the Hub; run the merge again")
         return int(last) + 1
 
-    def _check_etag(self, found: str | None) -> None:
-        if found is not None and _etag(found) != self.etag:
+    def _check_etag(self, header: str | None) -> None:
+        if header is not None and _etag(header) != self.etag:
             raise SourceChanged(f"{self.label} changed on the Hub while it was fetched; run the merge again")

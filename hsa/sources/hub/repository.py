@@ -1,4 +1,4 @@
-"""A repository on the Hub at one commit: what names it, what is known of it, and that record for offline runs.
+"""A repository on the Hub at one commit: its id, what is known of it, and that record for offline runs.
 
 Records and ranges of weights lie in this package's own cache: `HSA_CACHE`, else the directory `hsa` in `HF_HOME`.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from hsa.errors import MachineError
 from hsa.sources.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS
 from hsa.sources.hub.partial_file import load_record, save_record
 from hsa.sources.identity import is_hub_id
@@ -47,9 +48,9 @@ def find_id(path: PathLike) -> HubId | None:
     """
     if not isinstance(path, str) or os.path.lexists(path):
         return None
-    found = parse_id(path)
-    local = found is not None and found.revision is None and os.path.isdir(os.path.dirname(path))
-    return None if local else found
+    hub_id = parse_id(path)
+    is_local = hub_id is not None and hub_id.revision is None and os.path.isdir(os.path.dirname(path))
+    return None if is_local else hub_id
 
 
 @dataclass
@@ -77,8 +78,8 @@ def cache_directory() -> Path:
     """Where ranges of weights are kept; it may be removed at any time when no merge runs."""
     from huggingface_hub import constants
 
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given).expanduser() if given else Path(constants.HF_HOME) / "hsa"
+    directory = os.environ.get(CACHE_VARIABLE)
+    return Path(directory).expanduser() if directory else Path(constants.HF_HOME) / "hsa"
 
 
 def cache_directories() -> tuple[Path, Path]:
@@ -92,50 +93,56 @@ def _folder(repo: str) -> str:
     return f"models--{repo.replace('/', '--')}"
 
 
-def home(repo: str) -> Path:
+def cache_folder(repo: str) -> Path:
     """The folder of a repository in this package's cache."""
     return cache_directory() / _folder(repo)
 
 
 def _ref(hub_id: HubId) -> Path:
-    return home(hub_id.repo) / "refs" / f"{quote(hub_id.revision or 'main', safe='')}.json"
+    return cache_folder(hub_id.repo) / "refs" / f"{quote(hub_id.revision or 'main', safe='')}.json"
 
 
-def remember(repo: Repo, asked: HubId | None = None) -> None:
-    """Keep what is known of a commit, and what `asked` for it, for offline runs; MachineError when the disk fails."""
-    path = home(repo.id) / "commits" / f"{repo.commit}.json"
-    known = (load_record(path) or {}).get("weights", {})
-    save_record(path, {"files": sorted(repo.files), "weights": {**known, **repo.weights}})
-    if asked is not None:
-        save_record(_ref(asked), {"commit": repo.commit})
+def save_repo(repo: Repo, hub_id: HubId | None = None) -> None:
+    """Save what is known of a commit, and the `hub_id` that led to it, for offline runs; MachineError if that fails."""
+    path = cache_folder(repo.id) / "commits" / f"{repo.commit}.json"
+    earlier = (load_record(path) or {}).get("weights", {})
+    save_record(path, {"files": sorted(repo.files), "weights": {**earlier, **repo.weights}})
+    if hub_id is not None:
+        save_record(_ref(hub_id), {"commit": repo.commit})
 
 
-def remembered(hub_id: HubId) -> Repo | None:
+def try_to_save_repo(repo: Repo, hub_id: HubId | None = None) -> None:
+    """As `save_repo`, but without an error where the disk fails: a cache may be read-only."""
+    with suppress(MachineError):
+        save_repo(repo, hub_id)
+
+
+def load_repo(hub_id: HubId) -> Repo | None:
     """The commit that a revision had last time, here or in huggingface_hub's cache, with what is known of it."""
     from huggingface_hub import constants
 
     revision = hub_id.revision or "main"
-    ordinary = Path(constants.HF_HUB_CACHE) / _folder(hub_id.repo)
+    hf_cache = Path(constants.HF_HUB_CACHE) / _folder(hub_id.repo)
     commits = [revision] if COMMIT.fullmatch(revision) else []
     commits += [record["commit"] for record in [load_record(_ref(hub_id))] if record is not None]
     with suppress(OSError, ValueError):
-        commits.append((ordinary / "refs" / revision).read_text(encoding="ascii").strip())
+        commits.append((hf_cache / "refs" / revision).read_text(encoding="ascii").strip())
     for commit in commits:
         if not COMMIT.fullmatch(commit):
             continue
-        found = load_record(home(hub_id.repo) / "commits" / f"{commit}.json")
-        record = found or {"files": [], "weights": {}}
+        stored = load_record(cache_folder(hub_id.repo) / "commits" / f"{commit}.json")
+        record = stored or {"files": [], "weights": {}}
         files = set(record["files"])
         with suppress(OSError):
-            files.update(os.listdir(ordinary / "snapshots" / commit))
+            files.update(os.listdir(hf_cache / "snapshots" / commit))
         if files:
             return Repo(hub_id.repo, commit, frozenset(files), True, record["weights"], complete=bool(record["files"]))
     return None
 
 
-def cached(repo: Repo, name: str) -> Path | None:
+def cached_path(repo: Repo, name: str) -> Path | None:
     """A file's place in huggingface_hub's cache; None where it is not there whole."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo.id, name, revision=repo.commit)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(repo.id, name, revision=repo.commit)
+    return Path(path) if isinstance(path, str) else None

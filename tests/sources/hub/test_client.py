@@ -578,10 +578,11 @@ OPEN = """
 import json, sys
 from hsa.errors import SourceError
 from hsa.system.fsio import Tally
-from hsa.sources.hub.client import Hub, Want
+from hsa.sources.hub.client import Hub
+from hsa.sources.hub.needs import Needs
 from hsa.architectures.whisper import is_target, parse
 hub = Hub()
-with hub.open(sys.argv[1], sys.argv[2], Tally(), Want("targets", "encoder-qkv", assets=True)) as checkpoint:
+with hub.open(sys.argv[1], sys.argv[2], Tally(), Needs("targets", "encoder-qkv", assets=True)) as checkpoint:
     readable = {True: [0, 0], False: [0, 0]}
     for name, ref in checkpoint.tensors.items():
         projection = parse(name)
