@@ -1,6 +1,6 @@
-"""What the parts of an output say of one another: its tensors, its config, and its provenance.
+"""Checks of an output's tensors against its config and its provenance.
 
-Nothing here raises for a damaged output: each check yields a line for everything that is not as it must be.
+Nothing here raises for a damaged output: each check yields a line for each fault.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ STEP = 1 << 20
 """Bytes of an output that are in memory at a time, for each thread."""
 
 
-def keys(checkpoint: Checkpoint) -> Iterator[str]:
-    """Whether the tensors are those that the config promises, in names, shapes and element types."""
+def structure_faults(checkpoint: Checkpoint) -> Iterator[str]:
+    """How the tensors differ from those that the config promises, in names, shapes and element types."""
     for name, stored in itertools.islice(checkpoint.renamed.items(), 1):
         yield f"{len(checkpoint.renamed)} tensors have names that no loader finds, such as {stored:.300} for {name}"
     yield from (fault.what for fault in structure.faults(checkpoint))
@@ -31,20 +31,20 @@ def keys(checkpoint: Checkpoint) -> Iterator[str]:
 
 def preset_of(record: Record | None) -> Preset:
     """Which tensors to take for targets; all that could be where the provenance does not say."""
-    found = None if record is None else record.parameters.get("targets")
-    return found if isinstance(found, str) and found in get_args(Preset) else "attention-all"  # type: ignore[return-value]
+    preset = None if record is None else record.parameters.get("targets")
+    return preset if isinstance(preset, str) and preset in get_args(Preset) else "attention-all"  # type: ignore[return-value]
 
 
-def finite(checkpoint: Checkpoint, projection: Projection, ref: TensorRef, heads: int | None) -> Iterator[str]:
-    """Whether a target tensor holds finite numbers alone; names the head of the first that is none."""
+def finite_faults(checkpoint: Checkpoint, projection: Projection, ref: TensorRef, heads: int | None) -> Iterator[str]:
+    """A line where a target tensor holds NaN or Inf; it names the head of the first."""
     if ref.code not in ARITHMETIC:
         yield f"target tensor {ref.name} has dtype {ref.code}, expected one of {', '.join(ARITHMETIC)}"
         return
     buffer = np.empty(min(STEP, ref.nbytes), dtype=np.uint8)
     for start in range(0, ref.nbytes, STEP):
-        part = buffer[: min(STEP, ref.nbytes - start)]
-        checkpoint.read_into(ref, part.data, start)
-        values = part.view(STORAGE[ref.code])
+        piece = buffer[: min(STEP, ref.nbytes - start)]
+        checkpoint.read_into(ref, piece.data, start)
+        values = piece.view(STORAGE[ref.code])
         if not all_finite(ref.code, values):
             element = start // values.itemsize + first_not_finite(ref.code, values)
             head = "" if heads is None else head_text(projection, ref.shape, heads, element)

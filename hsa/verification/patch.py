@@ -1,4 +1,4 @@
-"""A patch: its digests, its rows, and its document against its own parameters; with sources, the merge made again."""
+"""Verify a patch: its digests, its rows, and its document against its parameters; with sources, its merge again."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ from pathlib import Path
 from hsa.errors import SourceChanged, SourceError
 from hsa.outputs.patch_checks import patch_faults
 from hsa.outputs.patch_reader import Patch, open_patch
-from hsa.verification.report import Verified
-from hsa.verification.source_checks import GivenSources, Work
+from hsa.verification.context import SourcePaths, VerifyContext
+from hsa.verification.report import VerifyResult
 
 
-def verify_patch(path: Path, given: GivenSources | None, work: Work) -> Verified:
+def verify_patch(path: Path, source_paths: SourcePaths | None, context: VerifyContext) -> VerifyResult:
     """Check a patch file, links resolved; with sources, compute its merge again and compare every byte."""
     with ExitStack() as stack:
-        patch = checked_patch(path, work, stack)
+        patch = open_checked(path, context, stack)
         if patch is None:
-            if given:
-                work.notes.append("nothing was recomputed, for the patch does not say how")
-            return Verified(None, 0, False)
+            if source_paths:
+                context.notes.append("nothing was recomputed, for the patch does not say how")
+            return VerifyResult(None, 0, False)
         compared = False
-        if given:
+        if source_paths:
             from hsa.verification.recompute_patches import recompute_patches
 
-            compared = recompute_patches([patch], given, work)
-        return Verified(patch.record, 1, compared)
+            compared = recompute_patches([patch], source_paths, context)
+        return VerifyResult(patch.record, 1, compared)
 
 
-def checked_patch(path: Path, work: Work, stack: ExitStack) -> Patch | None:
-    """A patch opened and read whole, with its problems told; None where its header or document cannot be read."""
+def open_checked(path: Path, context: VerifyContext, stack: ExitStack) -> Patch | None:
+    """Open a patch and read it whole; its problems go to the context. None where its document cannot be read."""
     patch = None
     try:
-        patch = open_patch(path, work.tally, stack)
+        patch = open_patch(path, context.tally, stack)
         for fault in patch_faults(patch):
-            work.problems.add(path.name, fault)
+            context.problems.add(path.name, fault)
         done = 0
 
         def step(count: int) -> None:
             nonlocal done
             done += count
-            work.memory.sample()
-            if work.progress is not None:
-                work.progress(done, patch.source.size if patch else done)
+            context.memory.sample()
+            if context.progress is not None:
+                context.progress(done, patch.source.size if patch else done)
 
         patch.check_rows(step)
         patch.source.check_unchanged()
     except SourceChanged:
-        work.problems.add(path.name, "changed while it was read; verify it again once nothing writes to it")
+        context.problems.add(path.name, "changed while it was read; verify it again once nothing writes to it")
     except SourceError as error:
-        work.problems.add(path.name, str(error))
+        context.problems.add(path.name, str(error))
     return patch

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from hsa.errors import one_line
 
-LISTED = 1000
-"""Problems that are kept; a larger number of them tells nothing more."""
+MAX_PROBLEMS = 1000
+"""Problems that a report names; a larger number of them tells nothing more."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class Problems:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: list[Problem] = []
-        self._more = 0
+        self._problems: list[Problem] = []
+        self._omitted = 0
 
     def add(self, file: str, what: str) -> None:
         with self._lock:
-            if len(self._found) < LISTED:
-                self._found.append(Problem(one_line(file[:255]), one_line(what)))
+            if len(self._problems) < MAX_PROBLEMS:
+                self._problems.append(Problem(one_line(file[:255]), one_line(what)))
             else:
-                self._more += 1
+                self._omitted += 1
 
-    def add_all(self, file: str, found: Iterator[str]) -> None:
-        for what in found:
-            self.add(file, what)
+    def add_all(self, file: str, texts: Iterator[str]) -> None:
+        for text in texts:
+            self.add(file, text)
 
-    def listed(self) -> tuple[Problem, ...]:
+    def all(self) -> tuple[Problem, ...]:
         with self._lock:
-            more = [Problem("", f"and {self._more} more problems")] if self._more else []
-            return (*self._found, *more)
+            more = [Problem("", f"and {self._omitted} more problems")] if self._omitted else []
+            return (*self._problems, *more)

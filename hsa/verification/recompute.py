@@ -1,4 +1,4 @@
-"""A merge computed again from its sources, and compared with an output byte for byte instead of written.
+"""Compute a merge again from its sources and compare every byte with the output, instead of writing it.
 
 The parameters come from the output's provenance; plan and pipeline are those of a merge, so that memory stays bounded
 the same way.
@@ -22,10 +22,11 @@ from hsa.engine.compute import Calculator
 from hsa.engine.consumers import CACHED_PIECE
 from hsa.engine.pipeline import Options, assemble
 from hsa.errors import HsaError, SourceChanged, SourceError
-from hsa.outputs import provenance, recording
 from hsa.outputs.metadata_files import CARD, metadata_files
 from hsa.outputs.provenance import Provenance, Record, changed_keys
+from hsa.outputs.provenance import loads as parse_provenance
 from hsa.outputs.record_checks import recorded_config
+from hsa.outputs.recording import make_record, target_digest
 from hsa.planning.file_layout import Bytes, Merge, OutputFile, Segment
 from hsa.planning.plan import make_plan
 from hsa.sources.checkpoint import INDEX, read_whole, resolve_inside
@@ -35,14 +36,13 @@ from hsa.system.dtypes import size
 from hsa.system.fsio import SourceFile, Tally
 from hsa.system.manifest import PROVENANCE
 from hsa.system.ranges import Range
+from hsa.verification.context import SourcePaths, VerifyContext
 from hsa.verification.output_checks import head_text
 from hsa.verification.problems import Problems
 from hsa.verification.source_checks import (
-    NAMED,
-    GivenSources,
-    Work,
-    cautions,
+    MAX_NAMED,
     check_targets,
+    comparison_notes,
     open_recorded,
     other_versions,
 )
@@ -55,12 +55,12 @@ class _Difference:
     segment: Segment
     count: int
     offset: int
-    found: int
+    written: int
     expected: int
 
 
-class Comparison:
-    """A sink that compares each piece with a file of the output; thread by thread, one piece in memory for each."""
+class ByteComparer:
+    """Takes the pieces of a merge as a writer would, and compares each with the file; one piece a thread in memory."""
 
     def __init__(self, directory: Path, tally: Tally, problems: Problems) -> None:
         self._directory, self._tally, self._problems = directory, tally, problems
@@ -68,7 +68,7 @@ class Comparison:
         self._sources: list[SourceFile | None] = []
         self._starts: list[list[int]] = []
         self._lock = threading.Lock()
-        self._own = threading.local()
+        self._local = threading.local()
         self._differences: list[dict[str, _Difference]] = []
 
     def begin(self, files: Sequence[OutputFile]) -> int:
@@ -87,20 +87,20 @@ class Comparison:
         count = 0 if source is None else min(len(view), source.size - start)
         if source is None or count <= 0:
             return
-        if not hasattr(self._own, "buffer"):
-            self._own.buffer = np.empty(CACHED_PIECE, dtype=np.uint8)
-        found = self._own.buffer[:count]
-        source.read_into(found.data, start)
-        wrong = found != np.frombuffer(view[:count], dtype=np.uint8)
-        if not wrong.any():
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = np.empty(CACHED_PIECE, dtype=np.uint8)
+        written = self._local.buffer[:count]
+        source.read_into(written.data, start)
+        differs = written != np.frombuffer(view[:count], dtype=np.uint8)
+        if not differs.any():
             return
         segments, starts = self._files[number].segments, self._starts[number]
         for segment in segments[bisect_right(starts, start) - 1 : bisect_left(starts, start + count)]:
             low, high = max(0, segment.offset - start), min(count, segment.stop - start)
-            many = int(np.count_nonzero(wrong[low:high]))
-            if many:
-                at = low + int(wrong[low:high].argmax())
-                self._note(number, _Difference(segment, many, start + at, int(found[at]), view[at]))
+            count_in_segment = int(np.count_nonzero(differs[low:high]))
+            if count_in_segment:
+                at = low + int(differs[low:high].argmax())
+                self._add(number, _Difference(segment, count_in_segment, start + at, int(written[at]), view[at]))
 
     def finish(self) -> None:
         for source in self._sources:
@@ -113,15 +113,15 @@ class Comparison:
             if source is not None:
                 source.close()
 
-    def report(self, *, others: bool) -> None:
-        """Name what differs. With `others` the sources are not the recorded ones, and one line a file must do."""
+    def report(self, *, other_sources: bool) -> None:
+        """Add a problem for each tensor that differs; one a file where the sources are not the recorded ones."""
         for file, differences in zip(self._files, self._differences, strict=True):
             ordered = sorted(differences.values(), key=lambda d: d.offset)
-            named = 0 if others else NAMED
+            named = 0 if other_sources else MAX_NAMED
             for difference in ordered[:named]:
                 self._problems.add(file.name, _describe(difference))
             if len(ordered) > named:
-                more = "" if others else "more "
+                more = "" if other_sources else "more "
                 self._problems.add(
                     file.name,
                     f"{len(ordered) - named} {more}tensors are not what the sources give, such as "
@@ -138,15 +138,15 @@ class Comparison:
             self._problems.add(file.name, f"has {source.size} bytes, the sources give {file.size}")
         return source
 
-    def _note(self, number: int, found: _Difference) -> None:
-        name = _name(found.segment)
+    def _add(self, number: int, difference: _Difference) -> None:
+        name = _name(difference.segment)
         with self._lock:
-            known = self._differences[number].setdefault(name, found)
-            if known is not found:
-                known.count += found.count
-                if found.offset < known.offset:
-                    known.segment, known.offset = found.segment, found.offset
-                    known.found, known.expected = found.found, found.expected
+            earlier = self._differences[number].setdefault(name, difference)
+            if earlier is not difference:
+                earlier.count += difference.count
+                if difference.offset < earlier.offset:
+                    earlier.segment, earlier.offset = difference.segment, difference.offset
+                    earlier.written, earlier.expected = difference.written, difference.expected
 
 
 def _name(segment: Segment) -> str:
@@ -164,84 +164,86 @@ def _describe(difference: _Difference) -> str:
         target = content.target
         element = (difference.offset - difference.segment.offset) // size(target.out_code)
         head = head_text(target.projection, target.shape, target.heads, element)
-    many = f"{difference.count} bytes are" if difference.count > 1 else "1 byte is"
+    bytes_are = f"{difference.count} bytes are" if difference.count > 1 else "1 byte is"
     return (
-        f"{_name(difference.segment)}{head}: {many} not what the sources give, first at byte {difference.offset}: "
-        f"found 0x{difference.found:02x}, recomputed 0x{difference.expected:02x}"
+        f"{_name(difference.segment)}{head}: {bytes_are} not what the sources give, first at byte {difference.offset}: "
+        f"found 0x{difference.written:02x}, recomputed 0x{difference.expected:02x}"
     )
 
 
-def recompute(directory: Path, found: Provenance, given: GivenSources, work: Work) -> bool:
+def recompute(directory: Path, provenance: Provenance, source_paths: SourcePaths, context: VerifyContext) -> bool:
     """Merge the sources again by the provenance's parameters and compare every byte; returns whether that was done.
 
     Raises SourceError where a source cannot be opened, MachineError, SourceChanged.
     """
-    record = found.record
+    record = provenance.record
     try:
-        request = _request(directory, found, given)
+        request = _request(directory, provenance, source_paths)
     except (HsaError, KeyError, TypeError, ValueError) as error:
-        work.problems.add(PROVENANCE, f"its parameters cannot be merged with: {error}")
+        context.problems.add(PROVENANCE, f"its parameters cannot be merged with: {error}")
         return False
     with ExitStack() as stack:
-        sources = open_recorded(request, record, given, work, stack)
+        sources = open_recorded(request, record, source_paths, context, stack)
         if sources is None:
             return False
         try:
-            _compare(directory, found, request, sources, work)
+            _compare(directory, provenance, request, sources, context)
         except SourceChanged:
             raise
         except SourceError as error:
-            work.problems.add("sources", f"cannot be merged again: {error}")
+            context.problems.add("sources", f"cannot be merged again: {error}")
             return False
-    work.notes.extend(cautions(record))
+    context.notes.extend(comparison_notes(record))
     return True
 
 
-def _request(directory: Path, found: Provenance, given: GivenSources) -> Request:
+def _request(directory: Path, provenance: Provenance, source_paths: SourcePaths) -> Request:
     """What the merge was told, by its provenance."""
-    parameters = found.record.parameters
+    parameters = provenance.record.parameters
     return Request(
-        sources=given.paths,
+        sources=source_paths.by_role,
         output=directory,
-        config=recorded_config(found.record),
+        config=recorded_config(provenance.record),
         assets_from=parameters["assets_from"],
         max_shard_size=parameters["max_shard_size"],
-        ids=given.ids,
+        ids=source_paths.ids,
         card=dict(parameters["card"]),
-        digest=any(found.files.values()),
+        digest=any(provenance.files.values()),
         sync=False,
     )
 
 
-def _compare(directory: Path, found: Provenance, request: Request, sources: Sources, work: Work) -> None:
+def _compare(
+    directory: Path, provenance: Provenance, request: Request, sources: Sources, context: VerifyContext
+) -> None:
     plan = make_plan(request.config, sources, request.shard_bytes)
-    small = collect_small_files(request, sources, plan, work.tally)
-    comparison = Comparison(directory, work.tally, work.problems)
-    total, progress = plan.bytes_to_write, work.progress
+    assets = collect_small_files(request, sources, plan, context.tally)
+    comparer = ByteComparer(directory, context.tally, context.problems)
+    total, progress = plan.bytes_to_write, context.progress
     step = None if progress is None else lambda done: progress(done, total)
     calculator = Calculator(sources, resolve("auto", "auto", request.config), request.config.numerics)
-    options = Options(work.threads, digest=request.digest, sync=False)
+    options = Options(context.threads, digest=request.digest, sync=False)
     try:
-        digests = assemble(plan.files, sources.by_role, calculator, comparison, options, work.memory, step)
+        digests = assemble(plan.files, sources.by_role, calculator, comparer, options, context.memory, step)
     except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
         sources.check_unchanged()
         raise
     sources.check_unchanged()
     outcomes = calculator.ordered(plan.targets)
-    digests_of_targets = {role: recording.target_digest(role, outcomes) for role in ROLES}
-    comparison.report(others=not check_targets(found.record, digests_of_targets, work.problems))
-    made = recording.make_record(plan, sources, outcomes, request.settings(found.record.parameters["backend"]))
-    made = replace(made, program=found.record.program, libraries=found.record.libraries)
-    files = dict(small.files) if plan.index is None else {**small.files, INDEX: plan.index}
+    target_digests = {role: target_digest(role, outcomes) for role in ROLES}
+    comparer.report(other_sources=not check_targets(provenance.record, target_digests, context.problems))
+    record = make_record(plan, sources, outcomes, request.settings(provenance.record.parameters["backend"]))
+    record = replace(record, program=provenance.record.program, libraries=provenance.record.libraries)
+    files = dict(assets.files) if plan.index is None else {**assets.files, INDEX: plan.index}
     weights = {file.name: digests.get(file.name) for file in plan.files}
-    for name, data in metadata_files(made, files, weights, digest=request.digest):
+    for name, data in metadata_files(record, files, weights, digest=request.digest):
         if name == PROVENANCE:
-            _compare_provenance(found, data, directory, work)
+            _compare_provenance(provenance, data, directory, context)
         else:
-            _compare_small(directory, name, data, work, _wording(found.record) if name == CARD else "")
+            _compare_small(directory, name, data, context, _version_hint(provenance.record) if name == CARD else "")
 
 
-def _wording(record: Record) -> str:
+def _version_hint(record: Record) -> str:
     """Why the card of another version may differ, and what to do."""
     versions = other_versions(record)
     if versions is None:
@@ -249,37 +251,37 @@ def _wording(record: Record) -> str:
     return f"; the record names {versions}, which may word it differently: read it, or verify with that version"
 
 
-def _compare_small(directory: Path, name: str, data: bytes, work: Work, more: str = "") -> None:
+def _compare_small(directory: Path, name: str, data: bytes, context: VerifyContext, hint: str = "") -> None:
     try:
-        written = read_whole("output", directory, name, work.tally)
+        written = read_whole("output", directory, name, context.tally)
     except SourceError as error:
-        work.problems.add(name, f"cannot be compared: {error}")
+        context.problems.add(name, f"cannot be compared: {error}")
         return
     where = first_difference(written, data)
     if where is not None:
-        work.problems.add(name, f"is not what the sources give: {where}{more}")
+        context.problems.add(name, f"is not what the sources give: {where}{hint}")
 
 
-def first_difference(found: bytes, expected: bytes) -> str | None:
+def first_difference(written: bytes, expected: bytes) -> str | None:
     """Where a small file differs from what it should be; None where it does not."""
-    if found == expected:
+    if written == expected:
         return None
-    pairs = enumerate(zip(found, expected, strict=False))
-    at = next((at for at, (a, b) in pairs if a != b), min(len(found), len(expected)))
-    return f"{len(found)} bytes, expected {len(expected)}; they differ first at byte {at}"
+    pairs = enumerate(zip(written, expected, strict=False))
+    first = next((first for first, (a, b) in pairs if a != b), min(len(written), len(expected)))
+    return f"{len(written)} bytes, expected {len(expected)}; they differ first at byte {first}"
 
 
-def _compare_provenance(found: Provenance, data: bytes, directory: Path, work: Work) -> None:
+def _compare_provenance(provenance: Provenance, data: bytes, directory: Path, context: VerifyContext) -> None:
     """By content, so that what differs is named."""
-    made = provenance.loads(data, "the provenance made again")
-    before, after = found.record.as_dict(), made.record.as_dict()
-    wrong = changed_keys(before, after)
-    for key in wrong:
+    expected = parse_provenance(data, "the provenance made again")
+    before, after = provenance.record.as_dict(), expected.record.as_dict()
+    unlike_keys = changed_keys(before, after)
+    for key in unlike_keys:
         inner = changed_keys(before[key], after[key]) if isinstance(before[key], dict) else []
-        what = ", ".join(inner[:NAMED]) or "in their order"
-        work.problems.add(PROVENANCE, f"{key} are not what the sources give: {what}")
-    unlike = changed_keys(found.files, made.files)
-    if unlike:
-        work.problems.add(PROVENANCE, f"files are not what the sources give: {', '.join(unlike[:NAMED])}")
-    if not wrong and not unlike:
-        _compare_small(directory, PROVENANCE, data, work)
+        what = ", ".join(inner[:MAX_NAMED]) or "in their order"
+        context.problems.add(PROVENANCE, f"{key} are not what the sources give: {what}")
+    unlike_files = changed_keys(provenance.files, expected.files)
+    if unlike_files:
+        context.problems.add(PROVENANCE, f"files are not what the sources give: {', '.join(unlike_files[:MAX_NAMED])}")
+    if not unlike_keys and not unlike_files:
+        _compare_small(directory, PROVENANCE, data, context)

@@ -1,13 +1,13 @@
-"""Patches computed again from their sources, and compared row by row; each target is read and scored once for all."""
+"""Compute patches again from their sources and compare them row by row; each target is read and scored once for all."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from hsa.errors import HsaError, SourceChanged, SourceError
 from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import Norms
 from hsa.methods.selection import Selection, select
-from hsa.option_names import with_current_spelling
 from hsa.outputs import distances
 from hsa.outputs.patch_reader import Patch
 from hsa.outputs.provenance import SourceRecord, changed_keys
@@ -35,14 +34,16 @@ from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import Array, size
-from hsa.verification.source_checks import NAMED, GivenSources, Work, cautions, check_targets, open_recorded
+from hsa.verification.context import SourcePaths, VerifyContext
+from hsa.verification.run_in_threads import run_in_threads
+from hsa.verification.source_checks import MAX_NAMED, check_targets, comparison_notes, open_recorded
 
 DISTANCE_ERROR = 1e-9
 """Relative; two machines may add the squares of a tile in another order."""
 
 
 @dataclass
-class _Comparison:
+class _PatchDifferences:
     """A patch, its targets as the sources give them, and what differs so far."""
 
     patch: Patch
@@ -55,37 +56,41 @@ class _Comparison:
         return self.patch.source.path.name
 
 
-def recompute_patches(patches: Sequence[Patch], given: GivenSources, work: Work) -> bool:
+def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, context: VerifyContext) -> bool:
     """Compute the merges of these patches again and compare what they hold; returns whether that was done for all.
 
     Problems are of the patch's file name, or of a source's role. Raises SourceError where a source cannot be opened,
     MachineError, SourceChanged.
     """
     first = patches[0].record
-    fitting = []
+    of_same_sources = []
     for patch in patches:
-        if _sources(patch) == _sources(patches[0]):
-            fitting.append(patch)
+        if _source_identities(patch) == _source_identities(patches[0]):
+            of_same_sources.append(patch)
         else:
             name = patches[0].source.path.name
-            work.problems.add(patch.source.path.name, f"was made from other sources than {name}, and was not compared")
+            context.problems.add(
+                patch.source.path.name, f"was made from other sources than {name}, and was not compared"
+            )
     with ExitStack() as stack:
-        sources = open_recorded(_request(fitting, given), first, given, work, stack, rows_only=True)
+        sources = open_recorded(
+            _request(of_same_sources, source_paths), first, source_paths, context, stack, rows_only=True
+        )
         if sources is None:
             return False
         try:
-            compared = _compare(fitting, sources, work)
+            compared = _compare(of_same_sources, sources, context)
         except SourceChanged:
             raise
         except SourceError as error:
-            work.problems.add("sources", f"cannot be merged again: {error}")
+            context.problems.add("sources", f"cannot be merged again: {error}")
             return False
-    for note in dict.fromkeys(note for patch in fitting for note in cautions(patch.record)):
-        work.notes.append(note)
-    return compared and len(fitting) == len(patches)
+    for note in dict.fromkeys(note for patch in of_same_sources for note in comparison_notes(patch.record)):
+        context.notes.append(note)
+    return compared and len(of_same_sources) == len(patches)
 
 
-def _sources(patch: Patch) -> dict[Role, tuple[object, ...]]:
+def _source_identities(patch: Patch) -> dict[Role, tuple[object, ...]]:
     """What two patches of one triple have in common; the targets digested differ from preset to preset."""
 
     def about(source: SourceRecord) -> tuple[object, ...]:
@@ -94,83 +99,72 @@ def _sources(patch: Patch) -> dict[Role, tuple[object, ...]]:
     return {role: about(source) for role, source in patch.contents.sources.items()}
 
 
-def _request(patches: Sequence[Patch], given: GivenSources) -> Request:
+def _request(patches: Sequence[Patch], source_paths: SourcePaths) -> Request:
     """A request for the sources, with all that any of the patches needs of them."""
     parameters = [patch.contents.parameters for patch in patches]
     presets: list[Preset] = ["encoder-qkv", "attention-qkv", "attention-all"]
     widest = max((each["targets"] for each in parameters), key=presets.index)
     secondary = any(each["assets_from"] == "secondary" for each in parameters)
     return Request(
-        sources=given.paths,
+        sources=source_paths.by_role,
         output="",
         config=MergeConfig(targets=widest),
         assets_from="secondary" if secondary else "primary",
-        ids=given.ids,
+        ids=source_paths.ids,
     )
 
 
-def _compare(patches: Sequence[Patch], sources: Sources, work: Work) -> bool:
-    comparisons = []
+def _compare(patches: Sequence[Patch], sources: Sources, context: VerifyContext) -> bool:
+    differences = []
     for patch in patches:
         try:
-            found = find_targets(recorded_config(patch.record), sources)
-            _compare_small_files(patch, sources, work)
-            comparisons.append(_Comparison(patch, found))
+            targets = find_targets(recorded_config(patch.record), sources)
+            _compare_small_files(patch, sources, context)
+            differences.append(_PatchDifferences(patch, targets))
         except SourceChanged:
             raise
         except HsaError as error:
-            work.problems.add(patch.source.path.name, f"cannot be merged again: {error}")
-    _PatchRecomputation(comparisons, sources, work).go()
+            context.problems.add(patch.source.path.name, f"cannot be merged again: {error}")
+    _PatchRecomputation(differences, sources, context).run()
     sources.check_unchanged()
-    return len(comparisons) == len(patches)
+    return len(differences) == len(patches)
 
 
-def _compare_small_files(patch: Patch, sources: Sources, work: Work) -> None:
-    found = small_files.collect(sources, "primary", patch.contents.parameters["assets_from"], None, work.tally).files
-    unlike = changed_keys(patch.contents.files, {name: digest_of(data) for name, data in found.items()})
+def _compare_small_files(patch: Patch, sources: Sources, context: VerifyContext) -> None:
+    files = small_files.collect(sources, "primary", patch.contents.parameters["assets_from"], None, context.tally).files
+    unlike = changed_keys(patch.contents.files, {name: digest_of(data) for name, data in files.items()})
     if unlike:
-        what = f"its small files are not those that the sources give: {', '.join(unlike[:NAMED])}"
-        work.problems.add(patch.source.path.name, what)
+        what = f"its small files are not those that the sources give: {', '.join(unlike[:MAX_NAMED])}"
+        context.problems.add(patch.source.path.name, what)
 
 
 class _PatchRecomputation:
-    """The threads that merge targets again. Patches are compared target by target, so that one is in memory at a time
-    for each thread."""
+    """Merges targets again in threads. Each thread has one target in memory, and compares it in all patches."""
 
-    def __init__(self, comparisons: Sequence[_Comparison], sources: Sources, work: Work) -> None:
-        self.comparisons, self.sources, self.work = comparisons, sources, work
+    def __init__(self, patches: Sequence[_PatchDifferences], sources: Sources, context: VerifyContext) -> None:
+        self.patches, self.sources, self.context = patches, sources, context
         self.calculator = Calculator(sources, CpuBackend(), "exact")
         self.norms: dict[str, Norms] = {}
         self.digests: dict[str, dict[Role, str]] = {}
         self.done = 0
-        self._own = threading.local()
+        self._local = threading.local()
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        jobs: dict[tuple[str, int], list[tuple[_Comparison, Target]]] = {}
-        for comparison in comparisons:
-            for target in comparison.targets:
-                jobs.setdefault((target.projection.name, target.heads), []).append((comparison, target))
-        self.jobs = list(jobs.values())
+        groups: dict[tuple[str, int], list[tuple[_PatchDifferences, Target]]] = {}
+        for differences in patches:
+            for target in differences.targets:
+                groups.setdefault((target.projection.name, target.heads), []).append((differences, target))
+        self.groups = list(groups.values())
 
-    def go(self) -> None:
-        total = sum(target.ref(role).nbytes for ((_, target), *_) in self.jobs for role in ROLES)
-        with ThreadPoolExecutor(self.work.threads) as pool:
-            ahead = {pool.submit(with_current_spelling(self._do), job) for job in self.jobs}
-            try:
-                while ahead:
-                    finished, ahead = wait(ahead, timeout=0.02)
-                    for future in finished:
-                        future.result()
-                    self.work.memory.sample()
-                    if self.work.progress is not None:
-                        self.work.progress(self.done, total)
-            finally:
-                self._stop.set()
-        for comparison in self.comparisons:
-            self._finish(comparison)
+    def run(self) -> None:
+        total = sum(target.ref(role).nbytes for ((_, target), *_) in self.groups for role in ROLES)
+        tasks = [partial(self._recompute, group) for group in self.groups]
+        run_in_threads(tasks, self.context, self._stop, lambda: (self.done, total))
+        for differences in self.patches:
+            self._finish(differences)
 
-    def _do(self, job: Sequence[tuple[_Comparison, Target]]) -> None:
-        target = job[0][1]
+    def _recompute(self, group: Sequence[tuple[_PatchDifferences, Target]]) -> None:
+        target = group[0][1]
         refs = {role: target.ref(role) for role in ROLES}
         with self.calculator.reserve(sum(ref.nbytes for ref in refs.values())):
             if self._stop.is_set():
@@ -184,8 +178,8 @@ class _PatchRecomputation:
                 worker = self._worker()
                 scored = worker.score(target, *arrays)
                 norms = worker.norms(target, data["primary"], data["secondary"])
-                for comparison, each in job:
-                    self._merge(comparison, each, scored.squared, arrays)
+                for differences, own_target in group:
+                    self._merge(differences, own_target, scored.squared, arrays)
             except NotFinite as error:
                 raise not_finite(error, refs, target.out_code, self.sources, "exact") from None
             for array in arrays:
@@ -196,66 +190,73 @@ class _PatchRecomputation:
             self.done += sum(ref.nbytes for ref in refs.values())
 
     def _worker(self) -> CpuWorker:
-        if not hasattr(self._own, "worker"):
-            self._own.worker = CpuWorker()
-        worker: CpuWorker = self._own.worker
+        if not hasattr(self._local, "worker"):
+            self._local.worker = CpuWorker()
+        worker: CpuWorker = self._local.worker
         return worker
 
     def _merge(
-        self, comparison: _Comparison, target: Target, squared: Sequence[float], arrays: tuple[Array, Array, Array]
+        self,
+        differences: _PatchDifferences,
+        target: Target,
+        squared: Sequence[float],
+        arrays: tuple[Array, Array, Array],
     ) -> None:
         """Blend the selected heads of one target for one patch, and note what of it differs."""
         selection = select(squared, target.keep)
         rows = np.empty(patch_target(target).rows_bytes(len(selection.selected)), np.uint8)
         blend = Blend(selection.selected, target.c1, target.c2, rows)
         self._worker().blend(target, *arrays, [blend])
-        unlike = _difference(comparison.patch, target, selection, rows)
+        difference = _difference(differences.patch, target, selection, rows)
         with self._lock:
-            comparison.selected[target.projection.name] = selection.selected
-            if unlike is not None:
-                comparison.unlike.append(f"target tensor {target.primary.name}{unlike}")
+            differences.selected[target.projection.name] = selection.selected
+            if difference is not None:
+                differences.unlike.append(f"target tensor {target.primary.name}{difference}")
 
-    def _finish(self, comparison: _Comparison) -> None:
-        problems, patch, name = self.work.problems, comparison.patch, comparison.name
-        named = NAMED if check_targets(patch.record, self._digests(comparison.targets), problems) else 1
-        unlike = sorted(comparison.unlike)
-        for what in unlike[:named]:
+    def _finish(self, differences: _PatchDifferences) -> None:
+        """Add the problems of a patch whose targets are all compared."""
+        problems, patch, name = self.context.problems, differences.patch, differences.name
+        count = MAX_NAMED if check_targets(patch.record, self._digests(differences.targets), problems) else 1
+        unlike = sorted(differences.unlike)
+        for what in unlike[:count]:
             problems.add(name, what)
-        if len(unlike) > named:
-            problems.add(name, f"{len(unlike) - named} more tensors are not what the sources give")
-        expected = [target.primary.name for target in comparison.targets]
-        if expected != [target.name for target in patch.contents.targets]:
+        if len(unlike) > count:
+            problems.add(name, f"{len(unlike) - count} more tensors are not what the sources give")
+        names = [target.primary.name for target in differences.targets]
+        if names != [target.name for target in patch.contents.targets]:
             problems.add(name, "its targets, or their order, are not those that the sources give")
-        far = distances.by_stack(
+        expected_distances = distances.by_stack(
             distances.DistanceInputs(
                 target.projection.stack,
                 target.coefficient,
-                comparison.selected[target.projection.name],
+                differences.selected[target.projection.name],
                 self.norms[target.projection.name],
             )
-            for target in comparison.targets
+            for target in differences.targets
         )
-        for stack, each in far.items():
-            held = patch.contents.distances.get(stack)
-            if held is None or not all(map(_close, vars(held).values(), vars(each).values())):
-                problems.add(name, f"its distances of {stack} are not what the sources give: {held}, expected {each}")
+        for stack, expected in expected_distances.items():
+            recorded = patch.contents.distances.get(stack)
+            if recorded is None or not all(map(_is_close, vars(recorded).values(), vars(expected).values())):
+                problems.add(
+                    name, f"its distances of {stack} are not what the sources give: {recorded}, expected {expected}"
+                )
 
     def _digests(self, targets: Sequence[Target]) -> dict[Role, str]:
         """The digest over these target tensors of each source, as a record has it."""
-        found = {}
+        digests = {}
         for role in ROLES:
             lines = []
             for target in targets:
                 ref, name = target.ref(role), target.projection.name
                 lines.append((name, ref.code, ref.shape, self.digests[name][role]))
-            found[role] = tensors_digest(lines)
-        return found
+            digests[role] = tensors_digest(lines)
+        return digests
 
 
-def _close(found: float | None, expected: float | None) -> bool:
-    if found is None or expected is None:
-        return found is expected
-    return math.isclose(found, expected, rel_tol=DISTANCE_ERROR)
+def _is_close(recorded: float | None, expected: float | None) -> bool:
+    if recorded is None or expected is None:
+        return recorded is expected
+    return math.isclose(recorded, expected, rel_tol=DISTANCE_ERROR)
 
 
 def _difference(patch: Patch, target: Target, selection: Selection, rows: Array) -> str | None:
@@ -271,15 +272,15 @@ def _difference(patch: Patch, target: Target, selection: Selection, rows: Array)
         return ": its scores are not what the sources give"
     if patch.selected[place] != selection.selected:
         return f": heads {list(patch.selected[place])} are selected, the sources give {list(selection.selected)}"
-    found = np.empty(rows.size, np.uint8)
-    patch.source.read_into(found.data, patch.start(patch.contents.targets[place].name))
-    wrong = found != rows
-    if not wrong.any():
+    written = np.empty(rows.size, np.uint8)
+    patch.source.read_into(written.data, patch.start(patch.contents.targets[place].name))
+    differs = written != rows
+    if not differs.any():
         return None
-    at = int(wrong.argmax())
+    first = int(differs.argmax())
     shape = patch_target(target).rows_shape(len(selection.selected))
-    row = int(np.unravel_index(at // size(target.out_code), shape)[target.projection.head_axis])
+    row = int(np.unravel_index(first // size(target.out_code), shape)[target.projection.head_axis])
     return (
-        f", head {selection.selected[row]}: {int(np.count_nonzero(wrong))} bytes are not what the sources give, first "
-        f"at byte {at} of its rows: found 0x{int(found[at]):02x}, recomputed 0x{int(rows[at]):02x}"
+        f", head {selection.selected[row]}: {int(np.count_nonzero(differs))} bytes are not what the sources give, "
+        f"first at byte {first} of its rows: found 0x{int(written[first]):02x}, recomputed 0x{int(rows[first]):02x}"
     )

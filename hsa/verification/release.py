@@ -1,4 +1,4 @@
-"""The directory of a release: each output, and what index.json says of it."""
+"""Verify the directory of a release: each output, and what index.json says of it."""
 
 from __future__ import annotations
 
@@ -8,67 +8,69 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hsa.errors import HsaError, RequestError, shown
-from hsa.outputs import provenance
 from hsa.outputs.provenance import Provenance, changed_keys
+from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.release_index import INDEX, README, entry_facts
 from hsa.sources.safetensors import MAX_HEADER
 from hsa.system.fsio import SourceFile
 from hsa.system.manifest import PROVENANCE
 from hsa.system.strict_json import load_json
-from hsa.verification.collection import Verify, open_index, pieces, take_over
-from hsa.verification.report import Verified
-from hsa.verification.source_checks import GivenSources, Work
+from hsa.verification.collection import Verify, add_member_report, open_index, read_in_pieces
+from hsa.verification.context import SourcePaths, VerifyContext
+from hsa.verification.report import VerifyResult
 
 
-def verify_release(directory: Path, given: GivenSources | None, work: Work, verify: Verify) -> Verified:
+def verify_release(
+    directory: Path, source_paths: SourcePaths | None, context: VerifyContext, verify: Verify
+) -> VerifyResult:
     """Check each output of a release by `verify`, and what index.json says of it. Raises RequestError with sources."""
-    if given is not None:
+    if source_paths is not None:
         raise RequestError(
             f"{directory} is a release, each output of which has sources of its own: run hsa release with its recipe "
             f"again, which compares each with its sources, or verify one output"
         )
-    members = []
-    entries = list(_index_entries(directory, work))
-    known = {path for path, _ in entries}
+    reports = []
+    entries = list(_index_entries(directory, context))
+    paths = {path for path, _ in entries}
     for path, entry in entries:
         if entry.get("state") != "complete":
-            work.notes.append(f"{path} is listed as {shown(entry.get('state'))}, and was not looked at")
+            context.notes.append(f"{path} is listed as {shown(entry.get('state'))}, and was not looked at")
             continue
         if not (directory / path).is_dir() or _has_link(directory, path):
-            work.problems.add(path, "is listed as complete, and is no directory there")
+            context.problems.add(path, "is listed as complete, and is no directory there")
             continue
         report = verify(directory / path, None)
-        members.append(report)
-        take_over(path, report, work)
+        reports.append(report)
+        add_member_report(path, report, context)
         with suppress(HsaError):  # which its own verification has named
-            _compare_entry(path, entry, provenance.load(directory / path), work)
-    others = sorted(set(_outputs(directory)) - known)
-    if others:
-        work.notes.append(
-            f"{len(others)} outputs that {INDEX} does not list were not looked at, such as {shown(others[0])}"
+            _compare_entry(path, entry, load_provenance(directory / path), context)
+    unlisted = sorted(set(_outputs(directory)) - paths)
+    if unlisted:
+        context.notes.append(
+            f"{len(unlisted)} outputs that {INDEX} does not list were not looked at, such as {shown(unlisted[0])}"
         )
-    work.notes.append(f"{README} of the release was not compared, for its recipe says what it holds")
-    return Verified(None, sum(report.files for report in members), False, tuple(members))
+    context.notes.append(f"{README} of the release was not compared, for its recipe says what it holds")
+    return VerifyResult(None, sum(report.files for report in reports), False, tuple(reports))
 
 
-def _index_entries(directory: Path, work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
+def _index_entries(directory: Path, context: VerifyContext) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and content of each entry of index.json, each once."""
-    seen: set[str] = set()
+    paths: set[str] = set()
     with ExitStack() as stack:
-        source = open_index(directory, INDEX, work, stack)
+        source = open_index(directory, INDEX, context, stack)
         try:
-            for text in _entry_texts(source) if source is not None else ():
-                entry = load_json(text, str(directory / INDEX), "an entry")
+            for entry_text in _entry_texts(source) if source is not None else ():
+                entry = load_json(entry_text, str(directory / INDEX), "an entry")
                 path = entry["path"]
                 plain = PurePosixPath(path)
                 if plain.is_absolute() or str(plain) != path or not 1 <= len(plain.parts) <= 2 or ".." in plain.parts:
                     raise ValueError(f"an entry has the path {shown(path)}; expected group/name")
-                if path not in seen:
-                    seen.add(path)
+                if path not in paths:
+                    paths.add(path)
                     yield path, entry
         except (HsaError, KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            work.problems.add(INDEX, f"{reason}; it is no index that hsa release wrote")
+            context.problems.add(INDEX, f"{reason}; it is no index that hsa release wrote")
 
 
 def _entry_texts(source: SourceFile) -> Iterator[bytes]:
@@ -77,20 +79,20 @@ def _entry_texts(source: SourceFile) -> Iterator[bytes]:
     Raises ValueError where it is not, or where an entry is larger than any that hsa writes.
     """
     rest, ended, size = b"", False, 0
-    entry: list[bytes] = []
-    for piece in pieces(source):
+    entry_lines: list[bytes] = []
+    for piece in read_in_pieces(source):
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
-            if entry or line == b"  {":
-                entry.append(line)
+            if entry_lines or line == b"  {":
+                entry_lines.append(line)
                 size += len(line) + 1
-            if entry and line in (b"  }", b"  },"):
-                yield b"\n".join(entry).rstrip(b",")
-                entry, size = [], 0
+            if entry_lines and line in (b"  }", b"  },"):
+                yield b"\n".join(entry_lines).rstrip(b",")
+                entry_lines, size = [], 0
             ended = line == b"}"
         if len(rest) + size > MAX_HEADER:
             raise ValueError(f"an entry has more than {MAX_HEADER} bytes")
-    if not ended or entry or rest:
+    if not ended or entry_lines or rest:
         raise ValueError("it does not end as an index does")
 
 
@@ -99,11 +101,11 @@ def _has_link(directory: Path, path: str) -> bool:
     return any(directory.joinpath(*parts[: count + 1]).is_symlink() for count in range(len(parts)))
 
 
-def _compare_entry(path: str, entry: Mapping[str, Any], found: Provenance, work: Work) -> None:
-    expected = entry_facts(found)
+def _compare_entry(path: str, entry: Mapping[str, Any], provenance: Provenance, context: VerifyContext) -> None:
+    expected = entry_facts(provenance)
     unlike = changed_keys({key: entry.get(key) for key in expected}, expected)
     if unlike:
-        work.problems.add(INDEX, f"its {', '.join(unlike)} of {path} are not what the output's record says")
+        context.problems.add(INDEX, f"its {', '.join(unlike)} of {path} are not what the output's record says")
 
 
 def _outputs(directory: Path) -> Iterator[str]:

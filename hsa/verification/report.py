@@ -1,4 +1,4 @@
-"""What comes of a verification."""
+"""The report of a verification."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class VerifyReport:
     members: tuple[VerifyReport, ...] = ()
 
     def __repr__(self) -> str:
-        found = f"sound, {self.files} files read"
+        summary = f"sound, {self.files} files read"
         if self.problems:
-            found = f"not sound, {len(self.problems)} found wrong, {self.problems[0].file}: {self.problems[0].what}"
-        return one_line(f"<hsa.VerifyReport of {self.kind} {self.output}: {found}>")
+            summary = f"not sound, {len(self.problems)} found wrong, {self.problems[0].file}: {self.problems[0].what}"
+        return one_line(f"<hsa.VerifyReport of {self.kind} {self.output}: {summary}>")
 
     @property
     def ok(self) -> bool:
@@ -80,7 +80,7 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifyResult:
     """What the verification of one kind of thing gives beside problems and notes; see VerifyReport."""
 
     record: Record | None

@@ -1,10 +1,9 @@
-"""Whether the sources that are given for a comparison are those that a record names."""
+"""Check that the sources given for a comparison are those that a record names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 from hsa.actions.request import Request, has_hub_ids, open_sources
 from hsa.errors import shown
@@ -19,58 +18,38 @@ from hsa.sources.identity import Identity
 from hsa.sources.roles import ROLES, Role
 from hsa.sources.source_set import Sources
 from hsa.system.fsio import Tally
-from hsa.system.memory import PeakMemory
-from hsa.system.types import PathLike
+from hsa.verification.context import SourcePaths, VerifyContext
 from hsa.verification.problems import Problems
 
-NAMED = 8
+MAX_NAMED = 8
 """Differences of one kind that are named."""
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class GivenSources:
-    """The three sources to compare with, and the ids that the user says they have."""
-
-    paths: Mapping[Role, PathLike]
-    ids: Mapping[Role, str | None]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the parts of a verification share: counters, findings, the number of threads, and who is told of progress.
-
-    `progress` is called with bytes done and bytes in all.
-    """
-
-    threads: int
-    tally: Tally
-    memory: PeakMemory
-    problems: Problems
-    notes: list[str]
-    progress: Progress | None = None
 
 
 def open_recorded(
-    request: Request, record: Record, given: GivenSources, work: Work, stack: ExitStack, *, rows_only: bool = False
+    request: Request,
+    record: Record,
+    source_paths: SourcePaths,
+    context: VerifyContext,
+    stack: ExitStack,
+    *,
+    rows_only: bool = False,
 ) -> Sources | None:
-    """The sources of a request where they have the files and names of a record; None where they do not, which is told.
+    """The sources of a request, if they have the files and names of a record; else None, and problems that say so.
 
     Of primary no more than its targets is fetched where `rows_only`. Raises SourceError where one cannot be opened.
     """
-    hub = Hub(bars=work.progress is not None)
+    hub = Hub(bars=context.progress is not None)
     if has_hub_ids(request):  # headers first: other sources need not be fetched whole
         with ExitStack() as trial:
-            found = open_sources(request, Tally(), hub, trial, headers_only=True, rows_only=rows_only)
-            if not _are_recorded(found, record.sources, work.problems):
+            headers = open_sources(request, Tally(), hub, trial, headers_only=True, rows_only=rows_only)
+            if not _are_recorded(headers, record.sources, context.problems):
                 return None
-    sources = open_sources(request, work.tally, hub, stack, headers_only=False, rows_only=rows_only)
-    work.notes.extend(hub.notes)
-    if not _are_recorded(sources, record.sources, work.problems):
-        work.notes.append("nothing was recomputed, for the sources given are not the recorded ones")
+    sources = open_sources(request, context.tally, hub, stack, headers_only=False, rows_only=rows_only)
+    context.notes.extend(hub.notes)
+    if not _are_recorded(sources, record.sources, context.problems):
+        context.notes.append("nothing was recomputed, for the sources given are not the recorded ones")
         return None
-    _check_names(sources, record, given, work)
+    _check_names(sources, record, source_paths, context)
     return sources
 
 
@@ -78,48 +57,49 @@ def _are_recorded(sources: Sources, recorded: Mapping[Role, SourceRecord], probl
     """Whether the sources have the recorded files, by size and header; names those that do not."""
     same = True
     for source in sources:
-        for what in _unlike(source, recorded[source.role]):
+        for what in _source_differences(source, recorded[source.role]):
             problems.add(source.role, f"is not the recorded source: {what}")
             same = False
     return same
 
 
-def _unlike(source: Checkpoint, recorded: SourceRecord) -> Iterator[str]:
+def _source_differences(source: Checkpoint, recorded: SourceRecord) -> Iterator[str]:
     own = recording.source_record(source, "")
     if own.kind != recorded.kind:
         yield f"its weights are {own.kind}, {shown(recorded.kind, 40)} was recorded"
         return
-    for name in changed_keys(own.files, recorded.files)[:NAMED]:
-        here, there = own.files.get(name), recorded.files.get(name)
-        if here is None or there is None:
-            yield f"{shown(name, 200)} {'was not recorded' if there is None else 'was recorded and is not there'}"
-        elif here.nbytes != there.nbytes:
-            yield f"{name} has {here.nbytes} bytes, {there.nbytes} were recorded"
+    for name in changed_keys(own.files, recorded.files)[:MAX_NAMED]:
+        file, recorded_file = own.files.get(name), recorded.files.get(name)
+        if file is None or recorded_file is None:
+            what = "was not recorded" if recorded_file is None else "was recorded and is not there"
+            yield f"{shown(name, 200)} {what}"
+        elif file.nbytes != recorded_file.nbytes:
+            yield f"{name} has {file.nbytes} bytes, {recorded_file.nbytes} were recorded"
         else:
-            yield f"the header of {name} has BLAKE3 {here.header}, {there.header} was recorded"
+            yield f"the header of {name} has BLAKE3 {file.header}, {recorded_file.header} was recorded"
 
 
-def _check_names(sources: Sources, record: Record, given: GivenSources, work: Work) -> None:
+def _check_names(sources: Sources, record: Record, source_paths: SourcePaths, context: VerifyContext) -> None:
     """Compare the recorded ids with those of the sources, and take over the recorded ones.
 
     Bytes do not say what a model is called. An id that is known, since the source came from the Hub or the user gave
     the id, must be the recorded one; the name of a directory proves nothing, and a note tells what was not checked.
     """
-    unknown = []
+    unchecked = []
     for source in sources:
         role, own, recorded = source.role, source.identity, record.sources[source.role].identity
         if own != recorded:
-            known = given.ids.get(role) is not None or ("/" in own.id and "/" in recorded.id)
-            if known and own.id != recorded.id:
+            is_known = source_paths.ids.get(role) is not None or ("/" in own.id and "/" in recorded.id)
+            if is_known and own.id != recorded.id:
                 todo = f"give its id by {option(f'{role}_id')} if it was merged under another name"
                 what = f"is recorded as {_name(recorded)}, the source given is {_name(own)}"
-                work.problems.add(role, f"{what}; {todo}")
+                context.problems.add(role, f"{what}; {todo}")
             else:
-                unknown.append(f"{role} is recorded as {_name(recorded)}, given is {_name(own)}")
+                unchecked.append(f"{role} is recorded as {_name(recorded)}, given is {_name(own)}")
         source.identity = recorded
-    if unknown:
-        work.notes.append(
-            f"bytes do not tell names, so these were not checked: {'; '.join(unknown)}. To check them, give ids as "
+    if unchecked:
+        context.notes.append(
+            f"bytes do not tell names, so these were not checked: {'; '.join(unchecked)}. To check them, give ids as "
             f"sources, or with {', '.join(option(f'{role}_id') for role in ROLES)}"
         )
 
@@ -142,13 +122,13 @@ def check_targets(record: Record, digests: Mapping[Role, str], problems: Problem
 def other_versions(record: Record) -> str | None:
     """The versions that a record names and that are not those here; None where all are."""
     own = {**PROGRAM, **recording.libraries(numerics=str(record.parameters.get("numerics")))}
-    theirs = {**record.program, **record.libraries}
-    unlike = [f"{shown(k)} {shown(theirs.get(k))} (here {shown(own.get(k))})" for k in changed_keys(theirs, own)]
-    return ", ".join(unlike[:NAMED]) or None
+    recorded = {**record.program, **record.libraries}
+    unlike = [f"{shown(k)} {shown(recorded.get(k))} (here {shown(own.get(k))})" for k in changed_keys(recorded, own)]
+    return ", ".join(unlike[:MAX_NAMED]) or None
 
 
-def cautions(record: Record) -> Iterator[str]:
-    """What should be known of a comparison with the sources, besides what differs."""
+def comparison_notes(record: Record) -> Iterator[str]:
+    """Notes of a comparison with the sources: other versions, and margins so small that backends may differ."""
     versions = other_versions(record)
     if versions is not None:
         yield f"its record says that it was written with {versions}; no digest proves that"

@@ -1,4 +1,4 @@
-"""Files beside an output that the merge did not write: which of them change what is loaded from the directory."""
+"""Which files a loader reads from a model's directory: beside an output, the merge must have written those."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _FOLDERS = ("additional_chat_templates", "custom_generate")
 """Directories that transformers looks into. It reads none of the others in a model's directory."""
 
 
-def changes_what_is_loaded(name: str) -> bool:
+def is_read_by_loaders(name: str) -> bool:
     """Whether a loader would read this file or directory if it lies in the directory of a model.
 
     Example:
-        >>> changes_what_is_loaded("tokenizer.json"), changes_what_is_loaded("wer.json")
+        >>> is_read_by_loaders("tokenizer.json"), is_read_by_loaders("wer.json")
         (True, False)
     """
     lower = name.lower()

@@ -24,12 +24,12 @@ from hsa.system.manifest import PROVENANCE
 from hsa.system.memory import PeakMemory
 from hsa.system.threads import check_threads, default_threads
 from hsa.system.types import PathLike
+from hsa.verification.context import Progress, SourcePaths, VerifyContext
 from hsa.verification.output import verify_output
 from hsa.verification.patch import verify_patch
 from hsa.verification.problems import Problem, Problems
 from hsa.verification.release import verify_release
 from hsa.verification.report import Kind, VerifyReport
-from hsa.verification.source_checks import GivenSources, Progress, Work
 from hsa.verification.sweep import verify_sweep
 
 __all__ = ["Problem", "VerifyReport", "verify"]
@@ -80,72 +80,74 @@ def verify(
         (True, ())
     """
     sources = {"base": base, "primary": primary, "secondary": secondary}
-    check_paths(output=output, **{name: path for name, path in sources.items() if path is not None})
+    check_paths(output=output, **{name: source for name, source in sources.items() if source is not None})
     check_functions(progress=progress)
     check_threads(threads)
-    place = _place(output)
-    given = _given(
+    path = _resolve(output)
+    source_paths = _source_paths(
         {"base": base, "primary": primary, "secondary": secondary},
         {"base": base_id, "primary": primary_id, "secondary": secondary_id},
     )
     for attempt in range(ATTEMPTS):
-        report = _whole(place, given, threads or default_threads(), progress)
+        report = _verify_unless_replaced(path, source_paths, threads or default_threads(), progress)
         if report is not None:
-            again = f"{place} was replaced while it was read; this is of what replaced it"
-            return replace(report, notes=(again, *report.notes)) if attempt else report
+            note = f"{path} was replaced while it was read; this is of what replaced it"
+            return replace(report, notes=(note, *report.notes)) if attempt else report
     raise SourceChanged(
-        f"output {place} was replaced {ATTEMPTS} times while it was read; verify it once no run writes to it"
+        f"output {path} was replaced {ATTEMPTS} times while it was read; verify it once no run writes to it"
     )
 
 
-def _place(output: PathLike) -> Path:
+def _resolve(output: PathLike) -> Path:
     """Where the output is, links resolved. RequestError where nothing is."""
-    given = os.fspath(output)
-    if isinstance(given, str) and not given:
+    text = os.fspath(output)
+    if isinstance(text, str) and not text:
         raise RequestError(f"output is an empty path; {EXPECTED}")
     try:
-        return Path(os.path.expanduser(given)).resolve(strict=True)
+        return Path(os.path.expanduser(text)).resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else error
-        raise RequestError(f"output {shown(given, 1000)} cannot be found ({why}); {EXPECTED}") from error
+        raise RequestError(f"output {shown(text, 1000)} cannot be found ({why}); {EXPECTED}") from error
 
 
-def _given(paths: Mapping[Role, PathLike | None], ids: Mapping[Role, str | None]) -> GivenSources | None:
+def _source_paths(paths: Mapping[Role, PathLike | None], ids: Mapping[Role, str | None]) -> SourcePaths | None:
     """The sources to compare with; None where none is given, RequestError where not all are."""
-    found = {role: path for role, path in paths.items() if path is not None}
-    if found and len(found) < len(paths):
-        lacking = ", ".join(role for role in paths if role not in found)
+    by_role = {role: path for role, path in paths.items() if path is not None}
+    if by_role and len(by_role) < len(paths):
+        lacking = ", ".join(role for role in paths if role not in by_role)
         raise RequestError(f"to compare with the sources all three are needed; {lacking} is not given")
-    if not found and any(ids.values()):
+    if not by_role and any(ids.values()):
         raise RequestError("ids are compared with those of the sources; give base, primary and secondary too")
     check_ids(ids)
-    return GivenSources(found, ids) if found else None
+    return SourcePaths(by_role, ids) if by_role else None
 
 
-def _whole(place: Path, given: GivenSources | None, threads: int, progress: Progress | None) -> VerifyReport | None:
-    """The report of what is at a place now; None where something else is there afterwards."""
-    failed: HsaError | None = None
-    with _held(place) as before:
+def _verify_unless_replaced(
+    path: Path, source_paths: SourcePaths | None, threads: int, progress: Progress | None
+) -> VerifyReport | None:
+    """The report of what is at a path; None where it was replaced meanwhile."""
+    failure: HsaError | None = None
+    with _kept_open(path) as inode:
         try:
-            report = _verify(place, given, threads, progress)
+            report = _verify(path, source_paths, threads, progress)
         except HsaError as error:
-            failed = error
-        if _is_replaced(place, before):
+            failure = error
+        if _is_replaced(path, inode):
             return None
-    if failed is not None:
-        raise failed
+    if failure is not None:
+        raise failure
     return report
 
 
 @contextmanager
-def _held(place: Path) -> Iterator[tuple[int, int]]:
-    """Device and inode of what is at a place, which stay its own as long as it is held open."""
+def _kept_open(path: Path) -> Iterator[tuple[int, int]]:
+    """Device and inode of what is at a path; kept open, so that no other file gets the same ones."""
     try:
-        fd = open_file(place, getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK))
+        fd = open_file(path, getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK))
     except OSError as error:
         if error.errno in MACHINE_ERRNOS:
             raise
-        raise RequestError(f"output {place} cannot be opened ({reason(error)}); {EXPECTED}") from error
+        raise RequestError(f"output {path} cannot be opened ({reason(error)}); {EXPECTED}") from error
     try:
         status = os.fstat(fd)
         yield status.st_dev, status.st_ino
@@ -153,76 +155,76 @@ def _held(place: Path) -> Iterator[tuple[int, int]]:
         os.close(fd)
 
 
-def _is_replaced(place: Path, before: tuple[int, int]) -> bool:
-    """Whether something else is at the place now. SourceChanged where nothing is, and nothing comes."""
-    last = time.monotonic() + PATIENCE
+def _is_replaced(path: Path, inode: tuple[int, int]) -> bool:
+    """Whether something else is at the path now. SourceChanged where nothing is there for `PATIENCE` seconds."""
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            status = place.stat()
-            return (status.st_dev, status.st_ino) != before
+            status = path.stat()
+            return (status.st_dev, status.st_ino) != inode
         except OSError as error:
-            if time.monotonic() > last:
-                raise SourceChanged(f"output {place} was removed while it was read: {reason(error)}") from error
+            if time.monotonic() > deadline:
+                raise SourceChanged(f"output {path} was removed while it was read: {reason(error)}") from error
             time.sleep(0.02)
 
 
-def _verify(place: Path, given: GivenSources | None, threads: int, progress: Progress | None) -> VerifyReport:
-    started, kind = time.perf_counter(), _kind(place)
-    work = Work(threads, Tally(), PeakMemory(), Problems(), [], progress)
+def _verify(path: Path, source_paths: SourcePaths | None, threads: int, progress: Progress | None) -> VerifyReport:
+    started, kind = time.perf_counter(), _kind(path)
+    context = VerifyContext(threads, Tally(), PeakMemory(), Problems(), [], progress)
 
-    def member(path: Path, sources: GivenSources | None) -> VerifyReport:
-        paths, ids = (sources.paths, sources.ids) if sources else ({}, {})
+    def verify_member(member: Path, sources: SourcePaths | None) -> VerifyReport:
+        paths, ids = (sources.by_role, sources.ids) if sources else ({}, {})
         named = {f"{role}_id": value for role, value in ids.items()}
-        return verify(path, **paths, **named, threads=threads, progress=progress)  # type: ignore[arg-type]
+        return verify(member, **paths, **named, threads=threads, progress=progress)  # type: ignore[arg-type]
 
     if kind == "output":
-        found = verify_output(place, given, work)
+        result = verify_output(path, source_paths, context)
     elif kind == "patch":
-        found = verify_patch(place, given, work)
+        result = verify_patch(path, source_paths, context)
     else:
-        found = (verify_sweep if kind == "sweep" else verify_release)(place, given, work, member)
-    work.memory.sample()
+        result = (verify_sweep if kind == "sweep" else verify_release)(path, source_paths, context, verify_member)
+    context.memory.sample()
     return VerifyReport(
-        output=place,
+        output=path,
         kind=kind,
-        record=found.record,
-        files=found.files,
-        bytes_read=work.tally.read,
-        peak_memory_bytes=work.memory.peak,
+        record=result.record,
+        files=result.files,
+        bytes_read=context.tally.read,
+        peak_memory_bytes=context.memory.peak,
         seconds=time.perf_counter() - started,
-        problems=work.problems.listed(),
-        notes=tuple(work.notes),
-        sources_compared=found.sources_compared,
-        members=found.members,
+        problems=context.problems.all(),
+        notes=tuple(context.notes),
+        sources_compared=result.sources_compared,
+        members=result.members,
     )
 
 
-def _kind(place: Path) -> Kind:
-    """What is at a place. RequestError where it is nothing that hsa wrote."""
-    if not place.is_dir():
-        if place.is_file() and (is_patch(place) or _is_cut(place)):
+def _kind(path: Path) -> Kind:
+    """What is at a path. RequestError where hsa did not write it."""
+    if not path.is_dir():
+        if path.is_file() and (is_patch(path) or _is_truncated(path)):
             return "patch"
-        if place.suffix == SUFFIX and place.is_file():
-            raise RequestError(f"{place} holds weights and is no patch; give the directory that it is in")
-        raise RequestError(f"output {place} is neither a directory nor a patch; {EXPECTED}")
-    if exists(place / PROVENANCE):
+        if path.suffix == SUFFIX and path.is_file():
+            raise RequestError(f"{path} holds weights and is no patch; give the directory that it is in")
+        raise RequestError(f"output {path} is neither a directory nor a patch; {EXPECTED}")
+    if exists(path / PROVENANCE):
         return "output"
-    if holds_points(place):
+    if holds_points(path):
         return "sweep"
-    if is_release(place):
+    if is_release(path):
         return "release"
-    known = (CONFIG, *(name for form in (SAFETENSORS, PICKLES) for name in (form.weights, form.index)))
-    if any(exists(place / name) for name in known):
+    weights_files = (CONFIG, *(name for form in (SAFETENSORS, PICKLES) for name in (form.weights, form.index)))
+    if any(exists(path / name) for name in weights_files):
         return "output"
-    raise RequestError(f"{place} holds no {PROVENANCE}, no patches and no weights, so hsa did not write it; {EXPECTED}")
+    raise RequestError(f"{path} holds no {PROVENANCE}, no patches and no weights, so hsa did not write it; {EXPECTED}")
 
 
-def _is_cut(place: Path) -> bool:
+def _is_truncated(path: Path) -> bool:
     """Whether a file with a patch's name has no header that can be read, as after a broken copy."""
-    if place.suffix != SUFFIX:
+    if path.suffix != SUFFIX:
         return False
     try:
-        source = SourceFile(place, "patch", Tally())
+        source = SourceFile(path, "patch", Tally())
     except HsaError:
         return True
     try:

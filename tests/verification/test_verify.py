@@ -27,7 +27,7 @@ from hsa.outputs.card import render as render_card
 from hsa.sources.identity import Identity
 from hsa.system.manifest import MAX_PROVENANCE, PROVENANCE
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
-from hsa.verification.problems import LISTED
+from hsa.verification.problems import MAX_PROBLEMS
 
 Triple = dict[str, Path]
 WEIGHTS = "model.safetensors"
@@ -732,9 +732,9 @@ def test_a_provenance_of_any_size_is_refused_unread(out: Path) -> None:
 
 
 def test_a_provenance_that_lists_very_much(out: Path) -> None:
-    forge(out, lambda document: document["files"].update({f"f{n}": {} for n in range(LISTED + 500)}))
+    forge(out, lambda document: document["files"].update({f"f{n}": {} for n in range(MAX_PROBLEMS + 500)}))
     report = hsa.verify(out)
-    assert len(report.problems) == LISTED + 1 and report.problems[-1].what == "and 500 more problems"
+    assert len(report.problems) == MAX_PROBLEMS + 1 and report.problems[-1].what == "and 500 more problems"
 
 
 def test_a_large_provenance_is_well_below_the_limit() -> None:
