@@ -38,6 +38,7 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/backends/test_gpu.py tests/kernels/test_merge.py tests/kernels/test_refusals.py || test $$? = 5
 
 # A coverage-guided fuzzer on each kind of file, one after the other: make fuzz SECONDS=600 TARGETS="header patch"
+# Where atheris has no wheel (Python 3.10, other systems than Linux on x86-64) it says so and stops.
 SECONDS := 60
 fuzz: $(VENV)/fuzz-ready
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(TARGETS)

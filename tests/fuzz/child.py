@@ -1,7 +1,7 @@
 """One process that runs inputs through targets.
 
     child.py replay PLACE FILE...          each file through the target that its directory is named after; JSON lines
-    child.py fuzz PLACE TARGET CORPUS SECONDS [libFuzzer's options]    atheris; without it, mutations at random
+    child.py fuzz PLACE TARGET CORPUS SECONDS [libFuzzer's options]    with atheris
 
 A finding ends the process with an exit code other than 0, after a traceback.
 """
@@ -9,14 +9,17 @@ A finding ends the process with an exit code other than 0, after a traceback.
 from __future__ import annotations
 
 import faulthandler
-import importlib.util
 import json
 import os
-import random
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from targets import Target
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "support"), str(HERE.parents[1])]
@@ -29,13 +32,14 @@ INSTRUMENTED = 10.0
 """Times as long that code may take under atheris's instrumentation."""
 ROOM = 3 << 30
 """Bytes of memory of a fuzzer, its own corpus, mutations and counters included."""
-LENGTH = 1 << 17
+MAX_LENGTH = 1 << 17
 """Bytes of an input that is made up; larger ones are in tests/fuzz/test_corpus.py."""
 
 
 def replay(place: Path, files: list[Path]) -> None:
+    from arena import Arena
     from guard import Finding, cpu_seconds, peak
-    from targets import TARGETS, Arena
+    from targets import TARGETS
 
     arena = Arena(place)
     sound = {}
@@ -64,24 +68,20 @@ def replay(place: Path, files: list[Path]) -> None:
 
 
 def fuzz(place: Path, name: str, corpus: Path, seconds: float, options: list[str]) -> None:
-    guided = importlib.util.find_spec("atheris") is not None
-    if guided:
-        import atheris
+    import atheris
 
-        with atheris.instrument_imports(include=["hsa", "zipfile"]):
-            import zipfile  # noqa: F401
+    with atheris.instrument_imports(include=["hsa", "zipfile"]):
+        import zipfile  # noqa: F401
 
-            import targets
-    else:
-        import targets
-    target, arena = targets.TARGETS[name], targets.Arena(place)
+        from arena import Arena
+        from targets import TARGETS
+    target, arena = TARGETS[name], Arena(place)
     seeds = list(target.seeds(arena))
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
         target.run(arena, seed)
-    arena.guard.measure(lambda: target.run(arena, seeds[0]), INSTRUMENTED if guided else 1.0)
-    if guided:
-        arena.guard.settle()
+    arena.guard.measure(lambda: target.run(arena, seeds[0]), INSTRUMENTED)
+    arena.guard.settle()
 
     # a fuzzer that eats the machine is worse than none: what the mutations take is bounded too, if loosely
     resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))
@@ -89,36 +89,32 @@ def fuzz(place: Path, name: str, corpus: Path, seconds: float, options: list[str
     def attempt(data: bytes) -> None:
         target.run(arena, data)
 
-    def changed(data: bytes, limit: int, seed: int) -> bytes:
-        from mutate import mutate
-
-        return mutate(data, limit, seed, kind=target.kind, tokens=target.tokens)
-
-    if not guided:
-        _at_random(corpus, seconds, attempt, changed)
-        return
-
-    def mutated(data: bytes, limit: int, seed: int) -> bytes:
-        return changed(data, limit, seed) if seed % 4 else atheris.Mutate(data, limit)
-
-    fixed = [f"-max_total_time={int(seconds)}", f"-timeout={TIMEOUT}", f"-max_len={LENGTH}", "-rss_limit_mb=0"]
+    fixed = [f"-max_total_time={int(seconds)}", f"-timeout={TIMEOUT}", f"-max_len={MAX_LENGTH}", "-rss_limit_mb=0"]
+    if target.tokens:
+        fixed.append(f"-dict={_dictionary(place, target.tokens)}")
     arguments = [sys.argv[0], str(corpus), *fixed, "-print_final_stats=1", "-len_control=0", *options]
-    atheris.Setup(arguments, attempt, custom_mutator=mutated)
+    atheris.Setup(arguments, attempt, **_mutator(target))
     atheris.Fuzz()
 
 
-def _at_random(corpus: Path, seconds: float, attempt: object, changed: object) -> None:
-    pool = [path.read_bytes() for path in sorted(corpus.iterdir())]
-    rng, stop, count = random.Random(0), time.monotonic() + seconds, 0
-    while time.monotonic() < stop:
-        data = changed(rng.choice(pool), LENGTH, rng.getrandbits(32))  # type: ignore[operator]
-        (corpus / "current").write_bytes(data)
-        faulthandler.dump_traceback_later(TIMEOUT, exit=True)
-        attempt(data)  # type: ignore[operator]
-        count += 1
-    faulthandler.cancel_dump_traceback_later()
-    (corpus / "current").unlink(missing_ok=True)
-    print(f"#{count} DONE", file=sys.stderr)
+def _mutator(target: Target) -> dict[str, Callable[..., bytes]]:
+    """libFuzzer's own mutations with the target's words; for JSON, three times out of four ones that leave it JSON."""
+    import atheris
+    from mutate import mutate_json
+
+    def mutate(data: bytes, limit: int, seed: int) -> bytes:
+        changed = mutate_json(data, limit, seed, target.tokens) if seed % 4 else None
+        return atheris.Mutate(data, limit) if changed is None else changed
+
+    return {"custom_mutator": mutate} if target.kind == "json" else {}
+
+
+def _dictionary(place: Path, tokens: Sequence[str]) -> Path:
+    """A file of words that libFuzzer puts into bytes. Source: llvm.org/docs/LibFuzzer.html#dictionaries."""
+    path = place / "words.dict"
+    escaped = ["".join(f"\\x{byte:02x}" for byte in token.encode()) for token in tokens]
+    path.write_text("".join(f'"{word}"\n' for word in escaped), encoding="ascii")
+    return path
 
 
 if __name__ == "__main__":
