@@ -30,9 +30,10 @@ from bombs import (
 from hsa.releases.recipe import MAX_BYTES
 from hsa.sources.checkpoint import MAX_TEXT
 from hsa.sources.pickle_reader import MAX_OPCODES
-from hsa.sources.safetensors import MAX_HEADER, MAX_MARKS
+from hsa.sources.safetensors import MAX_HEADER
 from hsa.sources.small_file_checks import MAX_VOCABULARY_MARKS
 from hsa.sources.torch_pickle import MAX_PICKLE
+from hsa.system.strict_json import MAX_MARKS
 from hsa.system.strict_yaml import MAX_VALUES
 
 ROOM = MAX_PICKLE - 1000
