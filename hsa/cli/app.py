@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how one ends."""
+"""The command line: its commands, and how a command line is run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
 
     def work() -> int:
         if completion.VARIABLE in os.environ:
-            completion.prepare()
+            completion.register_shells()
         try:
             result = typer.main.get_command(app).main(
                 list(arguments), prog_name=completion.PROGRAM, complete_var=completion.VARIABLE, standalone_mode=False

@@ -1,4 +1,4 @@
-"""Completion of command lines by the shell: what `hsa --install-completion` and `--show-completion` do."""
+"""Complete command lines in the shell: `hsa --install-completion` and `--show-completion`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ def show(shell: str) -> None:
     """Print the script that a shell reads. `auto` is the shell that started this process."""
     from typer._completion_shared import get_completion_script
 
-    print_stdout(get_completion_script(prog_name=PROGRAM, complete_var=VARIABLE, shell=_named(shell)))
+    print_stdout(get_completion_script(prog_name=PROGRAM, complete_var=VARIABLE, shell=_shell_name(shell)))
 
 
 def install(shell: str) -> None:
     """Write the script where the shell finds it, and say where."""
     from typer._completion_shared import install
 
-    name, path = install(shell=_named(shell), prog_name=PROGRAM, complete_var=VARIABLE)
+    name, path = install(shell=_shell_name(shell), prog_name=PROGRAM, complete_var=VARIABLE)
     print_stdout(f"{path} completes hsa in {name}; start a new shell to use it")
 
 
-def prepare() -> None:
+def register_shells() -> None:
     """Let typer answer the shell, which asks by an environment variable."""
     from typer._completion_classes import completion_init
 
     completion_init()
 
 
-def _named(shell: str) -> str:
+def _shell_name(shell: str) -> str:
     if shell == "auto":
         import shellingham
 

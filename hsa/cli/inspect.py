@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Source = Annotated[str | None, typer.Option(metavar="SOURCE", help="As for merge; all three or none.")]
 
 
-def _own(default: str) -> str:
+def _default_of_output(default: str) -> str:
     return f"the output's, else {default}"
 
 
@@ -32,14 +32,14 @@ def inspect(
     secondary: Source = None,
     k: Annotated[
         float | None,
-        typer.Option(metavar="NUMBER", help="Share of heads to select.", show_default=_own("0.6")),
+        typer.Option(metavar="NUMBER", help="Share of heads to select.", show_default=_default_of_output("0.6")),
     ] = None,
     lam: Annotated[
         float | None,
-        typer.Option("--lambda", metavar="NUMBER", help="Weight of primary.", show_default=_own("0.5")),
+        typer.Option("--lambda", metavar="NUMBER", help="Weight of primary.", show_default=_default_of_output("0.5")),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(metavar="NUMBER", help="Layer exponent.", show_default=_own("0.2"))
+        float | None, typer.Option(metavar="NUMBER", help="Layer exponent.", show_default=_default_of_output("0.2"))
     ] = None,
     targets: Annotated[
         str | None,
@@ -71,13 +71,13 @@ def inspect(
     from hsa.errors import RequestError
 
     bars = not (quiet or as_json)
-    wanted = {"csv": csv, "png": png, "html": html}
+    paths = {"csv": csv, "png": png, "html": html}
     if diff is not None:
-        others = {"OUT": output, "--base": base, "--primary": primary, "--secondary": secondary, "--k": k}
-        others |= {"--lambda": lam, "--alpha": alpha, "--targets": targets}
-        others |= {"--num-heads": num_heads, "--num-layers": num_layers}
-        others |= {f"--{name}": value for name, value in wanted.items()}
-        surplus = [name for name, value in others.items() if value is not None]
+        excluded = {"OUT": output, "--base": base, "--primary": primary, "--secondary": secondary, "--k": k}
+        excluded |= {"--lambda": lam, "--alpha": alpha, "--targets": targets}
+        excluded |= {"--num-heads": num_heads, "--num-layers": num_layers}
+        excluded |= {f"--{name}": value for name, value in paths.items()}
+        surplus = [name for name, value in excluded.items() if value is not None]
         if surplus:
             raise RequestError(f"--diff A B goes with --json alone, not with {', '.join(surplus)}; leave them out")
         from hsa.inspection.diff import compare
@@ -90,13 +90,13 @@ def inspect(
     from hsa.inspection.inspect import inspect as inspect_
     from hsa.views.files import check_file
 
-    kept = [path for path in (output, base, primary, secondary) if path is not None]
-    files = {name: check_file(path, kept, overwrite=overwrite) for name, path in wanted.items() if path is not None}
+    protected = [path for path in (output, base, primary, secondary) if path is not None]
+    files = {name: check_file(path, protected, overwrite=overwrite) for name, path in paths.items() if path is not None}
     if len(set(files.values())) < len(files):
         raise RequestError("two of --csv, --png and --html name one file; give each its own")
     renderers = {name: _renderer(name) for name in files}  # what is not installed is said before anything is read
     with printing.progress(show=bars, label="inspecting") as step:
-        found = inspect_(
+        inspection = inspect_(
             output,
             base=base,
             primary=primary,
@@ -110,14 +110,14 @@ def inspect(
             energy=not no_energy,
             progress=step,
         )
-    written = _write(found, files, renderers, kept, overwrite=overwrite)
+    written = _write(inspection, files, renderers, protected, overwrite=overwrite)
     verified = None
     if output is not None and not no_verify:
         from hsa.verification.verify import verify
 
         with printing.progress(show=bars, label="verifying") as step:
             verified = verify(output, progress=step)
-    _present(found, as_json, quiet, written, verified, wide=wide)
+    _present(inspection, as_json, quiet, written, verified, wide=wide)
     return 0 if verified is None or verified.ok else 2
 
 
@@ -128,15 +128,15 @@ def _renderer(name: str) -> Callable[[Inspection], Mapping[str, bytes]]:
     if name == "png":
         picture.check_installed()
         return picture.render
-    whole = {"csv": csv_file.render, "html": page.render}[name]
-    return lambda found: {"": whole(found)}
+    render = {"csv": csv_file.render, "html": page.render}[name]
+    return lambda inspection: {"": render(inspection)}
 
 
 def _write(
-    found: Inspection,
+    inspection: Inspection,
     files: Mapping[str, Path],
     renderers: Mapping[str, Callable[[Inspection], Mapping[str, bytes]]],
-    kept: Sequence[str],
+    protected: Sequence[str],
     *,
     overwrite: bool,
 ) -> dict[str, tuple[Path, ...]]:
@@ -148,15 +148,16 @@ def _write(
 
     pages: dict[str, dict[Path, bytes]] = {}
     for name, render in renderers.items():
-        place = files[name]
-        named = {
-            place.with_stem(f"{place.stem}-{page}") if page else place: data for page, data in render(found).items()
+        first = files[name]
+        page_paths = {
+            first.with_stem(f"{first.stem}-{page}") if page else first: data
+            for page, data in render(inspection).items()
         }
-        pages[name] = {check_file(path, kept, overwrite=overwrite): data for path, data in named.items()}
-    for each in pages.values():
-        for path, data in each.items():
+        pages[name] = {check_file(path, protected, overwrite=overwrite): data for path, data in page_paths.items()}
+    for written in pages.values():
+        for path, data in written.items():
             write_file(path, data)
-    return {name: tuple(each) for name, each in pages.items()}
+    return {name: tuple(written) for name, written in pages.items()}
 
 
 def _present(
@@ -172,25 +173,29 @@ def _present(
     from hsa.views import table
 
     written = [path for paths in (files or {}).values() for path in paths]
-    done = f"{', '.join(map(str, written))} {'is' if len(written) == 1 else 'are'} whole" if written else ""
+    finished = f"{', '.join(map(str, written))} {'is' if len(written) == 1 else 'are'} whole" if written else ""
     printing.findings(Findings(view.notes, getattr(view, "warnings", ())), quiet=quiet)
     if verified is not None:
         printing.findings(Findings(verified.notes), quiet=quiet)
         if not as_json:
             printing.problems(verified)
     if as_json:
-        more: dict[str, Any] = {"written": {name: [*map(str, paths)] for name, paths in files.items()}} if files else {}
+        extra: dict[str, Any] = (
+            {"written": {name: [*map(str, paths)] for name, paths in files.items()}} if files else {}
+        )
         if verified is not None:
-            whole = verified.as_dict()
-            more["verification"] = {name: whole[name] for name in ("ok", "problems", "notes", "files", "bytes_read")}
-        printing.result({**view.as_dict(), **more}, quiet, done=done)
+            verification = verified.as_dict()
+            extra["verification"] = {
+                name: verification[name] for name in ("ok", "problems", "notes", "files", "bytes_read")
+            }
+        printing.result({**view.as_dict(), **extra}, quiet, done=finished)
     elif not quiet:
         lines = [table.render(view, wide=wide)]
         if verified is not None:
             hashed = all((getattr(view, "files", None) or {"": None}).values())
             lines.append(_verdict(verified, hashed))
         lines += [one_line(f"written: {path}") for path in written]
-        printing.result("\n".join(lines), quiet, done=done)
+        printing.result("\n".join(lines), quiet, done=finished)
 
 
 def _verdict(verified: VerifyReport, hashed: bool) -> str:

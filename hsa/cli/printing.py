@@ -1,4 +1,4 @@
-"""What commands print: objects and text, sizes, notes and warnings, a progress bar."""
+"""Print what commands print: objects and text, sizes, notes and warnings, a progress bar."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def result(content: dict[str, Any] | str, quiet: bool, *, done: str = "") -> Non
         print_stdout(content, done=done)
 
 
-def findings(found: Findings, *, quiet: bool = False) -> None:
+def findings(entries: Findings, *, quiet: bool = False) -> None:
     """Warnings, and notes unless `quiet`, on stderr."""
-    for warning in found.warnings:
+    for warning in entries.warnings:
         print_stderr(f"hsa: warning: {one_line(warning)}")
-    for note in () if quiet else found.notes:
+    for note in () if quiet else entries.notes:
         print_stderr(f"hsa: note: {one_line(note)}")
 
 
 def problems(report: VerifyReport) -> None:
     """What a verification found, on stderr."""
-    for found in report.problems:
-        print_stderr(one_line(f"hsa: problem: {found.file}: {found.what}"))
+    for entry in report.problems:
+        print_stderr(one_line(f"hsa: problem: {entry.file}: {entry.what}"))
 
 
 def problem(text: str) -> None:

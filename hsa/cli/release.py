@@ -40,7 +40,7 @@ def release(
     from hsa.releases.plan import plan_release
     from hsa.releases.release import release as build_release
 
-    how = {
+    settings = {
         "backend": backend,
         "device": device,
         "threads": threads,
@@ -49,12 +49,12 @@ def release(
         "strict": strict,
     }
     if dry_run:
-        plan = plan_release(recipe, output, **how)  # type: ignore[arg-type]
+        plan = plan_release(recipe, output, **settings)  # type: ignore[arg-type]
         printing.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
         return 0
     with _Screen(bars=stderr_is_terminal() and not (quiet or as_json), quiet=quiet or as_json) as screen:
         progress = screen.step if screen.bars else None
-        report = build_release(recipe, output, progress=progress, watch=screen.done, **how)  # type: ignore[arg-type]
+        report = build_release(recipe, output, progress=progress, watch=screen.done, **settings)  # type: ignore[arg-type]
     printing.findings(Findings(report.notes), quiet=quiet)
     if report.index_problem is not None:
         printing.problem(f"the index: {report.index_problem}")
@@ -98,8 +98,8 @@ class _Screen:
         if entry.problem is not None:
             printing.problem(f"{entry.path}: {entry.problem}")
         notes, warnings = (entry.notes, ()) if entry.merge is None else (entry.merge.notes, entry.merge.warnings)
-        about = [tuple(f"{entry.path}: {text}" for text in texts) for texts in (notes, warnings)]
-        printing.findings(Findings(*about), quiet=self._quiet)
+        labelled = [tuple(f"{entry.path}: {text}" for text in texts) for texts in (notes, warnings)]
+        printing.findings(Findings(*labelled), quiet=self._quiet)
         if not self._quiet and entry.problem is None:
             print_stderr(one_line(f"hsa: {entry.path}: {_result(entry)}"))
 
@@ -118,11 +118,11 @@ def _describe(report: ReleaseReport) -> str:
     built, verified, failed = map(report.count, ("built", "verified", "failed"))
     total = len(report.entries)
     if verified == total and not report.index_written and report.ok:
-        what = f"nothing to do: all {total} merges stand, verified, and so does the index"
+        summary = f"nothing to do: all {total} merges stand, verified, and so does the index"
     else:
         index = "index written" if report.index_written else "index unchanged"
-        what = f"{built} built, {verified} verified, {failed} failed of {total} merges; {index}"
-    lines = [f"{report.tree}", f"  {what}"]
+        summary = f"{built} built, {verified} verified, {failed} failed of {total} merges; {index}"
+    lines = [f"{report.tree}", f"  {summary}"]
     lines += [f"  failed: {entry.path}" for entry in report.failed]
     if report.failed:
         lines.append("  mend what the errors name and run again: what stands is kept")
@@ -131,19 +131,21 @@ def _describe(report: ReleaseReport) -> str:
 
 def _describe_plan(plan: ReleasePlan) -> str:
     lines = [f"{plan.tree} (dry run: nothing was written)"]
-    for planned in plan.entries:
-        seen = planned.plan
-        lines.append(f"  {planned.entry.path}: {ACTIONS[planned.action]}")
-        if planned.why:
-            remedy = f"; {planned.remedy}" if planned.remedy else ""
-            lines.append(f"    why     {planned.why}{remedy}")
-        if planned.action in ("build", "rebuild"):
-            lines.append(f"    merge   {seen.text}, in {len(seen.targets)} tensors, {seen.route} route")
-            lines.append(f"    write   {size_text(seen.bytes_to_write)}")
-            if seen.bytes_to_fetch:
-                lines.append(f"    fetch   {size_text(seen.bytes_to_fetch)} of weights from the Hub")
-        lines += [f"    note    {note}" for note in seen.notes]
-        lines += [f"    warning {warning}" for warning in seen.warnings]
+    for entry_plan in plan.entries:
+        merge_plan = entry_plan.plan
+        lines.append(f"  {entry_plan.entry.path}: {ACTIONS[entry_plan.action]}")
+        if entry_plan.why:
+            remedy = f"; {entry_plan.remedy}" if entry_plan.remedy else ""
+            lines.append(f"    why     {entry_plan.why}{remedy}")
+        if entry_plan.action in ("build", "rebuild"):
+            lines.append(
+                f"    merge   {merge_plan.text}, in {len(merge_plan.targets)} tensors, {merge_plan.route} route"
+            )
+            lines.append(f"    write   {size_text(merge_plan.bytes_to_write)}")
+            if merge_plan.bytes_to_fetch:
+                lines.append(f"    fetch   {size_text(merge_plan.bytes_to_fetch)} of weights from the Hub")
+        lines += [f"    note    {note}" for note in merge_plan.notes]
+        lines += [f"    warning {warning}" for warning in merge_plan.warnings]
     fetch = f", {size_text(plan.bytes_to_fetch)} fetched at most" if plan.bytes_to_fetch else ""
     lines.append(
         f"  in all {len(plan.building)} of {len(plan.entries)} to build, {size_text(plan.bytes_to_write)}{fetch}"

@@ -61,7 +61,7 @@ def sweep(
     from hsa.sweeps.sweep import sweep as run_sweep
 
     bars = not (quiet or as_json)
-    with _existing_points_named(), printing.progress(show=bars, label="sweeping") as step:
+    with _noting_finished_points(), printing.progress(show=bars, label="sweeping") as step:
         report = run_sweep(
             base=base,
             primary=primary,
@@ -95,7 +95,7 @@ def sweep(
 
 
 @contextmanager
-def _existing_points_named() -> Iterator[None]:
+def _noting_finished_points() -> Iterator[None]:
     """Say what stays when a signal ends a sweep."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""How command lines are read and help is laid out: groups of options, one value for each, plain text of 80 columns."""
+"""Parse command lines and lay out help: groups of options, one value for each, plain text of 80 columns."""
 
 from __future__ import annotations
 
@@ -55,23 +55,23 @@ _TYPE = re.compile(r" <[\w\[\]]+>$")
 """What typer adds to the name of an argument."""
 
 
-class _Plain:
+class _GroupedHelp:
     """What commands and the group of commands share. Types of click are not named: typer has its own click, or uses
     the installed one, depending on its version."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        found = super().get_help_option(ctx)  # type: ignore[misc]
-        if found is not None:
-            found.callback = _show_help
-        return found
+        help_option = super().get_help_option(ctx)  # type: ignore[misc]
+        if help_option is not None:
+            help_option.callback = _show_help
+        return help_option
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", COMMON, *GROUPS)}
         for parameter in self.get_params(ctx):  # type: ignore[attr-defined]
             record = parameter.get_help_record(ctx)
             if record is not None:
-                name, about = record
-                sections[_group(parameter)].append((_TYPE.sub("", name), about))
+                name, description = record
+                sections[_group(parameter)].append((_TYPE.sub("", name), description))
         for name, rows in sections.items():
             if rows:
                 with formatter.section(name):
@@ -84,7 +84,7 @@ def _group(parameter: Any) -> str:
     return next((group for group, names in GROUPS.items() if parameter.opts[0] in names), COMMON)
 
 
-class Command(_Plain, TyperCommand):
+class Command(_GroupedHelp, TyperCommand):
     """A command whose help is in groups. It refuses an option which takes one value and is given several: the last
     would win silently."""
 
@@ -118,7 +118,7 @@ def _not_a_number(parameter: Any, values: Mapping[str, Any]) -> str | None:
     return f"{problem}; write {share} for 60 %" if share is not None and value.rstrip().endswith("%") else problem
 
 
-class Group(_Plain, TyperGroup):
+class Group(_GroupedHelp, TyperGroup):
     """The commands, each with its whole description; completion takes the name of a shell, or none."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -140,8 +140,8 @@ def show_help_of(ctx: typer.Context, name: str | None) -> None:
         print_stdout(parent.get_help())
         return
     _, command, _ = parent.command.resolve_command(parent, [name])
-    with command.make_context(name, [], parent=parent, resilient_parsing=True) as found:
-        print_stdout(found.get_help())
+    with command.make_context(name, [], parent=parent, resilient_parsing=True) as command_ctx:
+        print_stdout(command_ctx.get_help())
 
 
 def _show_help(ctx: Any, parameter: Any, value: bool) -> None:

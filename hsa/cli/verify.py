@@ -37,12 +37,12 @@ def verify(
     debug: options.Debug = False,
 ) -> int:
     """Check what hsa wrote: digests, headers, names, finite targets; with --sources every byte. Exit code 0 or 2."""
-    given = {"--base": base, "--primary": primary, "--secondary": secondary}
-    lacking = [name for name, value in given.items() if value is None]
-    if sources and lacking:
-        raise RequestError(f"--sources compares with all three sources; add {', '.join(lacking)}")
+    paths = {"--base": base, "--primary": primary, "--secondary": secondary}
+    missing = [name for name, value in paths.items() if value is None]
+    if sources and missing:
+        raise RequestError(f"--sources compares with all three sources; add {', '.join(missing)}")
     ids = {"base_id": base_id, "primary_id": primary_id, "secondary_id": secondary_id}
-    if not sources and (len(lacking) < len(given) or any(ids.values())):
+    if not sources and (len(missing) < len(paths) or any(ids.values())):
         raise RequestError("to compare with the sources, add --sources; without it none is read")
     from hsa.verification.verify import verify as run
 
@@ -57,8 +57,8 @@ def verify(
 
 def _describe(report: VerifyReport) -> str:
     count = len(report.problems)
-    found = "sound" if report.ok else f"{count} problem{'s' if count > 1 else ''}"
-    lines = [f"{report.output}: {found}"]
+    verdict = "sound" if report.ok else f"{count} problem{'s' if count > 1 else ''}"
+    lines = [f"{report.output}: {verdict}"]
     record = report.record
     if record is not None:
         lines += [
@@ -69,10 +69,10 @@ def _describe(report: VerifyReport) -> str:
     if report.kind in ("sweep", "release"):
         sound = sum(member.ok for member in report.members)
         lines.append(f"  {report.kind}: {sound} of {len(report.members)} {_MEMBERS[report.kind]} are sound")
-    checked = _COMPARED[report.kind] if report.sources_compared else "not compared with the sources"
+    comparison = _COMPARED[report.kind] if report.sources_compared else "not compared with the sources"
     lines.append(
         f"  {report.files} file{'' if report.files == 1 else 's'}, {size_text(report.bytes_read)} read in "
-        f"{report.seconds:.2f} s, peak memory {size_text(report.peak_memory_bytes)}; {checked}"
+        f"{report.seconds:.2f} s, peak memory {size_text(report.peak_memory_bytes)}; {comparison}"
     )
     return "\n".join(map(one_line, lines))
 
@@ -86,9 +86,11 @@ _COMPARED = {
 
 
 def _parameters(parameters: object) -> list[str]:
-    shown = ("k", "lambda", "alpha", "targets", "numerics")
-    held = parameters if isinstance(parameters, dict) else {}
+    names = ("k", "lambda", "alpha", "targets", "numerics")
+    recorded = parameters if isinstance(parameters, dict) else {}
     texts = {
-        name: "per tensor" if isinstance(held[name], dict) else str(held[name])[:40] for name in shown if name in held
+        name: "per tensor" if isinstance(recorded[name], dict) else str(recorded[name])[:40]
+        for name in names
+        if name in recorded
     }
     return [f"{name} {text}" for name, text in texts.items()]

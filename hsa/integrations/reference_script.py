@@ -1,4 +1,4 @@
-"""The reference script's command line on this package's merge: only the program's name changes.
+"""Run this package's merge by the reference script's command line: only the program's name changes.
 
     python -m hsa.integrations.reference_script --pretrained-model B --model1 M1 --model2 M2 --out-path OUT
         [--lambda 0.5 | --lambdas 0.0,0.1,...] [--alpha 0.2] [--k-percent 0.6] [--processor-source model1] ...
@@ -60,11 +60,11 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The script's options under the script's names and defaults, and a few of this package's."""
-    found = _Parser(
+    script = _Parser(
         prog="python -m hsa.integrations.reference_script",
         description="Headwise Selective Attention merge with the reference script's command line.",
     )
-    add = found.add_argument
+    add = script.add_argument
     add("--pretrained-model", "--model-class", default="openai/whisper-small.en", help="base")
     add("--model1", required=True, help="primary: kept wherever nothing is merged")
     add("--model2", required=True, help="secondary: blended into the selected heads")
@@ -80,14 +80,16 @@ def parser() -> argparse.ArgumentParser:
     add("--save-lambda-subdirs", action="store_true", help="a sub-directory for a single lambda too")
     add("--attention-scale", type=float, default=1.0, help="factor on the targets' task vectors")
     add("--non-attention-scale", type=float, default=1.0, help="factor on all other task vectors")
-    own = found.add_argument_group("not in the script")
-    own.add_argument("--numerics", choices=("reference", "exact"), default="reference", help="reference: the script's")
-    own.add_argument(
+    additional = script.add_argument_group("not in the script")
+    additional.add_argument(
+        "--numerics", choices=("reference", "exact"), default="reference", help="reference: the script's"
+    )
+    additional.add_argument(
         "--load-dtype", choices=("auto", "float32"), default="auto", help="float32: as transformers 4 read"
     )
-    own.add_argument("--threads", type=int, default=None, help="worker threads")
-    own.add_argument("--debug", action="store_true", help="add the traceback to an error")
-    return found
+    additional.add_argument("--threads", type=int, default=None, help="worker threads")
+    additional.add_argument("--debug", action="store_true", help="add the traceback to an error")
+    return script
 
 
 def lambdas(options: argparse.Namespace) -> list[float]:
@@ -138,8 +140,10 @@ def requests(options: argparse.Namespace) -> list[Request]:
     if len(values) > 1 or options.save_lambda_subdirs:
         names = [directory_name(value, options.alpha) for value in values]
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise RequestError(f"--lambdas holds values that would share the directory {twice}; leave one of them out")
+            duplicate = next(name for name in names if names.count(name) > 1)
+            raise RequestError(
+                f"--lambdas holds values that would share the directory {duplicate}; leave one of them out"
+            )
         outputs = [options.out_path / name for name in names]
     return [
         Request(
@@ -160,17 +164,17 @@ def run(arguments: Sequence[str]) -> int:
 
     def work() -> int:
         options = parser().parse_args(arguments)
-        planned = requests(options)
-        for request in planned:
+        merges = requests(options)
+        for request in merges:
             dry_run(request)
         if options.numerics == "reference" and options.device != "cpu":
-            _say(f"note: reference numerics run on the CPU; --device {options.device} has no effect")
-        for request in planned:
+            _print_line(f"note: reference numerics run on the CPU; --device {options.device} has no effect")
+        for request in merges:
             report = run_merge(request)
             for warning in report.warnings:
-                _say(f"warning: {warning}")
+                _print_line(f"warning: {warning}")
             for note in report.notes:
-                _say(f"note: {note}")
+                _print_line(f"note: {note}")
             done = f"the output {report.output} is whole"
             print_stdout(one_line(f"[SAVE] {report.output}"), done=done)
             print_stdout(
@@ -184,7 +188,7 @@ def run(arguments: Sequence[str]) -> int:
         return guarded(work, debug="--debug" in arguments)
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     print_stderr(f"hsa: {one_line(text)}")
 
 

@@ -1,4 +1,4 @@
-"""`hsa_merge_`: a merge into a loaded Whisper model of transformers, in place, such as the one a Trainer has trained.
+"""Merge into a loaded Whisper model of transformers, in place, such as the one a Trainer has trained.
 
 Imports neither transformers nor peft: a model is known by its attributes.
 """
@@ -74,12 +74,12 @@ def hsa_merge_(
     Source: SPEC sections 1, 2 and 5.
     """
     MergeConfig(k, lam, alpha, targets, attention_scale)
-    own = _own_targets(model, targets)
-    _check_sources(own, {"base": base, "secondary": secondary}, targets)
+    model_targets = _model_targets(model, targets)
+    _check_sources(model_targets, {"base": base, "secondary": secondary}, targets)
     if again:
-        forget(entry.tensor for entry in own.values())
+        forget(entry.tensor for entry in model_targets.values())
     else:
-        _refuse_merged(model, own)
+        _refuse_merged(model, model_targets)
     merger = Merger(
         base,
         model,
@@ -92,27 +92,27 @@ def hsa_merge_(
     )
     for text in merger.check(k, lam, alpha).warnings:
         warn(text)
-    before = {stored: _some_values(tensor) for stored, _, tensor in own.values()}
+    original_values = {stored: _some_values(tensor) for stored, _, tensor in model_targets.values()}
     merger.apply_(model, k, lam, alpha)
-    _mark(model, own, before)
+    _mark(model, model_targets, original_values)
     return model
 
 
-def _own_targets(model: torch.nn.Module, preset: Preset) -> dict[str, LoadedTensor]:
+def _model_targets(model: torch.nn.Module, preset: Preset) -> dict[str, LoadedTensor]:
     """The model's targets by canonical name, after what can be wrong with the model alone."""
     shape = _check_whisper(model)
     entries = entries_of("model", model)
-    own = targets_of("model", model, entries, preset)
-    missing = next((name for name in expected_targets(shape.layers, preset) if name not in own), None)
+    model_targets = targets_of("model", model, entries, preset)
+    missing = next((name for name in expected_targets(shape.layers, preset) if name not in model_targets), None)
     if missing is not None:
-        there = in_its_place(entries, missing)
-        instead = "" if there is None else f" and {there:.300} in its place"
+        replacement = in_its_place(entries, missing)
+        instead = "" if replacement is None else f" and {replacement:.300} in its place"
         raise RequestError(
             f"model, a {type(model).__name__}, holds no target tensor {missing}{instead}; give the model itself, "
             f"neither quantised nor wrapped, as transformers loads it in float32, float16 or bfloat16"
         )
-    require_own_memory(own, entries)
-    return own
+    require_own_memory(model_targets, entries)
+    return model_targets
 
 
 def _check_whisper(model: torch.nn.Module) -> Architecture:
@@ -121,51 +121,53 @@ def _check_whisper(model: torch.nn.Module) -> Architecture:
             f"model must be a loaded Whisper model, got {type(model).__name__}; use hsa.merge for directories and "
             f"hsa.Merger for state dicts"
         )
-    found = getattr(getattr(model, "config", None), "model_type", None) or config_of(model).get("model_type")
-    if found != MODEL_TYPE:
+    model_type = getattr(getattr(model, "config", None), "model_type", None) or config_of(model).get("model_type")
+    if model_type != MODEL_TYPE:
         raise RequestError(
-            f"model is a {type(model).__name__} with model_type {shown(found)}, expected a Whisper model of "
+            f"model is a {type(model).__name__} with model_type {shown(model_type)}, expected a Whisper model of "
             f"transformers, whose config has model_type '{MODEL_TYPE}'"
         )
     return architecture(config_of(model), "model")
 
 
-def _check_sources(own: Mapping[str, LoadedTensor], sources: Mapping[str, Source], preset: Preset) -> None:
+def _check_sources(model_targets: Mapping[str, LoadedTensor], sources: Mapping[str, Source], preset: Preset) -> None:
     """Refuse a source that shares memory with the model's targets, and two that are one."""
     loaded = {
         role: targets_of(role, source, entries_of(role, source), preset)
         for role, source in sources.items()
         if isinstance(source, (torch.nn.Module, Mapping))
     }
-    for role, theirs in loaded.items():
-        shared = first_shared([*spans("model", own.values()), *spans(role, theirs.values())], {"model": (role,)})
+    for role, source_targets in loaded.items():
+        shared = first_shared(
+            [*spans("model", model_targets.values()), *spans(role, source_targets.values())], {"model": (role,)}
+        )
         if shared is not None:
             raise RequestError(
                 f"{role} and model share memory: {shared[0]} and {shared[1]} lie in the same place, so that training "
                 f"the model changed {role} too; load {role} again, or give its directory"
             )
-    if _are_one(sources["base"], sources["secondary"], loaded):
+    if _are_same_source(sources["base"], sources["secondary"], loaded):
         raise RequestError(
             "base and secondary are one: all their targets lie in the same place; give the pretrained model as base "
             "and another fine-tune of it as secondary"
         )
 
 
-def _are_one(base: Source, secondary: Source, loaded: Mapping[str, Mapping[str, LoadedTensor]]) -> bool:
+def _are_same_source(base: Source, secondary: Source, loaded: Mapping[str, Mapping[str, LoadedTensor]]) -> bool:
     """Whether two sources are one directory, or share the memory of every target."""
     if isinstance(base, (str, os.PathLike)) and isinstance(secondary, (str, os.PathLike)):
         return os.path.exists(base) and os.path.exists(secondary) and os.path.samefile(base, secondary)
     first, second = loaded.get("base", {}), loaded.get("secondary", {})
     return bool(first) and all(
         name in second
-        and first_shared([*spans("base", [named]), *spans("secondary", [second[name]])], {"base": ("secondary",)})
-        for name, named in first.items()
+        and first_shared([*spans("base", [entry]), *spans("secondary", [second[name]])], {"base": ("secondary",)})
+        for name, entry in first.items()
     )
 
 
-def _refuse_merged(model: torch.nn.Module, own: Mapping[str, LoadedTensor]) -> None:
+def _refuse_merged(model: torch.nn.Module, model_targets: Mapping[str, LoadedTensor]) -> None:
     """Refuse a model that still has values which `hsa_merge_` wrote: they would count as primary's."""
-    for stored, _, tensor in own.values():
+    for stored, _, tensor in model_targets.values():
         module, _, part = stored.rpartition(".")
         merged = getattr(model.get_submodule(module), _MARK, {}).get(part)
         if merged is None or merged.numel() != _some_values(tensor).numel():
@@ -178,13 +180,15 @@ def _refuse_merged(model: torch.nn.Module, own: Mapping[str, LoadedTensor]) -> N
             )
 
 
-def _mark(model: torch.nn.Module, own: Mapping[str, LoadedTensor], before: Mapping[str, torch.Tensor]) -> None:
+def _mark(
+    model: torch.nn.Module, model_targets: Mapping[str, LoadedTensor], original_values: Mapping[str, torch.Tensor]
+) -> None:
     """Note some of the merged values on the modules that hold them, where the merge changed any."""
-    for stored, _, tensor in own.values():
+    for stored, _, tensor in model_targets.values():
         module, _, part = stored.rpartition(".")
         values, owner = _some_values(tensor), model.get_submodule(module)
         marks: dict[str, Any] = {**getattr(owner, _MARK, {}), part: values}
-        if torch.equal(values, before[stored]):
+        if torch.equal(values, original_values[stored]):
             del marks[part]
         setattr(owner, _MARK, marks)
 

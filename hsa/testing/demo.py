@@ -1,4 +1,4 @@
-"""`hsa demo`: the whole way on made-up models, in under a minute, checked at every step."""
+"""Run `hsa demo`: a merge of made-up models in under a minute, checked at every step."""
 
 from __future__ import annotations
 
@@ -54,31 +54,35 @@ def _run(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < NEEDED:
         raise MachineError(f"the demo writes {NEEDED} bytes to {folder}, and {free} are free there; free some space")
-    _say(f"1. Building three made-up models in Whisper's shape, in {folder}: nothing is installed or downloaded.")
-    _say("   The two fine-tunes changed most in heads that the demo knows: four of six in each layer.")
+    print_stdout(
+        f"1. Building three made-up models in Whisper's shape, in {folder}: nothing is installed or downloaded."
+    )
+    print_stdout("   The two fine-tunes changed most in heads that the demo knows: four of six in each layer.")
     paths = write_triple(folder, SHAPES["demo"], dtype="float16", loud_heads=LOUD)
     size = sum(file.stat().st_size for path in paths.values() for file in path.iterdir())
-    _say(f"   Base, primary and secondary take {size / 1e6:.0f} MB.")
-    _say("2. Merging with k = 0.6, lambda = 0.5, alpha = 0.2")
-    _say(f"   k = 0.6 of a tensor's 6 heads is 3.6, which rounds to {keep_count(0.6, 6)}.")
+    print_stdout(f"   Base, primary and secondary take {size / 1e6:.0f} MB.")
+    print_stdout("2. Merging with k = 0.6, lambda = 0.5, alpha = 0.2")
+    print_stdout(f"   k = 0.6 of a tensor's 6 heads is 3.6, which rounds to {keep_count(0.6, 6)}.")
     output = folder / "merged"
     report = merge(output=output, base=paths["base"], primary=paths["primary"], secondary=paths["secondary"])
-    _say(
+    print_stdout(
         f"   {report.selected_heads} of {report.total_heads} heads are merged, in {len(report.tensors)} tensors; "
         f"{report.seconds:.2f} s, peak memory {report.peak_memory_bytes / 1e6:.0f} MB"
     )
-    _say("3. Checking the output, bit by bit, against the formula in plain torch")
+    print_stdout("3. Checking the output, bit by bit, against the formula in plain torch")
     _check_bytes(report, paths)
     _check_heads(report)
-    _say("4. Loading it with transformers")
+    print_stdout("4. Loading it with transformers")
     _check_loading(output)
-    shown = [tensor for tensor in report.tensors.values() if tensor.part == "weight"]
-    merged, heads = count_heads(shown)
-    _say(f"5. The {len(shown)} weights: {merged} of their {heads} heads are merged (#), the others stay primary's (.).")
-    _say(f"   The {len(report.tensors) - len(shown)} biases choose theirs by themselves and are not drawn.\n")
-    _say(head_map(report))
-    _say("\nAll checks passed. The same on your own models:\n")
-    _say("   hsa merge --base PRETRAINED --primary FINE_TUNE_1 --secondary FINE_TUNE_2 --output MERGED")
+    weights = [tensor for tensor in report.tensors.values() if tensor.part == "weight"]
+    merged, heads = count_heads(weights)
+    print_stdout(
+        f"5. The {len(weights)} weights: {merged} of their {heads} heads are merged (#), the others stay primary's (.)."
+    )
+    print_stdout(f"   The {len(report.tensors) - len(weights)} biases choose theirs by themselves and are not drawn.\n")
+    print_stdout(head_map(report))
+    print_stdout("\nAll checks passed. The same on your own models:\n")
+    print_stdout("   hsa merge --base PRETRAINED --primary FINE_TUNE_1 --secondary FINE_TUNE_2 --output MERGED")
 
 
 def head_map(report: MergeReport) -> str:
@@ -106,13 +110,13 @@ def _check_bytes(report: MergeReport, paths: dict[str, Path]) -> None:
     from hsa.reference import merge_tensor
     from hsa.testing.whisper_checkpoints import SHAPES, tensor_shapes
 
-    opened = [
+    files = [
         safe_open(path / "model.safetensors", "pt")
         for path in (paths["base"], paths["primary"], paths["secondary"], report.output)
     ]
     layers = 1 + max(tensor.layer for tensor in report.tensors.values())
     for name in tensor_shapes(SHAPES["demo"]):
-        base, primary, secondary, merged = (file.get_tensor(name) for file in opened)  # type: ignore[no-untyped-call]
+        base, primary, secondary, merged = (file.get_tensor(name) for file in files)  # type: ignore[no-untyped-call]
         tensor = report.tensors.get(name)
         if tensor is None:
             expected, selected = primary, None
@@ -149,11 +153,7 @@ def _check_loading(output: Path) -> None:
 
     logging.disable_progress_bar()
     _, info = WhisperForConditionalGeneration.from_pretrained(output, output_loading_info=True, local_files_only=True)
-    wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
-    if wrong:
-        raise DemoFailed(f"transformers loads the output with {wrong}; please report this")
+    problems = {key: sorted(map(str, names)) for key, names in info.items() if names}
+    if problems:
+        raise DemoFailed(f"transformers loads the output with {problems}; please report this")
     WhisperProcessor.from_pretrained(output, local_files_only=True)
-
-
-def _say(text: str) -> None:
-    print_stdout(text)

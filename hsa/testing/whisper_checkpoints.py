@@ -1,21 +1,18 @@
-"""Whisper-shaped checkpoints with made-up numbers, for the demo, the tests and the benchmarks.
+"""Write Whisper-shaped checkpoints with made-up numbers, for the demo, the tests and the benchmarks.
 
 A written directory holds everything a published Whisper checkpoint does (weights, `config.json`,
 `generation_config.json`, tokenizer and feature extractor), loads offline with transformers, and transcribes
-nothing sensible. The same arguments give the same bytes on every run and every machine: the numbers are made
-from the raw output of a bit generator, whose stream numpy keeps fixed across its versions, by float32
-operations that round the same everywhere.
+nothing sensible. The same arguments give the same bytes on every run and every machine.
 
 Needs numpy alone. Memory stays at a few MB per thread, whatever the shape.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hsa.testing.made_up_numbers import TaskVector, bit_stream, encode, noise
 from hsa.testing.whisper_config import (
     DTYPES,
     SHAPES,
@@ -37,6 +34,7 @@ from hsa.testing.whisper_config import (
     write_json,
     write_processor,
 )
+from hsa.testing.whisper_tensors import WhisperTensor, tensor_shapes, whisper_tensors
 
 __all__ = [
     "SHAPES",
@@ -56,170 +54,16 @@ Role = Literal["base", "primary", "secondary"]
 LoudHead = tuple[str, int, str, int]
 """(stack, layer, kind, head): stack "encoder" or "decoder", kind "q", "k" or "v", indices from zero."""
 
-_Floats = NDArray[np.float32]
-
 _ROLES: tuple[Role, ...] = ("base", "primary", "secondary")
 _BLOCK_ELEMENTS = 1 << 18
 _THREADS = 2
-
-# Tensors ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor of the model; its `heads` (0: it has none) are groups of equal size along `head_axis`."""
-
-    name: str
-    shape: tuple[int, ...]
-    mean: float = 0.0
-    heads: int = 0
-    head_axis: int = 0
-    projection: tuple[str, int, str] | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0]
-
-    @property
-    def row_elements(self) -> int:
-        return math.prod(self.shape[1:])
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-
-def _norm(name: str, width: int) -> Iterator[_Tensor]:
-    yield _Tensor(f"{name}.weight", (width,), mean=1.0)
-    yield _Tensor(f"{name}.bias", (width,))
-
-
-def _affine(name: str, *weight_shape: int) -> Iterator[_Tensor]:
-    yield _Tensor(f"{name}.weight", weight_shape)
-    yield _Tensor(f"{name}.bias", weight_shape[:1])
-
-
-def _attention(name: str, width: int, heads: int, loudable: tuple[str, int] | None) -> Iterator[_Tensor]:
-    """Projections in the order of transformers' modules; `k_proj` has no bias in Whisper."""
-    for kind in "kvq":
-        projection = None if loudable is None else (*loudable, kind)
-        yield _Tensor(f"{name}.{kind}_proj.weight", (width, width), heads=heads, projection=projection)
-        if kind != "k":
-            yield _Tensor(f"{name}.{kind}_proj.bias", (width,), heads=heads, projection=projection)
-    yield _Tensor(f"{name}.out_proj.weight", (width, width), heads=heads, head_axis=1)
-    yield _Tensor(f"{name}.out_proj.bias", (width,))
-
-
-def _stack(shape: WhisperShape, stack: str) -> Iterator[_Tensor]:
-    width = shape.d_model
-    layers, heads = (
-        (shape.encoder_layers, shape.encoder_heads)
-        if stack == "encoder"
-        else (shape.decoder_layers, shape.decoder_heads)
-    )
-    for index in range(layers):
-        layer = f"model.{stack}.layers.{index}"
-        yield from _attention(f"{layer}.self_attn", width, heads, (stack, index))
-        yield from _norm(f"{layer}.self_attn_layer_norm", width)
-        if stack == "decoder":
-            yield from _attention(f"{layer}.encoder_attn", width, heads, None)
-            yield from _norm(f"{layer}.encoder_attn_layer_norm", width)
-        yield from _affine(f"{layer}.fc1", shape.ffn_dim, width)
-        yield from _affine(f"{layer}.fc2", width, shape.ffn_dim)
-        yield from _norm(f"{layer}.final_layer_norm", width)
-    yield from _norm(f"model.{stack}.layer_norm", width)
-
-
-def _tensors(shape: WhisperShape) -> Iterator[_Tensor]:
-    width = shape.d_model
-    yield from _affine("model.encoder.conv1", width, shape.num_mel_bins, 3)
-    yield from _affine("model.encoder.conv2", width, width, 3)
-    yield _Tensor("model.encoder.embed_positions.weight", (shape.max_source_positions, width))
-    yield from _stack(shape, "encoder")
-    yield _Tensor("model.decoder.embed_tokens.weight", (shape.vocab_size, width))
-    yield _Tensor("model.decoder.embed_positions.weight", (shape.max_target_positions, width))
-    yield from _stack(shape, "decoder")
-
-
-def tensor_shapes(shape: WhisperShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a saved WhisperForConditionalGeneration, in the order of its state dict.
-
-    Names start with `model.`; the output projection is tied to the token embedding and so is absent.
-    """
-    return {tensor.name: tensor.shape for tensor in _tensors(shape)}
-
-
-# Numbers ---------------------------------------------------------------------------------------------------
-
-
-def _generator(seed: int, purpose: str, name: str) -> np.random.SFC64:
-    """A stream of its own for each (seed, purpose, tensor), so that neither order nor sharding matters."""
-    digest = hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=16).digest()
-    return np.random.SFC64(int.from_bytes(digest, "little"))
-
-
-def _noise(generator: np.random.SFC64, count: int, std: float) -> _Floats:
-    """`count` float32 numbers, uniform around zero with the given standard deviation."""
-    raw = generator.random_raw((count + 1) // 2)
-    noise = raw.view(np.int32)[:count].astype(np.float32)
-    noise *= np.float32(std * math.sqrt(3.0) / 2.0**31)
-    return noise
-
-
-def _head_gains(tensor: _Tensor, seed: int, role: str, loud: Collection[int], loud_factor: float) -> _Floats:
-    """A factor between 0.5 and 1.5 for each head's delta, times `loud_factor` in the loud heads.
-
-    Noise of one strength gives the heads of a wide model almost equal saliency scores, and a selection that
-    hangs on rounding. So the heads' strengths are spaced evenly, in an order that both fine-tunes share, and
-    each fine-tune moves them by less than half a step.
-    """
-    order = _generator(seed, "rank", tensor.name).random_raw(tensor.heads)
-    rank = np.argsort(np.argsort(order, kind="stable"), kind="stable")
-    jitter = _generator(seed, f"{role} jitter", tensor.name).random_raw(tensor.heads) / 2.0**64
-    gains = 0.5 + (rank + 0.25 + 0.5 * jitter) / tensor.heads
-    gains[list(loud)] *= loud_factor
-    return gains.astype(np.float32)
-
-
-class _Delta:
-    """The task vector of one role in one tensor, drawn block by block from its first row to its last."""
-
-    def __init__(
-        self, tensor: _Tensor, role: str, seed: int, delta: float, loud: Collection[int], loud_factor: float
-    ) -> None:
-        self._generator = _generator(seed, role, tensor.name)
-        self._std = delta
-        self._axis = tensor.head_axis
-        self._gains: _Floats | None = None
-        if tensor.heads:
-            gains = _head_gains(tensor, seed, role, loud, loud_factor)
-            self._gains = np.repeat(gains, tensor.shape[tensor.head_axis] // tensor.heads)
-
-    def block(self, first: int, rows: int, row_elements: int) -> _Floats:
-        """Rows `first` to `first + rows`, float32 [rows, row_elements]."""
-        values = _noise(self._generator, rows * row_elements, self._std).reshape(rows, row_elements)
-        if self._gains is not None:
-            values *= self._gains[first : first + rows, None] if self._axis == 0 else self._gains
-        return values
-
-
-def _encode(values: _Floats, dtype: str) -> NDArray[Any]:
-    """Rounds float32 once, to nearest even; bfloat16 comes as its uint16 bit patterns. Finite values only."""
-    if dtype == "float32":
-        return values
-    if dtype == "float16":
-        return values.astype(np.float16)
-    bits = values.view(np.uint32)
-    lowest_kept = (bits >> np.uint32(16)) & np.uint32(1)
-    return ((bits + lowest_kept + np.uint32(0x7FFF)) >> np.uint32(16)).astype(np.uint16)
-
 
 # Files -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Placed:
-    tensor: _Tensor
+class _PlacedTensor:
+    tensor: WhisperTensor
     file: str
     offset: int
 
@@ -230,14 +74,14 @@ class _Layout:
 
     headers: dict[str, bytes]
     sizes: dict[str, int]
-    placed: tuple[_Placed, ...]
+    tensors: tuple[_PlacedTensor, ...]
     index: dict[str, Any] | None
 
 
-def _split(tensors: Iterable[_Tensor], itemsize: int, limit: int | None) -> list[list[_Tensor]]:
+def _split(tensors: Iterable[WhisperTensor], itemsize: int, limit: int | None) -> list[list[WhisperTensor]]:
     """Shards as transformers cuts a model: a tensor above the limit has its own, others fill up in order."""
-    shards: list[list[_Tensor]] = []
-    current: list[_Tensor] = []
+    shards: list[list[WhisperTensor]] = []
+    current: list[WhisperTensor] = []
     used = 0
     for tensor in tensors:
         size = tensor.elements * itemsize
@@ -252,16 +96,16 @@ def _split(tensors: Iterable[_Tensor], itemsize: int, limit: int | None) -> list
     return [*shards, current] if current else shards
 
 
-def _saved_name(tensor: _Tensor, prefix: str) -> str:
+def _saved_name(tensor: WhisperTensor, prefix: str) -> str:
     return prefix + tensor.name.removeprefix("model.")
 
 
 def _layout(shape: WhisperShape, dtype: str, max_shard_bytes: int | None, prefix: str) -> _Layout:
     code, itemsize = DTYPES[dtype]
-    shards = _split(_tensors(shape), itemsize, max_shard_bytes)
+    shards = _split(whisper_tensors(shape), itemsize, max_shard_bytes)
     headers: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
-    placed: list[_Placed] = []
+    placed: list[_PlacedTensor] = []
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         single = len(shards) == 1
@@ -279,7 +123,7 @@ def _layout(shape: WhisperShape, dtype: str, max_shard_bytes: int | None, prefix
         headers[file] = len(text).to_bytes(8, "little") + text
         sizes[file] = len(headers[file]) + end
         placed += [
-            _Placed(tensor, file, len(headers[file]) + entries[_saved_name(tensor, prefix)]["data_offsets"][0])
+            _PlacedTensor(tensor, file, len(headers[file]) + entries[_saved_name(tensor, prefix)]["data_offsets"][0])
             for tensor in shard
         ]
     index = None
@@ -306,22 +150,22 @@ class _Numbers:
     loud: Mapping[tuple[str, int, str], frozenset[int]]
     loud_factor: float
 
-    def delta_of(self, tensor: _Tensor, role: str) -> _Delta:
+    def delta_of(self, tensor: WhisperTensor, role: str) -> TaskVector:
         loud = self.loud.get(tensor.projection, frozenset()) if tensor.projection else frozenset()
-        return _Delta(tensor, role, self.seed, self.delta, loud, self.loud_factor)
+        return TaskVector(tensor, role, self.seed, self.delta, loud, self.loud_factor)
 
 
-def _write_tensor(place: _Placed, descriptors: Mapping[str, int], numbers: _Numbers) -> None:
+def _write_tensor(placed: _PlacedTensor, descriptors: Mapping[str, int], numbers: _Numbers) -> None:
     """Writes one tensor into each role's open file; base's numbers are drawn once for all of them."""
-    tensor = place.tensor
-    base_generator = _generator(numbers.seed, "base", tensor.name)
+    tensor = placed.tensor
+    base_generator = bit_stream(numbers.seed, "base", tensor.name)
     deltas = {role: numbers.delta_of(tensor, role) for role in descriptors if role != "base"}
     # An even number of rows, so that no block ends within a raw number and the block size changes no value.
     step = max(2, _BLOCK_ELEMENTS // tensor.row_elements // 2 * 2)
     row_bytes = tensor.row_elements * DTYPES[numbers.dtype][1]
     for first in range(0, tensor.rows, step):
         rows = min(step, tensor.rows - first)
-        base = _noise(base_generator, rows * tensor.row_elements, WEIGHT_STD).reshape(rows, -1)
+        base = noise(base_generator, rows * tensor.row_elements, WEIGHT_STD).reshape(rows, -1)
         if tensor.mean:
             base += np.float32(tensor.mean)
         for role, descriptor in descriptors.items():
@@ -329,8 +173,8 @@ def _write_tensor(place: _Placed, descriptors: Mapping[str, int], numbers: _Numb
             if role != "base":
                 values = deltas[role].block(first, rows, tensor.row_elements)
                 values += base
-            data = _encode(values, numbers.dtype).view(np.uint8).data
-            _pwrite_all(descriptor, data, place.offset + first * row_bytes)
+            data = encode(values, numbers.dtype).view(np.uint8).data
+            _pwrite_all(descriptor, data, placed.offset + first * row_bytes)
 
 
 def _write_weights(directories: Mapping[str, Path], layout: _Layout, numbers: _Numbers) -> None:
@@ -346,7 +190,7 @@ def _write_weights(directories: Mapping[str, Path], layout: _Layout, numbers: _N
                 descriptors[file][role] = descriptor
         pool = ThreadPoolExecutor(_THREADS)
         stack.callback(pool.shutdown, cancel_futures=True)
-        tasks = [pool.submit(_write_tensor, place, descriptors[place.file], numbers) for place in layout.placed]
+        tasks = [pool.submit(_write_tensor, placed, descriptors[placed.file], numbers) for placed in layout.tensors]
         for task in tasks:
             task.result()
     if layout.index is not None:
@@ -360,7 +204,7 @@ def _write_weights(directories: Mapping[str, Path], layout: _Layout, numbers: _N
 def _loud_by_projection(
     shape: WhisperShape, loud_heads: Collection[LoudHead]
 ) -> dict[tuple[str, int, str], frozenset[int]]:
-    heads_of = {tensor.projection: tensor.heads for tensor in _tensors(shape) if tensor.projection}
+    heads_of = {tensor.projection: tensor.heads for tensor in whisper_tensors(shape) if tensor.projection}
     loud: dict[tuple[str, int, str], frozenset[int]] = {}
     for stack, layer, kind, head in loud_heads:
         projection = (stack, layer, kind)

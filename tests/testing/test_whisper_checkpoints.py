@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hsa.testing import whisper_checkpoints
+from hsa.testing import made_up_numbers, whisper_checkpoints
 from hsa.testing.whisper_checkpoints import SHAPES, TOKENIZER_VOCAB_SIZE, WhisperShape
 
 torch = pytest.importorskip("torch")
@@ -304,7 +304,7 @@ def test_half_precision_is_float32_rounded_once(
 def test_bfloat16_rounds_ties_to_even() -> None:
     bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF808000, 0x00000000], dtype=np.uint32)
     expected = [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0xBF80, 0x0000]
-    assert whisper_checkpoints._encode(bits.view(np.float32), "bfloat16").tolist() == expected
+    assert made_up_numbers.encode(bits.view(np.float32), "bfloat16").tolist() == expected
 
 
 # Numbers ---------------------------------------------------------------------------------------------------
