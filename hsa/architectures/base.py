@@ -14,12 +14,15 @@ MAX_COUNT = 10_000
 
 
 Stack = Literal["encoder", "decoder"]
+STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 
 
 Block = Literal["self_attn", "encoder_attn"]
+BLOCKS: tuple[Block, ...] = ("self_attn", "encoder_attn")
 
 
 Kind = Literal["q", "k", "v", "out"]
+KINDS: tuple[Kind, ...] = ("q", "k", "v", "out")
 
 
 Part = Literal["weight", "bias"]
@@ -39,6 +42,11 @@ class Projection:
     block: Block
     kind: Kind
     part: Part
+
+    @property
+    def module(self) -> str:
+        """The name of its linear layer in the attention block, such as `q_proj`."""
+        return f"{self.kind}_proj"
 
     @property
     def head_axis(self) -> Literal[0, 1]:

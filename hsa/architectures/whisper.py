@@ -9,12 +9,24 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from hsa.architectures.base import MAX_COUNT, Architecture, Block, ExpectedTensor, Preset, Projection, Stack
+from hsa.architectures.base import (
+    KINDS,
+    MAX_COUNT,
+    STACKS,
+    Architecture,
+    Block,
+    ExpectedTensor,
+    Preset,
+    Projection,
+    Stack,
+)
 from hsa.errors import SourceError, shown
 
 MODEL_TYPE = "whisper"
 MAX_NAME = 1000
 """Characters of a name up to which a prefix is looked for: work goes by the square of their number."""
+FIRST_TARGET = "encoder.layers.0.self_attn.q_proj.weight"
+"""The canonical name of a tensor that every preset merges."""
 EMBEDDING = "decoder.embed_tokens.weight"
 UNTIED_OUTPUT = "proj_out.weight"
 DIMENSIONS = {
@@ -161,7 +173,7 @@ def expected_targets(layers: Mapping[Stack, int], preset: Preset) -> Iterator[st
     for stack, count in layers.items():
         for layer in range(count):
             for block in _BLOCKS[stack]:
-                for kind in ("q", "k", "v", "out"):
+                for kind in KINDS:
                     projection = parse(f"{stack}.layers.{layer}.{block}.{kind}_proj.weight")
                     if projection is not None and is_target(projection, preset):
                         yield projection.name
@@ -181,7 +193,7 @@ def model_class(config: Mapping[str, Any]) -> str:
 
 def stacks_of(config: Mapping[str, Any]) -> tuple[Stack, ...]:
     """The stacks of layers that the model of this config has; one for classification has no decoder."""
-    return ("encoder", "decoder") if model_class(config) == GENERATION else ("encoder",)
+    return STACKS if model_class(config) == GENERATION else ("encoder",)
 
 
 def state_dict(config: Mapping[str, Any], where: str) -> Iterator[ExpectedTensor]:
@@ -289,8 +301,7 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
             )
         return value
 
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
     return Architecture(
-        heads={stack: count(f"{stack}_attention_heads") for stack in stacks},
-        layers={stack: count(f"{stack}_layers") for stack in stacks},
+        heads={stack: count(f"{stack}_attention_heads") for stack in STACKS},
+        layers={stack: count(f"{stack}_layers") for stack in STACKS},
     )

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from hsa._version import __version__
-from hsa.architectures.base import Projection
+from hsa.architectures.base import BLOCKS, KINDS, STACKS, Projection
 from hsa.errors import one_line
 from hsa.findings import counted
 from hsa.methods.geometry import Geometry
@@ -63,7 +63,7 @@ class TensorInspection:
     def label(self) -> str:
         """Short name of the row of heat maps that the tensor lies in, such as `encoder self_attn q_proj weight`."""
         p = self.projection
-        return f"{p.stack} {p.block} {p.kind}_proj {p.part}"
+        return f"{p.stack} {p.block} {p.module} {p.part}"
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -257,7 +257,7 @@ def agreements(tensors: Iterable[TensorInspection]) -> Iterator[Agreement]:
         p = tensor.projection
         if p.kind in AGREEING:
             found.setdefault((p.stack, p.layer, p.block, p.part), {})[p.kind] = tensor
-    order = {"encoder": 0, "decoder": 1, "self_attn": 0, "encoder_attn": 1, "weight": 0, "bias": 1}
+    order = {name: number for names in (STACKS, BLOCKS, ("weight", "bias")) for number, name in enumerate(names)}
     for key in sorted(found, key=lambda key: (order[key[0]], order[key[2]], order[key[3]], key[1])):
         members = found[key]
         if len(members) > 1:
@@ -268,10 +268,9 @@ def agreements(tensors: Iterable[TensorInspection]) -> Iterator[Agreement]:
 
 def in_order(tensors: Iterable[TensorInspection]) -> dict[str, TensorInspection]:
     """By name, as a reader wants them: encoder first, then by block, layer, kind and part."""
-    blocks, kinds = ("self_attn", "encoder_attn"), ("q", "k", "v", "out")
 
     def place(tensor: TensorInspection) -> tuple[Any, ...]:
         p = tensor.projection
-        return p.stack != "encoder", blocks.index(p.block), p.layer, kinds.index(p.kind), p.part != "weight"
+        return p.stack != "encoder", BLOCKS.index(p.block), p.layer, KINDS.index(p.kind), p.part != "weight"
 
     return {tensor.name: tensor for tensor in sorted(tensors, key=place)}

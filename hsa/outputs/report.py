@@ -49,7 +49,7 @@ class TensorReport:
             target.name,
             projection.stack,
             projection.layer,
-            f"{projection.block}.{projection.kind}_proj",
+            f"{projection.block}.{projection.module}",
             projection.part,
             target.heads,
             target.keep,

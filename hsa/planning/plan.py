@@ -126,11 +126,11 @@ def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, st
             if projection is not None and whisper.is_target(projection, config.targets):
                 found[name] = projection
     if not found:
-        odd = structure.wrapped_name(sources.primary, "encoder.layers.0.self_attn.q_proj.weight")
+        odd = structure.wrapped_name(sources.primary, whisper.FIRST_TARGET)
         instead = "" if odd is None else f"; it holds {odd:.300}: save the model without what wraps it"
         raise SourceError(
             f"primary {sources.primary.path} holds no tensor that {shown(config.targets)} would merge (looked for "
-            f"names like model.encoder.layers.0.self_attn.q_proj.weight){instead}; is it a Whisper checkpoint?"
+            f"names like model.{whisper.FIRST_TARGET}){instead}; is it a Whisper checkpoint?"
         )
     config.check_names(set(found))
     _check_complete(config, sources, set(found))

@@ -48,7 +48,7 @@ def _pages(inspection: Inspection) -> dict[str, dict[str, list[TensorInspection]
             p = tensor.projection
             if p.part == part:
                 page = found.setdefault(f"{p.stack}-{p.block}", {})
-                page.setdefault(f"{p.kind}_proj {p.part}", []).append(tensor)
+                page.setdefault(f"{p.module} {p.part}", []).append(tensor)
     return found
 
 
