@@ -32,7 +32,7 @@ from hsa.architectures.whisper import parse
 from hsa.backends.base import TargetBuffers
 from hsa.backends.cpu import CpuBackend
 from hsa.backends.resident import CODE_OF, CpuResident, bytes_of
-from hsa.planning.outcome import Merged
+from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
 from hsa.sources.roles import ROLES
 from hsa.sources.tensor_places import TensorRef
@@ -429,7 +429,7 @@ class CpuProblem(Problem):
         resident.score(self._targets)
         return resident
 
-    def _merge(self, i: int) -> list[Merged]:
+    def _merge(self, i: int) -> list[MergedTarget]:
         """Target by target, each thread with a worker of its own, as the pipeline does."""
         return list(self._pool.map(lambda job: self._own.worker.merge_all([job])[0], self._jobs[i]))
 

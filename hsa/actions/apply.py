@@ -24,7 +24,7 @@ from hsa.outputs.patch_checks import require_sound
 from hsa.outputs.patch_format import PatchTarget
 from hsa.outputs.patch_reader import SUFFIX, Patch, digest_range, is_patch, open_patch
 from hsa.outputs.provenance import Record, changed_keys
-from hsa.outputs.record_checks import recorded_config
+from hsa.outputs.record_checks import config_of_record
 from hsa.outputs.recording import source_record, tensors_digest
 from hsa.outputs.report import NO_DIGESTS, MergeReport, TensorReport
 from hsa.planning.file_layout import Content, Copied, Patched, TensorContent, pack
@@ -93,7 +93,7 @@ def apply(
         _check_order(primary, patch)
         opened = open_patch(patch, tally, stack)
         require_sound(opened)
-        config = recorded_config(opened.record)
+        config = config_of_record(opened.record)
         needs = Needs("whole", config.targets, assets=True)
         source = stack.enter_context(hub.open("primary", primary, tally, needs, None))
         extra = [_folder(each) for each in assets]

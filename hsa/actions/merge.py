@@ -17,7 +17,7 @@ from hsa.engine.compute import Calculator
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import SourceError
 from hsa.findings import Findings
-from hsa.methods.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, percentages
+from hsa.methods.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, percentage_findings
 from hsa.outputs import recording, report
 from hsa.outputs.card import unlinked
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
@@ -244,7 +244,7 @@ def collect_small_files(request: Request, sources: Sources, plan: MergePlan, tal
 def _early(request: Request, job: _PreparedMerge, found: small_files.Assets, hub: Hub) -> Findings:
     """What there is to say before the first tensor is read."""
     told = Findings((*hub.notes, *job.plan.notes, *found.notes), found.warnings)
-    return told + percentages([request.config.k]) + header_findings(job.sources, job.earlier_merges)
+    return told + percentage_findings([request.config.k]) + header_findings(job.sources, job.earlier_merges)
 
 
 @dataclass(frozen=True)

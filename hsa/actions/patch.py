@@ -12,10 +12,11 @@ from typing import Any
 
 from hsa.actions.request import Request, has_hub_ids, open_sources
 from hsa.architectures.base import Preset
-from hsa.engine.patch_writer import FinishedPatch, Point, check_patchable, make_patches
+from hsa.engine.open_patch import FinishedPatch
+from hsa.engine.patch_writer import PatchSpec, check_patchable, write_patches
 from hsa.errors import DestinationError, RequestError
 from hsa.findings import Findings
-from hsa.methods.config import MergeConfig, PerTensor, percentages
+from hsa.methods.config import MergeConfig, PerTensor, percentage_findings
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.extent import Extent
@@ -23,7 +24,7 @@ from hsa.outputs.merge_warnings import header_findings, parameter_findings, rais
 from hsa.outputs.patch_reader import SUFFIX, is_patch
 from hsa.outputs.provenance import Record
 from hsa.outputs.report import MergeReport, TensorReport, outcome_findings
-from hsa.planning.plan import check_whole, find_targets
+from hsa.planning.plan import check_structure, find_targets
 from hsa.sources import small_files
 from hsa.sources.hub.client import Hub
 from hsa.sources.roles import Role
@@ -106,9 +107,9 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
             staging = stack.enter_context(
                 StagingDirectory(hidden_sibling(destination, STAGING), destination, sync=request.sync)
             )
-        point = Point(request.config, destination.name)
+        point = PatchSpec(request.config, destination.name)
         threads = request.threads or default_threads()
-        (made,) = make_patches(
+        (made,) = write_patches(
             [point], sources, opened.settings, opened.files, staging, threads, tally, memory, progress
         )
         sources.check_unchanged()
@@ -187,7 +188,7 @@ def open_for_patches(
     found_assets = small_files.collect(sources, "primary", request.assets_from, None, tally)
     notes = (*(note for source in sources for note in source.notes), *found_assets.notes)
     merges = read_earlier_merges(sources)
-    told = Findings(notes, found_assets.warnings) + percentages(config.k for config in configs)
+    told = Findings(notes, found_assets.warnings) + percentage_findings(config.k for config in configs)
     return OpenedSources(
         sources, request.settings("cpu"), found_assets.files, told + header_findings(sources, merges), merges
     )
@@ -197,7 +198,7 @@ def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:
     for config in configs:
         check_patchable(config, sources)
         find_targets(config, sources)
-    check_whole(configs[0], sources)
+    check_structure(configs[0], sources)
 
 
 def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwrite: bool) -> Path:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from hsa.planning.file_layout import Slice
-from hsa.planning.outcome import Merged
+from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
 from hsa.sources.roles import Role
 from hsa.system.dtypes import Array, size
@@ -49,7 +49,7 @@ class TargetBuffers:
 class Worker(Protocol):
     """One thread's share of a backend."""
 
-    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[Merged]:
+    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[MergedTarget]:
         """Score, select and merge a group of targets into their outputs. Raises NotFinite."""
 
     def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
@@ -77,9 +77,9 @@ def buffers_cost(target: Target) -> int:
     return target.base.nbytes + 2 * target.primary.nbytes + target.secondary.nbytes
 
 
-def one_by_one(
-    jobs: Sequence[TargetBuffers], merge: Callable[[Target, Array, Array, Array, Array], Merged]
-) -> list[Merged]:
+def merge_one_by_one(
+    jobs: Sequence[TargetBuffers], merge: Callable[[Target, Array, Array, Array, Array], MergedTarget]
+) -> list[MergedTarget]:
     """`merge_all` for a worker that merges one target at a time."""
     merged = []
     for number, job in enumerate(jobs):

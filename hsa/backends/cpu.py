@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, changed_ranges, one_by_one
+from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, changed_ranges, merge_one_by_one
 from hsa.methods.geometry import Geometry, Norms, Sums, tile_sums
 from hsa.methods.selection import select
 from hsa.planning.file_layout import Slice
-from hsa.planning.outcome import Merged
+from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
 from hsa.sources.roles import Role
 from hsa.system.dtypes import STORAGE, Array, Float32, all_finite, narrow, widen
@@ -42,8 +42,8 @@ class Scored:
     lie to each other."""
 
     squared: tuple[float, ...]
-    primary_moved: bool
-    secondary_moved: bool
+    primary_differs: bool
+    secondary_differs: bool
     geometry: Geometry
 
 
@@ -88,13 +88,13 @@ class _Scratch:
         self.square = np.empty(elements, np.float64)
         self.blend = [np.empty(0, np.float32) for _ in range(2)]
 
-    def for_blends(self, elements: int) -> None:
+    def reserve_blends(self, elements: int) -> None:
         """Room for results beside the task vectors, which stay for the next pair of coefficients."""
-        self.at_least(elements)
+        self.reserve(elements)
         if self.blend[0].size < self.elements:
             self.blend = [np.empty(self.elements, np.float32) for _ in range(2)]
 
-    def at_least(self, elements: int) -> None:
+    def reserve(self, elements: int) -> None:
         if elements > self.elements:
             self._grow(elements)
 
@@ -105,33 +105,33 @@ class CpuWorker:
     def __init__(self) -> None:
         self._scratch = _Scratch()
 
-    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[Merged]:
+    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[MergedTarget]:
         """Merge targets one after another."""
-        return one_by_one(jobs, self.merge)
+        return merge_one_by_one(jobs, self.merge)
 
-    def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> Merged:
+    def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> MergedTarget:
         """Score, select and merge one tensor. Buffers: uint8, the tensors' bytes; `out` may be `primary`."""
         scored = self.score(target, base, primary, secondary)
         selection = select(scored.squared, target.keep)
         self.apply(target, selection.selected, base, primary, secondary, out)
-        return Merged(
+        return MergedTarget(
             selection,
             changed_ranges(target, selection.selected),
-            scored.primary_moved,
-            scored.secondary_moved,
+            scored.primary_differs,
+            scored.secondary_differs,
             scored.geometry,
         )
 
     def score(self, target: Target, base: Array, primary: Array, secondary: Array) -> Scored:
         """The squared saliency scores of one tensor's heads, and its geometry. Buffers: uint8. Raises NotFinite."""
         b, m1, m2 = self._views(target, base, primary, secondary)
-        moved = [False, False]
+        differ = [False, False]
         tiles: list[list[Sums]] = [[] for _ in range(target.heads)]
-        squared = tuple(self._score(target, head, b, m1, m2, moved, tiles[head]) for head in range(target.heads))
+        squared = tuple(self._score(target, head, b, m1, m2, differ, tiles[head]) for head in range(target.heads))
         for head, score in enumerate(squared):
             if not math.isfinite(score):
-                raise NotFinite(_culprit(target, head, b, m1, m2), head)
-        return Scored(squared, moved[0], moved[1], Geometry.of(tiles))
+                raise NotFinite(_source_not_finite(target, head, b, m1, m2), head)
+        return Scored(squared, differ[0], differ[1], Geometry.of(tiles))
 
     def apply(
         self, target: Target, selected: tuple[int, ...], base: Array, primary: Array, secondary: Array, out: Array
@@ -139,12 +139,12 @@ class CpuWorker:
         """Write one tensor with these heads merged. Buffers: uint8; `out` may be `primary`. Raises NotFinite."""
         b, m1, m2 = self._views(target, base, primary, secondary)
         o = m1 if out is primary else out.view(STORAGE[target.out_code]).reshape(target.matrix)
-        chosen = set(selected)
+        merged_heads = set(selected)
         for head in range(target.heads):
-            if head in chosen:
+            if head in merged_heads:
                 self._blend(target, head, b, m1, m2, o)
             elif target.scale != 1.0:
-                self._move(target, head, b, m1, o)
+                self._scale_unselected(target, head, b, m1, o)
             elif o is not m1:
                 self._cast(target, head, m1, o)
 
@@ -163,14 +163,14 @@ class CpuWorker:
             outs.append(blend.out.view(STORAGE[target.out_code]).reshape(shape))
         places = [{head: place for place, head in enumerate(blend.selected)} for blend in blends]
         most = max(1, RUN // (rows * columns // target.heads))
-        self._scratch.for_blends(most * (rows * columns // target.heads))
-        for first, count in _runs([place.keys() for place in places], target.heads, most):
+        self._scratch.reserve_blends(most * (rows * columns // target.heads))
+        for first, count in _head_runs([place.keys() for place in places], target.heads, most):
             for block in target.blocks(first, TILE if count == 1 else RUN, count):
                 wide, tv1, tv2 = self._task_vectors(target, b[block], m1[block], m2[block])
                 for blend, out, place in zip(blends, outs, places, strict=True):
                     if first in place:
                         shift = (place[first] - first) * width
-                        part = out[_moved(block[0], shift * (axis == 0)), _moved(block[1], shift * (axis == 1))]
+                        part = out[_shifted(block[0], shift * (axis == 0)), _shifted(block[1], shift * (axis == 1))]
                         coefficients = (target.scale, blend.c1, blend.c2)
                         if target.out_code == "F32":
                             self._formula(*coefficients, wide, tv1, tv2, self._scratch.blend, part)
@@ -178,33 +178,33 @@ class CpuWorker:
                             value = self._formula(*coefficients, wide, tv1, tv2, self._scratch.blend)
                             self._narrow(target.out_code, value, part)
                         if not all_finite(target.out_code, part):
-                            raise NotFinite(None, first + _damaged(target.out_code, part, count, axis))
+                            raise NotFinite(None, first + _head_not_finite(target.out_code, part, count, axis))
 
     def norms(self, target: Target, primary: Array, secondary: Array) -> Norms:
         """Sums of squares in float64, where the square of a float32 neither overflows nor vanishes. Buffers: uint8."""
         _, m1, m2 = self._views(target, primary, primary, secondary, base_code=target.primary.code)
         parts: list[list[float]] = [[], []]
-        apart = []
+        difference = []
         for head in range(target.heads):
-            own: list[float] = []
+            sums_of_head: list[float] = []
             for block in target.blocks(head, TILE):
                 one = self._widen(1, target.primary.code, m1[block])
                 two = self._widen(2, target.secondary.code, m2[block])
                 square = self._scratch.square[: one.size].reshape(one.shape)
-                for first, second, sums in ((one, None, parts[0]), (two, None, parts[1]), (one, two, own)):
+                for first, second, sums in ((one, None, parts[0]), (two, None, parts[1]), (one, two, sums_of_head)):
                     np.copyto(square, first)
                     if second is not None:
                         np.subtract(square, second, out=square)
                     np.multiply(square, square, out=square)
                     sums.append(float(np.add.reduce(square, axis=None)))
-            apart.append(math.fsum(own))
-        return Norms(math.fsum(parts[0]), math.fsum(parts[1]), tuple(apart))
+            difference.append(math.fsum(sums_of_head))
+        return Norms(math.fsum(parts[0]), math.fsum(parts[1]), tuple(difference))
 
     def _views(
         self, target: Target, base: Array, primary: Array, secondary: Array, base_code: str | None = None
     ) -> tuple[Array, Array, Array]:
         rows, columns = target.matrix
-        self._scratch.at_least(max(rows if columns == 1 else 1, columns))
+        self._scratch.reserve(max(rows if columns == 1 else 1, columns))
         return (
             base.view(STORAGE[base_code or target.base.code]).reshape(rows, columns),
             primary.view(STORAGE[target.primary.code]).reshape(rows, columns),
@@ -231,14 +231,14 @@ class CpuWorker:
                 raise NotFinite("base" if damaged else None, None)
 
     def _score(
-        self, target: Target, head: int, b: Array, m1: Array, m2: Array, moved: list[bool], tiles: list[Sums]
+        self, target: Target, head: int, b: Array, m1: Array, m2: Array, differ: list[bool], tiles: list[Sums]
     ) -> float:
         lanes: Array | None = None
         for block in target.blocks(head, TILE):
             wide, tv1, tv2 = self._task_vectors(target, b[block], m1[block], m2[block])
             tiles.append(tile_sums(wide, tv1, tv2))
-            moved[0] = moved[0] or bool(tv1.any())
-            moved[1] = moved[1] or bool(tv2.any())
+            differ[0] = differ[0] or bool(tv1.any())
+            differ[1] = differ[1] or bool(tv2.any())
             np.abs(tv1, out=tv1)
             np.abs(tv2, out=tv2)
             with np.errstate(over="ignore"):
@@ -282,7 +282,7 @@ class CpuWorker:
                 np.multiply(first, np.float32(scale), out=first)
             return np.add(base, first, out=first if out is None else out)
 
-    def _move(self, target: Target, head: int, b: Array, m1: Array, o: Array) -> None:
+    def _scale_unselected(self, target: Target, head: int, b: Array, m1: Array, o: Array) -> None:
         for block in target.blocks(head, TILE):
             wide = self._widen(0, target.base.code, b[block])
             value = self._scaled(wide, self._widen(1, target.primary.code, m1[block]), target.scale)
@@ -334,36 +334,36 @@ class CpuWorker:
             raise NotFinite(None, head)
 
 
-def _runs(chosen: Sequence[Collection[int]], heads: int, most: int) -> Iterator[tuple[int, int]]:
+def _head_runs(selections: Sequence[Collection[int]], heads: int, most: int) -> Iterator[tuple[int, int]]:
     """First head and number of heads of runs that the same of these selections hold, at most `most` long."""
     first = 0
     while first < heads:
-        held = [first in selection for selection in chosen]
+        blended = [first in selection for selection in selections]
         stop = first + 1
-        while stop < heads and stop - first < most and [stop in selection for selection in chosen] == held:
+        while stop < heads and stop - first < most and [stop in selection for selection in selections] == blended:
             stop += 1
-        if any(held):
+        if any(blended):
             yield first, stop - first
         first = stop
 
 
-def _moved(span: slice, by: int) -> slice:
+def _shifted(span: slice, by: int) -> slice:
     return slice(span.start + by, span.stop + by)
 
 
-def _damaged(code: str, part: Array, count: int, axis: int) -> int:
+def _head_not_finite(code: str, part: Array, count: int, axis: int) -> int:
     """Which of the heads side by side in a part holds NaN or Inf."""
     return next(n for n, head in enumerate(np.split(part, count, axis)) if not all_finite(code, head.copy()))
 
 
-def _culprit(target: Target, head: int, b: Array, m1: Array, m2: Array) -> Role | None:
+def _source_not_finite(target: Target, head: int, b: Array, m1: Array, m2: Array) -> Role | None:
     """Which source holds NaN or Inf in a head; None where the task vectors themselves overflow."""
-    held: tuple[tuple[Role, str, Array], ...] = (
+    sources: tuple[tuple[Role, str, Array], ...] = (
         ("base", target.base.code, b),
         ("primary", target.primary.code, m1),
         ("secondary", target.secondary.code, m2),
     )
-    for role, code, array in held:
+    for role, code, array in sources:
         if not all(all_finite(code, np.ascontiguousarray(array[block])) for block in target.blocks(head, TILE)):
             return role
     return None

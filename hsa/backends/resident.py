@@ -21,7 +21,7 @@ from hsa.system.dtypes import CODES, STORAGE, Array, largest_magnitude
 CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}
 """safetensors' element type of a torch dtype that a merge computes with."""
 
-Data = Mapping[Role, Mapping[str, Array]]
+TargetBytes = Mapping[Role, Mapping[str, Array]]
 """The bytes of every target, one-dimensional uint8, by source and canonical name."""
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Resident(Protocol):
 class CpuResident:
     """Targets in the CPU's memory, spread over threads."""
 
-    def __init__(self, data: Data, threads: int) -> None:
+    def __init__(self, data: TargetBytes, threads: int) -> None:
         self._data, self._threads = data, threads
         self._squared: dict[str, tuple[float, ...]] = {}
         self._largest_base: dict[str, float] = {}
@@ -51,41 +51,41 @@ class CpuResident:
     def score(self, targets: Sequence[Target]) -> list[Scored]:
         def one(number: int, worker: CpuWorker) -> tuple[Scored, float]:
             target = targets[number]
-            base, primary, secondary = self._of(target)
+            base, primary, secondary = self._source_bytes(target)
             scored = worker.score(target, base, primary, secondary)
             return scored, largest_magnitude(target.base.code, base.view(STORAGE[target.base.code]))
 
-        found = self._each(range(len(targets)), targets, one)
-        for target, (scored, largest_base) in zip(targets, found, strict=True):
+        results = self._each(range(len(targets)), targets, one)
+        for target, (scored, largest_base) in zip(targets, results, strict=True):
             self._squared[target.projection.name] = scored.squared
             self._largest_base[target.projection.name] = largest_base
-        return [scored for scored, _ in found]
+        return [scored for scored, _ in results]
 
     def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
         def compute(number: int, worker: CpuWorker, place: torch.Tensor) -> None:
-            target = targets[number].writing(CODE_OF[place.dtype])
+            target = targets[number].with_output_code(CODE_OF[place.dtype])
             selected = select(self._squared[target.projection.name], target.keep).selected
-            worker.apply(target, selected, *self._of(target), bytes_of(place))
+            worker.apply(target, selected, *self._source_bytes(target), bytes_of(place))
 
         def one(number: int, worker: CpuWorker) -> None:
             tensor = out[number].detach()
             if tensor.device.type == "cpu" and tensor.is_contiguous():
                 compute(number, worker, tensor)
             else:
-                place = _room(tensor)
+                place = _empty_on_cpu(tensor)
                 compute(number, worker, place)
-                _copy(place, tensor)
+                _copy_into(place, tensor)
 
         staged = {
-            number: _room(out[number])
+            number: _empty_on_cpu(out[number])
             for number, target in enumerate(targets)
             if self._may_overflow(target, out[number].dtype)
         }
         self._each(list(staged), targets, lambda number, worker: compute(number, worker, staged[number]))
-        with naming_halfway():
+        with write_errors():
             self._each([number for number in range(len(targets)) if number not in staged], targets, one)
             for number, place in staged.items():
-                _copy(place, out[number].detach())
+                _copy_into(place, out[number].detach())
             # What numpy wrote, autograd does not see by itself.
             torch.autograd.graph.increment_version(list(out))
 
@@ -93,7 +93,7 @@ class CpuResident:
         name = target.projection.name
         return may_overflow(self._squared[name], self._largest_base[name], target.scale, dtype)
 
-    def _of(self, target: Target) -> tuple[Array, Array, Array]:
+    def _source_bytes(self, target: Target) -> tuple[Array, Array, Array]:
         base, primary, secondary = (self._data[role][target.projection.name] for role in ROLES)
         return base, primary, secondary
 
@@ -106,7 +106,7 @@ class CpuResident:
                 try:
                     done.append((number, work(number, worker)))
                 except NotFinite as error:
-                    raise not_finite(error, targets[number]) from None
+                    raise not_finite_target(error, targets[number]) from None
             return done
 
         with ThreadPoolExecutor(self._threads) as pool:
@@ -125,7 +125,7 @@ def may_overflow(squared: Sequence[float], largest_base: float, scale: float, dt
 
 
 @contextmanager
-def naming_halfway() -> Iterator[None]:
+def write_errors() -> Iterator[None]:
     """Around the writing itself: turns what stops it into a MachineError that says what the model holds now."""
     try:
         yield
@@ -136,17 +136,17 @@ def naming_halfway() -> Iterator[None]:
         ) from error
 
 
-def _room(tensor: torch.Tensor) -> torch.Tensor:
+def _empty_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous memory of the CPU for a result that goes into this tensor."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-def _copy(place: torch.Tensor, tensor: torch.Tensor) -> None:
+def _copy_into(place: torch.Tensor, tensor: torch.Tensor) -> None:
     with torch.inference_mode():  # which may also write to tensors that were made in it
         tensor.copy_(place)
 
 
-def not_finite(error: NotFinite, target: Target) -> NonFiniteError:
+def not_finite_target(error: NotFinite, target: Target) -> NonFiniteError:
     """The error that names a resident target."""
     head = "" if error.head is None else f", head {error.head}"
     what = "the result overflows" if error.role is None else f"{error.role} holds NaN or Inf"

@@ -13,11 +13,11 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, one_by_one
-from hsa.backends.torch_geometry import geometry
+from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, merge_one_by_one
+from hsa.backends.torch_geometry import target_geometry
 from hsa.methods.selection import selection_of
 from hsa.planning.file_layout import Slice
-from hsa.planning.outcome import Merged
+from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
 from hsa.system.dtypes import NAMES, Array
 
@@ -52,16 +52,16 @@ class ScriptWorker:
     def __init__(self, thread: Executor) -> None:
         self._thread = thread
 
-    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[Merged]:
+    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[MergedTarget]:
         """Merge targets one after another."""
-        return self._thread.submit(one_by_one, jobs, self.merge).result()
+        return self._thread.submit(merge_one_by_one, jobs, self.merge).result()
 
     def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
         """Move a slice along primary's task vector, or cast it. Buffers: uint8."""
         self._thread.submit(self._slice, piece, primary, base, out).result()
 
     @torch.no_grad()
-    def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> Merged:
+    def merge(self, target: Target, base: Array, primary: Array, secondary: Array, out: Array) -> MergedTarget:
         """Score, select and merge one tensor. Buffers: uint8, the tensors' bytes."""
         codes = target.load_codes
         assert codes is not None
@@ -71,13 +71,13 @@ class ScriptWorker:
         for role, tensor in (("base", b), ("primary", m1), ("secondary", m2)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NotFinite(role, _first_head(target, tensor))  # type: ignore[arg-type]
-        found = geometry(target, b, m1, m2)
+        geometry = target_geometry(target, b, m1, m2)
         tv1, tv2 = m1 - b, m2 - b
         proxy = tv1.abs() + tv2.abs()
         scores = _scores(target, proxy)
-        chosen = _choose(scores, target)
-        mask = _spread(target, chosen.to(proxy.dtype), proxy).to(b.dtype)
-        moved = bool(tv1.any()), bool(tv2.any())
+        selected_mask = _select(scores, target)
+        mask = _element_mask(target, selected_mask.to(proxy.dtype), proxy).to(b.dtype)
+        differ = bool(tv1.any()), bool(tv2.any())
         del proxy
         lam = target.coefficient
         blended = lam * tv1 + (1.0 - lam) * tv2
@@ -88,21 +88,21 @@ class ScriptWorker:
         if not bool(torch.isfinite(result).all()):
             raise NotFinite(None, _first_head(target, result.view(target.shape)))
         squared = tuple(float(score) ** 2 for score in scores)
-        selected = tuple(int(head) for head in chosen.nonzero().flatten())
-        return Merged(selection_of(squared, selected), ((0, out.size),), *moved, found)
+        selected = tuple(int(head) for head in selected_mask.nonzero().flatten())
+        return MergedTarget(selection_of(squared, selected), ((0, out.size),), *differ, geometry)
 
     @torch.no_grad()
     def _slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
         codes = piece.load_codes
         assert codes is not None
         m1 = _tensor(primary, piece.primary.code, codes[piece.role])
-        held = {piece.role: m1}
+        loaded = {piece.role: m1}
         value = m1
         if base is not None and piece.base is not None:
-            b = held["base"] = _tensor(base, piece.base.code, codes["base"])
+            b = loaded["base"] = _tensor(base, piece.base.code, codes["base"])
             value = b + float(piece.scale) * (m1 - b)
         if not bool(torch.isfinite(_store(value, piece.code, out)).all()):
-            raise NotFinite(next((role for role, t in held.items() if not bool(torch.isfinite(t).all())), None), None)
+            raise NotFinite(next((role for role, t in loaded.items() if not bool(torch.isfinite(t).all())), None), None)
 
 
 def _scores(target: Target, proxy: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def _scores(target: Target, proxy: torch.Tensor) -> torch.Tensor:
     return channels.view(target.heads, -1).pow(2).sum(dim=1).sqrt()
 
 
-def _choose(scores: torch.Tensor, target: Target) -> torch.Tensor:
+def _select(scores: torch.Tensor, target: Target) -> torch.Tensor:
     if target.keep == 0:
         return torch.zeros(target.heads, dtype=torch.bool)
     if target.k in (1.0, 100.0):
@@ -121,8 +121,8 @@ def _choose(scores: torch.Tensor, target: Target) -> torch.Tensor:
     return scores >= torch.topk(scores, target.keep, largest=True).values.min()
 
 
-def _spread(target: Target, chosen: torch.Tensor, proxy: torch.Tensor) -> torch.Tensor:
-    mask = chosen.repeat_interleave(target.head_dim)
+def _element_mask(target: Target, selected: torch.Tensor, proxy: torch.Tensor) -> torch.Tensor:
+    mask = selected.repeat_interleave(target.head_dim)
     if proxy.ndim == 1:
         return mask
     return mask.unsqueeze(1 - target.projection.head_axis)

@@ -8,7 +8,7 @@ from hsa.methods.geometry import Geometry
 from hsa.planning.target import Target
 
 
-def geometry(target: Target, base: torch.Tensor, primary: torch.Tensor, secondary: torch.Tensor) -> Geometry:
+def target_geometry(target: Target, base: torch.Tensor, primary: torch.Tensor, secondary: torch.Tensor) -> Geometry:
     """The geometry of one target. Tensors: its shape, any float type, on one device.
 
     On the CPU one head is widened at a time, so that memory stays small beside the tensors; on a GPU all heads at once,
@@ -19,8 +19,8 @@ def geometry(target: Target, base: torch.Tensor, primary: torch.Tensor, secondar
         _sums(*(_heads(target, tensor, first, step) for tensor in (base, primary, secondary)))
         for first in range(0, target.heads, step)
     ]
-    base_, one, two, product, apart = torch.cat(parts, dim=1).tolist()
-    return Geometry(tuple(base_), tuple(one), tuple(two), tuple(product), tuple(apart))
+    base_, one, two, product, difference = torch.cat(parts, dim=1).tolist()
+    return Geometry(tuple(base_), tuple(one), tuple(two), tuple(product), tuple(difference))
 
 
 def _heads(target: Target, tensor: torch.Tensor, first: int, count: int) -> torch.Tensor:

@@ -16,15 +16,15 @@ import torch
 
 from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, changed_ranges
 from hsa.backends.cpu import CpuWorker, Scored
-from hsa.backends.resident import Data, may_overflow, naming_halfway, not_finite
-from hsa.backends.torch_geometry import geometry
+from hsa.backends.resident import TargetBytes, may_overflow, not_finite_target, write_errors
+from hsa.backends.torch_geometry import target_geometry
 from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
 from hsa.methods.selection import selection_of
 from hsa.option_names import option
 from hsa.planning.file_layout import Slice
-from hsa.planning.outcome import Merged
+from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
 from hsa.sources.roles import ROLES, Role
 from hsa.system.dtypes import NAMES, Array
@@ -51,7 +51,7 @@ class TritonBackend:
     group_bytes = GROUP_BYTES
 
     def __init__(self, device: str) -> None:
-        self._device = _find(device)
+        self._device = _resolve_device(device)
         self.device = str(self._device)
 
     def worker(self) -> TritonWorker:
@@ -74,28 +74,29 @@ class TritonWorker:
         cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self._cpu = CpuWorker()
-        self._moved: dict[Role, bool] = {"primary": False, "secondary": False}
+        self._differs: dict[Role, bool] = {"primary": False, "secondary": False}
 
     def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
         """Compute a slice of a tensor that is no target, on the CPU: it passes through its memory anyway."""
         self._cpu.slice(piece, primary, base, out)
 
     @torch.no_grad()
-    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[Merged]:
+    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[MergedTarget]:
         """Score, select and merge a group of targets in one launch for each combination of dtypes."""
         with self._exclusive():
-            held = {role: [self._upload(job, role) for job in jobs] for role in ROLES}
+            sources = {role: [self._upload(job, role) for job in jobs] for role in ROLES}
             out = [
                 primary
                 if job.in_place
                 else torch.empty(job.target.shape, dtype=_dtype(job.target.out_code), device=self._device)
-                for job, primary in zip(jobs, held["primary"], strict=True)
+                for job, primary in zip(jobs, sources["primary"], strict=True)
             ]
-            for role in self._moved:
-                self._moved[role] = self._moved[role] or any(map(_differ, held["base"], held[role]))
+            for role in self._differs:
+                self._differs[role] = self._differs[role] or any(map(_differ, sources["base"], sources[role]))
             targets = [job.target for job in jobs]
-            lying = list(map(geometry, targets, held["base"], held["primary"], held["secondary"]))  # before the merge
-            projections = _lay_out(held, out, targets)
+            # Taken before the merge, which may overwrite primary.
+            geometries = list(map(target_geometry, targets, sources["base"], sources["primary"], sources["secondary"]))
+            projections = _make_projections(sources, out, targets)
             scores, selection = fused_merge(
                 projections,
                 keep=[target.keep for target in targets],
@@ -103,24 +104,24 @@ class TritonWorker:
                 c2=[target.c2 for target in targets],
                 scale=targets[0].scale,
             )
-            squared, chosen = scores.tolist(), selection.tolist()
+            squared, selected = scores.tolist(), selection.tolist()
             for fault in faults(projections):
                 raise NotFinite(_ROLE_OF.get(fault.where), fault.head, fault.projection)
             merged = []
             for number, target in enumerate(targets):
-                heads = tuple(head for head in range(target.heads) if chosen[number][head])
-                result = selection_of(squared[number][: target.heads], heads)
+                heads = tuple(head for head in range(target.heads) if selected[number][head])
+                head_selection = selection_of(squared[number][: target.heads], heads)
                 merged.append(
-                    Merged(
-                        result,
+                    MergedTarget(
+                        head_selection,
                         changed_ranges(target, heads),
-                        self._moved["primary"],
-                        self._moved["secondary"],
-                        lying[number],
+                        self._differs["primary"],
+                        self._differs["secondary"],
+                        geometries[number],
                     )
                 )
-            for job, tensor, found in zip(jobs, out, merged, strict=True):
-                self._download(job, tensor, found)
+            for job, tensor, result in zip(jobs, out, merged, strict=True):
+                self._download(job, tensor, result)
             if self._stream is not None:
                 self._stream.synchronize()
         return merged
@@ -136,7 +137,7 @@ class TritonWorker:
         host = torch.from_numpy(job.source(role)).view(_dtype(ref.code)).view(job.target.shape)
         return host.to(self._device, non_blocking=True)
 
-    def _download(self, job: TargetBuffers, tensor: torch.Tensor, merged: Merged) -> None:
+    def _download(self, job: TargetBuffers, tensor: torch.Tensor, merged: MergedTarget) -> None:
         """The ranges that changed, or everything where the output is no copy of primary yet."""
         host, device = torch.from_numpy(job.out), tensor.view(-1).view(torch.uint8)
         if job.in_place and self._device.type == "cpu":
@@ -151,9 +152,9 @@ class TritonResident:
     Writing into tensors of the same device allocates nothing there after the first call with these tensors.
     """
 
-    def __init__(self, data: Data, targets: Sequence[Target], device: str) -> None:
-        self._device = _find(device)
-        self._held = {
+    def __init__(self, data: TargetBytes, targets: Sequence[Target], device: str) -> None:
+        self._device = _resolve_device(device)
+        self._sources = {
             role: [
                 torch.from_numpy(data[role][target.projection.name])
                 .view(_dtype(target.ref(role).code))
@@ -162,9 +163,11 @@ class TritonResident:
             ]
             for role in ROLES
         }
-        self._held = {role: [tensor.to(self._device) for tensor in held] for role, held in self._held.items()}
-        self._known: dict[tuple[tuple[int, torch.dtype], ...], Projections] = {}
-        self._own: dict[tuple[torch.dtype, ...], list[torch.Tensor]] = {}
+        self._sources = {
+            role: [tensor.to(self._device) for tensor in tensors] for role, tensors in self._sources.items()
+        }
+        self._tables: dict[tuple[tuple[int, torch.dtype], ...], Projections] = {}
+        self._results: dict[tuple[torch.dtype, ...], list[torch.Tensor]] = {}
         self._scores: torch.Tensor | None = None
         self._squared: list[tuple[float, ...]] = []
         self._largest_base: list[float] = []
@@ -174,31 +177,34 @@ class TritonResident:
     @torch.inference_mode()
     def score(self, targets: Sequence[Target]) -> list[Scored]:
         with _INTERPRETER if interpreted() else nullcontext():
-            projections = self._projections(targets, self._held["primary"])
+            projections = self._projections(targets, self._sources["primary"])
             self._scores = score_heads(projections).clone()
             _raise_faults(projections, targets)
             rows = self._scores.tolist()
-        self._largest_base = [float(base.abs().amax()) for base in self._held["base"]]
+        self._largest_base = [float(base.abs().amax()) for base in self._sources["base"]]
         self._squared = [tuple(row[: target.heads]) for row, target in zip(rows, targets, strict=True)]
-        held = self._held["base"], self._held["primary"], self._held["secondary"]
+        sources = self._sources["base"], self._sources["primary"], self._sources["secondary"]
         return [
             Scored(
-                squared, _differ(base, primary), _differ(base, secondary), geometry(target, base, primary, secondary)
+                squared,
+                _differ(base, primary),
+                _differ(base, secondary),
+                target_geometry(target, base, primary, secondary),
             )
-            for target, squared, base, primary, secondary in zip(targets, self._squared, *held, strict=True)
+            for target, squared, base, primary, secondary in zip(targets, self._squared, *sources, strict=True)
         ]
 
     @torch.inference_mode()
     def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
         places = [tensor.detach() for tensor in out]
-        here = all(place.device == self._device and place.is_contiguous() for place in places)
+        same_device = all(place.device == self._device and place.is_contiguous() for place in places)
         with self._lock:
-            direct = here and not any(map(self._may_overflow, targets, range(len(targets)), places))
+            direct = same_device and not any(map(self._may_overflow, targets, range(len(targets)), places))
             written = places if direct else self._buffers(places)
             projections = self._projections(targets, written)
-            with naming_halfway() if direct else nullcontext():
+            with write_errors() if direct else nullcontext():
                 self._launch(projections, targets)
-            with naming_halfway():
+            with write_errors():
                 for place, tensor in zip(places, written, strict=True):
                     if place is not tensor:
                         place.copy_(tensor)
@@ -224,29 +230,29 @@ class TritonResident:
     def _buffers(self, places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Tensors of this device for results that go elsewhere, made once for each row of dtypes."""
         dtypes = tuple(place.dtype for place in places)
-        if dtypes not in self._own:
-            self._own[dtypes] = [torch.empty(p.shape, dtype=p.dtype, device=self._device) for p in places]
-        return self._own[dtypes]
+        if dtypes not in self._results:
+            self._results[dtypes] = [torch.empty(p.shape, dtype=p.dtype, device=self._device) for p in places]
+        return self._results[dtypes]
 
     def _projections(self, targets: Sequence[Target], out: list[torch.Tensor]) -> Projections:
         """The tables for these outputs, kept for the last few sets of them."""
         key = tuple((tensor.data_ptr(), tensor.dtype) for tensor in out)
-        if key not in self._known:
-            while len(self._known) >= KEPT_TABLES:
-                del self._known[next(iter(self._known))]
-            self._known[key] = _lay_out(self._held, out, targets)
-        return self._known[key]
+        if key not in self._tables:
+            while len(self._tables) >= KEPT_TABLES:
+                del self._tables[next(iter(self._tables))]
+            self._tables[key] = _make_projections(self._sources, out, targets)
+        return self._tables[key]
 
 
-def _lay_out(
-    held: Mapping[Role, Sequence[torch.Tensor]], out: Sequence[torch.Tensor], targets: Sequence[Target]
+def _make_projections(
+    sources: Mapping[Role, Sequence[torch.Tensor]], out: Sequence[torch.Tensor], targets: Sequence[Target]
 ) -> Projections:
     """The tables of a launch. Raises BackendUnavailable for what the kernels have no room for, such as many heads."""
     try:
         return Projections(
-            held["base"],
-            held["primary"],
-            held["secondary"],
+            sources["base"],
+            sources["primary"],
+            sources["secondary"],
             out,
             heads=[target.heads for target in targets],
             head_axis=[target.projection.head_axis for target in targets],
@@ -260,19 +266,19 @@ def _lay_out(
 def _raise_faults(projections: Projections, targets: Sequence[Target]) -> None:
     for fault in faults(projections):
         error = NotFinite(_ROLE_OF.get(fault.where), fault.head, fault.projection)
-        raise not_finite(error, targets[fault.projection])
+        raise not_finite_target(error, targets[fault.projection])
 
 
 def _dtype(code: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, NAMES[code])
-    return found
+    dtype: torch.dtype = getattr(torch, NAMES[code])
+    return dtype
 
 
 def _differ(base: torch.Tensor, tuned: torch.Tensor) -> bool:
     return bool(torch.ne(base, tuned).any())
 
 
-def _find(device: str) -> torch.device:
+def _resolve_device(device: str) -> torch.device:
     if interpreted():
         if device not in ("auto", "cpu"):
             raise BackendUnavailable(
@@ -287,11 +293,11 @@ def _find(device: str) -> torch.device:
             f"backend 'triton', device {shown(device)}: torch {torch.__version__} finds no GPU; use "
             f"{option('backend', 'cpu')}, or a CUDA or ROCm build of torch on a machine with a GPU"
         )
-    found = torch.device("cuda" if device == "auto" else device)
-    index = torch.cuda.current_device() if found.index is None else found.index
+    resolved = torch.device("cuda" if device == "auto" else device)
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
     if index >= torch.cuda.device_count():
         raise BackendUnavailable(f"device {shown(device)}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-    found = torch.device("cuda", index)
-    if why := doubt(found):
+    resolved = torch.device("cuda", index)
+    if why := doubt(resolved):
         raise BackendUnavailable(f"backend 'triton', device {shown(device)}: {why}; use {option('backend', 'cpu')}")
-    return found
+    return resolved

@@ -114,22 +114,22 @@ class ComputeThread:
         jobs, digests, equal = [], [], []
         for target in targets:
             job = self._job(target)
-            found: dict[Role, str] = {}
+            target_digests: dict[Role, str] = {}
             for role in ROLES:
                 buffer = job.source(role)
                 self._shared.sources.of(role).read_into(target.ref(role), buffer.data)
-                found[role] = digest_of(buffer.data)
+                target_digests[role] = digest_of(buffer.data)
             jobs.append(job)
-            digests.append(found)
+            digests.append(target_digests)
             equal.append(equal_pairs(target, {role: job.source(role) for role in ROLES}))
         try:
             merged = self._worker.merge_all(jobs)
         except NotFinite as error:
             target = targets[error.job]
             refs = {role: target.ref(role) for role in ROLES}
-            raise not_finite(error, refs, target.out_code, self._shared.sources, self._shared.numerics) from None
-        for target, result, found, pairs in zip(targets, merged, digests, equal, strict=True):
-            self._shared.record(TargetOutcome(target, result, found, pairs))
+            raise not_finite_error(error, refs, target.out_code, self._shared.sources, self._shared.numerics) from None
+        for target, result, target_digests, pairs in zip(targets, merged, digests, equal, strict=True):
+            self._shared.record(TargetOutcome(target, result, target_digests, pairs))
         for job in jobs:
             for role in ROLES:
                 if job.source(role) is not job.out:
@@ -160,14 +160,14 @@ class ComputeThread:
             refs: dict[Role, TensorRef] = {"primary": piece.primary, piece.role: piece.primary}
             if piece.base is not None:
                 refs["base"] = piece.base
-            raise not_finite(error, refs, piece.code, self._shared.sources, self._shared.numerics) from None
+            raise not_finite_error(error, refs, piece.code, self._shared.sources, self._shared.numerics) from None
         for buffer in (primary, base):
             if buffer is not None:
                 self._shared.give_back(buffer)
         return Computation(out, ((0, piece.nbytes),))
 
 
-def not_finite(
+def not_finite_error(
     error: NotFinite, refs: Mapping[Role, TensorRef], code: str, sources: Sources, numerics: Numerics
 ) -> NonFiniteError:
     """The error that names file, tensor and head. `refs` are the tensor in the sources, `code` its output type."""

@@ -1,4 +1,4 @@
-"""Where the pieces of an output go: into files, past the page cache or through it, or onto a clone of primary's."""
+"""Takes the pieces of an output: writes them into files, past the page cache or through it, or onto a clone."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CACHED_PIECE = 1 << 20
 """Bytes of a piece that is written through it: small enough to be digested from a core's own cache."""
 
 
-class Sink(Protocol):
+class PieceConsumer(Protocol):
     """Takes the pieces of every file of a plan, from several threads; files go by their number in the plan."""
 
     def begin(self, files: Sequence[OutputFile]) -> int:
         """Be ready for these files; returns the bytes of a piece."""
         ...
 
-    def holds_copies(self, number: int) -> bool:
+    def has_copies(self, number: int) -> bool:
         """Whether ranges copied from primary stand in the file already, so that they need not be assembled."""
         ...
 
@@ -59,7 +59,7 @@ class _OpenFile:
     direct: int | None = None
 
 
-class FileSink:
+class FileWriter:
     """Writes into a staging directory. A file with primary's own layout starts as a clone where blocks can be shared.
 
     Every file is made at once, so that a full disk shows before anything is computed. No more are open than threads
@@ -77,7 +77,7 @@ class FileSink:
 
     def begin(self, files: Sequence[OutputFile]) -> int:
         for file in files:
-            self._files.append(_OpenFile(file, self._make(file), file.size))
+            self._files.append(_OpenFile(file, self._create(file), file.size))
         fresh = next((file for file in self._files if not file.cloned), None)
         if fresh is not None:
             direct = fsio.reopen_direct(self._path(fresh))
@@ -86,7 +86,7 @@ class FileSink:
                 os.close(direct)
         return DIRECT_PIECE if self._has_direct and not any(file.cloned for file in self._files) else CACHED_PIECE
 
-    def holds_copies(self, number: int) -> bool:
+    def has_copies(self, number: int) -> bool:
         return self._files[number].cloned
 
     def finish(self) -> None:
@@ -100,7 +100,7 @@ class FileSink:
     def store(self, number: int, start: int, view: memoryview, changed: Sequence[Range]) -> None:
         file = self._files[number]
         with fsio.map_write_errors(self._path(file), file.plan.size):
-            fd = self._opened(file)
+            fd = self._open(file)
             if file.cloned:
                 for low, high in changed:
                     fsio.write_all(fd, view[low:high], start + low, self._tally)
@@ -126,29 +126,29 @@ class FileSink:
     def _path(self, file: _OpenFile) -> Path:
         return self._staging.file(file.plan.name)
 
-    def _make(self, file: OutputFile) -> bool:
+    def _create(self, file: OutputFile) -> bool:
         """Make a file of its size, as a clone of primary's shard where the filesystem shares blocks; whether it is one.
 
         The file is closed again: there may be more files than a process may have open.
         """
         path = self._staging.file(file.name)
-        if file.twin is not None:
-            with self._primary.shards[file.twin].source.descriptor() as source:
-                made = fsio.create(path, 0)
+        if file.clone_of is not None:
+            with self._primary.shards[file.clone_of].source.descriptor() as source:
+                fd = fsio.create(path, 0)
                 with fsio.map_write_errors(path, file.size):
                     try:
-                        cloned = fsio.clone(source, made)
+                        cloned = fsio.clone(source, fd)
                     finally:
-                        os.close(made)
+                        os.close(fd)
                     if cloned:
                         return True
                     path.unlink()
-        made = fsio.create(path, file.size)
+        fd = fsio.create(path, file.size)
         with fsio.map_write_errors(path):
-            os.close(made)
+            os.close(fd)
         return False
 
-    def _opened(self, file: _OpenFile) -> int:
+    def _open(self, file: _OpenFile) -> int:
         with self._lock:
             if file.fd is None:
                 file.fd = fsio.reopen(self._path(file))
@@ -158,10 +158,10 @@ class FileSink:
 
     def _close(self, file: _OpenFile) -> None:
         with self._lock:
-            held = [fd for fd in (file.fd, file.direct) if fd is not None]
+            fds = [fd for fd in (file.fd, file.direct) if fd is not None]
             file.fd = file.direct = None
         with fsio.map_write_errors(self._path(file)), ExitStack() as stack:  # a network filesystem may fail only here
-            for fd in held:
+            for fd in fds:
                 stack.callback(os.close, fd)
 
     def _store_cached(self, fd: int, start: int, view: memoryview) -> None:

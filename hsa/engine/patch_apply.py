@@ -32,7 +32,7 @@ class PatchApplier:
         return self
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
-        """Graft one tensor.
+        """Put the rows of a patch into one tensor.
 
         Raises PatchError or NonFiniteError where rows of the patch or of primary hold NaN or Inf; SourceChanged,
         MachineError.
@@ -68,7 +68,7 @@ class PatchApplier:
         from blake3 import blake3
 
         hasher, place, ranges = blake3(), content.start, []
-        for first, last in _runs(content.selected):
+        for first, last in _selected_runs(content.selected):
             start, stop = first * content.width, (last + 1) * content.width
             self.patch.read_into(data[start:stop].data, place)
             hasher.update(data[start:stop].data)
@@ -85,7 +85,7 @@ class PatchApplier:
         return digest_of(flat.data), ((0, content.nbytes),) if content.selected else ()
 
 
-def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+def _selected_runs(heads: Sequence[int]) -> list[tuple[int, int]]:
     """First and last of each run of neighbouring heads."""
     if not heads:
         return []

@@ -7,27 +7,26 @@ under way, within the budget of a merge, and a fixed share of rows for each thre
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
-from hsa.engine.compute import Calculator, not_finite
+from hsa.engine.compute import Calculator, not_finite_error
+from hsa.engine.open_patch import FinishedPatch, OpenPatch, expected_row_bytes, patch_target
 from hsa.errors import RequestError
 from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import Norms
 from hsa.methods.selection import Selection, select
-from hsa.outputs import distances, patch_format
+from hsa.outputs import distances
 from hsa.outputs.distances import Distances
-from hsa.outputs.patch_format import PatchContents, PatchTarget, patch_obstacles
-from hsa.outputs.recording import PROGRAM, libraries, source_record, target_digest, tensors_digest
+from hsa.outputs.patch_format import patch_obstacles
 from hsa.planning.equal_sources import equal_pairs
-from hsa.planning.outcome import Merged, TargetOutcome
+from hsa.planning.outcome import MergedTarget, TargetOutcome
 from hsa.planning.plan import find_targets
 from hsa.planning.target import Target
 from hsa.sources.roles import ROLES, Role
@@ -36,7 +35,6 @@ from hsa.system import fsio
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import BITS, Array
 from hsa.system.huge_pages import allocate
-from hsa.system.manifest import BLANK_DIGEST
 from hsa.system.memory import PeakMemory
 from hsa.system.staging import StagingDirectory
 from hsa.system.threads import supervise
@@ -46,20 +44,11 @@ ROWS_BYTES = 12 << 20
 
 
 @dataclass(frozen=True)
-class Point:
+class PatchSpec:
     """One patch to make: its parameters, and the name of its file in the staging directory."""
 
     config: MergeConfig
     name: str
-
-
-@dataclass(frozen=True)
-class FinishedPatch:
-    """A finished patch: its contents, outcomes in the order of the targets, and bytes."""
-
-    contents: PatchContents
-    outcomes: tuple[TargetOutcome, ...]
-    nbytes: int
 
 
 def check_patchable(config: MergeConfig, sources: Sources) -> None:
@@ -68,34 +57,15 @@ def check_patchable(config: MergeConfig, sources: Sources) -> None:
         raise RequestError(f"a patch holds the rows of merged heads alone, and {why}; write a whole checkpoint")
 
 
-@dataclass
-class _OpenPatch:
-    """A patch while it is written. `stop` is where the rows of the next target begin."""
-
-    point: Point
-    contents: PatchContents
-    fd: int
-    direct: int | None
-    header_bytes: int
-    stop: int
-    outcomes: dict[str, TargetOutcome] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-
-    def close(self) -> None:
-        os.close(self.fd)
-        if self.direct is not None:
-            os.close(self.direct)
-
-
 @dataclass(frozen=True)
 class _TargetJob:
     """A target, for the files in whose points it is one."""
 
     number: int
-    targets: tuple[tuple[_OpenPatch, Target], ...]
+    targets: tuple[tuple[OpenPatch, Target], ...]
 
     @property
-    def any(self) -> Target:
+    def representative(self) -> Target:
         return self.targets[0][1]
 
 
@@ -103,7 +73,7 @@ class _TargetJob:
 class _Rows:
     """The rows of a target in one file: their place, and how they come about."""
 
-    file: _OpenPatch
+    file: OpenPatch
     target: Target
     selection: Selection
     offset: int
@@ -114,8 +84,8 @@ class _Stopped(Exception):
     """Another thread failed; this one has nothing to add."""
 
 
-def make_patches(
-    points: Sequence[Point],
+def write_patches(
+    points: Sequence[PatchSpec],
     sources: Sources,
     settings: Mapping[str, Any],
     files: Mapping[str, str],
@@ -132,14 +102,14 @@ def make_patches(
     """
     with ExitStack() as stack:
         run = _PatchRun(points, sources, settings, files, staging, tally, memory, stack)
-        run.go(threads, progress)
+        run.run(threads, progress)
         return run.finish()
 
 
 class _PatchRun:
     def __init__(
         self,
-        points: Sequence[Point],
+        points: Sequence[PatchSpec],
         sources: Sources,
         settings: Mapping[str, Any],
         files: Mapping[str, str],
@@ -157,38 +127,23 @@ class _PatchRun:
         self.placed = 0
         self.done = 0
         self.norms: dict[str, Norms] = {}
-        self.files: list[_OpenPatch] = []
-        targets: dict[str, list[tuple[_OpenPatch, Target]]] = {}
+        self.files: list[OpenPatch] = []
+        targets: dict[str, list[tuple[OpenPatch, Target]]] = {}
         for point in points:
-            found = find_targets(point.config, sources)
-            file = self._create(point, found, settings, files)
+            targets_of_point = find_targets(point.config, sources)
+            file = OpenPatch.create(
+                point.config, point.name, targets_of_point, sources, settings, files, staging, tally
+            )
             self.files.append(file)
             stack.callback(file.close)
-            for target in found:
+            for target in targets_of_point:
                 targets.setdefault(target.projection.name, []).append((file, target))
-        ordered = sorted(targets.values(), key=lambda held: _file_order(held[0][1]))
-        self.jobs = [_TargetJob(number, tuple(held)) for number, held in enumerate(ordered)]
+        ordered = sorted(targets.values(), key=lambda group: _file_order(group[0][1]))
+        self.jobs = [_TargetJob(number, tuple(group)) for number, group in enumerate(ordered)]
         self.ahead = iter(self.jobs)
-        self.total = sum(_expected_bytes(file.contents) for file in self.files)
+        self.total = sum(expected_row_bytes(file.contents) for file in self.files)
 
-    def _create(
-        self, point: Point, targets: Sequence[Target], settings: Mapping[str, Any], files: Mapping[str, str]
-    ) -> _OpenPatch:
-        contents = PatchContents(
-            PROGRAM,
-            libraries(),
-            {**point.config.as_dict(), **settings},
-            {source.role: source_record(source, BLANK_DIGEST) for source in self.sources},
-            tuple(map(patch_target, targets)),
-            files,
-        )
-        size = patch_format.header_size(contents)
-        expected = size + _expected_bytes(contents)
-        path = self.staging.file(point.name)
-        fd = fsio.create(path, expected)
-        return _OpenPatch(point, contents, fd, fsio.reopen_direct(path), size, size)
-
-    def go(self, threads: int, progress: Callable[[int, int], None] | None) -> None:
+    def run(self, threads: int, progress: Callable[[int, int], None] | None) -> None:
         """Have every target blended and written. `progress` is called from this thread."""
 
         def watch() -> None:
@@ -202,36 +157,11 @@ class _PatchRun:
 
     def finish(self) -> list[FinishedPatch]:
         """Scores, selection and header of every file, which are known now."""
-        return [self._finish(file) for file in self.files]
-
-    def _finish(self, file: _OpenPatch) -> FinishedPatch:
-        path = self.staging.file(file.point.name)
-        outcomes = tuple(file.outcomes[target.name] for target in file.contents.targets)
-        selections = [outcome.merged.selection for outcome in outcomes]
-        counts = {o.target.primary.name: len(s.selected) for o, s in zip(outcomes, selections, strict=True)}
-        tail = {
-            patch_format.SCORES: patch_format.pack_scores([s.squared for s in selections]),
-            patch_format.SELECTED: patch_format.pack_selected(
-                [s.selected for s in selections], [t.heads for t in file.contents.targets]
-            ),
-        }
-        digests = {**file.digests, **{name: digest_of(data) for name, data in tail.items()}}
-        listed = patch_format.tensor_entries(file.contents, counts)
-        contents = patch_format.with_digests(
-            file.contents,
-            {role: target_digest(role, outcomes) for role in ROLES},
-            tensors_digest([(entry.name, entry.code, entry.shape, digests[entry.name]) for entry in listed]),
-            self._distances(outcomes),
-        )
-        raw = patch_format.render_header(contents, counts, file.header_bytes)
-        stop = file.stop + sum(map(len, tail.values()))
-        with fsio.map_write_errors(path, stop):
-            fsio.write_all(file.fd, memoryview(b"".join(tail.values())), file.stop, self.tally)
-            fsio.write_all(file.fd, memoryview(raw), 0, self.tally)
-            os.ftruncate(file.fd, stop)
-            if self.staging.sync:
-                fsio.sync(file.fd)
-        return FinishedPatch(contents, outcomes, stop)
+        finished = []
+        for file in self.files:
+            outcomes = [file.outcomes[target.name] for target in file.contents.targets]
+            finished.append(file.complete(outcomes, self._distances(outcomes)))
+        return finished
 
     def _distances(self, outcomes: Sequence[TargetOutcome]) -> dict[str, Distances]:
         return distances.by_stack(
@@ -246,7 +176,7 @@ class _PatchRun:
 
     def _work(self) -> None:
         try:
-            worker, room = self.backend.worker(), _Room()
+            worker, memory = self.backend.worker(), _RowMemory()
             while True:
                 with ExitStack() as stack:
                     with (
@@ -255,10 +185,10 @@ class _PatchRun:
                         job = next(self.ahead, None)
                         if job is None:
                             return
-                        cost = sum(job.any.ref(role).nbytes for role in ROLES)
+                        cost = sum(job.representative.ref(role).nbytes for role in ROLES)
                         stack.enter_context(self.calculator.reserve(cost))
                     self._check()
-                    self._do(job, worker, room)
+                    self._merge(job, worker, memory)
         except _Stopped:
             return
         except BaseException as error:
@@ -274,8 +204,8 @@ class _PatchRun:
         if self.failure is not None:
             raise _Stopped
 
-    def _do(self, job: _TargetJob, worker: CpuWorker, room: _Room) -> None:
-        target = job.any
+    def _merge(self, job: _TargetJob, worker: CpuWorker, memory: _RowMemory) -> None:
+        target = job.representative
         data: dict[Role, Array] = {}
         digests: dict[Role, str] = {}
         for role in ROLES:
@@ -288,21 +218,21 @@ class _PatchRun:
             scored = worker.score(target, *arrays)
             self.norms[target.projection.name] = worker.norms(target, data["primary"], data["secondary"])
             merged = {
-                id(file): Merged(
+                id(file): MergedTarget(
                     select(scored.squared, each.keep),
                     (),
-                    scored.primary_moved,
-                    scored.secondary_moved,
+                    scored.primary_differs,
+                    scored.secondary_differs,
                     scored.geometry,
                 )
                 for file, each in job.targets
             }
-            rows = self._place(job, {key: found.selection for key, found in merged.items()})
+            rows = self._place(job, {key: result.selection for key, result in merged.items()})
             for group in _groups(rows):
-                self._blend(group, arrays, worker, room)
+                self._blend(group, arrays, worker, memory)
         except NotFinite as error:
             refs = {role: target.ref(role) for role in ROLES}
-            raise not_finite(error, refs, target.out_code, self.sources, "exact") from None
+            raise not_finite_error(error, refs, target.out_code, self.sources, "exact") from None
         for file, each in job.targets:
             file.outcomes[each.primary.name] = TargetOutcome(each, merged[id(file)], digests, equal)
         for array in arrays:
@@ -326,10 +256,10 @@ class _PatchRun:
         return rows
 
     def _blend(
-        self, group: Sequence[_Rows], arrays: tuple[Array, Array, Array], worker: CpuWorker, room: _Room
+        self, group: Sequence[_Rows], arrays: tuple[Array, Array, Array], worker: CpuWorker, memory: _RowMemory
     ) -> None:
         """Compute the rows of one target for some files, then digest and write them."""
-        outs = room.split([rows.nbytes for rows in group])
+        outs = memory.split([rows.nbytes for rows in group])
         blends = [
             Blend(rows.selection.selected, rows.target.c1, rows.target.c2, out)
             for rows, out in zip(group, outs, strict=True)
@@ -338,20 +268,12 @@ class _PatchRun:
         for rows, out in zip(group, outs, strict=True):
             self._check()
             rows.file.digests[rows.target.primary.name] = digest_of(out.data)
-            self._write(rows, out.data)
+            rows.file.write(rows.offset, out.data)
             with self.changed:
                 self.done += rows.nbytes
 
-    def _write(self, rows: _Rows, view: memoryview) -> None:
-        file = rows.file
-        with fsio.map_write_errors(self.staging.file(file.point.name), rows.nbytes):
-            aligned = not (rows.offset % fsio.ALIGNMENT or rows.nbytes % fsio.ALIGNMENT)
-            if file.direct is not None and aligned and fsio.write_direct(file.direct, view, rows.offset, self.tally):
-                return
-            fsio.write_cached(file.fd, view, rows.offset, self.tally, writeback=self.staging.sync)
 
-
-class _Room:
+class _RowMemory:
     """A thread's memory for rows: whole pages, so that they can be written past the page cache."""
 
     def __init__(self) -> None:
@@ -385,25 +307,3 @@ def _groups(rows: Sequence[_Rows]) -> list[list[_Rows]]:
 def _file_order(target: Target) -> tuple[int, bool, int, int]:
     """As `PatchContents.in_file_order`, of targets in the order of primary's files."""
     return (-BITS[target.out_code], len(target.shape) == 1, target.primary.shard, target.primary.offset)
-
-
-def patch_target(target: Target) -> PatchTarget:
-    """What a patch says of a target."""
-    return PatchTarget(
-        target.primary.name,
-        target.projection,
-        target.shape,
-        target.out_code,
-        target.heads,
-        target.keep,
-        target.coefficient,
-    )
-
-
-def expected_bytes(config: MergeConfig, sources: Sources) -> int:
-    """Bytes of the rows of a point's patch, where no heads tie at the cut."""
-    return sum(patch_target(target).rows_bytes(target.keep) for target in find_targets(config, sources))
-
-
-def _expected_bytes(contents: PatchContents) -> int:
-    return sum(target.rows_bytes(target.keep) + 9 * target.heads for target in contents.targets)

@@ -3,7 +3,7 @@
 The output is a row of pieces. Threads draw work in file order: first the targets that begin in a piece or soon after
 it, then the piece itself, which is assembled from copied ranges and computed tensors, digested in order, and written.
 A piece waits only for work that was drawn before it, so the threads cannot wait on one another in a circle,
-and no more than the tensors of the pieces in flight and of what lies `AHEAD` of them are in memory.
+and no more than the tensors of the pieces in flight and of what lies `AHEAD_BYTES` of them are in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hsa.engine.compute import Computation, Ranges
-from hsa.engine.consumers import FileSink, Sink
+from hsa.engine.consumers import FileWriter, PieceConsumer
 from hsa.planning.file_layout import Bytes, Computed, Copied, Merge, OutputFile, Segment, Slice
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.roles import Role
@@ -27,7 +27,7 @@ from hsa.system.memory import PeakMemory
 from hsa.system.publish import StagedOutput
 from hsa.system.threads import supervise
 
-AHEAD = 32 << 20
+AHEAD_BYTES = 32 << 20
 """Bytes before a target's place at which its computing begins, so that no thread waits for it while others write."""
 
 
@@ -48,22 +48,22 @@ class Options:
     sync: bool = True
 
 
-class ComputeThread(Protocol):
+class SegmentThread(Protocol):
     """One thread's place at a calculator."""
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
         """Compute targets as a group, or one slice. Raises NonFiniteError, SourceChanged, MachineError."""
 
 
-class Calculator(Protocol):
-    """What computes the segments of a plan that are no copies: `compute.Calculator` or `patch_apply.Grafter`.
+class SegmentCalculator(Protocol):
+    """What computes the segments of a plan that are no copies: `compute.Calculator` or `patch_apply.PatchApplier`.
 
     `group_bytes` are the targets that a thread takes at once."""
 
     @property
     def group_bytes(self) -> int: ...
 
-    def thread(self) -> ComputeThread: ...
+    def thread(self) -> SegmentThread: ...
 
     def give_back(self, buffer: Array) -> None:
         """Take back the memory of a computation that was written."""
@@ -109,10 +109,10 @@ class _Result:
 
 
 @dataclass(frozen=True)
-class _Local:
+class _ThreadMemory:
     """One thread's own memory."""
 
-    thread: ComputeThread
+    thread: SegmentThread
     piece: memoryview
 
 
@@ -123,7 +123,7 @@ class _Stopped(Exception):
 def execute(
     files: Sequence[OutputFile],
     sources: Mapping[Role, Checkpoint],
-    calculator: Calculator,
+    calculator: SegmentCalculator,
     staging: StagedOutput,
     options: Options,
     tally: fsio.Tally,
@@ -135,24 +135,24 @@ def execute(
     `progress` is called from this thread with the bytes done so far. Raises NonFiniteError, SourceChanged,
     MachineError; KeyboardInterrupt and the like stop the threads first.
     """
-    sink = FileSink(staging, sources["primary"], tally, sync=options.sync)
-    return assemble(files, sources, calculator, sink, options, memory, progress)
+    consumer = FileWriter(staging, sources["primary"], tally, sync=options.sync)
+    return assemble(files, sources, calculator, consumer, options, memory, progress)
 
 
 def assemble(
     files: Sequence[OutputFile],
     sources: Mapping[Role, Checkpoint],
-    calculator: Calculator,
-    sink: Sink,
+    calculator: SegmentCalculator,
+    consumer: PieceConsumer,
     options: Options,
     memory: PeakMemory,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, str]:
-    """Hand every piece of the weights files to a sink, which writes it, or compares it; see `execute`."""
+    """Hand every piece of the weights files to a consumer, which writes it, or compares it; see `execute`."""
     try:
-        return _PipelineRun(files, sources, calculator, sink, options, memory).go(progress)
+        return _PipelineRun(files, sources, calculator, consumer, options, memory).run(progress)
     finally:
-        sink.close()
+        consumer.close()
 
 
 class _PipelineRun:
@@ -160,24 +160,24 @@ class _PipelineRun:
         self,
         files: Sequence[OutputFile],
         sources: Mapping[Role, Checkpoint],
-        calculator: Calculator,
-        sink: Sink,
+        calculator: SegmentCalculator,
+        consumer: PieceConsumer,
         options: Options,
         memory: PeakMemory,
     ) -> None:
-        self.planned, self.sources, self.sink = files, sources, sink
+        self.output_files, self.sources, self.consumer = files, sources, consumer
         self.options, self.memory = options, memory
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
         self.done = 0
         self.results: dict[int, _Result] = {}
         self.calculator = calculator
-        self.files = [self._opened(file, number) for number, file in enumerate(files)]
+        self.files = [self._progress_of(file, number) for number, file in enumerate(files)]
         self.piece = 0
         self.tasks: Iterator[_Task] = iter(())
 
-    def go(self, progress: Callable[[int], None] | None) -> dict[str, str]:
-        self.piece = self.sink.begin(self.planned)
+    def run(self, progress: Callable[[int], None] | None) -> dict[str, str]:
+        self.piece = self.consumer.begin(self.output_files)
         self.tasks = self._all_tasks()
 
         def watch() -> None:
@@ -190,10 +190,10 @@ class _PipelineRun:
             raise self.failure
         if progress is not None:
             progress(self.done)
-        self.sink.finish()
+        self.consumer.finish()
         return {file.plan.name: file.hasher.hexdigest() for file in self.files if file.hasher is not None}
 
-    def _opened(self, file: OutputFile, number: int) -> _FileProgress:
+    def _progress_of(self, file: OutputFile, number: int) -> _FileProgress:
         hasher: Hasher | None = None
         if self.options.digest:
             from blake3 import blake3
@@ -204,13 +204,14 @@ class _PipelineRun:
     def _all_tasks(self) -> Iterator[_Task]:
         """Every task in file order, computations before the piece in which the first of their results begins.
 
-        Targets come `AHEAD` of it. Slices do not: they are most of a file that has any, and no dearer than its pieces.
+        Targets come `AHEAD_BYTES` of it. Slices do not: they are most of a file that has any, and cost no more
+        than its pieces.
         """
         for file in self.files:
             ahead = deque(segment for segment in file.plan.segments if isinstance(segment.content, Computed))
             for number, start in enumerate(range(0, file.plan.size, self.piece)):
                 stop = min(start + self.piece, file.plan.size)
-                while ahead and ahead[0].offset < stop + (0 if isinstance(ahead[0].content, Slice) else AHEAD):
+                while ahead and ahead[0].offset < stop + (0 if isinstance(ahead[0].content, Slice) else AHEAD_BYTES):
                     group = self._draw_group(ahead)
                     for segment in group:
                         first, last = segment.offset // self.piece, (segment.stop - 1) // self.piece
@@ -231,7 +232,7 @@ class _PipelineRun:
 
     def _work(self) -> None:
         try:
-            local = _Local(self.calculator.thread(), allocate(self.piece))
+            local = _ThreadMemory(self.calculator.thread(), allocate(self.piece))
             while True:
                 with self.changed:
                     if self.failure is not None:
@@ -263,15 +264,15 @@ class _PipelineRun:
         if self.failure is not None:
             raise _Stopped
 
-    def _compute(self, segments: Sequence[Segment], local: _Local) -> None:
+    def _compute(self, segments: Sequence[Segment], local: _ThreadMemory) -> None:
         computed = local.thread.compute([segment.content for segment in segments])  # type: ignore[misc]
         with self.changed:
-            for segment, found in zip(segments, computed, strict=True):
+            for segment, computation in zip(segments, computed, strict=True):
                 result = self.results[id(segment)]
-                result.data, result.changed = found.data, found.changed
+                result.data, result.changed = computation.data, computation.changed
             self.changed.notify_all()
 
-    def _write(self, task: _Task, local: _Local) -> None:
+    def _write(self, task: _Task, local: _ThreadMemory) -> None:
         file, start, stop = task.file, task.start, task.stop
         view = local.piece[: stop - start]
         segments = list(file.overlapping(start, stop))
@@ -283,7 +284,7 @@ class _PipelineRun:
             if isinstance(content, Bytes):
                 part[:] = memoryview(content.data)[low - segment.offset : high - segment.offset]
             elif isinstance(content, Copied):
-                if file.hasher is not None or not self.sink.holds_copies(file.number):
+                if file.hasher is not None or not self.consumer.has_copies(file.number):
                     self.sources[content.role].read_into(content.tensor, part, low - segment.offset)
             else:
                 result = self._result(segment)
@@ -297,7 +298,7 @@ class _PipelineRun:
             with self.changed:
                 file.digested += 1
                 self.changed.notify_all()
-        self.sink.store(file.number, start, view, _changed(used, start, len(view)))
+        self.consumer.store(file.number, start, view, _changed(used, start, len(view)))
         with self.changed:
             for segment, result in used:
                 result.pieces_left -= 1
@@ -317,11 +318,11 @@ class _PipelineRun:
 
 def _changed(used: Sequence[tuple[Segment, _Result]], start: int, count: int) -> Ranges:
     """The ranges of a piece that differ from primary's bytes, from the piece's own beginning."""
-    found = []
+    ranges = []
     for segment, result in used:
         for first, last in result.changed:
             low = max(0, segment.offset + first - start)
             high = min(count, segment.offset + last - start)
             if low < high:
-                found.append((low, high))
-    return tuple(found)
+                ranges.append((low, high))
+    return tuple(ranges)

@@ -13,15 +13,15 @@ from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 
 
-def measure(targets: Iterable[Target], sources: Sources) -> Mapping[str, Norms]:
+def source_norms(targets: Iterable[Target], sources: Sources) -> Mapping[str, Norms]:
     """The sums of each target, by canonical name; one target is in memory at a time."""
     worker = CpuWorker()
-    found = {}
+    norms = {}
     roles: tuple[Role, Role] = ("primary", "secondary")
     for target in targets:
         arrays = []
         for role in roles:
             arrays.append(np.empty(target.ref(role).nbytes, np.uint8))
             sources.of(role).read_into(target.ref(role), arrays[-1].data)
-        found[target.projection.name] = worker.norms(target, *arrays)
-    return found
+        norms[target.projection.name] = worker.norms(target, *arrays)
+    return norms

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hsa.errors import HsaError, ProvenanceError, shown
 from hsa.inspection.report import Inspection, Recorded, TensorInspection, in_order
-from hsa.methods.config import MergeConfig, PerTensor, keep_count, layer_coefficient, percentages
+from hsa.methods.config import MergeConfig, PerTensor, keep_count, layer_coefficient, percentage_findings
 from hsa.methods.selection import TIE_RISK, select, selection_of
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.system.fsio import Tally
@@ -60,7 +60,7 @@ def from_output(
     layers = _layers(config, record.record.targets)
     tensors = [_recorded_tensor(each, layers, config, asked) for each in record.record.targets]
     notes = [NO_SOURCES]
-    told = percentages([asked.k])
+    told = percentage_findings([asked.k])
     notes += told.notes
     if asked.k != config.k:
         notes.append(ROOTS)

@@ -16,7 +16,7 @@ from hsa.findings import Findings
 from hsa.inspection.from_provenance import changed_config, close_margins, from_output, parameters_of, recorded_config
 from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes, measure
 from hsa.inspection.report import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
-from hsa.methods.config import MergeConfig, PerTensor, keep_count, percentages
+from hsa.methods.config import MergeConfig, PerTensor, keep_count, percentage_findings
 from hsa.methods.geometry import Geometry
 from hsa.methods.selection import Selection, select, selection_of
 from hsa.option_names import option
@@ -24,8 +24,8 @@ from hsa.outputs import provenance
 from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.outputs.recording import tensors_digest
-from hsa.planning.outcome import Merged, TargetOutcome
-from hsa.planning.plan import check_whole, find_targets
+from hsa.planning.outcome import MergedTarget, TargetOutcome
+from hsa.planning.plan import check_structure, find_targets
 from hsa.planning.target import Target
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
@@ -153,7 +153,7 @@ def _from_sources(
             _tensor(target, measured[target.projection.name], layers, config, recorded.get(target.projection.name))
             for target in found
         ]
-        told = percentages([config.k]) + _refusal(config, sources) + adapter_findings(sources)
+        told = percentage_findings([config.k]) + _refusal(config, sources) + adapter_findings(sources)
         told += _of_merge(found, measured, tensors)
         energies = _energies(sources, found, tensors, buffers, step) if whole else None
         sources.check_unchanged()
@@ -185,7 +185,7 @@ def _from_sources(
 def _refusal(config: MergeConfig, sources: Sources) -> Findings:
     """A warning where a merge would refuse the sources because a config.json and the tensors differ."""
     try:
-        check_whole(config, sources)
+        check_structure(config, sources)
     except MismatchError as error:
         return Findings(warnings=(f"a merge would refuse these sources: {error}",))
     return Findings()
@@ -200,7 +200,7 @@ def _of_merge(
         found = measured[target.projection.name]
         selection = Selection(found.squared, tensor.selected, tensor.margin)
         changed = changed_ranges(target, tensor.selected)
-        merged = Merged(selection, changed, found.moved["primary"], found.moved["secondary"], found.geometry)
+        merged = MergedTarget(selection, changed, found.moved["primary"], found.moved["secondary"], found.geometry)
         outcomes.append(TargetOutcome(target, merged, found.digests, found.equal))
     return value_findings(outcomes) + change_findings(outcomes)
 

@@ -77,7 +77,7 @@ def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step:
             scored = worker.score(target, raw["base"], raw["primary"], raw["secondary"])
         except NotFinite as error:
             raise _not_finite(error, target, sources) from None
-        moved: dict[Role, bool] = {"primary": scored.primary_moved, "secondary": scored.secondary_moved}
+        moved: dict[Role, bool] = {"primary": scored.primary_differs, "secondary": scored.secondary_differs}
         yield Measured(scored.squared, geometry(target, raw), moved, digests, equal_pairs(target, raw))
 
 

@@ -31,7 +31,7 @@ from hsa.errors import DestinationError, RequestError, SourceError, is_text
 from hsa.integrations.mergekit_method import Merging
 from hsa.integrations.mergekit_method import register as register_method
 from hsa.integrations.mergekit_recipe import Recipe, plainly, read
-from hsa.methods.config import percentages
+from hsa.methods.config import percentage_findings
 from hsa.methods.selection import count_heads
 from hsa.outputs import report
 from hsa.outputs.extent import Extent
@@ -124,7 +124,7 @@ def run(arguments: Sequence[str]) -> Result:
         _settle(staging)
         staging.publish()
     if recipe.is_hsa:
-        findings = percentages(outcome.target.k for outcome in merging.outcomes)
+        findings = percentage_findings(outcome.target.k for outcome in merging.outcomes)
         findings += value_findings(merging.outcomes) + report.outcome_findings(merging.outcomes)
         result.notes += findings.notes
         result.warnings += findings.warnings

@@ -1,4 +1,4 @@
-"""What a merge is asked to do: parameters, validated once and frozen."""
+"""The parameters of a merge, validated once and frozen."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ OutputDtype = Literal["auto", "float32", "float16", "bfloat16"]
 PerTensor = float | Mapping[str, float]
 
 
-LEAST_LIKELY_PERCENTAGE = 10
+LEAST_PLAUSIBLE_PERCENTAGE = 10
 """A `k` above 1 and below this is a warning: so few percent of a model's 6 to 20 heads are one head or two."""
 
-NAMED = 3
+MAX_NAMED = 3
 """Values that one message names."""
 
 MAX_SCALE = (2.0 - 2.0**-23) * 2.0**127
@@ -123,13 +123,12 @@ class MergeConfig:
 
         Raises RequestError when one is missing or out of range.
         """
-        known = {"lambda": "lam"}
         try:
-            given = {known.get(name, name): parameters[name] for name in cls().as_dict()}
+            fields = {"lam" if name == "lambda" else name: parameters[name] for name in cls().as_dict()}
         except KeyError as error:
             raise RequestError(f"parameter {error} is missing") from error
         with spelled(as_keys(parameters)):
-            return cls(**{**given, "load_dtype": given["load_dtype"] or "auto"})
+            return cls(**{**fields, "load_dtype": fields["load_dtype"] or "auto"})
 
 
 def keep_count(k: float, heads: int) -> int:
@@ -142,24 +141,24 @@ def keep_count(k: float, heads: int) -> int:
     return max(1, round(share * heads))
 
 
-def percentages(values: Iterable[PerTensor]) -> Findings:
-    """What is said of values of `k` above 1: a note, and below `LEAST_LIKELY_PERCENTAGE` a warning.
+def percentage_findings(values: Iterable[PerTensor]) -> Findings:
+    """What is said of values of `k` above 1: a note, and below `LEAST_PLAUSIBLE_PERCENTAGE` a warning.
 
     Example:
-        >>> percentages([0.6, 60]).notes
+        >>> percentage_findings([0.6, 60]).notes
         ('k = 60 is taken as a percentage, the share 0.6',)
     """
     numbers = {number for value in values for number in (value.values() if isinstance(value, Mapping) else (value,))}
     above = sorted(float(number) for number in numbers if number > 1)
-    doubtful = [number for number in above if number < LEAST_LIKELY_PERCENTAGE]
-    usual = [number for number in above if number >= LEAST_LIKELY_PERCENTAGE]
+    doubtful = [number for number in above if number < LEAST_PLAUSIBLE_PERCENTAGE]
+    usual = [number for number in above if number >= LEAST_PLAUSIBLE_PERCENTAGE]
     hint = "; a share of heads lies between 0 and 1, such as 0.6"
     return Findings((_as_shares(usual),) if usual else (), (_as_shares(doubtful) + hint,) if doubtful else ())
 
 
 def _as_shares(values: Sequence[float]) -> str:
-    each = [f"k = {value:g} is taken as a percentage, the share {value / 100:g}" for value in values[:NAMED]]
-    return "; ".join(each) + (f"; and {len(values) - NAMED} more" if len(values) > NAMED else "")
+    each = [f"k = {value:g} is taken as a percentage, the share {value / 100:g}" for value in values[:MAX_NAMED]]
+    return "; ".join(each) + (f"; and {len(values) - MAX_NAMED} more" if len(values) > MAX_NAMED else "")
 
 
 def layer_coefficient(lam: float, alpha: float, layer: int, layers: int) -> float:

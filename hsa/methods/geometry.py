@@ -1,4 +1,4 @@
-"""Sums over a target tensor, head by head: how large its task vectors are and how they lie to each other.
+"""Sums over a target tensor, head by head: how large its task vectors are and the angle between them.
 
 The sums are taken while a merge has the tensor in memory, so they must be cheap. Rows of float32 elements are
 multiplied and added in float32, and the rows are added in float64. For rows of 1280 elements this takes 0.02 ms for
@@ -38,7 +38,7 @@ class Geometry:
     primary: tuple[float, ...]
     secondary: tuple[float, ...]
     product: tuple[float, ...]
-    apart: tuple[float, ...]
+    difference: tuple[float, ...]
 
     @classmethod
     def of(cls, heads: Sequence[Sequence[Sums]]) -> Geometry:
@@ -83,12 +83,12 @@ def tile_sums(base: Array, tv1: Array, tv2: Array) -> Sums:
     one, two = squares[1:]
     low, high = FLOAT32_SAFE
     product = dot(tv1, tv2, wide=not low <= min(one, two) <= max(one, two) <= high)
-    apart = one + two - 2.0 * product
-    if not apart > CANCELLATION * (one + two):
+    difference = one + two - 2.0 * product
+    if not difference > CANCELLATION * (one + two):
         with np.errstate(invalid="ignore"):  # a source that is not finite is refused by its scores
-            difference = np.subtract(tv1, tv2, dtype=np.float64)
-        apart = dot(difference, difference)
-    return (*squares, product, apart)  # type: ignore[return-value]
+            task_vector_difference = np.subtract(tv1, tv2, dtype=np.float64)
+        difference = dot(task_vector_difference, task_vector_difference)
+    return (*squares, product, difference)  # type: ignore[return-value]
 
 
 def dot(x: Array, y: Array, *, wide: bool = False) -> float:
@@ -124,4 +124,4 @@ class Norms:
 
     primary: float
     secondary: float
-    apart: tuple[float, ...]
+    difference: tuple[float, ...]

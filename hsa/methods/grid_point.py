@@ -24,13 +24,13 @@ class GridPoint:
     @property
     def name(self) -> str:
         """Names its files; the same in every grid that has it."""
-        return f"{self.targets}_k{plain(self.k)}_lambda{plain(self.lam)}_alpha{plain(self.alpha)}"
+        return f"{self.targets}_k{decimal_text(self.k)}_lambda{decimal_text(self.lam)}_alpha{decimal_text(self.alpha)}"
 
     def config(self, num_heads: int | None, num_layers: int | None) -> MergeConfig:
         return MergeConfig(self.k, self.lam, self.alpha, self.targets, num_heads=num_heads, num_layers=num_layers)
 
 
-def plain(value: float) -> str:
+def decimal_text(value: float) -> str:
     """A number in decimal digits, without an exponent: 0.25, 1."""
     text = format(Decimal(repr(float(value))), "f")
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -42,8 +42,8 @@ def by_stack(targets: Iterable[DistanceInputs]) -> dict[str, Distances]:
     for target in targets:
         selected, norms = set(target.selected), target.norms
         c1, c2 = float(np.float32(target.coefficient)), float(np.float32(1.0 - target.coefficient))
-        merged = sum(value for head, value in enumerate(norms.apart) if head in selected)
-        kept = sum(value for head, value in enumerate(norms.apart) if head not in selected)
+        merged = sum(value for head, value in enumerate(norms.difference) if head in selected)
+        kept = sum(value for head, value in enumerate(norms.difference) if head not in selected)
         parts = (c2**2 * merged, norms.primary, c1**2 * merged + kept, norms.secondary)
         for stack in (target.stack, "all"):
             totals = sums.setdefault(stack, [0.0] * 4)

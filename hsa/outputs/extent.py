@@ -154,7 +154,7 @@ def _moved(outcome: TargetOutcome) -> float:
         if head not in selected:
             parts.append((scale - 1.0) ** 2 * tv1)
         elif scale == 1.0:
-            parts.append(other**2 * geometry.apart[head])
+            parts.append(other**2 * geometry.difference[head])
         else:
             x, y = scale * one - 1.0, scale * other
             parts.append(x * x * tv1 + 2.0 * x * y * geometry.product[head] + y * y * geometry.secondary[head])

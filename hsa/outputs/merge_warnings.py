@@ -115,8 +115,8 @@ def raise_if_strict(findings: Findings, *, strict: bool) -> None:
 def _equal_sources(outcomes: Sequence[TargetOutcome]) -> list[SourcePair]:
     """The pairs of sources that hold the same values in every target; of three equal ones, base and each other."""
     still = {
-        ("base", "primary"): not any(outcome.merged.primary_moved for outcome in outcomes),
-        ("base", "secondary"): not any(outcome.merged.secondary_moved for outcome in outcomes),
+        ("base", "primary"): not any(outcome.merged.primary_differs for outcome in outcomes),
+        ("base", "secondary"): not any(outcome.merged.secondary_differs for outcome in outcomes),
     }
     pairs = [pair for pair in SOURCE_PAIRS if still.get(pair) or all(pair in outcome.equal for outcome in outcomes)]
     return pairs if len(pairs) < len(SOURCE_PAIRS) else pairs[:2]
@@ -157,13 +157,13 @@ def _unrelated_fine_tunes(extent: Extent) -> Iterator[str]:
 def _exchanged_sources(outcomes: Sequence[TargetOutcome], extent: Extent) -> Iterator[str]:
     """A fine-tune that is nearer to the other than to base, or nearly so."""
     geometries = [outcome.merged.geometry for outcome in outcomes]
-    apart = math.fsum(value for geometry in geometries for value in geometry.apart)
+    difference = math.fsum(value for geometry in geometries for value in geometry.difference)
     one = math.fsum(value for geometry in geometries for value in geometry.primary)
     two = math.fsum(value for geometry in geometries for value in geometry.secondary)
     nearer, other = ("secondary", "primary") if two >= one else ("primary", "secondary")
-    if extent.cosine is None or extent.cosine < SHARED_COSINE or apart >= CLOSE_RATIO**2 * max(one, two):
+    if extent.cosine is None or extent.cosine < SHARED_COSINE or difference >= CLOSE_RATIO**2 * max(one, two):
         return
-    share = math.sqrt(apart / max(one, two))
+    share = math.sqrt(difference / max(one, two))
     how = f"nearer to {other} than to base" if share < 1.0 else f"nearly as near to {other} as to base"
     yield (
         f"{nearer} is {how}, at {percent(share)} % of the distance (the cosine of the task vectors is "

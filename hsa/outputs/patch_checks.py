@@ -12,7 +12,7 @@ from hsa.errors import HsaError, PatchError, shown
 from hsa.option_names import as_keys, spelled
 from hsa.outputs.patch_format import patch_obstacles
 from hsa.outputs.patch_reader import Patch
-from hsa.outputs.record_checks import recorded_config, setting_faults, target_faults, target_faults_without_weights
+from hsa.outputs.record_checks import config_of_record, setting_faults, target_faults, target_faults_without_weights
 from hsa.sources.checkpoint import Checkpoint
 
 
@@ -29,7 +29,7 @@ def patch_faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[st
     contents, record = patch.contents, patch.record
     yield from setting_faults(record)
     try:
-        config = recorded_config(record)
+        config = config_of_record(record)
     except HsaError:  # which the line above has named
         return
     with spelled(as_keys(record.parameters)):

@@ -30,7 +30,7 @@ def checkpoint_targets(checkpoint: Checkpoint, preset: Preset) -> Iterator[tuple
             yield projection, ref
 
 
-def recorded_config(record: Record) -> MergeConfig:
+def config_of_record(record: Record) -> MergeConfig:
     """The parameters of the merge; RequestError where they are none."""
     try:
         return MergeConfig.from_dict(record.parameters)
@@ -43,7 +43,7 @@ def recorded_config(record: Record) -> MergeConfig:
 def setting_faults(record: Record) -> Iterator[str]:
     """Whether the parameters are those that hsa records, no more and no others."""
     try:
-        expected = recorded_config(record).as_dict()
+        expected = config_of_record(record).as_dict()
     except HsaError as error:
         yield str(error)
         return
@@ -68,7 +68,7 @@ def setting_faults(record: Record) -> Iterator[str]:
 def target_faults(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
     """Whether the targets of the record are those of these weights, and follow from its parameters."""
     try:
-        config = recorded_config(record)
+        config = config_of_record(record)
         architecture = whisper.architecture(checkpoint.config, checkpoint.role)
     except HsaError as error:
         yield str(error)
@@ -95,7 +95,7 @@ def target_faults_without_weights(record: Record) -> Iterator[str]:
     How many heads and layers a stack has is taken from the targets: every layer has some, and all the same heads.
     """
     try:
-        config = recorded_config(record)
+        config = config_of_record(record)
     except HsaError as error:
         yield str(error)
         return

@@ -31,7 +31,7 @@ def make_record(
         libraries(numerics=plan.config.numerics),
         {**plan.config.as_dict(), **settings},
         {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
-        tuple(map(_target_record, outcomes)),
+        tuple(map(_record_of, outcomes)),
     )
 
 
@@ -108,7 +108,7 @@ def libraries(*, numerics: str = "exact") -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in sorted(names)}}
 
 
-def _target_record(outcome: TargetOutcome) -> TargetRecord:
+def _record_of(outcome: TargetOutcome) -> TargetRecord:
     target = outcome.target
     return TargetRecord.from_selection(
         target.output_name,

@@ -161,14 +161,14 @@ class Segment:
 class OutputFile:
     """A weights file: its segments, in order and without holes.
 
-    `twin` is the number of primary's shard whose bytes stand at the same places, so that the file may start
+    `clone_of` is the number of primary's shard whose bytes stand at the same places, so that the file may start
     as a clone of it; None where the layout differs.
     """
 
     name: str
     size: int
     segments: tuple[Segment, ...]
-    twin: int | None
+    clone_of: int | None
 
 
 def slices(
@@ -231,15 +231,15 @@ def _spread(
 def _check_readable(files: Sequence[OutputFile], index: bytes | None, tensors: int) -> None:
     headers = [file.segments[0].content for file in files]
     texts = [header.data[8:] for header in headers if isinstance(header, Bytes)]
-    for what, nbytes, found in (
+    for what, nbytes, brackets in (
         ("headers", sum(map(len, texts)), sum(map(count_marks, texts))),
         (INDEX, len(index or b""), count_marks(index or b"")),
     ):
-        if nbytes > MAX_HEADER or found > MAX_MARKS or tensors > MAX_TENSORS:
+        if nbytes > MAX_HEADER or brackets > MAX_MARKS or tensors > MAX_TENSORS:
             raise RequestError(
-                f"the output's {what} would have {nbytes} bytes with {found} brackets, braces and commas for {tensors} "
-                f"tensors in {len(files)} files, and at most {MAX_HEADER}, {MAX_MARKS} and {MAX_TENSORS} are read "
-                f"again; choose larger weights files ({option('max_shard_size')}), or a primary with fewer tensors"
+                f"the output's {what} would have {nbytes} bytes with {brackets} brackets, braces and commas for "
+                f"{tensors} tensors in {len(files)} files, and at most {MAX_HEADER}, {MAX_MARKS} and {MAX_TENSORS} are "
+                f"read again; choose larger weights files ({option('max_shard_size')}), or a primary with fewer tensors"
             )
 
 
@@ -264,28 +264,28 @@ def _own_layout(
 
 
 def _borrowed_layout(
-    lender: Checkpoint, owner: Checkpoint, contents: Mapping[str, TensorContent]
+    base: Checkpoint, owner: Checkpoint, contents: Mapping[str, TensorContent]
 ) -> tuple[tuple[OutputFile, ...], bytes | None]:
-    """Each tensor in the file where `lender` keeps it; what `lender` does not have, in its last file."""
-    last = len(lender.shards) - 1
-    places = {name: lender.tensors[name].shard if name in lender.tensors else last for name in contents}
+    """Each tensor in the file where `base` keeps it; what `base` does not have, in its last file."""
+    last = len(base.shards) - 1
+    places = {name: base.tensors[name].shard if name in base.tensors else last for name in contents}
     groups = {
         shard.name: [content for name, content in contents.items() if places[name] == number]
-        for number, shard in enumerate(lender.shards)
+        for number, shard in enumerate(base.shards)
     }
-    held = {name: group for name, group in groups.items() if group}
-    files = tuple(_file(name, group, owner, None) for name, group in held.items())
-    return files, None if lender.index is None else _index(held)
+    nonempty = {name: group for name, group in groups.items() if group}
+    files = tuple(_file(name, group, owner, None) for name, group in nonempty.items())
+    return files, None if base.index is None else _index(nonempty)
 
 
 def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: int | None) -> OutputFile:
     metadata = {"format": "pt"}
-    raw, twin = None, None
+    raw, clone_of = None, None
     if shard is not None:
-        own = owner.shards[shard].header
-        metadata = {**own.metadata, **metadata}
-        if _entries(contents) == own.entries and own.metadata.get("format") == "pt":
-            raw, twin = own.raw, shard
+        header = owner.shards[shard].header
+        metadata = {**header.metadata, **metadata}
+        if _entries(contents) == header.entries and header.metadata.get("format") == "pt":
+            raw, clone_of = header.raw, shard
     if raw is None:  # wider elements first, as the safetensors library does, so that each tensor is aligned
         contents = sorted(contents, key=lambda content: -BITS[content.code])
         raw = serialize(_entries(contents), metadata)
@@ -295,7 +295,7 @@ def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: in
             if piece.nbytes:
                 segments.append(Segment(offset, piece))
                 offset += piece.nbytes
-    return OutputFile(name, offset, tuple(segments), twin if owner.role == "primary" else None)
+    return OutputFile(name, offset, tuple(segments), clone_of if owner.role == "primary" else None)
 
 
 def _entries(contents: list[TensorContent]) -> tuple[TensorEntry, ...]:

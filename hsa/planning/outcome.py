@@ -13,14 +13,16 @@ from hsa.sources.roles import Role
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What came of a target: its heads, the byte ranges that now differ from primary, whether any task vector element
-    is nonzero (False for every tensor means that a fine-tune equals base), and how large the task vectors are."""
+class MergedTarget:
+    """The result of merging a target: its heads, the byte ranges that now differ from primary, whether any element of
+    each task vector is nonzero, and how large the task vectors are.
+
+    A fine-tune equals base where its task vector is zero in every tensor."""
 
     selection: Selection
     changed: tuple[tuple[int, int], ...]
-    primary_moved: bool
-    secondary_moved: bool
+    primary_differs: bool
+    secondary_differs: bool
     geometry: Geometry
 
 
@@ -29,7 +31,7 @@ class TargetOutcome:
     """A merged target, the BLAKE3 digest of its bytes in each source, and which sources hold the same values in it."""
 
     target: Target
-    merged: Merged
+    merged: MergedTarget
     digests: Mapping[Role, str]
     equal: frozenset[SourcePair]
 

@@ -61,38 +61,38 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
     Raises MismatchError (tensor, each source's value; primary's tensors and its config.json), SourceError (no target,
     an element type that cannot be merged) or RequestError (per-tensor parameters that fit no target).
     """
-    loaded = reference_script.load_codes(config, sources) if config.numerics == "reference" else None
-    targets = find_targets(config, sources, loaded)
-    check_whole(config, sources)
+    load_codes = reference_script.load_codes(config, sources) if config.numerics == "reference" else None
+    targets = find_targets(config, sources, load_codes)
+    check_structure(config, sources)
     by_name = {target.projection.name: target for target in targets}
-    owner = sources.primary if loaded is None else sources.base
-    names = reference_script.names(sources) if loaded is not None else dict(_stored_names(owner))
+    owner = sources.primary if load_codes is None else sources.base
+    names = reference_script.output_names(sources) if load_codes is not None else dict(_stored_names(owner))
     contents: dict[str, TensorContent] = {}
     for name, stored in names.items():
         if name in by_name:
             target = by_name[name]
             contents[name] = TensorContent(stored, target.out_code, target.shape, (Merge(target),))
-        elif loaded is not None:
-            contents[name] = reference_script.content(name, stored, sources, config, loaded)
+        elif load_codes is not None:
+            contents[name] = reference_script.other_content(name, stored, sources, config, load_codes)
         else:
-            contents[name] = _other(name, stored, sources, config)
+            contents[name] = _other_content(name, stored, sources, config)
     files, index = pack(owner, contents, max_shard_size, sources.base)
     written = [piece for content in contents.values() for piece in content.pieces]
     rewritten = any(isinstance(piece, Slice) for piece in written) or max_shard_size is not None
     rewritten = rewritten or owner.kind != "safetensors"
     return MergePlan(
         config=config,
-        route="rewrite" if rewritten or loaded is not None else "patch",
+        route="rewrite" if rewritten or load_codes is not None else "patch",
         targets=targets,
         files=files,
         index=index,
         weight_bytes_read=_bytes_read(written),
-        output_dtype=_output_dtype(config, loaded),
+        output_dtype=_output_dtype(config, load_codes),
         notes=tuple(_notes(sources, set(by_name), set(names))),
     )
 
 
-def check_whole(config: MergeConfig, sources: Sources) -> None:
+def check_structure(config: MergeConfig, sources: Sources) -> None:
     """MismatchError unless primary, and base too where the output takes its config.json, holds what that promises."""
     structure.require_whole(sources.primary)
     if config.numerics == "reference":
@@ -104,47 +104,49 @@ def check_whole(config: MergeConfig, sources: Sources) -> None:
 def check_heads(sources: Sources) -> None:
     """MismatchError where the config.json of primary has other heads than base's, of any stack: no tensor's shape tells
     how many heads there are, and with another number the same weights compute something else."""
-    ours, theirs = (whisper.architecture(source.config, source.role) for source in (sources.primary, sources.base))
+    primary, base = (whisper.architecture(source.config, source.role) for source in (sources.primary, sources.base))
     for stack in whisper.stacks_of(sources.primary.config):
-        if ours.heads[stack] != theirs.heads[stack]:
+        if primary.heads[stack] != base.heads[stack]:
             raise MismatchError(
-                f"primary {sources.primary.path}: config.json has {stack}_attention_heads {ours.heads[stack]}, base "
-                f"{sources.base.path} has {theirs.heads[stack]}; a fine-tune has as many heads as its base: correct "
+                f"primary {sources.primary.path}: config.json has {stack}_attention_heads {primary.heads[stack]}, base "
+                f"{sources.base.path} has {base.heads[stack]}; a fine-tune has as many heads as its base: correct "
                 f"the one that is wrong"
             )
 
 
-def find_targets(config: MergeConfig, sources: Sources, loaded: Mapping[Role, str] | None = None) -> tuple[Target, ...]:
+def find_targets(
+    config: MergeConfig, sources: Sources, load_codes: Mapping[Role, str] | None = None
+) -> tuple[Target, ...]:
     """The target tensors in the order of primary's files, checked to agree; see `make_plan` for what it raises.
 
-    `loaded` gives the element types that reference numerics cast each source to, None in exact numerics.
+    `load_codes` gives the element types that reference numerics cast each source to, None in exact numerics.
     """
-    found: dict[str, Projection] = {}
+    projections: dict[str, Projection] = {}
     for source in sources:
         for name in source.tensors:
             projection = whisper.parse(name)
             if projection is not None and whisper.is_target(projection, config.targets):
-                found[name] = projection
-    if not found:
-        odd = structure.wrapped_name(sources.primary, whisper.FIRST_TARGET)
-        instead = "" if odd is None else f"; it holds {odd:.300}: save the model without what wraps it"
+                projections[name] = projection
+    if not projections:
+        wrapped = structure.wrapped_name(sources.primary, whisper.FIRST_TARGET)
+        remedy = "" if wrapped is None else f"; it holds {wrapped:.300}: save the model without what wraps it"
         raise SourceError(
             f"primary {sources.primary.path} holds no tensor that {shown(config.targets)} would merge (looked for "
-            f"names like model.{whisper.FIRST_TARGET}){instead}; is it a Whisper checkpoint?"
+            f"names like model.{whisper.FIRST_TARGET}){remedy}; is it a Whisper checkpoint?"
         )
-    config.check_names(set(found))
-    _check_complete(config, sources, set(found))
+    config.check_names(set(projections))
+    _check_complete(config, sources, set(projections))
     shapes = {role: whisper.architecture(sources.of(role).config, role) for role in ROLES}
-    targets = [make_target(p, config, sources, shapes, loaded) for p in found.values()]
+    targets = [make_target(p, config, sources, shapes, load_codes) for p in projections.values()]
     return tuple(sorted(targets, key=lambda t: (t.primary.shard, t.primary.offset)))
 
 
-def _check_complete(config: MergeConfig, sources: Sources, found: set[str]) -> None:
+def _check_complete(config: MergeConfig, sources: Sources, names: set[str]) -> None:
     """Every layer that primary's config promises must have its targets: a merge of half a model is no model."""
     layers = whisper.architecture(sources.primary.config, "primary").layers
     for stack in whisper.stacks_of(sources.primary.config):
         for name in whisper.expected_targets({stack: layers[stack]}, config.targets):
-            if name not in found:
+            if name not in names:
                 raise MismatchError(
                     f"target tensor {name} is missing from base, primary and secondary, and the config.json of primary "
                     f"promises it ({stack}_layers {layers[stack]}); the checkpoints are incomplete, fetch them again "
@@ -157,7 +159,7 @@ def make_target(
     config: MergeConfig,
     sources: Sources,
     shapes: Mapping[Role, Architecture],
-    loaded: Mapping[Role, str] | None = None,
+    load_codes: Mapping[Role, str] | None = None,
 ) -> Target:
     """One target, checked to agree in the three sources, whose heads and layers `shapes` gives; see `find_targets`."""
     name, stack = projection.name, projection.stack
@@ -165,15 +167,15 @@ def make_target(
     present = {role: ref for role, ref in refs.items() if ref is not None}
     if len(present) < len(ROLES):
         missing = ", ".join(role for role in ROLES if role not in present)
-        odd = [(role, structure.wrapped_name(sources.of(role), name)) for role in ROLES if role not in present]
-        instead = "".join(f"; {role} holds {stored:.300} instead" for role, stored in odd if stored is not None)
+        misnamed = [(role, structure.wrapped_name(sources.of(role), name)) for role in ROLES if role not in present]
+        instead = "".join(f"; {role} holds {stored:.300} instead" for role, stored in misnamed if stored is not None)
         raise MismatchError(
             f"target tensor {name} is missing from {missing} and stands in {', '.join(present)}{instead}; the three "
             f"must be fine-tunes of one model with one naming"
         )
-    _agree(name, "shape", {role: list(ref.shape) for role, ref in present.items()})
+    _require_equal(name, "shape", {role: list(ref.shape) for role, ref in present.items()})
     if config.num_heads is None:
-        _agree(name, "number of heads", {role: shapes[role].heads[stack] for role in ROLES})
+        _require_equal(name, "number of heads", {role: shapes[role].heads[stack] for role in ROLES})
     for role, ref in present.items():
         if ref.code not in ARITHMETIC:
             raise SourceError(
@@ -185,7 +187,7 @@ def make_target(
                 f"{sources.of(role).file_of(ref)}: target tensor {ref.name} of shape {list(ref.shape)} takes "
                 f"{ref.nbytes} bytes, at most {MAX_TARGET} are held in memory; is it a Whisper checkpoint?"
             )
-    owner: Role = "primary" if loaded is None else "base"
+    owner: Role = "primary" if load_codes is None else "base"
     heads = config.num_heads or shapes[owner].heads[stack]
     layers = config.num_layers or shapes[owner].layers[stack]
     shape = present["primary"].shape
@@ -212,8 +214,8 @@ def make_target(
         base=present["base"],
         primary=present["primary"],
         secondary=present["secondary"],
-        out_code=cast if loaded is None else loaded["base"],
-        load_codes=loaded,
+        out_code=cast if load_codes is None else load_codes["base"],
+        load_codes=load_codes,
     )
 
 
@@ -247,7 +249,7 @@ def _settings(config: MergeConfig, projection: Projection, heads: int, layers: i
     }
 
 
-def _agree(name: str, what: str, values: Mapping[Role, object]) -> None:
+def _require_equal(name: str, what: str, values: Mapping[Role, object]) -> None:
     if len({str(value) for value in values.values()}) > 1:
         each = ", ".join(f"{role} {value}" for role, value in values.items())
         raise MismatchError(f"target tensor {name}: the {what} differs: {each}; the three must agree")
@@ -258,7 +260,7 @@ def _stored_names(owner: Checkpoint) -> Iterator[tuple[str, str]]:
         yield name, ref.name
 
 
-def _other(name: str, stored: str, sources: Sources, config: MergeConfig) -> TensorContent:
+def _other_content(name: str, stored: str, sources: Sources, config: MergeConfig) -> TensorContent:
     """A tensor that is no target: primary's bytes, cast or scaled where asked."""
     primary = sources.primary.tensors[name]
     floating = primary.code in ARITHMETIC
@@ -291,9 +293,9 @@ def _bytes_read(pieces: Sequence[Content]) -> dict[Role, int]:
     return totals
 
 
-def _output_dtype(config: MergeConfig, loaded: Mapping[Role, str] | None) -> str | None:
-    if loaded is not None:
-        return NAMES[loaded["base"]]
+def _output_dtype(config: MergeConfig, load_codes: Mapping[Role, str] | None) -> str | None:
+    if load_codes is not None:
+        return NAMES[load_codes["base"]]
     return None if config.dtype == "auto" else config.dtype
 
 
@@ -306,9 +308,9 @@ def _notes(sources: Sources, targets: set[str], written: set[str]) -> Iterator[s
         if missing:
             yield f"{len(missing)} tensors of primary are missing from {other.role}, such as {missing[0]}"
         for name, ref in primary.tensors.items():
-            theirs = other.tensors.get(name)
-            if name not in targets and theirs is not None and theirs.shape != ref.shape:
-                yield f"{name} has shape {list(ref.shape)} in primary and {list(theirs.shape)} in {other.role}"
+            counterpart = other.tensors.get(name)
+            if name not in targets and counterpart is not None and counterpart.shape != ref.shape:
+                yield f"{name} has shape {list(ref.shape)} in primary and {list(counterpart.shape)} in {other.role}"
     if whisper.UNTIED_OUTPUT in written:
         yield f"{whisper.UNTIED_OUTPUT} is stored beside {whisper.EMBEDDING} and written as a tensor of its own"
     elif whisper.UNTIED_OUTPUT in primary.tensors:

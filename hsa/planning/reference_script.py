@@ -1,4 +1,4 @@
-"""Reference numerics, as far as a plan knows them: what the reference script would load, keep and write.
+"""Plans reference numerics: what the reference script would load, keep and write.
 
 Names, head and layer counts and the output's element type are base's; each source is cast to the element type
 that the script's loader would have given it; every tensor goes through the arithmetic.
@@ -55,7 +55,7 @@ def _auto_code(source: Checkpoint) -> str:
     return next((ref.code for ref in first if ref.code in ARITHMETIC), "F32")
 
 
-def names(sources: Sources) -> dict[str, str]:
+def output_names(sources: Sources) -> dict[str, str]:
     """Canonical and stored names of the output: base's, as transformers saves them, tied tensors once."""
     base = sources.base
     untied = _is_untied(base)
@@ -67,13 +67,15 @@ def names(sources: Sources) -> dict[str, str]:
     }
 
 
-def content(name: str, stored: str, sources: Sources, config: MergeConfig, loaded: Mapping[Role, str]) -> TensorContent:
+def other_content(
+    name: str, stored: str, sources: Sources, config: MergeConfig, load_codes: Mapping[Role, str]
+) -> TensorContent:
     """A tensor that is no target: `B + scale * (M1 - B)` in the script's arithmetic."""
     base = sources.base.tensors[name]
     primary = sources.primary.tensors.get(name)
-    code = loaded["base"]
+    code = load_codes["base"]
     if name == whisper.UNTIED_OUTPUT and (primary is None or not _is_untied(sources.primary)):
-        return TensorContent(stored, code, base.shape, slices(base, None, code, load_codes=loaded, role="base"))
+        return TensorContent(stored, code, base.shape, slices(base, None, code, load_codes=load_codes, role="base"))
     if primary is None:
         raise MismatchError(f"tensor {base.name} is missing from primary, and numerics 'reference' needs it")
     for source, ref in ((sources.base, base), (sources.primary, primary)):
@@ -83,7 +85,7 @@ def content(name: str, stored: str, sources: Sources, config: MergeConfig, loade
                 f"{', '.join(ARITHMETIC)}"
             )
     base = sources.base_of(name, primary, "numerics 'reference'")
-    pieces = slices(primary, base, code, scale=config.non_attention_scale, load_codes=loaded)
+    pieces = slices(primary, base, code, scale=config.non_attention_scale, load_codes=load_codes)
     return TensorContent(stored, code, base.shape, pieces)
 
 
@@ -98,9 +100,9 @@ def _is_untied(source: Checkpoint) -> bool:
         return True
     for start in range(0, output.nbytes, COMPARE_BYTES):
         count = min(COMPARE_BYTES, output.nbytes - start)
-        ours, theirs = bytearray(count), bytearray(count)
-        source.read_into(output, memoryview(ours), start)
-        source.read_into(embedding, memoryview(theirs), start)
-        if ours != theirs:
+        output_bytes, embedding_bytes = bytearray(count), bytearray(count)
+        source.read_into(output, memoryview(output_bytes), start)
+        source.read_into(embedding, memoryview(embedding_bytes), start)
+        if output_bytes != embedding_bytes:
             return True
     return False

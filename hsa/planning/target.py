@@ -1,4 +1,4 @@
-"""One tensor to merge, and what came of it."""
+"""One target tensor to merge."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Target:
         """Where the tensor lies in a source."""
         return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
 
-    def writing(self, code: str) -> Target:
+    def with_output_code(self, code: str) -> Target:
         """The same target with its result in another element type."""
         return self if code == self.out_code else replace(self, out_code=code)
 

@@ -11,7 +11,7 @@ from typing import Any
 from hsa.actions.patch import OpenedSources
 from hsa.actions.request import Request
 from hsa.architectures.base import Preset
-from hsa.engine.source_norms import measure
+from hsa.engine.source_norms import source_norms
 from hsa.errors import DestinationError, HeaderError, PatchError, ProvenanceError, RequestError
 from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import Norms
@@ -213,7 +213,7 @@ class ExistingPoints:
         if not names <= self._norms.keys():
             every = find_targets(self._any(point.targets), self.opened.sources)
             missing = [target for target in every if target.projection.name not in self._norms]
-            self._norms.update(measure(missing, self.opened.sources))
+            self._norms.update(source_norms(missing, self.opened.sources))
         return distances.by_stack(
             distances.DistanceInputs(t.projection.stack, t.coefficient, t.selected, self._norms[t.projection.name])
             for t in record.targets

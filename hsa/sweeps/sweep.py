@@ -16,7 +16,8 @@ from hsa.actions.patch import OpenedSources, open_for_patches
 from hsa.actions.request import Request
 from hsa.architectures.base import Preset
 from hsa.arguments import check_flags, check_functions, check_values
-from hsa.engine.patch_writer import Point, expected_bytes, make_patches
+from hsa.engine.open_patch import expected_bytes
+from hsa.engine.patch_writer import PatchSpec, write_patches
 from hsa.engine.pipeline import Options
 from hsa.errors import MachineError, RequestError, one_line, shown
 from hsa.findings import Findings, counted
@@ -246,8 +247,8 @@ class _Sweep:
 
     def _pass(self, points: Sequence[GridPoint], progress: _Share | None) -> None:
         sources = self.opened.sources
-        made = make_patches(
-            [Point(self.existing.configs[point], f"{point.name}{SUFFIX}") for point in points],
+        made = write_patches(
+            [PatchSpec(self.existing.configs[point], f"{point.name}{SUFFIX}") for point in points],
             sources,
             self.opened.settings,
             self.opened.files,

@@ -25,7 +25,7 @@ from hsa.errors import HsaError, SourceChanged, SourceError
 from hsa.outputs.metadata_files import CARD, metadata_files
 from hsa.outputs.provenance import Provenance, Record, changed_keys
 from hsa.outputs.provenance import loads as parse_provenance
-from hsa.outputs.record_checks import recorded_config
+from hsa.outputs.record_checks import config_of_record
 from hsa.outputs.recording import make_record, target_digest
 from hsa.planning.file_layout import Bytes, Merge, OutputFile, Segment
 from hsa.planning.plan import make_plan
@@ -79,7 +79,7 @@ class ByteComparer:
             self._sources.append(self._open(file))
         return CACHED_PIECE
 
-    def holds_copies(self, number: int) -> bool:
+    def has_copies(self, number: int) -> bool:
         return False
 
     def store(self, number: int, start: int, view: memoryview, changed: Sequence[Range]) -> None:
@@ -203,7 +203,7 @@ def _request(directory: Path, provenance: Provenance, source_paths: SourcePaths)
     return Request(
         sources=source_paths.by_role,
         output=directory,
-        config=recorded_config(provenance.record),
+        config=config_of_record(provenance.record),
         assets_from=parameters["assets_from"],
         max_shard_size=parameters["max_shard_size"],
         ids=source_paths.ids,

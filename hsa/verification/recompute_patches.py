@@ -16,8 +16,8 @@ from hsa.architectures.base import Preset
 from hsa.architectures.whisper import canonical
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
-from hsa.engine.compute import Calculator, not_finite
-from hsa.engine.patch_writer import patch_target
+from hsa.engine.compute import Calculator, not_finite_error
+from hsa.engine.open_patch import patch_target
 from hsa.errors import HsaError, SourceChanged, SourceError
 from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import Norms
@@ -25,7 +25,7 @@ from hsa.methods.selection import Selection, select
 from hsa.outputs import distances
 from hsa.outputs.patch_reader import Patch
 from hsa.outputs.provenance import SourceRecord, changed_keys
-from hsa.outputs.record_checks import recorded_config
+from hsa.outputs.record_checks import config_of_record
 from hsa.outputs.recording import tensors_digest
 from hsa.planning.plan import find_targets
 from hsa.planning.target import Target
@@ -118,7 +118,7 @@ def _compare(patches: Sequence[Patch], sources: Sources, context: VerifyContext)
     differences = []
     for patch in patches:
         try:
-            targets = find_targets(recorded_config(patch.record), sources)
+            targets = find_targets(config_of_record(patch.record), sources)
             _compare_small_files(patch, sources, context)
             differences.append(_PatchDifferences(patch, targets))
         except SourceChanged:
@@ -181,7 +181,7 @@ class _PatchRecomputation:
                 for differences, own_target in group:
                     self._merge(differences, own_target, scored.squared, arrays)
             except NotFinite as error:
-                raise not_finite(error, refs, target.out_code, self.sources, "exact") from None
+                raise not_finite_error(error, refs, target.out_code, self.sources, "exact") from None
             for array in arrays:
                 self.calculator.give_back(array)
         with self._lock:

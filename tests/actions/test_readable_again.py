@@ -225,7 +225,7 @@ def test_more_heads_than_a_record_can_hold_are_refused_before_anything_is_comput
 ) -> None:
     triple = many_heads(tmp_path / "sources", 152, 96)
     monkeypatch.setattr("hsa.actions.merge.execute", None)
-    monkeypatch.setattr("hsa.actions.patch.make_patches", lambda *arguments, **keywords: pytest.fail("computed"))
+    monkeypatch.setattr("hsa.actions.patch.write_patches", lambda *arguments, **keywords: pytest.fail("computed"))
     for run in (hsa.merge, lambda **given: run_dry(**given)):
         with pytest.raises(hsa.RequestError, match=r"of this merge would list 262656 heads"):
             run(**triple, output=tmp_path / "out", targets="attention-all", k=1)

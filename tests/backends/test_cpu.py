@@ -24,7 +24,7 @@ from hsa.backends import cpu
 from hsa.backends.base import NotFinite
 from hsa.methods.config import keep_count, layer_coefficient
 from hsa.planning.file_layout import Slice
-from hsa.planning.outcome import Merged
+from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
 from hsa.sources.roles import Role
 from hsa.sources.tensor_places import TensorRef
@@ -114,7 +114,7 @@ def buffer(tensor: Tensor) -> Array:
     return np.frombuffer(raw_bytes(tensor), np.uint8).copy()
 
 
-def run(case: Case, *, in_place: bool = False, worker: cpu.CpuWorker | None = None) -> tuple[bytes, Merged]:
+def run(case: Case, *, in_place: bool = False, worker: cpu.CpuWorker | None = None) -> tuple[bytes, MergedTarget]:
     """The merged bytes, out of a poisoned buffer or in place of primary; the other sources must stay as they are."""
     sources = [buffer(tensor) for tensor in (case.base, case.primary, case.secondary)]
     before = [source.tobytes() for source in sources]
@@ -125,7 +125,7 @@ def run(case: Case, *, in_place: bool = False, worker: cpu.CpuWorker | None = No
     return out.tobytes(), merged
 
 
-def check(case: Case, worker: cpu.CpuWorker | None = None) -> Merged:
+def check(case: Case, worker: cpu.CpuWorker | None = None) -> MergedTarget:
     """Bytes, selection, scores and changed ranges of a case; in place too where the element types allow it."""
     expected = case.oracle()
     out, merged = run(case, worker=worker)
@@ -142,7 +142,7 @@ def check(case: Case, worker: cpu.CpuWorker | None = None) -> Merged:
     return merged
 
 
-def check_changed(case: Case, out: bytes, merged: Merged) -> None:
+def check_changed(case: Case, out: bytes, merged: MergedTarget) -> None:
     """Ranges are in order, apart and inside; everything outside them is primary's; all selected rows are inside."""
     inside = np.zeros(len(out), bool)
     position = -1
@@ -279,17 +279,17 @@ def test_all_equal_inputs(kind: str, k: float) -> None:
     merged = check(Case(tensor, tensor, tensor, heads=5, kind=kind, k=k))
     assert merged.selection.squared == (0.0,) * 5
     assert merged.selection.selected == (() if k == 0 else (0, 1, 2, 3, 4))
-    assert (merged.primary_moved, merged.secondary_moved) == (False, False)
+    assert (merged.primary_differs, merged.secondary_differs) == (False, False)
 
 
 def test_a_moved_source_is_told_apart_even_by_one_element() -> None:
     base = torch.full((9, 4), 0.3)
     other = base.clone()
     other[8, 3] = 0.5
-    assert check(Case(base, other, base, heads=3)).primary_moved
-    assert not check(Case(base, other, base, heads=3)).secondary_moved
-    assert check(Case(base, base, other, heads=3)).secondary_moved
-    assert not check(Case(base, base, other, heads=3)).primary_moved
+    assert check(Case(base, other, base, heads=3)).primary_differs
+    assert not check(Case(base, other, base, heads=3)).secondary_differs
+    assert check(Case(base, base, other, heads=3)).secondary_differs
+    assert not check(Case(base, base, other, heads=3)).primary_differs
 
 
 @pytest.mark.parametrize("kind", NAMES)

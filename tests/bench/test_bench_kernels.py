@@ -19,7 +19,7 @@ from kernel_cases import CASES, MIXES, SHAPES, TRAFFIC, CpuProblem, Mix, Shape, 
 from rows import read
 
 from hsa.backends.cpu import CpuWorker
-from hsa.planning.outcome import Merged
+from hsa.planning.outcome import MergedTarget
 
 LITTLE = Shape("little", layers=2, width=64, heads=4)
 COPY_OF_H200 = 4.3e12
@@ -98,9 +98,9 @@ def leave_unselected(worker: CpuWorker, target: object, selected: object, *argum
     APPLY(worker, target, (0,), *arguments)
 
 
-def name_another_head(worker: CpuWorker, *arguments: object) -> Merged:
+def name_another_head(worker: CpuWorker, *arguments: object) -> MergedTarget:
     merged = MERGE(worker, *arguments)
-    return Merged(replace(merged.selection, selected=(0, 1)), merged.changed, True, True, merged.geometry)
+    return MergedTarget(replace(merged.selection, selected=(0, 1)), merged.changed, True, True, merged.geometry)
 
 
 def drop_secondary(base, primary, secondary, *arguments):

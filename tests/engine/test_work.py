@@ -154,7 +154,7 @@ def test_buffers_do_not_grow_with_the_model(deep: Triple, shared_triple: Triple,
             patch.setattr(cpu.CpuBackend, "empty", counted)
             patch.setattr(consumers, "DIRECT_PIECE", 1 << 16)  # fewer than all targets begin in a piece
             patch.setattr(consumers, "CACHED_PIECE", 1 << 16)
-            patch.setattr(pipeline, "AHEAD", 1 << 16)
+            patch.setattr(pipeline, "AHEAD_BYTES", 1 << 16)
             report = hsa.merge(**triple, output=tmp_path / name, threads=THREADS, sync=False)
         return len(report.tensors), count[0]
 
@@ -180,7 +180,7 @@ def test_targets_are_computed_so_far_ahead_and_no_farther(
             yield task
 
     monkeypatch.setattr(pipeline._PipelineRun, "_all_tasks", listed)
-    monkeypatch.setattr(pipeline, "AHEAD", ahead)
+    monkeypatch.setattr(pipeline, "AHEAD_BYTES", ahead)
     monkeypatch.setattr(consumers, "DIRECT_PIECE", piece)
     monkeypatch.setattr(consumers, "CACHED_PIECE", piece)
     hsa.merge(**deep, output=tmp_path / "out", threads=threads, sync=False, dtype=dtype)

@@ -11,7 +11,7 @@ import pytest
 
 import hsa
 from hsa.cli import app
-from hsa.methods.config import percentages
+from hsa.methods.config import percentage_findings
 
 Triple = dict[str, Path]
 Report = tuple[tuple[str, ...], tuple[str, ...]]
@@ -71,6 +71,6 @@ def test_the_command_line_says_so_too(
 
 
 def test_many_values_are_one_line() -> None:
-    found = percentages([10, 20, 30, 40, 50, 2, 0.5])
+    found = percentage_findings([10, 20, 30, 40, 50, 2, 0.5])
     assert len(found.notes) == len(found.warnings) == 1
     assert found.notes[0].endswith("the share 0.3; and 2 more")

@@ -179,7 +179,7 @@ def test_shards_fill_up_to_the_limit(owner_of: MakeOwner, limit: int, sizes: lis
     assert [sum(e.stop - e.start for e in header_of(file)[0]) for file in files] == sizes
     assert [e.name for file in files for e in header_of(file)[0]] == [name for name, _, _ in TEN]
     assert all(header_of(file)[1] == {"format": "pt"} for file in files)
-    assert all(file.twin is None for file in files)
+    assert all(file.clone_of is None for file in files)
     if len(sizes) == 1:
         assert (files[0].name, index) == (WEIGHTS, None)
         return
@@ -230,7 +230,7 @@ def test_primarys_header_is_kept_byte_for_byte(owner_of: MakeOwner) -> None:
     owner = owner_of({"a.safetensors": TEN[:4], "b.safetensors": TEN[4:]}, metadata)
     files, index = pack(owner, copied(owner), None)
     assert [file.name for file in files] == ["a.safetensors", "b.safetensors"]
-    assert [file.twin for file in files] == [0, 1]
+    assert [file.clone_of for file in files] == [0, 1]
     assert index == owner.index
     for file, shard in zip(files, owner.shards, strict=True):
         header_of(file)
@@ -244,7 +244,7 @@ def test_a_header_without_format_pt_is_made_anew_and_keeps_the_rest(
     owner = owner_of({WEIGHTS: TEN}, metadata)
     (file,), index = pack(owner, copied(owner), None)
     assert header_of(file) == (owner.shards[0].header.entries, {**metadata, "format": "pt"})
-    assert (file.twin, index) == (None, None)
+    assert (file.clone_of, index) == (None, None)
 
 
 def test_a_cast_makes_headers_and_index_anew(owner_of: MakeOwner) -> None:
@@ -253,7 +253,7 @@ def test_a_cast_makes_headers_and_index_anew(owner_of: MakeOwner) -> None:
         name: TensorContent(ref.name, "F16", ref.shape, slices(ref, None, "F16")) for name, ref in owner.tensors.items()
     }
     files, index = pack(owner, contents, None)
-    assert [file.twin for file in files] == [None, None]
+    assert [file.clone_of for file in files] == [None, None]
     assert [{e.code for e in header_of(file)[0]} for file in files] == [{"F16"}, {"F16"}]
     assert index is not None
     document = json.loads(index)

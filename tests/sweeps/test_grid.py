@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from hsa import RequestError
-from hsa.methods.grid_point import GridPoint, plain
+from hsa.methods.grid_point import GridPoint, decimal_text
 from hsa.option_names import command_line, spelled
 from hsa.sweeps import grid
 
@@ -112,7 +112,7 @@ def test_too_many_or_no_points_are_refused() -> None:
     [(0.0, "0"), (1.0, "1"), (0.25, "0.25"), (60.0, "60"), (1e-7, "0.0000001"), (100.0, "100"), (0.1, "0.1")],
 )
 def test_names_have_no_exponent_and_no_trailing_zeros(value: float, text: str) -> None:
-    assert plain(value) == text
+    assert decimal_text(value) == text
     assert GridPoint("encoder-qkv", value, 0.5, 0.2).name == f"encoder-qkv_k{text}_lambda0.5_alpha0.2"
 
 

@@ -70,7 +70,7 @@ def test_both_lanes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.Monk
     used = {"direct": 0, "cached": 0}
 
     def counted(way: str) -> Callable[..., None]:
-        store = getattr(consumers.FileSink, f"_store_{way}")
+        store = getattr(consumers.FileWriter, f"_store_{way}")
 
         def call(self: object, *arguments: object) -> None:
             used[way] += 1
@@ -79,7 +79,7 @@ def test_both_lanes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.Monk
         return call
 
     for way in used:
-        monkeypatch.setattr(consumers.FileSink, f"_store_{way}", counted(way))
+        monkeypatch.setattr(consumers.FileWriter, f"_store_{way}", counted(way))
     monkeypatch.setattr(consumers, "DIRECT_PIECE", 1 << 18)
     monkeypatch.setattr(write_mode, "WINDOW_BYTES", 1 << 20)
     hsa.merge(**triple, output=tmp_path / "fast", sync=False, threads=4)

@@ -33,8 +33,8 @@ from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
 from hsa.outputs.recording import tensors_digest
 from hsa.planning.equal_sources import equal_pairs
-from hsa.planning.outcome import Merged, TargetOutcome
-from hsa.planning.plan import check_heads, check_whole, find_targets, with_parameters
+from hsa.planning.outcome import MergedTarget, TargetOutcome
+from hsa.planning.plan import check_heads, check_structure, find_targets, with_parameters
 from hsa.planning.target import Target
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
@@ -136,7 +136,7 @@ class Merger:
         self.notes = [*hub.notes, *(note for source in self._sources for note in source.notes)]
         self._targets = find_targets(self._config, self._sources)
         if isinstance(primary, (str, os.PathLike)):
-            check_whole(self._config, self._sources)
+            check_structure(self._config, self._sources)
         elif num_heads is None:
             check_heads(self._sources)
         self._stored = {target.projection.name: target.primary.name for target in self._targets}
@@ -247,7 +247,7 @@ class Merger:
             scored = self._scored[target.projection.name]
             selection = select(scored.squared, target.keep)
             changed = changed_ranges(target, selection.selected)
-            merged = Merged(selection, changed, scored.primary_moved, scored.secondary_moved, scored.geometry)
+            merged = MergedTarget(selection, changed, scored.primary_differs, scored.secondary_differs, scored.geometry)
             outcomes.append(TargetOutcome(target, merged, {}, self._equal[target.projection.name]))
         return outcomes
 
