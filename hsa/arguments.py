@@ -40,6 +40,6 @@ def check_functions(**functions: Any) -> None:
 
 def check_values(**values: Any) -> None:
     """RequestError unless each is a list of values: no single one, and no text, whose letters it would be."""
-    for name, each in values.items():
-        if isinstance(each, (str, bytes, Mapping)) or not (hasattr(each, "__len__") and hasattr(each, "__iter__")):
-            raise RequestError(f"{option(name)} must be a list of values, got {shown(each)}")
+    for name, value in values.items():
+        if isinstance(value, (str, bytes, Mapping)) or not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
+            raise RequestError(f"{option(name)} must be a list of values, got {shown(value)}")

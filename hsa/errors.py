@@ -194,9 +194,9 @@ def _text(value: Any, limit: int, depth: int) -> str:
 
 
 def _items(value: Any, limit: int, depth: int) -> str:
-    named = isinstance(value, (dict, MappingProxyType))
-    items = islice(value.items() if named else value, MAX_SHOWN_ITEMS if depth > 0 else 0)
-    if named:
+    is_mapping = isinstance(value, (dict, MappingProxyType))
+    items = islice(value.items() if is_mapping else value, MAX_SHOWN_ITEMS if depth > 0 else 0)
+    if is_mapping:
         pieces = [f"{_text(key, limit, depth - 1)}: {_text(item, limit, depth - 1)}" for key, item in items]
     else:
         pieces = [_text(item, limit, depth - 1) for item in items]

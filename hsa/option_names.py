@@ -47,12 +47,12 @@ def command_line(name: str, value: Any = None) -> str:
 
 def as_keys(names: Collection[str]) -> Spelling:
     """A spelling in which these names are keys of a YAML file (`dtype: float32`), and all others are as they were."""
-    others = _spelling.get()
+    outer = _spelling.get()
 
     def spelling(name: str, value: Any = None) -> str:
         key = LETTERS.get(name, name)
         if key not in names:
-            return others(name, value)
+            return outer(name, value)
         text = str(value).lower() if isinstance(value, bool) else value
         return key if value is None else f"{key}: {text}"
 

@@ -90,7 +90,7 @@ class Command(_GroupedHelp, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        for option, count in Counter(each for each in order if isinstance(each, TyperOption)).items():
+        for option, count in Counter(item for item in order if isinstance(item, TyperOption)).items():
             if count > 1 and not option.multiple and not option.is_flag:
                 ctx.fail(f"{option.opts[0]} is given {count} times and takes one value; give it once")
         try:

@@ -13,7 +13,7 @@ from hsa.architectures.openai_whisper import from_openai, openai_config
 from hsa.errors import RequestError, SourceError
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import Identity, escaped_name, identify
-from hsa.sources.pickle_names import kind_of
+from hsa.sources.pickle_names import class_name
 from hsa.sources.roles import Role
 from hsa.sources.safetensors import Header
 from hsa.sources.tensor_places import Shard, TensorRef
@@ -68,7 +68,7 @@ def _read(role: Role, file: Path, source: SourceFile, tally: Tally, identity: Id
             f"checkpoint directory, or a file as OpenAI publishes them"
         )
     dims_values = {
-        name: value if isinstance(value, (int, float, str)) else kind_of(value) for name, value in dims.items()
+        name: value if isinstance(value, (int, float, str)) else class_name(value) for name, value in dims.items()
     }
     config = openai_config(dims_values, where)
     canonical_names = {

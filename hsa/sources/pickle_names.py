@@ -1,8 +1,8 @@
 """The names that a pickle of tensors may use, and a description of what each would build; nothing is called.
 
 Of calls that build plain tensors all arguments are checked. What `torch.load` with `weights_only` would build beside
-them (`torch.Size`, sets, sparse tensors) becomes an `Other`: messages can say what was found, and nothing can be done
-with it.
+them (`torch.Size`, sets, sparse tensors) becomes an `OpaqueValue`: messages can say what was found, and nothing can be
+done with it.
 
 Source: torch/_weights_only_unpickler.py, torch/_utils.py, torch/_tensor.py.
 """
@@ -51,7 +51,7 @@ _TENSOR_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
 
 _DTYPE = re.compile(r"torch\.(bool|bfloat16|(float|u?int|complex|q?u?int|bits)[0-9][a-z0-9_]*)")
 
-OTHERS: Mapping[str, str] = {
+OPAQUE: Mapping[str, str] = {
     "torch._utils._rebuild_tensor": "a tensor of torch before 0.4",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_qtensor": "a quantized tensor",
@@ -82,7 +82,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class PickledTensor:
     """A tensor as a pickle describes it; `offset` and `strides` count elements. Without a storage it has no data.
 
     `kind` is the class that torch would make: `Tensor` or `Parameter`. `viewed` says that its numbers are those of the
@@ -109,7 +109,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Other:
+class OpaqueValue:
     """A value that is neither a tensor nor a plain one that lies in one place: a word for it is all that is kept."""
 
     kind: str
@@ -126,16 +126,16 @@ class Malformed(Exception):
     """What is wrong with the instruction that is being read."""
 
 
-def kind_of(value: Any) -> str:
+def class_name(value: Any) -> str:
     """What a value of a pickle is, for messages: the name of the class that Python or torch would make of it."""
-    if isinstance(value, (Tensor, Other)):
+    if isinstance(value, (PickledTensor, OpaqueValue)):
         return value.kind
     return value.name.rpartition(".")[2] if isinstance(value, Global) else type(value).__name__
 
 
-def is_known(name: str) -> bool:
+def is_allowed(name: str) -> bool:
     """Whether a pickle may name this class or function, `module.name`."""
-    if name in CALLS or name in OTHERS or name in WORDS or _DTYPE.fullmatch(name):
+    if name in CALLS or name in OPAQUE or name in ARGUMENTS or _DTYPE.fullmatch(name):
         return True
     return name.startswith("torch.") and name.removeprefix("torch.") in STORAGES
 
@@ -143,15 +143,15 @@ def is_known(name: str) -> bool:
 def call(function: Any, arguments: Any) -> Any:
     """What a call describes. Raises Malformed where it is none, or not with the arguments that torch gives it."""
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
-        raise Malformed(f"it calls {kind_of(function)}")
-    if function.name in OTHERS:
-        return Other(OTHERS[function.name])
+        raise Malformed(f"it calls {class_name(function)}")
+    if function.name in OPAQUE:
+        return OpaqueValue(OPAQUE[function.name])
     if function.name not in CALLS:
         raise Malformed(f"it calls {function.name}")
     return CALLS[function.name](*arguments)
 
 
-def storage(identity: Any) -> Storage:
+def persistent_storage(identity: Any) -> Storage:
     """The storage of a persistent id: `("storage", class, key, location, number of elements)`. Raises Malformed."""
     if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
         raise Malformed("it refers to something that is no storage")
@@ -166,47 +166,47 @@ def storage(identity: Any) -> Storage:
 
 
 def _ordered_dict(*arguments: Any) -> OrderedDict[Any, Any]:
-    _expect(not arguments, "an OrderedDict is made from something")
+    _require(not arguments, "an OrderedDict is made from something")
     return OrderedDict()
 
 
-def _tensor(*arguments: Any) -> Tensor:
+def _tensor(*arguments: Any) -> PickledTensor:
     """Of a storage, its element type: `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`, with
     flags of a view after that."""
-    _expect(len(arguments) in (6, 7) and isinstance(arguments[0], Storage), _NO_TENSOR)
-    return _checked(arguments[0].dtype, *arguments)
+    _require(len(arguments) in (6, 7) and isinstance(arguments[0], Storage), _NO_TENSOR)
+    return _checked_tensor(arguments[0].dtype, *arguments)
 
 
-def _tensor_of_dtype(*arguments: Any) -> Tensor:
+def _tensor_of_dtype(*arguments: Any) -> PickledTensor:
     """The same with an element type of its own before the flags."""
-    _expect(len(arguments) in (7, 8) and isinstance(arguments[0], Storage), _NO_TENSOR)
-    return _checked(_dtype(arguments[6]), *arguments[:6], *arguments[7:])
+    _require(len(arguments) in (7, 8) and isinstance(arguments[0], Storage), _NO_TENSOR)
+    return _checked_tensor(_dtype(arguments[6]), *arguments[:6], *arguments[7:])
 
 
-def _tensor_on_meta(*arguments: Any) -> Tensor:
-    _expect(len(arguments) == 4, _NO_TENSOR)
+def _tensor_on_meta(*arguments: Any) -> PickledTensor:
+    _require(len(arguments) == 4, _NO_TENSOR)
     dtype, size, stride, requires_grad = arguments
-    return _checked(_dtype(dtype), None, 0, size, stride, requires_grad, OrderedDict())
+    return _checked_tensor(_dtype(dtype), None, 0, size, stride, requires_grad, OrderedDict())
 
 
-def _parameter(*arguments: Any) -> Tensor:
+def _parameter(*arguments: Any) -> PickledTensor:
     """`_rebuild_parameter(data, requires_grad, hooks)`, with attributes after that, which are left aside."""
-    _expect(len(arguments) in (3, 4) and isinstance(arguments[0], Tensor), _NO_TENSOR)
+    _require(len(arguments) in (3, 4) and isinstance(arguments[0], PickledTensor), _NO_TENSOR)
     data, requires_grad, hooks = arguments[:3]
-    _expect(isinstance(requires_grad, bool) and isinstance(hooks, OrderedDict) and not hooks, _NO_TENSOR)
-    return Tensor(data.dtype, data.storage, data.offset, data.shape, data.strides, data.viewed, "Parameter")
+    _require(isinstance(requires_grad, bool) and isinstance(hooks, OrderedDict) and not hooks, _NO_TENSOR)
+    return PickledTensor(data.dtype, data.storage, data.offset, data.shape, data.strides, data.viewed, "Parameter")
 
 
-def _tensor_with_attributes(*arguments: Any) -> Tensor | Other:
+def _tensor_with_attributes(*arguments: Any) -> PickledTensor | OpaqueValue:
     """`_rebuild_from_type_v2(function, type, arguments, attributes)`: buffers have some; they are left aside."""
-    _expect(len(arguments) == 4 and isinstance(arguments[2], tuple), _NO_TENSOR)
-    function, kind, inner, _ = arguments
-    if function != Global(_TENSOR) or kind != Global(_TENSOR_CLASS):
-        return Other("a subclass of torch.Tensor")
-    return _tensor(*inner)
+    _require(len(arguments) == 4 and isinstance(arguments[2], tuple), _NO_TENSOR)
+    function, tensor_class, tensor_arguments, _ = arguments
+    if function != Global(_TENSOR) or tensor_class != Global(_TENSOR_CLASS):
+        return OpaqueValue("a subclass of torch.Tensor")
+    return _tensor(*tensor_arguments)
 
 
-def _checked(
+def _checked_tensor(
     dtype: str,
     storage: Storage | None,
     offset: Any,
@@ -215,13 +215,13 @@ def _checked(
     requires_grad: Any,
     hooks: Any,
     flags: Any = None,
-) -> Tensor:
-    _expect(all(isinstance(numbers, tuple) and len(numbers) <= MAX_RANK for numbers in (size, stride)), _NO_TENSOR)
-    _expect(len(size) == len(stride) and all(map(_is_count, (offset, *size, *stride))), _NO_TENSOR)
-    _expect(math.prod(size) < 1 << 60, "a tensor is larger than any file")
-    _expect(isinstance(requires_grad, bool) and isinstance(hooks, OrderedDict) and not hooks, _NO_TENSOR)
-    _expect(flags is None or isinstance(flags, dict), _NO_TENSOR)
-    return Tensor(dtype, storage, offset, size, stride, viewed=bool(flags))
+) -> PickledTensor:
+    _require(all(isinstance(numbers, tuple) and len(numbers) <= MAX_RANK for numbers in (size, stride)), _NO_TENSOR)
+    _require(len(size) == len(stride) and all(map(_is_count, (offset, *size, *stride))), _NO_TENSOR)
+    _require(math.prod(size) < 1 << 60, "a tensor is larger than any file")
+    _require(isinstance(requires_grad, bool) and isinstance(hooks, OrderedDict) and not hooks, _NO_TENSOR)
+    _require(flags is None or isinstance(flags, dict), _NO_TENSOR)
+    return PickledTensor(dtype, storage, offset, size, stride, viewed=bool(flags))
 
 
 _NO_TENSOR = "a tensor is described by other things than its storage, offset, size, strides and dtype"
@@ -235,7 +235,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     _PARAMETER_WITH_ATTRIBUTES: _parameter,
     _TENSOR_WITH_ATTRIBUTES: _tensor_with_attributes,
 }
-WORDS = {
+ARGUMENTS = {
     _UNTYPED,
     _TENSOR_CLASS,
     "torch.per_tensor_affine",
@@ -247,7 +247,7 @@ WORDS = {
 """Names that are given to a call and never called."""
 
 
-def _expect(holds: bool, otherwise: str) -> None:
+def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise Malformed(otherwise)
 
@@ -257,7 +257,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _dtype(value: Any) -> str:
-    _expect(isinstance(value, Global) and _DTYPE.fullmatch(value.name) is not None, _NO_TENSOR)
+    _require(isinstance(value, Global) and _DTYPE.fullmatch(value.name) is not None, _NO_TENSOR)
     return str(value.name.removeprefix("torch."))
 
 

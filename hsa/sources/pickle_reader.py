@@ -7,7 +7,7 @@ code, and what it takes to read one is bounded by its length:
 
 - at most `MAX_OPCODES` instructions, each in bounded time;
 - no value grows: a container lies in one place alone. Where the memo gives it a second time, as shared or recursive
-  structures do, an `Other` takes its place. Nothing that walks the result can walk more than was read;
+  structures do, an `OpaqueValue` takes its place. Nothing that walks the result can walk more than was read;
 - keys of dictionaries are texts and small whole numbers, whose hashes cost what their bytes in the file do.
 
 Source: pickletools of the standard library; torch/_weights_only_unpickler.py, torch/serialization.py.
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hsa.errors import SourceError, shown
-from hsa.sources.pickle_names import Global, Malformed, Other, call, is_known, kind_of, storage
+from hsa.sources.pickle_names import Global, Malformed, OpaqueValue, call, class_name, is_allowed, persistent_storage
 
 REMEDY = "save the model as safetensors (save_pretrained does) and give that"
 
@@ -47,8 +47,8 @@ class _ForeignGlobal(Exception):
 
 
 def read(data: bytes, where: str) -> tuple[Any, int]:
-    """The value that a pickle describes, of dicts, lists, tuples, texts, numbers, `Tensor` and `Other`; and how many
-    instructions it has.
+    """The value that a pickle describes, of dicts, lists, tuples, texts, numbers, `PickledTensor` and `OpaqueValue`;
+    and how many instructions it has.
 
     `data` is the record `data.pkl` of an archive of `torch.save`; bytes after the pickle's end are left aside. Raises
     SourceError, which begins with `where`, for a pickle that names anything but tensors and plain containers, that is
@@ -93,7 +93,7 @@ class _Machine:
                 return self.pop(), count
             method = methods.get(code)
             if method is None:
-                raise Malformed(_unknown(code))
+                raise Malformed(_describe_unknown(code))
             method(self)
         raise Malformed(f"it has more than {MAX_OPCODES} instructions, five times those of whisper-large-v3")
 
@@ -170,7 +170,7 @@ class _Machine:
     def get(self, form: str) -> None:
         value = self.memo[self.number(form)]
         shared = isinstance(value, (dict, list)) or (isinstance(value, tuple) and value)
-        self.push(Other(f"a shared {type(value).__name__}") if shared else value)
+        self.push(OpaqueValue(f"a shared {type(value).__name__}") if shared else value)
 
     def append(self) -> None:
         value = self.pop()
@@ -183,8 +183,8 @@ class _Machine:
         target = self.top()
         if isinstance(target, list):
             target.extend(values)
-        elif not isinstance(target, Other):
-            raise Malformed(f"it appends to {kind_of(target)}, expected a list")
+        elif not isinstance(target, OpaqueValue):
+            raise Malformed(f"it appends to {class_name(target)}, expected a list")
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
@@ -195,13 +195,13 @@ class _Machine:
 
     def update(self, items: list[Any]) -> None:
         target = self.top()
-        if isinstance(target, Other):
+        if isinstance(target, OpaqueValue):
             return
         if not isinstance(target, dict) or len(items) % 2:
-            raise Malformed(f"it sets items of {kind_of(target)}, expected keys and values of a dict")
+            raise Malformed(f"it sets items of {class_name(target)}, expected keys and values of a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, (str, int)):
-                raise Malformed(f"a key is {kind_of(key)}, expected a text or a whole number")
+                raise Malformed(f"a key is {class_name(key)}, expected a text or a whole number")
             if key in target:
                 raise Malformed(f"the key {shown(key)} is set twice")
             target[key] = value
@@ -210,7 +210,7 @@ class _Machine:
         module, name = self.line(), self.line()
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
-        if not is_known(full):
+        if not is_allowed(full):
             raise _ForeignGlobal(f"{full.removeprefix('builtins.'):.200}")
         self.push(Global(full))
 
@@ -221,24 +221,24 @@ class _Machine:
     def build(self) -> None:
         """Attributes of an OrderedDict (`_metadata` of a state dict), which are left aside."""
         state, target = self.pop(), self.top()
-        if isinstance(target, Other):
+        if isinstance(target, OpaqueValue):
             return
-        if not isinstance(target, OrderedDict) or not isinstance(state, (dict, Other)):
-            raise Malformed(f"it sets attributes of {kind_of(target)}")
+        if not isinstance(target, OrderedDict) or not isinstance(state, (dict, OpaqueValue)):
+            raise Malformed(f"it sets attributes of {class_name(target)}")
 
     def persistent(self) -> None:
         """The storage that its class, key, place and number of elements say."""
-        self.push(storage(self.pop()))
+        self.push(persistent_storage(self.pop()))
 
 
-def _unknown(code: int) -> str:
+def _describe_unknown(code: int) -> str:
     from pickletools import opcodes
 
-    names = next((opcode for opcode in opcodes if ord(opcode.code) == code), None)
-    if names is None:
+    opcode = next((opcode for opcode in opcodes if ord(opcode.code) == code), None)
+    if opcode is None:
         return f"{code:#04x} is no instruction of a pickle"
     return (
-        f"the instruction {names.name} of pickle protocol {names.proto}, which torch.save does not write for weights "
+        f"the instruction {opcode.name} of pickle protocol {opcode.proto}, which torch.save does not write for weights "
         f"with its own protocol 2"
     )
 
@@ -260,7 +260,7 @@ _METHODS: Mapping[int, Callable[[_Machine], None]] = {
     ord(")"): lambda machine: machine.push(()),
     ord("]"): lambda machine: machine.push([]),
     ord("}"): lambda machine: machine.push({}),
-    0x8F: lambda machine: machine.push(Other("set")),
+    0x8F: lambda machine: machine.push(OpaqueValue("set")),
     ord("t"): _Machine.tuple_,
     0x85: lambda machine: machine.tuple_of(1),
     0x86: lambda machine: machine.tuple_of(2),

@@ -195,48 +195,49 @@ def _choose_tokenizer(selection: Selection, folders: Sequence[AssetFolder]) -> A
 def _choose_features(selection: Selection, folders: Sequence[AssetFolder]) -> AssetFolder | None:
     """Feature extractor and processor; transformers 5 keeps the former in the file of the latter, which then wins over
     `preprocessor_config.json`."""
-    own: AssetFolder | None = None
+    extractor_folder: AssetFolder | None = None
     nested = False
     earlier: list[AssetFolder] = []
     for folder in folders:
         if folder.has(PROCESSOR):
             nested = features_of({PROCESSOR: selection.read(folder, PROCESSOR)[1]}, PROCESSOR) is not None
         if nested or folder.has(PREPROCESSOR):
-            own = folder
+            extractor_folder = folder
             break
         if folder.has(PROCESSOR):
             earlier.append(folder)
-    if own is None:
+    if extractor_folder is None:
         for folder in earlier:
             selection.notes.append(
                 f"{PROCESSOR} of {folder.label} is left out, for there is no feature extractor for it"
             )
         return None
-    present = own.holds(FEATURES)
-    taken = present if nested or not earlier else [PREPROCESSOR]
-    selection.take(own, taken)
-    _note_origin(selection, "feature extractor", taken, own, folders)
-    later = folders[folders.index(own) + 1 :]
+    present = extractor_folder.holds(FEATURES)
+    names = present if nested or not earlier else [PREPROCESSOR]
+    selection.take(extractor_folder, names)
+    _note_origin(selection, "feature extractor", names, extractor_folder, folders)
+    later = folders[folders.index(extractor_folder) + 1 :]
     if nested:
         for folder in earlier:
             selection.notes.append(
-                f"{PROCESSOR} of {folder.label} is left out, for that of {own.label} holds the feature extractor"
+                f"{PROCESSOR} of {folder.label} is left out, for that of {extractor_folder.label} holds the feature "
+                f"extractor"
             )
         for folder in later if PREPROCESSOR not in present else ():
             if folder.has(PREPROCESSOR):
                 selection.notes.append(
-                    f"{PREPROCESSOR} of {folder.label} is left out, for {PROCESSOR} of {own.label} holds a feature "
-                    f"extractor"
+                    f"{PREPROCESSOR} of {folder.label} is left out, for {PROCESSOR} of {extractor_folder.label} holds "
+                    f"a feature extractor"
                 )
     elif PROCESSOR not in selection.files:
-        _choose_processor_config(selection, own, [*earlier, *later], folders)
-    return own
+        _choose_processor_config(selection, extractor_folder, [*earlier, *later], folders)
+    return extractor_folder
 
 
 def _choose_processor_config(
-    selection: Selection, own: AssetFolder, others: Sequence[AssetFolder], folders: Sequence[AssetFolder]
+    selection: Selection, extractor_folder: AssetFolder, others: Sequence[AssetFolder], folders: Sequence[AssetFolder]
 ) -> None:
-    """Another folder's processor, unless it holds a feature extractor too, which would win over `own`'s."""
+    """Another folder's processor, unless it holds a feature extractor too: that would win over the one chosen."""
     for folder in others:
         if not folder.has(PROCESSOR):
             continue
@@ -244,7 +245,7 @@ def _choose_processor_config(
         if features_of({PROCESSOR: document}, PROCESSOR) is not None:
             selection.notes.append(
                 f"{PROCESSOR} of {folder.label} is left out, for it holds a feature extractor that would win over that "
-                f"of {own.label}"
+                f"of {extractor_folder.label}"
             )
             continue
         selection.take(folder, [PROCESSOR])

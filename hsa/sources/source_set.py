@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from hsa.errors import MismatchError, SourceError
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.roles import Role
-from hsa.sources.tensor_places import Shard as Shard
-from hsa.sources.tensor_places import TensorRef as TensorRef
+from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import ARITHMETIC
 
 

@@ -161,5 +161,10 @@ def _tie(role: str, tensors: dict[str, TensorRef], *, shares_bytes: bool) -> Ite
         yield f"{role}'s {output.name} is {embedding.name} under another name in its file, and left out"
 
 
-def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
-    return (one.shard, one.offset, one.shape, one.code) == (other.shard, other.offset, other.shape, other.code)
+def _same_bytes(first: TensorRef, second: TensorRef) -> bool:
+    return (first.shard, first.offset, first.shape, first.code) == (
+        second.shard,
+        second.offset,
+        second.shape,
+        second.code,
+    )

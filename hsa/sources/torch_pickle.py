@@ -19,7 +19,7 @@ from typing import Any
 
 from hsa.errors import HeaderError, SourceError, shown
 from hsa.sources.git_lfs import refuse_pointer
-from hsa.sources.pickle_names import Tensor, kind_of
+from hsa.sources.pickle_names import PickledTensor, class_name
 from hsa.sources.pickle_reader import REMEDY, read
 from hsa.sources.safetensors import Header, TensorEntry
 from hsa.system.dtypes import BITS
@@ -109,12 +109,12 @@ def tensor_entries(tensors: Any, archive: Archive, where: str) -> tuple[TensorEn
     one that lies outside its record.
     """
     if not isinstance(tensors, dict):
-        raise SourceError(f"{where}: expected a state dict, found {kind_of(tensors)}; {REMEDY}")
+        raise SourceError(f"{where}: expected a state dict, found {class_name(tensors)}; {REMEDY}")
     unsorted = []
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, PickledTensor):
             raise SourceError(
-                f"{where}: expected a state dict of plain tensors, found {kind_of(tensor)} under {shown(name)}; "
+                f"{where}: expected a state dict of plain tensors, found {class_name(tensor)} under {shown(name)}; "
                 f"{REMEDY}"
             )
         unsorted.append(_entry(name, tensor, archive, f"{where}: tensor {name}"))
@@ -194,7 +194,7 @@ def _records(source: SourceFile, where: str) -> dict[str, tuple[int, int]]:
     return records
 
 
-def _entry(name: str, tensor: Tensor, archive: Archive, label: str) -> TensorEntry:
+def _entry(name: str, tensor: PickledTensor, archive: Archive, label: str) -> TensorEntry:
     code = _CODES.get(tensor.dtype)
     if code is None:
         supported = ", ".join(f"torch.{dtype}" for dtype in _CODES)

@@ -106,15 +106,15 @@ def _refuse_special(destination: Path, label: str) -> None:
 def _homes() -> tuple[set[Path], set[Path]]:
     """This user's home directories (by HOME and by the user database), and everybody's."""
     own: set[str] = set()
-    every: set[str] = set()
+    everyones: set[str] = set()
     with suppress(RuntimeError):  # a user that no database knows, without HOME
         own.add(str(Path.home()))
     with suppress(ImportError, OSError, KeyError):
         import pwd
 
         own.add(pwd.getpwuid(os.getuid()).pw_dir)
-        every |= {entry.pw_dir for entry in pwd.getpwall()}
-    resolved = {home: Path(os.path.realpath(home)) for home in own | every if os.path.isabs(home)}
+        everyones |= {entry.pw_dir for entry in pwd.getpwall()}
+    resolved = {home: Path(os.path.realpath(home)) for home in own | everyones if os.path.isabs(home)}
     return {resolved[home] for home in own if home in resolved}, set(resolved.values())
 
 
@@ -221,23 +221,23 @@ def unlisted(directory: Path, names: Iterable[str]) -> list[str]:
     A directory, a link or a device is never listed, whatever its name: an output has none. Raises ProvenanceError
     where the record cannot be read.
     """
-    listed, present, surplus = listed_files(directory), set(names), []
+    recorded, present, surplus = listed_files(directory), set(names), []
     for name in sorted(present):
         status = os.lstat(directory / name)
         if not stat.S_ISREG(status.st_mode):
             kind = "directory" if stat.S_ISDIR(status.st_mode) else "link" if stat.S_ISLNK(status.st_mode) else "device"
             surplus.append(f"{name} (a {kind})")
-        elif name not in listed and not _is_spelling(directory, name, listed - present, status):
+        elif name not in recorded and not _is_spelling(directory, name, recorded - present, status):
             surplus.append(name)
     return surplus
 
 
 def _is_spelling(directory: Path, name: str, listed: Iterable[str], status: os.stat_result) -> bool:
     """Whether a file is one that is listed under another spelling, on a filesystem that does not tell them apart."""
-    for other in listed:
-        if _normalized(other) == _normalized(name):
+    for recorded in listed:
+        if _normalized(recorded) == _normalized(name):
             with suppress(OSError):
-                return os.path.samestat(os.lstat(directory / other), status)
+                return os.path.samestat(os.lstat(directory / recorded), status)
     return False
 
 

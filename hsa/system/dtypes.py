@@ -106,15 +106,15 @@ def narrow(code: str, values: Float32, out: Array, bits: npt.NDArray[np.uint32])
     elif code == "F16":
         _narrow_half(values, out, bits)
     else:
-        whole = values.view(np.uint32)
-        np.right_shift(whole, 16, out=bits)
+        float_bits = values.view(np.uint32)
+        np.right_shift(float_bits, 16, out=bits)
         np.bitwise_and(bits, 1, out=bits)
         np.add(bits, 0x7FFF, out=bits)
-        np.add(bits, whole, out=bits)
+        np.add(bits, float_bits, out=bits)
         np.right_shift(bits, 16, out=bits)
-        nan = (whole & 0x7FFFFFFF) > 0x7F800000
+        nan = (float_bits & 0x7FFFFFFF) > 0x7F800000
         if nan.any():
-            bits[nan] = (whole[nan] >> 16) | 0x40
+            bits[nan] = (float_bits[nan] >> 16) | 0x40
         np.copyto(out, bits, casting="unsafe")
 
 

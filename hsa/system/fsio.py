@@ -165,8 +165,8 @@ class SourceFile:
             current = self.path.stat()
         except OSError as error:
             raise SourceChanged(f"{self.label}: {self.path} vanished during the run: {reason(error)}") from error
-        for each in (status or current, current):
-            self._compare(Fingerprint.of(each))
+        for checked in (status or current, current):
+            self._compare(Fingerprint.of(checked))
 
     def _compare(self, current: Fingerprint) -> None:
         if self.readable is not None:

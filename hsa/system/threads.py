@@ -33,8 +33,8 @@ def default_threads() -> int:
 
 def check_threads(threads: int | None) -> None:
     """RequestError unless it is a number of threads, or None."""
-    whole = isinstance(threads, int) and not isinstance(threads, bool)
-    if threads is not None and not (whole and 1 <= threads <= MOST_ALLOWED):
+    is_integer = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (is_integer and 1 <= threads <= MOST_ALLOWED):
         raise RequestError(f"{option('threads')} must be a whole number from 1 to {MOST_ALLOWED}, got {shown(threads)}")
 
 

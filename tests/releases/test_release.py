@@ -498,16 +498,16 @@ def test_what_is_done_stays_and_the_next_run_goes_on(triple: Triple, tmp_path: P
     output = tmp_path / "tree"
     script = (
         "import signal, sys, time\n"
-        "from hsa.system import publish as output; from hsa.cli import app as cli\n"
+        "from hsa.cli import app; from hsa.system import publish as publishing\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "publish = output.StagedOutput.publish\n"
+        "publish = publishing.StagedOutput.publish\n"
         "def late(self):\n"
         "    if self.destination.name == 'b':\n"
         "        print('now', flush=True)\n"
         "        time.sleep(60)\n"
         "    publish(self)\n"
-        "output.StagedOutput.publish = late\n"
-        "sys.exit(cli.run(sys.argv[1:]))\n"
+        "publishing.StagedOutput.publish = late\n"
+        "sys.exit(app.run(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, "release", str(recipe), f"--output={output}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:

@@ -19,7 +19,7 @@ from helpers import description, raw_bytes, read_tensors, with_description, writ
 
 from hsa.errors import HeaderError, HsaError, SourceError
 from hsa.sources import checkpoint, pickle_reader
-from hsa.sources.pickle_names import Other, Tensor
+from hsa.sources.pickle_names import OpaqueValue, PickledTensor
 from hsa.sources.torch_pickle import read_state_dict
 from hsa.system.fsio import SourceFile, Tally
 
@@ -178,12 +178,12 @@ def test_a_training_state_is_read_and_refused_for_what_it_is(tmp_path: Path) -> 
 def test_a_container_in_two_places_is_not_followed() -> None:
     inner = [1, 2]
     found = read({"a": inner, "b": inner, "c": (inner,)})
-    assert found == {"a": [1, 2], "b": Other("a shared list"), "c": (Other("a shared list"),)}
+    assert found == {"a": [1, 2], "b": OpaqueValue("a shared list"), "c": (OpaqueValue("a shared list"),)}
 
 
 def test_a_tensor_in_two_places_is_one() -> None:
     found = read({"a": TIED, "b": TIED})
-    assert isinstance(found["a"], Tensor)
+    assert isinstance(found["a"], PickledTensor)
     assert found["a"] is found["b"]
 
 
