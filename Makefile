@@ -7,13 +7,19 @@ READY := $(VENV)/ready
 INTEGRATIONS := .venv-integrations
 PYTHONS := .venv-pythons
 
-.PHONY: demo test test-faults test-pythons test-interpret test-integrations test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
+.PHONY: demo test test-all test-faults test-pythons test-interpret test-integrations test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
 
+PYTEST_PARALLEL := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: lint types
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST_PARALLEL)
+
+# Everything of which `make test` tries a sample, except the faults.
+test-all: lint types
+	HSA_TESTS=all $(PYTEST_PARALLEL)
 
 # The fault suite in full, of which `make test` tries a sample; it ends with a table.
 test-faults: $(READY)

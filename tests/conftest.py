@@ -20,6 +20,11 @@ from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 Triple = dict[str, Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that take minutes come first, so that no core waits for one that another began last."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def verified_outputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """merge and verify agree on every output of every test; `unverified(reason)` marks a test whose outputs cannot."""

@@ -15,14 +15,23 @@ from pathlib import Path
 import pytest
 from helpers import merge_arguments, poke, run_hsa, snapshot
 from processes import ROOT
+from soundness import check_command
 
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
-INTERPRETED = {"TRITON_INTERPRET": "1"}
+INTERPRETED = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests" / "support")}
+
+COMMAND = """
+import gpu  # which makes the interpreter faster
+from hsa.__main__ import main
+
+main()
+"""
 
 MERGER = """
 import sys
+import gpu
 from pathlib import Path
 import torch
 import hsa
@@ -93,6 +102,20 @@ sys.exit(run(sys.argv[1:]))
 """
 
 
+def run_interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a fresh process whose kernels are interpreted; what it has written is verified."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **INTERPRETED},
+    )
+    if done.returncode == 0:
+        check_command(arguments)
+    return done
+
+
 def weights(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in snapshot(folder).items() if name.endswith(".safetensors")}
 
@@ -103,16 +126,16 @@ def weights(folder: Path) -> dict[str, str]:
     ids=["patch", "cast", "columns-and-scale"],
 )
 def test_the_same_file_as_the_cpu_backend(shared_triple: Triple, tmp_path: Path, options: tuple[str, ...]) -> None:
-    for backend, env in (("cpu", {}), ("triton", INTERPRETED)):
-        done = run_hsa(*merge_arguments(shared_triple, tmp_path / backend, f"--backend={backend}", *options), env=env)
+    for backend, run in (("cpu", run_hsa), ("triton", run_interpreted)):
+        done = run(*merge_arguments(shared_triple, tmp_path / backend, f"--backend={backend}", *options))
         assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "triton") == weights(tmp_path / "cpu") != {}
 
 
 def test_the_same_file_on_the_demo_triple(tmp_path: Path) -> None:
     triple = write_triple(tmp_path / "sources", SHAPES["demo"], dtype="float16")
-    for backend, env in (("cpu", {}), ("triton", INTERPRETED)):
-        done = run_hsa(*merge_arguments(triple, tmp_path / backend, f"--backend={backend}", "--json"), env=env)
+    for backend, run in (("cpu", run_hsa), ("triton", run_interpreted)):
+        done = run(*merge_arguments(triple, tmp_path / backend, f"--backend={backend}", "--json"))
         assert done.returncode == 0, done.stderr
         assert f'"backend": "{backend}"' in done.stdout
     assert weights(tmp_path / "triton") == weights(tmp_path / "cpu") != {}
@@ -124,7 +147,7 @@ def test_merger_in_the_interpreter(shared_triple: Triple) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **INTERPRETED, "PYTHONPATH": str(ROOT / "tests" / "support")},
+        env={**os.environ, **INTERPRETED},
     )
     assert done.stdout.strip() == "same", done.stderr
 
@@ -133,14 +156,14 @@ def test_merger_in_the_interpreter(shared_triple: Triple) -> None:
 def test_not_finite_sources_are_named(triple: Triple, tmp_path: Path, role: str) -> None:
     name = "model.encoder.layers.1.self_attn.k_proj.weight"
     poke(triple[role] / "model.safetensors", name, 17 * 64 + 3, struct.pack("<f", math.nan))
-    done = run_hsa(*merge_arguments(triple, tmp_path / "out", "--backend=triton"), env=INTERPRETED)
+    done = run_interpreted(*merge_arguments(triple, tmp_path / "out", "--backend=triton"))
     assert done.returncode == 2
     assert f"{role} " in done.stderr and f"tensor {name}, head 1 holds NaN or Inf" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sources"]
 
 
 def test_the_interpreter_has_no_cuda(shared_triple: Triple, tmp_path: Path) -> None:
-    done = run_hsa(*merge_arguments(shared_triple, tmp_path / "out", "--device=cuda"), env=INTERPRETED)
+    done = run_interpreted(*merge_arguments(shared_triple, tmp_path / "out", "--device=cuda"))
     assert done.returncode == 2
     assert "with TRITON_INTERPRET=1 the kernels run on the CPU" in done.stderr
 

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import pytest
 from processes import run
+from sampling import EVERYTHING
+
+pytestmark = pytest.mark.long
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+KERNELS = ("fused", "score", "apply")
+
+SAMPLE = """
+import sys
+from dataclasses import replace
+from hsa.kernels import compile_check
+
+alike = {}
+for case in compile_check.cases():
+    alike.setdefault(replace(case, target="", device=""), []).append(case)
+sample = [cases[place % len(cases)] for place, cases in enumerate(alike.values())]
+compile_check.cases = lambda: sample
+sys.exit(compile_check.main())
+"""
+"""Each kernel in each mix and variant, for one of its targets in turn."""
 
 
-def test_every_kernel_compiles_for_every_target() -> None:
-    done = run("-m", "hsa.kernels.compile_check")
+def compiled(*arguments: str) -> list[list[str]]:
+    """The rows that the compile check prints, in words."""
+    done = run(*arguments)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    rows = [line.split() for line in done.stdout.splitlines()]
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        for kernel in ("fused", "score", "apply"):
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="make test-all and make compile-check compile everything")
+def test_every_kernel_compiles_for_every_target() -> None:
+    rows = compiled("-m", "hsa.kernels.compile_check")
+    for target in TARGETS:
+        for kernel in KERNELS:
             mixes = {row[2] for row in rows if row[:2] == [target, kernel] and row[-1] == "ok"}
             assert len(mixes) == 10, (target, kernel, mixes)
     tuned = [row for row in rows if row[1:3] == ["H200", "fused"]]
     assert {row[3] for row in tuned} >= {"float32", "float16", "bfloat16"}
+
+
+@pytest.mark.skipif(EVERYTHING, reason="all cases are compiled, of which this is a sample")
+def test_every_kernel_compiles_in_every_variant() -> None:
+    rows = [row for row in compiled("-c", SAMPLE) if row[-1] == "ok"]
+    for row in rows:
+        if row[1] == "H200":
+            row[:2] = ["H200"]
+    for kernel in KERNELS:
+        assert len({row[2] for row in rows if row[1] == kernel}) == 10
+        assert {row[0] for row in rows if row[1] == kernel} == {*TARGETS, "H200"}
 
 
 def test_the_compile_check_refuses_bad_code() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from processes import run
 
+pytestmark = pytest.mark.long
+
 KERNELS = Path(__file__).parent
 
 

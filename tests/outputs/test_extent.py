@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import merge_arguments, read_tensors, run_hsa, write_tensors
+from processes import ROOT
 
 import hsa
 from hsa.methods.config import MergeConfig
@@ -107,6 +108,7 @@ def test_huge_values_neither_overflow_nor_vanish(shared_triple: Triple, tmp_path
 
 BACKENDS = """
 import json, sys
+import gpu  # which makes the interpreter faster
 import hsa
 for number, backend in enumerate(("cpu", "triton")):
     for code, parameters in enumerate(({}, {"targets": "attention-all", "attention_scale": 0.5})):
@@ -122,6 +124,7 @@ def test_every_backend_reports_the_same_extent(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("triton")
     sources = write_triple(tmp_path / "sources", SHAPES["test"], dtype="bfloat16", processor=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "support"))
     done = subprocess.run(
         [sys.executable, "-c", BACKENDS, *map(str, sources.values()), str(tmp_path)],
         capture_output=True,

@@ -50,11 +50,18 @@ class _Stopped(BaseException):
     """Ends the thread of a program; no Exception, which the interpreter catches."""
 
 
+def _closed() -> threading.Lock:
+    """A lock that whoever waits for it gets when another thread opens it."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 @dataclass(eq=False)
 class _Program:
     number: int
     thread: threading.Thread
-    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    turn: threading.Lock = field(default_factory=_closed)
     wakes: int = 0
     over: bool = False
     error: BaseException | None = None
@@ -69,7 +76,7 @@ class Interleaved:
         self._clock = 0
         self._random = random.Random(schedule.seed)
         self._draw = np.random.default_rng(schedule.seed)
-        self._passed = threading.Semaphore(0)
+        self._passed = _closed()
         self._given = False
         self._stopping = False
         self._here = threading.local()
