@@ -96,9 +96,9 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
-        opened = open_for_patches([request.config], request, tally, hub, stack)
-        sources = opened.sources
-        early = Findings((*hub.notes, *opened.found.notes), opened.found.warnings)
+        patch_sources = open_patch_sources([request.config], request, tally, hub, stack)
+        sources = patch_sources.sources
+        early = Findings((*hub.notes, *patch_sources.findings.notes), patch_sources.findings.warnings)
         raise_if_strict(early + parameter_findings(find_targets(request.config, sources)), strict=request.strict)
         destination = check_patch_destination(
             request.output, [source.path for source in sources], overwrite=request.overwrite
@@ -109,13 +109,13 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
             )
         point = PatchSpec(request.config, destination.name)
         threads = request.threads or default_threads()
-        (made,) = write_patches(
-            [point], sources, opened.settings, opened.files, staging, threads, tally, memory, progress
+        (patch,) = write_patches(
+            [point], sources, patch_sources.settings, patch_sources.files, staging, threads, tally, memory, progress
         )
         sources.check_unchanged()
-        doubts = source_findings(made.outcomes, sources, opened.earlier_merges, request.config.targets)
-        told = early + doubts + outcome_findings(made.outcomes)
-        raise_if_strict(told, strict=request.strict)
+        doubts = source_findings(patch.outcomes, sources, patch_sources.earlier_merges, request.config.targets)
+        findings = early + doubts + outcome_findings(patch.outcomes)
+        raise_if_strict(findings, strict=request.strict)
         check_patch_destination(destination, (), overwrite=request.overwrite)
         staging.publish_file(point.name, destination)
         memory.sample()
@@ -131,29 +131,32 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         device="cpu",
         route="patch file",
         parameters=request.config.as_dict(),
-        tensors={target.name: TensorReport.of(target) for target in recorded(made).targets},
-        extent=Extent.of(made.outcomes),
-        notes=told.notes,
-        warnings=told.warnings,
-        doubtful=bool(doubts.warnings) or "base" in opened.earlier_merges,
+        tensors={target.name: TensorReport.of(target) for target in record_of(patch).targets},
+        extent=Extent.of(patch.outcomes),
+        notes=findings.notes,
+        warnings=findings.warnings,
+        doubtful=bool(doubts.warnings) or "base" in patch_sources.earlier_merges,
     )
 
 
-def recorded(made: FinishedPatch) -> Record:
+def record_of(patch: FinishedPatch) -> Record:
     """The record that the merge of a finished patch has."""
-    selections = [outcome.merged.selection for outcome in made.outcomes]
-    return made.contents.record([s.selected for s in selections], [s.squared for s in selections])
+    selections = [outcome.merged.selection for outcome in patch.outcomes]
+    return patch.contents.record([s.selected for s in selections], [s.squared for s in selections])
 
 
 @dataclass(frozen=True)
-class OpenedSources:
-    """Sources open for patches, what a provenance says beside a merge's own parameters, the small files that a merge
-    writes, what there is to say of all this, and which sources are merges."""
+class PatchSources:
+    """Sources open for patches.
+
+    `settings` are what a provenance says beside a merge's parameters, `small` the small files that a merge writes by
+    name, `findings` the notes and warnings of all this, `earlier_merges` those that the sources are outputs of.
+    """
 
     sources: Sources
     settings: Mapping[str, Any]
     small: Mapping[str, bytes]
-    found: Findings
+    findings: Findings
     earlier_merges: EarlierMerges
 
     @property
@@ -161,7 +164,7 @@ class OpenedSources:
         return {name: digest_of(data) for name, data in self.small.items()}
 
 
-def open_for_patches(
+def open_patch_sources(
     configs: Sequence[MergeConfig],
     request: Request,
     tally: fsio.Tally,
@@ -169,7 +172,7 @@ def open_for_patches(
     stack: ExitStack,
     *,
     rows_only: bool = True,
-) -> OpenedSources:
+) -> PatchSources:
     """Open the sources of a request for patches with these parameters; primary whole unless `rows_only`.
 
     Raises as `hsa.merge`.
@@ -181,20 +184,20 @@ def open_for_patches(
         )
     if has_hub_ids(request):
         with ExitStack() as trial:
-            found = open_sources(request, fsio.Tally(), hub, trial, headers_only=True, rows_only=rows_only)
-            _check(configs, found)
+            headers = open_sources(request, fsio.Tally(), hub, trial, headers_only=True, rows_only=rows_only)
+            _check_configs(configs, headers)
     sources = open_sources(request, tally, hub, stack, headers_only=False, rows_only=rows_only)
-    _check(configs, sources)
-    found_assets = small_files.collect(sources, "primary", request.assets_from, None, tally)
-    notes = (*(note for source in sources for note in source.notes), *found_assets.notes)
+    _check_configs(configs, sources)
+    assets = small_files.collect(sources, "primary", request.assets_from, None, tally)
+    notes = (*(note for source in sources for note in source.notes), *assets.notes)
     merges = read_earlier_merges(sources)
-    told = Findings(notes, found_assets.warnings) + percentage_findings(config.k for config in configs)
-    return OpenedSources(
-        sources, request.settings("cpu"), found_assets.files, told + header_findings(sources, merges), merges
+    findings = Findings(notes, assets.warnings) + percentage_findings(config.k for config in configs)
+    return PatchSources(
+        sources, request.settings("cpu"), assets.files, findings + header_findings(sources, merges), merges
     )
 
 
-def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:
+def _check_configs(configs: Sequence[MergeConfig], sources: Sources) -> None:
     for config in configs:
         check_patchable(config, sources)
         find_targets(config, sources)
@@ -203,14 +206,14 @@ def _check(configs: Sequence[MergeConfig], sources: Sources) -> None:
 
 def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwrite: bool) -> Path:
     """Where a patch may be written, links resolved; DestinationError where it may not."""
-    given = Path(output)
-    if given.suffix != SUFFIX:
-        raise DestinationError(f"output {given} is no name of a patch: expected one that ends in {SUFFIX}")
+    path = Path(output)
+    if path.suffix != SUFFIX:
+        raise DestinationError(f"output {path} is no name of a patch: expected one that ends in {SUFFIX}")
     try:
-        destination = (Path.cwd() / given.expanduser()).resolve()
+        destination = (Path.cwd() / path.expanduser()).resolve()
         for source in sources:
-            found = path_overlap(destination.parent, source)
-            if found in ("is", "lies in"):
+            overlap = path_overlap(destination.parent, source)
+            if overlap in ("is", "lies in"):
                 raise DestinationError(
                     f"output {destination} lies in the source {source}; choose a directory apart from the sources"
                 )
@@ -227,5 +230,5 @@ def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwr
                 f"output {destination} exists and is no patch of hsa; {option('overwrite', True)} replaces no other"
             )
     except (OSError, RuntimeError, ValueError) as error:
-        raise DestinationError(f"output {given} cannot be looked at: {error}; choose another destination") from error
+        raise DestinationError(f"output {path} cannot be looked at: {error}; choose another destination") from error
     return destination

@@ -32,32 +32,32 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
         (0.0, 0.25, 0.5, 0.75, 1.0)
     """
     name = option(name)
-    found: list[Decimal] = []
+    values: list[Decimal] = []
     for part in text.split(","):
         ends = [_decimal(name, end, text) for end in part.split(":")]
         if len(ends) == 1:
-            found += ends
+            values += ends
             continue
         if len(ends) != 3 or ends[2] <= 0 or ends[1] < ends[0]:
             raise RequestError(
                 f"{name} takes numbers such as 0.1,0.3 or start:stop:step with a step above 0, got {shown(text)}"
             )
-        found += _steps(name, text, MOST_POINTS - len(found), *ends)
-    return tuple(float(value) for value in found)
+        values += _steps(name, text, MOST_POINTS - len(values), *ends)
+    return tuple(float(value) for value in values)
 
 
-def _steps(name: str, text: str, room: int, start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
+def _steps(name: str, text: str, limit: int, start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
     """The values from start to stop; RequestError where they are more than `room` or do not meet the stop."""
     with localcontext(Context(prec=4 * DIGITS)):  # exact for all numbers that `_decimal` lets through
         count = int((stop - start) / step) + 1
-        if count > room:
+        if count > limit:
             raise RequestError(f"{name} {shown(text)} has over {MOST_POINTS} values; is the step right?")
         values = [start + step * number for number in range(count)]
-        last, after = values[-1], values[-1] + step
+        last, next_value = values[-1], values[-1] + step
         if last != stop:
             raise RequestError(
                 f"{name} {shown(text)}: steps of {step:f} from {start:f} do not meet {stop:f}, but {last:f} and "
-                f"{after:f}; give {start:f}:{last:f}:{step:f}, or another step"
+                f"{next_value:f}; give {start:f}:{last:f}:{step:f}, or another step"
             )
     return values
 
@@ -77,13 +77,13 @@ def points(
     targets: Sequence[Preset], k: Sequence[float], lam: Sequence[float], alpha: Sequence[float]
 ) -> tuple[GridPoint, ...]:
     """Every combination, each once, in the order of the values given. Raises RequestError for too many or none."""
-    many = math.prod(map(len, (targets, k, lam, alpha)))
-    if not 1 <= many <= MOST_POINTS:
-        raise RequestError(f"the grid has {many} points, expected 1 to {MOST_POINTS}")
-    found = tuple(dict.fromkeys(GridPoint(*setting) for setting in product(targets, k, lam, alpha)))
-    for point in found:
+    count = math.prod(map(len, (targets, k, lam, alpha)))
+    if not 1 <= count <= MOST_POINTS:
+        raise RequestError(f"the grid has {count} points, expected 1 to {MOST_POINTS}")
+    grid = tuple(dict.fromkeys(GridPoint(*setting) for setting in product(targets, k, lam, alpha)))
+    for point in grid:
         if len(point.name) > LONGEST_NAME:
             raise RequestError(
                 f"the point {point.name:.80}... has a name of {len(point.name)} letters; give fewer digits"
             )
-    return found
+    return grid

@@ -1,4 +1,7 @@
-"""`hsa.sweep`: many parameter settings of one triple from one reading of its targets, and an index of what is where."""
+"""`hsa.sweep`: many merges of three sources from one reading of their targets, and an index of what is where.
+
+A sweep that was killed is resumed by running it again: `hsa.sweeps.resume` says which points are there already.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa.actions.apply import apply_to
-from hsa.actions.patch import OpenedSources, open_for_patches
+from hsa.actions.patch import PatchSources, open_patch_sources
 from hsa.actions.request import Request
 from hsa.architectures.base import Preset
 from hsa.arguments import check_flags, check_functions, check_values
@@ -28,7 +31,7 @@ from hsa.outputs import sweep_index
 from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import change_findings, raise_if_strict, source_findings
 from hsa.outputs.patch_reader import SUFFIX, open_patch
-from hsa.outputs.provenance import load
+from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.recording import source_record
 from hsa.outputs.report import NO_DIGESTS, selection_findings
 from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of
@@ -163,14 +166,14 @@ def sweep(
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
-        opened = open_for_patches(list(configs.values()), request, tally, hub, stack, rows_only=not full)
-        raise_if_strict(opened.found, strict=strict)
-        directory = check_directory(request, opened.sources)
+        patch_sources = open_patch_sources(list(configs.values()), request, tally, hub, stack, rows_only=not full)
+        raise_if_strict(patch_sources.findings, strict=strict)
+        directory = check_directory(request, patch_sources.sources)
         with deferred():
             staging = stack.enter_context(StagingDirectory(directory / SWEEP_STAGING, directory, sync=sync))
-        existing = ExistingPoints(request, configs, opened, directory, tally)
-        run = _Sweep(existing, staging, memory, full=full, jobs=jobs)
-        run.go(progress)
+        existing = ExistingPoints(request, configs, patch_sources, directory, tally)
+        work = _Sweep(existing, staging, memory, full=full, jobs=jobs)
+        work.run(progress)
         memory.sample()
     return SweepReport(
         output=directory,
@@ -180,33 +183,33 @@ def sweep(
         bytes_written=tally.written,
         bytes_fetched=sum(hub.fetched.values()),
         peak_memory_bytes=memory.peak,
-        made=tuple(point.name for point in points if point in run.made),
-        skipped=tuple(run.skipped),
-        entries=tuple(sorted(run.entries.values(), key=lambda entry: entry.order)),
-        extents={point.name: run.extents[point.name] for point in points if point in run.made},
+        made=tuple(point.name for point in points if point in work.made),
+        skipped=tuple(work.skipped),
+        entries=tuple(sorted(work.entries.values(), key=lambda entry: entry.order)),
+        extents={point.name: work.extents[point.name] for point in points if point in work.made},
         notes=(
             *hub.notes,
-            *opened.found.notes,
+            *patch_sources.findings.notes,
             *existing.notes,
-            *run.found.notes,
+            *work.findings.notes,
             *((NO_DIGESTS,) if full and not digest else ()),
         ),
-        warnings=(*opened.found.warnings, *run.found.warnings),
+        warnings=(*patch_sources.findings.warnings, *work.findings.warnings),
     )
 
 
 def _check_grid(**values: Sequence[Any]) -> None:
     """RequestError unless these are lists of values that `hsa.merge` takes, none of them per tensor."""
     check_values(**values)
-    for name, each in values.items():
-        for value in each:
+    for name, numbers in values.items():
+        for value in numbers:
             if isinstance(value, Mapping):
                 raise RequestError(f"{option(name)} of a sweep takes numbers, not values per tensor: {shown(value)}")
             MergeConfig(**{name: value})
 
 
 class _Sweep:
-    """The work of a sweep. Points in the staging directory are patches; they are published, or applied and removed."""
+    """Builds the missing points: as patches in the staging directory, which are then published, or applied."""
 
     def __init__(
         self,
@@ -218,40 +221,47 @@ class _Sweep:
         jobs: int | None,
     ) -> None:
         self.existing, self.staging, self.memory, self.full = existing, staging, memory, full
-        self.request, self.opened, self.directory = existing.request, existing.opened, existing.directory
+        self.request, self.patch_sources, self.directory = existing.request, existing.patch_sources, existing.directory
         self.threads = self.request.threads or default_threads()
         self.jobs = min(jobs or 1, self.threads) if full else 1
-        self.size = min(PASS_POINTS, _open_files() // 2) if full else min(jobs or PASS_POINTS, _open_files() // 2)
+        self.size = (
+            min(PASS_POINTS, _max_open_files() // 2) if full else min(jobs or PASS_POINTS, _max_open_files() // 2)
+        )
         self.made: set[GridPoint] = set()
         self.skipped: list[str] = []
-        self.found = Findings()
+        self.findings = Findings()
         self.extents: dict[str, Extent] = {}
         self.entries: dict[str, SweepEntry] = {}
-        self._listing = threading.Lock()
+        self._lock = threading.Lock()
 
-    def go(self, progress: Callable[[int, int], None] | None) -> None:
-        self.entries = {entry.place: entry for entry in self.existing.others(full=self.full)}
-        ahead = []
+    def run(self, progress: Callable[[int, int], None] | None) -> None:
+        points = self._skip_existing_points()
+        self._check_space(points)
+        for first in range(0, len(points), self.size):
+            part = points[first : first + self.size]
+            self._run_pass(part, None if progress is None else _PassProgress(progress, first, len(part), len(points)))
+        self._write_index()
+
+    def _skip_existing_points(self) -> list[GridPoint]:
+        """Resume: list the points that an earlier run left whole, and return those that are still to be built."""
+        self.entries = {entry.place: entry for entry in self.existing.other_entries(full=self.full)}
+        missing = []
         for point in self.existing.configs:
             entry = self.existing.checkpoint(point) if self.full else self.existing.patch(point)
             if entry is None:
-                ahead.append(point)
+                missing.append(point)
             else:
                 self.entries[entry.place] = entry
                 self.skipped.append(point.name)
-        self._check_space(ahead)
-        for first in range(0, len(ahead), self.size):
-            part = ahead[first : first + self.size]
-            self._pass(part, None if progress is None else _Share(progress, first, len(part), len(ahead)))
-        self._write_index()
+        return missing
 
-    def _pass(self, points: Sequence[GridPoint], progress: _Share | None) -> None:
-        sources = self.opened.sources
-        made = write_patches(
+    def _run_pass(self, points: Sequence[GridPoint], progress: _PassProgress | None) -> None:
+        sources = self.patch_sources.sources
+        patches = write_patches(
             [PatchSpec(self.existing.configs[point], f"{point.name}{SUFFIX}") for point in points],
             sources,
-            self.opened.settings,
-            self.opened.files,
+            self.patch_sources.settings,
+            self.patch_sources.files,
             self.staging,
             self.threads,
             self.existing.tally,
@@ -259,9 +269,11 @@ class _Sweep:
             progress,
         )
         sources.check_unchanged()
-        self.extents |= {point.name: Extent.of(found.outcomes) for point, found in zip(points, made, strict=True)}
-        self.found = (self.found + _told(points, [found.outcomes for found in made], self.opened)).once
-        raise_if_strict(self.found, strict=self.request.strict)
+        self.extents |= {point.name: Extent.of(patch.outcomes) for point, patch in zip(points, patches, strict=True)}
+        self.findings = (
+            self.findings + _findings_of_pass(points, [patch.outcomes for patch in patches], self.patch_sources)
+        ).once
+        raise_if_strict(self.findings, strict=self.request.strict)
         if self.jobs > 1:
             with ThreadPoolExecutor(self.jobs) as pool:
                 try:
@@ -274,40 +286,40 @@ class _Sweep:
                 self._publish(point)
 
     def _publish(self, point: GridPoint) -> None:
-        """Put the point of a patch in the staging directory where it belongs, and list it."""
-        file = f"{point.name}{SUFFIX}"
-        left: Sequence[str] = ()
+        """Move a patch from the staging directory into place, or apply it there; add the point to the index."""
+        name = f"{point.name}{SUFFIX}"
+        notes: Sequence[str] = ()
         with ExitStack() as stack:
-            patch = open_patch(self.staging.file(file), self.existing.tally, stack)
+            patch = open_patch(self.staging.file(name), self.existing.tally, stack)
             entry = entry_of(point, patch)
             if self.full:
                 options = Options(max(1, self.threads // self.jobs), self.request.digest, self.request.sync)
-                primary, small = self.opened.sources.primary, self.opened.small
+                primary, small = self.patch_sources.sources.primary, self.patch_sources.small
                 destination = self.directory / point.name
-                _, left = apply_to(
+                _, notes = apply_to(
                     patch, primary, small, destination, options, self.existing.tally, self.memory, overwrite=True
                 )
-                self.staging.file(file).unlink()
-                entry = replace(entry, place=point.name, blake3=load(destination).digest)
+                self.staging.file(name).unlink()
+                entry = replace(entry, place=point.name, blake3=load_provenance(destination).digest)
             else:
-                self.staging.publish_file(file, self.directory / file)
-        with self._listing:
+                self.staging.publish_file(name, self.directory / name)
+        with self._lock:
             self.entries[entry.place] = entry
             self.made.add(point)
-            self.found += Findings(tuple(left))
+            self.findings += Findings(tuple(notes))
 
     def _write_index(self) -> None:
-        sources = {source.role: source_record(source, "") for source in self.opened.sources}
+        sources = {source.role: source_record(source, "") for source in self.patch_sources.sources}
         for name, data in sweep_index.render(self.entries.values(), sources).items():
-            place = self.directory / name
-            if place.is_file() and place.read_bytes() == data:
+            path = self.directory / name
+            if path.is_file() and path.read_bytes() == data:
                 continue
             self.staging.write(name, data, self.existing.tally)
-            self.staging.publish_file(name, place)
+            self.staging.publish_file(name, path)
 
     def _check_space(self, points: Sequence[GridPoint]) -> None:
         """MachineError where the points cannot fit on the disk."""
-        sources, configs = self.opened.sources, self.existing.configs
+        sources, configs = self.patch_sources.sources, self.existing.configs
         patches = points[: self.size] if self.full else points
         needed = sum(expected_bytes(configs[point], sources) for point in patches)
         if self.full:
@@ -320,23 +332,25 @@ class _Sweep:
             )
 
 
-def _told(points: Sequence[GridPoint], outcomes: Sequence[Sequence[TargetOutcome]], opened: OpenedSources) -> Findings:
+def _findings_of_pass(
+    points: Sequence[GridPoint], outcomes: Sequence[Sequence[TargetOutcome]], patch_sources: PatchSources
+) -> Findings:
     """What there is to say of the points of one pass."""
-    found = Findings()
-    still = []
-    for point, merged in zip(points, outcomes, strict=True):
-        found += source_findings(merged, opened.sources, opened.earlier_merges, point.targets) + selection_findings(
-            merged
-        )
-        if (change := change_findings(merged)).warnings:
-            still.append(f"{point.name}: {change.warnings[0]}")
-    if still:
-        more = f" (and so do {len(still) - 1} more points)" if len(still) > 1 else ""
-        found += Findings(warnings=(f"{still[0]}{more}",))
-    return found.once
+    findings = Findings()
+    unchanged = []
+    for point, point_outcomes in zip(points, outcomes, strict=True):
+        findings += source_findings(
+            point_outcomes, patch_sources.sources, patch_sources.earlier_merges, point.targets
+        ) + selection_findings(point_outcomes)
+        if (change := change_findings(point_outcomes)).warnings:
+            unchanged.append(f"{point.name}: {change.warnings[0]}")
+    if unchanged:
+        more = f" (and so do {len(unchanged) - 1} more points)" if len(unchanged) > 1 else ""
+        findings += Findings(warnings=(f"{unchanged[0]}{more}",))
+    return findings.once
 
 
-def _open_files() -> int:
+def _max_open_files() -> int:
     """How many more files this process may open, with some to spare for everything else; at least two."""
     import resource
 
@@ -345,7 +359,7 @@ def _open_files() -> int:
 
 
 @dataclass(frozen=True)
-class _Share:
+class _PassProgress:
     """The progress of one pass as a part of the whole sweep's, in bytes of all points as if they were equal."""
 
     progress: Callable[[int, int], None]
@@ -354,5 +368,5 @@ class _Share:
     every: int
 
     def __call__(self, done: int, total: int) -> None:
-        each = total / self.points
-        self.progress(int(self.before * each) + done, int(self.every * each))
+        point_bytes = total / self.points
+        self.progress(int(self.before * point_bytes) + done, int(self.every * point_bytes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -288,6 +289,28 @@ def test_checkpoints_are_verified_against_the_sources(triple: Triple, tmp_path: 
         sweep(triple, out, **one)
     sweep(triple, out, overwrite=True, **one)
     assert hsa.verify(out / name, **triple).ok
+
+
+def test_a_checkpoint_that_is_there_is_read_twice(
+    shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for its digests and once beside the merge computed again; its targets once more for NaN and Inf."""
+    one: dict[str, Any] = {"full": True, "k": (0.6,), "lam": (0.5,), "targets": ("encoder-qkv",), "digest": True}
+    (name,) = sweep(shared_triple, tmp_path / "out", **one).made
+    weights = tmp_path / "out" / name / "model.safetensors"
+    preadv, count = os.preadv, 0
+
+    def counted(fd: int, views: Any, offset: int) -> int:
+        nonlocal count
+        nbytes = preadv(fd, views, offset)
+        count += nbytes if os.readlink(f"/proc/self/fd/{fd}") == str(weights) else 0
+        return nbytes
+
+    monkeypatch.setattr(os, "preadv", counted)
+    assert sweep(shared_triple, tmp_path / "out", **one).skipped == (name,)
+    size = weights.stat().st_size
+    targets = 4 * sum(math.prod(tensor.shape) for tensor in hsa.inspect(weights.parent).tensors.values())
+    assert 2 * size <= count <= 2 * size + targets + size // 20  # the header, at each opening
 
 
 def test_one_directory_does_not_mix_sources(triple: Triple, tmp_path: Path) -> None:
