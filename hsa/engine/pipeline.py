@@ -3,7 +3,7 @@
 The output is a row of pieces. Threads draw work in file order: first the targets that begin in a piece or soon after
 it, then the piece itself, which is assembled from copied ranges and computed tensors, digested in order, and written.
 A piece waits only for work that was drawn before it, so the threads cannot wait on one another in a circle,
-and no more than the tensors of the pieces in flight and of what lies `AHEAD_BYTES` of them are in memory.
+and no more than the tensors of the pieces in flight and of the next `AHEAD_BYTES` are in memory.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class _PipelineRun:
     def _all_tasks(self) -> Iterator[_Task]:
         """Every task in file order, computations before the piece in which the first of their results begins.
 
-        Targets come `AHEAD_BYTES` of it. Slices do not: they are most of a file that has any, and cost no more
+        Targets come `AHEAD_BYTES` before it. Slices do not: they are most of a file that has any, and cost no more
         than its pieces.
         """
         for file in self.files:

@@ -45,17 +45,17 @@ class Extent:
         """The extent of a finished merge."""
         geometries = [outcome.merged.geometry for outcome in outcomes]
         base = math.fsum(value for geometry in geometries for value in geometry.base)
-        one = math.fsum(value for geometry in geometries for value in geometry.primary)
-        two = math.fsum(value for geometry in geometries for value in geometry.secondary)
+        primary = math.fsum(value for geometry in geometries for value in geometry.primary)
+        secondary = math.fsum(value for geometry in geometries for value in geometry.secondary)
         product = math.fsum(value for geometry in geometries for value in geometry.product)
         counts = [(outcome.target.coefficient, len(outcome.selected)) for outcome in outcomes]
         return cls(
             *count_heads(outcomes),
             weight_range(counts),
-            ratio(one, base),
-            ratio(two, base),
-            cosine(one, two, product),
-            ratio(math.fsum(map(_moved, outcomes)), one),
+            ratio(primary, base),
+            ratio(secondary, base),
+            cosine(primary, secondary, product),
+            ratio(math.fsum(map(_moved, outcomes)), primary),
         )
 
     @property
@@ -147,15 +147,15 @@ def _powers(weights: WeightRange, exponent: float) -> WeightRange:
 def _moved(outcome: TargetOutcome) -> float:
     """|output - primary|^2 over one target."""
     target, geometry = outcome.target, outcome.merged.geometry
-    one, other, scale = target.coefficient, 1.0 - target.coefficient, target.scale
+    c1, c2, scale = target.coefficient, 1.0 - target.coefficient, target.scale
     selected = set(outcome.merged.selection.selected)
     parts = []
     for head, tv1 in enumerate(geometry.primary):
         if head not in selected:
             parts.append((scale - 1.0) ** 2 * tv1)
         elif scale == 1.0:
-            parts.append(other**2 * geometry.difference[head])
+            parts.append(c2**2 * geometry.difference[head])
         else:
-            x, y = scale * one - 1.0, scale * other
+            x, y = scale * c1 - 1.0, scale * c2
             parts.append(x * x * tv1 + 2.0 * x * y * geometry.product[head] + y * y * geometry.secondary[head])
     return max(0.0, math.fsum(parts))

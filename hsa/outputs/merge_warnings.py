@@ -158,12 +158,12 @@ def _exchanged_sources(outcomes: Sequence[TargetOutcome], extent: Extent) -> Ite
     """A fine-tune that is nearer to the other than to base, or nearly so."""
     geometries = [outcome.merged.geometry for outcome in outcomes]
     difference = math.fsum(value for geometry in geometries for value in geometry.difference)
-    one = math.fsum(value for geometry in geometries for value in geometry.primary)
-    two = math.fsum(value for geometry in geometries for value in geometry.secondary)
-    nearer, other = ("secondary", "primary") if two >= one else ("primary", "secondary")
-    if extent.cosine is None or extent.cosine < SHARED_COSINE or difference >= CLOSE_RATIO**2 * max(one, two):
+    primary = math.fsum(value for geometry in geometries for value in geometry.primary)
+    secondary = math.fsum(value for geometry in geometries for value in geometry.secondary)
+    nearer, other = ("secondary", "primary") if secondary >= primary else ("primary", "secondary")
+    if extent.cosine is None or extent.cosine < SHARED_COSINE or difference >= CLOSE_RATIO**2 * max(primary, secondary):
         return
-    share = math.sqrt(difference / max(one, two))
+    share = math.sqrt(difference / max(primary, secondary))
     how = f"nearer to {other} than to base" if share < 1.0 else f"nearly as near to {other} as to base"
     yield (
         f"{nearer} is {how}, at {percent(share)} % of the distance (the cosine of the task vectors is "

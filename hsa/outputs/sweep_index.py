@@ -105,16 +105,16 @@ def render(entries: Iterable[SweepEntry], sources: Mapping[Role, SourceRecord]) 
         del each["targets_blake3"]  # it differs from preset to preset, and stands in every point
     document = {"kind": KIND, "sources": source_records, "points": [entry.as_dict() for entry in ordered]}
     text = json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
-    ways = [(stack, way) for stack in STACKS for way in ("from_primary", "from_secondary")]
+    columns = [(stack, direction) for stack in STACKS for direction in ("from_primary", "from_secondary")]
     shown = ["place", "targets", "k", "lambda", "alpha", "selected_heads", "total_heads"]
     shown += ["min_margin", "min_margin_tensor", "rows_bytes", "blake3"]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow([*shown, *(f"{stack}_{way}" for stack, way in ways)])
+    writer.writerow([*shown, *(f"{stack}_{direction}" for stack, direction in columns)])
     for entry in ordered:
         values = entry.as_dict()
-        far = [values["distances"].get(stack, {}).get(way, "") for stack, way in ways]
-        writer.writerow([*(values[name] for name in shown), *far])
+        distances = [values["distances"].get(stack, {}).get(direction, "") for stack, direction in columns]
+        writer.writerow([*(values[name] for name in shown), *distances])
     return {JSON: text.encode("ascii"), CSV: table.getvalue().encode("utf-8")}
 
 

@@ -38,14 +38,14 @@ def _equal(first: str, one: Array, second: str, two: Array) -> bool:
     return all(_equal_piece(first, a[piece], second, b[piece]) for piece in pieces)
 
 
-def _equal_piece(first: str, one: Array, second: str, two: Array) -> bool:
+def _equal_piece(first: str, first_values: Array, second: str, second_values: Array) -> bool:
     """Whether pieces hold equal values; the first is float32 where only one of them is."""
     if first == second:
-        return bool(np.array_equal(one.view(np.uint8), two.view(np.uint8)))
+        return bool(np.array_equal(first_values.view(np.uint8), second_values.view(np.uint8)))
     if first == "F32":
-        rounded = np.empty(one.shape, STORAGE[second])
-        narrow(second, one.copy(), rounded, np.empty(one.shape, np.uint32))
-        return bool(np.array_equal(rounded.view(np.uint8), two.view(np.uint8)))
-    a = widen(first, one, np.empty(one.shape, np.float32))
-    b = widen(second, two, np.empty(two.shape, np.float32))
+        rounded = np.empty(first_values.shape, STORAGE[second])
+        narrow(second, first_values.copy(), rounded, np.empty(first_values.shape, np.uint32))
+        return bool(np.array_equal(rounded.view(np.uint8), second_values.view(np.uint8)))
+    a = widen(first, first_values, np.empty(first_values.shape, np.float32))
+    b = widen(second, second_values, np.empty(second_values.shape, np.float32))
     return bool(np.array_equal(a, b))

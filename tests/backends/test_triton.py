@@ -86,9 +86,9 @@ try:
 except hsa.BackendUnavailable as error:
     assert "expected 1 to 62, found 64; use backend='cpu'" in str(error), error
 
-known = dict(gpu._resident._known)
+known = dict(gpu._resident._tables)
 gpu.apply_(model, lam=0.2)
-assert gpu._resident._known == known, "tables were made again for tensors that were written before"
+assert gpu._resident._tables == known, "tables were made again for tensors that were written before"
 print("same")
 """
 
