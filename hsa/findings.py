@@ -1,4 +1,4 @@
-"""What a run has to say beside its result."""
+"""The notes and warnings of a run."""
 
 from __future__ import annotations
 

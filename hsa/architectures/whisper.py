@@ -1,6 +1,6 @@
 """Names and shapes of Whisper's tensors, and what they say: stack, layer, projection, and how heads lie.
 
-No module outside `hsa.architectures` parses or builds such names, but for the oracle and the synthetic checkpoints.
+No module outside `hsa.architectures` parses such names. Only the made-up checkpoints of `hsa.testing` write them again.
 """
 
 from __future__ import annotations

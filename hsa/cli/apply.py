@@ -1,4 +1,4 @@
-"""`hsa apply`."""
+"""The command `hsa apply`."""
 
 from __future__ import annotations
 

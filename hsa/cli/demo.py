@@ -1,4 +1,4 @@
-"""`hsa demo`."""
+"""The command `hsa demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hsa inspect`."""
+"""The command `hsa inspect`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hsa merge`."""
+"""The command `hsa merge`."""
 
 from __future__ import annotations
 

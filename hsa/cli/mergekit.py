@@ -1,4 +1,4 @@
-"""`hsa mergekit`."""
+"""The command `hsa mergekit`."""
 
 from __future__ import annotations
 

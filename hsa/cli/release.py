@@ -1,4 +1,4 @@
-"""`hsa release`."""
+"""The command `hsa release`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hsa sweep`."""
+"""The command `hsa sweep`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hsa verify`."""
+"""The command `hsa verify`."""
 
 from __future__ import annotations
 

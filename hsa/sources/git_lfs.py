@@ -1,4 +1,4 @@
-"""Git LFS pointers: the three lines of text that lie where a large file belongs when git-lfs did not fetch it.
+"""Refuse Git LFS pointers: three lines of text in the place of a large file that git-lfs did not fetch.
 
 Source: the pointer specification of Git LFS (docs/spec.md of git-lfs/git-lfs).
 """

@@ -1,4 +1,4 @@
-"""OpenAI's own Whisper checkpoints: one `.pt` file of dimensions and tensors, under the names of its own code.
+"""Open OpenAI's own Whisper checkpoints: one `.pt` file of dimensions and tensors, under OpenAI's names.
 
 They serve as base or secondary: such a file has no `config.json`, tokenizer or feature extractor, so an output could
 not be made complete from it.

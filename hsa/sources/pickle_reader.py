@@ -1,4 +1,4 @@
-"""The description of tensors in a file of `torch.save`, read from its pickle without unpickling it.
+"""Read the description of tensors in a file of `torch.save` from its pickle, without unpickling it.
 
 A pickle is a program for a small stack machine. The one here knows the instructions that `torch.save` writes for
 tensors and plain containers (pickle protocol 2). It imports nothing and calls nothing: the name of a function is a

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: read and checked whole before any tensor is served, and written.
+"""Read and write the header of a safetensors file; it is checked whole before any tensor is read.
 
 Format: 8 bytes of little-endian header length, that many bytes of JSON, then the data without holes.
 Source: the format description of the safetensors library.

@@ -1,4 +1,4 @@
-"""`hsa_merge.json` as a file: how its bytes are written, its own digest, and the names of the files that it lists.
+"""Read and write `hsa_merge.json` as a file: its bytes, its own digest, and the names of the files that it lists.
 
 What the record in it means is `hsa.outputs.provenance`'s subject. Here is what must be known before an output is
 replaced.

@@ -1,4 +1,4 @@
-"""YAML that people write, read strictly: plain values with their lines, nothing that could build objects or explode.
+"""Read YAML strictly: plain values with their lines, no objects, and no aliases that expand to gigabytes.
 
 One document of mappings, lists and scalars. Refused, with the line: anchors and aliases (a few lines of them can stand
 for gigabytes), tags, repeated keys, keys that are no text, dates, deep nesting, numbers of many
