@@ -68,7 +68,7 @@ class Shape:
 
     @property
     def chunks(self) -> int:
-        return -(-self.width // WIDTH.value)
+        return -(-self.width // int(WIDTH.value))
 
     @property
     def regular(self) -> bool:
@@ -256,8 +256,8 @@ class Workspace:
         row, slabs = -(-count // 4) * 4, -(-projections.slabs // 4) * 4
         sizes = [count * slots, row, 4 * groups, 2 * row, 2 * slabs, slabs]
         self.zeroed = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        status, self.arrivals, tickets, released, totals, self.states = self.zeroed.split(sizes)
-        self.status, self.tickets = status.view(count, slots), tickets.split(4)
+        status, self.arrivals, tickets, released, totals, self.states = torch.split(self.zeroed, sizes)
+        self.status, self.tickets = status.view(count, slots), torch.split(tickets, 4)
         self.released, self.slots = released.view(torch.int64), totals.view(torch.int64)
         self.zeroed_of_two = self.zeroed[: sizes[0] + sizes[1]]
         self.scores = torch.zeros(count, slots, dtype=torch.float64, device=device)
@@ -289,7 +289,7 @@ def _units(g: int, fields: Sequence[int]) -> Tensor:
     return units
 
 
-def _tensors(role: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _tensors(role: str, tensors: object) -> tuple[Tensor, ...]:
     """Aliases of a role's tensors, which keep their storage alive, each checked by itself."""
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise KernelTypeError(f"{role}: expected a sequence of tensors, found {type(tensors).__name__}")
