@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import triton
 from hsa.kernels import fused, headwise, tuning
-from hsa.kernels.projections import LEAST_SLOTS, Variant, interpreted
+from hsa.kernels.projections import LEAST_PADDED_HEADS, Variant, interpreted
 from hsa.kernels.tuning import Tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -167,7 +167,7 @@ def compile_case(case: Case, **changed: object) -> Compiled:
     fused, amd = case.kernel == "fused", target.backend == "hip"
     constants = {
         **variant.constants(),
-        "P": LEAST_SLOTS,
+        "P": LEAST_PADDED_HEADS,
         "ROWS": tuned.rows,
         "ONE_RUN": case.one_run and not amd,
         "SCALED": case.scaled,

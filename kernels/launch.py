@@ -81,7 +81,7 @@ def fused_merge(
 
     Returns:
         squared scores, float64 [G, P], and the selection, bool [G, P]; 0 and False beyond a projection's heads
-        (P is `projections.slots`). They are the stream's own and hold until its next call: clone to keep them.
+        (P is `projections.padded_heads`). They are the stream's own and hold until its next call: clone to keep them.
 
     A projection with a source that is not finite is not written, and no head of it selected: see `check`.
 
@@ -152,7 +152,7 @@ def apply_heads(
     Raises KernelInputError, KernelTypeError.
     """
     scale = _finite("scale", scale)
-    _check_table("scores", scores, projections, torch.float64, (projections.count, projections.slots))
+    _check_table("scores", scores, projections, torch.float64, (projections.count, projections.padded_heads))
     with _on_device(projections):
         space = projections.workspace()
         counts = _keep(projections, keep, space)
@@ -238,7 +238,7 @@ def _options(projections: Projections, group: Group, registers: int) -> dict[str
     amd = torch.version.hip is not None
     return {
         **group.variant.constants(),
-        "P": projections.slots,
+        "P": projections.padded_heads,
         "ROWS": group.tuning.rows,
         "ONE_RUN": group.one_run and not amd,
         **tuning.compiler_options(group.tuning, registers, amd=amd),

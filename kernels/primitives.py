@@ -1,9 +1,9 @@
 # ruff: noqa: N803 -- constexprs of kernels are upper case
 """Jit helpers that more than one kernel uses: addresses of a tile, reads, writes, rounding, ranking.
 
-Shape letters: G projections of a plan, H heads of a projection, P slots of a row of heads (the greatest H of the
-plan, rounded up to a power of two), S slabs. A tile row is WIDTH contiguous elements; a slab is ROWS tile rows of
-one head, and is what one unit of work owns.
+Shape letters: G projections of a plan, H heads of a projection, P the padded length of a row of heads (the greatest H
+of the plan, rounded up to a power of two; `padded_heads` on the host), S slabs. A tile row is WIDTH contiguous
+elements; a slab is ROWS tile rows of one head, and is what one unit of work owns.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ DTYPES = {
 ROLES = ("base", "primary", "secondary", "out")
 ALIGNMENT = 16
 MOST_HEADS = 62
-LEAST_SLOTS = 32
-"""Slots of a row of heads at the least, so that models of different size share compiled kernels."""
+LEAST_PADDED_HEADS = 32
+"""A row of heads is padded to at least as many, so that models of different size share compiled kernels."""
 
 
 class KernelInputError(ValueError):
@@ -136,7 +136,7 @@ class Projections:
         self.device = _same_device(self._tensors)
         self.heads = _numbers("heads", heads, self.count)
         axes = _numbers("head_axis", head_axis, self.count)
-        self.slots = max(LEAST_SLOTS, triton.next_power_of_2(max(self.heads)))
+        self.padded_heads = max(LEAST_PADDED_HEADS, triton.next_power_of_2(max(self.heads)))
         shapes = [self._shape(g, self.heads[g], axes[g]) for g in range(self.count)]
         in_place = [self._is_in_place(g) for g in range(self.count)]
         self._refuse_overlap(in_place)
@@ -250,18 +250,18 @@ class Workspace:
     """
 
     def __init__(self, projections: Projections) -> None:
-        device, count, slots = projections.device, projections.count, projections.slots
+        device, count, padded = projections.device, projections.count, projections.padded_heads
         groups = len(projections.groups)
         # Every part starts at a multiple of 16 bytes, which Triton compiles for.
         row, slabs = -(-count // 4) * 4, -(-projections.slabs // 4) * 4
-        sizes = [count * slots, row, 4 * groups, 2 * row, 2 * slabs, slabs]
+        sizes = [count * padded, row, 4 * groups, 2 * row, 2 * slabs, slabs]
         self.zeroed = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         status, self.arrivals, tickets, released, totals, self.states = torch.split(self.zeroed, sizes)
-        self.status, self.tickets = status.view(count, slots), torch.split(tickets, 4)
+        self.status, self.tickets = status.view(count, padded), torch.split(tickets, 4)
         self.released, self.slots = released.view(torch.int64), totals.view(torch.int64)
         self.zeroed_of_two = self.zeroed[: sizes[0] + sizes[1]]
-        self.scores = torch.zeros(count, slots, dtype=torch.float64, device=device)
-        self.selected = torch.zeros(count, slots, dtype=torch.uint8, device=device)
+        self.scores = torch.zeros(count, padded, dtype=torch.float64, device=device)
+        self.selected = torch.zeros(count, padded, dtype=torch.uint8, device=device)
         self._parameters: dict[str, tuple[bytes, Tensor]] = {}
 
     def upload(self, name: str, values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
