@@ -1,4 +1,4 @@
-"""`hsa.apply`: the output of a merge from primary and a patch."""
+"""`hsa.apply`: write the output of a merge from primary and a patch."""
 
 from __future__ import annotations
 
@@ -83,27 +83,27 @@ def apply(
     started = time.perf_counter()
     check_paths(primary=primary, patch=patch, output=output)
     check_values(assets=assets)
-    for each in assets:
-        check_paths(assets=each)
+    for folder in assets:
+        check_paths(assets=folder)
     check_flags(digest=digest, sync=sync, overwrite=overwrite)
     check_functions(progress=progress)
     check_threads(threads)
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         _check_order(primary, patch)
-        opened = open_patch(patch, tally, stack)
-        require_sound(opened)
-        config = config_of_record(opened.record)
+        patch_file = open_patch(patch, tally, stack)
+        require_sound(patch_file)
+        config = config_of_record(patch_file.record)
         needs = Needs("whole", config.targets, assets=True)
         source = stack.enter_context(hub.open("primary", primary, tally, needs, None))
-        extra = [_folder(each) for each in assets]
-        apart = [source.path, opened.source.path.resolve(), *extra]
-        destination = check_destination(output, apart, overwrite=overwrite)
-        check_primary(opened, source)
-        small, contradicting = _small_files(opened, source, extra, tally)
+        folders = [_folder(path) for path in assets]
+        kept_apart = [source.path, patch_file.source.path.resolve(), *folders]
+        destination = check_destination(output, kept_apart, overwrite=overwrite)
+        check_primary(patch_file, source)
+        small_files, warnings = _small_files(patch_file, source, folders, tally)
         options = Options(threads or default_threads(), digest, sync)
-        record, left = apply_to(
-            opened, source, small, destination, options, tally, memory, overwrite=overwrite, progress=progress
+        record, notes = apply_to(
+            patch_file, source, small_files, destination, options, tally, memory, overwrite=overwrite, progress=progress
         )
     return MergeReport(
         output=destination,
@@ -119,8 +119,8 @@ def apply(
         parameters=config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
         extent=_extent(record),
-        notes=(*hub.notes, *source.notes, *(() if digest else (NO_DIGESTS,)), *left),
-        warnings=contradicting,
+        notes=(*hub.notes, *source.notes, *(() if digest else (NO_DIGESTS,)), *notes),
+        warnings=warnings,
         unlinked=unlinked(record),
     )
 
@@ -134,7 +134,7 @@ def _extent(record: Record) -> Extent:
 def apply_to(
     patch: Patch,
     primary: Checkpoint,
-    small: Mapping[str, bytes],
+    small_files: Mapping[str, bytes],
     destination: Path,
     options: Options,
     tally: fsio.Tally,
@@ -149,21 +149,21 @@ def apply_to(
     """
     contents = _tensors(patch, primary)
     files, index = pack(primary, contents, patch.contents.parameters["max_shard_size"])
-    patch.record.check_fits([*small, INDEX, CARD, *(file.name for file in files)])
+    patch.record.check_fits([*small_files, INDEX, CARD, *(file.name for file in files)])
     total = sum(file.size for file in files)
     step = None if progress is None else lambda done: progress(done, total)
-    grafter = PatchApplier(primary, patch.source)
+    applier = PatchApplier(primary, patch.source)
     with ExitStack() as stack:
         with deferred():
             staging = stack.enter_context(StagedOutput(destination, overwrite=overwrite, sync=options.sync))
-        digests = execute(files, {"primary": primary}, grafter, staging, options, tally, memory, step)
-        patch.check_tensors(grafter.digests)
+        digests = execute(files, {"primary": primary}, applier, staging, options, tally, memory, step)
+        patch.check_tensors(applier.digests)
         primary.check_unchanged()
         patch.source.check_unchanged()
         record = patch.record
-        held = {**small, **({INDEX: index} if index is not None else {})}
+        all_small_files = {**small_files, **({INDEX: index} if index is not None else {})}
         weights = {file.name: digests.get(file.name) for file in files}
-        write_metadata_files(staging, record, held, weights, digest=options.digest, tally=tally)
+        write_metadata_files(staging, record, all_small_files, weights, digest=options.digest, tally=tally)
         staging.publish()
         memory.sample()
     return record, staging.notes
@@ -175,14 +175,14 @@ def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
         canonical(target.name): (target, heads)
         for target, heads in zip(patch.contents.targets, patch.selected, strict=True)
     }
-    found: dict[str, TensorContent] = {}
+    contents: dict[str, TensorContent] = {}
     for name, ref in sorted(primary.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
         piece: Content = Copied("primary", ref)
         if name in targets:
             target, heads = targets[name]
             piece = Patched(ref, target.projection.head_axis, target.head_dim, heads, patch.start(target.name))
-        found[name] = TensorContent(ref.name, ref.code, ref.shape, (piece,))
-    return found
+        contents[name] = TensorContent(ref.name, ref.code, ref.shape, (piece,))
+    return contents
 
 
 def check_primary(patch: Patch, primary: Checkpoint) -> None:
@@ -191,33 +191,33 @@ def check_primary(patch: Patch, primary: Checkpoint) -> None:
     MismatchError where primary does not hold what its config.json promises.
     """
     require_whole(primary)
-    made = patch.contents.sources["primary"]
-    name = shown(made.identity.id, 200)
+    recorded = patch.contents.sources["primary"]
+    name = shown(recorded.identity.id, 200)
     where = f"patch {patch.source.path} was made for a primary named {name}, and {primary.path} is not it"
     for target in patch.contents.targets:
         ref = primary.tensors.get(canonical(target.name))
-        found = None if ref is None else (ref.name, ref.code, ref.shape)
-        if found != (target.name, target.code, target.shape):
-            held = "is missing" if ref is None else f"is {ref.name} {ref.code} {list(ref.shape)}"
-            raise PatchError(f"{where}: tensor {target.name} {target.code} {list(target.shape)} {held}")
+        tensor = None if ref is None else (ref.name, ref.code, ref.shape)
+        if tensor != (target.name, target.code, target.shape):
+            what = "is missing" if ref is None else f"is {ref.name} {ref.code} {list(ref.shape)}"
+            raise PatchError(f"{where}: tensor {target.name} {target.code} {list(target.shape)} {what}")
         if ref is not None and ref.nbytes > MAX_TARGET:
             raise PatchError(
                 f"{primary.file_of(ref)}: target tensor {ref.name} takes {ref.nbytes} bytes, at most {MAX_TARGET} are "
                 f"held in memory; is it a Whisper checkpoint?"
             )
-    digests = [_line(target, primary) for target in patch.contents.targets]
-    held_now = source_record(primary, tensors_digest(digests))
-    if held_now.files != made.files or held_now.kind != made.kind:
-        different = sorted(changed_keys(held_now.files, made.files)) or ["its weights"]
+    digests = [_digest_line(target, primary) for target in patch.contents.targets]
+    current = source_record(primary, tensors_digest(digests))
+    if current.files != recorded.files or current.kind != recorded.kind:
+        different = sorted(changed_keys(current.files, recorded.files)) or ["its weights"]
         raise PatchError(f"{where}: the size or the header of {', '.join(different[:3])} differs; give that primary")
-    if held_now.targets != made.targets:
+    if current.targets != recorded.targets:
         raise PatchError(
-            f"{where}: its target tensors hold other values (BLAKE3 {held_now.targets}, expected {made.targets})"
+            f"{where}: its target tensors hold other values (BLAKE3 {current.targets}, expected {recorded.targets})"
         )
     require_sound(patch, primary)
 
 
-def _line(target: PatchTarget, primary: Checkpoint) -> tuple[str, str, Sequence[int], str]:
+def _digest_line(target: PatchTarget, primary: Checkpoint) -> tuple[str, str, Sequence[int], str]:
     ref = primary.tensors[canonical(target.name)]
     digest = digest_range(primary.shards[ref.shard].source, ref.offset, ref.nbytes)
     return target.projection.name, ref.code, ref.shape, digest
@@ -237,7 +237,7 @@ def _folder(path: PathLike) -> Path:
 
 
 def _small_files(
-    patch: Patch, primary: Checkpoint, extra: Sequence[Path], tally: fsio.Tally
+    patch: Patch, primary: Checkpoint, folders: Sequence[Path], tally: fsio.Tally
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """The small files as the merge wrote them, found by their digests, and warnings of what contradicts the model.
 
@@ -246,10 +246,10 @@ def _small_files(
     files: dict[str, bytes] = {}
     documents: dict[str, Any] = {}
     for name, digest in patch.contents.files.items():
-        above = [primary.path.parent] if name in PROCESSOR_FILES else []  # configs are those of the model itself
-        for directory in (primary.path, *above, *extra):
+        parents = [primary.path.parent] if name in PROCESSOR_FILES else []  # configs are those of the model itself
+        for directory in (primary.path, *parents, *folders):
             if (directory / name).is_file():
-                role = "assets" if directory in extra else "primary"
+                role = "assets" if directory in folders else "primary"
                 data = read_whole(role, directory, name, tally)
                 if digest_of(data) == digest:
                     files[name] = data
@@ -259,8 +259,8 @@ def _small_files(
         else:
             raise SourceError(
                 f"{name} as the merge of {patch_format.source_names(patch.contents)} wrote it (BLAKE3 {digest}) is not "
-                f"in {primary.path}{' or the directory above' if above else ''}; give the directory that holds it with "
-                f"{option('assets')}, such as the base's"
+                f"in {primary.path}{' or the directory above' if parents else ''}; give the directory that holds it "
+                f"with {option('assets')}, such as the base's"
             )
     where = f"patch {patch.source.path}: the {CONFIG} of its merge"
     if load_json(files[CONFIG], where, "config") != primary.config:
@@ -275,15 +275,15 @@ def _check_order(primary: PathLike, patch: PathLike) -> None:
     """RequestError where a patch is given as primary; PatchError where a directory is given as the patch."""
     first, second = (Path(os.path.expanduser(os.fspath(path))) for path in (primary, patch))
     if first.is_file() and is_patch(first):
-        both = second.is_file() and is_patch(second)
-        todo = "give the checkpoint that it was made with" if both else f"exchange it and {second}"
-        raise RequestError(f"primary {first} is a patch; primary comes first, then the patch: {todo}")
+        both_are_patches = second.is_file() and is_patch(second)
+        remedy = "give the checkpoint that it was made with" if both_are_patches else f"exchange it and {second}"
+        raise RequestError(f"primary {first} is a patch; primary comes first, then the patch: {remedy}")
     if second.is_dir():
-        raise PatchError(f"patch {second} is a directory{_kind(second)}")
+        raise PatchError(f"patch {second} is a directory{_directory_hint(second)}")
 
 
-def _kind(directory: Path) -> str:
-    """What a directory is that was given as a patch, and what to do."""
+def _directory_hint(directory: Path) -> str:
+    """What a directory holds that is given as a patch, and what to do."""
     if (directory / PROVENANCE).is_file():
         return ": an output of hsa, which is a whole checkpoint already"
     if (directory / CONFIG).is_file():

@@ -1,4 +1,4 @@
-"""`hsa.merge`: sources to a finished output directory; and the same as a plan alone."""
+"""`hsa.merge`: merge sources into an output directory, or plan it with a dry run."""
 
 from __future__ import annotations
 
@@ -148,52 +148,58 @@ def run_merge(request: Request, progress: Callable[[int, int], None] | None = No
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
-        job = _prepare(request, tally, hub, stack)
-        found = collect_small_files(request, job.sources, job.plan, tally)
-        early = _early(request, job, found, hub)
-        raise_if_strict(early + parameter_findings(job.plan.targets), strict=request.strict)
+        prepared = _prepare(request, tally, hub, stack)
+        assets = collect_small_files(request, prepared.sources, prepared.plan, tally)
+        early = _findings_before_reading(request, prepared, assets, hub)
+        raise_if_strict(early + parameter_findings(prepared.plan.targets), strict=request.strict)
         with deferred():  # a directory that was made must be known to the stack that removes it
-            staging = stack.enter_context(StagedOutput(job.destination, overwrite=request.overwrite, sync=request.sync))
+            staging = stack.enter_context(
+                StagedOutput(prepared.destination, overwrite=request.overwrite, sync=request.sync)
+            )
         options = Options(request.threads or default_threads(), request.digest, request.sync)
-        total = job.plan.bytes_to_write
+        total = prepared.plan.bytes_to_write
         step = None if progress is None else lambda done: progress(done, total)
         try:
-            calculator = Calculator(job.sources, job.backend, request.config.numerics)
-            digests = execute(job.plan.files, job.sources.by_role, calculator, staging, options, tally, memory, step)
+            calculator = Calculator(prepared.sources, prepared.backend, request.config.numerics)
+            digests = execute(
+                prepared.plan.files, prepared.sources.by_role, calculator, staging, options, tally, memory, step
+            )
         except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
-            job.sources.check_unchanged()
+            prepared.sources.check_unchanged()
             raise
-        job.sources.check_unchanged()
-        outcomes = calculator.ordered(job.plan.targets)
-        doubts = source_findings(outcomes, job.sources, job.earlier_merges, request.config.targets)
-        told = early + doubts + report.outcome_findings(outcomes)
-        raise_if_strict(told, strict=request.strict)
-        record = recording.make_record(job.plan, job.sources, outcomes, request.settings(job.backend.name))
-        small = dict(found.files)
-        if job.plan.index is not None:
-            small[INDEX] = job.plan.index
-        weights = {file.name: digests.get(file.name) for file in job.plan.files}
+        prepared.sources.check_unchanged()
+        outcomes = calculator.ordered(prepared.plan.targets)
+        doubts = source_findings(outcomes, prepared.sources, prepared.earlier_merges, request.config.targets)
+        findings = early + doubts + report.outcome_findings(outcomes)
+        raise_if_strict(findings, strict=request.strict)
+        record = recording.make_record(
+            prepared.plan, prepared.sources, outcomes, request.settings(prepared.backend.name)
+        )
+        small = dict(assets.files)
+        if prepared.plan.index is not None:
+            small[INDEX] = prepared.plan.index
+        weights = {file.name: digests.get(file.name) for file in prepared.plan.files}
         write_metadata_files(staging, record, small, weights, digest=request.digest, tally=tally)
         staging.publish()
         memory.sample()
     return MergeReport(
-        output=job.destination,
+        output=prepared.destination,
         seconds=time.perf_counter() - started,
         bytes_read=tally.read,
         bytes_read_by_source=dict(tally.read_by),
         bytes_written=tally.written,
         bytes_fetched=sum(hub.fetched.values()),
         peak_memory_bytes=memory.peak,
-        backend=job.backend.name,
-        device=job.backend.device,
-        route=job.plan.route,
+        backend=prepared.backend.name,
+        device=prepared.backend.device,
+        route=prepared.plan.route,
         parameters=request.config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
         extent=Extent.of(outcomes),
-        notes=(*told.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
-        warnings=told.warnings,
+        notes=(*findings.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
+        warnings=findings.warnings,
         unlinked=unlinked(record),
-        doubtful=bool(doubts.warnings) or "base" in job.earlier_merges,
+        doubtful=bool(doubts.warnings) or "base" in prepared.earlier_merges,
     )
 
 
@@ -207,20 +213,20 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
     """
     tally, hub = fsio.Tally(), Hub()
     with ExitStack() as stack:
-        job = _open(request, tally, hub, stack, headers_only=True, occupied=occupied)
-        plan = job.plan
-        found = collect_small_files(request, job.sources, job.plan, tally)
-        needed = plan.bytes_to_write + sum(map(len, found.files.values()))
-        existing = next(parent for parent in job.destination.parents if parent.exists())
-        free = fsio.free_bytes(existing)
-        told = _early(request, job, found, hub) + parameter_findings(plan.targets)
-        raise_if_strict(told, strict=request.strict)
-        short = [f"{needed} bytes are to be written and {free} are free in {existing}"] if free < needed else []
+        prepared = _open(request, tally, hub, stack, headers_only=True, occupied=occupied)
+        plan = prepared.plan
+        assets = collect_small_files(request, prepared.sources, prepared.plan, tally)
+        needed = plan.bytes_to_write + sum(map(len, assets.files.values()))
+        folder = next(parent for parent in prepared.destination.parents if parent.exists())
+        free = fsio.free_bytes(folder)
+        findings = _findings_before_reading(request, prepared, assets, hub) + parameter_findings(plan.targets)
+        raise_if_strict(findings, strict=request.strict)
+        short = [f"{needed} bytes are to be written and {free} are free in {folder}"] if free < needed else []
         return PlanReport(
-            output=job.destination,
+            output=prepared.destination,
             route=plan.route,
-            backend=job.backend.name,
-            device=job.backend.device,
+            backend=prepared.backend.name,
+            device=prepared.backend.device,
             parameters=request.config.as_dict(),
             targets=plan.targets,
             files={file.name: file.size for file in plan.files},
@@ -229,9 +235,9 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
             bytes_fetched=sum(hub.fetched.values()),
             bytes_to_fetch=sum(hub.pending.values()),
             free_bytes=free,
-            notes=told.notes,
-            warnings=(*told.warnings, *short),
-            doubtful="base" in job.earlier_merges,
+            notes=findings.notes,
+            warnings=(*findings.warnings, *short),
+            doubtful="base" in prepared.earlier_merges,
         )
 
 
@@ -241,10 +247,14 @@ def collect_small_files(request: Request, sources: Sources, plan: MergePlan, tal
     return small_files.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
 
 
-def _early(request: Request, job: _PreparedMerge, found: small_files.Assets, hub: Hub) -> Findings:
-    """What there is to say before the first tensor is read."""
-    told = Findings((*hub.notes, *job.plan.notes, *found.notes), found.warnings)
-    return told + percentage_findings([request.config.k]) + header_findings(job.sources, job.earlier_merges)
+def _findings_before_reading(
+    request: Request, prepared: _PreparedMerge, assets: small_files.Assets, hub: Hub
+) -> Findings:
+    """Notes and warnings before the first tensor is read."""
+    findings = Findings((*hub.notes, *prepared.plan.notes, *assets.notes), assets.warnings)
+    return (
+        findings + percentage_findings([request.config.k]) + header_findings(prepared.sources, prepared.earlier_merges)
+    )
 
 
 @dataclass(frozen=True)

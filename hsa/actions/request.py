@@ -1,4 +1,4 @@
-"""What a merge is told, and its sources opened by it."""
+"""The arguments of a merge, validated, and its sources opened."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hsa.system.types import PathLike, parse_size
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that a merge is told; see `merge` for the meaning of each field."""
+    """All arguments of a merge; see `merge` for the meaning of each field."""
 
     sources: Mapping[Role, PathLike]
     output: PathLike
@@ -88,26 +88,28 @@ def open_sources(
     See `hsa.merge` for what it raises.
     """
     ids = request.ids or {}
-    adapted = {role for role in ROLES if hub.is_adapter(role, request.sources[role])}  # in the order of messages
+    adapter_roles = {role for role in ROLES if hub.is_adapter(role, request.sources[role])}  # in the order of messages
 
-    def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        needs = _needs(request, role, adapted="primary" in adapted, headers_only=headers_only, rows_only=rows_only)
+    def open_source(role: Role, base: Checkpoint | None = None) -> Checkpoint:
+        needs = _needs(
+            request, role, adapted="primary" in adapter_roles, headers_only=headers_only, rows_only=rows_only
+        )
         return stack.enter_context(hub.open(role, request.sources[role], tally, needs, ids.get(role), base))
 
-    base = opened("base")
-    sources = Sources(base, opened("primary", base), opened("secondary", base))
+    base = open_source("base")
+    sources = Sources(base, open_source("primary", base), open_source("secondary", base))
     _tell_apart([source for source in sources if not ids.get(source.role)])
     return sources
 
 
 def _tell_apart(sources: Sequence[Checkpoint]) -> None:
     """Add the parent's name to those of different directories that have one name, which a card could not tell apart."""
-    shared = [
+    same_names = [
         source
         for source in sources
         if any(source.path != other.path and source.identity == other.identity for other in sources)
     ]
-    for source in shared:
+    for source in same_names:
         if source.identity == Identity(source.path.name):
             source.identity = Identity(name_with_parent(source.path))
 

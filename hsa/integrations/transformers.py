@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from hsa.actions.merger.already_merged import forget
-from hsa.actions.merger.loaded_models import LoadedTensor, config_of, entries_of, in_its_place, targets_of
+from hsa.actions.merger.already_merged import find_marked, forget, mark_modules, some_values
+from hsa.actions.merger.loaded_models import LoadedTensor, config_of, entries_of, targets_of, tensor_instead_of
 from hsa.actions.merger.merger import Merger, Source
 from hsa.actions.merger.shared_memory import first_shared, spans
 from hsa.actions.merger.writable_targets import require_own_memory
@@ -22,12 +22,6 @@ from hsa.errors import RequestError, shown, warn
 from hsa.methods.config import MergeConfig, PerTensor
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
-
-_MARK = "_hsa_merged"
-"""Attribute of a module whose weight or bias was merged: some of the merged values, by the parameter's name."""
-
-_MARKED_ELEMENTS = 256
-"""Of each tensor, spread over all of its heads."""
 
 
 def hsa_merge_(
@@ -92,9 +86,9 @@ def hsa_merge_(
     )
     for text in merger.check(k, lam, alpha).warnings:
         warn(text)
-    original_values = {stored: _some_values(tensor) for stored, _, tensor in model_targets.values()}
+    original_values = {stored: some_values(tensor) for stored, _, tensor in model_targets.values()}
     merger.apply_(model, k, lam, alpha)
-    _mark(model, model_targets, original_values)
+    mark_modules(model, model_targets, original_values)
     return model
 
 
@@ -105,7 +99,7 @@ def _model_targets(model: torch.nn.Module, preset: Preset) -> dict[str, LoadedTe
     model_targets = targets_of("model", model, entries, preset)
     missing = next((name for name in expected_targets(shape.layers, preset) if name not in model_targets), None)
     if missing is not None:
-        replacement = in_its_place(entries, missing)
+        replacement = tensor_instead_of(entries, missing)
         instead = "" if replacement is None else f" and {replacement:.300} in its place"
         raise RequestError(
             f"model, a {type(model).__name__}, holds no target tensor {missing}{instead}; give the model itself, "
@@ -167,33 +161,10 @@ def _are_same_source(base: Source, secondary: Source, loaded: Mapping[str, Mappi
 
 def _refuse_merged(model: torch.nn.Module, model_targets: Mapping[str, LoadedTensor]) -> None:
     """Refuse a model that still has values which `hsa_merge_` wrote: they would count as primary's."""
-    for stored, _, tensor in model_targets.values():
-        module, _, part = stored.rpartition(".")
-        merged = getattr(model.get_submodule(module), _MARK, {}).get(part)
-        if merged is None or merged.numel() != _some_values(tensor).numel():
-            continue
-        if torch.equal(merged.to(tensor.dtype), _some_values(tensor)):
-            raise RequestError(
-                f"model was merged by hsa_merge_ already: {stored} still holds merged values, which a second merge "
-                f"would take for primary's; load primary again, give again=True to merge the merged model, or use "
-                f"hsa.Merger, which always starts from the sources"
-            )
-
-
-def _mark(
-    model: torch.nn.Module, model_targets: Mapping[str, LoadedTensor], original_values: Mapping[str, torch.Tensor]
-) -> None:
-    """Note some of the merged values on the modules that hold them, where the merge changed any."""
-    for stored, _, tensor in model_targets.values():
-        module, _, part = stored.rpartition(".")
-        values, owner = _some_values(tensor), model.get_submodule(module)
-        marks: dict[str, Any] = {**getattr(owner, _MARK, {}), part: values}
-        if torch.equal(values, original_values[stored]):
-            del marks[part]
-        setattr(owner, _MARK, marks)
-
-
-def _some_values(tensor: torch.Tensor) -> torch.Tensor:
-    """Copies of elements from all over a tensor, on the CPU."""
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // _MARKED_ELEMENTS)].to("cpu", copy=True)
+    stored = find_marked(model, model_targets)
+    if stored is not None:
+        raise RequestError(
+            f"model was merged by hsa_merge_ already: {stored} still holds merged values, which a second merge "
+            f"would take for primary's; load primary again, give again=True to merge the merged model, or use "
+            f"hsa.Merger, which always starts from the sources"
+        )

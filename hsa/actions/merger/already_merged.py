@@ -1,14 +1,28 @@
-"""Which tensors of this process still hold what a merge wrote, so that a merge is not taken for a source unnoticed.
+"""Whether a loaded model was merged already, so that merged values are not taken for a source's unnoticed.
 
-A tensor counts as long as its version is the one after the writing: torch raises it with every change in place.
+There are two signs of it, for two costs:
+
+- Versions: a tensor counts as merged while its version is the one after the writing; torch raises it with every change
+  in place. It costs nothing, so `hsa.Merger` keeps it at each `apply_`. Copies of a tensor do not have it.
+- Values: some of the merged values, kept on the modules. They stay with a copy or cast of the model, and cost reading
+  every target, so `hsa_merge_`, which merges a model once, keeps them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
+
+from hsa.actions.merger.loaded_models import LoadedTensor
+
+_MARK = "_hsa_merged"
+"""Attribute of a module whose weight or bias was merged: some of the merged values, by the parameter's name."""
+
+_MARKED_ELEMENTS = 256
+"""Of each tensor, spread over all of its heads."""
 
 
 class WrittenTensors:
@@ -19,8 +33,8 @@ class WrittenTensors:
         for number, tensor in enumerate(tensors):
             _RECORDS[tensor] = (self, number)
 
-    def renew(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Note that these tensors were written just now, in the order of the first time."""
+    def update(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep the versions of these tensors, which were written just now, in the order of the first time."""
         self._versions = [_version(tensor) for tensor in tensors]
 
     def holds(self, number: int, tensor: torch.Tensor) -> bool:
@@ -45,3 +59,34 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 _RECORDS = WeakIdKeyDictionary()
+
+
+def mark_modules(
+    model: torch.nn.Module, targets: Mapping[str, LoadedTensor], original_values: Mapping[str, torch.Tensor]
+) -> None:
+    """Keep some merged values of each target on its module; nothing where they are the `original_values` by name."""
+    for stored, _, tensor in targets.values():
+        module, _, part = stored.rpartition(".")
+        values, owner = some_values(tensor), model.get_submodule(module)
+        marks: dict[str, Any] = {**getattr(owner, _MARK, {}), part: values}
+        if torch.equal(values, original_values[stored]):
+            del marks[part]
+        setattr(owner, _MARK, marks)
+
+
+def find_marked(model: torch.nn.Module, targets: Mapping[str, LoadedTensor]) -> str | None:
+    """The name of the first target that still holds the values that `mark_modules` kept; None where none does."""
+    for stored, _, tensor in targets.values():
+        module, _, part = stored.rpartition(".")
+        merged = getattr(model.get_submodule(module), _MARK, {}).get(part)
+        if merged is None or merged.numel() != some_values(tensor).numel():
+            continue
+        if torch.equal(merged.to(tensor.dtype), some_values(tensor)):
+            return stored
+    return None
+
+
+def some_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Copies of elements from all over a tensor, on the CPU."""
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // _MARKED_ELEMENTS)].to("cpu", copy=True)

@@ -37,11 +37,11 @@ def entries_of(label: str, model: Model, expected: str = "a loaded model or a st
     """
     if not isinstance(model, (torch.nn.Module, Mapping)):
         raise RequestError(f"{label}: expected {expected}, got {type(model).__name__}")
-    held = dict(_items(model))
-    for stored in held:
+    tensors = dict(_items(model))
+    for stored in tensors:
         if not isinstance(stored, str):
             raise RequestError(f"{label}: a state dict maps names to tensors, and this one has the key {shown(stored)}")
-    return [LoadedTensor(stored, canonical(name), held[stored]) for stored, name in plain_names(held).items()]
+    return [LoadedTensor(stored, canonical(name), tensors[stored]) for stored, name in plain_names(tensors).items()]
 
 
 def _items(model: Model) -> Iterator[tuple[str, Any]]:
@@ -72,32 +72,32 @@ def targets_of(label: str, model: Model, entries: Sequence[LoadedTensor], preset
     is there twice; and where adapters change what the tensors mean.
     """
     _refuse_adapters(label, model, entries)
-    found: dict[str, LoadedTensor] = {}
+    targets: dict[str, LoadedTensor] = {}
     for entry in entries:
-        if wanted(entry.name, preset) is None:
+        if target_projection(entry.name, preset) is None:
             continue
         _require_readable(label, entry.stored, entry.tensor)
-        if entry.name in found:
+        if entry.name in targets:
             raise RequestError(
-                f"{label}: {found[entry.name].stored} and {entry.stored} are one tensor of Whisper, {entry.name}; give "
-                f"one of them"
+                f"{label}: {targets[entry.name].stored} and {entry.stored} are one tensor of Whisper, {entry.name}; "
+                f"give one of them"
             )
-        found[entry.name] = entry
-    return found
+        targets[entry.name] = entry
+    return targets
 
 
-def wanted(name: str, preset: Preset) -> Projection | None:
+def target_projection(name: str, preset: Preset) -> Projection | None:
     """The projection of that name where the preset merges it, else None."""
     projection = parse(name)
     return projection if projection is not None and is_target(projection, preset) else None
 
 
-def in_its_place(entries: Sequence[LoadedTensor], target: str) -> str | None:
+def tensor_instead_of(entries: Sequence[LoadedTensor], target: str) -> str | None:
     """What a model has where a target should be, such as `q_proj.parametrizations.weight.original0`; or None."""
     module, _, part = target.rpartition(".")
     for entry in entries:
-        _, found, rest = f".{entry.name}".partition(f".{module}.")
-        if found and part in rest and rest not in ("weight", "bias"):
+        _, inside, rest = f".{entry.name}".partition(f".{module}.")
+        if inside and part in rest and rest not in ("weight", "bias"):
             return entry.stored
     return None
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from hsa.actions.merger.already_merged import holds_a_merge
-from hsa.actions.merger.loaded_models import LoadedTensor, Model, config_of, entries_of, targets_of, wanted
+from hsa.actions.merger.loaded_models import LoadedTensor, Model, config_of, entries_of, target_projection, targets_of
 from hsa.actions.merger.spot_check import Sample, differing_tensors, sample_checkpoint, sample_model
-from hsa.actions.merger.writable_targets import Destinations
+from hsa.actions.merger.writable_targets import WritableTargets
 from hsa.architectures.base import Preset
 from hsa.architectures.whisper import MODEL_TYPE, is_whisper_tensor
 from hsa.backends.base import Backend, changed_ranges
@@ -54,7 +54,7 @@ Source = str | os.PathLike[str] | Model
 
 
 @dataclass(frozen=True)
-class _Held:
+class _SourceTargets:
     """A source's targets: what a plan needs to know of them, and their bytes by canonical name; of primary also samples
     of its other tensors, and of an output of hsa how it was merged."""
 
@@ -123,16 +123,16 @@ class Merger:
         check_threads(threads)
         chosen = resolve(backend, str(device) if isinstance(device, torch.device) else device, self._config)
         self.backend, self.device = chosen.name, chosen.device
-        given: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
+        paths_or_models: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()
-        held = {role: _hold(role, given[role], targets, hub, base) for role in ROLES}
-        lender = _lend_config(held, num_heads, num_layers)
+        by_role = {role: _read_source(role, paths_or_models[role], targets, hub, base) for role in ROLES}
+        config_owner = _share_config(by_role, num_heads, num_layers)
         for role in ROLES:
-            if not isinstance(given[role], (str, os.PathLike)):
-                _check_loaded(held[role], lender)
-        data = {role: held[role].data for role in ROLES}
-        self._sources = Sources(*(held[role].checkpoint for role in ROLES))
-        self._others = held["primary"].others
+            if not isinstance(paths_or_models[role], (str, os.PathLike)):
+                _check_model(by_role[role], config_owner)
+        data = {role: by_role[role].data for role in ROLES}
+        self._sources = Sources(*(by_role[role].checkpoint for role in ROLES))
+        self._other_samples = by_role["primary"].others
         self.notes = [*hub.notes, *(note for source in self._sources for note in source.notes)]
         self._targets = find_targets(self._config, self._sources)
         if isinstance(primary, (str, os.PathLike)):
@@ -146,17 +146,24 @@ class Merger:
             target.projection.name: equal_pairs(target, {role: data[role][target.projection.name] for role in ROLES})
             for target in self._targets
         }
-        self._destinations = Destinations(self._targets, targets)
-        merges = {role: each.earlier_merge for role, each in held.items() if each.earlier_merge is not None}
-        told = (
+        self._writable = WritableTargets(self._targets, targets)
+        merges = {
+            role: source_targets.earlier_merge
+            for role, source_targets in by_role.items()
+            if source_targets.earlier_merge is not None
+        }
+        findings = (
             adapter_findings(self._sources)
             + merged_base_findings(merges)
             + value_findings(self._outcomes(self._targets))
         )
-        told += repeated_merge_findings(
-            merges, self._sources, targets, lambda role: _digest(role, data[role], self._targets)
+        findings += repeated_merge_findings(
+            merges, self._sources, targets, lambda role: _targets_digest(role, data[role], self._targets)
         )
-        self.warnings = [*(text for each in held.values() for text in each.warnings), *told.warnings]
+        self.warnings = [
+            *(text for source_targets in by_role.values() for text in source_targets.warnings),
+            *findings.warnings,
+        ]
         for text in self.warnings:
             warn(text)
 
@@ -227,10 +234,10 @@ class Merger:
             NonFiniteError: a merged value overflows the dtype of the model.
         """
         targets = self._with(k, lam, alpha)
-        out, record = self._destinations.of(model, self._note_others)
+        out, record = self._writable.find(model, self._warn_of_other_tensors)
         with deferred():
             self._resident.write(targets, out)
-            record.renew(out)
+            record.update(out)
         return model
 
     def _with(self, k: PerTensor, lam: PerTensor, alpha: PerTensor) -> tuple[Target, ...]:
@@ -251,15 +258,16 @@ class Merger:
             outcomes.append(TargetOutcome(target, merged, {}, self._equal[target.projection.name]))
         return outcomes
 
-    def _note_others(self, entries: Sequence[LoadedTensor]) -> None:
+    def _warn_of_other_tensors(self, entries: Sequence[LoadedTensor]) -> None:
         """Say where a model's other tensors are not primary's."""
-        found = differing_tensors(self._others, sample_model(entries, self._stored))
-        if found is None:
+        difference = differing_tensors(self._other_samples, sample_model(entries, self._stored))
+        if difference is None:
             return
-        more = f", as do {found.count - 1} more" if found.count > 1 else ""
+        more = f", as do {difference.count - 1} more" if difference.count > 1 else ""
         note = (
-            f"the model's other tensors are not primary's: {found.name} {found.how}{more} of {found.compared}, "
-            f"and apply_ leaves them as they are; load primary and apply to it for the model that hsa.merge writes"
+            f"the model's other tensors are not primary's: {difference.name} {difference.how}{more} of "
+            f"{difference.compared}, and apply_ leaves them as they are; load primary and apply to it for the model "
+            f"that hsa.merge writes"
         )
         self.warnings.append(note)
         warn(note)
@@ -275,29 +283,29 @@ def _make_resident(
     return CpuResident(data, threads)
 
 
-def _hold(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) -> _Held:
+def _read_source(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) -> _SourceTargets:
     """Copy a source's targets; `base` is what an adapter stands on."""
     if not isinstance(source, (str, os.PathLike)):
-        return _hold_loaded(role, source, preset)
+        return _read_model(role, source, preset)
     with ExitStack() as stack:
-        under = None
+        adapter_base = None
         if role != "base" and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
-            under = stack.enter_context(hub.open("base", base, Tally(), Needs("targets", preset)))
+            adapter_base = stack.enter_context(hub.open("base", base, Tally(), Needs("targets", preset)))
         needs = Needs("whole" if role == "primary" else "targets", preset)
-        checkpoint = stack.enter_context(hub.open(role, source, Tally(), needs, None, under))
+        checkpoint = stack.enter_context(hub.open(role, source, Tally(), needs, None, adapter_base))
         data = {}
         for name, ref in checkpoint.tensors.items():
-            if wanted(name, preset):
+            if target_projection(name, preset):
                 data[name] = np.empty(ref.nbytes, np.uint8)
                 checkpoint.read_into(ref, data[name].data)
         others = sample_checkpoint(checkpoint, data) if role == "primary" else {}
         checkpoint.check_unchanged()
-        return _Held(
+        return _SourceTargets(
             checkpoint, data, others, bool(checkpoint.config), earlier_merge=read_earlier_merges([checkpoint]).get(role)
         )
 
 
-def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:
+def _read_model(role: Role, source: Model, preset: Preset) -> _SourceTargets:
     entries = entries_of(role, source, "a checkpoint directory, an id on the Hub, a loaded model or a state dict")
     targets = targets_of(role, source, entries, preset)
     refs, data = {}, {}
@@ -310,27 +318,27 @@ def _hold_loaded(role: Role, source: Model, preset: Preset) -> _Held:
             refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
     label = "state dict" if isinstance(source, Mapping) else "model"
     checkpoint = Checkpoint(role, Path(label), Identity(label), config_of(source), Tally(), tensors=refs)
-    merged = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
-    warnings = () if merged is None else (_AGAIN.format(role=role, name=merged),)
+    merged_name = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
+    warnings = () if merged_name is None else (_ALREADY_MERGED.format(role=role, name=merged_name),)
     others = sample_model(entries, data) if role == "primary" else {}
-    return _Held(checkpoint, data, others, bool(checkpoint.config), warnings)
+    return _SourceTargets(checkpoint, data, others, bool(checkpoint.config), warnings)
 
 
-def _check_loaded(held: _Held, lender: Role | None) -> None:
+def _check_model(source: _SourceTargets, config_owner: Role | None) -> None:
     """Refuse shapes of primary that its config, or the one that `lender` lent it, does not allow. Then leave out the
     names of Whisper that are not merged: a plan goes through all that are left."""
-    checkpoint = held.checkpoint
+    checkpoint = source.checkpoint
     if checkpoint.role == "primary":
-        if held.has_config:
+        if source.has_config:
             require_shapes(checkpoint)
-        elif lender is not None:
-            require_shapes(checkpoint, lender)
+        elif config_owner is not None:
+            require_shapes(checkpoint, config_owner)
     checkpoint.tensors = {
-        name: ref for name, ref in checkpoint.tensors.items() if name in held.data or not is_whisper_tensor(name)
+        name: ref for name, ref in checkpoint.tensors.items() if name in source.data or not is_whisper_tensor(name)
     }
 
 
-def _digest(role: Role, data: Mapping[str, Array], targets: Sequence[Target]) -> str:
+def _targets_digest(role: Role, data: Mapping[str, Array], targets: Sequence[Target]) -> str:
     """The digest over a source's target tensors that a record has."""
     return tensors_digest(
         [
@@ -345,18 +353,20 @@ def _digest(role: Role, data: Mapping[str, Array], targets: Sequence[Target]) ->
     )
 
 
-_AGAIN = (
+_ALREADY_MERGED = (
     "{role} is a model that a merge was written to: {name} still holds merged values, which are taken for those of "
     "{role}; load {role} again, or keep one Merger and call apply_ with other parameters"
 )
 
 
-def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: int | None) -> Role | None:
-    """Give sources without a config another's, and return whose; None for state dicts alone, which need both counts
-    from the caller."""
-    lender = next((role for role, source in held.items() if source.has_config), None)
-    if lender is not None:
-        known = held[lender].checkpoint.config
+def _share_config(sources: Mapping[Role, _SourceTargets], num_heads: int | None, num_layers: int | None) -> Role | None:
+    """Give sources without a config that of another, and return its role.
+
+    None for state dicts alone, for which the caller gives both counts.
+    """
+    owner = next((role for role, source in sources.items() if source.has_config), None)
+    if owner is not None:
+        config = sources[owner].checkpoint.config
     else:
         if num_heads is None or num_layers is None:
             raise RequestError(
@@ -364,12 +374,12 @@ def _lend_config(held: Mapping[Role, _Held], num_heads: int | None, num_layers: 
                 f"{option('num_layers')}, or one source as a directory or a model"
             )
         stacks = ("encoder", "decoder")
-        known = {
+        config = {
             "model_type": MODEL_TYPE,
             **{f"{stack}_attention_heads": num_heads for stack in stacks},
             **{f"{stack}_layers": num_layers for stack in stacks},
         }
-    for source in held.values():
+    for source in sources.values():
         if not source.has_config:
-            source.checkpoint.config = known
-    return lender
+            source.checkpoint.config = config
+    return owner

@@ -33,20 +33,20 @@ def spans(group: str, entries: Iterable[LoadedTensor]) -> Iterator[Span]:
             yield Span(str(tensor.device), start, start + (last + 1) * tensor.element_size(), group, name, tensor)
 
 
-def first_shared(found: Iterable[Span], apart: Mapping[str, Collection[str]]) -> tuple[str, str] | None:
+def first_shared(all_spans: Iterable[Span], apart: Mapping[str, Collection[str]]) -> tuple[str, str] | None:
     """The names of two tensors that share memory though their groups must not; None if there are none.
 
     `apart` maps a group to the groups that it must not share memory with. Tensors whose elements lie between each
     other's, as the column blocks of one matrix do, share none.
     """
     pairs = {pair for one, others in apart.items() for other in others for pair in ((one, other), (other, one))}
-    before: list[Span] = []
-    for span in sorted(found, key=lambda span: (span.device, span.start)):
-        before = [other for other in before if other.device == span.device and other.stop > span.start]
-        for other in before:
+    earlier: list[Span] = []
+    for span in sorted(all_spans, key=lambda span: (span.device, span.start)):
+        earlier = [other for other in earlier if other.device == span.device and other.stop > span.start]
+        for other in earlier:
             if (other.group, span.group) in pairs and _have_common_elements(other, span):
                 return other.name, span.name
-        before.append(span)
+        earlier.append(span)
     return None
 
 

@@ -40,7 +40,7 @@ class Difference:
 
 def sample_checkpoint(checkpoint: Checkpoint, targets: Collection[str]) -> dict[str, Sample]:
     """Samples of the tensors that are no target, by canonical name, in the order of the files. Raises SourceError."""
-    found = {}
+    samples = {}
     for name, ref in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
         if name in targets or ref.code not in NAMES or 0 in ref.shape:
             continue
@@ -50,38 +50,38 @@ def sample_checkpoint(checkpoint: Checkpoint, targets: Collection[str]) -> dict[
         width = ref.shape[-1] if ref.shape else 1
         buffer = bytearray(min(ELEMENTS, width) * size(ref.code))
         checkpoint.read_into(ref, memoryview(buffer), row * width * size(ref.code))
-        found[name] = Sample(ref.shape, torch.frombuffer(buffer, dtype=getattr(torch, NAMES[ref.code])))
-    return found
+        samples[name] = Sample(ref.shape, torch.frombuffer(buffer, dtype=getattr(torch, NAMES[ref.code])))
+    return samples
 
 
 def sample_model(entries: Iterable[LoadedTensor], targets: Collection[str]) -> dict[str, Sample]:
     """The same of a loaded model's tensors; those without elements in memory, and integers, are left out."""
     shapes: dict[str, tuple[int, ...]] = {}
-    parts: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
+    rows_by_kind: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
     for _, name, tensor in entries:
         if name in targets or name in shapes or not has_addresses(tensor):
             continue
         if tensor.is_floating_point() and tensor.numel():
             shapes[name] = tuple(tensor.shape)
             row = tensor.detach()[tuple(length // 2 for length in tensor.shape[:-1])]
-            parts.setdefault((tensor.device, tensor.dtype), {})[name] = row.reshape(-1)[:ELEMENTS]
-    found = {}
-    for rows in parts.values():  # one copy from a device, not one for each tensor
-        together = torch.cat(list(rows.values())).cpu()
-        values = torch.split(together, [len(row) for row in rows.values()])
-        found.update({name: Sample(shapes[name], part) for name, part in zip(rows, values, strict=True)})
-    return found
+            rows_by_kind.setdefault((tensor.device, tensor.dtype), {})[name] = row.reshape(-1)[:ELEMENTS]
+    samples = {}
+    for rows in rows_by_kind.values():  # one copy from a device, not one for each tensor
+        values_of_rows = torch.cat(list(rows.values())).cpu()
+        values = torch.split(values_of_rows, [len(row) for row in rows.values()])
+        samples.update({name: Sample(shapes[name], part) for name, part in zip(rows, values, strict=True)})
+    return samples
 
 
 @torch.no_grad()
 def differing_tensors(primary: Mapping[str, Sample], model: Mapping[str, Sample]) -> Difference | None:
     """How the model differs from primary, whose values are rounded to the model's dtypes; None where it does not."""
     common = [name for name in primary if name in model]
-    differing = [(name, how) for name in common if (how := _how(primary[name], model[name])) is not None]
+    differing = [(name, how) for name in common if (how := _difference(primary[name], model[name])) is not None]
     return Difference(*differing[0], len(differing), len(common)) if differing else None
 
 
-def _how(primary: Sample, model: Sample) -> str | None:
+def _difference(primary: Sample, model: Sample) -> str | None:
     if primary.shape != model.shape:
         return f"has shape {list(model.shape)}, primary's {list(primary.shape)}"
     ours, theirs = primary.values.to(model.values.dtype), model.values

@@ -1,4 +1,4 @@
-"""The targets of a model that a merge is written into, checked when the model is first met."""
+"""Find the target tensors of a model that a merge is written into, and check the model when it is first met."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from hsa.actions.merger.already_merged import WrittenTensors
-from hsa.actions.merger.loaded_models import LoadedTensor, Model, entries_of, in_its_place, targets_of
+from hsa.actions.merger.loaded_models import LoadedTensor, Model, entries_of, targets_of, tensor_instead_of
 from hsa.actions.merger.shared_memory import first_shared, repeats_elements, spans
 from hsa.architectures.base import Preset
 from hsa.errors import MismatchError, RequestError
 from hsa.planning.target import Target
 
-KEPT_LAYOUTS = 4
+MAX_LAYOUTS = 4
 """Models whose checks are remembered: a search writes to one again and again."""
 
 
@@ -29,7 +29,7 @@ class _Layout:
     record: WrittenTensors
 
 
-class Destinations:
+class WritableTargets:
     """Finds the tensors to write in a model or state dict.
 
     A model is checked whole when it is first met, and again when an address of any of its tensors, or a dtype, shape or
@@ -38,45 +38,45 @@ class Destinations:
 
     def __init__(self, targets: Sequence[Target], preset: Preset) -> None:
         self._targets, self._preset = targets, preset
-        self._known: tuple[_Layout, ...] = ()
+        self._layouts: tuple[_Layout, ...] = ()
 
-    def of(
-        self, model: Model, first_met: Callable[[Sequence[LoadedTensor]], None]
+    def find(
+        self, model: Model, on_new_model: Callable[[Sequence[LoadedTensor]], None]
     ) -> tuple[list[torch.Tensor], WrittenTensors]:
         """The model's own tensor for every target, and the record to renew when they are written.
 
-        `first_met` gets the entries of a model that is new, after its checks. Raises RequestError, MismatchError.
+        `on_new_model` gets the entries of a model that is new, after its checks. Raises RequestError, MismatchError.
         """
-        held = list(_walk(model)) if isinstance(model, (torch.nn.Module, Mapping)) else []
-        addresses = tuple(map(_address, held))
-        for layout in self._known:
+        tensors = list(_tensors_of(model)) if isinstance(model, (torch.nn.Module, Mapping)) else []
+        addresses = tuple(map(_address, tensors))
+        for layout in self._layouts:
             if layout.addresses == addresses:
-                places = [held[position] for position in layout.positions]
-                if tuple(map(_kind, places)) == layout.kinds:
-                    return places, layout.record
+                targets = [tensors[position] for position in layout.positions]
+                if tuple(map(_kind, targets)) == layout.kinds:
+                    return targets, layout.record
         entries = entries_of("model", model)
-        places = self._checked(model, entries)
-        position_of = {id(tensor): position for position, tensor in enumerate(held)}
-        if any(id(tensor) not in position_of for tensor in places):
+        targets = self._check_model(model, entries)
+        position_of = {id(tensor): position for position, tensor in enumerate(tensors)}
+        if any(id(tensor) not in position_of for tensor in targets):
             raise RequestError(
                 f"model: a {type(model).__name__} makes its tensors when it is asked for them, so that nothing written "
                 f"into them would stay; give a dict of tensors"
             )
-        first_met(entries)
-        positions = tuple(position_of[id(tensor)] for tensor in places)
-        layout = _Layout(addresses, tuple(map(_kind, places)), positions, WrittenTensors(places))
-        self._known = (layout, *self._known[: KEPT_LAYOUTS - 1])
-        return places, layout.record
+        on_new_model(entries)
+        positions = tuple(position_of[id(tensor)] for tensor in targets)
+        layout = _Layout(addresses, tuple(map(_kind, targets)), positions, WrittenTensors(targets))
+        self._layouts = (layout, *self._layouts[: MAX_LAYOUTS - 1])
+        return targets, layout.record
 
-    def _checked(self, model: Model, entries: Sequence[LoadedTensor]) -> list[torch.Tensor]:
-        found = targets_of("model", model, entries, self._preset)
-        own = {}
+    def _check_model(self, model: Model, entries: Sequence[LoadedTensor]) -> list[torch.Tensor]:
+        model_targets = targets_of("model", model, entries, self._preset)
+        targets = {}
         for target in self._targets:
             name = target.primary.name
-            entry = found.get(target.projection.name)
+            entry = model_targets.get(target.projection.name)
             if entry is None:
-                there = in_its_place(entries, target.projection.name)
-                instead = "" if there is None else f" of that name, and {there:.300}; give the plain model, with {name}"
+                other = tensor_instead_of(entries, target.projection.name)
+                instead = "" if other is None else f" of that name, and {other:.300}; give the plain model, with {name}"
                 raise MismatchError(
                     f"target tensor {name} of shape {list(target.shape)}: the model holds nothing{instead}"
                 )
@@ -92,9 +92,9 @@ class Destinations:
                     f"model: target tensor {entry.stored}: several elements lie in one place (strides "
                     f"{list(tensor.stride())}), as expand() makes them; give the model a copy of its own (contiguous())"
                 )
-            own[entry.name] = entry
-        require_own_memory(own, entries)
-        return [entry.tensor for entry in own.values()]
+            targets[entry.name] = entry
+        require_own_memory(targets, entries)
+        return [entry.tensor for entry in targets.values()]
 
 
 def require_own_memory(targets: Mapping[str, LoadedTensor], entries: Sequence[LoadedTensor]) -> None:
@@ -113,18 +113,18 @@ def require_own_memory(targets: Mapping[str, LoadedTensor], entries: Sequence[Lo
         )
 
 
-def _walk(model: Model) -> Iterator[Any]:
+def _tensors_of(model: Model) -> Iterator[Any]:
     """Every tensor that a model holds, some twice, in an order that depends on nothing else."""
     if isinstance(model, Mapping):
         yield from model.values()
         return
-    seen: set[int] = set()
-    left: list[torch.nn.Module | None] = [model]
-    while left:
-        module = left.pop()
-        if module is not None and id(module) not in seen:
-            seen.add(id(module))
-            left.extend(module._modules.values())
+    ids: set[int] = set()
+    modules: list[torch.nn.Module | None] = [model]
+    while modules:
+        module = modules.pop()
+        if module is not None and id(module) not in ids:
+            ids.add(id(module))
+            modules.extend(module._modules.values())
             yield from module._parameters.values()
             yield from module._buffers.values()
 
