@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -381,29 +382,33 @@ def test_the_folder_kernels_is_never_imported_by_its_bare_name() -> None:
     assert [where(i) for i in found] == []
 
 
-# --- the wheel -------------------------------------------------------------------------------------------------------
+# --- the wheel and the sdist -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """A wheel built from a copy of the sources."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what packages are built from."""
     if importlib.util.find_spec("pip") is None:
         pytest.skip("pip is not installed, which builds the wheel")
     if importlib.util.find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77:
         pytest.skip("setuptools 77 or newer is not installed, which --no-build-isolation needs")
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
+    source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("hsa", "kernels", "tests", "bench"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
     done = subprocess.run(
-        [*command, "--wheel-dir", str(folder / "dist"), str(source)], capture_output=True, text=True, check=False
+        [*command, "--wheel-dir", str(folder), str(source)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (folder / "dist").glob("*.whl")
+    (path,) = folder.glob("*.whl")
     return zipfile.ZipFile(path)
 
 
@@ -422,6 +427,21 @@ def test_a_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
     assert "hsa/py.typed" in wheel.namelist()
     page = {f"hsa/views/page.{suffix}" for suffix in ("html", "css", "js")}
     assert page <= set(wheel.namelist())
+
+
+def test_an_sdist_holds_every_source_file(source: Path, tmp_path: Path) -> None:
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    files = [path for folder in ("hsa", "kernels") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    expected = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+    assert len(expected) > 100
+    assert expected | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= packed
 
 
 def test_the_wheel_installs_the_command_and_the_license(wheel: zipfile.ZipFile) -> None:
