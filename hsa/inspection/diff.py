@@ -1,4 +1,4 @@
-"""`hsa inspect --diff A B`: in what two outputs differ, by their provenance, their files and their weights."""
+"""`hsa inspect --diff A B`: how two outputs differ, by their provenance, their files and their weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from hsa._version import __version__
 from hsa.errors import ProvenanceError, shown
-from hsa.inspection.distance import Weights, compare_weights
+from hsa.inspection.distance import WeightDistances, compare_weights
 from hsa.inspection.report import FORMAT, jaccard
 from hsa.outputs import provenance
 from hsa.outputs.provenance import Provenance, TargetRecord
@@ -76,7 +76,7 @@ class Comparison:
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
     files: Mapping[str, str]
-    weights: Weights | None
+    weights: WeightDistances | None
     bytes_read: int
     notes: tuple[str, ...]
 
@@ -131,7 +131,7 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
     a, b = (provenance.load(folder) for folder in folders)
     tally, notes = Tally(), list[str]()
     total = sum(
-        _size(folder / name) for folder, each in zip(folders, (a, b), strict=True) for name in _files(each, folder)
+        _size(folder / name) for folder, output in zip(folders, (a, b), strict=True) for name in _files(output, folder)
     )
     done = 0
 
@@ -143,14 +143,14 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
 
     files = _compare_files(folders, a, b, tally, step)
     heads = _compare_heads(a, b)
-    held = [any((folder / name).is_file() for name in (WEIGHTS, INDEX)) for folder in folders]
+    has_weights = [any((folder / name).is_file() for name in (WEIGHTS, INDEX)) for folder in folders]
     weights = None
-    if all(held):
+    if all(has_weights):
         weights = compare_weights(folders, {target.projection.name for target in a.record.targets}, tally, step)
     else:
-        without = [str(folder) for folder, holds in zip(folders, held, strict=True) if not holds]
+        without = [str(folder) for folder, has in zip(folders, has_weights, strict=True) if not has]
         notes.append(f"no distances: {' and '.join(without)} holds no weights ({WEIGHTS} or {INDEX})")
-    theirs = [{target.projection.name: target.name for target in each.record.targets} for each in (a, b)]
+    names_by_output = [{target.projection.name: target.name for target in output.record.targets} for output in (a, b)]
     return Comparison(
         first=str(first),
         second=str(second),
@@ -161,8 +161,8 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
         ),
         sources={role: _compare_source(a, b, role) for role in ROLES},
         heads=heads,
-        only_first=tuple(name for bare, name in theirs[0].items() if bare not in theirs[1]),
-        only_second=tuple(name for bare, name in theirs[1].items() if bare not in theirs[0]),
+        only_first=tuple(name for bare, name in names_by_output[0].items() if bare not in names_by_output[1]),
+        only_second=tuple(name for bare, name in names_by_output[1].items() if bare not in names_by_output[0]),
         files=files,
         weights=weights,
         bytes_read=tally.read,
@@ -211,9 +211,9 @@ def _score_difference(one: TargetRecord, other: TargetRecord) -> float | None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _files(each: Provenance, folder: Path) -> Iterator[str]:
+def _files(provenance: Provenance, folder: Path) -> Iterator[str]:
     """What a provenance lists, and itself. The names are a file's: none may lead out of the directory."""
-    for name in each.files:
+    for name in provenance.files:
         if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
             raise ProvenanceError(
                 f"{folder / PROVENANCE} lists the file {shown(name)}; expected plain names of one directory"
@@ -234,9 +234,9 @@ def _compare_files(
 
 
 def _compare_file(first: Path, second: Path, tally: Tally, step: Callable[[int], None]) -> str:
-    there = (first.is_file(), second.is_file())
-    if there != (True, True):
-        return {(True, False): "only a", (False, True): "only b"}.get(there, "missing")
+    exist = (first.is_file(), second.is_file())
+    if exist != (True, True):
+        return {(True, False): "only a", (False, True): "only b"}.get(exist, "missing")
     with ExitStack() as stack:
         files = []
         for path, label in ((first, "a"), (second, "b")):

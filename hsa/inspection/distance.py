@@ -1,4 +1,4 @@
-"""How far the weights of two outputs lie apart, streamed slice by slice: bytes compared, norms in float64."""
+"""The distance of two outputs' weights, streamed slice by slice: bytes compared, norms in float64."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightDistances:
     """The weights of two outputs: distances by stack, by stack and kind, and of targets and the rest.
 
     `incomparable` are tensors of both without a distance (other shapes, no numbers, NaN or Inf) whose bytes differ.
@@ -87,7 +87,7 @@ class Weights:
 
 def compare_weights(
     folders: tuple[Path, Path], targets: set[str], tally: Tally, step: Callable[[int], None]
-) -> Weights:
+) -> WeightDistances:
     """Every tensor of both outputs. `targets` are canonical names. Raises SourceError, MachineError."""
     with ExitStack() as stack:
         # a role is but a label in messages and tallies here
@@ -113,7 +113,7 @@ def compare_weights(
             split[name in targets] = split[name in targets].plus(distance)
         a.check_unchanged()
         b.check_unchanged()
-        return Weights(
+        return WeightDistances(
             whole=split[True].plus(split[False]),
             stacks=stacks,
             kinds=kinds,

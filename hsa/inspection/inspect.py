@@ -13,9 +13,15 @@ from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.backends.base import changed_ranges
 from hsa.errors import MismatchError, RequestError
 from hsa.findings import Findings
-from hsa.inspection.from_provenance import changed_config, close_margins, from_output, parameters_of, recorded_config
-from hsa.inspection.measure import Buffers, Measured, elsewhere, elsewhere_bytes, measure
-from hsa.inspection.report import Agreement, Energy, Inspection, Recorded, TensorInspection, in_order
+from hsa.inspection.from_provenance import (
+    changed_config,
+    close_margins,
+    inspect_provenance,
+    parameters_of,
+    recorded_config,
+)
+from hsa.inspection.measure import Buffers, TargetMeasures, bytes_of_other_tensors, measure, measure_other_tensors
+from hsa.inspection.report import Agreement, Energy, Inspection, RecordedSelection, TensorInspection, in_order
 from hsa.methods.config import MergeConfig, PerTensor, keep_count, percentage_findings
 from hsa.methods.geometry import Geometry
 from hsa.methods.selection import Selection, select, selection_of
@@ -75,14 +81,14 @@ def inspect(
 
     Raises RequestError, SourceError, MachineError or a subclass; MismatchError where the sources are not the output's.
     """
-    given: dict[Role, PathLike | None] = {"base": base, "primary": primary, "secondary": secondary}
-    lacking = [option(role) for role, path in given.items() if path is None]
+    sources: dict[Role, PathLike | None] = {"base": base, "primary": primary, "secondary": secondary}
+    missing = [option(role) for role, path in sources.items() if path is None]
     together = "{}, {} and {}".format(*map(option, ROLES))
-    if output is None and len(lacking) == len(ROLES):
+    if output is None and len(missing) == len(ROLES):
         raise RequestError(f"there is nothing to inspect; give an output, or {together}")
-    if lacking and len(lacking) < len(ROLES):
-        raise RequestError(f"{' and '.join(lacking)} not given; {together} are needed together")
-    paths = {role: path for role, path in given.items() if path is not None}
+    if missing and len(missing) < len(ROLES):
+        raise RequestError(f"{' and '.join(missing)} not given; {together} are needed together")
+    paths = {role: path for role, path in sources.items() if path is not None}
     check_paths(**paths, **({} if output is None else {"output": output}))
     check_flags(energy=energy)
     check_functions(progress=progress)
@@ -107,11 +113,11 @@ def inspect(
     record = provenance.load(directory)
     tally.add_read("output", (directory / PROVENANCE).stat().st_size)
     config = recorded_config(record, directory)
-    changed = {"k": k, "lam": lam, "alpha": alpha}
-    asked = changed_config(config, {name: value for name, value in changed.items() if value is not None})
+    overrides = {"k": k, "lam": lam, "alpha": alpha}
+    shown_config = changed_config(config, {name: value for name, value in overrides.items() if value is not None})
     if paths:
-        return _from_sources(paths, asked, record, directory, energy, progress)
-    return from_output(record, directory, config, asked, tally)
+        return _from_sources(paths, shown_config, record, directory, energy, progress)
+    return inspect_provenance(record, directory, config, shown_config, tally)
 
 
 def _from_sources(
@@ -129,10 +135,10 @@ def _from_sources(
             with ExitStack() as trial:
                 find_targets(config, _open(paths, config, Tally(), hub, trial, headers_only=True))
         sources = _open(paths, config, tally, hub, stack, headers_only=False)
-        found = find_targets(config, sources)
+        targets = find_targets(config, sources)
         whole = energy and not remote
-        total = sum(target.ref(role).nbytes for target in found for role in ROLES)
-        total += elsewhere_bytes(sources, found) if whole else 0
+        total = sum(target.ref(role).nbytes for target in targets for role in ROLES)
+        total += bytes_of_other_tensors(sources, targets) if whole else 0
         done = 0
 
         def step(count: int) -> None:
@@ -142,20 +148,24 @@ def _from_sources(
                 progress(done, total)
 
         buffers = Buffers()
-        measured = dict(zip((t.projection.name for t in found), measure(sources, found, buffers, step), strict=True))
+        measured = dict(
+            zip((t.projection.name for t in targets), measure(sources, targets, buffers, step), strict=True)
+        )
         layers = _stack_layers(config, sources)
         recorded = {} if record is None else {t.projection.name: t for t in record.record.targets}
         warnings: list[str] = []
         if record is not None and directory is not None:
-            _check_sources(record, directory, found, measured)
-            warnings += _unlike_record(recorded, found, measured, recorded_config(record, directory))
+            _check_sources(record, directory, targets, measured)
+            warnings += _selection_differences(recorded, targets, measured, recorded_config(record, directory))
         tensors = [
-            _tensor(target, measured[target.projection.name], layers, config, recorded.get(target.projection.name))
-            for target in found
+            _inspect_target(
+                target, measured[target.projection.name], layers, config, recorded.get(target.projection.name)
+            )
+            for target in targets
         ]
-        told = percentage_findings([config.k]) + _refusal(config, sources) + adapter_findings(sources)
-        told += _of_merge(found, measured, tensors)
-        energies = _energies(sources, found, tensors, buffers, step) if whole else None
+        findings = percentage_findings([config.k]) + _refusal_findings(config, sources) + adapter_findings(sources)
+        findings += _merge_findings(targets, measured, tensors)
+        energies = _energies(sources, targets, tensors, buffers, step) if whole else None
         sources.check_unchanged()
         identities = {source.role: _identity(source) for source in sources}
     notes = [*hub.notes, *(note for source in sources for note in source.notes)]
@@ -164,8 +174,8 @@ def _from_sources(
             f"the share of energy is left out: of {' and '.join(remote)}, on the Hub, only targets were fetched; "
             f"download the models and give their directories"
         )
-    notes += told.notes
-    warnings += [*told.warnings, *close_margins(tensors)]
+    notes += findings.notes
+    warnings += [*findings.warnings, *close_margins(tensors)]
     return Inspection(
         title=directory.resolve().name if directory else " + ".join(str(identities[r]["id"]) for r in ROLES[1:]),
         origin="output and sources" if directory else "sources",
@@ -182,7 +192,7 @@ def _from_sources(
     )
 
 
-def _refusal(config: MergeConfig, sources: Sources) -> Findings:
+def _refusal_findings(config: MergeConfig, sources: Sources) -> Findings:
     """A warning where a merge would refuse the sources because a config.json and the tensors differ."""
     try:
         check_structure(config, sources)
@@ -191,17 +201,23 @@ def _refusal(config: MergeConfig, sources: Sources) -> Findings:
     return Findings()
 
 
-def _of_merge(
-    targets: Sequence[Target], measured: Mapping[str, Measured], tensors: Sequence[TensorInspection]
+def _merge_findings(
+    targets: Sequence[Target], measured: Mapping[str, TargetMeasures], tensors: Sequence[TensorInspection]
 ) -> Findings:
     """What a merge of the same sources with the same parameters would say of them. `tensors` are in targets' order."""
     outcomes = []
     for target, tensor in zip(targets, tensors, strict=True):
-        found = measured[target.projection.name]
-        selection = Selection(found.squared, tensor.selected, tensor.margin)
+        target_measures = measured[target.projection.name]
+        selection = Selection(target_measures.squared, tensor.selected, tensor.margin)
         changed = changed_ranges(target, tensor.selected)
-        merged = MergedTarget(selection, changed, found.moved["primary"], found.moved["secondary"], found.geometry)
-        outcomes.append(TargetOutcome(target, merged, found.digests, found.equal))
+        merged_target = MergedTarget(
+            selection,
+            changed,
+            target_measures.moved["primary"],
+            target_measures.moved["secondary"],
+            target_measures.geometry,
+        )
+        outcomes.append(TargetOutcome(target, merged_target, target_measures.digests, target_measures.equal))
     return value_findings(outcomes) + change_findings(outcomes)
 
 
@@ -210,11 +226,11 @@ def _open(
 ) -> Sources:
     needs = Needs(need="targets", preset=config.targets, headers_only=headers_only)
 
-    def opened(role: Role, base: Checkpoint | None = None) -> Checkpoint:
+    def open_source(role: Role, base: Checkpoint | None = None) -> Checkpoint:
         return stack.enter_context(hub.open(role, paths[role], tally, needs, None, base))
 
-    base = opened("base")
-    return Sources(base, opened("primary", base), opened("secondary", base))
+    base = open_source("base")
+    return Sources(base, open_source("primary", base), open_source("secondary", base))
 
 
 def _stack_layers(config: MergeConfig, sources: Sources) -> dict[str, int]:
@@ -231,16 +247,16 @@ def _identity(source: Checkpoint) -> dict[str, object]:
     }
 
 
-def _tensor(
+def _inspect_target(
     target: Target,
-    found: Measured,
+    measures: TargetMeasures,
     layers: Mapping[str, int],
     config: MergeConfig,
     recorded: TargetRecord | None,
 ) -> TensorInspection:
     name = target.projection.name
-    selection = select(found.squared, target.keep)
-    squared: tuple[float, ...] | None = found.squared
+    selection = select(measures.squared, target.keep)
+    squared: tuple[float, ...] | None = measures.squared
     scores, selected, margin = selection.scores, selection.selected, selection.margin
     if recorded is not None and config.numerics == "reference":  # its scores are torch's own, and so is its choice
         squared, scores = None, recorded.scores
@@ -264,13 +280,13 @@ def _tensor(
         squared=squared,
         selected=selected,
         margin=margin,
-        geometry=found.geometry,
-        recorded=None if recorded is None else Recorded(recorded.keep, recorded.selected),
+        geometry=measures.geometry,
+        recorded=None if recorded is None else RecordedSelection(recorded.keep, recorded.selected),
     )
 
 
 def _check_sources(
-    record: Provenance, directory: Path, targets: Sequence[Target], measured: Mapping[str, Measured]
+    record: Provenance, directory: Path, targets: Sequence[Target], measured: Mapping[str, TargetMeasures]
 ) -> None:
     """MismatchError unless these are the target bytes that the output was made from."""
     for role in ROLES:
@@ -286,25 +302,26 @@ def _check_sources(
             )
 
 
-def _unlike_record(
+def _selection_differences(
     recorded: Mapping[str, TargetRecord],
     targets: Sequence[Target],
-    measured: Mapping[str, Measured],
+    measured: Mapping[str, TargetMeasures],
     config: MergeConfig,
 ) -> Iterator[str]:
     """Recorded heads that the sources do not give; only exact numerics can be repeated here."""
     if config.numerics == "reference":
         return
     for target in targets:
-        own = recorded.get(target.projection.name)
-        if own is None:
+        recorded_target = recorded.get(target.projection.name)
+        if recorded_target is None:
             continue
         keep = keep_count(config.of("k", target.projection.name), target.heads)
-        again = select(measured[target.projection.name].squared, keep)
-        if again.selected != own.selected:
+        selection = select(measured[target.projection.name].squared, keep)
+        if selection.selected != recorded_target.selected:
             yield (
-                f"{own.name}: heads {list(own.selected)} are recorded and the sources give {list(again.selected)} "
-                f"(margin {again.margin}); another backend may differ at so small a margin, else this is a bug"
+                f"{recorded_target.name}: heads {list(recorded_target.selected)} are recorded and the sources give "
+                f"{list(selection.selected)} (margin {selection.margin}); another backend may differ at so small a "
+                f"margin, else this is a bug"
             )
 
 
@@ -315,7 +332,7 @@ def _energies(
     buffers: Buffers,
     step: Callable[[int], None],
 ) -> tuple[Energy, ...]:
-    outside = elsewhere(sources, targets, buffers, step)
+    outside = measure_other_tensors(sources, targets, buffers, step)
     energies = []
     for role in ROLES[1:]:
         groups = dict(outside[role].groups)

@@ -31,7 +31,7 @@ Step = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Measured:
+class TargetMeasures:
     """One target: squared scores, geometry, whether each task vector moved, the digest of its bytes by role, and which
     sources hold the same values in it."""
 
@@ -46,22 +46,22 @@ class Buffers:
     """Memory for the bytes of one tensor of each source, grown to the largest and kept; `nbytes` is what it holds."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Array] = {}
+        self._arrays: dict[str, Array] = {}
 
     def take(self, key: str, nbytes: int) -> Array:
         """An uninitialised uint8 array of that length; the last one of that key is overwritten."""
-        held = self._held.get(key)
-        if held is None or held.size < nbytes:
-            self._held.pop(key, None)
-            held = self._held[key] = np.empty(nbytes, np.uint8)
-        return held[:nbytes]
+        array = self._arrays.get(key)
+        if array is None or array.size < nbytes:
+            self._arrays.pop(key, None)
+            array = self._arrays[key] = np.empty(nbytes, np.uint8)
+        return array[:nbytes]
 
     @property
     def nbytes(self) -> int:
-        return sum(held.nbytes for held in self._held.values())
+        return sum(array.nbytes for array in self._arrays.values())
 
 
-def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step) -> Iterator[Measured]:
+def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step) -> Iterator[TargetMeasures]:
     """Each target in order, read, scored and measured. Raises NonFiniteError, SourceChanged, MachineError."""
     worker = CpuBackend().worker()
     for target in targets:
@@ -78,7 +78,7 @@ def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step:
         except NotFinite as error:
             raise _not_finite(error, target, sources) from None
         moved: dict[Role, bool] = {"primary": scored.primary_differs, "secondary": scored.secondary_differs}
-        yield Measured(scored.squared, geometry(target, raw), moved, digests, equal_pairs(target, raw))
+        yield TargetMeasures(scored.squared, geometry(target, raw), moved, digests, equal_pairs(target, raw))
 
 
 def geometry(target: Target, raw: Mapping[Role, Array]) -> Geometry:
@@ -94,25 +94,27 @@ def geometry(target: Target, raw: Mapping[Role, Array]) -> Geometry:
 
 
 @dataclass
-class Elsewhere:
+class OtherTensors:
     """Squared L2 norms of a task vector outside the targets, by stack and kind, and the tensors that have none."""
 
     groups: dict[str, float]
     skipped: list[str]
 
 
-def elsewhere(sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step) -> dict[Role, Elsewhere]:
+def measure_other_tensors(
+    sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step
+) -> dict[Role, OtherTensors]:
     """Stream every tensor that is no target, in slices, base once for both fine-tunes.
 
     Raises SourceChanged, MachineError.
     """
     inside = {target.projection.name for target in targets}
-    found: dict[Role, Elsewhere] = {role: Elsewhere({}, []) for role in ROLES[1:]}
-    names = dict.fromkeys(name for role in found for name in sources.of(role).tensors if name not in inside)
+    by_role: dict[Role, OtherTensors] = {role: OtherTensors({}, []) for role in ROLES[1:]}
+    names = dict.fromkeys(name for role in by_role for name in sources.of(role).tensors if name not in inside)
     for name in names:
         base = sources.base.tensors.get(name)
         fits: list[Role] = []
-        for role, result in found.items():
+        for role, result in by_role.items():
             ref = sources.of(role).tensors.get(name)
             if ref is None:
                 continue
@@ -122,23 +124,23 @@ def elsewhere(sources: Sources, targets: Sequence[Target], buffers: Buffers, ste
                 fits.append(role)
         if base is None or not fits:
             continue
-        squares = _stream(sources, name, base, fits, buffers, step)
+        squares = _squared_norms(sources, name, base, fits, buffers, step)
         group = " ".join(whisper.group_of(name))
         for role in fits:
             if math.isfinite(squares[role]):
-                found[role].groups[group] = found[role].groups.get(group, 0.0) + squares[role]
+                by_role[role].groups[group] = by_role[role].groups.get(group, 0.0) + squares[role]
             else:
-                found[role].skipped.append(name)
-    return found
+                by_role[role].skipped.append(name)
+    return by_role
 
 
-def elsewhere_bytes(sources: Sources, targets: Sequence[Target]) -> int:
+def bytes_of_other_tensors(sources: Sources, targets: Sequence[Target]) -> int:
     """About how many bytes `elsewhere` reads, for a progress bar."""
     inside = {target.projection.name for target in targets}
     return sum(ref.nbytes for source in sources for name, ref in source.tensors.items() if name not in inside)
 
 
-def _stream(
+def _squared_norms(
     sources: Sources, name: str, base: TensorRef, roles: Sequence[Role], buffers: Buffers, step: Step
 ) -> dict[Role, float]:
     """Squared norm of each task vector of one tensor; NaN or Inf where the tensor holds any."""

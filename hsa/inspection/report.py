@@ -1,4 +1,4 @@
-"""What an inspection says: plain values, frozen, and the one dictionary that every view is drawn from."""
+"""The report of an inspection: frozen values, and the one dictionary that every view is drawn from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AGREEING = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedSelection:
     """What an output's provenance says of a tensor: how many heads were to be merged, and which were merged."""
 
     keep: int
@@ -57,7 +57,7 @@ class TensorInspection:
     selected: tuple[int, ...]
     margin: float | None
     geometry: Geometry | None
-    recorded: Recorded | None
+    recorded: RecordedSelection | None
 
     @property
     def label(self) -> str:
@@ -252,14 +252,14 @@ def jaccard(*sets: Sequence[int]) -> float | None:
 
 def agreements(tensors: Iterable[TensorInspection]) -> Iterator[Agreement]:
     """One for each block of each layer, weights and biases apart, where at least two of q, k and v are targets."""
-    found: dict[tuple[str, int, str, str], dict[str, TensorInspection]] = {}
+    blocks: dict[tuple[str, int, str, str], dict[str, TensorInspection]] = {}
     for tensor in tensors:
         p = tensor.projection
         if p.kind in AGREEING:
-            found.setdefault((p.stack, p.layer, p.block, p.part), {})[p.kind] = tensor
+            blocks.setdefault((p.stack, p.layer, p.block, p.part), {})[p.kind] = tensor
     order = {name: number for names in (STACKS, BLOCKS, ("weight", "bias")) for number, name in enumerate(names)}
-    for key in sorted(found, key=lambda key: (order[key[0]], order[key[2]], order[key[3]], key[1])):
-        members = found[key]
+    for key in sorted(blocks, key=lambda key: (order[key[0]], order[key[2]], order[key[3]], key[1])):
+        members = blocks[key]
         if len(members) > 1:
             selected = {kind: members[kind].selected for kind in AGREEING if kind in members}
             stack, layer, block, part = key
@@ -269,8 +269,8 @@ def agreements(tensors: Iterable[TensorInspection]) -> Iterator[Agreement]:
 def in_order(tensors: Iterable[TensorInspection]) -> dict[str, TensorInspection]:
     """By name, as a reader wants them: encoder first, then by block, layer, kind and part."""
 
-    def place(tensor: TensorInspection) -> tuple[Any, ...]:
+    def sort_key(tensor: TensorInspection) -> tuple[Any, ...]:
         p = tensor.projection
         return p.stack != "encoder", BLOCKS.index(p.block), p.layer, KINDS.index(p.kind), p.part != "weight"
 
-    return {tensor.name: tensor for tensor in sorted(tensors, key=place)}
+    return {tensor.name: tensor for tensor in sorted(tensors, key=sort_key)}

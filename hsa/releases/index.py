@@ -49,7 +49,7 @@ class Row:
 
     entry: RecipeEntry
     state: EntryState
-    found: Provenance | None
+    provenance: Provenance | None
 
 
 def render(recipe: Recipe, rows: Sequence[Row]) -> dict[str, bytes]:
@@ -66,13 +66,13 @@ def render(recipe: Recipe, rows: Sequence[Row]) -> dict[str, bytes]:
 
 def check_place(tree: Path) -> None:
     """DestinationError where the tree holds a README.md or index.json that is not an earlier index."""
-    for name, ours in ((README, _is_readme), (INDEX, is_index)):
-        place = tree / name
-        if not (place.is_symlink() or place.exists()):
+    for name, is_own in ((README, _is_readme), (INDEX, is_index)):
+        path = tree / name
+        if not (path.is_symlink() or path.exists()):
             continue
-        if place.is_symlink() or not place.is_file() or not ours(place):
+        if path.is_symlink() or not path.is_file() or not is_own(path):
             raise DestinationError(
-                f"{place} is no index that hsa release wrote and would be replaced by one; move it away, or choose "
+                f"{path} is no index that hsa release wrote and would be replaced by one; move it away, or choose "
                 f"another tree"
             )
 
@@ -83,21 +83,21 @@ def write(tree: Path, files: Mapping[str, bytes], *, sync: bool) -> bool:
     Raises MachineError, or DestinationError when another run does not let go of the index.
     """
     check_place(tree)
-    place = hidden_sibling(tree / "index", STAGING)
-    stands = all(_holds(tree / name, data) for name, data in files.items())
-    if stands and not fsio.exists(place):
+    staging_path = hidden_sibling(tree / "index", STAGING)
+    is_current = all(_has_bytes(tree / name, data) for name, data in files.items())
+    if is_current and not fsio.exists(staging_path):
         return False
-    tally, last = fsio.Tally(), time.monotonic() + PATIENCE
+    tally, deadline = fsio.Tally(), time.monotonic() + PATIENCE
     while True:
         try:
-            staging = StagingDirectory(place, tree / INDEX, sync=sync)
+            staging = StagingDirectory(staging_path, tree / INDEX, sync=sync)
             break
         except DestinationError:
-            if time.monotonic() > last or not place.is_dir():  # a file of that name goes by no waiting
+            if time.monotonic() > deadline or not staging_path.is_dir():  # a file of that name goes by no waiting
                 raise
             time.sleep(0.05)
     with staging:  # which clears what a killed run left there
-        if stands:
+        if is_current:
             return False
         for name, data in files.items():
             staging.write(name, data, tally)
@@ -106,7 +106,7 @@ def write(tree: Path, files: Mapping[str, bytes], *, sync: bool) -> bool:
     return True
 
 
-def _holds(path: Path, data: bytes) -> bool:
+def _has_bytes(path: Path, data: bytes) -> bool:
     with suppress(OSError):
         return path.stat().st_size == len(data) and path.read_bytes() == data
     return False
@@ -120,23 +120,23 @@ def _is_readme(path: Path) -> bool:
 
 def _entry_dict(row: Row) -> dict[str, Any]:
     entry = row.entry
-    about = {"path": entry.path, "group": entry.group, "name": entry.name, "state": row.state}
-    if row.found is None:
-        return about
-    return {**about, **entry_facts(row.found)}
+    state = {"path": entry.path, "group": entry.group, "name": entry.name, "state": row.state}
+    if row.provenance is None:
+        return state
+    return {**state, **entry_facts(row.provenance)}
 
 
 def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:
-    complete = [row for row in rows if row.found is not None]
+    complete = [row for row in rows if row.provenance is not None]
     title = recipe.title or "Whisper models composed with Headwise Selective Attention merge"
     citations = list(dict.fromkeys(row.entry.card.get("citation", card.PAPER) for row in complete))
     sections = [_metadata(complete), MARKER, f"# {card.escape(title)}", INTRODUCTION]
     for group in dict.fromkeys(row.entry.group for row in complete):
         members = [row for row in complete if row.entry.group == group]
         sections += [f"## {card.escape(group)}", card.table(HEAD, [_cells(row, citations) for row in members])]
-    lacking = [row for row in rows if row.found is None]
-    if lacking:
-        lines = [f"- `{card.code(row.entry.path)}`: {_STATE_TEXT[row.state]}" for row in lacking]
+    incomplete = [row for row in rows if row.provenance is None]
+    if incomplete:
+        lines = [f"- `{card.code(row.entry.path)}`: {_STATE_TEXT[row.state]}" for row in incomplete]
         sections += ["## Not complete", "\n".join(lines)]
     if citations:
         sections.append("## Citations")
@@ -165,8 +165,8 @@ HEAD = (
 
 
 def _cells(row: Row, citations: Sequence[str]) -> tuple[str, ...]:
-    assert row.found is not None
-    entry, record = row.entry, row.found.record
+    assert row.provenance is not None
+    entry, record = row.entry, row.provenance.record
     return (
         f"[{card.escape(entry.name)}]({entry.path}/{README})",
         card.escape(entry.card.get("role", "")),
@@ -193,6 +193,8 @@ def _number(value: Any) -> str:
 
 
 def _metadata(rows: Sequence[Row]) -> str:
-    sources = [source.identity.id for row in rows if row.found for source in row.found.record.sources.values()]
+    sources = [
+        source.identity.id for row in rows if row.provenance for source in row.provenance.record.sources.values()
+    ]
     licenses = {row.entry.card["license"] for row in rows if "license" in row.entry.card}
     return card.metadata(filter(is_hub_id, sources), {"license": licenses.pop()} if len(licenses) == 1 else {})

@@ -1,6 +1,6 @@
-"""What a release will do: every merge of a recipe looked at before the first byte is written, and what stands already.
+"""Plan a release: check every merge of a recipe before the first byte is written, and what is in the tree already.
 
-An entry that stands is taken at its record's word here, where parameters, settings, card fields and sources agree as
+An entry that is there is judged by its record alone, where parameters, settings, card fields and sources agree as
 far as headers tell; a run proves it (see `hsa.releases.release`).
 """
 
@@ -17,8 +17,9 @@ from hsa.actions.merge import dry_run
 from hsa.actions.request import Request, open_sources
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
 from hsa.option_names import as_keys, spelled
-from hsa.outputs import provenance, recording
+from hsa.outputs import recording
 from hsa.outputs.provenance import SourceRecord
+from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.report import PlanReport
 from hsa.releases import index
 from hsa.releases.index import EntryState
@@ -33,10 +34,10 @@ from hsa.system.types import PathLike
 
 Action = Literal["build", "verify", "rebuild", "refuse"]
 
-SMALL = 1 << 20
+ROOM_FOR_METADATA = 1 << 20
 """Bytes to keep free for an entry's card and provenance, whose sizes are known at the end alone."""
 
-NAMED = 5
+MAX_NAMED = 5
 """Problems that one message names."""
 
 
@@ -122,87 +123,97 @@ def plan_release(
     Raises RequestError for a bad recipe, or naming every merge that cannot be done (MachineError where the machine or
     the network is to blame for all of them).
     """
-    how = {"threads": threads, "backend": backend, "device": device, "sync": sync, "strict": strict}
-    found = load(recipe)
+    options = {"threads": threads, "backend": backend, "device": device, "sync": sync, "strict": strict}
+    parsed_recipe = load(recipe)
     tree = check_tree(output, ())
     index.check_place(tree)
-    requests = [entry.request(tree, **how) for entry in found.entries]
+    requests = [entry.request(tree, **options) for entry in parsed_recipe.entries]
     entries: list[PlannedEntry] = []
     problems: list[tuple[RecipeEntry, HsaError]] = []
-    for entry, request in zip(found.entries, requests, strict=True):
+    for entry, request in zip(parsed_recipe.entries, requests, strict=True):
         try:
             entries.append(_plan_entry(entry, request, tree, overwrite=overwrite))
         except HsaError as error:
             problems.append((entry, error))
     if problems:
-        raise _cannot(found, problems)
-    _check_apart(found, entries)
-    return ReleasePlan(found, tree, tuple(entries), tuple(_short(entries)), tuple(_strangers(found, tree)))
+        raise _planning_error(parsed_recipe, problems)
+    _check_no_overlap(parsed_recipe, entries)
+    return ReleasePlan(
+        parsed_recipe,
+        tree,
+        tuple(entries),
+        tuple(_disk_shortages(entries)),
+        tuple(_outputs_not_in_recipe(parsed_recipe, tree)),
+    )
 
 
 def _plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
-    check_tree(tree, _local(request))
+    check_tree(tree, _local_paths(request))
     with spelled(as_keys(KEYS)):
-        looked = dry_run(request, occupied=True)  # whatever stands there, look at the rest
-    destination = looked.output
+        dry_run_report = dry_run(request, occupied=True)  # whatever stands there, look at the rest
+    destination = dry_run_report.output
     if not (destination / PROVENANCE).is_file():
         check_replaceable(destination, overwrite=True)
-        return PlannedEntry(entry, request, "build", "missing", "", looked)
+        return PlannedEntry(entry, request, "build", "missing", "", dry_run_report)
     replaced = sum(path.lstat().st_size for path in destination.iterdir())
     state, why = state_of(destination, request)
     if state == "complete":
-        return PlannedEntry(entry, request, "verify", state, "", looked, replaced)
+        return PlannedEntry(entry, request, "verify", state, "", dry_run_report, replaced)
     if not overwrite:
-        return PlannedEntry(entry, request, "refuse", state, why, looked, replaced)
+        return PlannedEntry(entry, request, "refuse", state, why, dry_run_report, replaced)
     try:
         check_replaceable(destination, overwrite=True)
     except DestinationError as error:
-        return PlannedEntry(entry, request, "refuse", state, why, looked, replaced, str(error))
-    return PlannedEntry(entry, request, "rebuild", state, why, looked, replaced)
+        return PlannedEntry(entry, request, "refuse", state, why, dry_run_report, replaced, str(error))
+    return PlannedEntry(entry, request, "rebuild", state, why, dry_run_report, replaced)
 
 
-def _local(request: Request) -> list[Path]:
+def _local_paths(request: Request) -> list[Path]:
     """The sources that are no hub ids, with their links resolved."""
     paths = [Path(path).expanduser() for path in request.sources.values() if find_id(path) is None]
     return [Path(os.path.realpath(path)) for path in paths]
 
 
 def state_of(destination: Path, request: Request) -> tuple[EntryState, str]:
-    """How an output stands by its own record, and what is otherwise."""
+    """The state of an output by its own record, and what differs from the recipe."""
     try:
-        found = provenance.load(destination)
+        provenance = load_provenance(destination)
     except HsaError as error:
         return "damaged", str(error)
     with ExitStack() as stack:
         sources = open_sources(request, fsio.Tally(), Hub(), stack, headers_only=True)
         records = {source.role: recording.source_record(source, "") for source in sources}
     expected = {**request.config.as_dict(), **request.settings("")}
-    unlike = [*_other_parameters(expected, found.record.parameters), *_other_sources(records, found.record.sources)]
-    if not unlike:
+    differences = [
+        *_other_parameters(expected, provenance.record.parameters),
+        *_other_sources(records, provenance.record.sources),
+    ]
+    if not differences:
         return "complete", ""
-    more = f", and {len(unlike) - NAMED} more" if len(unlike) > NAMED else ""
-    return "other", f"it was made otherwise than the recipe says: {'; '.join(unlike[:NAMED])}{more}"
+    more = f", and {len(differences) - MAX_NAMED} more" if len(differences) > MAX_NAMED else ""
+    return "other", f"it was made otherwise than the recipe says: {'; '.join(differences[:MAX_NAMED])}{more}"
 
 
-def _other_parameters(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+def _other_parameters(expected: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterator[str]:
     """What shaped the output otherwise; the backend does not, for all write the same bytes."""
-    for key in sorted({*expected, *found} - {"backend", "card"}):
-        if expected.get(key) != found.get(key):
-            yield f"{key} is {shown(found.get(key), 60)}, the recipe says {shown(expected.get(key), 60)}"
-    fields, written = expected["card"], found.get("card")
-    written = written if isinstance(written, dict) else {}
-    for key in sorted({*fields, *written}):
-        if fields.get(key) != written.get(key):
-            yield f"card field {key} is {shown(written.get(key), 60)}, the recipe says {shown(fields.get(key), 60)}"
+    for key in sorted({*expected, *recorded} - {"backend", "card"}):
+        if expected.get(key) != recorded.get(key):
+            yield f"{key} is {shown(recorded.get(key), 60)}, the recipe says {shown(expected.get(key), 60)}"
+    expected_fields, recorded_fields = expected["card"], recorded.get("card")
+    recorded_fields = recorded_fields if isinstance(recorded_fields, dict) else {}
+    for key in sorted({*expected_fields, *recorded_fields}):
+        if expected_fields.get(key) != recorded_fields.get(key):
+            recorded_text, expected_text = (shown(fields.get(key), 60) for fields in (recorded_fields, expected_fields))
+            yield f"card field {key} is {recorded_text}, the recipe says {expected_text}"
 
 
-def _other_sources(expected: Mapping[Role, SourceRecord], found: Mapping[Role, SourceRecord]) -> Iterator[str]:
+def _other_sources(expected: Mapping[Role, SourceRecord], recorded: Mapping[Role, SourceRecord]) -> Iterator[str]:
     """As far as headers tell."""
     for role in ROLES:
-        new, old = expected[role], found[role]
-        if new.identity != old.identity:
-            yield f"{role} is {_name(old)}, the recipe's is {_name(new)}"
-        elif (new.kind, dict(new.files)) != (old.kind, dict(old.files)):
+        expected_source, recorded_source = expected[role], recorded[role]
+        if expected_source.identity != recorded_source.identity:
+            yield f"{role} is {_name(recorded_source)}, the recipe's is {_name(expected_source)}"
+        elif (expected_source.kind, dict(expected_source.files)) != (recorded_source.kind, dict(recorded_source.files)):
             yield f"the weights files of {role} are not those that it was made from"
 
 
@@ -211,10 +222,10 @@ def _name(source: SourceRecord) -> str:
     return f"{identity.id:.120}@{identity.revision:.60}" if identity.revision else f"{identity.id:.120}"
 
 
-def _cannot(recipe: Recipe, problems: Sequence[tuple[RecipeEntry, HsaError]]) -> HsaError:
-    """One error of all merges that cannot be done."""
-    texts = [f"{entry.path} (line {entry.line}): {error}" for entry, error in problems[:NAMED]]
-    more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+def _planning_error(recipe: Recipe, problems: Sequence[tuple[RecipeEntry, HsaError]]) -> HsaError:
+    """One error that names all merges that cannot be done."""
+    texts = [f"{entry.path} (line {entry.line}): {error}" for entry, error in problems[:MAX_NAMED]]
+    more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
     machine = all(isinstance(error, MachineError) for _, error in problems)
     return (MachineError if machine else RequestError)(
         f"{recipe.where}: {len(problems)} of {len(recipe.entries)} merges cannot be done, nothing was written: "
@@ -222,55 +233,55 @@ def _cannot(recipe: Recipe, problems: Sequence[tuple[RecipeEntry, HsaError]]) ->
     )
 
 
-def _check_apart(recipe: Recipe, found: Sequence[PlannedEntry]) -> None:
+def _check_no_overlap(recipe: Recipe, entries: Sequence[PlannedEntry]) -> None:
     """Links in the tree may lead two entries to one place."""
-    places: dict[Path, RecipeEntry] = {}
-    for each in found:
-        place = each.plan.output
-        for other, entry in places.items():
-            if place == other or place.is_relative_to(other) or other.is_relative_to(place):
+    outputs: dict[Path, RecipeEntry] = {}
+    for planned in entries:
+        output = planned.plan.output
+        for other, entry in outputs.items():
+            if output == other or output.is_relative_to(other) or other.is_relative_to(output):
                 raise RequestError(
-                    f"{recipe.where}:{each.entry.line}: {each.entry.path} and {entry.path} lead to {place} and "
+                    f"{recipe.where}:{planned.entry.line}: {planned.entry.path} and {entry.path} lead to {output} and "
                     f"{other}; take the links out of the tree"
                 )
-        places[place] = each.entry
+        outputs[output] = planned.entry
 
 
-def _short(found: Sequence[PlannedEntry]) -> Iterator[str]:
+def _disk_shortages(entries: Sequence[PlannedEntry]) -> Iterator[str]:
     """Disks without room for all that is to be written; an output that is replaced goes when the new one stands."""
     used: dict[int, int] = {}
     peak: dict[int, int] = {}
-    places: dict[int, Path] = {}
-    building = [each for each in found if each.action in ("build", "rebuild")]
-    fetched = max((each.plan.bytes_to_fetch for each in building), default=0)
-    caches = {_device(place, places) for place in cache_directories()} if fetched else set()
+    directories: dict[int, Path] = {}
+    building = [planned for planned in entries if planned.action in ("build", "rebuild")]
+    fetched = max((planned.plan.bytes_to_fetch for planned in building), default=0)
+    caches = {_device(cache, directories) for cache in cache_directories()} if fetched else set()
     if len(caches) == 1:  # merges may share sources, so that only what one of them fetches is certain
         used = dict.fromkeys(caches, fetched)
         peak = dict(used)
-    for each in building:
-        device = _device(each.plan.output.parent, places)
-        wanted, before = each.plan.bytes_to_write, used.get(device, 0)
-        peak[device] = max(peak.get(device, 0), before + wanted + SMALL)
-        used[device] = before + (max(0, wanted - each.replaced) if each.replaced else wanted + SMALL)
+    for planned in building:
+        device = _device(planned.plan.output.parent, directories)
+        size, before = planned.plan.bytes_to_write, used.get(device, 0)
+        peak[device] = max(peak.get(device, 0), before + size + ROOM_FOR_METADATA)
+        used[device] = before + (max(0, size - planned.replaced) if planned.replaced else size + ROOM_FOR_METADATA)
     for device, needed in peak.items():
-        free = fsio.free_bytes(places[device])
+        free = fsio.free_bytes(directories[device])
         if free < needed:
-            yield f"{needed} bytes are needed for all merges and {free} are free in {places[device]}"
+            yield f"{needed} bytes are needed for all merges and {free} are free in {directories[device]}"
 
 
-def _device(path: Path, places: dict[int, Path]) -> int:
+def _device(path: Path, directories: dict[int, Path]) -> int:
     """The device of the nearest directory that exists, which `places` keeps."""
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    device = existing.stat().st_dev
-    places.setdefault(device, existing)
+    directory = next(parent for parent in (path, *path.parents) if parent.exists())
+    device = directory.stat().st_dev
+    directories.setdefault(device, directory)
     return device
 
 
-def _strangers(recipe: Recipe, tree: Path) -> Iterator[str]:
+def _outputs_not_in_recipe(recipe: Recipe, tree: Path) -> Iterator[str]:
     """Outputs in the tree that the recipe does not name."""
     named = {entry.path for entry in recipe.entries}
-    found = sorted(path.parent for path in tree.glob(f"*/*/{PROVENANCE}")) if tree.is_dir() else []
-    others = [path.relative_to(tree).as_posix() for path in found]
+    outputs = sorted(path.parent for path in tree.glob(f"*/*/{PROVENANCE}")) if tree.is_dir() else []
+    others = [path.relative_to(tree).as_posix() for path in outputs]
     others = [path for path in others if path not in named and not path.split("/")[1].startswith(".")]
     if others:
         yield f"{len(others)} outputs in the tree are not of this recipe and left alone, such as {others[0]}"

@@ -98,9 +98,9 @@ def load(path: PathLike) -> Recipe:
 def loads(data: bytes, where: str, folder: Path) -> Recipe:
     """The recipe in the bytes of a file; relative paths count from `folder`. See `load`."""
     document = _mapping(parse(data, where), where, "the recipe")
-    _known(document, ("title", "defaults", "merges"), where, "the recipe")
+    _check_keys(document, ("title", "defaults", "merges"), where, "the recipe")
     defaults = _mapping(document["defaults"], where, "defaults") if "defaults" in document else {}
-    _known(defaults, SHARED, where, "defaults")
+    _check_keys(defaults, SHARED, where, "defaults")
     merges = document.get("merges")
     if merges is None or not isinstance(merges.content, tuple) or not merges.content:
         raise RequestError(f"{where}: merges must be a list with at least one merge")
@@ -113,42 +113,42 @@ def loads(data: bytes, where: str, folder: Path) -> Recipe:
 def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path) -> RecipeEntry:
     own = _mapping(value, where, "a merge")
     label = f"merge {_shown(own['name'])}" if "name" in own else "the merge"
-    _known(own, ("name", *SHARED), where, label)
-    given = {key: each for key, each in {**defaults, **own}.items() if key != "card" and each.content is not None}
+    _check_keys(own, ("name", *SHARED), where, label)
+    values = {key: each for key, each in {**defaults, **own}.items() if key != "card" and each.content is not None}
     names = {}
     for key in ("name", "group"):
-        if key not in given:
+        if key not in values:
             raise RequestError(f"{where}:{value.line}: {label} has no {key}")
-        names[key] = _component(given[key], where, key)
+        names[key] = _component(values[key], where, key)
     sources: dict[Role, PathLike] = {}
     for role in ROLES:
-        if role not in given:
+        if role not in values:
             raise RequestError(f"{where}:{value.line}: {label} has no {role}; name a directory or a hub id")
-        sources[role] = _source(given[role], where, f"{role} of {label}", folder)
-    written = {"release_group": names["group"], **_card(defaults, own, where)}
-    fields = {name: written[name] for name in FIELDS if name in written}  # in one order, for provenance keeps it
-    settings = {key: given[key].plain() for key in SETTINGS if key in given}
+        sources[role] = _source(values[role], where, f"{role} of {label}", folder)
+    card_fields = {"release_group": names["group"], **_card(defaults, own, where)}
+    fields = {name: card_fields[name] for name in FIELDS if name in card_fields}  # in the order that provenance keeps
+    settings = {key: values[key].plain() for key in SETTINGS if key in values}
     renamed = {"lambda": "lam"}
-    parameters = {renamed.get(key, key): given[key].plain() for key in PARAMETERS if key in given}
-    ids = {role: given[f"{role}_id"].plain() for role in ROLES if f"{role}_id" in given}
+    parameters = {renamed.get(key, key): values[key].plain() for key in PARAMETERS if key in values}
+    ids = {role: values[f"{role}_id"].plain() for role in ROLES if f"{role}_id" in values}
     output = Path(names["group"], names["name"])
     try:
         with spelled(as_keys(KEYS)):
             task = Request(sources, output, MergeConfig(**parameters), ids=ids, card=fields, **settings)
     except RequestError as error:
-        about = str(error).partition(" ")[0]  # the message begins with the parameter that it is about
-        line = given[about].line if about in given else value.line
+        parameter = str(error).partition(" ")[0]  # the message begins with the parameter that it is about
+        line = values[parameter].line if parameter in values else value.line
         raise RequestError(f"{where}:{line}: {label}: {error}") from error
     return RecipeEntry(names["group"], names["name"], value.line, task)
 
 
 def _card(defaults: Mapping[str, Value], own: Mapping[str, Value], where: str) -> dict[str, str]:
     fields: dict[str, Value] = {}
-    for held in (defaults, own):
-        if "card" in held and held["card"].content is not None:
-            found = _mapping(held["card"], where, "card")
-            _known(found, FIELDS, where, "card")
-            fields |= found
+    for mapping in (defaults, own):
+        if "card" in mapping and mapping["card"].content is not None:
+            card = _mapping(mapping["card"], where, "card")
+            _check_keys(card, FIELDS, where, "card")
+            fields |= card
     return {name: _text(each, where, f"card field {name}") for name, each in fields.items() if each.content is not None}
 
 
@@ -187,7 +187,7 @@ def _component(value: Value, where: str, what: str) -> str:
 def _check_places(entries: Iterable[RecipeEntry], where: str) -> None:
     """No two merges at one place, nor at places that are one where capital letters do not count."""
     groups: dict[str, RecipeEntry] = {}
-    places: dict[str, RecipeEntry] = {}
+    entries_by_path: dict[str, RecipeEntry] = {}
     for entry in entries:
         first = groups.setdefault(entry.group.lower(), entry)
         if first.group != entry.group:
@@ -195,7 +195,7 @@ def _check_places(entries: Iterable[RecipeEntry], where: str) -> None:
                 f"{where}:{entry.line}: group {shown(entry.group)} differs from {shown(first.group)} (line "
                 f"{first.line}) in capital letters alone, which some filesystems do not tell apart; choose one"
             )
-        other = places.setdefault(entry.path.lower(), entry)
+        other = entries_by_path.setdefault(entry.path.lower(), entry)
         if other is not entry:
             raise RequestError(
                 f"{where}:{entry.line}: {entry.path} would stand where {other.path} of line {other.line} does; give "
@@ -224,8 +224,8 @@ def _shown(value: Value) -> str:
     return "a list" if isinstance(value.content, tuple) else shown(value.content)
 
 
-def _known(found: Mapping[str, Value], allowed: Iterable[str], where: str, what: str) -> None:
-    for key, value in found.items():
+def _check_keys(mapping: Mapping[str, Value], allowed: Iterable[str], where: str, what: str) -> None:
+    for key, value in mapping.items():
         if key not in allowed:
             raise RequestError(f"{where}:{value.line}: {what} has the unknown key {shown(key)}; {_hint(key, allowed)}")
 
@@ -236,6 +236,6 @@ def _hint(key: str, allowed: Iterable[str]) -> str:
         return f"it is a field of the model card: write card: {{{key}: ...}}"
     if key == "name":
         return "each merge has a name of its own"
-    likely = key.lower().replace("-", "_")
-    close = [name for name in names if name[:3] == likely[:3]] or get_close_matches(likely, names, n=1)
+    option_name = key.lower().replace("-", "_")
+    close = [name for name in names if name[:3] == option_name[:3]] or get_close_matches(option_name, names, n=1)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"

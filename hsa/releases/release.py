@@ -23,12 +23,12 @@ from hsa.actions.merge import run_merge
 from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.errors import HsaError, MachineError, RequestError, StrictError, one_line
 from hsa.option_names import as_keys, option, spelled
-from hsa.outputs import provenance
+from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.release_index import INDEX
 from hsa.outputs.report import MergeReport
 from hsa.releases import index
 from hsa.releases.index import EntryState, Row
-from hsa.releases.plan import NAMED, PlannedEntry, ReleasePlan, plan_release, state_of
+from hsa.releases.plan import MAX_NAMED, PlannedEntry, ReleasePlan, plan_release, state_of
 from hsa.releases.recipe import KEYS
 from hsa.sources.hub.repository import find_id
 from hsa.sources.roles import ROLES
@@ -155,57 +155,66 @@ def release(
     check_paths(recipe=recipe, output=output)
     check_flags(overwrite=overwrite, strict=strict, sync=sync)
     check_functions(progress=progress, watch=watch)
-    how: dict[str, Any] = {"threads": threads, "backend": backend, "device": device, "sync": sync}
-    planned = plan_release(recipe, output, overwrite=overwrite, strict=strict, **how)
-    if planned.short:
-        raise MachineError(f"{planned.short[0]}; nothing was written: free some space, or choose another tree")
+    options: dict[str, Any] = {"threads": threads, "backend": backend, "device": device, "sync": sync}
+    release_plan = plan_release(recipe, output, overwrite=overwrite, strict=strict, **options)
+    if release_plan.short:
+        raise MachineError(f"{release_plan.short[0]}; nothing was written: free some space, or choose another tree")
     reports, rows = [], []
-    for each in planned.entries:
-        report, row = _do(each, progress, overwrite=overwrite)
+    for planned in release_plan.entries:
+        report, row = _build_or_verify(planned, progress, overwrite=overwrite)
         reports.append(report)
         rows.append(row)
         if watch is not None:
             watch(report)
-    written, problem = _write_index(planned, rows, sync=sync)
+    index_written, index_problem = _write_index(release_plan, rows, sync=sync)
     seconds = time.perf_counter() - started
-    return ReleaseReport(planned.tree, tuple(reports), seconds, written, problem, planned.notes)
+    return ReleaseReport(release_plan.tree, tuple(reports), seconds, index_written, index_problem, release_plan.notes)
 
 
-def _do(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) -> tuple[EntryReport, Row]:
+def _build_or_verify(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) -> tuple[EntryReport, Row]:
     """Build or verify one entry, and look at how it stands then."""
     path = planned.entry.path
     step = None if progress is None else lambda done, total: progress(path, done, total)
-    read = peak = 0
+    bytes_read = peak_memory = 0
     state = planned.state
     try:
         if planned.action == "refuse":
-            raise RequestError(f"{planned.why}; {planned.remedy or _overwrite()}")
+            raise RequestError(f"{planned.why}; {planned.remedy or _overwrite_hint()}")
         if planned.action == "verify":
-            seen = verify(planned.plan.output, threads=planned.request.threads, progress=step, **_to_compare(planned))
-            read, peak = seen.bytes_read, seen.peak_memory_bytes
-            if seen.ok:
-                verified = EntryReport(path, "verified", None, None, read, peak, seen.notes)
+            verified_report = verify(
+                planned.plan.output, threads=planned.request.threads, progress=step, **_sources_to_compare(planned)
+            )
+            bytes_read, peak_memory = verified_report.bytes_read, verified_report.peak_memory_bytes
+            if verified_report.ok:
+                verified = EntryReport(path, "verified", None, None, bytes_read, peak_memory, verified_report.notes)
                 return verified, _row(planned, "complete")
-            state = "other" if any(problem.file in ROLES for problem in seen.problems) else "damaged"
+            state = "other" if any(problem.file in ROLES for problem in verified_report.problems) else "damaged"
             if not overwrite:
-                raise RequestError(f"{_wrong(state, seen)}; {_overwrite()}")
+                raise RequestError(f"{_describe_problems(state, verified_report)}; {_overwrite_hint()}")
         with spelled(as_keys(KEYS)):
-            made = run_merge(replace(planned.request, overwrite=planned.state != "missing"), step)
+            merge_report = run_merge(replace(planned.request, overwrite=planned.state != "missing"), step)
     except (HsaError, OSError, MemoryError) as error:
         reason = out_of_memory() if isinstance(error, MemoryError) else str(error)
         if state == "missing":
-            state = _look_again(planned)
+            state = _state_after_failure(planned)
         code = 2 if isinstance(error, StrictError) else 1
-        return EntryReport(path, "failed", reason, None, read, peak, exit_code=code), _row(planned, state)
-    report = EntryReport(path, "built", None, made, read + made.bytes_read, max(peak, made.peak_memory_bytes))
+        return EntryReport(path, "failed", reason, None, bytes_read, peak_memory, exit_code=code), _row(planned, state)
+    report = EntryReport(
+        path,
+        "built",
+        None,
+        merge_report,
+        bytes_read + merge_report.bytes_read,
+        max(peak_memory, merge_report.peak_memory_bytes),
+    )
     return report, _row(planned, "complete")
 
 
-def _overwrite() -> str:
+def _overwrite_hint() -> str:
     return f"give {option('overwrite', True)} to build it again"
 
 
-def _look_again(planned: PlannedEntry) -> EntryState:
+def _state_after_failure(planned: PlannedEntry) -> EntryState:
     """How an entry stands that was not there and could not be built: another run may have built it just now."""
     if not (planned.plan.output / PROVENANCE).is_file():
         return "missing"
@@ -215,43 +224,43 @@ def _look_again(planned: PlannedEntry) -> EntryState:
         return "other"
 
 
-def _wrong(state: EntryState, seen: VerifyReport) -> str:
-    texts = [f"{problem.file}: {problem.what}" for problem in seen.problems[:NAMED]]
-    more = f"; and {len(seen.problems) - NAMED} more" if len(seen.problems) > NAMED else ""
-    what = "it was made from other sources" if state == "other" else "it is damaged"
-    return f"{what}: {'; '.join(texts)}{more}"
+def _describe_problems(state: EntryState, report: VerifyReport) -> str:
+    texts = [f"{problem.file}: {problem.what}" for problem in report.problems[:MAX_NAMED]]
+    more = f"; and {len(report.problems) - MAX_NAMED} more" if len(report.problems) > MAX_NAMED else ""
+    cause = "it was made from other sources" if state == "other" else "it is damaged"
+    return f"{cause}: {'; '.join(texts)}{more}"
 
 
-def _to_compare(planned: PlannedEntry) -> dict[str, Any]:
+def _sources_to_compare(planned: PlannedEntry) -> dict[str, Any]:
     """The sources to compute the merge from again, with the ids that the recipe gives them; none where all are commits
     of the Hub, which cannot change."""
-    sources, claimed = planned.request.sources, planned.request.ids or {}
-    written = provenance.load(planned.plan.output)
-    found = written.record.sources
-    fixed = all(written.files.values()) and all(
+    sources, ids = planned.request.sources, planned.request.ids or {}
+    provenance = load_provenance(planned.plan.output)
+    recorded = provenance.record.sources
+    immutable = all(provenance.files.values()) and all(
         find_id(sources[role]) is not None
-        and not claimed.get(role)
-        and _COMMIT.fullmatch(found[role].identity.revision or "")
+        and not ids.get(role)
+        and _COMMIT.fullmatch(recorded[role].identity.revision or "")
         for role in ROLES
     )
-    ids = {f"{role}_id": claimed.get(role) for role in ROLES}
-    return {} if fixed else {**{role: sources[role] for role in ROLES}, **ids}
+    id_arguments = {f"{role}_id": ids.get(role) for role in ROLES}
+    return {} if immutable else {**{role: sources[role] for role in ROLES}, **id_arguments}
 
 
 def _row(planned: PlannedEntry, state: EntryState) -> Row:
     if state != "complete":
         return Row(planned.entry, state, None)
     try:
-        return Row(planned.entry, state, provenance.load(planned.plan.output))
+        return Row(planned.entry, state, load_provenance(planned.plan.output))
     except HsaError:  # damaged by another program since it was written or verified
         return Row(planned.entry, "damaged", None)
 
 
-def _write_index(planned: ReleasePlan, rows: Sequence[Row], *, sync: bool) -> tuple[bool, str | None]:
+def _write_index(release_plan: ReleasePlan, rows: Sequence[Row], *, sync: bool) -> tuple[bool, str | None]:
     """Write the index, unless nothing stands in the tree at all; whether it was written, and what went wrong."""
-    if all(row.found is None for row in rows) and not os.path.lexists(planned.tree / INDEX):
+    if all(row.provenance is None for row in rows) and not os.path.lexists(release_plan.tree / INDEX):
         return False, None
     try:
-        return index.write(planned.tree, index.render(planned.recipe, rows), sync=sync), None
+        return index.write(release_plan.tree, index.render(release_plan.recipe, rows), sync=sync), None
     except (HsaError, OSError) as error:
         return False, str(error)

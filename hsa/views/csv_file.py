@@ -50,15 +50,15 @@ def render(inspection: Inspection) -> bytes:
 
 
 def _rows(tensor: TensorInspection) -> list[list[object]]:
-    p, chosen = tensor.projection, set(tensor.selected)
-    measured = {} if tensor.geometry is None else tensor.geometry.as_dict()
+    p, selected = tensor.projection, set(tensor.selected)
+    columns = {} if tensor.geometry is None else tensor.geometry.as_dict()
     rows = []
     for head in range(tensor.heads):
-        known: Sequence[object] = [measured[name][head] if name in measured else None for name in _GEOMETRY]
+        geometry: Sequence[object] = [columns[name][head] if name in columns else None for name in _GEOMETRY]
         row: list[object] = [tensor.name, p.stack, p.layer, p.block, p.kind, p.part, head, tensor.heads]
         row += [tensor.k, tensor.keep, tensor.lam, tensor.alpha, tensor.coefficient, tensor.margin]
         row += [tensor.scores[head], None if tensor.squared is None else tensor.squared[head], tensor.ranks[head]]
-        rows.append([_cell(value) for value in (*row, int(head in chosen), *known)])
+        rows.append([_cell(value) for value in (*row, int(head in selected), *geometry)])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What an inspection looks like: text, CSV, a picture, a page. Files appear whole or not at all."""
+"""Check and write the files of an inspection: CSV, pictures and pages. A file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ from hsa.system.destinations import refuse_inside_output
 PathLike = str | os.PathLike[str]
 
 
-def check_file(path: PathLike, kept: Sequence[PathLike], *, overwrite: bool) -> Path:
-    """The absolute path of a file to write. `kept` are sources and outputs, into which nothing is written.
+def check_file(path: PathLike, protected: Sequence[PathLike], *, overwrite: bool) -> Path:
+    """The absolute path of a file to write. `protected` are sources and outputs, into which nothing is written.
 
     Raises DestinationError when it exists (without `overwrite`) or is no file, when its directory is missing, or when
     it lies in a source or an output.
     """
-    given = Path(path).expanduser()
+    expanded = Path(path).expanduser()
     try:
-        parent = given.parent.resolve(strict=True)
+        parent = expanded.parent.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise DestinationError(
-            f"{given} cannot be written: its directory {given.parent} is missing; make it"
+            f"{expanded} cannot be written: its directory {expanded.parent} is missing; make it"
         ) from error
-    found = parent / given.name
-    if not given.name or found.is_dir():
-        raise DestinationError(f"{given} is a directory; give the name of a file")
-    if os.path.lexists(found) and (not overwrite or not found.is_file()):
-        raise DestinationError(f"{given} exists; give another name, or {option('overwrite', True)} to replace a file")
-    real = found.resolve()
-    for folder in kept:
+    absolute = parent / expanded.name
+    if not expanded.name or absolute.is_dir():
+        raise DestinationError(f"{expanded} is a directory; give the name of a file")
+    if os.path.lexists(absolute) and (not overwrite or not absolute.is_file()):
+        raise DestinationError(
+            f"{expanded} exists; give another name, or {option('overwrite', True)} to replace a file"
+        )
+    resolved = absolute.resolve()
+    for folder in protected:
         with suppress(OSError, RuntimeError):
-            if real.is_relative_to(Path(folder).expanduser().resolve()):
-                raise DestinationError(f"{given} lies in {folder}, which is not written to; choose another directory")
-    refuse_inside_output(real, str(given))
-    return real
+            if resolved.is_relative_to(Path(folder).expanduser().resolve()):
+                raise DestinationError(
+                    f"{expanded} lies in {folder}, which is not written to; choose another directory"
+                )
+    refuse_inside_output(resolved, str(expanded))
+    return resolved
 
 
 def write_file(path: Path, data: bytes) -> None:

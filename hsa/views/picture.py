@@ -42,22 +42,22 @@ def render(inspection: Inspection) -> dict[str, bytes]:
 
 def _pages(inspection: Inspection) -> dict[str, dict[str, list[TensorInspection]]]:
     """Tensors by page and panel, in order of layers: a page for each block, a panel for each projection's part."""
-    found: dict[str, dict[str, list[TensorInspection]]] = {}
+    pages: dict[str, dict[str, list[TensorInspection]]] = {}
     for part in ("weight", "bias"):
         for tensor in inspection.tensors.values():
             p = tensor.projection
             if p.part == part:
-                page = found.setdefault(f"{p.stack}-{p.block}", {})
+                page = pages.setdefault(f"{p.stack}-{p.block}", {})
                 page.setdefault(f"{p.module} {p.part}", []).append(tensor)
-    return found
+    return pages
 
 
 def _page(inspection: Inspection, name: str, panels: dict[str, list[TensorInspection]]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measured = all(tensor.geometry is not None for tensors in panels.values() for tensor in tensors)
-    rows = ("score", "cosine of tv1 and tv2") if measured else ("score",)
+    has_geometry = all(tensor.geometry is not None for tensors in panels.values() for tensor in tensors)
+    rows = ("score", "cosine of tv1 and tv2") if has_geometry else ("score",)
     heads = [max(tensor.heads for tensor in tensors) for tensors in panels.values()]
     width = 1.5 + sum(BESIDE + max(1.2, CELL * count) for count in heads)
     height = 1.3 + len(rows) * (ABOVE + max(1.0, CELL * max(map(len, panels.values()))))
@@ -68,24 +68,24 @@ def _page(inspection: Inspection, name: str, panels: dict[str, list[TensorInspec
         _title(inspection, name, [t for tensors in panels.values() for t in tensors]), fontsize=12, parse_math=False
     )
     grid = figure.subplots(len(rows), len(panels), squeeze=False, width_ratios=[max(6, count) for count in heads])
-    for axes, drawn in zip(grid, rows, strict=True):
+    for axes, quantity in zip(grid, rows, strict=True):
         for part in ("weight", "bias"):  # the scores of biases are an order of magnitude below those of weights
             chosen = [place for place, title in enumerate(panels) if title.endswith(part)]
             if not chosen:
                 continue
             members = [list(panels.values())[place] for place in chosen]
-            scale = _scale(drawn, members)
+            scale = _scale(quantity, members)
             images = [
-                _panel(axes[place], list(panels)[place], tensors, drawn, scale)
+                _panel(axes[place], list(panels)[place], tensors, quantity, scale)
                 for place, tensors in zip(chosen, members, strict=True)
             ]
-            label = f"{drawn}, {'weights' if part == 'weight' else 'biases'}"
+            label = f"{quantity}, {'weights' if part == 'weight' else 'biases'}"
             figure.colorbar(images[0], ax=[axes[place] for place in chosen], label=label, fraction=0.03, pad=0.01)
-    held = io.BytesIO()
+    buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a title in a script that the font lacks is drawn as boxes
-        figure.savefig(held, format="png", metadata={"Software": None})
-    return held.getvalue()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def check_installed() -> None:
@@ -99,26 +99,28 @@ def check_installed() -> None:
 
 
 def _title(inspection: Inspection, page: str, tensors: Sequence[TensorInspection]) -> str:
-    shown = {name: inspection.parameters.get(name) for name in ("k", "lambda", "alpha")}
-    parameters = ", ".join(f"{name} {'per tensor' if isinstance(v, dict) else v}" for name, v in shown.items())
+    parameters = {name: inspection.parameters.get(name) for name in ("k", "lambda", "alpha")}
+    settings = ", ".join(f"{name} {'per tensor' if isinstance(v, dict) else v}" for name, v in parameters.items())
     title = one_line(inspection.title)
-    return f"{title[:80]}\n{page.replace('-', ', ')}: {count_heads(tensors)} heads are merged and framed ({parameters})"
+    return f"{title[:80]}\n{page.replace('-', ', ')}: {count_heads(tensors)} heads are merged and framed ({settings})"
 
 
-def _values(tensor: TensorInspection, drawn: str) -> list[float]:
-    if drawn == "score" or tensor.geometry is None:
+def _values(tensor: TensorInspection, quantity: str) -> list[float]:
+    if quantity == "score" or tensor.geometry is None:
         return list(tensor.scores)
     return [float("nan") if value is None else value for value in tensor.geometry.cosines]
 
 
-def _scale(drawn: str, panels: list[list[TensorInspection]]) -> tuple[float, float, str]:
-    if drawn != "score":
+def _scale(quantity: str, panels: list[list[TensorInspection]]) -> tuple[float, float, str]:
+    if quantity != "score":
         return -1.0, 1.0, "RdBu"
     scores = [score for tensors in panels for tensor in tensors for score in tensor.scores]
     return min(scores), max(scores), "viridis"
 
 
-def _panel(axes: Axes, title: str, tensors: list[TensorInspection], drawn: str, scale: tuple[float, float, str]) -> Any:
+def _panel(
+    axes: Axes, title: str, tensors: list[TensorInspection], quantity: str, scale: tuple[float, float, str]
+) -> Any:
     import numpy as np
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
@@ -126,7 +128,7 @@ def _panel(axes: Axes, title: str, tensors: list[TensorInspection], drawn: str, 
     heads = max(tensor.heads for tensor in tensors)
     values = np.full((len(tensors), heads), np.nan)
     for row, tensor in enumerate(tensors):
-        values[row, : tensor.heads] = _values(tensor, drawn)
+        values[row, : tensor.heads] = _values(tensor, quantity)
     low, high, colours = scale
     image = axes.imshow(values, vmin=low, vmax=high, cmap=colours, aspect="auto", interpolation="nearest")
     frames = [

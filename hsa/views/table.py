@@ -39,16 +39,16 @@ def render(view: Inspection | Comparison, *, wide: bool = False) -> str:
 
     `wide`: every column, however wide that is.
     """
-    paper = _Paper(sys.stdout)
-    console = _console(paper, wide=wide)
+    buffer = _TextBuffer(sys.stdout)
+    console = _console(buffer, wide=wide)
     if isinstance(view, Inspection):
         _inspection(console, view, wide=wide)
     else:
         _comparison(console, view, wide=wide)
-    return paper.getvalue().removesuffix("\n")
+    return buffer.getvalue().removesuffix("\n")
 
 
-class _Paper(io.StringIO):
+class _TextBuffer(io.StringIO):
     """Text that is kept, and looks to rich like this stream: a terminal or none, with its encoding."""
 
     def __init__(self, stream: IO[str] | None) -> None:
@@ -92,7 +92,7 @@ def _row(table: Table, *values: Any) -> None:
     table.add_row(*(Text(one_line("" if value is None else str(value))) for value in values))
 
 
-def _say(console: Console, text: str) -> None:
+def _print_line(console: Console, text: str) -> None:
     """A line of text, wrapped between words at the console's width."""
     lead = "\n" if text.startswith("\n") else ""
     console.print(lead + one_line(text.removeprefix("\n")), markup=False)
@@ -102,26 +102,28 @@ def _say(console: Console, text: str) -> None:
 
 
 def _inspection(console: Console, view: Inspection, *, wide: bool) -> None:
-    _say(console, f"{view.title}: {view.selected_heads} of {view.total_heads} heads in {len(view.tensors)} tensors")
-    given = {name: view.parameters.get(name) for name in ("k", "lambda", "alpha", "targets", "numerics")}
-    _say(console, "how: " + ", ".join(f"{name} {_parameter(value)}" for name, value in given.items()))
+    _print_line(
+        console, f"{view.title}: {view.selected_heads} of {view.total_heads} heads in {len(view.tensors)} tensors"
+    )
+    main_parameters = {name: view.parameters.get(name) for name in ("k", "lambda", "alpha", "targets", "numerics")}
+    _print_line(console, "how: " + ", ".join(f"{name} {_parameter(value)}" for name, value in main_parameters.items()))
     others = {
         name: value
         for name, value in view.parameters.items()
-        if name not in given and value is not None and value not in (1.0, "auto", {})
+        if name not in main_parameters and value is not None and value not in (1.0, "auto", {})
     }
     if view.written_by is not None:
         program = f"{view.written_by.get('name')} {view.written_by.get('version')}"
-        _say(console, "     " + ", ".join([program, *(f"{name} {_parameter(v)}" for name, v in others.items())]))
+        _print_line(console, "     " + ", ".join([program, *(f"{name} {_parameter(v)}" for name, v in others.items())]))
     for role, source in view.sources.items():
         revision = f"@{source['revision']}" if source.get("revision") else ""
-        _say(console, f"{role:<10}{source['id']}{revision}" + _digest(source))
+        _print_line(console, f"{role:<10}{source['id']}{revision}" + _digest(source))
     _tensors(console, view, wide=wide)
     _agreement(console, view, wide=wide)
     _energy(console, view)
     if view.files is not None:
         hashed = sum(digest is not None for digest in view.files.values())
-        _say(console, f"files: {len(view.files)} recorded, {hashed} with a digest: {', '.join(view.files)}")
+        _print_line(console, f"files: {len(view.files)} recorded, {hashed} with a digest: {', '.join(view.files)}")
 
 
 def _parameter(value: Any) -> str:
@@ -138,15 +140,17 @@ def _digest(source: Any) -> str:
 
 
 def _tensors(console: Console, view: Inspection, *, wide: bool) -> None:
-    measured = wide and any(tensor.geometry is not None for tensor in view.tensors.values())
-    more = ("least", "greatest", *(("cos #", "cos .", "tv1/B", "tv2/B") if measured else ())) if wide else ()
+    with_geometry = wide and any(tensor.geometry is not None for tensor in view.tensors.values())
+    more = ("least", "greatest", *(("cos #", "cos .", "tv1/B", "tv2/B") if with_geometry else ())) if wide else ()
     columns = ("layer", "projection", "heads", "merged", "margin", "lambda_i", *more)
     right = ("layer", "merged", "margin", "lambda_i", *more)
-    if measured:
-        _say(console, "cos # and cos .: mean cosine of tv1 and tv2 over merged and other heads; tv/B: |tv| over |B|")
+    if with_geometry:
+        _print_line(
+            console, "cos # and cos .: mean cosine of tv1 and tv2 over merged and other heads; tv/B: |tv| over |B|"
+        )
     legend = "# merged, . primary's" + ("; least and greatest score" if wide else "; --wide shows more columns")
     for stack, block in dict.fromkeys((t.projection.stack, t.projection.block) for t in view.tensors.values()):
-        _say(console, f"\n{stack}, {block}: {legend}")
+        _print_line(console, f"\n{stack}, {block}: {legend}")
         table = _table(*columns, right=right, whole=("projection", "heads"))
         for tensor in view.tensors.values():
             p = tensor.projection
@@ -157,25 +161,25 @@ def _tensors(console: Console, view: Inspection, *, wide: bool) -> None:
             row += [_number(tensor.margin, ".2g"), f"{tensor.coefficient:.4f}"]
             if wide:
                 row += [f"{min(tensor.scores):.4g}", f"{max(tensor.scores):.4g}"]
-            _row(table, *row, *(_means(tensor) if measured else ()))
+            _row(table, *row, *(_means(tensor) if with_geometry else ()))
         console.print(table)
 
 
-def head_map(tensor: TensorInspection, room: int) -> str:
+def head_map(tensor: TensorInspection, width: int) -> str:
     """One character a head, or a word for it where there is no room for the whole row."""
-    chosen = set(tensor.selected)
-    if tensor.heads > room:
+    selected = set(tensor.selected)
+    if tensor.heads > width:
         return "see --wide"
-    return "".join("#" if head in chosen else "." for head in range(tensor.heads))
+    return "".join("#" if head in selected else "." for head in range(tensor.heads))
 
 
 def _means(tensor: TensorInspection) -> list[str]:
     """Mean cosine over selected and other heads, and the whole tensor's relative sizes."""
     if tensor.geometry is None:
         return ["", "", "", ""]
-    chosen = set(tensor.selected)
+    selected = set(tensor.selected)
     cosines = list(enumerate(tensor.geometry.cosines))
-    parts = [[c for head, c in cosines if c is not None and (head in chosen) == inside] for inside in (True, False)]
+    parts = [[c for head, c in cosines if c is not None and (head in selected) == inside] for inside in (True, False)]
     base = sum(tensor.geometry.base)
     sizes = [(sum(t) / base) ** 0.5 if base > 0 else None for t in (tensor.geometry.primary, tensor.geometry.secondary)]
     means = [sum(part) / len(part) if part else None for part in parts]
@@ -183,18 +187,22 @@ def _means(tensor: TensorInspection) -> list[str]:
 
 
 def _agreement(console: Console, view: Inspection, *, wide: bool) -> None:
-    found = view.agreement
-    if not found:
+    agreements = view.agreement
+    if not agreements:
         return
-    _say(console, "agreement: heads that q, k and v (of biases q and v) all select, of those that any does")
+    _print_line(console, "agreement: heads that q, k and v (of biases q and v) all select, of those that any does")
     right = ("common", "of", "by chance", "Jaccard")
     table = _table("where", *right, *(("pairs",) if wide else ()), right=right, whole=("where", "pairs"))
-    for each in found:
-        union = len(set().union(*each.selected.values()))
-        row: list[Any] = [f"{each.stack} {each.layer} {each.block} {each.part}", len(each.common), union]
-        row += [f"{each.expected_common:.2f}", _number(each.jaccard, ".2f")]
+    for agreement in agreements:
+        union = len(set().union(*agreement.selected.values()))
+        row: list[Any] = [
+            f"{agreement.stack} {agreement.layer} {agreement.block} {agreement.part}",
+            len(agreement.common),
+            union,
+        ]
+        row += [f"{agreement.expected_common:.2f}", _number(agreement.jaccard, ".2f")]
         if wide:
-            row.append("  ".join(f"{name} {_number(value, '.2f')}" for name, value in each.pairs.items()))
+            row.append("  ".join(f"{name} {_number(value, '.2f')}" for name, value in agreement.pairs.items()))
         _row(table, *row)
     console.print(table)
 
@@ -203,7 +211,7 @@ def _energy(console: Console, view: Inspection) -> None:
     if view.energy is None:
         return
     roles = [each.role for each in view.energy]
-    _say(console, "share of each task vector's energy (its squared L2 norm), of the whole model")
+    _print_line(console, "share of each task vector's energy (its squared L2 norm), of the whole model")
     table = _table("where", *roles, right=roles, whole=("where",))
     _row(table, "in the target tensors", *(_percent(each.share(each.inside)) for each in view.energy))
     _row(table, "  in their selected heads", *(_percent(each.share(each.selected)) for each in view.energy))
@@ -216,27 +224,27 @@ def _energy(console: Console, view: Inspection) -> None:
     console.print(table)
     for each in view.energy:
         if each.skipped:
-            _say(console, f"{each.role}: {len(each.skipped)} tensors left out of it, such as {each.skipped[0]}")
+            _print_line(console, f"{each.role}: {len(each.skipped)} tensors left out of it, such as {each.skipped[0]}")
 
 
 # --- a comparison -------------------------------------------------------------------------------------------------
 
 
 def _comparison(console: Console, view: Comparison, *, wide: bool) -> None:
-    _say(console, f"A {view.first}")
-    _say(console, f"B {view.second}")
+    _print_line(console, f"A {view.first}")
+    _print_line(console, f"B {view.second}")
     if view.identical:
-        _say(console, "every file is the same, byte for byte")
+        _print_line(console, "every file is the same, byte for byte")
     for title, pairs in (("parameters", view.parameters), ("program and libraries", view.program)):
         if not pairs:
-            _say(console, f"{title}: the same")
+            _print_line(console, f"{title}: the same")
             continue
-        _say(console, f"{title} that differ")
+        _print_line(console, f"{title} that differ")
         table = _table("name", "A", "B")
         for name, (a, b) in pairs.items():
             _row(table, name, _parameter(a), _parameter(b))
         console.print(table)
-    _say(console, "sources")
+    _print_line(console, "sources")
     table = _table("role", "of", "id", "targets", "headers", whole=("role", "targets", "headers"))
     for role, source in view.sources.items():
         compared = [_same(source[key]) for key in ("same_targets", "same_headers")]
@@ -247,43 +255,44 @@ def _comparison(console: Console, view: Comparison, *, wide: bool) -> None:
     if view.weights is not None:
         _weights(console, view)
     counts = {
-        state: [n for n, found in view.files.items() if found == state] for state in dict.fromkeys(view.files.values())
+        state: [n for n, file_state in view.files.items() if file_state == state]
+        for state in dict.fromkeys(view.files.values())
     }
     for state, names in counts.items():
-        _say(console, f"files {state}: {', '.join(names)}")
+        _print_line(console, f"files {state}: {', '.join(names)}")
 
 
 def _heads(console: Console, view: Comparison, *, wide: bool) -> None:
-    _say(
+    _print_line(
         console,
         f"selected heads: the same in {view.agreeing_tensors} of {len(view.heads)} tensors, "
         f"Jaccard {_number(view.jaccard, '.3f')} over all",
     )
     unlike = [each for each in view.heads.values() if not each.same]
     if unlike:
-        _say(console, "tensors with other heads: # merged by both, A or B by that one alone, . by neither")
+        _print_line(console, "tensors with other heads: # merged by both, A or B by that one alone, . by neither")
         lists = ("only A", "only B") if wide else ()
         table = _table("tensor", "heads", "Jaccard", *lists, right=("Jaccard",), whole=("tensor", "heads", *lists))
         for each in unlike:
             a, b = set(each.first), set(each.second)
             numbers = [", ".join(map(str, sorted(part))) for part in (a - b, b - a)] if wide else []
-            heads = _both(each, console.width - BESIDE_BOTH)
-            _row(table, each.name if wide else _place(each.name), heads, _number(each.jaccard, ".2f"), *numbers)
+            heads = _compared_head_map(each, console.width - BESIDE_BOTH)
+            _row(table, each.name if wide else _short_name(each.name), heads, _number(each.jaccard, ".2f"), *numbers)
         console.print(table)
     for label, names in (("A", view.only_first), ("B", view.only_second)):
         if names:
-            _say(console, f"targets of {label} alone: {len(names)}, such as {names[0]}")
+            _print_line(console, f"targets of {label} alone: {len(names)}, such as {names[0]}")
 
 
-def _both(each: HeadsDiff, room: int) -> str:
+def _compared_head_map(diff: HeadsDiff, width: int) -> str:
     """One character a head of two outputs, or a word for it where there is no room for the whole row."""
-    if each.heads > room:
+    if diff.heads > width:
         return "see --wide"
     signs = {(True, True): "#", (True, False): "A", (False, True): "B", (False, False): "."}
-    return "".join(signs[head in each.first, head in each.second] for head in range(each.heads))
+    return "".join(signs[head in diff.first, head in diff.second] for head in range(diff.heads))
 
 
-def _place(name: str) -> str:
+def _short_name(name: str) -> str:
     """A target tensor's place in the model, shorter than its name."""
     p = parse(name)
     return name if p is None else f"{p.stack} {p.layer} {p.block} {p.kind} {p.part}"
@@ -292,7 +301,7 @@ def _place(name: str) -> str:
 def _weights(console: Console, view: Comparison) -> None:
     weights = view.weights
     assert weights is not None
-    _say(console, "weights: relative L2 distance, |B - A| / |A|")
+    _print_line(console, "weights: relative L2 distance, |B - A| / |A|")
     table = _table("where", "distance", "tensors", "equal", right=("distance", "tensors", "equal"))
     named: list[tuple[str, Distance]] = [
         ("all", weights.whole),
@@ -309,7 +318,7 @@ def _weights(console: Console, view: Comparison) -> None:
         ("of B alone", weights.only_second),
     ):
         if names:
-            _say(console, f"tensors {label}: {len(names)}, such as {names[0]}")
+            _print_line(console, f"tensors {label}: {len(names)}, such as {names[0]}")
 
 
 def _id(source: Any, *, wide: bool) -> str:

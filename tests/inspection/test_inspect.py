@@ -341,7 +341,7 @@ def test_an_output_alone_says_what_its_provenance_says(merged: Path, shared_trip
         assert other.tensors[name].selected == again.tensors[name].selected
         assert other.tensors[name].coefficient == again.tensors[name].coefficient
         assert other.tensors[name].margin == pytest.approx(again.tensors[name].margin, rel=1e-9)
-        assert other.tensors[name].recorded == inspect.Recorded(tensor.keep, tensor.selected)
+        assert other.tensors[name].recorded == inspect.RecordedSelection(tensor.keep, tensor.selected)
     same = hsa.inspect(alone, k=60)
     assert {n: t.selected for n, t in same.tensors.items()} == {n: t.selected for n, t in found.tensors.items()}
 

@@ -34,7 +34,7 @@ import hsa
 from hsa.errors import DestinationError, HsaError, RequestError
 from hsa.outputs.card import FIELDS
 from hsa.releases.index import MARKER
-from hsa.releases.plan import SMALL, plan_release
+from hsa.releases.plan import ROOM_FOR_METADATA, plan_release
 from hsa.system import fsio
 from hsa.system.manifest import PROVENANCE
 from hsa.system.publish import StagedOutput, staging_path
@@ -387,31 +387,32 @@ def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_disk_too_small_for_all_is_noticed_before_the_first_byte(recipe: Path, tmp_path: Path) -> None:
     (needed,) = {entry.plan.bytes_to_write for entry in plan_release(recipe, tmp_path / "tree").entries}
-    size = 2 * needed + 2 * SMALL
+    size = 2 * needed + 2 * ROOM_FOR_METADATA
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={size}", "none") as point:
         before = snapshot(point)
         done = run_hsa("release", recipe, "--output", point / "tree")
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == (
-            f"hsa: error: {3 * (needed + SMALL)} bytes are needed for all merges and {fsio.free_bytes(point)} are free "
-            f"in {point}; nothing was written: free some space, or choose another tree\n"
+            f"hsa: error: {3 * (needed + ROOM_FOR_METADATA)} bytes are needed for all merges and "
+            f"{fsio.free_bytes(point)} are free in {point}; nothing was written: free some space, or "
+            f"choose another tree\n"
         )
         assert snapshot(point) == before
         warned = run_hsa("release", recipe, "--output", point / "tree", "--dry-run")
         assert warned.returncode == 0
-        assert f"  warning {3 * (needed + SMALL)} bytes are needed for all merges" in warned.stdout
+        assert f"  warning {3 * (needed + ROOM_FOR_METADATA)} bytes are needed for all merges" in warned.stdout
 
 
 def test_room_that_an_earlier_output_gives_back_counts(recipe: Path, tmp_path: Path) -> None:
     """Two of three stand; to build them anew takes room for one at a time."""
     seen = plan_release(recipe, tmp_path / "tree")
     (needed,) = {entry.plan.bytes_to_write for entry in seen.entries}
-    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={4 * needed + 3 * SMALL}", "none") as point:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={4 * needed + 3 * ROOM_FOR_METADATA}", "none") as point:
         text = recipe.read_text(encoding="utf-8")
         assert build(recipe, point / "tree").ok
         free = fsio.free_bytes(point)
         recipe.write_text(text.replace("group: g", "group: g\n  alpha: 0.3"), encoding="utf-8")
-        assert free < 2 * needed + 3 * SMALL
+        assert free < 2 * needed + 3 * ROOM_FOR_METADATA
         assert results(build(recipe, point / "tree", overwrite=True)) == dict.fromkeys(("g/a", "g/b", "g/c"), "built")
 
 
