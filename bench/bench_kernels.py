@@ -9,7 +9,7 @@ device's own (events around a call that was queued while the device was busy, so
 as it is short); on a CPU they are wall time, both sides with a thread for every usable core. Medians with their spread.
 Copies of the sources rotate, and other memory is read between two calls, so that the last-level cache holds nothing of
 the last one; primary is put back before each call, outside the time. GB/s are the bytes that the formula must move
-(`kernel_cases.TRAFFIC`), set against those of a copy in the same run, both directions counted. --dry-run prints bytes,
+(`kernel_shapes.TRAFFIC`), set against those of a copy in the same run, both directions counted. --dry-run prints bytes,
 and the least times at a given bandwidth; it needs no GPU.
 By default a GPU measures large-v3, a CPU three shapes; --all takes every shape and dtype that is not chosen.
 Prints a Markdown table and appends rows to bench/results/kernels.csv.
@@ -29,8 +29,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from kernel_cases import CASES, MIXES, SHAPES, TRAFFIC, WHOLE, Case, CpuProblem, GpuProblem, K, Mix, Problem, Shape
-from kernel_cases import volume as volume_of
+from kernel_cases import CASES, WHOLE, Case, CpuProblem, GpuProblem, K, Problem
+from kernel_shapes import MIXES, SHAPES, TRAFFIC, Mix, Shape
+from kernel_shapes import volume as volume_of
 from rows import RESULTS, about, append, markdown
 
 from hsa import reference

@@ -25,6 +25,7 @@ if importlib.util.find_spec("hsa") is None:
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from cases import ALPHA, LAM, K
+from kernel_shapes import F32, TRAFFIC, Mix, Shape
 
 import hsa
 from hsa import reference
@@ -36,13 +37,11 @@ from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
 from hsa.sources.roles import ROLES
 from hsa.sources.tensor_places import TensorRef
-from hsa.testing import whisper_checkpoints
 
 if importlib.util.find_spec("hsa.kernels") is None:
     hsa.__path__.append(str(Path(__file__).resolve().parents[1]))
 
 Tensor = torch.Tensor
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 TEMPORARIES = 6
 """Float32 blocks of all targets that the formula in torch holds at its widest, stacked: base widened, both task
@@ -51,99 +50,6 @@ vectors, their magnitudes and the sum."""
 MOST_TEMPORARIES = 2 << 30
 """Bytes that a case may take for temporaries on a CPU."""
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The targets of an encoder: three weights a layer."""
-
-    name: str
-    layers: int
-    width: int
-    heads: int
-
-    @property
-    def count(self) -> int:
-        return 3 * self.layers
-
-    @property
-    def elements(self) -> int:
-        return self.count * self.width * self.width
-
-    @property
-    def coefficients(self) -> list[float]:
-        """Of every projection, three to a layer."""
-        return [reference.layer_coefficient(LAM, ALPHA, g // 3, self.layers) for g in range(self.count)]
-
-
-def _published(name: str) -> Shape:
-    whole = whisper_checkpoints.SHAPES[name]
-    return Shape(name, whole.encoder_layers, whole.d_model, whole.encoder_heads)
-
-
-SHAPES = {name: _published(name) for name in ("tiny", "base", "small", "medium", "large-v3")}
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Dtypes of the three sources. A result has primary's, which it may replace."""
-
-    base: torch.dtype
-    primary: torch.dtype
-    secondary: torch.dtype
-
-    @property
-    def out(self) -> torch.dtype:
-        return self.primary
-
-
-MIXES = {
-    "float32": Mix(F32, F32, F32),
-    "float16": Mix(F16, F16, F16),
-    "bfloat16": Mix(BF16, BF16, BF16),
-    "float16-base": Mix(F16, F32, F32),
-    "float16-tunes": Mix(F32, F16, F16),
-    "bfloat16-tunes": Mix(F32, BF16, BF16),
-    "float32-secondary": Mix(F16, F16, F32),
-}
-"""By the names of `hsa.kernels.compile_check`: all that can merge in place."""
-
-
-@dataclass(frozen=True)
-class Volume:
-    """Bytes of all targets, by role."""
-
-    base: int
-    primary: int
-    secondary: int
-    out: int
-
-    @property
-    def sources(self) -> int:
-        return self.base + self.primary + self.secondary
-
-
-def volume(shape: Shape, mix: Mix) -> Volume:
-    return Volume(*(shape.elements * dtype.itemsize for dtype in (mix.base, mix.primary, mix.secondary, mix.out)))
-
-
-def _one_pass(v: Volume, share: float) -> float:
-    return v.sources + share * v.out
-
-
-TRAFFIC: dict[str, Callable[[Volume, float], float]] = {
-    "one pass, in place": _one_pass,
-    "one pass, new buffer": lambda v, share: v.sources + v.out,
-    "two launches, in place": lambda v, share: v.sources + share * v.sources + share * v.out,
-    "apply only, scores cached, in place": lambda v, share: share * v.sources + share * v.out,
-    "CPU backend, merge": _one_pass,
-    "CPU backend, apply only, scores cached": lambda v, share: share * v.sources + (1 - share) * v.primary + v.out,
-    "eager torch, tensor by tensor": _one_pass,
-    "eager torch, stacked": _one_pass,
-    "torch.compile, tensor by tensor": _one_pass,
-    "torch.compile, stacked": _one_pass,
-}
-"""Bytes that a case must move, by the share of selected heads. All work in place but the new buffer and the apply step
-of the CPU backend, which fills a model's tensors whole from resident sources, as `hsa.Merger` does."""
 
 CASES = {
     "cuda": tuple(name for name in TRAFFIC if not name.startswith("CPU")),

@@ -13,7 +13,8 @@ from contextlib import closing
 import pytest
 import torch
 from bench_kernels import Clock, problem_of, volume_of
-from kernel_cases import CASES, MIXES, SHAPES, TRAFFIC, Case, Problem
+from kernel_cases import CASES, Case, Problem
+from kernel_shapes import MIXES, SHAPES, TRAFFIC
 
 pytest.importorskip("pytest_benchmark")
 

@@ -382,6 +382,34 @@ def test_the_folder_kernels_is_never_imported_by_its_bare_name() -> None:
     assert [where(i) for i in found] == []
 
 
+# --- size, and what CONTRIBUTING says of it all ---------------------------------------------------------------------
+
+MOST_LINES = 400
+REASON = "lines because"
+"""What the docstring of a longer module says, and then why."""
+
+
+def test_no_module_is_long_without_a_reason() -> None:
+    for path in (*SOURCES, *(ROOT / "bench").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= MOST_LINES or REASON in (ast.get_docstring(ast.parse(text)) or ""), path
+
+
+def test_contributing_names_modules_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = {row[0]: row[1] for row in re.findall(r"^\| (`[a-z_/]+/`.*?) \| (.*) \|$", text, re.MULTILINE)}
+    named = {name.strip("/") for cell in rooms for name in re.findall(r"`([a-z_/]+)`", cell)}
+    packages = {path.parent.relative_to(ROOT / "hsa").as_posix() for path in (ROOT / "hsa").rglob("*/__init__.py")}
+    assert packages - {"actions/merger"} <= named
+    for cell, about in rooms.items():
+        places = [ROOT if "kernels" in cell else ROOT / "hsa" / name for name in re.findall(r"`([a-z_/]+)/`", cell)]
+        places = [ROOT / "kernels"] if "kernels" in cell else places
+        for name in re.findall(r"`([a-z_]+)`", about):
+            assert any((place / f"{name}.py").is_file() for place in places), f"{cell} has no module {name}"
+    for name in re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", text):
+        assert any((ROOT / place / name).is_file() for place in ("hsa", ".")), f"CONTRIBUTING names {name}"
+
+
 # --- the wheel and the sdist -----------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ import kernel_cases
 import pytest
 import torch
 from hsa.kernels import compile_check
-from kernel_cases import CASES, MIXES, SHAPES, TRAFFIC, CpuProblem, Mix, Shape, volume
+from kernel_cases import CASES, CpuProblem
+from kernel_shapes import MIXES, SHAPES, TRAFFIC, Mix, Shape, volume
 from rows import read
 
 from hsa.backends.cpu import CpuWorker
@@ -163,9 +164,10 @@ KERNELS = """
 import sys
 sys.path[:0] = ["bench"]
 import kernel_cases as cases
+import kernel_shapes as shapes
 from hsa.kernels import launch
 mix, damaged = sys.argv[1:]
-problem = cases.GpuProblem(cases.Shape("little", 1, 64, 4), cases.MIXES[mix], sets=2, device="cpu")
+problem = cases.GpuProblem(shapes.Shape("little", 1, 64, 4), shapes.MIXES[mix], sets=2, device="cpu")
 problem.others = lambda: cases.Problem.others(problem)
 if damaged:
     apply = launch.apply_heads
