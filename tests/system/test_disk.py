@@ -1,8 +1,7 @@
-"""Disks that are full, limited, read-only, failing or clever, and sources that change under the run."""
+"""Disks that are full, limited, read-only or clever."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -13,7 +12,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,13 @@ import pytest
 from helpers import merge_arguments, mounted, ordinary_user, snapshot
 
 import hsa
-from hsa.backends.cpu import CpuWorker
-from hsa.errors import MachineError, SourceChanged
+from hsa.errors import MachineError
 from hsa.system import fsio
 
 Triple = dict[str, Path]
 MIB = 1 << 20
 
 pytestmark = pytest.mark.unverified("calls are counted and made to fail here, and a verification would make more")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    place = tmp_path / "place"
-    place.mkdir()
-    return place
 
 
 def weights(directory: Path) -> Path:
@@ -212,276 +203,7 @@ def test_a_directory_without_permission_to_write(shared_triple: Triple) -> None:
         shutil.rmtree(top)
 
 
-# Failing ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def failing(monkeypatch: pytest.MonkeyPatch, holder: Any, name: str, at: int) -> Iterator[list[int]]:
-    """Let the `at`-th call fail with an input/output error (none for 0); yields the number of calls so far."""
-    function: Callable[..., Any] = getattr(holder, name)
-    calls = [0]
-
-    def wrapped(*arguments: Any, **keywords: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == at:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return function(*arguments, **keywords)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(holder, name, wrapped)
-        yield calls
-
-
-CALLS = [
-    (os, "preadv"),
-    (os, "pwritev"),
-    (os, "fsync"),
-    (os, "open"),
-    (os, "mkdir"),
-    (os, "rename"),
-    (fsio, "_reserve"),
-    (fsio, "clone"),
-    (fsio, "exchange"),
-]
-
-
-@pytest.mark.parametrize("how", ["new", "overwrite", "overwrite without swap"])
-@pytest.mark.parametrize(("holder", "name"), CALLS, ids=[name for _, name in CALLS])
-def test_an_input_output_error_at_every_call(
-    shared_triple: Triple, place: Path, monkeypatch: pytest.MonkeyPatch, holder: Any, name: str, how: str
-) -> None:
-    if how != "new":
-        hsa.merge(**shared_triple, output=place / "out", k=0.3)
-    if how == "overwrite without swap":
-        monkeypatch.setattr(fsio, "exchange", lambda first, second: False)
-    before, descriptors = snapshot(place), open_files()
-    failed, at = 0, 0
-    while True:
-        at += 1
-        with failing(monkeypatch, holder, name, at) as calls:
-            try:
-                hsa.merge(**shared_triple, output=place / "out", overwrite=True, threads=1)
-            except MachineError as error:
-                assert error.exit_code == 1
-                assert "Input/output error" in str(error), (name, at)
-                assert calls[0] >= at
-                assert snapshot(place) == before, (name, at)
-                assert open_files() == descriptors, (name, at)
-                failed += 1
-                continue
-        if calls[0] < at:
-            break
-        # A call that a run can do without: the output is whole, and beside it is nothing.
-        assert name == "open" or (name == "fsync" and how != "new"), (name, at)
-        assert os.listdir(place) == ["out"]
-        shutil.rmtree(place / "out")
-        if how != "new":
-            hsa.merge(**shared_triple, output=place / "out", k=0.3)
-    expected = {"preadv": 20, "pwritev": 5, "fsync": 10, "open": 10, "rename": 1 if how != "overwrite" else 0}
-    assert failed >= expected.get(name, 0), failed
-    assert sorted(os.listdir(place)) == ["out"]
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.mark.parametrize("name", ["preadv", "pwritev", "fsync"])
-def test_an_input_output_error_among_many_threads(
-    shared_triple: Triple, place: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    with failing(monkeypatch, os, name, 0) as calls:
-        hsa.merge(**shared_triple, output=place.parent / "fresh", threads=6)
-    for at in range(1, calls[0], max(1, calls[0] // 12)):
-        with failing(monkeypatch, os, name, at), pytest.raises(MachineError, match="Input/output error"):
-            hsa.merge(**shared_triple, output=place / "out", threads=6)
-        assert snapshot(place) == {}
-
-
-def test_short_reads_and_writes_are_completed(
-    shared_triple: Triple, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    preadv, pwritev = os.preadv, os.pwritev
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:5000]], offset))
-    monkeypatch.setattr(os, "pwritev", lambda fd, views, offset: pwritev(fd, [views[0][:4096]], offset))
-    hsa.merge(**shared_triple, output=place / "short")
-    monkeypatch.undo()
-    hsa.merge(**shared_triple, output=place / "fresh")
-    assert snapshot(place / "short") == snapshot(place / "fresh")
-
-
-@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_a_filesystem_that_can_do_nothing_special(
-    shared_triple: Triple, place: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
-) -> None:
-    """No fallocate, no O_DIRECT (or one that wants another alignment), no swap, no clone."""
-
-    class Plain:
-        def __getattr__(self, name: str) -> Callable[..., int]:
-            def refused(*arguments: Any) -> int:
-                import ctypes
-
-                ctypes.set_errno(refusal)
-                return -1
-
-            return refused
-
-    pwritev = os.pwritev
-
-    def aligned(fd: int, views: list[memoryview], offset: int) -> int:
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return pwritev(fd, views, offset)
-
-    hsa.merge(**shared_triple, output=place / "fresh")
-    hsa.merge(**shared_triple, output=place / "plain", k=0.3)
-    monkeypatch.setattr(fsio, "_libc", Plain)
-    monkeypatch.setattr(os, "pwritev", aligned)
-    if refusal == errno.EOPNOTSUPP:
-        monkeypatch.setattr(fsio, "reopen_direct", lambda path: None)
-    hsa.merge(**shared_triple, output=place / "plain", overwrite=True)
-    assert snapshot(place / "plain") == snapshot(place / "fresh")
-    assert sorted(os.listdir(place)) == ["fresh", "plain"]
-
-
-def test_threads_that_cannot_be_started(shared_triple: Triple, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
-    begin, started = threading.Thread.start, []
-
-    def limited(thread: threading.Thread) -> None:
-        if len(started) == 2:
-            raise RuntimeError("can't start new thread")
-        started.append(thread)
-        begin(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", limited)
-    with pytest.raises(MachineError, match=r"cannot start 5 threads.*lower threads"):
-        hsa.merge(**shared_triple, output=place / "out", threads=5)
-    assert snapshot(place) == {}
-    assert not any(thread.is_alive() for thread in started)
-
-
-# Sources that change ---------------------------------------------------------------------------------------
-
-
-def rewrite(path: Path) -> None:
-    content = path.read_bytes()
-    with path.open("r+b") as file:
-        file.write(content)
-
-
-def damage(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 4)
-        file.write(b"\xff" * (path.stat().st_size * 3 // 4))
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def replace(path: Path) -> None:
-    shutil.copy2(path, path.with_name("other"))
-    os.replace(path.with_name("other"), path)
-
-
-def append(path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(b"\0")
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
-def touch(path: Path) -> None:
-    os.utime(path)
-
-
-def touch_back(path: Path) -> None:
-    """Rewrite it and put the time of the last change back: the inode's own time still tells."""
-    status = path.stat()
-    rewrite(path)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def move_folder(path: Path) -> None:
-    path.parent.rename(path.parent.with_name("elsewhere"))
-
-
-def swap_folder(path: Path) -> None:
-    move_folder(path)
-    shutil.copytree(path.parent.with_name("elsewhere"), path.parent)
-
-
-CHANGES = [rewrite, damage, truncate, replace, append, remove, touch, touch_back, move_folder, swap_folder]
-
-
-@pytest.mark.parametrize("role", ["base", "primary", "secondary"])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_source_that_changes_while_it_is_read(
-    triple: Triple, place: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], role: str
-) -> None:
-    hsa.merge(**triple, output=place / "earlier", k=0.3)
-    before = snapshot(place)
-    merge, calls = CpuWorker.merge, []
-
-    def meanwhile(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 3:
-            change(weights(triple[role]))
-        return merge(*arguments)
-
-    monkeypatch.setattr(CpuWorker, "merge", meanwhile)
-    with pytest.raises(SourceChanged, match=rf"{role}: .*model\.safetensors") as caught:
-        hsa.merge(**triple, output=place / "earlier", overwrite=True, threads=1)
-    assert caught.value.exit_code == 2
-    assert len(calls) >= 3
-    assert snapshot(place) == before
-
-
-def test_a_source_that_changes_at_the_very_end(triple: Triple, place: Path) -> None:
-    total: list[tuple[int, int]] = []
-
-    def step(done: int, whole: int) -> None:
-        total.append((done, whole))
-        touch(weights(triple["primary"]))
-
-    with pytest.raises(SourceChanged):
-        hsa.merge(**triple, output=place / "out", progress=step)
-    assert total
-    assert snapshot(place) == {}
-
-
-def test_a_config_that_changes_between_two_looks(triple: Triple, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hsa.actions import merge as merge_module
-
-    check = merge_module.check_destination
-
-    def meanwhile(*arguments: Any, **keywords: Any) -> Any:
-        path = triple["primary"] / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "encoder_attention_heads": 2}))
-        return check(*arguments, **keywords)
-
-    monkeypatch.setattr(merge_module, "check_destination", meanwhile)
-    with pytest.raises(SourceChanged, match=r"config\.json"):
-        hsa.merge(**triple, output=place / "out")
-    assert snapshot(place) == {}
-
-
-def test_sources_are_only_read(triple: Triple, place: Path) -> None:
-    before = {path: (path.lstat().st_mtime_ns, path.lstat().st_ctime_ns) for path in sources(triple)}
-    hsa.merge(**triple, output=place / "out")
-    assert {path: (path.lstat().st_mtime_ns, path.lstat().st_ctime_ns) for path in sources(triple)} == before
-
-
-def sources(triple: Triple) -> list[Path]:
-    return [path for folder in triple.values() for path in (folder, *folder.rglob("*"))]
-
-
 # Filesystems that share blocks, and others -----------------------------------------------------------------
-
 
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP_FLAG_SYNC = 1
