@@ -35,7 +35,8 @@ test-pythons: $(READY)
 
 # With the real programs that hsa works with, in an environment of their own; nothing is downloaded while they run.
 test-integrations: $(INTEGRATIONS)/ready
-	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/programs tests/integrations/test_transformers.py
+	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/programs tests/integrations/test_transformers.py \
+	    tests/integrations/test_transformers_refusals.py
 
 test-interpret: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_merge.py tests/kernels/test_refusals.py \
