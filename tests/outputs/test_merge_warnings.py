@@ -36,7 +36,7 @@ EVERY = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
 
 @pytest.fixture(scope="module")
-def real(real: Triple, tmp_path_factory: pytest.TempPathFactory) -> Triple:
+def real_weights(real: Triple, tmp_path_factory: pytest.TempPathFactory) -> Triple:
     """The real models without their tokenizers, which are large and have no say here."""
     folder = tmp_path_factory.mktemp("real")
     for model in real["base"].parent.iterdir():
@@ -50,6 +50,12 @@ def real(real: Triple, tmp_path_factory: pytest.TempPathFactory) -> Triple:
 @pytest.fixture(scope="module", params=["made-up", "real"])
 def triple(request: pytest.FixtureRequest, shared_triple: Triple) -> Triple:
     """A made-up triple, and the real one where there is one."""
+    return shared_triple if request.param == "made-up" else dict(request.getfixturevalue("real_weights"))
+
+
+@pytest.fixture(scope="module", params=["made-up", "real"])
+def whole_triple(request: pytest.FixtureRequest, shared_triple: Triple) -> Triple:
+    """The same with the small files of real models."""
     return shared_triple if request.param == "made-up" else dict(request.getfixturevalue("real"))
 
 
@@ -96,14 +102,16 @@ def test_base_exchanged_with_a_fine_tune_is_told(triple: Triple, other: str, tmp
 
 @pytest.mark.parametrize("preset", ["encoder-qkv", "attention-qkv", "attention-all"])
 @pytest.mark.parametrize("other", ["primary", "secondary", "tertiary"])
-def test_every_exchange_of_the_real_fine_tunes_is_told(real: Triple, other: str, preset: str, tmp_path: Path) -> None:
+def test_every_exchange_of_the_real_fine_tunes_is_told(
+    real_weights: Triple, other: str, preset: str, tmp_path: Path
+) -> None:
     """Each fine-tune in base's place, with base in the place of either of the two others' roles."""
-    tuned = {name: real["base"].parent / name for name in ("primary", "secondary", "tertiary")}
+    tuned = {name: real_weights["base"].parent / name for name in ("primary", "secondary", "tertiary")}
     if not (tuned["tertiary"] / "config.json").is_file():
         pytest.skip("the real triple has no tertiary")
     for second in tuned.keys() - {other}:
         for roles in (("primary", "secondary"), ("secondary", "primary")):
-            sources = {"base": tuned[other], roles[0]: real["base"], roles[1]: tuned[second]}
+            sources = {"base": tuned[other], roles[0]: real_weights["base"], roles[1]: tuned[second]}
             assert "exchanged" in warnings_of(sources, tmp_path / "out", targets=preset, overwrite=True), (
                 second,
                 roles,
@@ -113,10 +121,10 @@ def test_every_exchange_of_the_real_fine_tunes_is_told(real: Triple, other: str,
 @pytest.mark.parametrize("preset", ["encoder-qkv", "attention-qkv"])
 @pytest.mark.parametrize("base", ["primary", "secondary", "tertiary"])
 def test_every_real_fine_tune_in_the_place_of_base_is_told(
-    real: Triple, base: str, preset: str, tmp_path: Path
+    real_weights: Triple, base: str, preset: str, tmp_path: Path
 ) -> None:
     """The base of a merge is the pretrained model; a third fine-tune in its place is no ancestor of the other two."""
-    tuned = {name: real["base"].parent / name for name in ("primary", "secondary", "tertiary")}
+    tuned = {name: real_weights["base"].parent / name for name in ("primary", "secondary", "tertiary")}
     if not (tuned["tertiary"] / "config.json").is_file():
         pytest.skip("the real triple has no tertiary")
     first, second = sorted(tuned.keys() - {base})
@@ -203,13 +211,13 @@ def test_sound_sources_are_not_warned_of(triple: Triple, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("first", ["primary", "secondary", "tertiary"])
 @pytest.mark.parametrize("second", ["primary", "secondary", "tertiary"])
-def test_no_two_real_fine_tunes_are_warned_of(real: Triple, first: str, second: str, tmp_path: Path) -> None:
-    folder = real["base"].parent
+def test_no_two_real_fine_tunes_are_warned_of(real_weights: Triple, first: str, second: str, tmp_path: Path) -> None:
+    folder = real_weights["base"].parent
     if first == second:
         return
     if not (folder / "tertiary" / "config.json").is_file():
         pytest.skip("the real triple has no tertiary")
-    sources = {"base": real["base"], "primary": folder / first, "secondary": folder / second}
+    sources = {"base": real_weights["base"], "primary": folder / first, "secondary": folder / second}
     assert not re.search(MISTAKES, warnings_of(sources, tmp_path / "out"))
 
 
@@ -447,21 +455,23 @@ def test_strict_refuses_a_base_that_is_a_merge_before_it_merges(shared_triple: T
     assert not (tmp_path / "out").exists()
 
 
-def test_no_hint_contradicts_a_warning_of_the_sources(triple: Triple, tmp_path: Path) -> None:
-    made = merged(triple, tmp_path / "r1o")
-    stranger = rewritten(triple["secondary"], tmp_path / "stranger", random_like(4))
+def test_no_hint_contradicts_a_warning_of_the_sources(whole_triple: Triple, tmp_path: Path) -> None:
+    made = merged(whole_triple, tmp_path / "r1o")
+    stranger = rewritten(whole_triple["secondary"], tmp_path / "stranger", random_like(4))
     for changed in (
-        {"secondary": triple["primary"]},
-        {"base": triple["primary"], "primary": triple["base"]},
+        {"secondary": whole_triple["primary"]},
+        {"base": whole_triple["primary"], "primary": whole_triple["base"]},
         {"secondary": stranger},
         {"primary": made},
         {"base": made},
     ):
-        report = hsa.merge(**{**triple, **changed}, output=tmp_path / "out", sync=False, overwrite=True)
+        report = hsa.merge(**{**whole_triple, **changed}, output=tmp_path / "out", sync=False, overwrite=True)
         assert report.warnings and report.hint is None and report.as_dict()["hint"] is None, changed
-        patch = hsa.merge_patch(**{**triple, **changed}, output=tmp_path / "p.safetensors", sync=False, overwrite=True)
+        patch = hsa.merge_patch(
+            **{**whole_triple, **changed}, output=tmp_path / "p.safetensors", sync=False, overwrite=True
+        )
         assert patch.hint is None, changed
-    assert hsa.merge(**triple, output=tmp_path / "out", sync=False, overwrite=True).hint is not None
+    assert hsa.merge(**whole_triple, output=tmp_path / "out", sync=False, overwrite=True).hint is not None
 
 
 # --- adapters of another base ----------------------------------------------------------------------------------------
@@ -619,9 +629,9 @@ def test_strict_names_every_warning(shared_triple: Triple, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_strict_lets_a_sound_merge_through(triple: Triple, tmp_path: Path) -> None:
-    assert hsa.merge(**triple, output=tmp_path / "out", strict=True, sync=False).warnings == ()
-    assert hsa.sweep(**triple, output=tmp_path / "sweep", lam=[0.2, 0.5], strict=True, sync=False).warnings == ()
+def test_strict_lets_a_sound_merge_through(whole_triple: Triple, tmp_path: Path) -> None:
+    assert hsa.merge(**whole_triple, output=tmp_path / "out", strict=True, sync=False).warnings == ()
+    assert hsa.sweep(**whole_triple, output=tmp_path / "sweep", lam=[0.2, 0.5], strict=True, sync=False).warnings == ()
 
 
 def recipe(path: Path, sources: Triple, *merges: str) -> Path:
