@@ -39,7 +39,7 @@ test-integrations: $(INTEGRATIONS)/ready
 	    tests/integrations/test_transformers_refusals.py
 
 test-interpret: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_merge.py tests/kernels/test_refusals.py \
+	HSA_TESTS=all TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_merge.py tests/kernels/test_refusals.py \
 	    tests/kernels/test_interleaved.py
 
 # On a machine whose Python has torch already: make test-gpu BIN=/path/to/its/bin READY=

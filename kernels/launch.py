@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from hsa.kernels import fused, headwise, tuning
-from hsa.kernels.projections import Group, KernelInputError, KernelTypeError, Projections, Workspace, interpreted
+from hsa.kernels.projections import KernelInputError, KernelTypeError, LaunchGroup, Projections, Workspace, interpreted
 from torch import Tensor
 
 MOST_FINITE = torch.finfo(torch.float32).max
@@ -31,7 +31,7 @@ CAUSES = {
 
 
 @dataclass(frozen=True)
-class Fault:
+class KernelFault:
     """A head that holds NaN or Inf.
 
     `where` is base, primary, secondary, score (its sum is not finite: as a source is not, or the task vectors overflow
@@ -46,7 +46,7 @@ class Fault:
 class NonFinite(ArithmeticError):
     """NaN or Inf in some head; `faults` lists all of them."""
 
-    def __init__(self, message: str, faults: Sequence[Fault]) -> None:
+    def __init__(self, message: str, faults: Sequence[KernelFault]) -> None:
         super().__init__(message)
         self.faults = tuple(faults)
 
@@ -162,14 +162,14 @@ def apply_heads(
         return space.selected.view(torch.bool)
 
 
-def faults(projections: Projections) -> list[Fault]:
+def faults(projections: Projections) -> list[KernelFault]:
     """What the current stream's last launch found wrong, by projection and head. Waits for the launch to end."""
     with _on_device(projections):
         status = projections.workspace().status.cpu()
     found = []
     for g, head in status.nonzero().tolist():
         bits = int(status[g, head])
-        found += [Fault(g, head, where) for bit, where in CAUSES.items() if bits & bit]
+        found += [KernelFault(g, head, where) for bit, where in CAUSES.items() if bits & bit]
     return found
 
 
@@ -190,7 +190,7 @@ def check(projections: Projections) -> None:
         )
 
 
-def _listed(found: Sequence[Fault]) -> str:
+def _listed(found: Sequence[KernelFault]) -> str:
     first = found[0]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"{first.where} of projection {first.projection}, head {first.head}{more}"
@@ -233,7 +233,7 @@ def _apply(
         )  # fmt: skip
 
 
-def _options(projections: Projections, group: Group, registers: int) -> dict[str, object]:
+def _options(projections: Projections, group: LaunchGroup, registers: int) -> dict[str, object]:
     """Constexprs and compiler options."""
     amd = torch.version.hip is not None
     return {
@@ -245,14 +245,14 @@ def _options(projections: Projections, group: Group, registers: int) -> dict[str
     }
 
 
-def _resident(projections: Projections, group: Group) -> int:
+def _resident(projections: Projections, group: LaunchGroup) -> int:
     if projections.device.type != "cuda":
         return 1
     properties = torch.cuda.get_device_properties(projections.device)
     return int(properties.multi_processor_count) * group.tuning.per_processor
 
 
-def _patience(group: Group, grid: int) -> int:
+def _patience(group: LaunchGroup, grid: int) -> int:
     """How often a program looks for a decision before it leaves a slab: once where waiting is in vain, for programs run
     one after the other, or hold too little of a projection."""
     return 1 if interpreted() or group.most_slabs > grid * group.tuning.held else tuning.PATIENCE

@@ -84,7 +84,7 @@ class Shape:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class LaunchGroup:
     """The projections that share a launch, see `headwise`: `members` int32 [n], and `items` int32 [S', 4], whose slabs
     lie in the order of their slots. `most_slabs` has the projection of the most slabs."""
 
@@ -204,7 +204,7 @@ class Projections:
             members.setdefault(variant, []).append(g)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         geometry: list[list[int]] = [[]] * self.count
-        self.groups: list[Group] = []
+        self.groups: list[LaunchGroup] = []
         self.slabs = 0
         for variant, indices in members.items():
             sizes = [dtype.itemsize for dtype in variant.dtypes]
@@ -236,11 +236,11 @@ class Projections:
 
     def _group(
         self, variant: Variant, cut: Tuning, one_run: bool, indices: Sequence[int], geometry: list[list[int]]
-    ) -> Group:
+    ) -> LaunchGroup:
         items = [_units(g, geometry[g]) for g in indices]
         members = torch.tensor(indices, dtype=torch.int32, device="cpu")
         most_slabs = max(map(len, items))
-        return Group(variant, cut, one_run, members.to(self.device), torch.cat(items).to(self.device), most_slabs)
+        return LaunchGroup(variant, cut, one_run, members.to(self.device), torch.cat(items).to(self.device), most_slabs)
 
 
 class Workspace:

@@ -21,7 +21,7 @@ Triple = dict[str, Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that take minutes come first, so that no core waits for one that another began last."""
+    """Modules that take long come first, so that no core waits for one that another began last."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

@@ -253,6 +253,11 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def is_for_checkers(node: ast.AST) -> bool:
+    """Whether the body of this node is for type checkers alone; what stands in its `else` is not."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
 def imports_of(path: Path) -> Iterator[Import]:
     module = module_name(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
@@ -260,7 +265,7 @@ def imports_of(path: Path) -> Iterator[Import]:
     def visit(node: ast.AST, lazy: bool, checked: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             inside = lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            typed = checked or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+            typed = checked or (is_for_checkers(node) and child in getattr(node, "body", ()))
             if isinstance(child, ast.Import):
                 for alias in child.names:
                     yield Import(module, alias.name, child.lineno, inside, typed)
@@ -325,6 +330,32 @@ def test_imports_follow_the_arrows() -> None:
             wrong.append(f"{where(found)}: import modules of hsa, not its lazy names")
         elif target != "kernels" and target not in below(importer):
             wrong.append(where(found))
+    assert wrong == []
+
+
+def test_methods_know_no_family_of_models_and_nothing_of_the_machine() -> None:
+    narrow = {"architectures": "hsa.architectures.base", "system": "hsa.system.dtypes"}
+    methods = [found for found in IMPORTS if unit(found.module) == "methods"]
+    assert methods
+    wrong = [
+        where(found)
+        for found in methods
+        for name, one in narrow.items()
+        if reaches(found, f"hsa.{name}") and not reaches(found, one)
+    ]
+    assert wrong == []
+
+
+def test_no_module_is_imported_by_a_name_in_a_string() -> None:
+    """Such an import would escape the arrows. The exceptions: hsa's own lazy names, and what huggingface_hub uses."""
+    allowed = {"hsa", "hsa.sources.hub.range_requests"}
+    wrong = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+                names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+                if module_name(path) not in allowed and not (names and not str(names[0]).startswith("hsa")):
+                    wrong.append(f"{module_name(path)}:{node.lineno}")
     assert wrong == []
 
 

@@ -21,8 +21,8 @@ Block = Literal["self_attn", "encoder_attn"]
 BLOCKS: tuple[Block, ...] = ("self_attn", "encoder_attn")
 
 
-Kind = Literal["q", "k", "v", "out"]
-KINDS: tuple[Kind, ...] = ("q", "k", "v", "out")
+ProjectionKind = Literal["q", "k", "v", "out"]
+KINDS: tuple[ProjectionKind, ...] = ("q", "k", "v", "out")
 
 
 Part = Literal["weight", "bias"]
@@ -40,7 +40,7 @@ class Projection:
     stack: Stack
     layer: int
     block: Block
-    kind: Kind
+    kind: ProjectionKind
     part: Part
 
     @property

@@ -27,7 +27,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assig
 
 app = typer.Typer(
     name=completion.PROGRAM,
-    cls=usage.Group,
+    cls=usage.CommandGroup,
     help="Headwise Selective Attention merge for Whisper fine-tunes: streamed, exact, as fast as a copy.",
     add_completion=False,
     pretty_exceptions_enable=False,

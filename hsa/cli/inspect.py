@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hsa.inspection.inspect import Inspection
     from hsa.verification.verify import VerifyReport
 
-Source = Annotated[str | None, typer.Option(metavar="SOURCE", help="As for merge; all three or none.")]
+SourceOption = Annotated[str | None, typer.Option(metavar="SOURCE", help="As for merge; all three or none.")]
 
 
 def _default_of_output(default: str) -> str:
@@ -27,9 +27,9 @@ def inspect(
     output: Annotated[
         str | None, typer.Argument(metavar="OUT", help="A finished output; its provenance alone is read.")
     ] = None,
-    base: Source = None,
-    primary: Source = None,
-    secondary: Source = None,
+    base: SourceOption = None,
+    primary: SourceOption = None,
+    secondary: SourceOption = None,
     k: Annotated[
         float | None,
         typer.Option(metavar="NUMBER", help="Share of heads to select.", show_default=_default_of_output("0.6")),

@@ -118,7 +118,7 @@ def _not_a_number(parameter: Any, values: Mapping[str, Any]) -> str | None:
     return f"{problem}; write {share} for 60 %" if share is not None and value.rstrip().endswith("%") else problem
 
 
-class Group(_GroupedHelp, TyperGroup):
+class CommandGroup(_GroupedHelp, TyperGroup):
     """The commands, each with its whole description; completion takes the name of a shell, or none."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -100,7 +100,7 @@ class _Task:
 
 
 @dataclass
-class _Result:
+class _ComputedSegment:
     """A computed segment: its bytes, the ranges that differ from primary, and who still has to write it."""
 
     pieces_left: int
@@ -170,7 +170,7 @@ class _PipelineRun:
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
         self.done = 0
-        self.results: dict[int, _Result] = {}
+        self.results: dict[int, _ComputedSegment] = {}
         self.calculator = calculator
         self.files = [self._progress_of(file, number) for number, file in enumerate(files)]
         self.piece = 0
@@ -215,7 +215,7 @@ class _PipelineRun:
                     group = self._draw_group(ahead)
                     for segment in group:
                         first, last = segment.offset // self.piece, (segment.stop - 1) // self.piece
-                        self.results[id(segment)] = _Result(pieces_left=last - first + 1)
+                        self.results[id(segment)] = _ComputedSegment(pieces_left=last - first + 1)
                     yield _Task(file, number, start, stop, group)
                 yield _Task(file, number, start, stop)
 
@@ -276,7 +276,7 @@ class _PipelineRun:
         file, start, stop = task.file, task.start, task.stop
         view = local.piece[: stop - start]
         segments = list(file.overlapping(start, stop))
-        used: list[tuple[Segment, _Result]] = []
+        used: list[tuple[Segment, _ComputedSegment]] = []
         for segment in segments:
             low, high = max(start, segment.offset), min(stop, segment.stop)
             part = view[low - start : high - start]
@@ -309,14 +309,14 @@ class _PipelineRun:
             self.done += stop - start
             self.changed.notify_all()
 
-    def _result(self, segment: Segment) -> _Result:
+    def _result(self, segment: Segment) -> _ComputedSegment:
         with self.changed:
             result = self.results[id(segment)]
             self._wait(lambda: result.data is not None)
             return result
 
 
-def _changed(used: Sequence[tuple[Segment, _Result]], start: int, count: int) -> Ranges:
+def _changed(used: Sequence[tuple[Segment, _ComputedSegment]], start: int, count: int) -> Ranges:
     """The ranges of a piece that differ from primary's bytes, from the piece's own beginning."""
     ranges = []
     for segment, result in used:

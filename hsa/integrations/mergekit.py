@@ -30,7 +30,7 @@ from typing import Any
 from hsa.errors import DestinationError, RequestError, SourceError, is_text
 from hsa.integrations.mergekit_method import Merging
 from hsa.integrations.mergekit_method import register as register_method
-from hsa.integrations.mergekit_recipe import Recipe, plainly, read
+from hsa.integrations.mergekit_recipe import MergekitRecipe, plainly, read
 from hsa.methods.config import percentage_findings
 from hsa.methods.selection import count_heads
 from hsa.outputs import report
@@ -54,7 +54,7 @@ _merging: Merging | None = None
 
 
 @dataclass
-class Result:
+class MergekitResult:
     """A finished run: where, what the user should know, and for `hsa` how many heads were merged, and how much."""
 
     output: Path
@@ -98,7 +98,7 @@ def _is_on_the_hub(original: Callable[[str], bool], path: str) -> bool:
     return not os.path.exists(path) and original(path)
 
 
-def run(arguments: Sequence[str]) -> Result:
+def run(arguments: Sequence[str]) -> MergekitResult:
     """Run mergekit's own command line: CONFIG, OUT and its options, in any order.
 
     Raises RequestError, DestinationError, SourceError, MismatchError, NonFiniteError, MachineError; there is no output
@@ -119,7 +119,7 @@ def run(arguments: Sequence[str]) -> Result:
         with plainly(), context:
             context.params.update(out_path=os.fspath(staging.path))
             command.invoke(context)
-        result = Result(destination, warnings=list(_cast_warnings(recipe)))
+        result = MergekitResult(destination, warnings=list(_cast_warnings(recipe)))
         _complete(staging, recipe, merging, context.params.get("transformers_cache"), result)
         _settle(staging)
         staging.publish()
@@ -161,7 +161,7 @@ def _less_noise(context: Any) -> None:
 # --- before mergekit starts ---------------------------------------------------------------------------------------
 
 
-def _destination(output: str, recipe: Recipe) -> Path:
+def _destination(output: str, recipe: MergekitRecipe) -> Path:
     paths = [Path(place.path) for model in recipe.models for place in (model.model, model.lora) if place is not None]
     sources = [path.resolve() for path in paths if path.is_dir()]
     place = Path(output).expanduser().resolve()
@@ -174,7 +174,7 @@ def _destination(output: str, recipe: Recipe) -> Path:
     return check_destination(output, sources, overwrite=False)
 
 
-def _cast_warnings(recipe: Recipe) -> Iterator[str]:
+def _cast_warnings(recipe: MergekitRecipe) -> Iterator[str]:
     dtype = str(recipe.document.get("dtype") or "").removeprefix("torch.")
     if recipe.is_hsa and dtype in NARROW:
         yield (
@@ -186,7 +186,9 @@ def _cast_warnings(recipe: Recipe) -> Iterator[str]:
 # --- after mergekit has written -----------------------------------------------------------------------------------
 
 
-def _complete(staging: StagedOutput, recipe: Recipe, merging: Merging, cache: str | None, result: Result) -> None:
+def _complete(
+    staging: StagedOutput, recipe: MergekitRecipe, merging: Merging, cache: str | None, result: MergekitResult
+) -> None:
     """Put right what mergekit leaves out or gets wrong beside the weights.
 
     With `hsa` the small files are primary's, else base's, as `hsa merge` has them; with other methods what is missing

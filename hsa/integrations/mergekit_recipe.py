@@ -14,7 +14,7 @@ from hsa.sources.roles import Role
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergekitRecipe:
     """A YAML file: its text and mapping, and the models in it (mergekit's references), base first."""
 
     text: str
@@ -48,7 +48,7 @@ def plainly() -> Iterator[None]:
         raise kind(f"mergekit stopped: {type(error).__name__}: {text}") from error
 
 
-def read(path: Path, merging: Merging) -> Recipe:
+def read(path: Path, merging: Merging) -> MergekitRecipe:
     """The YAML file, checked as far as this package's method is concerned: mergekit itself ignores what it does not
     know, and would write half an output before it found the rest."""
     import yaml
@@ -64,11 +64,11 @@ def read(path: Path, merging: Merging) -> Recipe:
     if not isinstance(document, dict):
         raise RequestError(f"mergekit's configuration {path} is no mapping; it must say merge_method and models")
     if document.get("merge_method") != METHOD:
-        return Recipe(text, document, tuple(_mentioned(document)), {})
+        return MergekitRecipe(text, document, tuple(_mentioned(document)), {})
     roles = _check(document)
     for role, model in roles.items():
         merging.config(role, model)
-    return Recipe(text, document, (roles["base"], roles["primary"], roles["secondary"]), roles)
+    return MergekitRecipe(text, document, (roles["base"], roles["primary"], roles["secondary"]), roles)
 
 
 def _reference(value: Any) -> Any:

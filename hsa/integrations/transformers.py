@@ -13,7 +13,7 @@ import torch
 
 from hsa.actions.merger.already_merged import find_marked, forget, mark_modules, some_values
 from hsa.actions.merger.loaded_models import LoadedTensor, config_of, entries_of, targets_of, tensor_instead_of
-from hsa.actions.merger.merger import Merger, Source
+from hsa.actions.merger.merger import Merger, ModelSource
 from hsa.actions.merger.shared_memory import first_shared, spans
 from hsa.actions.merger.writable_targets import require_own_memory
 from hsa.architectures.base import Architecture, Preset
@@ -26,8 +26,8 @@ ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 def hsa_merge_(
     model: ModelT,
-    base: Source,
-    secondary: Source,
+    base: ModelSource,
+    secondary: ModelSource,
     *,
     k: PerTensor = 0.6,
     lam: PerTensor = 0.5,
@@ -124,7 +124,9 @@ def _check_whisper(model: torch.nn.Module) -> Architecture:
     return architecture(config_of(model), "model")
 
 
-def _check_sources(model_targets: Mapping[str, LoadedTensor], sources: Mapping[str, Source], preset: Preset) -> None:
+def _check_sources(
+    model_targets: Mapping[str, LoadedTensor], sources: Mapping[str, ModelSource], preset: Preset
+) -> None:
     """Refuse a source that shares memory with the model's targets, and two that are one."""
     loaded = {
         role: targets_of(role, source, entries_of(role, source), preset)
@@ -147,7 +149,9 @@ def _check_sources(model_targets: Mapping[str, LoadedTensor], sources: Mapping[s
         )
 
 
-def _are_same_source(base: Source, secondary: Source, loaded: Mapping[str, Mapping[str, LoadedTensor]]) -> bool:
+def _are_same_source(
+    base: ModelSource, secondary: ModelSource, loaded: Mapping[str, Mapping[str, LoadedTensor]]
+) -> bool:
     """Whether two sources are one directory, or share the memory of every target."""
     if isinstance(base, (str, os.PathLike)) and isinstance(secondary, (str, os.PathLike)):
         return os.path.exists(base) and os.path.exists(secondary) and os.path.samefile(base, secondary)

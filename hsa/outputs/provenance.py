@@ -18,7 +18,7 @@ from hsa.errors import ProvenanceError, RequestError, shown
 from hsa.methods.config import MergeConfig
 from hsa.methods.selection import MAX_SCORE, Selection
 from hsa.option_names import as_keys, spelled
-from hsa.sources.checkpoint import Kind
+from hsa.sources.checkpoint import CheckpointKind
 from hsa.sources.identity import Identity
 from hsa.sources.roles import ROLES, Role
 from hsa.system import manifest
@@ -220,8 +220,10 @@ def parse_source(entry: Any) -> SourceRecord:
     """The record of a source; raises as `parse_record` does."""
     entry = _mapping(entry)
     revision, kind = entry["revision"], _text(entry.get("format", "safetensors"))
-    if kind not in get_args(Kind):
-        raise ValueError(f"the format of a source is {shown(kind)}, expected one of {', '.join(get_args(Kind))}")
+    if kind not in get_args(CheckpointKind):
+        raise ValueError(
+            f"the format of a source is {shown(kind)}, expected one of {', '.join(get_args(CheckpointKind))}"
+        )
     return SourceRecord(
         Identity(_text(entry["id"]), None if revision is None else _text(revision)),
         kind,

@@ -26,7 +26,7 @@ from hsa.system.fsio import MACHINE_ERRNOS, SourceFile, Tally, exists
 from hsa.system.ranges import Range
 from hsa.system.strict_json import MAX_MARKS, count_marks, load_json
 
-Kind = Literal["safetensors", "pickle", "openai", "adapter"]
+CheckpointKind = Literal["safetensors", "pickle", "openai", "adapter"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,7 +81,7 @@ class Checkpoint:
     shards: tuple[Shard, ...] = ()
     tensors: Mapping[str, TensorRef] = field(default_factory=dict)
     index: bytes | None = None
-    kind: Kind = "safetensors"
+    kind: CheckpointKind = "safetensors"
     config_from: Path | None = None
     notes: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)

@@ -102,7 +102,7 @@ class AssetFolder:
 
 
 @dataclass
-class Selection:
+class SelectedFiles:
     """Small files taken so far: their bytes and what they say, by name, and what the user should know of them."""
 
     tally: Tally
@@ -137,7 +137,7 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
 
     Raises SourceError where a file that would be taken cannot be loaded.
     """
-    selection = Selection(tally)
+    selection = SelectedFiles(tally)
     config = _config(sources.of(owner), dtype, tally)
     _choose_generation_config(selection, sources, owner)
     requested = sources.of(assets_from)
@@ -157,7 +157,7 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
     return Assets(files, tuple(selection.notes), (*selection.warnings, *contradicting))
 
 
-def choose_processor(selection: Selection, folders: Sequence[AssetFolder]) -> AssetFolder | None:
+def choose_processor(selection: SelectedFiles, folders: Sequence[AssetFolder]) -> AssetFolder | None:
     """Take tokenizer, feature extractor and processor, each whole from the first folder that has it.
 
     Returns the folder of the tokenizer.
@@ -173,7 +173,7 @@ def choose_processor(selection: Selection, folders: Sequence[AssetFolder]) -> As
     return tokenizer
 
 
-def _choose_tokenizer(selection: Selection, folders: Sequence[AssetFolder]) -> AssetFolder | None:
+def _choose_tokenizer(selection: SelectedFiles, folders: Sequence[AssetFolder]) -> AssetFolder | None:
     """Files of an incomplete tokenizer are left out, for they say nothing without its vocabulary."""
     for folder in folders:
         present = folder.holds(TOKENIZER_FILES)
@@ -192,7 +192,7 @@ def _choose_tokenizer(selection: Selection, folders: Sequence[AssetFolder]) -> A
     return None
 
 
-def _choose_features(selection: Selection, folders: Sequence[AssetFolder]) -> AssetFolder | None:
+def _choose_features(selection: SelectedFiles, folders: Sequence[AssetFolder]) -> AssetFolder | None:
     """Feature extractor and processor; transformers 5 keeps the former in the file of the latter, which then wins over
     `preprocessor_config.json`."""
     extractor_folder: AssetFolder | None = None
@@ -235,7 +235,10 @@ def _choose_features(selection: Selection, folders: Sequence[AssetFolder]) -> As
 
 
 def _choose_processor_config(
-    selection: Selection, extractor_folder: AssetFolder, others: Sequence[AssetFolder], folders: Sequence[AssetFolder]
+    selection: SelectedFiles,
+    extractor_folder: AssetFolder,
+    others: Sequence[AssetFolder],
+    folders: Sequence[AssetFolder],
 ) -> None:
     """Another folder's processor, unless it holds a feature extractor too: that would win over the one chosen."""
     for folder in others:
@@ -254,7 +257,7 @@ def _choose_processor_config(
 
 
 def _note_origin(
-    selection: Selection, what: str, names: Sequence[str], folder: AssetFolder, folders: Sequence[AssetFolder]
+    selection: SelectedFiles, what: str, names: Sequence[str], folder: AssetFolder, folders: Sequence[AssetFolder]
 ) -> None:
     if folder is not folders[0]:
         files = "files" if len(names) > 1 else "file"
@@ -268,7 +271,7 @@ def _is_or_are(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"
 
 
-def _choose_generation_config(selection: Selection, sources: Sources, owner: Role) -> None:
+def _choose_generation_config(selection: SelectedFiles, sources: Sources, owner: Role) -> None:
     source, base = sources.of(owner), AssetFolder("base", sources.base.path, "base")
     own = AssetFolder(owner, source.path, owner)
     if own.has(GENERATION_CONFIG):

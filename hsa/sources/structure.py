@@ -32,14 +32,14 @@ _QUANTIZED = ("_scale", ".scale", "_scale_inv", ".scales", "_zero_point", ".zero
 
 
 @dataclass(frozen=True)
-class Fault:
+class StructureFault:
     """One way in which tensors and config.json differ: what was found and expected, and what to do."""
 
     what: str
     remedy: str
 
 
-def faults(checkpoint: Checkpoint) -> Iterator[Fault]:
+def faults(checkpoint: Checkpoint) -> Iterator[StructureFault]:
     """Everything that would keep transformers from loading this checkpoint whole, the most telling first.
 
     Names count as whisper.plain_names reads them. Missing tensors, and tensors without a place, are one fault each.
@@ -56,13 +56,13 @@ def faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         layers = sum(whisper.architecture(config, checkpoint.role).layers.values())
         yield from _contradictions(config)
         if layers > len(tensors):  # before names are made of a number that may be anything
-            yield Fault(
+            yield StructureFault(
                 f"config.json promises {layers} layers, and there are {len(tensors)} tensors in all", CONTRADICTORY
             )
             return
         yield from _compare(tensors, config, checkpoint.role)
     except SourceError as error:
-        yield Fault(str(error), CONTRADICTORY)
+        yield StructureFault(str(error), CONTRADICTORY)
 
 
 def require_whole(checkpoint: Checkpoint) -> None:
@@ -92,15 +92,17 @@ def wrapped_name(checkpoint: Checkpoint, name: str) -> str | None:
     return _similar_name(name, [ref for key, ref in checkpoint.tensors.items() if not whisper.is_whisper_tensor(key)])
 
 
-def _contradictions(config: Mapping[str, Any]) -> Iterator[Fault]:
+def _contradictions(config: Mapping[str, Any]) -> Iterator[StructureFault]:
     """What config.json says twice, or in a type that transformers refuses, and heads that do not divide the width."""
     tied = config.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
-        yield Fault(f"config.json has tie_word_embeddings {shown(tied)}, expected true or false", "correct config.json")
+        yield StructureFault(
+            f"config.json has tie_word_embeddings {shown(tied)}, expected true or false", "correct config.json"
+        )
     for alias, key in whisper.ALIASES.items():
         value = config.get(key, whisper.DIMENSIONS.get(key))
         if alias in config and config[alias] != value:
-            yield Fault(
+            yield StructureFault(
                 f"config.json has {key} {shown(value)} and {alias} {shown(config[alias])}, which are two names of one "
                 f"size, and transformers takes the latter",
                 f"remove {alias} from config.json, or give both the size that the tensors have",
@@ -109,12 +111,12 @@ def _contradictions(config: Mapping[str, Any]) -> Iterator[Fault]:
     for stack in whisper.stacks_of(config):
         heads = config[f"{stack}_attention_heads"]
         if isinstance(width, int) and width % heads:
-            yield Fault(
+            yield StructureFault(
                 f"config.json has {stack}_attention_heads {heads}, which do not divide d_model {width}", CONTRADICTORY
             )
 
 
-def _compare(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], where: str) -> Iterator[Fault]:
+def _compare(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], where: str) -> Iterator[StructureFault]:
     unmatched = dict(tensors)
     missing: list[ExpectedTensor] = []
     count = 0
@@ -140,12 +142,12 @@ def _compare(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], where:
     if unplaced:
         yield _without_place(unplaced, config)
     if quantized is not None:
-        yield Fault(
+        yield StructureFault(
             f"tensor {quantized.name} has dtype {quantized.code}, expected one of {', '.join(_FLOATS)}", DEQUANTIZE
         )
 
 
-def _shape(entry: ExpectedTensor, ref: TensorRef, config: Mapping[str, Any]) -> Fault:
+def _shape(entry: ExpectedTensor, ref: TensorRef, config: Mapping[str, Any]) -> StructureFault:
     same_rank = len(ref.shape) == len(entry.shape)
     keys = [
         key
@@ -153,7 +155,7 @@ def _shape(entry: ExpectedTensor, ref: TensorRef, config: Mapping[str, Any]) -> 
         if key is not None and not (same_rank and ref.shape[axis] == entry.shape[axis])
     ]
     reason = ", ".join(_config_value(key, config) for key in dict.fromkeys(keys)) or "as in every Whisper model"
-    return Fault(
+    return StructureFault(
         f"tensor {ref.name} has shape {shown(list(ref.shape))}, config.json makes it {list(entry.shape)} ({reason})",
         INCOMPLETE if 0 in ref.shape else CONTRADICTORY,
     )
@@ -165,7 +167,7 @@ def _missing(
     tensors: Mapping[str, TensorRef],
     unplaced: Sequence[TensorRef],
     config: Mapping[str, Any],
-) -> Fault:
+) -> StructureFault:
     prefixed = any(ref.name.startswith("model.") for ref in tensors.values())
     name = f"model.{first.name}" if prefixed and first.name != whisper.UNTIED_OUTPUT else first.name
     reason = "which every such model has" if first.required_by is None else _config_value(first.required_by, config)
@@ -174,15 +176,15 @@ def _missing(
         what += f"; {count} tensors that config.json promises are missing"
     similar = _similar_name(first.name, unplaced)
     if similar is not None:
-        return Fault(
+        return StructureFault(
             f"{what}; in its place is {similar:.300}", f"save the model without what wraps it, or {INCOMPLETE}"
         )
     if unplaced:
         what += f"; without a place in that model is {unplaced[0].name:.300}"
-    return Fault(what, _remedy(unplaced) or INCOMPLETE)
+    return StructureFault(what, _remedy(unplaced) or INCOMPLETE)
 
 
-def _without_place(unplaced: Sequence[TensorRef], config: Mapping[str, Any]) -> Fault:
+def _without_place(unplaced: Sequence[TensorRef], config: Mapping[str, Any]) -> StructureFault:
     what = (
         f"tensor {unplaced[0].name:.300} has no place in the model that config.json describes "
         f"({whisper.model_class(config)}"
@@ -191,7 +193,7 @@ def _without_place(unplaced: Sequence[TensorRef], config: Mapping[str, Any]) -> 
     what += f", {_config_value(key, config)})" if key else ")"
     if len(unplaced) > 1:
         what += f"; {len(unplaced)} tensors have none"
-    return Fault(what, _remedy(unplaced) or f"remove what does not belong to the model, or {INCOMPLETE}")
+    return StructureFault(what, _remedy(unplaced) or f"remove what does not belong to the model, or {INCOMPLETE}")
 
 
 def _remedy(unplaced: Sequence[TensorRef]) -> str | None:

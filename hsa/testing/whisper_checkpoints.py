@@ -69,7 +69,7 @@ class _PlacedTensor:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _ShardLayout:
     """Where each tensor lies: headers (with length prefix) and sizes by file, tensors in file order."""
 
     headers: dict[str, bytes]
@@ -100,7 +100,7 @@ def _saved_name(tensor: WhisperTensor, prefix: str) -> str:
     return prefix + tensor.name.removeprefix("model.")
 
 
-def _layout(shape: WhisperShape, dtype: str, max_shard_bytes: int | None, prefix: str) -> _Layout:
+def _layout(shape: WhisperShape, dtype: str, max_shard_bytes: int | None, prefix: str) -> _ShardLayout:
     code, itemsize = DTYPES[dtype]
     shards = _split(whisper_tensors(shape), itemsize, max_shard_bytes)
     headers: dict[str, bytes] = {}
@@ -131,7 +131,7 @@ def _layout(shape: WhisperShape, dtype: str, max_shard_bytes: int | None, prefix
         parameters = sum(math.prod(tensor_shape) for tensor_shape in tensor_shapes(shape).values())
         totals = {"total_parameters": parameters, "total_size": parameters * itemsize}
         index = {"metadata": totals, "weight_map": weight_map}
-    return _Layout(headers, sizes, tuple(placed), index)
+    return _ShardLayout(headers, sizes, tuple(placed), index)
 
 
 def _pwrite_all(descriptor: int, view: memoryview, offset: int) -> None:
@@ -177,7 +177,7 @@ def _write_tensor(placed: _PlacedTensor, descriptors: Mapping[str, int], numbers
             _pwrite_all(descriptor, data, placed.offset + first * row_bytes)
 
 
-def _write_weights(directories: Mapping[str, Path], layout: _Layout, numbers: _Numbers) -> None:
+def _write_weights(directories: Mapping[str, Path], layout: _ShardLayout, numbers: _Numbers) -> None:
     """Writes the weights of several roles side by side, tensors in parallel."""
     with ExitStack() as stack:
         descriptors: dict[str, dict[str, int]] = {file: {} for file in layout.headers}

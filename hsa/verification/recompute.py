@@ -49,7 +49,7 @@ from hsa.verification.source_checks import (
 
 
 @dataclass
-class _Difference:
+class _ByteDifference:
     """Where a tensor of the output is not what the sources give: how often, and the first place."""
 
     segment: Segment
@@ -69,7 +69,7 @@ class ByteComparer:
         self._starts: list[list[int]] = []
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._differences: list[dict[str, _Difference]] = []
+        self._differences: list[dict[str, _ByteDifference]] = []
 
     def begin(self, files: Sequence[OutputFile]) -> int:
         for file in files:
@@ -100,7 +100,7 @@ class ByteComparer:
             count_in_segment = int(np.count_nonzero(differs[low:high]))
             if count_in_segment:
                 at = low + int(differs[low:high].argmax())
-                self._add(number, _Difference(segment, count_in_segment, start + at, int(written[at]), view[at]))
+                self._add(number, _ByteDifference(segment, count_in_segment, start + at, int(written[at]), view[at]))
 
     def finish(self) -> None:
         for source in self._sources:
@@ -138,7 +138,7 @@ class ByteComparer:
             self._problems.add(file.name, f"has {source.size} bytes, the sources give {file.size}")
         return source
 
-    def _add(self, number: int, difference: _Difference) -> None:
+    def _add(self, number: int, difference: _ByteDifference) -> None:
         name = _name(difference.segment)
         with self._lock:
             earlier = self._differences[number].setdefault(name, difference)
@@ -158,7 +158,7 @@ def _name(segment: Segment) -> str:
     return f"tensor {content.tensor.name if hasattr(content, 'tensor') else content.primary.name}"
 
 
-def _describe(difference: _Difference) -> str:
+def _describe(difference: _ByteDifference) -> str:
     content, head = difference.segment.content, ""
     if isinstance(content, Merge):
         target = content.target

@@ -11,7 +11,7 @@ from hsa.methods.selection import count_heads
 from hsa.outputs.provenance import Record
 from hsa.verification.problems import Problem
 
-Kind = Literal["output", "patch", "sweep", "release"]
+ReportKind = Literal["output", "patch", "sweep", "release"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class VerifyReport:
     """
 
     output: Path
-    kind: Kind
+    kind: ReportKind
     record: Record | None
     files: int
     bytes_read: int

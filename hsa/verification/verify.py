@@ -29,7 +29,7 @@ from hsa.verification.output import verify_output
 from hsa.verification.patch import verify_patch
 from hsa.verification.problems import Problem, Problems
 from hsa.verification.release import verify_release
-from hsa.verification.report import Kind, VerifyReport
+from hsa.verification.report import ReportKind, VerifyReport
 from hsa.verification.sweep import verify_sweep
 
 __all__ = ["Problem", "VerifyReport", "verify"]
@@ -199,7 +199,7 @@ def _verify(path: Path, source_paths: SourcePaths | None, threads: int, progress
     )
 
 
-def _kind(path: Path) -> Kind:
+def _kind(path: Path) -> ReportKind:
     """What is at a path. RequestError where hsa did not write it."""
     if not path.is_dir():
         if path.is_file() and (is_patch(path) or _is_truncated(path)):

@@ -19,6 +19,8 @@ from soundness import check_command
 
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
+pytestmark = pytest.mark.long
+
 Triple = dict[str, Path]
 INTERPRETED = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests" / "support")}
 
@@ -156,14 +158,14 @@ def test_merger_in_the_interpreter(shared_triple: Triple) -> None:
 def test_not_finite_sources_are_named(triple: Triple, tmp_path: Path, role: str) -> None:
     name = "model.encoder.layers.1.self_attn.k_proj.weight"
     poke(triple[role] / "model.safetensors", name, 17 * 64 + 3, struct.pack("<f", math.nan))
-    done = run_interpreted(*merge_arguments(triple, tmp_path / "out", "--backend=triton"))
+    done = run_hsa(*merge_arguments(triple, tmp_path / "out", "--backend=triton"), env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 2
     assert f"{role} " in done.stderr and f"tensor {name}, head 1 holds NaN or Inf" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sources"]
 
 
 def test_the_interpreter_has_no_cuda(shared_triple: Triple, tmp_path: Path) -> None:
-    done = run_interpreted(*merge_arguments(shared_triple, tmp_path / "out", "--device=cuda"))
+    done = run_hsa(*merge_arguments(shared_triple, tmp_path / "out", "--device=cuda"), env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 2
     assert "with TRITON_INTERPRET=1 the kernels run on the CPU" in done.stderr
 

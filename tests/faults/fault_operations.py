@@ -32,7 +32,7 @@ def check_output(output: Path) -> None:
     assert report.ok, report.problems
 
 
-def write_patches(sources: Sources, folder: Path) -> Sources:
+def make_patches(sources: Sources, folder: Path) -> Sources:
     triple = {role: sources[role] for role in ROLES}
     for variant, k in K.items():
         hsa.merge_patch(**triple, output=folder / "patches" / f"{variant}{SUFFIX}", k=k, threads=1)
@@ -51,6 +51,6 @@ def apply_command(sources: Sources, output: Path, variant: str) -> Sequence[str]
 
 OPERATIONS = (
     Operation("merge", run_merge, merge_command, check_output, step=1),
-    Operation("apply", run_apply, apply_command, check_output, write_patches),
+    Operation("apply", run_apply, apply_command, check_output, make_patches),
 )
 """What the suite puts through every fault; a command that writes outputs is one more entry."""

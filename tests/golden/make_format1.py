@@ -1,8 +1,9 @@
 """Writes `tests/format1`: small sources, and what hsa wrote from them in format 1, the first format of its records.
 
-It was run once, by hand, at commit 960aef6 (hsa 0.1.0). The files must never be written again by later code: they stand
-for the outputs, patches, sweeps and releases that users have, which every later version must read. It is kept to tell
-how they were made, and as a pattern for the files of a later format. It refuses a folder that exists.
+It was run once, by hand, at commit 960aef6 (hsa 0.1.0); only its imports have changed since. The files must never be
+written again by later code: they stand for the outputs, patches, sweeps and releases that users have, which every later
+version must read. It is kept to tell how they were made, and as a pattern for the files of a later format. It refuses a
+folder that exists.
 
     python tests/golden/make_format1.py FOLDER
 """

@@ -217,7 +217,7 @@ def test_a_wrapped_model_is_merged_as_the_model_in_it(
     assert differing(other, expected) == []
 
 
-class LoraCheckpoint(torch.nn.Module):
+class AdaptedLinear(torch.nn.Module):
     """A projection as PEFT's layers hold it."""
 
     def __init__(self, base_layer: torch.nn.Module) -> None:
@@ -243,7 +243,7 @@ def test_adapters_are_refused_until_they_are_merged(shared_triple: Triple, model
         model, base, PeftModel(load(shared_triple["secondary"])), r"^secondary is a PeftModel.*merge_and_unload\(\)"
     )
     attention = model.model.encoder.layers[0].self_attn
-    attention.q_proj = LoraCheckpoint(attention.q_proj)
+    attention.q_proj = AdaptedLinear(attention.q_proj)
     refused(model, base, secondary, r"^model is a WhisperForConditionalGeneration with PEFT adapters")
     attention.q_proj = attention.q_proj.base_layer
     model.peft_config = {}

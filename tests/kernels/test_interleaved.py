@@ -22,7 +22,7 @@ import interleaved as harness
 import triton
 import triton.language as tl
 from hsa.kernels import fused, headwise, launch, tuning
-from hsa.kernels.launch import Fault, check, faults, fused_merge, score_heads
+from hsa.kernels.launch import KernelFault, check, faults, fused_merge, score_heads
 from hsa.kernels.projections import Projections
 from hsa.kernels.tuning import Tuning
 from interleaved import Schedule, interleaved
@@ -138,7 +138,7 @@ def test_a_source_that_is_not_finite_stops_its_projection_alone(name: str, mix: 
     problem.secondary[3][5, 9] = math.inf
     whole, untouched = problem.fresh(), problem.results[3].clone()
     plan, _, selected = _merge(problem, cut, SCHEDULES[name], Parameters(k=0.5))
-    assert faults(plan) == [Fault(3, 0, "secondary"), Fault(3, 0, "score")]
+    assert faults(plan) == [KernelFault(3, 0, "secondary"), KernelFault(3, 0, "score")]
     assert same_bits(problem.results[3], untouched)
     assert selected.sum(dim=1).tolist() == [1, 1, 1, 0]
     for g, want in enumerate(expected(whole, Parameters(k=0.5))[:3]):

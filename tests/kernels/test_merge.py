@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from hsa.kernels import fused, headwise, tuning
 from hsa.kernels.launch import (
-    Fault,
+    KernelFault,
     NonFiniteInput,
     NonFiniteResult,
     apply_heads,
@@ -261,7 +261,7 @@ def test_a_source_that_is_not_finite_stops_its_projection_alone(role: str, value
     whole = problem.fresh()
     plan = problem.plan()
     _, selected = fused_merge(plan, 2, *parameters.weights, programs=3)
-    assert faults(plan) == [Fault(1, 2, role), Fault(1, 2, "score")]
+    assert faults(plan) == [KernelFault(1, 2, role), KernelFault(1, 2, "score")]
     assert same_bits(problem.results[1], untouched)
     assert not selected[1].any()
     wanted = expected(whole, parameters)
@@ -269,15 +269,15 @@ def test_a_source_that_is_not_finite_stops_its_projection_alone(role: str, value
         assert same_bits(problem.results[g], wanted[g].value)
     with pytest.raises(NonFiniteInput, match=rf"{role} of projection 1, head 2 \(and 1 more\)") as raised:
         check(plan)
-    assert raised.value.faults[0] == Fault(1, 2, role)
+    assert raised.value.faults[0] == KernelFault(1, 2, role)
 
     apart = whole.fresh()
     untouched = apart.results[1].clone()
     plan = apart.plan()
     scores = score_heads(plan)
-    assert faults(plan) == [Fault(1, 2, role), Fault(1, 2, "score")]
+    assert faults(plan) == [KernelFault(1, 2, role), KernelFault(1, 2, "score")]
     selected = apply_heads(plan, scores, 2, *parameters.weights)
-    assert faults(plan) == [Fault(1, 2, "score")]
+    assert faults(plan) == [KernelFault(1, 2, "score")]
     assert not selected[1].any()
     assert same_bits(apart.results[1], untouched)
     assert same_bits(apart.results[0], wanted[0].value)
@@ -301,11 +301,11 @@ def test_a_result_that_overflows_is_found(keep: int) -> None:
     problem.primary[1][70, 3] = problem.secondary[1][70, 3] = 40000.0
     plan = problem.plan()
     fused_merge(plan, keep, 0.5, 0.5, scale=2.0)
-    assert faults(plan) == [Fault(1, 1, "result")]
+    assert faults(plan) == [KernelFault(1, 1, "result")]
     with pytest.raises(NonFiniteResult, match=r"result of projection 1, head 1: .*loaded again"):
         check(plan)
     apply_heads(plan, score_heads(plan).clone(), keep, 0.5, 0.5, scale=2.0)
-    assert faults(plan) == [Fault(1, 1, "result")]
+    assert faults(plan) == [KernelFault(1, 1, "result")]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -317,7 +317,7 @@ def test_a_result_that_overflows_changes_no_score(seed: int) -> None:
     tunes[0, 0], tunes[64, 0] = 60000.0 + 2016, -60000.0 + 2016
     problem = Problem([base], [tunes], [tunes.clone()], [poison(base)], 2, [0])
     plan = problem.plan()
-    overflow = [Fault(0, 0, "result")]
+    overflow = [KernelFault(0, 0, "result")]
     scores, selected = fused_merge(plan, 1, 2.0, 2.0)
     assert selected[0].nonzero().flatten().tolist() == [0, 1]
     assert faults(plan) == overflow
@@ -333,7 +333,7 @@ def test_a_cast_that_overflows_is_found(mix: str, value: float) -> None:
     problem.primary[0][200, 9] = value
     plan = problem.plan()
     fused_merge(plan, 0, 0.5, 0.5)
-    assert faults(plan) == [Fault(0, 3, "result")]
+    assert faults(plan) == [KernelFault(0, 3, "result")]
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-19, 1e19, 1e25, 1e37])
@@ -352,7 +352,7 @@ def test_task_vectors_that_overflow_are_refused() -> None:
     problem.base[0][0, 0], problem.primary[0][0, 0] = -3e38, 3e38
     plan = problem.plan()
     fused_merge(plan, 2, 0.5, 0.5)
-    assert faults(plan) == [Fault(0, 0, "score")]
+    assert faults(plan) == [KernelFault(0, 0, "score")]
 
 
 # --- many projections, many calls -----------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_amd_merges_in_two_launches(mix: str, monkeypatch: pytest.MonkeyPatch) -
     problem.secondary[0][0, 0] = math.nan
     plan = problem.plan()
     fused_merge(plan, 2, 0.5, 0.5)
-    assert faults(plan) == [Fault(0, 0, "secondary"), Fault(0, 0, "score")]
+    assert faults(plan) == [KernelFault(0, 0, "secondary"), KernelFault(0, 0, "score")]
 
 
 class _Noting:

@@ -21,6 +21,8 @@ import hsa
 from hsa.outputs import merge_warnings
 from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, write_triple
 
+pytestmark = pytest.mark.long
+
 Triple = Mapping[str, Path]
 
 EXCHANGED = "nearer to {other} than to base.*are base and {other} exchanged"

@@ -14,6 +14,8 @@ from warned_merges import EVERY, random_like, rewritten, warnings_of
 
 import hsa
 
+pytestmark = pytest.mark.long
+
 Triple = Mapping[str, Path]
 
 

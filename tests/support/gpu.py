@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sampling import EVERYTHING
 
 import hsa
 
@@ -69,5 +70,5 @@ def patch_once_a_launch() -> None:
     interpreter._patch_lang = patch_unless_patched
 
 
-if INTERPRETED:
+if INTERPRETED and not EVERYTHING:
     patch_once_a_launch()

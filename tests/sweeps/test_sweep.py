@@ -27,6 +27,8 @@ from hsa.sweeps import sweep as sweep_module
 from hsa.system import strict_json
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
+pytestmark = pytest.mark.long
+
 Triple = dict[str, Path]
 GRID: dict[str, Any] = {"k": (0.2, 0.6), "lam": (0.1, 0.5), "targets": ("encoder-qkv", "attention-all")}
 POINTS = [

@@ -25,6 +25,8 @@ from hsa.system import console, fsio
 from hsa.system.publish import StagedOutput
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
+pytestmark = pytest.mark.long
+
 Triple = dict[str, Path]
 Snapshot = dict[str, str]
 

@@ -25,19 +25,19 @@ def write_through(nbytes: int, direct: Speed, cached: Speed) -> dict[WriteMode, 
     chosen = WriteModeChooser(clock=lambda: now[0])
     sent: dict[WriteMode, int] = {"direct": 0, "cached": 0}
     for done in range(0, nbytes, PIECE):
-        with chosen.write(PIECE) as lane:
-            now[0] += PIECE / (direct if lane == "direct" else cached)(done)
-            sent[lane] += PIECE
+        with chosen.write(PIECE) as mode:
+            now[0] += PIECE / (direct if mode == "direct" else cached)(done)
+            sent[mode] += PIECE
     return sent
 
 
 @pytest.mark.parametrize("winner", ["direct", "cached"])
-def test_the_faster_lane_writes_nearly_all(winner: WriteMode) -> None:
+def test_the_faster_mode_writes_nearly_all(winner: WriteMode) -> None:
     fast, slow = (lambda done: 2e9), (lambda done: 1e9)
     sent = write_through(8 << 30, *((fast, slow) if winner == "direct" else (slow, fast)))
     trials = (8 << 30) // (RECHECK_WINDOWS * WINDOW_BYTES) + 1
     assert sum(sent.values()) - sent[winner] <= trials * WINDOW_BYTES
-    assert sent[winner] < sum(sent.values()), "the other lane was never tried"
+    assert sent[winner] < sum(sent.values()), "the other mode was never tried"
 
 
 def test_a_cache_that_fills_up_is_left() -> None:
@@ -57,14 +57,14 @@ def test_writes_at_the_same_time_count_once() -> None:
     for _ in range(WINDOW_BYTES // (2 * PIECE)):
         with chosen.write(PIECE), chosen.write(PIECE):
             now[0] += 2 * PIECE / 1e9
-    with chosen.write(PIECE) as lane:
-        assert lane == "cached", "the trial of the other lane"
+    with chosen.write(PIECE) as mode:
+        assert mode == "cached", "the trial of the other mode"
     assert chosen._timings["direct"].speed == pytest.approx(1e9)
 
 
-def test_both_lanes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_modes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if fsio.reopen_direct(_touched(tmp_path / "probe")) is None:
-        pytest.skip("this filesystem has no direct writes, so there is one lane alone")
+        pytest.skip("this filesystem has no direct writes, so there is one mode alone")
     triple = write_triple(tmp_path / "triple", SHAPES["demo"])
     hsa.merge(**triple, output=tmp_path / "synced")
     used = {"direct": 0, "cached": 0}

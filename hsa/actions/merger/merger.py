@@ -50,7 +50,7 @@ from hsa.system.fsio import Tally, map_os_errors
 from hsa.system.signals import deferred
 from hsa.system.threads import check_threads, default_threads
 
-Source = str | os.PathLike[str] | Model
+ModelSource = str | os.PathLike[str] | Model
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class Merger:
     @map_os_errors()
     def __init__(
         self,
-        base: Source,
-        primary: Source,
-        secondary: Source,
+        base: ModelSource,
+        primary: ModelSource,
+        secondary: ModelSource,
         *,
         targets: Preset = "encoder-qkv",
         attention_scale: float = 1.0,
@@ -123,7 +123,7 @@ class Merger:
         check_threads(threads)
         chosen = resolve(backend, str(device) if isinstance(device, torch.device) else device, self._config)
         self.backend, self.device = chosen.name, chosen.device
-        paths_or_models: dict[Role, Source] = {"base": base, "primary": primary, "secondary": secondary}
+        paths_or_models: dict[Role, ModelSource] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()
         by_role = {role: _read_source(role, paths_or_models[role], targets, hub, base) for role in ROLES}
         config_owner = _share_config(by_role, num_heads, num_layers)
@@ -283,7 +283,7 @@ def _make_resident(
     return CpuResident(data, threads)
 
 
-def _read_source(role: Role, source: Source, preset: Preset, hub: Hub, base: Source) -> _SourceTargets:
+def _read_source(role: Role, source: ModelSource, preset: Preset, hub: Hub, base: ModelSource) -> _SourceTargets:
     """Copy a source's targets; `base` is what an adapter stands on."""
     if not isinstance(source, (str, os.PathLike)):
         return _read_model(role, source, preset)

@@ -29,7 +29,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Difference:
+class SpotDifference:
     """How a model's other tensors differ from primary's: the first one's name and how, how many, and of how many."""
 
     name: str
@@ -74,11 +74,11 @@ def sample_model(entries: Iterable[LoadedTensor], targets: Collection[str]) -> d
 
 
 @torch.no_grad()
-def differing_tensors(primary: Mapping[str, Sample], model: Mapping[str, Sample]) -> Difference | None:
+def differing_tensors(primary: Mapping[str, Sample], model: Mapping[str, Sample]) -> SpotDifference | None:
     """How the model differs from primary, whose values are rounded to the model's dtypes; None where it does not."""
     common = [name for name in primary if name in model]
     differing = [(name, how) for name in common if (how := _difference(primary[name], model[name])) is not None]
-    return Difference(*differing[0], len(differing), len(common)) if differing else None
+    return SpotDifference(*differing[0], len(differing), len(common)) if differing else None
 
 
 def _difference(primary: Sample, model: Sample) -> str | None:

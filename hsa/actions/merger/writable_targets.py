@@ -20,7 +20,7 @@ MAX_LAYOUTS = 4
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _ModelLayout:
     """A model as it was checked: the addresses of all its tensors, and its targets: what they are and where."""
 
     addresses: tuple[int, ...]
@@ -38,7 +38,7 @@ class WritableTargets:
 
     def __init__(self, targets: Sequence[Target], preset: Preset) -> None:
         self._targets, self._preset = targets, preset
-        self._layouts: tuple[_Layout, ...] = ()
+        self._layouts: tuple[_ModelLayout, ...] = ()
 
     def find(
         self, model: Model, on_new_model: Callable[[Sequence[LoadedTensor]], None]
@@ -64,7 +64,7 @@ class WritableTargets:
             )
         on_new_model(entries)
         positions = tuple(position_of[id(tensor)] for tensor in targets)
-        layout = _Layout(addresses, tuple(map(_kind, targets)), positions, WrittenTensors(targets))
+        layout = _ModelLayout(addresses, tuple(map(_kind, targets)), positions, WrittenTensors(targets))
         self._layouts = (layout, *self._layouts[: MAX_LAYOUTS - 1])
         return targets, layout.record
 
