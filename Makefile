@@ -12,10 +12,11 @@ PYTHONS := .venv-pythons
 demo: $(READY)
 	$(BIN)/hsa demo
 
+# One process more than there are cores, for tests wait for disks, timers and processes that they start.
 # Threads of torch that wait for work would otherwise spin, which on busy cores doubles the time; and hsa, which the tests
 # start hundreds of times, would be compiled at every start where the environment forbids to keep bytecode.
 PYTEST_PARALLEL := OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= \
-    $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+    $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder
 
 test: lint types
 	$(PYTEST_PARALLEL)

@@ -162,7 +162,8 @@ def test_a_case_of_torch_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch)
 
 KERNELS = """
 import sys
-sys.path[:0] = ["bench"]
+sys.path[:0] = ["bench", "tests/support"]
+import gpu  # which makes the interpreter faster
 import kernel_cases as cases
 import kernel_shapes as shapes
 from hsa.kernels import launch
