@@ -17,7 +17,7 @@ from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
 from hsa.sources.hub.repository import REVISION, find_id
 from hsa.sources.identity import Identity, is_hub_id, name_with_parent
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import ANCHOR, BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.system.fsio import Tally
 from hsa.system.threads import check_threads
@@ -29,12 +29,13 @@ class Request:
     """All arguments of a merge; see `merge` for the meaning of each field."""
 
     sources: Mapping[Role, PathLike]
+    """By role, in the order that records and messages keep."""
     output: PathLike
     config: MergeConfig
     backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
-    assets_from: Role = "primary"
+    assets_from: Role = ANCHOR
     max_shard_size: str | int | None = None
     ids: Mapping[Role, str | None] | None = None
     card: Mapping[str, str] | None = None
@@ -44,8 +45,8 @@ class Request:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self.assets_from, self.max_shard_size, self.card)
-        check_paths(output=self.output, **{str(role): path for role, path in self.sources.items()})
+        check_settings(self.sources, self.assets_from, self.max_shard_size, self.card)
+        check_paths(output=self.output, **self.sources)
         check_flags(digest=self.digest, sync=self.sync, overwrite=self.overwrite, strict=self.strict)
         check_threads(self.threads)
         check_ids(self.ids or {})
@@ -83,21 +84,17 @@ def check_ids(ids: Mapping[Role, str | None]) -> None:
 def open_sources(
     request: Request, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, rows_only: bool = False
 ) -> Sources:
-    """The three sources, open until the stack ends; of primary, too, no more than its targets where `rows_only`.
+    """The sources, open until the stack ends; of the anchor, too, no more than its targets where `rows_only`.
 
     See `hsa.merge` for what it raises.
     """
     ids = request.ids or {}
-    adapter_roles = {role for role in ROLES if hub.is_adapter(role, request.sources[role])}  # in the order of messages
-
-    def open_source(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        needs = _needs(
-            request, role, adapted="primary" in adapter_roles, headers_only=headers_only, rows_only=rows_only
-        )
-        return stack.enter_context(hub.open(role, request.sources[role], tally, needs, ids.get(role), base))
-
-    base = open_source("base")
-    sources = Sources(base, open_source("primary", base), open_source("secondary", base))
+    adapter_roles = {role for role, path in request.sources.items() if hub.is_adapter(role, path)}
+    opened: dict[Role, Checkpoint] = {}
+    for role, path in sorted(request.sources.items(), key=lambda item: item[0] != BASE):  # adapters stand on base
+        needs = _needs(request, role, adapted=ANCHOR in adapter_roles, headers_only=headers_only, rows_only=rows_only)
+        opened[role] = stack.enter_context(hub.open(role, path, tally, needs, ids.get(role), opened.get(BASE)))
+    sources = Sources.of_checkpoints(opened.values())
     _tell_apart([source for source in sources if not ids.get(source.role)])
     return sources
 
@@ -119,15 +116,15 @@ def has_hub_ids(request: Request) -> bool:
 
 
 def _needs(request: Request, role: Role, *, adapted: bool, headers_only: bool, rows_only: bool) -> Needs:
-    """What a merge needs of a source on the Hub; `adapted`: primary is an adapter, written with the whole of base."""
+    """What a merge needs of a source on the Hub; `adapted`: the anchor is an adapter, written with all of base."""
     config = request.config
     reference = config.numerics == "reference"
     everywhere = reference or config.non_attention_scale != 1.0 or adapted
-    whole = (role == "primary" and not rows_only) or (role == "base" and everywhere)
+    whole = (role == ANCHOR and not rows_only) or (role == BASE and everywhere)
     return Needs(
         need="whole" if whole else "targets",
         preset=config.targets,
-        assets=role in ("base", request.assets_from) or (rows_only and role == "primary"),
+        assets=role in (BASE, request.assets_from) or (rows_only and role == ANCHOR),
         headers_only=headers_only,
-        compare=reference and role != "secondary",
+        compare=reference and role in (BASE, ANCHOR),
     )

@@ -70,7 +70,7 @@ class ScriptWorker:
         m2 = _tensor(secondary, target.secondary.code, codes["secondary"]).view(target.shape)
         for role, tensor in (("base", b), ("primary", m1), ("secondary", m2)):
             if not bool(torch.isfinite(tensor).all()):
-                raise NotFinite(role, _first_head(target, tensor))  # type: ignore[arg-type]
+                raise NotFinite(role, _first_head(target, tensor))
         geometry = target_geometry(target, b, m1, m2)
         tv1, tv2 = m1 - b, m2 - b
         proxy = tv1.abs() + tv2.abs()

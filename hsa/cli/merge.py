@@ -88,7 +88,7 @@ def merge(
         backend=backend,
         device=device,
         threads=threads,
-        assets_from=assets_from,  # type: ignore[arg-type]
+        assets_from=assets_from,
         max_shard_size=max_shard_size,
         ids={"base": base_id, "primary": primary_id, "secondary": secondary_id},
         card=parse_fields(card or []),

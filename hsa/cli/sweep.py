@@ -76,7 +76,7 @@ def sweep(
             full=full,
             jobs=jobs,
             threads=threads,
-            assets_from=assets_from,  # type: ignore[arg-type]
+            assets_from=assets_from,
             max_shard_size=max_shard_size,
             base_id=base_id,
             primary_id=primary_id,

@@ -152,7 +152,7 @@ class ComputeThread:
         base = None
         if piece.base is not None:
             base = self._shared.buffer(piece.count * size(piece.base.code))
-            self._shared.sources.base.read_into(piece.base, base.data, piece.first * size(piece.base.code))
+            self._shared.sources.base_checkpoint.read_into(piece.base, base.data, piece.first * size(piece.base.code))
         out = self._shared.buffer(piece.nbytes)
         try:
             self._worker.slice(piece, primary, base, out)
@@ -183,5 +183,5 @@ def not_finite_error(
     ref = refs["primary"]
     wider = option("load_dtype", "float32") if scripted else f"{option('dtype', 'float32')} or bfloat16"
     remedy = f"compute in a wider type ({wider})" if code == "F16" else "do the three belong together?"
-    file = sources.primary.file_of(ref)
+    file = sources.anchor_checkpoint.file_of(ref)
     return NonFiniteError(f"{file}: tensor {ref.name}{head}: the result overflows {code}; {remedy}")

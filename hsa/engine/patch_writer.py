@@ -53,7 +53,7 @@ class PatchSpec:
 
 def check_patchable(config: MergeConfig, sources: Sources) -> None:
     """RequestError where a patch cannot hold the merge; see `patch_obstacles`."""
-    for why in patch_obstacles(config, sources.primary.kind):
+    for why in patch_obstacles(config, sources.anchor_checkpoint.kind):
         raise RequestError(f"a patch holds the rows of merged heads alone, and {why}; write a whole checkpoint")
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from hsa.architectures import whisper
 from hsa.inspection.measure import Buffers
 from hsa.sources.checkpoint import Checkpoint, open_checkpoint
-from hsa.sources.roles import Role
 from hsa.system.dtypes import ARITHMETIC, BITS, STORAGE, Array, size, widen
 from hsa.system.fsio import Tally
 
@@ -92,7 +91,7 @@ def compare_weights(
     with ExitStack() as stack:
         # a role is but a label in messages and tallies here
         a, b = (
-            stack.enter_context(open_checkpoint(cast(Role, label), folder, tally))
+            stack.enter_context(open_checkpoint(label, folder, tally))
             for label, folder in zip(("a", "b"), folders, strict=True)
         )
         buffers = Buffers()

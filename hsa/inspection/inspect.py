@@ -230,11 +230,11 @@ def _open(
         return stack.enter_context(hub.open(role, paths[role], tally, needs, None, base))
 
     base = open_source("base")
-    return Sources(base, open_source("primary", base), open_source("secondary", base))
+    return Sources.of_checkpoints([base, open_source("primary", base), open_source("secondary", base)])
 
 
 def _stack_layers(config: MergeConfig, sources: Sources) -> dict[str, int]:
-    counts = architecture(sources.primary.config, "primary").layers
+    counts = architecture(sources.anchor_checkpoint.config, "primary").layers
     return {stack: config.num_layers or count for stack, count in counts.items()}
 
 

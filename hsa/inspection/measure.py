@@ -17,10 +17,10 @@ from hsa.backends.base import NotFinite
 from hsa.backends.cpu import TILE, CpuBackend
 from hsa.errors import NonFiniteError
 from hsa.methods.geometry import Geometry, Sums, dot, tile_sums
-from hsa.planning.equal_sources import SourcePair, equal_pairs
+from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import SLICE_ELEMENTS
 from hsa.planning.target import Target
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import ROLES, Role, RolePair
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.digests import digest_of
@@ -39,7 +39,7 @@ class TargetMeasures:
     geometry: Geometry
     moved: Mapping[Role, bool]
     digests: Mapping[Role, str]
-    equal: frozenset[SourcePair]
+    equal: frozenset[RolePair]
 
 
 class Buffers:
@@ -112,7 +112,7 @@ def measure_other_tensors(
     by_role: dict[Role, OtherTensors] = {role: OtherTensors({}, []) for role in ROLES[1:]}
     names = dict.fromkeys(name for role in by_role for name in sources.of(role).tensors if name not in inside)
     for name in names:
-        base = sources.base.tensors.get(name)
+        base = sources.base_checkpoint.tensors.get(name)
         fits: list[Role] = []
         for role, result in by_role.items():
             ref = sources.of(role).tensors.get(name)
@@ -184,6 +184,6 @@ def _not_finite(error: NotFinite, target: Target, sources: Sources) -> NonFinite
         return NonFiniteError(f"{where}; no merge with it is possible, use a sound checkpoint")
     ref = target.primary
     return NonFiniteError(
-        f"{sources.primary.file_of(ref)}: tensor {ref.name}{head}: its task vectors overflow float32; do the three "
-        f"belong together?"
+        f"{sources.anchor_checkpoint.file_of(ref)}: tensor {ref.name}{head}: its task vectors overflow float32; "
+        f"do the three belong together?"
     )

@@ -134,7 +134,7 @@ class Merging:
             places = {projection.name: ref}
             return Checkpoint(role, path, Identity(escaped_name(path.name)), document, Tally(), tensors=places)
 
-        sources = Sources(checkpoint("base"), checkpoint("primary"), checkpoint("secondary"))
+        sources = Sources.of_checkpoints(map(checkpoint, ROLES))
         shapes = {source.role: whisper.architecture(source.config, source.role) for source in sources}
         target = make_target(projection, config, sources, shapes)
         out = torch.empty_like(on_cpu["primary"])

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 from hsa.architectures.base import Preset
 from hsa.errors import StrictError, shown
@@ -27,12 +28,11 @@ from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, merged_base_findings, repeated_merge_findings
 from hsa.outputs.extent import Extent, percent, planned_weight_range
 from hsa.outputs.recording import target_digest
-from hsa.planning.equal_sources import SOURCE_PAIRS, SourcePair
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import is_generic_name, is_hub_id
-from hsa.sources.roles import Role
+from hsa.sources.roles import ROLES, Role, RolePair
 from hsa.sources.source_set import Sources
 
 UNRELATED = 0.5
@@ -112,17 +112,18 @@ def raise_if_strict(findings: Findings, *, strict: bool) -> None:
         )
 
 
-def _equal_sources(outcomes: Sequence[TargetOutcome]) -> list[SourcePair]:
+def _equal_sources(outcomes: Sequence[TargetOutcome]) -> list[RolePair]:
     """The pairs of sources that hold the same values in every target; of three equal ones, base and each other."""
     still = {
         ("base", "primary"): not any(outcome.merged.primary_differs for outcome in outcomes),
         ("base", "secondary"): not any(outcome.merged.secondary_differs for outcome in outcomes),
     }
-    pairs = [pair for pair in SOURCE_PAIRS if still.get(pair) or all(pair in outcome.equal for outcome in outcomes)]
-    return pairs if len(pairs) < len(SOURCE_PAIRS) else pairs[:2]
+    every_pair = list(combinations(ROLES, 2))
+    pairs = [pair for pair in every_pair if still.get(pair) or all(pair in outcome.equal for outcome in outcomes)]
+    return pairs if len(pairs) < len(every_pair) else pairs[:2]
 
 
-def _equal_sources_warning(pair: SourcePair, count: int) -> str:
+def _equal_sources_warning(pair: RolePair, count: int) -> str:
     one, two = pair
     if one == "base":
         return (
@@ -185,7 +186,7 @@ def _why_nothing_changes(weights: tuple[float, float] | None) -> str:
 
 def _foreign_adapters(sources: Sources) -> Iterator[str]:
     """Adapters that say they were trained on another base; directory names say nothing."""
-    base = sources.base.identity.id
+    base = sources.base_checkpoint.identity.id
     for source in sources:
         trained_on = source.trained_on
         if trained_on is None or not (is_hub_id(trained_on) and is_hub_id(base)):
@@ -205,7 +206,7 @@ def _uninformative_names(sources: Sources) -> Iterator[str]:
                 f"the card calls {source.role} {shown(source.identity.id)}, which says nothing; give "
                 f"{option(f'{source.role}_id')}, or a directory whose name or whose parent's name says what it is"
             )
-    for one, two in SOURCE_PAIRS:
+    for one, two in sources.pairs:
         first, second = sources.of(one), sources.of(two)
         if first.identity == second.identity and first.path != second.path and not is_generic_name(first.identity.id):
             yield (

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import get_args
+from collections.abc import Iterable, Mapping
 
 from hsa.errors import RequestError, shown
 from hsa.option_names import option
@@ -12,11 +11,16 @@ from hsa.sources.roles import Role
 from hsa.system.types import parse_size
 
 
-def check_settings(assets_from: str, max_shard_size: str | int | None, card: Mapping[str, str] | None) -> None:
-    """RequestError unless what shapes an output besides the merge's own parameters is what a merge can be told."""
-    if not isinstance(assets_from, str) or assets_from not in get_args(Role):
-        roles = ", ".join(get_args(Role))
-        raise RequestError(f"{option('assets_from')} must be one of {roles}, got {shown(assets_from)}")
+def check_settings(
+    roles: Iterable[Role], assets_from: Role, max_shard_size: str | int | None, card: Mapping[str, str] | None
+) -> None:
+    """RequestError unless what shapes an output besides the merge's own parameters is what a merge can be told.
+
+    `roles` are those of the merge's sources, of which `assets_from` is one.
+    """
+    known = tuple(roles)
+    if not isinstance(assets_from, str) or assets_from not in known:
+        raise RequestError(f"{option('assets_from')} must be one of {', '.join(known)}, got {shown(assets_from)}")
     if card is not None and not isinstance(card, Mapping):
         raise RequestError(f"{option('card')} must be a mapping from field to text, got {shown(card)}")
     check_fields(card or {})

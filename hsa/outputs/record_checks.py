@@ -56,7 +56,7 @@ def setting_faults(record: Record) -> Iterator[str]:
     size = parameters.get("max_shard_size")
     try:
         with spelled(as_keys(parameters)):
-            check_settings(parameters["assets_from"], size, parameters["card"])
+            check_settings(record.sources, parameters["assets_from"], size, parameters["card"])
         if size is not None and type(size) is not int:
             raise RequestError(f"max_shard_size must be a number of bytes, got {shown(size)}")
     except (HsaError, KeyError, TypeError, ValueError, AttributeError) as error:

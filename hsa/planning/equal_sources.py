@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
 
 import numpy as np
 
 from hsa.planning.target import Target
-from hsa.sources.roles import Role
+from hsa.sources.roles import Role, RolePair
 from hsa.system.dtypes import STORAGE, Array, narrow, widen
-
-SourcePair = tuple[Role, Role]
-
-SOURCE_PAIRS: tuple[SourcePair, ...] = (("base", "primary"), ("base", "secondary"), ("primary", "secondary"))
 
 PIECE = 1 << 14
 """Elements that are compared at a time: different models differ in the first of them."""
 
 
-def equal_pairs(target: Target, raw: Mapping[Role, Array]) -> frozenset[SourcePair]:
-    """The pairs of sources whose tensors hold the same values. `raw` holds the tensors' bytes, uint8.
+def equal_pairs(target: Target, raw: Mapping[Role, Array]) -> frozenset[RolePair]:
+    """The pairs of sources whose tensors hold the same values. `raw` holds the tensors' bytes, uint8, by role.
 
     A float32 tensor and one in float16 or bfloat16 count as the same where the one rounds to the other.
     """
     return frozenset(
         (one, two)
-        for one, two in SOURCE_PAIRS
+        for one, two in combinations(raw, 2)
         if _equal(target.ref(one).code, raw[one], target.ref(two).code, raw[two])
     )
 

@@ -70,7 +70,7 @@ class Merge:
             (self.target.primary, "primary"),
             (self.target.secondary, "secondary"),
         ):
-            yield role, tensor.nbytes  # type: ignore[misc]
+            yield role, tensor.nbytes
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from hsa.methods.geometry import Geometry
 from hsa.methods.selection import Selection
-from hsa.planning.equal_sources import SourcePair
 from hsa.planning.target import Target
-from hsa.sources.roles import Role
+from hsa.sources.roles import Role, RolePair
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class TargetOutcome:
     target: Target
     merged: MergedTarget
     digests: Mapping[Role, str]
-    equal: frozenset[SourcePair]
+    equal: frozenset[RolePair]
 
     @property
     def heads(self) -> int:

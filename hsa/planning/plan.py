@@ -65,7 +65,7 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
     targets = find_targets(config, sources, load_codes)
     check_structure(config, sources)
     by_name = {target.projection.name: target for target in targets}
-    owner = sources.primary if load_codes is None else sources.base
+    owner = sources.anchor_checkpoint if load_codes is None else sources.base_checkpoint
     names = reference_script.output_names(sources) if load_codes is not None else dict(_stored_names(owner))
     contents: dict[str, TensorContent] = {}
     for name, stored in names.items():
@@ -76,7 +76,7 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
             contents[name] = reference_script.other_content(name, stored, sources, config, load_codes)
         else:
             contents[name] = _other_content(name, stored, sources, config)
-    files, index = pack(owner, contents, max_shard_size, sources.base)
+    files, index = pack(owner, contents, max_shard_size, sources.base_checkpoint)
     written = [piece for content in contents.values() for piece in content.pieces]
     rewritten = any(isinstance(piece, Slice) for piece in written) or max_shard_size is not None
     rewritten = rewritten or owner.kind != "safetensors"
@@ -94,9 +94,9 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
 
 def check_structure(config: MergeConfig, sources: Sources) -> None:
     """MismatchError unless primary, and base too where the output takes its config.json, holds what that promises."""
-    structure.require_whole(sources.primary)
+    structure.require_whole(sources.anchor_checkpoint)
     if config.numerics == "reference":
-        structure.require_whole(sources.base)
+        structure.require_whole(sources.base_checkpoint)
     if config.num_heads is None:
         check_heads(sources)
 
@@ -104,13 +104,16 @@ def check_structure(config: MergeConfig, sources: Sources) -> None:
 def check_heads(sources: Sources) -> None:
     """MismatchError where the config.json of primary has other heads than base's, of any stack: no tensor's shape tells
     how many heads there are, and with another number the same weights compute something else."""
-    primary, base = (whisper.architecture(source.config, source.role) for source in (sources.primary, sources.base))
-    for stack in whisper.stacks_of(sources.primary.config):
+    primary, base = (
+        whisper.architecture(source.config, source.role)
+        for source in (sources.anchor_checkpoint, sources.base_checkpoint)
+    )
+    for stack in whisper.stacks_of(sources.anchor_checkpoint.config):
         if primary.heads[stack] != base.heads[stack]:
             raise MismatchError(
-                f"primary {sources.primary.path}: config.json has {stack}_attention_heads {primary.heads[stack]}, base "
-                f"{sources.base.path} has {base.heads[stack]}; a fine-tune has as many heads as its base: correct "
-                f"the one that is wrong"
+                f"primary {sources.anchor_checkpoint.path}: config.json has {stack}_attention_heads "
+                f"{primary.heads[stack]}, base {sources.base_checkpoint.path} has {base.heads[stack]}; a fine-tune has "
+                f"as many heads as its base: correct the one that is wrong"
             )
 
 
@@ -128,11 +131,11 @@ def find_targets(
             if projection is not None and whisper.is_target(projection, config.targets):
                 projections[name] = projection
     if not projections:
-        wrapped = structure.wrapped_name(sources.primary, whisper.FIRST_TARGET)
+        wrapped = structure.wrapped_name(sources.anchor_checkpoint, whisper.FIRST_TARGET)
         remedy = "" if wrapped is None else f"; it holds {wrapped:.300}: save the model without what wraps it"
         raise SourceError(
-            f"primary {sources.primary.path} holds no tensor that {shown(config.targets)} would merge (looked for "
-            f"names like model.{whisper.FIRST_TARGET}){remedy}; is it a Whisper checkpoint?"
+            f"primary {sources.anchor_checkpoint.path} holds no tensor that {shown(config.targets)} would merge "
+            f"(looked for names like model.{whisper.FIRST_TARGET}){remedy}; is it a Whisper checkpoint?"
         )
     config.check_names(set(projections))
     _check_complete(config, sources, set(projections))
@@ -143,8 +146,8 @@ def find_targets(
 
 def _check_complete(config: MergeConfig, sources: Sources, names: set[str]) -> None:
     """Every layer that primary's config promises must have its targets: a merge of half a model is no model."""
-    layers = whisper.architecture(sources.primary.config, "primary").layers
-    for stack in whisper.stacks_of(sources.primary.config):
+    layers = whisper.architecture(sources.anchor_checkpoint.config, "primary").layers
+    for stack in whisper.stacks_of(sources.anchor_checkpoint.config):
         for name in whisper.expected_targets({stack: layers[stack]}, config.targets):
             if name not in names:
                 raise MismatchError(
@@ -225,7 +228,7 @@ def with_parameters(targets: Sequence[Target], config: MergeConfig, sources: Sou
     Raises RequestError where per-tensor parameters do not fit the targets.
     """
     config.check_names({target.projection.name for target in targets})
-    layers = whisper.architecture(sources.primary.config, "primary").layers
+    layers = whisper.architecture(sources.anchor_checkpoint.config, "primary").layers
     return tuple(
         replace(
             target,
@@ -262,7 +265,7 @@ def _stored_names(owner: Checkpoint) -> Iterator[tuple[str, str]]:
 
 def _other_content(name: str, stored: str, sources: Sources, config: MergeConfig) -> TensorContent:
     """A tensor that is no target: primary's bytes, cast or scaled where asked."""
-    primary = sources.primary.tensors[name]
+    primary = sources.anchor_checkpoint.tensors[name]
     floating = primary.code in ARITHMETIC
     code = CODES[config.dtype] if config.dtype != "auto" and _is_float(primary.code) else primary.code
     scaled = config.non_attention_scale != 1.0 and _is_float(primary.code)
@@ -270,8 +273,8 @@ def _other_content(name: str, stored: str, sources: Sources, config: MergeConfig
         return TensorContent(stored, code, primary.shape, (Copied("primary", primary),))
     if not floating:
         raise SourceError(
-            f"{sources.primary.file_of(primary)}: tensor {primary.name} has dtype {primary.code}, which can be copied "
-            f"but not cast or scaled; drop {option('dtype')} and {option('non_attention_scale')}"
+            f"{sources.anchor_checkpoint.file_of(primary)}: tensor {primary.name} has dtype {primary.code}, which can "
+            f"be copied but not cast or scaled; drop {option('dtype')} and {option('non_attention_scale')}"
         )
     base = (
         sources.base_of(name, primary, f"{option('non_attention_scale')} {config.non_attention_scale:g}")
@@ -300,10 +303,12 @@ def _output_dtype(config: MergeConfig, load_codes: Mapping[Role, str] | None) ->
 
 
 def _notes(sources: Sources, targets: set[str], written: set[str]) -> Iterator[str]:
-    primary = sources.primary
+    primary = sources.anchor_checkpoint
     for source in sources:
         yield from source.notes
-    for other in (sources.base, sources.secondary):
+    for other in sources:
+        if other.role == sources.anchor:
+            continue
         missing = [name for name in primary.tensors if name not in other.tensors]
         if missing:
             yield f"{len(missing)} tensors of primary are missing from {other.role}, such as {missing[0]}"

@@ -57,7 +57,7 @@ def _auto_code(source: Checkpoint) -> str:
 
 def output_names(sources: Sources) -> dict[str, str]:
     """Canonical and stored names of the output: base's, as transformers saves them, tied tensors once."""
-    base = sources.base
+    base = sources.base_checkpoint
     untied = _is_untied(base)
     ordered = sorted(base.tensors.items(), key=lambda item: (item[1].shard, item[1].offset))
     return {
@@ -71,14 +71,14 @@ def other_content(
     name: str, stored: str, sources: Sources, config: MergeConfig, load_codes: Mapping[Role, str]
 ) -> TensorContent:
     """A tensor that is no target: `B + scale * (M1 - B)` in the script's arithmetic."""
-    base = sources.base.tensors[name]
-    primary = sources.primary.tensors.get(name)
+    base = sources.base_checkpoint.tensors[name]
+    primary = sources.anchor_checkpoint.tensors.get(name)
     code = load_codes["base"]
-    if name == whisper.UNTIED_OUTPUT and (primary is None or not _is_untied(sources.primary)):
+    if name == whisper.UNTIED_OUTPUT and (primary is None or not _is_untied(sources.anchor_checkpoint)):
         return TensorContent(stored, code, base.shape, slices(base, None, code, load_codes=load_codes, role="base"))
     if primary is None:
         raise MismatchError(f"tensor {base.name} is missing from primary, and numerics 'reference' needs it")
-    for source, ref in ((sources.base, base), (sources.primary, primary)):
+    for source, ref in ((sources.base_checkpoint, base), (sources.anchor_checkpoint, primary)):
         if ref.code not in ARITHMETIC:
             raise SourceError(
                 f"{source.file_of(ref)}: tensor {ref.name} has dtype {ref.code}, numerics 'reference' needs one of "

@@ -1,10 +1,16 @@
-"""The roles of a merge's sources."""
+"""The roles of a merge's sources: what each is to the merge, and how messages, options and records name it."""
 
 from __future__ import annotations
 
-from typing import Literal
+Role = str
+"""`base`, or the name of a model that is merged."""
 
-Role = Literal["base", "primary", "secondary"]
+RolePair = tuple[Role, Role]
 
+BASE: Role = "base"
+"""The pretrained model that the merged models were trained from."""
+
+ANCHOR: Role = "primary"
+"""The model whose tensor names, config, small files, shards and dtypes are the output's."""
 
 ROLES: tuple[Role, ...] = ("base", "primary", "secondary")

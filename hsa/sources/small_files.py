@@ -145,8 +145,8 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
         AssetFolder(requested.role, requested.path, assets_from),
         AssetFolder(requested.role, requested.path.parent, f"the directory above {assets_from}"),
     ]
-    if sources.base.path not in [folder.directory for folder in folders]:
-        folders.append(AssetFolder(sources.base.role, sources.base.path, "base"))
+    if sources.base_checkpoint.path not in [folder.directory for folder in folders]:
+        folders.append(AssetFolder(sources.base_checkpoint.role, sources.base_checkpoint.path, "base"))
     tokenizer = choose_processor(selection, folders)
     embedding = sources.of(owner).tensors.get(whisper.EMBEDDING)
     sizes = ModelSizes.of(sources.of(owner).config, embedding)
@@ -272,7 +272,7 @@ def _is_or_are(names: Sequence[str]) -> str:
 
 
 def _choose_generation_config(selection: SelectedFiles, sources: Sources, owner: Role) -> None:
-    source, base = sources.of(owner), AssetFolder("base", sources.base.path, "base")
+    source, base = sources.of(owner), AssetFolder("base", sources.base_checkpoint.path, "base")
     own = AssetFolder(owner, source.path, owner)
     if own.has(GENERATION_CONFIG):
         selection.take(own, [GENERATION_CONFIG])

@@ -2,51 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 from hsa.errors import MismatchError, SourceError
 from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.roles import Role
+from hsa.sources.roles import ANCHOR, BASE, Role, RolePair
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import ARITHMETIC
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The three open checkpoints of a merge."""
+    """The open checkpoints of a merge: base, where there is one, then the models in the order given.
 
-    base: Checkpoint
-    primary: Checkpoint
-    secondary: Checkpoint
+    `anchor` is the role of the model whose tensor names, config, small files, shards and dtypes are the output's;
+    `base` is that of the pretrained model, None for a merge without one.
+    """
+
+    by_role: Mapping[Role, Checkpoint]
+    anchor: Role
+    base: Role | None
+
+    @classmethod
+    def of_checkpoints(cls, checkpoints: Iterable[Checkpoint]) -> Sources:
+        """The sources of these checkpoints, in their order: the anchor is primary, and base is the base if given."""
+        by_role = {checkpoint.role: checkpoint for checkpoint in checkpoints}
+        return cls(by_role, ANCHOR, BASE if BASE in by_role else None)
 
     def __iter__(self) -> Iterator[Checkpoint]:
-        return iter((self.base, self.primary, self.secondary))
+        return iter(self.by_role.values())
 
     @property
-    def by_role(self) -> dict[Role, Checkpoint]:
-        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}
+    def roles(self) -> tuple[Role, ...]:
+        return tuple(self.by_role)
+
+    @property
+    def models(self) -> tuple[Role, ...]:
+        """The roles of the models that are merged, which are all but base."""
+        return tuple(role for role in self.by_role if role != self.base)
+
+    @property
+    def pairs(self) -> tuple[RolePair, ...]:
+        """All pairs of two different roles."""
+        return tuple(combinations(self.by_role, 2))
 
     def of(self, role: Role) -> Checkpoint:
         return self.by_role[role]
+
+    @property
+    def anchor_checkpoint(self) -> Checkpoint:
+        return self.by_role[self.anchor]
+
+    @property
+    def base_checkpoint(self) -> Checkpoint:
+        """The open base. Only for merges with a base: LookupError otherwise."""
+        if self.base is None:
+            raise LookupError("the merge has no base")
+        return self.by_role[self.base]
 
     def check_unchanged(self) -> None:
         for source in self:
             source.check_unchanged()
 
-    def base_of(self, name: str, primary: TensorRef, needed_by: str) -> TensorRef:
+    def base_of(self, name: str, anchor: TensorRef, needed_by: str) -> TensorRef:
         """Base's tensor where the arithmetic needs it; MismatchError when it is missing or has another shape."""
-        base = self.base.tensors.get(name)
+        base = self.base_checkpoint.tensors.get(name)
         if base is None:
-            raise MismatchError(f"tensor {primary.name} is missing from base, and {needed_by} needs it")
-        if base.shape != primary.shape:
+            raise MismatchError(f"tensor {anchor.name} is missing from {self.base}, and {needed_by} needs it")
+        if base.shape != anchor.shape:
             raise MismatchError(
-                f"tensor {primary.name}: the shape differs: base {list(base.shape)}, primary {list(primary.shape)}, "
-                f"and {needed_by} needs both"
+                f"tensor {anchor.name}: the shape differs: {self.base} {list(base.shape)}, {self.anchor} "
+                f"{list(anchor.shape)}, and {needed_by} needs both"
             )
         if base.code not in ARITHMETIC:
             raise SourceError(
-                f"{self.base.file_of(base)}: tensor {base.name} has dtype {base.code}, and {needed_by} needs one of "
-                f"{', '.join(ARITHMETIC)}"
+                f"{self.base_checkpoint.file_of(base)}: tensor {base.name} has dtype {base.code}, and {needed_by} "
+                f"needs one of {', '.join(ARITHMETIC)}"
             )
         return base

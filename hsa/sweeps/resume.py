@@ -90,7 +90,7 @@ class ExistingPoints:
         try:
             with ExitStack() as stack:
                 patch = open_patch(path, self.tally, stack)
-                require_sound(patch, self.patch_sources.sources.primary)
+                require_sound(patch, self.patch_sources.sources.anchor_checkpoint)
                 patch.check_rows()
                 differences = self._differences(point, patch.record)
                 if dict(patch.contents.files) != self.patch_sources.files:

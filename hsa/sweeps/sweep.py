@@ -294,7 +294,7 @@ class _Sweep:
             entry = entry_of(point, patch)
             if self.full:
                 options = Options(max(1, self.threads // self.jobs), self.request.digest, self.request.sync)
-                primary, small = self.patch_sources.sources.primary, self.patch_sources.small
+                primary, small = self.patch_sources.sources.anchor_checkpoint, self.patch_sources.small
                 destination = self.directory / point.name
                 _, notes = apply_to(
                     patch, primary, small, destination, options, self.existing.tally, self.memory, overwrite=True
@@ -323,7 +323,7 @@ class _Sweep:
         patches = points[: self.size] if self.full else points
         needed = sum(expected_bytes(configs[point], sources) for point in patches)
         if self.full:
-            needed += len(points) * sum(ref.nbytes for ref in sources.primary.tensors.values())
+            needed += len(points) * sum(ref.nbytes for ref in sources.anchor_checkpoint.tensors.values())
         free = fsio.free_bytes(self.directory)
         if needed > free:
             raise MachineError(

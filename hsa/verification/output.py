@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hsa.architectures import whisper
 from hsa.architectures.base import Projection
@@ -30,7 +30,6 @@ from hsa.sources.checkpoint import (
     resolve_inside,
 )
 from hsa.sources.identity import is_snapshot
-from hsa.sources.roles import Role
 from hsa.sources.small_file_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.descriptors import reason
@@ -49,7 +48,7 @@ from hsa.verification.unlisted_files import is_read_by_loaders
 LARGE = 64 << 20
 """Bytes of a file from which on several threads digest it."""
 
-LABEL = cast(Role, "output")
+LABEL = "output"
 """What messages call the checkpoint that is verified, in the place of a source's role."""
 
 

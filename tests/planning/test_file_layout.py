@@ -309,7 +309,7 @@ def plan_of(triple: Mapping[str, Path], **changes: Any) -> list[OutputFile]:
     limit = changes.pop("max_shard_size", None)
     opened = [open_checkpoint(role, triple[role], Tally()) for role in ("base", "primary", "secondary")]  # type: ignore[arg-type]
     try:
-        return list(make_plan(MergeConfig(**changes), Sources(*opened), limit).files)
+        return list(make_plan(MergeConfig(**changes), Sources.of_checkpoints(opened), limit).files)
     finally:
         for source in opened:
             source.close()

@@ -131,7 +131,7 @@ class Merger:
             if not isinstance(paths_or_models[role], (str, os.PathLike)):
                 _check_model(by_role[role], config_owner)
         data = {role: by_role[role].data for role in ROLES}
-        self._sources = Sources(*(by_role[role].checkpoint for role in ROLES))
+        self._sources = Sources.of_checkpoints(by_role[role].checkpoint for role in ROLES)
         self._other_samples = by_role["primary"].others
         self.notes = [*hub.notes, *(note for source in self._sources for note in source.notes)]
         self._targets = find_targets(self._config, self._sources)
