@@ -11,7 +11,7 @@ from mergekit_task_arithmetic import WEIGHT
 from safetensors import safe_open
 
 from hsa.actions.merge import Request, dry_run
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.planning.target import Target
 from hsa.reference import MergedTensor, merge_tensor
 
@@ -47,7 +47,7 @@ class Gate:
             Request(
                 sources={role: triple / role for role in ROLES},
                 output=triple / "never",
-                config=MergeConfig(K, LAM, ALPHA),
+                settings=HsaSettings(k=K, lam=LAM, alpha=ALPHA),
             )
         )
         self.targets: dict[str, Target] = {target.primary.name: target for target in plan.targets}

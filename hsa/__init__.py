@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hsa.actions.merger.merger import Merger
     from hsa.actions.patch import merge_patch
     from hsa.inspection.inspect import Inspection, inspect
-    from hsa.methods.config import MergeConfig
+    from hsa.methods.hsa import HsaSettings
     from hsa.outputs.report import MergeReport, TensorReport
     from hsa.releases.release import ReleaseReport, release
     from hsa.sweeps.sweep import SweepReport, sweep
@@ -43,7 +43,7 @@ _LAZY = {
     "apply": "hsa.actions.apply",
     "merge": "hsa.actions.merge",
     "merge_patch": "hsa.actions.patch",
-    "MergeConfig": "hsa.methods.config",
+    "HsaSettings": "hsa.methods.hsa",
     "MergeReport": "hsa.outputs.report",
     "Merger": "hsa.actions.merger.merger",
     "ReleaseReport": "hsa.releases.release",
@@ -60,10 +60,10 @@ __all__ = [
     "DestinationError",
     "HeaderError",
     "HsaError",
+    "HsaSettings",
     "HsaWarning",
     "Inspection",
     "MachineError",
-    "MergeConfig",
     "MergeReport",
     "Merger",
     "MismatchError",

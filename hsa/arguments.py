@@ -1,6 +1,6 @@
 """Check the types of arguments of Python calls: paths, flags, lists, and callbacks.
 
-Parameters of a merge are checked by `config`, threads by `threads`.
+Settings of a merge are checked by `methods.settings`, threads by `threads`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from helpers import read_tensors, write_tensors
 import hsa
 from hsa.actions.merge import dry_run
 from hsa.actions.request import Request
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 
 Triple = dict[str, Path]
 
@@ -30,7 +30,7 @@ def test_a_report_of_a_merge_says_how_much_was_merged(shared_triple: Triple, tmp
 
 
 def test_a_plan_says_how_much_will_be_merged(shared_triple: Triple, tmp_path: Path) -> None:
-    plan = dry_run(Request(sources=dict(shared_triple), output=tmp_path / "out", config=MergeConfig()))
+    plan = dry_run(Request(sources=dict(shared_triple), output=tmp_path / "out", settings=HsaSettings()))
     said(plan, rf"<hsa\.PlanReport of {tmp_path}/out: secondary will weigh .*>|<hsa\.PlanReport of .*: secondary .*>")
 
 

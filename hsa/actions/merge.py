@@ -17,7 +17,9 @@ from hsa.engine.compute import Calculator
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import SourceError
 from hsa.findings import Findings
-from hsa.methods.config import LoadDtype, MergeConfig, Numerics, OutputDtype, PerTensor, percentage_findings
+from hsa.methods.hsa import HsaSettings, LoadDtype, Numerics
+from hsa.methods.hsa_formula import percentage_findings
+from hsa.methods.settings import OutputDtype, PerTensor
 from hsa.outputs import recording, report
 from hsa.outputs.card import unlinked
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
@@ -109,23 +111,23 @@ def merge(
     then.
     Source: SPEC section 1, after Shankar et al., Computer Speech & Language, 2026, 102012.
     """
-    config = MergeConfig(
-        k,
-        lam,
-        alpha,
-        targets,
-        attention_scale,
-        non_attention_scale,
-        num_heads,
-        num_layers,
-        numerics,
-        load_dtype,
-        dtype,
+    settings = HsaSettings(
+        k=k,
+        lam=lam,
+        alpha=alpha,
+        targets=targets,
+        attention_scale=attention_scale,
+        non_attention_scale=non_attention_scale,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        numerics=numerics,
+        load_dtype=load_dtype,
+        dtype=dtype,
     )
     request = Request(
         sources={"base": base, "primary": primary, "secondary": secondary},
         output=output,
-        config=config,
+        settings=settings,
         backend=backend,
         device=device,
         threads=threads,
@@ -160,7 +162,7 @@ def run_merge(request: Request, progress: Callable[[int, int], None] | None = No
         total = prepared.plan.bytes_to_write
         step = None if progress is None else lambda done: progress(done, total)
         try:
-            calculator = Calculator(prepared.sources, prepared.backend, request.config.numerics)
+            calculator = Calculator(prepared.sources, prepared.backend, request.settings.numerics)
             digests = execute(
                 prepared.plan.files, prepared.sources.by_role, calculator, staging, options, tally, memory, step
             )
@@ -169,11 +171,11 @@ def run_merge(request: Request, progress: Callable[[int, int], None] | None = No
             raise
         prepared.sources.check_unchanged()
         outcomes = calculator.ordered(prepared.plan.targets)
-        doubts = source_findings(outcomes, prepared.sources, prepared.earlier_merges, request.config.targets)
+        doubts = source_findings(outcomes, prepared.sources, prepared.earlier_merges, request.settings.targets)
         findings = early + doubts + report.outcome_findings(outcomes)
         raise_if_strict(findings, strict=request.strict)
         record = recording.make_record(
-            prepared.plan, prepared.sources, outcomes, request.settings(prepared.backend.name)
+            prepared.plan, prepared.sources, outcomes, request.output_settings(prepared.backend.name)
         )
         small = dict(assets.files)
         if prepared.plan.index is not None:
@@ -193,7 +195,7 @@ def run_merge(request: Request, progress: Callable[[int, int], None] | None = No
         backend=prepared.backend.name,
         device=prepared.backend.device,
         route=prepared.plan.route,
-        parameters=request.config.as_dict(),
+        parameters=request.settings.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
         extent=Extent.of(outcomes),
         notes=(*findings.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
@@ -227,7 +229,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
             route=plan.route,
             backend=prepared.backend.name,
             device=prepared.backend.device,
-            parameters=request.config.as_dict(),
+            parameters=request.settings.as_dict(),
             targets=plan.targets,
             files={file.name: file.size for file in plan.files},
             bytes_to_read=tally.read + sum(plan.weight_bytes_read.values()),
@@ -243,7 +245,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
 
 def collect_small_files(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tally) -> small_files.Assets:
     """The small files of the output, but for index, card and provenance."""
-    owner: Role = "base" if request.config.numerics == "reference" else "primary"
+    owner: Role = "base" if request.settings.numerics == "reference" else "primary"
     return small_files.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
 
 
@@ -253,7 +255,9 @@ def _findings_before_reading(
     """Notes and warnings before the first tensor is read."""
     findings = Findings((*hub.notes, *prepared.plan.notes, *assets.notes), assets.warnings)
     return (
-        findings + percentage_findings([request.config.k]) + header_findings(prepared.sources, prepared.earlier_merges)
+        findings
+        + percentage_findings([request.settings.k])
+        + header_findings(prepared.sources, prepared.earlier_merges)
     )
 
 
@@ -277,10 +281,12 @@ def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) ->
 def _open(
     request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, occupied: bool = False
 ) -> _PreparedMerge:
-    backend = resolve(request.backend, request.device, request.config)
+    backend = resolve(request.backend, request.device, request.settings)
     sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
-    plan = make_plan(request.config, sources, request.shard_bytes)
-    recording.check_record_size(plan, sources, request.settings(backend.name), (*small_files.SMALL_FILES, INDEX, CARD))
+    plan = make_plan(request.settings, sources, request.shard_bytes)
+    recording.check_record_size(
+        plan, sources, request.output_settings(backend.name), (*small_files.SMALL_FILES, INDEX, CARD)
+    )
     return _PreparedMerge(sources, plan, backend, destination, read_earlier_merges(sources))

@@ -16,7 +16,9 @@ from hsa.engine.open_patch import FinishedPatch
 from hsa.engine.patch_writer import PatchSpec, check_patchable, write_patches
 from hsa.errors import DestinationError, RequestError
 from hsa.findings import Findings
-from hsa.methods.config import MergeConfig, PerTensor, percentage_findings
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa_formula import percentage_findings
+from hsa.methods.settings import PerTensor
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.extent import Extent
@@ -77,7 +79,7 @@ def merge_patch(
     request = Request(
         sources={"base": base, "primary": primary, "secondary": secondary},
         output=output,
-        config=MergeConfig(k, lam, alpha, targets, num_heads=num_heads, num_layers=num_layers),
+        settings=HsaSettings(k=k, lam=lam, alpha=alpha, targets=targets, num_heads=num_heads, num_layers=num_layers),
         threads=threads,
         assets_from=assets_from,
         max_shard_size=max_shard_size,
@@ -96,10 +98,10 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
-        patch_sources = open_patch_sources([request.config], request, tally, hub, stack)
+        patch_sources = open_patch_sources([request.settings], request, tally, hub, stack)
         sources = patch_sources.sources
         early = Findings((*hub.notes, *patch_sources.findings.notes), patch_sources.findings.warnings)
-        raise_if_strict(early + parameter_findings(find_targets(request.config, sources)), strict=request.strict)
+        raise_if_strict(early + parameter_findings(find_targets(request.settings, sources)), strict=request.strict)
         destination = check_patch_destination(
             request.output, [source.path for source in sources], overwrite=request.overwrite
         )
@@ -107,13 +109,13 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
             staging = stack.enter_context(
                 StagingDirectory(hidden_sibling(destination, STAGING), destination, sync=request.sync)
             )
-        point = PatchSpec(request.config, destination.name)
+        point = PatchSpec(request.settings, destination.name)
         threads = request.threads or default_threads()
         (patch,) = write_patches(
             [point], sources, patch_sources.settings, patch_sources.files, staging, threads, tally, memory, progress
         )
         sources.check_unchanged()
-        doubts = source_findings(patch.outcomes, sources, patch_sources.earlier_merges, request.config.targets)
+        doubts = source_findings(patch.outcomes, sources, patch_sources.earlier_merges, request.settings.targets)
         findings = early + doubts + outcome_findings(patch.outcomes)
         raise_if_strict(findings, strict=request.strict)
         check_patch_destination(destination, (), overwrite=request.overwrite)
@@ -130,7 +132,7 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         backend="cpu",
         device="cpu",
         route="patch file",
-        parameters=request.config.as_dict(),
+        parameters=request.settings.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record_of(patch).targets},
         extent=Extent.of(patch.outcomes),
         notes=findings.notes,
@@ -165,7 +167,7 @@ class PatchSources:
 
 
 def open_patch_sources(
-    configs: Sequence[MergeConfig],
+    configs: Sequence[HsaSettings],
     request: Request,
     tally: fsio.Tally,
     hub: Hub,
@@ -193,11 +195,11 @@ def open_patch_sources(
     merges = read_earlier_merges(sources)
     findings = Findings(notes, assets.warnings) + percentage_findings(config.k for config in configs)
     return PatchSources(
-        sources, request.settings("cpu"), assets.files, findings + header_findings(sources, merges), merges
+        sources, request.output_settings("cpu"), assets.files, findings + header_findings(sources, merges), merges
     )
 
 
-def _check_configs(configs: Sequence[MergeConfig], sources: Sources) -> None:
+def _check_configs(configs: Sequence[HsaSettings], sources: Sources) -> None:
     for config in configs:
         check_patchable(config, sources)
         find_targets(config, sources)

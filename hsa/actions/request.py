@@ -9,7 +9,7 @@ from typing import Any
 
 from hsa.arguments import check_flags, check_paths
 from hsa.errors import RequestError, shown
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.option_names import option
 from hsa.outputs.output_settings import check_settings
 from hsa.sources.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ class Request:
     sources: Mapping[Role, PathLike]
     """By role, in the order that records and messages keep."""
     output: PathLike
-    config: MergeConfig
+    settings: HsaSettings
     backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -55,7 +55,7 @@ class Request:
     def shard_bytes(self) -> int | None:
         return None if self.max_shard_size is None else parse_size(self.max_shard_size)
 
-    def settings(self, backend: str) -> dict[str, Any]:
+    def output_settings(self, backend: str) -> dict[str, Any]:
         """What besides the merge's own parameters shapes the output, for its provenance."""
         return {
             "assets_from": self.assets_from,
@@ -117,7 +117,7 @@ def has_hub_ids(request: Request) -> bool:
 
 def _needs(request: Request, role: Role, *, adapted: bool, headers_only: bool, rows_only: bool) -> Needs:
     """What a merge needs of a source on the Hub; `adapted`: the anchor is an adapter, written with all of base."""
-    config = request.config
+    config = request.settings
     reference = config.numerics == "reference"
     everywhere = reference or config.non_attention_scale != 1.0 or adapted
     whole = (role == ANCHOR and not rows_only) or (role == BASE and everywhere)

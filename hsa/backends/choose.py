@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hsa.backends.base import Backend
 from hsa.errors import BackendUnavailable, RequestError, shown
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.option_names import option
 
 BACKENDS = ("auto", "cpu", "triton")
@@ -20,7 +20,7 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _NUMBERED = re.compile(r"cuda:[0-9]{1,3}")
 
 
-def resolve(name: str, device: str, config: MergeConfig) -> Backend:
+def resolve(name: str, device: str, config: HsaSettings) -> Backend:
     """The backend of that name; only `auto` chooses, and a name that cannot be had is an error.
 
     Raises BackendUnavailable, or RequestError for an unknown name or numerics that a backend does not offer.

@@ -62,7 +62,7 @@ def merge(
     from hsa.actions.patch import run_patch
     from hsa.actions.request import Request
     from hsa.errors import RequestError
-    from hsa.methods.config import MergeConfig
+    from hsa.methods.hsa import HsaSettings
     from hsa.outputs.card import parse_fields
 
     if patch and dry_run:
@@ -72,7 +72,7 @@ def merge(
     request = Request(
         sources={"base": base, "primary": primary, "secondary": secondary},
         output=output,
-        config=MergeConfig(
+        settings=HsaSettings(
             k=k,
             lam=lam,
             alpha=alpha,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hsa.backends.base import Backend, NotFinite, TargetBuffers
 from hsa.errors import NonFiniteError
-from hsa.methods.config import Numerics
+from hsa.methods.hsa import Numerics
 from hsa.option_names import option
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import Computed, Merge, Slice

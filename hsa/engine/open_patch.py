@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.outputs import patch_format
 from hsa.outputs.distances import Distances
 from hsa.outputs.patch_format import PatchContents, PatchTarget
@@ -51,7 +51,7 @@ class OpenPatch:
     @classmethod
     def create(
         cls,
-        config: MergeConfig,
+        config: HsaSettings,
         name: str,
         targets: Sequence[Target],
         sources: Sources,
@@ -129,7 +129,7 @@ def patch_target(target: Target) -> PatchTarget:
     )
 
 
-def expected_bytes(config: MergeConfig, sources: Sources) -> int:
+def expected_bytes(config: HsaSettings, sources: Sources) -> int:
     """Bytes of the rows of a point's patch, where no heads tie at the cut."""
     return sum(patch_target(target).rows_bytes(target.keep) for target in find_targets(config, sources))
 

@@ -19,8 +19,8 @@ from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
 from hsa.engine.compute import Calculator, not_finite_error
 from hsa.engine.open_patch import FinishedPatch, OpenPatch, expected_row_bytes, patch_target
 from hsa.errors import RequestError
-from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import Norms
+from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import Selection, select
 from hsa.outputs import distances
 from hsa.outputs.distances import Distances
@@ -47,11 +47,11 @@ ROWS_BYTES = 12 << 20
 class PatchSpec:
     """One patch to make: its parameters, and the name of its file in the staging directory."""
 
-    config: MergeConfig
+    config: HsaSettings
     name: str
 
 
-def check_patchable(config: MergeConfig, sources: Sources) -> None:
+def check_patchable(config: HsaSettings, sources: Sources) -> None:
     """RequestError where a patch cannot hold the merge; see `patch_obstacles`."""
     for why in patch_obstacles(config, sources.anchor_checkpoint.kind):
         raise RequestError(f"a patch holds the rows of merged heads alone, and {why}; write a whole checkpoint")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from hsa.errors import HsaError, ProvenanceError, shown
 from hsa.inspection.report import Inspection, RecordedSelection, TensorInspection, in_order
-from hsa.methods.config import MergeConfig, PerTensor, keep_count, layer_coefficient, percentage_findings
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa_formula import keep_count, layer_coefficient, percentage_findings
 from hsa.methods.selection import TIE_RISK, select, selection_of
+from hsa.methods.settings import PerTensor
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.system.fsio import Tally
 from hsa.system.manifest import PROVENANCE
@@ -21,7 +23,7 @@ ROOTS = (
 )
 
 
-def recorded_config(record: Provenance, directory: Path) -> MergeConfig:
+def recorded_config(record: Provenance, directory: Path) -> HsaSettings:
     """The parameters of the merge. Raises ProvenanceError where they, or the tensors, are none that a merge has."""
     where = directory / PROVENANCE
     if not record.record.targets:
@@ -32,7 +34,7 @@ def recorded_config(record: Provenance, directory: Path) -> MergeConfig:
                 f"{where}: {target.name} has {target.heads} heads of which {target.keep} were to be merged"
             )
     try:
-        config = MergeConfig.from_dict(record.record.parameters)
+        config = HsaSettings.from_dict(record.record.parameters)
         for target in record.record.targets:
             config.of("k", target.projection.name), config.of("lam", target.projection.name)
             config.of("alpha", target.projection.name)
@@ -41,12 +43,12 @@ def recorded_config(record: Provenance, directory: Path) -> MergeConfig:
     return config
 
 
-def changed_config(config: MergeConfig, values: Mapping[str, PerTensor]) -> MergeConfig:
+def changed_config(config: HsaSettings, values: Mapping[str, PerTensor]) -> HsaSettings:
     """The config with other values of `k`, `lam` or `alpha`. Raises RequestError for those out of range."""
     return replace(config, **values) if values else config  # type: ignore[arg-type]
 
 
-def _layers(config: MergeConfig, records: Sequence[TargetRecord]) -> dict[str, int]:
+def _layers(config: HsaSettings, records: Sequence[TargetRecord]) -> dict[str, int]:
     """L of each stack: a merge is refused unless every layer that the config promises has its targets."""
     layers: dict[str, int] = {}
     for target in records:
@@ -56,7 +58,7 @@ def _layers(config: MergeConfig, records: Sequence[TargetRecord]) -> dict[str, i
 
 
 def inspect_provenance(
-    record: Provenance, directory: Path, config: MergeConfig, shown_config: MergeConfig, tally: Tally
+    record: Provenance, directory: Path, config: HsaSettings, shown_config: HsaSettings, tally: Tally
 ) -> Inspection:
     """The inspection of an output: recorded with `config`, shown with `asked`."""
     layers = _layers(config, record.record.targets)
@@ -87,7 +89,7 @@ def inspect_provenance(
 
 
 def _recorded_tensor(
-    target: TargetRecord, layers: Mapping[str, int], config: MergeConfig, shown_config: MergeConfig
+    target: TargetRecord, layers: Mapping[str, int], config: HsaSettings, shown_config: HsaSettings
 ) -> TensorInspection:
     name, stack = target.projection.name, target.projection.stack
     k, lam, alpha = shown_config.of("k", name), shown_config.of("lam", name), shown_config.of("alpha", name)
@@ -121,7 +123,7 @@ def _recorded_tensor(
 
 
 def _record_differences(
-    records: Sequence[TargetRecord], config: MergeConfig, layers: Mapping[str, int]
+    records: Sequence[TargetRecord], config: HsaSettings, layers: Mapping[str, int]
 ) -> Iterator[str]:
     """What in a record does not follow from its own parameters: nothing, in a record that hsa wrote."""
     for target in records:
@@ -136,7 +138,7 @@ def _record_differences(
             return
 
 
-def parameters_of(record: Provenance, shown_config: MergeConfig) -> dict[str, object]:
+def parameters_of(record: Provenance, shown_config: HsaSettings) -> dict[str, object]:
     """The recorded parameters, those of the shown selection in their places."""
     selection_parameters = {
         key: value for key, value in shown_config.as_dict().items() if key in ("k", "lambda", "alpha")

@@ -22,9 +22,11 @@ from hsa.inspection.from_provenance import (
 )
 from hsa.inspection.measure import Buffers, TargetMeasures, bytes_of_other_tensors, measure, measure_other_tensors
 from hsa.inspection.report import Agreement, Energy, Inspection, RecordedSelection, TensorInspection, in_order
-from hsa.methods.config import MergeConfig, PerTensor, keep_count, percentage_findings
 from hsa.methods.geometry import Geometry
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa_formula import keep_count, percentage_findings
 from hsa.methods.selection import Selection, select, selection_of
+from hsa.methods.settings import PerTensor
 from hsa.option_names import option
 from hsa.outputs import provenance
 from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
@@ -93,8 +95,8 @@ def inspect(
     check_flags(energy=energy)
     check_functions(progress=progress)
     if output is None:
-        defaults = MergeConfig()
-        config = MergeConfig(
+        defaults = HsaSettings()
+        config = HsaSettings(
             k=defaults.k if k is None else k,
             lam=defaults.lam if lam is None else lam,
             alpha=defaults.alpha if alpha is None else alpha,
@@ -122,7 +124,7 @@ def inspect(
 
 def _from_sources(
     paths: Mapping[Role, PathLike],
-    config: MergeConfig,
+    config: HsaSettings,
     record: Provenance | None,
     directory: Path | None,
     energy: bool,
@@ -192,7 +194,7 @@ def _from_sources(
     )
 
 
-def _refusal_findings(config: MergeConfig, sources: Sources) -> Findings:
+def _refusal_findings(config: HsaSettings, sources: Sources) -> Findings:
     """A warning where a merge would refuse the sources because a config.json and the tensors differ."""
     try:
         check_structure(config, sources)
@@ -222,7 +224,7 @@ def _merge_findings(
 
 
 def _open(
-    paths: Mapping[Role, PathLike], config: MergeConfig, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool
+    paths: Mapping[Role, PathLike], config: HsaSettings, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool
 ) -> Sources:
     needs = Needs(need="targets", preset=config.targets, headers_only=headers_only)
 
@@ -233,7 +235,7 @@ def _open(
     return Sources.of_checkpoints([base, open_source("primary", base), open_source("secondary", base)])
 
 
-def _stack_layers(config: MergeConfig, sources: Sources) -> dict[str, int]:
+def _stack_layers(config: HsaSettings, sources: Sources) -> dict[str, int]:
     counts = architecture(sources.anchor_checkpoint.config, "primary").layers
     return {stack: config.num_layers or count for stack, count in counts.items()}
 
@@ -251,7 +253,7 @@ def _inspect_target(
     target: Target,
     measures: TargetMeasures,
     layers: Mapping[str, int],
-    config: MergeConfig,
+    config: HsaSettings,
     recorded: TargetRecord | None,
 ) -> TensorInspection:
     name = target.projection.name
@@ -306,7 +308,7 @@ def _selection_differences(
     recorded: Mapping[str, TargetRecord],
     targets: Sequence[Target],
     measured: Mapping[str, TargetMeasures],
-    config: MergeConfig,
+    config: HsaSettings,
 ) -> Iterator[str]:
     """Recorded heads that the sources do not give; only exact numerics can be repeated here."""
     if config.numerics == "reference":

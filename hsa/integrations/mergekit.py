@@ -31,7 +31,7 @@ from hsa.errors import DestinationError, RequestError, SourceError, is_text
 from hsa.integrations.mergekit_method import Merging
 from hsa.integrations.mergekit_method import register as register_method
 from hsa.integrations.mergekit_recipe import MergekitRecipe, plainly, read
-from hsa.methods.config import percentage_findings
+from hsa.methods.hsa_formula import percentage_findings
 from hsa.methods.selection import count_heads
 from hsa.outputs import report
 from hsa.outputs.extent import Extent

@@ -13,7 +13,7 @@ from hsa.architectures import whisper
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.option_names import as_keys, spelled
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import TargetOutcome
@@ -61,11 +61,11 @@ def assign(others: Sequence[tuple[M, object]]) -> dict[Role, M]:
     return {"primary": second, "secondary": first} if swapped else {"primary": first, "secondary": second}
 
 
-def config_of(parameters: Mapping[str, Any]) -> MergeConfig:
+def config_of(parameters: Mapping[str, Any]) -> HsaSettings:
     """The parameters under mergekit's names, checked. Raises RequestError."""
     values = {**DEFAULTS, **parameters}
     with spelled(as_keys(DEFAULTS)):
-        return MergeConfig(k=values["k"], lam=values["lambda"], alpha=values["alpha"], targets=values["targets"])
+        return HsaSettings(k=values["k"], lam=values["lambda"], alpha=values["alpha"], targets=values["targets"])
 
 
 class Merging:
@@ -101,7 +101,7 @@ class Merging:
         return self._configs[model]
 
     def tensor(
-        self, name: str | None, config: MergeConfig, models: Mapping[Role, Any], tensors: Mapping[Any, torch.Tensor]
+        self, name: str | None, config: HsaSettings, models: Mapping[Role, Any], tensors: Mapping[Any, torch.Tensor]
     ) -> torch.Tensor:
         """One tensor of the output: merged where it is a target, else primary's own.
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 from hsa.actions.merge import dry_run, run_merge
 from hsa.actions.request import Request
 from hsa.errors import RequestError, one_line, shown
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.option_names import renamed, spelled
 from hsa.sources.roles import Role
 from hsa.system.console import exit_with, guarded
@@ -123,7 +123,7 @@ def requests(options: argparse.Namespace) -> list[Request]:
     values = lambdas(options)
     exact = options.numerics == "exact"
     configs = [
-        MergeConfig(
+        HsaSettings(
             k=options.k_percent,
             lam=value,
             alpha=options.alpha,
@@ -149,7 +149,7 @@ def requests(options: argparse.Namespace) -> list[Request]:
         Request(
             sources={"base": options.pretrained_model, "primary": options.model1, "secondary": options.model2},
             output=output,
-            config=config,
+            settings=config,
             device=options.device if exact else "cpu",
             threads=options.threads,
             assets_from=PROCESSOR_SOURCES[options.processor_source],

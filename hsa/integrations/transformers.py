@@ -19,7 +19,8 @@ from hsa.actions.merger.writable_targets import require_own_memory
 from hsa.architectures.base import Architecture, Preset
 from hsa.architectures.whisper import MODEL_TYPE, architecture, expected_targets
 from hsa.errors import RequestError, shown, warn
-from hsa.methods.config import MergeConfig, PerTensor
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.settings import PerTensor
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
@@ -67,7 +68,7 @@ def hsa_merge_(
 
     Source: SPEC sections 1, 2 and 5.
     """
-    MergeConfig(k, lam, alpha, targets, attention_scale)
+    HsaSettings(k=k, lam=lam, alpha=alpha, targets=targets, attention_scale=attention_scale)
     model_targets = _model_targets(model, targets)
     _check_sources(model_targets, {"base": base, "secondary": secondary}, targets)
     if again:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from hsa.architectures.base import Preset
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 
 LONGEST_NAME = 200
 """Letters of a point's name: with what else a file's name holds, fewer than any filesystem allows."""
@@ -26,8 +26,10 @@ class GridPoint:
         """Names its files; the same in every grid that has it."""
         return f"{self.targets}_k{decimal_text(self.k)}_lambda{decimal_text(self.lam)}_alpha{decimal_text(self.alpha)}"
 
-    def config(self, num_heads: int | None, num_layers: int | None) -> MergeConfig:
-        return MergeConfig(self.k, self.lam, self.alpha, self.targets, num_heads=num_heads, num_layers=num_layers)
+    def config(self, num_heads: int | None, num_layers: int | None) -> HsaSettings:
+        return HsaSettings(
+            k=self.k, lam=self.lam, alpha=self.alpha, targets=self.targets, num_heads=num_heads, num_layers=num_layers
+        )
 
 
 def decimal_text(value: float) -> str:

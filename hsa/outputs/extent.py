@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import cosine, ratio
+from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import count_heads
 from hsa.option_names import option
 from hsa.planning.outcome import TargetOutcome
@@ -101,13 +101,13 @@ def weight_dict(weights: WeightRange | None) -> dict[str, float] | None:
     return None if weights is None else {"least": weights[0], "greatest": weights[1]}
 
 
-def merge_more_hint(config: MergeConfig, weights: WeightRange | None) -> str | None:
+def merge_more_hint(config: HsaSettings, weights: WeightRange | None) -> str | None:
     """With HSA's defaults, which let secondary weigh little: what would merge more. None with other parameters.
 
     With base 0.5 and alpha 0.2, lambda_i is 0.5 ** (0.2 * x), where x grows to 1 with the layer; so other values of
     lambda and alpha are powers of it.
     """
-    defaults = MergeConfig()
+    defaults = HsaSettings()
     if weights is None or (config.k, config.lam, config.alpha) != (defaults.k, defaults.lam, defaults.alpha):
         return None
     assert isinstance(defaults.lam, float) and isinstance(defaults.alpha, float)

@@ -27,7 +27,7 @@ import numpy as np
 from hsa.architectures.base import Projection
 from hsa.architectures.whisper import canonical, parse
 from hsa.errors import HeaderError, PatchError, ProvenanceError, RequestError, shown
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import MAX_SCORE, selection_of
 from hsa.option_names import option
 from hsa.outputs.distances import Distances
@@ -336,7 +336,7 @@ def source_names(contents: PatchContents) -> str:
     return ", ".join(contents.sources[role].identity.named(role) for role in ROLES)
 
 
-def patch_obstacles(config: MergeConfig, primary_kind: str) -> Iterator[str]:
+def patch_obstacles(config: HsaSettings, primary_kind: str) -> Iterator[str]:
     """Why more than merged rows differ from primary, so that a patch cannot hold the merge; nothing where it can."""
     reasons = (
         (config.numerics != "exact", "numerics 'reference' computes every tensor"),

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from hsa.architectures.base import Projection
 from hsa.architectures.whisper import canonical, parse
 from hsa.errors import ProvenanceError, RequestError, shown
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import MAX_SCORE, Selection
 from hsa.option_names import as_keys, spelled
 from hsa.sources.checkpoint import CheckpointKind
@@ -116,7 +116,7 @@ class TargetRecord:
 @dataclass(frozen=True)
 class Record:
     """All that the provenance says but the digests of the files. `parameters` are those of the merge
-    (`MergeConfig.as_dict`) and what besides them shaped the output."""
+    (`HsaSettings.as_dict`) and what besides them shaped the output."""
 
     program: Mapping[str, str]
     libraries: Mapping[str, str]
@@ -202,7 +202,7 @@ def _parameters(entry: Any) -> dict[str, Any]:
     """The parameters of a record, which the card and a merge made again rely on."""
     parameters = _mapping(entry)
     try:
-        MergeConfig.from_dict(parameters)
+        HsaSettings.from_dict(parameters)
         if parameters.get("max_shard_size") is not None:
             with spelled(as_keys(parameters)):
                 parse_size(parameters["max_shard_size"])

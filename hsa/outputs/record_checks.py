@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from hsa.architectures import whisper
 from hsa.architectures.base import Architecture, Preset, Projection, Stack
 from hsa.errors import HsaError, RequestError, shown
-from hsa.methods.config import MergeConfig, keep_count, layer_coefficient
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa_formula import keep_count, layer_coefficient
 from hsa.option_names import as_keys, spelled
 from hsa.outputs.output_settings import check_settings
 from hsa.outputs.provenance import SETTINGS, Record, TargetRecord, changed_keys
 from hsa.outputs.recording import PROGRAM
+from hsa.planning.plan import check_tensor_names
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.tensor_places import TensorRef
 
@@ -30,10 +32,10 @@ def checkpoint_targets(checkpoint: Checkpoint, preset: Preset) -> Iterator[tuple
             yield projection, ref
 
 
-def config_of_record(record: Record) -> MergeConfig:
+def config_of_record(record: Record) -> HsaSettings:
     """The parameters of the merge; RequestError where they are none."""
     try:
-        return MergeConfig.from_dict(record.parameters)
+        return HsaSettings.from_dict(record.parameters)
     except RequestError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
@@ -124,9 +126,9 @@ def target_faults_without_weights(record: Record) -> Iterator[str]:
         yield from itertools.islice(_parameter_faults(target, config, Architecture(heads, layers)), 1)
 
 
-def _per_tensor_faults(config: MergeConfig, recorded: set[str]) -> Iterator[str]:
+def _per_tensor_faults(config: HsaSettings, recorded: set[str]) -> Iterator[str]:
     try:
-        config.check_names(recorded)
+        check_tensor_names(config, recorded, config.targets)
     except RequestError as error:
         yield str(error)
 
@@ -140,7 +142,7 @@ def _storage_faults(target: TargetRecord, ref: TensorRef) -> Iterator[str]:
         )
 
 
-def _parameter_faults(target: TargetRecord, config: MergeConfig, architecture: Architecture) -> Iterator[str]:
+def _parameter_faults(target: TargetRecord, config: HsaSettings, architecture: Architecture) -> Iterator[str]:
     """Whether heads, coefficient and selection of a target follow from the parameters."""
     name, stack = target.projection.name, target.projection.stack
     heads = config.num_heads or architecture.heads[stack]

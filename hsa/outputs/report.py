@@ -9,7 +9,7 @@ from typing import Any
 
 from hsa.errors import one_line
 from hsa.findings import Findings, counted
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import TIE_RISK, count_heads, narrowest
 from hsa.outputs.extent import Extent, merge_more_hint, planned_weight_range, weight_dict, weight_text
 from hsa.outputs.merge_warnings import change_findings
@@ -100,7 +100,7 @@ class MergeReport:
     @property
     def hint(self) -> str | None:
         """With HSA's defaults: what would merge more. None with doubtful sources, which no parameter mends."""
-        return None if self.doubtful else merge_more_hint(MergeConfig.from_dict(self.parameters), self.extent.weights)
+        return None if self.doubtful else merge_more_hint(HsaSettings.from_dict(self.parameters), self.extent.weights)
 
     @property
     def total_heads(self) -> int:
@@ -187,7 +187,7 @@ class PlanReport:
         return (
             None
             if self.doubtful
-            else merge_more_hint(MergeConfig.from_dict(self.parameters), planned_weight_range(self.targets))
+            else merge_more_hint(HsaSettings.from_dict(self.parameters), planned_weight_range(self.targets))
         )
 
     def as_dict(self) -> dict[str, Any]:

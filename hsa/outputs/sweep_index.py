@@ -17,8 +17,8 @@ from typing import Any, get_args
 
 from hsa.architectures.base import Preset
 from hsa.errors import RequestError
-from hsa.methods.config import MergeConfig
 from hsa.methods.grid_point import GridPoint
+from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import count_heads, narrowest
 from hsa.outputs.distances import Distances
 from hsa.outputs.patch_reader import Patch, is_patch
@@ -145,7 +145,7 @@ def holds_points(directory: Path) -> bool:
 
 def point_of(record: Record) -> GridPoint:
     """The grid point with a record's parameters. Raises RequestError where they are those of none."""
-    config = MergeConfig.from_dict(record.parameters)
+    config = HsaSettings.from_dict(record.parameters)
     values = [value for value in (config.k, config.lam, config.alpha) if not isinstance(value, Mapping)]
     if len(values) < 3:
         raise RequestError("its parameters are given per tensor")

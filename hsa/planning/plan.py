@@ -6,16 +6,18 @@ run, the error messages and the tests all come from the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from hsa.architectures import whisper
-from hsa.architectures.base import Architecture, Projection
-from hsa.errors import MismatchError, SourceError, shown
-from hsa.methods.config import MergeConfig, keep_count, layer_coefficient
+from hsa.architectures.base import Architecture, Preset, Projection
+from hsa.errors import MismatchError, RequestError, SourceError, shown
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa_formula import keep_count, layer_coefficient
+from hsa.methods.settings import Settings
 from hsa.option_names import option
 from hsa.planning import reference_script
 from hsa.planning.file_layout import Content, Copied, Merge, OutputFile, Slice, TensorContent, pack, slices
@@ -41,7 +43,7 @@ class MergePlan:
     type that the written config.json must name, or None to leave it as it stands.
     """
 
-    config: MergeConfig
+    config: HsaSettings
     route: Route
     targets: tuple[Target, ...]
     files: tuple[OutputFile, ...]
@@ -55,7 +57,7 @@ class MergePlan:
         return sum(file.size for file in self.files) + len(self.index or b"")
 
 
-def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None = None) -> MergePlan:
+def make_plan(config: HsaSettings, sources: Sources, max_shard_size: int | None = None) -> MergePlan:
     """Check that the sources fit together and lay out the output.
 
     Raises MismatchError (tensor, each source's value; primary's tensors and its config.json), SourceError (no target,
@@ -92,7 +94,7 @@ def make_plan(config: MergeConfig, sources: Sources, max_shard_size: int | None 
     )
 
 
-def check_structure(config: MergeConfig, sources: Sources) -> None:
+def check_structure(config: HsaSettings, sources: Sources) -> None:
     """MismatchError unless primary, and base too where the output takes its config.json, holds what that promises."""
     structure.require_whole(sources.anchor_checkpoint)
     if config.numerics == "reference":
@@ -118,7 +120,7 @@ def check_heads(sources: Sources) -> None:
 
 
 def find_targets(
-    config: MergeConfig, sources: Sources, load_codes: Mapping[Role, str] | None = None
+    config: HsaSettings, sources: Sources, load_codes: Mapping[Role, str] | None = None
 ) -> tuple[Target, ...]:
     """The target tensors in the order of primary's files, checked to agree; see `make_plan` for what it raises.
 
@@ -137,14 +139,24 @@ def find_targets(
             f"primary {sources.anchor_checkpoint.path} holds no tensor that {shown(config.targets)} would merge "
             f"(looked for names like model.{whisper.FIRST_TARGET}){remedy}; is it a Whisper checkpoint?"
         )
-    config.check_names(set(projections))
+    check_tensor_names(config, set(projections), config.targets)
     _check_complete(config, sources, set(projections))
     shapes = {role: whisper.architecture(sources.of(role).config, role) for role in ROLES}
     targets = [make_target(p, config, sources, shapes, load_codes) for p in projections.values()]
     return tuple(sorted(targets, key=lambda t: (t.primary.shard, t.primary.offset)))
 
 
-def _check_complete(config: MergeConfig, sources: Sources, names: set[str]) -> None:
+def check_tensor_names(settings: Settings, names: Collection[str], preset: Preset) -> None:
+    """RequestError where a setting is given for a tensor that is not among these names, the targets of a preset."""
+    for name, values in settings.per_tensor():
+        unknown = [key for key in values if key.removeprefix("model.") not in names]
+        if unknown:
+            raise RequestError(
+                f"{option(name)} is given for {shown(unknown[0])}, which is no target of {shown(preset)}"
+            )
+
+
+def _check_complete(config: HsaSettings, sources: Sources, names: set[str]) -> None:
     """Every layer that primary's config promises must have its targets: a merge of half a model is no model."""
     layers = whisper.architecture(sources.anchor_checkpoint.config, "primary").layers
     for stack in whisper.stacks_of(sources.anchor_checkpoint.config):
@@ -159,7 +171,7 @@ def _check_complete(config: MergeConfig, sources: Sources, names: set[str]) -> N
 
 def make_target(
     projection: Projection,
-    config: MergeConfig,
+    config: HsaSettings,
     sources: Sources,
     shapes: Mapping[Role, Architecture],
     load_codes: Mapping[Role, str] | None = None,
@@ -222,12 +234,12 @@ def make_target(
     )
 
 
-def with_parameters(targets: Sequence[Target], config: MergeConfig, sources: Sources) -> tuple[Target, ...]:
+def with_parameters(targets: Sequence[Target], config: HsaSettings, sources: Sources) -> tuple[Target, ...]:
     """The same targets with the k, lambda and alpha of another config; nothing else of it may differ.
 
     Raises RequestError where per-tensor parameters do not fit the targets.
     """
-    config.check_names({target.projection.name for target in targets})
+    check_tensor_names(config, {target.projection.name for target in targets}, config.targets)
     layers = whisper.architecture(sources.anchor_checkpoint.config, "primary").layers
     return tuple(
         replace(
@@ -238,7 +250,7 @@ def with_parameters(targets: Sequence[Target], config: MergeConfig, sources: Sou
     )
 
 
-def _settings(config: MergeConfig, projection: Projection, heads: int, layers: int) -> dict[str, Any]:
+def _settings(config: HsaSettings, projection: Projection, heads: int, layers: int) -> dict[str, Any]:
     """What k, lambda and alpha make of one target, as fields of it."""
     name = projection.name
     coefficient = layer_coefficient(config.of("lam", name), config.of("alpha", name), projection.layer, layers)
@@ -263,7 +275,7 @@ def _stored_names(owner: Checkpoint) -> Iterator[tuple[str, str]]:
         yield name, ref.name
 
 
-def _other_content(name: str, stored: str, sources: Sources, config: MergeConfig) -> TensorContent:
+def _other_content(name: str, stored: str, sources: Sources, config: HsaSettings) -> TensorContent:
     """A tensor that is no target: primary's bytes, cast or scaled where asked."""
     primary = sources.anchor_checkpoint.tensors[name]
     floating = primary.code in ARITHMETIC
@@ -296,7 +308,7 @@ def _bytes_read(pieces: Sequence[Content]) -> dict[Role, int]:
     return totals
 
 
-def _output_dtype(config: MergeConfig, load_codes: Mapping[Role, str] | None) -> str | None:
+def _output_dtype(config: HsaSettings, load_codes: Mapping[Role, str] | None) -> str | None:
     if load_codes is not None:
         return NAMES[load_codes["base"]]
     return None if config.dtype == "auto" else config.dtype

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from hsa.architectures import whisper
 from hsa.errors import MismatchError, RequestError, SourceError, shown
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.option_names import option
 from hsa.planning.file_layout import TensorContent, slices
 from hsa.sources.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ COMPARE_BYTES = 1 << 20
 """Bytes of two tensors that are compared at a time."""
 
 
-def load_codes(config: MergeConfig, sources: Sources) -> Mapping[Role, str]:
+def load_codes(config: HsaSettings, sources: Sources) -> Mapping[Role, str]:
     """The element type each source is cast to before any arithmetic.
 
     `auto`: what its config.json names (`dtype`, else `torch_dtype`), else the first floating tensor by name of
@@ -68,7 +68,7 @@ def output_names(sources: Sources) -> dict[str, str]:
 
 
 def other_content(
-    name: str, stored: str, sources: Sources, config: MergeConfig, load_codes: Mapping[Role, str]
+    name: str, stored: str, sources: Sources, config: HsaSettings, load_codes: Mapping[Role, str]
 ) -> TensorContent:
     """A tensor that is no target: `B + scale * (M1 - B)` in the script's arithmetic."""
     base = sources.base_checkpoint.tensors[name]

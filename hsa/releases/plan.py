@@ -183,7 +183,7 @@ def state_of(destination: Path, request: Request) -> tuple[EntryState, str]:
     with ExitStack() as stack:
         sources = open_sources(request, fsio.Tally(), Hub(), stack, headers_only=True)
         records = {source.role: recording.source_record(source, "") for source in sources}
-    expected = {**request.config.as_dict(), **request.settings("")}
+    expected = {**request.settings.as_dict(), **request.output_settings("")}
     differences = [
         *_other_parameters(expected, provenance.record.parameters),
         *_other_sources(records, provenance.record.sources),

@@ -25,7 +25,7 @@ from typing import Any
 
 from hsa.actions.request import Request
 from hsa.errors import RequestError, shown
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.option_names import as_keys, spelled
 from hsa.outputs.card import FIELDS
 from hsa.outputs.release_index import INDEX, README
@@ -39,7 +39,7 @@ MAX_BYTES = 256 << 10
 """The largest recipe: several hundred merges."""
 
 IDS = tuple(f"{role}_id" for role in ROLES)
-PARAMETERS = tuple(MergeConfig().as_dict())
+PARAMETERS = tuple(HsaSettings().as_dict())
 SETTINGS = ("assets_from", "max_shard_size")
 KEYS = (*ROLES, *PARAMETERS, *SETTINGS, *IDS, "card")
 """What a merge of a recipe says in its file, where `hsa merge` has an option."""
@@ -134,7 +134,7 @@ def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path
     output = Path(names["group"], names["name"])
     try:
         with spelled(as_keys(KEYS)):
-            task = Request(sources, output, MergeConfig(**parameters), ids=ids, card=fields, **settings)
+            task = Request(sources, output, HsaSettings(**parameters), ids=ids, card=fields, **settings)
     except RequestError as error:
         parameter = str(error).partition(" ")[0]  # the message begins with the parameter that it is about
         line = values[parameter].line if parameter in values else value.line

@@ -16,9 +16,9 @@ from hsa.actions.request import Request
 from hsa.architectures.base import Preset
 from hsa.engine.source_norms import source_norms
 from hsa.errors import DestinationError, HeaderError, PatchError, ProvenanceError, RequestError
-from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import Norms
 from hsa.methods.grid_point import GridPoint
+from hsa.methods.hsa import HsaSettings
 from hsa.option_names import option
 from hsa.outputs import distances, sweep_index
 from hsa.outputs.distances import Distances
@@ -69,7 +69,7 @@ class ExistingPoints:
     """The points in a sweep's directory, checked one by one; `notes` name damaged ones."""
 
     request: Request
-    configs: Mapping[GridPoint, MergeConfig]
+    configs: Mapping[GridPoint, HsaSettings]
     patch_sources: PatchSources
     directory: Path
     tally: fsio.Tally
@@ -220,9 +220,9 @@ class ExistingPoints:
             records[role] = source_record(source, tensors_digest(lines))
         return records
 
-    def _preset_config(self, preset: Preset) -> MergeConfig:
-        config = self.request.config
-        return MergeConfig(targets=preset, num_heads=config.num_heads, num_layers=config.num_layers)
+    def _preset_config(self, preset: Preset) -> HsaSettings:
+        config = self.request.settings
+        return HsaSettings(targets=preset, num_heads=config.num_heads, num_layers=config.num_layers)
 
     def _distances(self, point: GridPoint, record: Record) -> Mapping[str, Distances]:
         names = {target.projection.name for target in record.targets}

@@ -24,8 +24,8 @@ from hsa.engine.patch_writer import PatchSpec, write_patches
 from hsa.engine.pipeline import Options
 from hsa.errors import MachineError, RequestError, one_line, shown
 from hsa.findings import Findings, counted
-from hsa.methods.config import MergeConfig
 from hsa.methods.grid_point import GridPoint
+from hsa.methods.hsa import HsaSettings
 from hsa.option_names import option, with_current_spelling
 from hsa.outputs import sweep_index
 from hsa.outputs.extent import Extent
@@ -150,7 +150,7 @@ def sweep(
     request = Request(
         sources={"base": base, "primary": primary, "secondary": secondary},
         output=output,
-        config=MergeConfig(targets=widest, num_heads=num_heads, num_layers=num_layers),
+        settings=HsaSettings(targets=widest, num_heads=num_heads, num_layers=num_layers),
         threads=threads,
         assets_from=assets_from,
         max_shard_size=max_shard_size,
@@ -205,7 +205,7 @@ def _check_grid(**values: Sequence[Any]) -> None:
         for value in numbers:
             if isinstance(value, Mapping):
                 raise RequestError(f"{option(name)} of a sweep takes numbers, not values per tensor: {shown(value)}")
-            MergeConfig(**{name: value})
+            HsaSettings(**{name: value})
 
 
 class _Sweep:

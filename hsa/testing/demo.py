@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hsa.actions.merge import merge
 from hsa.errors import HsaError, MachineError, RequestError
-from hsa.methods.config import keep_count
+from hsa.methods.hsa_formula import keep_count
 from hsa.methods.selection import count_heads
 from hsa.outputs.report import MergeReport
 from hsa.system.streams import print_stdout

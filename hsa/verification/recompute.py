@@ -203,7 +203,7 @@ def _request(directory: Path, provenance: Provenance, source_paths: SourcePaths)
     return Request(
         sources=source_paths.by_role,
         output=directory,
-        config=config_of_record(provenance.record),
+        settings=config_of_record(provenance.record),
         assets_from=parameters["assets_from"],
         max_shard_size=parameters["max_shard_size"],
         ids=source_paths.ids,
@@ -216,12 +216,12 @@ def _request(directory: Path, provenance: Provenance, source_paths: SourcePaths)
 def _compare(
     directory: Path, provenance: Provenance, request: Request, sources: Sources, context: VerifyContext
 ) -> None:
-    plan = make_plan(request.config, sources, request.shard_bytes)
+    plan = make_plan(request.settings, sources, request.shard_bytes)
     assets = collect_small_files(request, sources, plan, context.tally)
     comparer = ByteComparer(directory, context.tally, context.problems)
     total, progress = plan.bytes_to_write, context.progress
     step = None if progress is None else lambda done: progress(done, total)
-    calculator = Calculator(sources, resolve("auto", "auto", request.config), request.config.numerics)
+    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings.numerics)
     options = Options(context.threads, digest=request.digest, sync=False)
     try:
         digests = assemble(plan.files, sources.by_role, calculator, comparer, options, context.memory, step)
@@ -232,7 +232,7 @@ def _compare(
     outcomes = calculator.ordered(plan.targets)
     target_digests = {role: target_digest(role, outcomes) for role in ROLES}
     comparer.report(other_sources=not check_targets(provenance.record, target_digests, context.problems))
-    record = make_record(plan, sources, outcomes, request.settings(provenance.record.parameters["backend"]))
+    record = make_record(plan, sources, outcomes, request.output_settings(provenance.record.parameters["backend"]))
     record = replace(record, program=provenance.record.program, libraries=provenance.record.libraries)
     files = dict(assets.files) if plan.index is None else {**assets.files, INDEX: plan.index}
     weights = {file.name: digests.get(file.name) for file in plan.files}

@@ -19,8 +19,8 @@ from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
 from hsa.engine.compute import Calculator, not_finite_error
 from hsa.engine.open_patch import patch_target
 from hsa.errors import HsaError, SourceChanged, SourceError
-from hsa.methods.config import MergeConfig
 from hsa.methods.geometry import Norms
+from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import Selection, select
 from hsa.outputs import distances
 from hsa.outputs.patch_reader import Patch
@@ -108,7 +108,7 @@ def _request(patches: Sequence[Patch], source_paths: SourcePaths) -> Request:
     return Request(
         sources=source_paths.by_role,
         output="",
-        config=MergeConfig(targets=widest),
+        settings=HsaSettings(targets=widest),
         assets_from="secondary" if secondary else "primary",
         ids=source_paths.ids,
     )

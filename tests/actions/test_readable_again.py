@@ -15,7 +15,7 @@ from helpers import merge_arguments, read_tensors, run_hsa, write_openai, write_
 
 import hsa
 from hsa.actions.merge import Request, dry_run
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.outputs import patch_format, provenance
 from hsa.outputs.patch_reader import SUFFIX
 from hsa.outputs.report import PlanReport
@@ -239,7 +239,7 @@ def test_more_heads_than_a_record_can_hold_are_refused_before_anything_is_comput
 def run_dry(**given: Any) -> PlanReport:
 
     sources = {role: given[role] for role in ("base", "primary", "secondary")}
-    return dry_run(Request(sources, given["output"], MergeConfig(k=given["k"], targets=given["targets"])))
+    return dry_run(Request(sources, given["output"], HsaSettings(k=given["k"], targets=given["targets"])))
 
 
 def sweep_presets(**given: Any) -> object:

@@ -19,7 +19,7 @@ from hsa.architectures.whisper import is_target, parse
 from hsa.backends import cpu
 from hsa.engine import consumers, pipeline
 from hsa.methods import geometry
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.planning import equal_sources
 from hsa.planning.file_layout import Merge, Slice
 from hsa.sources.checkpoint import open_checkpoint
@@ -300,7 +300,7 @@ def test_a_merger_reads_its_sources_once(deep: Triple, monkeypatch: pytest.Monke
 def test_a_plan_names_the_bytes_that_a_run_reads(deep: Triple, tmp_path: Path) -> None:
     from hsa.actions.merge import Request, dry_run
 
-    plan = dry_run(Request(sources=deep, output=tmp_path / "out", config=MergeConfig()))  # type: ignore[arg-type]
+    plan = dry_run(Request(sources=deep, output=tmp_path / "out", settings=HsaSettings()))  # type: ignore[arg-type]
     report = hsa.merge(**deep, output=tmp_path / "out", sync=False)
     made_at_the_end = sum((tmp_path / "out" / name).stat().st_size for name in ("README.md", "hsa_merge.json"))
     assert plan.bytes_to_read == report.bytes_read

@@ -18,7 +18,7 @@ import hsa
 from hsa import reference
 from hsa.inspection import inspect
 from hsa.inspection.measure import Buffers
-from hsa.methods.config import keep_count, layer_coefficient
+from hsa.methods.hsa_formula import keep_count, layer_coefficient
 from hsa.outputs import provenance
 from hsa.system.manifest import PROVENANCE
 from hsa.views import csv_file
@@ -239,7 +239,7 @@ NAME = "model.encoder.layers.0.self_attn.q_proj.weight"
         ({"parameters__k": "much"}, "k must be a number"),
         ({"parameters__k": {"x": 0.5}}, "k is given per tensor but has no value"),
         ({"parameters__num_layers": [1]}, "num_layers"),
-        ({"parameters": {}}, "parameter 'k' is missing"),
+        ({"parameters": {}}, "assets_from"),
     ],
 )
 def test_a_forged_provenance_is_refused(changes: dict[str, Any], message: str, merged: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hsa.cli.app import run
 from hsa.errors import RequestError
 from hsa.integrations.mergekit_method import DEFAULTS, assign, config_of
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 
 
 def test_without_mergekit_the_error_says_how_to_install_it(
@@ -32,8 +32,8 @@ def test_a_command_line_without_arguments_is_one_line(capsys: pytest.CaptureFixt
 
 
 def test_the_defaults_are_those_of_hsa_merge() -> None:
-    assert config_of({}) == MergeConfig()
-    assert config_of({"lambda": 0.25, "k": 60.0}) == MergeConfig(lam=0.25, k=60.0)
+    assert config_of({}) == HsaSettings()
+    assert config_of({"lambda": 0.25, "k": 60.0}) == HsaSettings(lam=0.25, k=60.0)
     assert set(DEFAULTS) == {"k", "lambda", "alpha", "targets"}
 
 

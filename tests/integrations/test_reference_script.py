@@ -76,7 +76,7 @@ def test_the_other_spellings_mean_the_same(shared_triple: Triple, tmp_path: Path
     bare = parser().parse_args(["--model1", "a", "--model2", "b", "--out-path", "c"])
     (request,) = requests(bare)
     assert request.sources["base"] == "openai/whisper-small.en"
-    config = request.config
+    config = request.settings
     assert (config.k, config.lam, config.alpha, config.numerics) == (0.6, 0.5, 0.2, "reference")
 
 
@@ -86,7 +86,7 @@ def test_every_option_arrives(shared_triple: Triple, tmp_path: Path) -> None:
         " --attention-scale 0.5 --non-attention-scale 0.25"
     )
     (request,) = requests(parser().parse_args(line(ONE + more, shared_triple, tmp_path / "out")))
-    config = request.config
+    config = request.settings
     assert (config.num_heads, config.num_layers) == (2, 4)
     assert (config.attention_scale, config.non_attention_scale) == (0.5, 0.25)
     assert request.assets_from == "base"

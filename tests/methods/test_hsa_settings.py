@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsa.errors import RequestError
-from hsa.methods.config import MergeConfig, keep_count, layer_coefficient
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa_formula import keep_count, layer_coefficient
+from hsa.planning.plan import check_tensor_names
 
 NAME = "encoder.layers.0.self_attn.q_proj.weight"
 NOT_NUMBERS: tuple[Any, ...] = (math.nan, math.inf, -math.inf, True, "0.5", None, [0.5], 1j)
 
 
 def test_the_defaults_are_the_papers() -> None:
-    assert MergeConfig().as_dict() == {
+    assert HsaSettings().as_dict() == {
         "k": 0.6,
         "lambda": 0.5,
         "alpha": 0.2,
@@ -36,7 +38,7 @@ def test_the_defaults_are_the_papers() -> None:
 
 def test_it_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
-        MergeConfig().k = 0.5  # type: ignore[misc]
+        HsaSettings().k = 0.5  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -52,10 +54,10 @@ def test_it_is_frozen() -> None:
 def test_numbers_out_of_range(name: str, values: tuple[Any, ...], limits: str) -> None:
     for value in (*values, *NOT_NUMBERS):
         with pytest.raises(RequestError, match=rf"^{name} must be (a number )?{limits}, got "):
-            MergeConfig(**{name: value})
+            HsaSettings(**{name: value})
         if name in ("k", "lam", "alpha"):
             with pytest.raises(RequestError, match=rf"^{name} of '{NAME}' must be (a number )?{limits}, got "):
-                MergeConfig(**{name: {NAME: value}})
+                HsaSettings(**{name: {NAME: value}})
 
 
 @pytest.mark.parametrize(
@@ -76,14 +78,14 @@ def test_numbers_out_of_range(name: str, values: tuple[Any, ...], limits: str) -
 def test_values_in_range(name: str, values: tuple[Any, ...]) -> None:
     for value in values:
         shown = {"lam": "lambda"}.get(name, name)
-        assert MergeConfig(**{name: value}).as_dict()[shown] == value
+        assert HsaSettings(**{name: value}).as_dict()[shown] == value
 
 
 @pytest.mark.parametrize("name", ["num_heads", "num_layers"])
 @pytest.mark.parametrize("value", [0, -1, 4.0, True, "4", math.nan])
 def test_counts(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"^{name} must be a whole number from 1 to 10000, got "):
-        MergeConfig(**{name: value})
+        HsaSettings(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -98,45 +100,45 @@ def test_counts(name: str, value: Any) -> None:
 @pytest.mark.parametrize("value", ["", "Exact", "float64", 1, ["exact"], {}])
 def test_choices(name: str, choices: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"^{name} must be one of {choices}, got "):
-        MergeConfig(**{name: value, **({"numerics": "reference"} if name == "load_dtype" else {})})
+        HsaSettings(**{name: value, **({"numerics": "reference"} if name == "load_dtype" else {})})
 
 
 def test_load_dtype_means_nothing_in_exact_numerics() -> None:
     with pytest.raises(RequestError, match=r"load_dtype .*numerics 'reference' alone"):
-        MergeConfig(load_dtype="float32")
-    assert MergeConfig(load_dtype="auto").as_dict()["load_dtype"] is None
-    assert MergeConfig(numerics="reference", load_dtype="float32").as_dict()["load_dtype"] == "float32"
-    assert MergeConfig(numerics="reference").as_dict()["load_dtype"] == "auto"
+        HsaSettings(load_dtype="float32")
+    assert HsaSettings(load_dtype="auto").as_dict()["load_dtype"] is None
+    assert HsaSettings(numerics="reference", load_dtype="float32").as_dict()["load_dtype"] == "float32"
+    assert HsaSettings(numerics="reference").as_dict()["load_dtype"] == "auto"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_reference_numerics_write_bases_dtype(dtype: Any) -> None:
     with pytest.raises(RequestError, match=f"dtype must be 'auto', got '{dtype}'"):
-        MergeConfig(numerics="reference", dtype=dtype)
+        HsaSettings(numerics="reference", dtype=dtype)
 
 
 # Per tensor ------------------------------------------------------------------------------------------------
 
 
 def test_a_number_holds_for_every_tensor() -> None:
-    config = MergeConfig(k=60, lam=1, alpha=0)
+    config = HsaSettings(k=60, lam=1, alpha=0)
     assert (config.of("k", NAME), config.of("lam", NAME), config.of("alpha", NAME)) == (60.0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("key", [NAME, f"model.{NAME}"])
 def test_a_mapping_is_read_under_both_name_forms(key: str) -> None:
-    config = MergeConfig(k={key: 0.25}, lam={key: 0.5}, alpha={key: 2})
+    config = HsaSettings(k={key: 0.25}, lam={key: 0.5}, alpha={key: 2})
     assert (config.of("k", NAME), config.of("lam", NAME), config.of("alpha", NAME)) == (0.25, 0.5, 2.0)
-    config.check_names({NAME})
+    check_tensor_names(config, {NAME}, config.targets)
     assert config.as_dict()["alpha"] == {key: 2.0}
 
 
 def test_a_mapping_must_name_every_target_and_no_other() -> None:
-    config = MergeConfig(lam={NAME: 0.5})
+    config = HsaSettings(lam={NAME: 0.5})
     with pytest.raises(RequestError, match=r"lam is given per tensor .* target tensor encoder\.layers\.1"):
         config.of("lam", "encoder.layers.1.self_attn.q_proj.weight")
     with pytest.raises(RequestError, match=f"lam is given for '{NAME}', which is no target of 'encoder-qkv'"):
-        config.check_names({"encoder.layers.1.self_attn.q_proj.weight"})
+        check_tensor_names(config, {"encoder.layers.1.self_attn.q_proj.weight"}, config.targets)
 
 
 # Heads kept ------------------------------------------------------------------------------------------------

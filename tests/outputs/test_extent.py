@@ -17,7 +17,7 @@ from helpers import merge_arguments, read_tensors, run_hsa, write_tensors
 from processes import ROOT
 
 import hsa
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.outputs.extent import Extent, merge_more_hint, percent
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
@@ -190,7 +190,7 @@ def test_the_console_says_how_much_was_merged_and_what_would_merge_more(shared_t
 
 def test_the_hint_is_what_these_parameters_would_give(shared_triple: Triple, tmp_path: Path) -> None:
     plain = hsa.merge(**shared_triple, output=tmp_path / "out", sync=False)
-    text = merge_more_hint(MergeConfig(), plain.extent.weights)
+    text = merge_more_hint(HsaSettings(), plain.extent.weights)
     assert text is not None
     for parameters in ({"alpha": 1.0}, {"lam": 0.1}):
         found = hsa.merge(**shared_triple, output=tmp_path / "out", sync=False, overwrite=True, **parameters)
@@ -218,7 +218,7 @@ def test_percentages_have_two_digits_and_no_exponent(share: float, text: str) ->
 
 def test_a_merge_of_no_head_says_so() -> None:
     assert Extent(0, 120, None).text == "none of 120 heads is merged"
-    assert merge_more_hint(MergeConfig(), None) is None
+    assert merge_more_hint(HsaSettings(), None) is None
 
 
 def test_kept_is_not_said_of_heads() -> None:

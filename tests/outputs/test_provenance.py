@@ -19,7 +19,7 @@ from blake3 import blake3
 from helpers import raw_bytes, read_tensors, write_tensors
 
 import hsa
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.outputs import card, provenance
 
 Triple = dict[str, Path]
@@ -250,7 +250,7 @@ def test_what_is_read_gives_the_same_files_again(
     read = provenance.load(tmp_path / "out")
     assert read.record.with_files(read.files) == (tmp_path / "out/hsa_merge.json").read_bytes()
     assert card.render(read.record, [*read.files, "hsa_merge.json"]) == (tmp_path / "out/README.md").read_bytes()
-    assert MergeConfig.from_dict(read.record.parameters).as_dict() == report.parameters
+    assert HsaSettings.from_dict(read.record.parameters).as_dict() == report.parameters
     for target in read.record.targets:
         expected = report.tensors[target.name]
         assert (target.selected, target.scores, target.margin) == (expected.selected, expected.scores, expected.margin)

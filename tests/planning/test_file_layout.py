@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import hsa
 from hsa.errors import RequestError
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.planning.file_layout import SLICE_ELEMENTS, Bytes, Copied, OutputFile, TensorContent, pack, slices
 from hsa.planning.plan import make_plan
 from hsa.sources.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
@@ -309,7 +309,7 @@ def plan_of(triple: Mapping[str, Path], **changes: Any) -> list[OutputFile]:
     limit = changes.pop("max_shard_size", None)
     opened = [open_checkpoint(role, triple[role], Tally()) for role in ("base", "primary", "secondary")]  # type: ignore[arg-type]
     try:
-        return list(make_plan(MergeConfig(**changes), Sources.of_checkpoints(opened), limit).files)
+        return list(make_plan(HsaSettings(**changes), Sources.of_checkpoints(opened), limit).files)
     finally:
         for source in opened:
             source.close()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsa.errors import HsaError, RequestError
-from hsa.methods.config import MergeConfig
+from hsa.methods.hsa import HsaSettings
 from hsa.outputs.card import FIELDS
 from hsa.releases.recipe import IDS, MAX_BYTES, PARAMETERS, SETTINGS, Recipe, load, loads
 
@@ -71,8 +71,8 @@ merges:
     }
     assert two.task.sources["primary"] == Path("/models/first")
     assert two.task.sources["secondary"] == Path.home() / "second"
-    assert one.task.config == MergeConfig(k=60, lam=0.5)
-    assert two.task.config == MergeConfig(lam=0.25, numerics="reference", load_dtype="float32")
+    assert one.task.settings == HsaSettings(k=60, lam=0.5)
+    assert two.task.settings == HsaSettings(lam=0.25, numerics="reference", load_dtype="float32")
     assert one.task.ids == {"base": "openai/whisper-tiny"}
     assert (one.task.max_shard_size, two.task.max_shard_size) == ("5GB", None)
     shared = {"license": "apache-2.0", "role": "domain-adapted", "citation": "Somebody, 2026"}
@@ -81,12 +81,12 @@ merges:
     request = one.request(Path("/tree"), threads=2, sync=False, overwrite=True)
     assert request.output == Path("/tree/kids/one")
     assert (request.threads, request.sync, request.overwrite) == (2, False, True)
-    assert request.config == one.task.config
+    assert request.settings == one.task.settings
 
 
 def test_parameters_per_tensor() -> None:
     found = read(merges("lambda: {layer.a: 0.1, layer.b: 1}"))
-    assert found.entries[0].task.config.lam == {"layer.a": 0.1, "layer.b": 1}
+    assert found.entries[0].task.settings.lam == {"layer.a": 0.1, "layer.b": 1}
 
 
 def test_paths_count_from_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_the_shipped_recipe_is_sound() -> None:
     sizes = ("tiny", "base", "small", "medium", "large-v3")
     assert [entry.task.sources["base"] for entry in found.entries] == [f"openai/whisper-{size}" for size in sizes]
     for entry in found.entries:
-        assert entry.task.config == MergeConfig(k=0.6, lam=0.5, alpha=0.2)
+        assert entry.task.settings == HsaSettings(k=0.6, lam=0.5, alpha=0.2)
         assert {"role", "adaptation_context", "source_artifact", "citation", "license"} <= set(entry.card)
 
 
@@ -129,7 +129,7 @@ def test_the_recipe_in_the_readme_is_sound() -> None:
         "primary": "my-lab/tiny-older@COMMIT",
         "secondary": FOLDER / "../models/tiny-younger",
     }
-    assert entry.task.config == MergeConfig(k=0.6, lam=0.4)
+    assert entry.task.settings == HsaSettings(k=0.6, lam=0.4)
     assert entry.card["adaptation_context"] == "read speech, ages 6 to 9"
 
 
@@ -347,7 +347,7 @@ def test_round_trip(written: list[dict[str, Any]], defaults: dict[str, Any]) -> 
         assert entry.task.ids == {name.removesuffix("_id"): wanted[name] for name in IDS if name in wanted}
         assert entry.task.shard_bytes == wanted.get("max_shard_size")
         assert entry.task.assets_from == wanted.get("assets_from", "primary")
-        parameters = {**MergeConfig().as_dict(), **{key: wanted[key] for key in PARAMETERS if key in wanted}}
-        expected = MergeConfig.from_dict(parameters)
-        assert entry.task.config == expected
-        assert entry.task.config.as_dict() == expected.as_dict()
+        parameters = {**HsaSettings().as_dict(), **{key: wanted[key] for key in PARAMETERS if key in wanted}}
+        expected = HsaSettings.from_dict(parameters)
+        assert entry.task.settings == expected
+        assert entry.task.settings.as_dict() == expected.as_dict()

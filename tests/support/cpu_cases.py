@@ -14,7 +14,7 @@ from torch import Tensor
 from hsa import reference
 from hsa.architectures import whisper
 from hsa.backends import cpu
-from hsa.methods.config import keep_count, layer_coefficient
+from hsa.methods.hsa_formula import keep_count, layer_coefficient
 from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
 from hsa.sources.roles import Role

@@ -13,7 +13,7 @@ from helpers import read_tensors, write_tensors
 
 import hsa
 from hsa.inspection.inspect import Inspection
-from hsa.methods.config import keep_count, layer_coefficient
+from hsa.methods.hsa_formula import keep_count, layer_coefficient
 from hsa.methods.selection import select
 from hsa.outputs import provenance
 from hsa.system.manifest import PROVENANCE

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,9 @@ from hsa.backends.choose import resolve
 from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
 from hsa.errors import RequestError, one_line, warn
 from hsa.findings import Findings
-from hsa.methods.config import MergeConfig, PerTensor
+from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import select
+from hsa.methods.settings import PerTensor
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerge, merged_base_findings, read_earlier_merges, repeated_merge_findings
 from hsa.outputs.extent import Extent
@@ -117,7 +118,7 @@ class Merger:
         device: str | torch.device = "auto",
         threads: int | None = None,
     ) -> None:
-        self._config = MergeConfig(
+        self._config = HsaSettings(
             targets=targets, attention_scale=attention_scale, num_heads=num_heads, num_layers=num_layers
         )
         check_threads(threads)
@@ -241,11 +242,7 @@ class Merger:
         return model
 
     def _with(self, k: PerTensor, lam: PerTensor, alpha: PerTensor) -> tuple[Target, ...]:
-        own = self._config
-        config = MergeConfig(
-            *(k, lam, alpha, own.targets, own.attention_scale), num_heads=own.num_heads, num_layers=own.num_layers
-        )
-        return with_parameters(self._targets, config, self._sources)
+        return with_parameters(self._targets, replace(self._config, k=k, lam=lam, alpha=alpha), self._sources)
 
     def _outcomes(self, targets: Sequence[Target]) -> list[TargetOutcome]:
         """What merges of these targets come to, by the scores alone; without digests."""
