@@ -95,20 +95,17 @@ def open_sources(
         needs = _needs(request, role, adapted=ANCHOR in adapter_roles, headers_only=headers_only, rows_only=rows_only)
         opened[role] = stack.enter_context(hub.open(role, path, tally, needs, ids.get(role), opened.get(BASE)))
     sources = Sources.of_checkpoints(opened.values())
-    _tell_apart([source for source in sources if not ids.get(source.role)])
-    return sources
+    return sources.with_identities(_longer_names([source for source in sources if not ids.get(source.role)]))
 
 
-def _tell_apart(sources: Sequence[Checkpoint]) -> None:
-    """Add the parent's name to those of different directories that have one name, which a card could not tell apart."""
-    same_names = [
-        source
+def _longer_names(sources: Sequence[Checkpoint]) -> dict[Role, Identity]:
+    """Names with the parent's for different directories that have one name, which a card could not tell apart."""
+    return {
+        source.role: Identity(name_with_parent(source.path))
         for source in sources
-        if any(source.path != other.path and source.identity == other.identity for other in sources)
-    ]
-    for source in same_names:
-        if source.identity == Identity(source.path.name):
-            source.identity = Identity(name_with_parent(source.path))
+        if source.identity == Identity(source.path.name)
+        and any(source.path != other.path and source.identity == other.identity for other in sources)
+    }
 
 
 def has_hub_ids(request: Request) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +17,7 @@ from hsa.sources.git_lfs import refuse_pointer
 from hsa.sources.identity import Identity, identify, is_hub_id, is_snapshot
 from hsa.sources.pickle_reader import REMEDY
 from hsa.sources.roles import Role
-from hsa.sources.safetensors import MAX_HEADER, read_header
+from hsa.sources.safetensors import MAX_HEADER, Header, read_header
 from hsa.sources.source_folder import describe_missing_weights, entry_names, notes_on_unread_weights
 from hsa.sources.tensor_places import Shard, TensorRef, place_tensors
 from hsa.sources.torch_pickle import read_state_dict
@@ -63,9 +63,11 @@ class PartialWeights:
     ranges: tuple[Range, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
     """An open checkpoint; `tensors` maps canonical names (no `model.`) to places. Close it, or use `with`.
+
+    Nothing changes it once it is open: a copy with other fields (`dataclasses.replace`) reads from the same files.
 
     A name that transformers would not find is read without what a wrapper added to it: `renamed` maps the canonical
     names of such tensors to their names in the file, while their TensorRef has the name to write.
@@ -101,9 +103,9 @@ class Checkpoint:
         return f"{self.role} {path}"
 
     def close(self) -> None:
+        """Close the weights files; again has no effect. Copies that differ in other fields share them."""
         for shard in self.shards:
             shard.source.close()
-        self.shards = ()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -133,48 +135,66 @@ def open_checkpoint(
     weights = _weights_files(role, directory, tally, parts)
     config = _config(role, directory, tally)
     whisper.architecture(config, f"{role} {directory}")
-    result = Checkpoint(role, directory, identify(directory, claimed), config, tally)
-    weights_format = PICKLES if weights.suffix == PICKLES.suffix else SAFETENSORS
+    pickled = weights.suffix == PICKLES.suffix
+    weights_format = PICKLES if pickled else SAFETENSORS
+    identity = identify(directory, claimed)
     names = entry_names(directory) if names is None else names
-    result.notes = tuple(
-        notes_on_unread_weights(role, names, weights_format.weights, weights_format.index, ADAPTER_CONFIG)
+    unread = notes_on_unread_weights(role, names, weights_format.weights, weights_format.index, ADAPTER_CONFIG)
+    notes = tuple(unread)
+    with ExitStack() as opened:
+        shards = _open_shards(role, directory, weights, tally, parts, opened)
+        index = directory / weights.index_name
+        places = place_tensors(role, config, shards, index, weights.shard_of, shares_bytes=pickled)
+        opened.pop_all()
+    return Checkpoint(
+        role,
+        directory,
+        identity,
+        config,
+        tally,
+        shards=shards,
+        tensors=places.tensors,
+        index=None if pickled else weights.index,
+        kind="pickle" if pickled else "safetensors",
+        notes=(*notes, *places.notes),
+        renamed=places.renamed,
     )
-    if weights_format is PICKLES:
-        result.kind = "pickle"
-    else:
-        result.index = weights.index
+
+
+def _open_shards(
+    role: Role,
+    directory: Path,
+    weights: _WeightsFiles,
+    tally: Tally,
+    parts: Mapping[str, PartialWeights],
+    opened: ExitStack,
+) -> tuple[Shard, ...]:
+    """The weights files of a directory, open until the stack ends. HeaderError where they are too large together."""
+    shards: list[Shard] = []
     totals = [0, 0, 0, 0]
-    try:
-        for name in weights.names:
-            result.shards += (open_shard(role, directory, name, tally, parts.get(name)),)
-            _check_size(result, totals)
-        index, shares_bytes = directory / weights.index_name, result.kind == "pickle"
-        places = place_tensors(role, config, result.shards, index, weights.shard_of, shares_bytes=shares_bytes)
-        result.tensors, result.renamed = places.tensors, places.renamed
-        result.notes += places.notes
-    except BaseException:
-        result.close()
-        raise
-    return result
+    for name in weights.names:
+        shard = open_shard(role, directory, name, tally, parts.get(name))
+        opened.callback(shard.source.close)
+        _check_size(f"{role}: {directory}", shard.header, totals, pickled=weights.suffix == PICKLES.suffix)
+        shards.append(shard)
+    return tuple(shards)
 
 
-def _check_size(checkpoint: Checkpoint, totals: list[int]) -> None:
-    """The limits of one header, held for all shards together; HeaderError beyond. `totals`, to which the last shard is
+def _check_size(where: str, header: Header, totals: list[int], *, pickled: bool) -> None:
+    """The limits of one header, held for all shards together; HeaderError beyond. `totals`, to which this shard's are
     added, counts bytes, marks, tensors and steps."""
-    header = checkpoint.shards[-1].header
     totals[0] += len(header.raw) - 8
-    totals[1] += count_marks(header.raw[8:]) if checkpoint.kind == "safetensors" else 0
+    totals[1] += 0 if pickled else count_marks(header.raw[8:])
     totals[2] += len(header.entries)
     totals[3] += header.steps
     size, mark_count, tensors, steps = totals
     if steps > MAX_STEPS:
         raise HeaderError(
-            f"{checkpoint.role}: {checkpoint.path} has pickles with {steps} instructions and records, at most "
-            f"{MAX_STEPS} are read; {REMEDY}"
+            f"{where} has pickles with {steps} instructions and records, at most {MAX_STEPS} are read; {REMEDY}"
         )
     if size > MAX_HEADER or mark_count > MAX_MARKS or tensors > MAX_TENSORS:
         raise HeaderError(
-            f"{checkpoint.role}: {checkpoint.path} has headers of {size} bytes, {mark_count} brackets, braces and "
+            f"{where} has headers of {size} bytes, {mark_count} brackets, braces and "
             f"commas, for {tensors} tensors; at most {MAX_HEADER}, {MAX_MARKS} and {MAX_TENSORS} are read"
         )
 

@@ -88,7 +88,7 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return not any(os.path.lexists(os.path.join(directory, name)) for name in WHOLE_WEIGHTS)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraCheckpoint(Checkpoint):
     """Base with an adapter on it. `pairs` maps canonical names of adapted weights to `A` and `B` in the adapter."""
 
@@ -198,9 +198,8 @@ def open_adapter(
         }
         identity = identify(directory, claimed)
         if setting is None:
-            adapted = LoraCheckpoint(role, directory, identity, base.config, tally, **fields, scale=scale)
-            adapted.pairs = _pairs(adapted, rank)
-            return adapted
+            pairs = _pairs(role, shard, base, rank)
+            return LoraCheckpoint(role, directory, identity, base.config, tally, **fields, pairs=pairs, scale=scale)
         require_peft(f"{where}/{ADAPTER_CONFIG} has {setting}, which is more than plain LoRA", FOLD_FIRST)
         if base.kind == "openai":
             raise RequestError(f"{where} has {setting}, which needs base as a checkpoint directory; or {FOLD_FIRST}")
@@ -263,10 +262,9 @@ def _check_entries(where: str, shard: Shard, base: Checkpoint) -> None:
             raise RequestError(f"{where}: tensor {entry.name} adapts {name}. {TIED}")
 
 
-def _pairs(adapter: LoraCheckpoint, rank: int) -> dict[str, tuple[TensorRef, TensorRef]]:
+def _pairs(role: Role, shard: Shard, base: Checkpoint, rank: int) -> dict[str, tuple[TensorRef, TensorRef]]:
     """Every tensor of the adapter's file, as pairs that fit a weight of base."""
-    shard = adapter.shards[0]
-    where = f"{adapter.role}: {shard.source.path}"
+    where = f"{role}: {shard.source.path}"
     matrices_of: dict[str, dict[str, TensorRef]] = {}
     for entry in shard.header.entries:
         match = _PAIR.fullmatch(entry.name)
@@ -281,7 +279,7 @@ def _pairs(adapter: LoraCheckpoint, rank: int) -> dict[str, tuple[TensorRef, Ten
         matrices_of.setdefault(whisper.canonical(f"{match['module']}.weight"), {})[match["matrix"]] = ref
     pairs = {}
     for name, matrices in matrices_of.items():
-        weight = adapter.base.tensors.get(name)
+        weight = base.tensors.get(name)
         first = next(iter(matrices.values()))
         if weight is None:
             raise MismatchError(f"{where}: tensor {first.name} is for {name}, which base does not have; {_WRONG_BASE}")
@@ -293,8 +291,8 @@ def _pairs(adapter: LoraCheckpoint, rank: int) -> dict[str, tuple[TensorRef, Ten
         _check_shapes(where, name, weight, (down, up), rank)
         if weight.code not in ARITHMETIC:
             raise SourceError(
-                f"{adapter.base.file_of(weight)}: tensor {weight.name} has dtype {weight.code}, and the adapter of "
-                f"{adapter.role} needs one of {', '.join(ARITHMETIC)}"
+                f"{base.file_of(weight)}: tensor {weight.name} has dtype {weight.code}, and the adapter of "
+                f"{role} needs one of {', '.join(ARITHMETIC)}"
             )
         if max(down.nbytes, up.nbytes) > MAX_MATRIX:
             raise RequestError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,20 +35,35 @@ def require_peft(reason: str, otherwise: str) -> None:
         raise RequestError(f"{reason} and needs peft ({error}): {INSTALL}, or {otherwise}") from error
 
 
-@dataclass
+class _FoldedTensors:
+    """The bytes of the tensors that differ from base's, by canonical name: made once, when a thread first asks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed: Mapping[str, memoryview] | None = None
+
+    def get(self, name: str, fold: Callable[[], Mapping[str, memoryview]]) -> memoryview | None:
+        """A tensor's bytes, None where they are base's; the first call makes all of them with `fold`."""
+        with self._lock:
+            if self._changed is None:
+                self._changed = fold()
+            return self._changed.get(name)
+
+    def release(self) -> None:
+        with self._lock:
+            self._changed = {}
+
+
+@dataclass(frozen=True)
 class PeftCheckpoint(Checkpoint):
-    """Base with an adapter that peft folded in; `_changed` holds the bytes of the tensors that differ from base's."""
+    """Base with an adapter that peft folds in when a tensor is first read."""
 
     base: Checkpoint = field(kw_only=True)
-    _changed: Mapping[str, memoryview] | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _folded: _FoldedTensors = field(default_factory=_FoldedTensors, repr=False, compare=False)
 
     def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
         """Fill `view` with the tensor's bytes from byte `start` on. Raises SourceError, MismatchError."""
-        with self._lock:
-            if self._changed is None:
-                self._changed = self._fold()
-        changed = self._changed.get(whisper.canonical(tensor.name))
+        changed = self._folded.get(whisper.canonical(tensor.name), self._fold)
         if changed is None:
             self.base.read_into(tensor, view, start)
         else:
@@ -63,7 +78,7 @@ class PeftCheckpoint(Checkpoint):
 
     def close(self) -> None:
         super().close()
-        self._changed = {}
+        self._folded.release()
 
     def _fold(self) -> dict[str, memoryview]:
         import torch

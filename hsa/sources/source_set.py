@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from hsa.errors import MismatchError, SourceError
 from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.identity import Identity
 from hsa.sources.roles import ANCHOR, BASE, Role, RolePair
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import ARITHMETIC
@@ -61,6 +62,11 @@ class Sources:
         if self.base is None:
             raise LookupError("the merge has no base")
         return self.by_role[self.base]
+
+    def with_identities(self, identities: Mapping[Role, Identity]) -> Sources:
+        """The same sources, of which those that are named here are called otherwise."""
+        changed = {role: replace(self.by_role[role], identity=identity) for role, identity in identities.items()}
+        return replace(self, by_role={**self.by_role, **changed})
 
     def check_unchanged(self) -> None:
         for source in self:

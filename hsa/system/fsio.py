@@ -91,6 +91,7 @@ class SourceFile:
     def __init__(self, path: Path, label: str, tally: Tally, readable: Sequence[Range] | None = None) -> None:
         self.path, self.label, self._tally, self.readable = path, label, tally, readable
         self._fingerprint: Fingerprint | None = None
+        self._closed = False
         self._file = ReopenableFile(path, self._remember_or_compare)
         try:
             with self._file.descriptor():
@@ -115,7 +116,10 @@ class SourceFile:
 
     @contextmanager
     def descriptor(self) -> Iterator[int]:
-        """The file, open for reading inside the block; SourceChanged where it is not what was opened first."""
+        """The file, open for reading inside the block; SourceChanged where it is not what was opened first, ValueError
+        after `close`."""
+        if self._closed:
+            raise ValueError(f"{self.label}: {self.path} is closed")
         try:
             with self._file.descriptor() as fd:
                 yield fd
@@ -178,6 +182,7 @@ class SourceFile:
             )
 
     def close(self) -> None:
+        self._closed = True
         self._file.close()
 
 

@@ -15,7 +15,7 @@ from hsa.outputs.recording import PROGRAM
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.identity import Identity
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system.fsio import Tally
 from hsa.verification.context import SourcePaths, VerifyContext
@@ -50,7 +50,7 @@ def open_recorded(
         context.notes.append("nothing was recomputed, for the sources given are not the recorded ones")
         return None
     _check_names(sources, record, source_paths, context)
-    return sources
+    return sources.with_identities({role: recorded.identity for role, recorded in record.sources.items()})
 
 
 def _are_recorded(sources: Sources, recorded: Mapping[Role, SourceRecord], problems: Problems) -> bool:
@@ -80,7 +80,7 @@ def _source_differences(source: Checkpoint, recorded: SourceRecord) -> Iterator[
 
 
 def _check_names(sources: Sources, record: Record, source_paths: SourcePaths, context: VerifyContext) -> None:
-    """Compare the recorded ids with those of the sources, and take over the recorded ones.
+    """Compare the recorded ids with those of the sources.
 
     Bytes do not say what a model is called. An id that is known, since the source came from the Hub or the user gave
     the id, must be the recorded one; the name of a directory proves nothing, and a note tells what was not checked.
@@ -96,11 +96,10 @@ def _check_names(sources: Sources, record: Record, source_paths: SourcePaths, co
                 context.problems.add(role, f"{what}; {todo}")
             else:
                 unchecked.append(f"{role} is recorded as {_name(recorded)}, given is {_name(own)}")
-        source.identity = recorded
     if unchecked:
         context.notes.append(
             f"bytes do not tell names, so these were not checked: {'; '.join(unchecked)}. To check them, give ids as "
-            f"sources, or with {', '.join(option(f'{role}_id') for role in ROLES)}"
+            f"sources, or with {', '.join(option(f'{role}_id') for role in sources.roles)}"
         )
 
 
@@ -111,8 +110,8 @@ def _name(identity: Identity) -> str:
 def check_targets(record: Record, digests: Mapping[Role, str], problems: Problems) -> bool:
     """Whether the sources, whose target tensors have these digests, have the recorded ones; names those without."""
     same = True
-    for role in ROLES:
-        digest, recorded = digests[role], record.sources[role].targets
+    for role, source in record.sources.items():
+        digest, recorded = digests[role], source.targets
         if digest != recorded:
             problems.add(role, f"is not the recorded source: its targets have BLAKE3 {digest}, {recorded} was recorded")
             same = False

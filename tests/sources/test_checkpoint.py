@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -99,6 +100,18 @@ def test_opening_reads_no_tensor_data(made: dict[str, Path]) -> None:
     tally = Tally()
     with open_checkpoint("base", made["single"], tally) as source:
         assert tally.read == len(source.shards[0].header.raw) + (made["single"] / CONFIG).stat().st_size
+
+
+def test_a_closed_checkpoint_is_not_read_nor_opened_again(made: dict[str, Path]) -> None:
+    source = open_checkpoint("base", made["sharded"], Tally())
+    renamed = dataclasses.replace(source, identity=Identity("org/other"))
+    ref = next(iter(source.tensors.values()))
+    renamed.read_into(ref, memoryview(bytearray(ref.nbytes)))
+    source.close()
+    source.close()
+    for each in (source, renamed):
+        with pytest.raises(ValueError, match=r"is closed"):
+            each.read_into(ref, memoryview(bytearray(ref.nbytes)))
 
 
 def test_a_single_file_goes_before_an_index(single: Path) -> None:

@@ -127,10 +127,13 @@ class Merger:
         paths_or_models: dict[Role, ModelSource] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()
         by_role = {role: _read_source(role, paths_or_models[role], targets, hub, base) for role in ROLES}
-        config_owner = _share_config(by_role, num_heads, num_layers)
-        for role in ROLES:
-            if not isinstance(paths_or_models[role], (str, os.PathLike)):
-                _check_model(by_role[role], config_owner)
+        by_role, config_owner = _share_config(by_role, num_heads, num_layers)
+        by_role = {
+            role: source
+            if isinstance(paths_or_models[role], (str, os.PathLike))
+            else _checked_model(source, config_owner)
+            for role, source in by_role.items()
+        }
         data = {role: by_role[role].data for role in ROLES}
         self._sources = Sources.of_checkpoints(by_role[role].checkpoint for role in ROLES)
         self._other_samples = by_role["primary"].others
@@ -297,9 +300,9 @@ def _read_source(role: Role, source: ModelSource, preset: Preset, hub: Hub, base
                 checkpoint.read_into(ref, data[name].data)
         others = sample_checkpoint(checkpoint, data) if role == "primary" else {}
         checkpoint.check_unchanged()
-        return _SourceTargets(
-            checkpoint, data, others, bool(checkpoint.config), earlier_merge=read_earlier_merges([checkpoint]).get(role)
-        )
+        earlier_merge = read_earlier_merges([checkpoint]).get(role)
+    closed = replace(checkpoint, shards=())
+    return _SourceTargets(closed, data, others, bool(checkpoint.config), earlier_merge=earlier_merge)
 
 
 def _read_model(role: Role, source: Model, preset: Preset) -> _SourceTargets:
@@ -321,18 +324,21 @@ def _read_model(role: Role, source: Model, preset: Preset) -> _SourceTargets:
     return _SourceTargets(checkpoint, data, others, bool(checkpoint.config), warnings)
 
 
-def _check_model(source: _SourceTargets, config_owner: Role | None) -> None:
-    """Refuse shapes of primary that its config, or the one that `lender` lent it, does not allow. Then leave out the
-    names of Whisper that are not merged: a plan goes through all that are left."""
+def _checked_model(source: _SourceTargets, config_owner: Role | None) -> _SourceTargets:
+    """A model without the names of Whisper that are not merged: a plan goes through all that are left.
+
+    Raises MismatchError for shapes of primary that its config, or the one that `config_owner` lent it, does not allow.
+    """
     checkpoint = source.checkpoint
     if checkpoint.role == "primary":
         if source.has_config:
             require_shapes(checkpoint)
         elif config_owner is not None:
             require_shapes(checkpoint, config_owner)
-    checkpoint.tensors = {
+    tensors = {
         name: ref for name, ref in checkpoint.tensors.items() if name in source.data or not is_whisper_tensor(name)
     }
+    return replace(source, checkpoint=replace(checkpoint, tensors=tensors))
 
 
 def _targets_digest(role: Role, data: Mapping[str, Array], targets: Sequence[Target]) -> str:
@@ -356,10 +362,12 @@ _ALREADY_MERGED = (
 )
 
 
-def _share_config(sources: Mapping[Role, _SourceTargets], num_heads: int | None, num_layers: int | None) -> Role | None:
-    """Give sources without a config that of another, and return its role.
+def _share_config(
+    sources: Mapping[Role, _SourceTargets], num_heads: int | None, num_layers: int | None
+) -> tuple[dict[Role, _SourceTargets], Role | None]:
+    """The sources, those without a config with that of another, and whose it is.
 
-    None for state dicts alone, for which the caller gives both counts.
+    It is nobody's for state dicts alone, for which the caller gives both counts.
     """
     owner = next((role for role, source in sources.items() if source.has_config), None)
     if owner is not None:
@@ -376,7 +384,8 @@ def _share_config(sources: Mapping[Role, _SourceTargets], num_heads: int | None,
             **{f"{stack}_attention_heads": num_heads for stack in stacks},
             **{f"{stack}_layers": num_layers for stack in stacks},
         }
-    for source in sources.values():
-        if not source.has_config:
-            source.checkpoint.config = config
-    return owner
+    with_configs = {
+        role: source if source.has_config else replace(source, checkpoint=replace(source.checkpoint, config=config))
+        for role, source in sources.items()
+    }
+    return with_configs, owner
