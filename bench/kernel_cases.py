@@ -33,9 +33,9 @@ from hsa.architectures.whisper import parse
 from hsa.backends.base import TargetBuffers
 from hsa.backends.cpu import CpuBackend
 from hsa.backends.resident import CODE_OF, CpuResident, bytes_of
+from hsa.methods.hsa import ROLES
 from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
-from hsa.sources.roles import ROLES
 from hsa.sources.tensor_places import TensorRef
 
 if importlib.util.find_spec("hsa.kernels") is None:

@@ -73,7 +73,7 @@ class BackendUnavailable(RequestError):
 
 
 class SourceError(HsaError):
-    """A bad input: base, primary or secondary."""
+    """A bad input: one of the sources of a merge."""
 
 
 class HeaderError(SourceError):

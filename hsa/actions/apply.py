@@ -32,6 +32,7 @@ from hsa.planning.plan import MAX_TARGET
 from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_whole
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
+from hsa.sources.roles import ANCHOR
 from hsa.sources.small_file_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.sources.small_files import PROCESSOR_FILES
 from hsa.sources.structure import require_whole
@@ -95,7 +96,7 @@ def apply(
         require_sound(patch_file)
         config = config_of_record(patch_file.record)
         needs = Needs("whole", config.targets, assets=True)
-        source = stack.enter_context(hub.open("primary", primary, tally, needs, None))
+        source = stack.enter_context(hub.open(ANCHOR, primary, tally, needs, None))
         folders = [_folder(path) for path in assets]
         kept_apart = [source.path, patch_file.source.path.resolve(), *folders]
         destination = check_destination(output, kept_apart, overwrite=overwrite)
@@ -156,7 +157,7 @@ def apply_to(
     with ExitStack() as stack:
         with deferred():
             staging = stack.enter_context(StagedOutput(destination, overwrite=overwrite, sync=options.sync))
-        digests = execute(files, {"primary": primary}, applier, staging, options, tally, memory, step)
+        digests = execute(files, {ANCHOR: primary}, applier, staging, options, tally, memory, step)
         patch.check_tensors(applier.digests)
         primary.check_unchanged()
         patch.source.check_unchanged()
@@ -177,7 +178,7 @@ def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
     }
     contents: dict[str, TensorContent] = {}
     for name, ref in sorted(primary.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
-        piece: Content = Copied("primary", ref)
+        piece: Content = Copied(ANCHOR, ref)
         if name in targets:
             target, heads = targets[name]
             piece = Patched(ref, target.projection.head_axis, target.head_dim, heads, patch.start(target.name))
@@ -191,7 +192,7 @@ def check_primary(patch: Patch, primary: Checkpoint) -> None:
     MismatchError where primary does not hold what its config.json promises.
     """
     require_whole(primary)
-    recorded = patch.contents.sources["primary"]
+    recorded = patch.contents.sources[ANCHOR]
     name = shown(recorded.identity.id, 200)
     where = f"patch {patch.source.path} was made for a primary named {name}, and {primary.path} is not it"
     for target in patch.contents.targets:

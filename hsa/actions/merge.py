@@ -31,7 +31,7 @@ from hsa.planning.plan import MergePlan, make_plan
 from hsa.sources import small_files
 from hsa.sources.checkpoint import INDEX
 from hsa.sources.hub.client import Hub
-from hsa.sources.roles import Role
+from hsa.sources.roles import BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
@@ -201,7 +201,7 @@ def run_merge(request: Request, progress: Callable[[int, int], None] | None = No
         notes=(*findings.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
         warnings=findings.warnings,
         unlinked=unlinked(record),
-        doubtful=bool(doubts.warnings) or "base" in prepared.earlier_merges,
+        doubtful=bool(doubts.warnings) or BASE in prepared.earlier_merges,
     )
 
 
@@ -239,13 +239,13 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
             free_bytes=free,
             notes=findings.notes,
             warnings=(*findings.warnings, *short),
-            doubtful="base" in prepared.earlier_merges,
+            doubtful=BASE in prepared.earlier_merges,
         )
 
 
 def collect_small_files(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tally) -> small_files.Assets:
     """The small files of the output, but for index, card and provenance."""
-    owner: Role = "base" if request.settings.numerics == "reference" else "primary"
+    owner = BASE if request.settings.numerics == "reference" else sources.anchor
     return small_files.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
 
 

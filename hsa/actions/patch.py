@@ -29,7 +29,7 @@ from hsa.outputs.report import MergeReport, TensorReport, outcome_findings
 from hsa.planning.plan import check_structure, find_targets
 from hsa.sources import small_files
 from hsa.sources.hub.client import Hub
-from hsa.sources.roles import Role
+from hsa.sources.roles import BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
 from hsa.system.destinations import path_overlap, refuse_inside_output
@@ -137,7 +137,7 @@ def run_patch(request: Request, progress: Callable[[int, int], None] | None = No
         extent=Extent.of(patch.outcomes),
         notes=findings.notes,
         warnings=findings.warnings,
-        doubtful=bool(doubts.warnings) or "base" in patch_sources.earlier_merges,
+        doubtful=bool(doubts.warnings) or BASE in patch_sources.earlier_merges,
     )
 
 
@@ -190,7 +190,7 @@ def open_patch_sources(
             _check_configs(configs, headers)
     sources = open_sources(request, tally, hub, stack, headers_only=False, rows_only=rows_only)
     _check_configs(configs, sources)
-    assets = small_files.collect(sources, "primary", request.assets_from, None, tally)
+    assets = small_files.collect(sources, sources.anchor, request.assets_from, None, tally)
     notes = (*(note for source in sources for note in source.notes), *assets.notes)
     merges = read_earlier_merges(sources)
     findings = Findings(notes, assets.warnings) + percentage_findings(config.k for config in configs)

@@ -13,9 +13,10 @@ import torch
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker, Scored
 from hsa.errors import MachineError, NonFiniteError
+from hsa.methods.hsa import ROLES
 from hsa.methods.selection import select
 from hsa.planning.target import Target
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.system.dtypes import CODES, STORAGE, Array, largest_magnitude
 
 CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}

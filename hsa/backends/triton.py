@@ -21,12 +21,13 @@ from hsa.backends.torch_geometry import target_geometry
 from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
+from hsa.methods.hsa import ROLES
 from hsa.methods.selection import selection_of
 from hsa.option_names import option
 from hsa.planning.file_layout import Slice
 from hsa.planning.outcome import MergedTarget
 from hsa.planning.target import Target
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.system.dtypes import NAMES, Array
 
 GROUP_BYTES = 16 << 20

@@ -15,7 +15,7 @@ from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import Computed, Merge, Slice
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.digests import digest_of
@@ -115,23 +115,23 @@ class ComputeThread:
         for target in targets:
             job = self._job(target)
             target_digests: dict[Role, str] = {}
-            for role in ROLES:
+            for role in self._shared.sources.roles:
                 buffer = job.source(role)
                 self._shared.sources.of(role).read_into(target.ref(role), buffer.data)
                 target_digests[role] = digest_of(buffer.data)
             jobs.append(job)
             digests.append(target_digests)
-            equal.append(equal_pairs(target, {role: job.source(role) for role in ROLES}))
+            equal.append(equal_pairs(target, {role: job.source(role) for role in self._shared.sources.roles}))
         try:
             merged = self._worker.merge_all(jobs)
         except NotFinite as error:
             target = targets[error.job]
-            refs = {role: target.ref(role) for role in ROLES}
+            refs = {role: target.ref(role) for role in self._shared.sources.roles}
             raise not_finite_error(error, refs, target.out_code, self._shared.sources, self._shared.numerics) from None
         for target, result, target_digests, pairs in zip(targets, merged, digests, equal, strict=True):
             self._shared.record(TargetOutcome(target, result, target_digests, pairs))
         for job in jobs:
-            for role in ROLES:
+            for role in self._shared.sources.roles:
                 if job.source(role) is not job.out:
                     self._shared.give_back(job.source(role))
         return [Computation(job.out, result.changed) for job, result in zip(jobs, merged, strict=True)]

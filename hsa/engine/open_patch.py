@@ -16,7 +16,6 @@ from hsa.outputs.recording import PROGRAM, libraries, source_record, target_dige
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.plan import find_targets
 from hsa.planning.target import Target
-from hsa.sources.roles import ROLES
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
 from hsa.system.digests import digest_of
@@ -101,7 +100,7 @@ class OpenPatch:
         entries = patch_format.tensor_entries(self.contents, counts)
         contents = patch_format.with_digests(
             self.contents,
-            {role: target_digest(role, outcomes) for role in ROLES},
+            {role: target_digest(role, outcomes) for role in self.contents.sources},
             tensors_digest([(entry.name, entry.code, entry.shape, digests[entry.name]) for entry in entries]),
             distances,
         )

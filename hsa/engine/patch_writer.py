@@ -29,7 +29,7 @@ from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import MergedTarget, TargetOutcome
 from hsa.planning.plan import find_targets
 from hsa.planning.target import Target
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
 from hsa.system.digests import digest_of
@@ -185,7 +185,7 @@ class _PatchRun:
                         job = next(self.ahead, None)
                         if job is None:
                             return
-                        cost = sum(job.representative.ref(role).nbytes for role in ROLES)
+                        cost = sum(job.representative.ref(role).nbytes for role in self.sources.roles)
                         stack.enter_context(self.calculator.reserve(cost))
                     self._check()
                     self._merge(job, worker, memory)
@@ -208,7 +208,7 @@ class _PatchRun:
         target = job.representative
         data: dict[Role, Array] = {}
         digests: dict[Role, str] = {}
-        for role in ROLES:
+        for role in self.sources.roles:
             data[role] = self.calculator.buffer(target.ref(role).nbytes)
             self.sources.of(role).read_into(target.ref(role), data[role].data)
             digests[role] = digest_of(data[role].data)
@@ -231,7 +231,7 @@ class _PatchRun:
             for group in _groups(rows):
                 self._blend(group, arrays, worker, memory)
         except NotFinite as error:
-            refs = {role: target.ref(role) for role in ROLES}
+            refs = {role: target.ref(role) for role in self.sources.roles}
             raise not_finite_error(error, refs, target.out_code, self.sources, "exact") from None
         for file, each in job.targets:
             file.outcomes[each.primary.name] = TargetOutcome(each, merged[id(file)], digests, equal)

@@ -13,10 +13,11 @@ from hsa._version import __version__
 from hsa.errors import ProvenanceError, shown
 from hsa.inspection.distance import WeightDistances, compare_weights
 from hsa.inspection.report import FORMAT, jaccard
+from hsa.methods.hsa import ROLES
 from hsa.outputs import provenance
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.sources.checkpoint import INDEX, WEIGHTS
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.system.fsio import SourceFile, Tally
 from hsa.system.manifest import PROVENANCE
 

@@ -23,7 +23,7 @@ from hsa.inspection.from_provenance import (
 from hsa.inspection.measure import Buffers, TargetMeasures, bytes_of_other_tensors, measure, measure_other_tensors
 from hsa.inspection.report import Agreement, Energy, Inspection, RecordedSelection, TensorInspection, in_order
 from hsa.methods.geometry import Geometry
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa import ROLES, HsaSettings
 from hsa.methods.hsa_formula import keep_count, percentage_findings
 from hsa.methods.selection import Selection, select, selection_of
 from hsa.methods.settings import PerTensor
@@ -39,7 +39,7 @@ from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
 from hsa.sources.hub.repository import find_id
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system.fsio import Tally
 from hsa.system.manifest import PROVENANCE

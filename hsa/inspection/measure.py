@@ -17,10 +17,11 @@ from hsa.backends.base import NotFinite
 from hsa.backends.cpu import TILE, CpuBackend
 from hsa.errors import NonFiniteError
 from hsa.methods.geometry import Geometry, Sums, dot, tile_sums
+from hsa.methods.hsa import ROLES
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import SLICE_ELEMENTS
 from hsa.planning.target import Target
-from hsa.sources.roles import ROLES, Role, RolePair
+from hsa.sources.roles import Role, RolePair
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.digests import digest_of

@@ -13,14 +13,14 @@ from hsa.architectures import whisper
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa import ROLES, HsaSettings
 from hsa.option_names import as_keys, spelled
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.plan import make_target
 from hsa.sources.checkpoint import CONFIG, Checkpoint
 from hsa.sources.identity import Identity, escaped_name
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import NAMES, Array, size

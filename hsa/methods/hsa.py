@@ -26,6 +26,9 @@ from hsa.option_names import option
 Numerics = Literal["exact", "reference"]
 LoadDtype = Literal["auto", "float32"]
 
+ROLES = ("base", "primary", "secondary")
+"""The sources of an HSA merge: the base, and the two fine-tunes in the order of the formula."""
+
 
 @dataclass(frozen=True)
 class HsaSettings(Settings):

@@ -13,7 +13,7 @@ from hsa.methods.selection import count_heads
 from hsa.option_names import option
 from hsa.outputs.provenance import SETTINGS, Record, TargetRecord
 from hsa.sources.identity import Identity, is_hub_id
-from hsa.sources.roles import Role
+from hsa.sources.roles import BASE, Role
 from hsa.sources.small_files import FEATURES, TOKENS
 
 FIELDS = (
@@ -125,7 +125,8 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str], mod
         if field in fields
     ]
     intended = escape(fields["intended_use"]) if "intended_use" in fields else _INTENDED_USES[model]
-    title = fields.get("title", f"HSA merge of {identities['primary'].id} and {identities['secondary'].id}")
+    models = " and ".join(identity.id for role, identity in identities.items() if role != BASE)
+    title = fields.get("title", f"HSA merge of {models}")
     sections = [
         f"# {escape(title)}",
         "## Model details",

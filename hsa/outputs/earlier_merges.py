@@ -1,6 +1,6 @@
 """Warns where a source is itself an output of hsa, or was merged from another source already.
 
-A record is `hsa_merge.json`. It names the three sources of the earlier merge, with a digest over the target tensors of
+A record is `hsa_merge.json`. It names the sources of the earlier merge, with a digest over the target tensors of
 each. A source without a record, or with one that is damaged, counts as a model that hsa did not write.
 """
 
@@ -16,14 +16,14 @@ from hsa.findings import Findings
 from hsa.outputs.provenance import SourceRecord, load
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import is_hub_id
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.system.manifest import PROVENANCE
 
 
 @dataclass(frozen=True)
 class EarlierMerge:
-    """How a source was merged, by its own record: the preset of target tensors, and the three sources."""
+    """How a source was merged, by its own record: the preset of target tensors, and its sources."""
 
     preset: str
     sources: Mapping[Role, SourceRecord]
@@ -45,7 +45,7 @@ def read_earlier_merges(sources: Iterable[Checkpoint]) -> dict[Role, EarlierMerg
 
 def merged_base_findings(earlier: EarlierMerges) -> Findings:
     """A warning where base is an output of hsa."""
-    if "base" not in earlier:
+    if BASE not in earlier:
         return Findings()
     return Findings(
         warnings=(
@@ -69,19 +69,19 @@ def repeated_merge_findings(
 def _merged_before(
     earlier: EarlierMerges, sources: Sources, preset: Preset, digest: Callable[[Role], str]
 ) -> Iterator[str]:
-    for role in ROLES[1:]:
+    for role in sources.models:
         earlier_merge = earlier.get(role)
         if earlier_merge is None:
             continue
-        for other in ROLES:
+        for other in sources.roles:
             if other == role:
                 continue
             earlier_role = _earlier_role(earlier_merge, sources.of(other), preset, digest)
-            if earlier_role is None or (earlier_role == "base" and other == "base"):
+            if earlier_role is None or earlier_role == other == BASE:
                 continue
             advice = (
                 "give the pretrained model as base"
-                if "base" in (earlier_role, other)
+                if BASE in (earlier_role, other)
                 else f"give the fine-tunes themselves, and to merge more of {other} another k, lambda or alpha"
             )
             yield (
@@ -97,8 +97,7 @@ def _earlier_role(
 
     Digests are comparable where both merges have the same target tensors. Otherwise only names on the Hub are compared.
     """
-    for role in ROLES:
-        record = earlier_merge.sources[role]
+    for role, record in earlier_merge.sources.items():
         if earlier_merge.preset == preset:
             if record.targets == digest(source.role):
                 return role

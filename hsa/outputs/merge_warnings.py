@@ -24,6 +24,7 @@ from itertools import combinations
 from hsa.architectures.base import Preset
 from hsa.errors import StrictError, shown
 from hsa.findings import Findings
+from hsa.methods.hsa import ROLES
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, merged_base_findings, repeated_merge_findings
 from hsa.outputs.extent import Extent, percent, planned_weight_range
@@ -32,7 +33,7 @@ from hsa.planning.outcome import TargetOutcome
 from hsa.planning.target import Target
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import is_generic_name, is_hub_id
-from hsa.sources.roles import ROLES, Role, RolePair
+from hsa.sources.roles import Role, RolePair
 from hsa.sources.source_set import Sources
 
 UNRELATED = 0.5

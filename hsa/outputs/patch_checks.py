@@ -14,6 +14,7 @@ from hsa.outputs.patch_format import patch_obstacles
 from hsa.outputs.patch_reader import Patch
 from hsa.outputs.record_checks import config_of_record, setting_faults, target_faults, target_faults_without_weights
 from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.roles import ANCHOR
 
 
 def patch_faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[str]:
@@ -33,7 +34,7 @@ def patch_faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[st
     except HsaError:  # which the line above has named
         return
     with spelled(as_keys(record.parameters)):
-        reasons = list(patch_obstacles(config, contents.sources["primary"].kind))
+        reasons = list(patch_obstacles(config, contents.sources[ANCHOR].kind))
     for why in reasons:
         yield f"its parameters are those of no patch: {why}"
     if record.parameters.get("backend") != "cpu":

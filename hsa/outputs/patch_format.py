@@ -33,7 +33,7 @@ from hsa.option_names import option
 from hsa.outputs.distances import Distances
 from hsa.outputs.provenance import Record, SourceRecord, TargetRecord, changed_keys, hex_digest, parse_origin
 from hsa.sources.checkpoint import CONFIG
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.sources.safetensors import MAX_HEADER, Header, TensorEntry, serialize
 from hsa.sources.small_files import SMALL_FILES
 from hsa.system.dtypes import ARITHMETIC, BITS
@@ -333,7 +333,7 @@ def unpack_selection(
 
 def source_names(contents: PatchContents) -> str:
     """Who the sources were, for messages."""
-    return ", ".join(contents.sources[role].identity.named(role) for role in ROLES)
+    return ", ".join(source.identity.named(role) for role, source in contents.sources.items())
 
 
 def patch_obstacles(config: HsaSettings, primary_kind: str) -> Iterator[str]:

@@ -15,12 +15,12 @@ from typing import Any, get_args
 from hsa.architectures.base import Projection
 from hsa.architectures.whisper import canonical, parse
 from hsa.errors import ProvenanceError, RequestError, shown
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa import ROLES, HsaSettings
 from hsa.methods.selection import MAX_SCORE, Selection
 from hsa.option_names import as_keys, spelled
 from hsa.sources.checkpoint import CheckpointKind
 from hsa.sources.identity import Identity
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.system import manifest
 from hsa.system.manifest import BLANK_DIGEST, DIGEST, FORMAT, PROVENANCE, document_digest, render
 from hsa.system.types import parse_size

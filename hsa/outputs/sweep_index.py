@@ -23,7 +23,7 @@ from hsa.methods.selection import count_heads, narrowest
 from hsa.outputs.distances import Distances
 from hsa.outputs.patch_reader import Patch, is_patch
 from hsa.outputs.provenance import Record, SourceRecord
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.system.dtypes import BITS
 from hsa.system.manifest import PROVENANCE
 from hsa.system.staging import REPLACED, STAGING
@@ -100,7 +100,7 @@ class SweepEntry:
 def render(entries: Iterable[SweepEntry], sources: Mapping[Role, SourceRecord]) -> dict[str, bytes]:
     """Both index files. Nothing in them depends on when, where or in which order the points were made."""
     ordered = sorted(entries, key=lambda entry: entry.order)
-    source_records = {role: sources[role].as_dict() for role in ROLES}
+    source_records = {role: source.as_dict() for role, source in sources.items()}
     for each in source_records.values():
         del each["targets_blake3"]  # it differs from preset to preset, and stands in every point
     document = {"kind": KIND, "sources": source_records, "points": [entry.as_dict() for entry in ordered]}

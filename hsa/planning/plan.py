@@ -24,7 +24,7 @@ from hsa.planning.file_layout import Content, Copied, Merge, OutputFile, Slice, 
 from hsa.planning.target import Target
 from hsa.sources import structure
 from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system.dtypes import ARITHMETIC, CODES, NAMES
 
@@ -88,7 +88,7 @@ def make_plan(config: HsaSettings, sources: Sources, max_shard_size: int | None 
         targets=targets,
         files=files,
         index=index,
-        weight_bytes_read=_bytes_read(written),
+        weight_bytes_read=_bytes_read(written, sources.roles),
         output_dtype=_output_dtype(config, load_codes),
         notes=tuple(_notes(sources, set(by_name), set(names))),
     )
@@ -141,7 +141,7 @@ def find_targets(
         )
     check_tensor_names(config, set(projections), config.targets)
     _check_complete(config, sources, set(projections))
-    shapes = {role: whisper.architecture(sources.of(role).config, role) for role in ROLES}
+    shapes = {role: whisper.architecture(sources.of(role).config, role) for role in sources.roles}
     targets = [make_target(p, config, sources, shapes, load_codes) for p in projections.values()]
     return tuple(sorted(targets, key=lambda t: (t.primary.shard, t.primary.offset)))
 
@@ -178,11 +178,13 @@ def make_target(
 ) -> Target:
     """One target, checked to agree in the three sources, whose heads and layers `shapes` gives; see `find_targets`."""
     name, stack = projection.name, projection.stack
-    refs = {role: sources.of(role).tensors.get(name) for role in ROLES}
+    refs = {role: sources.of(role).tensors.get(name) for role in sources.roles}
     present = {role: ref for role, ref in refs.items() if ref is not None}
-    if len(present) < len(ROLES):
-        missing = ", ".join(role for role in ROLES if role not in present)
-        misnamed = [(role, structure.wrapped_name(sources.of(role), name)) for role in ROLES if role not in present]
+    if len(present) < len(sources.roles):
+        missing = ", ".join(role for role in sources.roles if role not in present)
+        misnamed = [
+            (role, structure.wrapped_name(sources.of(role), name)) for role in sources.roles if role not in present
+        ]
         instead = "".join(f"; {role} holds {stored:.300} instead" for role, stored in misnamed if stored is not None)
         raise MismatchError(
             f"target tensor {name} is missing from {missing} and stands in {', '.join(present)}{instead}; the three "
@@ -190,7 +192,7 @@ def make_target(
         )
     _require_equal(name, "shape", {role: list(ref.shape) for role, ref in present.items()})
     if config.num_heads is None:
-        _require_equal(name, "number of heads", {role: shapes[role].heads[stack] for role in ROLES})
+        _require_equal(name, "number of heads", {role: shapes[role].heads[stack] for role in sources.roles})
     for role, ref in present.items():
         if ref.code not in ARITHMETIC:
             raise SourceError(
@@ -300,8 +302,8 @@ def _is_float(code: str) -> bool:
     return code.startswith(("F", "BF"))
 
 
-def _bytes_read(pieces: Sequence[Content]) -> dict[Role, int]:
-    totals: dict[Role, int] = dict.fromkeys(ROLES, 0)
+def _bytes_read(pieces: Sequence[Content], roles: Sequence[Role]) -> dict[Role, int]:
+    totals: dict[Role, int] = dict.fromkeys(roles, 0)
     for piece in pieces:
         for role, count in piece.reads():
             totals[role] += count

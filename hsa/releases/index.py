@@ -22,6 +22,7 @@ from hsa.outputs.provenance import Provenance
 from hsa.outputs.release_index import FORMAT, INDEX, KIND, README, entry_facts, is_index
 from hsa.releases.recipe import Recipe, RecipeEntry
 from hsa.sources.identity import Identity, is_hub_id
+from hsa.sources.roles import Role
 from hsa.system import fsio
 from hsa.system.staging import STAGING, StagingDirectory, hidden_sibling
 
@@ -133,7 +134,7 @@ def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:
     sections = [_metadata(complete), MARKER, f"# {card.escape(title)}", INTRODUCTION]
     for group in dict.fromkeys(row.entry.group for row in complete):
         members = [row for row in complete if row.entry.group == group]
-        sections += [f"## {card.escape(group)}", card.table(HEAD, [_cells(row, citations) for row in members])]
+        sections += [f"## {card.escape(group)}", _table(members, citations)]
     incomplete = [row for row in rows if row.provenance is None]
     if incomplete:
         lines = [f"- `{card.code(row.entry.path)}`: {_STATE_TEXT[row.state]}" for row in incomplete]
@@ -149,28 +150,22 @@ INTRODUCTION = f"""Each directory is a complete checkpoint that transformers loa
 its provenance (`hsa_merge.json`): sources, parameters, merged heads, and a digest of every file. `{INDEX}` says the
 same as this page to programs."""
 
-HEAD = (
-    "model",
-    "role",
-    "base",
-    "primary",
-    "secondary",
-    "k",
-    "lambda",
-    "alpha",
-    "heads merged",
-    "adaptation context",
-    "citation",
-)
+
+def _table(rows: Sequence[Row], citations: Sequence[str]) -> str:
+    """The models of a group, with a column for every role that a source of one of them has."""
+    records = [row.provenance.record for row in rows if row.provenance is not None]
+    roles = tuple(dict.fromkeys(role for record in records for role in record.sources))
+    head = ("model", "role", *roles, "k", "lambda", "alpha", "heads merged", "adaptation context", "citation")
+    return card.table(head, [_cells(row, roles, citations) for row in rows])
 
 
-def _cells(row: Row, citations: Sequence[str]) -> tuple[str, ...]:
+def _cells(row: Row, roles: Sequence[Role], citations: Sequence[str]) -> tuple[str, ...]:
     assert row.provenance is not None
     entry, record = row.entry, row.provenance.record
     return (
         f"[{card.escape(entry.name)}]({entry.path}/{README})",
         card.escape(entry.card.get("role", "")),
-        *(_source(source.identity) for source in record.sources.values()),
+        *(_source(record.sources[role].identity) if role in record.sources else "" for role in roles),
         *(_number(record.parameters[name]) for name in ("k", "lambda", "alpha")),
         str(count_heads(record.targets)),
         card.escape(entry.card.get("adaptation_context", "")),

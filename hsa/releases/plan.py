@@ -26,7 +26,7 @@ from hsa.releases.index import EntryState
 from hsa.releases.recipe import KEYS, Recipe, RecipeEntry, load
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.repository import cache_directories, find_id
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.system import fsio
 from hsa.system.destinations import check_replaceable, check_tree
 from hsa.system.manifest import PROVENANCE
@@ -209,8 +209,8 @@ def _other_parameters(expected: Mapping[str, Any], recorded: Mapping[str, Any]) 
 
 def _other_sources(expected: Mapping[Role, SourceRecord], recorded: Mapping[Role, SourceRecord]) -> Iterator[str]:
     """As far as headers tell."""
-    for role in ROLES:
-        expected_source, recorded_source = expected[role], recorded[role]
+    for role, expected_source in expected.items():
+        recorded_source = recorded[role]
         if expected_source.identity != recorded_source.identity:
             yield f"{role} is {_name(recorded_source)}, the recipe's is {_name(expected_source)}"
         elif (expected_source.kind, dict(expected_source.files)) != (recorded_source.kind, dict(recorded_source.files)):

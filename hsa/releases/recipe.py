@@ -25,12 +25,12 @@ from typing import Any
 
 from hsa.actions.request import Request
 from hsa.errors import RequestError, shown
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa import ROLES, HsaSettings
 from hsa.option_names import as_keys, spelled
 from hsa.outputs.card import FIELDS
 from hsa.outputs.release_index import INDEX, README
 from hsa.sources.hub.repository import parse_id
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.system.fsio import SourceFile, Tally
 from hsa.system.strict_yaml import Value, parse
 from hsa.system.types import PathLike

@@ -31,7 +31,6 @@ from hsa.releases.index import EntryState, Row
 from hsa.releases.plan import MAX_NAMED, PlannedEntry, ReleasePlan, plan_release, state_of
 from hsa.releases.recipe import KEYS
 from hsa.sources.hub.repository import find_id
-from hsa.sources.roles import ROLES
 from hsa.system.manifest import PROVENANCE
 from hsa.system.threads import out_of_memory
 from hsa.system.types import PathLike
@@ -188,7 +187,8 @@ def _build_or_verify(planned: PlannedEntry, progress: Progress | None, *, overwr
             if verified_report.ok:
                 verified = EntryReport(path, "verified", None, None, bytes_read, peak_memory, verified_report.notes)
                 return verified, _row(planned, "complete")
-            state = "other" if any(problem.file in ROLES for problem in verified_report.problems) else "damaged"
+            other_sources = any(problem.file in planned.request.sources for problem in verified_report.problems)
+            state = "other" if other_sources else "damaged"
             if not overwrite:
                 raise RequestError(f"{_describe_problems(state, verified_report)}; {_overwrite_hint()}")
         with spelled(as_keys(KEYS)):
@@ -238,13 +238,11 @@ def _sources_to_compare(planned: PlannedEntry) -> dict[str, Any]:
     provenance = load_provenance(planned.plan.output)
     recorded = provenance.record.sources
     immutable = all(provenance.files.values()) and all(
-        find_id(sources[role]) is not None
-        and not ids.get(role)
-        and _COMMIT.fullmatch(recorded[role].identity.revision or "")
-        for role in ROLES
+        find_id(path) is not None and not ids.get(role) and _COMMIT.fullmatch(recorded[role].identity.revision or "")
+        for role, path in sources.items()
     )
-    id_arguments = {f"{role}_id": ids.get(role) for role in ROLES}
-    return {} if immutable else {**{role: sources[role] for role in ROLES}, **id_arguments}
+    id_arguments = {f"{role}_id": ids.get(role) for role in sources}
+    return {} if immutable else {**sources, **id_arguments}
 
 
 def _row(planned: PlannedEntry, state: EntryState) -> Row:

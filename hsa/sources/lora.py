@@ -27,7 +27,7 @@ from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError,
 from hsa.sources.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, Checkpoint, open_shard, read_whole
 from hsa.sources.identity import identify
 from hsa.sources.peft_adapter import TIED, PeftCheckpoint, require_peft
-from hsa.sources.roles import Role
+from hsa.sources.roles import ANCHOR, BASE, Role
 from hsa.sources.tensor_places import Shard, TensorRef
 from hsa.system.dtypes import ARITHMETIC, STORAGE, Array, Float32, all_finite, narrow, size, widen
 from hsa.system.fsio import Tally
@@ -169,9 +169,9 @@ def open_adapter(
     """
     directory = Path(path).expanduser().resolve()
     where = f"{role}: {directory}"
-    if role == "base":
+    if role == BASE:
         raise RequestError(f"{where} holds a LoRA adapter, not a pretrained model; give the model it was trained on")
-    if base is None or (base.kind == "openai" and role == "primary"):
+    if base is None or (base.kind == "openai" and role == ANCHOR):
         raise RequestError(
             f"{where} holds a LoRA adapter, which needs base as a checkpoint directory to stand on; give one, or "
             f"{FOLD_FIRST}"

@@ -1,7 +1,7 @@
 """Open OpenAI's own Whisper checkpoints: one `.pt` file of dimensions and tensors, under OpenAI's names.
 
-They serve as base or secondary: such a file has no `config.json`, tokenizer or feature extractor, so an output could
-not be made complete from it.
+They serve as any source but the anchor: such a file has no `config.json`, tokenizer or feature extractor, so an output
+could not be made complete from it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hsa.errors import RequestError, SourceError
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import Identity, escaped_name, identify
 from hsa.sources.pickle_names import class_name
-from hsa.sources.roles import Role
+from hsa.sources.roles import ANCHOR, Role
 from hsa.sources.safetensors import Header
 from hsa.sources.tensor_places import Shard, TensorRef
 from hsa.sources.torch_pickle import read_archive, tensor_entries
@@ -36,7 +36,7 @@ def open_openai_file(role: Role, path: str | os.PathLike[str], tally: Tally, cla
 
     `claimed` is the identity to record. Raises RequestError for primary, SourceError, HeaderError.
     """
-    if role == "primary":
+    if role == ANCHOR:
         raise RequestError(
             f"primary: {os.fspath(path)} is a file in OpenAI's format, which can be base or secondary: the output "
             f"takes its config.json and names from primary; convert it to a Hugging Face checkpoint directory first"

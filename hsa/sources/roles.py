@@ -12,5 +12,3 @@ BASE: Role = "base"
 
 ANCHOR: Role = "primary"
 """The model whose tensor names, config, small files, shards and dtypes are the output's."""
-
-ROLES: tuple[Role, ...] = ("base", "primary", "secondary")

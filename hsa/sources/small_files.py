@@ -145,8 +145,8 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
         AssetFolder(requested.role, requested.path, assets_from),
         AssetFolder(requested.role, requested.path.parent, f"the directory above {assets_from}"),
     ]
-    if sources.base_checkpoint.path not in [folder.directory for folder in folders]:
-        folders.append(AssetFolder(sources.base_checkpoint.role, sources.base_checkpoint.path, "base"))
+    if sources.base is not None and sources.base_checkpoint.path not in [folder.directory for folder in folders]:
+        folders.append(AssetFolder(sources.base, sources.base_checkpoint.path, sources.base))
     tokenizer = choose_processor(selection, folders)
     embedding = sources.of(owner).tensors.get(whisper.EMBEDDING)
     sizes = ModelSizes.of(sources.of(owner).config, embedding)
@@ -272,12 +272,15 @@ def _is_or_are(names: Sequence[str]) -> str:
 
 
 def _choose_generation_config(selection: SelectedFiles, sources: Sources, owner: Role) -> None:
-    source, base = sources.of(owner), AssetFolder("base", sources.base_checkpoint.path, "base")
+    source = sources.of(owner)
     own = AssetFolder(owner, source.path, owner)
     if own.has(GENERATION_CONFIG):
         selection.take(own, [GENERATION_CONFIG])
         return
-    if owner == "base" or not base.has(GENERATION_CONFIG):
+    if sources.base in (None, owner):
+        return
+    base = AssetFolder(sources.base, sources.base_checkpoint.path, sources.base)
+    if not base.has(GENERATION_CONFIG):
         return
     data, document = selection.read(base, GENERATION_CONFIG)
     borrowed = source.config_from is not None  # an adapter's config.json is base's

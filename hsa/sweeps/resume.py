@@ -30,7 +30,7 @@ from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.recording import PROGRAM, libraries, source_record, tensors_digest
 from hsa.outputs.sweep_index import SweepEntry, entry_of, is_point, point_of
 from hsa.planning.plan import find_targets
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
 from hsa.system.destinations import check_destination, check_replaceable, refuse_inside_output
@@ -209,15 +209,15 @@ class ExistingPoints:
         """The records of the sources, with the digests of a preset's targets; the targets are read for it once."""
         targets = find_targets(self._preset_config(preset), self.patch_sources.sources)
         records = {}
-        for role in ROLES:
-            source, digests = self.patch_sources.sources.of(role), self._digests.setdefault(role, {})
+        for source in self.patch_sources.sources:
+            digests = self._digests.setdefault(source.role, {})
             lines = []
             for target in targets:
-                ref, name = target.ref(role), target.projection.name
+                ref, name = target.ref(source.role), target.projection.name
                 if name not in digests:
                     digests[name] = digest_range(source.shards[ref.shard].source, ref.offset, ref.nbytes)
                 lines.append((name, ref.code, ref.shape, digests[name]))
-            records[role] = source_record(source, tensors_digest(lines))
+            records[source.role] = source_record(source, tensors_digest(lines))
         return records
 
     def _preset_config(self, preset: Preset) -> HsaSettings:

@@ -30,7 +30,6 @@ from hsa.outputs.recording import make_record, target_digest
 from hsa.planning.file_layout import Bytes, Merge, OutputFile, Segment
 from hsa.planning.plan import make_plan
 from hsa.sources.checkpoint import INDEX, read_whole, resolve_inside
-from hsa.sources.roles import ROLES
 from hsa.sources.source_set import Sources
 from hsa.system.dtypes import size
 from hsa.system.fsio import SourceFile, Tally
@@ -230,7 +229,7 @@ def _compare(
         raise
     sources.check_unchanged()
     outcomes = calculator.ordered(plan.targets)
-    target_digests = {role: target_digest(role, outcomes) for role in ROLES}
+    target_digests = {role: target_digest(role, outcomes) for role in sources.roles}
     comparer.report(other_sources=not check_targets(provenance.record, target_digests, context.problems))
     record = make_record(plan, sources, outcomes, request.output_settings(provenance.record.parameters["backend"]))
     record = replace(record, program=provenance.record.program, libraries=provenance.record.libraries)

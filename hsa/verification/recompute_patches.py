@@ -30,7 +30,7 @@ from hsa.outputs.recording import tensors_digest
 from hsa.planning.plan import find_targets
 from hsa.planning.target import Target
 from hsa.sources import small_files
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import ANCHOR, BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import Array, size
@@ -104,12 +104,12 @@ def _request(patches: Sequence[Patch], source_paths: SourcePaths) -> Request:
     parameters = [patch.contents.parameters for patch in patches]
     presets: list[Preset] = ["encoder-qkv", "attention-qkv", "attention-all"]
     widest = max((each["targets"] for each in parameters), key=presets.index)
-    secondary = any(each["assets_from"] == "secondary" for each in parameters)
+    others = [each["assets_from"] for each in parameters if each["assets_from"] not in (BASE, ANCHOR)]
     return Request(
         sources=source_paths.by_role,
         output="",
         settings=HsaSettings(targets=widest),
-        assets_from="secondary" if secondary else "primary",
+        assets_from=others[0] if others else ANCHOR,
         ids=source_paths.ids,
     )
 
@@ -131,7 +131,8 @@ def _compare(patches: Sequence[Patch], sources: Sources, context: VerifyContext)
 
 
 def _compare_small_files(patch: Patch, sources: Sources, context: VerifyContext) -> None:
-    files = small_files.collect(sources, "primary", patch.contents.parameters["assets_from"], None, context.tally).files
+    assets_from = patch.contents.parameters["assets_from"]
+    files = small_files.collect(sources, sources.anchor, assets_from, None, context.tally).files
     unlike = changed_keys(patch.contents.files, {name: digest_of(data) for name, data in files.items()})
     if unlike:
         what = f"its small files are not those that the sources give: {', '.join(unlike[:MAX_NAMED])}"
@@ -157,7 +158,7 @@ class _PatchRecomputation:
         self.groups = list(groups.values())
 
     def run(self) -> None:
-        total = sum(target.ref(role).nbytes for ((_, target), *_) in self.groups for role in ROLES)
+        total = sum(target.ref(role).nbytes for ((_, target), *_) in self.groups for role in self.sources.roles)
         tasks = [partial(self._recompute, group) for group in self.groups]
         run_in_threads(tasks, self.context, self._stop, lambda: (self.done, total))
         for differences in self.patches:
@@ -165,19 +166,20 @@ class _PatchRecomputation:
 
     def _recompute(self, group: Sequence[tuple[_PatchDifferences, Target]]) -> None:
         target = group[0][1]
-        refs = {role: target.ref(role) for role in ROLES}
+        refs = {role: target.ref(role) for role in self.sources.roles}
         with self.calculator.reserve(sum(ref.nbytes for ref in refs.values())):
             if self._stop.is_set():
                 return
             data = {role: self.calculator.buffer(ref.nbytes) for role, ref in refs.items()}
             for role, ref in refs.items():
                 self.sources.of(role).read_into(ref, data[role].data)
-            digests = {role: digest_of(data[role].data) for role in ROLES}
-            arrays = data["base"], data["primary"], data["secondary"]
+            digests = {role: digest_of(array.data) for role, array in data.items()}
+            b, m1, m2 = data.values()
+            arrays = b, m1, m2
             try:
                 worker = self._worker()
                 scored = worker.score(target, *arrays)
-                norms = worker.norms(target, data["primary"], data["secondary"])
+                norms = worker.norms(target, m1, m2)
                 for differences, own_target in group:
                     self._merge(differences, own_target, scored.squared, arrays)
             except NotFinite as error:
@@ -244,7 +246,7 @@ class _PatchRecomputation:
     def _digests(self, targets: Sequence[Target]) -> dict[Role, str]:
         """The digest over these target tensors of each source, as a record has it."""
         digests = {}
-        for role in ROLES:
+        for role in self.sources.roles:
             lines = []
             for target in targets:
                 ref, name = target.ref(role), target.projection.name

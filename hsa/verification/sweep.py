@@ -18,7 +18,6 @@ from hsa.outputs.provenance import Record, changed_keys
 from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of, point_of
 from hsa.sources.checkpoint import read_whole
-from hsa.sources.roles import ROLES
 from hsa.system.descriptors import reason
 from hsa.verification.collection import Verify, add_member_report, compare_index, open_index
 from hsa.verification.context import SourcePaths, VerifyContext
@@ -159,8 +158,7 @@ def _compare_index(
     if not entries:
         context.problems.add(sweep_index.JSON, "nothing that the sweep wrote can be read beside it")
         return
-    sources = records[0][1].sources
-    files = sweep_index.render(entries, {role: sources[role] for role in ROLES})
+    files = sweep_index.render(entries, records[0][1].sources)
     listed = set(_listed_places(directory, context))
     unlisted, missing = [name for name in names if name not in listed], sorted(listed - set(names))
     for text, places in (("lists no", unlisted), ("lists what is not there,", missing)):

@@ -41,7 +41,7 @@ from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
 from hsa.sources.identity import Identity
-from hsa.sources.roles import ROLES, Role
+from hsa.sources.roles import ANCHOR, BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.sources.structure import require_shapes
 from hsa.sources.tensor_places import TensorRef
@@ -126,7 +126,7 @@ class Merger:
         self.backend, self.device = chosen.name, chosen.device
         paths_or_models: dict[Role, ModelSource] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()
-        by_role = {role: _read_source(role, paths_or_models[role], targets, hub, base) for role in ROLES}
+        by_role = {role: _read_source(role, paths_or_models[role], targets, hub, base) for role in paths_or_models}
         by_role, config_owner = _share_config(by_role, num_heads, num_layers)
         by_role = {
             role: source
@@ -134,9 +134,9 @@ class Merger:
             else _checked_model(source, config_owner)
             for role, source in by_role.items()
         }
-        data = {role: by_role[role].data for role in ROLES}
-        self._sources = Sources.of_checkpoints(by_role[role].checkpoint for role in ROLES)
-        self._other_samples = by_role["primary"].others
+        data = {role: source.data for role, source in by_role.items()}
+        self._sources = Sources.of_checkpoints(source.checkpoint for source in by_role.values())
+        self._other_samples = by_role[ANCHOR].others
         self.notes = [*hub.notes, *(note for source in self._sources for note in source.notes)]
         self._targets = find_targets(self._config, self._sources)
         if isinstance(primary, (str, os.PathLike)):
@@ -147,7 +147,9 @@ class Merger:
         self._resident = _make_resident(chosen, data, self._targets, default_threads() if threads is None else threads)
         self._scored = dict(zip(self._stored, self._resident.score(self._targets), strict=True))
         self._equal = {
-            target.projection.name: equal_pairs(target, {role: data[role][target.projection.name] for role in ROLES})
+            target.projection.name: equal_pairs(
+                target, {role: arrays[target.projection.name] for role, arrays in data.items()}
+            )
             for target in self._targets
         }
         self._writable = WritableTargets(self._targets, targets)
@@ -289,16 +291,16 @@ def _read_source(role: Role, source: ModelSource, preset: Preset, hub: Hub, base
         return _read_model(role, source, preset)
     with ExitStack() as stack:
         adapter_base = None
-        if role != "base" and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
-            adapter_base = stack.enter_context(hub.open("base", base, Tally(), Needs("targets", preset)))
-        needs = Needs("whole" if role == "primary" else "targets", preset)
+        if role != BASE and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
+            adapter_base = stack.enter_context(hub.open(BASE, base, Tally(), Needs("targets", preset)))
+        needs = Needs("whole" if role == ANCHOR else "targets", preset)
         checkpoint = stack.enter_context(hub.open(role, source, Tally(), needs, None, adapter_base))
         data = {}
         for name, ref in checkpoint.tensors.items():
             if target_projection(name, preset):
                 data[name] = np.empty(ref.nbytes, np.uint8)
                 checkpoint.read_into(ref, data[name].data)
-        others = sample_checkpoint(checkpoint, data) if role == "primary" else {}
+        others = sample_checkpoint(checkpoint, data) if role == ANCHOR else {}
         checkpoint.check_unchanged()
         earlier_merge = read_earlier_merges([checkpoint]).get(role)
     closed = replace(checkpoint, shards=())
@@ -320,7 +322,7 @@ def _read_model(role: Role, source: Model, preset: Preset) -> _SourceTargets:
     checkpoint = Checkpoint(role, Path(label), Identity(label), config_of(source), Tally(), tensors=refs)
     merged_name = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
     warnings = () if merged_name is None else (_ALREADY_MERGED.format(role=role, name=merged_name),)
-    others = sample_model(entries, data) if role == "primary" else {}
+    others = sample_model(entries, data) if role == ANCHOR else {}
     return _SourceTargets(checkpoint, data, others, bool(checkpoint.config), warnings)
 
 
@@ -330,7 +332,7 @@ def _checked_model(source: _SourceTargets, config_owner: Role | None) -> _Source
     Raises MismatchError for shapes of primary that its config, or the one that `config_owner` lent it, does not allow.
     """
     checkpoint = source.checkpoint
-    if checkpoint.role == "primary":
+    if checkpoint.role == ANCHOR:
         if source.has_config:
             require_shapes(checkpoint)
         elif config_owner is not None:
