@@ -36,7 +36,7 @@ from cases import CAVEATS
 from safetensors.torch import load_file
 
 import hsa
-from hsa.architectures.whisper import canonical
+from hsa.architectures.whisper import WHISPER
 
 ROLES = ("base", "primary", "secondary")
 PACKAGES = ("torch", "numpy", "transformers", "jiwer", "soundfile")
@@ -131,12 +131,12 @@ def load_model(path: Path) -> Any:
 def read_state(path: Path) -> State:
     """Every tensor of a checkpoint as stored, by its name without a leading `model.`."""
     files = sorted(path.glob("*.safetensors"))
-    return {canonical(name): tensor for file in files for name, tensor in load_file(file).items()}
+    return {WHISPER.canonical(name): tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's own tensors, tied ones once."""
-    return {canonical(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return {WHISPER.canonical(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def gate_merge(live: LiveModel, folder: Path) -> None:

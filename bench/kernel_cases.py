@@ -29,7 +29,7 @@ from kernel_shapes import F32, TRAFFIC, Mix, Shape
 
 import hsa
 from hsa import reference
-from hsa.architectures.whisper import parse
+from hsa.architectures.whisper import WHISPER
 from hsa.backends.base import TargetBuffers
 from hsa.backends.cpu import CpuBackend
 from hsa.backends.resident import CODE_OF, CpuResident, bytes_of
@@ -317,7 +317,7 @@ class CpuProblem(Problem):
     def _target(self, g: int) -> Target:
         shape, mix = self.shape, self.mix
         name = f"encoder.layers.{g // 3}.self_attn.{'qkv'[g % 3]}_proj.weight"
-        projection, size = parse(name), (shape.width, shape.width)
+        projection, size = WHISPER.place(name), (shape.width, shape.width)
         assert projection is not None
         dtypes = (mix.base, mix.primary, mix.secondary)
         refs = [TensorRef(name, CODE_OF[d], size, 0, 0, math.prod(size) * d.itemsize) for d in dtypes]

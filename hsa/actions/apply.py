@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hsa.architectures.whisper import EMBEDDING, canonical
 from hsa.arguments import check_flags, check_functions, check_paths, check_values
 from hsa.engine.patch_apply import PatchApplier
 from hsa.engine.pipeline import Options, execute
@@ -173,7 +172,7 @@ def apply_to(
 def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
     """Every tensor of primary by canonical name, in the order of its files: copied, or with rows of the patch."""
     targets = {
-        canonical(target.name): (target, heads)
+        target.projection.name: (target, heads)
         for target, heads in zip(patch.contents.targets, patch.selected, strict=True)
     }
     contents: dict[str, TensorContent] = {}
@@ -196,7 +195,7 @@ def check_primary(patch: Patch, primary: Checkpoint) -> None:
     name = shown(recorded.identity.id, 200)
     where = f"patch {patch.source.path} was made for a primary named {name}, and {primary.path} is not it"
     for target in patch.contents.targets:
-        ref = primary.tensors.get(canonical(target.name))
+        ref = primary.tensors.get(target.projection.name)
         tensor = None if ref is None else (ref.name, ref.code, ref.shape)
         if tensor != (target.name, target.code, target.shape):
             what = "is missing" if ref is None else f"is {ref.name} {ref.code} {list(ref.shape)}"
@@ -204,7 +203,7 @@ def check_primary(patch: Patch, primary: Checkpoint) -> None:
         if ref is not None and ref.nbytes > MAX_TARGET:
             raise PatchError(
                 f"{primary.file_of(ref)}: target tensor {ref.name} takes {ref.nbytes} bytes, at most {MAX_TARGET} are "
-                f"held in memory; is it a Whisper checkpoint?"
+                f"held in memory; is it a {primary.architecture.title} checkpoint?"
             )
     digests = [_digest_line(target, primary) for target in patch.contents.targets]
     current = source_record(primary, tensors_digest(digests))
@@ -219,7 +218,7 @@ def check_primary(patch: Patch, primary: Checkpoint) -> None:
 
 
 def _digest_line(target: PatchTarget, primary: Checkpoint) -> tuple[str, str, Sequence[int], str]:
-    ref = primary.tensors[canonical(target.name)]
+    ref = primary.tensors[target.projection.name]
     digest = digest_range(primary.shards[ref.shard].source, ref.offset, ref.nbytes)
     return target.projection.name, ref.code, ref.shape, digest
 
@@ -268,7 +267,7 @@ def _small_files(
         raise PatchError(
             f"{where} is not that of primary {primary.path}; a merge writes primary's, make the patch again"
         )
-    sizes = ModelSizes.of(primary.config, primary.tensors.get(EMBEDDING))
+    sizes = ModelSizes.of(primary)
     return files, tuple(contradictions(documents, sizes))
 
 

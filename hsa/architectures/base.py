@@ -1,55 +1,75 @@
-"""What describes every model family: stacks, attention projections and their heads, and the presets of targets."""
+"""What describes every family of models: the names of its tensors, its stacks of layers, its heads and its presets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from hsa.errors import SourceError, shown
 
 Preset = Literal["encoder-qkv", "attention-qkv", "attention-all"]
-
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+"""Each holds the targets of those before it."""
 
 MAX_COUNT = 10_000
 """Heads or layers that a caller or a config.json may claim: work grows with them before any tensor is looked at."""
+MAX_NAME = 1000
+"""Characters of a name up to which a prefix is looked for: work goes by the square of their number."""
 
-
-Stack = Literal["encoder", "decoder"]
-STACKS: tuple[Stack, ...] = ("encoder", "decoder")
-
-
-Block = Literal["self_attn", "encoder_attn"]
-BLOCKS: tuple[Block, ...] = ("self_attn", "encoder_attn")
-
-
-ProjectionKind = Literal["q", "k", "v", "out"]
-KINDS: tuple[ProjectionKind, ...] = ("q", "k", "v", "out")
-
+KINDS = ("q", "k", "v", "out")
+"""Projections of an attention block, in a reader's order."""
 
 Part = Literal["weight", "bias"]
 
+_WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_orig_module|module|_module|_forward_module|_\w+_wrapped_module)\.")
+"""What torch.compile, DataParallel, FSDP, activation checkpointing and their like put between the parts of a name."""
+
 
 @dataclass(frozen=True)
-class Projection:
-    """One attention projection tensor.
+class Partition:
+    """How a tensor is split into equal groups, such as heads: along its rows (axis 0) or its columns (axis 1)."""
 
-    `head_axis` is 0 where a head owns consecutive output rows (q, k, v: weight [d_model, d_model] and bias
-    [d_model]), 1 where it owns consecutive columns (the weight of `out_proj`).
+    axis: int = 0
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor: its name as stored, its element type as safetensors calls it, its shape."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """What the canonical name of an attention projection means: where in the model the tensor lies.
+
+    `stack` is a stack of layers such as `encoder`, `block` an attention block such as `self_attn`, `kind` one of
+    `KINDS`. `presets` are the names of the presets that merge the tensor.
     """
 
     name: str
-    stack: Stack
+    stack: str
     layer: int
-    block: Block
-    kind: ProjectionKind
+    block: str
+    kind: str
     part: Part
+    presets: frozenset[str]
 
     @property
     def module(self) -> str:
         """The name of its linear layer in the attention block, such as `q_proj`."""
-        return f"{self.kind}_proj"
+        return self.name.split(".")[-2]
 
     @property
     def head_axis(self) -> Literal[0, 1]:
+        """0 where a head owns consecutive output rows (q, k, v: weight [d_model, d_model] and bias [d_model]), 1 where
+        it owns consecutive columns (the weight of the output projection)."""
         return 1 if self.kind == "out" else 0
 
 
@@ -57,8 +77,8 @@ class Projection:
 class ExpectedTensor:
     """A tensor that the model of a `config.json` has: its canonical name and its shape.
 
-    `size_keys` names the config's key behind each dimension (None where every Whisper has the same), `required_by` the
-    key that makes the model have this tensor (None where every Whisper has it).
+    `size_keys` names the config's key behind each dimension (None where every model of the family has the same),
+    `required_by` the key that makes the model have this tensor (None where every model of the family has it).
     """
 
     name: str
@@ -68,8 +88,205 @@ class ExpectedTensor:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Heads and layers of both stacks, from `config.json`."""
+class ModelCounts:
+    """Heads and layers of every stack, from `config.json`."""
 
-    heads: Mapping[Stack, int]
-    layers: Mapping[Stack, int]
+    heads: Mapping[str, int]
+    layers: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """An output projection that `config.json` may tie to the embedding, so that both are one matrix.
+
+    `size_keys` names the config's key behind each dimension of either.
+    """
+
+    output: str
+    embedding: str
+    size_keys: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The feature extractor of a family: its class in transformers, and what that takes for settings that are missing.
+
+    `defaults` gives feature_size, sampling_rate, hop_length and chunk_length. `mel_bins` and `positions` are the keys
+    of `config.json` that say how many mel bins and encoder positions a model has; `frames_per_position` frames of
+    features become one position.
+    """
+
+    extractor: str
+    defaults: Mapping[str, int]
+    mel_bins: str
+    positions: str
+    frames_per_position: int
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """A class of transformers that loads checkpoints of a family, and what a model card says of such a model.
+
+    `task` is one of the Hub's names of tasks, `use` the same in words. `processor` is the class of transformers that
+    makes its input, with the tokenizer where it `reads_tokens`, else of features alone.
+    """
+
+    name: str
+    description: str
+    task: str
+    use: str
+    processor: str
+    reads_tokens: bool
+
+
+class Architecture(ABC):
+    """A family of models: what its tensors are called, and what its `config.json` says of them.
+
+    One file of this package holds one family: a subclass and an instance of it, which `registry` finds.
+
+    `name` is how code calls the family, `title` how a reader does; `tags` are the Hub's. `model_types` are the values
+    of `model_type` in its configs. `prefix` begins the names of tensors as its model for a task saves them. Canonical
+    names lack it. `all_stacks` and `blocks` are its stacks of layers and its attention blocks, in a reader's order.
+    `first_target` is the canonical name of a tensor that every preset merges. `defaults` are the values that
+    transformers takes for keys that a config leaves out, `aliases` second names of keys, which win over the first
+    (`attribute_map` in transformers), `width` is the key of the size that its heads divide.
+    """
+
+    name: str
+    title: str
+    tags: tuple[str, ...]
+    model_types: frozenset[str]
+    prefix: str = "model."
+    all_stacks: tuple[str, ...]
+    blocks: tuple[str, ...]
+    first_target: str
+    defaults: Mapping[str, Any]
+    aliases: Mapping[str, str]
+    width: str
+    tie: Tie | None
+    features: Features | None
+
+    @abstractmethod
+    def knows(self, name: str) -> bool:
+        """Whether a canonical name is that of a tensor which some model of the family has."""
+
+    @abstractmethod
+    def place(self, name: str) -> TensorPlace | None:
+        """The attention projection that a tensor's name means, with or without `prefix`; None for other tensors."""
+
+    @abstractmethod
+    def group_of(self, name: str) -> tuple[str, str]:
+        """The stack of any tensor of a checkpoint and its kind in a reader's words, for sums over tensors."""
+
+    @abstractmethod
+    def layers_key_of(self, name: str) -> str | None:
+        """The key of config.json that counts the layers among which a tensor lies, by its canonical name; else None."""
+
+    @abstractmethod
+    def model_class(self, config: Mapping[str, Any]) -> ModelClass:
+        """The class of transformers that a checkpoint with this `config.json` is loaded with."""
+
+    @abstractmethod
+    def stacks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The stacks of layers that the model of this config has."""
+
+    @abstractmethod
+    def expected(self, config: Mapping[str, Any], where: str) -> Iterator[ExpectedTensor]:
+        """Every tensor that a model with this config saves; raises SourceError where a size is no positive number."""
+
+    @abstractmethod
+    def expected_targets(self, layers: Mapping[str, int], preset: Preset) -> Iterator[str]:
+        """Canonical names of the weights that a preset merges in a model with so many layers of each stack; biases may
+        be missing."""
+
+    def is_family_of(self, config: Mapping[str, Any]) -> bool:
+        """Whether the model of this config is one of the family, by its `model_type`."""
+        model_type = config.get("model_type")
+        return isinstance(model_type, str) and model_type in self.model_types
+
+    def heads_key(self, stack: str) -> str:
+        """The key of config.json that counts the attention heads of a stack's layers."""
+        return f"{stack}_attention_heads"
+
+    def layers_key(self, stack: str) -> str:
+        """The key of config.json that counts the layers of a stack."""
+        return f"{stack}_layers"
+
+    def target(self, name: str, preset: Preset) -> TensorPlace | None:
+        """What the name of a tensor means where the preset merges it, else None."""
+        place = self.place(name)
+        return place if place is not None and preset in place.presets else None
+
+    def canonical(self, name: str) -> str:
+        """The plain name without `prefix`."""
+        return plain(name).removeprefix(self.prefix)
+
+    def plain_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """The plain name of each tensor of a checkpoint, by its name as stored; both begin with `prefix`, or neither.
+
+        A prefix that is no known wrapper's is removed where the rest is a name of the family's that no other tensor
+        has. A name that fits in no way is kept.
+
+        Example:
+            >>> from hsa.architectures.registry import named
+            >>> named("whisper").plain_names(["asr.model.encoder.conv1.bias"])
+            {'asr.model.encoder.conv1.bias': 'model.encoder.conv1.bias'}
+        """
+        plain_by_stored = {name: plain(name) for name in stored}
+        taken = {name.removeprefix(self.prefix) for name in plain_by_stored.values()}
+        for name, plain_name in plain_by_stored.items():
+            if self.knows(plain_name.removeprefix(self.prefix)) or len(plain_name) > MAX_NAME:
+                continue
+            while plain_name and not self.knows(plain_name.removeprefix(self.prefix)):
+                plain_name = plain_name.partition(".")[2]
+            bare = plain_name.removeprefix(self.prefix)
+            if plain_name and bare not in taken:
+                taken.add(bare)
+                plain_by_stored[name] = plain_name
+        return plain_by_stored
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the config ties the output projection to the embedding, as it does where it says nothing of it."""
+        return self.tie is not None and bool(config.get("tie_word_embeddings", True))
+
+    def counts(self, config: Mapping[str, Any], where: str) -> ModelCounts:
+        """Head and layer counts of a `config.json`.
+
+        Raises SourceError when `model_type` is not one of the family's or a count is missing or not a positive integer.
+        """
+        if not self.is_family_of(config):
+            raise not_of_families(config, where, [self])
+
+        def count(key: str) -> int:
+            value = config.get(key)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
+                raise SourceError(
+                    f"{where}: config.json has {key} = {shown(value)}, expected a positive whole number of at most "
+                    f"{MAX_COUNT}"
+                )
+            return value
+
+        return ModelCounts(
+            heads={stack: count(self.heads_key(stack)) for stack in self.all_stacks},
+            layers={stack: count(self.layers_key(stack)) for stack in self.all_stacks},
+        )
+
+
+def plain(name: str) -> str:
+    """The tensor's name without the parts that wrappers such as torch.compile or FSDP add, at any place in it.
+
+    Example:
+        >>> plain("_orig_mod.model.encoder.layers.0.module.fc1.weight")
+        'model.encoder.layers.0.fc1.weight'
+    """
+    return _WRAPPER.sub("", name) if "_mod" in name or "module" in name else name
+
+
+def not_of_families(config: Mapping[str, Any], where: str, families: Collection[Architecture]) -> SourceError:
+    """The error for a `config.json` whose `model_type` is that of none of these families."""
+    titles = " or ".join(family.title for family in families)
+    supported = [f"'{model_type}'" for family in families for model_type in sorted(family.model_types)]
+    return SourceError(
+        f"{where} is not a {titles} checkpoint: its config.json has model_type {shown(config.get('model_type'))}, "
+        f"supported {'is' if len(supported) == 1 else 'are'} {', '.join(supported)}"
+    )

@@ -67,6 +67,7 @@ class OpenPatch:
             {source.role: source_record(source, BLANK_DIGEST) for source in sources},
             tuple(map(patch_target, targets)),
             files,
+            sources.architecture,
         )
         size = patch_format.header_size(contents)
         path = staging.file(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa._version import __version__
+from hsa.architectures.base import TensorPlace
 from hsa.errors import ProvenanceError, shown
 from hsa.inspection.distance import WeightDistances, compare_weights
 from hsa.inspection.report import FORMAT, jaccard
@@ -33,6 +34,7 @@ class HeadsDiff:
     """One tensor that both outputs merged: the heads of each, and the largest relative difference of their scores."""
 
     name: str
+    place: TensorPlace
     heads: int
     first: tuple[int, ...]
     second: tuple[int, ...]
@@ -191,6 +193,7 @@ def _compare_heads(a: Provenance, b: Provenance) -> dict[str, HeadsDiff]:
     return {
         one.name: HeadsDiff(
             one.name,
+            one.projection,
             max(one.heads, other[bare].heads),
             one.selected,
             other[bare].selected,

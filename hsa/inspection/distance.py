@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from hsa.architectures import whisper
 from hsa.inspection.measure import Buffers
 from hsa.sources.checkpoint import Checkpoint, open_checkpoint
 from hsa.system.dtypes import ARITHMETIC, BITS, STORAGE, Array, size, widen
@@ -106,7 +105,7 @@ def compare_weights(
             if distance is None:
                 incomparable.append(a.tensors[name].name)
                 continue
-            of_stack, kind = whisper.group_of(name)
+            of_stack, kind = a.architecture.group_of(name)
             for table, key in ((stacks, of_stack), (kinds, f"{of_stack} {kind}")):
                 table[key] = table[key].plus(distance) if key in table else distance
             split[name in targets] = split[name in targets].plus(distance)

@@ -75,7 +75,7 @@ def inspect_provenance(
         written_by={**record.record.program, "libraries": dict(record.record.libraries)},
         parameters=parameters_of(record, shown_config),
         sources={role: source.as_dict() for role, source in record.record.sources.items()},
-        tensors=in_order(tensors),
+        tensors=in_order(tensors, record.record.architecture),
         energy=None,
         files=record.files,
         bytes_read=tally.read,

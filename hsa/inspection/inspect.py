@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hsa.architectures.base import Preset
-from hsa.architectures.whisper import architecture, group_of
 from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.backends.base import changed_ranges
 from hsa.errors import MismatchError, RequestError
@@ -185,7 +184,7 @@ def _from_sources(
         written_by=None if record is None else {**record.record.program, "libraries": dict(record.record.libraries)},
         parameters=config.as_dict() if record is None else parameters_of(record, config),
         sources=identities,
-        tensors=in_order(tensors),
+        tensors=in_order(tensors, sources.architecture),
         energy=energies,
         files=None if record is None else record.files,
         bytes_read=tally.read,
@@ -236,7 +235,7 @@ def _open(
 
 
 def _stack_layers(config: HsaSettings, sources: Sources) -> dict[str, int]:
-    counts = architecture(sources.anchor_checkpoint.config, "primary").layers
+    counts = sources.architecture.counts(sources.anchor_checkpoint.config, "primary").layers
     return {stack: config.num_layers or count for stack, count in counts.items()}
 
 
@@ -342,7 +341,7 @@ def _energies(
         for tensor in tensors:
             assert tensor.geometry is not None
             heads = tensor.geometry.primary if role == "primary" else tensor.geometry.secondary
-            group = " ".join(group_of(tensor.projection.name))
+            group = " ".join(sources.architecture.group_of(tensor.projection.name))
             groups[group] = groups.get(group, 0.0) + sum(heads)
             inside += sum(heads)
             selected += sum(heads[head] for head in tensor.selected)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsa.architectures import whisper
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import TILE, CpuBackend
 from hsa.errors import NonFiniteError
@@ -126,7 +125,7 @@ def measure_other_tensors(
         if base is None or not fits:
             continue
         squares = _squared_norms(sources, name, base, fits, buffers, step)
-        group = " ".join(whisper.group_of(name))
+        group = " ".join(sources.architecture.group_of(name))
         for role in fits:
             if math.isfinite(squares[role]):
                 by_role[role].groups[group] = by_role[role].groups.get(group, 0.0) + squares[role]

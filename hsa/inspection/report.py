@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from hsa._version import __version__
-from hsa.architectures.base import BLOCKS, KINDS, STACKS, Projection
+from hsa.architectures.base import KINDS, Architecture, TensorPlace
 from hsa.errors import one_line
 from hsa.findings import counted
 from hsa.methods.geometry import Geometry
@@ -42,7 +42,7 @@ class TensorInspection:
     """
 
     name: str
-    projection: Projection
+    projection: TensorPlace
     shape: tuple[int, ...]
     dtype: str
     heads: int
@@ -257,7 +257,8 @@ def agreements(tensors: Iterable[TensorInspection]) -> Iterator[Agreement]:
         p = tensor.projection
         if p.kind in AGREEING:
             blocks.setdefault((p.stack, p.layer, p.block, p.part), {})[p.kind] = tensor
-    order = {name: number for names in (STACKS, BLOCKS, ("weight", "bias")) for number, name in enumerate(names)}
+    names = dict.fromkeys(name for key in blocks for name in (key[0], key[2]))
+    order = {name: number for number, name in enumerate((*names, "weight", "bias"))}
     for key in sorted(blocks, key=lambda key: (order[key[0]], order[key[2]], order[key[3]], key[1])):
         members = blocks[key]
         if len(members) > 1:
@@ -266,11 +267,12 @@ def agreements(tensors: Iterable[TensorInspection]) -> Iterator[Agreement]:
             yield Agreement(stack, layer, block, part, next(iter(members.values())).heads, selected)
 
 
-def in_order(tensors: Iterable[TensorInspection]) -> dict[str, TensorInspection]:
-    """By name, as a reader wants them: encoder first, then by block, layer, kind and part."""
+def in_order(tensors: Iterable[TensorInspection], architecture: Architecture) -> dict[str, TensorInspection]:
+    """By name, as a reader wants them: by stack, such as the encoder first, then by block, layer, kind and part."""
+    stacks, blocks = architecture.all_stacks, architecture.blocks
 
     def sort_key(tensor: TensorInspection) -> tuple[Any, ...]:
         p = tensor.projection
-        return p.stack != "encoder", BLOCKS.index(p.block), p.layer, KINDS.index(p.kind), p.part != "weight"
+        return stacks.index(p.stack), blocks.index(p.block), p.layer, KINDS.index(p.kind), p.part != "weight"
 
     return {tensor.name: tensor for tensor in sorted(tensors, key=sort_key)}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from hsa.architectures import whisper
+from hsa.architectures.registry import architecture_of
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
@@ -81,7 +81,8 @@ class Merging:
         self._configs.clear()
 
     def config(self, role: str, model: Any) -> Mapping[str, Any]:
-        """A model's config.json. Raises SourceError where it cannot be read or is not Whisper's."""
+        """A model's config.json. Raises SourceError where it cannot be read or is of no family that hsa
+        supports."""
         if model not in self._configs:
             if not (hasattr(model, "config") and hasattr(model, "model")):
                 raise RequestError(
@@ -96,7 +97,8 @@ class Merging:
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise SourceError(f"{role}: the config.json of {model} cannot be read: {reason}") from error
-            whisper.architecture(config, f"{role} {model}")
+            where = f"{role} {model}"
+            architecture_of(config, where).counts(config, where)
             self._configs[model] = config
         return self._configs[model]
 
@@ -119,8 +121,10 @@ class Merging:
         primary = tensors[models["primary"]]
         if name is None:
             raise RequestError(f"merge_method {METHOD} needs the names of tensors, to know targets and layers")
-        projection = whisper.parse(name)
-        if projection is None or not whisper.is_target(projection, config.targets):
+        configs = {role: self.config(role, models[role]) for role in ROLES}
+        families = {role: architecture_of(configs[role], f"{role} {models[role]}") for role in ROLES}
+        projection = families["primary"].target(name, config.targets)
+        if projection is None:
             return primary
         on_cpu = {role: tensors[models[role]].detach().cpu().contiguous() for role in ROLES}
 
@@ -130,12 +134,11 @@ class Merging:
             nbytes = tensor.numel() * size(code) if code in NAMES else 0
             ref = TensorRef(name, code, tuple(tensor.shape), 0, 0, nbytes)
             path = Path(str(models[role]))
-            document = self.config(role, models[role])
-            places = {projection.name: ref}
-            return Checkpoint(role, path, Identity(escaped_name(path.name)), document, Tally(), tensors=places)
+            identity, places = Identity(escaped_name(path.name)), {projection.name: ref}
+            return Checkpoint(role, path, identity, configs[role], families[role], Tally(), tensors=places)
 
         sources = Sources.of_checkpoints(map(checkpoint, ROLES))
-        shapes = {source.role: whisper.architecture(source.config, source.role) for source in sources}
+        shapes = {source.role: source.architecture.counts(source.config, source.role) for source in sources}
         target = make_target(projection, config, sources, shapes)
         out = torch.empty_like(on_cpu["primary"])
         raw: dict[Role, Array] = {role: bytes_of(on_cpu[role]) for role in ROLES}

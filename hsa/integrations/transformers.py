@@ -13,11 +13,12 @@ import torch
 
 from hsa.actions.merger.already_merged import find_marked, forget, mark_modules, some_values
 from hsa.actions.merger.loaded_models import LoadedTensor, config_of, entries_of, targets_of, tensor_instead_of
-from hsa.actions.merger.merger import Merger, ModelSource
+from hsa.actions.merger.merger import Merger
+from hsa.actions.merger.read_sources import ModelSource
 from hsa.actions.merger.shared_memory import first_shared, spans
 from hsa.actions.merger.writable_targets import require_own_memory
 from hsa.architectures.base import Architecture, Preset
-from hsa.architectures.whisper import MODEL_TYPE, architecture, expected_targets
+from hsa.architectures.registry import architectures
 from hsa.errors import RequestError, shown, warn
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.settings import PerTensor
@@ -69,8 +70,9 @@ def hsa_merge_(
     Source: SPEC sections 1, 2 and 5.
     """
     HsaSettings(k=k, lam=lam, alpha=alpha, targets=targets, attention_scale=attention_scale)
-    model_targets = _model_targets(model, targets)
-    _check_sources(model_targets, {"base": base, "secondary": secondary}, targets)
+    architecture = _architecture_of(model)
+    model_targets = _model_targets(model, architecture, targets)
+    _check_sources(model_targets, {"base": base, "secondary": secondary}, architecture, targets)
     if again:
         forget(entry.tensor for entry in model_targets.values())
     else:
@@ -93,12 +95,13 @@ def hsa_merge_(
     return model
 
 
-def _model_targets(model: torch.nn.Module, preset: Preset) -> dict[str, LoadedTensor]:
+def _model_targets(model: torch.nn.Module, architecture: Architecture, preset: Preset) -> dict[str, LoadedTensor]:
     """The model's targets by canonical name, after what can be wrong with the model alone."""
-    shape = _check_whisper(model)
-    entries = entries_of("model", model)
-    model_targets = targets_of("model", model, entries, preset)
-    missing = next((name for name in expected_targets(shape.layers, preset) if name not in model_targets), None)
+    layers = architecture.counts(config_of(model), "model").layers
+    entries = entries_of("model", model, architecture)
+    model_targets = targets_of("model", model, entries, architecture, preset)
+    expected = architecture.expected_targets(layers, preset)
+    missing = next((name for name in expected if name not in model_targets), None)
     if missing is not None:
         replacement = tensor_instead_of(entries, missing)
         instead = "" if replacement is None else f" and {replacement:.300} in its place"
@@ -110,27 +113,35 @@ def _model_targets(model: torch.nn.Module, preset: Preset) -> dict[str, LoadedTe
     return model_targets
 
 
-def _check_whisper(model: torch.nn.Module) -> Architecture:
+def _architecture_of(model: torch.nn.Module) -> Architecture:
+    """The family of a loaded model, by the `model_type` of its config."""
+    families = architectures().values()
+    titles = " or ".join(family.title for family in families)
     if not isinstance(model, torch.nn.Module):
         raise RequestError(
-            f"model must be a loaded Whisper model, got {type(model).__name__}; use hsa.merge for directories and "
+            f"model must be a loaded {titles} model, got {type(model).__name__}; use hsa.merge for directories and "
             f"hsa.Merger for state dicts"
         )
     model_type = getattr(getattr(model, "config", None), "model_type", None) or config_of(model).get("model_type")
-    if model_type != MODEL_TYPE:
-        raise RequestError(
-            f"model is a {type(model).__name__} with model_type {shown(model_type)}, expected a Whisper model of "
-            f"transformers, whose config has model_type '{MODEL_TYPE}'"
-        )
-    return architecture(config_of(model), "model")
+    for family in families:
+        if family.is_family_of({"model_type": model_type}):
+            return family
+    expected = " or ".join(f"'{each}'" for family in families for each in sorted(family.model_types))
+    raise RequestError(
+        f"model is a {type(model).__name__} with model_type {shown(model_type)}, expected a {titles} model of "
+        f"transformers, whose config has model_type {expected}"
+    )
 
 
 def _check_sources(
-    model_targets: Mapping[str, LoadedTensor], sources: Mapping[str, ModelSource], preset: Preset
+    model_targets: Mapping[str, LoadedTensor],
+    sources: Mapping[str, ModelSource],
+    architecture: Architecture,
+    preset: Preset,
 ) -> None:
     """Refuse a source that shares memory with the model's targets, and two that are one."""
     loaded = {
-        role: targets_of(role, source, entries_of(role, source), preset)
+        role: targets_of(role, source, entries_of(role, source, architecture), architecture, preset)
         for role, source in sources.items()
         if isinstance(source, (torch.nn.Module, Mapping))
     }

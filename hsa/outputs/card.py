@@ -6,8 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from hsa.architectures.base import Stack
-from hsa.architectures.whisper import CLASSIFICATION, GENERATION
+from hsa.architectures.base import Architecture, ModelClass
 from hsa.errors import RequestError, is_text, shown
 from hsa.methods.selection import count_heads
 from hsa.option_names import option
@@ -65,9 +64,10 @@ def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
     return dict(fields)
 
 
-def render(record: Record, files: Collection[str], model: str = GENERATION) -> bytes:
-    """The card's bytes. `files` are the output's file names, `model` is the class of transformers that loads it
-    (`whisper.model_class`); the card's fields are among the record's parameters."""
+def render(record: Record, files: Collection[str], config: Mapping[str, Any]) -> bytes:
+    """The card's bytes. `files` are the output's file names, `config` is what its `config.json` says; the card's fields
+    are among the record's parameters."""
+    model = record.architecture.model_class(config)
     fields: Mapping[str, str] = record.parameters["card"]
     extra: dict[str, str | list[str]] = {}
     if "language" in fields:
@@ -76,8 +76,8 @@ def render(record: Record, files: Collection[str], model: str = GENERATION) -> b
     if "license" in fields:
         extra["license"] = fields["license"]
     ids = [source.identity.id for source in record.sources.values()]
-    task = "automatic-speech-recognition" if model == GENERATION else "audio-classification"
-    return f"{metadata(filter(is_hub_id, ids), extra, task)}\n\n{_body(record, files, fields, model)}".encode()
+    head = metadata(filter(is_hub_id, ids), extra, model.task, record.architecture.tags)
+    return f"{head}\n\n{_body(record, files, fields, model)}".encode()
 
 
 def unlinked(record: Record) -> tuple[Role, ...]:
@@ -86,11 +86,11 @@ def unlinked(record: Record) -> tuple[Role, ...]:
 
 
 def metadata(
-    parents: Iterable[str], extra: Mapping[str, str | list[str]], task: str = "automatic-speech-recognition"
+    parents: Iterable[str], extra: Mapping[str, str | list[str]], task: str, family_tags: Sequence[str]
 ) -> str:
     """The block of YAML that a card begins with, for a merge of these Hub ids; source: the Hub's model card schema.
 
-    `task` is one of the Hub's names of tasks.
+    `task` is one of the Hub's names of tasks, `family_tags` are those of the models' family.
 
     Written by YAML's own library: huggingface_hub's would take longer to import than a small model to merge.
     """
@@ -103,16 +103,16 @@ def metadata(
         "library_name": "transformers",
         "license": extra.get("license"),
         "pipeline_tag": task,
-        "tags": ["whisper", "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
+        "tags": [*family_tags, "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
         "base_model_relation": "merge" if base_models else None,
     }
     text: str = yaml.safe_dump({k: v for k, v in fields.items() if v}, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---"
 
 
-def _body(record: Record, files: Collection[str], fields: Mapping[str, str], model: str) -> str:
+def _body(record: Record, files: Collection[str], fields: Mapping[str, str], model: ModelClass) -> str:
     identities = {role: source.identity for role, source in record.sources.items()}
-    details = [("Model type", _MODEL_TYPES[model])]
+    details = [("Model type", model.description)]
     details += [(role.capitalize(), _identity(identity)) for role, identity in identities.items()]
     details += [
         (label, escape(fields[field]))
@@ -124,7 +124,7 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str], mod
         )
         if field in fields
     ]
-    intended = escape(fields["intended_use"]) if "intended_use" in fields else _INTENDED_USES[model]
+    intended = escape(fields["intended_use"]) if "intended_use" in fields else f"{model.use} {INTENDED_USE}"
     models = " and ".join(identity.id for role, identity in identities.items() if role != BASE)
     title = fields.get("title", f"HSA merge of {models}")
     sections = [
@@ -137,7 +137,7 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str], mod
         "## Merged heads",
         f"{count_heads(record.targets)} heads in {len(record.targets)} target tensors. Scores and margins are in "
         f"`hsa_merge.json`.",
-        _heads(record.targets),
+        _heads(record.targets, record.architecture),
         "## Intended use",
         intended,
         "## How to load",
@@ -174,17 +174,8 @@ ranks its attention heads by the L2 norm of `|tv1| + |tv2|`. The selected heads 
 `B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)` with
 `lambda_i = lambda ** (alpha * (i + 1) / L)` in layer `i` of `L`."""
 
-INTENDED_USE = """Speech recognition in the domains that primary and secondary were adapted to, and research on
+INTENDED_USE = """in the domains that primary and secondary were adapted to, and research on
 model merging. Measure it on your own data before you rely on it."""
-
-_MODEL_TYPES = {
-    GENERATION: "Whisper sequence-to-sequence speech recognition model",
-    CLASSIFICATION: "Whisper encoder with a head for audio classification",
-}
-_INTENDED_USES = {
-    GENERATION: INTENDED_USE,
-    CLASSIFICATION: INTENDED_USE.replace("Speech recognition", "Audio classification with primary's labels"),
-}
 
 LIMITATIONS = """No weight was trained for this checkpoint, and no accuracy is claimed for it here: whether the
 merge helps, and with which parameters, is a question of measurement on data from the intended domain. It inherits
@@ -198,21 +189,19 @@ def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name if name.isidentifier() else escape(name), _value(value)) for name, value in shown.items()]
 
 
-def _loading(files: Collection[str], model: str) -> str:
-    """How to load the output with what is in it: recognition needs features and tokens, classification features."""
-    features = bool({*FEATURES} & {*files})
-    if model == GENERATION:
-        processor, complete, parts = "WhisperProcessor", features and bool({*TOKENS} & {*files}), _BOTH
-    else:
-        processor, complete, parts = "AutoFeatureExtractor", features, "The feature extractor is"
-    names = sorted([model, processor] if complete else [model])
+def _loading(files: Collection[str], model: ModelClass) -> str:
+    """How to load the output with what is in it: some models need features and tokens, others features alone."""
+    complete, parts = bool({*FEATURES} & {*files}), "The feature extractor is"
+    if model.reads_tokens:
+        complete, parts = complete and bool({*TOKENS} & {*files}), "Tokenizer and feature extractor are"
+    names = sorted([model.name, model.processor] if complete else [model.name])
     lines = [
         "```python",
         f"from transformers import {', '.join(names)}",
         "",
         'path = "path/to/this/directory"',
-        f"model = {model}.from_pretrained(path)",
-        *([f"processor = {processor}.from_pretrained(path)"] if complete else []),
+        f"model = {model.name}.from_pretrained(path)",
+        *([f"processor = {model.processor}.from_pretrained(path)"] if complete else []),
         "```",
     ]
     if not complete:
@@ -220,11 +209,8 @@ def _loading(files: Collection[str], model: str) -> str:
     return "\n".join(lines)
 
 
-_BOTH = "Tokenizer and feature extractor are"
-
-
-def _heads(targets: Sequence[TargetRecord]) -> str:
-    stacks: dict[tuple[Stack, str, int], dict[str, str]] = {}
+def _heads(targets: Sequence[TargetRecord], architecture: Architecture) -> str:
+    stacks: dict[tuple[str, str, int], dict[str, str]] = {}
     columns: list[str] = []
     for target in targets:
         p = target.projection
@@ -236,7 +222,7 @@ def _heads(targets: Sequence[TargetRecord]) -> str:
     columns.sort(key=lambda column: ("qkvo".index(column[0]), column.endswith("bias")))
     rows = []
     for (stack, block, layer), cells in sorted(
-        stacks.items(), key=lambda item: (item[0][0] != "encoder", *item[0][1:])
+        stacks.items(), key=lambda item: (architecture.all_stacks.index(item[0][0]), *item[0][1:])
     ):
         rows.append((f"{stack} {block.replace('_', ' ')}", str(layer), *(cells.get(column, "") for column in columns)))
     return table(("attention", "layer", *columns), rows)

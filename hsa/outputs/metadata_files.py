@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from hsa.architectures.whisper import model_class
 from hsa.outputs.provenance import Record
 from hsa.sources.checkpoint import CONFIG
 from hsa.system import fsio
@@ -39,8 +38,8 @@ def metadata_files(
     """What `write_metadata_files` writes, in its order: name and bytes."""
     from hsa.outputs import card
 
-    model = model_class(json.loads(small_files[CONFIG]))
-    files = {**small_files, CARD: card.render(record, [*small_files, *weights, CARD, PROVENANCE], model)}
+    config = json.loads(small_files[CONFIG])
+    files = {**small_files, CARD: card.render(record, [*small_files, *weights, CARD, PROVENANCE], config)}
     digests = dict(weights)
     for name, data in files.items():
         yield name, data

@@ -24,14 +24,22 @@ from typing import Any
 
 import numpy as np
 
-from hsa.architectures.base import Projection
-from hsa.architectures.whisper import canonical, parse
+from hsa.architectures.base import Architecture, TensorPlace
+from hsa.architectures.registry import named
 from hsa.errors import HeaderError, PatchError, ProvenanceError, RequestError, shown
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import MAX_SCORE, selection_of
 from hsa.option_names import option
 from hsa.outputs.distances import Distances
-from hsa.outputs.provenance import Record, SourceRecord, TargetRecord, changed_keys, hex_digest, parse_origin
+from hsa.outputs.provenance import (
+    FORMAT1_ARCHITECTURE,
+    Record,
+    SourceRecord,
+    TargetRecord,
+    changed_keys,
+    hex_digest,
+    parse_origin,
+)
 from hsa.sources.checkpoint import CONFIG
 from hsa.sources.roles import Role
 from hsa.sources.safetensors import MAX_HEADER, Header, TensorEntry, serialize
@@ -55,7 +63,7 @@ class PatchTarget:
     """A target of a patch: primary's tensor, how many heads it has and were to be merged, and lambda_i."""
 
     name: str
-    projection: Projection
+    projection: TensorPlace
     shape: tuple[int, ...]
     code: str
     heads: int
@@ -97,6 +105,7 @@ class PatchContents:
     sources: Mapping[Role, SourceRecord]
     targets: tuple[PatchTarget, ...]
     files: Mapping[str, str]
+    architecture: Architecture
     tensors: str = BLANK_DIGEST
     distances: Mapping[str, Distances] = field(default_factory=dict)
 
@@ -128,7 +137,7 @@ class PatchContents:
             )
             for t, heads, scores in zip(self.targets, selected, squared, strict=True)
         )
-        return Record(self.program, self.libraries, self.parameters, self.sources, targets)
+        return Record(self.program, self.libraries, self.parameters, self.sources, targets, self.architecture)
 
 
 def tensor_entries(contents: PatchContents, counts: Mapping[str, int]) -> tuple[TensorEntry, ...]:
@@ -158,7 +167,7 @@ def header_size(contents: PatchContents) -> int:
             f"{MAX_HEADS} are read again; write a whole checkpoint"
         )
     every = {target.name: target.heads for target in contents.targets}
-    stacks = dict.fromkeys(("encoder", "decoder", "all"), LONGEST)
+    stacks = dict.fromkeys((*contents.architecture.all_stacks, "all"), LONGEST)
     longest = _serialize_header(replace(contents, distances=stacks), tensor_entries(contents, every))
     size = -(-len(longest) // ALIGNMENT) * ALIGNMENT
     if size - 8 > MAX_HEADER or count_marks(longest[8:]) > MAX_MARKS:
@@ -237,7 +246,8 @@ def _contents(document: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -
         hex_digest(digest)
     if CONFIG not in files:
         raise ValueError(f"files has no {CONFIG}, which every merge writes")
-    placed = tuple(_target(name, entry, entries.get(name)) for name, entry in targets.items())
+    architecture = named(FORMAT1_ARCHITECTURE)
+    placed = tuple(_target(name, entry, entries.get(name), architecture) for name, entry in targets.items())
     heads = sum(target.heads for target in placed)
     if heads > MAX_HEADS:
         raise ValueError(f"its targets have {heads} heads, at most {MAX_HEADS} are read")
@@ -251,6 +261,7 @@ def _contents(document: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -
         sources,
         placed,
         files,
+        architecture,
         tensors,
         {stack: _distances(entry) for stack, entry in document["distances"].items()},
     )
@@ -263,8 +274,8 @@ def _distances(entry: Any) -> Distances:
     return Distances(one, two)
 
 
-def _target(name: str, entry: Any, rows: TensorEntry | None) -> PatchTarget:
-    projection = parse(canonical(name))
+def _target(name: str, entry: Any, rows: TensorEntry | None, architecture: Architecture) -> PatchTarget:
+    projection = architecture.place(name)
     if projection is None or rows is None:
         raise ValueError(f"{shown(name, 120)} is no attention projection with rows in the file")
     if not isinstance(entry, list) or len(entry) != 3:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from hsa.architectures.base import Projection
-from hsa.architectures.whisper import canonical, parse
+from hsa.architectures.base import Architecture, TensorPlace
+from hsa.architectures.registry import named
 from hsa.errors import ProvenanceError, RequestError, shown
 from hsa.methods.hsa import ROLES, HsaSettings
 from hsa.methods.selection import MAX_SCORE, Selection
@@ -27,6 +27,9 @@ from hsa.system.types import parse_size
 
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
 """What stands among a record's parameters besides those of the merge itself."""
+
+FORMAT1_ARCHITECTURE = "whisper"
+"""The family of every model whose record has format 1, which names none."""
 
 HEX = frozenset("0123456789abcdef")
 
@@ -65,7 +68,7 @@ class TargetRecord:
     every head's score (an L2 norm) and the margin of the cut (None where no head or every head is selected)."""
 
     name: str
-    projection: Projection
+    projection: TensorPlace
     shape: tuple[int, ...]
     code: str
     heads: int
@@ -79,7 +82,7 @@ class TargetRecord:
     def from_selection(
         cls,
         name: str,
-        projection: Projection,
+        projection: TensorPlace,
         shape: tuple[int, ...],
         code: str,
         keep: int,
@@ -116,13 +119,14 @@ class TargetRecord:
 @dataclass(frozen=True)
 class Record:
     """All that the provenance says but the digests of the files. `parameters` are those of the merge
-    (`HsaSettings.as_dict`) and what besides them shaped the output."""
+    (`HsaSettings.as_dict`) and what besides them shaped the output. `architecture` is the family of the models."""
 
     program: Mapping[str, str]
     libraries: Mapping[str, str]
     parameters: Mapping[str, Any]
     sources: Mapping[Role, SourceRecord]
     targets: tuple[TargetRecord, ...]
+    architecture: Architecture
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -178,8 +182,10 @@ def loads(text: bytes, where: str) -> Provenance:
 
 def parse_record(document: Mapping[str, Any]) -> Record:
     """The record in a document. Raises KeyError, TypeError or ValueError where it does not say what it must."""
-    targets = tuple(_target_record(_text(name), entry) for name, entry in _mapping(document["targets"]).items())
-    return Record(*parse_origin(document), targets)
+    architecture = named(FORMAT1_ARCHITECTURE)
+    entries = _mapping(document["targets"])
+    targets = tuple(_target_record(_text(name), entry, architecture) for name, entry in entries.items())
+    return Record(*parse_origin(document), targets, architecture)
 
 
 Origin = tuple[dict[str, str], dict[str, str], dict[str, Any], dict[Role, SourceRecord]]
@@ -235,9 +241,9 @@ def parse_source(entry: Any) -> SourceRecord:
     )
 
 
-def _target_record(name: str, entry: Any) -> TargetRecord:
+def _target_record(name: str, entry: Any, architecture: Architecture) -> TargetRecord:
     entry = _mapping(entry)
-    projection = parse(canonical(name))
+    projection = architecture.place(name)
     if projection is None:
         raise ValueError(f"{shown(name, 120)} is no attention projection")
     heads, scores = _count(entry["heads"]), tuple(map(_score, entry["scores"]))

@@ -7,8 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from hsa.architectures import whisper
-from hsa.architectures.base import Architecture, Preset, Projection, Stack
+from hsa.architectures.base import ModelCounts, Preset, TensorPlace
 from hsa.errors import HsaError, RequestError, shown
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.hsa_formula import keep_count, layer_coefficient
@@ -24,11 +23,11 @@ MARGIN_ERROR = 1e-12
 """A margin is taken from squared scores, and the roots that the provenance holds are rounded."""
 
 
-def checkpoint_targets(checkpoint: Checkpoint, preset: Preset) -> Iterator[tuple[Projection, TensorRef]]:
+def checkpoint_targets(checkpoint: Checkpoint, preset: Preset) -> Iterator[tuple[TensorPlace, TensorRef]]:
     """The target tensors that a checkpoint holds."""
     for name, ref in checkpoint.tensors.items():
-        projection = whisper.parse(name)
-        if projection is not None and whisper.is_target(projection, preset):
+        projection = checkpoint.architecture.target(name, preset)
+        if projection is not None:
             yield projection, ref
 
 
@@ -71,7 +70,7 @@ def target_faults(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
     """Whether the targets of the record are those of these weights, and follow from its parameters."""
     try:
         config = config_of_record(record)
-        architecture = whisper.architecture(checkpoint.config, checkpoint.role)
+        counts = checkpoint.architecture.counts(checkpoint.config, checkpoint.role)
     except HsaError as error:
         yield str(error)
         return
@@ -87,7 +86,7 @@ def target_faults(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
     for target in record.targets:
         ref = stored.get(target.projection.name)
         if ref is not None:
-            faults = itertools.chain(_storage_faults(target, ref), _parameter_faults(target, config, architecture))
+            faults = itertools.chain(_storage_faults(target, ref), _parameter_faults(target, config, counts))
             yield from itertools.islice(faults, 1)
 
 
@@ -101,8 +100,8 @@ def target_faults_without_weights(record: Record) -> Iterator[str]:
     except HsaError as error:
         yield str(error)
         return
-    layers: dict[Stack, int] = {}
-    heads: dict[Stack, int] = {}
+    layers: dict[str, int] = {}
+    heads: dict[str, int] = {}
     for target in record.targets:
         stack = target.projection.stack
         layers[stack] = max(layers.get(stack, 0), target.projection.layer + 1)
@@ -111,19 +110,19 @@ def target_faults_without_weights(record: Record) -> Iterator[str]:
     if sum(layers.values()) > len(recorded):  # before names are made of a number that may be anything
         yield f"its targets lie in {sum(layers.values())} layers, and there are {len(recorded)} of them"
         return
-    absent = [name for name in whisper.expected_targets(layers, config.targets) if name not in recorded]
+    absent = [name for name in record.architecture.expected_targets(layers, config.targets) if name not in recorded]
     if absent:
         yield f"{len(absent)} targets of {shown(config.targets)} are not listed, such as {absent[0]}"
-    other = [t.name for t in record.targets if not whisper.is_target(t.projection, config.targets)]
+    other = [t.name for t in record.targets if config.targets not in t.projection.presets]
     if other:
         yield f"{len(other)} targets are listed and are none of {shown(config.targets)}, such as {other[0]}"
     yield from _per_tensor_faults(config, recorded)
     width = record.targets[0].shape[0] if record.targets else 0
     for target in record.targets:
-        expected = (width,) * len(target.shape)  # every projection of a Whisper model is as wide as the model
+        expected = (width,) * len(target.shape)  # every projection of a model is as wide as the model
         if target.shape != expected:
             yield f"target {target.name} is listed with shape {list(target.shape)}, expected {list(expected)}"
-        yield from itertools.islice(_parameter_faults(target, config, Architecture(heads, layers)), 1)
+        yield from itertools.islice(_parameter_faults(target, config, ModelCounts(heads, layers)), 1)
 
 
 def _per_tensor_faults(config: HsaSettings, recorded: set[str]) -> Iterator[str]:
@@ -142,11 +141,11 @@ def _storage_faults(target: TargetRecord, ref: TensorRef) -> Iterator[str]:
         )
 
 
-def _parameter_faults(target: TargetRecord, config: HsaSettings, architecture: Architecture) -> Iterator[str]:
+def _parameter_faults(target: TargetRecord, config: HsaSettings, counts: ModelCounts) -> Iterator[str]:
     """Whether heads, coefficient and selection of a target follow from the parameters."""
     name, stack = target.projection.name, target.projection.stack
-    heads = config.num_heads or architecture.heads[stack]
-    layers = config.num_layers or architecture.layers[stack]
+    heads = config.num_heads or counts.heads[stack]
+    layers = config.num_layers or counts.layers[stack]
     if target.heads != heads or target.projection.layer >= layers:
         yield f"target {target.name} is listed with {target.heads} heads; expected {heads}, and {layers} layers"
         return

@@ -32,6 +32,7 @@ def make_record(
         {**plan.config.as_dict(), **settings},
         {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
         tuple(map(_record_of, outcomes)),
+        sources.architecture,
     )
 
 
@@ -69,7 +70,12 @@ def check_record_size(
         for source in sources
     }
     expected = Record(
-        dict(PROGRAM), libraries(numerics=plan.config.numerics), {**plan.config.as_dict(), **settings}, records, targets
+        dict(PROGRAM),
+        libraries(numerics=plan.config.numerics),
+        {**plan.config.as_dict(), **settings},
+        records,
+        targets,
+        sources.architecture,
     )
     expected.check_fits([*small_files, *(file.name for file in plan.files)], heads)
 

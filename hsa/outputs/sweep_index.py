@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from hsa.architectures.base import Preset
+from hsa.architectures.base import PRESETS, Architecture
 from hsa.errors import RequestError
 from hsa.methods.grid_point import GridPoint
 from hsa.methods.hsa import HsaSettings
@@ -29,11 +29,7 @@ from hsa.system.manifest import PROVENANCE
 from hsa.system.staging import REPLACED, STAGING
 
 JSON, CSV = "index.json", "index.csv"
-STACKS = ("encoder", "decoder", "all")
 KIND = "hsa-sweep"
-PRESETS: tuple[Preset, ...] = get_args(Preset)
-"""Each holds the targets of those before it; names of points begin with them."""
-
 _START = f'{{\n "kind": "{KIND}",'.encode()
 """What an index begins with, so that a sweep can tell its own from another file of that name."""
 
@@ -97,7 +93,9 @@ class SweepEntry:
         return document
 
 
-def render(entries: Iterable[SweepEntry], sources: Mapping[Role, SourceRecord]) -> dict[str, bytes]:
+def render(
+    entries: Iterable[SweepEntry], sources: Mapping[Role, SourceRecord], architecture: Architecture
+) -> dict[str, bytes]:
     """Both index files. Nothing in them depends on when, where or in which order the points were made."""
     ordered = sorted(entries, key=lambda entry: entry.order)
     source_records = {role: source.as_dict() for role, source in sources.items()}
@@ -105,7 +103,11 @@ def render(entries: Iterable[SweepEntry], sources: Mapping[Role, SourceRecord]) 
         del each["targets_blake3"]  # it differs from preset to preset, and stands in every point
     document = {"kind": KIND, "sources": source_records, "points": [entry.as_dict() for entry in ordered]}
     text = json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
-    columns = [(stack, direction) for stack in STACKS for direction in ("from_primary", "from_secondary")]
+    columns = [
+        (stack, direction)
+        for stack in (*architecture.all_stacks, "all")
+        for direction in ("from_primary", "from_secondary")
+    ]
     shown = ["place", "targets", "k", "lambda", "alpha", "selected_heads", "total_heads"]
     shown += ["min_margin", "min_margin_tensor", "rows_bytes", "blake3"]
     table = io.StringIO()

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hsa.architectures import whisper
-from hsa.architectures.base import Architecture, Preset, Projection
+from hsa.architectures.base import ModelCounts, Preset, TensorPlace
 from hsa.errors import MismatchError, RequestError, SourceError, shown
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.hsa_formula import keep_count, layer_coefficient
@@ -106,14 +105,15 @@ def check_structure(config: HsaSettings, sources: Sources) -> None:
 def check_heads(sources: Sources) -> None:
     """MismatchError where the config.json of primary has other heads than base's, of any stack: no tensor's shape tells
     how many heads there are, and with another number the same weights compute something else."""
+    architecture = sources.architecture
     primary, base = (
-        whisper.architecture(source.config, source.role)
+        architecture.counts(source.config, source.role)
         for source in (sources.anchor_checkpoint, sources.base_checkpoint)
     )
-    for stack in whisper.stacks_of(sources.anchor_checkpoint.config):
+    for stack in architecture.stacks(sources.anchor_checkpoint.config):
         if primary.heads[stack] != base.heads[stack]:
             raise MismatchError(
-                f"primary {sources.anchor_checkpoint.path}: config.json has {stack}_attention_heads "
+                f"primary {sources.anchor_checkpoint.path}: config.json has {architecture.heads_key(stack)} "
                 f"{primary.heads[stack]}, base {sources.base_checkpoint.path} has {base.heads[stack]}; a fine-tune has "
                 f"as many heads as its base: correct the one that is wrong"
             )
@@ -126,22 +126,24 @@ def find_targets(
 
     `load_codes` gives the element types that reference numerics cast each source to, None in exact numerics.
     """
-    projections: dict[str, Projection] = {}
+    architecture = sources.architecture
+    projections: dict[str, TensorPlace] = {}
     for source in sources:
         for name in source.tensors:
-            projection = whisper.parse(name)
-            if projection is not None and whisper.is_target(projection, config.targets):
+            projection = architecture.target(name, config.targets)
+            if projection is not None:
                 projections[name] = projection
     if not projections:
-        wrapped = structure.wrapped_name(sources.anchor_checkpoint, whisper.FIRST_TARGET)
+        wrapped = structure.wrapped_name(sources.anchor_checkpoint, architecture.first_target)
         remedy = "" if wrapped is None else f"; it holds {wrapped:.300}: save the model without what wraps it"
         raise SourceError(
             f"primary {sources.anchor_checkpoint.path} holds no tensor that {shown(config.targets)} would merge "
-            f"(looked for names like model.{whisper.FIRST_TARGET}){remedy}; is it a Whisper checkpoint?"
+            f"(looked for names like {architecture.prefix}{architecture.first_target}){remedy}; is it a "
+            f"{architecture.title} checkpoint?"
         )
     check_tensor_names(config, set(projections), config.targets)
     _check_complete(config, sources, set(projections))
-    shapes = {role: whisper.architecture(sources.of(role).config, role) for role in sources.roles}
+    shapes = {role: architecture.counts(sources.of(role).config, role) for role in sources.roles}
     targets = [make_target(p, config, sources, shapes, load_codes) for p in projections.values()]
     return tuple(sorted(targets, key=lambda t: (t.primary.shard, t.primary.offset)))
 
@@ -158,22 +160,23 @@ def check_tensor_names(settings: Settings, names: Collection[str], preset: Prese
 
 def _check_complete(config: HsaSettings, sources: Sources, names: set[str]) -> None:
     """Every layer that primary's config promises must have its targets: a merge of half a model is no model."""
-    layers = whisper.architecture(sources.anchor_checkpoint.config, "primary").layers
-    for stack in whisper.stacks_of(sources.anchor_checkpoint.config):
-        for name in whisper.expected_targets({stack: layers[stack]}, config.targets):
+    architecture = sources.architecture
+    layers = architecture.counts(sources.anchor_checkpoint.config, "primary").layers
+    for stack in architecture.stacks(sources.anchor_checkpoint.config):
+        for name in architecture.expected_targets({stack: layers[stack]}, config.targets):
             if name not in names:
                 raise MismatchError(
                     f"target tensor {name} is missing from base, primary and secondary, and the config.json of primary "
-                    f"promises it ({stack}_layers {layers[stack]}); the checkpoints are incomplete, fetch them again "
-                    f"or correct config.json"
+                    f"promises it ({architecture.layers_key(stack)} {layers[stack]}); the checkpoints are "
+                    f"incomplete, fetch them again or correct config.json"
                 )
 
 
 def make_target(
-    projection: Projection,
+    projection: TensorPlace,
     config: HsaSettings,
     sources: Sources,
-    shapes: Mapping[Role, Architecture],
+    shapes: Mapping[Role, ModelCounts],
     load_codes: Mapping[Role, str] | None = None,
 ) -> Target:
     """One target, checked to agree in the three sources, whose heads and layers `shapes` gives; see `find_targets`."""
@@ -202,7 +205,8 @@ def make_target(
         if ref.nbytes > MAX_TARGET:
             raise SourceError(
                 f"{sources.of(role).file_of(ref)}: target tensor {ref.name} of shape {list(ref.shape)} takes "
-                f"{ref.nbytes} bytes, at most {MAX_TARGET} are held in memory; is it a Whisper checkpoint?"
+                f"{ref.nbytes} bytes, at most {MAX_TARGET} are held in memory; is it a "
+                f"{sources.architecture.title} checkpoint?"
             )
     owner: Role = "primary" if load_codes is None else "base"
     heads = config.num_heads or shapes[owner].heads[stack]
@@ -242,7 +246,7 @@ def with_parameters(targets: Sequence[Target], config: HsaSettings, sources: Sou
     Raises RequestError where per-tensor parameters do not fit the targets.
     """
     check_tensor_names(config, {target.projection.name for target in targets}, config.targets)
-    layers = whisper.architecture(sources.anchor_checkpoint.config, "primary").layers
+    layers = sources.architecture.counts(sources.anchor_checkpoint.config, "primary").layers
     return tuple(
         replace(
             target,
@@ -252,7 +256,7 @@ def with_parameters(targets: Sequence[Target], config: HsaSettings, sources: Sou
     )
 
 
-def _settings(config: HsaSettings, projection: Projection, heads: int, layers: int) -> dict[str, Any]:
+def _settings(config: HsaSettings, projection: TensorPlace, heads: int, layers: int) -> dict[str, Any]:
     """What k, lambda and alpha make of one target, as fields of it."""
     name = projection.name
     coefficient = layer_coefficient(config.of("lam", name), config.of("alpha", name), projection.layer, layers)
@@ -330,7 +334,8 @@ def _notes(sources: Sources, targets: set[str], written: set[str]) -> Iterator[s
             counterpart = other.tensors.get(name)
             if name not in targets and counterpart is not None and counterpart.shape != ref.shape:
                 yield f"{name} has shape {list(ref.shape)} in primary and {list(counterpart.shape)} in {other.role}"
-    if whisper.UNTIED_OUTPUT in written:
-        yield f"{whisper.UNTIED_OUTPUT} is stored beside {whisper.EMBEDDING} and written as a tensor of its own"
-    elif whisper.UNTIED_OUTPUT in primary.tensors:
-        yield f"primary's {whisper.UNTIED_OUTPUT} is left out, for base ties it to {whisper.EMBEDDING}"
+    tie = sources.architecture.tie
+    if tie is not None and tie.output in written:
+        yield f"{tie.output} is stored beside {tie.embedding} and written as a tensor of its own"
+    elif tie is not None and tie.output in primary.tensors:
+        yield f"primary's {tie.output} is left out, for base ties it to {tie.embedding}"

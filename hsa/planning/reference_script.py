@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hsa.architectures import whisper
 from hsa.errors import MismatchError, RequestError, SourceError, shown
 from hsa.methods.hsa import HsaSettings
 from hsa.option_names import option
@@ -59,12 +58,10 @@ def output_names(sources: Sources) -> dict[str, str]:
     """Canonical and stored names of the output: base's, as transformers saves them, tied tensors once."""
     base = sources.base_checkpoint
     untied = _is_untied(base)
+    prefix, tie = base.architecture.prefix, base.architecture.tie
+    output = None if tie is None else tie.output
     ordered = sorted(base.tensors.items(), key=lambda item: (item[1].shard, item[1].offset))
-    return {
-        name: name if name == whisper.UNTIED_OUTPUT else f"model.{name}"
-        for name, _ in ordered
-        if name != whisper.UNTIED_OUTPUT or untied
-    }
+    return {name: name if name == output else f"{prefix}{name}" for name, _ in ordered if name != output or untied}
 
 
 def other_content(
@@ -74,7 +71,8 @@ def other_content(
     base = sources.base_checkpoint.tensors[name]
     primary = sources.anchor_checkpoint.tensors.get(name)
     code = load_codes["base"]
-    if name == whisper.UNTIED_OUTPUT and (primary is None or not _is_untied(sources.anchor_checkpoint)):
+    tie = sources.architecture.tie
+    if tie is not None and name == tie.output and (primary is None or not _is_untied(sources.anchor_checkpoint)):
         return TensorContent(stored, code, base.shape, slices(base, None, code, load_codes=load_codes, role="base"))
     if primary is None:
         raise MismatchError(f"tensor {base.name} is missing from primary, and numerics 'reference' needs it")
@@ -91,10 +89,10 @@ def other_content(
 
 def _is_untied(source: Checkpoint) -> bool:
     """Whether transformers would keep the output projection apart from the embedding."""
-    output, embedding = source.tensors.get(whisper.UNTIED_OUTPUT), source.tensors.get(whisper.EMBEDDING)
+    output, embedding = source.untied_output, source.embedding
     if output is None:
         return False
-    if not whisper.is_tied(source.config) or embedding is None:
+    if not source.architecture.is_tied(source.config) or embedding is None:
         return True
     if (output.code, output.shape) != (embedding.code, embedding.shape):
         return True

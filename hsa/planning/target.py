@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from hsa.architectures.base import Projection
+from hsa.architectures.base import TensorPlace
 from hsa.sources.roles import Role
 from hsa.sources.tensor_places import TensorRef
 
@@ -19,7 +19,7 @@ class Target:
     each source to first, None in exact numerics.
     """
 
-    projection: Projection
+    projection: TensorPlace
     shape: tuple[int, ...]
     heads: int
     k: float

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from hsa.architectures.base import Architecture
+from hsa.architectures.registry import default
 from hsa.errors import DestinationError
 from hsa.methods.selection import count_heads
 from hsa.outputs import card
@@ -129,9 +131,12 @@ def _entry_dict(row: Row) -> dict[str, Any]:
 
 def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:
     complete = [row for row in rows if row.provenance is not None]
-    title = recipe.title or "Whisper models composed with Headwise Selective Attention merge"
+    families = list(dict.fromkeys(row.provenance.record.architecture for row in complete if row.provenance))
+    families = families or [default()]
+    names = " and ".join(family.title for family in families)
+    title = recipe.title or f"{names} models composed with Headwise Selective Attention merge"
     citations = list(dict.fromkeys(row.entry.card.get("citation", card.PAPER) for row in complete))
-    sections = [_metadata(complete), MARKER, f"# {card.escape(title)}", INTRODUCTION]
+    sections = [_metadata(complete, families), MARKER, f"# {card.escape(title)}", INTRODUCTION]
     for group in dict.fromkeys(row.entry.group for row in complete):
         members = [row for row in complete if row.entry.group == group]
         sections += [f"## {card.escape(group)}", _table(members, citations)]
@@ -187,9 +192,11 @@ def _number(value: Any) -> str:
     return "per tensor" if isinstance(value, dict) else f"{value:g}"
 
 
-def _metadata(rows: Sequence[Row]) -> str:
+def _metadata(rows: Sequence[Row], families: Sequence[Architecture]) -> str:
     sources = [
         source.identity.id for row in rows if row.provenance for source in row.provenance.record.sources.values()
     ]
     licenses = {row.entry.card["license"] for row in rows if "license" in row.entry.card}
-    return card.metadata(filter(is_hub_id, sources), {"license": licenses.pop()} if len(licenses) == 1 else {})
+    extra: dict[str, str | list[str]] = {"license": licenses.pop()} if len(licenses) == 1 else {}
+    tags = [tag for family in families for tag in family.tags]
+    return card.metadata(filter(is_hub_id, sources), extra, families[0].model_class({}).task, tags)

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from hsa.architectures import whisper
+from hsa.architectures.base import Architecture
+from hsa.architectures.registry import architecture_of
 from hsa.errors import HeaderError, MachineError, SourceError, shown
 from hsa.sources.git_lfs import refuse_pointer
 from hsa.sources.identity import Identity, identify, is_hub_id, is_snapshot
@@ -71,6 +72,7 @@ class Checkpoint:
 
     A name that transformers would not find is read without what a wrapper added to it: `renamed` maps the canonical
     names of such tensors to their names in the file, while their TensorRef has the name to write.
+    `architecture` is the family of the model, by its config.
     `path` is a directory, or OpenAI's file; `config_from` the directory of its `config.json` where that is another one.
     `notes` say what a user should know of how it was read; `trained_on` is what an adapter's config calls its base.
     """
@@ -79,6 +81,7 @@ class Checkpoint:
     path: Path
     identity: Identity
     config: Mapping[str, Any]
+    architecture: Architecture
     tally: Tally
     shards: tuple[Shard, ...] = ()
     tensors: Mapping[str, TensorRef] = field(default_factory=dict)
@@ -88,6 +91,18 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     trained_on: str | None = None
+
+    @property
+    def embedding(self) -> TensorRef | None:
+        """The embedding of tokens, where the model has one."""
+        tie = self.architecture.tie
+        return None if tie is None else self.tensors.get(tie.embedding)
+
+    @property
+    def untied_output(self) -> TensorRef | None:
+        """The output projection, where it is stored apart from the embedding."""
+        tie = self.architecture.tie
+        return None if tie is None else self.tensors.get(tie.output)
 
     def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
         """Fill `view` with the tensor's bytes from byte `start` on."""
@@ -133,8 +148,9 @@ def open_checkpoint(
     directory = _directory(role, path)
     parts = parts or {}
     weights = _weights_files(role, directory, tally, parts)
-    config = _config(role, directory, tally)
-    whisper.architecture(config, f"{role} {directory}")
+    config = read_config(role, directory, tally)
+    architecture = architecture_of(config, f"{role} {directory}")
+    architecture.counts(config, f"{role} {directory}")
     pickled = weights.suffix == PICKLES.suffix
     weights_format = PICKLES if pickled else SAFETENSORS
     identity = identify(directory, claimed)
@@ -144,13 +160,14 @@ def open_checkpoint(
     with ExitStack() as opened:
         shards = _open_shards(role, directory, weights, tally, parts, opened)
         index = directory / weights.index_name
-        places = place_tensors(role, config, shards, index, weights.shard_of, shares_bytes=pickled)
+        places = place_tensors(role, architecture, config, shards, index, weights.shard_of, shares_bytes=pickled)
         opened.pop_all()
     return Checkpoint(
         role,
         directory,
         identity,
         config,
+        architecture,
         tally,
         shards=shards,
         tensors=places.tensors,
@@ -318,7 +335,8 @@ def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str,
     raise SourceError(f"{role}: {describe_missing_weights(directory, (*WHOLE_WEIGHTS, ADAPTER_CONFIG))}")
 
 
-def _config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
+def read_config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
+    """What the `config.json` of a checkpoint directory says. Raises SourceError, HeaderError."""
     if not _exists(directory / CONFIG):
         raise SourceError(f"{role}: {directory} has no {CONFIG}, which says how many heads and layers there are")
     return load_json(read_whole(role, directory, CONFIG, tally), f"{role}: {directory / CONFIG}", "config")

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from hsa.architectures import whisper
 from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError, shown
 from hsa.sources.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, Checkpoint, open_shard, read_whole
 from hsa.sources.identity import identify
@@ -98,7 +97,7 @@ class LoraCheckpoint(Checkpoint):
 
     def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
         """Fill `view` with the tensor's bytes from byte `start` on: base's, or computed. Raises NonFiniteError."""
-        pair = self.pairs.get(whisper.canonical(tensor.name))
+        pair = self.pairs.get(self.architecture.canonical(tensor.name))
         if pair is None:
             self.base.read_into(tensor, view, start)
             return
@@ -118,7 +117,7 @@ class LoraCheckpoint(Checkpoint):
         self.base.check_unchanged()
 
     def file_of(self, tensor: TensorRef) -> str:
-        if whisper.canonical(tensor.name) not in self.pairs:
+        if self.architecture.canonical(tensor.name) not in self.pairs:
             return self.base.file_of(tensor)
         return f"{self.role} {self.path / self.shards[0].name if self.shards else self.path}"
 
@@ -199,12 +198,14 @@ def open_adapter(
         identity = identify(directory, claimed)
         if setting is None:
             pairs = _pairs(role, shard, base, rank)
-            return LoraCheckpoint(role, directory, identity, base.config, tally, **fields, pairs=pairs, scale=scale)
+            return LoraCheckpoint(
+                role, directory, identity, base.config, base.architecture, tally, **fields, pairs=pairs, scale=scale
+            )
         require_peft(f"{where}/{ADAPTER_CONFIG} has {setting}, which is more than plain LoRA", FOLD_FIRST)
         if base.kind == "openai":
             raise RequestError(f"{where} has {setting}, which needs base as a checkpoint directory; or {FOLD_FIRST}")
         note = f"{role}'s adapter has {setting}: peft folds it in, with base and adapter as whole models in memory"
-        return PeftCheckpoint(role, directory, identity, base.config, tally, **fields, notes=(note,))
+        return PeftCheckpoint(role, directory, identity, base.config, base.architecture, tally, **fields, notes=(note,))
     except BaseException:
         shard.source.close()
         raise
@@ -257,8 +258,9 @@ def _check_entries(where: str, shard: Shard, base: Checkpoint) -> None:
                 f"{where}: the name of tensor {entry.name} does not begin with {_PREFIX}, as peft's do; save the "
                 f"adapter with save_pretrained() of the PeftModel"
             )
-        name = "" if match is None else whisper.canonical(f"{match['module'].removeprefix(_PREFIX)}.weight")
-        if name in (whisper.UNTIED_OUTPUT, whisper.EMBEDDING) and whisper.UNTIED_OUTPUT not in base.tensors:
+        name = "" if match is None else base.architecture.canonical(f"{match['module'].removeprefix(_PREFIX)}.weight")
+        tie = base.architecture.tie
+        if tie is not None and name in (tie.output, tie.embedding) and base.untied_output is None:
             raise RequestError(f"{where}: tensor {entry.name} adapts {name}. {TIED}")
 
 
@@ -276,7 +278,8 @@ def _pairs(role: Role, shard: Shard, base: Checkpoint, rank: int) -> dict[str, t
             )
         offset = shard.origin + entry.start
         ref = TensorRef(entry.name, entry.code, entry.shape, 0, offset, entry.stop - entry.start)
-        matrices_of.setdefault(whisper.canonical(f"{match['module']}.weight"), {})[match["matrix"]] = ref
+        name = base.architecture.canonical(f"{match['module']}.weight")
+        matrices_of.setdefault(name, {})[match["matrix"]] = ref
     pairs = {}
     for name, matrices in matrices_of.items():
         weight = base.tensors.get(name)

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from hsa.architectures.openai_whisper import from_openai, openai_config
+from hsa.architectures.registry import architecture_of
 from hsa.errors import RequestError, SourceError
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import Identity, escaped_name, identify
@@ -88,6 +89,7 @@ def _read(role: Role, file: Path, source: SourceFile, tally: Tally, identity: Id
         file,
         identity,
         config,
+        architecture_of(config, where),
         tally,
         shards=(Shard(escaped_name(file.name), source, header, 0),),
         tensors=refs,

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from hsa.architectures import whisper
 from hsa.errors import MismatchError, RequestError, SourceError
 from hsa.sources.checkpoint import ADAPTER_CONFIG, Checkpoint
 from hsa.sources.tensor_places import TensorRef
@@ -63,7 +62,7 @@ class PeftCheckpoint(Checkpoint):
 
     def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
         """Fill `view` with the tensor's bytes from byte `start` on. Raises SourceError, MismatchError."""
-        changed = self._folded.get(whisper.canonical(tensor.name), self._fold)
+        changed = self._folded.get(self.architecture.canonical(tensor.name), self._fold)
         if changed is None:
             self.base.read_into(tensor, view, start)
         else:
@@ -84,16 +83,17 @@ class PeftCheckpoint(Checkpoint):
         import torch
 
         where = f"{self.role}: {self.path}"
-        state = {whisper.canonical(name): tensor for name, tensor in self._state().items()}
-        output = state.get(whisper.UNTIED_OUTPUT)
-        tied = output is not None and torch.equal(output, state[whisper.EMBEDDING])
-        if tied and whisper.UNTIED_OUTPUT not in self.base.tensors:
-            del state[whisper.UNTIED_OUTPUT]
+        state = {self.architecture.canonical(name): tensor for name, tensor in self._state().items()}
+        tie = self.architecture.tie
+        output = None if tie is None else state.get(tie.output)
+        tied = tie is not None and output is not None and torch.equal(output, state[tie.embedding])
+        if tie is not None and tied and self.base.untied_output is None:
+            del state[tie.output]
         changed = {}
         for name, tensor in state.items():
             ref = self.base.tensors.get(name)
             merged = (CODES.get(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
-            if ref is None and name == whisper.UNTIED_OUTPUT:
+            if ref is None and tie is not None and name == tie.output:
                 raise MismatchError(f"{where}: with peft's folding {name} is a tensor of its own. {TIED}")
             if ref is None or merged != (ref.code, ref.shape):
                 expected = "nothing" if ref is None else f"{list(ref.shape)} of {ref.code}"
@@ -113,13 +113,12 @@ class PeftCheckpoint(Checkpoint):
     def _state(self) -> Mapping[str, Any]:
         """The folded model's tensors by name."""
         import peft
-        from transformers import WhisperForConditionalGeneration
+        import transformers
 
+        model_class = getattr(transformers, self.architecture.model_class(self.base.config).name)
         with _quiet():
             try:
-                model = WhisperForConditionalGeneration.from_pretrained(
-                    self.base.path, dtype="auto", local_files_only=True
-                )
+                model = model_class.from_pretrained(self.base.path, dtype="auto", local_files_only=True)
                 adapted = peft.PeftModel.from_pretrained(
                     model, str(self.path), autocast_adapter_dtype=False, local_files_only=True
                 )

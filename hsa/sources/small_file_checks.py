@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hsa.architectures import whisper
+from hsa.architectures.base import Features
 from hsa.errors import SourceError, shown
-from hsa.sources.checkpoint import MAX_TEXT
-from hsa.sources.tensor_places import TensorRef
+from hsa.sources.checkpoint import MAX_TEXT, Checkpoint
 from hsa.system.strict_json import MAX_MARKS, parse_json, refuse_byte_order_mark
 
 GENERATION_CONFIG = "generation_config.json"
@@ -52,9 +51,6 @@ _VOCABULARIES = (TOKENIZER_JSON, VOCABULARY, ADDED_TOKENS)
 _KEPT = ("model", "vocab", "added_tokens", "id")
 """Names in the files with a vocabulary whose values are looked at: the others take no memory."""
 
-_FEATURES = {"feature_size": 80, "sampling_rate": 16000, "hop_length": 160, "chunk_length": 30}
-"""What transformers takes where a feature extractor does not say (its WhisperFeatureExtractor)."""
-
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 """Classes that take whatever the files hold, less the ending Fast."""
 
@@ -78,20 +74,28 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the small files must fit: mel bins, frames of features, rows of the embedding; None for what is unknown."""
+    """What the small files must fit: the feature extractor of the family, mel bins, frames of features, rows of the
+    embedding; None for what is unknown. `title` is what a reader calls the family."""
 
+    title: str
+    features: Features | None
     mel_bins: int | None
     frames: int | None
     rows: int | None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], embedding: TensorRef | None) -> ModelSizes:
-        """By a `config.json`, and by the embedding [vocabulary, width] where there is one."""
-        positions = _count(config.get("max_source_positions", whisper.DIMENSIONS["max_source_positions"]))
-        rows = embedding.shape[0] if embedding is not None and embedding.shape else config.get("vocab_size")
+    def of(cls, checkpoint: Checkpoint) -> ModelSizes:
+        """By a checkpoint's `config.json`, and by its embedding [vocabulary, width] where there is one."""
+        architecture, embedding = checkpoint.architecture, checkpoint.embedding
+        config = {**architecture.defaults, **checkpoint.config}
+        features = architecture.features
+        positions = None if features is None else _count(config.get(features.positions))
+        rows = embedding.shape[0] if embedding is not None and embedding.shape else checkpoint.config.get("vocab_size")
         return cls(
-            mel_bins=_count(config.get("num_mel_bins", whisper.DIMENSIONS["num_mel_bins"])),
-            frames=None if positions is None else 2 * positions,  # the second convolution halves them
+            title=architecture.title,
+            features=features,
+            mel_bins=None if features is None else _count(config.get(features.mel_bins)),
+            frames=None if features is None or positions is None else features.frames_per_position * positions,
             rows=_count(rows),
         )
 
@@ -123,7 +127,8 @@ def contradictions(documents: Mapping[str, Any], sizes: ModelSizes) -> Iterator[
     """Where small files, as `read_small_file` gave them by name, contradict the model or one another."""
     features = {name: extractor for name in (PREPROCESSOR, PROCESSOR) if (extractor := features_of(documents, name))}
     for name, extractor in features.items():
-        yield from _check_features(name, extractor, sizes)
+        if sizes.features is not None:
+            yield from _check_features(name, extractor, sizes, sizes.features)
     if len(features) == 2:
         old, new = features.values()
         shared = [key for key in new if key in old and not isinstance(new[key], (dict, list))]
@@ -200,28 +205,31 @@ def _check_merges(data: bytes, where: str) -> None:
         )
 
 
-def _check_features(name: str, features: Mapping[str, Any], sizes: ModelSizes) -> Iterator[str]:
-    if features.get("feature_extractor_type", "WhisperFeatureExtractor") != "WhisperFeatureExtractor":
+def _check_features(name: str, features: Mapping[str, Any], sizes: ModelSizes, expected: Features) -> Iterator[str]:
+    if features.get("feature_extractor_type", expected.extractor) != expected.extractor:
         yield (
-            f"{name} is for a {shown(features['feature_extractor_type'])}, and Whisper takes the features of a "
-            f"WhisperFeatureExtractor"
+            f"{name} is for a {shown(features['feature_extractor_type'])}, and {sizes.title} takes the features of a "
+            f"{expected.extractor}"
         )
         return
-    size, rate, hop, seconds = (features.get(key, default) for key, default in _FEATURES.items())
+    keys = ("feature_size", "sampling_rate", "hop_length", "chunk_length")
+    size, rate, hop, seconds = (features.get(key, expected.defaults[key]) for key in keys)
     if sizes.mel_bins is not None and size != sizes.mel_bins:
-        setting = f"feature_size {shown(size)}" if "feature_size" in features else "no feature_size, which means 80"
+        missing = f"no feature_size, which means {size}"
+        setting = f"feature_size {shown(size)}" if "feature_size" in features else missing
         yield (
-            f"{name} has {setting}, and the model takes {sizes.mel_bins} mel bins (num_mel_bins in config.json): use "
-            f"the feature extractor that it was trained with"
+            f"{name} has {setting}, and the model takes {sizes.mel_bins} mel bins ({expected.mel_bins} in "
+            f"config.json): use the feature extractor that it was trained with"
         )
     numbers = all(isinstance(value, (int, float)) and 0 < value < MAX_NUMBER for value in (rate, hop, seconds))
     if sizes.frames is None or not numbers:
         return
     frames = rate * seconds // hop
     if frames != sizes.frames:
+        times = "twice" if expected.frames_per_position == 2 else f"{expected.frames_per_position} times"
         yield (
             f"{name} makes {frames:g} frames of features (chunk_length {seconds:g} at sampling_rate {rate:g}, "
-            f"hop_length {hop:g}), and the model takes {sizes.frames} (twice max_source_positions in config.json)"
+            f"hop_length {hop:g}), and the model takes {sizes.frames} ({times} {expected.positions} in config.json)"
         )
 
 

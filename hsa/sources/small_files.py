@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsa.architectures import whisper
 from hsa.errors import SourceChanged
 from hsa.sources.checkpoint import CONFIG, Checkpoint, read_whole, resolve_inside
 from hsa.sources.roles import Role
@@ -147,20 +146,20 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
     ]
     if sources.base is not None and sources.base_checkpoint.path not in [folder.directory for folder in folders]:
         folders.append(AssetFolder(sources.base, sources.base_checkpoint.path, sources.base))
-    tokenizer = choose_processor(selection, folders)
-    embedding = sources.of(owner).tensors.get(whisper.EMBEDDING)
-    sizes = ModelSizes.of(sources.of(owner).config, embedding)
-    contradicting = list(contradictions(selection.documents, sizes))
+    processor = requested.architecture.model_class({}).processor
+    tokenizer = choose_processor(selection, folders, processor)
+    contradicting = list(contradictions(selection.documents, ModelSizes.of(sources.of(owner))))
     if tokenizer is not None and not contradicting:
         contradicting += _other_vocabulary(sources, owner, tokenizer)
     files = {CONFIG: config, **selection.files}
     return Assets(files, tuple(selection.notes), (*selection.warnings, *contradicting))
 
 
-def choose_processor(selection: SelectedFiles, folders: Sequence[AssetFolder]) -> AssetFolder | None:
+def choose_processor(selection: SelectedFiles, folders: Sequence[AssetFolder], processor: str) -> AssetFolder | None:
     """Take tokenizer, feature extractor and processor, each whole from the first folder that has it.
 
-    Returns the folder of the tokenizer.
+    `processor` is the class of transformers that needs them, for the warning where they are missing. Returns the folder
+    of the tokenizer.
     """
     features = _choose_features(selection, folders)
     tokenizer = _choose_tokenizer(selection, folders)
@@ -168,7 +167,7 @@ def choose_processor(selection: SelectedFiles, folders: Sequence[AssetFolder]) -
     if missing:
         selection.warnings.append(
             f"no source has {' or '.join(missing)} files ({', '.join(FEATURES + TOKENS)}); the output holds weights "
-            f"and configs, and WhisperProcessor cannot be loaded from it: copy these files in from the pretrained model"
+            f"and configs, and {processor} cannot be loaded from it: copy these files in from the pretrained model"
         )
     return tokenizer
 
@@ -308,7 +307,7 @@ def _other_vocabulary(sources: Sources, owner: Role, tokenizer: AssetFolder) -> 
     """A tokenizer whose own model has another number of tokens than the one whose weights are written."""
     rows = {}
     for source in (sources.of(owner), *(each for each in sources if each.path == tokenizer.directory)):
-        embedding = source.tensors.get(whisper.EMBEDDING)
+        embedding = source.embedding
         if embedding is not None and embedding.shape:
             rows[source.role] = embedding.shape[0]
     other = next((role for role in rows if role != owner), None)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from hsa.architectures.base import Architecture
 from hsa.errors import MismatchError, SourceError
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import Identity
@@ -25,6 +26,15 @@ class Sources:
     by_role: Mapping[Role, Checkpoint]
     anchor: Role
     base: Role | None
+
+    def __post_init__(self) -> None:
+        for source in self:
+            if source.architecture is not self.architecture:
+                raise MismatchError(
+                    f"{self.anchor} {self.anchor_checkpoint.path} is a {self.architecture.title} checkpoint, and "
+                    f"{source.role} {source.path} a {source.architecture.title} checkpoint; they must be fine-tunes of "
+                    f"one model"
+                )
 
     @classmethod
     def of_checkpoints(cls, checkpoints: Iterable[Checkpoint]) -> Sources:
@@ -67,6 +77,11 @@ class Sources:
         """The same sources, of which those that are named here are called otherwise."""
         changed = {role: replace(self.by_role[role], identity=identity) for role, identity in identities.items()}
         return replace(self, by_role={**self.by_role, **changed})
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family of all these models."""
+        return self.anchor_checkpoint.architecture
 
     def check_unchanged(self) -> None:
         for source in self:

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsa.architectures import whisper
-from hsa.architectures.base import ExpectedTensor
+from hsa.architectures.base import Architecture, ExpectedTensor
 from hsa.errors import MismatchError, SourceError, shown
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.tensor_places import TensorRef
@@ -42,7 +41,8 @@ class StructureFault:
 def faults(checkpoint: Checkpoint) -> Iterator[StructureFault]:
     """Everything that would keep transformers from loading this checkpoint whole, the most telling first.
 
-    Names count as whisper.plain_names reads them. Missing tensors, and tensors without a place, are one fault each.
+    Names count as `Architecture.plain_names` reads them. Missing tensors, and tensors without a place, are one fault
+    each.
 
     Example:
         >>> from hsa.sources.checkpoint import open_checkpoint
@@ -51,16 +51,16 @@ def faults(checkpoint: Checkpoint) -> Iterator[StructureFault]:
         ...     print([fault.what for fault in faults(checkpoint)])
         []
     """
-    tensors, config = checkpoint.tensors, checkpoint.config
+    tensors, config, architecture = checkpoint.tensors, checkpoint.config, checkpoint.architecture
     try:
-        layers = sum(whisper.architecture(config, checkpoint.role).layers.values())
-        yield from _contradictions(config)
+        layers = sum(architecture.counts(config, checkpoint.role).layers.values())
+        yield from _contradictions(architecture, config)
         if layers > len(tensors):  # before names are made of a number that may be anything
             yield StructureFault(
                 f"config.json promises {layers} layers, and there are {len(tensors)} tensors in all", CONTRADICTORY
             )
             return
-        yield from _compare(tensors, config, checkpoint.role)
+        yield from _compare(architecture, tensors, config, checkpoint.role)
     except SourceError as error:
         yield StructureFault(str(error), CONTRADICTORY)
 
@@ -75,86 +75,93 @@ def require_whole(checkpoint: Checkpoint) -> None:
 def require_shapes(checkpoint: Checkpoint, lender: str | None = None) -> None:
     """Raise MismatchError where a tensor that is there has another shape than config.json gives it; the others may be
     missing, as from a state dict of targets alone. `lender` is the source whose config it is, where it is another's."""
-    for entry in whisper.state_dict(checkpoint.config, f"{checkpoint.role} {checkpoint.path}"):
+    architecture = checkpoint.architecture
+    for entry in architecture.expected(checkpoint.config, f"{checkpoint.role} {checkpoint.path}"):
         ref = checkpoint.tensors.get(entry.name)
         if ref is not None and ref.shape != entry.shape:
-            fault = _shape(entry, ref, checkpoint.config)
+            fault = _shape(architecture, entry, ref, checkpoint.config)
             remedy = fault.remedy if lender is None else _OWN_CONFIG.format(lender=lender, role=checkpoint.role)
             raise MismatchError(f"{checkpoint.role} {checkpoint.path}: {fault.what}; {remedy}")
 
 
 def wrapped_name(checkpoint: Checkpoint, name: str) -> str | None:
-    """A stored name without a place in Whisper that holds all parts of `name` in order; None if there is none.
+    """A stored name without a place in the model that holds all parts of `name` in order; None if there is none.
 
     Such a name is what a wrapper leaves behind: `model.encoder.shard.layers.0.fc1.bias` for
     `model.encoder.layers.0.fc1.bias`.
     """
-    return _similar_name(name, [ref for key, ref in checkpoint.tensors.items() if not whisper.is_whisper_tensor(key)])
+    knows = checkpoint.architecture.knows
+    return _similar_name(name, [ref for key, ref in checkpoint.tensors.items() if not knows(key)])
 
 
-def _contradictions(config: Mapping[str, Any]) -> Iterator[StructureFault]:
+def _contradictions(architecture: Architecture, config: Mapping[str, Any]) -> Iterator[StructureFault]:
     """What config.json says twice, or in a type that transformers refuses, and heads that do not divide the width."""
     tied = config.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
         yield StructureFault(
             f"config.json has tie_word_embeddings {shown(tied)}, expected true or false", "correct config.json"
         )
-    for alias, key in whisper.ALIASES.items():
-        value = config.get(key, whisper.DIMENSIONS.get(key))
+    for alias, key in architecture.aliases.items():
+        value = config.get(key, architecture.defaults.get(key))
         if alias in config and config[alias] != value:
             yield StructureFault(
                 f"config.json has {key} {shown(value)} and {alias} {shown(config[alias])}, which are two names of one "
                 f"size, and transformers takes the latter",
                 f"remove {alias} from config.json, or give both the size that the tensors have",
             )
-    width = config.get("d_model", whisper.DIMENSIONS["d_model"])
-    for stack in whisper.stacks_of(config):
-        heads = config[f"{stack}_attention_heads"]
-        if isinstance(width, int) and width % heads:
+    width = config.get(architecture.width, architecture.defaults[architecture.width])
+    for stack in architecture.stacks(config):
+        key = architecture.heads_key(stack)
+        if isinstance(width, int) and width % config[key]:
             yield StructureFault(
-                f"config.json has {stack}_attention_heads {heads}, which do not divide d_model {width}", CONTRADICTORY
+                f"config.json has {key} {config[key]}, which do not divide {architecture.width} {width}", CONTRADICTORY
             )
 
 
-def _compare(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], where: str) -> Iterator[StructureFault]:
+def _compare(
+    architecture: Architecture, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], where: str
+) -> Iterator[StructureFault]:
     unmatched = dict(tensors)
     missing: list[ExpectedTensor] = []
     count = 0
     quantized: TensorRef | None = None
-    for entry in whisper.state_dict(config, where):
+    for entry in architecture.expected(config, where):
         ref = unmatched.pop(entry.name, None)
         if ref is None:
             count += 1
             missing = missing or [entry]
         elif ref.shape != entry.shape:
-            yield _shape(entry, ref, config)
+            yield _shape(architecture, entry, ref, config)
         elif ref.code not in _FLOATS:
             quantized = quantized or ref
-    output, embedding = unmatched.pop(whisper.UNTIED_OUTPUT, None), tensors.get(whisper.EMBEDDING)
-    if output is not None and embedding is not None and output.shape != embedding.shape:
-        expected = ExpectedTensor(whisper.UNTIED_OUTPUT, embedding.shape, ("vocab_size", "d_model"))
-        yield _shape(expected, output, config)
-    elif output is not None and embedding is None:
-        unmatched[whisper.UNTIED_OUTPUT] = output
+    tie = architecture.tie
+    if tie is not None and tie.output in unmatched and tie.embedding in tensors:
+        output, embedding = unmatched.pop(tie.output), tensors[tie.embedding]
+        if output.shape != embedding.shape:
+            expected = ExpectedTensor(tie.output, embedding.shape, tie.size_keys)
+            yield _shape(architecture, expected, output, config)
     unplaced = list(unmatched.values())
     if missing:
-        yield _missing(missing[0], count, tensors, unplaced, config)
+        yield _missing(architecture, missing[0], count, tensors, unplaced, config)
     if unplaced:
-        yield _without_place(unplaced, config)
+        yield _without_place(architecture, unplaced, config)
     if quantized is not None:
         yield StructureFault(
             f"tensor {quantized.name} has dtype {quantized.code}, expected one of {', '.join(_FLOATS)}", DEQUANTIZE
         )
 
 
-def _shape(entry: ExpectedTensor, ref: TensorRef, config: Mapping[str, Any]) -> StructureFault:
+def _shape(
+    architecture: Architecture, entry: ExpectedTensor, ref: TensorRef, config: Mapping[str, Any]
+) -> StructureFault:
     same_rank = len(ref.shape) == len(entry.shape)
     keys = [
         key
         for axis, key in enumerate(entry.size_keys)
         if key is not None and not (same_rank and ref.shape[axis] == entry.shape[axis])
     ]
-    reason = ", ".join(_config_value(key, config) for key in dict.fromkeys(keys)) or "as in every Whisper model"
+    values = [_config_value(architecture, key, config) for key in dict.fromkeys(keys)]
+    reason = ", ".join(values) or f"as in every {architecture.title} model"
     return StructureFault(
         f"tensor {ref.name} has shape {shown(list(ref.shape))}, config.json makes it {list(entry.shape)} ({reason})",
         INCOMPLETE if 0 in ref.shape else CONTRADICTORY,
@@ -162,16 +169,21 @@ def _shape(entry: ExpectedTensor, ref: TensorRef, config: Mapping[str, Any]) -> 
 
 
 def _missing(
+    architecture: Architecture,
     first: ExpectedTensor,
     count: int,
     tensors: Mapping[str, TensorRef],
     unplaced: Sequence[TensorRef],
     config: Mapping[str, Any],
 ) -> StructureFault:
-    prefixed = any(ref.name.startswith("model.") for ref in tensors.values())
-    name = f"model.{first.name}" if prefixed and first.name != whisper.UNTIED_OUTPUT else first.name
-    reason = "which every such model has" if first.required_by is None else _config_value(first.required_by, config)
-    what = f"tensor {name} is missing, and config.json promises it ({whisper.model_class(config)}, {reason})"
+    prefix, tie = architecture.prefix, architecture.tie
+    prefixed = any(ref.name.startswith(prefix) for ref in tensors.values())
+    prefixed = prefixed and (tie is None or first.name != tie.output)
+    name = f"{prefix}{first.name}" if prefixed else first.name
+    required_by = first.required_by
+    reason = "which every such model has" if required_by is None else _config_value(architecture, required_by, config)
+    model_class = architecture.model_class(config).name
+    what = f"tensor {name} is missing, and config.json promises it ({model_class}, {reason})"
     if count > 1:
         what += f"; {count} tensors that config.json promises are missing"
     similar = _similar_name(first.name, unplaced)
@@ -184,13 +196,15 @@ def _missing(
     return StructureFault(what, _remedy(unplaced) or INCOMPLETE)
 
 
-def _without_place(unplaced: Sequence[TensorRef], config: Mapping[str, Any]) -> StructureFault:
+def _without_place(
+    architecture: Architecture, unplaced: Sequence[TensorRef], config: Mapping[str, Any]
+) -> StructureFault:
     what = (
         f"tensor {unplaced[0].name:.300} has no place in the model that config.json describes "
-        f"({whisper.model_class(config)}"
+        f"({architecture.model_class(config).name}"
     )
-    key = whisper.layer_key(whisper.canonical(unplaced[0].name))
-    what += f", {_config_value(key, config)})" if key else ")"
+    key = architecture.layers_key_of(architecture.canonical(unplaced[0].name))
+    what += f", {_config_value(architecture, key, config)})" if key else ")"
     if len(unplaced) > 1:
         what += f"; {len(unplaced)} tensors have none"
     return StructureFault(what, _remedy(unplaced) or f"remove what does not belong to the model, or {INCOMPLETE}")
@@ -212,9 +226,8 @@ def _similar_name(name: str, refs: Sequence[TensorRef]) -> str | None:
     return None
 
 
-def _config_value(key: str, config: Mapping[str, Any]) -> str:
+def _config_value(architecture: Architecture, key: str, config: Mapping[str, Any]) -> str:
     """What config.json says of a key; the default where it says nothing."""
     if key == "id2label":
         return "num_labels, id2label"
-    defaults: Mapping[str, Any] = {**whisper.DIMENSIONS, "tie_word_embeddings": True, "classifier_proj_size": 256}
-    return f"{key} {shown(config.get(key, defaults.get(key)))}"
+    return f"{key} {shown(config.get(key, architecture.defaults.get(key)))}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsa.architectures import whisper
+from hsa.architectures.base import Architecture, TensorInfo, Tie
 from hsa.errors import HeaderError, MismatchError, is_text, shown
 from hsa.sources.safetensors import METADATA, Header
 from hsa.system.fsio import SourceFile
@@ -16,12 +16,9 @@ FETCH_AGAIN = "save the checkpoint again, or fetch all its files again"
 
 
 @dataclass(frozen=True)
-class TensorRef:
+class TensorRef(TensorInfo):
     """One tensor of a checkpoint: its name as written, element type, shape, and absolute place in a shard."""
 
-    name: str
-    code: str
-    shape: tuple[int, ...]
     shard: int
     offset: int
     nbytes: int
@@ -51,6 +48,7 @@ class Places:
 
 def place_tensors(
     role: str,
+    architecture: Architecture,
     config: Mapping[str, Any],
     shards: Sequence[Shard],
     index: Path,
@@ -63,14 +61,14 @@ def place_tensors(
     `index` is the path of its index and `shard_of` what that says, None where there is none. `shares_bytes`: in files
     of torch.save, two names may stand for the same bytes.
 
-    Names are read as `whisper.plain_names` reads them. An embedding that is stored under the name of the output
+    Names are read as `Architecture.plain_names` reads them. An embedding that is stored under the name of the output
     projection alone, to which config.json ties it, is the embedding, as for transformers. Raises MismatchError where an
-    index and the shards disagree, or two entries are one tensor of Whisper, HeaderError for a name that no
+    index and the shards disagree, or two entries are one tensor of the model, HeaderError for a name that no
     safetensors file can hold.
     """
     stored: dict[str, str] = {}
     tensors: dict[str, TensorRef] = {}
-    names = whisper.plain_names(entry.name for shard in shards for entry in shard.header.entries)
+    names = architecture.plain_names(entry.name for shard in shards for entry in shard.header.entries)
     for number, shard in enumerate(shards):
         where = f"{role}: {shard.source.path}"
         for entry in shard.header.entries:
@@ -82,11 +80,11 @@ def place_tensors(
                     f"together: {FETCH_AGAIN}"
                 )
             _check_name(names[entry.name], where)
-            name = whisper.canonical(names[entry.name])
+            name = architecture.canonical(names[entry.name])
             if name in tensors:
                 raise MismatchError(
-                    f"{where}: tensors {stored[name]} and {entry.name} are one tensor of Whisper, {name}, and a "
-                    f"checkpoint holds each once; remove one of them"
+                    f"{where}: tensors {stored[name]} and {entry.name} are one tensor of {architecture.title}, {name}, "
+                    f"and a checkpoint holds each once; remove one of them"
                 )
             stored[name] = entry.name
             tensors[name] = TensorRef(
@@ -99,12 +97,13 @@ def place_tensors(
             )
     renamed = {name: stored_name for name, stored_name in stored.items() if stored_name != tensors[name].name}
     notes = [*_note_renamed(role, tensors, renamed)]
-    tied = whisper.is_tied(config)
-    notes += _check_index(
-        role, index, shard_of or {}, {*stored.values()}, tied=tied and not {*_TIED}.isdisjoint(tensors)
-    )
-    if tied:
-        notes += _tie(role, tensors, shares_bytes=shares_bytes)
+    tie = architecture.tie if architecture.is_tied(config) else None
+    held = {*stored.values()}
+    absent = {name: shard for name, shard in (shard_of or {}).items() if name not in held}
+    tied = () if tie is None or {tie.output, tie.embedding}.isdisjoint(tensors) else (tie.output, tie.embedding)
+    notes += _check_absent(role, index, absent, {name for name in absent if architecture.canonical(name) in tied})
+    if tie is not None:
+        notes += _tie(role, tie, tensors, shares_bytes=shares_bytes)
     return Places(tensors, renamed, tuple(notes))
 
 
@@ -117,9 +116,6 @@ def _check_name(name: str, where: str) -> None:
         )
 
 
-_TIED = (whisper.UNTIED_OUTPUT, whisper.EMBEDDING)
-
-
 def _note_renamed(role: str, tensors: Mapping[str, TensorRef], renamed: Mapping[str, str]) -> Iterator[str]:
     if renamed:
         name, stored = next(iter(renamed.items()))
@@ -129,14 +125,11 @@ def _note_renamed(role: str, tensors: Mapping[str, TensorRef], renamed: Mapping[
         )
 
 
-def _check_index(
-    role: str, index: Path, shard_of: Mapping[str, str], stored_names: set[str], *, tied: bool
-) -> Iterator[str]:
-    """Refuse an index that lists what no shard holds, but for a tensor that config.json ties to one that is held."""
-    for name, shard in shard_of.items():
-        if name in stored_names:
-            continue
-        if not tied or whisper.canonical(name) not in _TIED:
+def _check_absent(role: str, index: Path, absent: Mapping[str, str], tied: set[str]) -> Iterator[str]:
+    """Refuse an index that lists what no shard holds, `absent` by name, but for a tensor that is `tied` by config.json
+    to one that is held."""
+    for name, shard in absent.items():
+        if name not in tied:
             raise MismatchError(
                 f"{role}: {index} places tensor {name} in {shard}, which does not hold it, nor does another shard; "
                 f"{FETCH_AGAIN}"
@@ -147,17 +140,17 @@ def _check_index(
         )
 
 
-def _tie(role: str, tensors: dict[str, TensorRef], *, shares_bytes: bool) -> Iterator[str]:
+def _tie(role: str, tie: Tie, tensors: dict[str, TensorRef], *, shares_bytes: bool) -> Iterator[str]:
     """Leave one name of an embedding to which the output projection is tied, as transformers does when it saves."""
-    output, embedding = tensors.get(whisper.UNTIED_OUTPUT), tensors.get(whisper.EMBEDDING)
+    output, embedding = tensors.get(tie.output), tensors.get(tie.embedding)
     if output is not None and embedding is None:
-        tensors[whisper.EMBEDDING] = tensors.pop(whisper.UNTIED_OUTPUT)
+        tensors[tie.embedding] = tensors.pop(tie.output)
         yield (
             f"{role} stores its embedding as {output.name} alone, to which its config.json ties it, as transformers "
             f"allows"
         )
     elif output is not None and embedding is not None and shares_bytes and _same_bytes(output, embedding):
-        del tensors[whisper.UNTIED_OUTPUT]
+        del tensors[tie.output]
         yield f"{role}'s {output.name} is {embedding.name} under another name in its file, and left out"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from hsa.actions.apply import apply_to
 from hsa.actions.patch import PatchSources, open_patch_sources
 from hsa.actions.request import Request
-from hsa.architectures.base import Preset
+from hsa.architectures.base import PRESETS, Preset
 from hsa.arguments import check_flags, check_functions, check_values
 from hsa.engine.open_patch import expected_bytes
 from hsa.engine.patch_writer import PatchSpec, write_patches
@@ -34,7 +34,7 @@ from hsa.outputs.patch_reader import SUFFIX, open_patch
 from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.recording import source_record
 from hsa.outputs.report import NO_DIGESTS, selection_findings
-from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of
+from hsa.outputs.sweep_index import SweepEntry, entry_of
 from hsa.planning.outcome import TargetOutcome
 from hsa.sources.hub.client import Hub
 from hsa.sources.roles import Role
@@ -310,7 +310,8 @@ class _Sweep:
 
     def _write_index(self) -> None:
         sources = {source.role: source_record(source, "") for source in self.patch_sources.sources}
-        for name, data in sweep_index.render(self.entries.values(), sources).items():
+        architecture = self.patch_sources.sources.architecture
+        for name, data in sweep_index.render(self.entries.values(), sources, architecture).items():
             path = self.directory / name
             if path.is_file() and path.read_bytes() == data:
                 continue

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hsa.architectures import whisper
-from hsa.architectures.base import Projection
+from hsa.architectures.base import TensorPlace
+from hsa.architectures.registry import architecture_of
 from hsa.errors import HsaError, MachineError, SourceChanged, SourceError, shown
 from hsa.option_names import option
 from hsa.outputs import record_checks
@@ -160,7 +160,7 @@ class _OutputVerification:
             documents = self._documents()
             if checkpoint is not None:
                 tasks += self._target_checks(checkpoint)
-                sizes = ModelSizes.of(checkpoint.config, checkpoint.tensors.get(whisper.EMBEDDING))
+                sizes = ModelSizes.of(checkpoint)
                 self.context.notes.extend(contradictions(documents, sizes))
             calls = [partial(self._run_task, name, task) for name, task in tasks]
             run_in_threads(calls, self.context, self.stop, lambda: (self.done, self.total))
@@ -257,7 +257,8 @@ class _OutputVerification:
     def _read_config(self) -> None:
         where = f"output {self.directory / CONFIG}"
         text = read_whole(LABEL, self.directory, CONFIG, self.tally)
-        whisper.architecture(load_json(text, where, "config"), where)
+        config = load_json(text, where, "config")
+        architecture_of(config, where).counts(config, where)
 
     def _passes(self, name: str, check: Callable[[], object]) -> bool:
         try:
@@ -275,7 +276,7 @@ class _OutputVerification:
         if record is not None:
             problems.add_all(PROVENANCE, record_checks.setting_faults(record))
             problems.add_all(PROVENANCE, record_checks.target_faults(record, checkpoint))
-        heads = whisper.architecture(checkpoint.config, LABEL).heads
+        heads = checkpoint.architecture.counts(checkpoint.config, LABEL).heads
         num_heads = None if record is None else record.parameters.get("num_heads")
         for projection, ref in record_checks.checkpoint_targets(checkpoint, output_checks.preset_of(record)):
             count = num_heads if isinstance(num_heads, int) and num_heads > 0 else heads[projection.stack]
@@ -284,7 +285,7 @@ class _OutputVerification:
             yield name, partial(self._check_finite, checkpoint, name, projection, ref, count)
 
     def _check_finite(
-        self, checkpoint: Checkpoint, name: str, projection: Projection, ref: TensorRef, heads: int
+        self, checkpoint: Checkpoint, name: str, projection: TensorPlace, ref: TensorRef, heads: int
     ) -> None:
         if not self.stop.is_set():
             self.problems.add_all(name, output_checks.finite_faults(checkpoint, projection, ref, heads))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import get_args
 
 import numpy as np
 
-from hsa.architectures.base import Preset, Projection
+from hsa.architectures.base import PRESETS, Preset, TensorPlace
 from hsa.outputs.provenance import Record
 from hsa.sources import structure
 from hsa.sources.checkpoint import Checkpoint
@@ -32,10 +31,10 @@ def structure_faults(checkpoint: Checkpoint) -> Iterator[str]:
 def preset_of(record: Record | None) -> Preset:
     """Which tensors to take for targets; all that could be where the provenance does not say."""
     preset = None if record is None else record.parameters.get("targets")
-    return preset if isinstance(preset, str) and preset in get_args(Preset) else "attention-all"  # type: ignore[return-value]
+    return preset if isinstance(preset, str) and preset in PRESETS else "attention-all"
 
 
-def finite_faults(checkpoint: Checkpoint, projection: Projection, ref: TensorRef, heads: int | None) -> Iterator[str]:
+def finite_faults(checkpoint: Checkpoint, projection: TensorPlace, ref: TensorRef, heads: int | None) -> Iterator[str]:
     """A line where a target tensor holds NaN or Inf; it names the head of the first."""
     if ref.code not in ARITHMETIC:
         yield f"target tensor {ref.name} has dtype {ref.code}, expected one of {', '.join(ARITHMETIC)}"
@@ -52,7 +51,7 @@ def finite_faults(checkpoint: Checkpoint, projection: Projection, ref: TensorRef
             return
 
 
-def head_text(projection: Projection, shape: tuple[int, ...], heads: int, element: int) -> str:
+def head_text(projection: TensorPlace, shape: tuple[int, ...], heads: int, element: int) -> str:
     """`, head N`: the head that owns an element; nothing where the tensor cannot be split into so many."""
     if len(shape) <= projection.head_axis or shape[projection.head_axis] % heads or heads > shape[projection.head_axis]:
         return ""

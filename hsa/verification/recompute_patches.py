@@ -12,8 +12,7 @@ from functools import partial
 import numpy as np
 
 from hsa.actions.request import Request
-from hsa.architectures.base import Preset
-from hsa.architectures.whisper import canonical
+from hsa.architectures.base import PRESETS
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
 from hsa.engine.compute import Calculator, not_finite_error
@@ -102,8 +101,7 @@ def _source_identities(patch: Patch) -> dict[Role, tuple[object, ...]]:
 def _request(patches: Sequence[Patch], source_paths: SourcePaths) -> Request:
     """A request for the sources, with all that any of the patches needs of them."""
     parameters = [patch.contents.parameters for patch in patches]
-    presets: list[Preset] = ["encoder-qkv", "attention-qkv", "attention-all"]
-    widest = max((each["targets"] for each in parameters), key=presets.index)
+    widest = max((each["targets"] for each in parameters), key=PRESETS.index)
     others = [each["assets_from"] for each in parameters if each["assets_from"] not in (BASE, ANCHOR)]
     return Request(
         sources=source_paths.by_role,
@@ -264,7 +262,7 @@ def _is_close(recorded: float | None, expected: float | None) -> bool:
 def _difference(patch: Patch, target: Target, selection: Selection, rows: Array) -> str | None:
     """How a patch's target differs from what the sources give; None where it does not."""
     place = next(
-        (n for n, each in enumerate(patch.contents.targets) if canonical(each.name) == target.projection.name), None
+        (n for n, each in enumerate(patch.contents.targets) if each.projection.name == target.projection.name), None
     )
     if place is None:
         return " is missing"

@@ -10,19 +10,23 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from hsa.architectures.base import PRESETS
 from hsa.errors import HsaError, MachineError, RequestError, SourceError, shown
 from hsa.outputs import sweep_index
 from hsa.outputs.distances import Distances
 from hsa.outputs.patch_reader import SUFFIX, Patch, open_patch
 from hsa.outputs.provenance import Record, changed_keys
 from hsa.outputs.provenance import load as load_provenance
-from hsa.outputs.sweep_index import PRESETS, SweepEntry, entry_of, point_of
+from hsa.outputs.sweep_index import SweepEntry, entry_of, point_of
 from hsa.sources.checkpoint import read_whole
 from hsa.system.descriptors import reason
 from hsa.verification.collection import Verify, add_member_report, compare_index, open_index
 from hsa.verification.context import SourcePaths, VerifyContext
 from hsa.verification.output import LABEL
 from hsa.verification.report import VerifyResult
+
+_FROM = "_from_primary"
+"""Ends the name of a column of index.csv that holds distances; what is before it is the stack."""
 
 OPEN_PATCHES = 64
 """Patches that are open at a time while they are compared with their sources."""
@@ -136,9 +140,11 @@ def _listed_distances(directory: Path, context: VerifyContext) -> dict[str, dict
     by_place: dict[str, dict[str, Distances]] = {}
     with suppress(HsaError, UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError):
         text = read_whole(LABEL, directory, sweep_index.CSV, context.tally).decode("utf-8")
-        for row in csv.DictReader(io.StringIO(text)):
+        rows = csv.DictReader(io.StringIO(text))
+        columns = [name.removesuffix(_FROM) for name in rows.fieldnames or () if name.endswith(_FROM)]
+        for row in rows:
             by_stack = {}
-            for stack in sweep_index.STACKS:
+            for stack in columns:
                 from_primary, from_secondary = row[f"{stack}_from_primary"], row[f"{stack}_from_secondary"]
                 if from_primary or from_secondary:
                     by_stack[stack] = Distances(
@@ -158,7 +164,7 @@ def _compare_index(
     if not entries:
         context.problems.add(sweep_index.JSON, "nothing that the sweep wrote can be read beside it")
         return
-    files = sweep_index.render(entries, records[0][1].sources)
+    files = sweep_index.render(entries, records[0][1].sources, records[0][1].architecture)
     listed = set(_listed_places(directory, context))
     unlisted, missing = [name for name in names if name not in listed], sorted(listed - set(names))
     for text, places in (("lists no", unlisted), ("lists what is not there,", missing)):

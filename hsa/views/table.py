@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from hsa.architectures.whisper import parse
+from hsa.architectures.base import TensorPlace
 from hsa.errors import one_line
 from hsa.inspection.diff import Comparison, HeadsDiff
 from hsa.inspection.distance import Distance
@@ -277,7 +277,7 @@ def _heads(console: Console, view: Comparison, *, wide: bool) -> None:
             a, b = set(each.first), set(each.second)
             numbers = [", ".join(map(str, sorted(part))) for part in (a - b, b - a)] if wide else []
             heads = _compared_head_map(each, console.width - BESIDE_BOTH)
-            _row(table, each.name if wide else _short_name(each.name), heads, _number(each.jaccard, ".2f"), *numbers)
+            _row(table, each.name if wide else _short_name(each.place), heads, _number(each.jaccard, ".2f"), *numbers)
         console.print(table)
     for label, names in (("A", view.only_first), ("B", view.only_second)):
         if names:
@@ -292,10 +292,9 @@ def _compared_head_map(diff: HeadsDiff, width: int) -> str:
     return "".join(signs[head in diff.first, head in diff.second] for head in range(diff.heads))
 
 
-def _short_name(name: str) -> str:
+def _short_name(place: TensorPlace) -> str:
     """A target tensor's place in the model, shorter than its name."""
-    p = parse(name)
-    return name if p is None else f"{p.stack} {p.layer} {p.block} {p.kind} {p.part}"
+    return f"{place.stack} {place.layer} {place.block} {place.kind} {place.part}"
 
 
 def _weights(console: Console, view: Comparison) -> None:

@@ -13,7 +13,7 @@ import torch
 from helpers import raw_bytes, read_tensors, write_tensors
 
 import hsa
-from hsa.architectures.whisper import architecture, is_target, parse
+from hsa.architectures.whisper import WHISPER
 from hsa.errors import NonFiniteError
 from hsa.reference import merge_tensor
 from hsa.testing.whisper_checkpoints import SHAPES, DType, write_triple
@@ -34,11 +34,11 @@ def check(triple: Triple, output: Path, *, k: float = 0.6, lam: float = 0.5, alp
     base, primary, secondary = (read_tensors(triple[role]) for role in ("base", "primary", "secondary"))
     merged = read_tensors(output)
     assert merged.keys() == primary.keys()
-    stacks = architecture(json.loads((output / "config.json").read_text()), "output")
+    stacks = WHISPER.counts(json.loads((output / "config.json").read_text()), "output")
     merged_heads = 0
     for name, tensor in merged.items():
-        projection, expected = parse(name), primary[name]
-        if projection is not None and is_target(projection, "encoder-qkv"):
+        projection, expected = WHISPER.target(name, "encoder-qkv"), primary[name]
+        if projection is not None:
             oracle = merge_tensor(
                 base[name],
                 primary[name],

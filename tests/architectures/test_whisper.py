@@ -8,20 +8,18 @@ from typing import Any
 
 import pytest
 
-from hsa.architectures import whisper
-from hsa.architectures.base import Architecture, Preset, Projection
+from hsa.architectures.base import PRESETS, ModelCounts, Preset, TensorPlace
+from hsa.architectures.whisper import WHISPER
 from hsa.errors import SourceError
 from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, tensor_shapes
 
-PRESETS: tuple[Preset, ...] = ("encoder-qkv", "attention-qkv", "attention-all")
 UNEVEN = WhisperShape(
     d_model=30, encoder_layers=3, decoder_layers=2, encoder_heads=5, decoder_heads=3, ffn_dim=7, vocab_size=20
 )
 
 
-def targets(shape: WhisperShape, preset: Preset) -> dict[str, Projection]:
-    found = {name: whisper.parse(name) for name in tensor_shapes(shape)}
-    return {name: p for name, p in found.items() if p is not None and whisper.is_target(p, preset)}
+def targets(shape: WhisperShape, preset: Preset) -> dict[str, TensorPlace]:
+    return {name: place for name in tensor_shapes(shape) if (place := WHISPER.target(name, preset)) is not None}
 
 
 def attention(stack: str, layers: int, blocks: tuple[str, ...], *, out: bool) -> set[str]:
@@ -71,19 +69,23 @@ def test_each_kind_stands_once_in_each_block() -> None:
 def test_both_name_forms_mean_the_same(preset: Preset) -> None:
     for name, projection in targets(UNEVEN, preset).items():
         bare = name.removeprefix("model.")
-        assert whisper.canonical(name) == whisper.canonical(bare) == bare
-        assert whisper.parse(bare) == projection
+        assert WHISPER.canonical(name) == WHISPER.canonical(bare) == bare
+        assert WHISPER.place(bare) == projection
         assert projection.name == bare
 
 
 def test_a_projection_says_what_its_name_says() -> None:
-    found = whisper.parse("model.decoder.layers.11.encoder_attn.v_proj.bias")
-    assert found == Projection("decoder.layers.11.encoder_attn.v_proj.bias", "decoder", 11, "encoder_attn", "v", "bias")
+    found = WHISPER.place("model.decoder.layers.11.encoder_attn.v_proj.bias")
+    assert found == TensorPlace(
+        *("decoder.layers.11.encoder_attn.v_proj.bias", "decoder", 11, "encoder_attn", "v", "bias"),
+        presets=frozenset({"attention-qkv", "attention-all"}),
+    )
+    assert found.module == "v_proj"
 
 
 @pytest.mark.parametrize(("kind", "axis"), [("q", 0), ("k", 0), ("v", 0), ("out", 1)])
 def test_heads_are_rows_but_columns_in_the_output_projection(kind: str, axis: int) -> None:
-    projection = whisper.parse(f"encoder.layers.0.self_attn.{kind}_proj.weight")
+    projection = WHISPER.place(f"encoder.layers.0.self_attn.{kind}_proj.weight")
     assert projection is not None
     assert projection.head_axis == axis
 
@@ -91,9 +93,10 @@ def test_heads_are_rows_but_columns_in_the_output_projection(kind: str, axis: in
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_bias_of_the_output_projection_is_a_projection_but_no_target(stack: str, preset: Preset) -> None:
-    projection = whisper.parse(f"model.{stack}.layers.0.self_attn.out_proj.bias")
+    projection = WHISPER.place(f"model.{stack}.layers.0.self_attn.out_proj.bias")
     assert projection is not None
-    assert not whisper.is_target(projection, preset)
+    assert preset not in projection.presets
+    assert WHISPER.target(projection.name, preset) is None
 
 
 @pytest.mark.parametrize(
@@ -124,13 +127,13 @@ def test_the_bias_of_the_output_projection_is_a_projection_but_no_target(stack: 
     ],
 )
 def test_names_that_are_no_projection(name: str) -> None:
-    assert whisper.parse(name) is None
+    assert WHISPER.place(name) is None
 
 
 def test_every_other_tensor_of_a_checkpoint_is_no_projection() -> None:
     names = [name for name in tensor_shapes(UNEVEN) if "_attn." not in name]
     assert len(names) > 20
-    assert [name for name in names if whisper.parse(name) is not None] == []
+    assert [name for name in names if WHISPER.place(name) is not None] == []
 
 
 # config.json -----------------------------------------------------------------------------------------------
@@ -148,25 +151,25 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def test_heads_and_layers_of_each_stack() -> None:
-    found = whisper.architecture(config(), "primary /x")
-    assert found == Architecture({"encoder": 5, "decoder": 3}, {"encoder": 4, "decoder": 2})
+    found = WHISPER.counts(config(), "primary /x")
+    assert found == ModelCounts({"encoder": 5, "decoder": 3}, {"encoder": 4, "decoder": 2})
 
 
 @pytest.mark.parametrize("model_type", ["bert", "Whisper", None, 1, ["whisper"]])
 def test_another_model_type_is_refused(model_type: Any) -> None:
     with pytest.raises(SourceError, match=rf"^primary /x is .*model_type {re.escape(repr(model_type))}.*'whisper'"):
-        whisper.architecture(config(model_type=model_type), "primary /x")
+        WHISPER.counts(config(model_type=model_type), "primary /x")
 
 
 @pytest.mark.parametrize("key", [key for key in config() if key != "model_type"])
 @pytest.mark.parametrize("value", [0, -1, 4.0, True, "4", None, [4]])
 def test_a_count_that_is_no_positive_whole_number_is_refused(key: str, value: Any) -> None:
     with pytest.raises(SourceError, match=rf"^primary /x: config.json has {key} = {re.escape(repr(value))}, expected"):
-        whisper.architecture(config(**{key: value}), "primary /x")
+        WHISPER.counts(config(**{key: value}), "primary /x")
 
 
 def test_a_missing_count_is_refused() -> None:
     incomplete = config()
     del incomplete["decoder_layers"]
     with pytest.raises(SourceError, match="decoder_layers = None"):
-        whisper.architecture(incomplete, "primary /x")
+        WHISPER.counts(incomplete, "primary /x")

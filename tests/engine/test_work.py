@@ -15,7 +15,7 @@ import blake3
 import pytest
 
 import hsa
-from hsa.architectures.whisper import is_target, parse
+from hsa.architectures.whisper import WHISPER
 from hsa.backends import cpu
 from hsa.engine import consumers, pipeline
 from hsa.methods import geometry
@@ -117,7 +117,7 @@ def test_of_base_and_secondary_only_headers_and_targets_are_read(
             allowed = [
                 (ref.offset, ref.offset + ref.nbytes)
                 for name, ref in checkpoint.tensors.items()
-                if (projection := parse(name)) is not None and is_target(projection, preset)
+                if WHISPER.target(name, preset) is not None
             ]
         read = work.read[str(deep[role] / "model.safetensors")]
         beyond = [at for at in read if at[0] >= header and not any(a <= at[0] and at[1] <= b for a, b in allowed)]

@@ -40,7 +40,7 @@ def _use(text: bytes) -> None:
     again = provenance.loads(found.record.with_files(found.files), "out/hsa_merge.json")
     if (again.record, again.files) != (found.record, found.files):
         raise Finding("another record comes back from the provenance")
-    _check_card(card.render(found.record, ["README.md", *found.files]), found.record.parameters["card"])
+    _check_card(card.render(found.record, ["README.md", *found.files], {}), found.record.parameters["card"])
 
 
 def provenance_seeds(arena: Arena) -> Iterable[bytes]:
@@ -224,11 +224,16 @@ def render_card(arena: Arena, data: bytes) -> str:
         "primary": provenance.SourceRecord(named, primary.kind, primary.files, primary.targets),
     }
     record = provenance.Record(
-        record.program, record.libraries, {**record.parameters, "card": fields}, sources, record.targets
+        record.program,
+        record.libraries,
+        {**record.parameters, "card": fields},
+        sources,
+        record.targets,
+        record.architecture,
     )
     rendered: list[bytes] = []
     files = [WEIGHTS, "README.md", words[0] + ".safetensors"]
-    said = arena.call(lambda: rendered.append(card.render(record, files)))
+    said = arena.call(lambda: rendered.append(card.render(record, files, {})))
     if not rendered:
         return said
     _check_card(rendered[0], fields)

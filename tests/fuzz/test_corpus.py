@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hsa.architectures import whisper
+from hsa.architectures.whisper import WHISPER
 from hsa.errors import MAX_MESSAGE, HsaError, ProvenanceError, one_line
 from hsa.outputs import provenance
 from hsa.planning import plan
@@ -206,7 +206,7 @@ def test_limits_leave_room_for_the_largest_model() -> None:
     assert 5 * len(raw) < safetensors.MAX_HEADER and 5 * strict_json.count_marks(raw) < strict_json.MAX_MARKS
     assert 5 * len(shapes) < checkpoint.MAX_TENSORS
     assert torch_pickle.MAX_PICKLE > 5 * 170_000
-    targets = [e for e in entries if (p := whisper.parse(e.name)) and whisper.is_target(p, "attention-all")]
+    targets = [e for e in entries if WHISPER.target(e.name, "attention-all")]
     assert targets and all(2 * (e.stop - e.start) < plan.MAX_TARGET for e in targets)
     assert safetensors.parse(raw[8:], position, "here")[0] == tuple(entries)
 
@@ -421,7 +421,7 @@ def test_forged_provenance_is_read_or_refused(draw: Any) -> None:
         return
 
     def work() -> None:
-        card.render(provenance.loads(text, "here").record, ["README.md"])
+        card.render(provenance.loads(text, "here").record, ["README.md"], {})
 
     only_hsa_errors(work)
 
@@ -460,5 +460,5 @@ def test_forged_names_of_parameters_are_words_in_the_card() -> None:
     document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
     document["parameters"]["<script>x</script>"] = "`</td><b>|"
     document["digest"] = provenance.document_digest(document)
-    text = card.render(provenance.loads(provenance.render(document), "here").record, ["README.md"]).decode()
+    text = card.render(provenance.loads(provenance.render(document), "here").record, ["README.md"], {}).decode()
     assert r"| \<script\>x\</script\> | `?</td><b>?` |" in text

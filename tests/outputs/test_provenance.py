@@ -249,7 +249,7 @@ def test_what_is_read_gives_the_same_files_again(
     report, _ = merge(shared_triple, tmp_path / "out", **options)
     read = provenance.load(tmp_path / "out")
     assert read.record.with_files(read.files) == (tmp_path / "out/hsa_merge.json").read_bytes()
-    assert card.render(read.record, [*read.files, "hsa_merge.json"]) == (tmp_path / "out/README.md").read_bytes()
+    assert card.render(read.record, [*read.files, "hsa_merge.json"], {}) == (tmp_path / "out/README.md").read_bytes()
     assert HsaSettings.from_dict(read.record.parameters).as_dict() == report.parameters
     for target in read.record.targets:
         expected = report.tensors[target.name]

@@ -12,7 +12,8 @@ from helpers import merged_bytes, openai_tensors, raw_bytes, read_tensors, run_h
 from transformers import WhisperForConditionalGeneration
 
 import hsa
-from hsa.architectures import openai_whisper, whisper
+from hsa.architectures import openai_whisper
+from hsa.architectures.whisper import WHISPER
 from hsa.errors import RequestError, SourceError
 from hsa.sources.checkpoint import WEIGHTS
 from hsa.sources.lora import is_adapter
@@ -27,7 +28,7 @@ Triple = dict[str, Path]
 def test_every_tensor_has_its_name(shape: str) -> None:
     ours = tensor_shapes(SHAPES[shape])
     theirs = openai_tensors({name: torch.empty(0) for name in ours})
-    assert [openai_whisper.from_openai(name) for name in theirs] == [whisper.canonical(name) for name in ours]
+    assert [openai_whisper.from_openai(name) for name in theirs] == [WHISPER.canonical(name) for name in ours]
     assert len(set(theirs)) == len(ours)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from helpers import read_tensors, write_tensors
 
-from hsa.architectures.whisper import is_target, parse
+from hsa.architectures.whisper import WHISPER
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -58,7 +58,7 @@ class Breakage:
 def breakages(count: int, names: list[str], seed: int = 0) -> Iterator[Breakage]:
     """So many breakages of a checkpoint with these tensor names, each kind in its turn."""
     chance = random.Random(seed)
-    copied = [name for name in names if (found := parse(name)) is None or not is_target(found, "encoder-qkv")]
+    copied = [name for name in names if WHISPER.target(name, "encoder-qkv") is None]
     kinds = (_drop, _drop_many, _rename, _wrap, _reshape, _empty, _add, _miscount)
     for number in range(count):
         yield kinds[number % len(kinds)](chance, names if chance.random() < 0.2 else copied)

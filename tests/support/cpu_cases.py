@@ -12,7 +12,7 @@ from helpers import raw_bytes
 from torch import Tensor
 
 from hsa import reference
-from hsa.architectures import whisper
+from hsa.architectures.whisper import WHISPER
 from hsa.backends import cpu
 from hsa.methods.hsa_formula import keep_count, layer_coefficient
 from hsa.planning.outcome import MergedTarget
@@ -59,7 +59,7 @@ class Case:
         return 1 if self.kind == "columns" else 0
 
     def target(self) -> Target:
-        projection = whisper.parse(NAMES[self.kind].format(self.layer))
+        projection = WHISPER.place(NAMES[self.kind].format(self.layer))
         assert projection is not None
         coefficient = layer_coefficient(self.lam, self.alpha, self.layer, self.layers)
         shape = tuple(self.base.shape)

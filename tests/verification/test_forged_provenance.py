@@ -15,7 +15,6 @@ from forged_outputs import COPIED, TARGET, WEIGHTS, Triple, flip, forge, named, 
 from helpers import edit_json, merge_arguments, poke, read_safetensors, run_hsa, safetensors_bytes
 
 import hsa
-from hsa.architectures import whisper
 from hsa.errors import RequestError
 from hsa.outputs import provenance
 from hsa.outputs.card import render as render_card
@@ -215,8 +214,8 @@ def forge_names(output: Path, sources: Triple, **names: str) -> None:
         for role, source in held.sources.items()
     }
     record = dataclasses.replace(held, sources=forged)
-    model = whisper.model_class(json.loads((output / "config.json").read_text()))
-    (output / "README.md").write_bytes(render_card(record, sorted(os.listdir(output)), model))
+    config = json.loads((output / "config.json").read_text())
+    (output / "README.md").write_bytes(render_card(record, sorted(os.listdir(output)), config))
 
     def change(document: dict[str, Any]) -> None:
         for role, name in names.items():

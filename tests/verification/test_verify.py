@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hsa
-from hsa.architectures import whisper
+from hsa.architectures.whisper import WHISPER
 from hsa.errors import RequestError, SourceError
 from hsa.system.manifest import PROVENANCE
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
@@ -59,7 +59,7 @@ def test_a_sound_output(shared_triple: Triple, tmp_path: Path, way: str) -> None
 
 
 def test_parameters_for_each_tensor(shared_triple: Triple, tmp_path: Path) -> None:
-    names = list(whisper.expected_targets({"encoder": 2, "decoder": 2}, "encoder-qkv"))
+    names = list(WHISPER.expected_targets({"encoder": 2, "decoder": 2}, "encoder-qkv"))
     names += [name.replace("weight", "bias") for name in names if ".k_proj" not in name]
     k = {name: number / len(names) for number, name in enumerate(sorted(names))}
     hsa.merge(**shared_triple, output=tmp_path / "out", k=k)
@@ -292,11 +292,11 @@ def test_the_key_set_is_that_of_transformers(changes: dict[str, Any]) -> None:
     config = WhisperConfig(**changes)
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
-    theirs = {whisper.canonical(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {WHISPER.canonical(name): tuple(value.shape) for name, value in model.state_dict().items()}
     if changes.get("tie_word_embeddings", True) is not False:
-        theirs.pop(whisper.UNTIED_OUTPUT)
-    assert {found.name: found.shape for found in whisper.state_dict(config.to_dict(), "here")} == theirs
-    for key, value in whisper.DIMENSIONS.items():
+        theirs.pop(WHISPER.tie.output)
+    assert {found.name: found.shape for found in WHISPER.expected(config.to_dict(), "here")} == theirs
+    for key, value in WHISPER.defaults.items():
         assert getattr(WhisperConfig(), key) == value
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa.architectures.base import Preset, Projection
-from hsa.architectures.whisper import canonical, is_target, parse, plain_names
+from hsa.architectures.base import Architecture, Preset
+from hsa.architectures.registry import architecture_of
 from hsa.backends.resident import CODE_OF
 from hsa.errors import RequestError, shown
 
@@ -29,10 +29,13 @@ class LoadedTensor(NamedTuple):
 MERGE_ADAPTERS = "call merge_and_unload() of the PeftModel and give the model that it returns"
 
 
-def entries_of(label: str, model: Model, expected: str = "a loaded model or a state dict") -> list[LoadedTensor]:
+def entries_of(
+    label: str, model: Model, architecture: Architecture, expected: str = "a loaded model or a state dict"
+) -> list[LoadedTensor]:
     """Every parameter and buffer, tied ones under each of their names; of a state dict every item.
 
-    Names are read without what wrappers such as torch.compile, DataParallel or FSDP add. Raises RequestError for
+    Names are read as those of a model of this family, without what wrappers such as torch.compile, DataParallel or FSDP
+    add. Raises RequestError for
     anything else, in which it says what was `expected`, and for a name that is no text.
     """
     if not isinstance(model, (torch.nn.Module, Mapping)):
@@ -41,7 +44,10 @@ def entries_of(label: str, model: Model, expected: str = "a loaded model or a st
     for stored in tensors:
         if not isinstance(stored, str):
             raise RequestError(f"{label}: a state dict maps names to tensors, and this one has the key {shown(stored)}")
-    return [LoadedTensor(stored, canonical(name), tensors[stored]) for stored, name in plain_names(tensors).items()]
+    return [
+        LoadedTensor(stored, architecture.canonical(name), tensors[stored])
+        for stored, name in architecture.plain_names(tensors).items()
+    ]
 
 
 def _items(model: Model) -> Iterator[tuple[str, Any]]:
@@ -52,7 +58,7 @@ def _items(model: Model) -> Iterator[tuple[str, Any]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def config_of(model: Model) -> Mapping[str, Any]:
+def config_of(model: object) -> Mapping[str, Any]:
     """What the config.json of a loaded model says; empty for a state dict, and for a model without a config.
 
     DataParallel and its like have the model in `module`; torch.compile's wrapper passes `config` on by itself.
@@ -64,7 +70,18 @@ def config_of(model: Model) -> Mapping[str, Any]:
     return {}
 
 
-def targets_of(label: str, model: Model, entries: Sequence[LoadedTensor], preset: Preset) -> dict[str, LoadedTensor]:
+def architecture_of_model(label: str, model: object, otherwise: Architecture) -> Architecture:
+    """The family of a loaded model by its config, and `otherwise` for a state dict or a model without a config.
+
+    Raises SourceError for a model of a family that is not supported.
+    """
+    config = config_of(model)
+    return architecture_of(config, label) if config else otherwise
+
+
+def targets_of(
+    label: str, model: Model, entries: Sequence[LoadedTensor], architecture: Architecture, preset: Preset
+) -> dict[str, LoadedTensor]:
     """The targets of a model or state dict by canonical name, each a plain tensor with its data in memory.
 
     `entries` is what `entries_of` gives of the model. Raises RequestError, which names the tensor, where one is no
@@ -74,22 +91,16 @@ def targets_of(label: str, model: Model, entries: Sequence[LoadedTensor], preset
     _refuse_adapters(label, model, entries)
     targets: dict[str, LoadedTensor] = {}
     for entry in entries:
-        if target_projection(entry.name, preset) is None:
+        if architecture.target(entry.name, preset) is None:
             continue
         _require_readable(label, entry.stored, entry.tensor)
         if entry.name in targets:
             raise RequestError(
-                f"{label}: {targets[entry.name].stored} and {entry.stored} are one tensor of Whisper, {entry.name}; "
-                f"give one of them"
+                f"{label}: {targets[entry.name].stored} and {entry.stored} are one tensor of {architecture.title}, "
+                f"{entry.name}; give one of them"
             )
         targets[entry.name] = entry
     return targets
-
-
-def target_projection(name: str, preset: Preset) -> Projection | None:
-    """The projection of that name where the preset merges it, else None."""
-    projection = parse(name)
-    return projection if projection is not None and is_target(projection, preset) else None
 
 
 def tensor_instead_of(entries: Sequence[LoadedTensor], target: str) -> str | None:

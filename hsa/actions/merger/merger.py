@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
 import torch
 
-from hsa.actions.merger.already_merged import holds_a_merge
-from hsa.actions.merger.loaded_models import LoadedTensor, Model, config_of, entries_of, target_projection, targets_of
-from hsa.actions.merger.spot_check import Sample, differing_tensors, sample_checkpoint, sample_model
+from hsa.actions.merger.loaded_models import LoadedTensor, Model
+from hsa.actions.merger.read_sources import ModelSource, checked_model, read_sources, share_config
+from hsa.actions.merger.spot_check import differing_tensors, sample_model
 from hsa.actions.merger.writable_targets import WritableTargets
 from hsa.architectures.base import Preset
-from hsa.architectures.whisper import MODEL_TYPE, is_whisper_tensor
 from hsa.backends.base import Backend, changed_ranges
 from hsa.backends.choose import resolve
-from hsa.backends.resident import CODE_OF, CpuResident, Resident, bytes_of
-from hsa.errors import RequestError, one_line, warn
+from hsa.backends.resident import CpuResident, Resident
+from hsa.errors import one_line, warn
 from hsa.findings import Findings
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import select
 from hsa.methods.settings import PerTensor
-from hsa.option_names import option
-from hsa.outputs.earlier_merges import EarlierMerge, merged_base_findings, read_earlier_merges, repeated_merge_findings
+from hsa.outputs.earlier_merges import merged_base_findings, repeated_merge_findings
 from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
 from hsa.outputs.recording import tensors_digest
@@ -37,34 +32,14 @@ from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import MergedTarget, TargetOutcome
 from hsa.planning.plan import check_heads, check_structure, find_targets, with_parameters
 from hsa.planning.target import Target
-from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
-from hsa.sources.hub.needs import Needs
-from hsa.sources.identity import Identity
-from hsa.sources.roles import ANCHOR, BASE, Role
+from hsa.sources.roles import ANCHOR, Role
 from hsa.sources.source_set import Sources
-from hsa.sources.structure import require_shapes
-from hsa.sources.tensor_places import TensorRef
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import NAMES, Array
-from hsa.system.fsio import Tally, map_os_errors
+from hsa.system.fsio import map_os_errors
 from hsa.system.signals import deferred
 from hsa.system.threads import check_threads, default_threads
-
-ModelSource = str | os.PathLike[str] | Model
-
-
-@dataclass(frozen=True)
-class _SourceTargets:
-    """A source's targets: what a plan needs to know of them, and their bytes by canonical name; of primary also samples
-    of its other tensors, and of an output of hsa how it was merged."""
-
-    checkpoint: Checkpoint
-    data: Mapping[str, Array]
-    others: Mapping[str, Sample]
-    has_config: bool
-    warnings: tuple[str, ...] = ()
-    earlier_merge: EarlierMerge | None = None
 
 
 class Merger:
@@ -126,12 +101,11 @@ class Merger:
         self.backend, self.device = chosen.name, chosen.device
         paths_or_models: dict[Role, ModelSource] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()
-        by_role = {role: _read_source(role, paths_or_models[role], targets, hub, base) for role in paths_or_models}
-        by_role, config_owner = _share_config(by_role, num_heads, num_layers)
+        by_role, config_owner = share_config(read_sources(paths_or_models, targets, hub), num_heads, num_layers)
         by_role = {
             role: source
             if isinstance(paths_or_models[role], (str, os.PathLike))
-            else _checked_model(source, config_owner)
+            else checked_model(source, config_owner)
             for role, source in by_role.items()
         }
         data = {role: source.data for role, source in by_role.items()}
@@ -152,7 +126,7 @@ class Merger:
             )
             for target in self._targets
         }
-        self._writable = WritableTargets(self._targets, targets)
+        self._writable = WritableTargets(self._targets, self._sources.architecture, targets)
         merges = {
             role: source_targets.earlier_merge
             for role, source_targets in by_role.items()
@@ -285,64 +259,6 @@ def _make_resident(
     return CpuResident(data, threads)
 
 
-def _read_source(role: Role, source: ModelSource, preset: Preset, hub: Hub, base: ModelSource) -> _SourceTargets:
-    """Copy a source's targets; `base` is what an adapter stands on."""
-    if not isinstance(source, (str, os.PathLike)):
-        return _read_model(role, source, preset)
-    with ExitStack() as stack:
-        adapter_base = None
-        if role != BASE and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
-            adapter_base = stack.enter_context(hub.open(BASE, base, Tally(), Needs("targets", preset)))
-        needs = Needs("whole" if role == ANCHOR else "targets", preset)
-        checkpoint = stack.enter_context(hub.open(role, source, Tally(), needs, None, adapter_base))
-        data = {}
-        for name, ref in checkpoint.tensors.items():
-            if target_projection(name, preset):
-                data[name] = np.empty(ref.nbytes, np.uint8)
-                checkpoint.read_into(ref, data[name].data)
-        others = sample_checkpoint(checkpoint, data) if role == ANCHOR else {}
-        checkpoint.check_unchanged()
-        earlier_merge = read_earlier_merges([checkpoint]).get(role)
-    closed = replace(checkpoint, shards=())
-    return _SourceTargets(closed, data, others, bool(checkpoint.config), earlier_merge=earlier_merge)
-
-
-def _read_model(role: Role, source: Model, preset: Preset) -> _SourceTargets:
-    entries = entries_of(role, source, "a checkpoint directory, an id on the Hub, a loaded model or a state dict")
-    targets = targets_of(role, source, entries, preset)
-    refs, data = {}, {}
-    for stored, name, tensor in entries:
-        if name in targets:
-            data[name] = bytes_of(tensor.detach().to("cpu", copy=True).contiguous())
-        if isinstance(tensor, torch.Tensor):  # no number of a training step, or the like
-            code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-            nbytes = data[name].nbytes if name in targets else 0
-            refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
-    label = "state dict" if isinstance(source, Mapping) else "model"
-    checkpoint = Checkpoint(role, Path(label), Identity(label), config_of(source), Tally(), tensors=refs)
-    merged_name = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
-    warnings = () if merged_name is None else (_ALREADY_MERGED.format(role=role, name=merged_name),)
-    others = sample_model(entries, data) if role == ANCHOR else {}
-    return _SourceTargets(checkpoint, data, others, bool(checkpoint.config), warnings)
-
-
-def _checked_model(source: _SourceTargets, config_owner: Role | None) -> _SourceTargets:
-    """A model without the names of Whisper that are not merged: a plan goes through all that are left.
-
-    Raises MismatchError for shapes of primary that its config, or the one that `config_owner` lent it, does not allow.
-    """
-    checkpoint = source.checkpoint
-    if checkpoint.role == ANCHOR:
-        if source.has_config:
-            require_shapes(checkpoint)
-        elif config_owner is not None:
-            require_shapes(checkpoint, config_owner)
-    tensors = {
-        name: ref for name, ref in checkpoint.tensors.items() if name in source.data or not is_whisper_tensor(name)
-    }
-    return replace(source, checkpoint=replace(checkpoint, tensors=tensors))
-
-
 def _targets_digest(role: Role, data: Mapping[str, Array], targets: Sequence[Target]) -> str:
     """The digest over a source's target tensors that a record has."""
     return tensors_digest(
@@ -356,38 +272,3 @@ def _targets_digest(role: Role, data: Mapping[str, Array], targets: Sequence[Tar
             for target in targets
         ]
     )
-
-
-_ALREADY_MERGED = (
-    "{role} is a model that a merge was written to: {name} still holds merged values, which are taken for those of "
-    "{role}; load {role} again, or keep one Merger and call apply_ with other parameters"
-)
-
-
-def _share_config(
-    sources: Mapping[Role, _SourceTargets], num_heads: int | None, num_layers: int | None
-) -> tuple[dict[Role, _SourceTargets], Role | None]:
-    """The sources, those without a config with that of another, and whose it is.
-
-    It is nobody's for state dicts alone, for which the caller gives both counts.
-    """
-    owner = next((role for role, source in sources.items() if source.has_config), None)
-    if owner is not None:
-        config = sources[owner].checkpoint.config
-    else:
-        if num_heads is None or num_layers is None:
-            raise RequestError(
-                f"three state dicts say nothing of heads and layers: give {option('num_heads')} and "
-                f"{option('num_layers')}, or one source as a directory or a model"
-            )
-        stacks = ("encoder", "decoder")
-        config = {
-            "model_type": MODEL_TYPE,
-            **{f"{stack}_attention_heads": num_heads for stack in stacks},
-            **{f"{stack}_layers": num_layers for stack in stacks},
-        }
-    with_configs = {
-        role: source if source.has_config else replace(source, checkpoint=replace(source.checkpoint, config=config))
-        for role, source in sources.items()
-    }
-    return with_configs, owner

@@ -11,7 +11,7 @@ import torch
 from hsa.actions.merger.already_merged import WrittenTensors
 from hsa.actions.merger.loaded_models import LoadedTensor, Model, entries_of, targets_of, tensor_instead_of
 from hsa.actions.merger.shared_memory import first_shared, repeats_elements, spans
-from hsa.architectures.base import Preset
+from hsa.architectures.base import Architecture, Preset
 from hsa.errors import MismatchError, RequestError
 from hsa.planning.target import Target
 
@@ -36,8 +36,8 @@ class WritableTargets:
     stride of a target, has changed. Otherwise its targets are found by their positions, in a fraction of a millisecond.
     """
 
-    def __init__(self, targets: Sequence[Target], preset: Preset) -> None:
-        self._targets, self._preset = targets, preset
+    def __init__(self, targets: Sequence[Target], architecture: Architecture, preset: Preset) -> None:
+        self._targets, self._architecture, self._preset = targets, architecture, preset
         self._layouts: tuple[_ModelLayout, ...] = ()
 
     def find(
@@ -54,7 +54,7 @@ class WritableTargets:
                 targets = [tensors[position] for position in layout.positions]
                 if tuple(map(_kind, targets)) == layout.kinds:
                     return targets, layout.record
-        entries = entries_of("model", model)
+        entries = entries_of("model", model, self._architecture)
         targets = self._check_model(model, entries)
         position_of = {id(tensor): position for position, tensor in enumerate(tensors)}
         if any(id(tensor) not in position_of for tensor in targets):
@@ -69,7 +69,7 @@ class WritableTargets:
         return targets, layout.record
 
     def _check_model(self, model: Model, entries: Sequence[LoadedTensor]) -> list[torch.Tensor]:
-        model_targets = targets_of("model", model, entries, self._preset)
+        model_targets = targets_of("model", model, entries, self._architecture, self._preset)
         targets = {}
         for target in self._targets:
             name = target.primary.name

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from hsa.architectures.registry import architecture_of
 from hsa.errors import MachineError, SourceError, shown
 from hsa.sources.checkpoint import (
     ADAPTER_CONFIG,
@@ -27,6 +28,7 @@ from hsa.sources.checkpoint import (
     PartialWeights,
     is_shard_name,
     open_checkpoint,
+    read_config,
     weight_map,
 )
 from hsa.sources.hub.downloads import Downloads, missing_offline
@@ -179,6 +181,7 @@ class Hub:
         form, weights = self._weights_files(role, repo)
         if all(cached_path(repo, name) for name in weights):
             return directory, {}
+        architecture = architecture_of(read_config(role, directory, Tally()), f"{role} {directory}")
         reason = "pickle weights"
         if form is SAFETENSORS:
             if needs.need == "whole" and not needs.headers_only:
@@ -186,7 +189,7 @@ class Hub:
                     self._downloads.file(role, repo, name)
                 return directory, {}
             try:
-                return directory, self._ranges.fetch(role, repo, weights, needs)
+                return directory, self._ranges.fetch(role, repo, weights, needs, architecture)
             except RangesUnsupported:
                 reason = "server without range support"
         size = sum(self._downloads.file(role, repo, name).stat().st_size for name in weights)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from hsa.architectures import whisper
-from hsa.architectures.base import Preset
+from hsa.architectures.base import Architecture, Preset
 from hsa.sources.safetensors import Header
 
 
@@ -25,16 +24,16 @@ class Needs:
     headers_only: bool = False
     compare: bool = False
 
-    def names(self, headers: Mapping[str, Header]) -> Callable[[str], bool]:
-        """Which tensors to fetch now, given the headers of all weights files."""
+    def names(self, headers: Mapping[str, Header], architecture: Architecture) -> Callable[[str], bool]:
+        """Which tensors to fetch now, given the headers of all weights files and the model's family."""
         if not self.headers_only:
-            return self.target
+            return lambda name: self.target(name, architecture)
         names = (entry.name for header in headers.values() for entry in header.entries)
-        untied = any(whisper.canonical(name) == whisper.UNTIED_OUTPUT for name in names)
-        compared = {whisper.UNTIED_OUTPUT, whisper.EMBEDDING} if self.compare and untied else set()
-        return lambda name: whisper.canonical(name) in compared
+        tie = architecture.tie
+        untied = tie is not None and any(architecture.canonical(name) == tie.output for name in names)
+        compared = {tie.output, tie.embedding} if tie is not None and self.compare and untied else set()
+        return lambda name: architecture.canonical(name) in compared
 
-    def target(self, name: str) -> bool:
-        """Whether a preset merges the tensor of this name."""
-        projection = whisper.parse(name)
-        return projection is not None and whisper.is_target(projection, self.preset)
+    def target(self, name: str, architecture: Architecture) -> bool:
+        """Whether the preset merges the tensor of this name."""
+        return architecture.target(name, self.preset) is not None

@@ -8,7 +8,7 @@ from hashlib import sha256
 from typing import Any
 
 from hsa._version import __version__
-from hsa.architectures import whisper
+from hsa.architectures.base import Architecture
 from hsa.errors import MachineError, shown
 from hsa.sources.checkpoint import PartialWeights
 from hsa.sources.hub.downloads import Downloads, missing_offline
@@ -36,20 +36,26 @@ class WeightRanges:
         self._downloads, self._bars = downloads, bars
         self._files: dict[tuple[str, str, str], tuple[RemoteFile, PartialFile]] = {}
 
-    def fetch(self, role: Role, repo: Repo, weights: list[str], needs: Needs) -> Mapping[str, PartialWeights]:
+    def fetch(
+        self, role: Role, repo: Repo, weights: list[str], needs: Needs, architecture: Architecture
+    ) -> Mapping[str, PartialWeights]:
         """Fetch headers and the tensors that are needed now, and count the bytes that a merge would still fetch.
 
         Raises RangesUnsupported where the Hub does not serve ranges or does not say how large a file is.
         """
         files = {name: self._file(role, repo, name) for name in weights}
         headers = {name: self._header(role, repo, *files[name]) for name in weights}
-        plain = whisper.plain_names(entry.name for header in headers.values() for entry in header.entries)
-        is_needed_now = needs.names(headers)
+        plain = architecture.plain_names(entry.name for header in headers.values() for entry in header.entries)
+
+        def is_target(name: str) -> bool:
+            return needs.target(name, architecture)
+
+        is_needed_now = needs.names(headers, architecture)
         self.pending[role] = 0
         whole = needs.need == "whole"
         for name, header in headers.items():
             remote, partial = files[name]
-            remaining = [(0, remote.size)] if whole else _tensor_ranges(header, plain, needs.target)
+            remaining = [(0, remote.size)] if whole else _tensor_ranges(header, plain, is_target)
             self.pending[role] += total(coalesce(partial.missing(remaining), GAP, remote.size // WASTE))
             self._fetch(role, repo, remote, partial, _tensor_ranges(header, plain, is_needed_now), prefix=False)
         return {name: PartialWeights(partial.path, partial.ranges) for name, (_, partial) in files.items()}

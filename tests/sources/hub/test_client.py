@@ -580,13 +580,12 @@ from hsa.errors import SourceError
 from hsa.system.fsio import Tally
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
-from hsa.architectures.whisper import is_target, parse
+from hsa.architectures.whisper import WHISPER
 hub = Hub()
 with hub.open(sys.argv[1], sys.argv[2], Tally(), Needs("targets", "encoder-qkv", assets=True)) as checkpoint:
     readable = {True: [0, 0], False: [0, 0]}
     for name, ref in checkpoint.tensors.items():
-        projection = parse(name)
-        target = projection is not None and is_target(projection, "encoder-qkv")
+        target = WHISPER.target(name, "encoder-qkv") is not None
         view = memoryview(bytearray(8))
         try:
             checkpoint.read_into(ref, view)

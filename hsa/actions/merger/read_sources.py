@@ -1,0 +1,154 @@
+"""Read the three sources of a `Merger`: checkpoints, loaded models and state dicts, and what they lend each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hsa.actions.merger.already_merged import holds_a_merge
+from hsa.actions.merger.loaded_models import Model, architecture_of_model, config_of, entries_of, targets_of
+from hsa.actions.merger.spot_check import Sample, sample_checkpoint, sample_model
+from hsa.architectures.base import Architecture, Preset
+from hsa.architectures.registry import default
+from hsa.backends.resident import CODE_OF, bytes_of
+from hsa.errors import RequestError
+from hsa.option_names import option
+from hsa.outputs.earlier_merges import EarlierMerge, read_earlier_merges
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.hub.client import Hub
+from hsa.sources.hub.needs import Needs
+from hsa.sources.identity import Identity
+from hsa.sources.roles import ANCHOR, BASE, Role
+from hsa.sources.structure import require_shapes
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.dtypes import Array
+from hsa.system.fsio import Tally
+
+ModelSource = str | os.PathLike[str] | Model
+
+_ALREADY_MERGED = (
+    "{role} is a model that a merge was written to: {name} still holds merged values, which are taken for those of "
+    "{role}; load {role} again, or keep one Merger and call apply_ with other parameters"
+)
+
+
+@dataclass(frozen=True)
+class SourceTargets:
+    """A source's targets: what a plan needs to know of them, and their bytes by canonical name; of primary also samples
+    of its other tensors, and of an output of hsa how it was merged."""
+
+    checkpoint: Checkpoint
+    data: Mapping[str, Array]
+    others: Mapping[str, Sample]
+    has_config: bool
+    warnings: tuple[str, ...] = ()
+    earlier_merge: EarlierMerge | None = None
+
+
+def read_sources(sources: Mapping[Role, ModelSource], preset: Preset, hub: Hub) -> dict[Role, SourceTargets]:
+    """Copy the targets of every source. Names in a state dict are read as those of the other sources' family."""
+    by_role: dict[Role, SourceTargets] = {}
+    architecture = default()
+    for role in sorted(
+        sources, key=lambda role: isinstance(sources[role], Mapping)
+    ):  # state dicts, without config, last
+        by_role[role] = _read_source(role, sources[role], preset, hub, sources[BASE], architecture)
+        if by_role[role].has_config:
+            architecture = by_role[role].checkpoint.architecture
+    return {role: by_role[role] for role in sources}
+
+
+def _read_source(
+    role: Role, source: ModelSource, preset: Preset, hub: Hub, base: ModelSource, architecture: Architecture
+) -> SourceTargets:
+    """Copy a source's targets; `base` is what an adapter stands on, `architecture` the family of a model that does not
+    say it."""
+    if not isinstance(source, (str, os.PathLike)):
+        return _read_model(role, source, preset, architecture_of_model(role, source, architecture))
+    with ExitStack() as stack:
+        adapter_base = None
+        if role != BASE and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
+            adapter_base = stack.enter_context(hub.open(BASE, base, Tally(), Needs("targets", preset)))
+        needs = Needs("whole" if role == ANCHOR else "targets", preset)
+        checkpoint = stack.enter_context(hub.open(role, source, Tally(), needs, None, adapter_base))
+        data = {}
+        for name, ref in checkpoint.tensors.items():
+            if checkpoint.architecture.target(name, preset):
+                data[name] = np.empty(ref.nbytes, np.uint8)
+                checkpoint.read_into(ref, data[name].data)
+        others = sample_checkpoint(checkpoint, data) if role == ANCHOR else {}
+        checkpoint.check_unchanged()
+        earlier_merge = read_earlier_merges([checkpoint]).get(role)
+    closed = replace(checkpoint, shards=())
+    return SourceTargets(closed, data, others, bool(checkpoint.config), earlier_merge=earlier_merge)
+
+
+def _read_model(role: Role, source: Model, preset: Preset, architecture: Architecture) -> SourceTargets:
+    expected = "a checkpoint directory, an id on the Hub, a loaded model or a state dict"
+    entries = entries_of(role, source, architecture, expected)
+    targets = targets_of(role, source, entries, architecture, preset)
+    refs, data = {}, {}
+    for stored, name, tensor in entries:
+        if name in targets:
+            data[name] = bytes_of(tensor.detach().to("cpu", copy=True).contiguous())
+        if isinstance(tensor, torch.Tensor):  # no number of a training step, or the like
+            code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+            nbytes = data[name].nbytes if name in targets else 0
+            refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
+    label = "state dict" if isinstance(source, Mapping) else "model"
+    checkpoint = Checkpoint(role, Path(label), Identity(label), config_of(source), architecture, Tally(), tensors=refs)
+    merged_name = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
+    warnings = () if merged_name is None else (_ALREADY_MERGED.format(role=role, name=merged_name),)
+    others = sample_model(entries, data) if role == ANCHOR else {}
+    return SourceTargets(checkpoint, data, others, bool(checkpoint.config), warnings)
+
+
+def checked_model(source: SourceTargets, config_owner: Role | None) -> SourceTargets:
+    """A model without the names of its family that are not merged: a plan goes through all that are left.
+
+    Raises MismatchError for shapes of primary that its config, or the one that `config_owner` lent it, does not allow.
+    """
+    checkpoint = source.checkpoint
+    if checkpoint.role == ANCHOR:
+        if source.has_config:
+            require_shapes(checkpoint)
+        elif config_owner is not None:
+            require_shapes(checkpoint, config_owner)
+    knows = checkpoint.architecture.knows
+    tensors = {name: ref for name, ref in checkpoint.tensors.items() if name in source.data or not knows(name)}
+    return replace(source, checkpoint=replace(checkpoint, tensors=tensors))
+
+
+def share_config(
+    sources: Mapping[Role, SourceTargets], num_heads: int | None, num_layers: int | None
+) -> tuple[dict[Role, SourceTargets], Role | None]:
+    """The sources, those without a config with that of another, and whose it is.
+
+    It is nobody's for state dicts alone, for which the caller gives both counts.
+    """
+    owner = next((role for role, source in sources.items() if source.has_config), None)
+    if owner is not None:
+        config = sources[owner].checkpoint.config
+    else:
+        if num_heads is None or num_layers is None:
+            raise RequestError(
+                f"three state dicts say nothing of heads and layers: give {option('num_heads')} and "
+                f"{option('num_layers')}, or one source as a directory or a model"
+            )
+        architecture = default()
+        config = {
+            "model_type": min(architecture.model_types),
+            **{architecture.heads_key(stack): num_heads for stack in architecture.all_stacks},
+            **{architecture.layers_key(stack): num_layers for stack in architecture.all_stacks},
+        }
+    with_configs = {
+        role: source if source.has_config else replace(source, checkpoint=replace(source.checkpoint, config=config))
+        for role, source in sources.items()
+    }
+    return with_configs, owner

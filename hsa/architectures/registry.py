@@ -1,0 +1,55 @@
+"""The families of models that there are: one for each file of this package, and those of plugin files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hsa.architectures.base import Architecture, not_of_families
+from hsa.errors import RequestError, shown
+from hsa.system.plugins import modules_of
+
+DEFAULT = "whisper"
+"""The family where nothing says which: of state dicts without a config, of a release without a model yet."""
+
+
+def architectures() -> Mapping[str, Architecture]:
+    """Every family by its name. Raises RequestError where two share a name or a model_type."""
+    families: dict[str, Architecture] = {}
+    for module in modules_of("hsa.architectures"):
+        for value in vars(module).values():
+            if isinstance(value, Architecture) and families.get(value.name) is not value:
+                _check_new(value, families)
+                families[value.name] = value
+    return families
+
+
+def _check_new(family: Architecture, families: Mapping[str, Architecture]) -> None:
+    for other in families.values():
+        if other.name == family.name or other.model_types & family.model_types:
+            raise RequestError(
+                f"two families of models are named {shown(family.name)} or have one model_type of "
+                f"{', '.join(sorted(family.model_types))}; give the one of the plugin another name and model_type"
+            )
+
+
+def named(name: str) -> Architecture:
+    """The family of this name, which must be there."""
+    return architectures()[name]
+
+
+def default() -> Architecture:
+    """The family that is taken where nothing says which."""
+    return named(DEFAULT)
+
+
+def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
+    """The family of the model that a `config.json` describes, by its `model_type`.
+
+    Raises SourceError where that is none that hsa supports; `where` names the source.
+    """
+    families = architectures()
+    for family in families.values():
+        if family.is_family_of(config):
+            return family
+    raise not_of_families(config, where, families.values())
