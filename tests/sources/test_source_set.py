@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hsa.architectures.whisper import WHISPER
 from hsa.errors import MismatchError, SourceError
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import Identity
@@ -16,7 +17,7 @@ from hsa.system.fsio import Tally
 
 def checkpoint(role: str, *refs: TensorRef) -> Checkpoint:
     tensors = {ref.name: ref for ref in refs}
-    return Checkpoint(role, Path(role), Identity(f"org/{role}"), {}, Tally(), tensors=tensors)
+    return Checkpoint(role, Path(role), Identity(f"org/{role}"), {}, WHISPER, Tally(), tensors=tensors)
 
 
 def weight(code: str = "F32", shape: tuple[int, ...] = (2, 2)) -> TensorRef:
