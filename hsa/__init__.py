@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hsa.actions.merge import merge
     from hsa.actions.merger.merger import Merger
     from hsa.actions.patch import merge_patch
+    from hsa.actions.request import Request
     from hsa.inspection.inspect import Inspection, inspect
     from hsa.methods.hsa import HsaSettings
     from hsa.outputs.report import MergeReport, TensorReport
@@ -46,6 +47,7 @@ _LAZY = {
     "HsaSettings": "hsa.methods.hsa",
     "MergeReport": "hsa.outputs.report",
     "Merger": "hsa.actions.merger.merger",
+    "Request": "hsa.actions.request",
     "ReleaseReport": "hsa.releases.release",
     "release": "hsa.releases.release",
     "SweepReport": "hsa.sweeps.sweep",
@@ -71,6 +73,7 @@ __all__ = [
     "PatchError",
     "ProvenanceError",
     "ReleaseReport",
+    "Request",
     "RequestError",
     "SourceChanged",
     "SourceError",

@@ -24,6 +24,9 @@ Spelling = Callable[[str, Any], str]
 LETTERS = {"lam": "lambda"}
 """Names that differ outside Python, where `lambda` is no keyword."""
 
+REPEATED = {"models": "model", "model_ids": "model-id"}
+"""Options that are given once for each entry of what is a list in Python."""
+
 NEGATED = {"digest": "--no-hash", "sync": "--no-sync", "energy": "--no-energy"}
 """Options that switch off what an argument switches on."""
 
@@ -41,7 +44,7 @@ def command_line(name: str, value: Any = None) -> str:
     """`--overwrite`, `--no-sync`, `--dtype float32`, or the bare option without a value."""
     if name in NEGATED:
         return NEGATED[name]
-    flag = f"--{LETTERS.get(name, name).replace('_', '-')}"
+    flag = f"--{REPEATED.get(name, LETTERS.get(name, name)).replace('_', '-')}"
     return flag if value is None or value is True else f"{flag} {value}"
 
 

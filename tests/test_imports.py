@@ -30,7 +30,7 @@ ARROWS = {
     "system": ("errors", "option_names"),
     "architectures": ("errors", "system"),
     "sources": ("errors", "option_names", "architectures", "system"),
-    "methods": ("errors", "option_names", "findings", "architectures", "system"),
+    "methods": ("errors", "option_names", "arguments", "findings", "architectures", "system"),
     "planning": ("methods", "sources"),
     "backends": ("planning",),
     "outputs": ("planning",),

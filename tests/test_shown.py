@@ -30,7 +30,7 @@ ALLOWED = {
         "arguments of developers; it imports nothing that it tests",
     ),
     "hsa/testing/whisper_config.py": (1, "the same"),
-    "hsa/methods/grid_point.py": (1, "a float, written with all its digits for decimal arithmetic"),
+    "hsa/outputs/grid_point.py": (1, "a float, written with all its digits for decimal arithmetic"),
     "hsa/views/csv_file.py": (1, "a float, written with all its digits for a table"),
 }
 """Files that may call `repr` or write `!r`: how often, and of what."""

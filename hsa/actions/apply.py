@@ -9,7 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hsa.arguments import check_flags, check_functions, check_paths, check_values
+from hsa.actions.keywords import APPLY, run_options
+from hsa.actions.signatures import declared_keywords
+from hsa.arguments import check_functions, check_paths, check_values
 from hsa.engine.patch_apply import PatchApplier
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import PatchError, RequestError, SourceError, shown
@@ -43,10 +45,11 @@ from hsa.system.memory import PeakMemory
 from hsa.system.publish import StagedOutput
 from hsa.system.signals import deferred
 from hsa.system.strict_json import load_json
-from hsa.system.threads import check_threads, default_threads
-from hsa.system.types import PathLike
+from hsa.system.threads import default_threads
+from hsa.system.types import PathLike, Progress
 
 
+@declared_keywords(APPLY)
 @fsio.map_os_errors()
 def apply(
     primary: PathLike,
@@ -54,11 +57,8 @@ def apply(
     *,
     output: PathLike,
     assets: Sequence[PathLike] = (),
-    threads: int | None = None,
-    digest: bool = True,
-    sync: bool = True,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    **keywords: Any,
 ) -> MergeReport:
     """Make the output of a merge from primary and its patch: the very bytes that `hsa.merge` would have written.
 
@@ -68,7 +68,8 @@ def apply(
         output: the directory to write; it appears whole or not at all.
         assets: directories to look in for tokenizer and processor files that the merge took from elsewhere than
             primary or its parent directory.
-        threads, digest, sync, overwrite, progress: as for `hsa.merge`.
+        {options}
+        progress: called now and then with bytes done and bytes in all.
 
     Returns the report of the merge, with the route `apply`.
 
@@ -85,9 +86,8 @@ def apply(
     check_values(assets=assets)
     for folder in assets:
         check_paths(assets=folder)
-    check_flags(digest=digest, sync=sync, overwrite=overwrite)
     check_functions(progress=progress)
-    check_threads(threads)
+    how = run_options(APPLY, keywords)
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         _check_order(primary, patch)
@@ -98,12 +98,20 @@ def apply(
         source = stack.enter_context(hub.open(ANCHOR, primary, tally, needs, None))
         folders = [_folder(path) for path in assets]
         kept_apart = [source.path, patch_file.source.path.resolve(), *folders]
-        destination = check_destination(output, kept_apart, overwrite=overwrite)
+        destination = check_destination(output, kept_apart, overwrite=how.overwrite)
         check_primary(patch_file, source)
         small_files, warnings = _small_files(patch_file, source, folders, tally)
-        options = Options(threads or default_threads(), digest, sync)
+        options = Options(how.threads or default_threads(), how.digest, how.sync)
         record, notes = apply_to(
-            patch_file, source, small_files, destination, options, tally, memory, overwrite=overwrite, progress=progress
+            patch_file,
+            source,
+            small_files,
+            destination,
+            options,
+            tally,
+            memory,
+            overwrite=how.overwrite,
+            progress=progress,
         )
     return MergeReport(
         output=destination,
@@ -119,7 +127,7 @@ def apply(
         parameters=config.as_dict(),
         tensors={target.name: TensorReport.of(target) for target in record.targets},
         extent=_extent(record),
-        notes=(*hub.notes, *source.notes, *(() if digest else (NO_DIGESTS,)), *notes),
+        notes=(*hub.notes, *source.notes, *(() if how.digest else (NO_DIGESTS,)), *notes),
         warnings=warnings,
         unlinked=unlinked(record),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hsa.actions.request import Request, has_hub_ids, open_sources
-from hsa.architectures.base import Preset
+from hsa.actions.keywords import MERGE
+from hsa.actions.request import Request, has_hub_ids, open_sources, request_of
+from hsa.actions.signatures import declared_keywords
 from hsa.arguments import check_functions
 from hsa.backends.base import Backend
 from hsa.backends.choose import resolve
@@ -17,9 +18,7 @@ from hsa.engine.compute import Calculator
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import SourceError
 from hsa.findings import Findings
-from hsa.methods.hsa import HsaSettings, LoadDtype, Numerics
 from hsa.methods.hsa_formula import percentage_findings
-from hsa.methods.settings import OutputDtype, PerTensor
 from hsa.outputs import recording, report
 from hsa.outputs.card import unlinked
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
@@ -31,7 +30,7 @@ from hsa.planning.plan import MergePlan, make_plan
 from hsa.sources import small_files
 from hsa.sources.checkpoint import INDEX
 from hsa.sources.hub.client import Hub
-from hsa.sources.roles import BASE, Role
+from hsa.sources.roles import BASE
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
@@ -39,112 +38,42 @@ from hsa.system.memory import PeakMemory
 from hsa.system.publish import StagedOutput
 from hsa.system.signals import deferred
 from hsa.system.threads import default_threads
-from hsa.system.types import PathLike
+from hsa.system.types import PathLike, Progress
 
 __all__ = ["PathLike", "Request", "dry_run", "merge", "run_merge"]
 
 
-def merge(
-    *,
-    base: PathLike,
-    primary: PathLike,
-    secondary: PathLike,
-    output: PathLike,
-    k: PerTensor = 0.6,
-    lam: PerTensor = 0.5,
-    alpha: PerTensor = 0.2,
-    targets: Preset = "encoder-qkv",
-    attention_scale: float = 1.0,
-    non_attention_scale: float = 1.0,
-    num_heads: int | None = None,
-    num_layers: int | None = None,
-    numerics: Numerics = "exact",
-    load_dtype: LoadDtype = "auto",
-    dtype: OutputDtype = "auto",
-    backend: str = "auto",
-    device: str = "auto",
-    threads: int | None = None,
-    assets_from: Role = "primary",
-    max_shard_size: str | int | None = None,
-    base_id: str | None = None,
-    primary_id: str | None = None,
-    secondary_id: str | None = None,
-    card: Mapping[str, str] | None = None,
-    digest: bool = True,
-    sync: bool = True,
-    overwrite: bool = False,
-    strict: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> MergeReport:
-    """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint directory.
+@declared_keywords(MERGE)
+def merge(*arguments: Any, progress: Progress | None = None, **keywords: Any) -> MergeReport:
+    """Merge fine-tunes of one pretrained model into a complete checkpoint directory.
+
+    Sources are Hugging Face checkpoint directories with safetensors or pickle weights, or ids on the Hub (`org/name`,
+    `org/name@revision`), which are fetched; what exists locally is a directory. Models may be directories with a LoRA
+    adapter of base; base and models other than the anchor may be OpenAI's own `.pt` files. Instead of all arguments but
+    `progress`, a `hsa.Request` may be given.
 
     Args:
-        base, primary, secondary: Hugging Face checkpoint directories with safetensors or pickle weights, or ids on the
-            Hub (`org/name`, `org/name@revision`), which are fetched; what exists locally is a directory. Primary and
-            secondary may be directories with a LoRA adapter of base, base and secondary OpenAI's own `.pt` files.
+        {sources}
         output: the directory to write; it appears whole or not at all.
-        k: share of heads merged per tensor, in [0, 1], or a percentage up to 100.
-        lam: weight of primary's task vector in a selected head, in [0, 1].
-        alpha: layer exponent, at least 0. `k`, `lam` and `alpha` also take a mapping from every target
-            tensor's name to its own value.
-        targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
-        attention_scale, non_attention_scale: factors on the task vectors of targets and of all else.
-        num_heads, num_layers: instead of what config.json says, for both stacks.
-        numerics: `exact`, or `reference` for the reference script's own torch operations.
-        load_dtype: with `reference`, how its loader reads: `auto` or `float32`.
-        dtype: element type of the output; `auto` keeps each tensor's.
-        backend, device: where to compute; only `auto` chooses.
-        threads: worker threads; by default the usable cores and one more.
-        assets_from: whose tokenizer and processor files are taken.
-        max_shard_size: bytes, or a size such as `5GB`; by default primary's own shards.
-        base_id, primary_id, secondary_id: hub ids to record instead of the directories' names or the ids fetched.
-        card: model card fields, of `hsa.outputs.card.FIELDS`.
-        digest: record BLAKE3 digests of whole files.
-        sync: fsync everything before the output appears.
-        overwrite: replace an earlier output.
-        strict: make warnings errors; nothing is written then.
+        method: the name of the method. Each takes the settings of its own; those below are of all methods.
+        {settings}
+        {options}
         progress: called now and then with bytes done and bytes in all.
 
     Returns the report, with heads, scores and margins per tensor.
 
-    Raises RequestError, SourceError, StrictError, MachineError or a subclass (see `hsa.errors`); nothing is left behind
-    then.
+    Raises TypeError for arguments that there are not, and RequestError, SourceError, StrictError, MachineError or a
+    subclass (see `hsa.errors`); nothing is left behind then.
     Source: SPEC section 1, after Shankar et al., Computer Speech & Language, 2026, 102012.
+
+    Example:
+        >>> report = hsa.merge("whisper-small", "m1", "m2", "merged", lam=0.3)
     """
-    settings = HsaSettings(
-        k=k,
-        lam=lam,
-        alpha=alpha,
-        targets=targets,
-        attention_scale=attention_scale,
-        non_attention_scale=non_attention_scale,
-        num_heads=num_heads,
-        num_layers=num_layers,
-        numerics=numerics,
-        load_dtype=load_dtype,
-        dtype=dtype,
-    )
-    request = Request(
-        sources={"base": base, "primary": primary, "secondary": secondary},
-        output=output,
-        settings=settings,
-        backend=backend,
-        device=device,
-        threads=threads,
-        assets_from=assets_from,
-        max_shard_size=max_shard_size,
-        ids={"base": base_id, "primary": primary_id, "secondary": secondary_id},
-        card=card,
-        digest=digest,
-        sync=sync,
-        overwrite=overwrite,
-        strict=strict,
-    )
-    return run_merge(request, progress)
+    return run_merge(request_of(MERGE, arguments, keywords), progress)
 
 
 @fsio.map_os_errors()
-def run_merge(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
+def run_merge(request: Request, progress: Progress | None = None) -> MergeReport:
     """Do what a request says; see `merge`."""
     check_functions(progress=progress)
     started = time.perf_counter()

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.request import Request, has_hub_ids, open_sources
-from hsa.architectures.base import Preset
+from hsa.actions.keywords import MERGE_PATCH
+from hsa.actions.request import Request, has_hub_ids, open_sources, request_of
+from hsa.actions.signatures import declared_keywords
 from hsa.engine.open_patch import FinishedPatch
 from hsa.engine.patch_writer import PatchSpec, check_patchable, write_patches
 from hsa.errors import DestinationError, RequestError
 from hsa.findings import Findings
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.hsa_formula import percentage_findings
-from hsa.methods.settings import PerTensor
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.extent import Extent
@@ -29,7 +29,7 @@ from hsa.outputs.report import MergeReport, TensorReport, outcome_findings
 from hsa.planning.plan import check_structure, find_targets
 from hsa.sources import small_files
 from hsa.sources.hub.client import Hub
-from hsa.sources.roles import BASE, Role
+from hsa.sources.roles import BASE
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
 from hsa.system.destinations import path_overlap, refuse_inside_output
@@ -38,62 +38,36 @@ from hsa.system.memory import PeakMemory
 from hsa.system.signals import deferred
 from hsa.system.staging import STAGING, StagingDirectory, hidden_sibling
 from hsa.system.threads import default_threads
-from hsa.system.types import PathLike
+from hsa.system.types import PathLike, Progress
 
 
-def merge_patch(
-    *,
-    base: PathLike,
-    primary: PathLike,
-    secondary: PathLike,
-    output: PathLike,
-    k: PerTensor = 0.6,
-    lam: PerTensor = 0.5,
-    alpha: PerTensor = 0.2,
-    targets: Preset = "encoder-qkv",
-    num_heads: int | None = None,
-    num_layers: int | None = None,
-    threads: int | None = None,
-    assets_from: Role = "primary",
-    max_shard_size: str | int | None = None,
-    base_id: str | None = None,
-    primary_id: str | None = None,
-    secondary_id: str | None = None,
-    card: Mapping[str, str] | None = None,
-    sync: bool = True,
-    overwrite: bool = False,
-    strict: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> MergeReport:
+@declared_keywords(MERGE_PATCH)
+def merge_patch(*arguments: Any, progress: Progress | None = None, **keywords: Any) -> MergeReport:
     """Merge as `hsa.merge` does, and write the merged rows alone: a patch, from which `hsa.apply` makes the output.
 
+    What moves more than the merged heads (scales, casts, reference numerics) has no patch. Of the anchor only headers
+    and targets are read, as of the other sources.
+
     Args:
+        {sources}
         output: the file to write, named `*.safetensors`; it appears whole or not at all.
-        The others are those of `hsa.merge`; what moves more than the merged heads (scales, casts, reference numerics)
-        has no patch. Of primary only headers and targets are read, as of base and secondary.
+        method: the name of the method.
+        {settings}
+        {options}
+        progress: called now and then with bytes done and bytes in all.
 
     Returns the report, with heads, scores and margins per tensor; its route is `patch file`.
 
     Raises what `hsa.merge` raises; nothing is left behind then.
+
+    Example:
+        >>> report = hsa.merge_patch("whisper-small", "m1", "m2", "p.safetensors", k=0.6)
     """
-    request = Request(
-        sources={"base": base, "primary": primary, "secondary": secondary},
-        output=output,
-        settings=HsaSettings(k=k, lam=lam, alpha=alpha, targets=targets, num_heads=num_heads, num_layers=num_layers),
-        threads=threads,
-        assets_from=assets_from,
-        max_shard_size=max_shard_size,
-        ids={"base": base_id, "primary": primary_id, "secondary": secondary_id},
-        card=card,
-        sync=sync,
-        overwrite=overwrite,
-        strict=strict,
-    )
-    return run_patch(request, progress)
+    return run_patch(request_of(MERGE_PATCH, arguments, keywords), progress)
 
 
 @fsio.map_os_errors()
-def run_patch(request: Request, progress: Callable[[int, int], None] | None = None) -> MergeReport:
+def run_patch(request: Request, progress: Progress | None = None) -> MergeReport:
     """Do what a request says as a patch; see `merge_patch`."""
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)

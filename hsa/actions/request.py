@@ -7,9 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from hsa.arguments import check_flags, check_paths
+from hsa.actions.keywords import MERGE, Call, split
+from hsa.actions.run_options import RunOptions
+from hsa.arguments import check_paths
 from hsa.errors import RequestError, shown
 from hsa.methods.hsa import HsaSettings
+from hsa.methods.registry import method_named
 from hsa.option_names import option
 from hsa.outputs.output_settings import check_settings
 from hsa.sources.checkpoint import Checkpoint
@@ -20,36 +23,34 @@ from hsa.sources.identity import Identity, is_hub_id, name_with_parent
 from hsa.sources.roles import ANCHOR, BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.system.fsio import Tally
-from hsa.system.threads import check_threads
 from hsa.system.types import PathLike, parse_size
 
 
 @dataclass(frozen=True)
-class Request:
-    """All arguments of a merge; see `merge` for the meaning of each field."""
+class Request(RunOptions):
+    """All arguments of a merge; see `merge` for the meaning of each field.
+
+    Example:
+        >>> Request.of("whisper-small", "m1", "m2", "merged", lam=0.3).settings.lam
+        0.3
+    """
 
     sources: Mapping[Role, PathLike]
     """By role, in the order that records and messages keep."""
     output: PathLike
     settings: HsaSettings
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    assets_from: Role = ANCHOR
-    max_shard_size: str | int | None = None
     ids: Mapping[Role, str | None] | None = None
-    card: Mapping[str, str] | None = None
-    digest: bool = True
-    sync: bool = True
-    overwrite: bool = False
-    strict: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_settings(self.sources, self.assets_from, self.max_shard_size, self.card)
         check_paths(output=self.output, **self.sources)
-        check_flags(digest=self.digest, sync=self.sync, overwrite=self.overwrite, strict=self.strict)
-        check_threads(self.threads)
         check_ids(self.ids or {})
+
+    @classmethod
+    def of(cls, *positional: Any, **keywords: Any) -> Request:
+        """The request that `hsa.merge` makes of the same arguments. Raises TypeError and RequestError as it does."""
+        return request_of(MERGE, positional, keywords)
 
     @property
     def shard_bytes(self) -> int | None:
@@ -63,6 +64,17 @@ class Request:
             "card": dict(self.card or {}),
             "max_shard_size": self.shard_bytes,
         }
+
+
+def request_of(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Request:
+    """The request that the arguments of a call say; a single positional argument may be one itself."""
+    if positional and isinstance(positional[0], Request):
+        if len(positional) > 1 or keywords:
+            raise TypeError(f"{call.name}() takes a request alone, or what it holds as arguments")
+        return positional[0]
+    arguments = split(call, positional, keywords)
+    settings = method_named(arguments.method).Settings(**arguments.settings)
+    return Request(arguments.sources, arguments.output, settings, arguments.ids, **arguments.options)
 
 
 def _is_claim(claimed: object) -> bool:

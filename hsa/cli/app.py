@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from hsa._version import __version__
-from hsa.cli import completion, usage
+from hsa.cli import completion, options, usage
 from hsa.cli.apply import apply
 from hsa.cli.demo import demo
 from hsa.cli.inspect import inspect
@@ -25,16 +25,6 @@ from hsa.system.streams import print_stdout
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """click's UsageError: typer brings a click of its own or uses the installed one, depending on its version."""
 
-app = typer.Typer(
-    name=completion.PROGRAM,
-    cls=usage.CommandGroup,
-    help="Headwise Selective Attention merge for Whisper fine-tunes: streamed, exact, as fast as a copy.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code; see `hsa.system.console.guarded`."""
@@ -44,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
         if completion.VARIABLE in os.environ:
             completion.register_shells()
         try:
-            result = typer.main.get_command(app).main(
+            result = program().main(
                 list(arguments), prog_name=completion.PROGRAM, complete_var=completion.VARIABLE, standalone_mode=False
             )
         except typer.Exit as error:
@@ -63,8 +53,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _command(arguments: Sequence[str]) -> str:
     """The sub-command with a space after it, for a hint; nothing where there is none."""
-    names = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
-    return f"{arguments[0]} " if arguments and arguments[0] in names else ""
+    return f"{arguments[0]} " if arguments and arguments[0] in (each.__name__ for each in COMMANDS) else ""
 
 
 Shell = Annotated[
@@ -76,7 +65,6 @@ Installed = Annotated[
 ]
 
 
-@app.callback(invoke_without_command=True)
 def _program(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and exit.")] = False,
@@ -104,12 +92,23 @@ def help_(
     usage.show_help_of(ctx, command)
 
 
-app.command(cls=usage.Command)(merge)
-app.command(cls=usage.Command)(sweep)
-app.command(cls=usage.Command)(apply)
-app.command(cls=usage.Command)(inspect)
-app.command(cls=usage.Command)(verify)
-app.command(cls=usage.Command)(release)
-app.command(cls=usage.Command, context_settings={"ignore_unknown_options": True})(mergekit)
-app.command(cls=usage.Command)(demo)
-app.command("help", cls=usage.Command)(help_)
+COMMANDS: tuple[Callable[..., Any], ...] = (merge, sweep, apply, inspect, verify, release, mergekit, demo)
+
+
+def program() -> Any:
+    """The command line, with the options of every method that is known now."""
+    app = typer.Typer(
+        name=completion.PROGRAM,
+        cls=usage.CommandGroup,
+        help="Headwise Selective Attention merge for Whisper fine-tunes: streamed, exact, as fast as a copy.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_program)
+    for command in COMMANDS:
+        others = {"ignore_unknown_options": True} if command is mergekit else None
+        app.command(cls=usage.Command, context_settings=others)(options.complete(command))
+    app.command("help", cls=usage.Command)(help_)
+    return typer.main.get_command(app)

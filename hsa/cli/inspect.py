@@ -3,50 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa.actions.keywords import INSPECT
 from hsa.cli import options, printing
 from hsa.findings import Findings
+from hsa.methods.settings import Declared
+from hsa.option_names import command_line
 
 if TYPE_CHECKING:
     from hsa.inspection.diff import Comparison
     from hsa.inspection.inspect import Inspection
     from hsa.verification.verify import VerifyReport
 
-SourceOption = Annotated[str | None, typer.Option(metavar="SOURCE", help="As for merge; all three or none.")]
+
+def _before() -> list[Parameter]:
+    return list(options.sources("As for merge; all of them or none."))
 
 
-def _default_of_output(default: str) -> str:
-    return f"the output's, else {default}"
+def _after() -> list[Parameter]:
+    return list(options.settings_or_default(INSPECT, _default_text))
 
 
+def _default_text(setting: Declared) -> str:
+    return str(setting.default) if setting.about.structural else f"the output's, else {setting.default}"
+
+
+@options.declares(_before, _after)
 def inspect(
+    ctx: typer.Context,
     output: Annotated[
         str | None, typer.Argument(metavar="OUT", help="A finished output; its provenance alone is read.")
     ] = None,
-    base: SourceOption = None,
-    primary: SourceOption = None,
-    secondary: SourceOption = None,
-    k: Annotated[
-        float | None,
-        typer.Option(metavar="NUMBER", help="Share of heads to select.", show_default=_default_of_output("0.6")),
-    ] = None,
-    lam: Annotated[
-        float | None,
-        typer.Option("--lambda", metavar="NUMBER", help="Weight of primary.", show_default=_default_of_output("0.5")),
-    ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(metavar="NUMBER", help="Layer exponent.", show_default=_default_of_output("0.2"))
-    ] = None,
-    targets: Annotated[
-        str | None,
-        typer.Option(metavar="PRESET", help="encoder-qkv, attention-qkv or attention-all.", show_default="encoder-qkv"),
-    ] = None,
-    num_heads: options.NumHeads = None,
-    num_layers: options.NumLayers = None,
     diff: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two outputs instead.")] = None,
     no_energy: Annotated[
         bool, typer.Option("--no-energy", help="Read the targets alone, not the rest of the models.")
@@ -54,30 +46,40 @@ def inspect(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="With OUT: do not read its files to see whether they are as written.")
     ] = False,
-    csv: Annotated[str | None, typer.Option(metavar="F", help="Write a row for each head.")] = None,
-    png: Annotated[str | None, typer.Option(metavar="F", help="Write heat maps (needs matplotlib).")] = None,
+    csv: Annotated[
+        str | None, typer.Option(metavar="F", help="Write a row for each head.", rich_help_panel=options.OUTPUT)
+    ] = None,
+    png: Annotated[
+        str | None,
+        typer.Option(metavar="F", help="Write heat maps (needs matplotlib).", rich_help_panel=options.OUTPUT),
+    ] = None,
     html: Annotated[
-        str | None, typer.Option(metavar="F", help="Write a page whose heat maps answer to sliders.")
+        str | None,
+        typer.Option(
+            metavar="F", help="Write a page whose heat maps answer to sliders.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     wide: Annotated[
-        bool, typer.Option("--wide", help="Show every column of the tables, however wide they are.")
+        bool,
+        typer.Option(
+            "--wide", help="Show every column of the tables, however wide they are.", rich_help_panel=options.OUTPUT
+        ),
     ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
+    **values: Any,
 ) -> int:
     """Show which heads a merge selects and why: of three sources, of a finished output, or of two. Exit code 0 or 2."""
     from hsa.errors import RequestError
 
     bars = not (quiet or as_json)
     paths = {"csv": csv, "png": png, "html": html}
+    keywords = options.given(ctx, values)
     if diff is not None:
-        excluded = {"OUT": output, "--base": base, "--primary": primary, "--secondary": secondary, "--k": k}
-        excluded |= {"--lambda": lam, "--alpha": alpha, "--targets": targets}
-        excluded |= {"--num-heads": num_heads, "--num-layers": num_layers}
-        excluded |= {f"--{name}": value for name, value in paths.items()}
-        surplus = [name for name, value in excluded.items() if value is not None]
+        files_asked = [f"--{name}" for name, path in paths.items() if path is not None]
+        surplus = [*(["OUT"] if output is not None else []), *map(command_line, keywords), *files_asked]
         if surplus:
             raise RequestError(f"--diff A B goes with --json alone, not with {', '.join(surplus)}; leave them out")
         from hsa.inspection.diff import compare
@@ -90,26 +92,13 @@ def inspect(
     from hsa.inspection.inspect import inspect as inspect_
     from hsa.views.files import check_file
 
-    protected = [path for path in (output, base, primary, secondary) if path is not None]
+    protected = [path for path in (output, *options.source_paths(keywords)) if path is not None]
     files = {name: check_file(path, protected, overwrite=overwrite) for name, path in paths.items() if path is not None}
     if len(set(files.values())) < len(files):
         raise RequestError("two of --csv, --png and --html name one file; give each its own")
     renderers = {name: _renderer(name) for name in files}  # what is not installed is said before anything is read
     with printing.progress(show=bars, label="inspecting") as step:
-        inspection = inspect_(
-            output,
-            base=base,
-            primary=primary,
-            secondary=secondary,
-            k=k,
-            lam=lam,
-            alpha=alpha,
-            targets=targets,  # type: ignore[arg-type]
-            num_heads=num_heads,
-            num_layers=num_layers,
-            energy=not no_energy,
-            progress=step,
-        )
+        inspection = inspect_(output, energy=not no_energy, progress=step, **keywords)
     written = _write(inspection, files, renderers, protected, overwrite=overwrite)
     verified = None
     if output is not None and not no_verify:

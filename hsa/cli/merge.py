@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa.actions.keywords import MERGE
 from hsa.cli import options, printing
 from hsa.cli.printing import size_text
 from hsa.errors import one_line
@@ -15,46 +17,29 @@ if TYPE_CHECKING:
     from hsa.outputs.report import PlanReport
 
 
+def _before() -> list[inspect.Parameter]:
+    return [*options.sources(), options.method()]
+
+
+def _after() -> list[inspect.Parameter]:
+    return [*options.settings(MERGE), *options.run(MERGE.declared_options()), *options.ids()]
+
+
+@options.declares(_before, _after)
 def merge(
-    base: options.Base,
-    primary: options.Primary,
-    secondary: options.Secondary,
+    ctx: typer.Context,
     output: Annotated[str, typer.Option(metavar="OUT", help="Directory to write; appears whole or not at all.")],
-    k: options.K = 0.6,
-    lam: options.Lambda = 0.5,
-    alpha: Annotated[float, typer.Option(metavar="NUMBER", help="Layer exponent, at least 0.")] = 0.2,
-    targets: options.Targets = "encoder-qkv",
-    attention_scale: options.AttentionScale = 1.0,
-    non_attention_scale: options.NonAttentionScale = 1.0,
-    num_heads: options.NumHeads = None,
-    num_layers: options.NumLayers = None,
-    numerics: Annotated[
-        str, typer.Option(metavar="exact|reference", help="The exact formula, or the reference script's operations.")
-    ] = "exact",
-    load_dtype: Annotated[
-        str, typer.Option(metavar="auto|float32", help="With reference numerics: how its loader reads.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Output: auto, float32, float16 or bfloat16.")] = "auto",
-    backend: options.Backend = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    assets_from: options.AssetsFrom = "primary",
-    max_shard_size: options.MaxShardSize = None,
-    base_id: options.BaseId = None,
-    primary_id: options.PrimaryId = None,
-    secondary_id: options.SecondaryId = None,
-    card: options.Card = None,
-    no_hash: options.NoHash = False,
-    no_sync: options.NoSync = False,
-    overwrite: options.Overwrite = False,
-    strict: options.Strict = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
     patch: Annotated[
-        bool, typer.Option("--patch", help="Write the merged rows alone, to a file for hsa apply.")
+        bool,
+        typer.Option(
+            "--patch", help="Write the merged rows alone, to a file for hsa apply.", rich_help_panel=options.OUTPUT
+        ),
     ] = False,
+    **values: Any,
 ) -> None:
     """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint."""
     from hsa.actions.merge import dry_run as plan_merge
@@ -62,41 +47,13 @@ def merge(
     from hsa.actions.patch import run_patch
     from hsa.actions.request import Request
     from hsa.errors import RequestError
-    from hsa.methods.hsa import HsaSettings
-    from hsa.outputs.card import parse_fields
 
+    keywords = options.given_merge(ctx, values, MERGE)
     if patch and dry_run:
         raise RequestError("--dry-run plans whole checkpoints; leave out --patch or --dry-run")
-    if patch and no_hash:
+    if patch and not keywords.get("digest", True):
         raise RequestError("--no-hash leaves out digests of whole files, which a patch does not hold; leave it out")
-    request = Request(
-        sources={"base": base, "primary": primary, "secondary": secondary},
-        output=output,
-        settings=HsaSettings(
-            k=k,
-            lam=lam,
-            alpha=alpha,
-            targets=targets,  # type: ignore[arg-type]
-            attention_scale=attention_scale,
-            non_attention_scale=non_attention_scale,
-            num_heads=num_heads,
-            num_layers=num_layers,
-            numerics=numerics,  # type: ignore[arg-type]
-            load_dtype=load_dtype,  # type: ignore[arg-type]
-            dtype=dtype,  # type: ignore[arg-type]
-        ),
-        backend=backend,
-        device=device,
-        threads=threads,
-        assets_from=assets_from,
-        max_shard_size=max_shard_size,
-        ids={"base": base_id, "primary": primary_id, "secondary": secondary_id},
-        card=parse_fields(card or []),
-        digest=not no_hash,
-        sync=not no_sync,
-        overwrite=overwrite,
-        strict=strict,
-    )
+    request = Request.of(output=output, **keywords)
     if dry_run:
         plan = plan_merge(request)
         printing.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)

@@ -1,45 +1,205 @@
-"""Options that several commands share, each declared once."""
+"""Options of the commands. Those of sources, settings and runs are made from their declarations; those that several
+commands share besides stand here once."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-Base = Annotated[
-    str, typer.Option(metavar="SOURCE", help="Pretrained model: a directory, org/name@revision, or OpenAI's .pt.")
-]
-Primary = Annotated[str, typer.Option(metavar="SOURCE", help="Anchor fine-tune: kept wherever nothing is merged.")]
-Secondary = Annotated[str, typer.Option(metavar="SOURCE", help="Fine-tune blended into the selected heads.")]
-Targets = Annotated[str, typer.Option(metavar="PRESET", help="encoder-qkv, attention-qkv or attention-all.")]
-K = Annotated[
-    float, typer.Option(metavar="NUMBER", help="Share of heads merged per tensor, 0 to 1; above 1 a percentage.")
-]
-Lambda = Annotated[
-    float, typer.Option("--lambda", metavar="NUMBER", help="Weight of primary in a merged head, 0 to 1.")
-]
-AttentionScale = Annotated[float, typer.Option(metavar="NUMBER", help="Factor on the task vectors of the targets.")]
-NonAttentionScale = Annotated[float, typer.Option(metavar="NUMBER", help="Factor on primary's task vector elsewhere.")]
-NumHeads = Annotated[int | None, typer.Option(metavar="N", help="Heads, instead of config.json's.")]
-NumLayers = Annotated[int | None, typer.Option(metavar="N", help="Layers L, instead of config.json's.")]
-Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or triton.")]
-Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="Worker threads.", show_default="cores + 1")]
-AssetsFrom = Annotated[
-    str, typer.Option(metavar="ROLE", help="Whose tokenizer and processor files: primary, secondary or base.")
-]
-MaxShardSize = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Such as 5GB.", show_default="primary's own shards")
-]
-BaseId = Annotated[str | None, typer.Option(metavar="ID", help="Hub id to record for base.")]
-PrimaryId = Annotated[str | None, typer.Option(metavar="ID", help="Hub id to record for primary.")]
-SecondaryId = Annotated[str | None, typer.Option(metavar="ID", help="Hub id to record for secondary.")]
-Card = Annotated[list[str] | None, typer.Option(metavar="FIELD=VALUE", help="Model card field; repeat.")]
-NoHash = Annotated[bool, typer.Option("--no-hash", help="Leave out digests of whole files.")]
-NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Make warnings errors: nothing is written then.")]
+from hsa.actions.keywords import Call, missing_sources
+from hsa.actions.run_options import RunOptions
+from hsa.actions.signatures import BASE_HELP, with_roles
+from hsa.errors import shown
+from hsa.methods.base import BASE
+from hsa.methods.registry import method_named, methods
+from hsa.methods.settings import DEFAULT_METHOD, Declared, Group, declared
+from hsa.option_names import command_line
+
+HEADINGS: Mapping[Group, str] = {
+    "common": "Common options",
+    "sources": "Sources",
+    "numerics": "Numerics",
+    "output": "Output",
+    "machine": "Machine",
+}
+"""What stands over the options of a group in help."""
+
+SOURCES, OUTPUT, MACHINE = HEADINGS["sources"], HEADINGS["output"], HEADINGS["machine"]
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors alone.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Add the traceback to an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors alone.", rich_help_panel=OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Add the traceback to an error.", rich_help_panel=MACHINE)]
+
+F = TypeVar("F", bound=Callable[..., Any])
+Parameters = Callable[[], Sequence[inspect.Parameter]]
+
+_MAKERS = "_hsa_declared"
+
+
+def declares(before: Parameters | None = None, after: Parameters | None = None) -> Callable[[F], F]:
+    """Give a command options that are made from declarations when the command line is built, before and after those
+    that it requires itself. They arrive in its `**values`, which `given` takes."""
+
+    def decorate(function: F) -> F:
+        setattr(function, _MAKERS, (before, after))
+        return function
+
+    return decorate
+
+
+def complete(function: F) -> F:
+    """A command with its signature: all its options, its own and those that are declared."""
+    if not hasattr(function, _MAKERS):
+        return function
+    before, after = ([] if make is None else list(make()) for make in getattr(function, _MAKERS))
+    hints = get_type_hints(function, include_extras=True)
+    own = [
+        each.replace(annotation=hints[each.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for each in inspect.signature(function, follow_wrapped=False).parameters.values()
+        if each.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    required = [each for each in own if each.default is inspect.Parameter.empty]
+    parameters = [*before, *required, *after, *(each for each in own if each not in required)]
+
+    def command(**values: Any) -> Any:
+        return function(**values)
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command  # type: ignore[return-value]
+
+
+def given(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of declared options that the command line gives, as Python's keywords."""
+    negated = {each.name for each in declared(RunOptions) if each.default is True}
+    named = {name: value for name, value in values.items() if not _is_default(ctx, name)}
+    return {name: not value if name in negated else value for name, value in named.items()}
+
+
+def given_merge(ctx: typer.Context, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
+    """The same for a command that merges. A usage error where a source that the method needs is missing."""
+    keywords = given(ctx, values)
+    contract = method_named(keywords.get("method", DEFAULT_METHOD)).contract
+    for role in missing_sources(contract, keywords):
+        ctx.fail(f"Missing option {shown(command_line(role))}.")
+    if "card" in keywords:
+        from hsa.outputs.card import parse_fields
+
+        keywords["card"] = parse_fields(keywords["card"])
+    return keywords
+
+
+def source_paths(keywords: Mapping[str, Any]) -> list[str]:
+    """The sources among the keywords."""
+    roles = (BASE, *(role.name for role in method_named(DEFAULT_METHOD).contract.named))
+    return [*(keywords[role] for role in roles if role in keywords), *keywords.get("models", ())]
+
+
+def _is_default(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is None or source.name == "DEFAULT"
+
+
+# What is declared -----------------------------------------------------------------------------------------------------
+
+
+def option(
+    name: str, kind: Any, help: str, default: Any = None, *, group: Group = "common", **about: Any
+) -> inspect.Parameter:
+    """An option of a command by its name in Python."""
+    panel = None if group == "common" else HEADINGS[group]
+    info: Any = typer.Option(command_line(name), help=help, rich_help_panel=panel, **about)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def sources(help: str | None = None) -> Iterator[inspect.Parameter]:
+    """Base and the models, by the roles of the default method and in their order; `help` is for all but the latter."""
+    named = method_named(DEFAULT_METHOD).contract.named
+    for role, text in ((BASE, BASE_HELP), *((role.name, role.help) for role in named)):
+        yield option(role, str | None, help or text, metavar="SOURCE")
+    others = " and ".join(command_line(role.name) for role in named)
+    yield option("models", list[str] | None, f"A model, instead of {others}; repeat.", metavar="SOURCE")
+
+
+def method() -> inspect.Parameter:
+    return option("method", str, f"How to merge: {', '.join(methods())}.", DEFAULT_METHOD, metavar="NAME")
+
+
+def ids(help: str | None = None) -> Iterator[inspect.Parameter]:
+    """Ids to record for the sources."""
+    for role in (BASE, *(role.name for role in method_named(DEFAULT_METHOD).contract.named)):
+        text = help or f"Hub id to record for {role}."
+        yield option(f"{role}_id", str | None, text, group="sources", metavar="ID")
+    text = help or f"Hub id to record for a {command_line('models')}; repeat."
+    yield option("model_ids", list[str] | None, text, group="sources", metavar="ID")
+
+
+def settings(call: Call) -> Iterator[inspect.Parameter]:
+    """The settings that a call takes, of all methods; where not all have one, its help says which do."""
+    for each in call.declared_settings():
+        owners = [name for name, other in methods().items() if each.name in _names(call.settings_of(other.Settings))]
+        prefix = "" if len(owners) == len(methods()) else f"{', '.join(owners)}: "
+        yield _grid_option(each, prefix) if call.grid and each.about.axis else _option_of(each, prefix)
+
+
+def settings_or_default(call: Call, said: Callable[[Declared], str]) -> Iterator[inspect.Parameter]:
+    """The settings of the default method without a default of their own; `said` tells help what takes its place."""
+    for each in call.settings_of(method_named(DEFAULT_METHOD).Settings):
+        text = said(each) if each.default is not None else False
+        yield _option_of(each, "", default=None, show_default=text)
+
+
+def run(taken: Collection[Declared]) -> Iterator[inspect.Parameter]:
+    """Options of a run."""
+    for each in taken:
+        yield _option_of(each, "")
+
+
+def _names(settings: Sequence[Declared]) -> set[str]:
+    return {each.name for each in settings}
+
+
+def _option_of(each: Declared, prefix: str, **about: Any) -> inspect.Parameter:
+    """The option of a declaration. What is on by default has a flag that switches it off."""
+    kind, metavar = _kind(each)
+    default = about.pop("default", False if kind is bool else each.default)
+    if each.about.default_text is not None:
+        about["show_default"] = each.about.default_text
+    return option(
+        each.name,
+        kind if default is not None else kind | None,
+        prefix + with_roles(each.about.help),
+        default,
+        group=each.about.group,
+        metavar=None if kind is bool else each.about.metavar or metavar,
+        **about,
+    )
+
+
+def _kind(each: Declared) -> tuple[Any, str]:
+    """The type of an option's values, and what help calls them."""
+    if each.about.choices:
+        return str, "NAME"
+    if isinstance(each.default, bool):
+        return bool, ""
+    if each.about.whole:
+        return int, "N"
+    if each.about.low is not None:
+        return float, "NUMBER"
+    repeated = any(get_origin(part) is Mapping for part in get_args(each.type))
+    return (list[str], "FIELD=VALUE") if repeated else (str, "VALUE")
+
+
+def _grid_option(each: Declared, prefix: str) -> inspect.Parameter:
+    """The option of an axis, which takes several values."""
+    text = prefix + each.about.help.rstrip(".")
+    if each.about.choices:
+        metavar, text = f"{each.about.metavar or 'NAME'}S", f"{text}; several with commas."
+    else:
+        metavar, text = "VALUES", f"{text}; such as 0.2,0.6 or 0:1:0.1."
+    return option(each.name, str, text, str(each.default), group=each.about.group, metavar=metavar)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa.actions.keywords import RELEASE
 from hsa.cli import options, printing
 from hsa.cli.printing import size_text
 from hsa.errors import one_line
@@ -20,41 +21,29 @@ if TYPE_CHECKING:
 ACTIONS = {"build": "build", "verify": "verify", "rebuild": "build anew", "refuse": "leave, and fail"}
 
 
+@options.declares(after=lambda: list(options.run(RELEASE.declared_options())))
 def release(
+    ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; the README says what is in it.")],
     output: Annotated[str, typer.Option(metavar="TREE", help="Directory of the tree, new or of an earlier run.")],
-    backend: options.Backend = "auto",
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    no_sync: options.NoSync = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Build anew what differs from the recipe or is damaged.")
-    ] = False,
-    strict: options.Strict = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
+    **values: Any,
 ) -> int:
     """Build TREE/<group>/<name> for each merge of a recipe, and an index; what stands already is verified."""
     from hsa.releases.plan import plan_release
     from hsa.releases.release import release as build_release
 
-    settings = {
-        "backend": backend,
-        "device": device,
-        "threads": threads,
-        "sync": not no_sync,
-        "overwrite": overwrite,
-        "strict": strict,
-    }
+    settings = options.given(ctx, values)
     if dry_run:
-        plan = plan_release(recipe, output, **settings)  # type: ignore[arg-type]
+        plan = plan_release(recipe, output, **settings)
         printing.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
         return 0
     with _Screen(bars=stderr_is_terminal() and not (quiet or as_json), quiet=quiet or as_json) as screen:
         progress = screen.step if screen.bars else None
-        report = build_release(recipe, output, progress=progress, watch=screen.done, **settings)  # type: ignore[arg-type]
+        report = build_release(recipe, output, progress=progress, watch=screen.done, **settings)
     printing.findings(Findings(report.notes), quiet=quiet)
     if report.index_problem is not None:
         printing.problem(f"the index: {report.index_problem}")

@@ -10,46 +10,19 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from hsa.actions.keywords import MERGE
+from hsa.cli.options import HEADINGS
 from hsa.errors import shown
 from hsa.system.streams import print_stdout
 
-COMMON = "Common options"
-GROUPS = {
-    "Sources": (
-        "--num-heads",
-        "--num-layers",
-        "--assets",
-        "--assets-from",
-        "--base-id",
-        "--primary-id",
-        "--secondary-id",
-    ),
-    "Numerics": ("--attention-scale", "--non-attention-scale", "--numerics", "--load-dtype", "--dtype"),
-    "Output": (
-        "--patch",
-        "--max-shard-size",
-        "--card",
-        "--no-hash",
-        "--no-sync",
-        "--csv",
-        "--png",
-        "--html",
-        "--wide",
-        "--json",
-        "--quiet",
-    ),
-    "Machine": ("--backend", "--device", "--threads", "--jobs", "--debug"),
-}
-"""Headings in the help of a command, after the common options, and what stands under each."""
+COMMON, *GROUPS = HEADINGS.values()
+"""Headings in the help of a command. Each option says under which it stands; common ones say nothing."""
 
 COMPLETION = ("--install-completion", "--show-completion")
 """Options that take the name of a shell, or find it out where none is given."""
 
 NUMBERS = {"NUMBER": "a number", "N": "a whole number"}
 """What the value of an option must be, by the name that help gives it."""
-
-SHARES = {"k": "60", "lam": "0.6"}
-"""How 60 % is written for the options that are shares."""
 
 _TYPE = re.compile(r" <[\w\[\]]+>$")
 """What typer adds to the name of an argument."""
@@ -81,7 +54,7 @@ class _GroupedHelp:
 def _group(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return "Arguments"
-    return next((group for group, names in GROUPS.items() if parameter.opts[0] in names), COMMON)
+    return getattr(parameter, "rich_help_panel", None) or COMMON
 
 
 class Command(_GroupedHelp, TyperCommand):
@@ -114,8 +87,14 @@ def _not_a_number(parameter: Any, values: Mapping[str, Any]) -> str | None:
     if value.strip().lstrip("+-").isdecimal():  # it has more digits than Python reads
         kind = "a smaller number"
     problem = f"{parameter.opts[0]} must be {kind}, got {shown(value)}"
-    share = SHARES.get(parameter.name)
-    return f"{problem}; write {share} for 60 %" if share is not None and value.rstrip().endswith("%") else problem
+    share = _sixty_percent(parameter.name) if value.rstrip().endswith("%") else None
+    return problem if share is None else f"{problem}; write {share} for 60 %"
+
+
+def _sixty_percent(name: str) -> str | None:
+    """How 60 % is written for a setting that is a share; None for others."""
+    about = next((each.about for each in MERGE.declared_settings() if each.name == name), None)
+    return None if about is None or about.low != 0 else {1.0: "0.6", 100.0: "60"}.get(about.high or 0.0)
 
 
 class CommandGroup(_GroupedHelp, TyperGroup):

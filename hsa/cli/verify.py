@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa.actions.keywords import VERIFY, missing_sources
 from hsa.cli import options, printing
 from hsa.cli.printing import size_text
 from hsa.errors import RequestError, one_line
 from hsa.findings import Findings
+from hsa.methods.registry import method_named
 from hsa.methods.selection import count_heads
+from hsa.methods.settings import DEFAULT_METHOD
+from hsa.option_names import command_line
 
 if TYPE_CHECKING:
     from hsa.verification.verify import VerifyReport
@@ -20,34 +25,37 @@ _SOURCE = "With --sources: as for hsa merge."
 _ID = "With --sources: the id that the record must have for it."
 
 
+def _before() -> list[Parameter]:
+    return list(options.sources(_SOURCE))
+
+
+def _after() -> list[Parameter]:
+    return [*options.run(VERIFY.declared_options()), *options.ids(_ID)]
+
+
+@options.declares(_before, _after)
 def verify(
+    ctx: typer.Context,
     output: Annotated[
         Path, typer.Argument(metavar="OUT", help="An output, a patch, or the directory of a sweep or of a release.")
     ],
     sources: Annotated[bool, typer.Option("--sources", help="Merge the sources again and compare every byte.")] = False,
-    base: Annotated[str | None, typer.Option(metavar="SOURCE", help=_SOURCE)] = None,
-    primary: Annotated[str | None, typer.Option(metavar="SOURCE", help=_SOURCE)] = None,
-    secondary: Annotated[str | None, typer.Option(metavar="SOURCE", help=_SOURCE)] = None,
-    base_id: Annotated[str | None, typer.Option(metavar="ID", help=_ID)] = None,
-    primary_id: Annotated[str | None, typer.Option(metavar="ID", help=_ID)] = None,
-    secondary_id: Annotated[str | None, typer.Option(metavar="ID", help=_ID)] = None,
-    threads: options.Threads = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
+    **values: Any,
 ) -> int:
     """Check what hsa wrote: digests, headers, names, finite targets; with --sources every byte. Exit code 0 or 2."""
-    paths = {"--base": base, "--primary": primary, "--secondary": secondary}
-    missing = [name for name, value in paths.items() if value is None]
+    keywords = options.given(ctx, values)
+    missing = missing_sources(method_named(DEFAULT_METHOD).contract, keywords)
     if sources and missing:
-        raise RequestError(f"--sources compares with all three sources; add {', '.join(missing)}")
-    ids = {"base_id": base_id, "primary_id": primary_id, "secondary_id": secondary_id}
-    if not sources and (len(missing) < len(paths) or any(ids.values())):
+        raise RequestError(f"--sources compares with all sources; add {', '.join(map(command_line, missing))}")
+    if not sources and any(name not in VERIFY.options for name in keywords):
         raise RequestError("to compare with the sources, add --sources; without it none is read")
     from hsa.verification.verify import verify as run
 
     with printing.progress(show=not (quiet or as_json), label="verifying") as step:
-        report = run(output, base=base, primary=primary, secondary=secondary, **ids, threads=threads, progress=step)
+        report = run(output, progress=step, **keywords)
     printing.findings(Findings(report.notes), quiet=quiet or as_json)
     if not as_json:
         printing.problems(report)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from hsa.architectures.base import Preset
+from hsa.actions.keywords import INSPECT, listed, missing_sources, split_named
+from hsa.actions.signatures import declared_keywords
 from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.backends.base import changed_ranges
 from hsa.errors import MismatchError, RequestError
@@ -24,8 +25,9 @@ from hsa.inspection.report import Agreement, Energy, Inspection, RecordedSelecti
 from hsa.methods.geometry import Geometry
 from hsa.methods.hsa import ROLES, HsaSettings
 from hsa.methods.hsa_formula import keep_count, percentage_findings
+from hsa.methods.registry import method_named
 from hsa.methods.selection import Selection, select, selection_of
-from hsa.methods.settings import PerTensor
+from hsa.methods.settings import DEFAULT_METHOD
 from hsa.option_names import option
 from hsa.outputs import provenance
 from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
@@ -42,36 +44,25 @@ from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system.fsio import Tally
 from hsa.system.manifest import PROVENANCE
+from hsa.system.types import PathLike, Progress
 
 __all__ = ["Agreement", "Energy", "Geometry", "Inspection", "TensorInspection", "inspect"]
 
-PathLike = str | os.PathLike[str]
-Progress = Callable[[int, int], None]
 
-
+@declared_keywords(INSPECT)
 def inspect(
-    output: PathLike | None = None,
-    *,
-    base: PathLike | None = None,
-    primary: PathLike | None = None,
-    secondary: PathLike | None = None,
-    k: PerTensor | None = None,
-    lam: PerTensor | None = None,
-    alpha: PerTensor | None = None,
-    targets: Preset | None = None,
-    num_heads: int | None = None,
-    num_layers: int | None = None,
-    energy: bool = True,
-    progress: Progress | None = None,
+    output: PathLike | None = None, *, energy: bool = True, progress: Progress | None = None, **keywords: Any
 ) -> Inspection:
-    """Scores, selection, margins and task vectors of every head, of three sources, of a finished output, or of both.
+    """Scores, selection, margins and task vectors of every head, of sources, of a finished output, or of both.
+
+    Sources are given all or none, as for `hsa.merge`. With `output` they must be what it was made from, and tell what
+    a provenance does not hold: cosines, relative sizes, energies. Settings are by default the output's own, or those of
+    `hsa.merge`; what shapes the plan of a merge cannot be another than the output's.
 
     Args:
         output: a directory that `hsa.merge` wrote; alone, nothing but its provenance is read.
-        base, primary, secondary: as for `hsa.merge`, all or none. With `output` they must be what it was made from, and
-            tell what a provenance does not hold: cosines, relative sizes, energies.
-        k, lam, alpha: the selection to show, by default the output's own, or that of `hsa.merge`.
-        targets, num_heads, num_layers: as for `hsa.merge`; an output has its own.
+        {sources}
+        {settings}
         energy: read the whole of local sources for the share of each task vector inside the targets. Of sources on the
             Hub only targets are fetched, and it is left out.
         progress: called now and then with bytes done and bytes in all.
@@ -82,40 +73,29 @@ def inspect(
 
     Raises RequestError, SourceError, MachineError or a subclass; MismatchError where the sources are not the output's.
     """
-    sources: dict[Role, PathLike | None] = {"base": base, "primary": primary, "secondary": secondary}
-    missing = [option(role) for role, path in sources.items() if path is None]
-    together = "{}, {} and {}".format(*map(option, ROLES))
-    if output is None and len(missing) == len(ROLES):
+    given = split_named(INSPECT, keywords)
+    paths = {role: path for role, path in given.sources.items() if path is not None}
+    values = {name: value for name, value in given.settings.items() if value is not None}
+    contract = method_named(DEFAULT_METHOD).contract
+    missing, together = missing_sources(contract, paths), listed(map(option, missing_sources(contract, ())))
+    if output is None and not paths:
         raise RequestError(f"there is nothing to inspect; give an output, or {together}")
-    if missing and len(missing) < len(ROLES):
-        raise RequestError(f"{' and '.join(missing)} not given; {together} are needed together")
-    paths = {role: path for role, path in sources.items() if path is not None}
+    if missing and paths:
+        raise RequestError(f"{' and '.join(map(option, missing))} not given; {together} are needed together")
     check_paths(**paths, **({} if output is None else {"output": output}))
     check_flags(energy=energy)
     check_functions(progress=progress)
     if output is None:
-        defaults = HsaSettings()
-        config = HsaSettings(
-            k=defaults.k if k is None else k,
-            lam=defaults.lam if lam is None else lam,
-            alpha=defaults.alpha if alpha is None else alpha,
-            targets=defaults.targets if targets is None else targets,
-            num_heads=num_heads,
-            num_layers=num_layers,
-        )
-        return _from_sources(paths, config, None, None, energy, progress)
-    if targets is not None or num_heads is not None or num_layers is not None:
-        raise RequestError(
-            f"{option('targets')}, {option('num_heads')} and {option('num_layers')} are recorded in an output; leave "
-            f"them out"
-        )
+        return _from_sources(paths, HsaSettings(**values), None, None, energy, progress)
+    recorded = [each.name for each in INSPECT.declared_settings() if each.about.structural]
+    if any(name in values for name in recorded):
+        raise RequestError(f"{listed(map(option, recorded))} are recorded in an output; leave them out")
     directory = Path(output).expanduser()
     tally = Tally()
     record = provenance.load(directory)
     tally.add_read("output", (directory / PROVENANCE).stat().st_size)
     config = recorded_config(record, directory)
-    overrides = {"k": k, "lam": lam, "alpha": alpha}
-    shown_config = changed_config(config, {name: value for name, value in overrides.items() if value is not None})
+    shown_config = changed_config(config, values)
     if paths:
         return _from_sources(paths, shown_config, record, directory, energy, progress)
     return inspect_provenance(record, directory, config, shown_config, tally)

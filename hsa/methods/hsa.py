@@ -71,13 +71,19 @@ class HsaSettings(Settings):
         metavar="PRESET",
     )
     attention_scale: float = setting(
-        1.0, "Factor on the task vectors of the targets.", low=-MAX_FLOAT32, high=MAX_FLOAT32, group="numerics"
+        1.0,
+        "Factor on the task vectors of the targets.",
+        low=-MAX_FLOAT32,
+        high=MAX_FLOAT32,
+        patchable=False,
+        group="numerics",
     )
     non_attention_scale: float = setting(
         1.0,
         "Factor on primary's task vector elsewhere.",
         low=-MAX_FLOAT32,
         high=MAX_FLOAT32,
+        patchable=False,
         structural=True,
         group="numerics",
     )
@@ -105,6 +111,7 @@ class HsaSettings(Settings):
         "exact",
         "The exact formula, or the reference script's operations.",
         choices=("exact", "reference"),
+        patchable=False,
         structural=True,
         group="numerics",
         metavar="exact|reference",
@@ -113,6 +120,7 @@ class HsaSettings(Settings):
         "auto",
         "With reference numerics: how its loader reads.",
         choices=("auto", "float32"),
+        patchable=False,
         structural=True,
         group="numerics",
         metavar="auto|float32",

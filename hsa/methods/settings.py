@@ -12,8 +12,10 @@ import numbers
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
+from hsa.arguments import check_flags
 from hsa.errors import RequestError, shown
 from hsa.option_names import LETTERS, as_keys, option, spelled
 
@@ -23,6 +25,9 @@ PerTensor = float | Mapping[str, float]
 
 MAX_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
 """The largest float32: the arithmetic of a merge is float32's."""
+
+DEFAULT_METHOD = "hsa"
+"""The method of a merge that names none."""
 
 _METADATA = "hsa.setting"
 
@@ -36,10 +41,12 @@ class Setting:
 
     Args:
         help: one sentence for the command line, the reference and the card.
+        python: the same for Python's reference, where the command line's option says the opposite or has other values.
         low, high: limits of a number, both included.
         whole: it is a whole number, or None for "not given".
         choices: it is one of these texts.
         per_tensor: it may also be a mapping from the names of target tensors to numbers.
+        patchable: a patch can hold a merge with any value of it, and so can a sweep.
         structural: the plan of a merge hangs on it (which tensors are merged, what is written), so that candidates
             which share a plan share it.
         axis: a sweep may take several values of it.
@@ -50,11 +57,13 @@ class Setting:
     """
 
     help: str
+    python: str | None = None
     low: float | None = None
     high: float | None = None
     whole: bool = False
     choices: tuple[str, ...] = ()
     per_tensor: bool = False
+    patchable: bool = True
     structural: bool = False
     axis: bool = False
     search: tuple[float, float] | None = None
@@ -63,7 +72,7 @@ class Setting:
     default_text: str | None = None
 
 
-def setting(default: Any, help: str, *, kw_only: bool = False, **about: Any) -> Any:
+def setting(default: Any, help: str, *, kw_only: Any = dataclasses.MISSING, **about: Any) -> Any:
     """A field of a Settings class; `about` are the fields of `Setting`.
 
     Example:
@@ -78,9 +87,10 @@ def setting(default: Any, help: str, *, kw_only: bool = False, **about: Any) -> 
 
 @dataclass(frozen=True)
 class Declared:
-    """A setting with its name in Python and its default."""
+    """A setting with its name in Python, its type and its default."""
 
     name: str
+    type: Any
     default: Any
     about: Setting
 
@@ -92,9 +102,16 @@ class Declared:
 
 def declared(owner: type[Any]) -> tuple[Declared, ...]:
     """The settings that a dataclass declares, in the order of its fields, those for keywords alone last."""
+    hashable: Any = owner
+    return _declared(hashable)
+
+
+@cache
+def _declared(owner: Any) -> tuple[Declared, ...]:
+    types = get_type_hints(owner)
     fields = [each for each in dataclasses.fields(owner) if _METADATA in each.metadata]
     ordered = sorted(fields, key=lambda each: bool(each.kw_only))
-    return tuple(Declared(each.name, each.default, each.metadata[_METADATA]) for each in ordered)
+    return tuple(Declared(each.name, types[each.name], each.default, each.metadata[_METADATA]) for each in ordered)
 
 
 S = TypeVar("S", bound="Settings")
@@ -114,6 +131,7 @@ class Settings:
         "auto",
         "Output: auto, float32, float16 or bfloat16.",
         choices=("auto", "float32", "float16", "bfloat16"),
+        patchable=False,
         structural=True,
         group="numerics",
         metavar="DTYPE",
@@ -166,6 +184,8 @@ def check_value(each: Declared, value: Any) -> None:
     about, name = each.about, option(each.name)
     if about.choices:
         check_choice(name, value, about.choices)
+    elif isinstance(each.default, bool):
+        check_flags(**{each.name: value})
     elif about.whole:
         _check_whole(name, value, about)
     elif about.per_tensor and isinstance(value, Mapping):

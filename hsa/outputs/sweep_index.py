@@ -15,14 +15,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hsa.architectures.base import PRESETS, Architecture
+from hsa.architectures.base import Architecture
 from hsa.errors import RequestError
-from hsa.methods.grid_point import GridPoint
-from hsa.methods.hsa import HsaSettings
 from hsa.methods.selection import count_heads, narrowest
+from hsa.option_names import LETTERS
 from hsa.outputs.distances import Distances
+from hsa.outputs.grid_point import GridPoint, name_starts
 from hsa.outputs.patch_reader import Patch, is_patch
 from hsa.outputs.provenance import Record, SourceRecord
+from hsa.outputs.record_checks import config_of_record
 from hsa.sources.roles import Role
 from hsa.system.dtypes import BITS
 from hsa.system.manifest import PROVENANCE
@@ -30,23 +31,24 @@ from hsa.system.staging import REPLACED, STAGING
 
 JSON, CSV = "index.json", "index.csv"
 KIND = "hsa-sweep"
+NO_KEYS = ("place", "values")
+"""Fields of an entry that `as_dict` puts first, or takes apart."""
+
 _START = f'{{\n "kind": "{KIND}",'.encode()
 """What an index begins with, so that a sweep can tell its own from another file of that name."""
 
 
 @dataclass(frozen=True)
 class SweepEntry:
-    """One point: its file or directory in the sweep's, its parameters, heads and distances.
+    """One point: its file or directory in the sweep's, its values, heads and distances.
 
-    `rows_bytes` are those of the merged rows; `blake3` is the digest of a patch's tensors, or of a checkpoint's
-    provenance. `distances` are relative L2 changes of the targets, by stack and of `all`.
+    `values` are those of the grid's axes, by their names in records. `rows_bytes` are those of the merged rows;
+    `blake3` is the digest of a patch's tensors, or of a checkpoint's provenance. `distances` are relative L2 changes of
+    the targets, by stack and of `all`.
     """
 
     place: str
-    targets: str
-    k: float
-    lam: float
-    alpha: float
+    values: Mapping[str, Any]
     selected_heads: int
     total_heads: int
     min_margin: float | None
@@ -63,10 +65,7 @@ class SweepEntry:
         heads, narrow = count_heads(record.targets), narrowest(record.targets)
         return cls(
             place=place,
-            targets=point.targets,
-            k=point.k,
-            lam=point.lam,
-            alpha=point.alpha,
+            values=point.values,
             selected_heads=heads.selected,
             total_heads=heads.total,
             min_margin=narrow.margin if narrow else None,
@@ -78,13 +77,16 @@ class SweepEntry:
         )
 
     @property
-    def order(self) -> tuple[str, float, float, float, str]:
-        return (self.targets, self.k, self.lam, self.alpha, self.place)
+    def order(self) -> tuple[Any, ...]:
+        return (self.values.get("method", ""), *self.values.values(), self.place)
 
     def as_dict(self) -> dict[str, Any]:
-        """The entry with lambda and lists under their names in JSON."""
-        document = {field.name: getattr(self, field.name) for field in fields(self)}
-        document["lambda"] = document.pop("lam")
+        """The entry as JSON. A name that is none in Python comes last: earlier versions wrote it there, and `verify`
+        compares an index byte by byte."""
+        last = {key: value for key, value in self.values.items() if key in LETTERS.values()}
+        document = {"place": self.place, **{key: value for key, value in self.values.items() if key not in last}}
+        document |= {field.name: getattr(self, field.name) for field in fields(self) if field.name not in NO_KEYS}
+        document |= last
         document["distances"] = {
             stack: {"from_primary": each.from_primary, "from_secondary": each.from_secondary}
             for stack, each in self.distances.items()
@@ -108,15 +110,15 @@ def render(
         for stack in (*architecture.all_stacks, "all")
         for direction in ("from_primary", "from_secondary")
     ]
-    shown = ["place", "targets", "k", "lambda", "alpha", "selected_heads", "total_heads"]
-    shown += ["min_margin", "min_margin_tensor", "rows_bytes", "blake3"]
+    shown = ["place", *dict.fromkeys(key for entry in ordered for key in entry.values)]
+    shown += ["selected_heads", "total_heads", "min_margin", "min_margin_tensor", "rows_bytes", "blake3"]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([*shown, *(f"{stack}_{direction}" for stack, direction in columns)])
     for entry in ordered:
         values = entry.as_dict()
         distances = [values["distances"].get(stack, {}).get(direction, "") for stack, direction in columns]
-        writer.writerow([*(values[name] for name in shown), *distances])
+        writer.writerow([*(values.get(name, "") for name in shown), *distances])
     return {JSON: text.encode("ascii"), CSV: table.getvalue().encode("utf-8")}
 
 
@@ -131,9 +133,10 @@ def is_index(path: Path) -> bool:
 
 def is_point(path: Path) -> bool:
     """Whether a directory entry is what a sweep left that was killed before its index: a point, or one being made."""
-    if path.name.startswith(tuple(f".{preset}" for preset in PRESETS)):
+    starts = name_starts()
+    if path.name.startswith(tuple(f".{start}" for start in starts)):
         return path.name.endswith((STAGING, REPLACED))
-    if not path.name.startswith(PRESETS):
+    if not path.name.startswith(starts):
         return False
     return (path / PROVENANCE).is_file() or is_patch(path)
 
@@ -147,11 +150,10 @@ def holds_points(directory: Path) -> bool:
 
 def point_of(record: Record) -> GridPoint:
     """The grid point with a record's parameters. Raises RequestError where they are those of none."""
-    config = HsaSettings.from_dict(record.parameters)
-    values = [value for value in (config.k, config.lam, config.alpha) if not isinstance(value, Mapping)]
-    if len(values) < 3:
+    settings = config_of_record(record)
+    if any(settings.per_tensor()):
         raise RequestError("its parameters are given per tensor")
-    return GridPoint(config.targets, *map(float, values))
+    return GridPoint(settings)
 
 
 def entry_of(point: GridPoint, patch: Patch) -> SweepEntry:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hsa.actions.keywords import RELEASE, run_options
 from hsa.actions.merge import dry_run
 from hsa.actions.request import Request, open_sources
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
@@ -107,23 +108,14 @@ class ReleasePlan:
 
 
 @fsio.map_os_errors()
-def plan_release(
-    recipe: PathLike,
-    output: PathLike,
-    *,
-    overwrite: bool = False,
-    strict: bool = False,
-    threads: int | None = None,
-    backend: str = "auto",
-    device: str = "auto",
-    sync: bool = True,
-) -> ReleasePlan:
+def plan_release(recipe: PathLike, output: PathLike, **keywords: Any) -> ReleasePlan:
     """What `release` would do with the same arguments; reads headers and small files, writes nothing.
 
     Raises RequestError for a bad recipe, or naming every merge that cannot be done (MachineError where the machine or
     the network is to blame for all of them).
     """
-    options = {"threads": threads, "backend": backend, "device": device, "sync": sync, "strict": strict}
+    overwrite = run_options(RELEASE, keywords).overwrite
+    options = {name: value for name, value in keywords.items() if name != "overwrite"}
     parsed_recipe = load(recipe)
     tree = check_tree(output, ())
     index.check_place(tree)

@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hsa.actions.keywords import RELEASE, run_options
 from hsa.actions.merge import run_merge
-from hsa.arguments import check_flags, check_functions, check_paths
+from hsa.actions.signatures import declared_keywords
+from hsa.arguments import check_functions, check_paths
 from hsa.errors import HsaError, MachineError, RequestError, StrictError, one_line
 from hsa.option_names import as_keys, option, spelled
 from hsa.outputs.provenance import load as load_provenance
@@ -122,50 +124,44 @@ class ReleaseReport:
         }
 
 
+@declared_keywords(RELEASE)
 def release(
     recipe: PathLike,
     output: PathLike,
     *,
-    overwrite: bool = False,
-    strict: bool = False,
-    threads: int | None = None,
-    backend: str = "auto",
-    device: str = "auto",
-    sync: bool = True,
     progress: Progress | None = None,
     watch: Callable[[EntryReport], None] | None = None,
+    **keywords: Any,
 ) -> ReleaseReport:
     """Build the tree of a recipe: `output/<group>/<name>` for each merge, and an index over them.
 
     Args:
         recipe: a YAML file; see `hsa.releases.recipe` and the README.
         output: the directory of the tree, new or of an earlier run. What the recipe does not name is left alone.
-        overwrite: build entries anew that differ from the recipe or are damaged; without it they are failures.
-        strict: make warnings errors. What headers tell stops the release; an entry whose merge warns is not written,
-            and is a failure.
-        threads, backend, device, sync: as for `hsa.merge`, for every entry.
+        {options}
         progress: called now and then with an entry's path, bytes done and bytes in all.
         watch: called with what became of each entry.
+
+    With `strict`, what headers tell stops the release; an entry whose merge warns is not written, and is a failure.
 
     Returns the report; entries that failed are in it and stop nothing else. Raises RequestError, SourceError or
     MachineError before anything is written: for a bad recipe, merges that cannot be done, a disk too small.
     """
     started = time.perf_counter()
     check_paths(recipe=recipe, output=output)
-    check_flags(overwrite=overwrite, strict=strict, sync=sync)
     check_functions(progress=progress, watch=watch)
-    options: dict[str, Any] = {"threads": threads, "backend": backend, "device": device, "sync": sync}
-    release_plan = plan_release(recipe, output, overwrite=overwrite, strict=strict, **options)
+    how = run_options(RELEASE, keywords)
+    release_plan = plan_release(recipe, output, **keywords)
     if release_plan.short:
         raise MachineError(f"{release_plan.short[0]}; nothing was written: free some space, or choose another tree")
     reports, rows = [], []
     for planned in release_plan.entries:
-        report, row = _build_or_verify(planned, progress, overwrite=overwrite)
+        report, row = _build_or_verify(planned, progress, overwrite=how.overwrite)
         reports.append(report)
         rows.append(row)
         if watch is not None:
             watch(report)
-    index_written, index_problem = _write_index(release_plan, rows, sync=sync)
+    index_written, index_problem = _write_index(release_plan, rows, sync=how.sync)
     seconds = time.perf_counter() - started
     return ReleaseReport(release_plan.tree, tuple(reports), seconds, index_written, index_problem, release_plan.notes)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Context, Decimal, localcontext
 from itertools import product
+from typing import Any
 
-from hsa.architectures.base import Preset
 from hsa.errors import RequestError, shown
-from hsa.methods.grid_point import LONGEST_NAME, GridPoint
+from hsa.methods.settings import Declared, Settings
 from hsa.option_names import option
+from hsa.outputs.grid_point import LONGEST_NAME, GridPoint, axes
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?")
 DIGITS = 20
@@ -19,6 +20,16 @@ DIGITS = 20
 
 MOST_POINTS = 10_000
 """Points of a grid at most; more are a mistyped step."""
+
+
+def values(axis: Declared, text: str) -> tuple[Any, ...]:
+    """The values of an axis that a text says: texts with commas between them, or numbers; see `numbers`.
+
+    Example:
+        >>> [values(axis, "0.1,0.3") for axis in axes(HsaSettings) if axis.name == "lam"]
+        [(0.1, 0.3)]
+    """
+    return tuple(part.strip() for part in text.split(",")) if axis.about.choices else numbers(axis.name, text)
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:
@@ -74,13 +85,24 @@ def _decimal(name: str, text: str, whole: str) -> Decimal:
 
 
 def points(
-    targets: Sequence[Preset], k: Sequence[float], lam: Sequence[float], alpha: Sequence[float]
+    owner: type[Settings], values: Mapping[str, Sequence[Any]], others: Mapping[str, Any] | None = None
 ) -> tuple[GridPoint, ...]:
-    """Every combination, each once, in the order of the values given. Raises RequestError for too many or none."""
-    count = math.prod(map(len, (targets, k, lam, alpha)))
+    """Every combination of the axes' values, each once, in the order of the values given.
+
+    `values` are lists by the name of an axis, which has its default where it is not given; `others` are the settings
+    that all points share. Raises RequestError for too many points or none.
+
+    Example:
+        >>> [point.settings.lam for point in points(HsaSettings, {"lam": [0.1, 0.5]})]
+        [0.1, 0.5]
+    """
+    names = [axis.name for axis in axes(owner)]
+    lists = [values.get(axis.name, (axis.default,)) for axis in axes(owner)]
+    count = math.prod(map(len, lists))
     if not 1 <= count <= MOST_POINTS:
         raise RequestError(f"the grid has {count} points, expected 1 to {MOST_POINTS}")
-    grid = tuple(dict.fromkeys(GridPoint(*setting) for setting in product(targets, k, lam, alpha)))
+    combinations = dict.fromkeys(product(*lists))
+    grid = tuple(GridPoint(owner(**dict(zip(names, each, strict=True)), **(others or {}))) for each in combinations)
     for point in grid:
         if len(point.name) > LONGEST_NAME:
             raise RequestError(

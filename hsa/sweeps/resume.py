@@ -6,22 +6,21 @@ skipped. A damaged point is rebuilt. A point made with other settings is replace
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hsa.actions.patch import PatchSources
 from hsa.actions.request import Request
-from hsa.architectures.base import Preset
 from hsa.engine.source_norms import source_norms
 from hsa.errors import DestinationError, HeaderError, PatchError, ProvenanceError, RequestError
 from hsa.methods.geometry import Norms
-from hsa.methods.grid_point import GridPoint
-from hsa.methods.hsa import HsaSettings
 from hsa.option_names import option
 from hsa.outputs import distances, sweep_index
 from hsa.outputs.distances import Distances
+from hsa.outputs.grid_point import GridPoint, axes
 from hsa.outputs.patch_checks import require_sound
 from hsa.outputs.patch_format import OtherPatchFormat
 from hsa.outputs.patch_reader import SUFFIX, digest_range, is_patch, open_patch
@@ -69,7 +68,7 @@ class ExistingPoints:
     """The points in a sweep's directory, checked one by one; `notes` name damaged ones."""
 
     request: Request
-    configs: Mapping[GridPoint, HsaSettings]
+    points: Sequence[GridPoint]
     patch_sources: PatchSources
     directory: Path
     tally: fsio.Tally
@@ -152,7 +151,7 @@ class ExistingPoints:
         Raises DestinationError where their sources are others.
         """
         entries: list[SweepEntry] = []
-        own_names = {point.name if full else f"{point.name}{SUFFIX}" for point in self.configs}
+        own_names = {point.name if full else f"{point.name}{SUFFIX}" for point in self.points}
         for path in sorted(self.directory.iterdir()):
             if path.name in own_names or path.is_symlink() or not is_point(path) or path.name.startswith("."):
                 continue
@@ -164,7 +163,7 @@ class ExistingPoints:
                     point = point_of(record)
                     if point.name != path.name.removesuffix(SUFFIX):
                         continue
-                    if dict(record.sources) != self.source_records(point.targets):
+                    if dict(record.sources) != self.source_records(point):
                         raise DestinationError(
                             f"output {self.directory} holds points of other sources, such as {path.name}; choose "
                             f"another directory for these"
@@ -200,14 +199,14 @@ class ExistingPoints:
         pairs: tuple[tuple[str, object, object], ...] = (
             ("program", dict(record.program), PROGRAM),
             ("libraries", dict(record.libraries), libraries()),
-            ("parameters", dict(record.parameters), {**self.configs[point].as_dict(), **self.patch_sources.settings}),
-            ("sources", dict(record.sources), self.source_records(point.targets)),
+            ("parameters", dict(record.parameters), {**point.settings.as_dict(), **self.patch_sources.settings}),
+            ("sources", dict(record.sources), self.source_records(point)),
         )
         return [name for name, recorded, expected in pairs if recorded != expected]
 
-    def source_records(self, preset: Preset) -> dict[Role, SourceRecord]:
-        """The records of the sources, with the digests of a preset's targets; the targets are read for it once."""
-        targets = find_targets(self._preset_config(preset), self.patch_sources.sources)
+    def source_records(self, point: GridPoint) -> dict[Role, SourceRecord]:
+        """The records of the sources, with the digests of a point's targets; each target is read for it once."""
+        targets = find_targets(self._settings_like(point), self.patch_sources.sources)
         records = {}
         for source in self.patch_sources.sources:
             digests = self._digests.setdefault(source.role, {})
@@ -220,14 +219,15 @@ class ExistingPoints:
             records[source.role] = source_record(source, tensors_digest(lines))
         return records
 
-    def _preset_config(self, preset: Preset) -> HsaSettings:
-        config = self.request.settings
-        return HsaSettings(targets=preset, num_heads=config.num_heads, num_layers=config.num_layers)
+    def _settings_like(self, point: GridPoint) -> Any:
+        """This run's settings with the targets of a point, which an earlier run may have made."""
+        chosen = [axis.name for axis in axes(type(point.settings)) if axis.about.choices]
+        return replace(self.request.settings, **{name: getattr(point.settings, name) for name in chosen})
 
     def _distances(self, point: GridPoint, record: Record) -> Mapping[str, Distances]:
         names = {target.projection.name for target in record.targets}
         if not names <= self._norms.keys():
-            targets = find_targets(self._preset_config(point.targets), self.patch_sources.sources)
+            targets = find_targets(self._settings_like(point), self.patch_sources.sources)
             missing = [target for target in targets if target.projection.name not in self._norms]
             self._norms.update(source_norms(missing, self.patch_sources.sources))
         return distances.by_stack(

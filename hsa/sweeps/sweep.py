@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from hsa.actions.apply import apply_to
+from hsa.actions.keywords import SWEEP, Arguments, split
 from hsa.actions.patch import PatchSources, open_patch_sources
 from hsa.actions.request import Request
-from hsa.architectures.base import PRESETS, Preset
+from hsa.actions.signatures import declared_keywords
 from hsa.arguments import check_flags, check_functions, check_values
 from hsa.engine.open_patch import expected_bytes
 from hsa.engine.patch_writer import PatchSpec, write_patches
 from hsa.engine.pipeline import Options
 from hsa.errors import MachineError, RequestError, one_line, shown
 from hsa.findings import Findings, counted
-from hsa.methods.grid_point import GridPoint
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.registry import method_named
+from hsa.methods.settings import check_value
 from hsa.option_names import option, with_current_spelling
 from hsa.outputs import sweep_index
 from hsa.outputs.extent import Extent
+from hsa.outputs.grid_point import GridPoint, axes
 from hsa.outputs.merge_warnings import change_findings, raise_if_strict, source_findings
 from hsa.outputs.patch_reader import SUFFIX, open_patch
 from hsa.outputs.provenance import load as load_provenance
@@ -37,7 +39,6 @@ from hsa.outputs.report import NO_DIGESTS, selection_findings
 from hsa.outputs.sweep_index import SweepEntry, entry_of
 from hsa.planning.outcome import TargetOutcome
 from hsa.sources.hub.client import Hub
-from hsa.sources.roles import Role
 from hsa.sweeps import grid
 from hsa.sweeps.resume import SWEEP_STAGING, ExistingPoints, check_directory
 from hsa.system import fsio
@@ -45,7 +46,7 @@ from hsa.system.memory import PeakMemory
 from hsa.system.signals import deferred
 from hsa.system.staging import StagingDirectory
 from hsa.system.threads import default_threads
-from hsa.system.types import PathLike
+from hsa.system.types import Progress
 
 PASS_POINTS = 128
 """Patches that are written in one pass over the targets: each keeps two files open."""
@@ -97,81 +98,54 @@ class SweepReport:
         }
 
 
+@declared_keywords(SWEEP)
 @fsio.map_os_errors()
 def sweep(
-    *,
-    base: PathLike,
-    primary: PathLike,
-    secondary: PathLike,
-    output: PathLike,
-    k: Sequence[float] = (0.6,),
-    lam: Sequence[float] = (0.5,),
-    alpha: Sequence[float] = (0.2,),
-    targets: Sequence[Preset] = ("encoder-qkv",),
-    num_heads: int | None = None,
-    num_layers: int | None = None,
+    *arguments: Any,
     full: bool = False,
     jobs: int | None = None,
-    threads: int | None = None,
-    assets_from: Role = "primary",
-    max_shard_size: str | int | None = None,
-    base_id: str | None = None,
-    primary_id: str | None = None,
-    secondary_id: str | None = None,
-    card: Mapping[str, str] | None = None,
-    digest: bool = True,
-    sync: bool = True,
-    overwrite: bool = False,
-    strict: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    **keywords: Any,
 ) -> SweepReport:
-    """Merge with every combination of the given parameters, reading the targets of the three sources once.
+    """Merge with every combination of the given parameters, reading the targets of the sources once.
 
     Args:
+        {sources}
         output: the directory to write: a patch for every point (`hsa.apply` makes checkpoints of them), or with `full`
             a checkpoint directory for every point, and `index.json` and `index.csv`. Points that stand there already
             are verified and skipped.
-        k, lam, alpha, targets: the values of the grid; see `hsa.merge`.
+        method: the name of the method.
+        {settings}
+        {options}
+        full: write checkpoints.
         jobs: patches written in one pass, for each of which sources are read again, 128 unless told; or checkpoints
             written at a time, 1 unless told and at most as many as there are threads.
-        digest: for checkpoints, record digests of whole files.
-        overwrite: make points anew that stand there and were made otherwise.
-        strict: make warnings errors; no point of the pass in which there are any is written then.
-        The others are those of `hsa.merge`.
+        progress: called now and then with bytes done and bytes in all.
 
-    Raises what `hsa.merge` raises. Points that were finished before an error stay.
+    Raises what `hsa.merge` raises; with `strict`, no point of the pass in which there are warnings is written. Points
+    that were finished before an error stay.
+
+    Example:
+        >>> report = hsa.sweep("whisper-small", "m1", "m2", "sweep", lam=[0.1, 0.3, 0.5])
     """
-    _check_grid(targets=targets, k=k, lam=lam, alpha=alpha)
+    given = split(SWEEP, arguments, keywords)
+    points = _points(given)
     check_flags(full=full)
     check_functions(progress=progress)
-    points = grid.points(targets, k, lam, alpha)
-    configs = {point: point.config(num_heads, num_layers) for point in points}
-    widest = max((point.targets for point in points), key=PRESETS.index)
-    request = Request(
-        sources={"base": base, "primary": primary, "secondary": secondary},
-        output=output,
-        settings=HsaSettings(targets=widest, num_heads=num_heads, num_layers=num_layers),
-        threads=threads,
-        assets_from=assets_from,
-        max_shard_size=max_shard_size,
-        ids={"base": base_id, "primary": primary_id, "secondary": secondary_id},
-        card=card,
-        digest=digest,
-        sync=sync,
-        overwrite=overwrite,
-        strict=strict,
-    )
+    request = Request(given.sources, given.output, _widest(points), given.ids, **given.options)
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or not 1 <= jobs <= PASS_POINTS):
         raise RequestError(f"{option('jobs')} must be a whole number from 1 to {PASS_POINTS}, got {shown(jobs)}")
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
-        patch_sources = open_patch_sources(list(configs.values()), request, tally, hub, stack, rows_only=not full)
-        raise_if_strict(patch_sources.findings, strict=strict)
+        patch_sources = open_patch_sources(
+            [point.settings for point in points], request, tally, hub, stack, rows_only=not full
+        )
+        raise_if_strict(patch_sources.findings, strict=request.strict)
         directory = check_directory(request, patch_sources.sources)
         with deferred():
-            staging = stack.enter_context(StagingDirectory(directory / SWEEP_STAGING, directory, sync=sync))
-        existing = ExistingPoints(request, configs, patch_sources, directory, tally)
+            staging = stack.enter_context(StagingDirectory(directory / SWEEP_STAGING, directory, sync=request.sync))
+        existing = ExistingPoints(request, points, patch_sources, directory, tally)
         work = _Sweep(existing, staging, memory, full=full, jobs=jobs)
         work.run(progress)
         memory.sample()
@@ -192,20 +166,35 @@ def sweep(
             *patch_sources.findings.notes,
             *existing.notes,
             *work.findings.notes,
-            *((NO_DIGESTS,) if full and not digest else ()),
+            *((NO_DIGESTS,) if full and not request.digest else ()),
         ),
         warnings=(*patch_sources.findings.warnings, *work.findings.warnings),
     )
 
 
-def _check_grid(**values: Sequence[Any]) -> None:
-    """RequestError unless these are lists of values that `hsa.merge` takes, none of them per tensor."""
+def _points(arguments: Arguments) -> tuple[GridPoint, ...]:
+    """The points of the grid. RequestError unless the axes have lists of values, none of them per tensor."""
+    owner = method_named(arguments.method).Settings
+    values = {axis.name: arguments.settings[axis.name] for axis in axes(owner) if axis.name in arguments.settings}
     check_values(**values)
-    for name, numbers in values.items():
-        for value in numbers:
+    for axis in axes(owner):
+        for value in values.get(axis.name, ()):
             if isinstance(value, Mapping):
-                raise RequestError(f"{option(name)} of a sweep takes numbers, not values per tensor: {shown(value)}")
-            HsaSettings(**{name: value})
+                name = option(axis.name)
+                raise RequestError(f"{name} of a sweep takes numbers, not values per tensor: {shown(value)}")
+            check_value(axis, value)
+    others = {name: value for name, value in arguments.settings.items() if name not in values}
+    return grid.points(owner, values, others)
+
+
+def _widest(points: Sequence[GridPoint]) -> Any:
+    """The settings of the point with the most targets: each choice of an axis holds the targets of those before it."""
+
+    def width(point: GridPoint) -> list[int]:
+        chosen = [axis for axis in axes(type(point.settings)) if axis.about.choices]
+        return [axis.about.choices.index(getattr(point.settings, axis.name)) for axis in chosen]
+
+    return max(points, key=width).settings
 
 
 class _Sweep:
@@ -234,7 +223,7 @@ class _Sweep:
         self.entries: dict[str, SweepEntry] = {}
         self._lock = threading.Lock()
 
-    def run(self, progress: Callable[[int, int], None] | None) -> None:
+    def run(self, progress: Progress | None) -> None:
         points = self._skip_existing_points()
         self._check_space(points)
         for first in range(0, len(points), self.size):
@@ -246,7 +235,7 @@ class _Sweep:
         """Resume: list the points that an earlier run left whole, and return those that are still to be built."""
         self.entries = {entry.place: entry for entry in self.existing.other_entries(full=self.full)}
         missing = []
-        for point in self.existing.configs:
+        for point in self.existing.points:
             entry = self.existing.checkpoint(point) if self.full else self.existing.patch(point)
             if entry is None:
                 missing.append(point)
@@ -258,7 +247,7 @@ class _Sweep:
     def _run_pass(self, points: Sequence[GridPoint], progress: _PassProgress | None) -> None:
         sources = self.patch_sources.sources
         patches = write_patches(
-            [PatchSpec(self.existing.configs[point], f"{point.name}{SUFFIX}") for point in points],
+            [PatchSpec(point.settings, f"{point.name}{SUFFIX}") for point in points],
             sources,
             self.patch_sources.settings,
             self.patch_sources.files,
@@ -320,9 +309,9 @@ class _Sweep:
 
     def _check_space(self, points: Sequence[GridPoint]) -> None:
         """MachineError where the points cannot fit on the disk."""
-        sources, configs = self.patch_sources.sources, self.existing.configs
+        sources = self.patch_sources.sources
         patches = points[: self.size] if self.full else points
-        needed = sum(expected_bytes(configs[point], sources) for point in patches)
+        needed = sum(expected_bytes(point.settings, sources) for point in patches)
         if self.full:
             needed += len(points) * sum(ref.nbytes for ref in sources.anchor_checkpoint.tensors.values())
         free = fsio.free_bytes(self.directory)
@@ -341,7 +330,7 @@ def _findings_of_pass(
     unchanged = []
     for point, point_outcomes in zip(points, outcomes, strict=True):
         findings += source_findings(
-            point_outcomes, patch_sources.sources, patch_sources.earlier_merges, point.targets
+            point_outcomes, patch_sources.sources, patch_sources.earlier_merges, point.settings.targets
         ) + selection_findings(point_outcomes)
         if (change := change_findings(point_outcomes)).warnings:
             unchanged.append(f"{point.name}: {change.warnings[0]}")
@@ -363,7 +352,7 @@ def _max_open_files() -> int:
 class _PassProgress:
     """The progress of one pass as a part of the whole sweep's, in bytes of all points as if they were equal."""
 
-    progress: Callable[[int, int], None]
+    progress: Progress
     before: int
     points: int
     every: int

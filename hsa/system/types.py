@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from decimal import Decimal
 
 from hsa.errors import RequestError, shown
 from hsa.option_names import option
 
 PathLike = str | os.PathLike[str]
+
+Progress = Callable[[int, int], None]
+"""Called now and then with bytes done and bytes in all."""
 
 _UNITS = {
     "": 1,

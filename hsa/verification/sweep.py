@@ -10,10 +10,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from hsa.architectures.base import PRESETS
 from hsa.errors import HsaError, MachineError, RequestError, SourceError, shown
 from hsa.outputs import sweep_index
 from hsa.outputs.distances import Distances
+from hsa.outputs.grid_point import name_starts
 from hsa.outputs.patch_reader import SUFFIX, Patch, open_patch
 from hsa.outputs.provenance import Record, changed_keys
 from hsa.outputs.provenance import load as load_provenance
@@ -64,7 +64,7 @@ def verify_sweep(
 
 def _point_names(directory: Path, context: VerifyContext) -> list[str]:
     """The names of the points; what else is there is a note."""
-    names, ignored = [], []
+    names, ignored, starts = [], [], name_starts()
     try:
         files = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:
@@ -72,7 +72,7 @@ def _point_names(directory: Path, context: VerifyContext) -> list[str]:
     for entry in files:
         if entry.name in (sweep_index.JSON, sweep_index.CSV):
             continue
-        if not entry.name.startswith(PRESETS) or not (entry.is_dir() or entry.name.endswith(SUFFIX)):
+        if not entry.name.startswith(starts) or not (entry.is_dir() or entry.name.endswith(SUFFIX)):
             ignored.append(entry.name)
         elif entry.is_symlink():
             context.problems.add(entry.name, "is a link; expected a patch or an output that the sweep wrote")

@@ -8,10 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from hsa.actions.keywords import VERIFY, missing_sources, split_named
 from hsa.actions.request import check_ids
+from hsa.actions.run_options import RunOptions
+from hsa.actions.signatures import declared_keywords
 from hsa.arguments import check_functions, check_paths
 from hsa.errors import HeaderError, HsaError, RequestError, SourceChanged, shown
+from hsa.methods.registry import method_named
+from hsa.methods.settings import DEFAULT_METHOD
+from hsa.option_names import option
 from hsa.outputs.patch_reader import SUFFIX, is_patch
 from hsa.outputs.release_index import is_release
 from hsa.outputs.sweep_index import holds_points
@@ -22,7 +29,7 @@ from hsa.system.descriptors import open_file, reason
 from hsa.system.fsio import MACHINE_ERRNOS, SourceFile, Tally, exists, map_os_errors
 from hsa.system.manifest import PROVENANCE
 from hsa.system.memory import PeakMemory
-from hsa.system.threads import check_threads, default_threads
+from hsa.system.threads import default_threads
 from hsa.system.types import PathLike
 from hsa.verification.context import Progress, SourcePaths, VerifyContext
 from hsa.verification.output import verify_output
@@ -43,31 +50,23 @@ PATIENCE = 1.0
 EXPECTED = "give an output, a patch, or the directory of a sweep or of a release"
 
 
+@declared_keywords(VERIFY)
 @map_os_errors()
-def verify(
-    output: PathLike,
-    *,
-    base: PathLike | None = None,
-    primary: PathLike | None = None,
-    secondary: PathLike | None = None,
-    base_id: str | None = None,
-    primary_id: str | None = None,
-    secondary_id: str | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> VerifyReport:
-    """Check what hsa wrote, and with its three sources compute the merge again and compare bytes.
+def verify(output: PathLike, *, progress: Progress | None = None, **keywords: Any) -> VerifyReport:
+    """Check what hsa wrote, and with its sources compute the merge again and compare bytes.
 
     Without sources: every file against the digests of the provenance, headers, index, names and shapes against
     `config.json`, every target tensor finite, and the provenance's targets and heads against weights and parameters. Of
     a patch, the same of its rows and its document. With sources: every byte against what they give.
 
+    Sources are given all or none, as for `hsa.merge`; not for a release, whose outputs have their own. Ids are those
+    that the record must have for sources that are directories.
+
     Args:
         output: an output's directory, a patch file, or the directory of a sweep or of a release, each member of which
             is verified. Only what lies there is read; of the Hub's cache those files that its links lead to.
-        base, primary, secondary: all three or none; as for `merge`. Not for a release, whose outputs have their own.
-        base_id, primary_id, secondary_id: the ids that the record must have for them, where they are directories.
-        threads: worker threads; by default the usable cores and one more.
+        {sources}
+        {options}
         progress: called now and then with bytes done and bytes in all.
 
     Returns the report: a damaged output is no exception. Raises RequestError (nothing there, or nothing of hsa, some
@@ -79,17 +78,15 @@ def verify(
         >>> report.ok, report.problems
         (True, ())
     """
-    sources = {"base": base, "primary": primary, "secondary": secondary}
-    check_paths(output=output, **{name: source for name, source in sources.items() if source is not None})
+    given = split_named(VERIFY, keywords)
+    paths = {role: path for role, path in given.sources.items() if path is not None}
+    check_paths(output=output, **paths)
     check_functions(progress=progress)
-    check_threads(threads)
+    threads = RunOptions(**given.options).threads or default_threads()
     path = _resolve(output)
-    source_paths = _source_paths(
-        {"base": base, "primary": primary, "secondary": secondary},
-        {"base": base_id, "primary": primary_id, "secondary": secondary_id},
-    )
+    source_paths = _source_paths(paths, given.ids)
     for attempt in range(ATTEMPTS):
-        report = _verify_unless_replaced(path, source_paths, threads or default_threads(), progress)
+        report = _verify_unless_replaced(path, source_paths, threads, progress)
         if report is not None:
             note = f"{path} was replaced while it was read; this is of what replaced it"
             return replace(report, notes=(note, *report.notes)) if attempt else report
@@ -110,16 +107,15 @@ def _resolve(output: PathLike) -> Path:
         raise RequestError(f"output {shown(text, 1000)} cannot be found ({why}); {EXPECTED}") from error
 
 
-def _source_paths(paths: Mapping[Role, PathLike | None], ids: Mapping[Role, str | None]) -> SourcePaths | None:
+def _source_paths(paths: Mapping[Role, PathLike], ids: Mapping[Role, str | None]) -> SourcePaths | None:
     """The sources to compare with; None where none is given, RequestError where not all are."""
-    by_role = {role: path for role, path in paths.items() if path is not None}
-    if by_role and len(by_role) < len(paths):
-        lacking = ", ".join(role for role in paths if role not in by_role)
-        raise RequestError(f"to compare with the sources all three are needed; {lacking} is not given")
-    if not by_role and any(ids.values()):
-        raise RequestError("ids are compared with those of the sources; give base, primary and secondary too")
+    lacking = missing_sources(method_named(DEFAULT_METHOD).contract, paths)
+    if paths and lacking:
+        raise RequestError(f"to compare with the sources all three are needed; {', '.join(lacking)} is not given")
+    if not paths and any(ids.values()):
+        raise RequestError(f"ids are compared with those of the sources; give {option('sources')} too")
     check_ids(ids)
-    return SourcePaths(by_role, ids) if by_role else None
+    return SourcePaths(paths, ids) if paths else None
 
 
 def _verify_unless_replaced(
@@ -175,7 +171,7 @@ def _verify(path: Path, source_paths: SourcePaths | None, threads: int, progress
     def verify_member(member: Path, sources: SourcePaths | None) -> VerifyReport:
         paths, ids = (sources.by_role, sources.ids) if sources else ({}, {})
         named = {f"{role}_id": value for role, value in ids.items()}
-        return verify(member, **paths, **named, threads=threads, progress=progress)  # type: ignore[arg-type]
+        return verify(member, **paths, **named, threads=threads, progress=progress)
 
     if kind == "output":
         result = verify_output(path, source_paths, context)

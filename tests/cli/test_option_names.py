@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from helpers import read_tensors, write_tensors
 
 import hsa
@@ -200,7 +199,7 @@ def test_the_reference_scripts_command_line_names_its_own_options(
 
 
 def known_options() -> set[str]:
-    group: Any = typer.main.get_command(app.app)
+    group = app.program()
     return {flag for command in group.commands.values() for parameter in command.params for flag in parameter.opts}
 
 

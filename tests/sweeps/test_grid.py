@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from hsa import RequestError
-from hsa.methods.grid_point import GridPoint, decimal_text
+from hsa.methods.hsa import HsaSettings
 from hsa.option_names import command_line, spelled
+from hsa.outputs.grid_point import GridPoint, decimal_text
 from hsa.sweeps import grid
 
 
@@ -89,8 +90,9 @@ def test_many_ranges_count_together() -> None:
 
 
 def test_points_are_every_combination_once_in_order() -> None:
-    found = grid.points(["encoder-qkv"], [0.2, 0.6], [0.1, 0.5, 0.1], [0.2])
-    assert [(p.k, p.lam) for p in found] == [(0.2, 0.1), (0.2, 0.5), (0.6, 0.1), (0.6, 0.5)]
+    found = grid.points(HsaSettings, {"k": [0.2, 0.6], "lam": [0.1, 0.5, 0.1]}, {"num_heads": 4})
+    assert {p.settings.num_heads for p in found} == {4}
+    assert [(p.settings.k, p.settings.lam) for p in found] == [(0.2, 0.1), (0.2, 0.5), (0.6, 0.1), (0.6, 0.5)]
 
 
 def test_too_many_or_no_points_are_refused() -> None:
@@ -102,9 +104,9 @@ def test_too_many_or_no_points_are_refused() -> None:
             raise AssertionError("the grid is counted before it is made")
 
     with pytest.raises(RequestError, match="1000000000 points"):
-        grid.points(["encoder-qkv"], Many(), [0.1], [0.1])
+        grid.points(HsaSettings, {"k": Many(), "lam": [0.1]})
     with pytest.raises(RequestError, match="0 points"):
-        grid.points(["encoder-qkv"], [], [0.1], [0.1])
+        grid.points(HsaSettings, {"k": []})
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_too_many_or_no_points_are_refused() -> None:
 )
 def test_names_have_no_exponent_and_no_trailing_zeros(value: float, text: str) -> None:
     assert decimal_text(value) == text
-    assert GridPoint("encoder-qkv", value, 0.5, 0.2).name == f"encoder-qkv_k{text}_lambda0.5_alpha0.2"
+    assert GridPoint(HsaSettings(k=value)).name == f"encoder-qkv_k{text}_lambda0.5_alpha0.2"
 
 
 @pytest.mark.parametrize("text", ["1e-300", "1e30", "0:1e99:1"])
@@ -125,9 +127,9 @@ def test_numbers_that_no_name_could_hold_are_refused(text: str) -> None:
 def test_a_minus_before_a_zero_is_no_other_point() -> None:
     assert str(grid.numbers("lambda", "-0,0")) == "(0.0, 0.0)"
     with pytest.raises(RequestError, match=r"has a name of 3[0-9]{2} letters"):
-        grid.points(["encoder-qkv"], [1e-300], [0.5], [0.2])
+        grid.points(HsaSettings, {"k": [1e-300]})
 
 
 def test_different_points_have_different_names() -> None:
     values = [0.1, 0.10000000000000002, 0.1 + 1e-12, 1e-12, 0.3, 0.30000000000000004]
-    assert len({GridPoint("encoder-qkv", 0.6, value, 0.2).name for value in values}) == len(values)
+    assert len({GridPoint(HsaSettings(lam=value)).name for value in values}) == len(values)

@@ -1,0 +1,272 @@
+"""The arguments of calls that merge: which are sources, which settings of a method, and which options of the run.
+
+No call lists them. Their names come from the contracts and settings of the methods and from `run_options`; `signatures`
+makes of the same declarations what `help` and editors show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any, Literal, NoReturn
+
+from hsa.actions.run_options import RunOptions
+from hsa.arguments import check_values
+from hsa.errors import RequestError, shown
+from hsa.methods.base import BASE, Contract
+from hsa.methods.registry import method_named, methods
+from hsa.methods.settings import DEFAULT_METHOD, Declared, Settings, declared
+from hsa.option_names import option
+from hsa.sources.roles import Role
+from hsa.system.types import PathLike
+
+EVERY = frozenset(each.name for each in declared(RunOptions))
+"""The options of a run."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call takes.
+
+    Args:
+        name: the function's, for messages.
+        sources: `positional` where it merges, so that it needs sources and an output; `named` where it also does
+            without sources, and takes them by name.
+        ids: it takes ids to record for the sources.
+        settings: which settings of methods it takes; `patchable` are those of which a patch can hold any value.
+        grid: settings which are axes take lists of values.
+        options: the names of the options of a run that it takes.
+        helps: what it says itself of options, by name.
+    """
+
+    name: str
+    sources: Literal["positional", "named", "none"] = "positional"
+    ids: bool = True
+    settings: Literal["all", "patchable", "none"] = "all"
+    grid: bool = False
+    options: frozenset[str] = EVERY
+    helps: Mapping[str, str] = field(default_factory=dict)
+
+    def declared_settings(self) -> tuple[Declared, ...]:
+        """The settings of all methods that the call takes, each name once, those of the default method first."""
+        by_name: dict[str, Declared] = {}
+        for method in (method_named(DEFAULT_METHOD), *methods().values()):
+            for each in self.settings_of(method.Settings):
+                by_name.setdefault(each.name, each)
+        return tuple(by_name.values())
+
+    def settings_of(self, owner: type[Settings]) -> tuple[Declared, ...]:
+        """The settings of a method that the call takes."""
+        if self.settings == "none":
+            return ()
+        return tuple(each for each in declared(owner) if each.about.patchable or self.settings == "all")
+
+    def declared_options(self) -> tuple[Declared, ...]:
+        """The options of a run that the call takes, with what it says of them itself."""
+        return tuple(self._told(each) for each in declared(RunOptions) if each.name in self.options)
+
+    def _told(self, each: Declared) -> Declared:
+        text = self.helps.get(each.name)
+        return each if text is None else replace(each, about=replace(each.about, help=text, python=None))
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all arguments, but for those that the function names itself."""
+        sources = {"positional": (*positional_names(), "method", "models"), "named": (*source_names(), "models")}
+        ids = (*id_names(), "model_ids") if self.ids and self.sources != "none" else ()
+        declarations = (*self.declared_settings(), *self.declared_options())
+        return (*sources.get(self.sources, ()), *ids, *(each.name for each in declarations))
+
+
+MERGE = Call("merge")
+MERGE_PATCH = Call("merge_patch", settings="patchable", options=EVERY - {"digest"})
+SWEEP = Call(
+    "sweep",
+    settings="patchable",
+    grid=True,
+    options=EVERY - {"backend", "device"},
+    helps={"overwrite": "Make points anew that were made otherwise."},
+)
+APPLY = Call("apply", sources="none", settings="none", options=frozenset({"threads", "digest", "sync", "overwrite"}))
+INSPECT = Call("inspect", sources="named", ids=False, settings="patchable", options=frozenset())
+VERIFY = Call("verify", sources="named", settings="none", options=frozenset({"threads"}))
+RELEASE = Call(
+    "release",
+    sources="none",
+    settings="none",
+    options=frozenset({"backend", "device", "threads", "sync", "overwrite", "strict"}),
+    helps={"overwrite": "Build anew what differs from the recipe or is damaged."},
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a call, told apart. `settings` and `options` hold those alone that were given; `output` is None
+    of a call that names it itself."""
+
+    method: str
+    sources: Mapping[Role, PathLike]
+    ids: Mapping[Role, str | None]
+    output: Any
+    settings: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Arguments:
+    """Tell the arguments of a call that merges apart.
+
+    Raises TypeError, as Python does, for an argument that no method takes or that is missing, and RequestError where
+    the method does not take the sources or a setting.
+
+    Example:
+        >>> split(MERGE, ("b", "m1", "m2", "merged"), {"k": 0.5}).settings
+        {'k': 0.5}
+    """
+    given = dict(_bind(call, positional, keywords))
+    _check_names(call, given)
+    name = given.pop("method", DEFAULT_METHOD)
+    method = method_named(name)
+    settings, options = _take_settings(call, name, given), _take_options(call, given)
+    if "output" not in given:
+        raise TypeError(f"{call.name}() missing required argument: 'output'")
+    output = given.pop("output")
+    _refuse_missing(call, missing_sources(method.contract, given))
+    sources, ids = _take_sources(method.contract, given)
+    method.contract.check(name, base=BASE in sources, models=len(sources) - (BASE in sources))
+    if given:
+        _refuse_unknown(call, next(iter(given)))
+    options.setdefault("assets_from", next(role for role in sources if role != BASE))
+    return Arguments(name, sources, ids, output, settings, options)
+
+
+def split_named(call: Call, keywords: Mapping[str, Any]) -> Arguments:
+    """Tell the arguments of a call apart that does without sources. Those it is given have the roles of the default
+    method; some of them may be missing."""
+    given = dict(keywords)
+    _check_names(call, given)
+    settings, options = _take_settings(call, DEFAULT_METHOD, given), _take_options(call, given)
+    sources, ids = _take_sources(method_named(DEFAULT_METHOD).contract, given)
+    if given:
+        _refuse_unknown(call, next(iter(given)))
+    return Arguments(DEFAULT_METHOD, sources, ids, None, settings, options)
+
+
+def run_options(call: Call, keywords: Mapping[str, Any]) -> RunOptions:
+    """The options of a call that takes no other keywords. Raises TypeError for others."""
+    _check_names(call, keywords)
+    return RunOptions(**keywords)
+
+
+def _take_settings(call: Call, method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Take the settings of a method out of the arguments. RequestError for one of another method."""
+    own = call.settings_of(method_named(method).Settings)
+    settings = {each.name: given.pop(each.name) for each in own if each.name in given}
+    foreign = next((each.name for each in call.declared_settings() if each.name in given), None)
+    if foreign is not None:
+        names = ", ".join(option(each.name) for each in own)
+        raise RequestError(f"method {method} has no {option(foreign)}; its settings are {names}")
+    return settings
+
+
+def _take_options(call: Call, given: dict[str, Any]) -> dict[str, Any]:
+    return {each.name: given.pop(each.name) for each in call.declared_options() if each.name in given}
+
+
+def _bind(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All arguments by name."""
+    names = positional_names()
+    if len(positional) > len(names):
+        raise TypeError(f"{call.name}() takes at most {len(names)} positional arguments, {len(positional)} were given")
+    for name, value in zip(names, positional, strict=False):
+        if name in keywords:
+            raise TypeError(f"{call.name}() got multiple values for argument '{name}'")
+        yield name, value
+    yield from keywords.items()
+
+
+def source_names() -> tuple[str, ...]:
+    """Base and the models of the default method by name."""
+    return (BASE, *(role.name for role in method_named(DEFAULT_METHOD).contract.named))
+
+
+def positional_names() -> tuple[str, ...]:
+    """The arguments that need no name: the sources of the default method, and the output."""
+    return (*source_names(), "output")
+
+
+def id_names() -> tuple[str, ...]:
+    """The arguments with an id to record for a source, by the roles of the default method."""
+    return tuple(f"{name}_id" for name in source_names())
+
+
+def _take_sources(contract: Contract, given: dict[str, Any]) -> tuple[dict[Role, Any], dict[Role, str | None]]:
+    """Take sources and ids out of the arguments, by role: base first, then the models in their order."""
+    if given.get(BASE, "") is None and contract.base != "required":
+        del given[BASE]
+    base = {BASE: given.pop(BASE)} if BASE in given else {}
+    in_order = "models" in given
+    named = [role.name for role in contract.named if role.name in given]
+    models = _in_order(contract, named, given) if in_order else {name: given.pop(name) for name in named}
+    sources = {**base, **models}
+    ids = {role: given.pop(f"{role}_id") for role in (*sources, *source_names()) if f"{role}_id" in given}
+    if "model_ids" in given:
+        ids |= _ids_in_order(tuple(models), given.pop("model_ids"))
+    return sources, ids
+
+
+def missing_sources(contract: Contract, given: Collection[str]) -> list[str]:
+    """The arguments for sources that a method needs and that are not among those given."""
+    needed = [BASE] if contract.base == "required" else []
+    if "models" not in given:
+        named = [role.name for role in contract.named]
+        needed += [*named, *(["models"] if len(named) < contract.least else [])]
+    return [name for name in needed if name not in given]
+
+
+def _in_order(contract: Contract, named: Sequence[str], given: dict[str, Any]) -> dict[Role, PathLike]:
+    """The models that are given in their order, by role; `named` are those that are given by name too."""
+    if named:
+        raise RequestError(
+            f"{option('models')} and {option(named[0])} both say what is merged; give the models by "
+            f"{option('models')} alone, or by their names"
+        )
+    models = given.pop("models")
+    check_values(models=models)
+    return dict(zip(contract.roles(len(models)), models, strict=True))
+
+
+def _ids_in_order(roles: Sequence[Role], ids: Any) -> dict[Role, str | None]:
+    check_values(model_ids=ids)
+    if len(ids) != len(roles):
+        raise RequestError(f"{option('model_ids')} must be as many as models, got {len(ids)} for {len(roles)} models")
+    return dict(zip(roles, ids, strict=True))
+
+
+def _refuse_missing(call: Call, names: Sequence[str]) -> None:
+    if names:
+        raise TypeError(f"{call.name}() missing required argument{'s' * (len(names) > 1)}: {listed(map(shown, names))}")
+
+
+def listed(texts: Iterable[str]) -> str:
+    """Texts as a list in a sentence.
+
+    Example:
+        >>> listed(["base", "primary", "secondary"])
+        'base, primary and secondary'
+    """
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _check_names(call: Call, given: Collection[str]) -> None:
+    """TypeError for the first argument that the call does not take whatever the method is."""
+    for name in given:
+        of_a_model = call.ids and name.startswith("model") and name.endswith("_id")  # its role depends on the method
+        if name not in call.names() and not of_a_model:
+            _refuse_unknown(call, name)
+
+
+def _refuse_unknown(call: Call, name: str) -> NoReturn:
+    near = get_close_matches(name, sorted(call.names()), n=3)
+    hint = f". Did you mean {' or '.join(map(shown, near))}?" if near else ""
+    raise TypeError(f"{call.name}() got an unexpected keyword argument {shown(name)}{hint}")

@@ -1,0 +1,74 @@
+"""What a run takes beside its sources and the settings of its method: each option is a field here and nowhere else.
+
+Options of the command line, Python's keywords and keys of recipes are made from these fields. Imports nothing heavy, so
+that help answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hsa.methods.settings import check_value, declared, setting
+from hsa.sources.roles import ANCHOR, Role
+from hsa.system.threads import MOST_ALLOWED
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What shapes the output beside the settings of the method. `{roles}` in a help text are those of the sources."""
+
+    assets_from: Role = setting(
+        ANCHOR, "Whose tokenizer and processor files: {roles}.", group="sources", metavar="ROLE"
+    )
+    max_shard_size: str | int | None = setting(
+        None,
+        "Such as 5GB.",
+        python="Bytes, or a size such as `5GB`; by default the anchor's own shards.",
+        group="output",
+        metavar="SIZE",
+        default_text="the anchor's own shards",
+    )
+    card: Mapping[str, str] | None = setting(
+        None,
+        "Model card field; repeat.",
+        python="Model card fields, of `hsa.outputs.card.FIELDS`.",
+        group="output",
+        metavar="FIELD=VALUE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(OutputOptions):
+    """All options of a run: what shapes its output, and how it goes."""
+
+    backend: str = setting("auto", "auto, cpu or triton.", group="machine", metavar="NAME")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N.", group="machine", metavar="NAME")
+    threads: int | None = setting(
+        None,
+        "Worker threads.",
+        whole=True,
+        low=1,
+        high=MOST_ALLOWED,
+        group="machine",
+        metavar="N",
+        default_text="cores + 1",
+    )
+    digest: bool = setting(
+        True,
+        "Leave out digests of whole files.",
+        python="Record BLAKE3 digests of whole files.",
+        group="output",
+    )
+    sync: bool = setting(
+        True,
+        "Do not wait for the disk.",
+        python="Fsync everything before the output appears.",
+        group="output",
+    )
+    overwrite: bool = setting(False, "Replace an earlier output.")
+    strict: bool = setting(False, "Make warnings errors: nothing is written then.")
+
+    def __post_init__(self) -> None:
+        for each in declared(type(self)):
+            check_value(each, getattr(self, each.name))
