@@ -44,6 +44,8 @@ def command_line(name: str, value: Any = None) -> str:
     """`--overwrite`, `--no-sync`, `--dtype float32`, or the bare option without a value."""
     if name in NEGATED:
         return NEGATED[name]
+    if value is False:
+        return f"--no-{name.replace('_', '-')}"
     flag = f"--{REPEATED.get(name, LETTERS.get(name, name)).replace('_', '-')}"
     return flag if value is None or value is True else f"{flag} {value}"
 

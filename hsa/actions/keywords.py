@@ -14,8 +14,9 @@ from typing import Any, Literal, NoReturn
 from hsa.actions.run_options import RunOptions
 from hsa.arguments import check_values
 from hsa.errors import RequestError, shown
+from hsa.methods.all_settings import all_settings
 from hsa.methods.base import BASE, Contract
-from hsa.methods.registry import method_named, methods
+from hsa.methods.registry import method_named
 from hsa.methods.settings import DEFAULT_METHOD, Declared, Settings, declared
 from hsa.option_names import option
 from hsa.sources.roles import Role
@@ -50,17 +51,16 @@ class Call:
 
     def declared_settings(self) -> tuple[Declared, ...]:
         """The settings of all methods that the call takes, each name once, those of the default method first."""
-        by_name: dict[str, Declared] = {}
-        for method in (method_named(DEFAULT_METHOD), *methods().values()):
-            for each in self.settings_of(method.Settings):
-                by_name.setdefault(each.name, each)
-        return tuple(by_name.values())
+        return self._taken(all_settings().values())
 
     def settings_of(self, owner: type[Settings]) -> tuple[Declared, ...]:
         """The settings of a method that the call takes."""
+        return self._taken(declared(owner))
+
+    def _taken(self, settings: Iterable[Declared]) -> tuple[Declared, ...]:
         if self.settings == "none":
             return ()
-        return tuple(each for each in declared(owner) if each.about.patchable or self.settings == "all")
+        return tuple(each for each in settings if each.about.patchable or self.settings == "all")
 
     def declared_options(self) -> tuple[Declared, ...]:
         """The options of a run that the call takes, with what it says of them itself."""
@@ -163,7 +163,7 @@ def _take_settings(call: Call, method: str, given: dict[str, Any]) -> dict[str, 
     settings = {each.name: given.pop(each.name) for each in own if each.name in given}
     foreign = next((each.name for each in call.declared_settings() if each.name in given), None)
     if foreign is not None:
-        names = ", ".join(option(each.name) for each in own)
+        names = ", ".join(option(each.name, False if each.default is True else None) for each in own)
         raise RequestError(f"method {method} has no {option(foreign)}; its settings are {names}")
     return settings
 

@@ -13,6 +13,7 @@ from hsa.actions.keywords import Call, missing_sources
 from hsa.actions.run_options import RunOptions
 from hsa.actions.signatures import BASE_HELP, with_roles
 from hsa.errors import shown
+from hsa.methods.all_settings import all_settings
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named, methods
 from hsa.methods.settings import DEFAULT_METHOD, Declared, Group, declared
@@ -76,7 +77,8 @@ def complete(function: F) -> F:
 
 def given(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of declared options that the command line gives, as Python's keywords."""
-    negated = {each.name for each in declared(RunOptions) if each.default is True}
+    on_by_default = (each.name for each in (*declared(RunOptions), *all_settings().values()) if each.default is True)
+    negated = set(on_by_default)
     named = {name: value for name, value in values.items() if not _is_default(ctx, name)}
     return {name: not value if name in negated else value for name, value in named.items()}
 
@@ -109,11 +111,11 @@ def _is_default(ctx: typer.Context, name: str) -> bool:
 
 
 def option(
-    name: str, kind: Any, help: str, default: Any = None, *, group: Group = "common", **about: Any
+    name: str, kind: Any, help: str, default: Any = None, *, group: Group = "common", off: bool = False, **about: Any
 ) -> inspect.Parameter:
-    """An option of a command by its name in Python."""
+    """An option of a command by its name in Python; `off`: it is a flag that switches off."""
     panel = None if group == "common" else HEADINGS[group]
-    info: Any = typer.Option(command_line(name), help=help, rich_help_panel=panel, **about)
+    info: Any = typer.Option(command_line(name, False if off else None), help=help, rich_help_panel=panel, **about)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
@@ -176,6 +178,7 @@ def _option_of(each: Declared, prefix: str, **about: Any) -> inspect.Parameter:
         prefix + with_roles(each.about.help),
         default,
         group=each.about.group,
+        off=each.default is True,
         metavar=None if kind is bool else each.about.metavar or metavar,
         **about,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from hsa.cli import options, printing
 from hsa.cli.printing import size_text
 from hsa.errors import RequestError, one_line
 from hsa.findings import Findings
+from hsa.methods.all_settings import summary
 from hsa.methods.registry import method_named
 from hsa.methods.selection import count_heads
 from hsa.methods.settings import DEFAULT_METHOD
@@ -93,12 +95,9 @@ _COMPARED = {
 }
 
 
-def _parameters(parameters: object) -> list[str]:
-    names = ("k", "lambda", "alpha", "targets", "numerics")
-    recorded = parameters if isinstance(parameters, dict) else {}
+def _parameters(parameters: Mapping[str, Any]) -> list[str]:
     texts = {
-        name: "per tensor" if isinstance(recorded[name], dict) else str(recorded[name])[:40]
-        for name in names
-        if name in recorded
+        name: "per tensor" if isinstance(value, dict) else str(value)[:40]
+        for name, value in summary(parameters).items()
     }
     return [f"{name} {text}" for name, text in texts.items()]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from hsa.errors import HsaError, ProvenanceError, shown
 from hsa.inspection.report import Inspection, RecordedSelection, TensorInspection, in_order
+from hsa.methods.all_settings import summary
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.hsa_formula import keep_count, layer_coefficient, percentage_findings
 from hsa.methods.selection import TIE_RISK, select, selection_of
-from hsa.methods.settings import PerTensor
+from hsa.methods.settings import PerTensor, declared
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.system.fsio import Tally
 from hsa.system.manifest import PROVENANCE
@@ -140,10 +141,9 @@ def _record_differences(
 
 def parameters_of(record: Provenance, shown_config: HsaSettings) -> dict[str, object]:
     """The recorded parameters, those of the shown selection in their places."""
-    selection_parameters = {
-        key: value for key, value in shown_config.as_dict().items() if key in ("k", "lambda", "alpha")
-    }
-    return {**record.record.parameters, **selection_parameters}
+    structural = {each.key for each in declared(HsaSettings) if each.about.structural}
+    shown_values = {key: value for key, value in summary(shown_config.as_dict()).items() if key not in structural}
+    return {**record.record.parameters, **shown_values}
 
 
 def close_margins(tensors: Sequence[TensorInspection]) -> Iterator[str]:

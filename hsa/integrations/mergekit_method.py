@@ -14,7 +14,7 @@ from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
 from hsa.methods.hsa import ROLES, HsaSettings
-from hsa.option_names import as_keys, spelled
+from hsa.methods.settings import declared
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.outcome import TargetOutcome
 from hsa.planning.plan import make_target
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 METHOD = "hsa"
 PRETTY_NAME = "Headwise Selective Attention"
 
-DEFAULTS: dict[str, Any] = {"k": 0.6, "lambda": 0.5, "alpha": 0.2, "targets": "encoder-qkv"}
+DEFAULTS: dict[str, Any] = {each.key: each.default for each in declared(HsaSettings) if each.about.axis}
 """The method's own parameters."""
 
 M = TypeVar("M")
@@ -63,9 +63,7 @@ def assign(others: Sequence[tuple[M, object]]) -> dict[Role, M]:
 
 def config_of(parameters: Mapping[str, Any]) -> HsaSettings:
     """The parameters under mergekit's names, checked. Raises RequestError."""
-    values = {**DEFAULTS, **parameters}
-    with spelled(as_keys(DEFAULTS)):
-        return HsaSettings(k=values["k"], lam=values["lambda"], alpha=values["alpha"], targets=values["targets"])
+    return HsaSettings.from_dict({**DEFAULTS, **{key: parameters[key] for key in DEFAULTS if key in parameters}})
 
 
 class Merging:

@@ -112,6 +112,7 @@ class HsaSettings(Settings):
         "The exact formula, or the reference script's operations.",
         choices=("exact", "reference"),
         patchable=False,
+        summary=True,
         structural=True,
         group="numerics",
         metavar="exact|reference",

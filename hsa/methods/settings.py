@@ -50,6 +50,7 @@ class Setting:
         structural: the plan of a merge hangs on it (which tensors are merged, what is written), so that candidates
             which share a plan share it.
         axis: a sweep may take several values of it.
+        summary: the line that says how a merge was made names it, as it does every axis.
         search: the range that a search draws from; None for what is not searched.
         group: where help shows the option.
         metavar: what help calls the value.
@@ -66,6 +67,7 @@ class Setting:
     patchable: bool = True
     structural: bool = False
     axis: bool = False
+    summary: bool = False
     search: tuple[float, float] | None = None
     group: Group = "common"
     metavar: str | None = None

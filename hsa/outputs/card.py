@@ -8,6 +8,7 @@ from typing import Any
 
 from hsa.architectures.base import Architecture, ModelClass
 from hsa.errors import RequestError, is_text, shown
+from hsa.methods.all_settings import all_settings
 from hsa.methods.selection import count_heads
 from hsa.option_names import option
 from hsa.outputs.provenance import SETTINGS, Record, TargetRecord
@@ -183,9 +184,13 @@ the limits, biases and licence terms of base, primary and secondary."""
 
 
 def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
-    shown = {name: value for name, value in parameters.items() if name not in SETTINGS}
-    if shown["load_dtype"] is None:
-        del shown["load_dtype"]
+    """The table of settings; one that has a default and no value means nothing in this merge."""
+    defaulted = {each.key for each in all_settings().values() if each.default is not None}
+    shown = {
+        name: value
+        for name, value in parameters.items()
+        if name not in SETTINGS and not (value is None and name in defaulted)
+    }
     return [(name if name.isidentifier() else escape(name), _value(value)) for name, value in shown.items()]
 
 

@@ -18,6 +18,7 @@ from urllib.parse import quote
 from hsa.architectures.base import Architecture
 from hsa.architectures.registry import default
 from hsa.errors import DestinationError
+from hsa.methods.all_settings import summary
 from hsa.methods.selection import count_heads
 from hsa.outputs import card
 from hsa.outputs.provenance import Provenance
@@ -157,21 +158,23 @@ same as this page to programs."""
 
 
 def _table(rows: Sequence[Row], citations: Sequence[str]) -> str:
-    """The models of a group, with a column for every role that a source of one of them has."""
+    """The models of a group, with a column for every role and every number that one of them has."""
     records = [row.provenance.record for row in rows if row.provenance is not None]
     roles = tuple(dict.fromkeys(role for record in records for role in record.sources))
-    head = ("model", "role", *roles, "k", "lambda", "alpha", "heads merged", "adaptation context", "citation")
-    return card.table(head, [_cells(row, roles, citations) for row in rows])
+    numbers = [name for record in records for name, value in summary(record.parameters).items() if _is_number(value)]
+    names = tuple(dict.fromkeys(numbers))
+    head = ("model", "role", *roles, *names, "heads merged", "adaptation context", "citation")
+    return card.table(head, [_cells(row, roles, names, citations) for row in rows])
 
 
-def _cells(row: Row, roles: Sequence[Role], citations: Sequence[str]) -> tuple[str, ...]:
+def _cells(row: Row, roles: Sequence[Role], names: Sequence[str], citations: Sequence[str]) -> tuple[str, ...]:
     assert row.provenance is not None
     entry, record = row.entry, row.provenance.record
     return (
         f"[{card.escape(entry.name)}]({entry.path}/{README})",
         card.escape(entry.card.get("role", "")),
         *(_source(record.sources[role].identity) if role in record.sources else "" for role in roles),
-        *(_number(record.parameters[name]) for name in ("k", "lambda", "alpha")),
+        *(_number(record.parameters[name]) if name in record.parameters else "" for name in names),
         str(count_heads(record.targets)),
         card.escape(entry.card.get("adaptation_context", "")),
         str(1 + citations.index(entry.card.get("citation", card.PAPER))),
@@ -186,6 +189,11 @@ def _source(identity: Identity) -> str:
         return text
     place = f"/tree/{quote(revision, safe='')}" if revision else ""
     return f"[{text}](https://huggingface.co/{identity.id}{place})"
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a parameter is a number, or numbers per tensor."""
+    return isinstance(value, (int, float, dict)) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> str:

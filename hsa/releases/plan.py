@@ -24,7 +24,7 @@ from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.report import PlanReport
 from hsa.releases import index
 from hsa.releases.index import EntryState
-from hsa.releases.recipe import KEYS, Recipe, RecipeEntry, load
+from hsa.releases.recipe import Recipe, RecipeEntry, keys, load
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.repository import cache_directories, find_id
 from hsa.sources.roles import Role
@@ -141,7 +141,7 @@ def plan_release(recipe: PathLike, output: PathLike, **keywords: Any) -> Release
 
 def _plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
     check_tree(tree, _local_paths(request))
-    with spelled(as_keys(KEYS)):
+    with spelled(as_keys(keys())):
         dry_run_report = dry_run(request, occupied=True)  # whatever stands there, look at the rest
     destination = dry_run_report.output
     if not (destination / PROVENANCE).is_file():

@@ -5,8 +5,9 @@
     merges:
       - name: ...                     # the tree's directory <group>/<name>
         group: ...
-        base, primary, secondary: ... # directories, or hub ids
-        k, lambda, alpha, ...         # as on the command line of `hsa merge`, with underscores
+        base, primary, secondary: ... # directories, or hub ids; or models: [...], the first of which is the anchor
+        method: ...                   # hsa unless told
+        k, lambda, dtype, ...         # as on the command line of `hsa merge`, with underscores
         card: {role: ...}             # fields of the model card
 
 What a merge says wins over the defaults, card fields one by one; `null` takes a default back. A relative path counts
@@ -17,20 +18,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.request import Request
+from hsa.actions.keywords import Call, missing_sources, source_names
+from hsa.actions.request import Request, request_of
+from hsa.actions.run_options import OutputOptions
 from hsa.errors import RequestError, shown
-from hsa.methods.hsa import ROLES, HsaSettings
-from hsa.option_names import as_keys, spelled
+from hsa.methods.base import BASE
+from hsa.methods.registry import method_named
+from hsa.methods.settings import DEFAULT_METHOD, declared
+from hsa.option_names import LETTERS, as_keys, spelled
 from hsa.outputs.card import FIELDS
 from hsa.outputs.release_index import INDEX, README
 from hsa.sources.hub.repository import parse_id
-from hsa.sources.roles import Role
 from hsa.system.fsio import SourceFile, Tally
 from hsa.system.strict_yaml import Value, parse
 from hsa.system.types import PathLike
@@ -38,14 +43,8 @@ from hsa.system.types import PathLike
 MAX_BYTES = 256 << 10
 """The largest recipe: several hundred merges."""
 
-IDS = tuple(f"{role}_id" for role in ROLES)
-PARAMETERS = tuple(HsaSettings().as_dict())
-SETTINGS = ("assets_from", "max_shard_size")
-KEYS = (*ROLES, *PARAMETERS, *SETTINGS, *IDS, "card")
-"""What a merge of a recipe says in its file, where `hsa merge` has an option."""
-
-SHARED = ("group", *KEYS)
-"""What defaults may say."""
+MERGE_OF_A_RECIPE = Call("merge", options=frozenset(each.name for each in declared(OutputOptions)))
+"""What a merge says in a recipe: all but the output, and how the run goes."""
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
@@ -82,6 +81,16 @@ class Recipe:
     entries: tuple[RecipeEntry, ...]
 
 
+def keys() -> tuple[str, ...]:
+    """What a merge of a recipe says in its file, where `hsa merge` has an option."""
+    return tuple(LETTERS.get(name, name) for name in MERGE_OF_A_RECIPE.names() if name != "output")
+
+
+def shared_keys() -> tuple[str, ...]:
+    """What defaults may say."""
+    return ("group", *keys())
+
+
 def load(path: PathLike) -> Recipe:
     """Read and check a recipe; RequestError or SourceError says what is wrong in which line. Opens no source."""
     where = Path(path)
@@ -100,7 +109,7 @@ def loads(data: bytes, where: str, folder: Path) -> Recipe:
     document = _mapping(parse(data, where), where, "the recipe")
     _check_keys(document, ("title", "defaults", "merges"), where, "the recipe")
     defaults = _mapping(document["defaults"], where, "defaults") if "defaults" in document else {}
-    _check_keys(defaults, SHARED, where, "defaults")
+    _check_keys(defaults, shared_keys(), where, "defaults")
     merges = document.get("merges")
     if merges is None or not isinstance(merges.content, tuple) or not merges.content:
         raise RequestError(f"{where}: merges must be a list with at least one merge")
@@ -113,33 +122,58 @@ def loads(data: bytes, where: str, folder: Path) -> Recipe:
 def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path) -> RecipeEntry:
     own = _mapping(value, where, "a merge")
     label = f"merge {_shown(own['name'])}" if "name" in own else "the merge"
-    _check_keys(own, ("name", *SHARED), where, label)
-    values = {key: each for key, each in {**defaults, **own}.items() if key != "card" and each.content is not None}
+    _check_keys(own, ("name", *shared_keys()), where, label)
+    values = _values(defaults, own)
     names = {}
     for key in ("name", "group"):
         if key not in values:
             raise RequestError(f"{where}:{value.line}: {label} has no {key}")
         names[key] = _component(values[key], where, key)
-    sources: dict[Role, PathLike] = {}
-    for role in ROLES:
-        if role not in values:
-            raise RequestError(f"{where}:{value.line}: {label} has no {role}; name a directory or a hub id")
-        sources[role] = _source(values[role], where, f"{role} of {label}", folder)
+    with _placed(values, value.line, where, label):
+        contract = method_named(values["method"].plain() if "method" in values else DEFAULT_METHOD).contract
+    for key in missing_sources(contract, values):
+        raise RequestError(f"{where}:{value.line}: {label} has no {key}; name a directory or a hub id")
+    keywords = _keywords(values, where, label, folder)
     card_fields = {"release_group": names["group"], **_card(defaults, own, where)}
-    fields = {name: card_fields[name] for name in FIELDS if name in card_fields}  # in the order that provenance keeps
-    settings = {key: values[key].plain() for key in SETTINGS if key in values}
-    renamed = {"lambda": "lam"}
-    parameters = {renamed.get(key, key): values[key].plain() for key in PARAMETERS if key in values}
-    ids = {role: values[f"{role}_id"].plain() for role in ROLES if f"{role}_id" in values}
-    output = Path(names["group"], names["name"])
+    keywords["card"] = {name: card_fields[name] for name in FIELDS if name in card_fields}  # as provenance keeps them
+    with _placed(values, value.line, where, label):
+        task = request_of(MERGE_OF_A_RECIPE, (), {**keywords, "output": Path(names["group"], names["name"])})
+    return RecipeEntry(names["group"], names["name"], value.line, task)
+
+
+def _values(defaults: Mapping[str, Value], own: Mapping[str, Value]) -> dict[str, Value]:
+    """What holds for a merge, but for its card. Models by name and models in their order take each other's place."""
+    named = {name for name in source_names() if name != BASE}
+    replaced = named if "models" in own else {"models"} if named & own.keys() else set()
+    kept = {key: each for key, each in defaults.items() if key not in replaced}
+    return {key: each for key, each in {**kept, **own}.items() if key != "card" and each.content is not None}
+
+
+def _keywords(values: Mapping[str, Value], where: str, label: str, folder: Path) -> dict[str, Any]:
+    """The arguments of the merge, as `hsa.merge` takes them."""
+    names = {LETTERS.get(name, name): name for name in MERGE_OF_A_RECIPE.names()}
+    keywords = {names[key]: each.plain() for key, each in values.items() if key in names}
+    for role in source_names():
+        if role in values:
+            keywords[role] = _source(values[role], where, f"{role} of {label}", folder)
+    models = values["models"].content if "models" in values else None
+    if isinstance(models, tuple):
+        keywords["models"] = [
+            _source(each, where, f"model {number} of {label}", folder) for number, each in enumerate(models, 1)
+        ]
+    return keywords
+
+
+@contextmanager
+def _placed(values: Mapping[str, Value], line: int, where: str, label: str) -> Iterator[None]:
+    """Say in which line what a request refuses stands, and name arguments as the recipe's keys."""
     try:
-        with spelled(as_keys(KEYS)):
-            task = Request(sources, output, HsaSettings(**parameters), ids=ids, card=fields, **settings)
+        with spelled(as_keys(keys())):
+            yield
     except RequestError as error:
         parameter = str(error).partition(" ")[0]  # the message begins with the parameter that it is about
-        line = values[parameter].line if parameter in values else value.line
+        line = values[parameter].line if parameter in values else line
         raise RequestError(f"{where}:{line}: {label}: {error}") from error
-    return RecipeEntry(names["group"], names["name"], value.line, task)
 
 
 def _card(defaults: Mapping[str, Value], own: Mapping[str, Value], where: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ from hsa.outputs.report import MergeReport
 from hsa.releases import index
 from hsa.releases.index import EntryState, Row
 from hsa.releases.plan import MAX_NAMED, PlannedEntry, ReleasePlan, plan_release, state_of
-from hsa.releases.recipe import KEYS
+from hsa.releases.recipe import keys
 from hsa.sources.hub.repository import find_id
 from hsa.system.manifest import PROVENANCE
 from hsa.system.threads import out_of_memory
@@ -187,7 +187,7 @@ def _build_or_verify(planned: PlannedEntry, progress: Progress | None, *, overwr
             state = "other" if other_sources else "damaged"
             if not overwrite:
                 raise RequestError(f"{_describe_problems(state, verified_report)}; {_overwrite_hint()}")
-        with spelled(as_keys(KEYS)):
+        with spelled(as_keys(keys())):
             merge_report = run_merge(replace(planned.request, overwrite=planned.state != "missing"), step)
     except (HsaError, OSError, MemoryError) as error:
         reason = out_of_memory() if isinstance(error, MemoryError) else str(error)

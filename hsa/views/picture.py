@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsa.errors import RequestError, one_line
 from hsa.inspection.inspect import Inspection, TensorInspection
+from hsa.methods.all_settings import summary
 from hsa.methods.selection import count_heads
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def check_installed() -> None:
 
 
 def _title(inspection: Inspection, page: str, tensors: Sequence[TensorInspection]) -> str:
-    parameters = {name: inspection.parameters.get(name) for name in ("k", "lambda", "alpha")}
-    settings = ", ".join(f"{name} {'per tensor' if isinstance(v, dict) else v}" for name, v in parameters.items())
+    numbers = {name: value for name, value in summary(inspection.parameters).items() if not isinstance(value, str)}
+    settings = ", ".join(f"{name} {'per tensor' if isinstance(v, dict) else v}" for name, v in numbers.items())
     title = one_line(inspection.title)
     return f"{title[:80]}\n{page.replace('-', ', ')}: {count_heads(tensors)} heads are merged and framed ({settings})"
 

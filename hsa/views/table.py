@@ -16,6 +16,7 @@ from hsa.errors import one_line
 from hsa.inspection.diff import Comparison, HeadsDiff
 from hsa.inspection.distance import Distance
 from hsa.inspection.inspect import Inspection, TensorInspection
+from hsa.methods.all_settings import summary
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +106,7 @@ def _inspection(console: Console, view: Inspection, *, wide: bool) -> None:
     _print_line(
         console, f"{view.title}: {view.selected_heads} of {view.total_heads} heads in {len(view.tensors)} tensors"
     )
-    main_parameters = {name: view.parameters.get(name) for name in ("k", "lambda", "alpha", "targets", "numerics")}
+    main_parameters = summary(view.parameters)
     _print_line(console, "how: " + ", ".join(f"{name} {_parameter(value)}" for name, value in main_parameters.items()))
     others = {
         name: value

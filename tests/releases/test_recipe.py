@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hsa.errors import HsaError, RequestError
 from hsa.methods.hsa import HsaSettings
 from hsa.outputs.card import FIELDS
-from hsa.releases.recipe import IDS, MAX_BYTES, PARAMETERS, SETTINGS, Recipe, load, loads
+from hsa.releases.recipe import MAX_BYTES, Recipe, keys, load, loads
 
 FOLDER = Path("/nowhere")
 MERGE = "- {name: a, group: g, base: ./b, primary: ./p, secondary: ./s"
@@ -87,6 +87,24 @@ merges:
 def test_parameters_per_tensor() -> None:
     found = read(merges("lambda: {layer.a: 0.1, layer.b: 1}"))
     assert found.entries[0].task.settings.lam == {"layer.a": 0.1, "layer.b": 1}
+
+
+def test_models_in_their_order_are_those_by_name() -> None:
+    named = read("merges:\n- {name: a, group: g, base: ./b, primary: org/one, secondary: ./two, primary_id: a/b}\n")
+    in_order = read(
+        "defaults: {base: ./b, primary: ./other, secondary: ./two, method: hsa}\n"
+        "merges:\n- {name: a, group: g, models: [org/one, ./two], model_ids: [a/b, null]}\n"
+    )
+    assert in_order.entries[0].task.sources == named.entries[0].task.sources
+    assert in_order.entries[0].task.ids == {"primary": "a/b", "secondary": None}
+    for text, message in (
+        ("models: [./m]", r"r\.yaml:2: merge 'a': method hsa merges 2 models, got 1"),
+        ("models: ./m", r"r\.yaml:2: merge 'a': models must be a list of values"),
+        ("method: none, models: [./m, ./n]", r"r\.yaml:2: merge 'a': method must be one of .*, got 'none'"),
+        ("models: [./m, 3]", r"r\.yaml:2: model 2 of merge 'a' must be a text"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            read(f"merges:\n- {{name: a, group: g, base: ./b, {text}}}\n")
 
 
 def test_paths_count_from_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +310,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
 
 # --- what is written comes back ---------------------------------------------------------------------------------------
 
+IDS = ("base_id", "primary_id", "secondary_id")
 NAMES = st.from_regex(r"[A-Za-z0-9_][a-z0-9_]{0,8}", fullmatch=True)
 IDENTIFIERS = st.builds("{}/{}".format, NAMES, NAMES)
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
@@ -317,7 +336,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 
 def test_every_key_has_values_here() -> None:
-    assert set(VALUES) == {*PARAMETERS, *SETTINGS, *IDS, "card"}
+    assert {*VALUES, "base", "primary", "secondary", "method", "models", "model_ids"} == {*keys()}
 
 
 @settings(max_examples=40)
@@ -347,7 +366,10 @@ def test_round_trip(written: list[dict[str, Any]], defaults: dict[str, Any]) -> 
         assert entry.task.ids == {name.removesuffix("_id"): wanted[name] for name in IDS if name in wanted}
         assert entry.task.shard_bytes == wanted.get("max_shard_size")
         assert entry.task.assets_from == wanted.get("assets_from", "primary")
-        parameters = {**HsaSettings().as_dict(), **{key: wanted[key] for key in PARAMETERS if key in wanted}}
+        parameters = {
+            **HsaSettings().as_dict(),
+            **{key: wanted[key] for key in HsaSettings().as_dict() if key in wanted},
+        }
         expected = HsaSettings.from_dict(parameters)
         assert entry.task.settings == expected
         assert entry.task.settings.as_dict() == expected.as_dict()

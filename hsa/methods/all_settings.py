@@ -1,0 +1,29 @@
+"""The settings of all methods together: for options and keys that stand beside each other, and for records of any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hsa.methods.registry import method_named, methods
+from hsa.methods.settings import DEFAULT_METHOD, Declared, declared
+
+
+def all_settings() -> Mapping[str, Declared]:
+    """The settings of every method by their names in Python; where methods share a name, the default method's."""
+    by_name: dict[str, Declared] = {}
+    for method in (method_named(DEFAULT_METHOD), *methods().values()):
+        for each in declared(method.Settings):
+            by_name.setdefault(each.name, each)
+    return by_name
+
+
+def summary(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a record's parameters those that say in one line how the merge was made.
+
+    Example:
+        >>> summary({"k": 0.6, "targets": "encoder-qkv", "backend": "cpu"})
+        {'k': 0.6, 'targets': 'encoder-qkv'}
+    """
+    named = [each.key for each in all_settings().values() if each.about.axis or each.about.summary]
+    return {key: parameters[key] for key in named if key in parameters}

@@ -1,0 +1,123 @@
+"""Options that are made from declarations: of sources, of the settings of methods, and of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import snapshot
+
+from hsa.cli import app
+from hsa.methods import all_settings, registry
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.settings import Settings, declared, setting
+from hsa.option_names import command_line
+
+Triple = dict[str, Path]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert app.run(arguments) == 2
+    return capsys.readouterr().err.removeprefix("hsa: error: ").strip()
+
+
+def options_of(command: str) -> dict[str, Any]:
+    return {parameter.name: parameter for parameter in app.program().commands[command].params}
+
+
+def test_every_setting_is_an_option_with_its_default_and_its_help() -> None:
+    options = options_of("merge")
+    for each in declared(HsaSettings):
+        found = options[each.name]
+        assert (found.opts, found.default, found.help) == ([command_line(each.name)], each.default, each.about.help)
+
+
+@pytest.mark.parametrize("command", ["merge", "sweep"])
+def test_models_in_their_order_merge_as_those_by_name_do(command: str, shared_triple: Triple, tmp_path: Path) -> None:
+    by_name = [f"--{role}={path}" for role, path in shared_triple.items()]
+    base, *models = shared_triple.values()
+    in_order = ["--method=hsa", f"--base={base}", *(f"--model={path}" for path in models)]
+    for place, sources, ids in (
+        ("one", by_name, ["--primary-id=a/b", "--secondary-id=c/d"]),
+        ("two", in_order, ["--model-id=a/b", "--model-id=c/d"]),
+    ):
+        assert app.run([command, *sources, *ids, f"--output={tmp_path / place}", "--no-sync"]) == 0
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two") != {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--base=b --primary=p --secondary=s --model=m",
+            "--model and --primary both say what is merged; give the models by --model alone, or by their names",
+        ),
+        ("--base=b --model=m", "method hsa merges 2 models, got 1"),
+        ("--base=b --model=m --model=n --model-id=a/b", "--model-id must be as many as models, got 1 for 2 models"),
+        ("--base=b --model=m --model=n --method=none", "--method must be one of hsa"),
+        ("--model=m --model=n", "Missing option '--base'. See: hsa merge --help"),
+    ],
+)
+def test_sources_that_do_not_fit_are_refused(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, "merge", f"--output={tmp_path / 'out'}", *arguments.split())
+    assert not (tmp_path / "out").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanSettings(Settings):
+    """Settings of a method that the tests add."""
+
+    share: float = setting(0.5, "Share of the first model.", low=0.0, high=1.0, axis=True)
+    normalise: bool = setting(True, "Leave weights as they are.", python="Scale weights to a sum of one.")
+
+
+@pytest.fixture
+def mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second method, which has other settings."""
+    first = registry.method_named("hsa")
+    second = dataclasses.replace(first, name="mean", Settings=MeanSettings)
+    known = {"hsa": first, "mean": second}
+    monkeypatch.setattr(registry, "_METHODS", known)
+    assert set(all_settings.all_settings()) >= {"k", "share", "normalise"}
+
+
+def test_options_of_every_method_are_offered_and_say_whose_they_are(
+    mean: Callable[[], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert app.run(["merge", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--k NUMBER hsa: Share of heads merged" in text
+    assert "--share NUMBER mean: Share of the first model. [default: 0.5]" in text
+    assert "--no-normalise mean: Leave weights as they are." in text
+    assert "--dtype DTYPE Output: auto" in text
+
+
+def test_an_option_that_the_method_lacks_is_refused(
+    mean: Callable[[], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = ["--base=b", "--primary=p", "--secondary=s", f"--output={tmp_path / 'out'}"]
+    assert refused(capsys, "merge", *sources, "--share=0.5").startswith(
+        "method hsa has no --share; its settings are --k"
+    )
+    line = refused(capsys, "merge", *sources, "--method=mean", "--k=0.5")
+    assert line == "method mean has no --k; its settings are --share, --no-normalise, --dtype"
+    assert refused(capsys, "merge", *sources, "--method=mean", "--share=2").startswith("--share must be in [0, 1]")
+
+
+def test_a_flag_switches_off_what_is_on_by_default(
+    mean: Callable[[], None], shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("hsa.actions.request.Request.of", lambda **keywords: seen.append(keywords) or 1 / 0)
+    for more in ([], ["--no-normalise", "--no-hash"]):
+        sources = [f"--{role}={path}" for role, path in shared_triple.items()]
+        with pytest.raises(ZeroDivisionError):
+            app.run(["merge", *sources, "--method=mean", f"--output={tmp_path / 'out'}", *more])
+    assert [each.get("normalise") for each in seen] == [None, False]
+    assert [each.get("digest") for each in seen] == [None, False]
