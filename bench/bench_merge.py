@@ -99,8 +99,8 @@ def read_targets(triple: Path, gate: Gate) -> None:
     for role in ("base", "secondary"):
         files = gate.sources[ROLES.index(role)].files
         descriptors = {path: os.open(path, os.O_RDONLY) for path in set(files.values())}
-        for name, target in gate.targets.items():
-            ref = getattr(target, role)
+        for name, task in gate.targets.items():
+            ref = task.sources[role]
             os.pread(descriptors[files[name]], ref.nbytes, ref.offset)
         for descriptor in descriptors.values():
             os.close(descriptor)

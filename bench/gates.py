@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from hsa.actions.merge import Request, dry_run
 from hsa.methods.hsa import HsaSettings
-from hsa.planning.target import Target
+from hsa.methods.tensors import TensorTask
 from hsa.reference import MergedTensor, merge_tensor
 
 ROLES = ("base", "primary", "secondary")
@@ -50,10 +50,10 @@ class Gate:
                 settings=HsaSettings(k=K, lam=LAM, alpha=ALPHA),
             )
         )
-        self.targets: dict[str, Target] = {target.primary.name: target for target in plan.targets}
+        self.targets: dict[str, TensorTask] = {task.stored.name: task for task in plan.targets}
         names = list(self.sources[1].files)
         self.names = names if every else _few(names, list(self.targets))
-        self.layers = 1 + max(target.projection.layer for target in plan.targets)
+        self.layers = 1 + max(task.place.layer for task in plan.targets if task.place is not None)
 
     def hsa(self, out: Path) -> None:
         """The exact result: the oracle's bits in targets, primary's bits elsewhere."""
@@ -90,7 +90,7 @@ class Gate:
             for name in self.names:
                 if name in self.targets:
                     merged = self._merged(name, [source[name] for source in self.sources])
-                    whole = merged.value.view(self.targets[name].heads, -1)
+                    whole = merged.value.view(self.targets[name].partition.groups, -1)
                     rows = file.get_tensor(name)
                     expected = whole[list(merged.selected)].reshape(rows.shape)
                     if not torch.equal(_bits(expected), _bits(rows)):
@@ -107,10 +107,10 @@ class Gate:
         return self._merged(name, values).value
 
     def _merged(self, name: str, values: Sequence[torch.Tensor]) -> MergedTensor:
-        target = self.targets[name]
-        return merge_tensor(
-            *values, k=K, lam=LAM, alpha=ALPHA, layer=target.projection.layer, layers=self.layers, heads=target.heads
-        )  # fmt: skip
+        task = self.targets[name]
+        assert task.place is not None
+        layer, heads = task.place.layer, task.partition.groups
+        return merge_tensor(*values, k=K, lam=LAM, alpha=ALPHA, layer=layer, layers=self.layers, heads=heads)
 
 
 def _few(names: Sequence[str], targets: Sequence[str]) -> list[str]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 # A checkout that is not installed has hsa beside this folder, and hsa.kernels in the folder kernels/.
@@ -29,13 +28,15 @@ from kernel_shapes import F32, TRAFFIC, Mix, Shape
 
 import hsa
 from hsa import reference
+from hsa.architectures.base import Partition
 from hsa.architectures.whisper import WHISPER
-from hsa.backends.base import TargetBuffers
+from hsa.backends.base import Merged, TaskBuffers
 from hsa.backends.cpu import CpuBackend
 from hsa.backends.resident import CODE_OF, CpuResident, bytes_of
-from hsa.methods.hsa import ROLES
-from hsa.planning.outcome import MergedTarget
-from hsa.planning.target import Target
+from hsa.methods.hsa import ROLES, TARGET, HsaSettings
+from hsa.methods.registry import method_named
+from hsa.methods.tensors import TensorTask
+from hsa.planning.tasks import Targets
 from hsa.sources.tensor_places import TensorRef
 
 if importlib.util.find_spec("hsa.kernels") is None:
@@ -49,6 +50,8 @@ vectors, their magnitudes and the sum."""
 
 MOST_TEMPORARIES = 2 << 30
 """Bytes that a case may take for temporaries on a CPU."""
+
+SETTINGS = HsaSettings(k=K, lam=LAM, alpha=ALPHA)
 
 
 CASES = {
@@ -137,7 +140,7 @@ def chosen_heads(returned: object) -> list[tuple[int, ...]] | None:
     if isinstance(returned, Tensor):
         return [tuple(row.nonzero().flatten().tolist()) for row in returned.cpu()]
     if isinstance(returned, list):
-        return [merged.selection.selected for merged in returned]
+        return [merged.decision.selected for merged in returned]
     return None
 
 
@@ -301,7 +304,7 @@ class CpuProblem(Problem):
 
     def __init__(self, shape: Shape, mix: Mix, sets: int, threads: int) -> None:
         super().__init__(shape, mix, "cpu", sets)
-        self._targets = [self._target(g) for g in range(shape.count)]
+        self._tasks = tuple(self._task(g) for g in range(shape.count))
         self._jobs = [[self._job(of, g) for g in range(shape.count)] for of in self.sets]
         self._residents = [self._resident(jobs, threads) for jobs in self._jobs]
         self._own = threading.local()
@@ -314,35 +317,42 @@ class CpuProblem(Problem):
         merge, apply = CASES["cpu"][:2]
         return [Case(merge, self._merge, exact=True), Case(apply, self._apply, exact=True, to_out=True)]
 
-    def _target(self, g: int) -> Target:
+    def _task(self, g: int) -> TensorTask:
         shape, mix = self.shape, self.mix
         name = f"encoder.layers.{g // 3}.self_attn.{'qkv'[g % 3]}_proj.weight"
-        projection, size = WHISPER.place(name), (shape.width, shape.width)
-        assert projection is not None
-        dtypes = (mix.base, mix.primary, mix.secondary)
+        size, dtypes = (shape.width, shape.width), (mix.base, mix.primary, mix.secondary)
         refs = [TensorRef(name, CODE_OF[d], size, 0, 0, math.prod(size) * d.itemsize) for d in dtypes]
-        c = shape.coefficients[g]
-        c1, c2 = float(np.float32(c)), float(np.float32(1.0 - c))
-        return Target(projection, size, shape.heads, K, self.keep, c, c1, c2, 1.0, *refs, out_code=CODE_OF[mix.out])
+        return TensorTask(
+            name=name,
+            place=WHISPER.place(name),
+            layers=shape.layers,
+            shape=size,
+            partition=Partition(0, shape.heads),
+            sources=dict(zip(ROLES, refs, strict=True)),
+            anchor="primary",
+            out_code=CODE_OF[mix.out],
+            output_name=name,
+            passes=TARGET.passes,
+        )
 
-    def _job(self, of: Sources, g: int) -> TargetBuffers:
-        base, primary, secondary = (bytes_of(role[g]) for role in (of.base, of.primary, of.secondary))
-        return TargetBuffers(self._targets[g], base, primary, secondary, out=primary)
+    def _job(self, of: Sources, g: int) -> TaskBuffers:
+        sources = {role: bytes_of(getattr(of, role)[g]) for role in ROLES}
+        return TaskBuffers(self._tasks[g], sources, out=sources["primary"])
 
-    def _resident(self, jobs: list[TargetBuffers], threads: int) -> CpuResident:
-        data = {role: {job.target.projection.name: job.source(role) for job in jobs} for role in ROLES}
-        resident = CpuResident(data, threads)
-        resident.score(self._targets)
+    def _resident(self, jobs: list[TaskBuffers], threads: int) -> CpuResident:
+        data = {role: {job.task.name: job.sources[role] for job in jobs} for role in ROLES}
+        resident = CpuResident(Targets(method_named(SETTINGS.method), SETTINGS, self._tasks), data, threads)
+        resident.measure()
         return resident
 
-    def _merge(self, i: int) -> list[MergedTarget]:
+    def _merge(self, i: int) -> list[Merged]:
         """Target by target, each thread with a worker of its own, as the pipeline does."""
         return list(self._pool.map(lambda job: self._own.worker.merge_all([job])[0], self._jobs[i]))
 
     def _apply(self, i: int) -> None:
-        self._residents[i].write(self._targets, list(self.sets[i].out))
+        self._residents[i].write(SETTINGS, list(self.sets[i].out))
 
 
 def _begin(own: threading.local) -> None:
     """Give a thread its worker."""
-    own.worker = CpuBackend().worker()
+    own.worker = CpuBackend().worker(method_named(SETTINGS.method), SETTINGS)

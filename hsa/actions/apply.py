@@ -11,11 +11,13 @@ from typing import Any
 
 from hsa.actions.keywords import APPLY, run_options
 from hsa.actions.signatures import declared_keywords
+from hsa.architectures.base import Partition
 from hsa.arguments import check_functions, check_paths, check_values
-from hsa.engine.patch_apply import PatchApplier
+from hsa.engine.patch_apply import PatchApplier, PatchRows
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import PatchError, RequestError, SourceError, shown
 from hsa.methods.selection import count_heads
+from hsa.methods.tensors import TensorTask
 from hsa.option_names import option
 from hsa.outputs import patch_format
 from hsa.outputs.card import unlinked
@@ -28,8 +30,8 @@ from hsa.outputs.provenance import Record, changed_keys
 from hsa.outputs.record_checks import config_of_record
 from hsa.outputs.recording import source_record, tensors_digest
 from hsa.outputs.report import NO_DIGESTS, MergeReport, TensorReport
-from hsa.planning.file_layout import Content, Copied, Patched, TensorContent, pack
-from hsa.planning.plan import MAX_TARGET
+from hsa.planning.file_layout import Content, Copy, TensorContent, pack, pieces_of
+from hsa.planning.tasks import MAX_TARGET
 from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_whole
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
@@ -37,6 +39,7 @@ from hsa.sources.roles import ANCHOR
 from hsa.sources.small_file_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
 from hsa.sources.small_files import PROCESSOR_FILES
 from hsa.sources.structure import require_whole
+from hsa.sources.tensor_places import TensorRef
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
 from hsa.system.digests import digest_of
@@ -160,11 +163,11 @@ def apply_to(
     patch.record.check_fits([*small_files, INDEX, CARD, *(file.name for file in files)])
     total = sum(file.size for file in files)
     step = None if progress is None else lambda done: progress(done, total)
-    applier = PatchApplier(primary, patch.source)
+    applier = PatchApplier(primary, patch.source, _rows(patch))
     with ExitStack() as stack:
         with deferred():
             staging = stack.enter_context(StagedOutput(destination, overwrite=overwrite, sync=options.sync))
-        digests = execute(files, {ANCHOR: primary}, applier, staging, options, tally, memory, step)
+        digests = execute(files, {primary.role: primary}, primary, applier, staging, options, tally, memory, step)
         patch.check_tensors(applier.digests)
         primary.check_unchanged()
         patch.source.check_unchanged()
@@ -179,18 +182,38 @@ def apply_to(
 
 def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
     """Every tensor of primary by canonical name, in the order of its files: copied, or with rows of the patch."""
-    targets = {
-        target.projection.name: (target, heads)
-        for target, heads in zip(patch.contents.targets, patch.selected, strict=True)
-    }
+    targets = {target.projection.name: target for target in patch.contents.targets}
     contents: dict[str, TensorContent] = {}
     for name, ref in sorted(primary.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
-        piece: Content = Copied(ANCHOR, ref)
+        pieces: tuple[Content, ...] = (Copy(primary.role, ref),)
         if name in targets:
-            target, heads = targets[name]
-            piece = Patched(ref, target.projection.head_axis, target.head_dim, heads, patch.start(target.name))
-        contents[name] = TensorContent(ref.name, ref.code, ref.shape, (piece,))
+            pieces = pieces_of(_task(targets[name], primary.role, ref))
+        contents[name] = TensorContent(ref.name, ref.code, ref.shape, pieces)
     return contents
+
+
+def _task(target: PatchTarget, role: str, ref: TensorRef) -> TensorTask:
+    """A tensor that gets rows of a patch."""
+    return TensorTask(
+        name=target.projection.name,
+        place=target.projection,
+        layers=0,
+        shape=ref.shape,
+        partition=Partition(target.projection.head_axis, target.heads),
+        sources={role: ref},
+        anchor=role,
+        out_code=ref.code,
+        output_name=ref.name,
+        passes=1,
+    )
+
+
+def _rows(patch: Patch) -> dict[str, PatchRows]:
+    """Where a patch holds the rows of each target, by canonical name."""
+    return {
+        target.projection.name: PatchRows(heads, patch.start(target.name))
+        for target, heads in zip(patch.contents.targets, patch.selected, strict=True)
+    }
 
 
 def check_primary(patch: Patch, primary: Checkpoint) -> None:

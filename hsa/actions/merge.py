@@ -26,7 +26,7 @@ from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import header_findings, parameter_findings, raise_if_strict, source_findings
 from hsa.outputs.metadata_files import CARD, write_metadata_files
 from hsa.outputs.report import MergeReport, PlanReport, TensorReport
-from hsa.planning.plan import MergePlan, make_plan
+from hsa.planning.plan import Plan, make_plan
 from hsa.sources import small_files
 from hsa.sources.checkpoint import INDEX
 from hsa.sources.hub.client import Hub
@@ -82,7 +82,7 @@ def run_merge(request: Request, progress: Progress | None = None) -> MergeReport
         prepared = _prepare(request, tally, hub, stack)
         assets = collect_small_files(request, prepared.sources, prepared.plan, tally)
         early = _findings_before_reading(request, prepared, assets, hub)
-        raise_if_strict(early + parameter_findings(prepared.plan.targets), strict=request.strict)
+        raise_if_strict(early + parameter_findings(prepared.plan.targets, request.settings), strict=request.strict)
         with deferred():  # a directory that was made must be known to the stack that removes it
             staging = stack.enter_context(
                 StagedOutput(prepared.destination, overwrite=request.overwrite, sync=request.sync)
@@ -91,9 +91,17 @@ def run_merge(request: Request, progress: Progress | None = None) -> MergeReport
         total = prepared.plan.bytes_to_write
         step = None if progress is None else lambda done: progress(done, total)
         try:
-            calculator = Calculator(prepared.sources, prepared.backend, request.settings.numerics)
+            calculator = Calculator(prepared.sources, prepared.backend, request.settings)
             digests = execute(
-                prepared.plan.files, prepared.sources.by_role, calculator, staging, options, tally, memory, step
+                prepared.plan.files,
+                prepared.sources.by_role,
+                prepared.sources.anchor_checkpoint,
+                calculator,
+                staging,
+                options,
+                tally,
+                memory,
+                step,
             )
         except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
             prepared.sources.check_unchanged()
@@ -150,7 +158,9 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
         needed = plan.bytes_to_write + sum(map(len, assets.files.values()))
         folder = next(parent for parent in prepared.destination.parents if parent.exists())
         free = fsio.free_bytes(folder)
-        findings = _findings_before_reading(request, prepared, assets, hub) + parameter_findings(plan.targets)
+        findings = _findings_before_reading(request, prepared, assets, hub) + parameter_findings(
+            plan.targets, request.settings
+        )
         raise_if_strict(findings, strict=request.strict)
         short = [f"{needed} bytes are to be written and {free} are free in {folder}"] if free < needed else []
         return PlanReport(
@@ -159,6 +169,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
             backend=prepared.backend.name,
             device=prepared.backend.device,
             parameters=request.settings.as_dict(),
+            settings=request.settings,
             targets=plan.targets,
             files={file.name: file.size for file in plan.files},
             bytes_to_read=tally.read + sum(plan.weight_bytes_read.values()),
@@ -172,7 +183,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
         )
 
 
-def collect_small_files(request: Request, sources: Sources, plan: MergePlan, tally: fsio.Tally) -> small_files.Assets:
+def collect_small_files(request: Request, sources: Sources, plan: Plan, tally: fsio.Tally) -> small_files.Assets:
     """The small files of the output, but for index, card and provenance."""
     owner = BASE if request.settings.numerics == "reference" else sources.anchor
     return small_files.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
@@ -193,7 +204,7 @@ def _findings_before_reading(
 @dataclass(frozen=True)
 class _PreparedMerge:
     sources: Sources
-    plan: MergePlan
+    plan: Plan
     backend: Backend
     destination: Path
     earlier_merges: EarlierMerges

@@ -19,6 +19,8 @@ from hsa.errors import DestinationError, RequestError
 from hsa.findings import Findings
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.hsa_formula import percentage_findings
+from hsa.methods.registry import method_named
+from hsa.methods.settings import Settings
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.extent import Extent
@@ -26,7 +28,8 @@ from hsa.outputs.merge_warnings import header_findings, parameter_findings, rais
 from hsa.outputs.patch_reader import SUFFIX, is_patch
 from hsa.outputs.provenance import Record
 from hsa.outputs.report import MergeReport, TensorReport, outcome_findings
-from hsa.planning.plan import check_structure, find_targets
+from hsa.planning.plan import check_structure
+from hsa.planning.tasks import Targets, find_targets
 from hsa.sources import small_files
 from hsa.sources.hub.client import Hub
 from hsa.sources.roles import BASE
@@ -73,9 +76,9 @@ def run_patch(request: Request, progress: Progress | None = None) -> MergeReport
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         patch_sources = open_patch_sources([request.settings], request, tally, hub, stack)
-        sources = patch_sources.sources
+        sources, targets = patch_sources.sources, patch_sources.targets(request.settings)
         early = Findings((*hub.notes, *patch_sources.findings.notes), patch_sources.findings.warnings)
-        raise_if_strict(early + parameter_findings(find_targets(request.settings, sources)), strict=request.strict)
+        raise_if_strict(early + parameter_findings(targets.tasks, request.settings), strict=request.strict)
         destination = check_patch_destination(
             request.output, [source.path for source in sources], overwrite=request.overwrite
         )
@@ -83,7 +86,7 @@ def run_patch(request: Request, progress: Progress | None = None) -> MergeReport
             staging = stack.enter_context(
                 StagingDirectory(hidden_sibling(destination, STAGING), destination, sync=request.sync)
             )
-        point = PatchSpec(request.settings, destination.name)
+        point = PatchSpec(targets, destination.name)
         threads = request.threads or default_threads()
         (patch,) = write_patches(
             [point], sources, patch_sources.settings, patch_sources.files, staging, threads, tally, memory, progress
@@ -117,8 +120,12 @@ def run_patch(request: Request, progress: Progress | None = None) -> MergeReport
 
 def record_of(patch: FinishedPatch) -> Record:
     """The record that the merge of a finished patch has."""
-    selections = [outcome.merged.selection for outcome in patch.outcomes]
+    selections = [outcome.decision.selection for outcome in patch.outcomes]
     return patch.contents.record([s.selected for s in selections], [s.squared for s in selections])
+
+
+Structure = tuple[Any, ...]
+"""What of settings a plan hangs on; see `Settings.structure`."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,8 @@ class PatchSources:
     """Sources open for patches.
 
     `settings` are what a provenance says beside a merge's parameters, `small` the small files that a merge writes by
-    name, `findings` the notes and warnings of all this, `earlier_merges` those that the sources are outputs of.
+    name, `findings` the notes and warnings of all this, `earlier_merges` those that the sources are outputs of,
+    `plans` the targets by the structure of settings.
     """
 
     sources: Sources
@@ -134,6 +142,14 @@ class PatchSources:
     small: Mapping[str, bytes]
     findings: Findings
     earlier_merges: EarlierMerges
+    plans: dict[Structure, Targets]
+
+    def targets(self, settings: Settings) -> Targets:
+        """The targets under settings; they are planned once for each structure of settings."""
+        structure = settings.structure()
+        if structure not in self.plans:
+            self.plans[structure] = find_targets(method_named(settings.method), settings, self.sources)
+        return self.plans[structure].with_settings(settings)
 
     @property
     def files(self) -> dict[str, str]:
@@ -161,23 +177,35 @@ def open_patch_sources(
     if has_hub_ids(request):
         with ExitStack() as trial:
             headers = open_sources(request, fsio.Tally(), hub, trial, headers_only=True, rows_only=rows_only)
-            _check_configs(configs, headers)
+            _plan(configs, headers)
     sources = open_sources(request, tally, hub, stack, headers_only=False, rows_only=rows_only)
-    _check_configs(configs, sources)
+    plans = _plan(configs, sources)
     assets = small_files.collect(sources, sources.anchor, request.assets_from, None, tally)
     notes = (*(note for source in sources for note in source.notes), *assets.notes)
     merges = read_earlier_merges(sources)
     findings = Findings(notes, assets.warnings) + percentage_findings(config.k for config in configs)
     return PatchSources(
-        sources, request.output_settings("cpu"), assets.files, findings + header_findings(sources, merges), merges
+        sources,
+        request.output_settings("cpu"),
+        assets.files,
+        findings + header_findings(sources, merges),
+        merges,
+        plans,
     )
 
 
-def _check_configs(configs: Sequence[HsaSettings], sources: Sources) -> None:
-    for config in configs:
-        check_patchable(config, sources)
-        find_targets(config, sources)
-    check_structure(configs[0], sources)
+def _plan(candidates: Sequence[HsaSettings], sources: Sources) -> dict[Structure, Targets]:
+    """The targets of candidates, planned once for each structure of their settings, and checked."""
+    plans: dict[Structure, Targets] = {}
+    for settings in candidates:
+        check_patchable(settings, sources)
+        structure = settings.structure()
+        if structure in plans:
+            plans[structure].with_settings(settings)
+        else:
+            plans[structure] = find_targets(method_named(settings.method), settings, sources)
+    check_structure(candidates[0], sources)
+    return plans
 
 
 def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwrite: bool) -> Path:

@@ -1,59 +1,66 @@
 """Where the arithmetic of a merge runs.
 
-A backend makes one worker per thread; a worker owns its scratch memory and merges one tensor at a time.
+A backend makes one worker per thread for a method with its settings; a worker owns its scratch memory and merges one
+tensor at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
-from hsa.planning.file_layout import Slice
-from hsa.planning.outcome import MergedTarget
-from hsa.planning.target import Target
-from hsa.sources.roles import Role
+from hsa.methods.base import Method
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import TensorTask
+from hsa.planning.file_layout import Computed
 from hsa.system.dtypes import Array, size
 
 
 class NotFinite(Exception):
     """NaN or Inf: in a source's tensor where `role` is given, else in the result; `job` is the place in the group."""
 
-    def __init__(self, role: Role | None, head: int | None, job: int = 0) -> None:
-        super().__init__(role, head, job)
-        self.role, self.head, self.job = role, head, job
+    def __init__(self, role: str | None, group: int | None, job: int = 0) -> None:
+        super().__init__(role, group, job)
+        self.role, self.group, self.job = role, group, job
 
 
 @dataclass(frozen=True)
-class TargetBuffers:
-    """A target to merge: the bytes of its three tensors and of its result, one-dimensional uint8.
+class TaskBuffers:
+    """A target to merge: the bytes of its tensor in each source, and of its result, one-dimensional uint8.
 
-    `out` is `primary` itself where the result replaces it.
+    `out` is the anchor's array where the result replaces it. Where `recorded` is given, this decision is applied, and
+    the one that follows from the sources is reported.
     """
 
-    target: Target
-    base: Array
-    primary: Array
-    secondary: Array
+    task: TensorTask
+    sources: Mapping[str, Array]
     out: Array
+    recorded: Any = None
 
     @property
     def in_place(self) -> bool:
-        return self.out is self.primary
+        return self.out is self.sources[self.task.anchor]
 
-    def source(self, role: Role) -> Array:
-        return {"base": self.base, "primary": self.primary, "secondary": self.secondary}[role]
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged target: the decision that follows from the sources, and the byte ranges that may differ from the
+    anchor's."""
+
+    decision: Any
+    changed: tuple[tuple[int, int], ...]
 
 
 class Worker(Protocol):
     """One thread's share of a backend."""
 
-    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[MergedTarget]:
-        """Score, select and merge a group of targets into their outputs. Raises NotFinite."""
+    def merge_all(self, jobs: Sequence[TaskBuffers]) -> list[Merged]:
+        """Measure, decide and apply a group of targets into their outputs. Raises NotFinite."""
 
-    def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
-        """Compute a slice of a tensor that is no target into `out`; all uint8. Raises NotFinite."""
+    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array) -> None:
+        """Compute a slice of a tensor that is not measured into `out`; all uint8. Raises NotFinite."""
 
 
 class Backend(Protocol):
@@ -63,44 +70,56 @@ class Backend(Protocol):
     device: str
     group_bytes: int
 
-    def worker(self) -> Worker: ...
+    def worker(self, method: Method[Any, Any], settings: Settings) -> Worker: ...
 
     def empty(self, nbytes: int) -> Array:
         """Host memory for a tensor's bytes, uninitialised uint8."""
 
-    def cost(self, target: Target) -> int:
+    def cost(self, task: TensorTask) -> int:
         """Bytes of host memory that merging a target takes while it lasts."""
 
 
-def buffers_cost(target: Target) -> int:
-    """Bytes of the three tensors and of a result of their size."""
-    return target.base.nbytes + 2 * target.primary.nbytes + target.secondary.nbytes
+def buffers_cost(task: TensorTask) -> int:
+    """Bytes of a target's tensors and of a result of the anchor's size."""
+    nbytes: int = sum(source.nbytes for source in task.sources.values())
+    anchor: int = task.sources[task.anchor].nbytes
+    return nbytes + anchor
 
 
-def merge_one_by_one(
-    jobs: Sequence[TargetBuffers], merge: Callable[[Target, Array, Array, Array, Array], MergedTarget]
-) -> list[MergedTarget]:
+def merge_one_by_one(jobs: Sequence[TaskBuffers], merge: Callable[[TaskBuffers], Merged]) -> list[Merged]:
     """`merge_all` for a worker that merges one target at a time."""
     merged = []
     for number, job in enumerate(jobs):
         try:
-            merged.append(merge(job.target, job.base, job.primary, job.secondary, job.out))
+            merged.append(merge(job))
         except NotFinite as error:
-            raise NotFinite(error.role, error.head, number) from None
+            raise NotFinite(error.role, error.group, number) from None
     return merged
 
 
-def changed_ranges(target: Target, selected: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Byte ranges of the output tensor that may differ from primary's bytes, in order and apart."""
-    rows, columns = target.matrix
-    whole = rows * columns * size(target.out_code)
-    if target.scale != 1.0 or target.out_code != target.primary.code:
+def changed_ranges(task: TensorTask, untouched: frozenset[int]) -> tuple[tuple[int, int], ...]:
+    """Byte ranges of the output tensor that may differ from the anchor's bytes, in order and apart."""
+    rows, columns = task.matrix
+    whole, groups = rows * columns * size(task.out_code), task.partition.groups
+    if task.out_code != task.stored.code or not untouched:
         return ((0, whole),)
-    if not selected:
+    touched = [group for group in range(groups) if group not in untouched]
+    if not touched:
         return ()
-    if target.projection.head_axis == 1:
+    if task.partition.axis == 1:
         return ((0, whole),)
-    step = whole // target.heads
-    starts = [selected[0]] + [after for before, after in pairwise(selected) if after != before + 1]
-    stops = [before + 1 for before, after in pairwise(selected) if after != before + 1] + [selected[-1] + 1]
-    return tuple((start * step, stop * step) for start, stop in zip(starts, stops, strict=True))
+    step = whole // groups
+    return tuple((first * step, (last + 1) * step) for first, last in runs(touched))
+
+
+def runs(groups: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of neighbouring numbers, which are in order.
+
+    Example:
+        >>> list(runs((0, 1, 2, 5)))
+        [(0, 2), (5, 5)]
+    """
+    if groups:
+        starts = [groups[0]] + [after for before, after in pairwise(groups) if after != before + 1]
+        stops = [before for before, after in pairwise(groups) if after != before + 1] + [groups[-1]]
+        yield from zip(starts, stops, strict=True)

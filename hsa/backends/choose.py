@@ -7,10 +7,14 @@ from pathlib import Path
 
 from hsa.backends.base import Backend
 from hsa.errors import BackendUnavailable, RequestError, shown
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.registry import method_named
+from hsa.methods.settings import Settings
 from hsa.option_names import option
 
 BACKENDS = ("auto", "cpu", "triton")
+
+FUSED = ("hsa",)
+"""The methods that have kernels of their own for a GPU."""
 
 
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -20,7 +24,7 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _NUMBERED = re.compile(r"cuda:[0-9]{1,3}")
 
 
-def resolve(name: str, device: str, config: HsaSettings) -> Backend:
+def resolve(name: str, device: str, settings: Settings) -> Backend:
     """The backend of that name; only `auto` chooses, and a name that cannot be had is an error.
 
     Raises BackendUnavailable, or RequestError for an unknown name or numerics that a backend does not offer.
@@ -30,15 +34,18 @@ def resolve(name: str, device: str, config: HsaSettings) -> Backend:
     if not isinstance(device, str) or not (device in ("auto", "cpu", "cuda") or _NUMBERED.fullmatch(device)):
         raise RequestError(f"{option('device')} must be the text auto, cpu, cuda or cuda:N, got {shown(device)}")
     on_gpu = name == "triton" or device.startswith("cuda")
-    if config.numerics == "reference" and on_gpu:
+    method = method_named(settings.method)
+    if not method.elementwise and on_gpu:
         raise RequestError(
             f"numerics 'reference' repeats the script's torch operations on the CPU; use {option('backend', 'cpu')}"
         )
+    if on_gpu and method.name not in FUSED:
+        raise RequestError(f"method {method.name} is computed on the CPU; use {option('backend', 'cpu')}")
     if name == "cpu" and on_gpu:
         raise RequestError(f"backend 'cpu' has no device {shown(device)}; use {option('backend', 'triton')} or auto")
-    if on_gpu or (name == "auto" and device == "auto" and config.numerics == "exact" and _sees_gpu()):
+    if on_gpu or (name == "auto" and device == "auto" and method.name in FUSED and _sees_gpu()):
         return _triton(device)
-    if config.numerics == "reference":
+    if not method.elementwise:
         try:
             from hsa.backends.torch_cpu import ScriptBackend
         except ImportError as error:

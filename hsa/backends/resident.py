@@ -1,41 +1,41 @@
-"""Targets that stay in memory, scored once and written many times: on the CPU here, on a GPU in `triton`."""
+"""Targets that stay in memory, measured once and written many times: on the CPU here, on a GPU in `triton`."""
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from hsa.backends.base import NotFinite
-from hsa.backends.cpu import CpuWorker, Scored
+from hsa.backends.cpu import CpuWorker
 from hsa.errors import MachineError, NonFiniteError
-from hsa.methods.hsa import ROLES
-from hsa.methods.selection import select
-from hsa.planning.target import Target
-from hsa.sources.roles import Role
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import TensorTask
+from hsa.planning.tasks import Targets
 from hsa.system.dtypes import CODES, STORAGE, Array, largest_magnitude
 
 CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}
 """safetensors' element type of a torch dtype that a merge computes with."""
 
-TargetBytes = Mapping[Role, Mapping[str, Array]]
+TargetBytes = Mapping[str, Mapping[str, Array]]
 """The bytes of every target, one-dimensional uint8, by source and canonical name."""
 
 T = TypeVar("T")
 
 
 class Resident(Protocol):
-    """The targets of three sources in memory. Both methods take all targets, in the order of the first call."""
+    """The targets of a merge in memory."""
 
-    def score(self, targets: Sequence[Target]) -> list[Scored]:
-        """Squared saliency scores of each target's heads, and its geometry. Raises NonFiniteError."""
+    def measure(self) -> list[Any]:
+        """What the method measures of each target, whatever the settings. Raises NonFiniteError."""
 
-    def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
-        """Write each target, merged by the scores, whole into a tensor of its shape.
+    def write(self, settings: Settings, out: Sequence[torch.Tensor]) -> None:
+        """Write each target, merged under these settings, whole into a tensor of its shape. `measure` comes first.
 
         Raises NonFiniteError, with nothing written; MachineError where writing stopped halfway.
         """
@@ -44,29 +44,35 @@ class Resident(Protocol):
 class CpuResident:
     """Targets in the CPU's memory, spread over threads."""
 
-    def __init__(self, data: TargetBytes, threads: int) -> None:
-        self._data, self._threads = data, threads
-        self._squared: dict[str, tuple[float, ...]] = {}
-        self._largest_base: dict[str, float] = {}
+    def __init__(self, targets: Targets, data: TargetBytes, threads: int) -> None:
+        self._tasks, self._method = targets.tasks, targets.method
+        self._data = [{role: data[role][task.name] for role in task.sources} for task in self._tasks]
+        self._workers = [CpuWorker(targets.method, targets.settings) for _ in range(threads)]
+        self._measured: list[Any] = []
+        self._largest: list[dict[str, float]] = []
+        self._lock = threading.Lock()  # the workers' memory is that of one call
 
-    def score(self, targets: Sequence[Target]) -> list[Scored]:
-        def one(number: int, worker: CpuWorker) -> tuple[Scored, float]:
-            target = targets[number]
-            base, primary, secondary = self._source_bytes(target)
-            scored = worker.score(target, base, primary, secondary)
-            return scored, largest_magnitude(target.base.code, base.view(STORAGE[target.base.code]))
+    def measure(self) -> list[Any]:
+        def one(number: int, worker: CpuWorker) -> tuple[Any, dict[str, float]]:
+            task, sources = self._tasks[number], self._data[number]
+            measured = worker.measure(task, sources)
+            codes = {role: task.sources[role].code for role in sources}
+            return measured, {
+                role: largest_magnitude(codes[role], raw.view(STORAGE[codes[role]])) for role, raw in sources.items()
+            }
 
-        results = self._each(range(len(targets)), targets, one)
-        for target, (scored, largest_base) in zip(targets, results, strict=True):
-            self._squared[target.projection.name] = scored.squared
-            self._largest_base[target.projection.name] = largest_base
-        return [scored for scored, _ in results]
+        results = self._each(range(len(self._tasks)), one)
+        self._measured = [measured for measured, _ in results]
+        self._largest = [largest for _, largest in results]
+        return self._measured
 
-    def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
+    def write(self, settings: Settings, out: Sequence[torch.Tensor]) -> None:
         def compute(number: int, worker: CpuWorker, place: torch.Tensor) -> None:
-            target = targets[number].with_output_code(CODE_OF[place.dtype])
-            selected = select(self._squared[target.projection.name], target.keep).selected
-            worker.apply(target, selected, *self._source_bytes(target), bytes_of(place))
+            worker = worker.with_settings(settings)
+            task, sources = self._tasks[number], self._data[number]
+            code = CODE_OF[place.dtype]
+            task = task if code == task.out_code else replace(task, out_code=code)
+            worker.apply(task, worker.decide(task, self._measured[number], sources), sources, bytes_of(place))
 
         def one(number: int, worker: CpuWorker) -> None:
             tensor = out[number].detach()
@@ -79,50 +85,45 @@ class CpuResident:
 
         staged = {
             number: _empty_on_cpu(out[number])
-            for number, target in enumerate(targets)
-            if self._may_overflow(target, out[number].dtype)
+            for number in range(len(self._tasks))
+            if self._may_overflow(number, settings, out[number].dtype)
         }
-        self._each(list(staged), targets, lambda number, worker: compute(number, worker, staged[number]))
+        self._each(list(staged), lambda number, worker: compute(number, worker, staged[number]))
         with write_errors():
-            self._each([number for number in range(len(targets)) if number not in staged], targets, one)
+            self._each([number for number in range(len(self._tasks)) if number not in staged], one)
             for number, place in staged.items():
                 _copy_into(place, out[number].detach())
             # What numpy wrote, autograd does not see by itself.
             torch.autograd.graph.increment_version(list(out))
 
-    def _may_overflow(self, target: Target, dtype: torch.dtype) -> bool:
-        name = target.projection.name
-        return may_overflow(self._squared[name], self._largest_base[name], target.scale, dtype)
+    def _may_overflow(self, number: int, settings: Settings, dtype: torch.dtype) -> bool:
+        bound = self._method.largest_result(self._measured[number], settings, self._largest[number])
+        return may_overflow(bound, dtype)
 
-    def _source_bytes(self, target: Target) -> tuple[Array, Array, Array]:
-        base, primary, secondary = (self._data[role][target.projection.name] for role in ROLES)
-        return base, primary, secondary
-
-    def _each(self, numbers: Sequence[int], targets: Sequence[Target], work: Callable[[int, CpuWorker], T]) -> list[T]:
+    def _each(self, numbers: Sequence[int], work: Callable[[int, CpuWorker], T]) -> list[T]:
         """The work on these numbers of targets, spread over threads that each have a worker of their own."""
+        threads = len(self._workers)
 
         def share(first: int) -> list[tuple[int, T]]:
-            worker, done = CpuWorker(), []
-            for number in numbers[first :: self._threads]:
+            worker, done = self._workers[first], []
+            for number in numbers[first::threads]:
                 try:
                     done.append((number, work(number, worker)))
                 except NotFinite as error:
-                    raise not_finite_target(error, targets[number]) from None
+                    raise not_finite_target(error, self._tasks[number]) from None
             return done
 
-        with ThreadPoolExecutor(self._threads) as pool:
-            done = dict(pair for pairs in pool.map(share, range(self._threads)) for pair in pairs)
+        if not numbers:
+            return []
+        with self._lock, ThreadPoolExecutor(threads) as pool:
+            done = dict(pair for pairs in pool.map(share, range(threads)) for pair in pairs)
         return [done[number] for number in numbers]
 
 
-def may_overflow(squared: Sequence[float], largest_base: float, scale: float, dtype: torch.dtype) -> bool:
-    """Whether a merged value of a target could be beyond `dtype`.
-
-    A head's score is at least |tv1| + |tv2| of each of its elements, and a merged value is base plus `scale` times at
-    most that; 1e-4 is more than all roundings take.
-    """
-    bound = largest_base + abs(scale) * math.sqrt(max(squared))
-    return not bound * (1 + 1e-4) <= torch.finfo(dtype).max
+def may_overflow(bound: float | None, dtype: torch.dtype) -> bool:
+    """Whether a merged value could be beyond `dtype`, where `bound` is its largest magnitude before rounding (None
+    where that is not known); 1e-4 is more than all roundings take."""
+    return bound is None or not bound * (1 + 1e-4) <= torch.finfo(dtype).max
 
 
 @contextmanager
@@ -147,11 +148,11 @@ def _copy_into(place: torch.Tensor, tensor: torch.Tensor) -> None:
         tensor.copy_(place)
 
 
-def not_finite_target(error: NotFinite, target: Target) -> NonFiniteError:
+def not_finite_target(error: NotFinite, task: TensorTask) -> NonFiniteError:
     """The error that names a resident target."""
-    head = "" if error.head is None else f", head {error.head}"
+    head = "" if error.group is None or task.partition.groups == 1 else f", head {error.group}"
     what = "the result overflows" if error.role is None else f"{error.role} holds NaN or Inf"
-    return NonFiniteError(f"target tensor {target.primary.name}{head}: {what}")
+    return NonFiniteError(f"target tensor {task.stored.name}{head}: {what}")
 
 
 def bytes_of(tensor: torch.Tensor) -> Array:

@@ -5,27 +5,27 @@ from __future__ import annotations
 import torch
 
 from hsa.methods.geometry import Geometry
-from hsa.planning.target import Target
+from hsa.methods.tensors import TensorTask
 
 
-def target_geometry(target: Target, base: torch.Tensor, primary: torch.Tensor, secondary: torch.Tensor) -> Geometry:
+def target_geometry(task: TensorTask, base: torch.Tensor, primary: torch.Tensor, secondary: torch.Tensor) -> Geometry:
     """The geometry of one target. Tensors: its shape, any float type, on one device.
 
     On the CPU one head is widened at a time, so that memory stays small beside the tensors; on a GPU all heads at once,
     so that few kernels are launched. The task vectors are rounded to float32, as the merge rounds them.
     """
-    step = 1 if base.device.type == "cpu" else target.heads
+    step = 1 if base.device.type == "cpu" else task.partition.groups
     parts = [
-        _sums(*(_heads(target, tensor, first, step) for tensor in (base, primary, secondary)))
-        for first in range(0, target.heads, step)
+        _sums(*(_heads(task, tensor, first, step) for tensor in (base, primary, secondary)))
+        for first in range(0, task.partition.groups, step)
     ]
     base_, one, two, product, difference = torch.cat(parts, dim=1).tolist()
     return Geometry(tuple(base_), tuple(one), tuple(two), tuple(product), tuple(difference))
 
 
-def _heads(target: Target, tensor: torch.Tensor, first: int, count: int) -> torch.Tensor:
+def _heads(task: TensorTask, tensor: torch.Tensor, first: int, count: int) -> torch.Tensor:
     """Some heads of a tensor in float32 [count, elements of a head]."""
-    axis, width = target.projection.head_axis, target.head_dim
+    axis, width = task.partition.axis, task.group_size
     part = tensor.narrow(axis, first * width, count * width).movedim(axis, 0)
     return part.reshape(count, -1).float()
 

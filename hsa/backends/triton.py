@@ -11,23 +11,26 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
-from hsa.backends.base import NotFinite, TargetBuffers, buffers_cost, changed_ranges
-from hsa.backends.cpu import CpuWorker, Scored
+from hsa.backends.base import Merged, NotFinite, TaskBuffers, buffers_cost, changed_ranges
+from hsa.backends.cpu import CpuWorker
 from hsa.backends.resident import TargetBytes, may_overflow, not_finite_target, write_errors
 from hsa.backends.torch_geometry import target_geometry
 from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
-from hsa.methods.hsa import ROLES
+from hsa.methods.base import BASE, Method
+from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY, HeadScores, Hsa, HsaSettings, decision_of, settings_of
+from hsa.methods.hsa_formula import rounded_pair
 from hsa.methods.selection import selection_of
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import TensorTask
 from hsa.option_names import option
-from hsa.planning.file_layout import Slice
-from hsa.planning.outcome import MergedTarget
-from hsa.planning.target import Target
-from hsa.sources.roles import Role
+from hsa.planning.file_layout import Computed
+from hsa.planning.tasks import Targets
 from hsa.system.dtypes import NAMES, Array
 
 GROUP_BYTES = 16 << 20
@@ -36,7 +39,7 @@ GROUP_BYTES = 16 << 20
 KEPT_TABLES = 4
 """Sets of output tensors whose tables a resident merger remembers, and keeps alive."""
 
-_ROLE_OF: dict[str, Role] = {role: role for role in ROLES}
+_ROLE_OF = {role: role for role in ROLES}
 
 _INTERPRETER = threading.Lock()
 """Triton's interpreter keeps its state in globals: one launch at a time."""
@@ -55,72 +58,73 @@ class TritonBackend:
         self._device = _resolve_device(device)
         self.device = str(self._device)
 
-    def worker(self) -> TritonWorker:
-        return TritonWorker(self._device)
+    def worker(self, method: Method[Any, Any], settings: Settings) -> TritonWorker:
+        assert isinstance(method, Hsa) and isinstance(settings, HsaSettings)
+        return TritonWorker(self._device, method, settings)
 
     def empty(self, nbytes: int) -> Array:
         """Host memory, page-locked where there is a device to copy to."""
         buffer: Array = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda").numpy()
         return buffer
 
-    def cost(self, target: Target) -> int:
-        return buffers_cost(target)
+    def cost(self, task: TensorTask) -> int:
+        return buffers_cost(task)
 
 
 class TritonWorker:
-    """One thread's stream on a device."""
+    """One thread's stream on a device, for HSA."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, method: Hsa, settings: HsaSettings) -> None:
+        self._device, self._settings = device, settings
         cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
-        self._cpu = CpuWorker()
-        self._differs: dict[Role, bool] = {"primary": False, "secondary": False}
+        self._cpu = CpuWorker(method, settings)
+        self._differs = {PRIMARY: False, SECONDARY: False}
 
-    def slice(self, piece: Slice, primary: Array, base: Array | None, out: Array) -> None:
+    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array) -> None:
         """Compute a slice of a tensor that is no target, on the CPU: it passes through its memory anyway."""
-        self._cpu.slice(piece, primary, base, out)
+        self._cpu.slice(piece, sources, out)
 
     @torch.no_grad()
-    def merge_all(self, jobs: Sequence[TargetBuffers]) -> list[MergedTarget]:
+    def merge_all(self, jobs: Sequence[TaskBuffers]) -> list[Merged]:
         """Score, select and merge a group of targets in one launch for each combination of dtypes."""
+        if any(job.recorded is not None for job in jobs):
+            return self._cpu.merge_all(jobs)
         with self._exclusive():
             sources = {role: [self._upload(job, role) for job in jobs] for role in ROLES}
             out = [
                 primary
                 if job.in_place
-                else torch.empty(job.target.shape, dtype=_dtype(job.target.out_code), device=self._device)
-                for job, primary in zip(jobs, sources["primary"], strict=True)
+                else torch.empty(job.task.shape, dtype=_dtype(job.task.out_code), device=self._device)
+                for job, primary in zip(jobs, sources[PRIMARY], strict=True)
             ]
             for role in self._differs:
-                self._differs[role] = self._differs[role] or any(map(_differ, sources["base"], sources[role]))
-            targets = [job.target for job in jobs]
+                self._differs[role] = self._differs[role] or any(map(_differ, sources[BASE], sources[role]))
+            tasks = [job.task for job in jobs]
             # Taken before the merge, which may overwrite primary.
-            geometries = list(map(target_geometry, targets, sources["base"], sources["primary"], sources["secondary"]))
-            projections = _make_projections(sources, out, targets)
+            geometries = list(map(target_geometry, tasks, sources[BASE], sources[PRIMARY], sources[SECONDARY]))
+            projections = _make_projections(sources, out, tasks)
+            planned = [settings_of(task, self._settings) for task in tasks]
+            pairs = [rounded_pair(coefficient) for _, coefficient in planned]
             scores, selection = fused_merge(
                 projections,
-                keep=[target.keep for target in targets],
-                c1=[target.c1 for target in targets],
-                c2=[target.c2 for target in targets],
-                scale=targets[0].scale,
+                keep=[keep for keep, _ in planned],
+                c1=[c1 for c1, _ in pairs],
+                c2=[c2 for _, c2 in pairs],
+                scale=self._settings.attention_scale,
             )
             squared, selected = scores.tolist(), selection.tolist()
             for fault in faults(projections):
                 raise NotFinite(_ROLE_OF.get(fault.where), fault.head, fault.projection)
             merged = []
-            for number, target in enumerate(targets):
-                heads = tuple(head for head in range(target.heads) if selected[number][head])
-                head_selection = selection_of(squared[number][: target.heads], heads)
-                merged.append(
-                    MergedTarget(
-                        head_selection,
-                        changed_ranges(target, heads),
-                        self._differs["primary"],
-                        self._differs["secondary"],
-                        geometries[number],
-                    )
+            for task, task_squared, flags, geometry in zip(tasks, squared, selected, geometries, strict=True):
+                heads = task.partition.groups
+                scored = HeadScores(
+                    tuple(task_squared[:heads]), self._differs[PRIMARY], self._differs[SECONDARY], geometry
                 )
+                merged_heads = tuple(head for head in range(heads) if flags[head])
+                decision = decision_of(task, self._settings, selection_of(scored.squared, merged_heads), scored)
+                merged.append(Merged(decision, changed_ranges(task, self._cpu.method.untouched(task, decision))))
             for job, tensor, result in zip(jobs, out, merged, strict=True):
                 self._download(job, tensor, result)
             if self._stream is not None:
@@ -133,12 +137,12 @@ class TritonWorker:
         with _INTERPRETER if interpreted() else nullcontext(), stream:
             yield
 
-    def _upload(self, job: TargetBuffers, role: Role) -> torch.Tensor:
-        ref = job.target.ref(role)
-        host = torch.from_numpy(job.source(role)).view(_dtype(ref.code)).view(job.target.shape)
+    def _upload(self, job: TaskBuffers, role: str) -> torch.Tensor:
+        code = job.task.sources[role].code
+        host = torch.from_numpy(job.sources[role]).view(_dtype(code)).view(job.task.shape)
         return host.to(self._device, non_blocking=True)
 
-    def _download(self, job: TargetBuffers, tensor: torch.Tensor, merged: MergedTarget) -> None:
+    def _download(self, job: TaskBuffers, tensor: torch.Tensor, merged: Merged) -> None:
         """The ranges that changed, or everything where the output is no copy of primary yet."""
         host, device = torch.from_numpy(job.out), tensor.view(-1).view(torch.uint8)
         if job.in_place and self._device.type == "cpu":
@@ -148,63 +152,64 @@ class TritonWorker:
 
 
 class TritonResident:
-    """Targets in a GPU's memory: scored in one launch, then one launch for every candidate.
+    """HSA's targets in a GPU's memory: scored in one launch, then one launch for every candidate.
 
     Writing into tensors of the same device allocates nothing there after the first call with these tensors.
     """
 
-    def __init__(self, data: TargetBytes, targets: Sequence[Target], device: str) -> None:
-        self._device = _resolve_device(device)
+    def __init__(self, targets: Targets, data: TargetBytes, device: str) -> None:
+        self._device, self._tasks, self._method = _resolve_device(device), targets.tasks, targets.method
         self._sources = {
             role: [
-                torch.from_numpy(data[role][target.projection.name])
-                .view(_dtype(target.ref(role).code))
-                .view(target.shape)
-                for target in targets
+                torch.from_numpy(data[role][task.name])
+                .view(_dtype(task.sources[role].code))
+                .view(task.shape)
+                .to(self._device)
+                for task in self._tasks
             ]
             for role in ROLES
-        }
-        self._sources = {
-            role: [tensor.to(self._device) for tensor in tensors] for role, tensors in self._sources.items()
         }
         self._tables: dict[tuple[tuple[int, torch.dtype], ...], Projections] = {}
         self._results: dict[tuple[torch.dtype, ...], list[torch.Tensor]] = {}
         self._scores: torch.Tensor | None = None
-        self._squared: list[tuple[float, ...]] = []
+        self._measured: list[HeadScores] = []
         self._largest_base: list[float] = []
         self._lock = threading.Lock()  # tables, buffers and workspaces are those of one write
 
     # Everything that is kept is made and written in inference mode, whatever mode a caller is in.
     @torch.inference_mode()
-    def score(self, targets: Sequence[Target]) -> list[Scored]:
+    def measure(self) -> list[HeadScores]:
         with _INTERPRETER if interpreted() else nullcontext():
-            projections = self._projections(targets, self._sources["primary"])
+            projections = self._projections(self._sources[PRIMARY])
             self._scores = score_heads(projections).clone()
-            _raise_faults(projections, targets)
+            _raise_faults(projections, self._tasks)
             rows = self._scores.tolist()
-        self._largest_base = [float(base.abs().amax()) for base in self._sources["base"]]
-        self._squared = [tuple(row[: target.heads]) for row, target in zip(rows, targets, strict=True)]
-        sources = self._sources["base"], self._sources["primary"], self._sources["secondary"]
-        return [
-            Scored(
-                squared,
+        self._largest_base = [float(base.abs().amax()) for base in self._sources[BASE]]
+        sources = self._sources[BASE], self._sources[PRIMARY], self._sources[SECONDARY]
+        self._measured = [
+            HeadScores(
+                tuple(row[: task.partition.groups]),
                 _differ(base, primary),
                 _differ(base, secondary),
-                target_geometry(target, base, primary, secondary),
+                target_geometry(task, base, primary, secondary),
             )
-            for target, squared, base, primary, secondary in zip(targets, self._squared, *sources, strict=True)
+            for task, row, base, primary, secondary in zip(self._tasks, rows, *sources, strict=True)
         ]
+        return self._measured
 
     @torch.inference_mode()
-    def write(self, targets: Sequence[Target], out: Sequence[torch.Tensor]) -> None:
+    def write(self, settings: Settings, out: Sequence[torch.Tensor]) -> None:
+        assert isinstance(settings, HsaSettings)
         places = [tensor.detach() for tensor in out]
         same_device = all(place.device == self._device and place.is_contiguous() for place in places)
         with self._lock:
-            direct = same_device and not any(map(self._may_overflow, targets, range(len(targets)), places))
+            direct = same_device and not any(
+                self._may_overflow(number, settings, place) for number, place in enumerate(places)
+            )
             written = places if direct else self._buffers(places)
-            projections = self._projections(targets, written)
+            projections = self._projections(written)
             with write_errors() if direct else nullcontext():
-                self._launch(projections, targets)
+                self._launch(projections, settings)
             with write_errors():
                 for place, tensor in zip(places, written, strict=True):
                     if place is not tensor:
@@ -212,21 +217,24 @@ class TritonResident:
                 # What a kernel wrote, autograd does not see by itself.
                 torch.autograd.graph.increment_version(list(out))
 
-    def _may_overflow(self, target: Target, number: int, place: torch.Tensor) -> bool:
-        return may_overflow(self._squared[number], self._largest_base[number], target.scale, place.dtype)
+    def _may_overflow(self, number: int, settings: HsaSettings, place: torch.Tensor) -> bool:
+        largest = {BASE: self._largest_base[number]}
+        return may_overflow(self._method.largest_result(self._measured[number], settings, largest), place.dtype)
 
-    def _launch(self, projections: Projections, targets: Sequence[Target]) -> None:
+    def _launch(self, projections: Projections, settings: HsaSettings) -> None:
         assert self._scores is not None
+        planned = [settings_of(task, settings) for task in self._tasks]
+        pairs = [rounded_pair(coefficient) for _, coefficient in planned]
         with _INTERPRETER if interpreted() else nullcontext():
             apply_heads(
                 projections,
                 self._scores,
-                keep=[target.keep for target in targets],
-                c1=[target.c1 for target in targets],
-                c2=[target.c2 for target in targets],
-                scale=targets[0].scale,
+                keep=[keep for keep, _ in planned],
+                c1=[c1 for c1, _ in pairs],
+                c2=[c2 for _, c2 in pairs],
+                scale=settings.attention_scale,
             )
-            _raise_faults(projections, targets)
+            _raise_faults(projections, self._tasks)
 
     def _buffers(self, places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Tensors of this device for results that go elsewhere, made once for each row of dtypes."""
@@ -235,28 +243,28 @@ class TritonResident:
             self._results[dtypes] = [torch.empty(p.shape, dtype=p.dtype, device=self._device) for p in places]
         return self._results[dtypes]
 
-    def _projections(self, targets: Sequence[Target], out: list[torch.Tensor]) -> Projections:
+    def _projections(self, out: list[torch.Tensor]) -> Projections:
         """The tables for these outputs, kept for the last few sets of them."""
         key = tuple((tensor.data_ptr(), tensor.dtype) for tensor in out)
         if key not in self._tables:
             while len(self._tables) >= KEPT_TABLES:
                 del self._tables[next(iter(self._tables))]
-            self._tables[key] = _make_projections(self._sources, out, targets)
+            self._tables[key] = _make_projections(self._sources, out, self._tasks)
         return self._tables[key]
 
 
 def _make_projections(
-    sources: Mapping[Role, Sequence[torch.Tensor]], out: Sequence[torch.Tensor], targets: Sequence[Target]
+    sources: Mapping[str, Sequence[torch.Tensor]], out: Sequence[torch.Tensor], tasks: Sequence[TensorTask]
 ) -> Projections:
     """The tables of a launch. Raises BackendUnavailable for what the kernels have no room for, such as many heads."""
     try:
         return Projections(
-            sources["base"],
-            sources["primary"],
-            sources["secondary"],
+            sources[BASE],
+            sources[PRIMARY],
+            sources[SECONDARY],
             out,
-            heads=[target.heads for target in targets],
-            head_axis=[target.projection.head_axis for target in targets],
+            heads=[task.partition.groups for task in tasks],
+            head_axis=[task.partition.axis for task in tasks],
         )
     except KernelInputError as error:
         raise BackendUnavailable(
@@ -264,10 +272,10 @@ def _make_projections(
         ) from error
 
 
-def _raise_faults(projections: Projections, targets: Sequence[Target]) -> None:
+def _raise_faults(projections: Projections, tasks: Sequence[TensorTask]) -> None:
     for fault in faults(projections):
         error = NotFinite(_ROLE_OF.get(fault.where), fault.head, fault.projection)
-        raise not_finite_target(error, targets[fault.projection])
+        raise not_finite_target(error, tasks[fault.projection])
 
 
 def _dtype(code: str) -> torch.dtype:

@@ -67,7 +67,7 @@ def merge(
 
 
 def _describe_plan(plan: PlanReport) -> str:
-    names = f"{plan.targets[0].primary.name} ... {plan.targets[-1].primary.name}"
+    names = f"{plan.targets[0].stored.name} ... {plan.targets[-1].stored.name}"
     lines = [
         f"{plan.output} (dry run: nothing was written)",
         f"  route   {plan.route}, backend {plan.backend}",

@@ -32,11 +32,11 @@ class PieceConsumer(Protocol):
         ...
 
     def has_copies(self, number: int) -> bool:
-        """Whether ranges copied from primary stand in the file already, so that they need not be assembled."""
+        """Whether ranges copied from the anchor stand in the file already, so that they need not be assembled."""
         ...
 
     def store(self, number: int, start: int, view: memoryview, changed: Sequence[Range]) -> None:
-        """Take a piece of a file, from byte `start` on. `changed` are its ranges that differ from primary's bytes."""
+        """Take a piece of a file, from byte `start` on; `changed` are its ranges that differ from the anchor."""
         ...
 
     def finish(self) -> None:
@@ -60,7 +60,7 @@ class _OpenFile:
 
 
 class FileWriter:
-    """Writes into a staging directory. A file with primary's own layout starts as a clone where blocks can be shared.
+    """Writes into a staging directory. A file with the anchor's layout starts as a clone where blocks can be shared.
 
     Every file is made at once, so that a full disk shows before anything is computed. No more are open than threads
     write to: pieces come in the order of the files, and a file is synced and closed after its last.
@@ -68,8 +68,8 @@ class FileWriter:
     Raises MachineError.
     """
 
-    def __init__(self, staging: StagedOutput, primary: Checkpoint, tally: fsio.Tally, *, sync: bool) -> None:
-        self._staging, self._primary, self._tally, self._sync = staging, primary, tally, sync
+    def __init__(self, staging: StagedOutput, anchor: Checkpoint, tally: fsio.Tally, *, sync: bool) -> None:
+        self._staging, self._anchor, self._tally, self._sync = staging, anchor, tally, sync
         self._files: list[_OpenFile] = []
         self._write_modes = None if sync else WriteModeChooser()
         self._lock = threading.Lock()
@@ -127,13 +127,13 @@ class FileWriter:
         return self._staging.file(file.plan.name)
 
     def _create(self, file: OutputFile) -> bool:
-        """Make a file of its size, as a clone of primary's shard where the filesystem shares blocks; whether it is one.
+        """Make a file of its size, as a clone of the anchor's shard where blocks can be shared; whether it is one.
 
         The file is closed again: there may be more files than a process may have open.
         """
         path = self._staging.file(file.name)
         if file.clone_of is not None:
-            with self._primary.shards[file.clone_of].source.descriptor() as source:
+            with self._anchor.shards[file.clone_of].source.descriptor() as source:
                 fd = fsio.create(path, 0)
                 with fsio.map_write_errors(path, file.size):
                     try:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hsa.methods.hsa import HsaSettings
-from hsa.outputs import patch_format
-from hsa.outputs.distances import Distances
+from hsa.methods.geometry import Norms
+from hsa.methods.hsa import HsaSettings, settings_of
+from hsa.methods.tensors import Outcome, TensorTask
+from hsa.outputs import distances, patch_format
 from hsa.outputs.patch_format import PatchContents, PatchTarget
 from hsa.outputs.recording import PROGRAM, libraries, source_record, target_digest, tensors_digest
-from hsa.planning.outcome import TargetOutcome
-from hsa.planning.plan import find_targets
-from hsa.planning.target import Target
+from hsa.planning.tasks import Targets
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
 from hsa.system.digests import digest_of
@@ -28,7 +27,7 @@ class FinishedPatch:
     """A finished patch: its contents, outcomes in the order of the targets, and bytes."""
 
     contents: PatchContents
-    outcomes: tuple[TargetOutcome, ...]
+    outcomes: tuple[Outcome, ...]
     nbytes: int
 
 
@@ -38,41 +37,42 @@ class OpenPatch:
 
     path: Path
     contents: PatchContents
+    tasks: tuple[TensorTask, ...]
     fd: int
     direct: int | None
     header_bytes: int
     stop: int
     sync: bool
     tally: fsio.Tally
-    outcomes: dict[str, TargetOutcome] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def create(
         cls,
-        config: HsaSettings,
+        targets: Targets,
         name: str,
-        targets: Sequence[Target],
         sources: Sources,
-        settings: Mapping[str, Any],
+        parameters: Mapping[str, Any],
         files: Mapping[str, str],
         staging: StagingDirectory,
         tally: fsio.Tally,
     ) -> OpenPatch:
-        """Create the file of that name; `settings` and `files` as for `patch_writer.write_patches`."""
+        """Create the file of that name; `parameters` and `files` as for `patch_writer.write_patches`."""
         contents = PatchContents(
             PROGRAM,
             libraries(),
-            {**config.as_dict(), **settings},
+            {**targets.settings.as_dict(), **parameters},
             {source.role: source_record(source, BLANK_DIGEST) for source in sources},
-            tuple(map(patch_target, targets)),
+            patch_targets(targets),
             files,
             sources.architecture,
         )
         size = patch_format.header_size(contents)
         path = staging.file(name)
         fd = fsio.create(path, size + expected_row_bytes(contents))
-        return cls(path, contents, fd, fsio.reopen_direct(path), size, size, staging.sync, tally)
+        direct = fsio.reopen_direct(path)
+        return cls(path, contents, targets.tasks, fd, direct, size, size, staging.sync, tally)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -87,10 +87,21 @@ class OpenPatch:
                 return
             fsio.write_cached(self.fd, view, offset, self.tally, writeback=self.sync)
 
-    def complete(self, outcomes: Sequence[TargetOutcome], distances: Mapping[str, Distances]) -> FinishedPatch:
-        """Write scores, selection and header, which are known after the last rows; `outcomes` in the targets' order."""
-        selections = [outcome.merged.selection for outcome in outcomes]
-        counts = {outcome.target.primary.name: len(outcome.selected) for outcome in outcomes}
+    def complete(self, norms: Mapping[str, Norms]) -> FinishedPatch:
+        """Write scores, selection and header, which are known after the last rows; `norms` are by canonical name."""
+        outcomes = [self.outcomes[task.name] for task in self.tasks]
+        selections = [outcome.decision.selection for outcome in outcomes]
+        counts = {outcome.task.stored.name: len(outcome.decision.selected) for outcome in outcomes}
+        distances_of_stacks = distances.by_stack(
+            distances.DistanceInputs(
+                outcome.task.place.stack,
+                outcome.decision.coefficient,
+                outcome.decision.selected,
+                norms[outcome.task.name],
+            )
+            for outcome in outcomes
+            if outcome.task.place is not None
+        )
         tail = {
             patch_format.SCORES: patch_format.pack_scores([s.squared for s in selections]),
             patch_format.SELECTED: patch_format.pack_selected(
@@ -103,7 +114,7 @@ class OpenPatch:
             self.contents,
             {role: target_digest(role, outcomes) for role in self.contents.sources},
             tensors_digest([(entry.name, entry.code, entry.shape, digests[entry.name]) for entry in entries]),
-            distances,
+            distances_of_stacks,
         )
         raw = patch_format.render_header(contents, counts, self.header_bytes)
         stop = self.stop + sum(map(len, tail.values()))
@@ -116,22 +127,24 @@ class OpenPatch:
         return FinishedPatch(contents, tuple(outcomes), stop)
 
 
-def patch_target(target: Target) -> PatchTarget:
+def patch_targets(targets: Targets) -> tuple[PatchTarget, ...]:
+    """What a patch says of its targets before they are merged."""
+    assert isinstance(targets.settings, HsaSettings)
+    return tuple(patch_target(task, targets.settings) for task in targets.tasks)
+
+
+def patch_target(task: TensorTask, settings: HsaSettings) -> PatchTarget:
     """What a patch says of a target."""
+    assert task.place is not None
+    keep, coefficient = settings_of(task, settings)
     return PatchTarget(
-        target.primary.name,
-        target.projection,
-        target.shape,
-        target.out_code,
-        target.heads,
-        target.keep,
-        target.coefficient,
+        task.stored.name, task.place, task.shape, task.out_code, task.partition.groups, keep, coefficient
     )
 
 
-def expected_bytes(config: HsaSettings, sources: Sources) -> int:
-    """Bytes of the rows of a point's patch, where no heads tie at the cut."""
-    return sum(patch_target(target).rows_bytes(target.keep) for target in find_targets(config, sources))
+def expected_bytes(targets: Targets) -> int:
+    """Bytes of the rows of a patch, where no heads tie at the cut."""
+    return sum(target.rows_bytes(target.keep) for target in patch_targets(targets))
 
 
 def expected_row_bytes(contents: PatchContents) -> int:

@@ -8,7 +8,6 @@ and no more than the tensors of the pieces in flight and of the next `AHEAD_BYTE
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,18 +16,21 @@ from typing import Any, Protocol
 
 from hsa.engine.compute import Computation, Ranges
 from hsa.engine.consumers import FileWriter, PieceConsumer
-from hsa.planning.file_layout import Bytes, Computed, Copied, Merge, OutputFile, Segment, Slice
+from hsa.engine.schedule import Schedule
+from hsa.planning.file_layout import Bytes, Computed, Copy, OutputFile, Segment
 from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.roles import Role
 from hsa.system import fsio
 from hsa.system.dtypes import Array
 from hsa.system.huge_pages import allocate
 from hsa.system.memory import PeakMemory
 from hsa.system.publish import StagedOutput
-from hsa.system.threads import supervise
 
 AHEAD_BYTES = 32 << 20
 """Bytes before a target's place at which its computing begins, so that no thread waits for it while others write."""
+
+
+_Key = tuple[int, int]
+"""Of a computed segment: the number of its file, and its offset there."""
 
 
 class Hasher(Protocol):
@@ -101,7 +103,7 @@ class _Task:
 
 @dataclass
 class _ComputedSegment:
-    """A computed segment: its bytes, the ranges that differ from primary, and who still has to write it."""
+    """A computed segment: its bytes, the ranges that differ from the anchor, and who still has to write it."""
 
     pieces_left: int
     data: Array | None = None
@@ -116,13 +118,10 @@ class _ThreadMemory:
     piece: memoryview
 
 
-class _Stopped(Exception):
-    """Another thread failed; this one has nothing to add."""
-
-
 def execute(
     files: Sequence[OutputFile],
-    sources: Mapping[Role, Checkpoint],
+    sources: Mapping[str, Checkpoint],
+    anchor: Checkpoint,
     calculator: SegmentCalculator,
     staging: StagedOutput,
     options: Options,
@@ -135,13 +134,13 @@ def execute(
     `progress` is called from this thread with the bytes done so far. Raises NonFiniteError, SourceChanged,
     MachineError; KeyboardInterrupt and the like stop the threads first.
     """
-    consumer = FileWriter(staging, sources["primary"], tally, sync=options.sync)
+    consumer = FileWriter(staging, anchor, tally, sync=options.sync)
     return assemble(files, sources, calculator, consumer, options, memory, progress)
 
 
 def assemble(
     files: Sequence[OutputFile],
-    sources: Mapping[Role, Checkpoint],
+    sources: Mapping[str, Checkpoint],
     calculator: SegmentCalculator,
     consumer: PieceConsumer,
     options: Options,
@@ -159,7 +158,7 @@ class _PipelineRun:
     def __init__(
         self,
         files: Sequence[OutputFile],
-        sources: Mapping[Role, Checkpoint],
+        sources: Mapping[str, Checkpoint],
         calculator: SegmentCalculator,
         consumer: PieceConsumer,
         options: Options,
@@ -167,27 +166,23 @@ class _PipelineRun:
     ) -> None:
         self.output_files, self.sources, self.consumer = files, sources, consumer
         self.options, self.memory = options, memory
-        self.changed = threading.Condition()
-        self.failure: BaseException | None = None
+        self.schedule: Schedule[_Task] = Schedule()
+        self.changed = self.schedule.changed
         self.done = 0
-        self.results: dict[int, _ComputedSegment] = {}
+        self.results: dict[_Key, _ComputedSegment] = {}
         self.calculator = calculator
         self.files = [self._progress_of(file, number) for number, file in enumerate(files)]
         self.piece = 0
-        self.tasks: Iterator[_Task] = iter(())
 
     def run(self, progress: Callable[[int], None] | None) -> dict[str, str]:
         self.piece = self.consumer.begin(self.output_files)
-        self.tasks = self._all_tasks()
 
         def watch() -> None:
             self.memory.sample()
             if progress is not None:
                 progress(self.done)
 
-        supervise(self.options.threads, self._work, self._fail, watch)
-        if self.failure is not None:
-            raise self.failure
+        self.schedule.run(self._all_tasks(), self.options.threads, self._thread, watch)
         if progress is not None:
             progress(self.done)
         self.consumer.finish()
@@ -204,71 +199,42 @@ class _PipelineRun:
     def _all_tasks(self) -> Iterator[_Task]:
         """Every task in file order, computations before the piece in which the first of their results begins.
 
-        Targets come `AHEAD_BYTES` before it. Slices do not: they are most of a file that has any, and cost no more
-        than its pieces.
+        Whole tensors come `AHEAD_BYTES` before it. Slices do not: they are most of a file that has any, and cost
+        no more than its pieces.
         """
         for file in self.files:
             ahead = deque(segment for segment in file.plan.segments if isinstance(segment.content, Computed))
             for number, start in enumerate(range(0, file.plan.size, self.piece)):
                 stop = min(start + self.piece, file.plan.size)
-                while ahead and ahead[0].offset < stop + (0 if isinstance(ahead[0].content, Slice) else AHEAD_BYTES):
+                while ahead and ahead[0].offset < stop + (AHEAD_BYTES if _is_whole(ahead[0]) else 0):
                     group = self._draw_group(ahead)
-                    for segment in group:
-                        first, last = segment.offset // self.piece, (segment.stop - 1) // self.piece
-                        self.results[id(segment)] = _ComputedSegment(pieces_left=last - first + 1)
+                    with self.changed:
+                        for segment in group:
+                            first, last = segment.offset // self.piece, (segment.stop - 1) // self.piece
+                            self.results[file.number, segment.offset] = _ComputedSegment(pieces_left=last - first + 1)
                     yield _Task(file, number, start, stop, group)
                 yield _Task(file, number, start, stop)
 
     def _draw_group(self, ahead: deque[Segment]) -> tuple[Segment, ...]:
-        """The next segment, and the targets after it that the backend takes in the same go."""
+        """The next segment, and the whole tensors after it that the backend takes in the same go."""
         group = [ahead.popleft()]
         total = group[0].content.nbytes
-        while ahead and isinstance(group[0].content, Merge) and isinstance(ahead[0].content, Merge):
+        while ahead and _is_whole(group[0]) and _is_whole(ahead[0]):
             total += ahead[0].content.nbytes
             if total > self.calculator.group_bytes:
                 break
             group.append(ahead.popleft())
         return tuple(group)
 
-    def _work(self) -> None:
-        try:
-            local = _ThreadMemory(self.calculator.thread(), allocate(self.piece))
-            while True:
-                with self.changed:
-                    if self.failure is not None:
-                        return
-                    task = next(self.tasks, None)
-                if task is None:
-                    return
-                if task.segments:
-                    self._compute(task.segments, local)
-                else:
-                    self._write(task, local)
-        except _Stopped:
-            return
-        except BaseException as error:
-            self._fail(error)
+    def _thread(self) -> Callable[[_Task], None]:
+        local = _ThreadMemory(self.calculator.thread(), allocate(self.piece))
+        return lambda task: self._compute(task, local) if task.segments else self._write(task, local)
 
-    def _fail(self, error: BaseException) -> None:
+    def _compute(self, task: _Task, local: _ThreadMemory) -> None:
+        computed = local.thread.compute([segment.content for segment in task.segments])  # type: ignore[misc]
         with self.changed:
-            if self.failure is None:
-                self.failure = error
-            self.changed.notify_all()
-
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait, holding the condition, until `ready`."""
-        while not ready():
-            if self.failure is not None:
-                raise _Stopped
-            self.changed.wait()
-        if self.failure is not None:
-            raise _Stopped
-
-    def _compute(self, segments: Sequence[Segment], local: _ThreadMemory) -> None:
-        computed = local.thread.compute([segment.content for segment in segments])  # type: ignore[misc]
-        with self.changed:
-            for segment, computation in zip(segments, computed, strict=True):
-                result = self.results[id(segment)]
+            for segment, computation in zip(task.segments, computed, strict=True):
+                result = self.results[task.file.number, segment.offset]
                 result.data, result.changed = computation.data, computation.changed
             self.changed.notify_all()
 
@@ -283,17 +249,17 @@ class _PipelineRun:
             content = segment.content
             if isinstance(content, Bytes):
                 part[:] = memoryview(content.data)[low - segment.offset : high - segment.offset]
-            elif isinstance(content, Copied):
+            elif isinstance(content, Copy):
                 if file.hasher is not None or not self.consumer.has_copies(file.number):
                     self.sources[content.role].read_into(content.tensor, part, low - segment.offset)
             else:
-                result = self._result(segment)
+                result = self._result(file.number, segment)
                 assert result.data is not None
                 part[:] = result.data.data[low - segment.offset : high - segment.offset]
                 used.append((segment, result))
         if file.hasher is not None:
             with self.changed:
-                self._wait(lambda: file.digested == task.number)
+                self.schedule.wait(lambda: file.digested == task.number)
             file.hasher.update(view)
             with self.changed:
                 file.digested += 1
@@ -305,19 +271,24 @@ class _PipelineRun:
                 if result.pieces_left == 0:
                     assert result.data is not None
                     self.calculator.give_back(result.data)
-                    del self.results[id(segment)]
+                    del self.results[file.number, segment.offset]
             self.done += stop - start
             self.changed.notify_all()
 
-    def _result(self, segment: Segment) -> _ComputedSegment:
+    def _result(self, file: int, segment: Segment) -> _ComputedSegment:
         with self.changed:
-            result = self.results[id(segment)]
-            self._wait(lambda: result.data is not None)
+            result = self.results[file, segment.offset]
+            self.schedule.wait(lambda: result.data is not None)
             return result
 
 
+def _is_whole(segment: Segment) -> bool:
+    """Whether a segment is a tensor that is computed at once."""
+    return isinstance(segment.content, Computed) and segment.content.whole
+
+
 def _changed(used: Sequence[tuple[Segment, _ComputedSegment]], start: int, count: int) -> Ranges:
-    """The ranges of a piece that differ from primary's bytes, from the piece's own beginning."""
+    """The ranges of a piece that differ from the anchor's bytes, from the piece's own beginning."""
     ranges = []
     for segment, result in used:
         for first, last in result.changed:

@@ -23,19 +23,19 @@ from hsa.inspection.from_provenance import (
 from hsa.inspection.measure import Buffers, TargetMeasures, bytes_of_other_tensors, measure, measure_other_tensors
 from hsa.inspection.report import Agreement, Energy, Inspection, RecordedSelection, TensorInspection, in_order
 from hsa.methods.geometry import Geometry
-from hsa.methods.hsa import ROLES, HsaSettings
+from hsa.methods.hsa import ROLES, HeadScores, HsaSettings, settings_of
 from hsa.methods.hsa_formula import keep_count, percentage_findings
 from hsa.methods.registry import method_named
-from hsa.methods.selection import Selection, select, selection_of
+from hsa.methods.selection import select, selection_of
 from hsa.methods.settings import DEFAULT_METHOD
+from hsa.methods.tensors import Outcome, TensorTask
 from hsa.option_names import option
 from hsa.outputs import provenance
 from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.outputs.recording import tensors_digest
-from hsa.planning.outcome import MergedTarget, TargetOutcome
-from hsa.planning.plan import check_structure, find_targets
-from hsa.planning.target import Target
+from hsa.planning.plan import check_structure
+from hsa.planning.tasks import Targets, find_targets
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
@@ -47,6 +47,9 @@ from hsa.system.manifest import PROVENANCE
 from hsa.system.types import PathLike, Progress
 
 __all__ = ["Agreement", "Energy", "Geometry", "Inspection", "TensorInspection", "inspect"]
+
+HSA = "hsa"
+"""The method whose scores are shown, those of reference numerics too, which are the same but for rounding."""
 
 
 @declared_keywords(INSPECT)
@@ -109,17 +112,18 @@ def _from_sources(
     energy: bool,
     progress: Progress | None,
 ) -> Inspection:
-    tally, hub = Tally(), Hub(bars=progress is not None)
+    tally, hub, method = Tally(), Hub(bars=progress is not None), method_named(HSA)
     remote = [role for role, path in paths.items() if find_id(path)]
     with ExitStack() as stack:
         if remote:  # whatever headers can refuse is refused before targets are fetched
             with ExitStack() as trial:
-                find_targets(config, _open(paths, config, Tally(), hub, trial, headers_only=True))
+                find_targets(method, config, _open(paths, config, Tally(), hub, trial, headers_only=True))
         sources = _open(paths, config, tally, hub, stack, headers_only=False)
-        targets = find_targets(config, sources)
+        targets = find_targets(method, config, sources)
+        tasks = targets.tasks
         whole = energy and not remote
-        total = sum(target.ref(role).nbytes for target in targets for role in ROLES)
-        total += bytes_of_other_tensors(sources, targets) if whole else 0
+        total = sum(ref.nbytes for task in tasks for ref in task.sources.values())
+        total += bytes_of_other_tensors(sources, tasks) if whole else 0
         done = 0
 
         def step(count: int) -> None:
@@ -129,24 +133,19 @@ def _from_sources(
                 progress(done, total)
 
         buffers = Buffers()
-        measured = dict(
-            zip((t.projection.name for t in targets), measure(sources, targets, buffers, step), strict=True)
-        )
+        measured = dict(zip((task.name for task in tasks), measure(sources, targets, buffers, step), strict=True))
         layers = _stack_layers(config, sources)
         recorded = {} if record is None else {t.projection.name: t for t in record.record.targets}
         warnings: list[str] = []
         if record is not None and directory is not None:
-            _check_sources(record, directory, targets, measured)
-            warnings += _selection_differences(recorded, targets, measured, recorded_config(record, directory))
+            _check_sources(record, directory, tasks, measured)
+            warnings += _selection_differences(recorded, tasks, measured, recorded_config(record, directory))
         tensors = [
-            _inspect_target(
-                target, measured[target.projection.name], layers, config, recorded.get(target.projection.name)
-            )
-            for target in targets
+            _inspect_target(task, measured[task.name], layers, config, recorded.get(task.name)) for task in tasks
         ]
         findings = percentage_findings([config.k]) + _refusal_findings(config, sources) + adapter_findings(sources)
-        findings += _merge_findings(targets, measured, tensors)
-        energies = _energies(sources, targets, tensors, buffers, step) if whole else None
+        findings += _merge_findings(targets, measured)
+        energies = _energies(sources, tasks, tensors, buffers, step) if whole else None
         sources.check_unchanged()
         identities = {source.role: _identity(source) for source in sources}
     notes = [*hub.notes, *(note for source in sources for note in source.notes)]
@@ -182,23 +181,16 @@ def _refusal_findings(config: HsaSettings, sources: Sources) -> Findings:
     return Findings()
 
 
-def _merge_findings(
-    targets: Sequence[Target], measured: Mapping[str, TargetMeasures], tensors: Sequence[TensorInspection]
-) -> Findings:
-    """What a merge of the same sources with the same parameters would say of them. `tensors` are in targets' order."""
+def _merge_findings(targets: Targets, measured: Mapping[str, TargetMeasures]) -> Findings:
+    """What a merge of the same sources with the same parameters would say of them."""
     outcomes = []
-    for target, tensor in zip(targets, tensors, strict=True):
-        target_measures = measured[target.projection.name]
-        selection = Selection(target_measures.squared, tensor.selected, tensor.margin)
-        changed = changed_ranges(target, tensor.selected)
-        merged_target = MergedTarget(
-            selection,
-            changed,
-            target_measures.moved["primary"],
-            target_measures.moved["secondary"],
-            target_measures.geometry,
-        )
-        outcomes.append(TargetOutcome(target, merged_target, target_measures.digests, target_measures.equal))
+    for task in targets.tasks:
+        measures = measured[task.name]
+        moved = measures.moved
+        scored = HeadScores(measures.squared, moved["primary"], moved["secondary"], measures.geometry)
+        decision = targets.method.decide(task, scored, targets.settings, None)
+        changed = changed_ranges(task, targets.method.untouched(task, decision))
+        outcomes.append(Outcome(task, decision, changed, measures.digests, measures.equal))
     return value_findings(outcomes) + change_findings(outcomes)
 
 
@@ -229,34 +221,35 @@ def _identity(source: Checkpoint) -> dict[str, object]:
 
 
 def _inspect_target(
-    target: Target,
+    task: TensorTask,
     measures: TargetMeasures,
     layers: Mapping[str, int],
     config: HsaSettings,
     recorded: TargetRecord | None,
 ) -> TensorInspection:
-    name = target.projection.name
-    selection = select(measures.squared, target.keep)
+    assert task.place is not None
+    keep, coefficient = settings_of(task, config)
+    selection = select(measures.squared, keep)
     squared: tuple[float, ...] | None = measures.squared
     scores, selected, margin = selection.scores, selection.selected, selection.margin
     if recorded is not None and config.numerics == "reference":  # its scores are torch's own, and so is its choice
         squared, scores = None, recorded.scores
         selected, margin = recorded.selected, recorded.margin
-        if target.keep != recorded.keep:
-            selected = select(scores, target.keep).selected
+        if keep != recorded.keep:
+            selected = select(scores, keep).selected
             margin = selection_of([score * score for score in scores], selected).margin
     return TensorInspection(
-        name=target.primary.name if recorded is None else recorded.name,
-        projection=target.projection,
-        shape=target.shape,
-        dtype=target.out_code if recorded is None else recorded.code,
-        heads=target.heads,
-        layers=layers[target.projection.stack],
-        k=target.k,
-        lam=config.of("lam", name),
-        alpha=config.of("alpha", name),
-        keep=target.keep,
-        coefficient=target.coefficient,
+        name=task.stored.name if recorded is None else recorded.name,
+        projection=task.place,
+        shape=task.shape,
+        dtype=task.out_code if recorded is None else recorded.code,
+        heads=task.partition.groups,
+        layers=layers[task.place.stack],
+        k=config.of("k", task.name),
+        lam=config.of("lam", task.name),
+        alpha=config.of("alpha", task.name),
+        keep=keep,
+        coefficient=coefficient,
         scores=scores,
         squared=squared,
         selected=selected,
@@ -267,14 +260,14 @@ def _inspect_target(
 
 
 def _check_sources(
-    record: Provenance, directory: Path, targets: Sequence[Target], measured: Mapping[str, TargetMeasures]
+    record: Provenance, directory: Path, targets: Sequence[TensorTask], measured: Mapping[str, TargetMeasures]
 ) -> None:
     """MismatchError unless these are the target bytes that the output was made from."""
     for role in ROLES:
         lines = []
         for target in targets:
-            ref = target.ref(role)
-            lines.append((target.projection.name, ref.code, ref.shape, measured[target.projection.name].digests[role]))
+            ref = target.sources[role]
+            lines.append((target.name, ref.code, ref.shape, measured[target.name].digests[role]))
         if tensors_digest(lines) != record.record.sources[role].targets:
             was = record.record.sources[role].identity.id
             raise MismatchError(
@@ -285,7 +278,7 @@ def _check_sources(
 
 def _selection_differences(
     recorded: Mapping[str, TargetRecord],
-    targets: Sequence[Target],
+    targets: Sequence[TensorTask],
     measured: Mapping[str, TargetMeasures],
     config: HsaSettings,
 ) -> Iterator[str]:
@@ -293,11 +286,11 @@ def _selection_differences(
     if config.numerics == "reference":
         return
     for target in targets:
-        recorded_target = recorded.get(target.projection.name)
+        recorded_target = recorded.get(target.name)
         if recorded_target is None:
             continue
-        keep = keep_count(config.of("k", target.projection.name), target.heads)
-        selection = select(measured[target.projection.name].squared, keep)
+        keep = keep_count(config.of("k", target.name), target.partition.groups)
+        selection = select(measured[target.name].squared, keep)
         if selection.selected != recorded_target.selected:
             yield (
                 f"{recorded_target.name}: heads {list(recorded_target.selected)} are recorded and the sources give "
@@ -308,7 +301,7 @@ def _selection_differences(
 
 def _energies(
     sources: Sources,
-    targets: Sequence[Target],
+    targets: Sequence[TensorTask],
     tensors: Sequence[TensorInspection],
     buffers: Buffers,
     step: Callable[[int], None],

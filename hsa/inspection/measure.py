@@ -17,9 +17,10 @@ from hsa.backends.cpu import TILE, CpuBackend
 from hsa.errors import NonFiniteError
 from hsa.methods.geometry import Geometry, Sums, dot, tile_sums
 from hsa.methods.hsa import ROLES
+from hsa.methods.tensors import TensorTask
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import SLICE_ELEMENTS
-from hsa.planning.target import Target
+from hsa.planning.tasks import Targets
 from hsa.sources.roles import Role, RolePair
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
@@ -61,34 +62,34 @@ class Buffers:
         return sum(array.nbytes for array in self._arrays.values())
 
 
-def measure(sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step) -> Iterator[TargetMeasures]:
+def measure(sources: Sources, targets: Targets, buffers: Buffers, step: Step) -> Iterator[TargetMeasures]:
     """Each target in order, read, scored and measured. Raises NonFiniteError, SourceChanged, MachineError."""
-    worker = CpuBackend().worker()
-    for target in targets:
+    worker = CpuBackend().worker(targets.method, targets.settings)
+    for task in targets.tasks:
         raw: dict[Role, Array] = {}
         digests: dict[Role, str] = {}
-        for role in ROLES:
-            ref = target.ref(role)
+        for role, ref in task.sources.items():
             raw[role] = buffers.take(role, ref.nbytes)
             sources.of(role).read_into(ref, raw[role].data)
             digests[role] = digest_of(raw[role].data)
             step(ref.nbytes)
         try:
-            scored = worker.score(target, raw["base"], raw["primary"], raw["secondary"])
+            scored = worker.measure(task, raw)
         except NotFinite as error:
-            raise _not_finite(error, target, sources) from None
+            raise _not_finite(error, task, sources) from None
         moved: dict[Role, bool] = {"primary": scored.primary_differs, "secondary": scored.secondary_differs}
-        yield TargetMeasures(scored.squared, geometry(target, raw), moved, digests, equal_pairs(target, raw))
+        yield TargetMeasures(scored.squared, geometry(task, raw), moved, digests, equal_pairs(task, raw))
 
 
-def geometry(target: Target, raw: Mapping[Role, Array]) -> Geometry:
+def geometry(task: TensorTask, raw: Mapping[Role, Array]) -> Geometry:
     """Norms and products of a target's task vectors. `raw` holds the tensors' bytes, uint8."""
-    views = {role: raw[role].view(STORAGE[target.ref(role).code]).reshape(target.matrix) for role in ROLES}
+    codes = {role: ref.code for role, ref in task.sources.items()}
+    views = {role: raw[role].view(STORAGE[code]).reshape(task.matrix) for role, code in codes.items()}
     heads: list[list[Sums]] = []
-    for head in range(target.heads):
+    for head in range(task.partition.groups):
         heads.append([])
-        for block in target.blocks(head, TILE):
-            b, m1, m2 = (_float64(target.ref(role).code, views[role][block]) for role in ROLES)
+        for block in task.blocks(head, TILE):
+            b, m1, m2 = (_float64(code, views[role][block]) for role, code in codes.items())
             heads[-1].append(tile_sums(b, np.subtract(m1, b, out=m1), np.subtract(m2, b, out=m2)))
     return Geometry.of(heads)
 
@@ -102,13 +103,13 @@ class OtherTensors:
 
 
 def measure_other_tensors(
-    sources: Sources, targets: Sequence[Target], buffers: Buffers, step: Step
+    sources: Sources, targets: Sequence[TensorTask], buffers: Buffers, step: Step
 ) -> dict[Role, OtherTensors]:
     """Stream every tensor that is no target, in slices, base once for both fine-tunes.
 
     Raises SourceChanged, MachineError.
     """
-    inside = {target.projection.name for target in targets}
+    inside = {task.name for task in targets}
     by_role: dict[Role, OtherTensors] = {role: OtherTensors({}, []) for role in ROLES[1:]}
     names = dict.fromkeys(name for role in by_role for name in sources.of(role).tensors if name not in inside)
     for name in names:
@@ -134,9 +135,9 @@ def measure_other_tensors(
     return by_role
 
 
-def bytes_of_other_tensors(sources: Sources, targets: Sequence[Target]) -> int:
+def bytes_of_other_tensors(sources: Sources, targets: Sequence[TensorTask]) -> int:
     """About how many bytes `elsewhere` reads, for a progress bar."""
-    inside = {target.projection.name for target in targets}
+    inside = {task.name for task in targets}
     return sum(ref.nbytes for source in sources for name, ref in source.tensors.items() if name not in inside)
 
 
@@ -176,13 +177,13 @@ def _square(values: Array) -> float:
     return dot(row, row)
 
 
-def _not_finite(error: NotFinite, target: Target, sources: Sources) -> NonFiniteError:
-    head = "" if error.head is None else f", head {error.head}"
+def _not_finite(error: NotFinite, task: TensorTask, sources: Sources) -> NonFiniteError:
+    head = "" if error.group is None else f", head {error.group}"
     if error.role is not None:
-        ref = target.ref(error.role)
+        ref = task.sources[error.role]
         where = f"{sources.of(error.role).file_of(ref)}: tensor {ref.name}{head} holds NaN or Inf"
         return NonFiniteError(f"{where}; no merge with it is possible, use a sound checkpoint")
-    ref = target.primary
+    ref = task.sources[task.anchor]
     return NonFiniteError(
         f"{sources.anchor_checkpoint.file_of(ref)}: tensor {ref.name}{head}: its task vectors overflow float32; "
         f"do the three belong together?"

@@ -32,7 +32,7 @@ from hsa.integrations.mergekit_method import Merging
 from hsa.integrations.mergekit_method import register as register_method
 from hsa.integrations.mergekit_recipe import MergekitRecipe, plainly, read
 from hsa.methods.hsa_formula import percentage_findings
-from hsa.methods.selection import count_heads
+from hsa.methods.selection import DecidedHeads, count_heads
 from hsa.outputs import report
 from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import value_findings
@@ -124,12 +124,14 @@ def run(arguments: Sequence[str]) -> MergekitResult:
         _settle(staging)
         staging.publish()
     if recipe.is_hsa:
-        findings = percentage_findings(outcome.target.k for outcome in merging.outcomes)
+        findings = percentage_findings(merging.shares)
         findings += value_findings(merging.outcomes) + report.outcome_findings(merging.outcomes)
         result.notes += findings.notes
         result.warnings += findings.warnings
         result.tensors = len(merging.outcomes)
-        result.selected_heads, result.total_heads = count_heads(merging.outcomes)
+        result.selected_heads, result.total_heads = count_heads(
+            DecidedHeads(each.task.partition.groups, each.decision.selected) for each in merging.outcomes
+        )
         result.extent = Extent.of(merging.outcomes)
     return result
 

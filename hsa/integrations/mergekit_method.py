@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hsa.architectures.registry import architecture_of
-from hsa.backends.base import NotFinite
+from hsa.backends.base import NotFinite, TaskBuffers
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import NonFiniteError, RequestError, SourceError, shown
-from hsa.methods.hsa import ROLES, HsaSettings
+from hsa.methods.hsa import ROLES, TARGET, HsaSettings
+from hsa.methods.registry import method_named
 from hsa.methods.settings import declared
+from hsa.methods.tensors import Outcome
 from hsa.planning.equal_sources import equal_pairs
-from hsa.planning.outcome import TargetOutcome
-from hsa.planning.plan import make_target
+from hsa.planning.tasks import TaskFinder
 from hsa.sources.checkpoint import CONFIG, Checkpoint
 from hsa.sources.identity import Identity, escaped_name
 from hsa.sources.roles import Role
@@ -70,12 +71,14 @@ class Merging:
     """Merges tensor by tensor, and remembers what it merged. The models are mergekit's references."""
 
     def __init__(self) -> None:
-        self.outcomes: list[TargetOutcome] = []
+        self.outcomes: list[Outcome] = []
+        self.shares: list[float] = []
         self._configs: dict[Any, Mapping[str, Any]] = {}
 
     def forget(self) -> None:
         """Begin anew: another run, with files that may have changed."""
         self.outcomes.clear()
+        self.shares.clear()
         self._configs.clear()
 
     def config(self, role: str, model: Any) -> Mapping[str, Any]:
@@ -136,20 +139,22 @@ class Merging:
             return Checkpoint(role, path, identity, configs[role], families[role], Tally(), tensors=places)
 
         sources = Sources.of_checkpoints(map(checkpoint, ROLES))
-        shapes = {source.role: source.architecture.counts(source.config, source.role) for source in sources}
-        target = make_target(projection, config, sources, shapes)
+        method = method_named(METHOD)
+        task = TaskFinder(method, config, sources).task(projection.name, projection, TARGET)
+        assert task is not None
         out = torch.empty_like(on_cpu["primary"])
         raw: dict[Role, Array] = {role: bytes_of(on_cpu[role]) for role in ROLES}
         try:
-            merged = CpuWorker().merge(target, raw["base"], raw["primary"], raw["secondary"], bytes_of(out))
+            merged = CpuWorker(method, config).merge(TaskBuffers(task, raw, bytes_of(out)))
         except NotFinite as error:
-            raise _not_finite(error, name, sources, target.out_code) from None
-        self.outcomes.append(TargetOutcome(target, merged, {}, equal_pairs(target, raw)))
+            raise _not_finite(error, name, sources, task.out_code) from None
+        self.shares.append(config.of("k", task.name))
+        self.outcomes.append(Outcome(task, merged.decision, merged.changed, {}, equal_pairs(task, raw)))
         return out.to(primary.device)
 
 
 def _not_finite(error: NotFinite, name: str, sources: Sources, code: str) -> NonFiniteError:
-    head = "" if error.head is None else f", head {error.head}"
+    head = "" if error.group is None else f", head {error.group}"
     if error.role is None:
         return NonFiniteError(f"tensor {name}{head}: the result overflows {code}; do the three models belong together?")
     where = f"{error.role} {sources.of(error.role).path}: tensor {name}{head}"

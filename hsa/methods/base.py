@@ -1,13 +1,28 @@
-"""What a merge method is to its callers: the sources it takes, and its settings."""
+"""What a merge method is: the sources it takes, its settings, and how it measures, decides and applies.
+
+A method looks at a tensor block by block and measures sums; decides from them, for each tensor, by plain values that
+the provenance records; and applies the decision element by element. Reading, slicing, threads, element types, patches
+and verification are the engine's, so that a method is one file of this package.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+from hsa.architectures.base import TensorInfo, TensorPlace
 from hsa.errors import RequestError
+from hsa.findings import Findings
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import CardText, Outcome, Summary, TensorCount, TensorRecord, TensorTask, equal_source_warnings
+
+if TYPE_CHECKING:
+    from hsa.system.dtypes import Array, Float32
 
 BASE = "base"
+"""The role of the model that task vectors are taken from."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +71,197 @@ class Contract:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A merge method: its name, its title, the sources it takes, and the class of its settings."""
+class Treatment:
+    """What a method does with a tensor.
 
-    name: str
-    title: str
-    contract: Contract
-    Settings: type[Any]
+    `keep`: the anchor's values, in the output's element type. `merge`: computed from the tensors of `roles` (all
+    sources where it is None), each attention head a group where `by_heads`, else the whole tensor, after `passes`
+    passes of measuring. The record lists a merged tensor with its decision where it is `listed`. `needed_by` says what
+    needs the tensor in all these roles, for the error where it is missing or has another shape; where it is empty, such
+    a tensor stays the anchor's.
+    """
+
+    kind: Literal["keep", "merge"]
+    by_heads: bool = False
+    passes: int = 0
+    roles: tuple[str, ...] | None = None
+    listed: bool = True
+    needed_by: str = ""
+
+
+KEEP = Treatment("keep")
+
+
+class Block(ABC):
+    """One block of a tensor: some rows and columns of one group, or of neighbouring groups that are treated alike.
+
+    Arrays are float32 [rows, columns]. They are the worker's memory, valid until the next block. `weights` must not be
+    written to. `task_vector` may be overwritten in `measure`; in `apply` several decisions may share it, so that what
+    is made from it goes into its `room`. numpy's warnings of overflow and the like are off: results are checked.
+    `first` is the flat index of the block's first element in the tensor.
+    """
+
+    task: TensorTask
+    group: int
+    first: int
+
+    @abstractmethod
+    def weights(self, role: str) -> Float32:
+        """The tensor of a source, widened exactly."""
+
+    @abstractmethod
+    def task_vector(self, role: str) -> Float32:
+        """What a model changed: its weights minus base's, rounded to float32; computed once for a block."""
+
+    @abstractmethod
+    def room(self, role: str) -> Float32:
+        """In `apply`: memory of the block's shape for a value that is made from the task vector of a model. It may be
+        that task vector's own memory: write it by one elementwise operation, and do not ask for the vector again."""
+
+    @abstractmethod
+    def wide(self) -> Array:
+        """Uninitialised float64 memory of the block's shape; the same at every call."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The roles of the models, in order."""
+        return tuple(role for role in self.task.sources if role != BASE)
+
+
+class NotFiniteSums(Exception):
+    """Raised by `gather` where the sums of a group are not finite: a source holds NaN or Inf there."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__(group)
+        self.group = group
+
+
+S = TypeVar("S", bound=Settings)
+D = TypeVar("D")
+
+
+class Method(ABC, Generic[S, D]):
+    """A merge method. Subclass it in a file of this package, and it is found by its `name`.
+
+    `version` is raised when the same settings give other bytes. `source` is the paper or program it comes from.
+
+    Example:
+        >>> class Mean(Method[Settings, None]):  # the mean of all models
+        ...     name, title, Settings = "mean", "Mean", MeanSettings
+        ...     def apply(self, block, decision, out):
+        ...         np.mean([block.weights(role) for role in block.models], axis=0, out=out)
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    title: ClassVar[str]
+    formula: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    contract: ClassVar[Contract] = Contract()
+    Settings: ClassVar[type[Any]]
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Packages that the bytes of an output depend on, besides numpy; the record names their versions."""
+    elementwise: ClassVar[bool] = True
+    """Whether measure, decide and apply say all. Other methods work on whole tensors, by a backend's own code."""
+    writes_out_last: ClassVar[bool] = False
+    """Whether `apply` writes `out` by its last operation alone, elementwise, so that `out` may be the memory of a room
+    or of the anchor's own tensor. Saves a copy."""
+    checks_sources: ClassVar[bool] = False
+    """Whether `gather` finds sources that are not finite by the sums, so that the engine need not look for them."""
+
+    def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: S) -> Treatment:
+        """What is done with a tensor; by default every floating-point tensor is merged. `info.name` is canonical."""
+        return Treatment("merge") if info.code in ("F32", "F16", "BF16") else KEEP
+
+    def measure(self, block: Block, number: int, so_far: D | None) -> Any:
+        """Sums over one block, in pass `number`; `so_far` is what was decided after the pass before."""
+        raise NotImplementedError(f"method {self.name} measures nothing")
+
+    def gather(self, task: TensorTask, sums: Sequence[Sequence[Any]]) -> Any:
+        """What a pass measured of a tensor, from the sums of each group's blocks in order: what `decide` needs, small
+        enough to be kept for other settings. Raises NotFiniteSums."""
+        return sums
+
+    def decide(self, task: TensorTask, measured: Any, settings: S, so_far: D | None) -> D:
+        """The decision for a tensor. `measured` is what `gather` gave, None for a tensor without passes."""
+        return None  # type: ignore[return-value]
+
+    @abstractmethod
+    def apply(self, block: Block, decision: D, out: Float32) -> None:
+        """Write the merged values of a block into `out`, float32 of the block's shape."""
+
+    def untouched(self, task: TensorTask, decision: D) -> frozenset[int]:
+        """The groups of a target that stay the anchor's values."""
+        return frozenset()
+
+    def as_dict(self, decision: D) -> dict[str, Any]:
+        """The decision as the provenance records it: JSON values."""
+        return {}
+
+    def from_dict(self, entry: Mapping[str, Any], groups: int, settings: S) -> D:
+        """The decision for a tensor of so many groups that `as_dict` recorded. Raises KeyError, TypeError or ValueError
+        where it is none."""
+        return None  # type: ignore[return-value]
+
+    def longest(self, task: TensorTask, number: float) -> D:
+        """A decision that `as_dict` writes as long as any for this tensor; `number` is written with the most digits."""
+        return None  # type: ignore[return-value]
+
+    def patch_obstacles(self, settings: S) -> Iterator[str]:
+        """Why a patch, which holds touched groups alone, cannot hold a merge; nothing where it can."""
+        yield f"method {self.name} changes whole tensors"
+
+    def measure_distances(self, block: Block) -> Any:
+        """For patches: sums over one block that `distances` needs."""
+        raise NotImplementedError(f"method {self.name} has no patches")
+
+    def distance_sums(self, task: TensorTask, sums: Sequence[Sequence[Any]]) -> Any:
+        """For patches: the sums of a tensor, from those of each group's blocks."""
+        raise NotImplementedError(f"method {self.name} has no patches")
+
+    def largest_result(self, measured: Any, settings: S, largest: Mapping[str, float]) -> float | None:
+        """A bound on the magnitude of a tensor's merged values, by the largest magnitudes in the sources; None where it
+        is not known. A tensor that might overflow is computed beside its place before it is written there."""
+        return None
+
+    # --- what is said of a merge ---------------------------------------------------------------------------------
+
+    def settings_findings(self, candidates: Sequence[S]) -> Findings:
+        """What the settings of one merge, or of several, tell by themselves."""
+        return Findings()
+
+    def planned_findings(self, tasks: Sequence[TensorTask], settings: S) -> Findings:
+        """What settings tell together with the targets, before any tensor is read."""
+        return Findings()
+
+    def source_findings(self, outcomes: Sequence[Outcome]) -> Findings:
+        """What the values of the sources tell, whatever the settings; warnings make a merge doubtful."""
+        return Findings(warnings=tuple(equal_source_warnings(outcomes)))
+
+    def result_findings(self, outcomes: Sequence[Outcome], settings: S) -> Findings:
+        """What a finished merge tells."""
+        return Findings()
+
+    def planned_summary(self, tasks: Sequence[TensorTask], settings: S) -> Summary:
+        """How much a merge will merge, as far as the settings tell."""
+        return TensorCount(len(tasks))
+
+    def summary(self, outcomes: Sequence[Outcome]) -> Summary:
+        """How much a finished merge merged."""
+        return TensorCount(len(outcomes))
+
+    def recorded_summary(self, records: Sequence[TensorRecord]) -> Summary:
+        """How much a merge merged, as far as its record tells."""
+        return TensorCount(len(records))
+
+    def hint(self, settings: S, summary: Summary) -> str | None:
+        """What would merge more, for a user of the defaults; None where there is nothing to say."""
+        return None
+
+    def card_text(self, parameters: Mapping[str, Any], records: Sequence[TensorRecord]) -> CardText:
+        """What the card says of a merge with these parameters."""
+        return CardText(f"{self.title}: `{self.formula}`. {self.source}".strip())
+
+    def record_faults(self, record: TensorRecord, settings: S, layers: int | None) -> Iterator[str]:
+        """How a recorded decision contradicts the settings, or itself; `layers` are those of the tensor's stack."""
+        return iter(())

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hsa.system.dtypes import Array
+if TYPE_CHECKING:
+    from hsa.system.dtypes import Array
 
 FLOAT32_SAFE = (1e-24, 1e36)
 """Range of a sum of squares in which float32 neither overflowed nor lost squares that matter."""
@@ -79,6 +79,8 @@ def tile_sums(base: Array, tv1: Array, tv2: Array) -> Sums:
         >>> tile_sums(np.ones((1, 2)), np.array([[3.0, 0.0]]), np.array([[0.0, 4.0]]))
         (2.0, 9.0, 16.0, 0.0, 25.0)
     """
+    import numpy as np
+
     squares = [dot(values, values) for values in (base, tv1, tv2)]
     one, two = squares[1:]
     low, high = FLOAT32_SAFE
@@ -97,6 +99,8 @@ def dot(x: Array, y: Array, *, wide: bool = False) -> float:
     A square (`x is y`) is right whatever the size of finite elements. For other products of float32 the caller says by
     `wide` that float64 is needed.
     """
+    import numpy as np
+
     if x.dtype == np.float32 and not wide:
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             rows = np.einsum("ij,ij->i", x, y)
@@ -125,3 +129,28 @@ class Norms:
     primary: float
     secondary: float
     difference: tuple[float, ...]
+
+    @classmethod
+    def of(cls, heads: Sequence[Sequence[tuple[float, float, float]]]) -> Norms:
+        """The norms of a tensor from what `squares_of` gives of each head's blocks."""
+        blocks = [block for head in heads for block in head]
+        difference = tuple(math.fsum(each for _, _, each in head) for head in heads)
+        return cls(math.fsum(one for one, _, _ in blocks), math.fsum(two for _, two, _ in blocks), difference)
+
+
+def squares_of(primary: Array, secondary: Array, wide: Array) -> tuple[float, float, float]:
+    """The sums of squares over a block, of primary, of secondary and of their difference.
+
+    Arrays: float32 [rows, columns], and float64 memory of that shape. The sums are taken in float64, where the square
+    of a float32 neither overflows nor vanishes.
+    """
+    import numpy as np
+
+    sums = []
+    for first, second in ((primary, None), (secondary, None), (primary, secondary)):
+        np.copyto(wide, first)
+        if second is not None:
+            np.subtract(wide, second, out=wide)
+        np.multiply(wide, wide, out=wide)
+        sums.append(float(np.add.reduce(wide, axis=None)))
+    return sums[0], sums[1], sums[2]

@@ -14,20 +14,35 @@ selective attention merging, Computer Speech & Language, 2026, 102012.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from hsa.architectures.base import MAX_COUNT, Preset
+from hsa.architectures.base import MAX_COUNT, Preset, TensorInfo, TensorPlace
 from hsa.errors import RequestError, shown
+from hsa.methods.base import BASE, KEEP, Block, Contract, Method, ModelRole, NotFiniteSums, Treatment
+from hsa.methods.geometry import Geometry, Norms, Sums, squares_of, tile_sums
+from hsa.methods.hsa_formula import keep_count, layer_coefficient, rounded_pair, squared_score
+from hsa.methods.selection import Selection, select
 from hsa.methods.settings import MAX_FLOAT32, PerTensor, Settings, setting
+from hsa.methods.tensors import TensorTask
 from hsa.option_names import option
+
+if TYPE_CHECKING:
+    from hsa.system.dtypes import Array, Float32
+
+PRIMARY, SECONDARY = "primary", "secondary"
+ROLES = (BASE, PRIMARY, SECONDARY)
+"""The sources of an HSA merge: the base, and the two fine-tunes in the order of the formula."""
+
+TARGET = Treatment("merge", by_heads=True, passes=1)
+BlockSums = tuple["Array", "Sums", tuple[bool, bool]]
+"""Of one block: the squares of the proxy summed down its columns in float64, the sums of `geometry`, and whether each
+task vector has a nonzero element."""
 
 Numerics = Literal["exact", "reference"]
 LoadDtype = Literal["auto", "float32"]
-
-ROLES = ("base", "primary", "secondary")
-"""The sources of an HSA merge: the base, and the two fine-tunes in the order of the formula."""
 
 
 @dataclass(frozen=True)
@@ -155,3 +170,182 @@ class HsaSettings(Settings):
     def from_dict(cls, parameters: Mapping[str, Any]) -> HsaSettings:
         """See `Settings.from_dict`; here `load_dtype` may be None."""
         return super().from_dict({**parameters, "load_dtype": parameters.get("load_dtype") or "auto"})
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """What is measured of a target: the squared scores of its heads, whether any element of each task vector is
+    nonzero, and how the task vectors lie to each other."""
+
+    squared: tuple[float, ...]
+    primary_differs: bool
+    secondary_differs: bool
+    geometry: Geometry
+    _selections: dict[int, Selection] = field(default_factory=dict, repr=False, compare=False)
+
+    def select(self, keep: int) -> Selection:
+        """The selection of so many heads; made once for each number, since candidates often share it."""
+        if keep not in self._selections:
+            self._selections[keep] = select(self.squared, keep)
+        return self._selections[keep]
+
+
+@dataclass(frozen=True)
+class HsaDecision:
+    """What is merged in one target.
+
+    `keep` is how many heads were to be, `coefficient` lambda_i in float64, `c1` and `c2` are lambda_i and 1 - lambda_i
+    rounded to float32, `scale` is the factor on the task vectors. `selected` are the merged heads.
+    """
+
+    keep: int
+    coefficient: float
+    c1: float
+    c2: float
+    scale: float
+    selection: Selection
+    measured: HeadScores | None = None
+    """What was measured; None where the decision comes from a record."""
+
+    @property
+    def selected(self) -> tuple[int, ...]:
+        return self.selection.selected
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        return self.selection.scores
+
+    @property
+    def margin(self) -> float | None:
+        return self.selection.margin
+
+
+@dataclass(frozen=True)
+class ScaleDecision:
+    """A tensor that is no target: B + scale * tv1."""
+
+    scale: float
+
+
+class Hsa(Method[HsaSettings, "HsaDecision | ScaleDecision"]):
+    """HSA in exact numerics."""
+
+    name = "hsa"
+    title = "Headwise Selective Attention (HSA) merge"
+    source = "Shankar et al., Computer Speech & Language, 2026, 102012"
+    contract = Contract(
+        base="required",
+        least=2,
+        most=2,
+        named=(
+            ModelRole(PRIMARY, "Anchor fine-tune: kept wherever nothing is merged."),
+            ModelRole(SECONDARY, "Fine-tune blended into the selected heads."),
+        ),
+    )
+    Settings = HsaSettings
+    writes_out_last = True
+    checks_sources = True
+
+    def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: HsaSettings) -> Treatment:
+        if place is not None and settings.targets in place.presets:
+            return TARGET
+        if settings.non_attention_scale != 1.0 and info.code.startswith(("F", "BF")):
+            return scaled(f"{option('non_attention_scale')} {settings.non_attention_scale:g}")
+        return KEEP
+
+    def measure(self, block: Block, number: int, so_far: HsaDecision | ScaleDecision | None) -> BlockSums:
+        import numpy as np
+
+        tv1, tv2 = block.task_vector(PRIMARY), block.task_vector(SECONDARY)
+        sums = tile_sums(block.weights(BASE), tv1, tv2)
+        differ = bool(tv1.any()), bool(tv2.any())
+        np.abs(tv1, out=tv1)
+        np.abs(tv2, out=tv2)
+        proxy = np.add(tv1, tv2, out=tv1)
+        square = block.wide()
+        np.copyto(square, proxy)
+        np.multiply(square, square, out=square)
+        return np.add.reduce(square, axis=0), sums, differ
+
+    def gather(self, task: TensorTask, sums: Sequence[Sequence[BlockSums]]) -> HeadScores:
+        squared = tuple(squared_score([columns for columns, _, _ in blocks]) for blocks in sums)
+        for head, score in enumerate(squared):
+            if not math.isfinite(score):
+                raise NotFiniteSums(head)
+        flags = [differ for blocks in sums for _, _, differ in blocks]
+        geometry = Geometry.of([[tile for _, tile, _ in blocks] for blocks in sums])
+        return HeadScores(squared, any(one for one, _ in flags), any(two for _, two in flags), geometry)
+
+    def decide(
+        self, task: TensorTask, measured: HeadScores | None, settings: HsaSettings, so_far: object
+    ) -> HsaDecision | ScaleDecision:
+        if measured is None:
+            return ScaleDecision(settings.non_attention_scale)
+        keep, _ = settings_of(task, settings)
+        return decision_of(task, settings, measured.select(keep), measured)
+
+    def apply(self, block: Block, decision: HsaDecision | ScaleDecision, out: Float32) -> None:
+        import numpy as np
+
+        base, tv1 = block.weights(BASE), block.task_vector(PRIMARY)
+        if isinstance(decision, HsaDecision) and block.group in decision.selection.merged:
+            delta = np.multiply(tv1, np.float32(decision.c1), out=block.room(PRIMARY))
+            other = np.multiply(block.task_vector(SECONDARY), np.float32(decision.c2), out=block.room(SECONDARY))
+            np.add(delta, other, out=delta)
+            if decision.scale != 1.0:
+                np.multiply(delta, np.float32(decision.scale), out=delta)
+        else:
+            delta = np.multiply(tv1, np.float32(decision.scale), out=block.room(PRIMARY))
+        np.add(base, delta, out=out)
+
+    def untouched(self, task: TensorTask, decision: HsaDecision | ScaleDecision) -> frozenset[int]:
+        if isinstance(decision, ScaleDecision) or decision.scale != 1.0:
+            return frozenset()
+        return frozenset(range(task.partition.groups)) - decision.selection.merged
+
+    def as_dict(self, decision: HsaDecision | ScaleDecision) -> dict[str, Any]:
+        assert isinstance(decision, HsaDecision)
+        return {
+            "keep": decision.keep,
+            "lambda_i": decision.coefficient,
+            "selected": list(decision.selected),
+            "scores": list(decision.scores),
+            "margin": decision.margin,
+        }
+
+    def largest_result(self, measured: HeadScores, settings: HsaSettings, largest: Mapping[str, float]) -> float:
+        """A head's score is at least |tv1| + |tv2| of each of its elements, and a merged value is base plus the scale
+        times at most that."""
+        return largest[BASE] + abs(settings.attention_scale) * math.sqrt(max(measured.squared))
+
+    def measure_distances(self, block: Block) -> tuple[float, float, float]:
+        return squares_of(block.weights(PRIMARY), block.weights(SECONDARY), block.wide())
+
+    def distance_sums(self, task: TensorTask, sums: Sequence[Sequence[tuple[float, float, float]]]) -> Norms:
+        return Norms.of(sums)
+
+    def patch_obstacles(self, settings: HsaSettings) -> Iterator[str]:
+        if settings.numerics != "exact":
+            yield "numerics 'reference' computes every tensor"
+        if settings.attention_scale != 1.0:
+            yield f"{option('attention_scale')} moves the heads that are not merged"
+        if settings.non_attention_scale != 1.0:
+            yield f"{option('non_attention_scale')} moves every other tensor"
+
+
+def settings_of(task: TensorTask, settings: HsaSettings) -> tuple[int, float]:
+    """How many heads are to be merged in a target, and lambda_i."""
+    assert task.place is not None
+    k, lam, alpha = (settings.of(name, task.name) for name in ("k", "lam", "alpha"))
+    return keep_count(k, task.partition.groups), layer_coefficient(lam, alpha, task.place.layer, task.layers)
+
+
+def decision_of(task: TensorTask, settings: HsaSettings, selection: Selection, measured: HeadScores) -> HsaDecision:
+    """The decision for a target whose heads are selected."""
+    keep, coefficient = settings_of(task, settings)
+    return HsaDecision(keep, coefficient, *rounded_pair(coefficient), settings.attention_scale, selection, measured)
+
+
+def scaled(needed_by: str) -> Treatment:
+    """What is done with a tensor that is no target and moves along primary's task vector."""
+    return Treatment("merge", roles=(BASE, PRIMARY), listed=False, needed_by=needed_by)

@@ -1,46 +1,58 @@
-"""The merge methods by name."""
+"""The merge methods: every one that a module of this package defines, and those of plugins, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 from hsa.errors import RequestError, shown
-from hsa.methods.base import Contract, Method, ModelRole
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.base import Method
 from hsa.option_names import option
+from hsa.system.plugins import modules_of
 
-HSA = Method(
-    name="hsa",
-    title="Headwise Selective Attention (HSA) merge",
-    contract=Contract(
-        base="required",
-        least=2,
-        most=2,
-        named=(
-            ModelRole("primary", "Anchor fine-tune: kept wherever nothing is merged."),
-            ModelRole("secondary", "Fine-tune blended into the selected heads."),
-        ),
-    ),
-    Settings=HsaSettings,
-)
-
-_METHODS: Mapping[str, Method] = MappingProxyType({HSA.name: HSA})
+AnyMethod = Method[Any, Any]
 
 
-def methods() -> Mapping[str, Method]:
-    """Every method by its name.
+def methods() -> Mapping[str, AnyMethod]:
+    """Every method by its name, in the order of names.
 
     Example:
         >>> "hsa" in methods()
         True
     """
-    return _METHODS
+    return _methods(modules_of("hsa.methods"))
 
 
-def method_named(name: str) -> Method:
+def method_named(name: str) -> AnyMethod:
     """The method of that name; RequestError, which lists the names, where there is none."""
     known = methods()
     if not isinstance(name, str) or name not in known:
         raise RequestError(f"{option('method')} must be one of {', '.join(known)}, got {shown(name)}")
     return known[name]
+
+
+@cache
+def _methods(modules: tuple[ModuleType, ...]) -> Mapping[str, AnyMethod]:
+    by_name: dict[str, AnyMethod] = {}
+    for module in modules:
+        for each in _classes(module):
+            if each.name in by_name:
+                other = type(by_name[each.name]).__module__
+                raise RequestError(
+                    f"{module.__name__} defines the method {each.name}, and so does {other}; give one of them another "
+                    f"name"
+                )
+            by_name[each.name] = each()
+    return MappingProxyType(dict(sorted(by_name.items())))
+
+
+def _classes(module: ModuleType) -> Iterator[type[AnyMethod]]:
+    """The methods that a module defines itself."""
+    for each in vars(module).values():
+        if not (inspect.isclass(each) and issubclass(each, Method)) or inspect.isabstract(each):
+            continue
+        if each.__module__ == module.__name__:
+            yield each

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
 
 TIE_RISK = 1e-5
@@ -28,9 +29,14 @@ class Selection:
     selected: tuple[int, ...]
     margin: float | None
 
-    @property
+    @cached_property
     def scores(self) -> tuple[float, ...]:
         return tuple(math.sqrt(value) for value in self.squared)
+
+    @cached_property
+    def merged(self) -> frozenset[int]:
+        """The heads selected, as a set."""
+        return frozenset(self.selected)
 
 
 def select(squared: Sequence[float], keep: int) -> Selection:
@@ -71,6 +77,14 @@ class HeadCounts(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.selected} of {self.total}"
+
+
+@dataclass(frozen=True)
+class DecidedHeads:
+    """A merged tensor, by the decision for it: how many heads it has, and which are selected."""
+
+    heads: int
+    selected: tuple[int, ...]
 
 
 def count_heads(tensors: Iterable[SelectedHeads]) -> HeadCounts:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa.methods.geometry import cosine, ratio
-from hsa.methods.hsa import HsaSettings
-from hsa.methods.selection import count_heads
+from hsa.methods.hsa import HsaSettings, settings_of
+from hsa.methods.selection import DecidedHeads, count_heads
+from hsa.methods.tensors import Outcome, TensorTask
 from hsa.option_names import option
-from hsa.planning.outcome import TargetOutcome
-from hsa.planning.target import Target
 
 WeightRange = tuple[float, float]
 """The least and the greatest weight of secondary, 1 - lambda_i, among tensors with merged heads."""
@@ -41,16 +40,18 @@ class Extent:
     change: float | None = None
 
     @classmethod
-    def of(cls, outcomes: Sequence[TargetOutcome]) -> Extent:
+    def of(cls, outcomes: Sequence[Outcome]) -> Extent:
         """The extent of a finished merge."""
-        geometries = [outcome.merged.geometry for outcome in outcomes]
+        geometries = [outcome.decision.measured.geometry for outcome in outcomes]
         base = math.fsum(value for geometry in geometries for value in geometry.base)
         primary = math.fsum(value for geometry in geometries for value in geometry.primary)
         secondary = math.fsum(value for geometry in geometries for value in geometry.secondary)
         product = math.fsum(value for geometry in geometries for value in geometry.product)
-        counts = [(outcome.target.coefficient, len(outcome.selected)) for outcome in outcomes]
+        counts = [(outcome.decision.coefficient, len(outcome.decision.selected)) for outcome in outcomes]
         return cls(
-            *count_heads(outcomes),
+            *count_heads(
+                DecidedHeads(outcome.task.partition.groups, outcome.decision.selected) for outcome in outcomes
+            ),
             weight_range(counts),
             ratio(primary, base),
             ratio(secondary, base),
@@ -84,9 +85,10 @@ def weight_range(counts: Iterable[tuple[float, int]]) -> WeightRange | None:
     return (min(values), max(values)) if values else None
 
 
-def planned_weight_range(targets: Sequence[Target]) -> WeightRange | None:
+def planned_weight_range(targets: Sequence[TensorTask], settings: HsaSettings) -> WeightRange | None:
     """The range of secondary's weight that a plan gives."""
-    return weight_range((target.coefficient, target.keep) for target in targets)
+    planned = (settings_of(task, settings) for task in targets)
+    return weight_range((coefficient, keep) for keep, coefficient in planned)
 
 
 def weight_text(weights: WeightRange | None, heads: int, total: int) -> str:
@@ -144,11 +146,11 @@ def _powers(weights: WeightRange, exponent: float) -> WeightRange:
     return least, greatest
 
 
-def _moved(outcome: TargetOutcome) -> float:
+def _moved(outcome: Outcome) -> float:
     """|output - primary|^2 over one target."""
-    target, geometry = outcome.target, outcome.merged.geometry
-    c1, c2, scale = target.coefficient, 1.0 - target.coefficient, target.scale
-    selected = set(outcome.merged.selection.selected)
+    decision = outcome.decision
+    geometry, selected = decision.measured.geometry, decision.selection.merged
+    c1, c2, scale = decision.coefficient, 1.0 - decision.coefficient, decision.scale
     parts = []
     for head, tv1 in enumerate(geometry.primary):
         if head not in selected:

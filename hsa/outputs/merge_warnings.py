@@ -24,13 +24,12 @@ from itertools import combinations
 from hsa.architectures.base import Preset
 from hsa.errors import StrictError, shown
 from hsa.findings import Findings
-from hsa.methods.hsa import ROLES
+from hsa.methods.hsa import ROLES, HsaSettings
+from hsa.methods.tensors import Outcome, TensorTask
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, merged_base_findings, repeated_merge_findings
 from hsa.outputs.extent import Extent, percent, planned_weight_range
 from hsa.outputs.recording import target_digest
-from hsa.planning.outcome import TargetOutcome
-from hsa.planning.target import Target
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import is_generic_name, is_hub_id
 from hsa.sources.roles import Role, RolePair
@@ -64,15 +63,15 @@ def adapter_findings(sources: Sources) -> Findings:
     return Findings(warnings=tuple(_foreign_adapters(sources)))
 
 
-def parameter_findings(targets: Sequence[Target]) -> Findings:
+def parameter_findings(targets: Sequence[TensorTask], settings: HsaSettings) -> Findings:
     """A warning where the parameters alone give secondary no weight; `change_findings` judges a finished merge."""
-    weights = planned_weight_range(targets)
-    if any(target.scale != 1.0 for target in targets) or (weights is not None and weights[1] > 0.0):
+    weights = planned_weight_range(targets, settings)
+    if settings.attention_scale != 1.0 or (weights is not None and weights[1] > 0.0):
         return Findings()
     return Findings(warnings=(f"the merge changes nothing: {_why_nothing_changes(weights)}",))
 
 
-def value_findings(outcomes: Sequence[TargetOutcome]) -> Findings:
+def value_findings(outcomes: Sequence[Outcome]) -> Findings:
     """What the values of the sources' target tensors tell, whatever the parameters of the merge."""
     extent = Extent.of(outcomes)
     equal = _equal_sources(outcomes)
@@ -81,16 +80,14 @@ def value_findings(outcomes: Sequence[TargetOutcome]) -> Findings:
     return Findings(warnings=(*(_equal_sources_warning(pair, len(outcomes)) for pair in equal), *unrelated, *exchanged))
 
 
-def source_findings(
-    outcomes: Sequence[TargetOutcome], sources: Sources, earlier: EarlierMerges, preset: Preset
-) -> Findings:
+def source_findings(outcomes: Sequence[Outcome], sources: Sources, earlier: EarlierMerges, preset: Preset) -> Findings:
     """What a finished merge tells of its sources: their values, and whether they were merged with each other before."""
     return value_findings(outcomes) + repeated_merge_findings(
         earlier, sources, preset, lambda role: target_digest(role, outcomes)
     )
 
 
-def change_findings(outcomes: Sequence[TargetOutcome]) -> Findings:
+def change_findings(outcomes: Sequence[Outcome]) -> Findings:
     """A warning where a finished merge changes next to nothing, and not because two sources are equal."""
     extent = Extent.of(outcomes)
     if extent.change is None or extent.change >= NO_CHANGE or _equal_sources(outcomes):
@@ -113,11 +110,11 @@ def raise_if_strict(findings: Findings, *, strict: bool) -> None:
         )
 
 
-def _equal_sources(outcomes: Sequence[TargetOutcome]) -> list[RolePair]:
+def _equal_sources(outcomes: Sequence[Outcome]) -> list[RolePair]:
     """The pairs of sources that hold the same values in every target; of three equal ones, base and each other."""
     still = {
-        ("base", "primary"): not any(outcome.merged.primary_differs for outcome in outcomes),
-        ("base", "secondary"): not any(outcome.merged.secondary_differs for outcome in outcomes),
+        ("base", "primary"): not any(outcome.decision.measured.primary_differs for outcome in outcomes),
+        ("base", "secondary"): not any(outcome.decision.measured.secondary_differs for outcome in outcomes),
     }
     every_pair = list(combinations(ROLES, 2))
     pairs = [pair for pair in every_pair if still.get(pair) or all(pair in outcome.equal for outcome in outcomes)]
@@ -156,9 +153,9 @@ def _unrelated_fine_tunes(extent: Extent) -> Iterator[str]:
             )
 
 
-def _exchanged_sources(outcomes: Sequence[TargetOutcome], extent: Extent) -> Iterator[str]:
+def _exchanged_sources(outcomes: Sequence[Outcome], extent: Extent) -> Iterator[str]:
     """A fine-tune that is nearer to the other than to base, or nearly so."""
-    geometries = [outcome.merged.geometry for outcome in outcomes]
+    geometries = [outcome.decision.measured.geometry for outcome in outcomes]
     difference = math.fsum(value for geometry in geometries for value in geometry.difference)
     primary = math.fsum(value for geometry in geometries for value in geometry.primary)
     secondary = math.fsum(value for geometry in geometries for value in geometry.secondary)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hsa.errors import HsaError, PatchError, shown
+from hsa.methods.registry import method_named
 from hsa.option_names import as_keys, spelled
 from hsa.outputs.patch_format import patch_obstacles
 from hsa.outputs.patch_reader import Patch
@@ -34,7 +35,7 @@ def patch_faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[st
     except HsaError:  # which the line above has named
         return
     with spelled(as_keys(record.parameters)):
-        reasons = list(patch_obstacles(config, contents.sources[ANCHOR].kind))
+        reasons = list(patch_obstacles(method_named(config.method), config, contents.sources[ANCHOR].kind))
     for why in reasons:
         yield f"its parameters are those of no patch: {why}"
     if record.parameters.get("backend") != "cpu":

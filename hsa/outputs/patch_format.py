@@ -27,8 +27,9 @@ import numpy as np
 from hsa.architectures.base import Architecture, TensorPlace
 from hsa.architectures.registry import named
 from hsa.errors import HeaderError, PatchError, ProvenanceError, RequestError, shown
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.base import Method
 from hsa.methods.selection import MAX_SCORE, selection_of
+from hsa.methods.settings import Settings
 from hsa.option_names import option
 from hsa.outputs.distances import Distances
 from hsa.outputs.provenance import (
@@ -347,13 +348,11 @@ def source_names(contents: PatchContents) -> str:
     return ", ".join(source.identity.named(role) for role, source in contents.sources.items())
 
 
-def patch_obstacles(config: HsaSettings, primary_kind: str) -> Iterator[str]:
-    """Why more than merged rows differ from primary, so that a patch cannot hold the merge; nothing where it can."""
-    reasons = (
-        (config.numerics != "exact", "numerics 'reference' computes every tensor"),
-        (config.attention_scale != 1.0, f"{option('attention_scale')} moves the heads that are not merged"),
-        (config.non_attention_scale != 1.0, f"{option('non_attention_scale')} moves every other tensor"),
-        (config.dtype != "auto", f"{option('dtype')} casts every tensor"),
-        (primary_kind != "safetensors", "primary has no safetensors files, which a patch is applied to"),
-    )
-    yield from (why for refused, why in reasons if refused)
+def patch_obstacles(method: Method[Any, Any], settings: Settings, anchor_kind: str) -> Iterator[str]:
+    """Why more than touched groups differ from the anchor, so that a patch cannot hold the merge; nothing where it
+    can."""
+    yield from method.patch_obstacles(settings)
+    if settings.dtype != "auto":
+        yield f"{option('dtype')} casts every tensor"
+    if anchor_kind != "safetensors":
+        yield "primary has no safetensors files, which a patch is applied to"

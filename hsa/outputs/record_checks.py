@@ -15,7 +15,7 @@ from hsa.option_names import as_keys, spelled
 from hsa.outputs.output_settings import check_settings
 from hsa.outputs.provenance import SETTINGS, Record, TargetRecord, changed_keys
 from hsa.outputs.recording import PROGRAM
-from hsa.planning.plan import check_tensor_names
+from hsa.planning.tasks import refuse_unknown_names
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.tensor_places import TensorRef
 
@@ -127,7 +127,7 @@ def target_faults_without_weights(record: Record) -> Iterator[str]:
 
 def _per_tensor_faults(config: HsaSettings, recorded: set[str]) -> Iterator[str]:
     try:
-        check_tensor_names(config, recorded, config.targets)
+        refuse_unknown_names(config, recorded)
     except RequestError as error:
         yield str(error)
 

@@ -9,9 +9,10 @@ from importlib.metadata import version
 from typing import Any
 
 from hsa._version import __version__
+from hsa.architectures.base import TensorPlace
+from hsa.methods.tensors import Outcome, TensorTask
 from hsa.outputs.provenance import Record, SourceFileRecord, SourceRecord, TargetRecord
-from hsa.planning.outcome import TargetOutcome
-from hsa.planning.plan import MergePlan
+from hsa.planning.plan import Plan
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
@@ -22,43 +23,39 @@ from hsa.system.manifest import BLANK_DIGEST
 PROGRAM = {"name": "hsa-merge", "version": __version__}
 
 
-def make_record(
-    plan: MergePlan, sources: Sources, outcomes: Sequence[TargetOutcome], settings: Mapping[str, Any]
-) -> Record:
+def make_record(plan: Plan, sources: Sources, outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> Record:
     """The record of a finished merge; `settings` is what besides its own parameters shaped the output."""
     return Record(
         dict(PROGRAM),
-        libraries(numerics=plan.config.numerics),
-        {**plan.config.as_dict(), **settings},
+        libraries(plan.method.libraries),
+        {**plan.settings.as_dict(), **settings},
         {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
         tuple(map(_record_of, outcomes)),
         sources.architecture,
     )
 
 
-def check_record_size(
-    plan: MergePlan, sources: Sources, settings: Mapping[str, Any], small_files: Iterable[str]
-) -> None:
+def check_record_size(plan: Plan, sources: Sources, settings: Mapping[str, Any], small_files: Iterable[str]) -> None:
     """RequestError where the provenance of a planned merge could be too large to be read again.
 
     `small_files` are the names of the files that may lie beside the weights.
     """
     longest = manifest.LONGEST_NUMBER
-    heads = sum(target.heads for target in plan.targets)
+    heads = sum(task.partition.groups for task in plan.targets)
     targets = tuple(
         TargetRecord(
-            target.output_name,
-            target.projection,
-            target.shape,
-            target.out_code,
-            target.heads,
-            target.keep,
+            task.output_name,
+            _place(task),
+            task.shape,
+            task.out_code,
+            task.partition.groups,
+            task.partition.groups,
             longest,
-            tuple(range(target.heads)),
-            (longest,) * target.heads,
+            tuple(range(task.partition.groups)),
+            (longest,) * task.partition.groups,
             longest,
         )
-        for target in (plan.targets if heads <= manifest.MAX_PROVENANCE_MARKS else ())
+        for task in (plan.targets if heads <= manifest.MAX_PROVENANCE_MARKS else ())
     )
     records = {
         source.role: SourceRecord(
@@ -71,8 +68,8 @@ def check_record_size(
     }
     expected = Record(
         dict(PROGRAM),
-        libraries(numerics=plan.config.numerics),
-        {**plan.config.as_dict(), **settings},
+        libraries(plan.method.libraries),
+        {**plan.settings.as_dict(), **settings},
         records,
         targets,
         sources.architecture,
@@ -86,15 +83,15 @@ def source_record(source: Checkpoint, targets: str) -> SourceRecord:
     return SourceRecord(source.identity, source.kind, files, targets)
 
 
-def target_digest(role: Role, outcomes: Sequence[TargetOutcome]) -> str:
+def target_digest(role: Role, outcomes: Sequence[Outcome]) -> str:
     """BLAKE3 over the target tensors of one source: name, element type, shape and digest of each, by name.
 
     Independent of how the source is split into shards.
     """
     lines = []
     for outcome in outcomes:
-        ref = outcome.target.ref(role)
-        lines.append((outcome.target.projection.name, ref.code, ref.shape, outcome.digests[role]))
+        ref = outcome.task.sources[role]
+        lines.append((outcome.task.name, ref.code, ref.shape, outcome.digests[role]))
     return tensors_digest(lines)
 
 
@@ -106,22 +103,25 @@ def tensors_digest(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> st
     return digest_of("\n".join(sorted(lines)).encode("ascii"))
 
 
-def libraries(*, numerics: str = "exact") -> dict[str, str]:
-    """Versions of what the bytes of an output depend on."""
-    names = ["numpy", "blake3", "huggingface_hub"]
-    if numerics == "reference":
-        names.append("torch")
+def libraries(extra: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of what the bytes of an output depend on; `extra` is what a method needs (`Method.libraries`)."""
+    names = ["numpy", "blake3", "huggingface_hub", *extra]
     return {"python": platform.python_version(), **{name: version(name) for name in sorted(names)}}
 
 
-def _record_of(outcome: TargetOutcome) -> TargetRecord:
-    target = outcome.target
+def _record_of(outcome: Outcome) -> TargetRecord:
+    task, decision = outcome.task, outcome.decision
     return TargetRecord.from_selection(
-        target.output_name,
-        target.projection,
-        target.shape,
-        target.out_code,
-        target.keep,
-        target.coefficient,
-        outcome.merged.selection,
+        task.output_name,
+        _place(task),
+        task.shape,
+        task.out_code,
+        decision.keep,
+        decision.coefficient,
+        decision.selection,
     )
+
+
+def _place(task: TensorTask) -> TensorPlace:
+    assert task.place is not None
+    return task.place

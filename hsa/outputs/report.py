@@ -9,13 +9,12 @@ from typing import Any
 
 from hsa.errors import one_line
 from hsa.findings import Findings, counted
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa import HsaSettings, settings_of
 from hsa.methods.selection import TIE_RISK, count_heads, narrowest
+from hsa.methods.tensors import Outcome, TensorTask
 from hsa.outputs.extent import Extent, merge_more_hint, planned_weight_range, weight_dict, weight_text
 from hsa.outputs.merge_warnings import change_findings
 from hsa.outputs.provenance import TargetRecord
-from hsa.planning.outcome import TargetOutcome
-from hsa.planning.target import Target
 
 NO_DIGESTS = (
     "without whole-file digests a later verification cannot tell whether copied tensors and the small files are still "
@@ -153,7 +152,8 @@ class PlanReport:
     backend: str
     device: str
     parameters: Mapping[str, Any]
-    targets: tuple[Target, ...]
+    settings: HsaSettings
+    targets: tuple[TensorTask, ...]
     files: Mapping[str, int]
     bytes_to_read: int
     bytes_to_write: int
@@ -170,16 +170,16 @@ class PlanReport:
     @property
     def heads_to_merge(self) -> int:
         """How many heads will be merged where none tie at the cut."""
-        return sum(target.keep for target in self.targets)
+        return sum(settings_of(task, self.settings)[0] for task in self.targets)
 
     @property
     def total_heads(self) -> int:
-        return sum(target.heads for target in self.targets)
+        return sum(task.partition.groups for task in self.targets)
 
     @property
     def text(self) -> str:
         """How much will be merged, in one line for people."""
-        return weight_text(planned_weight_range(self.targets), self.heads_to_merge, self.total_heads)
+        return weight_text(planned_weight_range(self.targets, self.settings), self.heads_to_merge, self.total_heads)
 
     @property
     def hint(self) -> str | None:
@@ -187,7 +187,9 @@ class PlanReport:
         return (
             None
             if self.doubtful
-            else merge_more_hint(HsaSettings.from_dict(self.parameters), planned_weight_range(self.targets))
+            else merge_more_hint(
+                HsaSettings.from_dict(self.parameters), planned_weight_range(self.targets, self.settings)
+            )
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -201,9 +203,12 @@ class PlanReport:
             "target_tensors": len(self.targets),
             "heads_to_merge": self.heads_to_merge,
             "total_heads": self.total_heads,
-            "secondary_weight": weight_dict(planned_weight_range(self.targets)),
+            "secondary_weight": weight_dict(planned_weight_range(self.targets, self.settings)),
             "hint": self.hint,
-            "targets": {t.primary.name: {"heads": t.heads, "keep": t.keep} for t in self.targets},
+            "targets": {
+                task.stored.name: {"heads": task.partition.groups, "keep": settings_of(task, self.settings)[0]}
+                for task in self.targets
+            },
             "files": dict(self.files),
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
@@ -216,24 +221,23 @@ class PlanReport:
         }
 
 
-def outcome_findings(outcomes: Sequence[TargetOutcome]) -> Findings:
+def outcome_findings(outcomes: Sequence[Outcome]) -> Findings:
     """Notes and warnings that only the finished computation can give, besides those of the sources."""
     return change_findings(outcomes) + selection_findings(outcomes)
 
 
-def selection_findings(outcomes: Sequence[TargetOutcome]) -> Findings:
+def selection_findings(outcomes: Sequence[Outcome]) -> Findings:
     """Narrow margins and ties between the heads that are merged and those that are not."""
     notes, warnings = [], []
-    close = [o for o in outcomes if o.merged.selection.margin is not None and o.merged.selection.margin < TIE_RISK]
+    close = [o for o in outcomes if o.decision.margin is not None and o.decision.margin < TIE_RISK]
     if close:
         warnings.append(
-            f"{len(close)} tensors have a margin below {TIE_RISK:g}, such as {close[0].target.primary.name}: another "
+            f"{len(close)} tensors have a margin below {TIE_RISK:g}, such as {close[0].task.stored.name}: another "
             f"backend or machine could select other heads there"
         )
-    tied = [o for o in outcomes if len(o.merged.selection.selected) > o.target.keep]
+    tied = [o for o in outcomes if len(o.decision.selected) > o.decision.keep]
     if tied:
         notes.append(
-            f"{len(tied)} tensors have ties at the cut, such as {tied[0].target.primary.name}: "
-            f"all tied heads are merged"
+            f"{len(tied)} tensors have ties at the cut, such as {tied[0].task.stored.name}: all tied heads are merged"
         )
     return Findings(tuple(notes), tuple(warnings))

@@ -7,15 +7,14 @@ from itertools import combinations
 
 import numpy as np
 
-from hsa.planning.target import Target
-from hsa.sources.roles import Role, RolePair
+from hsa.methods.tensors import TensorTask
 from hsa.system.dtypes import STORAGE, Array, narrow, widen
 
 PIECE = 1 << 14
 """Elements that are compared at a time: different models differ in the first of them."""
 
 
-def equal_pairs(target: Target, raw: Mapping[Role, Array]) -> frozenset[RolePair]:
+def equal_pairs(task: TensorTask, raw: Mapping[str, Array]) -> frozenset[tuple[str, str]]:
     """The pairs of sources whose tensors hold the same values. `raw` holds the tensors' bytes, uint8, by role.
 
     A float32 tensor and one in float16 or bfloat16 count as the same where the one rounds to the other.
@@ -23,7 +22,7 @@ def equal_pairs(target: Target, raw: Mapping[Role, Array]) -> frozenset[RolePair
     return frozenset(
         (one, two)
         for one, two in combinations(raw, 2)
-        if _equal(target.ref(one).code, raw[one], target.ref(two).code, raw[two])
+        if _equal(task.sources[one].code, raw[one], task.sources[two].code, raw[two])
     )
 
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from hsa.errors import RequestError
+from hsa.methods.tensors import TensorTask
 from hsa.option_names import option
-from hsa.planning.target import Target
 from hsa.sources.checkpoint import INDEX, MAX_TENSORS, WEIGHTS, Checkpoint
-from hsa.sources.roles import Role
 from hsa.sources.safetensors import MAX_HEADER, TensorEntry, serialize
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import BITS, size
@@ -20,6 +19,9 @@ from hsa.system.strict_json import MAX_MARKS, count_marks
 
 SLICE_ELEMENTS = 1 << 18
 """Elements of a streamed tensor that are in memory at a time."""
+
+MAX_WHOLE = 4 << 20
+"""Bytes of a tensor that is not measured, up to which it is computed at once instead of in slices."""
 
 SHARD_BYTES = 5 * 10**9
 """Tensor bytes of a file where no source has safetensors files whose layout could be kept."""
@@ -35,100 +37,61 @@ class Bytes:
     def nbytes(self) -> int:
         return len(self.data)
 
-    def reads(self) -> Iterator[tuple[Role, int]]:
+    def reads(self) -> Iterator[tuple[str, int]]:
         return iter(())
 
 
 @dataclass(frozen=True)
-class Copied:
+class Copy:
     """The bytes of one tensor of a source, unchanged."""
 
-    role: Role
+    role: str
     tensor: TensorRef
 
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
-    def reads(self) -> Iterator[tuple[Role, int]]:
+    def reads(self) -> Iterator[tuple[str, int]]:
         yield self.role, self.tensor.nbytes
 
 
 @dataclass(frozen=True)
-class Merge:
-    """A target tensor, whole."""
+class Computed:
+    """`count` elements of a task's result, from element `first`: the whole tensor, or a slice of a streamed one."""
 
-    target: Target
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.target.shape) * size(self.target.out_code)
-
-    def reads(self) -> Iterator[tuple[Role, int]]:
-        for tensor, role in (
-            (self.target.base, "base"),
-            (self.target.primary, "primary"),
-            (self.target.secondary, "secondary"),
-        ):
-            yield role, tensor.nbytes
-
-
-@dataclass(frozen=True)
-class Slice:
-    """`count` elements of a tensor that is no target, from element `first`, computed one by one.
-
-    The result is primary cast to `code` where `base` is None, else `base + scale * (primary - base)`. With
-    `load_codes` both are cast to those element types first and the arithmetic is the reference script's.
-    """
-
-    primary: TensorRef
-    base: TensorRef | None
+    task: TensorTask
     first: int
     count: int
-    code: str
-    scale: float
-    load_codes: Mapping[Role, str] | None = None
-    role: Role = "primary"
 
     @property
     def nbytes(self) -> int:
-        return self.count * size(self.code)
-
-    def reads(self) -> Iterator[tuple[Role, int]]:
-        yield self.role, self.count * size(self.primary.code)
-        if self.base is not None:
-            yield "base", self.count * size(self.base.code)
-
-
-@dataclass(frozen=True)
-class Patched:
-    """A tensor of primary in which the rows of some heads (the columns, where `head_axis` is 1) come from a patch.
-
-    There they stand one head after another from byte `start` of the file.
-    """
-
-    tensor: TensorRef
-    head_axis: int
-    head_dim: int
-    selected: tuple[int, ...]
-    start: int
+        return self.count * size(self.task.out_code)
 
     @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
+    def whole(self) -> bool:
+        """Whether this is a tensor that is held whole, as every target is that fits into memory."""
+        return is_whole(self.task)
 
-    def reads(self) -> Iterator[tuple[Role, int]]:
-        yield "primary", self.tensor.nbytes
-
-    @property
-    def width(self) -> int:
-        """Bytes of one head along a row-major run: its rows, or its part of one row."""
-        per = self.tensor.nbytes // self.tensor.shape[0]
-        return self.head_dim * (per if self.head_axis == 0 else per // self.tensor.shape[1])
+    def reads(self) -> Iterator[tuple[str, int]]:
+        for role, ref in self.task.sources.items():
+            yield role, self.count * size(ref.code)
 
 
-Content = Bytes | Copied | Merge | Slice | Patched
-Computed = Merge | Slice | Patched
+Content = Bytes | Copy | Computed
+
+
+def is_whole(task: TensorTask) -> bool:
+    """Whether a tensor is computed at once: every measured one, and listed ones that are no larger than those."""
+    return task.passes > 0 or (task.listed and all(ref.nbytes <= MAX_WHOLE for ref in task.sources.values()))
+
+
+def pieces_of(task: TensorTask) -> tuple[Computed, ...]:
+    """The pieces of a tensor that is computed: one, or slices of it that stream through memory."""
+    total = math.prod(task.shape)
+    if is_whole(task):
+        return (Computed(task, 0, total),)
+    return tuple(Computed(task, first, min(SLICE_ELEMENTS, total - first)) for first in range(0, total, SLICE_ELEMENTS))
 
 
 @dataclass(frozen=True)
@@ -161,7 +124,7 @@ class Segment:
 class OutputFile:
     """A weights file: its segments, in order and without holes.
 
-    `clone_of` is the number of primary's shard whose bytes stand at the same places, so that the file may start
+    `clone_of` is the number of the anchor's shard whose bytes stand at the same places, so that the file may start
     as a clone of it; None where the layout differs.
     """
 
@@ -169,23 +132,6 @@ class OutputFile:
     size: int
     segments: tuple[Segment, ...]
     clone_of: int | None
-
-
-def slices(
-    primary: TensorRef,
-    base: TensorRef | None,
-    code: str,
-    *,
-    scale: float = 1.0,
-    load_codes: Mapping[Role, str] | None = None,
-    role: Role = "primary",
-) -> tuple[Slice, ...]:
-    """The pieces of a tensor that streams through memory."""
-    total = math.prod(primary.shape)
-    return tuple(
-        Slice(primary, base, first, min(SLICE_ELEMENTS, total - first), code, scale, load_codes, role)
-        for first in range(0, total, SLICE_ELEMENTS)
-    )
 
 
 def pack(
@@ -295,7 +241,10 @@ def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: in
             if piece.nbytes:
                 segments.append(Segment(offset, piece))
                 offset += piece.nbytes
-    return OutputFile(name, offset, tuple(segments), clone_of if owner.role == "primary" else None)
+    computed = [segment.content for segment in segments if isinstance(segment.content, Computed)]
+    if any(content.task.anchor != owner.role for content in computed):  # nothing of the owner's bytes stays
+        clone_of = None
+    return OutputFile(name, offset, tuple(segments), clone_of)
 
 
 def _entries(contents: list[TensorContent]) -> tuple[TensorEntry, ...]:

@@ -28,7 +28,6 @@ from hsa.outputs.provenance import Provenance, Record, SourceRecord
 from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.recording import PROGRAM, libraries, source_record, tensors_digest
 from hsa.outputs.sweep_index import SweepEntry, entry_of, is_point, point_of
-from hsa.planning.plan import find_targets
 from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
@@ -206,13 +205,13 @@ class ExistingPoints:
 
     def source_records(self, point: GridPoint) -> dict[Role, SourceRecord]:
         """The records of the sources, with the digests of a point's targets; each target is read for it once."""
-        targets = find_targets(self._settings_like(point), self.patch_sources.sources)
+        tasks = self.patch_sources.targets(self._settings_like(point)).tasks
         records = {}
         for source in self.patch_sources.sources:
             digests = self._digests.setdefault(source.role, {})
             lines = []
-            for target in targets:
-                ref, name = target.ref(source.role), target.projection.name
+            for task in tasks:
+                ref, name = task.sources[source.role], task.name
                 if name not in digests:
                     digests[name] = digest_range(source.shards[ref.shard].source, ref.offset, ref.nbytes)
                 lines.append((name, ref.code, ref.shape, digests[name]))
@@ -227,9 +226,9 @@ class ExistingPoints:
     def _distances(self, point: GridPoint, record: Record) -> Mapping[str, Distances]:
         names = {target.projection.name for target in record.targets}
         if not names <= self._norms.keys():
-            targets = find_targets(self._settings_like(point), self.patch_sources.sources)
-            missing = [target for target in targets if target.projection.name not in self._norms]
-            self._norms.update(source_norms(missing, self.patch_sources.sources))
+            targets = self.patch_sources.targets(self._settings_like(point))
+            missing = [task for task in targets.tasks if task.name not in self._norms]
+            self._norms.update(source_norms(targets, missing, self.patch_sources.sources))
         return distances.by_stack(
             distances.DistanceInputs(
                 target.projection.stack, target.coefficient, target.selected, self._norms[target.projection.name]

@@ -27,6 +27,7 @@ from hsa.errors import MachineError, RequestError, one_line, shown
 from hsa.findings import Findings, counted
 from hsa.methods.registry import method_named
 from hsa.methods.settings import check_value
+from hsa.methods.tensors import Outcome
 from hsa.option_names import option, with_current_spelling
 from hsa.outputs import sweep_index
 from hsa.outputs.extent import Extent
@@ -37,7 +38,6 @@ from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.recording import source_record
 from hsa.outputs.report import NO_DIGESTS, selection_findings
 from hsa.outputs.sweep_index import SweepEntry, entry_of
-from hsa.planning.outcome import TargetOutcome
 from hsa.sources.hub.client import Hub
 from hsa.sweeps import grid
 from hsa.sweeps.resume import SWEEP_STAGING, ExistingPoints, check_directory
@@ -247,7 +247,7 @@ class _Sweep:
     def _run_pass(self, points: Sequence[GridPoint], progress: _PassProgress | None) -> None:
         sources = self.patch_sources.sources
         patches = write_patches(
-            [PatchSpec(point.settings, f"{point.name}{SUFFIX}") for point in points],
+            [PatchSpec(self.patch_sources.targets(point.settings), f"{point.name}{SUFFIX}") for point in points],
             sources,
             self.patch_sources.settings,
             self.patch_sources.files,
@@ -311,7 +311,7 @@ class _Sweep:
         """MachineError where the points cannot fit on the disk."""
         sources = self.patch_sources.sources
         patches = points[: self.size] if self.full else points
-        needed = sum(expected_bytes(point.settings, sources) for point in patches)
+        needed = sum(expected_bytes(self.patch_sources.targets(point.settings)) for point in patches)
         if self.full:
             needed += len(points) * sum(ref.nbytes for ref in sources.anchor_checkpoint.tensors.values())
         free = fsio.free_bytes(self.directory)
@@ -323,7 +323,7 @@ class _Sweep:
 
 
 def _findings_of_pass(
-    points: Sequence[GridPoint], outcomes: Sequence[Sequence[TargetOutcome]], patch_sources: PatchSources
+    points: Sequence[GridPoint], outcomes: Sequence[Sequence[Outcome]], patch_sources: PatchSources
 ) -> Findings:
     """What there is to say of the points of one pass."""
     findings = Findings()

@@ -27,7 +27,7 @@ from hsa.outputs.provenance import Provenance, Record, changed_keys
 from hsa.outputs.provenance import loads as parse_provenance
 from hsa.outputs.record_checks import config_of_record
 from hsa.outputs.recording import make_record, target_digest
-from hsa.planning.file_layout import Bytes, Merge, OutputFile, Segment
+from hsa.planning.file_layout import Bytes, Computed, OutputFile, Segment
 from hsa.planning.plan import make_plan
 from hsa.sources.checkpoint import INDEX, read_whole, resolve_inside
 from hsa.sources.source_set import Sources
@@ -152,17 +152,17 @@ def _name(segment: Segment) -> str:
     content = segment.content
     if isinstance(content, Bytes):
         return "the header"
-    if isinstance(content, Merge):
-        return f"target tensor {content.target.primary.name}"
-    return f"tensor {content.tensor.name if hasattr(content, 'tensor') else content.primary.name}"
+    if isinstance(content, Computed):
+        return f"{'target ' if content.task.passes else ''}tensor {content.task.stored.name}"
+    return f"tensor {content.tensor.name}"
 
 
 def _describe(difference: _ByteDifference) -> str:
     content, head = difference.segment.content, ""
-    if isinstance(content, Merge):
-        target = content.target
-        element = (difference.offset - difference.segment.offset) // size(target.out_code)
-        head = head_text(target.projection, target.shape, target.heads, element)
+    if isinstance(content, Computed) and content.task.passes and content.task.place is not None:
+        task, place = content.task, content.task.place
+        element = (difference.offset - difference.segment.offset) // size(task.out_code)
+        head = head_text(place, task.shape, task.partition.groups, element)
     bytes_are = f"{difference.count} bytes are" if difference.count > 1 else "1 byte is"
     return (
         f"{_name(difference.segment)}{head}: {bytes_are} not what the sources give, first at byte {difference.offset}: "
@@ -220,7 +220,7 @@ def _compare(
     comparer = ByteComparer(directory, context.tally, context.problems)
     total, progress = plan.bytes_to_write, context.progress
     step = None if progress is None else lambda done: progress(done, total)
-    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings.numerics)
+    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings)
     options = Options(context.threads, digest=request.digest, sync=False)
     try:
         digests = assemble(plan.files, sources.by_role, calculator, comparer, options, context.memory, step)

@@ -7,34 +7,34 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 
 import numpy as np
 
 from hsa.actions.request import Request
-from hsa.architectures.base import PRESETS
-from hsa.backends.base import NotFinite
-from hsa.backends.cpu import Blend, CpuBackend, CpuWorker
-from hsa.engine.compute import Calculator, not_finite_error
+from hsa.architectures.base import Preset
 from hsa.engine.open_patch import patch_target
+from hsa.engine.target_pass import Candidate, TargetDecision, TargetPass
 from hsa.errors import HsaError, SourceChanged, SourceError
 from hsa.methods.geometry import Norms
-from hsa.methods.hsa import HsaSettings
-from hsa.methods.selection import Selection, select
+from hsa.methods.hsa import HsaDecision, HsaSettings
+from hsa.methods.hsa_formula import rounded_pair
+from hsa.methods.registry import method_named
+from hsa.methods.selection import Selection, selection_of
+from hsa.methods.tensors import Outcome, TensorTask
 from hsa.outputs import distances
+from hsa.outputs.patch_format import PatchTarget
 from hsa.outputs.patch_reader import Patch
 from hsa.outputs.provenance import SourceRecord, changed_keys
 from hsa.outputs.record_checks import config_of_record
-from hsa.outputs.recording import tensors_digest
-from hsa.planning.plan import find_targets
-from hsa.planning.target import Target
+from hsa.outputs.recording import target_digest
+from hsa.planning.tasks import Targets, find_targets
 from hsa.sources import small_files
-from hsa.sources.roles import ANCHOR, BASE, Role
+from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import Array, size
 from hsa.verification.context import SourcePaths, VerifyContext
-from hsa.verification.run_in_threads import run_in_threads
 from hsa.verification.source_checks import MAX_NAMED, check_targets, comparison_notes, open_recorded
 
 DISTANCE_ERROR = 1e-9
@@ -46,13 +46,42 @@ class _PatchDifferences:
     """A patch, its targets as the sources give them, and what differs so far."""
 
     patch: Patch
-    targets: tuple[Target, ...]
-    selected: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    targets: Targets
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
     unlike: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return self.patch.source.path.name
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The number of each target in the patch, by canonical name."""
+        return {each.projection.name: number for number, each in enumerate(self.patch.contents.targets)}
+
+    @cached_property
+    def recorded(self) -> dict[str, HsaDecision]:
+        """The decisions that the patch records for targets which are what the sources give, by canonical name."""
+        patch = self.patch
+        return {
+            task.name: recorded_decision(
+                patch.contents.targets[place], selection_of(patch.squared[place], patch.selected[place])
+            )
+            for task in self.targets.tasks
+            if (place := self.places.get(task.name)) is not None and self.has_same_target(task)
+        }
+
+    def has_same_target(self, task: TensorTask) -> bool:
+        """Whether the patch says of a target what the sources and its parameters give."""
+        settings = self.targets.settings
+        assert isinstance(settings, HsaSettings)
+        return self.patch.contents.targets[self.places[task.name]] == patch_target(task, settings)
+
+
+def recorded_decision(target: PatchTarget, selection: Selection) -> HsaDecision:
+    """The decision that a patch records for a target."""
+    pair = rounded_pair(target.coefficient)
+    return HsaDecision(target.keep, target.coefficient, *pair, 1.0, selection)
 
 
 def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, context: VerifyContext) -> bool:
@@ -101,13 +130,14 @@ def _source_identities(patch: Patch) -> dict[Role, tuple[object, ...]]:
 def _request(patches: Sequence[Patch], source_paths: SourcePaths) -> Request:
     """A request for the sources, with all that any of the patches needs of them."""
     parameters = [patch.contents.parameters for patch in patches]
-    widest = max((each["targets"] for each in parameters), key=PRESETS.index)
-    others = [each["assets_from"] for each in parameters if each["assets_from"] not in (BASE, ANCHOR)]
+    presets: list[Preset] = ["encoder-qkv", "attention-qkv", "attention-all"]
+    widest = max((each["targets"] for each in parameters), key=presets.index)
+    secondary = any(each["assets_from"] == "secondary" for each in parameters)
     return Request(
         sources=source_paths.by_role,
         output="",
         settings=HsaSettings(targets=widest),
-        assets_from=others[0] if others else ANCHOR,
+        assets_from="secondary" if secondary else "primary",
         ids=source_paths.ids,
     )
 
@@ -116,123 +146,93 @@ def _compare(patches: Sequence[Patch], sources: Sources, context: VerifyContext)
     differences = []
     for patch in patches:
         try:
-            targets = find_targets(config_of_record(patch.record), sources)
+            settings = config_of_record(patch.record)
+            targets = find_targets(method_named(settings.method), settings, sources)
             _compare_small_files(patch, sources, context)
             differences.append(_PatchDifferences(patch, targets))
         except SourceChanged:
             raise
         except HsaError as error:
             context.problems.add(patch.source.path.name, f"cannot be merged again: {error}")
-    _PatchRecomputation(differences, sources, context).run()
+    if differences:
+        _RowComparer(differences, sources, context).run()
     sources.check_unchanged()
     return len(differences) == len(patches)
 
 
 def _compare_small_files(patch: Patch, sources: Sources, context: VerifyContext) -> None:
-    assets_from = patch.contents.parameters["assets_from"]
-    files = small_files.collect(sources, sources.anchor, assets_from, None, context.tally).files
+    files = small_files.collect(sources, "primary", patch.contents.parameters["assets_from"], None, context.tally).files
     unlike = changed_keys(patch.contents.files, {name: digest_of(data) for name, data in files.items()})
     if unlike:
         what = f"its small files are not those that the sources give: {', '.join(unlike[:MAX_NAMED])}"
         context.problems.add(patch.source.path.name, what)
 
 
-class _PatchRecomputation:
-    """Merges targets again in threads. Each thread has one target in memory, and compares it in all patches."""
+class _RowComparer:
+    """Compares what the sources give with what patches hold: the decisions with the recorded ones, and the rows that
+    follow from the recorded decisions with the rows. Each target is read once for all patches."""
 
     def __init__(self, patches: Sequence[_PatchDifferences], sources: Sources, context: VerifyContext) -> None:
         self.patches, self.sources, self.context = patches, sources, context
-        self.calculator = Calculator(sources, CpuBackend(), "exact")
         self.norms: dict[str, Norms] = {}
-        self.digests: dict[str, dict[Role, str]] = {}
-        self.done = 0
-        self._local = threading.local()
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        groups: dict[tuple[str, int], list[tuple[_PatchDifferences, Target]]] = {}
-        for differences in patches:
-            for target in differences.targets:
-                groups.setdefault((target.projection.name, target.heads), []).append((differences, target))
-        self.groups = list(groups.values())
 
     def run(self) -> None:
-        total = sum(target.ref(role).nbytes for ((_, target), *_) in self.groups for role in self.sources.roles)
-        tasks = [partial(self._recompute, group) for group in self.groups]
-        run_in_threads(tasks, self.context, self._stop, lambda: (self.done, total))
+        candidates = [Candidate(number, each.targets, each.recorded) for number, each in enumerate(self.patches)]
+        work = TargetPass(candidates, self.sources, self, _file_order)
+
+        def watch() -> None:
+            self.context.memory.sample()
+            if self.context.progress is not None:
+                self.context.progress(work.done, work.source_bytes)
+
+        work.run(self.context.threads, watch)
         for differences in self.patches:
             self._finish(differences)
 
-    def _recompute(self, group: Sequence[tuple[_PatchDifferences, Target]]) -> None:
-        target = group[0][1]
-        refs = {role: target.ref(role) for role in self.sources.roles}
-        with self.calculator.reserve(sum(ref.nbytes for ref in refs.values())):
-            if self._stop.is_set():
-                return
-            data = {role: self.calculator.buffer(ref.nbytes) for role, ref in refs.items()}
-            for role, ref in refs.items():
-                self.sources.of(role).read_into(ref, data[role].data)
-            digests = {role: digest_of(array.data) for role, array in data.items()}
-            b, m1, m2 = data.values()
-            arrays = b, m1, m2
-            try:
-                worker = self._worker()
-                scored = worker.score(target, *arrays)
-                norms = worker.norms(target, m1, m2)
-                for differences, own_target in group:
-                    self._merge(differences, own_target, scored.squared, arrays)
-            except NotFinite as error:
-                raise not_finite_error(error, refs, target.out_code, self.sources, "exact") from None
-            for array in arrays:
-                self.calculator.give_back(array)
-        with self._lock:
-            self.norms[target.projection.name] = norms
-            self.digests[target.projection.name] = digests
-            self.done += sum(ref.nbytes for ref in refs.values())
+    def decided(self, decisions: Sequence[TargetDecision], norms: Norms) -> None:
+        for each in decisions:
+            differences, task = self.patches[each.candidate], each.outcome.task
+            self.norms[task.name] = norms
+            differences.outcomes[task.name] = each.outcome
+            what = _other_decision(differences, task, each.outcome.decision)
+            if what is not None:
+                self._add(differences, task, what)
 
-    def _worker(self) -> CpuWorker:
-        if not hasattr(self._local, "worker"):
-            self._local.worker = CpuWorker()
-        worker: CpuWorker = self._local.worker
-        return worker
+    def store(self, decision: TargetDecision, rows: Array) -> None:
+        differences, task = self.patches[decision.candidate], decision.outcome.task
+        if task.name in differences.recorded:
+            what = _other_rows(differences.patch, task, decision.groups, rows)
+            if what is not None:
+                self._add(differences, task, what)
 
-    def _merge(
-        self,
-        differences: _PatchDifferences,
-        target: Target,
-        squared: Sequence[float],
-        arrays: tuple[Array, Array, Array],
-    ) -> None:
-        """Blend the selected heads of one target for one patch, and note what of it differs."""
-        selection = select(squared, target.keep)
-        rows = np.empty(patch_target(target).rows_bytes(len(selection.selected)), np.uint8)
-        blend = Blend(selection.selected, target.c1, target.c2, rows)
-        self._worker().blend(target, *arrays, [blend])
-        difference = _difference(differences.patch, target, selection, rows)
+    def _add(self, differences: _PatchDifferences, task: TensorTask, what: str) -> None:
         with self._lock:
-            differences.selected[target.projection.name] = selection.selected
-            if difference is not None:
-                differences.unlike.append(f"target tensor {target.primary.name}{difference}")
+            differences.unlike.append(f"target tensor {task.stored.name}{what}")
 
     def _finish(self, differences: _PatchDifferences) -> None:
         """Add the problems of a patch whose targets are all compared."""
         problems, patch, name = self.context.problems, differences.patch, differences.name
-        count = MAX_NAMED if check_targets(patch.record, self._digests(differences.targets), problems) else 1
+        outcomes = [differences.outcomes[task.name] for task in differences.targets.tasks]
+        digests = {role: target_digest(role, outcomes) for role in self.sources.roles}
+        count = MAX_NAMED if check_targets(patch.record, digests, problems) else 1
         unlike = sorted(differences.unlike)
         for what in unlike[:count]:
             problems.add(name, what)
         if len(unlike) > count:
             problems.add(name, f"{len(unlike) - count} more tensors are not what the sources give")
-        names = [target.primary.name for target in differences.targets]
+        names = [task.stored.name for task in differences.targets.tasks]
         if names != [target.name for target in patch.contents.targets]:
             problems.add(name, "its targets, or their order, are not those that the sources give")
         expected_distances = distances.by_stack(
             distances.DistanceInputs(
-                target.projection.stack,
-                target.coefficient,
-                differences.selected[target.projection.name],
-                self.norms[target.projection.name],
+                outcome.task.place.stack,
+                outcome.decision.coefficient,
+                outcome.decision.selected,
+                self.norms[outcome.task.name],
             )
-            for target in differences.targets
+            for outcome in outcomes
+            if outcome.task.place is not None
         )
         for stack, expected in expected_distances.items():
             recorded = patch.contents.distances.get(stack)
@@ -241,17 +241,6 @@ class _PatchRecomputation:
                     name, f"its distances of {stack} are not what the sources give: {recorded}, expected {expected}"
                 )
 
-    def _digests(self, targets: Sequence[Target]) -> dict[Role, str]:
-        """The digest over these target tensors of each source, as a record has it."""
-        digests = {}
-        for role in self.sources.roles:
-            lines = []
-            for target in targets:
-                ref, name = target.ref(role), target.projection.name
-                lines.append((name, ref.code, ref.shape, self.digests[name][role]))
-            digests[role] = tensors_digest(lines)
-        return digests
-
 
 def _is_close(recorded: float | None, expected: float | None) -> bool:
     if recorded is None or expected is None:
@@ -259,28 +248,38 @@ def _is_close(recorded: float | None, expected: float | None) -> bool:
     return math.isclose(recorded, expected, rel_tol=DISTANCE_ERROR)
 
 
-def _difference(patch: Patch, target: Target, selection: Selection, rows: Array) -> str | None:
-    """How a patch's target differs from what the sources give; None where it does not."""
-    place = next(
-        (n for n, each in enumerate(patch.contents.targets) if each.projection.name == target.projection.name), None
-    )
+def _other_decision(differences: _PatchDifferences, task: TensorTask, decision: HsaDecision) -> str | None:
+    """How the recorded decision for a target differs from the one that follows from the sources; None where it does
+    not."""
+    patch, place = differences.patch, differences.places.get(task.name)
     if place is None:
         return " is missing"
-    if patch.contents.targets[place] != patch_target(target):
+    if not differences.has_same_target(task):
         return ": its shape, dtype, heads or lambda_i are not what the sources give"
-    if patch.squared[place] != selection.squared:
+    if patch.squared[place] != decision.selection.squared:
         return ": its scores are not what the sources give"
-    if patch.selected[place] != selection.selected:
-        return f": heads {list(patch.selected[place])} are selected, the sources give {list(selection.selected)}"
+    if patch.selected[place] != decision.selected:
+        return f": heads {list(patch.selected[place])} are selected, the sources give {list(decision.selected)}"
+    return None
+
+
+def _other_rows(patch: Patch, task: TensorTask, groups: Sequence[int], rows: Array) -> str | None:
+    """How the rows of a target differ from those that its recorded heads give; None where they do not."""
     written = np.empty(rows.size, np.uint8)
-    patch.source.read_into(written.data, patch.start(patch.contents.targets[place].name))
+    patch.source.read_into(written.data, patch.start(task.stored.name))
     differs = written != rows
     if not differs.any():
         return None
     first = int(differs.argmax())
-    shape = patch_target(target).rows_shape(len(selection.selected))
-    row = int(np.unravel_index(first // size(target.out_code), shape)[target.projection.head_axis])
+    shape = [*task.shape]
+    shape[task.partition.axis : task.partition.axis + 1] = [len(groups), task.group_size]
+    row = int(np.unravel_index(first // size(task.out_code), shape)[task.partition.axis])
     return (
-        f", head {selection.selected[row]}: {int(np.count_nonzero(differs))} bytes are not what the sources give, "
+        f", head {groups[row]}: {int(np.count_nonzero(differs))} bytes are not what the sources give, "
         f"first at byte {first} of its rows: found 0x{int(written[first]):02x}, recomputed 0x{int(rows[first]):02x}"
     )
+
+
+def _file_order(task: TensorTask) -> tuple[int, int]:
+    ref = task.sources[task.anchor]
+    return ref.shard, ref.offset

@@ -7,10 +7,12 @@ from contextlib import ExitStack
 
 from hsa.actions.request import Request, has_hub_ids, open_sources
 from hsa.errors import shown
+from hsa.methods.registry import method_named
 from hsa.methods.selection import TIE_RISK
 from hsa.option_names import option
 from hsa.outputs import recording
 from hsa.outputs.provenance import Record, SourceRecord, changed_keys
+from hsa.outputs.record_checks import config_of_record
 from hsa.outputs.recording import PROGRAM
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
@@ -120,7 +122,7 @@ def check_targets(record: Record, digests: Mapping[Role, str], problems: Problem
 
 def other_versions(record: Record) -> str | None:
     """The versions that a record names and that are not those here; None where all are."""
-    own = {**PROGRAM, **recording.libraries(numerics=str(record.parameters.get("numerics")))}
+    own = {**PROGRAM, **recording.libraries(method_named(config_of_record(record).method).libraries)}
     recorded = {**record.program, **record.libraries}
     unlike = [f"{shown(k)} {shown(recorded.get(k))} (here {shown(own.get(k))})" for k in changed_keys(recorded, own)]
     return ", ".join(unlike[:MAX_NAMED]) or None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cpu_cases import DTYPES, NAMES, ROLES, Case, check, draw, run, shape_of
+from cpu_cases import DTYPES, NAMES, ROLES, Case, check, draw, new_worker, run, shape_of
 from helpers import raw_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,11 +35,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize("out", [None, *DTYPES], ids=lambda dtype: str(dtype or "auto").removeprefix("torch."))
 @pytest.mark.parametrize("kind", NAMES)
 def test_every_mix_of_element_types(kind: str, out: torch.dtype | None) -> None:
-    worker = cpu.CpuBackend().worker()
+    worker = new_worker()
     for number, dtypes in enumerate(product(DTYPES, repeat=3)):
         case = draw(shape_of(kind, 5, 3, 19), 5, dtypes=dtypes, kind=kind, out=out, seed=number)
         merged = check(case, worker)
-        assert len(merged.selection.selected) == 3
+        assert len(merged.decision.selected) == 3
         for scale in (0.0, -0.5, 2.0):
             check(replace(case, scale=scale), worker)
 
@@ -74,7 +74,7 @@ def test_heads_of_several_real_tiles(kind: str, heads: int, head_dim: int, other
 def test_shares_and_scales(kind: str, k: float, scale: float) -> None:
     for dtypes in ((torch.float32,) * 3, (torch.float32, torch.float16, torch.float32)):
         merged = check(draw(shape_of(kind, 7, 3, 11), 7, dtypes=dtypes, kind=kind, k=k, scale=scale))
-        assert len(merged.selection.selected) == {0: 0, 1: 7, 1e-9: 1, 0.3: 2, 60: 4, 100: 7}[k]
+        assert len(merged.decision.selected) == {0: 0, 1: 7, 1e-9: 1, 0.3: 2, 60: 4, 100: 7}[k]
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.0, 0.3, 1e-30])
@@ -105,8 +105,8 @@ def test_ties_at_the_cut_are_all_merged() -> None:
     primary = (base + strength).contiguous()
     case = Case(base, primary, -primary, heads=5, k=0.4)  # keep 2: the second place is shared by three
     merged = check(case)
-    assert merged.selection.selected == (0, 2, 3, 4)
-    assert merged.selection.margin == (16 - 4) / 16
+    assert merged.decision.selected == (0, 2, 3, 4)
+    assert merged.decision.margin == (16 - 4) / 16
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -114,26 +114,26 @@ def test_ties_at_the_cut_are_all_merged() -> None:
 def test_all_equal_inputs(kind: str, k: float) -> None:
     tensor = torch.full(shape_of(kind, 5, 3, 7), 0.3)
     merged = check(Case(tensor, tensor, tensor, heads=5, kind=kind, k=k))
-    assert merged.selection.squared == (0.0,) * 5
-    assert merged.selection.selected == (() if k == 0 else (0, 1, 2, 3, 4))
-    assert (merged.primary_differs, merged.secondary_differs) == (False, False)
+    assert merged.decision.selection.squared == (0.0,) * 5
+    assert merged.decision.selected == (() if k == 0 else (0, 1, 2, 3, 4))
+    assert (merged.decision.measured.primary_differs, merged.decision.measured.secondary_differs) == (False, False)
 
 
 def test_a_moved_source_is_told_apart_even_by_one_element() -> None:
     base = torch.full((9, 4), 0.3)
     other = base.clone()
     other[8, 3] = 0.5
-    assert check(Case(base, other, base, heads=3)).primary_differs
-    assert not check(Case(base, other, base, heads=3)).secondary_differs
-    assert check(Case(base, base, other, heads=3)).secondary_differs
-    assert not check(Case(base, base, other, heads=3)).primary_differs
+    assert check(Case(base, other, base, heads=3)).decision.measured.primary_differs
+    assert not check(Case(base, other, base, heads=3)).decision.measured.secondary_differs
+    assert check(Case(base, base, other, heads=3)).decision.measured.secondary_differs
+    assert not check(Case(base, base, other, heads=3)).decision.measured.primary_differs
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_one_head_selected_is_a_range_of_its_own(kind: str) -> None:
     case = draw(shape_of(kind, 5, 2, 3), 5, kind=kind, k=0.2)
     _, merged = run(case)
-    (head,) = merged.selection.selected
+    (head,) = merged.decision.selected
     whole = case.base.numel() * 4
     expected = (0, whole) if kind == "columns" else (head * whole // 5, (head + 1) * whole // 5)
     assert merged.changed == (expected,)
@@ -196,7 +196,7 @@ def test_permuting_the_heads_permutes_the_result(case: Case, random: Any) -> Non
     result = torch.frombuffer(bytearray(out), dtype=case.out_dtype).view(case.base.shape)
     ours, theirs = run(moved)
     assert ours == raw_bytes(permuted(result))
-    assert theirs.selection.squared == tuple(merged.selection.squared[head] for head in order)
+    assert theirs.decision.selection.squared == tuple(merged.decision.selection.squared[head] for head in order)
 
 
 # --- scores ------------------------------------------------------------------------------------------------
@@ -211,11 +211,11 @@ def test_score_error_against_float64(delta: float, kind: str) -> None:
     wide = reference.head_scores(
         case.base, case.primary, case.secondary, heads=3, head_axis=case.head_axis, dtype=torch.float64
     )
-    assert min(merged.selection.squared) > 0
-    for ours, exact in zip(merged.selection.squared, wide.tolist(), strict=True):
+    assert min(merged.decision.selection.squared) > 0
+    for ours, exact in zip(merged.decision.selection.squared, wide.tolist(), strict=True):
         assert abs(ours - exact) < 1e-6 * exact
         assert abs(math.sqrt(ours) - math.sqrt(exact)) < 1e-6 * math.sqrt(exact)
-    assert merged.selection.scores == tuple(map(math.sqrt, merged.selection.squared))
+    assert merged.decision.scores == tuple(map(math.sqrt, merged.decision.selection.squared))
 
 
 def test_scores_of_one_size_in_many_elements_do_not_drift() -> None:
@@ -223,7 +223,7 @@ def test_scores_of_one_size_in_many_elements_do_not_drift() -> None:
     case = Case(base, base + 0.1, base + 0.1, heads=2)
     _, merged = run(case)
     exact = float(np.float32(0.1) * 2) ** 2 * (1 << 20)
-    assert merged.selection.squared == pytest.approx((exact, exact), rel=1e-12, abs=0)
+    assert merged.decision.selection.squared == pytest.approx((exact, exact), rel=1e-12, abs=0)
 
 
 # --- the same every time ------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_workers_threads_and_reuse_change_nothing() -> None:
         for seed, (kind, dtypes) in enumerate(product(NAMES, [(torch.float32,) * 3, (torch.float16,) * 3]))
     ]
     alone = [run(case) for case in many]
-    worker = cpu.CpuBackend().worker()
+    worker = new_worker()
     assert [run(case, worker=worker) for case in reversed(many)] == alone[::-1]
     with ThreadPoolExecutor(5) as pool:
         for _ in range(4):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cpu_cases import CODES, DTYPES, NAMES, POISON, ROLES, Case, buffer, check, draw, run, shape_of
+from cpu_cases import CODES, DTYPES, NAMES, POISON, ROLES, Case, buffer, check, draw, new_worker, ref, run, shape_of
 from helpers import raw_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,11 +19,13 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from hsa import reference
+from hsa.architectures.base import Partition
 from hsa.backends import cpu
 from hsa.backends.base import NotFinite
-from hsa.planning.file_layout import Slice
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.tensors import TensorTask
+from hsa.planning.file_layout import Computed
 from hsa.sources.roles import Role
-from hsa.sources.tensor_places import TensorRef
 
 # --- NaN, Inf and overflow ----------------------------------------------------------------------------------
 
@@ -38,7 +40,7 @@ def test_a_source_that_is_not_finite_is_named_with_its_head(role: Role, dtype: t
         tensor.chunk(5, dim=case.head_axis)[head][-1] = value
         with pytest.raises(NotFinite) as caught:
             run(replace(case, **{role: tensor}))
-        assert (caught.value.role, caught.value.head) == (role, head)
+        assert (caught.value.role, caught.value.group) == (role, head)
 
 
 def test_the_first_head_that_is_not_finite_is_named() -> None:
@@ -47,7 +49,7 @@ def test_the_first_head_that_is_not_finite_is_named() -> None:
     case.primary[10, 0] = math.inf  # head 3
     with pytest.raises(NotFinite) as caught:
         run(case)
-    assert (caught.value.role, caught.value.head) == ("secondary", 1)
+    assert (caught.value.role, caught.value.group) == ("secondary", 1)
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -59,7 +61,7 @@ def test_a_cast_that_overflows_names_the_head_and_no_source(kind: str, k: float,
         getattr(case, role).chunk(5, dim=case.head_axis)[3][-1] += 70000.0
     with pytest.raises(NotFinite) as caught:
         run(case)
-    assert (caught.value.role, caught.value.head) == (None, 3)
+    assert (caught.value.role, caught.value.group) == (None, 3)
     check(replace(case, out=torch.bfloat16))
 
 
@@ -72,7 +74,7 @@ def test_a_result_that_overflows_names_the_head_and_no_source() -> None:
         warnings.simplefilter("error")
         with pytest.raises(NotFinite) as caught:
             run(case)
-    assert (caught.value.role, caught.value.head) == (None, 2)
+    assert (caught.value.role, caught.value.group) == (None, 2)
 
 
 @pytest.mark.parametrize("secondary", [3e38, -3e38, 0.0])
@@ -86,21 +88,34 @@ def test_differences_beyond_float32_are_refused_without_a_warning(base: float, s
         warnings.simplefilter("error")
         with pytest.raises(NotFinite) as caught:
             run(case)
-    assert (caught.value.role, caught.value.head) == (None, 0)
+    assert (caught.value.role, caught.value.group) == (None, 0)
 
 
 # --- slices of tensors that are no target -------------------------------------------------------------------
 
 
-def slice_of(primary: Tensor, base: Tensor | None, out: torch.dtype, scale: float) -> tuple[bytes, Slice]:
-    def ref(tensor: Tensor) -> TensorRef:
-        size = tensor.numel() * tensor.element_size()
-        return TensorRef("other", CODES[tensor.dtype], tuple(tensor.shape), 0, 0, size)
-
-    piece = Slice(ref(primary), None if base is None else ref(base), 0, primary.numel(), CODES[out], scale)
+def slice_of(primary: Tensor, base: Tensor | None, out: torch.dtype, scale: float) -> bytes:
+    """A tensor that is no target, moved along primary's task vector, or cast where there is no base."""
+    sources = {"primary": primary} if base is None else {"base": base, "primary": primary}
+    task = TensorTask(
+        name="other",
+        place=None,
+        layers=0,
+        shape=tuple(primary.shape),
+        partition=Partition(),
+        sources={role: ref("other", tensor) for role, tensor in sources.items()},
+        anchor="primary",
+        out_code=CODES[out],
+        output_name="other",
+        merged=base is not None,
+        listed=False,
+    )
     held = np.full(primary.numel() * out.itemsize, POISON, np.uint8)
-    cpu.CpuBackend().worker().slice(piece, buffer(primary), None if base is None else buffer(base), held)
-    return held.tobytes(), piece
+    worker = new_worker(HsaSettings(non_attention_scale=scale))
+    buffers = {role: buffer(tensor) for role, tensor in sources.items()}
+    worker.slice(Computed(task, 0, primary.numel()), buffers, held)
+    assert all(buffers[role].tobytes() == raw_bytes(tensor) for role, tensor in sources.items())
+    return held.tobytes()
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.7, -0.5, 2.0])
@@ -108,7 +123,7 @@ def slice_of(primary: Tensor, base: Tensor | None, out: torch.dtype, scale: floa
 def test_scaled_slices(elements: int, scale: float) -> None:
     for base_dtype, dtype, out in product(DTYPES, repeat=3):
         case = draw((elements,), 1, dtypes=(base_dtype, dtype, dtype))
-        ours, _ = slice_of(case.primary, case.base, out, scale)
+        ours = slice_of(case.primary, case.base, out, scale)
         assert ours == raw_bytes(reference.merge_other(case.base, case.primary, scale=scale, out_dtype=out))
 
 
@@ -116,7 +131,7 @@ def test_scaled_slices(elements: int, scale: float) -> None:
 def test_cast_slices(elements: int) -> None:
     for dtype, out in product(DTYPES, repeat=2):
         primary = draw((elements,), 1, dtypes=(dtype,) * 3).primary
-        ours, _ = slice_of(primary, None, out, 1.0)
+        ours = slice_of(primary, None, out, 1.0)
         assert ours == raw_bytes(primary.to(out))
 
 
@@ -126,7 +141,7 @@ def test_every_bfloat16_and_float16_pattern_is_cast_as_torch_casts_it() -> None:
         finite = every[torch.isfinite(every)].contiguous()
         for out in DTYPES:
             kept = finite[torch.isfinite(finite.to(out))].contiguous()
-            ours, _ = slice_of(kept, None, out, 1.0)
+            ours = slice_of(kept, None, out, 1.0)
             assert ours == raw_bytes(kept.to(out))
 
 
@@ -135,7 +150,7 @@ def test_every_bfloat16_and_float16_pattern_is_cast_as_torch_casts_it() -> None:
 def test_float32_is_rounded_to_nearest_even(bits: Any, out: torch.dtype) -> None:
     values = torch.from_numpy(bits.view(np.float32).copy())
     values[~torch.isfinite(values.to(out))] = 1.0
-    ours, _ = slice_of(values, None, out, 1.0)
+    ours = slice_of(values, None, out, 1.0)
     assert ours == raw_bytes(values.to(out))
 
 

@@ -19,8 +19,10 @@ from kernel_cases import CASES, CpuProblem
 from kernel_shapes import MIXES, SHAPES, TRAFFIC, Mix, Shape, volume
 from rows import read
 
+from hsa.backends.base import Merged, TaskBuffers
 from hsa.backends.cpu import CpuWorker
-from hsa.planning.outcome import MergedTarget
+from hsa.methods.hsa import HsaDecision
+from hsa.methods.settings import Settings
 
 LITTLE = Shape("little", layers=2, width=64, heads=4)
 COPY_OF_H200 = 4.3e12
@@ -95,13 +97,17 @@ def flip_a_bit(worker: CpuWorker, *arguments: object) -> None:
     arguments[-1][-1] ^= 1
 
 
-def leave_unselected(worker: CpuWorker, target: object, selected: object, *arguments: object) -> None:
-    APPLY(worker, target, (0,), *arguments)
+def leave_unselected(worker: CpuWorker, task: object, decision: HsaDecision, *arguments: object) -> None:
+    APPLY(worker, task, with_heads(decision, (0,)), *arguments)
 
 
-def name_another_head(worker: CpuWorker, *arguments: object) -> MergedTarget:
-    merged = MERGE(worker, *arguments)
-    return MergedTarget(replace(merged.selection, selected=(0, 1)), merged.changed, True, True, merged.geometry)
+def name_another_head(worker: CpuWorker, job: TaskBuffers) -> Merged:
+    merged = MERGE(worker, job)
+    return replace(merged, decision=with_heads(merged.decision, (0, 1)))
+
+
+def with_heads(decision: HsaDecision, selected: tuple[int, ...]) -> HsaDecision:
+    return replace(decision, selection=replace(decision.selection, selected=selected))
 
 
 def drop_secondary(base, primary, secondary, *arguments):
@@ -138,8 +144,8 @@ def test_the_gate_refuses_what_is_wrong(
 def test_the_gate_looks_at_the_apply_step_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     write = kernel_cases.CpuResident.write
 
-    def stale(self: kernel_cases.CpuResident, targets: Sequence[object], out: Sequence[torch.Tensor]) -> None:
-        write(self, targets[:-1], out[:-1])
+    def stale(self: kernel_cases.CpuResident, settings: Settings, out: Sequence[torch.Tensor]) -> None:
+        write(self, settings, [*out[:-1], out[-1].clone()])
 
     monkeypatch.setattr(kernel_cases.CpuResident, "write", stale)
     wrong = pytest.raises(SystemExit, match="apply only, scores cached differs from the oracle in projection 5")

@@ -19,9 +19,9 @@ from hsa.architectures.whisper import WHISPER
 from hsa.backends import cpu
 from hsa.engine import consumers, pipeline
 from hsa.methods import geometry
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa import Hsa, HsaSettings
 from hsa.planning import equal_sources
-from hsa.planning.file_layout import Merge, Slice
+from hsa.planning.file_layout import Computed
 from hsa.sources.checkpoint import open_checkpoint
 from hsa.system import fsio
 from hsa.system.fsio import Tally
@@ -184,19 +184,20 @@ def test_targets_are_computed_so_far_ahead_and_no_farther(
     monkeypatch.setattr(consumers, "DIRECT_PIECE", piece)
     monkeypatch.setattr(consumers, "CACHED_PIECE", piece)
     hsa.merge(**deep, output=tmp_path / "out", threads=threads, sync=False, dtype=dtype)
-    pending: set[int] = set()
+    pending: set[tuple[int, int]] = set()
     most, early = 0, 0
     for task in drawn:
         for segment in task.segments:
-            pending.add(id(segment))
+            pending.add((task.file.number, segment.offset))
             begins = segment.offset // piece * piece
-            assert task.start <= begins <= task.start + (ahead if isinstance(segment.content, Merge) else 0)
+            assert task.start <= begins <= task.start + (ahead if segment.content.whole else 0)
             early += begins > task.start
         if not task.segments:
             here = [s for s in task.file.plan.segments if s.offset < task.stop and s.stop > task.start]
-            assert all(id(s) in pending for s in here if isinstance(s.content, Merge | Slice))
-            pending -= {id(s) for s in here if s.stop <= task.stop}
-        held = [s for s in task.file.plan.segments if id(s) in pending]
+            computed = [s for s in here if isinstance(s.content, Computed)]
+            assert all((task.file.number, s.offset) in pending for s in computed)
+            pending -= {(task.file.number, s.offset) for s in here if s.stop <= task.stop}
+        held = [s for s in task.file.plan.segments if (task.file.number, s.offset) in pending]
         most = max(most, sum(s.content.nbytes for s in held))
     assert early > 0 and not pending
     largest = max(s.content.nbytes for task in drawn for s in task.segments)
@@ -233,29 +234,29 @@ def test_each_output_byte_is_digested_once(deep: Triple, tmp_path: Path, monkeyp
 
 
 def test_heads_are_scored_once_and_blended_once(deep: Triple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls = {"_score": 0, "_blend": 0}
+    calls = {"measure": 0, "apply": 0}  # by block, and each head is one
 
     def counted(name: str) -> Any:
-        inner = getattr(cpu.CpuWorker, name)
+        inner = getattr(Hsa, name)
 
-        def call(self: cpu.CpuWorker, *arguments: Any) -> Any:
+        def call(self: Hsa, *arguments: Any) -> Any:
             calls[name] += 1
             return inner(self, *arguments)
 
         return call
 
     for name in calls:
-        monkeypatch.setattr(cpu.CpuWorker, name, counted(name))
+        monkeypatch.setattr(Hsa, name, counted(name))
     report = hsa.merge(**deep, output=tmp_path / "out", sync=False)
-    assert calls == {"_score": report.total_heads, "_blend": report.selected_heads}
+    assert calls == {"measure": report.total_heads, "apply": report.selected_heads}
 
-    calls.update(_score=0, _blend=0)
+    calls.update(measure=0, apply=0)
     merger = hsa.Merger(**deep, backend="cpu")
-    assert calls == {"_score": report.total_heads, "_blend": 0}
+    assert calls == {"measure": report.total_heads, "apply": 0}
     state = merger.merge(lam=0.1)
     for lam in (0.2, 0.3, 0.4):
         merger.apply_(state, lam=lam)
-    assert calls == {"_score": report.total_heads, "_blend": 4 * report.selected_heads}
+    assert calls == {"measure": report.total_heads, "apply": 4 * report.selected_heads}
 
 
 def test_each_head_is_summed_once_while_its_target_is_in_memory(
@@ -263,7 +264,7 @@ def test_each_head_is_summed_once_while_its_target_is_in_memory(
 ) -> None:
     """The sums that a report's figures come from: one pass, in float32, and no source is compared beyond its start."""
     tiles, in_float64, pieces = [0], [0], [0]
-    sums, dot, piece = cpu.tile_sums, geometry.dot, equal_sources._equal_piece
+    sums, dot, piece = geometry.tile_sums, geometry.dot, equal_sources._equal_piece
 
     def counted_sums(*arrays: Any) -> Any:
         tiles[0] += 1
@@ -277,7 +278,7 @@ def test_each_head_is_summed_once_while_its_target_is_in_memory(
         pieces[0] += 1
         return piece(*arguments)
 
-    monkeypatch.setattr(cpu, "tile_sums", counted_sums)
+    monkeypatch.setattr(geometry, "tile_sums", counted_sums)
     monkeypatch.setattr(geometry, "dot", counted_dot)
     monkeypatch.setattr(equal_sources, "_equal_piece", counted_piece)
     report = hsa.merge(**deep, output=tmp_path / "out", sync=False)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hsa.errors import RequestError
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.hsa_formula import keep_count, layer_coefficient
-from hsa.planning.plan import check_tensor_names
+from hsa.planning.tasks import refuse_unknown_names
 
 NAME = "encoder.layers.0.self_attn.q_proj.weight"
 NOT_NUMBERS: tuple[Any, ...] = (math.nan, math.inf, -math.inf, True, "0.5", None, [0.5], 1j)
@@ -129,7 +129,7 @@ def test_a_number_holds_for_every_tensor() -> None:
 def test_a_mapping_is_read_under_both_name_forms(key: str) -> None:
     config = HsaSettings(k={key: 0.25}, lam={key: 0.5}, alpha={key: 2})
     assert (config.of("k", NAME), config.of("lam", NAME), config.of("alpha", NAME)) == (0.25, 0.5, 2.0)
-    check_tensor_names(config, {NAME}, config.targets)
+    refuse_unknown_names(config, {NAME})
     assert config.as_dict()["alpha"] == {key: 2.0}
 
 
@@ -138,7 +138,7 @@ def test_a_mapping_must_name_every_target_and_no_other() -> None:
     with pytest.raises(RequestError, match=r"lam is given per tensor .* target tensor encoder\.layers\.1"):
         config.of("lam", "encoder.layers.1.self_attn.q_proj.weight")
     with pytest.raises(RequestError, match=f"lam is given for '{NAME}', which is no target of 'encoder-qkv'"):
-        check_tensor_names(config, {"encoder.layers.1.self_attn.q_proj.weight"}, config.targets)
+        refuse_unknown_names(config, {"encoder.layers.1.self_attn.q_proj.weight"})
 
 
 # Heads kept ------------------------------------------------------------------------------------------------

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import hsa
+from hsa.architectures.base import Partition
 from hsa.errors import RequestError
-from hsa.methods.hsa import HsaSettings
-from hsa.planning.file_layout import SLICE_ELEMENTS, Bytes, Copied, OutputFile, TensorContent, pack, slices
+from hsa.methods.hsa import TARGET, HsaSettings
+from hsa.methods.tensors import TensorTask
+from hsa.planning import file_layout
+from hsa.planning.file_layout import SLICE_ELEMENTS, Bytes, Computed, Copy, OutputFile, TensorContent, pack, pieces_of
 from hsa.planning.plan import make_plan
 from hsa.sources.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from hsa.sources.safetensors import TensorEntry, parse, serialize
@@ -133,9 +136,25 @@ def owner_of(tmp_path: Path) -> Iterator[MakeOwner]:
 
 def copied(owner: Checkpoint) -> dict[str, TensorContent]:
     return {
-        name: TensorContent(ref.name, ref.code, ref.shape, (Copied("primary", ref),))
+        name: TensorContent(ref.name, ref.code, ref.shape, (Copy("primary", ref),))
         for name, ref in owner.tensors.items()
     }
+
+
+def task_of(ref: TensorRef, code: str, *, base: bool = False, **options: Any) -> TensorTask:
+    """A tensor that is no target: primary's, cast, or moved away from a base of the same place."""
+    return TensorTask(
+        name=ref.name,
+        place=None,
+        layers=0,
+        shape=ref.shape,
+        partition=Partition(),
+        sources={"base": ref, "primary": ref} if base else {"primary": ref},
+        anchor="primary",
+        out_code=code,
+        output_name=ref.name,
+        **{"merged": base, "listed": False, **options},
+    )
 
 
 def header_of(file: OutputFile) -> tuple[tuple[TensorEntry, ...], Mapping[str, str]]:
@@ -220,7 +239,7 @@ def test_a_new_header_over_primarys_own_files_is_aligned(owner_of: MakeOwner) ->
     owner = owner_of({WEIGHTS: [("odd", "F32", (3,)), ("ids", "I64", (2,))]}, {"format": "pt"})
     contents = copied(owner)
     odd = owner.tensors["odd"]
-    contents["odd"] = TensorContent("odd", "F16", (3,), slices(odd, None, "F16"))
+    contents["odd"] = TensorContent("odd", "F16", (3,), pieces_of(task_of(odd, "F16")))
     (file,), _ = pack(owner, contents, None)
     assert_aligned(file)
 
@@ -250,7 +269,8 @@ def test_a_header_without_format_pt_is_made_anew_and_keeps_the_rest(
 def test_a_cast_makes_headers_and_index_anew(owner_of: MakeOwner) -> None:
     owner = owner_of({"a.safetensors": TEN[:4], "b.safetensors": TEN[4:]}, {"format": "pt"})
     contents = {
-        name: TensorContent(ref.name, "F16", ref.shape, slices(ref, None, "F16")) for name, ref in owner.tensors.items()
+        name: TensorContent(ref.name, "F16", ref.shape, pieces_of(task_of(ref, "F16")))
+        for name, ref in owner.tensors.items()
     }
     files, index = pack(owner, contents, None)
     assert [file.clone_of for file in files] == [None, None]
@@ -266,11 +286,33 @@ def test_a_cast_makes_headers_and_index_anew(owner_of: MakeOwner) -> None:
 @pytest.mark.parametrize("elements", [0, 1, SLICE_ELEMENTS, SLICE_ELEMENTS + 1, 3 * SLICE_ELEMENTS - 1])
 def test_slices_cover_a_tensor_once(elements: int) -> None:
     ref = TensorRef("t", "F32", (elements,), 0, 0, 4 * elements)
-    pieces = slices(ref, ref, "BF16", scale=2.0)
+    pieces = pieces_of(task_of(ref, "BF16", base=True))
+    assert not any(piece.whole for piece in pieces)
     assert [piece.first for piece in pieces] == list(range(0, elements, SLICE_ELEMENTS))
     assert sum(piece.count for piece in pieces) == elements
     assert all(0 < piece.count <= SLICE_ELEMENTS and piece.nbytes == 2 * piece.count for piece in pieces)
     assert all(dict(piece.reads()) == {"primary": 4 * piece.count, "base": 4 * piece.count} for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("options", "elements", "whole"),
+    [
+        ({"passes": TARGET.passes}, 2 * SLICE_ELEMENTS, True),
+        ({"passes": 2, "listed": False}, file_layout.MAX_WHOLE, True),
+        ({"listed": True}, file_layout.MAX_WHOLE // 4, True),
+        ({"listed": True}, file_layout.MAX_WHOLE // 4 + 1, False),
+        ({"listed": False}, 1, False),
+    ],
+)
+def test_what_is_measured_is_one_piece_and_what_is_listed_where_it_is_small(
+    options: dict[str, Any], elements: int, whole: bool
+) -> None:
+    ref = TensorRef("t", "F32", (elements,), 0, 0, 4 * elements)
+    task = task_of(ref, "F16", base=True, **options)
+    pieces = pieces_of(task)
+    assert [piece.whole for piece in pieces] == [whole] * len(pieces)
+    assert (pieces == (Computed(task, 0, elements),)) == (whole or elements <= SLICE_ELEMENTS)
+    assert sum(piece.nbytes for piece in pieces) == 2 * elements
 
 
 TENSORS = st.lists(

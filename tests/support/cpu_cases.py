@@ -12,11 +12,13 @@ from helpers import raw_bytes
 from torch import Tensor
 
 from hsa import reference
+from hsa.architectures.base import Partition
 from hsa.architectures.whisper import WHISPER
 from hsa.backends import cpu
-from hsa.methods.hsa_formula import keep_count, layer_coefficient
-from hsa.planning.outcome import MergedTarget
-from hsa.planning.target import Target
+from hsa.backends.base import Merged, TaskBuffers
+from hsa.methods.hsa import TARGET, HsaSettings
+from hsa.methods.registry import method_named
+from hsa.methods.tensors import TensorTask
 from hsa.sources.roles import Role
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import Array
@@ -58,31 +60,25 @@ class Case:
     def head_axis(self) -> int:
         return 1 if self.kind == "columns" else 0
 
-    def target(self) -> Target:
-        projection = WHISPER.place(NAMES[self.kind].format(self.layer))
-        assert projection is not None
-        coefficient = layer_coefficient(self.lam, self.alpha, self.layer, self.layers)
-        shape = tuple(self.base.shape)
-
-        def ref(tensor: Tensor) -> TensorRef:
-            size = tensor.numel() * tensor.element_size()
-            return TensorRef(projection.name, CODES[tensor.dtype], shape, 0, 0, size)
-
-        return Target(
-            projection=projection,
-            shape=shape,
-            heads=self.heads,
-            k=self.k,
-            keep=keep_count(self.k, self.heads),
-            coefficient=coefficient,
-            c1=float(np.float32(coefficient)),
-            c2=float(np.float32(1.0 - coefficient)),
-            scale=self.scale,
-            base=ref(self.base),
-            primary=ref(self.primary),
-            secondary=ref(self.secondary),
+    def task(self) -> TensorTask:
+        place = WHISPER.place(NAMES[self.kind].format(self.layer))
+        assert place is not None
+        assert place.head_axis == self.head_axis
+        return TensorTask(
+            name=place.name,
+            place=place,
+            layers=self.layers,
+            shape=tuple(self.base.shape),
+            partition=Partition(self.head_axis, self.heads),
+            sources={role: ref(place.name, getattr(self, role)) for role in ROLES},
+            anchor="primary",
             out_code=CODES[self.out_dtype],
+            output_name=place.name,
+            passes=TARGET.passes,
         )
+
+    def settings(self) -> HsaSettings:
+        return HsaSettings(k=self.k, lam=self.lam, alpha=self.alpha, attention_scale=self.scale)
 
     def oracle(self) -> reference.MergedTensor:
         return reference.merge_tensor(
@@ -101,30 +97,47 @@ class Case:
         )
 
 
+def ref(name: str, tensor: Tensor) -> TensorRef:
+    return TensorRef(name, CODES[tensor.dtype], tuple(tensor.shape), 0, 0, tensor.numel() * tensor.element_size())
+
+
 def buffer(tensor: Tensor) -> Array:
     return np.frombuffer(raw_bytes(tensor), np.uint8).copy()
 
 
-def run(case: Case, *, in_place: bool = False, worker: cpu.CpuWorker | None = None) -> tuple[bytes, MergedTarget]:
-    """The merged bytes, out of a poisoned buffer or in place of primary; the other sources must stay as they are."""
-    sources = [buffer(tensor) for tensor in (case.base, case.primary, case.secondary)]
-    before = [source.tobytes() for source in sources]
-    out = sources[1] if in_place else np.full(case.base.numel() * case.out_dtype.itemsize, POISON, np.uint8)
-    merged = (worker or cpu.CpuBackend().worker()).merge(case.target(), *sources, out)
-    untouched = [0, 2] if in_place else [0, 1, 2]
-    assert [sources[i].tobytes() for i in untouched] == [before[i] for i in untouched]
+def new_worker(settings: HsaSettings | None = None) -> cpu.CpuWorker:
+    return cpu.CpuBackend().worker(method_named("hsa"), settings or HsaSettings())
+
+
+def run(case: Case, *, in_place: bool = False, worker: cpu.CpuWorker | None = None) -> tuple[bytes, Merged]:
+    """The merged bytes, out of a poisoned buffer or in place of primary; the other sources must stay as they are.
+
+    The memory of `worker` is used where it is given.
+    """
+    sources = {role: buffer(getattr(case, role)) for role in ROLES}
+    before = {role: source.tobytes() for role, source in sources.items()}
+    out = sources["primary"] if in_place else np.full(case.base.numel() * case.out_dtype.itemsize, POISON, np.uint8)
+    worker = (worker or new_worker()).with_settings(case.settings())
+    merged = worker.merge(TaskBuffers(case.task(), sources, out))
+    untouched = [role for role in ROLES if not (in_place and role == "primary")]
+    assert [sources[role].tobytes() for role in untouched] == [before[role] for role in untouched]
     return out.tobytes(), merged
 
 
-def check(case: Case, worker: cpu.CpuWorker | None = None) -> MergedTarget:
+def check(case: Case, worker: cpu.CpuWorker | None = None) -> Merged:
     """Bytes, selection, scores and changed ranges of a case; in place too where the element types allow it."""
     expected = case.oracle()
     out, merged = run(case, worker=worker)
-    assert merged.selection.selected == expected.selected
+    selection = merged.decision.selection
+    assert selection.selected == expected.selected
     assert out == raw_bytes(expected.value)
-    assert merged.selection.squared == pytest.approx(expected.squared_scores.tolist(), rel=1e-12, abs=0)
+    assert (
+        selection.squared
+        == merged.decision.measured.squared
+        == pytest.approx(expected.squared_scores.tolist(), rel=1e-12, abs=0)
+    )
     margin = reference.margin(expected.squared_scores, case.k)
-    assert merged.selection.margin == (None if margin is None else pytest.approx(margin, rel=1e-9, abs=1e-12))
+    assert selection.margin == (None if margin is None else pytest.approx(margin, rel=1e-9, abs=1e-12))
     check_changed(case, out, merged)
     if case.out_dtype == case.primary.dtype:
         again, alike = run(case, in_place=True, worker=worker)
@@ -133,7 +146,7 @@ def check(case: Case, worker: cpu.CpuWorker | None = None) -> MergedTarget:
     return merged
 
 
-def check_changed(case: Case, out: bytes, merged: MergedTarget) -> None:
+def check_changed(case: Case, out: bytes, merged: Merged) -> None:
     """Ranges are in order, apart and inside; everything outside them is primary's; all selected rows are inside."""
     inside = np.zeros(len(out), bool)
     position = -1
@@ -148,10 +161,10 @@ def check_changed(case: Case, out: bytes, merged: MergedTarget) -> None:
     assert not (differs & ~inside).any()
     if case.head_axis == 0:
         expected = np.zeros((case.heads, len(out) // case.heads), bool)
-        expected[list(merged.selection.selected)] = True
+        expected[list(merged.decision.selected)] = True
         assert np.array_equal(inside, expected.reshape(-1))
     else:
-        assert inside.all() == bool(merged.selection.selected)
+        assert inside.all() == bool(merged.decision.selected)
 
 
 def shape_of(kind: str, heads: int, head_dim: int, other: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from helpers import edit_json, poke, read_tensors, run_hsa, snapshot
 
 import hsa
 from hsa.backends.cpu import CpuWorker
+from hsa.methods.tensors import TensorTask
 from hsa.outputs import patch_format
 from hsa.sweeps import sweep as sweep_module
 from hsa.system import strict_json
@@ -84,13 +85,13 @@ def test_sources_are_read_and_heads_scored_once(
     shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[str] = []
-    score = CpuWorker.score
+    measure = CpuWorker.measure
 
-    def counted(self: CpuWorker, target: Any, *arrays: Any) -> Any:
-        scored.append(target.projection.name)
-        return score(self, target, *arrays)
+    def counted(self: CpuWorker, task: TensorTask, *arguments: Any) -> Any:
+        scored.append(task.name)
+        return measure(self, task, *arguments)
 
-    monkeypatch.setattr(CpuWorker, "score", counted)
+    monkeypatch.setattr(CpuWorker, "measure", counted)
     one = hsa.merge_patch(**shared_triple, output=tmp_path / "p.safetensors", targets="attention-all", sync=False)
     expected, scored = sorted(scored), []
     many = sweep(shared_triple, tmp_path / "many", lam=[n / 10 for n in range(11)])

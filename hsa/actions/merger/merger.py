@@ -22,16 +22,16 @@ from hsa.backends.resident import CpuResident, Resident
 from hsa.errors import one_line, warn
 from hsa.findings import Findings
 from hsa.methods.hsa import HsaSettings
-from hsa.methods.selection import select
+from hsa.methods.registry import method_named
 from hsa.methods.settings import PerTensor
+from hsa.methods.tensors import Outcome, TensorTask
 from hsa.outputs.earlier_merges import merged_base_findings, repeated_merge_findings
 from hsa.outputs.extent import Extent
 from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
 from hsa.outputs.recording import tensors_digest
 from hsa.planning.equal_sources import equal_pairs
-from hsa.planning.outcome import MergedTarget, TargetOutcome
-from hsa.planning.plan import check_heads, check_structure, find_targets, with_parameters
-from hsa.planning.target import Target
+from hsa.planning.plan import check_heads, check_structure
+from hsa.planning.tasks import Targets, find_targets
 from hsa.sources.hub.client import Hub
 from hsa.sources.roles import ANCHOR, Role
 from hsa.sources.source_set import Sources
@@ -93,11 +93,11 @@ class Merger:
         device: str | torch.device = "auto",
         threads: int | None = None,
     ) -> None:
-        self._config = HsaSettings(
+        settings = HsaSettings(
             targets=targets, attention_scale=attention_scale, num_heads=num_heads, num_layers=num_layers
         )
         check_threads(threads)
-        chosen = resolve(backend, str(device) if isinstance(device, torch.device) else device, self._config)
+        chosen = resolve(backend, str(device) if isinstance(device, torch.device) else device, settings)
         self.backend, self.device = chosen.name, chosen.device
         paths_or_models: dict[Role, ModelSource] = {"base": base, "primary": primary, "secondary": secondary}
         hub = Hub()
@@ -112,21 +112,20 @@ class Merger:
         self._sources = Sources.of_checkpoints(source.checkpoint for source in by_role.values())
         self._other_samples = by_role[ANCHOR].others
         self.notes = [*hub.notes, *(note for source in self._sources for note in source.notes)]
-        self._targets = find_targets(self._config, self._sources)
+        self._targets = find_targets(method_named(settings.method), settings, self._sources)
+        tasks = self._targets.tasks
         if isinstance(primary, (str, os.PathLike)):
-            check_structure(self._config, self._sources)
+            check_structure(settings, self._sources)
         elif num_heads is None:
             check_heads(self._sources)
-        self._stored = {target.projection.name: target.primary.name for target in self._targets}
+        self._preset = targets
+        self._stored = {task.name: task.stored.name for task in tasks}
         self._resident = _make_resident(chosen, data, self._targets, default_threads() if threads is None else threads)
-        self._scored = dict(zip(self._stored, self._resident.score(self._targets), strict=True))
+        self._measured = self._resident.measure()
         self._equal = {
-            target.projection.name: equal_pairs(
-                target, {role: arrays[target.projection.name] for role, arrays in data.items()}
-            )
-            for target in self._targets
+            task.name: equal_pairs(task, {role: data[role][task.name] for role in task.sources}) for task in tasks
         }
-        self._writable = WritableTargets(self._targets, self._sources.architecture, targets)
+        self._writable = WritableTargets(tasks, self._sources.architecture, targets)
         merges = {
             role: source_targets.earlier_merge
             for role, source_targets in by_role.items()
@@ -138,7 +137,7 @@ class Merger:
             + value_findings(self._outcomes(self._targets))
         )
         findings += repeated_merge_findings(
-            merges, self._sources, targets, lambda role: _targets_digest(role, data[role], self._targets)
+            merges, self._sources, targets, lambda role: _targets_digest(role, data[role], tasks)
         )
         self.warnings = [
             *(text for source_targets in by_role.values() for text in source_targets.warnings),
@@ -149,22 +148,21 @@ class Merger:
 
     def __repr__(self) -> str:
         named = ", ".join(f"{source.role} {source.identity.id}" for source in self._sources)
-        what = f"{len(self._targets)} targets of {self._config.targets}"
+        what = f"{len(self._stored)} targets of {self._preset}"
         return one_line(f"<hsa.Merger of {named}: {what}, in memory of {self.device}, backend {self.backend}>")
 
     @property
     def scores(self) -> dict[str, torch.Tensor]:
         """The saliency scores of every target: float32 [H] by tensor name."""
         return {
-            self._stored[name]: torch.tensor(scored.squared, dtype=torch.float64, device="cpu").sqrt().float()
-            for name, scored in self._scored.items()
+            stored: torch.tensor(measured.squared, dtype=torch.float64, device="cpu").sqrt().float()
+            for stored, measured in zip(self._stored.values(), self._measured, strict=True)
         }
 
     def selected(self, k: PerTensor = 0.6) -> dict[str, tuple[int, ...]]:
         """The heads that a merge with this `k` blends, by tensor name. Raises RequestError."""
         return {
-            outcome.target.primary.name: outcome.merged.selection.selected
-            for outcome in self._outcomes(self._with(k, 0.5, 0.2))
+            outcome.task.stored.name: outcome.decision.selected for outcome in self._outcomes(self._with(k, 0.5, 0.2))
         }
 
     def check(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> Findings:
@@ -186,11 +184,11 @@ class Merger:
         targets = self._with(k, lam, alpha)
         with torch.inference_mode(False):  # tensors that a caller may go on with outside of it
             out = [
-                torch.empty(target.shape, dtype=getattr(torch, NAMES[target.out_code]), device="cpu")
-                for target in targets
+                torch.empty(task.shape, dtype=getattr(torch, NAMES[task.out_code]), device="cpu")
+                for task in targets.tasks
             ]
-        self._resident.write(targets, out)
-        return {target.primary.name: tensor for target, tensor in zip(targets, out, strict=True)}
+        self._resident.write(targets.settings, out)
+        return {task.stored.name: tensor for task, tensor in zip(targets.tasks, out, strict=True)}
 
     def apply_(self, model: Model, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> Model:
         """Write the merged targets into a loaded model or a state dict, in place, and return it.
@@ -216,22 +214,23 @@ class Merger:
         targets = self._with(k, lam, alpha)
         out, record = self._writable.find(model, self._warn_of_other_tensors)
         with deferred():
-            self._resident.write(targets, out)
+            self._resident.write(targets.settings, out)
             record.update(out)
         return model
 
-    def _with(self, k: PerTensor, lam: PerTensor, alpha: PerTensor) -> tuple[Target, ...]:
-        return with_parameters(self._targets, replace(self._config, k=k, lam=lam, alpha=alpha), self._sources)
+    def _with(self, k: PerTensor, lam: PerTensor, alpha: PerTensor) -> Targets:
+        """The targets under other settings; what is planned of them stays."""
+        settings = self._targets.settings
+        assert isinstance(settings, HsaSettings)
+        return self._targets.with_settings(replace(settings, k=k, lam=lam, alpha=alpha))
 
-    def _outcomes(self, targets: Sequence[Target]) -> list[TargetOutcome]:
-        """What merges of these targets come to, by the scores alone; without digests."""
-        outcomes = []
-        for target in targets:
-            scored = self._scored[target.projection.name]
-            selection = select(scored.squared, target.keep)
-            changed = changed_ranges(target, selection.selected)
-            merged = MergedTarget(selection, changed, scored.primary_differs, scored.secondary_differs, scored.geometry)
-            outcomes.append(TargetOutcome(target, merged, {}, self._equal[target.projection.name]))
+    def _outcomes(self, targets: Targets) -> list[Outcome]:
+        """What merges of these targets come to, by what was measured alone; without digests."""
+        method, outcomes = targets.method, []
+        for task, measured in zip(targets.tasks, self._measured, strict=True):
+            decision = method.decide(task, measured, targets.settings, None)
+            changed = changed_ranges(task, method.untouched(task, decision))
+            outcomes.append(Outcome(task, decision, changed, {}, self._equal[task.name]))
         return outcomes
 
     def _warn_of_other_tensors(self, entries: Sequence[LoadedTensor]) -> None:
@@ -250,25 +249,17 @@ class Merger:
 
 
 def _make_resident(
-    backend: Backend, data: Mapping[Role, Mapping[str, Array]], targets: Sequence[Target], threads: int
+    backend: Backend, data: Mapping[Role, Mapping[str, Array]], targets: Targets, threads: int
 ) -> Resident:
     if backend.name == "triton":
         from hsa.backends.triton import TritonResident
 
-        return TritonResident(data, targets, backend.device)
-    return CpuResident(data, threads)
+        return TritonResident(targets, data, backend.device)
+    return CpuResident(targets, data, threads)
 
 
-def _targets_digest(role: Role, data: Mapping[str, Array], targets: Sequence[Target]) -> str:
+def _targets_digest(role: Role, data: Mapping[str, Array], tasks: Sequence[TensorTask]) -> str:
     """The digest over a source's target tensors that a record has."""
     return tensors_digest(
-        [
-            (
-                target.projection.name,
-                target.ref(role).code,
-                target.ref(role).shape,
-                digest_of(data[target.projection.name]),
-            )
-            for target in targets
-        ]
+        [(task.name, task.sources[role].code, task.sources[role].shape, digest_of(data[task.name])) for task in tasks]
     )

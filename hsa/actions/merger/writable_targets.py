@@ -13,7 +13,7 @@ from hsa.actions.merger.loaded_models import LoadedTensor, Model, entries_of, ta
 from hsa.actions.merger.shared_memory import first_shared, repeats_elements, spans
 from hsa.architectures.base import Architecture, Preset
 from hsa.errors import MismatchError, RequestError
-from hsa.planning.target import Target
+from hsa.methods.tensors import TensorTask
 
 MAX_LAYOUTS = 4
 """Models whose checks are remembered: a search writes to one again and again."""
@@ -36,8 +36,8 @@ class WritableTargets:
     stride of a target, has changed. Otherwise its targets are found by their positions, in a fraction of a millisecond.
     """
 
-    def __init__(self, targets: Sequence[Target], architecture: Architecture, preset: Preset) -> None:
-        self._targets, self._architecture, self._preset = targets, architecture, preset
+    def __init__(self, tasks: Sequence[TensorTask], architecture: Architecture, preset: Preset) -> None:
+        self._tasks, self._architecture, self._preset = tasks, architecture, preset
         self._layouts: tuple[_ModelLayout, ...] = ()
 
     def find(
@@ -71,20 +71,20 @@ class WritableTargets:
     def _check_model(self, model: Model, entries: Sequence[LoadedTensor]) -> list[torch.Tensor]:
         model_targets = targets_of("model", model, entries, self._architecture, self._preset)
         targets = {}
-        for target in self._targets:
-            name = target.primary.name
-            entry = model_targets.get(target.projection.name)
+        for task in self._tasks:
+            name = task.stored.name
+            entry = model_targets.get(task.name)
             if entry is None:
-                other = tensor_instead_of(entries, target.projection.name)
+                other = tensor_instead_of(entries, task.name)
                 instead = "" if other is None else f" of that name, and {other:.300}; give the plain model, with {name}"
                 raise MismatchError(
-                    f"target tensor {name} of shape {list(target.shape)}: the model holds nothing{instead}"
+                    f"target tensor {name} of shape {list(task.shape)}: the model holds nothing{instead}"
                 )
             tensor = entry.tensor
-            if tuple(tensor.shape) != target.shape:
+            if tuple(tensor.shape) != task.shape:
                 empty = "; DeepSpeed ZeRO-3 and FSDP leave parameters empty: gather them first"
                 raise MismatchError(
-                    f"target tensor {name} of shape {list(target.shape)}: the model holds {list(tensor.shape)}"
+                    f"target tensor {name} of shape {list(task.shape)}: the model holds {list(tensor.shape)}"
                     f"{'' if tensor.numel() else empty}"
                 )
             if repeats_elements(tensor):

@@ -1,0 +1,161 @@
+"""Tensors of a merge: one to be computed, what came of it, and how records hold it; and what is said of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hsa.architectures.base import Partition, TensorInfo, TensorPlace
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """A tensor to be computed: what it is, how it is split into groups, and what it is in each source.
+
+    `layers` counts the layers of its stack (0 where it lies in none). `sources` maps roles to the tensor there, base
+    first, then the models in their order. `out_code` is the element type of the result, `output_name` its name in the
+    output. A tensor that is not `merged` is the anchor's in another element type; one that is not `listed` is in no
+    record. `load_codes` are the element types that each source is cast to before any arithmetic; None for none.
+    """
+
+    name: str
+    place: TensorPlace | None
+    layers: int
+    shape: tuple[int, ...]
+    partition: Partition
+    sources: Mapping[str, Any]
+    anchor: str
+    out_code: str
+    output_name: str
+    passes: int = 0
+    merged: bool = True
+    listed: bool = True
+    load_codes: Mapping[str, str] | None = None
+
+    @property
+    def stored(self) -> TensorInfo:
+        """The tensor of the anchor."""
+        info: TensorInfo = self.sources[self.anchor]
+        return info
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape as rows and columns; a vector is one column."""
+        rows = self.shape[0] if self.shape else 1
+        columns = 1
+        for length in self.shape[1:]:
+            columns *= length
+        return rows, columns
+
+    @property
+    def group_size(self) -> int:
+        """Rows (columns, where `partition.axis` is 1) of one group."""
+        return self.matrix[self.partition.axis] // self.partition.groups
+
+    def blocks(self, group: int, elements: int, count: int = 1) -> Iterator[tuple[slice, slice]]:
+        """Row and column ranges that cover `count` groups from one on, each of at most about `elements` elements."""
+        rows, columns = self.matrix
+        first, last = group * self.group_size, (group + count) * self.group_size
+        if self.partition.axis == 0:
+            span, across = range(first, last), slice(0, columns)
+        else:
+            span, across = range(rows), slice(first, last)
+        step = max(1, elements // (across.stop - across.start))
+        for row in range(span.start, span.stop, step):
+            yield slice(row, min(row + step, span.stop)), across
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target that was merged: the decision, the byte ranges of the result that may differ from the anchor's, the
+    BLAKE3 digest of the tensor's bytes in each source, and the pairs of sources that hold the same values in it."""
+
+    task: TensorTask
+    decision: Any
+    changed: tuple[tuple[int, int], ...]
+    digests: Mapping[str, str]
+    equal: frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A merged tensor as records and reports hold it: its name in the output, its canonical name, what that means, its
+    shape and element type, how many groups (heads) it has, and what was decided.
+
+    Attributes of the decision are attributes of the record: `record.selected` is `record.decision.selected`.
+    """
+
+    name: str
+    canonical: str
+    place: TensorPlace | None
+    shape: tuple[int, ...]
+    code: str
+    partition: Partition
+    decision: Any
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> TensorRecord:
+        """The record of a tensor that was merged."""
+        task = outcome.task
+        return cls(task.output_name, task.name, task.place, task.shape, task.out_code, task.partition, outcome.decision)
+
+    @property
+    def heads(self) -> int:
+        return self.partition.groups
+
+    @property
+    def group_size(self) -> int:
+        """Rows (columns, where `partition.axis` is 1) of one group."""
+        return (self.shape[self.partition.axis] if self.shape else 1) // self.partition.groups
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "decision":
+            raise AttributeError(name)
+        return getattr(self.decision, name)
+
+
+class Summary(Protocol):
+    """How much a merge merges."""
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it, beside what it prints of every merge."""
+
+
+@dataclass(frozen=True)
+class CardText:
+    """What a method says on a model card: Markdown.
+
+    `method` is the paragraph under Method; `sections` are headings with their text, such as the merged heads; `tags`
+    are the Hub's; `citation` is BibTeX.
+    """
+
+    method: str
+    sections: Sequence[tuple[str, str]] = ()
+    tags: tuple[str, ...] = ()
+    citation: str = ""
+
+
+@dataclass(frozen=True)
+class TensorCount:
+    """How much a merge of whole tensors merges."""
+
+    tensors: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.tensors} tensors merged"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def equal_source_warnings(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """A warning for each pair of sources that are equal in all targets."""
+    if outcomes:
+        for one, two in sorted(frozenset.intersection(*(outcome.equal for outcome in outcomes))):
+            yield f"{one} and {two} are equal on all {len(outcomes)} target tensors: is the same model given twice?"
