@@ -133,8 +133,13 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
     _refuse_missing(call, missing_sources(method.contract, given))
     sources, ids = _take_sources(method.contract, given)
     method.contract.check(name, base=BASE in sources, models=len(sources) - (BASE in sources))
-    if given:
-        _refuse_unknown(call, next(iter(given)))
+    for left in given:
+        if left not in call.names():
+            _refuse_unknown(call, left)
+        known = [*([] if method.contract.base == "none" else [BASE]), *(role.name for role in method.contract.named)]
+        raise RequestError(
+            f"method {name} has no {option(left)}; give its sources by {' and '.join(map(option, [*known, 'models']))}"
+        )
     options.setdefault("assets_from", next(role for role in sources if role != BASE))
     return Arguments(name, sources, ids, output, settings, options)
 

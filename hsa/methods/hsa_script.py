@@ -24,6 +24,8 @@ class ScriptSettings(HsaSettings):
         "reference",
         "The reference script's operations.",
         choices=("reference",),
+        patchable=False,
+        summary=True,
         structural=True,
         group="numerics",
         metavar="reference",

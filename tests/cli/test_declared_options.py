@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import pytest
 from helpers import snapshot
 
 from hsa.cli import app
-from hsa.methods import all_settings, registry
 from hsa.methods.hsa import HsaSettings
-from hsa.methods.settings import Settings, declared, setting
+from hsa.methods.settings import declared
 from hsa.option_names import command_line
 
 Triple = dict[str, Path]
@@ -68,56 +66,91 @@ def test_sources_that_do_not_fit_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@dataclasses.dataclass(frozen=True)
-class MeanSettings(Settings):
-    """Settings of a method that the tests add."""
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
 
+from hsa.methods.base import Contract, Method
+from hsa.methods.settings import Settings, setting
+
+
+@dataclass(frozen=True)
+class MeanSettings(Settings):
+    method: ClassVar[str] = "mean"
     share: float = setting(0.5, "Share of the first model.", low=0.0, high=1.0, axis=True)
     normalise: bool = setting(True, "Leave weights as they are.", python="Scale weights to a sum of one.")
 
 
+class Mean(Method):
+    name, title, Settings = "mean", "Mean", MeanSettings
+    contract = Contract(base="none", least=2, most=2)
+
+    def apply(self, block, decision, out):
+        raise NotImplementedError
+"""
+"""A method of a user's, which has other settings and sources than HSA."""
+
+
 @pytest.fixture
-def mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second method, which has other settings."""
-    first = registry.method_named("hsa")
-    second = dataclasses.replace(first, name="mean", Settings=MeanSettings)
-    known = {"hsa": first, "mean": second}
-    monkeypatch.setattr(registry, "_METHODS", known)
-    assert set(all_settings.all_settings()) >= {"k", "share", "normalise"}
+def mean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "mean_plugin.py"
+    path.write_text(PLUGIN, encoding="utf-8")
+    monkeypatch.setenv("HSA_PLUGINS", str(path))
 
 
+@pytest.mark.usefixtures("mean")
 def test_options_of_every_method_are_offered_and_say_whose_they_are(
-    mean: Callable[[], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert app.run(["merge", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--k NUMBER hsa: Share of heads merged" in text
+    assert re.search(r"--method NAME How to merge: hsa, .*mean.*\. \[default: hsa\]", text)
+    assert re.search(r"--k NUMBER hsa[^:]*: Share of heads merged", text)
     assert "--share NUMBER mean: Share of the first model. [default: 0.5]" in text
     assert "--no-normalise mean: Leave weights as they are." in text
     assert "--dtype DTYPE Output: auto" in text
 
 
-def test_an_option_that_the_method_lacks_is_refused(
-    mean: Callable[[], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sources = ["--base=b", "--primary=p", "--secondary=s", f"--output={tmp_path / 'out'}"]
-    assert refused(capsys, "merge", *sources, "--share=0.5").startswith(
-        "method hsa has no --share; its settings are --k"
-    )
-    line = refused(capsys, "merge", *sources, "--method=mean", "--k=0.5")
+@pytest.mark.usefixtures("mean")
+def test_an_option_that_the_method_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = f"--output={tmp_path / 'out'}"
+    line = refused(capsys, "merge", "--base=b", "--primary=p", "--secondary=s", output, "--share=0.5")
+    assert line.startswith("method hsa has no --share; its settings are --k, --lambda, ")
+    models = ["--method=mean", "--model=m", "--model=n", output]
+    line = refused(capsys, "merge", *models, "--k=0.5")
     assert line == "method mean has no --k; its settings are --share, --no-normalise, --dtype"
-    assert refused(capsys, "merge", *sources, "--method=mean", "--share=2").startswith("--share must be in [0, 1]")
+    assert refused(capsys, "merge", *models, "--share=2").startswith("--share must be in [0, 1]")
 
 
-def test_a_flag_switches_off_what_is_on_by_default(
-    mean: Callable[[], None], shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("mean")
+def test_sources_are_those_of_the_methods_contract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ("--model=m --model=n --base=b", "method mean takes no base"),
+        ("--model=m", "method mean merges 2 models, got 1"),
+        ("", "Missing option '--model'. See: hsa merge --help"),
+        ("--model=m --model=n --primary=p", "method mean has no --primary; give its sources by --model"),
+    ):
+        line = refused(capsys, "merge", "--method=mean", f"--output={tmp_path / 'out'}", *arguments.split())
+        assert message in line
+        assert "\n" not in line
+
+
+@pytest.mark.usefixtures("mean")
+def test_a_flag_switches_off_what_is_on_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("hsa.actions.request.Request.of", lambda **keywords: seen.append(keywords) or 1 / 0)
     for more in ([], ["--no-normalise", "--no-hash"]):
-        sources = [f"--{role}={path}" for role, path in shared_triple.items()]
         with pytest.raises(ZeroDivisionError):
-            app.run(["merge", *sources, "--method=mean", f"--output={tmp_path / 'out'}", *more])
+            app.run(["merge", "--method=mean", "--model=m", "--model=n", f"--output={tmp_path / 'out'}", *more])
     assert [each.get("normalise") for each in seen] == [None, False]
     assert [each.get("digest") for each in seen] == [None, False]
+
+
+def test_a_plugin_that_cannot_be_loaded_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("1 / 0", encoding="utf-8")
+    monkeypatch.setenv("HSA_PLUGINS", str(path))
+    assert f"HSA_PLUGINS: {path} cannot be loaded (ZeroDivisionError" in refused(capsys, "merge", "--help")
