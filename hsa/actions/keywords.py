@@ -35,7 +35,8 @@ class Call:
         sources: `positional` where it merges, so that it needs sources and an output; `named` where it also does
             without sources, and takes them by name.
         ids: it takes ids to record for the sources.
-        settings: which settings of methods it takes; `patchable` are those of which a patch can hold any value.
+        settings: which settings of methods it takes; `patchable` are those of which a patch can hold any value,
+            `candidates` those of them that leave the plan of a merge as it is.
         grid: settings which are axes take lists of values.
         options: the names of the options of a run that it takes.
         helps: what it says itself of options, by name.
@@ -44,7 +45,7 @@ class Call:
     name: str
     sources: Literal["positional", "named", "none"] = "positional"
     ids: bool = True
-    settings: Literal["all", "patchable", "none"] = "all"
+    settings: Literal["all", "patchable", "candidates", "none"] = "all"
     grid: bool = False
     options: frozenset[str] = EVERY
     helps: Mapping[str, str] = field(default_factory=dict)
@@ -60,7 +61,8 @@ class Call:
     def _taken(self, settings: Iterable[Declared]) -> tuple[Declared, ...]:
         if self.settings == "none":
             return ()
-        return tuple(each for each in settings if each.about.patchable or self.settings == "all")
+        taken = (each for each in settings if each.about.patchable or self.settings == "all")
+        return tuple(each for each in taken if self.settings != "candidates" or not each.about.structural)
 
     def declared_options(self) -> tuple[Declared, ...]:
         """The options of a run that the call takes, with what it says of them itself."""
@@ -160,6 +162,17 @@ def run_options(call: Call, keywords: Mapping[str, Any]) -> RunOptions:
     """The options of a call that takes no other keywords. Raises TypeError for others."""
     _check_names(call, keywords)
     return RunOptions(**keywords)
+
+
+def candidate(name: str) -> Call:
+    """A call that merges what is in memory already with other settings."""
+    return Call(name, sources="none", settings="candidates", options=frozenset())
+
+
+def candidate_settings(call: Call, owner: type[Settings], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a candidate by name, with defaults where they are not given. Raises TypeError for others."""
+    _check_names(call, keywords)
+    return {each.name: keywords.get(each.name, each.default) for each in call.settings_of(owner)}
 
 
 def _take_settings(call: Call, method: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def hsa_merge_(
     base: ModelSource,
     secondary: ModelSource,
     *,
-    k: PerTensor = 0.6,
-    lam: PerTensor = 0.5,
-    alpha: PerTensor = 0.2,
+    k: PerTensor = HsaSettings.k,
+    lam: PerTensor = HsaSettings.lam,
+    alpha: PerTensor = HsaSettings.alpha,
     targets: Preset = "encoder-qkv",
     attention_scale: float = 1.0,
     backend: str = "auto",
@@ -87,10 +87,10 @@ def hsa_merge_(
         device=device,
         threads=threads,
     )
-    for text in merger.check(k, lam, alpha).warnings:
+    for text in merger.check(k=k, lam=lam, alpha=alpha).warnings:
         warn(text)
     original_values = {stored: some_values(tensor) for stored, _, tensor in model_targets.values()}
-    merger.apply_(model, k, lam, alpha)
+    merger.apply_(model, k=k, lam=lam, alpha=alpha)
     mark_modules(model, model_targets, original_values)
     return model
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from hsa.actions.keywords import Call, candidate, candidate_settings
 from hsa.actions.merger.loaded_models import LoadedTensor, Model
 from hsa.actions.merger.read_sources import ModelSource, checked_model, read_sources, share_config
 from hsa.actions.merger.spot_check import differing_tensors, sample_model
 from hsa.actions.merger.writable_targets import WritableTargets
+from hsa.actions.signatures import declared_keywords
 from hsa.architectures.base import Preset
 from hsa.backends.base import Backend, changed_ranges
 from hsa.backends.choose import resolve
@@ -40,6 +43,8 @@ from hsa.system.dtypes import NAMES, Array
 from hsa.system.fsio import map_os_errors
 from hsa.system.signals import deferred
 from hsa.system.threads import check_threads, default_threads
+
+CHECK, MERGE, APPLY = candidate("Merger.check"), candidate("Merger.merge"), candidate("Merger.apply_")
 
 
 class Merger:
@@ -159,29 +164,34 @@ class Merger:
             for stored, measured in zip(self._stored.values(), self._measured, strict=True)
         }
 
-    def selected(self, k: PerTensor = 0.6) -> dict[str, tuple[int, ...]]:
+    def selected(self, k: PerTensor = HsaSettings.k) -> dict[str, tuple[int, ...]]:
         """The heads that a merge with this `k` blends, by tensor name. Raises RequestError."""
         return {
-            outcome.task.stored.name: outcome.decision.selected for outcome in self._outcomes(self._with(k, 0.5, 0.2))
+            outcome.task.stored.name: outcome.decision.selected
+            for outcome in self._outcomes(self._with(MERGE, {"k": k}))
         }
 
-    def check(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> Findings:
+    @declared_keywords(CHECK)
+    def check(self, **values: Any) -> Findings:
         """What is to say of a merge with these parameters, which is not made for it.
+
+        {settings}
 
         `notes` say how much is merged; `warnings` that the output would be next to primary. Mistakes that the sources
         tell, whatever the parameters, are in `Merger.warnings`. Raises RequestError.
         """
-        outcomes = self._outcomes(self._with(k, lam, alpha))
+        outcomes = self._outcomes(self._with(CHECK, values))
         return Findings(notes=(Extent.of(outcomes).text,)) + change_findings(outcomes)
 
-    def merge(self, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> dict[str, torch.Tensor]:
+    @declared_keywords(MERGE)
+    def merge(self, **values: Any) -> dict[str, torch.Tensor]:
         """The merged target tensors by name, new on every call, on the CPU: shapes and dtypes are primary's.
 
-        `k`, `lam` and `alpha` are numbers, or mappings from every target's name to a number.
+        {settings}
 
         Raises RequestError for values out of range, NonFiniteError for a merged value that overflows.
         """
-        targets = self._with(k, lam, alpha)
+        targets = self._with(MERGE, values)
         with torch.inference_mode(False):  # tensors that a caller may go on with outside of it
             out = [
                 torch.empty(task.shape, dtype=getattr(torch, NAMES[task.out_code]), device="cpu")
@@ -190,8 +200,11 @@ class Merger:
         self._resident.write(targets.settings, out)
         return {task.stored.name: tensor for task, tensor in zip(targets.tasks, out, strict=True)}
 
-    def apply_(self, model: Model, k: PerTensor = 0.6, lam: PerTensor = 0.5, alpha: PerTensor = 0.2) -> Model:
+    @declared_keywords(APPLY)
+    def apply_(self, model: Model, **values: Any) -> Model:
         """Write the merged targets into a loaded model or a state dict, in place, and return it.
+
+        {settings}
 
         Every target is written whole, from the sources alone: what the model held there before does not matter. The
         values are rounded once to the dtype of the model's own tensors, which stay the same objects; autograd sees that
@@ -211,18 +224,17 @@ class Merger:
             MismatchError: a target is missing from the model or has another shape.
             NonFiniteError: a merged value overflows the dtype of the model.
         """
-        targets = self._with(k, lam, alpha)
+        targets = self._with(APPLY, values)
         out, record = self._writable.find(model, self._warn_of_other_tensors)
         with deferred():
             self._resident.write(targets.settings, out)
             record.update(out)
         return model
 
-    def _with(self, k: PerTensor, lam: PerTensor, alpha: PerTensor) -> Targets:
-        """The targets under other settings; what is planned of them stays."""
+    def _with(self, call: Call, values: Mapping[str, Any]) -> Targets:
+        """The targets under the settings that a call is given; what is planned of them stays."""
         settings = self._targets.settings
-        assert isinstance(settings, HsaSettings)
-        return self._targets.with_settings(replace(settings, k=k, lam=lam, alpha=alpha))
+        return self._targets.with_settings(replace(settings, **candidate_settings(call, type(settings), values)))
 
     def _outcomes(self, targets: Targets) -> list[Outcome]:
         """What merges of these targets come to, by what was measured alone; without digests."""
