@@ -65,6 +65,18 @@ def real() -> Triple:
 
 
 @pytest.fixture(scope="session")
+def real_weights(real: Triple, tmp_path_factory: pytest.TempPathFactory) -> Triple:
+    """The real models without their tokenizers, which are large and have no say in what is warned of."""
+    folder = tmp_path_factory.mktemp("real")
+    for model in real["base"].parent.iterdir():
+        if (model / "config.json").is_file():
+            (folder / model.name).mkdir()
+            for file in (model / "config.json", *model.glob("*.safetensors*")):
+                shutil.copyfile(file, folder / model.name / file.name)
+    return {role: folder / path.name for role, path in real.items()}
+
+
+@pytest.fixture(scope="session")
 def clips(real: Triple) -> Path:
     given = os.environ.get("HSA_REAL_CLIPS")
     folder = Path(given) if given else real["base"].parent / "clips"

@@ -16,12 +16,11 @@ from hsa.arguments import check_functions, check_paths, check_values
 from hsa.engine.patch_apply import PatchApplier, PatchRows
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import PatchError, RequestError, SourceError, shown
-from hsa.methods.selection import count_heads
+from hsa.methods.registry import method_named
 from hsa.methods.tensors import TensorTask
 from hsa.option_names import option
 from hsa.outputs import patch_format
 from hsa.outputs.card import unlinked
-from hsa.outputs.extent import Extent, weight_range
 from hsa.outputs.metadata_files import CARD, write_metadata_files
 from hsa.outputs.patch_checks import require_sound
 from hsa.outputs.patch_format import PatchTarget
@@ -127,19 +126,13 @@ def apply(
         backend="cpu",
         device="cpu",
         route="apply",
-        parameters=config.as_dict(),
+        settings=config,
         tensors={target.name: TensorReport.of(target) for target in record.targets},
-        extent=_extent(record),
+        extent=method_named(config.method).recorded_summary(record.targets),  # type: ignore[arg-type]
         notes=(*hub.notes, *source.notes, *(() if how.digest else (NO_DIGESTS,)), *notes),
         warnings=warnings,
         unlinked=unlinked(record),
     )
-
-
-def _extent(record: Record) -> Extent:
-    """How much was merged, as far as a patch tells: it does not hold base."""
-    counts = [(target.coefficient, len(target.selected)) for target in record.targets]
-    return Extent(*count_heads(record.targets), weight_range(counts))
 
 
 def apply_to(

@@ -18,12 +18,10 @@ from hsa.engine.compute import Calculator
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import SourceError
 from hsa.findings import Findings
-from hsa.methods.hsa_formula import percentage_findings
 from hsa.outputs import recording, report
 from hsa.outputs.card import unlinked
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
-from hsa.outputs.extent import Extent
-from hsa.outputs.merge_warnings import header_findings, parameter_findings, raise_if_strict, source_findings
+from hsa.outputs.merge_warnings import header_findings, raise_if_strict, source_findings
 from hsa.outputs.metadata_files import CARD, write_metadata_files
 from hsa.outputs.report import MergeReport, PlanReport, TensorReport
 from hsa.planning.plan import Plan, make_plan
@@ -82,7 +80,7 @@ def run_merge(request: Request, progress: Progress | None = None) -> MergeReport
         prepared = _prepare(request, tally, hub, stack)
         assets = collect_small_files(request, prepared.sources, prepared.plan, tally)
         early = _findings_before_reading(request, prepared, assets, hub)
-        raise_if_strict(early + parameter_findings(prepared.plan.targets, request.settings), strict=request.strict)
+        raise_if_strict(early + _planned_findings(prepared.plan), strict=request.strict)
         with deferred():  # a directory that was made must be known to the stack that removes it
             staging = stack.enter_context(
                 StagedOutput(prepared.destination, overwrite=request.overwrite, sync=request.sync)
@@ -108,8 +106,8 @@ def run_merge(request: Request, progress: Progress | None = None) -> MergeReport
             raise
         prepared.sources.check_unchanged()
         outcomes = calculator.ordered(prepared.plan.targets)
-        doubts = source_findings(outcomes, prepared.sources, prepared.earlier_merges, request.settings.targets)
-        findings = early + doubts + report.outcome_findings(outcomes)
+        doubts = source_findings(outcomes, prepared.sources, prepared.earlier_merges, request.settings)
+        findings = early + doubts + report.outcome_findings(prepared.plan.method, outcomes)
         raise_if_strict(findings, strict=request.strict)
         record = recording.make_record(
             prepared.plan, prepared.sources, outcomes, request.output_settings(prepared.backend.name)
@@ -132,9 +130,9 @@ def run_merge(request: Request, progress: Progress | None = None) -> MergeReport
         backend=prepared.backend.name,
         device=prepared.backend.device,
         route=prepared.plan.route,
-        parameters=request.settings.as_dict(),
+        settings=request.settings,
         tensors={target.name: TensorReport.of(target) for target in record.targets},
-        extent=Extent.of(outcomes),
+        extent=prepared.plan.method.summary(outcomes),
         notes=(*findings.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
         warnings=findings.warnings,
         unlinked=unlinked(record),
@@ -158,9 +156,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
         needed = plan.bytes_to_write + sum(map(len, assets.files.values()))
         folder = next(parent for parent in prepared.destination.parents if parent.exists())
         free = fsio.free_bytes(folder)
-        findings = _findings_before_reading(request, prepared, assets, hub) + parameter_findings(
-            plan.targets, request.settings
-        )
+        findings = _findings_before_reading(request, prepared, assets, hub) + _planned_findings(plan)
         raise_if_strict(findings, strict=request.strict)
         short = [f"{needed} bytes are to be written and {free} are free in {folder}"] if free < needed else []
         return PlanReport(
@@ -168,7 +164,6 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
             route=plan.route,
             backend=prepared.backend.name,
             device=prepared.backend.device,
-            parameters=request.settings.as_dict(),
             settings=request.settings,
             targets=plan.targets,
             files={file.name: file.size for file in plan.files},
@@ -196,9 +191,14 @@ def _findings_before_reading(
     findings = Findings((*hub.notes, *prepared.plan.notes, *assets.notes), assets.warnings)
     return (
         findings
-        + percentage_findings([request.settings.k])
+        + prepared.plan.method.settings_findings([request.settings])
         + header_findings(prepared.sources, prepared.earlier_merges)
     )
+
+
+def _planned_findings(plan: Plan) -> Findings:
+    """What the settings of a merge tell together with its targets."""
+    return plan.method.planned_findings(plan.targets, plan.settings)
 
 
 @dataclass(frozen=True)

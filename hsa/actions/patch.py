@@ -17,14 +17,11 @@ from hsa.engine.open_patch import FinishedPatch
 from hsa.engine.patch_writer import PatchSpec, check_patchable, write_patches
 from hsa.errors import DestinationError, RequestError
 from hsa.findings import Findings
-from hsa.methods.hsa import HsaSettings
-from hsa.methods.hsa_formula import percentage_findings
 from hsa.methods.registry import method_named
 from hsa.methods.settings import Settings
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
-from hsa.outputs.extent import Extent
-from hsa.outputs.merge_warnings import header_findings, parameter_findings, raise_if_strict, source_findings
+from hsa.outputs.merge_warnings import header_findings, raise_if_strict, source_findings
 from hsa.outputs.patch_reader import SUFFIX, is_patch
 from hsa.outputs.provenance import Record
 from hsa.outputs.report import MergeReport, TensorReport, outcome_findings
@@ -78,7 +75,8 @@ def run_patch(request: Request, progress: Progress | None = None) -> MergeReport
         patch_sources = open_patch_sources([request.settings], request, tally, hub, stack)
         sources, targets = patch_sources.sources, patch_sources.targets(request.settings)
         early = Findings((*hub.notes, *patch_sources.findings.notes), patch_sources.findings.warnings)
-        raise_if_strict(early + parameter_findings(targets.tasks, request.settings), strict=request.strict)
+        method = targets.method
+        raise_if_strict(early + method.planned_findings(targets.tasks, request.settings), strict=request.strict)
         destination = check_patch_destination(
             request.output, [source.path for source in sources], overwrite=request.overwrite
         )
@@ -92,8 +90,8 @@ def run_patch(request: Request, progress: Progress | None = None) -> MergeReport
             [point], sources, patch_sources.settings, patch_sources.files, staging, threads, tally, memory, progress
         )
         sources.check_unchanged()
-        doubts = source_findings(patch.outcomes, sources, patch_sources.earlier_merges, request.settings.targets)
-        findings = early + doubts + outcome_findings(patch.outcomes)
+        doubts = source_findings(patch.outcomes, sources, patch_sources.earlier_merges, request.settings)
+        findings = early + doubts + outcome_findings(method, patch.outcomes)
         raise_if_strict(findings, strict=request.strict)
         check_patch_destination(destination, (), overwrite=request.overwrite)
         staging.publish_file(point.name, destination)
@@ -109,9 +107,9 @@ def run_patch(request: Request, progress: Progress | None = None) -> MergeReport
         backend="cpu",
         device="cpu",
         route="patch file",
-        parameters=request.settings.as_dict(),
+        settings=request.settings,
         tensors={target.name: TensorReport.of(target) for target in record_of(patch).targets},
-        extent=Extent.of(patch.outcomes),
+        extent=method.summary(patch.outcomes),
         notes=findings.notes,
         warnings=findings.warnings,
         doubtful=bool(doubts.warnings) or BASE in patch_sources.earlier_merges,
@@ -157,7 +155,7 @@ class PatchSources:
 
 
 def open_patch_sources(
-    configs: Sequence[HsaSettings],
+    candidates: Sequence[Settings],
     request: Request,
     tally: fsio.Tally,
     hub: Hub,
@@ -177,13 +175,13 @@ def open_patch_sources(
     if has_hub_ids(request):
         with ExitStack() as trial:
             headers = open_sources(request, fsio.Tally(), hub, trial, headers_only=True, rows_only=rows_only)
-            _plan(configs, headers)
+            _plan(candidates, headers)
     sources = open_sources(request, tally, hub, stack, headers_only=False, rows_only=rows_only)
-    plans = _plan(configs, sources)
+    plans = _plan(candidates, sources)
     assets = small_files.collect(sources, sources.anchor, request.assets_from, None, tally)
     notes = (*(note for source in sources for note in source.notes), *assets.notes)
     merges = read_earlier_merges(sources)
-    findings = Findings(notes, assets.warnings) + percentage_findings(config.k for config in configs)
+    findings = Findings(notes, assets.warnings) + method_named(candidates[0].method).settings_findings(candidates)
     return PatchSources(
         sources,
         request.output_settings("cpu"),
@@ -194,7 +192,7 @@ def open_patch_sources(
     )
 
 
-def _plan(candidates: Sequence[HsaSettings], sources: Sources) -> dict[Structure, Targets]:
+def _plan(candidates: Sequence[Settings], sources: Sources) -> dict[Structure, Targets]:
     """The targets of candidates, planned once for each structure of their settings, and checked."""
     plans: dict[Structure, Targets] = {}
     for settings in candidates:

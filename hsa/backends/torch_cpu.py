@@ -19,7 +19,8 @@ from hsa.backends.base import Merged, NotFinite, TaskBuffers, buffers_cost, merg
 from hsa.backends.torch_geometry import target_geometry
 from hsa.methods.base import BASE, Method
 from hsa.methods.geometry import Geometry
-from hsa.methods.hsa import PRIMARY, SECONDARY, HeadScores, HsaDecision, HsaSettings, decision_of, settings_of
+from hsa.methods.hsa import PRIMARY, SECONDARY, HeadScores, HsaDecision, HsaSettings, decision_of
+from hsa.methods.hsa_formula import settings_of
 from hsa.methods.selection import selection_of
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask

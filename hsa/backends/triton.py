@@ -23,8 +23,8 @@ from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
 from hsa.methods.base import BASE, Method
-from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY, HeadScores, Hsa, HsaSettings, decision_of, settings_of
-from hsa.methods.hsa_formula import rounded_pair
+from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY, HeadScores, Hsa, HsaSettings, decision_of
+from hsa.methods.hsa_formula import rounded_pair, settings_of
 from hsa.methods.selection import selection_of
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask

@@ -67,12 +67,13 @@ def merge(
 
 
 def _describe_plan(plan: PlanReport) -> str:
+    extent = plan.extent
     names = f"{plan.targets[0].stored.name} ... {plan.targets[-1].stored.name}"
     lines = [
         f"{plan.output} (dry run: nothing was written)",
         f"  route   {plan.route}, backend {plan.backend}",
-        f"  targets {len(plan.targets)} tensors, {plan.heads_to_merge} of {plan.total_heads} heads to merge: {names}",
-        f"  extent  {plan.text}",
+        f"  targets {extent.headline}: {names}",
+        *([f"  extent  {extent.text}"] if extent.text != extent.headline else []),
         *([f"          {plan.hint}"] if plan.hint else []),
         *([f"  fetch   {size_text(plan.bytes_to_fetch)} of weights from the Hub"] if plan.bytes_to_fetch else []),
         f"  read    {size_text(plan.bytes_to_read)}",

@@ -26,8 +26,6 @@ def mergekit(
     result = run_mergekit(arguments)
     printing.findings(Findings(tuple(result.notes), tuple(result.warnings)))
     lines = [one_line(str(result.output))]
-    if result.tensors:
-        lines.append(f"  {result.selected_heads} of {result.total_heads} heads merged in {result.tensors} tensors")
     if result.extent is not None:
-        lines.append(f"  {result.extent.text}")
+        lines += [f"  {text}" for text in (result.extent.headline, result.extent.text)]
     printing.result("\n".join(lines), quiet=False, done=f"the output {result.output} is whole")

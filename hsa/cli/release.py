@@ -15,6 +15,7 @@ from hsa.findings import Findings
 from hsa.system.streams import print_stderr, stderr_is_terminal
 
 if TYPE_CHECKING:
+    from hsa.methods.tensors import Summary
     from hsa.releases.plan import ReleasePlan
     from hsa.releases.release import EntryReport, ReleaseReport
 
@@ -96,11 +97,13 @@ class _Screen:
 def _result(entry: EntryReport) -> str:
     if entry.merge is None:
         return f"stands and is as the recipe says ({size_text(entry.bytes_read)} read)"
-    merge = entry.merge
-    return (
-        f"built, {merge.selected_heads} of {merge.total_heads} heads merged, {size_text(merge.bytes_written)} written "
-        f"in {merge.seconds:.2f} s; {merge.extent.text}"
-    )
+    merge, extent = entry.merge, entry.merge.extent
+    built = f"built, {extent.counted}, {size_text(merge.bytes_written)} written in {merge.seconds:.2f} s"
+    return f"{built}; {extent.text}" if extent.text != extent.headline else built
+
+
+def _planned(extent: Summary) -> str:
+    return extent.headline if extent.text == extent.headline else f"{extent.text}, in {extent.tensors} tensors"
 
 
 def _describe(report: ReleaseReport) -> str:
@@ -127,9 +130,7 @@ def _describe_plan(plan: ReleasePlan) -> str:
             remedy = f"; {entry_plan.remedy}" if entry_plan.remedy else ""
             lines.append(f"    why     {entry_plan.why}{remedy}")
         if entry_plan.action in ("build", "rebuild"):
-            lines.append(
-                f"    merge   {merge_plan.text}, in {len(merge_plan.targets)} tensors, {merge_plan.route} route"
-            )
+            lines.append(f"    merge   {_planned(merge_plan.extent)}, {merge_plan.route} route")
             lines.append(f"    write   {size_text(merge_plan.bytes_to_write)}")
             if merge_plan.bytes_to_fetch:
                 lines.append(f"    fetch   {size_text(merge_plan.bytes_to_fetch)} of weights from the Hub")

@@ -84,22 +84,8 @@ def _describe(report: SweepReport) -> str:
         f"{report.output}",
         f"  {len(report.made)} points made, {len(report.skipped)} were there and verified; {len(report.entries)} in "
         f"index.json and index.csv",
-        *_extent(report),
+        *([f"  {report.extent_range}"] if report.extent_range else []),
         f"  {size_text(report.bytes_read)} read, {size_text(report.bytes_written)} written in {report.seconds:.2f} s, "
         f"peak memory {size_text(report.peak_memory_bytes)}",
     ]
     return "\n".join(map(one_line, lines))
-
-
-def _extent(report: SweepReport) -> list[str]:
-    """How much the points merge that change primary the least and the most."""
-    from hsa.outputs.extent import percent
-
-    changes = {name: extent.change for name, extent in report.extents.items() if extent.change is not None}
-    if not changes:
-        return []
-    least, most = (choose(changes, key=lambda name: changes[name]) for choose in (min, max))
-    return [
-        f"  the output differs from primary by {percent(changes[least])} % ({least}) to {percent(changes[most])} % "
-        f"({most}) of its task vector (on the target tensors)"
-    ]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hsa.methods.geometry import Norms
-from hsa.methods.hsa import HsaSettings, settings_of
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa_formula import settings_of
 from hsa.methods.tensors import Outcome, TensorTask
 from hsa.outputs import distances, patch_format
 from hsa.outputs.patch_format import PatchContents, PatchTarget

@@ -10,7 +10,8 @@ from hsa.errors import HsaError, ProvenanceError, shown
 from hsa.inspection.report import Inspection, RecordedSelection, TensorInspection, in_order
 from hsa.methods.all_settings import summary
 from hsa.methods.hsa import HsaSettings
-from hsa.methods.hsa_formula import keep_count, layer_coefficient, percentage_findings
+from hsa.methods.hsa_formula import keep_count, layer_coefficient
+from hsa.methods.hsa_warnings import percentage_findings
 from hsa.methods.selection import TIE_RISK, select, selection_of
 from hsa.methods.settings import PerTensor, declared
 from hsa.outputs.provenance import Provenance, TargetRecord

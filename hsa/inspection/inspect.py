@@ -23,15 +23,15 @@ from hsa.inspection.from_provenance import (
 from hsa.inspection.measure import Buffers, TargetMeasures, bytes_of_other_tensors, measure, measure_other_tensors
 from hsa.inspection.report import Agreement, Energy, Inspection, RecordedSelection, TensorInspection, in_order
 from hsa.methods.geometry import Geometry
-from hsa.methods.hsa import ROLES, HeadScores, HsaSettings, settings_of
-from hsa.methods.hsa_formula import keep_count, percentage_findings
+from hsa.methods.hsa import ROLES, HeadScores, HsaSettings
+from hsa.methods.hsa_formula import keep_count, settings_of
 from hsa.methods.registry import method_named
 from hsa.methods.selection import select, selection_of
 from hsa.methods.settings import DEFAULT_METHOD
 from hsa.methods.tensors import Outcome, TensorTask
 from hsa.option_names import option
 from hsa.outputs import provenance
-from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
+from hsa.outputs.merge_warnings import adapter_findings
 from hsa.outputs.provenance import Provenance, TargetRecord
 from hsa.outputs.recording import tensors_digest
 from hsa.planning.plan import check_structure
@@ -143,7 +143,7 @@ def _from_sources(
         tensors = [
             _inspect_target(task, measured[task.name], layers, config, recorded.get(task.name)) for task in tasks
         ]
-        findings = percentage_findings([config.k]) + _refusal_findings(config, sources) + adapter_findings(sources)
+        findings = method.settings_findings([config]) + _refusal_findings(config, sources) + adapter_findings(sources)
         findings += _merge_findings(targets, measured)
         energies = _energies(sources, tasks, tensors, buffers, step) if whole else None
         sources.check_unchanged()
@@ -191,7 +191,7 @@ def _merge_findings(targets: Targets, measured: Mapping[str, TargetMeasures]) ->
         decision = targets.method.decide(task, scored, targets.settings, None)
         changed = changed_ranges(task, targets.method.untouched(task, decision))
         outcomes.append(Outcome(task, decision, changed, measures.digests, measures.equal))
-    return value_findings(outcomes) + change_findings(outcomes)
+    return targets.method.source_findings(outcomes) + targets.method.result_findings(outcomes)
 
 
 def _open(

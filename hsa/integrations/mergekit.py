@@ -31,11 +31,8 @@ from hsa.errors import DestinationError, RequestError, SourceError, is_text
 from hsa.integrations.mergekit_method import Merging
 from hsa.integrations.mergekit_method import register as register_method
 from hsa.integrations.mergekit_recipe import MergekitRecipe, plainly, read
-from hsa.methods.hsa_formula import percentage_findings
-from hsa.methods.selection import DecidedHeads, count_heads
-from hsa.outputs import report
-from hsa.outputs.extent import Extent
-from hsa.outputs.merge_warnings import value_findings
+from hsa.methods.hsa_extent import Extent
+from hsa.methods.hsa_warnings import change_findings, percentage_findings, selection_findings, value_findings
 from hsa.sources.checkpoint import CONFIG, read_whole
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
@@ -55,12 +52,9 @@ _merging: Merging | None = None
 
 @dataclass
 class MergekitResult:
-    """A finished run: where, what the user should know, and for `hsa` how many heads were merged, and how much."""
+    """A finished run: where, what the user should know, and for `hsa` how much was merged."""
 
     output: Path
-    tensors: int = 0
-    selected_heads: int = 0
-    total_heads: int = 0
     extent: Extent | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -125,13 +119,10 @@ def run(arguments: Sequence[str]) -> MergekitResult:
         staging.publish()
     if recipe.is_hsa:
         findings = percentage_findings(merging.shares)
-        findings += value_findings(merging.outcomes) + report.outcome_findings(merging.outcomes)
+        findings += value_findings(merging.outcomes) + change_findings(merging.outcomes)
+        findings += selection_findings(merging.outcomes)
         result.notes += findings.notes
         result.warnings += findings.warnings
-        result.tensors = len(merging.outcomes)
-        result.selected_heads, result.total_heads = count_heads(
-            DecidedHeads(each.task.partition.groups, each.decision.selected) for each in merging.outcomes
-        )
         result.extent = Extent.of(merging.outcomes)
     return result
 

@@ -238,13 +238,21 @@ class Method(ABC, Generic[S, D]):
         """What the values of the sources tell, whatever the settings; warnings make a merge doubtful."""
         return Findings(warnings=tuple(equal_source_warnings(outcomes)))
 
-    def result_findings(self, outcomes: Sequence[Outcome], settings: S) -> Findings:
-        """What a finished merge tells."""
+    def result_findings(self, outcomes: Sequence[Outcome]) -> Findings:
+        """What a finished merge tells, such as that it changes nothing. A sweep says which of its points it is."""
+        return Findings()
+
+    def decision_findings(self, outcomes: Sequence[Outcome]) -> Findings:
+        """What single decisions tell, such as that one was close. A sweep says it once for all points."""
         return Findings()
 
     def planned_summary(self, tasks: Sequence[TensorTask], settings: S) -> Summary:
         """How much a merge will merge, as far as the settings tell."""
-        return TensorCount(len(tasks))
+        return TensorCount(len(tasks), planned=True)
+
+    def planned_entry(self, task: TensorTask, settings: S) -> dict[str, Any]:
+        """What a dry run says of one target, as far as the settings tell: JSON values."""
+        return {}
 
     def summary(self, outcomes: Sequence[Outcome]) -> Summary:
         """How much a finished merge merged."""
@@ -253,6 +261,11 @@ class Method(ABC, Generic[S, D]):
     def recorded_summary(self, records: Sequence[TensorRecord]) -> Summary:
         """How much a merge merged, as far as its record tells."""
         return TensorCount(len(records))
+
+    def summary_range(self, summaries: Mapping[str, Summary]) -> str | None:
+        """How far the finished merges of a sweep lie apart, by the names of their points, in one line; None where there
+        is nothing to say."""
+        return None
 
     def hint(self, settings: S, summary: Summary) -> str | None:
         """What would merge more, for a user of the defaults; None where there is nothing to say."""

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hsa.architectures.base import MAX_COUNT, Preset, TensorInfo, TensorPlace
 from hsa.errors import RequestError, shown
-from hsa.methods.base import BASE, KEEP, Block, Contract, Method, ModelRole, NotFiniteSums, Treatment
+from hsa.methods.base import BASE, KEEP, Block, Contract, ModelRole, NotFiniteSums, Treatment
 from hsa.methods.geometry import Geometry, Norms, Sums, squares_of, tile_sums
-from hsa.methods.hsa_formula import keep_count, layer_coefficient, rounded_pair, squared_score
+from hsa.methods.hsa_formula import rounded_pair, settings_of, squared_score
+from hsa.methods.hsa_reports import HsaReports
 from hsa.methods.selection import Selection, select
 from hsa.methods.settings import MAX_FLOAT32, PerTensor, Settings, setting
 from hsa.methods.tensors import TensorTask
@@ -227,7 +228,7 @@ class ScaleDecision:
     scale: float
 
 
-class Hsa(Method[HsaSettings, "HsaDecision | ScaleDecision"]):
+class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     """HSA in exact numerics."""
 
     name = "hsa"
@@ -331,13 +332,6 @@ class Hsa(Method[HsaSettings, "HsaDecision | ScaleDecision"]):
             yield f"{option('attention_scale')} moves the heads that are not merged"
         if settings.non_attention_scale != 1.0:
             yield f"{option('non_attention_scale')} moves every other tensor"
-
-
-def settings_of(task: TensorTask, settings: HsaSettings) -> tuple[int, float]:
-    """How many heads are to be merged in a target, and lambda_i."""
-    assert task.place is not None
-    k, lam, alpha = (settings.of(name, task.name) for name in ("k", "lam", "alpha"))
-    return keep_count(k, task.partition.groups), layer_coefficient(lam, alpha, task.place.layer, task.layers)
 
 
 def decision_of(task: TensorTask, settings: HsaSettings, selection: Selection, measured: HeadScores) -> HsaDecision:

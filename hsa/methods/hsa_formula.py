@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hsa.findings import Findings
-from hsa.methods.settings import PerTensor
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import TensorTask
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array
-
-LEAST_PLAUSIBLE_PERCENTAGE = 10
-"""A `k` above 1 and below this is a warning: so few percent of a model's 6 to 20 heads are one head or two."""
-
-MAX_NAMED = 3
-"""Values that one message names."""
 
 FOLD = 64
 """Columns of squares left for the exact sum, where the width is a multiple of it."""
@@ -38,6 +32,13 @@ def keep_count(k: float, heads: int) -> int:
 def layer_coefficient(lam: float, alpha: float, layer: int, layers: int) -> float:
     """lambda_i = lambda ** (alpha * ((i + 1) / L)) in float64, with 0 ** 0 = 1."""
     return math.pow(lam, alpha * ((layer + 1) / layers))
+
+
+def settings_of(task: TensorTask, settings: Settings) -> tuple[int, float]:
+    """How many heads are to be merged in a target, and lambda_i."""
+    assert task.place is not None
+    k, lam, alpha = (settings.of(name, task.name) for name in ("k", "lam", "alpha"))
+    return keep_count(k, task.partition.groups), layer_coefficient(lam, alpha, task.place.layer, task.layers)
 
 
 def rounded_pair(coefficient: float) -> tuple[float, float]:
@@ -61,23 +62,3 @@ def squared_score(blocks: Sequence[Array]) -> float:
         columns = np.add.reduce(columns.reshape(-1, FOLD), axis=0)
     values = columns.tolist()
     return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def percentage_findings(values: Iterable[PerTensor]) -> Findings:
-    """What is said of values of `k` above 1: a note, and below `LEAST_PLAUSIBLE_PERCENTAGE` a warning.
-
-    Example:
-        >>> percentage_findings([0.6, 60]).notes
-        ('k = 60 is taken as a percentage, the share 0.6',)
-    """
-    numbers = {number for value in values for number in (value.values() if isinstance(value, Mapping) else (value,))}
-    above = sorted(float(number) for number in numbers if number > 1)
-    doubtful = [number for number in above if number < LEAST_PLAUSIBLE_PERCENTAGE]
-    usual = [number for number in above if number >= LEAST_PLAUSIBLE_PERCENTAGE]
-    hint = "; a share of heads lies between 0 and 1, such as 0.6"
-    return Findings((_as_shares(usual),) if usual else (), (_as_shares(doubtful) + hint,) if doubtful else ())
-
-
-def _as_shares(values: Sequence[float]) -> str:
-    each = [f"k = {value:g} is taken as a percentage, the share {value / 100:g}" for value in values[:MAX_NAMED]]
-    return "; ".join(each) + (f"; and {len(values) - MAX_NAMED} more" if len(values) > MAX_NAMED else "")

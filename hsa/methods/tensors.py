@@ -116,11 +116,28 @@ class TensorRecord:
 
 
 class Summary(Protocol):
-    """How much a merge merges."""
+    """How much a merge merges, or will merge, and in how many tensors."""
+
+    @property
+    def tensors(self) -> int: ...
+
+    @property
+    def counted(self) -> str:
+        """How many of what, in a few words."""
+
+    @property
+    def headline(self) -> str:
+        """The same, and in how many tensors."""
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """One line for people: what it comes to. The headline, where there is no more to say."""
+
+    def counts(self) -> dict[str, Any]:
+        """The numbers behind `counted` that every report and every index of outputs says."""
+
+    def margins(self) -> dict[str, Any]:
+        """How narrow the closest decision was, for reports and indexes of sweeps."""
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it, beside what it prints of every merge."""
@@ -142,13 +159,33 @@ class CardText:
 
 @dataclass(frozen=True)
 class TensorCount:
-    """How much a merge of whole tensors merges."""
+    """How much a merge of whole tensors merges, or, where it is `planned`, will merge.
+
+    Example:
+        >>> TensorCount(12).text
+        '12 tensors merged'
+    """
 
     tensors: int
+    planned: bool = False
+
+    @property
+    def counted(self) -> str:
+        return f"{self.tensors} tensors {'to merge' if self.planned else 'merged'}"
+
+    @property
+    def headline(self) -> str:
+        return self.counted
 
     @property
     def text(self) -> str:
-        return f"{self.tensors} tensors merged"
+        return self.counted
+
+    def counts(self) -> dict[str, Any]:
+        return {}
+
+    def margins(self) -> dict[str, Any]:
+        return {}
 
     def as_dict(self) -> dict[str, Any]:
         return {}

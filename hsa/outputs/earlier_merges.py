@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from hsa.architectures.base import Preset
 from hsa.errors import HsaError
 from hsa.findings import Findings
+from hsa.methods.settings import Settings, declared
 from hsa.outputs.provenance import SourceRecord, load
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import is_hub_id
@@ -23,9 +23,10 @@ from hsa.system.manifest import PROVENANCE
 
 @dataclass(frozen=True)
 class EarlierMerge:
-    """How a source was merged, by its own record: the preset of target tensors, and its sources."""
+    """How a source was merged, by its own record: the preset of target tensors, where its method has presets, and its
+    sources."""
 
-    preset: str
+    preset: str | None
     sources: Mapping[Role, SourceRecord]
 
 
@@ -39,36 +40,37 @@ def read_earlier_merges(sources: Iterable[Checkpoint]) -> dict[Role, EarlierMerg
     for source in sources:
         with suppress(HsaError):
             record = load(source.path).record
-            earlier[source.role] = EarlierMerge(record.parameters["targets"], record.sources)
+            earlier[source.role] = EarlierMerge(record.parameters.get("targets"), record.sources)
     return earlier
 
 
-def merged_base_findings(earlier: EarlierMerges) -> Findings:
+def merged_base_findings(earlier: EarlierMerges, sources: Sources) -> Findings:
     """A warning where base is an output of hsa."""
     if BASE not in earlier:
         return Findings()
     return Findings(
         warnings=(
             f"base is an output of hsa, by the {PROVENANCE} in its folder: a merge is not the pretrained model; give "
-            "the model that primary and secondary were trained from",
+            f"the model that {' and '.join(sources.models)} were trained from",
         )
     )
 
 
 def repeated_merge_findings(
-    earlier: EarlierMerges, sources: Sources, preset: Preset, digest: Callable[[Role], str]
+    earlier: EarlierMerges, sources: Sources, settings: Settings, digest: Callable[[Role], str]
 ) -> Findings:
-    """Warnings where primary or secondary was merged from another source of this merge.
+    """Warnings where a model was merged from another source of this merge.
 
     A common base is as it should be, and so is a merge with a further fine-tune. `digest` gives the digest over the
     target tensors of a source; it is called only where a record has one for the same preset.
     """
-    return Findings(warnings=tuple(_merged_before(earlier, sources, preset, digest)))
+    return Findings(warnings=tuple(_merged_before(earlier, sources, settings, digest)))
 
 
 def _merged_before(
-    earlier: EarlierMerges, sources: Sources, preset: Preset, digest: Callable[[Role], str]
+    earlier: EarlierMerges, sources: Sources, settings: Settings, digest: Callable[[Role], str]
 ) -> Iterator[str]:
+    preset: str | None = getattr(settings, "targets", None)
     for role in sources.models:
         earlier_merge = earlier.get(role)
         if earlier_merge is None:
@@ -82,7 +84,7 @@ def _merged_before(
             advice = (
                 "give the pretrained model as base"
                 if BASE in (earlier_role, other)
-                else f"give the fine-tunes themselves, and to merge more of {other} another k, lambda or alpha"
+                else f"give the fine-tunes themselves{_to_merge_more(other, settings)}"
             )
             yield (
                 f"{role} was merged from {other} already: the {PROVENANCE} in {role}'s folder names {other}'s model as "
@@ -90,8 +92,14 @@ def _merged_before(
             )
 
 
+def _to_merge_more(role: Role, settings: Settings) -> str:
+    """Which settings to change instead: those that a search tries."""
+    *some, last = [each.key for each in declared(type(settings)) if each.about.search is not None] or [""]
+    return f", and to merge more of {role} another {', '.join(some)}{' or ' if some else ''}{last}" if last else ""
+
+
 def _earlier_role(
-    earlier_merge: EarlierMerge, source: Checkpoint, preset: Preset, digest: Callable[[Role], str]
+    earlier_merge: EarlierMerge, source: Checkpoint, preset: str | None, digest: Callable[[Role], str]
 ) -> Role | None:
     """The role that a source had in an earlier merge; None for none.
 

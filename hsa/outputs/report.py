@@ -9,11 +9,9 @@ from typing import Any
 
 from hsa.errors import one_line
 from hsa.findings import Findings, counted
-from hsa.methods.hsa import HsaSettings, settings_of
-from hsa.methods.selection import TIE_RISK, count_heads, narrowest
-from hsa.methods.tensors import Outcome, TensorTask
-from hsa.outputs.extent import Extent, merge_more_hint, planned_weight_range, weight_dict, weight_text
-from hsa.outputs.merge_warnings import change_findings
+from hsa.methods.registry import AnyMethod, method_named
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import Outcome, Summary, TensorTask
 from hsa.outputs.provenance import TargetRecord
 
 NO_DIGESTS = (
@@ -63,12 +61,12 @@ class TensorReport:
 class MergeReport:
     """A finished merge.
 
-    Sizes are bytes, `seconds` wall time. `bytes_read_by_source` splits `bytes_read` by role: of base and secondary only
+    Sizes are bytes, `seconds` wall time. `bytes_read_by_source` splits `bytes_read` by role: of all but the anchor only
     headers, configs and targets are read where nothing else is needed. `bytes_fetched` came from the Hub: bytes of
     files that were received now, 0 for local sources and for what the caches hold. `tensors` is keyed by tensor name as
-    primary stores it. `extent` says how much was merged, and how the task vectors lie. `unlinked` are the sources that
-    the card does not link to the Hub, for want of a hub id. `doubtful` says that the sources hardly belong together:
-    that they are exchanged, given twice, unrelated or merged already, as `warnings` tell.
+    the anchor stores it. `extent` says how much was merged; with HSA also how the task vectors lie. `unlinked` are the
+    sources that the card does not link to the Hub, for want of a hub id. `doubtful` says that the sources hardly belong
+    together: that they are exchanged, given twice, unrelated or merged already, as `warnings` tell.
     """
 
     output: Path
@@ -81,9 +79,9 @@ class MergeReport:
     backend: str
     device: str
     route: str
-    parameters: Mapping[str, Any]
+    settings: Settings
     tensors: Mapping[str, TensorReport]
-    extent: Extent
+    extent: Summary
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     unlinked: tuple[str, ...] = ()
@@ -93,26 +91,33 @@ class MergeReport:
         return one_line(f"<hsa.MergeReport of {self.output}: {self.extent.text}{counted(self.warnings)}>")
 
     @property
-    def selected_heads(self) -> int:
-        return count_heads(self.tensors.values()).selected
+    def parameters(self) -> dict[str, Any]:
+        """The settings under their names in records."""
+        return self.settings.as_dict()
+
+    @property
+    def selected_heads(self) -> int | None:
+        """How many heads were merged; None where the method merges whole tensors."""
+        return self.extent.counts().get("selected_heads")
+
+    @property
+    def total_heads(self) -> int | None:
+        """How many heads the targets have; None where the method merges whole tensors."""
+        return self.extent.counts().get("total_heads")
 
     @property
     def hint(self) -> str | None:
-        """With HSA's defaults: what would merge more. None with doubtful sources, which no parameter mends."""
-        return None if self.doubtful else merge_more_hint(HsaSettings.from_dict(self.parameters), self.extent.weights)
-
-    @property
-    def total_heads(self) -> int:
-        return count_heads(self.tensors.values()).total
+        """With the method's defaults: what would merge more. None with doubtful sources, which no setting mends."""
+        return None if self.doubtful else method_named(self.settings.method).hint(self.settings, self.extent)
 
     @property
     def narrowest(self) -> TensorReport | None:
         """The tensor with the smallest margin; None where no tensor has one."""
-        return narrowest(self.tensors.values())
+        name = self.extent.margins().get("min_margin_tensor")
+        return None if name is None else self.tensors[name]
 
     def as_dict(self) -> dict[str, Any]:
         """What `hsa merge --json` prints."""
-        narrowest = self.narrowest
         return {
             "output": str(self.output),
             "seconds": self.seconds,
@@ -125,13 +130,11 @@ class MergeReport:
             "device": self.device,
             "route": self.route,
             "target_tensors": len(self.tensors),
-            "selected_heads": self.selected_heads,
-            "total_heads": self.total_heads,
-            "min_margin": narrowest.margin if narrowest else None,
-            "min_margin_tensor": narrowest.name if narrowest else None,
+            **self.extent.counts(),
+            **self.extent.margins(),
             **self.extent.as_dict(),
             "hint": self.hint,
-            "parameters": dict(self.parameters),
+            "parameters": self.parameters,
             "notes": list(self.notes),
             "warnings": list(self.warnings),
             "unlinked": list(self.unlinked),
@@ -151,8 +154,7 @@ class PlanReport:
     route: str
     backend: str
     device: str
-    parameters: Mapping[str, Any]
-    settings: HsaSettings
+    settings: Settings
     targets: tuple[TensorTask, ...]
     files: Mapping[str, int]
     bytes_to_read: int
@@ -168,29 +170,39 @@ class PlanReport:
         return one_line(f"<hsa.PlanReport of {self.output}: {self.text}{counted(self.warnings)}>")
 
     @property
-    def heads_to_merge(self) -> int:
-        """How many heads will be merged where none tie at the cut."""
-        return sum(settings_of(task, self.settings)[0] for task in self.targets)
+    def parameters(self) -> dict[str, Any]:
+        """The settings under their names in records."""
+        return self.settings.as_dict()
 
     @property
-    def total_heads(self) -> int:
-        return sum(task.partition.groups for task in self.targets)
+    def method(self) -> AnyMethod:
+        """The method of the merge."""
+        return method_named(self.settings.method)
+
+    @property
+    def extent(self) -> Summary:
+        """How much will be merged, as far as the settings tell."""
+        return self.method.planned_summary(self.targets, self.settings)
+
+    @property
+    def heads_to_merge(self) -> int | None:
+        """How many heads will be merged where none tie at the cut; None where the method merges whole tensors."""
+        return self.extent.counts().get("heads_to_merge")
+
+    @property
+    def total_heads(self) -> int | None:
+        """How many heads the targets have; None where the method merges whole tensors."""
+        return self.extent.counts().get("total_heads")
 
     @property
     def text(self) -> str:
         """How much will be merged, in one line for people."""
-        return weight_text(planned_weight_range(self.targets, self.settings), self.heads_to_merge, self.total_heads)
+        return self.extent.text
 
     @property
     def hint(self) -> str | None:
-        """With HSA's defaults: what would merge more. None with a base that is itself a merge."""
-        return (
-            None
-            if self.doubtful
-            else merge_more_hint(
-                HsaSettings.from_dict(self.parameters), planned_weight_range(self.targets, self.settings)
-            )
-        )
+        """With the method's defaults: what would merge more. None with a base that is itself a merge."""
+        return None if self.doubtful else self.method.hint(self.settings, self.extent)
 
     def as_dict(self) -> dict[str, Any]:
         """What `hsa merge --dry-run --json` prints."""
@@ -201,43 +213,22 @@ class PlanReport:
             "backend": self.backend,
             "device": self.device,
             "target_tensors": len(self.targets),
-            "heads_to_merge": self.heads_to_merge,
-            "total_heads": self.total_heads,
-            "secondary_weight": weight_dict(planned_weight_range(self.targets, self.settings)),
+            **self.extent.counts(),
+            **self.extent.as_dict(),
             "hint": self.hint,
-            "targets": {
-                task.stored.name: {"heads": task.partition.groups, "keep": settings_of(task, self.settings)[0]}
-                for task in self.targets
-            },
+            "targets": {task.stored.name: self.method.planned_entry(task, self.settings) for task in self.targets},
             "files": dict(self.files),
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "bytes_fetched": self.bytes_fetched,
             "bytes_to_fetch": self.bytes_to_fetch,
             "free_bytes": self.free_bytes,
-            "parameters": dict(self.parameters),
+            "parameters": self.parameters,
             "notes": list(self.notes),
             "warnings": list(self.warnings),
         }
 
 
-def outcome_findings(outcomes: Sequence[Outcome]) -> Findings:
+def outcome_findings(method: AnyMethod, outcomes: Sequence[Outcome]) -> Findings:
     """Notes and warnings that only the finished computation can give, besides those of the sources."""
-    return change_findings(outcomes) + selection_findings(outcomes)
-
-
-def selection_findings(outcomes: Sequence[Outcome]) -> Findings:
-    """Narrow margins and ties between the heads that are merged and those that are not."""
-    notes, warnings = [], []
-    close = [o for o in outcomes if o.decision.margin is not None and o.decision.margin < TIE_RISK]
-    if close:
-        warnings.append(
-            f"{len(close)} tensors have a margin below {TIE_RISK:g}, such as {close[0].task.stored.name}: another "
-            f"backend or machine could select other heads there"
-        )
-    tied = [o for o in outcomes if len(o.decision.selected) > o.decision.keep]
-    if tied:
-        notes.append(
-            f"{len(tied)} tensors have ties at the cut, such as {tied[0].task.stored.name}: all tied heads are merged"
-        )
-    return Findings(tuple(notes), tuple(warnings))
+    return method.result_findings(outcomes) + method.decision_findings(outcomes)

@@ -27,16 +27,15 @@ from hsa.errors import MachineError, RequestError, one_line, shown
 from hsa.findings import Findings, counted
 from hsa.methods.registry import method_named
 from hsa.methods.settings import check_value
-from hsa.methods.tensors import Outcome
+from hsa.methods.tensors import Outcome, Summary
 from hsa.option_names import option, with_current_spelling
 from hsa.outputs import sweep_index
-from hsa.outputs.extent import Extent
 from hsa.outputs.grid_point import GridPoint, axes
-from hsa.outputs.merge_warnings import change_findings, raise_if_strict, source_findings
+from hsa.outputs.merge_warnings import raise_if_strict, source_findings
 from hsa.outputs.patch_reader import SUFFIX, open_patch
 from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.recording import source_record
-from hsa.outputs.report import NO_DIGESTS, selection_findings
+from hsa.outputs.report import NO_DIGESTS
 from hsa.outputs.sweep_index import SweepEntry, entry_of
 from hsa.sources.hub.client import Hub
 from hsa.sweeps import grid
@@ -59,7 +58,8 @@ SPARE_FILES = 64
 class SweepReport:
     """A finished sweep. Sizes are bytes, `seconds` wall time; `made` and `skipped` are names of points, `entries` those
     of the index, which also lists points of earlier sweeps to the same directory. `extents` say how much each point
-    that was made merges."""
+    that was made merges, `extent_range` how far they lie apart, where the
+    method tells it."""
 
     output: Path
     seconds: float
@@ -71,7 +71,8 @@ class SweepReport:
     made: tuple[str, ...]
     skipped: tuple[str, ...]
     entries: tuple[SweepEntry, ...]
-    extents: Mapping[str, Extent]
+    extents: Mapping[str, Summary]
+    extent_range: str | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -149,6 +150,8 @@ def sweep(
         work = _Sweep(existing, staging, memory, full=full, jobs=jobs)
         work.run(progress)
         memory.sample()
+    method = method_named(given.method)
+    extents = {point.name: work.extents[point.name] for point in points if point in work.made}
     return SweepReport(
         output=directory,
         seconds=time.perf_counter() - started,
@@ -160,7 +163,8 @@ def sweep(
         made=tuple(point.name for point in points if point in work.made),
         skipped=tuple(work.skipped),
         entries=tuple(sorted(work.entries.values(), key=lambda entry: entry.order)),
-        extents={point.name: work.extents[point.name] for point in points if point in work.made},
+        extents=extents,
+        extent_range=method.summary_range(extents),
         notes=(
             *hub.notes,
             *patch_sources.findings.notes,
@@ -219,7 +223,7 @@ class _Sweep:
         self.made: set[GridPoint] = set()
         self.skipped: list[str] = []
         self.findings = Findings()
-        self.extents: dict[str, Extent] = {}
+        self.extents: dict[str, Summary] = {}
         self.entries: dict[str, SweepEntry] = {}
         self._lock = threading.Lock()
 
@@ -258,7 +262,8 @@ class _Sweep:
             progress,
         )
         sources.check_unchanged()
-        self.extents |= {point.name: Extent.of(patch.outcomes) for point, patch in zip(points, patches, strict=True)}
+        for point, patch in zip(points, patches, strict=True):
+            self.extents[point.name] = method_named(point.settings.method).summary(patch.outcomes)
         self.findings = (
             self.findings + _findings_of_pass(points, [patch.outcomes for patch in patches], self.patch_sources)
         ).once
@@ -327,16 +332,19 @@ def _findings_of_pass(
 ) -> Findings:
     """What there is to say of the points of one pass."""
     findings = Findings()
-    unchanged = []
+    doubtful = []
     for point, point_outcomes in zip(points, outcomes, strict=True):
+        method = method_named(point.settings.method)
         findings += source_findings(
-            point_outcomes, patch_sources.sources, patch_sources.earlier_merges, point.settings.targets
-        ) + selection_findings(point_outcomes)
-        if (change := change_findings(point_outcomes)).warnings:
-            unchanged.append(f"{point.name}: {change.warnings[0]}")
-    if unchanged:
-        more = f" (and so do {len(unchanged) - 1} more points)" if len(unchanged) > 1 else ""
-        findings += Findings(warnings=(f"{unchanged[0]}{more}",))
+            point_outcomes, patch_sources.sources, patch_sources.earlier_merges, point.settings
+        ) + method.decision_findings(point_outcomes)
+        result = method.result_findings(point_outcomes)
+        findings += Findings(result.notes)
+        if result.warnings:
+            doubtful.append(f"{point.name}: {'; '.join(result.warnings)}")
+    if doubtful:
+        more = f" (and so do {len(doubtful) - 1} more points)" if len(doubtful) > 1 else ""
+        findings += Findings(warnings=(f"{doubtful[0]}{more}",))
     return findings.once
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import hsa
 from hsa.cli import app
-from hsa.methods.hsa_formula import percentage_findings
+from hsa.methods.hsa_warnings import percentage_findings
 
 Triple = dict[str, Path]
 Report = tuple[tuple[str, ...], tuple[str, ...]]

@@ -29,8 +29,7 @@ from hsa.methods.registry import method_named
 from hsa.methods.settings import PerTensor
 from hsa.methods.tensors import Outcome, TensorTask
 from hsa.outputs.earlier_merges import merged_base_findings, repeated_merge_findings
-from hsa.outputs.extent import Extent
-from hsa.outputs.merge_warnings import adapter_findings, change_findings, value_findings
+from hsa.outputs.merge_warnings import adapter_findings
 from hsa.outputs.recording import tensors_digest
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.plan import check_heads, check_structure
@@ -138,11 +137,11 @@ class Merger:
         }
         findings = (
             adapter_findings(self._sources)
-            + merged_base_findings(merges)
-            + value_findings(self._outcomes(self._targets))
+            + merged_base_findings(merges, self._sources)
+            + self._targets.method.source_findings(self._outcomes(self._targets))
         )
         findings += repeated_merge_findings(
-            merges, self._sources, targets, lambda role: _targets_digest(role, data[role], tasks)
+            merges, self._sources, settings, lambda role: _targets_digest(role, data[role], tasks)
         )
         self.warnings = [
             *(text for source_targets in by_role.values() for text in source_targets.warnings),
@@ -181,7 +180,8 @@ class Merger:
         tell, whatever the parameters, are in `Merger.warnings`. Raises RequestError.
         """
         outcomes = self._outcomes(self._with(CHECK, values))
-        return Findings(notes=(Extent.of(outcomes).text,)) + change_findings(outcomes)
+        method = self._targets.method
+        return Findings(notes=(method.summary(outcomes).text,)) + method.result_findings(outcomes)
 
     @declared_keywords(MERGE)
     def merge(self, **values: Any) -> dict[str, torch.Tensor]:

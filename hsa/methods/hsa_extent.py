@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hsa.methods.geometry import cosine, ratio
-from hsa.methods.hsa import HsaSettings, settings_of
-from hsa.methods.selection import DecidedHeads, count_heads
-from hsa.methods.tensors import Outcome, TensorTask
+from hsa.methods.hsa_formula import settings_of
+from hsa.methods.selection import DecidedHeads, HeadCounts, count_heads
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
 from hsa.option_names import option
 
 WeightRange = tuple[float, float]
 """The least and the greatest weight of secondary, 1 - lambda_i, among tensors with merged heads."""
+
+Cut = tuple[str, float]
+"""A tensor, and the margin between its merged heads and the others."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +26,24 @@ class Extent:
     """Sizes over all target tensors of a merge, in the formula's exact values before they are rounded.
 
     `weights` are the least and the greatest weight of secondary in merged heads, None where no head is merged.
-    `primary` and `secondary` are |tv1| / |B| and |tv2| / |B|, `cosine` is that of the task vectors, and `change` is
-    |output - primary| / |tv1|; None where a divisor is zero, or where the sources were not read.
+    `narrowest` is the cut with the smallest margin, None where no tensor has one. `primary` and `secondary` are
+    |tv1| / |B| and |tv2| / |B|, `cosine` is that of the task vectors, and `change` is |output - primary| / |tv1|; None
+    where a divisor is zero, or where the sources were not read.
 
     Example:
-        >>> Extent(80, 120, (0.034, 0.129), 0.0102, 0.0102, 0.22, 0.098).text
+        >>> extent = Extent(20, 80, 120, (0.034, 0.129), None, 0.0102, 0.0102, 0.22, 0.098)
+        >>> extent.headline
+        '80 of 120 heads merged in 20 tensors'
+        >>> extent.text
         'secondary weighs 3 to 13 % in 80 of 120 heads; the output differs from primary by 9.8 % of its task vector \
 (on the target tensors)'
     """
 
+    tensors: int
     merged_heads: int
     total_heads: int
     weights: WeightRange | None
+    narrowest: Cut | None = None
     primary: float | None = None
     secondary: float | None = None
     cosine: float | None = None
@@ -49,15 +59,37 @@ class Extent:
         product = math.fsum(value for geometry in geometries for value in geometry.product)
         counts = [(outcome.decision.coefficient, len(outcome.decision.selected)) for outcome in outcomes]
         return cls(
+            len(outcomes),
             *count_heads(
                 DecidedHeads(outcome.task.partition.groups, outcome.decision.selected) for outcome in outcomes
             ),
             weight_range(counts),
+            _narrowest((outcome.task.output_name, outcome.decision.margin) for outcome in outcomes),
             ratio(primary, base),
             ratio(secondary, base),
             cosine(primary, secondary, product),
             ratio(math.fsum(map(_moved, outcomes)), primary),
         )
+
+    @classmethod
+    def of_records(cls, records: Sequence[TensorRecord]) -> Extent:
+        """The extent of a merge as far as records tell: they hold no norms."""
+        return cls(
+            len(records),
+            *count_heads(records),
+            weight_range((record.coefficient, len(record.selected)) for record in records),
+            _narrowest((record.name, record.margin) for record in records),
+        )
+
+    @property
+    def counted(self) -> str:
+        """How many heads."""
+        return f"{HeadCounts(self.merged_heads, self.total_heads)} heads merged"
+
+    @property
+    def headline(self) -> str:
+        """How many heads in how many tensors."""
+        return f"{self.counted} in {self.tensors} tensors"
 
     @property
     def text(self) -> str:
@@ -70,8 +102,17 @@ class Extent:
             f"tensors)"
         )
 
+    def counts(self) -> dict[str, Any]:
+        """What every report and index says of it."""
+        return {"selected_heads": self.merged_heads, "total_heads": self.total_heads}
+
+    def margins(self) -> dict[str, Any]:
+        """How narrow the closest choice of heads was."""
+        name, margin = self.narrowest or (None, None)
+        return {"min_margin": margin, "min_margin_tensor": name}
+
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """What `--json` prints of it besides."""
         return {
             "secondary_weight": weight_dict(self.weights),
             "change": self.change,
@@ -79,16 +120,63 @@ class Extent:
         }
 
 
+@dataclass(frozen=True)
+class PlannedExtent:
+    """How much a merge will merge where no heads tie at the cut.
+
+    Example:
+        >>> PlannedExtent(20, 80, 120, (0.034, 0.129)).headline
+        '20 tensors, 80 of 120 heads to merge'
+    """
+
+    tensors: int
+    heads_to_merge: int
+    total_heads: int
+    weights: WeightRange | None
+
+    @classmethod
+    def of(cls, tasks: Sequence[TensorTask], settings: Settings) -> PlannedExtent:
+        """The extent that these settings give to these targets."""
+        planned = [settings_of(task, settings) for task in tasks]
+        return cls(
+            len(tasks),
+            sum(keep for keep, _ in planned),
+            sum(task.partition.groups for task in tasks),
+            weight_range((coefficient, keep) for keep, coefficient in planned),
+        )
+
+    @property
+    def counted(self) -> str:
+        """How many heads."""
+        return f"{HeadCounts(self.heads_to_merge, self.total_heads)} heads to merge"
+
+    @property
+    def headline(self) -> str:
+        """How many heads in how many tensors."""
+        return f"{self.tensors} tensors, {self.counted}"
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        return weight_text(self.weights, self.heads_to_merge, self.total_heads)
+
+    def counts(self) -> dict[str, Any]:
+        """What every report says of it."""
+        return {"heads_to_merge": self.heads_to_merge, "total_heads": self.total_heads}
+
+    def margins(self) -> dict[str, Any]:
+        """Nothing: no head is chosen yet."""
+        return {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it besides."""
+        return {"secondary_weight": weight_dict(self.weights)}
+
+
 def weight_range(counts: Iterable[tuple[float, int]]) -> WeightRange | None:
     """The range of secondary's weight, from each tensor's lambda_i and number of merged heads."""
     values = [1.0 - coefficient for coefficient, heads in counts if heads]
     return (min(values), max(values)) if values else None
-
-
-def planned_weight_range(targets: Sequence[TensorTask], settings: HsaSettings) -> WeightRange | None:
-    """The range of secondary's weight that a plan gives."""
-    planned = (settings_of(task, settings) for task in targets)
-    return weight_range((coefficient, keep) for keep, coefficient in planned)
 
 
 def weight_text(weights: WeightRange | None, heads: int, total: int) -> str:
@@ -103,21 +191,32 @@ def weight_dict(weights: WeightRange | None) -> dict[str, float] | None:
     return None if weights is None else {"least": weights[0], "greatest": weights[1]}
 
 
-def merge_more_hint(config: HsaSettings, weights: WeightRange | None) -> str | None:
-    """With HSA's defaults, which let secondary weigh little: what would merge more. None with other parameters.
+def merge_more_hint(settings: Any, weights: WeightRange | None) -> str | None:
+    """With HSA's defaults, which let secondary weigh little: what would merge more. None with other settings.
 
     With base 0.5 and alpha 0.2, lambda_i is 0.5 ** (0.2 * x), where x grows to 1 with the layer; so other values of
     lambda and alpha are powers of it.
     """
-    defaults = HsaSettings()
-    if weights is None or (config.k, config.lam, config.alpha) != (defaults.k, defaults.lam, defaults.alpha):
+    defaults = type(settings)()
+    if weights is None or (settings.k, settings.lam, settings.alpha) != (defaults.k, defaults.lam, defaults.alpha):
         return None
-    assert isinstance(defaults.lam, float) and isinstance(defaults.alpha, float)
     lower = math.log(0.1) / math.log(defaults.lam)
     alpha, lam = (_range(_powers(weights, exponent)) for exponent in (1.0 / defaults.alpha, lower))
     return (
         f"these are HSA's careful defaults; {option('alpha', 1)} (secondary weighs {alpha} %), {option('lam', 0.1)} "
         f"({lam} %) or a larger {option('k')} merges more"
+    )
+
+
+def change_range(extents: Mapping[str, Extent]) -> str | None:
+    """How much the named merges change that change primary the least and the most; None where it is not known."""
+    changes = {name: extent.change for name, extent in extents.items() if extent.change is not None}
+    if not changes:
+        return None
+    least, most = (choose(changes, key=lambda name: changes[name]) for choose in (min, max))
+    return (
+        f"the output differs from primary by {percent(changes[least])} % ({least}) to {percent(changes[most])} % "
+        f"({most}) of its task vector (on the target tensors)"
     )
 
 
@@ -132,6 +231,12 @@ def percent(share: float) -> str:
         return f"{100.0 * share:.0f}"
     value = float(f"{100.0 * share:.1e}")
     return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}" if value else "0"
+
+
+def _narrowest(margins: Iterable[tuple[str, float | None]]) -> Cut | None:
+    """The first tensor with the smallest margin."""
+    cuts = [(name, margin) for name, margin in margins if margin is not None]
+    return min(cuts, key=lambda cut: cut[1], default=None)
 
 
 def _range(weights: WeightRange) -> str:

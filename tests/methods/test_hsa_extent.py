@@ -18,7 +18,7 @@ from processes import ROOT
 
 import hsa
 from hsa.methods.hsa import HsaSettings
-from hsa.outputs.extent import Extent, merge_more_hint, percent
+from hsa.methods.hsa_extent import Extent, merge_more_hint, percent
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = Mapping[str, Path]
@@ -217,7 +217,7 @@ def test_percentages_have_two_digits_and_no_exponent(share: float, text: str) ->
 
 
 def test_a_merge_of_no_head_says_so() -> None:
-    assert Extent(0, 120, None).text == "none of 120 heads is merged"
+    assert Extent(20, 0, 120, None).text == "none of 120 heads is merged"
     assert merge_more_hint(HsaSettings(), None) is None
 
 

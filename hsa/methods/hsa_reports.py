@@ -1,0 +1,56 @@
+"""What HSA says of a merge: its part of notes, warnings, reports and model cards.
+
+`hsa_warnings` and `hsa_extent` hold the words and the figures; here they answer what `Method` asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from hsa.findings import Findings
+from hsa.methods import hsa_warnings
+from hsa.methods.base import Method
+from hsa.methods.hsa_extent import Extent, PlannedExtent, change_range, merge_more_hint
+from hsa.methods.hsa_formula import settings_of
+from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
+
+D = TypeVar("D")
+
+
+class HsaReports(Method[Any, D]):
+    """The part of HSA that speaks; the settings are HsaSettings."""
+
+    def settings_findings(self, candidates: Sequence[Any]) -> Findings:
+        return hsa_warnings.percentage_findings(settings.k for settings in candidates)
+
+    def planned_findings(self, tasks: Sequence[TensorTask], settings: Any) -> Findings:
+        weights = self.planned_summary(tasks, settings).weights
+        return hsa_warnings.no_weight_findings(weights, settings.attention_scale)
+
+    def source_findings(self, outcomes: Sequence[Outcome]) -> Findings:
+        return hsa_warnings.value_findings(outcomes)
+
+    def result_findings(self, outcomes: Sequence[Outcome]) -> Findings:
+        return hsa_warnings.change_findings(outcomes)
+
+    def decision_findings(self, outcomes: Sequence[Outcome]) -> Findings:
+        return hsa_warnings.selection_findings(outcomes)
+
+    def planned_summary(self, tasks: Sequence[TensorTask], settings: Any) -> PlannedExtent:
+        return PlannedExtent.of(tasks, settings)
+
+    def planned_entry(self, task: TensorTask, settings: Any) -> dict[str, Any]:
+        return {"heads": task.partition.groups, "keep": settings_of(task, settings)[0]}
+
+    def summary(self, outcomes: Sequence[Outcome]) -> Extent:
+        return Extent.of(outcomes)
+
+    def recorded_summary(self, records: Sequence[TensorRecord]) -> Extent:
+        return Extent.of_records(records)
+
+    def summary_range(self, summaries: Mapping[str, Any]) -> str | None:
+        return change_range(summaries)
+
+    def hint(self, settings: Any, summary: Any) -> str | None:
+        return merge_more_hint(settings, summary.weights)
