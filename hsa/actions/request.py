@@ -11,7 +11,6 @@ from hsa.actions.keywords import MERGE, Call, split
 from hsa.actions.run_options import RunOptions
 from hsa.arguments import check_paths
 from hsa.errors import RequestError, shown
-from hsa.methods.hsa import HsaSettings
 from hsa.methods.registry import method_named
 from hsa.option_names import option
 from hsa.outputs.output_settings import check_settings
@@ -20,7 +19,7 @@ from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
 from hsa.sources.hub.repository import REVISION, find_id
 from hsa.sources.identity import Identity, is_hub_id, name_with_parent
-from hsa.sources.roles import ANCHOR, BASE, Role
+from hsa.sources.roles import BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.system.fsio import Tally
 from hsa.system.types import PathLike, parse_size
@@ -38,11 +37,15 @@ class Request(RunOptions):
     sources: Mapping[Role, PathLike]
     """By role, in the order that records and messages keep."""
     output: PathLike
-    settings: HsaSettings
+    settings: Any
+    """Of the class that the method declares."""
     ids: Mapping[Role, str | None] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        chosen: Role | None = self.assets_from
+        if chosen is None:
+            object.__setattr__(self, "assets_from", self.anchor)
         check_settings(self.sources, self.assets_from, self.max_shard_size, self.card)
         check_paths(output=self.output, **self.sources)
         check_ids(self.ids or {})
@@ -51,6 +54,11 @@ class Request(RunOptions):
     def of(cls, *positional: Any, **keywords: Any) -> Request:
         """The request that `hsa.merge` makes of the same arguments. Raises TypeError and RequestError as it does."""
         return request_of(MERGE, positional, keywords)
+
+    @property
+    def anchor(self) -> Role:
+        """The role of the first model, whose names, config and small files are the output's."""
+        return next(role for role in self.sources if role != BASE)
 
     @property
     def shard_bytes(self) -> int | None:
@@ -104,7 +112,9 @@ def open_sources(
     adapter_roles = {role for role, path in request.sources.items() if hub.is_adapter(role, path)}
     opened: dict[Role, Checkpoint] = {}
     for role, path in sorted(request.sources.items(), key=lambda item: item[0] != BASE):  # adapters stand on base
-        needs = _needs(request, role, adapted=ANCHOR in adapter_roles, headers_only=headers_only, rows_only=rows_only)
+        needs = _needs(
+            request, role, adapted=request.anchor in adapter_roles, headers_only=headers_only, rows_only=rows_only
+        )
         opened[role] = stack.enter_context(hub.open(role, path, tally, needs, ids.get(role), opened.get(BASE)))
     sources = Sources.of_checkpoints(opened.values())
     return sources.with_identities(_longer_names([source for source in sources if not ids.get(source.role)]))
@@ -126,14 +136,12 @@ def has_hub_ids(request: Request) -> bool:
 
 def _needs(request: Request, role: Role, *, adapted: bool, headers_only: bool, rows_only: bool) -> Needs:
     """What a merge needs of a source on the Hub; `adapted`: the anchor is an adapter, written with all of base."""
-    config = request.settings
-    reference = config.numerics == "reference"
-    everywhere = reference or config.non_attention_scale != 1.0 or adapted
-    whole = (role == ANCHOR and not rows_only) or (role == BASE and everywhere)
+    method, preset = method_named(request.settings.method), getattr(request.settings, "targets", None)
+    everywhere = preset is None or method.needs_whole(request.settings, role) or (role == BASE and adapted)
     return Needs(
-        need="whole" if whole else "targets",
-        preset=config.targets,
-        assets=role in (BASE, request.assets_from) or (rows_only and role == ANCHOR),
+        need="whole" if everywhere or (role == request.anchor and not rows_only) else "targets",
+        preset=preset,
+        assets=role in (BASE, request.assets_from) or (rows_only and role == request.anchor),
         headers_only=headers_only,
-        compare=reference and role in (BASE, ANCHOR),
+        compare=not method.elementwise and role in (BASE, request.anchor),
     )

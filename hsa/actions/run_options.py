@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hsa.methods.settings import check_value, declared, setting
-from hsa.sources.roles import ANCHOR, Role
+from hsa.sources.roles import Role
 from hsa.system.threads import MOST_ALLOWED
 
 
@@ -19,7 +19,11 @@ class OutputOptions:
     """What shapes the output beside the settings of the method. `{roles}` in a help text are those of the sources."""
 
     assets_from: Role = setting(
-        ANCHOR, "Whose tokenizer and processor files: {roles}.", group="sources", metavar="ROLE"
+        None,
+        "Whose tokenizer and processor files: {roles}.",
+        group="sources",
+        metavar="ROLE",
+        default_text="the anchor's",
     )
     max_shard_size: str | int | None = setting(
         None,

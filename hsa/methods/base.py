@@ -173,6 +173,10 @@ class Method(ABC, Generic[S, D]):
         """What is done with a tensor; by default every floating-point tensor is merged. `info.name` is canonical."""
         return Treatment("merge") if info.code in ("F32", "F16", "BF16") else KEEP
 
+    def needs_whole(self, settings: S, role: str) -> bool:
+        """Whether more of a source than the targets of a preset is read, for methods whose settings have a preset."""
+        return True
+
     def measure(self, block: Block, number: int, so_far: D | None) -> Any:
         """Sums over one block, in pass `number`; `so_far` is what was decided after the pass before."""
         raise NotImplementedError(f"method {self.name} measures nothing")

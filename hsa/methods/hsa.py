@@ -254,6 +254,9 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
             return scaled(f"{option('non_attention_scale')} {settings.non_attention_scale:g}")
         return KEEP
 
+    def needs_whole(self, settings: HsaSettings, role: str) -> bool:
+        return role == BASE and settings.non_attention_scale != 1.0
+
     def measure(self, block: Block, number: int, so_far: HsaDecision | ScaleDecision | None) -> BlockSums:
         import numpy as np
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsa.architectures.base import TensorInfo, TensorPlace
-from hsa.methods.base import Treatment
+from hsa.methods.base import BASE, Treatment
 from hsa.methods.hsa import TARGET, Hsa, HsaSettings, Numerics, scaled
 from hsa.methods.settings import setting
 
@@ -44,3 +44,6 @@ class HsaScript(Hsa):
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: HsaSettings) -> Treatment:
         """The targets, and every other tensor by primary's task vector alone."""
         return TARGET if place is not None and settings.targets in place.presets else SCALED
+
+    def needs_whole(self, settings: HsaSettings, role: str) -> bool:
+        return role == BASE

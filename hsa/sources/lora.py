@@ -26,7 +26,7 @@ from hsa.errors import MismatchError, NonFiniteError, RequestError, SourceError,
 from hsa.sources.checkpoint import ADAPTER_CONFIG, WHOLE_WEIGHTS, Checkpoint, open_shard, read_whole
 from hsa.sources.identity import identify
 from hsa.sources.peft_adapter import TIED, PeftCheckpoint, require_peft
-from hsa.sources.roles import ANCHOR, BASE, Role
+from hsa.sources.roles import BASE, Role, is_anchor
 from hsa.sources.tensor_places import Shard, TensorRef
 from hsa.system.dtypes import ARITHMETIC, STORAGE, Array, Float32, all_finite, narrow, size, widen
 from hsa.system.fsio import Tally
@@ -162,7 +162,7 @@ def open_adapter(
     """Open a LoRA adapter on top of `base`, which must stay open as long. Reads no tensor data; what is more than plain
     LoRA is left to peft, at the first read.
 
-    `claimed` is the identity to record. Raises RequestError for an adapter as base, for one as primary on a file of
+    `claimed` is the identity to record. Raises RequestError for an adapter as base, for one as the anchor on a file of
     OpenAI's, which has no config.json for the output, or with what cannot be folded in; SourceError, MismatchError
     where it is damaged or does not fit base.
     """
@@ -170,7 +170,7 @@ def open_adapter(
     where = f"{role}: {directory}"
     if role == BASE:
         raise RequestError(f"{where} holds a LoRA adapter, not a pretrained model; give the model it was trained on")
-    if base is None or (base.kind == "openai" and role == ANCHOR):
+    if base is None or (base.kind == "openai" and is_anchor(role)):
         raise RequestError(
             f"{where} holds a LoRA adapter, which needs base as a checkpoint directory to stand on; give one, or "
             f"{FOLD_FIRST}"

@@ -15,7 +15,7 @@ from hsa.errors import RequestError, SourceError
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import Identity, escaped_name, identify
 from hsa.sources.pickle_names import class_name
-from hsa.sources.roles import ANCHOR, Role
+from hsa.sources.roles import Role, is_anchor
 from hsa.sources.safetensors import Header
 from hsa.sources.tensor_places import Shard, TensorRef
 from hsa.sources.torch_pickle import read_archive, tensor_entries
@@ -35,12 +35,12 @@ def is_openai_file(path: str | os.PathLike[str]) -> bool:
 def open_openai_file(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:
     """Open a file of OpenAI's as a checkpoint with Hugging Face's names. Reads no tensor data.
 
-    `claimed` is the identity to record. Raises RequestError for primary, SourceError, HeaderError.
+    `claimed` is the identity to record. Raises RequestError for the anchor, SourceError, HeaderError.
     """
-    if role == ANCHOR:
+    if is_anchor(role):
         raise RequestError(
-            f"primary: {os.fspath(path)} is a file in OpenAI's format, which can be base or secondary: the output "
-            f"takes its config.json and names from primary; convert it to a Hugging Face checkpoint directory first"
+            f"{role}: {os.fspath(path)} is a file in OpenAI's format, which can be base or a further model: the output "
+            f"takes its config.json and names from {role}; convert it to a Hugging Face checkpoint directory first"
         )
     try:
         file = Path(path).expanduser().resolve(strict=True)

@@ -11,4 +11,13 @@ BASE: Role = "base"
 """The pretrained model that the merged models were trained from."""
 
 ANCHOR: Role = "primary"
-"""The model whose tensor names, config, small files, shards and dtypes are the output's."""
+"""The anchor of methods that name their models: its tensor names, config, small files, shards and dtypes are the
+output's."""
+
+FIRST_MODEL: Role = "model1"
+"""The anchor of other methods, which number their models."""
+
+
+def is_anchor(role: Role) -> bool:
+    """Whether the output takes names and config from the model of this role."""
+    return role in (ANCHOR, FIRST_MODEL)

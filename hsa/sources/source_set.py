@@ -10,7 +10,7 @@ from hsa.architectures.base import Architecture
 from hsa.errors import MismatchError, SourceError
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import Identity
-from hsa.sources.roles import ANCHOR, BASE, Role, RolePair
+from hsa.sources.roles import BASE, Role, RolePair
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import ARITHMETIC
 
@@ -38,9 +38,10 @@ class Sources:
 
     @classmethod
     def of_checkpoints(cls, checkpoints: Iterable[Checkpoint]) -> Sources:
-        """The sources of these checkpoints, in their order: the anchor is primary, and base is the base if given."""
+        """The sources of these checkpoints, in their order; the anchor is the first model."""
         by_role = {checkpoint.role: checkpoint for checkpoint in checkpoints}
-        return cls(by_role, ANCHOR, BASE if BASE in by_role else None)
+        anchor = next(role for role in by_role if role != BASE)
+        return cls(by_role, anchor, BASE if BASE in by_role else None)
 
     def __iter__(self) -> Iterator[Checkpoint]:
         return iter(self.by_role.values())

@@ -130,7 +130,7 @@ def test_a_backend_that_cannot_be_had(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["merge"], "Missing option '--base'"),
+        (["merge"], "Missing option '--output'"),
         (["merge", "--base"], "--base"),
         (["merge", "--nonsense"], "--nonsense"),
         (["merge", "--k", "x\ny", "--base=b", "--primary=p", "--secondary=s", "--output=o"], "--k"),

@@ -141,7 +141,7 @@ def test_shapes_of_a_source_given(tmp_path: Path) -> None:
 
 def test_primary_is_refused_with_the_reason(triple: Triple, tmp_path: Path) -> None:
     path = write_openai(tmp_path / "primary.pt", triple["primary"])
-    with pytest.raises(RequestError, match=r"can be base or secondary: the output takes its config.json"):
+    with pytest.raises(RequestError, match=r"can be base or a further model: the output takes its config.json"):
         open_openai_file("primary", path, Tally())
 
 

@@ -12,14 +12,15 @@ from hsa.sources.safetensors import Header
 
 @dataclass(frozen=True)
 class Needs:
-    """What is needed of a source's weights: all, or the headers and the targets of a preset.
+    """What is needed of a source's weights: all, or the headers and the targets of a preset
+    (of none: every tensor).
 
     `headers_only`: nothing but the headers now; what else a merge would fetch is counted. `compare`: the tensors too
     that reference numerics compare to plan. `assets`: the tokenizer and processor files as well.
     """
 
     need: Literal["whole", "targets"]
-    preset: Preset
+    preset: Preset | None
     assets: bool = False
     headers_only: bool = False
     compare: bool = False
@@ -36,4 +37,4 @@ class Needs:
 
     def target(self, name: str, architecture: Architecture) -> bool:
         """Whether the preset merges the tensor of this name."""
-        return architecture.target(name, self.preset) is not None
+        return self.preset is None or architecture.target(name, self.preset) is not None
