@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
 from itertools import islice
@@ -172,6 +173,17 @@ def shown(value: Any, limit: int = 80) -> str:
     """
     text = _text(value, limit, MAX_SHOWN_DEPTH)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def listed(texts: Iterable[str], last: str = "and") -> str:
+    """Texts as a list in a sentence.
+
+    Example:
+        >>> listed(["base", "model1", "model2"])
+        'base, model1 and model2'
+    """
+    *some, end = texts
+    return f"{', '.join(some)} {last} {end}" if some else end
 
 
 def _text(value: Any, limit: int, depth: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 
 from hsa.actions.run_options import RunOptions
 from hsa.arguments import check_values
-from hsa.errors import RequestError, shown
+from hsa.errors import RequestError, listed, shown
 from hsa.methods.all_settings import all_settings
 from hsa.methods.base import BASE, Contract
 from hsa.methods.registry import method_named
@@ -263,17 +263,6 @@ def _ids_in_order(roles: Sequence[Role], ids: Any) -> dict[Role, str | None]:
 def _refuse_missing(call: Call, names: Sequence[str]) -> None:
     if names:
         raise TypeError(f"{call.name}() missing required argument{'s' * (len(names) > 1)}: {listed(map(shown, names))}")
-
-
-def listed(texts: Iterable[str]) -> str:
-    """Texts as a list in a sentence.
-
-    Example:
-        >>> listed(["base", "primary", "secondary"])
-        'base, primary and secondary'
-    """
-    *first, last = texts
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _check_names(call: Call, given: Collection[str]) -> None:

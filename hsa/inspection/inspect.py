@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.keywords import INSPECT, listed, missing_sources, split_named
+from hsa.actions.keywords import INSPECT, missing_sources, split_named
 from hsa.actions.signatures import declared_keywords
 from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.backends.base import changed_ranges
-from hsa.errors import MismatchError, RequestError
+from hsa.errors import MismatchError, RequestError, listed
 from hsa.findings import Findings
 from hsa.inspection.from_provenance import (
     changed_config,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from hsa.architectures.base import TensorInfo, TensorPlace
+from hsa.architectures.base import Architecture, TensorInfo, TensorPlace
 from hsa.errors import RequestError
 from hsa.findings import Findings
 from hsa.methods.settings import Settings
@@ -155,8 +155,14 @@ class Method(ABC, Generic[S, D]):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     title: ClassVar[str]
+    known_as: ClassVar[str] = ""
+    """What the index of a release says its models are composed with, where that is not the title."""
     formula: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
+    """BibTeX of the paper, for cards."""
+    tags: ClassVar[tuple[str, ...]] = ()
+    """Tags of a model card, for the Hub."""
     contract: ClassVar[Contract] = Contract()
     Settings: ClassVar[type[Any]]
     libraries: ClassVar[tuple[str, ...]] = ()
@@ -275,9 +281,13 @@ class Method(ABC, Generic[S, D]):
         """What would merge more, for a user of the defaults; None where there is nothing to say."""
         return None
 
-    def card_text(self, parameters: Mapping[str, Any], records: Sequence[TensorRecord]) -> CardText:
+    def card_text(
+        self, parameters: Mapping[str, Any], records: Sequence[TensorRecord], architecture: Architecture
+    ) -> CardText:
         """What the card says of a merge with these parameters."""
-        return CardText(f"{self.title}: `{self.formula}`. {self.source}".strip())
+        formula = f": `{self.formula}`" if self.formula else ""
+        source = f" Source: {self.source}." if self.source else ""
+        return CardText(f"{self.title}{formula}.{source}")
 
     def record_faults(self, record: TensorRecord, settings: S, layers: int | None) -> Iterator[str]:
         """How a recorded decision contradicts the settings, or itself; `layers` are those of the tensor's stack."""

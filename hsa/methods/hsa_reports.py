@@ -1,6 +1,6 @@
 """What HSA says of a merge: its part of notes, warnings, reports and model cards.
 
-`hsa_warnings` and `hsa_extent` hold the words and the figures; here they answer what `Method` asks.
+`hsa_warnings`, `hsa_extent` and `hsa_card` hold the words and the figures; here they answer what `Method` asks.
 """
 
 from __future__ import annotations
@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from hsa.architectures.base import Architecture
 from hsa.findings import Findings
-from hsa.methods import hsa_warnings
+from hsa.methods import hsa_card, hsa_warnings
 from hsa.methods.base import Method
 from hsa.methods.hsa_extent import Extent, PlannedExtent, change_range, merge_more_hint
 from hsa.methods.hsa_formula import settings_of
-from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
+from hsa.methods.tensors import CardText, Outcome, TensorRecord, TensorTask
 
 D = TypeVar("D")
 
 
 class HsaReports(Method[Any, D]):
     """The part of HSA that speaks; the settings are HsaSettings."""
+
+    known_as = "Headwise Selective Attention merge"
+    citation = hsa_card.PAPER
+    tags = hsa_card.TAGS
 
     def settings_findings(self, candidates: Sequence[Any]) -> Findings:
         return hsa_warnings.percentage_findings(settings.k for settings in candidates)
@@ -54,3 +59,8 @@ class HsaReports(Method[Any, D]):
 
     def hint(self, settings: Any, summary: Any) -> str | None:
         return merge_more_hint(settings, summary.weights)
+
+    def card_text(
+        self, parameters: Mapping[str, Any], records: Sequence[TensorRecord], architecture: Architecture
+    ) -> CardText:
+        return hsa_card.card_text(parameters, records, architecture)

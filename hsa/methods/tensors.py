@@ -147,14 +147,15 @@ class Summary(Protocol):
 class CardText:
     """What a method says on a model card: Markdown.
 
-    `method` is the paragraph under Method; `sections` are headings with their text, such as the merged heads; `tags`
-    are the Hub's; `citation` is BibTeX.
+    `method` is the paragraph under Method; `sections` are headings with their text, such as the merged heads. `merge`
+    is what the title calls the merge; where it is empty, the title names the method. `decisions` is what the provenance
+    holds of each tensor.
     """
 
     method: str
     sections: Sequence[tuple[str, str]] = ()
-    tags: tuple[str, ...] = ()
-    citation: str = ""
+    merge: str = ""
+    decisions: str = "decisions"
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,23 @@
-"""The model card of an output: Hub metadata, the method with its exact parameters, and the heads merged."""
+"""The model card of an output: Hub metadata, the method with its exact parameters, and what it merged."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from hsa.architectures.base import Architecture, ModelClass
-from hsa.errors import RequestError, is_text, shown
+from hsa.architectures.base import ModelClass
+from hsa.errors import RequestError, is_text, listed, shown
 from hsa.methods.all_settings import all_settings
-from hsa.methods.selection import count_heads
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.markdown import bullets, code, escape, fence, table
+from hsa.methods.registry import AnyMethod, method_named
+from hsa.methods.tensors import CardText
 from hsa.option_names import option
-from hsa.outputs.provenance import SETTINGS, Record, TargetRecord
+from hsa.outputs.provenance import SETTINGS, Record
 from hsa.sources.identity import Identity, is_hub_id
 from hsa.sources.roles import BASE, Role
 from hsa.sources.small_files import FEATURES, TOKENS
+from hsa.system.manifest import PROVENANCE
 
 FIELDS = (
     "title",
@@ -29,16 +32,6 @@ FIELDS = (
     "citation",
 )
 """What `--card FIELD=VALUE` may set; `language` may hold several, separated by commas."""
-
-PAPER = """@article{shankar2026compositional,
-  title   = {Compositional domain adaptation for automatic speech recognition with headwise selective
-             attention merging},
-  author  = {Shankar, Natarajan Balaji and Wang, Zilai and Eren, Eray and Alwan, Abeer},
-  journal = {Computer Speech \\& Language},
-  pages   = {102012},
-  year    = {2026},
-  doi     = {10.1016/j.csl.2026.102012}
-}"""
 
 
 def parse_fields(pairs: Iterable[str]) -> dict[str, str]:
@@ -77,7 +70,7 @@ def render(record: Record, files: Collection[str], config: Mapping[str, Any]) ->
     if "license" in fields:
         extra["license"] = fields["license"]
     ids = [source.identity.id for source in record.sources.values()]
-    head = metadata(filter(is_hub_id, ids), extra, model.task, record.architecture.tags)
+    head = metadata(filter(is_hub_id, ids), extra, model.task, record.architecture.tags, method_of(record).tags)
     return f"{head}\n\n{_body(record, files, fields, model)}".encode()
 
 
@@ -87,11 +80,16 @@ def unlinked(record: Record) -> tuple[Role, ...]:
 
 
 def metadata(
-    parents: Iterable[str], extra: Mapping[str, str | list[str]], task: str, family_tags: Sequence[str]
+    parents: Iterable[str],
+    extra: Mapping[str, str | list[str]],
+    task: str,
+    family_tags: Sequence[str],
+    method_tags: Sequence[str],
 ) -> str:
     """The block of YAML that a card begins with, for a merge of these Hub ids; source: the Hub's model card schema.
 
-    `task` is one of the Hub's names of tasks, `family_tags` are those of the models' family.
+    `task` is one of the Hub's names of tasks, `family_tags` are those of the models' family, `method_tags`
+    those of the merge method.
 
     Written by YAML's own library: huggingface_hub's would take longer to import than a small model to merge.
     """
@@ -104,7 +102,7 @@ def metadata(
         "library_name": "transformers",
         "license": extra.get("license"),
         "pipeline_tag": task,
-        "tags": [*family_tags, "merge", "model-merging", "headwise-selective-attention", "hsa-merge"],
+        "tags": [*family_tags, "merge", "model-merging", *method_tags],
         "base_model_relation": "merge" if base_models else None,
     }
     text: str = yaml.safe_dump({k: v for k, v in fields.items() if v}, sort_keys=False, allow_unicode=True)
@@ -125,62 +123,54 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str], mod
         )
         if field in fields
     ]
-    intended = escape(fields["intended_use"]) if "intended_use" in fields else f"{model.use} {INTENDED_USE}"
-    models = " and ".join(identity.id for role, identity in identities.items() if role != BASE)
-    title = fields.get("title", f"HSA merge of {models}")
+    method = method_of(record)
+    text: CardText = method.card_text(record.parameters, record.targets, record.architecture)  # type: ignore[arg-type]
+    citation = fields.get("citation", method.citation)
     sections = [
-        f"# {escape(title)}",
+        f"# {escape(fields.get('title', _title(method, text, record)))}",
         "## Model details",
-        _bullets(details),
+        bullets(details),
         "## Method",
-        _method(record.parameters),
+        text.method,
         table(("parameter", "value"), _parameters(record.parameters)),
-        "## Merged heads",
-        f"{count_heads(record.targets)} heads in {len(record.targets)} target tensors. Scores and margins are in "
-        f"`hsa_merge.json`.",
-        _heads(record.targets, record.architecture),
+        *(part for heading, section in text.sections for part in (f"## {heading}", section)),
         "## Intended use",
-        intended,
+        escape(fields["intended_use"]) if "intended_use" in fields else f"{model.use} {_intended_use(record)}",
         "## How to load",
         _loading(files, model),
         "## Files",
-        _bullets([(f"`{code(file)}`", _FILE_TEXT.get(file, _kind(file))) for file in sorted(files)]),
+        bullets([(f"`{code(file)}`", _file_text(file, text)) for file in sorted(files)]),
         "## Limitations",
-        escape(fields["limitations"]) if "limitations" in fields else LIMITATIONS,
-        "## Citation",
-        f"```bibtex\n{fence(fields.get('citation', PAPER))}\n```",
+        escape(fields["limitations"]) if "limitations" in fields else _limitations(record),
+        *(("## Citation", f"```bibtex\n{fence(citation)}\n```") if citation else ()),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _method(parameters: Mapping[str, Any]) -> str:
-    if parameters["attention_scale"] == parameters["non_attention_scale"] == 1.0:
-        rest = "Everything else stays primary's."
-    else:
-        rest = (
-            "Other heads of these tensors become `B + attention_scale * tv1`, all other tensors\n"
-            "`B + non_attention_scale * tv1`."
-        )
-    if parameters["numerics"] == "reference":
-        rest += (
-            "\nComputed with the reference script's own operations, which write every tensor as `B + scale * tv1` and\n"
-            "so may differ from primary in the last bit."
-        )
-    return f"{METHOD} {rest}"
+def method_of(record: Record) -> AnyMethod:
+    """The method by which the recorded merge was made."""
+    return method_named(HsaSettings.from_dict(record.parameters).method)
 
 
-METHOD = """Headwise Selective Attention (HSA) merge composes two fine-tunes of one pretrained model without
-retraining. With `B` the base, `tv1` and `tv2` the task vectors of primary and secondary, each target tensor
-ranks its attention heads by the L2 norm of `|tv1| + |tv2|`. The selected heads become
-`B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)` with
-`lambda_i = lambda ** (alpha * (i + 1) / L)` in layer `i` of `L`."""
+def _title(method: AnyMethod, text: CardText, record: Record) -> str:
+    models = listed(record.sources[role].identity.id for role in _models(record))
+    return f"{text.merge} of {models}" if text.merge else f"Merge of {models} by {method.title}"
 
-INTENDED_USE = """in the domains that primary and secondary were adapted to, and research on
+
+def _models(record: Record) -> list[Role]:
+    """The roles of the models that were merged."""
+    return [role for role in record.sources if role != BASE]
+
+
+def _intended_use(record: Record) -> str:
+    return f"""in the domains that {listed(_models(record))} were adapted to, and research on
 model merging. Measure it on your own data before you rely on it."""
 
-LIMITATIONS = """No weight was trained for this checkpoint, and no accuracy is claimed for it here: whether the
+
+def _limitations(record: Record) -> str:
+    return f"""No weight was trained for this checkpoint, and no accuracy is claimed for it here: whether the
 merge helps, and with which parameters, is a question of measurement on data from the intended domain. It inherits
-the limits, biases and licence terms of base, primary and secondary."""
+the limits, biases and licence terms of {listed(record.sources)}."""
 
 
 def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -214,25 +204,6 @@ def _loading(files: Collection[str], model: ModelClass) -> str:
     return "\n".join(lines)
 
 
-def _heads(targets: Sequence[TargetRecord], architecture: Architecture) -> str:
-    stacks: dict[tuple[str, str, int], dict[str, str]] = {}
-    columns: list[str] = []
-    for target in targets:
-        p = target.projection
-        column = f"{p.kind} {p.part}"
-        if column not in columns:
-            columns.append(column)
-        heads = " ".join(map(str, target.selected)) or "none"
-        stacks.setdefault((p.stack, p.block, p.layer), {})[column] = heads
-    columns.sort(key=lambda column: ("qkvo".index(column[0]), column.endswith("bias")))
-    rows = []
-    for (stack, block, layer), cells in sorted(
-        stacks.items(), key=lambda item: (architecture.all_stacks.index(item[0][0]), *item[0][1:])
-    ):
-        rows.append((f"{stack} {block.replace('_', ' ')}", str(layer), *(cells.get(column, "") for column in columns)))
-    return table(("attention", "layer", *columns), rows)
-
-
 def _identity(identity: Identity) -> str:
     text = f"`{code(identity.id)}`"
     return f"{text} at revision `{code(identity.revision)}`" if identity.revision else text
@@ -246,7 +217,12 @@ def _value(value: Any) -> str:
     return f"`{code(str(value)) or ' '}`"
 
 
-def _kind(file: str) -> str:
+def _file_text(file: str, text: CardText) -> str:
+    """What is in a file of the output."""
+    if file == PROVENANCE:
+        return f"provenance: sources, parameters, {text.decisions} and digests"
+    if file in _FILE_TEXT:
+        return _FILE_TEXT[file]
     return "weights" if file.endswith(".safetensors") else "tokenizer and feature extractor"
 
 
@@ -254,32 +230,5 @@ _FILE_TEXT = {
     "config.json": "architecture",
     "generation_config.json": "generation defaults",
     "model.safetensors.index.json": "which weights file holds which tensor",
-    "hsa_merge.json": "provenance: sources, parameters, heads, scores and digests",
     "README.md": "this card",
 }
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of cells that are Markdown already."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _bullets(pairs: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"- {label}: {text}" for label, text in pairs)
-
-
-def escape(text: str) -> str:
-    """Text from users and files as plain words in Markdown: no markup, no HTML, one line."""
-    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", flat)
-
-
-def code(text: str) -> str:
-    """Text from users and files for a code span, in a table too."""
-    return "".join(c if c.isprintable() and c not in "`|" else "?" for c in text)
-
-
-def fence(text: str) -> str:
-    """Text from users for a fenced block, which it cannot end."""
-    return "".join(c for c in text if c.isprintable() or c == "\n").replace("```", "'''").strip()

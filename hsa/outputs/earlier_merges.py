@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from hsa.errors import HsaError
+from hsa.errors import HsaError, listed
 from hsa.findings import Findings
 from hsa.methods.settings import Settings, declared
 from hsa.outputs.provenance import SourceRecord, load
@@ -51,7 +51,7 @@ def merged_base_findings(earlier: EarlierMerges, sources: Sources) -> Findings:
     return Findings(
         warnings=(
             f"base is an output of hsa, by the {PROVENANCE} in its folder: a merge is not the pretrained model; give "
-            f"the model that {' and '.join(sources.models)} were trained from",
+            f"the model that {listed(sources.models)} were trained from",
         )
     )
 
@@ -94,8 +94,8 @@ def _merged_before(
 
 def _to_merge_more(role: Role, settings: Settings) -> str:
     """Which settings to change instead: those that a search tries."""
-    *some, last = [each.key for each in declared(type(settings)) if each.about.search is not None] or [""]
-    return f", and to merge more of {role} another {', '.join(some)}{' or ' if some else ''}{last}" if last else ""
+    names = [each.key for each in declared(type(settings)) if each.about.search is not None]
+    return f", and to merge more of {role} another {listed(names, 'or')}" if names else ""
 
 
 def _earlier_role(

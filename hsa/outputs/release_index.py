@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hsa.methods.selection import count_heads
+from hsa.outputs.card import method_of
 from hsa.outputs.provenance import Provenance
 
 README, INDEX = "README.md", "index.json"
@@ -35,12 +35,11 @@ def is_index(path: Path) -> bool:
 def entry_facts(provenance: Provenance) -> dict[str, Any]:
     """What the index says of an entry that is complete, by its provenance."""
     record = provenance.record
-    heads = count_heads(record.targets)
+    extent = method_of(record).recorded_summary(record.targets)  # type: ignore[arg-type]
     return {
         "parameters": dict(record.parameters),
         "sources": {role: source.as_dict() for role, source in record.sources.items()},
         "target_tensors": len(record.targets),
-        "selected_heads": heads.selected,
-        "total_heads": heads.total,
+        **extent.counts(),
         "provenance": provenance.digest,
     }

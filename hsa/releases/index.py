@@ -17,9 +17,11 @@ from urllib.parse import quote
 
 from hsa.architectures.base import Architecture
 from hsa.architectures.registry import default
-from hsa.errors import DestinationError
+from hsa.errors import DestinationError, listed
 from hsa.methods.all_settings import summary
-from hsa.methods.selection import count_heads
+from hsa.methods.markdown import code, escape, fence, table
+from hsa.methods.registry import AnyMethod, method_named
+from hsa.methods.settings import DEFAULT_METHOD
 from hsa.outputs import card
 from hsa.outputs.provenance import Provenance
 from hsa.outputs.release_index import FORMAT, INDEX, KIND, README, entry_facts, is_index
@@ -134,26 +136,48 @@ def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:
     complete = [row for row in rows if row.provenance is not None]
     families = list(dict.fromkeys(row.provenance.record.architecture for row in complete if row.provenance))
     families = families or [default()]
-    names = " and ".join(family.title for family in families)
-    title = recipe.title or f"{names} models composed with Headwise Selective Attention merge"
-    citations = list(dict.fromkeys(row.entry.card.get("citation", card.PAPER) for row in complete))
-    sections = [_metadata(complete, families), MARKER, f"# {card.escape(title)}", INTRODUCTION]
+    methods = list(dict.fromkeys(map(_method, complete))) or [method_named(DEFAULT_METHOD)]
+    composed = listed(dict.fromkeys(method.known_as or method.title for method in methods))
+    title = recipe.title or f"{listed(family.title for family in families)} models composed with {composed}"
+    citations = [text for text in dict.fromkeys(map(_citation, complete)) if text]
+    tags = dict.fromkeys(tag for method in methods for tag in method.tags)
+    sections = [_metadata(complete, families, tuple(tags)), MARKER, f"# {escape(title)}", _introduction(complete)]
     for group in dict.fromkeys(row.entry.group for row in complete):
         members = [row for row in complete if row.entry.group == group]
-        sections += [f"## {card.escape(group)}", _table(members, citations)]
+        sections += [f"## {escape(group)}", _table(members, citations)]
     incomplete = [row for row in rows if row.provenance is None]
     if incomplete:
-        lines = [f"- `{card.code(row.entry.path)}`: {_STATE_TEXT[row.state]}" for row in incomplete]
+        lines = [f"- `{code(row.entry.path)}`: {_STATE_TEXT[row.state]}" for row in incomplete]
         sections += ["## Not complete", "\n".join(lines)]
     if citations:
         sections.append("## Citations")
     for number, text in enumerate(citations, 1):
-        sections.append(f"{number}.\n\n```bibtex\n{card.fence(text)}\n```")
+        sections.append(f"{number}.\n\n```bibtex\n{fence(text)}\n```")
     return "\n\n".join(sections) + "\n"
 
 
-INTRODUCTION = f"""Each directory is a complete checkpoint that transformers loads, with a model card (`README.md`) and
-its provenance (`hsa_merge.json`): sources, parameters, merged heads, and a digest of every file. `{INDEX}` says the
+def _method(row: Row) -> AnyMethod:
+    """The method of a complete entry."""
+    assert row.provenance is not None
+    return card.method_of(row.provenance.record)
+
+
+def _citation(row: Row) -> str:
+    """What to cite for a complete entry; empty for nothing."""
+    return row.entry.card.get("citation", _method(row).citation)
+
+
+def _heads(row: Row) -> str:
+    """How many heads a complete entry merged; empty where its method merges whole tensors."""
+    assert row.provenance is not None
+    counts = entry_facts(row.provenance)
+    return f"{counts['selected_heads']} of {counts['total_heads']}" if "selected_heads" in counts else ""
+
+
+def _introduction(rows: Sequence[Row]) -> str:
+    merged = "merged heads" if not rows or any(map(_heads, rows)) else "merged tensors"
+    return f"""Each directory is a complete checkpoint that transformers loads, with a model card (`README.md`) and
+its provenance (`hsa_merge.json`): sources, parameters, {merged}, and a digest of every file. `{INDEX}` says the
 same as this page to programs."""
 
 
@@ -163,28 +187,31 @@ def _table(rows: Sequence[Row], citations: Sequence[str]) -> str:
     roles = tuple(dict.fromkeys(role for record in records for role in record.sources))
     numbers = [name for record in records for name, value in summary(record.parameters).items() if _is_number(value)]
     names = tuple(dict.fromkeys(numbers))
-    head = ("model", "role", *roles, *names, "heads merged", "adaptation context", "citation")
-    return card.table(head, [_cells(row, roles, names, citations) for row in rows])
+    heads = ("heads merged",) if any(map(_heads, rows)) else ()
+    head = ("model", "role", *roles, *names, *heads, "adaptation context", "citation")
+    return table(head, [_cells(row, roles, names, citations, heads=bool(heads)) for row in rows])
 
 
-def _cells(row: Row, roles: Sequence[Role], names: Sequence[str], citations: Sequence[str]) -> tuple[str, ...]:
+def _cells(
+    row: Row, roles: Sequence[Role], names: Sequence[str], citations: Sequence[str], *, heads: bool
+) -> tuple[str, ...]:
     assert row.provenance is not None
-    entry, record = row.entry, row.provenance.record
+    entry, record, citation = row.entry, row.provenance.record, _citation(row)
     return (
-        f"[{card.escape(entry.name)}]({entry.path}/{README})",
-        card.escape(entry.card.get("role", "")),
+        f"[{escape(entry.name)}]({entry.path}/{README})",
+        escape(entry.card.get("role", "")),
         *(_source(record.sources[role].identity) if role in record.sources else "" for role in roles),
         *(_number(record.parameters[name]) if name in record.parameters else "" for name in names),
-        str(count_heads(record.targets)),
-        card.escape(entry.card.get("adaptation_context", "")),
-        str(1 + citations.index(entry.card.get("citation", card.PAPER))),
+        *((_heads(row),) if heads else ()),
+        escape(entry.card.get("adaptation_context", "")),
+        str(1 + citations.index(citation)) if citation else "",
     )
 
 
 def _source(identity: Identity) -> str:
     """A link where the identity is a repository on the Hub: its name holds nothing then that a link would mind."""
     revision = identity.revision
-    text = f"`{card.code(identity.id)}`" + (f" at `{card.code(revision[:12])}`" if revision else "")
+    text = f"`{code(identity.id)}`" + (f" at `{code(revision[:12])}`" if revision else "")
     if not is_hub_id(identity.id):
         return text
     place = f"/tree/{quote(revision, safe='')}" if revision else ""
@@ -200,11 +227,11 @@ def _number(value: Any) -> str:
     return "per tensor" if isinstance(value, dict) else f"{value:g}"
 
 
-def _metadata(rows: Sequence[Row], families: Sequence[Architecture]) -> str:
+def _metadata(rows: Sequence[Row], families: Sequence[Architecture], method_tags: Sequence[str]) -> str:
     sources = [
         source.identity.id for row in rows if row.provenance for source in row.provenance.record.sources.values()
     ]
     licenses = {row.entry.card["license"] for row in rows if "license" in row.entry.card}
     extra: dict[str, str | list[str]] = {"license": licenses.pop()} if len(licenses) == 1 else {}
     tags = [tag for family in families for tag in family.tags]
-    return card.metadata(filter(is_hub_id, sources), extra, families[0].model_class({}).task, tags)
+    return card.metadata(filter(is_hub_id, sources), extra, families[0].model_class({}).task, tags, method_tags)

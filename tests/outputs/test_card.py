@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
 
 import hsa
+from hsa.methods import markdown
 from hsa.outputs import card
 
 Triple = dict[str, Path]
@@ -393,13 +394,13 @@ def test_hostile_shard_names(triple: Triple, name: str, tmp_path: Path) -> None:
     ],
 )
 def test_escape(text: str, expected: str) -> None:
-    assert card.escape(text) == expected
+    assert markdown.escape(text) == expected
 
 
 @pytest.mark.parametrize("word", HOSTILE, ids=IDS)
 def test_escaped_text_shows_the_words_themselves(word: str) -> None:
     """What a reader sees is the text, blanks folded and control characters gone."""
-    tokens = MarkdownIt("commonmark").parse(f"x {card.escape(word)}")
+    tokens = MarkdownIt("commonmark").parse(f"x {markdown.escape(word)}")
     shown = "".join(child.content for token in tokens for child in token.children or [])
     visible = " ".join("".join(c if c.isprintable() else " " for c in word).split())
     assert shown == f"x {visible}".strip()
