@@ -7,7 +7,7 @@
     │   └── BackendUnavailable     a backend or device was asked for by name and cannot be had
     ├── SourceError                an input is bad
     │   ├── HeaderError            a safetensors header or an index is malformed
-    │   ├── MismatchError          the three sources do not fit together
+    │   ├── MismatchError          the sources do not fit together
     │   ├── NonFiniteError         NaN or Inf in a target tensor or in a result
     │   ├── PatchError             a patch file that is none, damaged, or made for another primary
     │   ├── ProvenanceError        hsa_merge.json of an output is missing, damaged, or not what it should be

@@ -9,6 +9,7 @@ Python errors say. Threads that hsa starts itself take it over by `with_current_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,9 @@ LETTERS = {"lam": "lambda"}
 REPEATED = {"models": "model", "model_ids": "model-id"}
 """Options that are given once for each entry of what is a list in Python."""
 
+_OF_A_PLACE = re.compile(r"model[0-9]+_id")
+"""The id of a model that goes by its place, which the command line takes in the order of the models."""
+
 NEGATED = {"digest": "--no-hash", "sync": "--no-sync", "energy": "--no-energy"}
 """Options that switch off what an argument switches on."""
 
@@ -44,6 +48,8 @@ def command_line(name: str, value: Any = None) -> str:
     """`--overwrite`, `--no-sync`, `--dtype float32`, or the bare option without a value."""
     if name in NEGATED:
         return NEGATED[name]
+    if _OF_A_PLACE.fullmatch(name):
+        name = "model_ids"
     if value is False:
         return f"--no-{name.replace('_', '-')}"
     flag = f"--{REPEATED.get(name, LETTERS.get(name, name)).replace('_', '-')}"

@@ -180,7 +180,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
 
 def collect_small_files(request: Request, sources: Sources, plan: Plan, tally: fsio.Tally) -> small_files.Assets:
     """The small files of the output, but for index, card and provenance."""
-    owner = BASE if request.settings.numerics == "reference" else sources.anchor
+    owner = sources.anchor if plan.method.elementwise else sources.base or sources.anchor
     return small_files.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
 
 

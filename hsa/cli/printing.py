@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from hsa.errors import one_line
 from hsa.findings import Findings
+from hsa.option_names import command_line
 from hsa.system.streams import LenientStream, print_stderr, print_stdout, stderr_is_terminal
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def merge_report(report: MergeReport) -> str:
     if narrowest is not None:
         lines.append(f"  narrowest margin {narrowest.margin:.2g} in {narrowest.name}")
     if report.unlinked:
-        options = ", ".join(f"--{role}-id" for role in report.unlinked)
+        options = ", ".join(dict.fromkeys(command_line(f"{role}_id") for role in report.unlinked))
         lines.append(f"  the card links no model for {', '.join(report.unlinked)}: before you publish, give {options}")
     return "\n".join(map(one_line, lines))
 

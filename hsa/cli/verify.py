@@ -16,7 +16,6 @@ from hsa.errors import RequestError, one_line
 from hsa.findings import Findings
 from hsa.methods.all_settings import summary
 from hsa.methods.registry import method_named
-from hsa.methods.selection import count_heads
 from hsa.methods.settings import DEFAULT_METHOD
 from hsa.option_names import command_line
 
@@ -71,10 +70,12 @@ def _describe(report: VerifyReport) -> str:
     lines = [f"{report.output}: {verdict}"]
     record = report.record
     if record is not None:
+        from hsa.outputs.card import method_of
+
         lines += [
             "  " + ", ".join(source.identity.named(role) for role, source in record.sources.items()),
-            "  " + ", ".join(_parameters(record.parameters)),
-            f"  {count_heads(record.targets)} heads merged in {len(record.targets)} tensors",
+            *([f"  {', '.join(named)}"] if (named := _parameters(record.parameters)) else []),
+            f"  {method_of(record).recorded_summary(record.targets).headline}",  # type: ignore[arg-type]
         ]
     if report.kind in ("sweep", "release"):
         sound = sum(member.ok for member in report.members)

@@ -5,7 +5,7 @@ stands already, verified; what fails is left as it was, and the next entry follo
 
 When does an entry that stands count as done? Headers, sizes and names of local sources prove nothing: another training
 run of the same model has the same ones. So the merge is computed again and every byte of every file compared. Where
-all three sources are commits of the Hub, which cannot change, the files' own digests are enough against damage, and
+all sources are commits of the Hub, which cannot change, the files' own digests are enough against damage, and
 nothing is fetched again; against somebody who writes digests anew, `hsa verify --sources` is the answer.
 """
 
