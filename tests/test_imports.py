@@ -60,6 +60,7 @@ AT_IMPORT = {
         "hsa.backends.triton",
         "hsa.actions.merger.writable_targets",
         "hsa.actions.merger.loaded_models",
+        "hsa.actions.merger.places",
         "hsa.actions.merger.merger",
         "hsa.actions.merger.read_sources",
         "hsa.actions.merger.spot_check",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, NoReturn
 
 from hsa.actions.run_options import RunOptions
@@ -171,8 +172,17 @@ def candidate(name: str) -> Call:
 
 def candidate_settings(call: Call, owner: type[Settings], keywords: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a candidate by name, with defaults where they are not given. Raises TypeError for others."""
-    _check_names(call, keywords)
-    return {each.name: keywords.get(each.name, each.default) for each in call.settings_of(owner)}
+    hashable: Any = owner
+    defaults = _defaults_of_candidates(hashable)
+    if not keywords.keys() <= defaults.keys():
+        _check_names(call, keywords)
+    return {name: keywords.get(name, default) for name, default in defaults.items()}
+
+
+@cache
+def _defaults_of_candidates(owner: Any) -> Mapping[str, Any]:
+    """The settings that candidates differ in, with their defaults; looked up once, so that a candidate starts soon."""
+    return {each.name: each.default for each in candidate("").settings_of(owner)}
 
 
 def _take_settings(call: Call, method: str, given: dict[str, Any]) -> dict[str, Any]:

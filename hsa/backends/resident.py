@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,6 +23,8 @@ from hsa.system.dtypes import CODES, STORAGE, Array, largest_magnitude
 
 CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}
 """safetensors' element type of a torch dtype that a merge computes with."""
+
+_LARGEST = {dtype: float(torch.finfo(dtype).max) for dtype in CODE_OF if dtype.is_floating_point}
 
 TargetBytes = Mapping[str, Mapping[str, Array]]
 """The bytes of every target, one-dimensional uint8, by source and canonical name."""
@@ -51,6 +55,7 @@ class CpuResident:
         self._measured: list[Any] = []
         self._largest: list[dict[str, float]] = []
         self._lock = threading.Lock()  # the workers' memory is that of one call
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def measure(self) -> list[Any]:
         def one(number: int, worker: CpuWorker) -> tuple[Any, dict[str, float]]:
@@ -83,10 +88,11 @@ class CpuResident:
                 compute(number, worker, place)
                 _copy_into(place, tensor)
 
+        bounds = map(self._method.largest_result, self._measured, repeat(settings), self._largest)
         staged = {
-            number: _empty_on_cpu(out[number])
-            for number in range(len(self._tasks))
-            if self._may_overflow(number, settings, out[number].dtype)
+            number: _empty_on_cpu(place)
+            for number, (place, bound) in enumerate(zip(out, bounds, strict=True))
+            if may_overflow(bound, place.dtype)
         }
         self._each(list(staged), lambda number, worker: compute(number, worker, staged[number]))
         with write_errors():
@@ -95,10 +101,6 @@ class CpuResident:
                 _copy_into(place, out[number].detach())
             # What numpy wrote, autograd does not see by itself.
             torch.autograd.graph.increment_version(list(out))
-
-    def _may_overflow(self, number: int, settings: Settings, dtype: torch.dtype) -> bool:
-        bound = self._method.largest_result(self._measured[number], settings, self._largest[number])
-        return may_overflow(bound, dtype)
 
     def _each(self, numbers: Sequence[int], work: Callable[[int, CpuWorker], T]) -> list[T]:
         """The work on these numbers of targets, spread over threads that each have a worker of their own."""
@@ -115,15 +117,28 @@ class CpuResident:
 
         if not numbers:
             return []
-        with self._lock, ThreadPoolExecutor(threads) as pool:
-            done = dict(pair for pairs in pool.map(share, range(threads)) for pair in pairs)
+        with self._lock:
+            helpers = range(1, min(threads, len(numbers)))
+            futures = [self._helpers().submit(share, first) for first in helpers]
+            try:
+                shares = [share(0)]
+            finally:
+                wait(futures)
+            done = dict(pair for pairs in (*shares, *(future.result() for future in futures)) for pair in pairs)
         return [done[number] for number in numbers]
+
+    def _helpers(self) -> ThreadPoolExecutor:
+        """The threads beside the caller's: kept, for starting them would take longer than all else before the first
+        block of a candidate. A process that was forked has none of its parent's threads, and starts its own."""
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = os.getpid(), ThreadPoolExecutor(len(self._workers) - 1)
+        return self._pool[1]
 
 
 def may_overflow(bound: float | None, dtype: torch.dtype) -> bool:
     """Whether a merged value could be beyond `dtype`, where `bound` is its largest magnitude before rounding (None
     where that is not known); 1e-4 is more than all roundings take."""
-    return bound is None or not bound * (1 + 1e-4) <= torch.finfo(dtype).max
+    return bound is None or not bound * (1 + 1e-4) <= _LARGEST[dtype]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
 from hsa.methods.base import BASE, Method
 from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY, HeadScores, Hsa, HsaSettings, decision_of
-from hsa.methods.hsa_formula import rounded_pair, settings_of
+from hsa.methods.hsa_formula import all_settings_of
 from hsa.methods.selection import selection_of
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask
@@ -104,13 +104,12 @@ class TritonWorker:
             # Taken before the merge, which may overwrite primary.
             geometries = list(map(target_geometry, tasks, sources[BASE], sources[PRIMARY], sources[SECONDARY]))
             projections = _make_projections(sources, out, tasks)
-            planned = [settings_of(task, self._settings) for task in tasks]
-            pairs = [rounded_pair(coefficient) for _, coefficient in planned]
+            planned = all_settings_of(tasks, self._settings)
             scores, selection = fused_merge(
                 projections,
                 keep=[keep for keep, _ in planned],
-                c1=[c1 for c1, _ in pairs],
-                c2=[c2 for _, c2 in pairs],
+                c1=[c1 for _, (c1, _) in planned],
+                c2=[c2 for _, (_, c2) in planned],
                 scale=self._settings.attention_scale,
             )
             squared, selected = scores.tolist(), selection.tolist()
@@ -223,15 +222,14 @@ class TritonResident:
 
     def _launch(self, projections: Projections, settings: HsaSettings) -> None:
         assert self._scores is not None
-        planned = [settings_of(task, settings) for task in self._tasks]
-        pairs = [rounded_pair(coefficient) for _, coefficient in planned]
+        planned = all_settings_of(self._tasks, settings)
         with _INTERPRETER if interpreted() else nullcontext():
             apply_heads(
                 projections,
                 self._scores,
                 keep=[keep for keep, _ in planned],
-                c1=[c1 for c1, _ in pairs],
-                c2=[c2 for _, c2 in pairs],
+                c1=[c1 for _, (c1, _) in planned],
+                c2=[c2 for _, (_, c2) in planned],
                 scale=settings.attention_scale,
             )
             _raise_faults(projections, self._tasks)

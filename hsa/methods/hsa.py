@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hsa.architectures.base import MAX_COUNT, Preset, TensorInfo, TensorPlace
@@ -184,6 +185,11 @@ class HeadScores:
     geometry: Geometry
     _selections: dict[int, Selection] = field(default_factory=dict, repr=False, compare=False)
 
+    @cached_property
+    def largest(self) -> float:
+        """The largest score of a head."""
+        return math.sqrt(max(self.squared))
+
     def select(self, keep: int) -> Selection:
         """The selection of so many heads; made once for each number, since candidates often share it."""
         if keep not in self._selections:
@@ -320,7 +326,7 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     def largest_result(self, measured: HeadScores, settings: HsaSettings, largest: Mapping[str, float]) -> float:
         """A head's score is at least |tv1| + |tv2| of each of its elements, and a merged value is base plus the scale
         times at most that."""
-        return largest[BASE] + abs(settings.attention_scale) * math.sqrt(max(measured.squared))
+        return largest[BASE] + abs(settings.attention_scale) * measured.largest
 
     def measure_distances(self, block: Block) -> tuple[float, float, float]:
         return squares_of(block.weights(PRIMARY), block.weights(SECONDARY), block.wide())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask
@@ -39,6 +39,22 @@ def settings_of(task: TensorTask, settings: Settings) -> tuple[int, float]:
     assert task.place is not None
     k, lam, alpha = (settings.of(name, task.name) for name in ("k", "lam", "alpha"))
     return keep_count(k, task.partition.groups), layer_coefficient(lam, alpha, task.place.layer, task.layers)
+
+
+def all_settings_of(tasks: Sequence[TensorTask], settings: Any) -> list[tuple[int, tuple[float, float]]]:
+    """For each target how many heads are to be merged, and lambda_i and 1 - lambda_i as float32: worked out once for
+    the targets of a layer that have as many heads, unless a setting is given per tensor."""
+    alone = any(settings.per_tensor())
+    known: dict[tuple[Any, ...], tuple[int, tuple[float, float]]] = {}
+    planned = []
+    for task in tasks:
+        assert task.place is not None
+        key = (task.name if alone else "", task.place.layer, task.layers, task.partition.groups)
+        if key not in known:
+            keep, coefficient = settings_of(task, settings)
+            known[key] = keep, rounded_pair(coefficient)
+        planned.append(known[key])
+    return planned
 
 
 def rounded_pair(coefficient: float) -> tuple[float, float]:

@@ -98,6 +98,20 @@ SHAPES: dict[str, WhisperShape] = {
 }
 """The published multilingual sizes by name, and two small ones: "demo" and "test"."""
 
+MINIATURE = WhisperShape(
+    d_model=20,
+    encoder_layers=32,
+    decoder_layers=32,
+    encoder_heads=20,
+    decoder_heads=20,
+    ffn_dim=4,
+    vocab_size=TOKENIZER_VOCAB_SIZE,
+    num_mel_bins=4,
+    max_source_positions=50,
+    max_target_positions=8,
+)
+"""large-v3 with as many tensors and heads, and next to no elements: what is left is the work per tensor and head."""
+
 
 def write_config(
     directory: str | os.PathLike[str],

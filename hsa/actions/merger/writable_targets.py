@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from hsa.actions.merger.already_merged import WrittenTensors
 from hsa.actions.merger.loaded_models import LoadedTensor, Model, entries_of, targets_of, tensor_instead_of
+from hsa.actions.merger.places import places_of
 from hsa.actions.merger.shared_memory import first_shared, repeats_elements, spans
 from hsa.architectures.base import Architecture, Preset
 from hsa.errors import MismatchError, RequestError
@@ -17,6 +20,11 @@ from hsa.methods.tensors import TensorTask
 
 MAX_LAYOUTS = 4
 """Models whose checks are remembered: a search writes to one again and again."""
+
+_KIND = attrgetter("__class__", "dtype", "shape", "device")
+
+_STORAGE_USES = getattr(torch._C, "_storage_Use_Count", None)
+"""How many tensors share a storage, which torch counts since 2.1."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +37,30 @@ class _ModelLayout:
     record: WrittenTensors
 
 
+@dataclass(frozen=True)
+class _KnownModel:
+    """A model whose targets are found by their names: which it is, how they are found, what they were, and the
+    record."""
+
+    model: int
+    places: Callable[[Any], list[torch.Tensor] | None]
+    state: tuple[Any, ...]
+    record: WrittenTensors
+
+
 class WritableTargets:
     """Finds the tensors to write in a model or state dict.
 
     A model is checked whole when it is first met, and again when an address of any of its tensors, or a dtype, shape or
-    stride of a target, has changed. Otherwise its targets are found by their positions, in a fraction of a millisecond.
+    stride of a target, has changed. To ask 1,259 tensors takes milliseconds, so they are not asked while the targets
+    are the same tensors in the same places and neither Python nor torch counts another reference to one of them or to
+    its memory: nothing new can share it.
     """
 
     def __init__(self, tasks: Sequence[TensorTask], architecture: Architecture, preset: Preset) -> None:
         self._tasks, self._architecture, self._preset = tasks, architecture, preset
         self._layouts: tuple[_ModelLayout, ...] = ()
+        self._known: tuple[_KnownModel, ...] = ()
 
     def find(
         self, model: Model, on_new_model: Callable[[Sequence[LoadedTensor]], None]
@@ -47,6 +69,22 @@ class WritableTargets:
 
         `on_new_model` gets the entries of a model that is new, after its checks. Raises RequestError, MismatchError.
         """
+        known = next((known for known in self._known if known.model == id(model)), None)
+        found = None if known is None else known.places(model)
+        if known is not None and found is not None and _state(found) == known.state:
+            return found, known.record
+        del found  # a reference to each tensor, where references are counted
+        targets, record = self._find_among_all(model, on_new_model)
+        if _STORAGE_USES is not None:
+            known = _KnownModel(id(model), places_of(model, targets), _state(targets), record)
+            others = [other for other in self._known if other.model != id(model)]
+            self._known = (known, *others[: MAX_LAYOUTS - 1])
+        return targets, record
+
+    def _find_among_all(
+        self, model: Model, on_new_model: Callable[[Sequence[LoadedTensor]], None]
+    ) -> tuple[list[torch.Tensor], WrittenTensors]:
+        """The same by the addresses of every tensor of the model."""
         tensors = list(_tensors_of(model)) if isinstance(model, (torch.nn.Module, Mapping)) else []
         addresses = tuple(map(_address, tensors))
         for layout in self._layouts:
@@ -139,3 +177,11 @@ def _address(tensor: Any) -> int:
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
     return type(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _state(targets: list[torch.Tensor]) -> tuple[Any, ...]:
+    """What tensors are and where they lie, and how many references there are to each and to its memory."""
+    references = list(map(sys.getrefcount, targets))
+    addresses = list(map(torch.Tensor.data_ptr, targets))
+    uses = [_STORAGE_USES(tensor.untyped_storage()._cdata) for tensor in targets]  # type: ignore[misc]
+    return references, addresses, uses, list(map(_KIND, targets)), list(map(torch.Tensor.stride, targets))
