@@ -6,7 +6,7 @@ makes of the same declarations what `help` and editors show.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -18,7 +18,7 @@ from hsa.errors import RequestError, listed, shown
 from hsa.methods.all_settings import all_settings
 from hsa.methods.base import BASE, Contract
 from hsa.methods.registry import method_named
-from hsa.methods.settings import DEFAULT_METHOD, Declared, Settings, declared
+from hsa.methods.settings import DEFAULT_METHOD, Declared, Setting, Settings, declared
 from hsa.option_names import option
 from hsa.sources.roles import Role
 from hsa.system.types import PathLike
@@ -37,7 +37,8 @@ class Call:
             without sources, and takes them by name.
         ids: it takes ids to record for the sources.
         settings: which settings of methods it takes; `patchable` are those of which a patch can hold any value,
-            `candidates` those of them that leave the plan of a merge as it is.
+            `candidates` those of them that leave the plan of a merge as it is, `planned` all others.
+        output: it writes an output where it merges.
         grid: settings which are axes take lists of values.
         options: the names of the options of a run that it takes.
         helps: what it says itself of options, by name.
@@ -46,7 +47,8 @@ class Call:
     name: str
     sources: Literal["positional", "named", "none"] = "positional"
     ids: bool = True
-    settings: Literal["all", "patchable", "candidates", "none"] = "all"
+    settings: Literal["all", "patchable", "candidates", "planned", "none"] = "all"
+    output: bool = True
     grid: bool = False
     options: frozenset[str] = EVERY
     helps: Mapping[str, str] = field(default_factory=dict)
@@ -60,10 +62,14 @@ class Call:
         return self._taken(declared(owner))
 
     def _taken(self, settings: Iterable[Declared]) -> tuple[Declared, ...]:
-        if self.settings == "none":
-            return ()
-        taken = (each for each in settings if each.about.patchable or self.settings == "all")
-        return tuple(each for each in taken if self.settings != "candidates" or not each.about.structural)
+        takes: dict[str, Callable[[Setting], bool]] = {
+            "all": lambda about: True,
+            "patchable": lambda about: about.patchable,
+            "candidates": lambda about: about.patchable and not about.structural,
+            "planned": lambda about: about.structural or not about.patchable,
+            "none": lambda about: False,
+        }
+        return tuple(each for each in settings if takes[self.settings](each.about))
 
     def declared_options(self) -> tuple[Declared, ...]:
         """The options of a run that the call takes, with what it says of them itself."""
@@ -75,13 +81,20 @@ class Call:
 
     def names(self) -> tuple[str, ...]:
         """The names of all arguments, but for those that the function names itself."""
-        sources = {"positional": (*positional_names(), "method", "models"), "named": (*source_names(), "models")}
+        sources = {"positional": (*positional_names(self), "method", "models"), "named": (*source_names(), "models")}
         ids = (*id_names(), "model_ids") if self.ids and self.sources != "none" else ()
         declarations = (*self.declared_settings(), *self.declared_options())
         return (*sources.get(self.sources, ()), *ids, *(each.name for each in declarations))
 
 
 MERGE = Call("merge")
+MERGER = Call(
+    "Merger",
+    ids=False,
+    settings="planned",
+    output=False,
+    options=frozenset({"backend", "device", "threads"}),
+)
 MERGE_PATCH = Call("merge_patch", settings="patchable", options=EVERY - {"digest"})
 SWEEP = Call(
     "sweep",
@@ -130,9 +143,9 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
     name = given.pop("method", DEFAULT_METHOD)
     method = method_named(name)
     settings, options = _take_settings(call, name, given), _take_options(call, given)
-    if "output" not in given:
+    if call.output and "output" not in given:
         raise TypeError(f"{call.name}() missing required argument: 'output'")
-    output = given.pop("output")
+    output = given.pop("output", None)
     _refuse_missing(call, missing_sources(method.contract, given))
     sources, ids = _take_sources(method.contract, given)
     method.contract.check(name, base=BASE in sources, models=len(sources) - (BASE in sources))
@@ -143,7 +156,8 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
         raise RequestError(
             f"method {name} has no {option(left)}; give its sources by {' and '.join(map(option, [*known, 'models']))}"
         )
-    options.setdefault("assets_from", next(role for role in sources if role != BASE))
+    if "assets_from" in call.options:
+        options.setdefault("assets_from", next(role for role in sources if role != BASE))
     return Arguments(name, sources, ids, output, settings, options)
 
 
@@ -165,24 +179,52 @@ def run_options(call: Call, keywords: Mapping[str, Any]) -> RunOptions:
     return RunOptions(**keywords)
 
 
-def candidate(name: str) -> Call:
+def candidate(name: str, options: Collection[str] = ()) -> Call:
     """A call that merges what is in memory already with other settings."""
-    return Call(name, sources="none", settings="candidates", options=frozenset())
+    return Call(name, sources="none", ids=False, settings="candidates", options=frozenset(options))
 
 
-def candidate_settings(call: Call, owner: type[Settings], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a candidate by name, with defaults where they are not given. Raises TypeError for others."""
+def axes(call: Call, owner: type[Settings]) -> tuple[str, ...]:
+    """The settings of a method that the call of a candidate takes by position: those that a sweep takes."""
+    return tuple(each.name for each in call.settings_of(owner) if each.about.axis)
+
+
+def candidate_settings(
+    call: Call, owner: type[Settings], positional: Sequence[Any], keywords: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All settings of a candidate by name, with defaults where they are not given.
+
+    Raises TypeError for arguments that no method takes, and RequestError for settings of another method.
+    """
     hashable: Any = owner
-    defaults = _defaults_of_candidates(hashable)
+    defaults, names = _candidates(hashable)
+    if positional:
+        keywords = {**_by_position(call, names, positional, keywords), **keywords}
     if not keywords.keys() <= defaults.keys():
         _check_names(call, keywords)
+        _take_settings(call, owner.method, dict(keywords))
     return {name: keywords.get(name, default) for name, default in defaults.items()}
 
 
 @cache
-def _defaults_of_candidates(owner: Any) -> Mapping[str, Any]:
-    """The settings that candidates differ in, with their defaults; looked up once, so that a candidate starts soon."""
-    return {each.name: each.default for each in candidate("").settings_of(owner)}
+def _candidates(owner: Any) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The settings that candidates differ in with their defaults, and those of them that need no name; looked up once,
+    so that a candidate starts soon."""
+    call = candidate("")
+    return {each.name: each.default for each in call.settings_of(owner)}, axes(call, owner)
+
+
+def _by_position(
+    call: Call, names: Sequence[str], positional: Sequence[Any], keywords: Collection[str]
+) -> dict[str, Any]:
+    """Arguments without names by their names. Raises TypeError for too many, and for one that is given twice."""
+    if len(positional) > len(names):
+        raise TypeError(f"{call.name}() takes at most {len(names)} positional arguments, {len(positional)} were given")
+    given = dict(zip(names, positional, strict=False))
+    twice = next((name for name in given if name in keywords), None)
+    if twice is not None:
+        raise TypeError(f"{call.name}() got multiple values for argument '{twice}'")
+    return given
 
 
 def _take_settings(call: Call, method: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -202,13 +244,7 @@ def _take_options(call: Call, given: dict[str, Any]) -> dict[str, Any]:
 
 def _bind(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """All arguments by name."""
-    names = positional_names()
-    if len(positional) > len(names):
-        raise TypeError(f"{call.name}() takes at most {len(names)} positional arguments, {len(positional)} were given")
-    for name, value in zip(names, positional, strict=False):
-        if name in keywords:
-            raise TypeError(f"{call.name}() got multiple values for argument '{name}'")
-        yield name, value
+    yield from _by_position(call, positional_names(call), positional, keywords).items()
     yield from keywords.items()
 
 
@@ -217,9 +253,9 @@ def source_names() -> tuple[str, ...]:
     return (BASE, *(role.name for role in method_named(DEFAULT_METHOD).contract.named))
 
 
-def positional_names() -> tuple[str, ...]:
-    """The arguments that need no name: the sources of the default method, and the output."""
-    return (*source_names(), "output")
+def positional_names(call: Call) -> tuple[str, ...]:
+    """The arguments of a call that need no name: the sources of the default method, and the output."""
+    return (*source_names(), "output") if call.output else source_names()
 
 
 def id_names() -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from hsa.actions.keywords import Call, id_names, positional_names, source_names
+from hsa.actions.keywords import Call, axes, id_names, positional_names, source_names
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named
 from hsa.methods.settings import DEFAULT_METHOD, Declared
@@ -21,6 +21,7 @@ WIDTH = 120
 """Columns of a docstring."""
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def declared_keywords(call: Call) -> Callable[[F], F]:
@@ -33,30 +34,44 @@ def declared_keywords(call: Call) -> Callable[[F], F]:
         others = [each for each in own if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
         signature = inspect.Signature([*others, *parameters(call), *named])
         function.__signature__ = signature  # type: ignore[attr-defined]
-        doc = function.__doc__ or ""
-        for name, lines in _documentation(call).items():
-            doc = doc.replace(f"        {{{name}}}\n", "".join(lines))
-        function.__doc__ = doc
+        function.__doc__ = _filled(function.__doc__ or "", call)
         return function
 
     return decorate
 
 
+def documented(call: Call) -> Callable[[type[T]], type[T]]:
+    """Give a class whose arguments are those of a call its documentation, as `declared_keywords` does."""
+
+    def decorate(owner: type[T]) -> type[T]:
+        owner.__doc__ = _filled(owner.__doc__ or "", call)
+        return owner
+
+    return decorate
+
+
+def _filled(doc: str, call: Call) -> str:
+    for name, lines in _documentation(call).items():
+        doc = doc.replace(f"        {{{name}}}\n", "".join(lines))
+    return doc
+
+
 def parameters(call: Call) -> Iterator[inspect.Parameter]:
     """The parameters of a call, but for those that its function names itself."""
     if call.sources == "positional":
-        for name in positional_names():
-            by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            yield inspect.Parameter(name, by_position, default=None, annotation=PathLike | None)
+        yield from (_by_position(name, None, PathLike | None) for name in positional_names(call))
         yield _keyword("method", DEFAULT_METHOD, str)
     if call.sources == "named":
         yield from (_keyword(name, None, PathLike | None) for name in source_names())
     if call.sources != "none":
         yield _keyword("models", None, Sequence[PathLike] | None)
+    positional = axes(call, method_named(DEFAULT_METHOD).Settings) if call.settings == "candidates" else ()
     for each in call.declared_settings():
         kind: Any = each.type
         if call.sources == "named":  # what it works on has values of its own
             yield _keyword(each.name, None, kind | None)
+        elif each.name in positional:
+            yield _by_position(each.name, each.default, kind)
         elif call.grid and each.about.axis:
             yield _keyword(each.name, (each.default,), Sequence[kind])
         else:
@@ -66,6 +81,10 @@ def parameters(call: Call) -> Iterator[inspect.Parameter]:
     if call.ids and call.sources != "none":
         yield from (_keyword(name, None, str | None) for name in id_names())
         yield _keyword("model_ids", None, Sequence[str | None] | None)
+
+
+def _by_position(name: str, default: Any, kind: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
 
 
 def _keyword(name: str, default: Any, kind: Any) -> inspect.Parameter:

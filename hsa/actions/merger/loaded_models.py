@@ -79,10 +79,23 @@ def architecture_of_model(label: str, model: object, otherwise: Architecture) ->
     return architecture_of(config, label) if config else otherwise
 
 
+def without_tied_output(entries: Sequence[LoadedTensor], architecture: Architecture) -> list[LoadedTensor]:
+    """The entries without the output projection where it is the embedding itself, which checkpoints store once."""
+    by_name = {entry.name: entry.tensor for entry in entries}
+    tie = architecture.tie
+    if tie is None or tie.output not in by_name or tie.embedding not in by_name:
+        return list(entries)
+    output, embedding = by_name[tie.output], by_name[tie.embedding]
+    if not (has_addresses(output) and has_addresses(embedding) and output.data_ptr() == embedding.data_ptr()):
+        return list(entries)
+    return [entry for entry in entries if entry.name != tie.output]
+
+
 def targets_of(
-    label: str, model: Model, entries: Sequence[LoadedTensor], architecture: Architecture, preset: Preset
+    label: str, model: Model, entries: Sequence[LoadedTensor], architecture: Architecture, preset: Preset | None
 ) -> dict[str, LoadedTensor]:
-    """The targets of a model or state dict by canonical name, each a plain tensor with its data in memory.
+    """The targets of a model or state dict by canonical name, each a plain tensor with its data in memory; without a
+    preset every tensor that a merge can compute with.
 
     `entries` is what `entries_of` gives of the model. Raises RequestError, which names the tensor, where one is no
     tensor, has no data (meta device, offloaded), is of a class or dtype of its own (quantised, distributed, sparse), or
@@ -91,7 +104,9 @@ def targets_of(
     _refuse_adapters(label, model, entries)
     targets: dict[str, LoadedTensor] = {}
     for entry in entries:
-        if architecture.target(entry.name, preset) is None:
+        if preset is None and getattr(entry.tensor, "dtype", None) not in CODE_OF:
+            continue
+        if preset is not None and architecture.target(entry.name, preset) is None:
             continue
         _require_readable(label, entry.stored, entry.tensor)
         if entry.name in targets:

@@ -1,6 +1,6 @@
-"""`Merger`: the target tensors of three sources, resident, for many merges with other parameters.
+"""`Merger`: the target tensors of the sources, resident, for many merges with other parameters.
 
-Scores do not depend on lambda or alpha, and the ranking of heads not on k: they are computed once.
+What a method measures does not depend on its settings, such as HSA's scores on k, lambda or alpha: it is measured once.
 """
 
 from __future__ import annotations
@@ -12,58 +12,68 @@ from typing import Any
 
 import torch
 
-from hsa.actions.keywords import Call, candidate, candidate_settings
+from hsa.actions.keywords import EVERY, MERGER, Call, candidate, candidate_settings, split
+from hsa.actions.merge import run_merge
 from hsa.actions.merger.loaded_models import LoadedTensor, Model
-from hsa.actions.merger.read_sources import ModelSource, checked_model, read_sources, share_config
+from hsa.actions.merger.read_sources import SourceTargets, checked_model, read_sources, share_config
 from hsa.actions.merger.spot_check import differing_tensors, sample_model
 from hsa.actions.merger.writable_targets import WritableTargets
-from hsa.actions.signatures import declared_keywords
+from hsa.actions.request import Request
+from hsa.actions.signatures import declared_keywords, documented
 from hsa.architectures.base import Preset
 from hsa.backends.base import Backend, changed_ranges
 from hsa.backends.choose import resolve
 from hsa.backends.resident import CpuResident, Resident
-from hsa.errors import one_line, warn
+from hsa.errors import RequestError, one_line, shown, warn
 from hsa.findings import Findings
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa import Hsa, HsaSettings
 from hsa.methods.registry import method_named
-from hsa.methods.settings import PerTensor
+from hsa.methods.settings import PerTensor, Settings
 from hsa.methods.tensors import Outcome, TensorTask
 from hsa.outputs.earlier_merges import merged_base_findings, repeated_merge_findings
 from hsa.outputs.merge_warnings import adapter_findings
 from hsa.outputs.recording import tensors_digest
+from hsa.outputs.report import MergeReport
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.plan import check_heads, check_structure
-from hsa.planning.tasks import Targets, find_targets
+from hsa.planning.tasks import Targets, TaskFinder, find_targets
 from hsa.sources.hub.client import Hub
-from hsa.sources.roles import ANCHOR, Role
+from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import NAMES, Array
 from hsa.system.fsio import map_os_errors
 from hsa.system.signals import deferred
 from hsa.system.threads import check_threads, default_threads
+from hsa.system.types import PathLike
 
 CHECK, MERGE, APPLY = candidate("Merger.check"), candidate("Merger.merge"), candidate("Merger.apply_")
+SAVE = candidate("Merger.save", EVERY - MERGER.options)
 
 
+@documented(MERGER)
 class Merger:
-    """Merges of three sources under many parameters, from target tensors kept in memory.
+    """Merges of the same sources under many parameters, from target tensors kept in memory.
+
+    Each source is a checkpoint directory (or a file or adapter that `hsa.merge` takes), an id on the Hub (`org/name`,
+    `org/name@revision`), a state dict, or a loaded Whisper model. Their target tensors are copied, so that a source may
+    be changed, or be the model that `apply_` writes to. A method without targets merges every tensor of floating-point
+    numbers, and all of them are kept in memory.
 
     Args:
-        base, primary, secondary: each a checkpoint directory (or a file or adapter that `hsa.merge` takes), an id on
-            the Hub (`org/name`, `org/name@revision`), a state dict, or a loaded Whisper model. Their target tensors are
-            copied, so that a source may be changed, or be the model that `apply_` writes to.
-        targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
-        attention_scale: factor on the task vectors of the targets.
-        num_heads, num_layers: instead of what the configs say, for both stacks; needed where all three are state
-            dicts, which say nothing of heads.
+        {sources}
+        method: the name of the method. Each takes the settings of its own. Those of them that decide which tensors are
+            merged, or from what, are given here; the others to `merge`, `apply_`, `check` and `save`.
+        {settings}
         backend, device: where to compute, as for `hsa.merge`; `device="cuda"` keeps the targets on that GPU, where
             writing into a model on the same device allocates nothing after the first call with that model.
         threads: worker threads on the CPU, 1 to 256; by default the usable cores and one more.
 
+    HSA needs `num_heads` and `num_layers` where all of its sources are state dicts, which say nothing of heads.
+
     `backend` and `device` are what was chosen, `notes` what is to say of the sources, `warnings` what may be a mistake:
     sources exchanged, given twice, not of one base or merged already, and a model written to whose other tensors are
-    not primary's. Each warning is also given as a HsaWarning, which Python's filters can make an error.
+    not the anchor's. Each warning is also given as a HsaWarning, which Python's filters can make an error.
 
     Merged values are those of `hsa.merge` with exact numerics, bit for bit, whatever torch's default device and grad or
     inference mode are.
@@ -82,54 +92,42 @@ class Merger:
     Source: SPEC sections 1, 2 and 5.
     """
 
+    @declared_keywords(MERGER)
     @map_os_errors()
-    def __init__(
-        self,
-        base: ModelSource,
-        primary: ModelSource,
-        secondary: ModelSource,
-        *,
-        targets: Preset = "encoder-qkv",
-        attention_scale: float = 1.0,
-        num_heads: int | None = None,
-        num_layers: int | None = None,
-        backend: str = "auto",
-        device: str | torch.device = "auto",
-        threads: int | None = None,
-    ) -> None:
-        settings = HsaSettings(
-            targets=targets, attention_scale=attention_scale, num_heads=num_heads, num_layers=num_layers
-        )
-        check_threads(threads)
-        chosen = resolve(backend, str(device) if isinstance(device, torch.device) else device, settings)
+    def __init__(self, *sources: Any, **keywords: Any) -> None:
+        arguments = split(MERGER, sources, keywords)
+        settings = method_named(arguments.method).Settings(**arguments.settings)
+        self._run = {"backend": "auto", "device": "auto", "threads": None, **arguments.options}
+        if isinstance(self._run["device"], torch.device):
+            self._run["device"] = str(self._run["device"])
+        check_threads(self._run["threads"])
+        chosen = resolve(self._run["backend"], self._run["device"], settings)
         self.backend, self.device = chosen.name, chosen.device
-        paths_or_models: dict[Role, ModelSource] = {"base": base, "primary": primary, "secondary": secondary}
-        hub = Hub()
-        by_role, config_owner = share_config(read_sources(paths_or_models, targets, hub), num_heads, num_layers)
-        by_role = {
-            role: source
-            if isinstance(paths_or_models[role], (str, os.PathLike))
-            else checked_model(source, config_owner)
-            for role, source in by_role.items()
+        self._given: Mapping[Role, PathLike | None] = {
+            role: source if isinstance(source, (str, os.PathLike)) else None
+            for role, source in arguments.sources.items()
         }
+        hub = Hub()
+        by_role = _read(arguments.sources, settings, hub)
         data = {role: source.data for role, source in by_role.items()}
         self._sources = Sources.of_checkpoints(source.checkpoint for source in by_role.values())
-        self._other_samples = by_role[ANCHOR].others
+        self._other_samples = by_role[self._sources.anchor].others
         self.notes = [*hub.notes, *(note for source in self._sources for note in source.notes)]
         self._targets = find_targets(method_named(settings.method), settings, self._sources)
         tasks = self._targets.tasks
-        if isinstance(primary, (str, os.PathLike)):
+        _refuse_more_than_targets(self._targets, self._sources)
+        if self._given[self._sources.anchor] is not None:
             check_structure(settings, self._sources)
-        elif num_heads is None:
+        elif self._sources.base is not None and getattr(settings, "num_heads", None) is None:
             check_heads(self._sources)
-        self._preset = targets
+        self._preset: Preset | None = getattr(settings, "targets", None)
         self._stored = {task.name: task.stored.name for task in tasks}
-        self._resident = _make_resident(chosen, data, self._targets, default_threads() if threads is None else threads)
+        self._resident = _make_resident(chosen, data, self._targets, self._run["threads"] or default_threads())
         self._measured = self._resident.measure()
         self._equal = {
             task.name: equal_pairs(task, {role: data[role][task.name] for role in task.sources}) for task in tasks
         }
-        self._writable = WritableTargets(tasks, self._sources.architecture, targets)
+        self._writable = WritableTargets(tasks, self._sources.architecture, self._preset)
         merges = {
             role: source_targets.earlier_merge
             for role, source_targets in by_role.items()
@@ -152,26 +150,29 @@ class Merger:
 
     def __repr__(self) -> str:
         named = ", ".join(f"{source.role} {source.identity.id}" for source in self._sources)
-        what = f"{len(self._stored)} targets of {self._preset}"
+        of = f"method {self._targets.method.name}" if self._preset is None else self._preset
+        what = f"{len(self._stored)} targets of {of}"
         return one_line(f"<hsa.Merger of {named}: {what}, in memory of {self.device}, backend {self.backend}>")
 
     @property
     def scores(self) -> dict[str, torch.Tensor]:
-        """The saliency scores of every target: float32 [H] by tensor name."""
+        """The saliency scores of every target: float32 [H] by tensor name. RequestError for methods other than HSA."""
+        self._require_hsa("scores")
         return {
             stored: torch.tensor(measured.squared, dtype=torch.float64, device="cpu").sqrt().float()
             for stored, measured in zip(self._stored.values(), self._measured, strict=True)
         }
 
     def selected(self, k: PerTensor = HsaSettings.k) -> dict[str, tuple[int, ...]]:
-        """The heads that a merge with this `k` blends, by tensor name. Raises RequestError."""
+        """The heads that an HSA merge with this `k` blends, by tensor name. Raises RequestError."""
+        self._require_hsa("selected")
         return {
             outcome.task.stored.name: outcome.decision.selected
-            for outcome in self._outcomes(self._with(MERGE, {"k": k}))
+            for outcome in self._outcomes(self._with(MERGE, (), {"k": k}))
         }
 
     @declared_keywords(CHECK)
-    def check(self, **values: Any) -> Findings:
+    def check(self, *arguments: Any, **values: Any) -> Findings:
         """What is to say of a merge with these parameters, which is not made for it.
 
         {settings}
@@ -179,19 +180,19 @@ class Merger:
         `notes` say how much is merged; `warnings` that the output would be next to primary. Mistakes that the sources
         tell, whatever the parameters, are in `Merger.warnings`. Raises RequestError.
         """
-        outcomes = self._outcomes(self._with(CHECK, values))
+        outcomes = self._outcomes(self._with(CHECK, arguments, values))
         method = self._targets.method
         return Findings(notes=(method.summary(outcomes).text,)) + method.result_findings(outcomes)
 
     @declared_keywords(MERGE)
-    def merge(self, **values: Any) -> dict[str, torch.Tensor]:
-        """The merged target tensors by name, new on every call, on the CPU: shapes and dtypes are primary's.
+    def merge(self, *arguments: Any, **values: Any) -> dict[str, torch.Tensor]:
+        """The merged target tensors by name, new on every call, on the CPU: shapes and dtypes are the anchor's.
 
         {settings}
 
         Raises RequestError for values out of range, NonFiniteError for a merged value that overflows.
         """
-        targets = self._with(MERGE, values)
+        targets = self._with(MERGE, arguments, values)
         with torch.inference_mode(False):  # tensors that a caller may go on with outside of it
             out = [
                 torch.empty(task.shape, dtype=getattr(torch, NAMES[task.out_code]), device="cpu")
@@ -201,15 +202,15 @@ class Merger:
         return {task.stored.name: tensor for task, tensor in zip(targets.tasks, out, strict=True)}
 
     @declared_keywords(APPLY)
-    def apply_(self, model: Model, **values: Any) -> Model:
+    def apply_(self, model: Model, *arguments: Any, **values: Any) -> Model:
         """Write the merged targets into a loaded model or a state dict, in place, and return it.
 
         {settings}
 
         Every target is written whole, from the sources alone: what the model held there before does not matter. The
         values are rounded once to the dtype of the model's own tensors, which stay the same objects; autograd sees that
-        they changed. Tensors that are no target are left as they are, so the model should be primary's. When a model is
-        first met, up to 32 elements of each of them are compared with primary's; where some differ, a HsaWarning
+        they changed. Tensors that are no target are left as they are, so the model should be the anchor's. When a model
+        is first met, up to 32 elements of each of them are compared with the anchor's; where some differ, a HsaWarning
         says so.
 
         Either all targets are written or none. After one of the errors below the model is as it was. An interrupt
@@ -224,17 +225,44 @@ class Merger:
             MismatchError: a target is missing from the model or has another shape.
             NonFiniteError: a merged value overflows the dtype of the model.
         """
-        targets = self._with(APPLY, values)
+        targets = self._with(APPLY, arguments, values)
         out, record = self._writable.find(model, self._warn_of_other_tensors)
         with deferred():
             self._resident.write(targets.settings, out)
             record.update(out)
         return model
 
-    def _with(self, call: Call, values: Mapping[str, Any]) -> Targets:
+    @declared_keywords(SAVE)
+    def save(self, output: PathLike, *arguments: Any, **values: Any) -> MergeReport:
+        """Write the merge with these parameters as `hsa.merge` does, byte for byte, and return its report.
+
+        {settings}
+        {options}
+
+        The sources are read again. Raises RequestError where one of them was given as a model or a state dict, which
+        have no files to take the rest of the output from; and what `hsa.merge` raises.
+        """
+        paths = {role: path for role, path in self._given.items() if path is not None}
+        in_memory = [role for role in self._given if role not in paths]
+        if in_memory:
+            raise RequestError(
+                f"save writes the files of a checkpoint from those of its sources, and {in_memory[0]} was given as a "
+                f"model or state dict; give directories or ids on the Hub, or call apply_ and save the model"
+            )
+        options = {name: values.pop(name) for name in SAVE.options & values.keys()}
+        settings = self._with(SAVE, arguments, values).settings
+        return run_merge(Request(paths, output, settings, **{**self._run, **options}))
+
+    def _with(self, call: Call, positional: Sequence[Any], values: Mapping[str, Any]) -> Targets:
         """The targets under the settings that a call is given; what is planned of them stays."""
         settings = self._targets.settings
-        return self._targets.with_settings(replace(settings, **candidate_settings(call, type(settings), values)))
+        changed = candidate_settings(call, type(settings), positional, values)
+        return self._targets.with_settings(replace(settings, **changed))
+
+    def _require_hsa(self, name: str) -> None:
+        method = self._targets.method
+        if not isinstance(method, Hsa):
+            raise RequestError(f"method {method.name} scores no heads, so a Merger of it has no {name}; use check")
 
     def _outcomes(self, targets: Targets) -> list[Outcome]:
         """What merges of these targets come to, by what was measured alone; without digests."""
@@ -251,13 +279,40 @@ class Merger:
         if difference is None:
             return
         more = f", as do {difference.count - 1} more" if difference.count > 1 else ""
+        anchor = self._sources.anchor
         note = (
-            f"the model's other tensors are not primary's: {difference.name} {difference.how}{more} of "
-            f"{difference.compared}, and apply_ leaves them as they are; load primary and apply to it for the model "
+            f"the model's other tensors are not {anchor}'s: {difference.name} {difference.how}{more} of "
+            f"{difference.compared}, and apply_ leaves them as they are; load {anchor} and apply to it for the model "
             f"that hsa.merge writes"
         )
         self.warnings.append(note)
         warn(note)
+
+
+def _read(sources: Mapping[Role, Any], settings: Settings, hub: Hub) -> dict[Role, SourceTargets]:
+    """The targets of the sources, of which those that have no config take another's."""
+    preset: Preset | None = getattr(settings, "targets", None)
+    counts = (getattr(settings, name, None) for name in ("num_heads", "num_layers"))
+    by_role, config_owner = share_config(read_sources(sources, preset, hub), *counts, by_heads=preset is not None)
+    return {
+        role: source if isinstance(sources[role], (str, os.PathLike)) else checked_model(source, config_owner)
+        for role, source in by_role.items()
+    }
+
+
+def _refuse_more_than_targets(targets: Targets, sources: Sources) -> None:
+    """RequestError for settings under which tensors change that are no target, which stay as they are in a model; and
+    for methods that work on whole tensors."""
+    method, finder = targets.method, TaskFinder(targets.method, targets.settings, sources)
+    if not method.elementwise:
+        raise RequestError("a Merger keeps exact numerics in memory; use hsa.merge for numerics 'reference'")
+    for name, ref in sources.anchor_checkpoint.tensors.items():
+        treatment = finder.treatment(name, ref, sources.architecture.place(name))
+        if treatment.kind == "merge" and not treatment.listed:
+            raise RequestError(
+                f"{treatment.needed_by} moves {shown(ref.name)}, which is no target, and a Merger writes no "
+                f"others; use hsa.merge"
+            )
 
 
 def _make_resident(

@@ -1,4 +1,4 @@
-"""Read the three sources of a `Merger`: checkpoints, loaded models and state dicts, and what they lend each other."""
+"""Read the sources of a `Merger`: checkpoints, loaded models and state dicts, and what they lend each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from hsa.actions.merger.already_merged import holds_a_merge
-from hsa.actions.merger.loaded_models import Model, architecture_of_model, config_of, entries_of, targets_of
+from hsa.actions.merger.loaded_models import (
+    Model,
+    architecture_of_model,
+    config_of,
+    entries_of,
+    targets_of,
+    without_tied_output,
+)
 from hsa.actions.merger.spot_check import Sample, sample_checkpoint, sample_model
 from hsa.architectures.base import Architecture, Preset
 from hsa.architectures.registry import default
@@ -24,10 +31,10 @@ from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
 from hsa.sources.identity import Identity
-from hsa.sources.roles import ANCHOR, BASE, Role
+from hsa.sources.roles import BASE, Role, is_anchor
 from hsa.sources.structure import require_shapes
 from hsa.sources.tensor_places import TensorRef
-from hsa.system.dtypes import Array
+from hsa.system.dtypes import ARITHMETIC, Array
 from hsa.system.fsio import Tally
 
 ModelSource = str | os.PathLike[str] | Model
@@ -40,8 +47,8 @@ _ALREADY_MERGED = (
 
 @dataclass(frozen=True)
 class SourceTargets:
-    """A source's targets: what a plan needs to know of them, and their bytes by canonical name; of primary also samples
-    of its other tensors, and of an output of hsa how it was merged."""
+    """A source's targets: what a plan needs to know of them, and their bytes by canonical name; of the anchor also
+    samples of its other tensors, and of an output of hsa how it was merged."""
 
     checkpoint: Checkpoint
     data: Mapping[str, Array]
@@ -51,21 +58,29 @@ class SourceTargets:
     earlier_merge: EarlierMerge | None = None
 
 
-def read_sources(sources: Mapping[Role, ModelSource], preset: Preset, hub: Hub) -> dict[Role, SourceTargets]:
-    """Copy the targets of every source. Names in a state dict are read as those of the other sources' family."""
+def read_sources(sources: Mapping[Role, ModelSource], preset: Preset | None, hub: Hub) -> dict[Role, SourceTargets]:
+    """Copy the targets of every source; without a preset every tensor that a merge can compute with.
+
+    Names in a state dict are read as those of the other sources' family.
+    """
     by_role: dict[Role, SourceTargets] = {}
     architecture = default()
     for role in sorted(
         sources, key=lambda role: isinstance(sources[role], Mapping)
     ):  # state dicts, without config, last
-        by_role[role] = _read_source(role, sources[role], preset, hub, sources[BASE], architecture)
+        by_role[role] = _read_source(role, sources[role], preset, hub, sources.get(BASE), architecture)
         if by_role[role].has_config:
             architecture = by_role[role].checkpoint.architecture
     return {role: by_role[role] for role in sources}
 
 
 def _read_source(
-    role: Role, source: ModelSource, preset: Preset, hub: Hub, base: ModelSource, architecture: Architecture
+    role: Role,
+    source: ModelSource,
+    preset: Preset | None,
+    hub: Hub,
+    base: ModelSource | None,
+    architecture: Architecture,
 ) -> SourceTargets:
     """Copy a source's targets; `base` is what an adapter stands on, `architecture` the family of a model that does not
     say it."""
@@ -75,23 +90,25 @@ def _read_source(
         adapter_base = None
         if role != BASE and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
             adapter_base = stack.enter_context(hub.open(BASE, base, Tally(), Needs("targets", preset)))
-        needs = Needs("whole" if role == ANCHOR else "targets", preset)
+        needs = Needs("whole" if preset is None or is_anchor(role) else "targets", preset)
         checkpoint = stack.enter_context(hub.open(role, source, Tally(), needs, None, adapter_base))
         data = {}
         for name, ref in checkpoint.tensors.items():
-            if checkpoint.architecture.target(name, preset):
+            if ref.code in ARITHMETIC if preset is None else checkpoint.architecture.target(name, preset):
                 data[name] = np.empty(ref.nbytes, np.uint8)
                 checkpoint.read_into(ref, data[name].data)
-        others = sample_checkpoint(checkpoint, data) if role == ANCHOR else {}
+        others = sample_checkpoint(checkpoint, data) if is_anchor(role) else {}
         checkpoint.check_unchanged()
         earlier_merge = read_earlier_merges([checkpoint]).get(role)
     closed = replace(checkpoint, shards=())
     return SourceTargets(closed, data, others, bool(checkpoint.config), earlier_merge=earlier_merge)
 
 
-def _read_model(role: Role, source: Model, preset: Preset, architecture: Architecture) -> SourceTargets:
+def _read_model(role: Role, source: Model, preset: Preset | None, architecture: Architecture) -> SourceTargets:
     expected = "a checkpoint directory, an id on the Hub, a loaded model or a state dict"
     entries = entries_of(role, source, architecture, expected)
+    if preset is None:
+        entries = without_tied_output(entries, architecture)
     targets = targets_of(role, source, entries, architecture, preset)
     refs, data = {}, {}
     for stored, name, tensor in entries:
@@ -105,17 +122,17 @@ def _read_model(role: Role, source: Model, preset: Preset, architecture: Archite
     checkpoint = Checkpoint(role, Path(label), Identity(label), config_of(source), architecture, Tally(), tensors=refs)
     merged_name = next((entry.stored for entry in targets.values() if holds_a_merge(entry.tensor)), None)
     warnings = () if merged_name is None else (_ALREADY_MERGED.format(role=role, name=merged_name),)
-    others = sample_model(entries, data) if role == ANCHOR else {}
+    others = sample_model(entries, data) if is_anchor(role) else {}
     return SourceTargets(checkpoint, data, others, bool(checkpoint.config), warnings)
 
 
 def checked_model(source: SourceTargets, config_owner: Role | None) -> SourceTargets:
     """A model without the names of its family that are not merged: a plan goes through all that are left.
 
-    Raises MismatchError for shapes of primary that its config, or the one that `config_owner` lent it, does not allow.
+    Raises MismatchError for shapes of the anchor that its config, or that of `config_owner`, does not allow.
     """
     checkpoint = source.checkpoint
-    if checkpoint.role == ANCHOR:
+    if is_anchor(checkpoint.role):
         if source.has_config:
             require_shapes(checkpoint)
         elif config_owner is not None:
@@ -126,17 +143,18 @@ def checked_model(source: SourceTargets, config_owner: Role | None) -> SourceTar
 
 
 def share_config(
-    sources: Mapping[Role, SourceTargets], num_heads: int | None, num_layers: int | None
+    sources: Mapping[Role, SourceTargets], num_heads: int | None, num_layers: int | None, *, by_heads: bool
 ) -> tuple[dict[Role, SourceTargets], Role | None]:
     """The sources, those without a config with that of another, and whose it is.
 
-    It is nobody's for state dicts alone, for which the caller gives both counts.
+    It is nobody's for state dicts alone, for which the caller gives both counts; where nothing is merged `by_heads`,
+    their names say as much as is needed.
     """
     owner = next((role for role, source in sources.items() if source.has_config), None)
     if owner is not None:
         config = sources[owner].checkpoint.config
     else:
-        if num_heads is None or num_layers is None:
+        if by_heads and (num_heads is None or num_layers is None):
             raise RequestError(
                 f"three state dicts say nothing of heads and layers: give {option('num_heads')} and "
                 f"{option('num_layers')}, or one source as a directory or a model"
@@ -144,11 +162,22 @@ def share_config(
         architecture = default()
         config = {
             "model_type": min(architecture.model_types),
-            **{architecture.heads_key(stack): num_heads for stack in architecture.all_stacks},
-            **{architecture.layers_key(stack): num_layers for stack in architecture.all_stacks},
+            **{architecture.heads_key(stack): num_heads or 1 for stack in architecture.all_stacks},
+            **{
+                architecture.layers_key(stack): num_layers or _layers_by_names(sources, stack)
+                for stack in architecture.all_stacks
+            },
         }
     with_configs = {
         role: source if source.has_config else replace(source, checkpoint=replace(source.checkpoint, config=config))
         for role, source in sources.items()
     }
     return with_configs, owner
+
+
+def _layers_by_names(sources: Mapping[Role, SourceTargets], stack: str) -> int:
+    """How many layers a stack has by the names of the sources' tensors."""
+    places = [
+        source.checkpoint.architecture.place(name) for source in sources.values() for name in source.checkpoint.tensors
+    ]
+    return 1 + max((place.layer for place in places if place is not None and place.stack == stack), default=0)

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from hsa.actions.merger.already_merged import WrittenTensors
-from hsa.actions.merger.loaded_models import LoadedTensor, Model, entries_of, targets_of, tensor_instead_of
+from hsa.actions.merger.loaded_models import (
+    LoadedTensor,
+    Model,
+    entries_of,
+    targets_of,
+    tensor_instead_of,
+    without_tied_output,
+)
 from hsa.actions.merger.places import places_of
 from hsa.actions.merger.shared_memory import first_shared, repeats_elements, spans
 from hsa.architectures.base import Architecture, Preset
@@ -57,7 +64,7 @@ class WritableTargets:
     its memory: nothing new can share it.
     """
 
-    def __init__(self, tasks: Sequence[TensorTask], architecture: Architecture, preset: Preset) -> None:
+    def __init__(self, tasks: Sequence[TensorTask], architecture: Architecture, preset: Preset | None) -> None:
         self._tasks, self._architecture, self._preset = tasks, architecture, preset
         self._layouts: tuple[_ModelLayout, ...] = ()
         self._known: tuple[_KnownModel, ...] = ()
@@ -93,6 +100,8 @@ class WritableTargets:
                 if tuple(map(_kind, targets)) == layout.kinds:
                     return targets, layout.record
         entries = entries_of("model", model, self._architecture)
+        if self._preset is None:
+            entries = without_tied_output(entries, self._architecture)
         targets = self._check_model(model, entries)
         position_of = {id(tensor): position for position, tensor in enumerate(tensors)}
         if any(id(tensor) not in position_of for tensor in targets):
