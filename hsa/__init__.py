@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from hsa.actions.request import Request
     from hsa.inspection.inspect import Inspection, inspect
     from hsa.methods.hsa import HsaSettings
-    from hsa.outputs.report import MergeReport, TensorReport
+    from hsa.methods.tensors import TensorRecord
+    from hsa.outputs.report import MergeReport
     from hsa.releases.release import ReleaseReport, release
     from hsa.sweeps.sweep import SweepReport, sweep
     from hsa.verification.verify import VerifyReport, verify
@@ -51,7 +52,7 @@ _LAZY = {
     "ReleaseReport": "hsa.releases.release",
     "release": "hsa.releases.release",
     "SweepReport": "hsa.sweeps.sweep",
-    "TensorReport": "hsa.outputs.report",
+    "TensorRecord": "hsa.methods.tensors",
     "VerifyReport": "hsa.verification.verify",
     "verify": "hsa.verification.verify",
     "sweep": "hsa.sweeps.sweep",
@@ -79,7 +80,7 @@ __all__ = [
     "SourceError",
     "StrictError",
     "SweepReport",
-    "TensorReport",
+    "TensorRecord",
     "VerifyReport",
     "__version__",
     "apply",

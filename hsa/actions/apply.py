@@ -11,24 +11,23 @@ from typing import Any
 
 from hsa.actions.keywords import APPLY, run_options
 from hsa.actions.signatures import declared_keywords
-from hsa.architectures.base import Partition
+from hsa.architectures.base import PRESETS
 from hsa.arguments import check_functions, check_paths, check_values
 from hsa.engine.patch_apply import PatchApplier, PatchRows
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import PatchError, RequestError, SourceError, shown
-from hsa.methods.registry import method_named
-from hsa.methods.tensors import TensorTask
+from hsa.methods.tensors import TensorRecord, TensorTask
 from hsa.option_names import option
 from hsa.outputs import patch_format
 from hsa.outputs.card import unlinked
 from hsa.outputs.metadata_files import CARD, write_metadata_files
 from hsa.outputs.patch_checks import require_sound
-from hsa.outputs.patch_format import PatchTarget
 from hsa.outputs.patch_reader import SUFFIX, Patch, digest_range, is_patch, open_patch
-from hsa.outputs.provenance import Record, changed_keys
-from hsa.outputs.record_checks import config_of_record
+from hsa.outputs.provenance import changed_keys
+from hsa.outputs.record import Record
+from hsa.outputs.record_checks import settings_of_record
 from hsa.outputs.recording import source_record, tensors_digest
-from hsa.outputs.report import NO_DIGESTS, MergeReport, TensorReport
+from hsa.outputs.report import NO_DIGESTS, MergeReport
 from hsa.planning.file_layout import Content, Copy, TensorContent, pack, pieces_of
 from hsa.planning.tasks import MAX_TARGET
 from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_whole
@@ -95,8 +94,8 @@ def apply(
         _check_order(primary, patch)
         patch_file = open_patch(patch, tally, stack)
         require_sound(patch_file)
-        config = config_of_record(patch_file.record)
-        needs = Needs("whole", config.targets, assets=True)
+        settings = settings_of_record(patch_file.record)
+        needs = Needs("whole", getattr(settings, "targets", PRESETS[-1]), assets=True)
         source = stack.enter_context(hub.open(ANCHOR, primary, tally, needs, None))
         folders = [_folder(path) for path in assets]
         kept_apart = [source.path, patch_file.source.path.resolve(), *folders]
@@ -126,9 +125,9 @@ def apply(
         backend="cpu",
         device="cpu",
         route="apply",
-        settings=config,
-        tensors={target.name: TensorReport.of(target) for target in record.targets},
-        extent=method_named(config.method).recorded_summary(record.targets),  # type: ignore[arg-type]
+        settings=settings,
+        tensors={target.name: target for target in record.targets},
+        extent=record.method.recorded_summary(record.targets),
         notes=(*hub.notes, *source.notes, *(() if how.digest else (NO_DIGESTS,)), *notes),
         warnings=warnings,
         unlinked=unlinked(record),
@@ -152,7 +151,7 @@ def apply_to(
     Returns its record, and notes of what of an earlier output could not be removed.
     """
     contents = _tensors(patch, primary)
-    files, index = pack(primary, contents, patch.contents.parameters["max_shard_size"])
+    files, index = pack(primary, contents, patch.record.parameters["max_shard_size"])
     patch.record.check_fits([*small_files, INDEX, CARD, *(file.name for file in files)])
     total = sum(file.size for file in files)
     step = None if progress is None else lambda done: progress(done, total)
@@ -175,7 +174,7 @@ def apply_to(
 
 def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
     """Every tensor of primary by canonical name, in the order of its files: copied, or with rows of the patch."""
-    targets = {target.projection.name: target for target in patch.contents.targets}
+    targets = {target.canonical: target for target in patch.contents.targets}
     contents: dict[str, TensorContent] = {}
     for name, ref in sorted(primary.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
         pieces: tuple[Content, ...] = (Copy(primary.role, ref),)
@@ -185,14 +184,14 @@ def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
     return contents
 
 
-def _task(target: PatchTarget, role: str, ref: TensorRef) -> TensorTask:
+def _task(target: TensorRecord, role: str, ref: TensorRef) -> TensorTask:
     """A tensor that gets rows of a patch."""
     return TensorTask(
-        name=target.projection.name,
-        place=target.projection,
+        name=target.canonical,
+        place=target.place,
         layers=0,
         shape=ref.shape,
-        partition=Partition(target.projection.head_axis, target.heads),
+        partition=target.partition,
         sources={role: ref},
         anchor=role,
         out_code=ref.code,
@@ -203,9 +202,9 @@ def _task(target: PatchTarget, role: str, ref: TensorRef) -> TensorTask:
 
 def _rows(patch: Patch) -> dict[str, PatchRows]:
     """Where a patch holds the rows of each target, by canonical name."""
+    contents = patch.contents
     return {
-        target.projection.name: PatchRows(heads, patch.start(target.name))
-        for target, heads in zip(patch.contents.targets, patch.selected, strict=True)
+        target.canonical: PatchRows(contents.touched(target), patch.start(target.name)) for target in contents.targets
     }
 
 
@@ -215,11 +214,11 @@ def check_primary(patch: Patch, primary: Checkpoint) -> None:
     MismatchError where primary does not hold what its config.json promises.
     """
     require_whole(primary)
-    recorded = patch.contents.sources[ANCHOR]
+    recorded = patch.record.sources[ANCHOR]
     name = shown(recorded.identity.id, 200)
     where = f"patch {patch.source.path} was made for a primary named {name}, and {primary.path} is not it"
     for target in patch.contents.targets:
-        ref = primary.tensors.get(target.projection.name)
+        ref = primary.tensors.get(target.canonical)
         tensor = None if ref is None else (ref.name, ref.code, ref.shape)
         if tensor != (target.name, target.code, target.shape):
             what = "is missing" if ref is None else f"is {ref.name} {ref.code} {list(ref.shape)}"
@@ -241,10 +240,10 @@ def check_primary(patch: Patch, primary: Checkpoint) -> None:
     require_sound(patch, primary)
 
 
-def _digest_line(target: PatchTarget, primary: Checkpoint) -> tuple[str, str, Sequence[int], str]:
-    ref = primary.tensors[target.projection.name]
+def _digest_line(target: TensorRecord, primary: Checkpoint) -> tuple[str, str, Sequence[int], str]:
+    ref = primary.tensors[target.canonical]
     digest = digest_range(primary.shards[ref.shard].source, ref.offset, ref.nbytes)
-    return target.projection.name, ref.code, ref.shape, digest
+    return target.canonical, ref.code, ref.shape, digest
 
 
 def _folder(path: PathLike) -> Path:
@@ -282,7 +281,7 @@ def _small_files(
                     break
         else:
             raise SourceError(
-                f"{name} as the merge of {patch_format.source_names(patch.contents)} wrote it (BLAKE3 {digest}) is not "
+                f"{name} as the merge of {patch_format.source_names(patch.record)} wrote it (BLAKE3 {digest}) is not "
                 f"in {primary.path}{' or the directory above' if parents else ''}; give the directory that holds it "
                 f"with {option('assets')}, such as the base's"
             )

@@ -23,7 +23,7 @@ from hsa.outputs.card import unlinked
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.merge_warnings import header_findings, raise_if_strict, source_findings
 from hsa.outputs.metadata_files import CARD, write_metadata_files
-from hsa.outputs.report import MergeReport, PlanReport, TensorReport
+from hsa.outputs.report import MergeReport, PlanReport
 from hsa.planning.plan import Plan, make_plan
 from hsa.sources import small_files
 from hsa.sources.checkpoint import INDEX
@@ -131,7 +131,7 @@ def run_merge(request: Request, progress: Progress | None = None) -> MergeReport
         device=prepared.backend.device,
         route=prepared.plan.route,
         settings=request.settings,
-        tensors={target.name: TensorReport.of(target) for target in record.targets},
+        tensors={target.name: target for target in record.targets},
         extent=prepared.plan.method.summary(outcomes),
         notes=(*findings.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
         warnings=findings.warnings,

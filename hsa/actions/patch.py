@@ -23,8 +23,8 @@ from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.merge_warnings import header_findings, raise_if_strict, source_findings
 from hsa.outputs.patch_reader import SUFFIX, is_patch
-from hsa.outputs.provenance import Record
-from hsa.outputs.report import MergeReport, TensorReport, outcome_findings
+from hsa.outputs.record import Record
+from hsa.outputs.report import MergeReport, outcome_findings
 from hsa.planning.plan import check_structure
 from hsa.planning.tasks import Targets, find_targets
 from hsa.sources import small_files
@@ -108,7 +108,7 @@ def run_patch(request: Request, progress: Progress | None = None) -> MergeReport
         device="cpu",
         route="patch file",
         settings=request.settings,
-        tensors={target.name: TensorReport.of(target) for target in record_of(patch).targets},
+        tensors={target.name: target for target in record_of(patch).targets},
         extent=method.summary(patch.outcomes),
         notes=findings.notes,
         warnings=findings.warnings,
@@ -118,8 +118,7 @@ def run_patch(request: Request, progress: Progress | None = None) -> MergeReport
 
 def record_of(patch: FinishedPatch) -> Record:
     """The record that the merge of a finished patch has."""
-    selections = [outcome.decision.selection for outcome in patch.outcomes]
-    return patch.contents.record([s.selected for s in selections], [s.squared for s in selections])
+    return patch.contents.record
 
 
 Structure = tuple[Any, ...]

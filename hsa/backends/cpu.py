@@ -168,7 +168,7 @@ class CpuWorker:
         decision = self.decide(job.task, self.measure(job.task, job.sources), job.sources)
         applied = decision if job.recorded is None else job.recorded
         self.apply(job.task, applied, job.sources, job.out)
-        return Merged(decision, changed_ranges(job.task, self.method.untouched(job.task, applied)))
+        return Merged(decision, changed_ranges(job.task, self.method.untouched(job.task.partition.groups, applied)))
 
     def measure(self, task: TensorTask, sources: Mapping[str, Array]) -> Any:
         """What the first pass measures of one tensor, whatever the settings. Buffers: uint8. Raises NotFinite."""
@@ -188,7 +188,7 @@ class CpuWorker:
         views = self._views(task, sources)
         in_place = out is sources[task.anchor]
         result = views[task.anchor] if in_place else out.view(STORAGE[task.out_code]).reshape(task.matrix)
-        untouched = self.method.untouched(task, decision)
+        untouched = self.method.untouched(task.partition.groups, decision)
         check = not (task.passes or self.method.checks_sources)
         block = _ArrayBlock(self._scratch, task, views)
         for group in range(task.partition.groups):

@@ -123,7 +123,9 @@ class TritonWorker:
                 )
                 merged_heads = tuple(head for head in range(heads) if flags[head])
                 decision = decision_of(task, self._settings, selection_of(scored.squared, merged_heads), scored)
-                merged.append(Merged(decision, changed_ranges(task, self._cpu.method.untouched(task, decision))))
+                merged.append(
+                    Merged(decision, changed_ranges(task, self._cpu.method.untouched(task.partition.groups, decision)))
+                )
             for job, tensor, result in zip(jobs, out, merged, strict=True):
                 self._download(job, tensor, result)
             if self._stream is not None:

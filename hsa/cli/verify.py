@@ -70,22 +70,29 @@ def _describe(report: VerifyReport) -> str:
     lines = [f"{report.output}: {verdict}"]
     record = report.record
     if record is not None:
-        from hsa.outputs.card import method_of
-
         lines += [
             "  " + ", ".join(source.identity.named(role) for role, source in record.sources.items()),
             *([f"  {', '.join(named)}"] if (named := _parameters(record.parameters)) else []),
-            f"  {method_of(record).recorded_summary(record.targets).headline}",  # type: ignore[arg-type]
+            f"  {record.method.recorded_summary(record.targets).headline}",
         ]
     if report.kind in ("sweep", "release"):
         sound = sum(member.ok for member in report.members)
         lines.append(f"  {report.kind}: {sound} of {len(report.members)} {_MEMBERS[report.kind]} are sound")
+    if report.bytes_follow is not None:
+        lines.append(
+            f"  the bytes {_follow(report.bytes_follow)} from the recorded decisions, which "
+            f"{_follow(report.decisions_follow)} from the sources"
+        )
     comparison = _COMPARED[report.kind] if report.sources_compared else "not compared with the sources"
     lines.append(
         f"  {report.files} file{'' if report.files == 1 else 's'}, {size_text(report.bytes_read)} read in "
         f"{report.seconds:.2f} s, peak memory {size_text(report.peak_memory_bytes)}; {comparison}"
     )
     return "\n".join(map(one_line, lines))
+
+
+def _follow(answer: bool | None) -> str:
+    return "follow" if answer else "do not follow"
 
 
 _MEMBERS = {"sweep": "points", "release": "outputs"}

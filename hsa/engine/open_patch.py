@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hsa.methods.geometry import Norms
-from hsa.methods.hsa import HsaSettings
-from hsa.methods.hsa_formula import settings_of
-from hsa.methods.tensors import Outcome, TensorTask
-from hsa.outputs import distances, patch_format
-from hsa.outputs.patch_format import PatchContents, PatchTarget
-from hsa.outputs.recording import PROGRAM, libraries, source_record, target_digest, tensors_digest
+from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
+from hsa.outputs import patch_format
+from hsa.outputs.patch_format import PatchContents
+from hsa.outputs.recording import longest_records, new_record, target_digest, tensors_digest
 from hsa.planning.tasks import Targets
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
-from hsa.system.digests import digest_of
-from hsa.system.manifest import BLANK_DIGEST
+from hsa.system.dtypes import size
 from hsa.system.staging import StagingDirectory
 
 
@@ -60,20 +57,15 @@ class OpenPatch:
         tally: fsio.Tally,
     ) -> OpenPatch:
         """Create the file of that name; `parameters` and `files` as for `patch_writer.write_patches`."""
-        contents = PatchContents(
-            PROGRAM,
-            libraries(),
-            {**targets.settings.as_dict(), **parameters},
-            {source.role: source_record(source, BLANK_DIGEST) for source in sources},
-            patch_targets(targets),
-            files,
-            sources.architecture,
+        record = new_record(
+            targets.method, targets.settings, sources, parameters, longest_records(targets.method, targets.tasks)
         )
-        size = patch_format.header_size(contents)
+        contents = PatchContents(record, files)
+        header = patch_format.header_size(contents)
         path = staging.file(name)
-        fd = fsio.create(path, size + expected_row_bytes(contents))
+        fd = fsio.create(path, header + expected_bytes(targets))
         direct = fsio.reopen_direct(path)
-        return cls(path, contents, targets.tasks, fd, direct, size, size, staging.sync, tally)
+        return cls(path, contents, targets.tasks, fd, direct, header, header, staging.sync, tally)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -88,66 +80,38 @@ class OpenPatch:
                 return
             fsio.write_cached(self.fd, view, offset, self.tally, writeback=self.sync)
 
-    def complete(self, norms: Mapping[str, Norms]) -> FinishedPatch:
-        """Write scores, selection and header, which are known after the last rows; `norms` are by canonical name."""
+    def complete(self, norms: Mapping[str, Any]) -> FinishedPatch:
+        """Write the header, which is known after the last rows; `norms` are by canonical name."""
         outcomes = [self.outcomes[task.name] for task in self.tasks]
-        selections = [outcome.decision.selection for outcome in outcomes]
-        counts = {outcome.task.stored.name: len(outcome.decision.selected) for outcome in outcomes}
-        distances_of_stacks = distances.by_stack(
-            distances.DistanceInputs(
-                outcome.task.place.stack,
-                outcome.decision.coefficient,
-                outcome.decision.selected,
-                norms[outcome.task.name],
-            )
-            for outcome in outcomes
-            if outcome.task.place is not None
-        )
-        tail = {
-            patch_format.SCORES: patch_format.pack_scores([s.squared for s in selections]),
-            patch_format.SELECTED: patch_format.pack_selected(
-                [s.selected for s in selections], [t.heads for t in self.contents.targets]
-            ),
+        record = self.contents.record
+        method, targets = record.method, tuple(map(TensorRecord.of, outcomes))
+        sources = {
+            role: replace(source, targets=target_digest(role, outcomes)) for role, source in record.sources.items()
         }
-        digests = {**self.digests, **{name: digest_of(data) for name, data in tail.items()}}
-        entries = patch_format.tensor_entries(self.contents, counts)
-        contents = patch_format.with_digests(
-            self.contents,
-            {role: target_digest(role, outcomes) for role in self.contents.sources},
-            tensors_digest([(entry.name, entry.code, entry.shape, digests[entry.name]) for entry in entries]),
-            distances_of_stacks,
+        contents = PatchContents(
+            replace(record, targets=targets, sources=sources),
+            self.contents.files,
+            distances=method.distances([(target, norms[target.canonical]) for target in targets]),
         )
-        raw = patch_format.render_header(contents, counts, self.header_bytes)
-        stop = self.stop + sum(map(len, tail.values()))
-        with fsio.map_write_errors(self.path, stop):
-            fsio.write_all(self.fd, memoryview(b"".join(tail.values())), self.stop, self.tally)
+        counts = {target.name: len(contents.touched(target)) for target in targets}
+        entries = patch_format.tensor_entries(contents, counts)
+        digest = tensors_digest([(entry.name, entry.code, entry.shape, self.digests[entry.name]) for entry in entries])
+        contents = replace(contents, tensors=digest)
+        raw = patch_format.render_header(contents, self.header_bytes)
+        with fsio.map_write_errors(self.path, self.stop):
             fsio.write_all(self.fd, memoryview(raw), 0, self.tally)
-            os.ftruncate(self.fd, stop)
+            os.ftruncate(self.fd, self.stop)
             if self.sync:
                 fsio.sync(self.fd)
-        return FinishedPatch(contents, tuple(outcomes), stop)
-
-
-def patch_targets(targets: Targets) -> tuple[PatchTarget, ...]:
-    """What a patch says of its targets before they are merged."""
-    assert isinstance(targets.settings, HsaSettings)
-    return tuple(patch_target(task, targets.settings) for task in targets.tasks)
-
-
-def patch_target(task: TensorTask, settings: HsaSettings) -> PatchTarget:
-    """What a patch says of a target."""
-    assert task.place is not None
-    keep, coefficient = settings_of(task, settings)
-    return PatchTarget(
-        task.stored.name, task.place, task.shape, task.out_code, task.partition.groups, keep, coefficient
-    )
+        return FinishedPatch(contents, tuple(outcomes), self.stop)
 
 
 def expected_bytes(targets: Targets) -> int:
-    """Bytes of the rows of a patch, where no heads tie at the cut."""
-    return sum(target.rows_bytes(target.keep) for target in patch_targets(targets))
-
-
-def expected_row_bytes(contents: PatchContents) -> int:
-    """Bytes of a patch's rows, scores and selection, where no heads tie at the cut."""
-    return sum(target.rows_bytes(target.keep) + 9 * target.heads for target in contents.targets)
+    """Bytes of the rows of a patch, about: where no heads tie at the cut."""
+    return sum(
+        math.prod(task.shape)
+        // task.partition.groups
+        * targets.method.touched_count(task, targets.settings)
+        * size(task.out_code)
+        for task in targets.tasks
+    )

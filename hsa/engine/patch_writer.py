@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from hsa.engine.open_patch import FinishedPatch, OpenPatch, expected_row_bytes
+from hsa.engine.open_patch import FinishedPatch, OpenPatch, expected_bytes
 from hsa.engine.target_pass import Candidate, TargetDecision, TargetPass
 from hsa.errors import RequestError
 from hsa.methods.registry import method_named
@@ -37,7 +37,8 @@ class PatchSpec:
 
 def check_patchable(settings: Settings, sources: Sources) -> None:
     """RequestError where a patch cannot hold the merge; see `patch_obstacles`."""
-    for why in patch_obstacles(method_named(settings.method), settings, sources.anchor_checkpoint.kind):
+    method, anchor = method_named(settings.method), sources.anchor_checkpoint
+    for why in patch_obstacles(method, settings, anchor.role, anchor.kind):
         raise RequestError(f"a patch holds the rows of merged heads alone, and {why}; write a whole checkpoint")
 
 
@@ -63,7 +64,7 @@ def write_patches(
             file = OpenPatch.create(point.targets, point.name, sources, parameters, files, staging, tally)
             stack.callback(file.close)
             writer.files.append(file)
-        total = sum(expected_row_bytes(file.contents) for file in writer.files)
+        total = sum(expected_bytes(point.targets) for point in points)
 
         def watch() -> None:
             memory.sample()

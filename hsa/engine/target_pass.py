@@ -175,7 +175,7 @@ class TargetPass:
         method: Method[Any, Any] = candidate.targets.method
         decision = worker.with_settings(candidate.targets.settings).decide(task, measured, data)
         applied = decision if candidate.recorded is None else candidate.recorded.get(task.name, decision)
-        untouched = method.untouched(task, applied)
+        untouched = method.untouched(task.partition.groups, applied)
         groups = tuple(group for group in range(task.partition.groups) if group not in untouched)
         return TargetDecision(candidate.number, Outcome(task, decision, (), digests, equal), applied, groups)
 

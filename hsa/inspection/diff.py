@@ -15,8 +15,9 @@ from hsa.errors import ProvenanceError, shown
 from hsa.inspection.distance import WeightDistances, compare_weights
 from hsa.inspection.report import FORMAT, jaccard
 from hsa.methods.hsa import ROLES
+from hsa.methods.tensors import TensorRecord
 from hsa.outputs import provenance
-from hsa.outputs.provenance import Provenance, TargetRecord
+from hsa.outputs.provenance import Provenance
 from hsa.sources.checkpoint import INDEX, WEIGHTS
 from hsa.sources.roles import Role
 from hsa.system.fsio import SourceFile, Tally
@@ -149,11 +150,11 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
     has_weights = [any((folder / name).is_file() for name in (WEIGHTS, INDEX)) for folder in folders]
     weights = None
     if all(has_weights):
-        weights = compare_weights(folders, {target.projection.name for target in a.record.targets}, tally, step)
+        weights = compare_weights(folders, {target.canonical for target in a.record.targets}, tally, step)
     else:
         without = [str(folder) for folder, has in zip(folders, has_weights, strict=True) if not has]
         notes.append(f"no distances: {' and '.join(without)} holds no weights ({WEIGHTS} or {INDEX})")
-    names_by_output = [{target.projection.name: target.name for target in output.record.targets} for output in (a, b)]
+    names_by_output = [{target.canonical: target.name for target in output.record.targets} for output in (a, b)]
     return Comparison(
         first=str(first),
         second=str(second),
@@ -189,7 +190,7 @@ def _compare_source(a: Provenance, b: Provenance, role: Role) -> dict[str, Any]:
 
 
 def _compare_heads(a: Provenance, b: Provenance) -> dict[str, HeadsDiff]:
-    other = {target.projection.name: target for target in b.record.targets}
+    other = {target.canonical: target for target in b.record.targets}
     return {
         one.name: HeadsDiff(
             one.name,
@@ -200,11 +201,11 @@ def _compare_heads(a: Provenance, b: Provenance) -> dict[str, HeadsDiff]:
             _score_difference(one, other[bare]),
         )
         for one in a.record.targets
-        if (bare := one.projection.name) in other
+        if (bare := one.canonical) in other
     }
 
 
-def _score_difference(one: TargetRecord, other: TargetRecord) -> float | None:
+def _score_difference(one: TensorRecord, other: TensorRecord) -> float | None:
     """The largest relative difference of two heads' scores; None where the numbers of heads differ."""
     if one.heads != other.heads:
         return None

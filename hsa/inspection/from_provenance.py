@@ -14,7 +14,8 @@ from hsa.methods.hsa_formula import keep_count, layer_coefficient
 from hsa.methods.hsa_warnings import percentage_findings
 from hsa.methods.selection import TIE_RISK, select, selection_of
 from hsa.methods.settings import PerTensor, declared
-from hsa.outputs.provenance import Provenance, TargetRecord
+from hsa.methods.tensors import TensorRecord
+from hsa.outputs.provenance import Provenance
 from hsa.system.fsio import Tally
 from hsa.system.manifest import PROVENANCE
 
@@ -38,8 +39,8 @@ def recorded_config(record: Provenance, directory: Path) -> HsaSettings:
     try:
         config = HsaSettings.from_dict(record.record.parameters)
         for target in record.record.targets:
-            config.of("k", target.projection.name), config.of("lam", target.projection.name)
-            config.of("alpha", target.projection.name)
+            config.of("k", target.canonical), config.of("lam", target.canonical)
+            config.of("alpha", target.canonical)
     except (HsaError, TypeError) as error:
         raise ProvenanceError(f"{where}: {error}; it is no provenance that hsa wrote") from error
     return config
@@ -50,7 +51,7 @@ def changed_config(config: HsaSettings, values: Mapping[str, PerTensor]) -> HsaS
     return replace(config, **values) if values else config  # type: ignore[arg-type]
 
 
-def _layers(config: HsaSettings, records: Sequence[TargetRecord]) -> dict[str, int]:
+def _layers(config: HsaSettings, records: Sequence[TensorRecord]) -> dict[str, int]:
     """L of each stack: a merge is refused unless every layer that the config promises has its targets."""
     layers: dict[str, int] = {}
     for target in records:
@@ -91,9 +92,9 @@ def inspect_provenance(
 
 
 def _recorded_tensor(
-    target: TargetRecord, layers: Mapping[str, int], config: HsaSettings, shown_config: HsaSettings
+    target: TensorRecord, layers: Mapping[str, int], config: HsaSettings, shown_config: HsaSettings
 ) -> TensorInspection:
-    name, stack = target.projection.name, target.projection.stack
+    name, stack = target.canonical, target.projection.stack
     k, lam, alpha = shown_config.of("k", name), shown_config.of("lam", name), shown_config.of("alpha", name)
     selected, margin, keep = target.selected, target.margin, target.keep
     if keep_count(k, target.heads) != keep_count(config.of("k", name), target.heads):
@@ -125,11 +126,11 @@ def _recorded_tensor(
 
 
 def _record_differences(
-    records: Sequence[TargetRecord], config: HsaSettings, layers: Mapping[str, int]
+    records: Sequence[TensorRecord], config: HsaSettings, layers: Mapping[str, int]
 ) -> Iterator[str]:
     """What in a record does not follow from its own parameters: nothing, in a record that hsa wrote."""
     for target in records:
-        name, p = target.projection.name, target.projection
+        name, p = target.canonical, target.projection
         keep = keep_count(config.of("k", name), target.heads)
         coefficient = layer_coefficient(config.of("lam", name), config.of("alpha", name), p.layer, layers[p.stack])
         if target.keep != keep or abs(target.coefficient - coefficient) > 1e-12:

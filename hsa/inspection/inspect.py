@@ -28,11 +28,11 @@ from hsa.methods.hsa_formula import keep_count, settings_of
 from hsa.methods.registry import method_named
 from hsa.methods.selection import select, selection_of
 from hsa.methods.settings import DEFAULT_METHOD
-from hsa.methods.tensors import Outcome, TensorTask
+from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
 from hsa.option_names import option
 from hsa.outputs import provenance
 from hsa.outputs.merge_warnings import adapter_findings
-from hsa.outputs.provenance import Provenance, TargetRecord
+from hsa.outputs.provenance import Provenance
 from hsa.outputs.recording import tensors_digest
 from hsa.planning.plan import check_structure
 from hsa.planning.tasks import Targets, find_targets
@@ -135,7 +135,7 @@ def _from_sources(
         buffers = Buffers()
         measured = dict(zip((task.name for task in tasks), measure(sources, targets, buffers, step), strict=True))
         layers = _stack_layers(config, sources)
-        recorded = {} if record is None else {t.projection.name: t for t in record.record.targets}
+        recorded = {} if record is None else {t.canonical: t for t in record.record.targets}
         warnings: list[str] = []
         if record is not None and directory is not None:
             _check_sources(record, directory, tasks, measured)
@@ -189,7 +189,7 @@ def _merge_findings(targets: Targets, measured: Mapping[str, TargetMeasures]) ->
         moved = measures.moved
         scored = HeadScores(measures.squared, moved["primary"], moved["secondary"], measures.geometry)
         decision = targets.method.decide(task, scored, targets.settings, None)
-        changed = changed_ranges(task, targets.method.untouched(task, decision))
+        changed = changed_ranges(task, targets.method.untouched(task.partition.groups, decision))
         outcomes.append(Outcome(task, decision, changed, measures.digests, measures.equal))
     return targets.method.source_findings(outcomes) + targets.method.result_findings(outcomes)
 
@@ -225,7 +225,7 @@ def _inspect_target(
     measures: TargetMeasures,
     layers: Mapping[str, int],
     config: HsaSettings,
-    recorded: TargetRecord | None,
+    recorded: TensorRecord | None,
 ) -> TensorInspection:
     assert task.place is not None
     keep, coefficient = settings_of(task, config)
@@ -277,7 +277,7 @@ def _check_sources(
 
 
 def _selection_differences(
-    recorded: Mapping[str, TargetRecord],
+    recorded: Mapping[str, TensorRecord],
     targets: Sequence[TensorTask],
     measured: Mapping[str, TargetMeasures],
     config: HsaSettings,

@@ -200,8 +200,8 @@ class Method(ABC, Generic[S, D]):
     def apply(self, block: Block, decision: D, out: Float32) -> None:
         """Write the merged values of a block into `out`, float32 of the block's shape."""
 
-    def untouched(self, task: TensorTask, decision: D) -> frozenset[int]:
-        """The groups of a target that stay the anchor's values."""
+    def untouched(self, groups: int, decision: D) -> frozenset[int]:
+        """The groups of a target, of so many, that stay the anchor's values."""
         return frozenset()
 
     def as_dict(self, decision: D) -> dict[str, Any]:
@@ -228,6 +228,15 @@ class Method(ABC, Generic[S, D]):
     def distance_sums(self, task: TensorTask, sums: Sequence[Sequence[Any]]) -> Any:
         """For patches: the sums of a tensor, from those of each group's blocks."""
         raise NotImplementedError(f"method {self.name} has no patches")
+
+    def distances(self, targets: Sequence[tuple[TensorRecord, Any]]) -> dict[str, dict[str, float | None]]:
+        """For patches: how far merged targets lie from each model, by stack (and of `all`) and role:
+        |merged - model| / |model|, None where there is no such ratio. Each target comes with its `distance_sums`."""
+        raise NotImplementedError(f"method {self.name} has no patches")
+
+    def touched_count(self, task: TensorTask, settings: S) -> int:
+        """For patches: about how many groups of a target will be touched."""
+        return task.partition.groups
 
     def largest_result(self, measured: Any, settings: S, largest: Mapping[str, float]) -> float | None:
         """A bound on the magnitude of a tensor's merged values, by the largest magnitudes in the sources; None where it
@@ -289,6 +298,6 @@ class Method(ABC, Generic[S, D]):
         source = f" Source: {self.source}." if self.source else ""
         return CardText(f"{self.title}{formula}.{source}")
 
-    def record_faults(self, record: TensorRecord, settings: S, layers: int | None) -> Iterator[str]:
-        """How a recorded decision contradicts the settings, or itself; `layers` are those of the tensor's stack."""
+    def record_faults(self, record: TensorRecord, settings: S, layers: int) -> Iterator[str]:
+        """How a recorded decision contradicts the settings, or itself; `layers` are those of its stack, 0 outside."""
         return iter(())

@@ -26,9 +26,10 @@ from hsa.methods.base import BASE, KEEP, Block, Contract, ModelRole, NotFiniteSu
 from hsa.methods.geometry import Geometry, Norms, Sums, squares_of, tile_sums
 from hsa.methods.hsa_formula import rounded_pair, settings_of, squared_score
 from hsa.methods.hsa_reports import HsaReports
-from hsa.methods.selection import Selection, select
+from hsa.methods.json_fields import between, count, number
+from hsa.methods.selection import MAX_SCORE, Selection, select
 from hsa.methods.settings import MAX_FLOAT32, PerTensor, Settings, setting
-from hsa.methods.tensors import TensorTask
+from hsa.methods.tensors import TensorRecord, TensorTask
 from hsa.option_names import option
 
 if TYPE_CHECKING:
@@ -308,10 +309,10 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
             delta = np.multiply(tv1, np.float32(decision.scale), out=block.room(PRIMARY))
         np.add(base, delta, out=out)
 
-    def untouched(self, task: TensorTask, decision: HsaDecision | ScaleDecision) -> frozenset[int]:
+    def untouched(self, groups: int, decision: HsaDecision | ScaleDecision) -> frozenset[int]:
         if isinstance(decision, ScaleDecision) or decision.scale != 1.0:
             return frozenset()
-        return frozenset(range(task.partition.groups)) - decision.selection.merged
+        return frozenset(range(groups)) - decision.selection.merged
 
     def as_dict(self, decision: HsaDecision | ScaleDecision) -> dict[str, Any]:
         assert isinstance(decision, HsaDecision)
@@ -333,6 +334,35 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
 
     def distance_sums(self, task: TensorTask, sums: Sequence[Sequence[tuple[float, float, float]]]) -> Norms:
         return Norms.of(sums)
+
+    def from_dict(self, entry: Mapping[str, Any], groups: int, settings: HsaSettings) -> HsaDecision:
+        scores = tuple(between(score, 0.0, MAX_SCORE) for score in entry["scores"])
+        selected = tuple(map(count, entry["selected"]))
+        if len(scores) != groups or list(selected) != sorted(set(selected)) or any(head >= groups for head in selected):
+            raise ValueError(f"{groups} heads, {len(scores)} scores and selected heads {shown(selected)} do not fit")
+        margin = None if entry["margin"] is None else number(entry["margin"])
+        selection = Selection(tuple(score * score for score in scores), selected, margin, scores)
+        coefficient = between(entry["lambda_i"], 0.0, MAX_SCORE)
+        keep = count(entry["keep"])
+        return HsaDecision(keep, coefficient, *rounded_pair(coefficient), settings.attention_scale, selection)
+
+    def longest(self, task: TensorTask, number: float) -> HsaDecision:
+        heads = task.partition.groups
+        selection = Selection((number,) * heads, tuple(range(heads)), number, (number,) * heads)
+        return HsaDecision(heads, number, number, number, 1.0, selection)
+
+    def distances(self, targets: Sequence[tuple[TensorRecord, Norms]]) -> dict[str, dict[str, float | None]]:
+        from hsa.methods.hsa_distances import by_stack
+
+        return by_stack(targets)
+
+    def touched_count(self, task: TensorTask, settings: HsaSettings) -> int:
+        return settings_of(task, settings)[0]
+
+    def record_faults(self, record: TensorRecord, settings: HsaSettings, layers: int) -> Iterator[str]:
+        from hsa.methods.hsa_checks import decision_faults
+
+        return decision_faults(record, settings, layers)
 
     def patch_obstacles(self, settings: HsaSettings) -> Iterator[str]:
         if settings.numerics != "exact":

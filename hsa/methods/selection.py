@@ -28,10 +28,12 @@ class Selection:
     squared: tuple[float, ...]
     selected: tuple[int, ...]
     margin: float | None
+    recorded: tuple[float, ...] | None = None
+    """The scores by a record, of which the squares are rounded; None where they were measured."""
 
     @cached_property
     def scores(self) -> tuple[float, ...]:
-        return tuple(math.sqrt(value) for value in self.squared)
+        return tuple(math.sqrt(value) for value in self.squared) if self.recorded is None else self.recorded
 
     @cached_property
     def merged(self) -> frozenset[int]:

@@ -101,6 +101,13 @@ class TensorRecord:
         return cls(task.output_name, task.name, task.place, task.shape, task.out_code, task.partition, outcome.decision)
 
     @property
+    def projection(self) -> TensorPlace:
+        """The place of an attention projection; LookupError for any other tensor."""
+        if self.place is None:
+            raise LookupError(f"{self.name} is no attention projection")
+        return self.place
+
+    @property
     def heads(self) -> int:
         return self.partition.groups
 

@@ -8,14 +8,12 @@ from typing import Any
 from hsa.architectures.base import ModelClass
 from hsa.errors import RequestError, is_text, listed, shown
 from hsa.methods.all_settings import all_settings
-from hsa.methods.hsa import HsaSettings
 from hsa.methods.markdown import bullets, code, escape, fence, table
-from hsa.methods.registry import AnyMethod, method_named
 from hsa.methods.tensors import CardText
 from hsa.option_names import option
-from hsa.outputs.provenance import SETTINGS, Record
+from hsa.outputs.record import SETTINGS, Record
 from hsa.sources.identity import Identity, is_hub_id
-from hsa.sources.roles import BASE, Role
+from hsa.sources.roles import Role
 from hsa.sources.small_files import FEATURES, TOKENS
 from hsa.system.manifest import PROVENANCE
 
@@ -70,7 +68,7 @@ def render(record: Record, files: Collection[str], config: Mapping[str, Any]) ->
     if "license" in fields:
         extra["license"] = fields["license"]
     ids = [source.identity.id for source in record.sources.values()]
-    head = metadata(filter(is_hub_id, ids), extra, model.task, record.architecture.tags, method_of(record).tags)
+    head = metadata(filter(is_hub_id, ids), extra, model.task, record.architecture.tags, record.method.tags)
     return f"{head}\n\n{_body(record, files, fields, model)}".encode()
 
 
@@ -123,11 +121,10 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str], mod
         )
         if field in fields
     ]
-    method = method_of(record)
-    text: CardText = method.card_text(record.parameters, record.targets, record.architecture)  # type: ignore[arg-type]
-    citation = fields.get("citation", method.citation)
+    text = record.method.card_text(record.parameters, record.targets, record.architecture)
+    citation = fields.get("citation", record.method.citation)
     sections = [
-        f"# {escape(fields.get('title', _title(method, text, record)))}",
+        f"# {escape(fields.get('title', _title(text, record)))}",
         "## Model details",
         bullets(details),
         "## Method",
@@ -147,19 +144,14 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str], mod
     return "\n\n".join(sections) + "\n"
 
 
-def method_of(record: Record) -> AnyMethod:
-    """The method by which the recorded merge was made."""
-    return method_named(HsaSettings.from_dict(record.parameters).method)
-
-
-def _title(method: AnyMethod, text: CardText, record: Record) -> str:
+def _title(text: CardText, record: Record) -> str:
     models = listed(record.sources[role].identity.id for role in _models(record))
-    return f"{text.merge} of {models}" if text.merge else f"Merge of {models} by {method.title}"
+    return f"{text.merge} of {models}" if text.merge else f"Merge of {models} by {record.method.title}"
 
 
 def _models(record: Record) -> list[Role]:
     """The roles of the models that were merged."""
-    return [role for role in record.sources if role != BASE]
+    return [role for role in record.sources if role != record.base]
 
 
 def _intended_use(record: Record) -> str:

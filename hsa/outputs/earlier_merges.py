@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from hsa.errors import HsaError, listed
 from hsa.findings import Findings
 from hsa.methods.settings import Settings, declared
-from hsa.outputs.provenance import SourceRecord, load
+from hsa.outputs.provenance import load
+from hsa.outputs.source_record import SourceRecord
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.identity import is_hub_id
 from hsa.sources.roles import BASE, Role

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from hsa.outputs.provenance import Record
+from hsa.outputs.record import Record
 from hsa.sources.checkpoint import CONFIG
 from hsa.system import fsio
 from hsa.system.digests import digest_of

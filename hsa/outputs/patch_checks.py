@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hsa.errors import HsaError, PatchError, shown
-from hsa.methods.registry import method_named
 from hsa.option_names import as_keys, spelled
 from hsa.outputs.patch_format import patch_obstacles
 from hsa.outputs.patch_reader import Patch
-from hsa.outputs.record_checks import config_of_record, setting_faults, target_faults, target_faults_without_weights
+from hsa.outputs.record_checks import setting_faults, settings_of_record, target_faults, target_faults_without_weights
 from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.roles import ANCHOR
 
 
 def patch_faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[str]:
@@ -31,17 +29,18 @@ def patch_faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[st
     contents, record = patch.contents, patch.record
     yield from setting_faults(record)
     try:
-        config = config_of_record(record)
+        settings = settings_of_record(record)
     except HsaError:  # which the line above has named
         return
     with spelled(as_keys(record.parameters)):
-        reasons = list(patch_obstacles(method_named(config.method), config, contents.sources[ANCHOR].kind))
+        kind = record.sources[record.anchor].kind
+        reasons = list(patch_obstacles(record.method, settings, record.anchor, kind))
     for why in reasons:
         yield f"its parameters are those of no patch: {why}"
     if record.parameters.get("backend") != "cpu":
         yield f"its backend is {shown(record.parameters.get('backend'))}; patches are made on the CPU, expected 'cpu'"
     yield from target_faults_without_weights(record) if primary is None else target_faults(record, primary)
-    stacks = {target.projection.stack for target in contents.targets} | {"all"}
+    stacks = {target.place.stack for target in contents.targets if target.place is not None} | {"all"}
     if contents.distances.keys() != stacks:
         yield f"its distances are of {shown(sorted(contents.distances))}, expected {', '.join(sorted(stacks))}"
 

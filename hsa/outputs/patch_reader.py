@@ -1,4 +1,4 @@
-"""Opens and reads a patch: its header, document, scores and selection are checked before any of its rows is read."""
+"""Opens and reads a patch: its header, document and decisions are checked before any of its rows is read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from hsa.errors import HsaError, PatchError
-from hsa.methods.selection import select
+from hsa.methods.tensors import TensorRecord
 from hsa.outputs import patch_format
-from hsa.outputs.patch_format import PatchContents
-from hsa.outputs.provenance import Record
+from hsa.outputs.patch_format import PatchContents, rows_shape
+from hsa.outputs.record import Record
 from hsa.outputs.recording import tensors_digest
 from hsa.sources.safetensors import Header, TensorEntry, read_header
 from hsa.system import fsio
@@ -29,17 +29,15 @@ READ_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Patch:
-    """An open patch: its contents, the places of its tensors, and what was selected."""
+    """An open patch: its contents, and the places of its tensors."""
 
     source: fsio.SourceFile
     header: Header
     contents: PatchContents
-    selected: tuple[tuple[int, ...], ...]
-    squared: tuple[tuple[float, ...], ...]
 
-    @cached_property
+    @property
     def record(self) -> Record:
-        return self.contents.record(self.selected, self.squared)
+        return self.contents.record
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
@@ -69,43 +67,39 @@ class Patch:
         `progress` is called with the number of bytes read since the last call. Raises MachineError, SourceChanged.
         """
         digests = {}
-        for number, target in enumerate(self.contents.targets):
+        for target in self.contents.targets:
             entry = self.entries[target.name]
             digests[target.name] = digest_range(
                 self.source,
                 self.start(target.name),
                 entry.stop - entry.start,
-                lambda view, start, number=number: self._check_finite(number, view, start),  # type: ignore[misc]
+                lambda view, start, target=target: self._check_finite(target, view, start),  # type: ignore[misc]
             )
             progress(entry.stop - entry.start)
         self.check_tensors(digests)
 
-    def _check_finite(self, number: int, view: memoryview, start: int) -> None:
-        target, heads = self.contents.targets[number], self.selected[number]
+    def _check_finite(self, target: TensorRecord, view: memoryview, start: int) -> None:
+        groups = self.contents.touched(target)
         values = np.frombuffer(view, dtype=STORAGE[target.code])
         if not all_finite(target.code, values):
             element = start // values.itemsize + first_not_finite(target.code, values)
-            shape = target.rows_shape(len(heads))
-            place = int(np.unravel_index(element, shape)[target.projection.head_axis])
-            raise not_finite_rows(self.source, target.name, heads[place])
+            shape = rows_shape(target, len(groups))
+            place = int(np.unravel_index(element, shape)[target.partition.axis])
+            raise not_finite_rows(self.source, target.name, groups[place])
 
 
 def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
-    """Open a patch, and check its header, scores and selection. Raises PatchError, SourceError, HeaderError."""
+    """Open a patch, and check its header and its decisions. Raises PatchError, SourceError, HeaderError."""
     place = Path(os.path.expanduser(os.fspath(path)))  # which raises nothing where there is no such user
     source = fsio.SourceFile(place, "patch", tally)
     stack.callback(source.close)
     header = read_header(source)
     where = f"patch {place}"
-    contents = patch_format.parse_contents(header, where)
-    at = {entry.name: (len(header.raw) + entry.start, entry.stop - entry.start) for entry in header.entries}
-    scores, flags = (source.read(at[n][1], at[n][0]) for n in (patch_format.SCORES, patch_format.SELECTED))
-    selected, squared = patch_format.unpack_selection(contents, scores, flags, where)
-    counts = patch_format.selected_counts(contents, header.entries)
-    for target, heads, values in zip(contents.targets, selected, squared, strict=True):
-        if select(values, target.keep).selected != heads or counts[target.name] != len(heads):
-            raise PatchError(f"{where}: the heads selected in {target.name} do not follow from its scores")
-    return Patch(source, header, contents, tuple(selected), tuple(squared))
+    origin = len(header.raw)
+    contents = patch_format.parse_contents(
+        header, where, lambda entry: source.read(entry.stop - entry.start, origin + entry.start)
+    )
+    return Patch(source, header, contents)
 
 
 def digest_range(

@@ -1,40 +1,32 @@
-"""Checks what a record says of its own merge: whether targets, heads and coefficients follow from its parameters.
+"""Checks what a record says of its own merge: whether targets, groups and decisions follow from its parameters.
 
 Nothing here raises for a damaged record: each check yields a line for everything that is not as it must be."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from hsa.architectures.base import ModelCounts, Preset, TensorPlace
+from hsa.architectures.base import Architecture, ModelCounts, Partition, TensorInfo, TensorPlace
 from hsa.errors import HsaError, RequestError, shown
-from hsa.methods.hsa import HsaSettings
-from hsa.methods.hsa_formula import keep_count, layer_coefficient
+from hsa.methods.base import Method, Treatment
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import TensorRecord
 from hsa.option_names import as_keys, spelled
 from hsa.outputs.output_settings import check_settings
-from hsa.outputs.provenance import SETTINGS, Record, TargetRecord, changed_keys
+from hsa.outputs.provenance import changed_keys
+from hsa.outputs.record import SETTINGS, Record
 from hsa.outputs.recording import PROGRAM
 from hsa.planning.tasks import refuse_unknown_names
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.tensor_places import TensorRef
 
-MARGIN_ERROR = 1e-12
-"""A margin is taken from squared scores, and the roots that the provenance holds are rounded."""
 
-
-def checkpoint_targets(checkpoint: Checkpoint, preset: Preset) -> Iterator[tuple[TensorPlace, TensorRef]]:
-    """The target tensors that a checkpoint holds."""
-    for name, ref in checkpoint.tensors.items():
-        projection = checkpoint.architecture.target(name, preset)
-        if projection is not None:
-            yield projection, ref
-
-
-def config_of_record(record: Record) -> HsaSettings:
-    """The parameters of the merge; RequestError where they are none."""
+def settings_of_record(record: Record) -> Settings:
+    """The settings of the method; RequestError where the parameters are none."""
     try:
-        return HsaSettings.from_dict(record.parameters)
+        return record.settings
     except RequestError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
@@ -44,7 +36,7 @@ def config_of_record(record: Record) -> HsaSettings:
 def setting_faults(record: Record) -> Iterator[str]:
     """Whether the parameters are those that hsa records, no more and no others."""
     try:
-        expected = config_of_record(record).as_dict()
+        expected = settings_of_record(record).as_dict()
     except HsaError as error:
         yield str(error)
         return
@@ -64,29 +56,51 @@ def setting_faults(record: Record) -> Iterator[str]:
         yield f"its parameters cannot be merged with: {error}"
     if dict(record.program).get("name") != PROGRAM["name"]:
         yield f"its program is {shown(dict(record.program).get('name'))}, expected {PROGRAM['name']}"
+    roles = (*((record.base,) if record.base else ()), *record.method.contract.roles(len(record.sources)))
+    if record.anchor != roles[1 if record.base else 0]:
+        yield f"its anchor is {shown(record.anchor)}, expected {roles[1 if record.base else 0]}"
+
+
+def listed_treatment(
+    method: Method[Any, Any], settings: Settings, name: str, ref: TensorRef, place: TensorPlace | None
+) -> Treatment | None:
+    """What a method does with a tensor of these weights where its record lists it, else None."""
+    treatment = method.treatment(TensorInfo(name, ref.code, ref.shape), place, settings)
+    return treatment if treatment.kind == "merge" and treatment.listed else None
 
 
 def target_faults(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
     """Whether the targets of the record are those of these weights, and follow from its parameters."""
+    family, method = checkpoint.architecture, record.method
     try:
-        config = config_of_record(record)
-        counts = checkpoint.architecture.counts(checkpoint.config, checkpoint.role)
+        settings = settings_of_record(record)
+        counts = family.counts(checkpoint.config, checkpoint.role)
     except HsaError as error:
         yield str(error)
         return
-    stored = {projection.name: ref for projection, ref in checkpoint_targets(checkpoint, config.targets)}
-    recorded = {target.projection.name for target in record.targets}
-    unmerged = [ref.name for name, ref in stored.items() if name not in recorded]
+    if family.name != record.architecture.name:
+        yield f"its architecture is {shown(record.architecture.name)}, the weights are of {family.name}"
+        return
+    stored: dict[str, tuple[TensorRef, Treatment]] = {}
+    for name, ref in checkpoint.tensors.items():
+        treatment = listed_treatment(method, settings, name, ref, family.place(name))
+        if treatment is not None:
+            stored[name] = ref, treatment
+    recorded = {target.canonical for target in record.targets}
+    of = _named_targets(settings)
+    unmerged = [ref.name for name, (ref, treatment) in stored.items() if treatment.by_heads and name not in recorded]
     if unmerged:
-        yield f"{len(unmerged)} targets of {shown(config.targets)} in the weights are not listed, such as {unmerged[0]}"
-    unknown = [target.name for target in record.targets if target.projection.name not in stored]
+        yield f"{len(unmerged)} targets{of} in the weights are not listed, such as {unmerged[0]}"
+    unknown = [target.name for target in record.targets if target.canonical not in stored]
     if unknown:
         yield f"{len(unknown)} targets are listed and are none of the weights' targets, such as {unknown[0]}"
-    yield from _per_tensor_faults(config, recorded)
+    yield from _per_tensor_faults(settings, recorded)
     for target in record.targets:
-        ref = stored.get(target.projection.name)
-        if ref is not None:
-            faults = itertools.chain(_storage_faults(target, ref), _parameter_faults(target, config, counts))
+        if target.canonical in stored:
+            ref, treatment = stored[target.canonical]
+            faults = itertools.chain(
+                _storage_faults(target, ref), _decision_faults(target, method, settings, counts, treatment)
+            )
             yield from itertools.islice(faults, 1)
 
 
@@ -96,43 +110,65 @@ def target_faults_without_weights(record: Record) -> Iterator[str]:
     How many heads and layers a stack has is taken from the targets: every layer has some, and all the same heads.
     """
     try:
-        config = config_of_record(record)
+        settings = settings_of_record(record)
     except HsaError as error:
         yield str(error)
         return
     layers: dict[str, int] = {}
     heads: dict[str, int] = {}
     for target in record.targets:
-        stack = target.projection.stack
-        layers[stack] = max(layers.get(stack, 0), target.projection.layer + 1)
-        heads.setdefault(stack, target.heads)
-    recorded = {target.projection.name for target in record.targets}
+        if target.place is not None:
+            stack = target.place.stack
+            layers[stack] = max(layers.get(stack, 0), target.place.layer + 1)
+            heads.setdefault(stack, target.heads)
+    recorded = {target.canonical for target in record.targets}
     if sum(layers.values()) > len(recorded):  # before names are made of a number that may be anything
         yield f"its targets lie in {sum(layers.values())} layers, and there are {len(recorded)} of them"
         return
-    absent = [name for name in record.architecture.expected_targets(layers, config.targets) if name not in recorded]
-    if absent:
-        yield f"{len(absent)} targets of {shown(config.targets)} are not listed, such as {absent[0]}"
-    other = [t.name for t in record.targets if config.targets not in t.projection.presets]
-    if other:
-        yield f"{len(other)} targets are listed and are none of {shown(config.targets)}, such as {other[0]}"
-    yield from _per_tensor_faults(config, recorded)
-    width = record.targets[0].shape[0] if record.targets else 0
+    yield from _preset_faults(record, settings, record.architecture, layers)
+    yield from _per_tensor_faults(settings, recorded)
+    width = record.targets[0].shape[0] if record.targets and record.targets[0].shape else 0
     for target in record.targets:
+        ref = TensorRef(target.name, target.code, target.shape, 0, 0, 0)
+        treatment = listed_treatment(record.method, settings, target.canonical, ref, target.place)
+        if treatment is None:
+            continue
         expected = (width,) * len(target.shape)  # every projection of a model is as wide as the model
-        if target.shape != expected:
+        if treatment.by_heads and target.shape != expected:
             yield f"target {target.name} is listed with shape {list(target.shape)}, expected {list(expected)}"
-        yield from itertools.islice(_parameter_faults(target, config, ModelCounts(heads, layers)), 1)
+        counts = ModelCounts(heads, layers)
+        yield from itertools.islice(_decision_faults(target, record.method, settings, counts, treatment), 1)
 
 
-def _per_tensor_faults(config: HsaSettings, recorded: set[str]) -> Iterator[str]:
+def _preset_faults(
+    record: Record, settings: Settings, family: Architecture, layers: Mapping[str, int]
+) -> Iterator[str]:
+    """Whether the targets are those of a preset, where the method has one."""
+    preset = getattr(settings, "targets", None)
+    if preset is None:
+        return
+    recorded = {target.canonical for target in record.targets}
+    absent = [name for name in family.expected_targets(layers, preset) if name not in recorded]
+    if absent:
+        yield f"{len(absent)} targets of {shown(preset)} are not listed, such as {absent[0]}"
+    other = [t.name for t in record.targets if t.place is None or preset not in t.place.presets]
+    if other:
+        yield f"{len(other)} targets are listed and are none of {shown(preset)}, such as {other[0]}"
+
+
+def _named_targets(settings: Settings) -> str:
+    preset = getattr(settings, "targets", None)
+    return "" if preset is None else f" of {shown(preset)}"
+
+
+def _per_tensor_faults(settings: Settings, recorded: set[str]) -> Iterator[str]:
     try:
-        refuse_unknown_names(config, recorded)
+        refuse_unknown_names(settings, recorded)
     except RequestError as error:
         yield str(error)
 
 
-def _storage_faults(target: TargetRecord, ref: TensorRef) -> Iterator[str]:
+def _storage_faults(target: TensorRecord, ref: TensorRef) -> Iterator[str]:
     """Whether a target of a record is the tensor that is stored."""
     if (target.name, target.shape, target.code) != (ref.name, ref.shape, ref.code):
         yield (
@@ -141,48 +177,23 @@ def _storage_faults(target: TargetRecord, ref: TensorRef) -> Iterator[str]:
         )
 
 
-def _parameter_faults(target: TargetRecord, config: HsaSettings, counts: ModelCounts) -> Iterator[str]:
-    """Whether heads, coefficient and selection of a target follow from the parameters."""
-    name, stack = target.projection.name, target.projection.stack
-    heads = config.num_heads or counts.heads[stack]
-    layers = config.num_layers or counts.layers[stack]
-    if target.heads != heads or target.projection.layer >= layers:
-        yield f"target {target.name} is listed with {target.heads} heads; expected {heads}, and {layers} layers"
-        return
-    try:
-        keep = keep_count(config.of("k", name), heads)
-        coefficient = layer_coefficient(
-            config.of("lam", name), config.of("alpha", name), target.projection.layer, layers
-        )
-    except (HsaError, ArithmeticError) as error:
-        yield f"target {target.name}: {error}"
-        return
-    if (target.keep, target.coefficient) != (keep, coefficient):
+def _decision_faults(
+    target: TensorRecord, method: Method[Any, Any], settings: Settings, counts: ModelCounts, treatment: Treatment
+) -> Iterator[str]:
+    """Whether groups and decision of a target follow from the settings."""
+    place, expected, layers = target.place, Partition(), 0
+    if place is not None:
+        layers = getattr(settings, "num_layers", None) or counts.layers.get(place.stack, 0)
+    if treatment.by_heads and place is not None:
+        heads = getattr(settings, "num_heads", None) or counts.heads[place.stack]
+        expected = Partition(place.head_axis, heads)
+        if target.heads != heads or place.layer >= layers:
+            yield f"target {target.name} is listed with {target.heads} heads; expected {heads}, and {layers} layers"
+            return
+    if target.partition != expected:
         yield (
-            f"target {target.name} is listed with keep {target.keep} and lambda_i {shown(target.coefficient)}; the "
-            f"parameters give {keep} and {shown(coefficient)}"
+            f"target {target.name} is listed with {target.partition.groups} groups along axis {target.partition.axis}; "
+            f"expected {expected.groups} along axis {expected.axis}"
         )
-    yield from _selection_faults(target)
-
-
-def _selection_faults(target: TargetRecord) -> Iterator[str]:
-    """Whether heads, scores, keep and margin fit together. Scores are rounded roots, so that two which are equal here
-    may have differed: of those at the cut, any may be in."""
-    selected = set(target.selected)
-    kept = [target.scores[head] for head in target.selected]
-    dropped = [score for head, score in enumerate(target.scores) if head not in selected]
-    cut = sorted(target.scores, reverse=True)[target.keep - 1] if target.keep else None
-    right = cut is not None and len(kept) >= target.keep and min(kept) >= cut and max(dropped, default=0.0) <= cut
-    if not (right if target.keep else not kept):
-        heads = shown(list(target.selected))
-        yield f"target {target.name}: heads {heads} are not the {target.keep} with the largest scores"
         return
-    if not kept or not dropped:
-        margin = None
-    else:
-        last = min(kept) ** 2
-        margin = (last - max(dropped) ** 2) / last if last > 0 else 0.0
-    if (margin is None) != (target.margin is None) or (
-        margin is not None and target.margin is not None and abs(margin - target.margin) > MARGIN_ERROR
-    ):
-        yield f"target {target.name}: margin {shown(target.margin)} is listed, the scores give {shown(margin)}"
+    yield from method.record_faults(target, settings, layers)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from hsa._version import __version__
-from hsa.architectures.base import TensorPlace
-from hsa.methods.tensors import Outcome, TensorTask
-from hsa.outputs.provenance import Record, SourceFileRecord, SourceRecord, TargetRecord
+from hsa.methods.base import Method
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
+from hsa.outputs.record import Record
+from hsa.outputs.source_record import SourceFileRecord, SourceRecord
 from hsa.planning.plan import Plan
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.roles import Role
@@ -23,58 +25,61 @@ from hsa.system.manifest import BLANK_DIGEST
 PROGRAM = {"name": "hsa-merge", "version": __version__}
 
 
-def make_record(plan: Plan, sources: Sources, outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> Record:
-    """The record of a finished merge; `settings` is what besides its own parameters shaped the output."""
+def make_record(plan: Plan, sources: Sources, outcomes: Sequence[Outcome], parameters: Mapping[str, Any]) -> Record:
+    """The record of a finished merge; `parameters` are what besides the method's settings shaped the output."""
+    digests = {source.role: target_digest(source.role, outcomes) for source in sources}
+    return new_record(plan.method, plan.settings, sources, parameters, map(TensorRecord.of, outcomes), digests)
+
+
+def new_record(
+    method: Method[Any, Any],
+    settings: Settings,
+    sources: Sources,
+    parameters: Mapping[str, Any],
+    targets: Iterable[TensorRecord],
+    digests: Mapping[str, str] | None = None,
+) -> Record:
+    """A record of these targets; `digests` are over the target tensors of each source, blank where not known yet."""
     return Record(
         dict(PROGRAM),
-        libraries(plan.method.libraries),
-        {**plan.settings.as_dict(), **settings},
-        {source.role: source_record(source, target_digest(source.role, outcomes)) for source in sources},
-        tuple(map(_record_of, outcomes)),
+        libraries(method.libraries),
+        method,
+        method.version,
         sources.architecture,
+        {**settings.as_dict(), **parameters},
+        {
+            source.role: source_record(source, BLANK_DIGEST if digests is None else digests[source.role])
+            for source in sources
+        },
+        sources.anchor,
+        sources.base,
+        tuple(targets),
     )
 
 
-def check_record_size(plan: Plan, sources: Sources, settings: Mapping[str, Any], small_files: Iterable[str]) -> None:
+def longest_records(method: Method[Any, Any], tasks: Iterable[TensorTask]) -> Iterator[TensorRecord]:
+    """Records of targets before they are merged, as long as they can become."""
+    for task in tasks:
+        yield TensorRecord(
+            task.output_name,
+            task.name,
+            task.place,
+            task.shape,
+            task.out_code,
+            task.partition,
+            method.longest(task, manifest.LONGEST_NUMBER),
+        )
+
+
+def check_record_size(plan: Plan, sources: Sources, parameters: Mapping[str, Any], small_files: Iterable[str]) -> None:
     """RequestError where the provenance of a planned merge could be too large to be read again.
 
     `small_files` are the names of the files that may lie beside the weights.
     """
-    longest = manifest.LONGEST_NUMBER
-    heads = sum(task.partition.groups for task in plan.targets)
-    targets = tuple(
-        TargetRecord(
-            task.output_name,
-            _place(task),
-            task.shape,
-            task.out_code,
-            task.partition.groups,
-            task.partition.groups,
-            longest,
-            tuple(range(task.partition.groups)),
-            (longest,) * task.partition.groups,
-            longest,
-        )
-        for task in (plan.targets if heads <= manifest.MAX_PROVENANCE_MARKS else ())
-    )
-    records = {
-        source.role: SourceRecord(
-            source.identity,
-            source.kind,
-            {shard.name: SourceFileRecord(shard.source.size, BLANK_DIGEST) for shard in source.shards},
-            BLANK_DIGEST,
-        )
-        for source in sources
-    }
-    expected = Record(
-        dict(PROGRAM),
-        libraries(plan.method.libraries),
-        {**plan.settings.as_dict(), **settings},
-        records,
-        targets,
-        sources.architecture,
-    )
-    expected.check_fits([*small_files, *(file.name for file in plan.files)], heads)
+    groups = sum(task.partition.groups for task in plan.targets)
+    targets = longest_records(plan.method, plan.targets) if groups <= manifest.MAX_PROVENANCE_MARKS else ()
+    expected = new_record(plan.method, plan.settings, sources, parameters, targets)
+    expected.check_fits([*small_files, *(file.name for file in plan.files)], groups)
 
 
 def source_record(source: Checkpoint, targets: str) -> SourceRecord:
@@ -107,21 +112,3 @@ def libraries(extra: Iterable[str] = ()) -> dict[str, str]:
     """Versions of what the bytes of an output depend on; `extra` is what a method needs (`Method.libraries`)."""
     names = ["numpy", "blake3", "huggingface_hub", *extra]
     return {"python": platform.python_version(), **{name: version(name) for name in sorted(names)}}
-
-
-def _record_of(outcome: Outcome) -> TargetRecord:
-    task, decision = outcome.task, outcome.decision
-    return TargetRecord.from_selection(
-        task.output_name,
-        _place(task),
-        task.shape,
-        task.out_code,
-        decision.keep,
-        decision.coefficient,
-        decision.selection,
-    )
-
-
-def _place(task: TensorTask) -> TensorPlace:
-    assert task.place is not None
-    return task.place

@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hsa.outputs.card import method_of
 from hsa.outputs.provenance import Provenance
 
 README, INDEX = "README.md", "index.json"
@@ -35,7 +34,7 @@ def is_index(path: Path) -> bool:
 def entry_facts(provenance: Provenance) -> dict[str, Any]:
     """What the index says of an entry that is complete, by its provenance."""
     record = provenance.record
-    extent = method_of(record).recorded_summary(record.targets)  # type: ignore[arg-type]
+    extent = record.method.recorded_summary(record.targets)
     return {
         "parameters": dict(record.parameters),
         "sources": {role: source.as_dict() for role, source in record.sources.items()},

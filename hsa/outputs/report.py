@@ -11,50 +11,12 @@ from hsa.errors import one_line
 from hsa.findings import Findings, counted
 from hsa.methods.registry import AnyMethod, method_named
 from hsa.methods.settings import Settings
-from hsa.methods.tensors import Outcome, Summary, TensorTask
-from hsa.outputs.provenance import TargetRecord
+from hsa.methods.tensors import Outcome, Summary, TensorRecord, TensorTask
 
 NO_DIGESTS = (
     "without whole-file digests a later verification cannot tell whether copied tensors and the small files are still "
     "what was written, only whether the targets follow from the sources"
 )
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """One merged tensor: stack and layer, the heads selected, every head's score, and the margin of the cut.
-
-    `scores` are L2 norms (not squared), one per head. `margin` is None where no head or every head is selected.
-    """
-
-    name: str
-    stack: str
-    layer: int
-    kind: str
-    part: str
-    heads: int
-    keep: int
-    selected: tuple[int, ...]
-    scores: tuple[float, ...]
-    margin: float | None
-    coefficient: float
-
-    @classmethod
-    def of(cls, target: TargetRecord) -> TensorReport:
-        projection = target.projection
-        return cls(
-            target.name,
-            projection.stack,
-            projection.layer,
-            f"{projection.block}.{projection.module}",
-            projection.part,
-            target.heads,
-            target.keep,
-            target.selected,
-            target.scores,
-            target.margin,
-            target.coefficient,
-        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +42,7 @@ class MergeReport:
     device: str
     route: str
     settings: Settings
-    tensors: Mapping[str, TensorReport]
+    tensors: Mapping[str, TensorRecord]
     extent: Summary
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -111,7 +73,7 @@ class MergeReport:
         return None if self.doubtful else method_named(self.settings.method).hint(self.settings, self.extent)
 
     @property
-    def narrowest(self) -> TensorReport | None:
+    def narrowest(self) -> TensorRecord | None:
         """The tensor with the smallest margin; None where no tensor has one."""
         name = self.extent.margins().get("min_margin_tensor")
         return None if name is None else self.tensors[name]

@@ -11,19 +11,20 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hsa.architectures.base import Architecture
 from hsa.errors import RequestError
-from hsa.methods.selection import count_heads, narrowest
+from hsa.methods.tensors import TensorRecord
 from hsa.option_names import LETTERS
-from hsa.outputs.distances import Distances
 from hsa.outputs.grid_point import GridPoint, name_starts
+from hsa.outputs.patch_format import Distances
 from hsa.outputs.patch_reader import Patch, is_patch
-from hsa.outputs.provenance import Record, SourceRecord
-from hsa.outputs.record_checks import config_of_record
+from hsa.outputs.record import Record
+from hsa.outputs.record_checks import settings_of_record
+from hsa.outputs.source_record import SourceRecord
 from hsa.sources.roles import Role
 from hsa.system.dtypes import BITS
 from hsa.system.manifest import PROVENANCE
@@ -31,9 +32,6 @@ from hsa.system.staging import REPLACED, STAGING
 
 JSON, CSV = "index.json", "index.csv"
 KIND = "hsa-sweep"
-NO_KEYS = ("place", "values")
-"""Fields of an entry that `as_dict` puts first, or takes apart."""
-
 _START = f'{{\n "kind": "{KIND}",'.encode()
 """What an index begins with, so that a sweep can tell its own from another file of that name."""
 
@@ -42,38 +40,39 @@ _START = f'{{\n "kind": "{KIND}",'.encode()
 class SweepEntry:
     """One point: its file or directory in the sweep's, its values, heads and distances.
 
-    `values` are those of the grid's axes, by their names in records. `rows_bytes` are those of the merged rows;
+    `values` are those of the grid's axes, by their names in records. `counts` and `margins` are what the method says of
+    the merge. `rows_bytes` are those of the merged rows, `selected` the groups (heads) of each target that are merged;
     `blake3` is the digest of a patch's tensors, or of a checkpoint's provenance. `distances` are relative L2 changes of
     the targets, by stack and of `all`.
     """
 
     place: str
     values: Mapping[str, Any]
-    selected_heads: int
-    total_heads: int
-    min_margin: float | None
-    min_margin_tensor: str | None
+    counts: Mapping[str, Any]
+    margins: Mapping[str, Any]
     rows_bytes: int
     blake3: str
-    distances: Mapping[str, Distances]
+    distances: Distances
     selected: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of(
-        cls, point: GridPoint, place: str, record: Record, blake3: str, distances: Mapping[str, Distances]
-    ) -> SweepEntry:
-        heads, narrow = count_heads(record.targets), narrowest(record.targets)
+    def of(cls, point: GridPoint, place: str, record: Record, blake3: str, distances: Distances) -> SweepEntry:
+        summary, merged = (
+            record.method.recorded_summary(record.targets),
+            {t.name: _merged(record, t) for t in record.targets},
+        )
         return cls(
             place=place,
             values=point.values,
-            selected_heads=heads.selected,
-            total_heads=heads.total,
-            min_margin=narrow.margin if narrow else None,
-            min_margin_tensor=narrow.name if narrow else None,
-            rows_bytes=sum(math.prod(t.shape) // t.heads * len(t.selected) * BITS[t.code] // 8 for t in record.targets),
+            counts=summary.counts(),
+            margins=summary.margins(),
+            rows_bytes=sum(
+                math.prod(t.shape) // t.partition.groups * len(merged[t.name]) * BITS[t.code] // 8
+                for t in record.targets
+            ),
             blake3=blake3,
             distances=distances,
-            selected={target.name: target.selected for target in record.targets},
+            selected=merged,
         )
 
     @property
@@ -85,14 +84,26 @@ class SweepEntry:
         compares an index byte by byte."""
         last = {key: value for key, value in self.values.items() if key in LETTERS.values()}
         document = {"place": self.place, **{key: value for key, value in self.values.items() if key not in last}}
-        document |= {field.name: getattr(self, field.name) for field in fields(self) if field.name not in NO_KEYS}
-        document |= last
-        document["distances"] = {
-            stack: {"from_primary": each.from_primary, "from_secondary": each.from_secondary}
-            for stack, each in self.distances.items()
+        distances = {
+            stack: {f"from_{role}": value for role, value in by_role.items()}
+            for stack, by_role in self.distances.items()
         }
-        document["selected"] = {name: list(heads) for name, heads in self.selected.items()}
-        return document
+        return {
+            **document,
+            **self.counts,
+            **self.margins,
+            "rows_bytes": self.rows_bytes,
+            "blake3": self.blake3,
+            "distances": distances,
+            "selected": {name: list(groups) for name, groups in self.selected.items()},
+            **last,
+        }
+
+
+def _merged(record: Record, target: TensorRecord) -> tuple[int, ...]:
+    """The groups of a target that are not the anchor's."""
+    groups = target.partition.groups
+    return tuple(sorted(set(range(groups)) - record.method.untouched(groups, target.decision)))
 
 
 def render(
@@ -105,13 +116,12 @@ def render(
         del each["targets_blake3"]  # it differs from preset to preset, and stands in every point
     document = {"kind": KIND, "sources": source_records, "points": [entry.as_dict() for entry in ordered]}
     text = json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
-    columns = [
-        (stack, direction)
-        for stack in (*architecture.all_stacks, "all")
-        for direction in ("from_primary", "from_secondary")
-    ]
+    roles = dict.fromkeys(role for entry in ordered for by_role in entry.distances.values() for role in by_role)
+    directions = [f"from_{role}" for role in roles]
+    columns = [(stack, direction) for stack in (*architecture.all_stacks, "all") for direction in directions]
     shown = ["place", *dict.fromkeys(key for entry in ordered for key in entry.values)]
-    shown += ["selected_heads", "total_heads", "min_margin", "min_margin_tensor", "rows_bytes", "blake3"]
+    shown += dict.fromkeys(key for entry in ordered for key in (*entry.counts, *entry.margins))
+    shown += ["rows_bytes", "blake3"]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([*shown, *(f"{stack}_{direction}" for stack, direction in columns)])
@@ -150,7 +160,7 @@ def holds_points(directory: Path) -> bool:
 
 def point_of(record: Record) -> GridPoint:
     """The grid point with a record's parameters. Raises RequestError where they are those of none."""
-    settings = config_of_record(record)
+    settings = settings_of_record(record)
     if any(settings.per_tensor()):
         raise RequestError("its parameters are given per tensor")
     return GridPoint(settings)

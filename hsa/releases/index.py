@@ -159,7 +159,7 @@ def _readme(recipe: Recipe, rows: Sequence[Row]) -> str:
 def _method(row: Row) -> AnyMethod:
     """The method of a complete entry."""
     assert row.provenance is not None
-    return card.method_of(row.provenance.record)
+    return row.provenance.record.method
 
 
 def _citation(row: Row) -> str:

@@ -19,9 +19,9 @@ from hsa.actions.request import Request, open_sources
 from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
 from hsa.option_names import as_keys, spelled
 from hsa.outputs import recording
-from hsa.outputs.provenance import SourceRecord
 from hsa.outputs.provenance import load as load_provenance
 from hsa.outputs.report import PlanReport
+from hsa.outputs.source_record import SourceRecord
 from hsa.releases import index
 from hsa.releases.index import EntryState
 from hsa.releases.recipe import Recipe, RecipeEntry, keys, load

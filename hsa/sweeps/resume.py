@@ -6,7 +6,7 @@ skipped. A damaged point is rebuilt. A point made with other settings is replace
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,15 +18,16 @@ from hsa.engine.source_norms import source_norms
 from hsa.errors import DestinationError, HeaderError, PatchError, ProvenanceError, RequestError
 from hsa.methods.geometry import Norms
 from hsa.option_names import option
-from hsa.outputs import distances, sweep_index
-from hsa.outputs.distances import Distances
+from hsa.outputs import sweep_index
 from hsa.outputs.grid_point import GridPoint, axes
 from hsa.outputs.patch_checks import require_sound
-from hsa.outputs.patch_format import OtherPatchFormat
+from hsa.outputs.patch_format import Distances, OtherPatchFormat
 from hsa.outputs.patch_reader import SUFFIX, digest_range, is_patch, open_patch
-from hsa.outputs.provenance import Provenance, Record, SourceRecord
+from hsa.outputs.provenance import Provenance
 from hsa.outputs.provenance import load as load_provenance
+from hsa.outputs.record import Record
 from hsa.outputs.recording import PROGRAM, libraries, source_record, tensors_digest
+from hsa.outputs.source_record import SourceRecord
 from hsa.outputs.sweep_index import SweepEntry, entry_of, is_point, point_of
 from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
@@ -197,7 +198,7 @@ class ExistingPoints:
         """Which of program, libraries, parameters and sources are not those of this run."""
         pairs: tuple[tuple[str, object, object], ...] = (
             ("program", dict(record.program), PROGRAM),
-            ("libraries", dict(record.libraries), libraries()),
+            ("libraries", dict(record.libraries), libraries(record.method.libraries)),
             ("parameters", dict(record.parameters), {**point.settings.as_dict(), **self.patch_sources.settings}),
             ("sources", dict(record.sources), self.source_records(point)),
         )
@@ -223,15 +224,10 @@ class ExistingPoints:
         chosen = [axis.name for axis in axes(type(point.settings)) if axis.about.choices]
         return replace(self.request.settings, **{name: getattr(point.settings, name) for name in chosen})
 
-    def _distances(self, point: GridPoint, record: Record) -> Mapping[str, Distances]:
-        names = {target.projection.name for target in record.targets}
+    def _distances(self, point: GridPoint, record: Record) -> Distances:
+        names = {target.canonical for target in record.targets}
         if not names <= self._norms.keys():
             targets = self.patch_sources.targets(self._settings_like(point))
             missing = [task for task in targets.tasks if task.name not in self._norms]
             self._norms.update(source_norms(targets, missing, self.patch_sources.sources))
-        return distances.by_stack(
-            distances.DistanceInputs(
-                target.projection.stack, target.coefficient, target.selected, self._norms[target.projection.name]
-            )
-            for target in record.targets
-        )
+        return record.method.distances([(target, self._norms[target.canonical]) for target in record.targets])

@@ -19,7 +19,12 @@ from hsa.system.strict_json import count_marks, load_json
 PROVENANCE = "hsa_merge.json"
 """The file that marks a directory as an output of this program."""
 
-FORMAT = 1
+FORMAT = 2
+"""The version of the format that is written."""
+
+FORMATS = (1, 2)
+"""Those that are read."""
+
 DIGEST = "digest"
 
 MAX_PROVENANCE = 8 << 20
@@ -59,10 +64,10 @@ def parse(text: bytes, where: str) -> dict[str, Any]:
         document = load_json(text, where, "provenance", MAX_PROVENANCE_MARKS)
     except HeaderError as error:
         raise ProvenanceError(str(error)) from error
-    if document.get("format") != FORMAT:
+    if type(document.get("format")) is not int or document["format"] not in FORMATS:
         raise ProvenanceError(
-            f"{where}: format is {shown(document.get('format'))}, this version reads {FORMAT}; use the version of hsa "
-            f"that wrote it"
+            f"{where}: format is {shown(document.get('format'))}, this version reads "
+            f"{' and '.join(map(str, FORMATS))}; use the version of hsa that wrote it"
         )
     check_digest(document, where)
     if render(document) != text:

@@ -63,15 +63,15 @@ def verify_output(directory: Path, source_paths: SourcePaths | None, context: Ve
             "without whole-file digests it cannot be told whether copied tensors and small files are what was written"
             + ("" if source_paths else f"; give {option('sources')} to compare them")
         )
-    compared = False
+    answers = None
     if source_paths and provenance is None:
         context.notes.append(f"nothing was recomputed, for {PROVENANCE} does not say how")
     elif source_paths and provenance is not None:
         from hsa.verification.recompute import recompute
 
-        compared = recompute(directory, provenance, source_paths, context)
+        answers = recompute(directory, provenance, source_paths, context)
     return VerifyResult(
-        None if provenance is None else provenance.record, len(names) + (provenance is not None), compared
+        None if provenance is None else provenance.record, len(names) + (provenance is not None), answers
     )
 
 
@@ -276,18 +276,15 @@ class _OutputVerification:
         if record is not None:
             problems.add_all(PROVENANCE, record_checks.setting_faults(record))
             problems.add_all(PROVENANCE, record_checks.target_faults(record, checkpoint))
-        heads = checkpoint.architecture.counts(checkpoint.config, LABEL).heads
-        num_heads = None if record is None else record.parameters.get("num_heads")
-        for projection, ref in record_checks.checkpoint_targets(checkpoint, output_checks.preset_of(record)):
-            count = num_heads if isinstance(num_heads, int) and num_heads > 0 else heads[projection.stack]
+        for ref, place, groups in output_checks.merged_tensors(checkpoint, record):
             name = checkpoint.shards[ref.shard].name
             self.total += ref.nbytes
-            yield name, partial(self._check_finite, checkpoint, name, projection, ref, count)
+            yield name, partial(self._check_finite, checkpoint, name, place, ref, groups)
 
     def _check_finite(
-        self, checkpoint: Checkpoint, name: str, projection: TensorPlace, ref: TensorRef, heads: int
+        self, checkpoint: Checkpoint, name: str, place: TensorPlace | None, ref: TensorRef, heads: int
     ) -> None:
         if not self.stop.is_set():
-            self.problems.add_all(name, output_checks.finite_faults(checkpoint, projection, ref, heads))
+            self.problems.add_all(name, output_checks.finite_faults(checkpoint, place, ref, heads))
             with self._lock:
                 self.done += ref.nbytes

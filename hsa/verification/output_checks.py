@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 
-from hsa.architectures.base import PRESETS, Preset, TensorPlace
-from hsa.outputs.provenance import Record
+from hsa.architectures.base import PRESETS, TensorPlace
+from hsa.errors import HsaError
+from hsa.outputs.record import Record
+from hsa.outputs.record_checks import listed_treatment, settings_of_record
 from hsa.sources import structure
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.tensor_places import TensorRef
@@ -28,13 +31,28 @@ def structure_faults(checkpoint: Checkpoint) -> Iterator[str]:
     yield from (fault.what for fault in structure.faults(checkpoint))
 
 
-def preset_of(record: Record | None) -> Preset:
-    """Which tensors to take for targets; all that could be where the provenance does not say."""
-    preset = None if record is None else record.parameters.get("targets")
-    return preset if isinstance(preset, str) and preset in PRESETS else "attention-all"
+def merged_tensors(
+    checkpoint: Checkpoint, record: Record | None
+) -> Iterator[tuple[TensorRef, TensorPlace | None, int]]:
+    """The tensors that a merge made or could have made, with their place and number of heads: those that the method
+    lists; every attention projection where no record says."""
+    family, settings = checkpoint.architecture, None
+    if record is not None:
+        with suppress(HsaError):  # which the checks of the record have named
+            settings = settings_of_record(record)
+    heads = family.counts(checkpoint.config, checkpoint.role).heads
+    own = getattr(settings, "num_heads", None)
+    for name, ref in checkpoint.tensors.items():
+        place = family.place(name)
+        if record is not None and settings is not None:
+            listed = listed_treatment(record.method, settings, name, ref, place) is not None
+        else:
+            listed = place is not None and PRESETS[-1] in place.presets
+        if listed:
+            yield ref, place, 1 if place is None else own or heads[place.stack]
 
 
-def finite_faults(checkpoint: Checkpoint, projection: TensorPlace, ref: TensorRef, heads: int | None) -> Iterator[str]:
+def finite_faults(checkpoint: Checkpoint, place: TensorPlace | None, ref: TensorRef, heads: int) -> Iterator[str]:
     """A line where a target tensor holds NaN or Inf; it names the head of the first."""
     if ref.code not in ARITHMETIC:
         yield f"target tensor {ref.name} has dtype {ref.code}, expected one of {', '.join(ARITHMETIC)}"
@@ -46,7 +64,7 @@ def finite_faults(checkpoint: Checkpoint, projection: TensorPlace, ref: TensorRe
         values = piece.view(STORAGE[ref.code])
         if not all_finite(ref.code, values):
             element = start // values.itemsize + first_not_finite(ref.code, values)
-            head = "" if heads is None else head_text(projection, ref.shape, heads, element)
+            head = "" if place is None else head_text(place, ref.shape, heads, element)
             yield f"target tensor {ref.name}{head} holds NaN or Inf, first in element {element}"
             return
 

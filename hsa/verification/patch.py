@@ -19,13 +19,13 @@ def verify_patch(path: Path, source_paths: SourcePaths | None, context: VerifyCo
         if patch is None:
             if source_paths:
                 context.notes.append("nothing was recomputed, for the patch does not say how")
-            return VerifyResult(None, 0, False)
-        compared = False
+            return VerifyResult(None, 0)
+        answers = None
         if source_paths:
             from hsa.verification.recompute_patches import recompute_patches
 
-            compared = recompute_patches([patch], source_paths, context)
-        return VerifyResult(patch.record, 1, compared)
+            answers = recompute_patches([patch], source_paths, context)
+        return VerifyResult(patch.record, 1, answers)
 
 
 def open_checked(path: Path, context: VerifyContext, stack: ExitStack) -> Patch | None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,9 +24,10 @@ from hsa.engine.consumers import CACHED_PIECE
 from hsa.engine.pipeline import Options, assemble
 from hsa.errors import HsaError, SourceChanged, SourceError
 from hsa.outputs.metadata_files import CARD, metadata_files
-from hsa.outputs.provenance import Provenance, Record, changed_keys
+from hsa.outputs.provenance import Provenance, changed_keys
 from hsa.outputs.provenance import loads as parse_provenance
-from hsa.outputs.record_checks import config_of_record
+from hsa.outputs.record import Record
+from hsa.outputs.record_checks import settings_of_record
 from hsa.outputs.recording import make_record, target_digest
 from hsa.planning.file_layout import Bytes, Computed, OutputFile, Segment
 from hsa.planning.plan import make_plan
@@ -36,6 +38,7 @@ from hsa.system.fsio import SourceFile, Tally
 from hsa.system.manifest import PROVENANCE
 from hsa.system.ranges import Range
 from hsa.verification.context import SourcePaths, VerifyContext
+from hsa.verification.decisions import Answers, other_decisions, recorded_decisions
 from hsa.verification.output_checks import head_text
 from hsa.verification.problems import Problems
 from hsa.verification.source_checks import (
@@ -69,6 +72,7 @@ class ByteComparer:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._differences: list[dict[str, _ByteDifference]] = []
+        self._unfit = False
 
     def begin(self, files: Sequence[OutputFile]) -> int:
         for file in files:
@@ -112,8 +116,9 @@ class ByteComparer:
             if source is not None:
                 source.close()
 
-    def report(self, *, other_sources: bool) -> None:
-        """Add a problem for each tensor that differs; one a file where the sources are not the recorded ones."""
+    def report(self, *, other_sources: bool) -> bool:
+        """Add a problem for each tensor that differs; one a file where the sources are not the recorded ones. Whether
+        every file is there, as large as it should be, and no tensor differs."""
         for file, differences in zip(self._files, self._differences, strict=True):
             ordered = sorted(differences.values(), key=lambda d: d.offset)
             named = 0 if other_sources else MAX_NAMED
@@ -126,14 +131,17 @@ class ByteComparer:
                     f"{len(ordered) - named} {more}tensors are not what the sources give, such as "
                     f"{_name(ordered[named].segment)}",
                 )
+        return not self._unfit and not any(self._differences)
 
     def _open(self, file: OutputFile) -> SourceFile | None:
         try:
             source = SourceFile(resolve_inside("output", self._directory, file.name), "output", self._tally)
         except SourceError as error:
             self._problems.add(file.name, f"cannot be compared: {error}")
+            self._unfit = True
             return None
         if source.size != file.size:
+            self._unfit = True
             self._problems.add(file.name, f"has {source.size} bytes, the sources give {file.size}")
         return source
 
@@ -170,8 +178,11 @@ def _describe(difference: _ByteDifference) -> str:
     )
 
 
-def recompute(directory: Path, provenance: Provenance, source_paths: SourcePaths, context: VerifyContext) -> bool:
-    """Merge the sources again by the provenance's parameters and compare every byte; returns whether that was done.
+def recompute(
+    directory: Path, provenance: Provenance, source_paths: SourcePaths, context: VerifyContext
+) -> Answers | None:
+    """Merge the sources again and compare: the bytes with those that the recorded decisions give, and the decisions
+    with those that the sources give. None where that could not be done.
 
     Raises SourceError where a source cannot be opened, MachineError, SourceChanged.
     """
@@ -180,20 +191,20 @@ def recompute(directory: Path, provenance: Provenance, source_paths: SourcePaths
         request = _request(directory, provenance, source_paths)
     except (HsaError, KeyError, TypeError, ValueError) as error:
         context.problems.add(PROVENANCE, f"its parameters cannot be merged with: {error}")
-        return False
+        return None
     with ExitStack() as stack:
         sources = open_recorded(request, record, source_paths, context, stack)
         if sources is None:
-            return False
+            return None
         try:
-            _compare(directory, provenance, request, sources, context)
+            answers = _compare(directory, provenance, request, sources, context)
         except SourceChanged:
             raise
         except SourceError as error:
             context.problems.add("sources", f"cannot be merged again: {error}")
-            return False
+            return None
     context.notes.extend(comparison_notes(record))
-    return True
+    return answers
 
 
 def _request(directory: Path, provenance: Provenance, source_paths: SourcePaths) -> Request:
@@ -202,7 +213,7 @@ def _request(directory: Path, provenance: Provenance, source_paths: SourcePaths)
     return Request(
         sources=source_paths.by_role,
         output=directory,
-        settings=config_of_record(provenance.record),
+        settings=cast(Any, settings_of_record(provenance.record)),
         assets_from=parameters["assets_from"],
         max_shard_size=parameters["max_shard_size"],
         ids=source_paths.ids,
@@ -214,13 +225,14 @@ def _request(directory: Path, provenance: Provenance, source_paths: SourcePaths)
 
 def _compare(
     directory: Path, provenance: Provenance, request: Request, sources: Sources, context: VerifyContext
-) -> None:
+) -> Answers:
     plan = make_plan(request.settings, sources, request.shard_bytes)
     assets = collect_small_files(request, sources, plan, context.tally)
     comparer = ByteComparer(directory, context.tally, context.problems)
     total, progress = plan.bytes_to_write, context.progress
     step = None if progress is None else lambda done: progress(done, total)
-    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings)
+    recorded = recorded_decisions(provenance.record.targets, plan.targets)
+    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings, recorded)
     options = Options(context.threads, digest=request.digest, sync=False)
     try:
         digests = assemble(plan.files, sources.by_role, calculator, comparer, options, context.memory, step)
@@ -230,9 +242,16 @@ def _compare(
     sources.check_unchanged()
     outcomes = calculator.ordered(plan.targets)
     target_digests = {role: target_digest(role, outcomes) for role in sources.roles}
-    comparer.report(other_sources=not check_targets(provenance.record, target_digests, context.problems))
-    record = make_record(plan, sources, outcomes, request.output_settings(provenance.record.parameters["backend"]))
-    record = replace(record, program=provenance.record.program, libraries=provenance.record.libraries)
+    same_sources = check_targets(provenance.record, target_digests, context.problems)
+    bytes_follow = comparer.report(other_sources=not same_sources)
+    unlike = list(other_decisions(plan.method, recorded, outcomes))
+    for what in unlike[:MAX_NAMED] if same_sources else unlike[:1]:
+        context.problems.add(PROVENANCE, what)
+    record = _as_recorded(
+        make_record(plan, sources, outcomes, request.output_settings(provenance.record.parameters["backend"])),
+        provenance.record,
+        recorded,
+    )
     files = dict(assets.files) if plan.index is None else {**assets.files, INDEX: plan.index}
     weights = {file.name: digests.get(file.name) for file in plan.files}
     for name, data in metadata_files(record, files, weights, digest=request.digest):
@@ -240,6 +259,24 @@ def _compare(
             _compare_provenance(provenance, data, directory, context)
         else:
             _compare_small(directory, name, data, context, _version_hint(provenance.record) if name == CARD else "")
+    same_targets = len(recorded) == len(plan.targets) == len(provenance.record.targets)
+    return Answers(bytes_follow, same_targets and not unlike)
+
+
+def _as_recorded(record: Record, written: Record, recorded: Mapping[str, Any]) -> Record:
+    """A record made again, with what is no question of its bytes taken from the one that was written: who wrote it, in
+    which format, and the decisions, which were compared already."""
+    targets = tuple(
+        replace(target, decision=recorded.get(target.canonical, target.decision)) for target in record.targets
+    )
+    return replace(
+        record,
+        program=written.program,
+        libraries=written.libraries,
+        version=written.version,
+        format=written.format,
+        targets=targets,
+    )
 
 
 def _version_hint(record: Record) -> str:

@@ -8,26 +8,22 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from hsa.actions.request import Request
 from hsa.architectures.base import Preset
-from hsa.engine.open_patch import patch_target
 from hsa.engine.target_pass import Candidate, TargetDecision, TargetPass
 from hsa.errors import HsaError, SourceChanged, SourceError
-from hsa.methods.geometry import Norms
-from hsa.methods.hsa import HsaDecision, HsaSettings
-from hsa.methods.hsa_formula import rounded_pair
+from hsa.methods.hsa import HsaSettings
 from hsa.methods.registry import method_named
-from hsa.methods.selection import Selection, selection_of
-from hsa.methods.tensors import Outcome, TensorTask
-from hsa.outputs import distances
-from hsa.outputs.patch_format import PatchTarget
+from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
 from hsa.outputs.patch_reader import Patch
-from hsa.outputs.provenance import SourceRecord, changed_keys
-from hsa.outputs.record_checks import config_of_record
+from hsa.outputs.provenance import changed_keys
+from hsa.outputs.record_checks import settings_of_record
 from hsa.outputs.recording import target_digest
+from hsa.outputs.source_record import SourceRecord
 from hsa.planning.tasks import Targets, find_targets
 from hsa.sources import small_files
 from hsa.sources.roles import Role
@@ -35,6 +31,7 @@ from hsa.sources.source_set import Sources
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import Array, size
 from hsa.verification.context import SourcePaths, VerifyContext
+from hsa.verification.decisions import Answers, is_recorded, other_decision, recorded_decisions
 from hsa.verification.source_checks import MAX_NAMED, check_targets, comparison_notes, open_recorded
 
 DISTANCE_ERROR = 1e-9
@@ -48,44 +45,32 @@ class _PatchDifferences:
     patch: Patch
     targets: Targets
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    unlike: list[str] = field(default_factory=list)
+    unlike_decisions: list[str] = field(default_factory=list)
+    unlike_rows: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return self.patch.source.path.name
 
     @cached_property
-    def places(self) -> dict[str, int]:
-        """The number of each target in the patch, by canonical name."""
-        return {each.projection.name: number for number, each in enumerate(self.patch.contents.targets)}
+    def recorded_targets(self) -> dict[str, TensorRecord]:
+        """What the patch records of its targets, by canonical name."""
+        return {target.canonical: target for target in self.patch.contents.targets}
+
+    @property
+    def needless_targets(self) -> bool:
+        """Whether the patch records targets that the sources do not give."""
+        return not self.recorded_targets.keys() <= {task.name for task in self.targets.tasks}
 
     @cached_property
-    def recorded(self) -> dict[str, HsaDecision]:
+    def recorded(self) -> dict[str, Any]:
         """The decisions that the patch records for targets which are what the sources give, by canonical name."""
-        patch = self.patch
-        return {
-            task.name: recorded_decision(
-                patch.contents.targets[place], selection_of(patch.squared[place], patch.selected[place])
-            )
-            for task in self.targets.tasks
-            if (place := self.places.get(task.name)) is not None and self.has_same_target(task)
-        }
-
-    def has_same_target(self, task: TensorTask) -> bool:
-        """Whether the patch says of a target what the sources and its parameters give."""
-        settings = self.targets.settings
-        assert isinstance(settings, HsaSettings)
-        return self.patch.contents.targets[self.places[task.name]] == patch_target(task, settings)
+        return recorded_decisions(self.patch.contents.targets, self.targets.tasks)
 
 
-def recorded_decision(target: PatchTarget, selection: Selection) -> HsaDecision:
-    """The decision that a patch records for a target."""
-    pair = rounded_pair(target.coefficient)
-    return HsaDecision(target.keep, target.coefficient, *pair, 1.0, selection)
-
-
-def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, context: VerifyContext) -> bool:
-    """Compute the merges of these patches again and compare what they hold; returns whether that was done for all.
+def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, context: VerifyContext) -> Answers | None:
+    """Compute the merges of these patches again and compare: the rows with those that the recorded decisions give, and
+    the decisions with those that the sources give. None where that could not be done for all.
 
     Problems are of the patch's file name, or of a source's role. Raises SourceError where a source cannot be opened,
     MachineError, SourceChanged.
@@ -105,17 +90,17 @@ def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, conte
             _request(of_same_sources, source_paths), first, source_paths, context, stack, rows_only=True
         )
         if sources is None:
-            return False
+            return None
         try:
-            compared = _compare(of_same_sources, sources, context)
+            answers = _compare(of_same_sources, sources, context)
         except SourceChanged:
             raise
         except SourceError as error:
             context.problems.add("sources", f"cannot be merged again: {error}")
-            return False
+            return None
     for note in dict.fromkeys(note for patch in of_same_sources for note in comparison_notes(patch.record)):
         context.notes.append(note)
-    return compared and len(of_same_sources) == len(patches)
+    return answers if len(of_same_sources) == len(patches) else None
 
 
 def _source_identities(patch: Patch) -> dict[Role, tuple[object, ...]]:
@@ -124,12 +109,12 @@ def _source_identities(patch: Patch) -> dict[Role, tuple[object, ...]]:
     def about(source: SourceRecord) -> tuple[object, ...]:
         return source.identity, source.kind, dict(source.files)
 
-    return {role: about(source) for role, source in patch.contents.sources.items()}
+    return {role: about(source) for role, source in patch.record.sources.items()}
 
 
 def _request(patches: Sequence[Patch], source_paths: SourcePaths) -> Request:
     """A request for the sources, with all that any of the patches needs of them."""
-    parameters = [patch.contents.parameters for patch in patches]
+    parameters = [patch.record.parameters for patch in patches]
     presets: list[Preset] = ["encoder-qkv", "attention-qkv", "attention-all"]
     widest = max((each["targets"] for each in parameters), key=presets.index)
     secondary = any(each["assets_from"] == "secondary" for each in parameters)
@@ -142,11 +127,11 @@ def _request(patches: Sequence[Patch], source_paths: SourcePaths) -> Request:
     )
 
 
-def _compare(patches: Sequence[Patch], sources: Sources, context: VerifyContext) -> bool:
+def _compare(patches: Sequence[Patch], sources: Sources, context: VerifyContext) -> Answers | None:
     differences = []
     for patch in patches:
         try:
-            settings = config_of_record(patch.record)
+            settings = settings_of_record(patch.record)
             targets = find_targets(method_named(settings.method), settings, sources)
             _compare_small_files(patch, sources, context)
             differences.append(_PatchDifferences(patch, targets))
@@ -157,11 +142,15 @@ def _compare(patches: Sequence[Patch], sources: Sources, context: VerifyContext)
     if differences:
         _RowComparer(differences, sources, context).run()
     sources.check_unchanged()
-    return len(differences) == len(patches)
+    answers = Answers(
+        not any(each.unlike_rows for each in differences),
+        not any(each.unlike_decisions or each.needless_targets for each in differences),
+    )
+    return answers if len(differences) == len(patches) else None
 
 
 def _compare_small_files(patch: Patch, sources: Sources, context: VerifyContext) -> None:
-    files = small_files.collect(sources, "primary", patch.contents.parameters["assets_from"], None, context.tally).files
+    files = small_files.collect(sources, "primary", patch.record.parameters["assets_from"], None, context.tally).files
     unlike = changed_keys(patch.contents.files, {name: digest_of(data) for name, data in files.items()})
     if unlike:
         what = f"its small files are not those that the sources give: {', '.join(unlike[:MAX_NAMED])}"
@@ -174,7 +163,7 @@ class _RowComparer:
 
     def __init__(self, patches: Sequence[_PatchDifferences], sources: Sources, context: VerifyContext) -> None:
         self.patches, self.sources, self.context = patches, sources, context
-        self.norms: dict[str, Norms] = {}
+        self.norms: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -190,25 +179,25 @@ class _RowComparer:
         for differences in self.patches:
             self._finish(differences)
 
-    def decided(self, decisions: Sequence[TargetDecision], norms: Norms) -> None:
+    def decided(self, decisions: Sequence[TargetDecision], norms: Any) -> None:
         for each in decisions:
             differences, task = self.patches[each.candidate], each.outcome.task
             self.norms[task.name] = norms
             differences.outcomes[task.name] = each.outcome
             what = _other_decision(differences, task, each.outcome.decision)
             if what is not None:
-                self._add(differences, task, what)
+                self._add(differences.unlike_decisions, task, what)
 
     def store(self, decision: TargetDecision, rows: Array) -> None:
         differences, task = self.patches[decision.candidate], decision.outcome.task
         if task.name in differences.recorded:
             what = _other_rows(differences.patch, task, decision.groups, rows)
             if what is not None:
-                self._add(differences, task, what)
+                self._add(differences.unlike_rows, task, what)
 
-    def _add(self, differences: _PatchDifferences, task: TensorTask, what: str) -> None:
+    def _add(self, lines: list[str], task: TensorTask, what: str) -> None:
         with self._lock:
-            differences.unlike.append(f"target tensor {task.stored.name}{what}")
+            lines.append(f"target tensor {task.stored.name}{what}")
 
     def _finish(self, differences: _PatchDifferences) -> None:
         """Add the problems of a patch whose targets are all compared."""
@@ -216,7 +205,7 @@ class _RowComparer:
         outcomes = [differences.outcomes[task.name] for task in differences.targets.tasks]
         digests = {role: target_digest(role, outcomes) for role in self.sources.roles}
         count = MAX_NAMED if check_targets(patch.record, digests, problems) else 1
-        unlike = sorted(differences.unlike)
+        unlike = sorted({*differences.unlike_decisions, *differences.unlike_rows})
         for what in unlike[:count]:
             problems.add(name, what)
         if len(unlike) > count:
@@ -224,19 +213,10 @@ class _RowComparer:
         names = [task.stored.name for task in differences.targets.tasks]
         if names != [target.name for target in patch.contents.targets]:
             problems.add(name, "its targets, or their order, are not those that the sources give")
-        expected_distances = distances.by_stack(
-            distances.DistanceInputs(
-                outcome.task.place.stack,
-                outcome.decision.coefficient,
-                outcome.decision.selected,
-                self.norms[outcome.task.name],
-            )
-            for outcome in outcomes
-            if outcome.task.place is not None
-        )
-        for stack, expected in expected_distances.items():
+        pairs = [(TensorRecord.of(outcome), self.norms[outcome.task.name]) for outcome in outcomes]
+        for stack, expected in patch.record.method.distances(pairs).items():
             recorded = patch.contents.distances.get(stack)
-            if recorded is None or not all(map(_is_close, vars(recorded).values(), vars(expected).values())):
+            if recorded is None or not all(_is_close(recorded.get(role), value) for role, value in expected.items()):
                 problems.add(
                     name, f"its distances of {stack} are not what the sources give: {recorded}, expected {expected}"
                 )
@@ -248,19 +228,15 @@ def _is_close(recorded: float | None, expected: float | None) -> bool:
     return math.isclose(recorded, expected, rel_tol=DISTANCE_ERROR)
 
 
-def _other_decision(differences: _PatchDifferences, task: TensorTask, decision: HsaDecision) -> str | None:
+def _other_decision(differences: _PatchDifferences, task: TensorTask, decision: Any) -> str | None:
     """How the recorded decision for a target differs from the one that follows from the sources; None where it does
     not."""
-    patch, place = differences.patch, differences.places.get(task.name)
-    if place is None:
+    target = differences.recorded_targets.get(task.name)
+    if target is None:
         return " is missing"
-    if not differences.has_same_target(task):
-        return ": its shape, dtype, heads or lambda_i are not what the sources give"
-    if patch.squared[place] != decision.selection.squared:
-        return ": its scores are not what the sources give"
-    if patch.selected[place] != decision.selected:
-        return f": heads {list(patch.selected[place])} are selected, the sources give {list(decision.selected)}"
-    return None
+    if not is_recorded(target, task):
+        return ": its shape, dtype or heads are not what the sources give"
+    return other_decision(differences.targets.method, target.decision, decision)
 
 
 def _other_rows(patch: Patch, task: TensorTask, groups: Sequence[int], rows: Array) -> str | None:

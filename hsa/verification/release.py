@@ -50,7 +50,7 @@ def verify_release(
             f"{len(unlisted)} outputs that {INDEX} does not list were not looked at, such as {shown(unlisted[0])}"
         )
     context.notes.append(f"{README} of the release was not compared, for its recipe says what it holds")
-    return VerifyResult(None, sum(report.files for report in reports), False, tuple(reports))
+    return VerifyResult(None, sum(report.files for report in reports), None, tuple(reports))
 
 
 def _index_entries(directory: Path, context: VerifyContext) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from hsa.errors import one_line
 from hsa.methods.selection import count_heads
-from hsa.outputs.provenance import Record
+from hsa.outputs.record import Record
+from hsa.verification.decisions import Answers
 from hsa.verification.problems import Problem
 
 ReportKind = Literal["output", "patch", "sweep", "release"]
@@ -21,7 +22,9 @@ class VerifyReport:
     `kind` says what was verified: an `output`, a `patch`, or the directory of a `sweep` or of a `release`, whose
     `members` are the reports of what is in it. `record` is the provenance, None where it cannot be read, and of
     directories; `files` counts the files whose bytes were read; `problems` is empty for what is sound, those of members
-    included; `notes` say what should be known besides. `sources_compared`: the merge was computed again and compared.
+    included; `notes` say what should be known besides. `sources_compared`: the merge was computed again and compared;
+    then `bytes_follow` says whether the bytes of the weights follow from the recorded decisions, and `decisions_follow`
+    whether these follow from the sources. Both are None otherwise.
     """
 
     output: Path
@@ -33,7 +36,7 @@ class VerifyReport:
     seconds: float
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
-    sources_compared: bool
+    answers: Answers | None = None
     members: tuple[VerifyReport, ...] = ()
 
     def __repr__(self) -> str:
@@ -41,6 +44,18 @@ class VerifyReport:
         if self.problems:
             summary = f"not sound, {len(self.problems)} found wrong, {self.problems[0].file}: {self.problems[0].what}"
         return one_line(f"<hsa.VerifyReport of {self.kind} {self.output}: {summary}>")
+
+    @property
+    def sources_compared(self) -> bool:
+        return self.answers is not None
+
+    @property
+    def bytes_follow(self) -> bool | None:
+        return None if self.answers is None else self.answers.bytes_follow
+
+    @property
+    def decisions_follow(self) -> bool | None:
+        return None if self.answers is None else self.answers.decisions_follow
 
     @property
     def ok(self) -> bool:
@@ -70,6 +85,8 @@ class VerifyReport:
             "problems": [{"file": problem.file, "what": problem.what} for problem in self.problems],
             "notes": list(self.notes),
             "sources_compared": self.sources_compared,
+            "bytes_follow": self.bytes_follow,
+            "decisions_follow": self.decisions_follow,
             "files": self.files,
             "bytes_read": self.bytes_read,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -85,5 +102,5 @@ class VerifyResult:
 
     record: Record | None
     files: int
-    sources_compared: bool
+    answers: Answers | None = None
     members: tuple[VerifyReport, ...] = ()

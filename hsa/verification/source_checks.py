@@ -11,9 +11,11 @@ from hsa.methods.registry import method_named
 from hsa.methods.selection import TIE_RISK
 from hsa.option_names import option
 from hsa.outputs import recording
-from hsa.outputs.provenance import Record, SourceRecord, changed_keys
-from hsa.outputs.record_checks import config_of_record
+from hsa.outputs.provenance import changed_keys
+from hsa.outputs.record import Record
+from hsa.outputs.record_checks import settings_of_record
 from hsa.outputs.recording import PROGRAM
+from hsa.outputs.source_record import SourceRecord
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.identity import Identity
@@ -122,7 +124,7 @@ def check_targets(record: Record, digests: Mapping[Role, str], problems: Problem
 
 def other_versions(record: Record) -> str | None:
     """The versions that a record names and that are not those here; None where all are."""
-    own = {**PROGRAM, **recording.libraries(method_named(config_of_record(record).method).libraries)}
+    own = {**PROGRAM, **recording.libraries(method_named(settings_of_record(record).method).libraries)}
     recorded = {**record.program, **record.libraries}
     unlike = [f"{shown(k)} {shown(recorded.get(k))} (here {shown(own.get(k))})" for k in changed_keys(recorded, own)]
     return ", ".join(unlike[:MAX_NAMED]) or None

@@ -12,20 +12,22 @@ from typing import Any
 
 from hsa.errors import HsaError, MachineError, RequestError, SourceError, shown
 from hsa.outputs import sweep_index
-from hsa.outputs.distances import Distances
 from hsa.outputs.grid_point import name_starts
+from hsa.outputs.patch_format import Distances
 from hsa.outputs.patch_reader import SUFFIX, Patch, open_patch
-from hsa.outputs.provenance import Record, changed_keys
+from hsa.outputs.provenance import changed_keys
 from hsa.outputs.provenance import load as load_provenance
+from hsa.outputs.record import Record
 from hsa.outputs.sweep_index import SweepEntry, entry_of, point_of
 from hsa.sources.checkpoint import read_whole
 from hsa.system.descriptors import reason
 from hsa.verification.collection import Verify, add_member_report, compare_index, open_index
 from hsa.verification.context import SourcePaths, VerifyContext
+from hsa.verification.decisions import Answers
 from hsa.verification.output import LABEL
 from hsa.verification.report import VerifyResult
 
-_FROM = "_from_primary"
+_FROM = "_from_"
 """Ends the name of a column of index.csv that holds distances; what is before it is the stack."""
 
 OPEN_PATCHES = 64
@@ -53,13 +55,11 @@ def verify_sweep(
             if not is_checkpoint:
                 patches.append(path)
     _compare_sources(records, context)
-    compared = all(report.sources_compared for report in reports if report.kind == "output")
+    answers: list[Answers | None] = [report.answers for report in reports if report.kind == "output"]
     if source_paths is not None:
-        compared = _recompute(patches, source_paths, context) and compared and len(patches) + len(records) > 0
+        answers += _recompute(patches, source_paths, context)
     _compare_index(directory, names, entries, records, context)
-    return VerifyResult(
-        None, sum(report.files for report in reports), source_paths is not None and compared, tuple(reports)
-    )
+    return VerifyResult(None, sum(report.files for report in reports), _together(answers), tuple(reports))
 
 
 def _point_names(directory: Path, context: VerifyContext) -> list[str]:
@@ -86,7 +86,7 @@ def _point_names(directory: Path, context: VerifyContext) -> list[str]:
 
 
 def _entry(
-    path: Path, record: Record, listed_distances: Mapping[str, Mapping[str, Distances]], context: VerifyContext
+    path: Path, record: Record, listed_distances: Mapping[str, Distances], context: VerifyContext
 ) -> SweepEntry | None:
     """What the index must say of a point. The distances of a checkpoint need its sources, and are taken as listed."""
     try:
@@ -121,36 +121,40 @@ def _compare_sources(records: Sequence[tuple[str, Record]], context: VerifyConte
                 break
 
 
-def _recompute(patches: Sequence[Path], source_paths: SourcePaths, context: VerifyContext) -> bool:
+def _together(answers: Sequence[Answers | None]) -> Answers | None:
+    """The answers for all points; None where one was not compared, or none is there."""
+    given = [each for each in answers if each is not None]
+    return Answers.all(given) if given and len(given) == len(answers) else None
+
+
+def _recompute(patches: Sequence[Path], source_paths: SourcePaths, context: VerifyContext) -> Iterator[Answers | None]:
     from hsa.verification.recompute_patches import recompute_patches
 
-    compared = True
     for first in range(0, len(patches), OPEN_PATCHES):
         with ExitStack() as stack:
             group: list[Patch] = []
             for path in patches[first : first + OPEN_PATCHES]:
                 with suppress(SourceError):  # which its own verification has named
                     group.append(open_patch(path, context.tally, stack))
-            compared = (not group or recompute_patches(group, source_paths, context)) and compared
-    return compared
+            if group:
+                yield recompute_patches(group, source_paths, context)
 
 
-def _listed_distances(directory: Path, context: VerifyContext) -> dict[str, dict[str, Distances]]:
+def _listed_distances(directory: Path, context: VerifyContext) -> dict[str, Distances]:
     """The distances that index.csv lists, by place; nothing of rows that are malformed."""
-    by_place: dict[str, dict[str, Distances]] = {}
+    by_place: dict[str, Distances] = {}
     with suppress(HsaError, UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError):
         text = read_whole(LABEL, directory, sweep_index.CSV, context.tally).decode("utf-8")
         rows = csv.DictReader(io.StringIO(text))
-        columns = [name.removesuffix(_FROM) for name in rows.fieldnames or () if name.endswith(_FROM)]
+        columns = [name.partition(_FROM) for name in rows.fieldnames or () if _FROM in name]
         for row in rows:
-            by_stack = {}
-            for stack in columns:
-                from_primary, from_secondary = row[f"{stack}_from_primary"], row[f"{stack}_from_secondary"]
-                if from_primary or from_secondary:
-                    by_stack[stack] = Distances(
-                        float(from_primary) if from_primary else None, float(from_secondary) if from_secondary else None
-                    )
-            by_place[row["place"]] = by_stack
+            by_stack: dict[str, dict[str, float | None]] = {}
+            for stack, _, role in columns:
+                value = row[f"{stack}{_FROM}{role}"]
+                by_stack.setdefault(stack, {})[role] = float(value) if value else None
+            by_place[row["place"]] = {
+                stack: by_role for stack, by_role in by_stack.items() if any(v is not None for v in by_role.values())
+            }
     return by_place
 
 

@@ -190,7 +190,7 @@ def _verify(path: Path, source_paths: SourcePaths | None, threads: int, progress
         seconds=time.perf_counter() - started,
         problems=context.problems.all(),
         notes=tuple(context.notes),
-        sources_compared=result.sources_compared,
+        answers=result.answers,
         members=result.members,
     )
 

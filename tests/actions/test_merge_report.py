@@ -57,7 +57,15 @@ def test_report_fields(shared_triple: Triple, tmp_path: Path) -> None:
     assert report.selected_heads == sum(len(tensor.selected) for tensor in report.tensors.values())
     assert report.total_heads == 4 * len(report.tensors)
     tensor = report.tensors["model.decoder.layers.1.encoder_attn.out_proj.weight"]
-    assert (tensor.stack, tensor.layer, tensor.kind, tensor.part) == ("decoder", 1, "encoder_attn.out_proj", "weight")
+    place = tensor.place
+    assert place is not None
+    assert (place.stack, place.layer, place.block, place.module, place.part) == (
+        "decoder",
+        1,
+        "encoder_attn",
+        "out_proj",
+        "weight",
+    )
     assert (tensor.heads, tensor.keep, len(tensor.scores)) == (4, 1, 4)
     assert tensor.coefficient == 0.3 ** (0.7 * (2 / 2))
     narrowest = min((t for t in report.tensors.values()), key=lambda t: t.margin or 0)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import hsa
 from hsa.outputs import patch_format
 from hsa.sources.small_file_checks import TOKENIZER_FILES
-from hsa.system import staging
+from hsa.system import manifest, staging
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 Triple = dict[str, Path]
@@ -84,12 +84,12 @@ def test_ties_at_the_cut_are_all_in_the_patch(triple: Triple, tmp_path: Path) ->
 
 
 def test_what_a_patch_holds(shared_triple: Triple, tmp_path: Path) -> None:
-    """Merged rows by tensor, in order of heads, readable by the safetensors library; scores and selection."""
+    """Merged rows by tensor, in order of heads, readable by the safetensors library; the document has the decisions."""
     report = hsa.merge_patch(**shared_triple, output=tmp_path / NAME, targets="attention-all", sync=False)
     hsa.merge(**shared_triple, output=tmp_path / "merged", targets="attention-all", sync=False)
     merged = read_tensors(tmp_path / "merged")
     patch = load_file(tmp_path / NAME)
-    assert patch.keys() - {"hsa.scores", "hsa.selected"} == report.tensors.keys()
+    assert patch.keys() == report.tensors.keys()
     for name, tensor in report.tensors.items():
         whole, heads = merged[name], list(tensor.selected)
         if "out_proj" in name:
@@ -97,19 +97,27 @@ def test_what_a_patch_holds(shared_triple: Triple, tmp_path: Path) -> None:
         else:
             expected = whole.view(tensor.heads, -1, *whole.shape[1:])[heads]
         assert torch.equal(patch[name], expected), name
-    flags = [head in tensor.selected for tensor in report.tensors.values() for head in range(tensor.heads)]
-    assert patch["hsa.selected"].tolist() == flags
-    scores = patch["hsa.scores"].view(torch.float64).flatten().sqrt()
-    assert scores.tolist() == [score for tensor in report.tensors.values() for score in tensor.scores]
+    _, document = _read(tmp_path / NAME)
+    recorded = json.loads((tmp_path / "merged" / "hsa_merge.json").read_text())
+    assert document["targets"] == recorded["targets"] and list(document["targets"]) == list(recorded["targets"])
+    for name, tensor in report.tensors.items():
+        decision = document["targets"][name]["decision"]
+        assert decision["selected"] == list(tensor.selected), name
+        assert decision["scores"] == list(tensor.scores), name
+        assert (decision["keep"], decision["margin"]) == (tensor.keep, tensor.margin), name
 
 
-@pytest.mark.parametrize(("k", "dtype"), [(0.6, "float32"), (0.6, "float16"), (0.2, "float16")])
-def test_the_overhead_is_at_most_two_percent_for_the_smallest_whisper(k: float, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("k", "dtype", "most"), [(0.6, "float32", 1.02), (0.6, "float16", 1.02), (0.2, "float16", 1.03)]
+)
+def test_the_overhead_is_a_few_percent_for_the_smallest_whisper(
+    k: float, dtype: str, most: float, tmp_path: Path
+) -> None:
     triple = write_triple(tmp_path / "sources", SHAPES["tiny"], dtype=dtype)
     hsa.merge_patch(**triple, output=tmp_path / NAME, k=k, sync=False)
     with safe_open(tmp_path / NAME, "pt") as held:
-        rows = sum(held.get_tensor(n).nbytes for n in held.keys() if not n.startswith("hsa."))  # noqa: SIM118
-    assert rows < (tmp_path / NAME).stat().st_size <= 1.02 * rows
+        rows = sum(held.get_tensor(n).nbytes for n in held.keys())  # noqa: SIM118
+    assert rows < (tmp_path / NAME).stat().st_size <= most * rows
 
 
 def test_a_patch_reads_targets_alone(shared_triple: Triple, tmp_path: Path) -> None:
@@ -169,7 +177,7 @@ def test_base_and_secondary_are_refused_as_primary(triple: Triple, patched: Path
 
 
 def test_any_flipped_bit_of_a_patch_is_found(triple: Triple, patched: Path) -> None:
-    """In the header, its padding, rows, scores and selection; nothing is written."""
+    """In the header, its padding, the decisions and the rows; nothing is written."""
     path = patched / NAME
     raw = path.read_bytes()
     length = 8 + int.from_bytes(raw[:8], "little")
@@ -213,14 +221,23 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 FORGED: list[tuple[str, Any]] = [
-    ("format", 2),
+    ("format", 3),
     ("parameters", {}),
     ("targets", {}),
     ("targets", {"model.encoder.layers.0.self_attn.q_proj.weight": [4, 2, 0.5]}),
+    ("targets", {"model.encoder.layers.0.self_attn.q_proj.weight": {"decision": {}}}),
+    ("method", {}),
+    ("method", {"name": "hsa", "version": 1, "by": "x"}),
+    ("architecture", "bert"),
+    ("anchor", "base"),
+    ("anchor", "secondary"),
+    ("base", None),
+    ("base", "primary"),
     ("files", {"../evil": "0" * 64}),
     ("files", {"config.json": "0" * 64}),
     ("sources", {}),
     ("distances", {"all": [1, 2]}),
+    ("distances", {"all": {"primary": 0.1, "secondary": 0.1}}),
     ("tensors_blake3", "0" * 64),
 ]
 
@@ -233,8 +250,8 @@ def test_a_sound_digest_does_not_make_a_document_true(triple: Triple, patched: P
     length = 8 + int.from_bytes(raw[:8], "little")
     header, document = _read(path)
     document[key] = value
-    document["digest"] = patch_format.document_digest(document)
-    header["__metadata__"] = {"format": "pt", patch_format.KEY: json.dumps(document)}
+    document["digest"] = manifest.document_digest(document)
+    header["__metadata__"] = {"format": "pt", patch_format.KEY: json.dumps(document, separators=(",", ":"))}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[length:])
     with pytest.raises(hsa.SourceError, match=r"p\.safetensors|config\.json"):

@@ -210,14 +210,15 @@ def test_720_targets_of_128_heads_are_written_and_verified(tmp_path: Path) -> No
 def test_a_record_of_as_many_heads_as_a_patch_may_have_is_read(shared_triple: Triple, tmp_path: Path) -> None:
     hsa.merge(**shared_triple, output=tmp_path / "out", sync=False)
     document = json.loads((tmp_path / "out" / PROVENANCE).read_bytes())
-    count = patch_format.MAX_HEADS // len(document["targets"])
+    count = patch_format.MAX_GROUPS // len(document["targets"])
     for target in document["targets"].values():
-        heads = {"heads": count, "keep": count, "selected": list(range(count)), "scores": [LONGEST_NUMBER] * count}
-        target.update(heads, margin=None)
-    manifest.check_fits(document, patch_format.MAX_HEADS)
+        target.update(groups=count, shape=[count, *target["shape"][1:]])
+        heads = {"keep": count, "selected": list(range(count)), "scores": [LONGEST_NUMBER] * count}
+        target["decision"].update(heads, margin=None)
+    manifest.check_fits(document, patch_format.MAX_GROUPS)
     document["digest"] = manifest.document_digest(document)
     record = provenance.loads(manifest.render(document), "here").record
-    assert sum(target.heads for target in record.targets) > 0.99 * patch_format.MAX_HEADS
+    assert sum(target.heads for target in record.targets) > 0.99 * patch_format.MAX_GROUPS
 
 
 def test_more_heads_than_a_record_can_hold_are_refused_before_anything_is_computed(

@@ -69,7 +69,9 @@ TARGETS: Mapping[str, Target] = {
         tokens=("r", "lora_alpha", "use_rslora", "peft_type", "LORA", "bias"),
     ),
     "provenance": Target(
-        outputs.read_provenance, outputs.provenance_seeds, tokens=("digest", "blake3", "selected", "scores", "revision")
+        outputs.read_provenance,
+        outputs.provenance_seeds,
+        tokens=("digest", "blake3", "selected", "scores", "revision", "decision", "groups", "axis"),
     ),
     "recipe": Target(
         text.read_recipe, text.recipe_seeds, "bytes", ("merges:", "- name: ", "&a", "*a", "<<: ", "!!", "|", "card: {")
@@ -89,7 +91,7 @@ TARGETS: Mapping[str, Target] = {
     "patch": Target(
         outputs.verify_and_apply,
         outputs.patch_seeds,
-        tokens=("targets", "files", "hsa.scores", "max_shard_size", "parameters"),
+        tokens=("targets", "files", "decision", "selected", "scores", "groups", "method", "max_shard_size"),
     ),
     "sweep_index": Target(
         outputs.verify_index("index.csv", outputs.sweep_folder),

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,11 @@ from targets_weights import split_header
 
 from hsa.cli import app
 from hsa.outputs import card, provenance
+from hsa.outputs.record import Record
+from hsa.outputs.source_record import SourceRecord
 from hsa.sources.checkpoint import WEIGHTS
+from hsa.sources.identity import Identity
+from hsa.system import manifest
 from hsa.system.strict_json import count_marks
 
 # Provenance ----------------------------------------------------------------------------------------------------------
@@ -29,8 +34,8 @@ def read_provenance(arena: Arena, data: bytes) -> str:
         with contextlib.suppress(ValueError, RecursionError):
             document = json.loads(data)
             if isinstance(document, dict):
-                document["digest"] = provenance.document_digest(document)
-                seen = arena.call(lambda: _use(provenance.render(document)))
+                document["digest"] = manifest.document_digest(document)
+                seen = arena.call(lambda: _use(manifest.render(document)))
     return seen
 
 
@@ -107,8 +112,8 @@ def _forged(arena: Arena, data: bytes, *arguments: str) -> str:
     if count_marks(data) < 10_000:
         with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
             document = json.loads(data)
-            document["digest"] = provenance.document_digest(document)
-            data = provenance.render(document)
+            document["digest"] = manifest.document_digest(document)
+            data = manifest.render(document)
     path.write_bytes(data)
     try:
         code, _, lines = arena.run(*arguments)
@@ -143,8 +148,8 @@ def verify_and_apply(arena: Arena, data: bytes) -> str:
     with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
         made = json.loads(data)
         document = dict(made["document"])
-        document["digest"] = provenance.document_digest(document)
-        about = {"format": "pt", "hsa_patch": json.dumps(document)}
+        document["digest"] = manifest.document_digest(document)
+        about = {"format": "pt", "hsa_patch": json.dumps(document, separators=(",", ":"))}
         header = json.dumps({"__metadata__": about, **made["header"]}).encode()
     path = arena.sources / "hostile.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + tensors)
@@ -218,19 +223,12 @@ def render_card(arena: Arena, data: bytes) -> str:
     fields = {name: word for name, word in zip(card.FIELDS, words, strict=False) if word.strip()}
     record = _sound_record(arena)
     primary = record.sources["primary"]
-    named = provenance.Identity(words[-5] or "x", words[-6] if len(words) > 5 and words[-6] else None)
+    named = Identity(words[-5] or "x", words[-6] if len(words) > 5 and words[-6] else None)
     sources = {
         **record.sources,
-        "primary": provenance.SourceRecord(named, primary.kind, primary.files, primary.targets),
+        "primary": SourceRecord(named, primary.kind, primary.files, primary.targets),
     }
-    record = provenance.Record(
-        record.program,
-        record.libraries,
-        {**record.parameters, "card": fields},
-        sources,
-        record.targets,
-        record.architecture,
-    )
+    record = replace(record, parameters={**record.parameters, "card": fields}, sources=sources)
     rendered: list[bytes] = []
     files = [WEIGHTS, "README.md", words[0] + ".safetensors"]
     said = arena.call(lambda: rendered.append(card.render(record, files, {})))
@@ -260,10 +258,10 @@ def _check_card(raw: bytes, fields: Mapping[str, str]) -> None:
         raise Finding(f"the card holds {active or headings} of what a stranger wrote")
 
 
-_RECORDS: list[provenance.Record] = []
+_RECORDS: list[Record] = []
 
 
-def _sound_record(arena: Arena) -> provenance.Record:
+def _sound_record(arena: Arena) -> Record:
     if not _RECORDS:
         arena.merge()
         _RECORDS.append(provenance.load(arena.output).record)

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from hsa.architectures.whisper import WHISPER
 from hsa.errors import MAX_MESSAGE, HsaError, ProvenanceError, one_line
 from hsa.outputs import provenance
-from hsa.planning import plan
+from hsa.planning import tasks
 from hsa.sources import checkpoint, safetensors, torch_pickle
-from hsa.system import strict_json
+from hsa.system import manifest, strict_json
 
 FUZZ = Path(__file__).resolve().parent
 CORPUS = FUZZ.parent / "corpus"
@@ -88,6 +88,7 @@ def test_sound_seeds_succeed_and_hostile_ones_are_refused(corpus: Judged) -> Non
     dated = {"verify", "recompute", "sweep_index", "release_index"}  # child.py runs those that are made now
     for target in targets - small - dated:
         assert said[f"{target}/seed-0"] == "success"
+    assert said["provenance/format-1"] == said["inspect/format-1"] == "success"
     assert "names os.system" in said["pickle/seed-1"]
     assert all("expected the plain name" in said[f"index/seed-{number}"] for number in (1, 2, 3, 4))
 
@@ -207,7 +208,7 @@ def test_limits_leave_room_for_the_largest_model() -> None:
     assert 5 * len(shapes) < checkpoint.MAX_TENSORS
     assert torch_pickle.MAX_PICKLE > 5 * 170_000
     targets = [e for e in entries if WHISPER.target(e.name, "attention-all")]
-    assert targets and all(2 * (e.stop - e.start) < plan.MAX_TARGET for e in targets)
+    assert targets and all(2 * (e.stop - e.start) < tasks.MAX_TARGET for e in targets)
     assert safetensors.parse(raw[8:], position, "here")[0] == tuple(entries)
 
 
@@ -246,7 +247,7 @@ def test_a_target_too_large_to_hold_is_refused(triple: dict[str, Path]) -> None:
         with (path / "model.safetensors").open("wb") as file:
             file.write(raw)
             file.truncate(len(raw) + position)
-    with pytest.raises(HsaError, match=f"takes {4 * width * width} bytes, at most {plan.MAX_TARGET}"):
+    with pytest.raises(HsaError, match=f"takes {4 * width * width} bytes, at most {tasks.MAX_TARGET}"):
         merge(triple)
 
 
@@ -403,20 +404,21 @@ def test_changed_headers_are_opened_or_refused(shared_triple: dict[str, Path], t
     only_hsa_errors(lambda: safetensors.parse(text, len(raw) - end, "here"))
 
 
+@pytest.mark.parametrize("seed", ["seed-0", "format-1"])
 @QUICK
 @given(draw=st.data())
-def test_forged_provenance_is_read_or_refused(draw: Any) -> None:
+def test_forged_provenance_is_read_or_refused(seed: str, draw: Any) -> None:
     """With a digest that fits: whoever forges one can compute it."""
     from hsa.outputs import card
     from hsa.system import strict_json
 
-    document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
+    document = json.loads((CORPUS / "provenance" / seed).read_bytes())
     text = changed(document, draw)
     only_hsa_errors(lambda: provenance.loads(text, "here"))
     try:
         document = strict_json.load_json(text, "here", "provenance")
-        document["digest"] = provenance.document_digest(document)
-        text = provenance.render(document)
+        document["digest"] = manifest.document_digest(document)
+        text = manifest.render(document)
     except (HsaError, ValueError):
         return
 
@@ -426,13 +428,14 @@ def test_forged_provenance_is_read_or_refused(draw: Any) -> None:
     only_hsa_errors(work)
 
 
-def test_a_forged_score_that_no_float_holds() -> None:
-    document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
+@pytest.mark.parametrize("seed", ["seed-0", "format-1"])
+def test_a_forged_score_that_no_float_holds(seed: str) -> None:
+    document = json.loads((CORPUS / "provenance" / seed).read_bytes())
     target = next(iter(document["targets"].values()))
-    target["scores"][0] = 10**400
-    document["digest"] = provenance.document_digest(document)
+    (target if seed == "format-1" else target["decision"])["scores"][0] = 10**400
+    document["digest"] = manifest.document_digest(document)
     with pytest.raises(ProvenanceError, match="expected a finite number"):
-        provenance.loads(provenance.render(document), "here")
+        provenance.loads(manifest.render(document), "here")
 
 
 @pytest.mark.parametrize(
@@ -449,9 +452,9 @@ def test_a_forged_score_that_no_float_holds() -> None:
 def test_forged_parameters_are_refused(change: Any, said: str) -> None:
     document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
     change(document["parameters"])
-    document["digest"] = provenance.document_digest(document)
+    document["digest"] = manifest.document_digest(document)
     with pytest.raises(ProvenanceError, match=said):
-        provenance.loads(provenance.render(document), "here")
+        provenance.loads(manifest.render(document), "here")
 
 
 def test_forged_names_of_parameters_are_words_in_the_card() -> None:
@@ -459,6 +462,6 @@ def test_forged_names_of_parameters_are_words_in_the_card() -> None:
 
     document = json.loads((CORPUS / "provenance" / "seed-0").read_bytes())
     document["parameters"]["<script>x</script>"] = "`</td><b>|"
-    document["digest"] = provenance.document_digest(document)
-    text = card.render(provenance.loads(provenance.render(document), "here").record, ["README.md"], {}).decode()
+    document["digest"] = manifest.document_digest(document)
+    text = card.render(provenance.loads(manifest.render(document), "here").record, ["README.md"], {}).decode()
     assert r"| \<script\>x\</script\> | `?</td><b>?` |" in text

@@ -166,9 +166,9 @@ def test_sections_say_what_was_done(shared_triple: Triple, tmp_path: Path) -> No
     assert len(table) == 6  # two layers of self-attention in both stacks, two of cross-attention
     assert sum(cell != "" for row in table.values() for cell in row[2:]) == len(report.tensors)
     for tensor in report.tensors.values():
-        block, kind = tensor.kind.split(".")
-        row = table[f"{tensor.stack} {block.replace('_', ' ')}", str(tensor.layer)]
-        cell = row[columns.index(f"{kind.removesuffix('_proj')} {tensor.part}")]
+        place = tensor.projection
+        row = table[f"{place.stack} {place.block.replace('_', ' ')}", str(place.layer)]
+        cell = row[columns.index(f"{place.module.removesuffix('_proj')} {place.part}")]
         assert cell == " ".join(map(str, tensor.selected)), tensor.name
     files = section(loaded.text, "Files")
     listed = set(re.findall(r"^- `([^`]+)`", files, re.MULTILINE))

@@ -12,7 +12,6 @@ from helpers import read_tensors, run_hsa, snapshot, write_tensors
 
 import hsa
 from hsa.outputs import patch_format
-from hsa.outputs.distances import Distances
 
 Triple = dict[str, Path]
 LARGEST = float(torch.finfo(torch.float32).max)
@@ -40,10 +39,10 @@ def expected(triple: Triple, merged: Path, names: Any) -> tuple[float, float]:
     return norm(ours, one) / norm(one, None), norm(ours, two) / norm(two, None)
 
 
-def recorded(path: Path) -> dict[str, list[float | None]]:
+def recorded(path: Path) -> dict[str, dict[str, float | None]]:
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    found: dict[str, list[float | None]] = json.loads(header["__metadata__"][patch_format.KEY])["distances"]
+    found: dict[str, dict[str, float | None]] = json.loads(header["__metadata__"][patch_format.KEY])["distances"]
     return found
 
 
@@ -56,7 +55,9 @@ def test_a_patch_of_targets_whose_squares_float32_cannot_hold(triple: Triple, tm
     hsa.merge(**triple, output=tmp_path / "merged", sync=False)
     hsa.apply(triple["primary"], patch, output=tmp_path / "applied", sync=False)
     assert snapshot(tmp_path / "applied") == snapshot(tmp_path / "merged")
-    assert recorded(patch)["all"] == pytest.approx(expected(triple, tmp_path / "merged", report.tensors), rel=1e-4)
+    found, far = recorded(patch)["all"], expected(triple, tmp_path / "merged", report.tensors)
+    assert list(found) == ["primary", "secondary"]
+    assert tuple(found.values()) == pytest.approx(far, rel=1e-4)
 
 
 @pytest.mark.parametrize("flags", [(), ("--full",)], ids=["patches", "checkpoints"])
@@ -84,9 +85,10 @@ def test_a_primary_whose_targets_are_all_zero_has_no_relative_distance(triple: T
     tensors = read_tensors(triple["primary"])
     write_tensors(triple["primary"], {n: t * 0 if "_proj" in n else t for n, t in tensors.items()})
     hsa.merge_patch(**triple, output=tmp_path / "p.safetensors", sync=False)
-    near, far = recorded(tmp_path / "p.safetensors")["all"]
+    found = recorded(tmp_path / "p.safetensors")["all"]
+    near, far = found["primary"], found["secondary"]
     assert near is None and far is not None and far > 0
     hsa.apply(triple["primary"], tmp_path / "p.safetensors", output=tmp_path / "out", sync=False)
     report = hsa.sweep(**triple, output=tmp_path / "sweep", k=[0.6], sync=False)
-    assert report.entries[0].distances["all"] == Distances(None, far)
+    assert report.entries[0].distances["all"] == {"primary": None, "secondary": far}
     assert hsa.sweep(**triple, output=tmp_path / "sweep", k=[0.6], sync=False).skipped

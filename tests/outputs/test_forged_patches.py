@@ -15,13 +15,13 @@ from forger import Forger
 from helpers import poke, run_hsa, snapshot
 
 import hsa
-from hsa.outputs import patch_format
 from hsa.sources import small_files
 from hsa.sources.checkpoint import CONFIG
 from hsa.system.digests import digest_of
 
 Triple = dict[str, Path]
 NAME = "p.safetensors"
+TARGET = "model.encoder.layers.1.self_attn.v_proj.weight"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -64,14 +64,14 @@ def parameter(**changes: Any) -> Callable[[Forger], None]:
     return lambda forged: forged.document["parameters"].update(changes)
 
 
-def listed(number: int, change: Callable[[Any], Any]) -> Callable[[Forger], None]:
-    """Heads, heads to select or lambda_i (0, 1, 2) of a target."""
+def decided(name: str, change: Callable[[Any], Any]) -> Callable[[Forger], None]:
+    """What the decision for a target says under a key."""
+    return lambda forged: forged.decision.update({name: change(forged.decision[name])})
 
-    def lie(forged: Forger) -> None:
-        entry = forged.document["targets"][forged.target]
-        entry[number] = change(entry[number])
 
-    return lie
+def listed(**changes: Any) -> Callable[[Forger], None]:
+    """What the document says of a target beside its decision."""
+    return lambda forged: forged.entry.update(changes)
 
 
 def files(**changes: str | None) -> Callable[[Forger], None]:
@@ -85,41 +85,56 @@ def files(**changes: str | None) -> Callable[[Forger], None]:
 
 
 def other_heads(forged: Forger) -> None:
-    forged.put(patch_format.SELECTED, 1 - forged.array(patch_format.SELECTED))
+    """As many as were selected, so that the rows have the right shape."""
+    others = [head for head in range(4) if head not in forged.decision["selected"]]
+    forged.decision["selected"] = others[: len(forged.decision["selected"])]
+
+
+def other_heads_and_rows(forged: Forger) -> None:
+    """One head instead of another, and its rows made up."""
+    other_heads(forged)
+    forged.put(forged.target, forged.array(forged.target)[::-1].copy())
 
 
 def one_head_less(forged: Forger) -> None:
     """A head and its rows left out of one target, where the selection says the same."""
-    rows, flags = forged.array(forged.target), forged.array(patch_format.SELECTED)
-    first = 0
-    for name, (heads, _, _) in forged.document["targets"].items():
-        if name == forged.target:
-            flags[first + int(np.flatnonzero(flags[first : first + heads])[0])] = 0
-        first += heads
-    forged.put(forged.target, rows[1:])
-    forged.put(patch_format.SELECTED, flags)
+    del forged.decision["selected"][0]
+    forged.put(forged.target, forged.array(forged.target)[1:])
+
+
+def one_head_less_to_keep(forged: Forger) -> None:
+    """The same, where the number of heads to merge and the margin say so too."""
+    last = min(forged.decision["selected"], key=lambda head: forged.decision["scores"][head])
+    row = forged.decision["selected"].index(last)
+    forged.decision["selected"].remove(last)
+    forged.decision["keep"] -= 1
+    forged.fit_margin()
+    forged.put(forged.target, np.delete(forged.array(forged.target), row, axis=0))
 
 
 def score(value: float) -> Callable[[Forger], None]:
-    """The largest squared score of all."""
+    """The largest score of a target, on which the margin does not depend."""
 
     def lie(forged: Forger) -> None:
-        scores = forged.array(patch_format.SCORES)
-        scores[int(scores.argmax())] = value
-        forged.put(patch_format.SCORES, scores)
+        scores = forged.decision["scores"]
+        scores[scores.index(max(scores))] = value
 
     return lie
 
 
+def twice_the_heads(forged: Forger) -> None:
+    """Each head of a target given as two, in all that is said of it, and in its rows."""
+    forged.entry["groups"] *= 2
+    decision = forged.decision
+    decision["scores"] = [score for score in decision["scores"] for _ in range(2)]
+    decision["selected"] = [2 * head + half for head in decision["selected"] for half in range(2)]
+    decision["keep"] *= 2
+    rows = forged.array(forged.target)
+    forged.put(forged.target, rows.reshape(2 * rows.shape[0], rows.shape[1] // 2, *rows.shape[2:]))
+
+
 def a_target_less(forged: Forger) -> None:
-    names = list(forged.document["targets"])
-    first = sum(forged.document["targets"][n][0] for n in names[: names.index(forged.target)])
-    heads = forged.document["targets"].pop(forged.target)[0]
-    del forged.tensors[forged.target]
-    for name in (patch_format.SCORES, patch_format.SELECTED):
-        code, shape, _ = forged.tensors[name]
-        rest = np.delete(forged.array(name), slice(first, first + heads))
-        forged.tensors[name] = (code, [len(rest), *shape[1:]], rest.tobytes())
+    del forged.document["targets"][forged.target], forged.tensors[forged.target]
 
 
 def renamed_target(forged: Forger) -> None:
@@ -135,9 +150,21 @@ def type_of_integers(forged: Forger) -> None:
     code, shape, data = forged.tensors[forged.target]
     assert code == "F32"
     forged.tensors[forged.target] = ("I32", shape, data)
+    forged.entry["dtype"] = "I32"
 
 
 def fewer_columns(forged: Forger) -> None:
+    fewer_columns_of_rows(forged)
+    forged.entry["shape"][1] -= 1
+
+
+def reference_script(forged: Forger) -> None:
+    """A patch of a method that writes none."""
+    forged.document["method"]["name"] = "hsa_script"
+    forged.document["parameters"].update(numerics="reference", load_dtype="auto")
+
+
+def fewer_columns_of_rows(forged: Forger) -> None:
     forged.put(forged.target, forged.array(forged.target)[:, :, 1:])
 
 
@@ -149,16 +176,36 @@ def source(role: str, **changes: Any) -> Callable[[Forger], None]:
     return lambda forged: forged.document["sources"][role].update(changes)
 
 
-ZEROS = "0" * 64
+ZEROS, FAR = "0" * 64, {"primary": 0.1, "secondary": 0.1}
 LIES: dict[str, tuple[Callable[[Forger], Any], str]] = {
     "NaN in the rows": (element(NAN, 0), "head 0 hold NaN or Inf|head . hold NaN or Inf"),
     "Inf at the end of the rows": (element(INF, -1), "hold NaN or Inf"),
     "minus Inf in the rows": (element(-INF, 100), "hold NaN or Inf"),
-    "another lambda_i": (listed(2, lambda c: c / 2), "the parameters give"),
-    "lambda_i next to the right one": (listed(2, lambda c: math.nextafter(c, 0)), "the parameters give"),
-    "one head more to select": (listed(1, lambda keep: keep + 1), "do not follow from its scores"),
-    "one head less to select": (listed(1, lambda keep: keep - 1), "do not follow from its scores"),
-    "twice the heads": (listed(0, lambda heads: 2 * heads), "promises|expected"),
+    "another lambda_i": (decided("lambda_i", lambda c: c / 2), f"{TARGET} is .*the parameters give"),
+    "lambda_i next to the right one": (decided("lambda_i", lambda c: math.nextafter(c, 0)), "the parameters give"),
+    "one head more to select": (decided("keep", lambda keep: keep + 1), f"{TARGET} is .*the parameters give"),
+    "one head less to select": (decided("keep", lambda keep: keep - 1), f"{TARGET} is .*the parameters give"),
+    "twice the heads": (twice_the_heads, f"{TARGET} is listed with 8 heads; expected 4"),
+    "the number of heads alone": (listed(groups=8), f"{TARGET}: 8 heads, 4 scores"),
+    "groups that do not divide the shape": (listed(groups=5), f"{TARGET}: shape .* has no 5 groups along axis 0"),
+    "no groups": (listed(groups=0), f"{TARGET}: shape .* has no 0 groups"),
+    "another axis": (listed(axis=1), f"rows of {TARGET} have shape .* its decision gives"),
+    "another shape": (listed(shape=[64, 32]), f"rows of {TARGET} have shape .* its decision gives"),
+    "another dtype": (listed(dtype="F16"), "not those that its document promises"),
+    "a decision without a key": (lambda forged: forged.decision.pop("margin"), "'margin' is missing"),
+    "a decision without scores": (lambda forged: forged.decision.pop("scores"), "'scores' is missing"),
+    "a target without a decision": (lambda forged: forged.entry.pop("decision"), "'decision' is missing"),
+    "a decision with an unknown key": (lambda forged: forged.decision.update(note="x"), "not written as hsa writes it"),
+    "a target with an unknown key": (listed(note="x"), "not written as hsa writes it"),
+    "another method": (key("method", {"name": "hsa_script", "version": 1}), "must be one of reference, got 'exact'"),
+    "an unknown method": (key("method", {"name": "soup", "version": 1}), "method is 'soup', which is none of"),
+    "a later version of the method": (key("method", {"name": "hsa", "version": 2}), "by version 2 of method hsa"),
+    "no version of the method": (key("method", {"name": "hsa", "version": 0}), "version 0"),
+    "a later format": (key("format", 3), "format is 3, this version reads 1 and 2"),
+    "format 1": (key("format", 1), "expected heads, heads to keep and lambda_i"),
+    "another family": (key("architecture", "bert"), "architecture is 'bert', which is none of"),
+    "another anchor": (key("anchor", "secondary"), "its anchor is 'secondary', expected primary"),
+    "no base": (key("base", None), "sources are .* expected primary, secondary"),
     "another k": (parameter(k=0.9), "the parameters give"),
     "another lambda": (parameter(**{"lambda": 0.25}), "the parameters give"),
     "another alpha": (parameter(alpha=0.3), "the parameters give"),
@@ -170,7 +217,8 @@ LIES: dict[str, tuple[Callable[[Forger], Any], str]] = {
     "attention_scale": (parameter(attention_scale=0.5), "attention_scale moves the heads"),
     "non_attention_scale": (parameter(non_attention_scale=2.0), "non_attention_scale moves every other"),
     "a cast": (parameter(dtype="float16"), "dtype casts every tensor"),
-    "reference numerics": (parameter(numerics="reference", load_dtype="auto"), "computes every tensor"),
+    "reference numerics": (parameter(numerics="reference", load_dtype="auto"), "of method hsa_script"),
+    "the reference script": (reference_script, "computes every tensor"),
     "a load dtype": (parameter(load_dtype="auto"), "load_dtype"),
     "an unknown parameter": (parameter(note="x"), "'note' is none that hsa records"),
     "another backend": (parameter(backend="triton"), "made on the CPU"),
@@ -179,16 +227,25 @@ LIES: dict[str, tuple[Callable[[Forger], Any], str]] = {
     "a shard size of nothing": (parameter(max_shard_size=0), "max_shard_size"),
     "an unknown card field": (parameter(card={"base_model": "x"}), "'base_model' is unknown"),
     "an empty card field": (parameter(card={"title": " "}), "card field title"),
-    "other heads": (other_heads, "do not follow from its scores"),
-    "a head less": (one_head_less, "do not follow from its scores"),
-    "a negative score": (score(-1.0), "numbers of at least 0"),
-    "a score of NaN": (score(NAN), "numbers of at least 0"),
-    "a score of Inf": (score(INF), "below 1e"),
+    "other heads": (other_heads, f"{TARGET}: heads .* are not the 2 with the largest scores"),
+    "other heads and their rows": (other_heads_and_rows, f"{TARGET}: heads .* are not the 2 with the largest scores"),
+    "a head twice": (decided("selected", lambda heads: heads[:1] * 2), "selected heads .* do not fit"),
+    "a head that is none": (decided("selected", lambda heads: [*heads[:-1], 4]), "selected heads .* do not fit"),
+    "a head less": (one_head_less, f"{TARGET}: heads .* are not the 2 with the largest scores"),
+    "a head less to keep": (one_head_less_to_keep, f"{TARGET} is listed with keep 1 .*the parameters give 2"),
+    "a score less": (decided("scores", lambda scores: scores[1:]), "4 heads, 3 scores"),
+    "another margin": (decided("margin", lambda margin: margin / 2), f"{TARGET}: margin .* is listed, the scores give"),
+    "no margin": (decided("margin", lambda margin: None), f"{TARGET}: margin None is listed, the scores give"),
+    "scores that give another margin": (decided("scores", lambda s: [x + 1 for x in s]), f"{TARGET}: margin .* listed"),
+    "a negative score": (score(-1.0), f"{TARGET}: expected a number of at least 0"),
+    "a score of NaN": (score(NAN), "NaN"),
+    "a score of Inf": (score(INF), "Infinity"),
     "a score that the record cannot hold": (score(1e300), "below 1e"),
     "a target less": (a_target_less, "are not listed"),
     "a target of another name": (renamed_target, "are not listed"),
     "integers": (type_of_integers, "dtype is 'I32'"),
-    "fewer columns": (fewer_columns, "is listed with shape"),
+    "fewer columns": (fewer_columns, f"{TARGET} is listed with shape .*64, 63"),
+    "fewer columns of the rows alone": (fewer_columns_of_rows, f"rows of {TARGET} have shape .*63"),
     "no config.json": (files(**{CONFIG: None}), f"no {CONFIG}"),
     "no files": (key("files", {}), f"no {CONFIG}"),
     "a file of the parent directory": (files(**{"secret.txt": ZEROS}), "'secret.txt', which no merge writes"),
@@ -199,8 +256,10 @@ LIES: dict[str, tuple[Callable[[Forger], Any], str]] = {
     "a path": (files(**{"../vocab.json": ZEROS}), "which no merge writes"),
     "a digest of something else": (files(**{CONFIG: "x" * 64}), "expected a digest"),
     "an unknown key": (key("note", "x"), "'note' is not written as hsa writes it"),
-    "distances of another stack": (key("distances", {"decoder": [0.1] * 2, "all": [0.1] * 2}), "its distances are of"),
-    "distances below zero": (key("distances", {"encoder": [-0.1, 0.1], "all": [0.1, 0.1]}), "distances are"),
+    "distances of another stack": (key("distances", {"decoder": FAR, "all": FAR}), "its distances are of"),
+    "distances below zero": (key("distances", {"encoder": {**FAR, "primary": -0.1}, "all": FAR}), "distances are"),
+    "distances of one model": (key("distances", {"encoder": {"primary": 0.1}, "all": FAR}), "distances are"),
+    "distances without roles": (key("distances", {"encoder": [0.1] * 2, "all": [0.1] * 2}), "distances"),
     "another program": (key("program", {"name": "other", "version": "1"}), "its program is 'other'"),
     "another format of base": (source("base", format="exe"), "the format of a source is 'exe'"),
     "a primary of pickles": (source("primary", format="pickle"), "no safetensors files"),
@@ -258,14 +317,10 @@ def test_a_small_file_of_the_parent_directory_is_not_pulled_into_the_output(trip
 @pytest.mark.parametrize("bits", [b"\x00\x00\xc0\x7f", b"\x00\x00\x80\xff"], ids=["NaN", "-Inf"])
 def test_a_primary_with_nan_that_the_patch_was_made_to_fit(triple: Triple, forger: Forger, bits: bytes) -> None:
     """In a head that the patch does not replace: no merge with it is possible, and `hsa verify` would name it."""
-    flags, first = forger.array(patch_format.SELECTED), 0
-    for name, (heads, _, _) in forger.document["targets"].items():
-        if name == forger.target:
-            (head, *_) = np.flatnonzero(flags[first : first + heads] == 0)
-        first += heads
+    head = min({0, 1, 2, 3} - set(forger.decision["selected"]))
     _, columns = forger.array(forger.target).shape[1:]
     width = forger.array(forger.target).shape[1]
-    poke(triple["primary"] / "model.safetensors", forger.target, int(head) * width * columns + 1, bits)
+    poke(triple["primary"] / "model.safetensors", forger.target, head * width * columns + 1, bits)
     with pytest.raises(hsa.PatchError, match="hold other values") as caught:
         hsa.apply(triple["primary"], forger.path, output=forger.path.parent / "out", sync=False)
     forger.document["sources"]["primary"]["targets_blake3"] = str(caught.value).split("BLAKE3 ")[1].split(",")[0]

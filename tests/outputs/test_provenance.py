@@ -21,6 +21,7 @@ from helpers import raw_bytes, read_tensors, write_tensors
 import hsa
 from hsa.methods.hsa import HsaSettings
 from hsa.outputs import card, provenance
+from hsa.system import manifest
 
 Triple = dict[str, Path]
 
@@ -83,7 +84,7 @@ def test_its_own_digest_is_last_and_covers_everything_else(shared_triple: Triple
     _, document = merge(shared_triple, tmp_path / "out")
     assert list(document)[-1] == "digest"
     assert document["digest"] == digest(canonical(document))
-    assert document["digest"] == provenance.document_digest(document)
+    assert document["digest"] == manifest.document_digest(document)
 
     def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if isinstance(value, dict):
@@ -99,13 +100,13 @@ def test_its_own_digest_is_last_and_covers_everything_else(shared_triple: Triple
             place = place[key]
         value = place[path[-1]]
         place[path[-1]] = math.nextafter(value, 10) if isinstance(value, float) else f"{value}?"
-        assert provenance.document_digest(changed) != document["digest"], path
+        assert manifest.document_digest(changed) != document["digest"], path
 
 
 def test_the_bytes_are_the_one_way_to_write_it(shared_triple: Triple, tmp_path: Path) -> None:
     _, document = merge(shared_triple, tmp_path / "out")
     written = (tmp_path / "out" / "hsa_merge.json").read_bytes()
-    assert provenance.render(document) == written
+    assert manifest.render(document) == written
     assert written.isascii()
 
 
@@ -138,12 +139,15 @@ def test_content(shared_triple: Triple, tmp_path: Path) -> None:
         assert document["targets"][name] == {
             "shape": list(read_tensors(shared_triple["primary"])[name].shape),
             "dtype": "F32",
-            "heads": 4,
-            "keep": 1,
-            "lambda_i": tensor.coefficient,
-            "selected": list(tensor.selected),
-            "scores": list(tensor.scores),
-            "margin": tensor.margin,
+            "groups": 4,
+            "axis": 1 if name.endswith("out_proj.weight") else 0,
+            "decision": {
+                "keep": 1,
+                "lambda_i": tensor.coefficient,
+                "selected": list(tensor.selected),
+                "scores": list(tensor.scores),
+                "margin": tensor.margin,
+            },
         }
 
 
@@ -272,7 +276,7 @@ def test_any_flipped_bit_of_it_is_found(shared_triple: Triple, tmp_path: Path) -
 
 
 WRONG: list[tuple[str, Any]] = [
-    ("format", 2),
+    ("format", 3),
     ("files", []),
     ("files", {"a": {"blake3": "00"}}),
     ("sources", {}),
@@ -290,8 +294,8 @@ def test_a_sound_digest_does_not_make_it_say_what_it_must(
 ) -> None:
     _, document = merge(shared_triple, tmp_path / "out")
     document[key] = value
-    document["digest"] = provenance.document_digest(document)
-    (tmp_path / "out/hsa_merge.json").write_bytes(provenance.render(document))
+    document["digest"] = manifest.document_digest(document)
+    (tmp_path / "out/hsa_merge.json").write_bytes(manifest.render(document))
     with pytest.raises(hsa.ProvenanceError, match=re.escape(str(tmp_path / "out/hsa_merge.json"))):
         provenance.load(tmp_path / "out")
 

@@ -21,10 +21,10 @@ from helpers import (
 )
 
 import hsa
-from hsa.outputs.provenance import document_digest, render
 from hsa.sources.checkpoint import MAX_TEXT
 from hsa.sources.small_file_checks import CHECKED_FILES, MAX_VOCABULARY_MARKS, read_small_file
 from hsa.system.digests import digest_of
+from hsa.system.manifest import document_digest, render
 
 Triple = dict[str, Path]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"b" * 64 + b"\nsize 2128466\n"

@@ -11,7 +11,7 @@ from typing import Any
 from blake3 import blake3
 
 import hsa
-from hsa.outputs import provenance
+from hsa.system import manifest
 from hsa.system.manifest import PROVENANCE
 
 Triple = dict[str, Path]
@@ -33,8 +33,8 @@ def forge(output: Path, change: Callable[[dict[str, Any]], None] = lambda docume
     for name, entry in document["files"].items():
         if entry and (output / name).is_file():
             entry["blake3"] = blake3((output / name).read_bytes()).hexdigest()
-    document[provenance.DIGEST] = provenance.document_digest(document)
-    (output / PROVENANCE).write_bytes(provenance.render(document))
+    document[manifest.DIGEST] = manifest.document_digest(document)
+    (output / PROVENANCE).write_bytes(manifest.render(document))
 
 
 def named(report: hsa.VerifyReport) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from hsa.outputs import patch_format, provenance
-from hsa.outputs.provenance import document_digest
+from hsa.outputs import patch_format
 from hsa.outputs.recording import tensors_digest
-from hsa.system.manifest import PROVENANCE
+from hsa.system import manifest
+from hsa.system.manifest import PROVENANCE, document_digest
 
 Rows = dict[str, tuple[str, list[int], bytes]]
 
@@ -27,6 +28,25 @@ class Forger:
     tensors: Rows
     target: str
     """A target of which some heads are selected and some are not."""
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What the document says of the target."""
+        found: dict[str, Any] = self.document["targets"][self.target]
+        return found
+
+    @property
+    def decision(self) -> dict[str, Any]:
+        """What it says was decided for the target."""
+        found: dict[str, Any] = self.entry["decision"]
+        return found
+
+    def fit_margin(self) -> None:
+        """Make the margin of the target what its scores and selected heads give."""
+        scores, selected = self.decision["scores"], self.decision["selected"]
+        last = min(scores[head] for head in selected) ** 2
+        dropped = max(score for head, score in enumerate(scores) if head not in selected) ** 2
+        self.decision["margin"] = (last - dropped) / last
 
     @classmethod
     def of(cls, path: Path) -> Forger:
@@ -42,33 +62,29 @@ class Forger:
         return cls(path, document, tensors, target)
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """A copy of the elements of a float32 tensor, or of the squared scores or the selection."""
+        """A copy of the elements of a float32 tensor."""
         _, shape, data = self.tensors[name]
-        if name == patch_format.SCORES:
-            return np.frombuffer(data, "<f8").copy()
-        if name == patch_format.SELECTED:
-            return np.frombuffer(data, np.uint8).copy()
         return np.frombuffer(data, np.float32).reshape(shape).copy()
 
     def put(self, name: str, array: np.ndarray[Any, Any]) -> None:
         """Replace the elements of a tensor."""
-        code, shape, _ = self.tensors[name]
-        changed = list(array.shape) if name not in (patch_format.SCORES, patch_format.SELECTED) else shape
-        self.tensors[name] = (code, changed, array.tobytes())
+        self.tensors[name] = (self.tensors[name][0], list(array.shape), array.tobytes())
 
     def write(self) -> None:
         """Write the patch, each digest made to fit."""
         listed = [(n, code, shape, blake3(data).hexdigest()) for n, (code, shape, data) in self.tensors.items()]
         self.document["tensors_blake3"] = tensors_digest(listed)
-        self.document["digest"] = document_digest(self.document)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", patch_format.KEY: json.dumps(self.document)}}
+        with suppress(ValueError):  # of NaN and Inf there is no digest
+            self.document["digest"] = document_digest(self.document)
+        text = json.dumps(self.document, separators=(",", ":"))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", patch_format.KEY: text}}
         stop = 0
         for name, (code, shape, data) in self.tensors.items():
             header[name] = {"dtype": code, "shape": shape, "data_offsets": [stop, stop + len(data)]}
             stop += len(data)
-        text = json.dumps(header).encode()
+        raw = json.dumps(header).encode()
         self.path.write_bytes(
-            len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in self.tensors.values())
+            len(raw).to_bytes(8, "little") + raw + b"".join(data for _, _, data in self.tensors.values())
         )
 
 
@@ -81,8 +97,8 @@ def forge(directory: Path, **changes: Any) -> None:
         for key in parents:
             place = place[key]
         place[last] = value
-    document["digest"] = provenance.document_digest(document)
-    (directory / PROVENANCE).write_bytes(provenance.render(document))
+    document["digest"] = manifest.document_digest(document)
+    (directory / PROVENANCE).write_bytes(manifest.render(document))
 
 
 HOSTILE = "[red]x[/red]\x1b[31m<img src=x onerror=hit()>"

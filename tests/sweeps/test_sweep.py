@@ -26,7 +26,7 @@ from hsa.backends.cpu import CpuWorker
 from hsa.methods.tensors import TensorTask
 from hsa.outputs import patch_format
 from hsa.sweeps import sweep as sweep_module
-from hsa.system import strict_json
+from hsa.system import manifest, strict_json
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 pytestmark = pytest.mark.long
@@ -218,12 +218,12 @@ def test_files_of_others_are_left_alone(triple: Triple, tmp_path: Path) -> None:
     sound = place.read_bytes()
     length = 8 + int.from_bytes(sound[:8], "little")
     listed = json.loads(sound[8:length])
-    document = json.loads(listed["__metadata__"][patch_format.KEY]) | {"format": 2}
-    document["digest"] = patch_format.document_digest(document)
+    document = json.loads(listed["__metadata__"][patch_format.KEY]) | {"format": 3}
+    document["digest"] = manifest.document_digest(document)
     listed["__metadata__"][patch_format.KEY] = json.dumps(document)
     text = json.dumps(listed).encode()
     newer = len(text).to_bytes(8, "little") + text + sound[length:]
-    for raw, message in ((b"my thesis", "is no patch of hsa"), (newer, "format is 2, this version reads 1")):
+    for raw, message in ((b"my thesis", "is no patch of hsa"), (newer, "format is 3, this version reads 1 and 2")):
         place.write_bytes(raw)
         for overwrite in (False, True):
             with pytest.raises(hsa.DestinationError, match=message):

@@ -18,8 +18,8 @@ from helpers import merge_arguments, poke, run_hsa, snapshot
 
 import hsa
 from hsa.errors import RequestError, SourceChanged
-from hsa.outputs import patch_format
 from hsa.system.manifest import PROVENANCE
+from hsa.verification.decisions import Answers
 
 Triple = dict[str, Path]
 NAME = "p.safetensors"
@@ -95,14 +95,21 @@ def change_row(forged: Forger) -> None:
 
 
 def change_score(forged: Forger) -> None:
-    """By so little that the selection and the margin stay."""
-    scores = forged.array(patch_format.SCORES)
-    scores[0] *= 1 + 1e-9
-    forged.put(patch_format.SCORES, scores)
+    """One that the margin does not depend on, by so little that the selection stays."""
+    scores = forged.decision["scores"]
+    scores[scores.index(max(scores))] *= 1 + 1e-9
+
+
+def change_score_and_margin(forged: Forger) -> None:
+    """The lowest score of a selected head, and the margin that it gives."""
+    scores = forged.decision["scores"]
+    last = min(forged.decision["selected"], key=lambda head: scores[head])
+    scores[last] *= 1 + 1e-6
+    forged.fit_margin()
 
 
 def change_distance(forged: Forger) -> None:
-    forged.document["distances"]["all"][0] *= 1.001
+    forged.document["distances"]["all"]["primary"] *= 1.001
 
 
 def change_file(forged: Forger) -> None:
@@ -122,19 +129,17 @@ def change_id(forged: Forger) -> None:
 
 
 def swap_heads(forged: Forger) -> None:
-    """Rows and selection of another head, and scores that say so."""
-    scores, flags = forged.array(patch_format.SCORES), forged.array(patch_format.SELECTED)
-    first = list(forged.document["targets"]).index(forged.target) * 4
-    part, chosen = scores[first : first + 4].copy(), flags[first : first + 4].copy()
-    scores[first : first + 4], flags[first : first + 4] = part[::-1], chosen[::-1]
-    forged.put(patch_format.SCORES, scores)
-    forged.put(patch_format.SELECTED, flags)
+    """The rows given as those of other heads, each one further on, and scores that say so."""
+    scores = forged.decision["scores"]
+    scores.insert(0, scores.pop())
+    forged.decision["selected"] = sorted((head + 1) % 4 for head in forged.decision["selected"])
 
 
 FORGERIES: dict[str, tuple[Callable[[Forger], None], str, str]] = {
     "a row": (change_row, NAME, "bytes are not what the sources give"),
-    "a score": (change_score, NAME, "its scores are not what the sources give"),
-    "heads": (swap_heads, NAME, "scores are not what the sources give"),
+    "a score": (change_score, NAME, f"target tensor {TARGET}: scores .* is recorded, the sources give"),
+    "a score and its margin": (change_score_and_margin, NAME, f"target tensor {TARGET}: scores .* the sources give"),
+    "heads": (swap_heads, NAME, f"target tensor {TARGET}: selected .* is recorded, the sources give"),
     "a distance": (change_distance, NAME, "its distances of all are not what the sources give"),
     "a small file": (change_file, NAME, "small files are not those that the sources give: vocab.json"),
     "the targets of base": (change_base, "base", "is not the recorded source: its targets"),
@@ -487,4 +492,5 @@ def test_reports_name_every_field(patches: Path) -> None:
     report = hsa.verify(patches)
     keys = set(report.as_dict())
     assert all(set(member) == keys for member in report.as_dict()["members"])
-    assert {field.name for field in dataclasses.fields(report)} - {"record"} <= keys
+    own = {field.name for field in dataclasses.fields(report)} - {"record", "answers"}
+    assert own | {field.name for field in dataclasses.fields(Answers)} <= keys

@@ -152,7 +152,7 @@ def test_one_flipped_bit_that_the_provenance_was_made_to_fit(single: Path, share
     (found,) = [problem.what for problem in report.problems if problem.file == WEIGHTS]
     assert tensor in found and "1 byte is not what the sources give" in found and f"byte {where}:" in found
     if tensor == TARGET:
-        heads = json.loads((single / PROVENANCE).read_text())["targets"][TARGET]["heads"]
+        heads = json.loads((single / PROVENANCE).read_text())["targets"][TARGET]["groups"]
         assert f"head {heads - 1}:" in found
 
 

@@ -269,7 +269,7 @@ class Merger:
         method, outcomes = targets.method, []
         for task, measured in zip(targets.tasks, self._measured, strict=True):
             decision = method.decide(task, measured, targets.settings, None)
-            changed = changed_ranges(task, method.untouched(task, decision))
+            changed = changed_ranges(task, method.untouched(task.partition.groups, decision))
             outcomes.append(Outcome(task, decision, changed, {}, self._equal[task.name]))
         return outcomes
 

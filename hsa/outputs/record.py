@@ -1,0 +1,92 @@
+"""What a record says of a merge: who its sources were, how it was made, and what was decided for each tensor.
+
+The provenance of an output and the header of a patch are both written from a record, and the card too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hsa.architectures.base import Architecture
+from hsa.methods.base import Method
+from hsa.methods.settings import Settings
+from hsa.methods.tensors import TensorRecord
+from hsa.outputs import format1
+from hsa.outputs.source_record import SourceRecord
+from hsa.system import manifest
+from hsa.system.manifest import BLANK_DIGEST, DIGEST, FORMAT, document_digest, render
+
+SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
+"""What stands among a record's parameters besides those of the method."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that the provenance says but the digests of the files.
+
+    `parameters` are the method's settings (`Settings.as_dict`) and what besides them shaped the output. `version` is
+    that of the method when it was written, `architecture` the family of the models. `anchor` and `base` are roles.
+    `format` is the version of the record's format.
+    """
+
+    program: Mapping[str, str]
+    libraries: Mapping[str, str]
+    method: Method[Any, Any]
+    version: int
+    architecture: Architecture
+    parameters: Mapping[str, Any]
+    sources: Mapping[str, SourceRecord]
+    anchor: str
+    base: str | None
+    targets: tuple[TensorRecord, ...]
+    format: int = FORMAT
+
+    @property
+    def settings(self) -> Settings:
+        """The method's settings. Raises RequestError where the parameters are none."""
+        settings: Settings = self.method.Settings.from_dict(self.parameters)
+        return settings
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as a JSON document."""
+        document = {
+            "format": self.format,
+            "program": dict(self.program),
+            "libraries": dict(self.libraries),
+            "method": {"name": self.method.name, "version": self.version},
+            "architecture": self.architecture.name,
+            "parameters": dict(self.parameters),
+            "sources": {role: source.as_dict() for role, source in self.sources.items()},
+            "anchor": self.anchor,
+            "base": self.base,
+            "targets": {target.name: self._target(target) for target in self.targets},
+        }
+        return format1.document_of(document) if self.format == 1 else document
+
+    def _target(self, target: TensorRecord) -> dict[str, Any]:
+        return {
+            "shape": list(target.shape),
+            "dtype": target.code,
+            "groups": target.partition.groups,
+            "axis": target.partition.axis,
+            "decision": self.method.as_dict(target.decision),
+        }
+
+    def with_targets(self, targets: Iterable[TensorRecord]) -> Record:
+        """The same record of other targets."""
+        return replace(self, targets=tuple(targets))
+
+    def check_fits(self, names: Iterable[str], groups: int | None = None) -> None:
+        """RequestError where the record, with files of these names, would be too large to be read again."""
+        files = {name: {"blake3": BLANK_DIGEST} for name in names}
+        total = sum(target.partition.groups for target in self.targets) if groups is None else groups
+        manifest.check_fits({**self.as_dict(), "files": files, DIGEST: BLANK_DIGEST}, total)
+
+    def with_files(self, digests: Mapping[str, str | None]) -> bytes:
+        """The file's bytes. `digests` maps every other file of the output to its BLAKE3 digest, None where left out."""
+        files = {name: ({"blake3": digest} if digest else {}) for name, digest in sorted(digests.items())}
+        document = {**self.as_dict(), "files": files}
+        document[DIGEST] = document_digest(document)
+        return render(document)

@@ -1,0 +1,70 @@
+"""The two questions of a comparison with the sources, and how recorded decisions are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hsa.errors import shown
+from hsa.methods.base import Method
+from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Whether the bytes of the weights follow from the recorded decisions, and whether the decisions follow from the
+    sources.
+
+    Example:
+        >>> Answers.all([Answers(True, True), Answers(True, False)])
+        Answers(bytes_follow=True, decisions_follow=False)
+    """
+
+    bytes_follow: bool
+    decisions_follow: bool
+
+    @classmethod
+    def all(cls, answers: Iterable[Answers]) -> Answers:
+        """The answers for several outputs together."""
+        each = list(answers)
+        return cls(all(one.bytes_follow for one in each), all(one.decisions_follow for one in each))
+
+
+def recorded_decisions(targets: Iterable[TensorRecord], tasks: Iterable[TensorTask]) -> dict[str, Any]:
+    """The recorded decisions for those tasks that are the recorded tensors, by canonical name."""
+    by_name = {target.canonical: target for target in targets}
+    return {
+        task.name: by_name[task.name].decision
+        for task in tasks
+        if task.name in by_name and is_recorded(by_name[task.name], task)
+    }
+
+
+def is_recorded(target: TensorRecord, task: TensorTask) -> bool:
+    """Whether a record names the tensor that the sources and the settings give."""
+    recorded = target.name, target.shape, target.code, target.partition
+    return recorded == (task.output_name, task.shape, task.out_code, task.partition)
+
+
+def other_decision(method: Method[Any, Any], recorded: Any, decision: Any) -> str | None:
+    """How a recorded decision differs from the one that follows from the sources; None where it does not.
+
+    They are compared as the record writes them.
+    """
+    before, after = method.as_dict(recorded), method.as_dict(decision)
+    for key in after:
+        if before.get(key) != after[key]:
+            return f": {key} {shown(before.get(key))} is recorded, the sources give {shown(after[key])}"
+    return None
+
+
+def other_decisions(
+    method: Method[Any, Any], recorded: Mapping[str, Any], outcomes: Iterable[Outcome]
+) -> Iterator[str]:
+    """A line for every target whose recorded decision does not follow from the sources."""
+    for outcome in outcomes:
+        if outcome.task.name in recorded:
+            what = other_decision(method, recorded[outcome.task.name], outcome.decision)
+            if what is not None:
+                yield f"the decision for {outcome.task.output_name} does not follow from the sources{what}"
