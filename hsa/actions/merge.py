@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from hsa.engine.compute import Calculator
 from hsa.engine.pipeline import Options, execute
 from hsa.errors import SourceError
 from hsa.findings import Findings
+from hsa.methods.tensors import Outcome
 from hsa.outputs import recording, report
 from hsa.outputs.card import unlinked
 from hsa.outputs.earlier_merges import EarlierMerges, read_earlier_merges
 from hsa.outputs.merge_warnings import header_findings, raise_if_strict, source_findings
 from hsa.outputs.metadata_files import CARD, write_metadata_files
+from hsa.outputs.record import Record
 from hsa.outputs.report import MergeReport, PlanReport
 from hsa.planning.plan import Plan, make_plan
 from hsa.sources import small_files
@@ -39,6 +42,29 @@ from hsa.system.threads import default_threads
 from hsa.system.types import PathLike, Progress
 
 __all__ = ["PathLike", "Request", "dry_run", "merge", "run_merge"]
+
+
+@dataclass(frozen=True)
+class PreparedMerge:
+    """A merge before its first tensor is read: open sources, the plan, and where the output goes."""
+
+    sources: Sources
+    plan: Plan
+    backend: Backend
+    destination: Path
+    earlier_merges: EarlierMerges
+
+
+@dataclass(frozen=True)
+class WrittenMerge:
+    """A merge that stands at its destination. `doubts` are what the sources gave cause for, `findings` all together,
+    `notes` say what of an earlier output could not be removed."""
+
+    record: Record
+    outcomes: tuple[Outcome, ...]
+    doubts: Findings
+    findings: Findings
+    notes: tuple[str, ...]
 
 
 @declared_keywords(MERGE)
@@ -62,7 +88,7 @@ def merge(*arguments: Any, progress: Progress | None = None, **keywords: Any) ->
 
     Raises TypeError for arguments that there are not, and RequestError, SourceError, StrictError, MachineError or a
     subclass (see `hsa.errors`); nothing is left behind then.
-    Source: SPEC section 1, after Shankar et al., Computer Speech & Language, 2026, 102012.
+    Source: Shankar et al., Computer Speech & Language, 2026, 102012.
 
     Example:
         >>> report = hsa.merge("whisper-small", "m1", "m2", "merged", lam=0.3)
@@ -81,43 +107,9 @@ def run_merge(request: Request, progress: Progress | None = None) -> MergeReport
         assets = collect_small_files(request, prepared.sources, prepared.plan, tally)
         early = _findings_before_reading(request, prepared, assets, hub)
         raise_if_strict(early + _planned_findings(prepared.plan), strict=request.strict)
-        with deferred():  # a directory that was made must be known to the stack that removes it
-            staging = stack.enter_context(
-                StagedOutput(prepared.destination, overwrite=request.overwrite, sync=request.sync)
-            )
-        options = Options(request.threads or default_threads(), request.digest, request.sync)
         total = prepared.plan.bytes_to_write
         step = None if progress is None else lambda done: progress(done, total)
-        try:
-            calculator = Calculator(prepared.sources, prepared.backend, request.settings)
-            digests = execute(
-                prepared.plan.files,
-                prepared.sources.by_role,
-                prepared.sources.anchor_checkpoint,
-                calculator,
-                staging,
-                options,
-                tally,
-                memory,
-                step,
-            )
-        except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
-            prepared.sources.check_unchanged()
-            raise
-        prepared.sources.check_unchanged()
-        outcomes = calculator.ordered(prepared.plan.targets)
-        doubts = source_findings(outcomes, prepared.sources, prepared.earlier_merges, request.settings)
-        findings = early + doubts + report.outcome_findings(prepared.plan.method, outcomes)
-        raise_if_strict(findings, strict=request.strict)
-        record = recording.make_record(
-            prepared.plan, prepared.sources, outcomes, request.output_settings(prepared.backend.name)
-        )
-        small = dict(assets.files)
-        if prepared.plan.index is not None:
-            small[INDEX] = prepared.plan.index
-        weights = {file.name: digests.get(file.name) for file in prepared.plan.files}
-        write_metadata_files(staging, record, small, weights, digest=request.digest, tally=tally)
-        staging.publish()
+        written = write_merge(request, prepared, assets, early, tally, memory, step)
         memory.sample()
     return MergeReport(
         output=prepared.destination,
@@ -131,13 +123,65 @@ def run_merge(request: Request, progress: Progress | None = None) -> MergeReport
         device=prepared.backend.device,
         route=prepared.plan.route,
         settings=request.settings,
-        tensors={target.name: target for target in record.targets},
-        extent=prepared.plan.method.summary(outcomes),
-        notes=(*findings.notes, *(() if request.digest else (report.NO_DIGESTS,)), *staging.notes),
-        warnings=findings.warnings,
-        unlinked=unlinked(record),
-        doubtful=bool(doubts.warnings) or BASE in prepared.earlier_merges,
+        tensors={target.name: target for target in written.record.targets},
+        extent=prepared.plan.method.summary(written.outcomes),
+        notes=(*written.findings.notes, *(() if request.digest else (report.NO_DIGESTS,)), *written.notes),
+        warnings=written.findings.warnings,
+        unlinked=unlinked(written.record),
+        doubtful=bool(written.doubts.warnings) or BASE in prepared.earlier_merges,
     )
+
+
+def write_merge(
+    request: Request,
+    prepared: PreparedMerge,
+    assets: small_files.Assets,
+    early: Findings,
+    tally: fsio.Tally,
+    memory: PeakMemory,
+    step: Callable[[int], None] | None = None,
+) -> WrittenMerge:
+    """Compute a merge and put it at its destination, whole or not at all.
+
+    `early` are the findings so far: with `strict` nothing is written where there are warnings in the end. `step` gets
+    the bytes done. Raises as `merge`.
+    """
+    plan, sources = prepared.plan, prepared.sources
+    with ExitStack() as stack:
+        with deferred():  # a directory that was made must be known to the stack that removes it
+            staging = stack.enter_context(
+                StagedOutput(prepared.destination, overwrite=request.overwrite, sync=request.sync)
+            )
+        options = Options(request.threads or default_threads(), request.digest, request.sync)
+        try:
+            calculator = Calculator(sources, prepared.backend, plan.settings)
+            digests = execute(
+                plan.files,
+                sources.by_role,
+                sources.anchor_checkpoint,
+                calculator,
+                staging,
+                options,
+                tally,
+                memory,
+                step,
+            )
+        except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
+            sources.check_unchanged()
+            raise
+        sources.check_unchanged()
+        outcomes = calculator.ordered(plan.targets)
+        doubts = source_findings(outcomes, sources, prepared.earlier_merges, plan.settings)
+        findings = early + doubts + report.outcome_findings(plan.method, outcomes)
+        raise_if_strict(findings, strict=request.strict)
+        record = recording.make_record(plan, sources, outcomes, request.output_settings(prepared.backend.name))
+        small = dict(assets.files)
+        if plan.index is not None:
+            small[INDEX] = plan.index
+        weights = {file.name: digests.get(file.name) for file in plan.files}
+        write_metadata_files(staging, record, small, weights, digest=request.digest, tally=tally)
+        staging.publish()
+        return WrittenMerge(record, tuple(outcomes), doubts, findings, tuple(staging.notes))
 
 
 @fsio.map_os_errors()
@@ -185,7 +229,7 @@ def collect_small_files(request: Request, sources: Sources, plan: Plan, tally: f
 
 
 def _findings_before_reading(
-    request: Request, prepared: _PreparedMerge, assets: small_files.Assets, hub: Hub
+    request: Request, prepared: PreparedMerge, assets: small_files.Assets, hub: Hub
 ) -> Findings:
     """Notes and warnings before the first tensor is read."""
     findings = Findings((*hub.notes, *prepared.plan.notes, *assets.notes), assets.warnings)
@@ -201,16 +245,7 @@ def _planned_findings(plan: Plan) -> Findings:
     return plan.method.planned_findings(plan.targets, plan.settings)
 
 
-@dataclass(frozen=True)
-class _PreparedMerge:
-    sources: Sources
-    plan: Plan
-    backend: Backend
-    destination: Path
-    earlier_merges: EarlierMerges
-
-
-def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> _PreparedMerge:
+def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> PreparedMerge:
     """Open what a merge needs. Before anything large is fetched, whatever can be refused by headers is refused."""
     if has_hub_ids(request):
         with ExitStack() as trial:
@@ -220,13 +255,19 @@ def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) ->
 
 def _open(
     request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, occupied: bool = False
-) -> _PreparedMerge:
+) -> PreparedMerge:
     backend = resolve(request.backend, request.device, request.settings)
     sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
+    plan = plan_merge(request, sources, backend)
+    return PreparedMerge(sources, plan, backend, destination, read_earlier_merges(sources))
+
+
+def plan_merge(request: Request, sources: Sources, backend: Backend) -> Plan:
+    """The plan of a merge whose record can be read again. Raises as `make_plan`, and RequestError."""
     plan = make_plan(request.settings, sources, request.shard_bytes)
     recording.check_record_size(
         plan, sources, request.output_settings(backend.name), (*small_files.SMALL_FILES, INDEX, CARD)
     )
-    return _PreparedMerge(sources, plan, backend, destination, read_earlier_merges(sources))
+    return plan

@@ -18,7 +18,7 @@ from hsa.option_names import option
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import Computed
 from hsa.sources.source_set import Sources
-from hsa.system.digests import digest_of
+from hsa.system.digests import digest_of, digest_of_slices
 from hsa.system.dtypes import Array, size
 
 BUDGET_BYTES = 80 << 20
@@ -130,9 +130,7 @@ class Calculator:
     def _joined(self, task: TensorTask) -> Outcome:
         """The outcome of a tensor that was computed in slices: its digests are those of the slices' digests."""
         slices = [facts for _, facts in sorted(self._slices[task.name].items())]
-        digests = {
-            role: digest_of("\n".join(facts.digests[role] for facts in slices).encode("ascii")) for role in task.sources
-        }
+        digests = {role: digest_of_slices(facts.digests[role] for facts in slices) for role in task.sources}
         equal = frozenset.intersection(*(facts.equal for facts in slices))
         decision = self.method.decide(task, None, self.settings, None)
         return Outcome(task, decision, ((0, result_bytes(task)),), digests, equal)

@@ -298,6 +298,10 @@ class Method(ABC, Generic[S, D]):
         source = f" Source: {self.source}." if self.source else ""
         return CardText(f"{self.title}{formula}.{source}")
 
+    def comparison_notes(self, records: Sequence[TensorRecord]) -> Iterator[str]:
+        """What a comparison of an output with its sources says of its decisions, such as which were close."""
+        yield from ()
+
     def record_faults(self, record: TensorRecord, settings: S, layers: int) -> Iterator[str]:
         """How a recorded decision contradicts the settings, or itself; `layers` are those of its stack, 0 outside."""
         return iter(())

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hsa.architectures.base import Architecture
@@ -64,3 +64,6 @@ class HsaReports(Method[Any, D]):
         self, parameters: Mapping[str, Any], records: Sequence[TensorRecord], architecture: Architecture
     ) -> CardText:
         return hsa_card.card_text(parameters, records, architecture)
+
+    def comparison_notes(self, records: Sequence[TensorRecord]) -> Iterator[str]:
+        return hsa_warnings.close_margin_notes(records)

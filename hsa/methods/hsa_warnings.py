@@ -26,7 +26,7 @@ from hsa.methods.base import BASE
 from hsa.methods.hsa_extent import Extent, WeightRange, percent
 from hsa.methods.selection import TIE_RISK
 from hsa.methods.settings import PerTensor
-from hsa.methods.tensors import Outcome
+from hsa.methods.tensors import Outcome, TensorRecord
 from hsa.option_names import option
 
 RolePair = tuple[str, str]
@@ -187,3 +187,13 @@ def _why_nothing_changes(weights: WeightRange | None) -> str:
         return f"{why}; lower {option('lam')}, or raise {option('alpha')}"
     more = f"lower {option('lam')}, raise {option('alpha')} or raise {option('k')}"
     return f"{more}, or give a secondary that differs from primary"
+
+
+def close_margin_notes(records: Iterable[TensorRecord]) -> Iterator[str]:
+    """A note where margins are so small that another backend may select other heads."""
+    close = [target.name for target in records if target.margin is not None and target.margin < TIE_RISK]
+    if close:
+        yield (
+            f"{len(close)} tensors have a margin below {TIE_RISK:g}, such as {close[0]}: another backend could have "
+            f"selected other heads there, and would give other bytes"
+        )

@@ -17,6 +17,7 @@ from hsa.actions.request import Request
 from hsa.engine.source_norms import source_norms
 from hsa.errors import DestinationError, HeaderError, PatchError, ProvenanceError, RequestError
 from hsa.methods.geometry import Norms
+from hsa.methods.tensors import TensorTask
 from hsa.option_names import option
 from hsa.outputs import sweep_index
 from hsa.outputs.grid_point import GridPoint, axes
@@ -29,10 +30,15 @@ from hsa.outputs.record import Record
 from hsa.outputs.recording import PROGRAM, libraries, source_record, tensors_digest
 from hsa.outputs.source_record import SourceRecord
 from hsa.outputs.sweep_index import SweepEntry, entry_of, is_point, point_of
+from hsa.planning.file_layout import is_whole, pieces_of
+from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
+from hsa.sweeps.whole_points import has_patches
 from hsa.system import fsio
 from hsa.system.destinations import check_destination, check_replaceable, refuse_inside_output
+from hsa.system.digests import digest_of_slices
+from hsa.system.dtypes import size
 from hsa.system.manifest import PROVENANCE
 from hsa.system.memory import PeakMemory
 from hsa.system.staging import STAGING
@@ -214,7 +220,7 @@ class ExistingPoints:
             for task in tasks:
                 ref, name = task.sources[source.role], task.name
                 if name not in digests:
-                    digests[name] = digest_range(source.shards[ref.shard].source, ref.offset, ref.nbytes)
+                    digests[name] = _source_digest(source, task)
                 lines.append((name, ref.code, ref.shape, digests[name]))
             records[source.role] = source_record(source, tensors_digest(lines))
         return records
@@ -225,9 +231,24 @@ class ExistingPoints:
         return replace(self.request.settings, **{name: getattr(point.settings, name) for name in chosen})
 
     def _distances(self, point: GridPoint, record: Record) -> Distances:
+        """How far a checkpoint lies from the models; nothing where the method has no patches, which would say it."""
+        if not has_patches(record.method, [point.settings]):
+            return {}
         names = {target.canonical for target in record.targets}
         if not names <= self._norms.keys():
             targets = self.patch_sources.targets(self._settings_like(point))
             missing = [task for task in targets.tasks if task.name not in self._norms]
             self._norms.update(source_norms(targets, missing, self.patch_sources.sources))
         return record.method.distances([(target, self._norms[target.canonical]) for target in record.targets])
+
+
+def _source_digest(source: Checkpoint, task: TensorTask) -> str:
+    """The digest of a target's bytes in a source, as records hold it."""
+    ref = task.sources[source.role]
+    file = source.shards[ref.shard].source
+    if is_whole(task):
+        return digest_range(file, ref.offset, ref.nbytes)
+    width = size(ref.code)
+    return digest_of_slices(
+        digest_range(file, ref.offset + piece.first * width, piece.count * width) for piece in pieces_of(task)
+    )

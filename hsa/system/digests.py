@@ -1,7 +1,8 @@
-"""BLAKE3 of bytes that are in memory at once."""
+"""BLAKE3 of bytes that are in memory at once, or were in slices."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -10,3 +11,8 @@ def digest_of(data: Any) -> str:
     from blake3 import blake3
 
     return blake3(data).hexdigest()
+
+
+def digest_of_slices(digests: Iterable[str]) -> str:
+    """The digest of a tensor that was read in slices: of its slices' digests, one a line."""
+    return digest_of("\n".join(digests).encode("ascii"))

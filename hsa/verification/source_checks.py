@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from hsa.actions.request import Request, has_hub_ids, open_sources
 from hsa.errors import shown
 from hsa.methods.registry import method_named
-from hsa.methods.selection import TIE_RISK
 from hsa.option_names import option
 from hsa.outputs import recording
 from hsa.outputs.provenance import changed_keys
@@ -131,13 +130,8 @@ def other_versions(record: Record) -> str | None:
 
 
 def comparison_notes(record: Record) -> Iterator[str]:
-    """Notes of a comparison with the sources: other versions, and margins so small that backends may differ."""
+    """Notes of a comparison with the sources: other versions, and what the method says of its decisions."""
     versions = other_versions(record)
     if versions is not None:
         yield f"its record says that it was written with {versions}; no digest proves that"
-    close = [target.name for target in record.targets if target.margin is not None and target.margin < TIE_RISK]
-    if close:
-        yield (
-            f"{len(close)} tensors have a margin below {TIE_RISK:g}, such as {close[0]}: another backend could have "
-            f"selected other heads there, and would give other bytes"
-        )
+    yield from record.method.comparison_notes(record.targets)
