@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from hsa.errors import SourceError, shown
@@ -160,11 +161,11 @@ class Architecture(ABC):
     all_stacks: tuple[str, ...]
     blocks: tuple[str, ...]
     first_target: str
-    defaults: Mapping[str, Any]
-    aliases: Mapping[str, str]
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    aliases: Mapping[str, str] = MappingProxyType({})
     width: str
-    tie: Tie | None
-    features: Features | None
+    tie: Tie | None = None
+    features: Features | None = None
 
     @abstractmethod
     def knows(self, name: str) -> bool:
@@ -186,9 +187,9 @@ class Architecture(ABC):
     def model_class(self, config: Mapping[str, Any]) -> ModelClass:
         """The class of transformers that a checkpoint with this `config.json` is loaded with."""
 
-    @abstractmethod
     def stacks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The stacks of layers that the model of this config has."""
+        """The stacks of layers that the model of this config has; by default all."""
+        return self.all_stacks
 
     @abstractmethod
     def expected(self, config: Mapping[str, Any], where: str) -> Iterator[ExpectedTensor]:

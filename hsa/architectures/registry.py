@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from hsa.architectures.base import Architecture, not_of_families
-from hsa.errors import RequestError, shown
+from hsa.errors import RequestError, listed, shown
 from hsa.system.plugins import modules_of
 
 DEFAULT = "whisper"
 """The family where nothing says which: of state dicts without a config, of a release without a model yet."""
+
+NEEDED = ("name", "title", "tags", "model_types", "all_stacks", "blocks", "first_target", "width")
+"""What every family says of itself."""
 
 
 def architectures() -> Mapping[str, Architecture]:
@@ -18,10 +22,23 @@ def architectures() -> Mapping[str, Architecture]:
     families: dict[str, Architecture] = {}
     for module in modules_of("hsa.architectures"):
         for value in vars(module).values():
-            if isinstance(value, Architecture) and families.get(value.name) is not value:
+            if isinstance(value, Architecture):
+                _check_whole(value, module)
+                if families.get(value.name) is value:
+                    continue
                 _check_new(value, families)
                 families[value.name] = value
     return families
+
+
+def _check_whole(family: Architecture, module: ModuleType) -> None:
+    """RequestError where a family lacks what hsa needs of it, so that its author learns so before any merge."""
+    missing = [name for name in NEEDED if not hasattr(family, name)]
+    if missing:
+        raise RequestError(
+            f"{module.__file__}: the family {type(family).__name__} has no {listed(missing)}; "
+            f"docs/add-an-architecture.md shows what a family says"
+        )
 
 
 def _check_new(family: Architecture, families: Mapping[str, Architecture]) -> None:

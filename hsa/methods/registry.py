@@ -8,7 +8,7 @@ from functools import cache
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from hsa.errors import RequestError, shown
+from hsa.errors import RequestError, listed, shown
 from hsa.methods.base import Method
 from hsa.option_names import option
 from hsa.system.plugins import modules_of
@@ -39,6 +39,7 @@ def _methods(modules: tuple[ModuleType, ...]) -> Mapping[str, AnyMethod]:
     by_name: dict[str, AnyMethod] = {}
     for module in modules:
         for each in _classes(module):
+            _check_whole(each, module)
             if each.name in by_name:
                 other = type(by_name[each.name]).__module__
                 raise RequestError(
@@ -47,6 +48,27 @@ def _methods(modules: tuple[ModuleType, ...]) -> Mapping[str, AnyMethod]:
                 )
             by_name[each.name] = each()
     return MappingProxyType(dict(sorted(by_name.items())))
+
+
+def _check_whole(method: type[AnyMethod], module: ModuleType) -> None:
+    """RequestError where a method lacks what hsa needs of it, so that its author learns so before any merge."""
+    wrong = next(_lacking(method), None)
+    if wrong:
+        raise RequestError(f"{module.__file__}: the method {method.__name__} {wrong}")
+
+
+def _lacking(method: type[AnyMethod]) -> Iterator[str]:
+    missing = [name for name in ("name", "title", "Settings") if not hasattr(method, name)]
+    if missing:
+        yield f"has no {listed(missing)}; docs/add-a-method.md shows what a method says"
+    elif isinstance(own := getattr(method.Settings, "method", ""), str) and own != method.name:
+        yield f"is named {shown(method.name)}; say method = {shown(method.name)} in its Settings too"
+    if method.decide is not Method.decide:
+        unsaid = [
+            name for name in ("as_dict", "from_dict", "longest") if getattr(method, name) is getattr(Method, name)
+        ]
+        if unsaid:
+            yield f"decides something that no record could hold; define {listed(unsaid)} too"
 
 
 def _classes(module: ModuleType) -> Iterator[type[AnyMethod]]:

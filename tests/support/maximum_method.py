@@ -1,20 +1,18 @@
 """A plugin file with a method: the largest value of all models, element by element, as a user would write one."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hsa.methods.base import Block, Contract, Method
-from hsa.methods.settings import Settings, setting
+from hsa.methods import Block, Contract, Method, Settings, TensorTask, setting
 
 
 @dataclass(frozen=True)
 class MaximumSettings(Settings):
-    factor: float = setting(1.0, "Factor on the largest value.", low=-100.0, high=100.0, axis=True)
     method = "maximum"
+    factor: float = setting(1.0, "Factor on the largest value.", low=-100.0, high=100.0, axis=True)
 
 
 class Maximum(Method[MaximumSettings, float]):
@@ -22,9 +20,20 @@ class Maximum(Method[MaximumSettings, float]):
     contract = Contract(base="none", least=2, most=4)
     Settings = MaximumSettings
 
-    def decide(self, task: Any, measured: Any, settings: MaximumSettings, so_far: object) -> float:
+    def decide(self, task: TensorTask, measured: Any, settings: MaximumSettings, so_far: float | None) -> float:
         return settings.factor
 
-    def apply(self, block: Block, decision: float, out: Any) -> None:
+    def apply(self, block: Block, decision: float, out: np.ndarray) -> None:
         np.maximum.reduce([block.weights(role) for role in block.models], axis=0, out=out)
         np.multiply(out, np.float32(decision), out=out)
+
+    def as_dict(self, decision: float) -> dict[str, Any]:
+        return {"factor": decision}
+
+    def from_dict(self, entry: Mapping[str, Any], groups: int, settings: MaximumSettings) -> float:
+        if entry["factor"] != settings.factor:
+            raise ValueError("the factor is not that of the settings")
+        return settings.factor
+
+    def longest(self, task: TensorTask, number: float) -> float:
+        return number

@@ -3,13 +3,11 @@
 Its tensors lie in `speech_encoder` and `text_decoder`, and so its config.json names heads and layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hsa.architectures.base import Architecture, ExpectedTensor, ModelClass, Preset, TensorPlace, Tie
+from hsa.architectures import Architecture, ExpectedTensor, ModelClass, Preset, TensorPlace, Tie
 from hsa.architectures.whisper import WHISPER
 
 STACKS = {"speech_encoder": "encoder", "text_decoder": "decoder"}
@@ -40,7 +38,6 @@ class Murmur(Architecture):
     blocks = WHISPER.blocks
     first_target = ours(WHISPER.first_target)
     defaults: Mapping[str, Any] = {ours(key): value for key, value in WHISPER.defaults.items()}
-    aliases: Mapping[str, str] = {}
     width = WHISPER.width
     tie = Tie(WHISPER.tie.output, ours(WHISPER.tie.embedding), WHISPER.tie.size_keys)
     features = WHISPER.features
@@ -69,9 +66,6 @@ class Murmur(Architecture):
             processor="MurmurProcessor",
             reads_tokens=True,
         )
-
-    def stacks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        return self.all_stacks
 
     def expected(self, config: Mapping[str, Any], where: str) -> Iterator[ExpectedTensor]:
         self.counts(config, where)
