@@ -74,7 +74,7 @@ def _run(folder: Path) -> None:
     _check_heads(report)
     print_stdout("4. Loading it with transformers")
     _check_loading(output)
-    weights = [tensor for tensor in report.tensors.values() if tensor.part == "weight"]
+    weights = [tensor for tensor in report.tensors.values() if tensor.projection.part == "weight"]
     merged, heads = count_heads(weights)
     print_stdout(
         f"5. The {len(weights)} weights: {merged} of their {heads} heads are merged (#), the others stay primary's (.)."
@@ -88,13 +88,13 @@ def _run(folder: Path) -> None:
 def head_map(report: MergeReport) -> str:
     """Rows of layers, a block of heads for each of the q, k and v weights of the encoder."""
     weights = {
-        (tensor.layer, tensor.kind): tensor
+        (tensor.projection.layer, tensor.projection.kind): tensor
         for tensor in report.tensors.values()
-        if tensor.stack == "encoder" and tensor.part == "weight"
+        if tensor.projection.stack == "encoder" and tensor.projection.part == "weight"
     }
-    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    kinds = ("q", "k", "v")
     width = next(iter(weights.values())).heads
-    lines = ["   layer  " + "  ".join(f"{kind.split('.')[1][0]:<{width}}" for kind in kinds)]
+    lines = ["   layer  " + "  ".join(f"{kind:<{width}}" for kind in kinds)]
     for layer in sorted({layer for layer, _ in weights}):
         cells = [
             "".join("#" if head in weights[layer, kind].selected else "." for head in range(width)) for kind in kinds
@@ -114,7 +114,7 @@ def _check_bytes(report: MergeReport, paths: dict[str, Path]) -> None:
         safe_open(path / "model.safetensors", "pt")
         for path in (paths["base"], paths["primary"], paths["secondary"], report.output)
     ]
-    layers = 1 + max(tensor.layer for tensor in report.tensors.values())
+    layers = 1 + max(tensor.projection.layer for tensor in report.tensors.values())
     for name in tensor_shapes(SHAPES["demo"]):
         base, primary, secondary, merged = (file.get_tensor(name) for file in files)  # type: ignore[no-untyped-call]
         tensor = report.tensors.get(name)
@@ -128,7 +128,7 @@ def _check_bytes(report: MergeReport, paths: dict[str, Path]) -> None:
                 k=0.6,
                 lam=0.5,
                 alpha=0.2,
-                layer=tensor.layer,
+                layer=tensor.projection.layer,
                 layers=layers,
                 heads=tensor.heads,
             )
@@ -141,8 +141,8 @@ def _check_bytes(report: MergeReport, paths: dict[str, Path]) -> None:
 
 def _check_heads(report: MergeReport) -> None:
     for name, tensor in report.tensors.items():
-        kind = tensor.kind.split(".")[1][0]
-        planted = tuple(sorted(head for _, layer, k, head in LOUD if (layer, k) == (tensor.layer, kind)))
+        kind = tensor.projection.kind
+        planted = tuple(sorted(head for _, layer, k, head in LOUD if (layer, k) == (tensor.projection.layer, kind)))
         if tensor.selected != planted:
             raise DemoFailed(f"{name}: heads {tensor.selected} were merged, {planted} were planted")
 
