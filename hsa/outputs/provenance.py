@@ -25,6 +25,7 @@ from hsa.outputs.record import SETTINGS, Record
 from hsa.outputs.source_record import hex_digest, parse_source
 from hsa.system import manifest
 from hsa.system.manifest import DIGEST, PROVENANCE
+from hsa.system.plugins import VARIABLE
 from hsa.system.types import parse_size
 
 
@@ -83,13 +84,16 @@ def parse_record(document: Mapping[str, Any]) -> Record:
     )
 
 
+_OF_PLUGINS = f" (one of a plugin needs the plugin's file in {VARIABLE})"
+
+
 def _method(document: Mapping[str, Any]) -> tuple[Method[Any, Any], int]:
     if document["format"] == 1:
         return methods()[format1.method_of(mapping(document["parameters"]))], format1.VERSION
     entry = mapping(document["method"])
     name, version = text(entry["name"]), count(entry["version"])
     if name not in methods():
-        raise ValueError(f"its method is {shown(name)}, which is none of {', '.join(methods())}")
+        raise ValueError(f"its method is {shown(name)}, which is none of {', '.join(methods())}{_OF_PLUGINS}")
     if not 1 <= version <= methods()[name].version:
         raise ValueError(
             f"it was made by version {version} of method {name}, and this hsa has version {methods()[name].version}"
@@ -108,7 +112,9 @@ def _origin(document: Mapping[str, Any]) -> tuple[Architecture, str, str | None]
 def _architecture(value: Any) -> Architecture:
     name = text(value)
     if name not in architectures():
-        raise ValueError(f"its architecture is {shown(name)}, which is none of {', '.join(architectures())}")
+        raise ValueError(
+            f"its architecture is {shown(name)}, which is none of {', '.join(architectures())}{_OF_PLUGINS}"
+        )
     return named(name)
 
 

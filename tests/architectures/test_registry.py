@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers import read_tensors, write_tensors
+from murmur_checkpoints import STACKS, murmur_name, write_murmur
 
 import hsa
 from hsa.architectures import registry
@@ -22,30 +20,12 @@ from hsa.system.fsio import Tally
 from hsa.system.plugins import VARIABLE
 
 PLUGIN = Path(__file__).parents[1] / "support" / "murmur_family.py"
-STACKS = {"encoder": "speech_encoder", "decoder": "text_decoder"}
 
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(VARIABLE, str(PLUGIN))
     return PLUGIN
-
-
-def murmur_name(name: str) -> str:
-    """Murmur's name for a tensor or a config key of Whisper's, with or without `model.`."""
-    prefix, bare = ("model.", name[6:]) if name.startswith("model.") else ("", name)
-    stack = next((stack for stack in STACKS if bare.startswith(stack)), "")
-    return prefix + STACKS.get(stack, "") + bare[len(stack) :]
-
-
-def write_murmur(whisper: Path, directory: Path) -> Path:
-    """The checkpoint of a Whisper as one of Murmur's: the same values under other names."""
-    shutil.copytree(whisper, directory)
-    config: dict[str, Any] = json.loads((whisper / "config.json").read_text())
-    config = {murmur_name(key): value for key, value in config.items()} | {"model_type": "murmur"}
-    (directory / "config.json").write_text(json.dumps(config))
-    write_tensors(directory, {murmur_name(name): tensor for name, tensor in read_tensors(whisper).items()})
-    return directory
 
 
 @pytest.fixture
@@ -151,6 +131,15 @@ def test_a_path_that_is_no_python_file_is_refused(
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / name))
     with pytest.raises(RequestError, match=f"{name} {message}"):
+        registry.architectures()
+
+
+def test_a_family_that_lacks_something_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bare.py"
+    text = PLUGIN.read_text().replace("    name = ", "    called = ").replace("    width = ", "    size = ")
+    path.write_text(text)
+    monkeypatch.setenv(VARIABLE, str(path))
+    with pytest.raises(RequestError, match=r"bare\.py: the family Murmur has no name and width; docs/add-an-arch"):
         registry.architectures()
 
 

@@ -1,0 +1,265 @@
+"""A method that a user writes in one file works everywhere where HSA does: `tests/support/maximum_method.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import edit_json, raw_bytes, read_tensors, run_hsa, same_tensors, snapshot
+from pages import run_page
+
+import hsa
+from hsa.methods.registry import methods
+from hsa.system.plugins import VARIABLE
+
+Triple = dict[str, Path]
+SUPPORT = Path(__file__).parent / "support"
+PLUGIN, MEASURING = SUPPORT / "maximum_method.py", SUPPORT / "norm_weighted_method.py"
+
+
+@pytest.fixture(autouse=True)
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(PLUGIN))
+
+
+@pytest.fixture
+def models(shared_triple: Triple) -> list[Path]:
+    return [shared_triple["primary"], shared_triple["secondary"]]
+
+
+def options(models: Sequence[Path], *more: str) -> list[str]:
+    return ["--method=maximum", *(f"--model={path}" for path in models), *more]
+
+
+def is_the_maximum(output: Path, models: Sequence[Path], factor: float) -> None:
+    """Every tensor of an output is what torch makes of all models, bit for bit, in the first model's element type."""
+    found, sources = read_tensors(output), [read_tensors(path) for path in models]
+    assert found.keys() == sources[0].keys() != set()
+    for name, first in sources[0].items():
+        largest = torch.stack([source[name].to(torch.float32) for source in sources]).amax(0)
+        expected = (largest * factor).to(first.dtype)
+        assert (found[name].dtype, raw_bytes(found[name])) == (first.dtype, raw_bytes(expected)), name
+
+
+def record_of(output: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((output / "hsa_merge.json").read_text(encoding="utf-8"))
+    return record
+
+
+def test_python_and_the_command_line_write_the_maximum(models: list[Path], tmp_path: Path) -> None:
+    report = hsa.merge(method="maximum", models=models, output=tmp_path / "python" / "out", factor=0.5)
+    assert report.settings.as_dict() == {"factor": 0.5, "dtype": "auto"}
+    assert report.extent.text == f"{len(read_tensors(models[0]))} tensors merged"
+    is_the_maximum(report.output, models, 0.5)
+    shell = tmp_path / "shell" / "out"
+    done = run_hsa("merge", *options(models, "--factor=0.5"), f"--output={shell}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"  {report.extent.text} (" in done.stdout
+    assert snapshot(shell) == snapshot(report.output)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
+def test_any_element_type_and_number_of_models_is_merged(dtype: str, typed_triple: Triple, tmp_path: Path) -> None:
+    models = list(typed_triple.values())
+    output = tmp_path / "out"
+    hsa.merge(method="maximum", models=models, output=output, dtype=dtype, sync=False)
+    if dtype == "auto":
+        is_the_maximum(output, models, 1.0)
+    else:
+        sources = [read_tensors(path) for path in models]
+        for name, tensor in read_tensors(output).items():
+            largest = torch.stack([source[name].to(torch.float32) for source in sources]).amax(0)
+            assert raw_bytes(tensor) == raw_bytes(largest.to(getattr(torch, dtype))), name
+
+
+def test_shards_and_threads_change_no_value(models: list[Path], tmp_path: Path) -> None:
+    keywords: dict[str, Any] = {"method": "maximum", "models": models, "max_shard_size": "200KB", "sync": False}
+    for threads in (1, 3):
+        output = tmp_path / str(threads)
+        hsa.merge(**keywords, output=output, threads=threads)
+        assert len(list(output.glob("*.safetensors"))) > 1
+        is_the_maximum(output, models, 1.0)
+
+
+def test_a_dry_run_says_what_would_happen(models: list[Path], tmp_path: Path) -> None:
+    count = len(read_tensors(models[0]))
+    done = run_hsa("merge", *options(models), f"--output={tmp_path / 'out'}", "--dry-run")
+    assert done.returncode == 0
+    assert f"targets {count} tensors to merge: " in done.stdout
+    done = run_hsa("merge", *options(models), f"--output={tmp_path / 'out'}", "--dry-run", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["parameters"] == {"factor": 1.0, "dtype": "auto"}
+    assert len(plan["targets"]) == count and not any(plan["targets"].values())
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_has_the_report(models: list[Path], tmp_path: Path) -> None:
+    done = run_hsa("merge", *options(models, "--factor=0.5"), f"--output={tmp_path / 'out'}", "--json")
+    report = json.loads(done.stdout)
+    assert report["parameters"] == {"factor": 0.5, "dtype": "auto"}
+    assert report["target_tensors"] == len(read_tensors(models[0]))
+    assert report["bytes_read_by_source"].keys() == {"model1", "model2"}
+
+
+def test_the_provenance_says_how_the_output_was_made(models: list[Path], tmp_path: Path) -> None:
+    hsa.merge(method="maximum", models=models, output=tmp_path / "out", factor=0.5, model_ids=["me/one", "me/two"])
+    record = record_of(tmp_path / "out")
+    assert (record["format"], record["method"]) == (2, {"name": "maximum", "version": 1})
+    assert (record["architecture"], record["anchor"], record["base"]) == ("whisper", "model1", None)
+    assert {role: source["id"] for role, source in record["sources"].items()} == {
+        "model1": "me/one",
+        "model2": "me/two",
+    }
+    assert (record["parameters"]["factor"], record["parameters"]["dtype"]) == (0.5, "auto")
+    tensors = read_tensors(models[0])
+    assert record["targets"].keys() == tensors.keys()
+    for name, target in record["targets"].items():
+        assert (tuple(target["shape"]), target["groups"]) == (tuple(tensors[name].shape), 1)
+        assert target["decision"] == {"factor": 0.5}
+
+
+def test_the_card_names_method_settings_and_models(models: list[Path], tmp_path: Path) -> None:
+    hsa.merge(method="maximum", models=models, output=tmp_path / "out", factor=0.5, model_ids=["me/one", "me/two"])
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for line in (
+        "# Merge of me/one and me/two by Maximum",
+        "base_model:\n- me/one\n- me/two\n",
+        "- Model1: `me/one`\n- Model2: `me/two`\n",
+        "Maximum: `factor * max(models)`.",
+        "| factor | `0.5` |",
+    ):
+        assert line in card, line
+    assert "head" not in card.lower() and "primary" not in card and "secondary" not in card
+
+
+def test_verify_finds_an_output_sound_and_a_changed_decision_not(models: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    hsa.merge(method="maximum", models=models, output=output, factor=0.5)
+    done = run_hsa("verify", output)
+    assert done.returncode == 0
+    assert f"{output}: sound\n  model1 primary, model2 secondary\n  factor 0.5\n" in done.stdout
+    done = run_hsa("verify", output, env={VARIABLE: ""})
+    assert done.returncode == 2
+    assert (
+        "its method is 'maximum', which is none of hsa, hsa_script (one of a plugin needs the plugin's" in done.stderr
+    )
+    targets = record_of(output)["targets"]
+    next(iter(targets.values()))["decision"]["factor"] = 0.25
+    edit_json(output / "hsa_merge.json", targets=targets)
+    report = hsa.verify(output)
+    assert not report.ok and {problem.file for problem in report.problems} == {"hsa_merge.json"}
+
+
+def test_a_merger_merges_in_memory_and_saves_the_same_bytes(models: list[Path], tmp_path: Path) -> None:
+    merger = hsa.Merger(method="maximum", models=models)
+    merged, sources = merger.merge(factor=0.5), [read_tensors(path) for path in models]
+    for name, tensor in merged.items():
+        assert raw_bytes(tensor) == raw_bytes(torch.maximum(*(source[name] for source in sources)) * 0.5), name
+    merger.save(tmp_path / "merger" / "out", factor=0.5)
+    hsa.merge(method="maximum", models=models, output=tmp_path / "merge" / "out", factor=0.5)
+    assert snapshot(tmp_path / "merger") == snapshot(tmp_path / "merge")
+
+
+def test_a_sweep_writes_a_checkpoint_for_each_value(models: list[Path], tmp_path: Path) -> None:
+    done = run_hsa("sweep", *options(models, "--factor=0.5,1.0", "--full"), f"--output={tmp_path / 'sweep'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    index = json.loads((tmp_path / "sweep" / "index.json").read_text(encoding="utf-8"))
+    points = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert len(index["points"]) == len(points) == 2
+    for path in points:
+        is_the_maximum(path, models, record_of(path)["parameters"]["factor"])
+    assert {record_of(path)["parameters"]["factor"] for path in points} == {0.5, 1.0}
+    again = hsa.sweep(method="maximum", models=models, factor=[0.5, 1.0], output=tmp_path / "sweep", full=True)
+    assert (again.made, len(again.skipped)) == ((), 2)
+    assert hsa.verify(tmp_path / "sweep").ok
+
+
+def test_help_lists_the_method_and_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = " ".join(run_hsa("merge", "--help").stdout.split())
+    assert "--method NAME How to merge: hsa, hsa_script, maximum. [default: hsa]" in text
+    assert "--factor NUMBER maximum: Factor on the largest value. [default: 1.0]" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("merge", ["--factr=1"], r"No such option: --factr .*--factor"),
+        ("merge", ["--k=0.5"], r"method maximum has no --k; its settings are --factor, --dtype"),
+        ("merge", ["--factor=101"], r"--factor must be in \[-100, 100\], got 101"),
+        ("merge", ["--base=b"], r"method maximum takes no base"),
+        ("merge", ["--patch"], r"a patch holds .* method maximum changes whole tensors; write a whole checkpoint"),
+        ("sweep", ["--factor=0.5,1"], r".*method maximum .*--full"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    command: str, more: list[str], message: str, models: list[Path], tmp_path: Path
+) -> None:
+    done = run_hsa(command, *options(models, *more), f"--output={tmp_path / 'out.safetensors'}")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert re.match(f"hsa: error: {message}", line), line
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_one_model_alone_is_refused(models: list[Path], tmp_path: Path) -> None:
+    done = run_hsa("merge", *options(models[:1]), f"--output={tmp_path / 'out'}")
+    assert (done.returncode, done.stderr) == (2, "hsa: error: method maximum merges 2 to 4 models, got 1\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name, title, formula = "maximum", "Maximum",', "formula = (", "has no name and title"),
+        ('    method = "maximum"', '    method = "max"', "is named 'maximum'; say method = 'maximum' in its Settings"),
+        ("    def longest(", "    def longer(", "decides something that no record could hold; define longest too"),
+        ("    def decide(", "    def decides(", None),
+    ],
+)
+def test_a_method_that_lacks_something_is_refused_by_name(
+    old: str, new: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = PLUGIN.read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / "changed.py"
+    changed = text.replace(old, new)
+    path.write_text(changed.replace('"factor * max(models)"', '"")') if new == "formula = (" else changed)
+    monkeypatch.setenv(VARIABLE, str(path))
+    if message is None:
+        assert "maximum" in methods()
+        return
+    with pytest.raises(hsa.RequestError, match=rf"changed\.py: the method Maximum {message}"):
+        methods()
+
+
+def test_the_page_on_methods_is_true(shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_page("add-a-method.md", [PLUGIN, MEASURING], shared_triple, tmp_path, monkeypatch)
+    same_tensors(tmp_path / "merged", tmp_path / "from-python")
+    same_tensors(tmp_path / "merged", tmp_path / "saved")
+
+
+def test_a_method_that_measures_weights_by_norms(
+    shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(MEASURING))
+    base, *models = (read_tensors(path) for path in shared_triple.values())
+    output = tmp_path / "out"
+    hsa.merge(
+        method="norm_weighted", base=shared_triple["base"], models=list(shared_triple.values())[1:], output=output
+    )
+    found, targets = read_tensors(output), record_of(output)["targets"]
+    assert {name for name in found if "_proj." in name} == targets.keys()
+    for name, tensor in found.items():
+        expected = models[0][name]
+        if name in targets:
+            vectors = [model[name] - base[name] for model in models]
+            norms = [float(vector.double().norm()) for vector in vectors]
+            weights = targets[name]["decision"]["weights"]
+            assert weights == pytest.approx([norm / sum(norms) for norm in norms], rel=1e-12)
+            expected = base[name] + vectors[0] * weights[0] + vectors[1] * weights[1]
+        assert torch.equal(tensor, expected), name
