@@ -217,7 +217,7 @@ def test_one_model_alone_is_refused(models: list[Path], tmp_path: Path) -> None:
     [
         ('name, title, formula = "maximum", "Maximum",', "formula = (", "has no name and title"),
         ('    method = "maximum"', '    method = "max"', "is named 'maximum'; say method = 'maximum' in its Settings"),
-        ("    def longest(", "    def longer(", "decides something that no record could hold; define longest too"),
+        ("    def longest(", "    def longer(", "records its decisions in part; define longest too"),
         ("    def decide(", "    def decides(", None),
     ],
 )
