@@ -6,7 +6,8 @@ A sweep reads its sources once and scores once, so eleven points should cost one
 takes to write the bytes of the other ten. Those bytes are written by one thread in the same process, in both ways that
 there are: through the page cache, as any program does, and past it; each a file a point, fsynced. Programs are whole
 processes, with their memory; sources are in the page cache. `hsa.Merger` is measured as well: built, and one more
-candidate in place. Everything is checked first on a small triple, every tensor bit for bit, and some tensors of the
+candidate in place; and in a model with the tensors and heads of large-v3 in miniature, the Python of a candidate before
+anything is computed. Everything is checked first on a small triple, every tensor bit for bit, and some tensors of the
 measured one after each round; no figures without. Prints a table and appends rows to bench/results/sweep.csv.
 """
 
@@ -21,16 +22,20 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import rows
 import torch
 from cases import ALPHA, ITEM_SIZE, LAM, SHARD_BYTES, SIZES, K, model_bytes
 from gates import ROLES, Gate
 from programs import Program, compile_package, measure
+from transformers import WhisperForConditionalGeneration
 
 import hsa
+from hsa.methods.hsa import Hsa
 from hsa.system.huge_pages import allocate
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
+from hsa.testing.whisper_config import MINIATURE
 
 POINTS = 11
 LIMIT = 1.3
@@ -40,6 +45,9 @@ MEMORY_LIMIT = 64 << 20
 """Bytes of peak memory that a sweep may take beyond one patch."""
 
 PIECE = 4 << 20
+CANDIDATES = 201
+"""Candidates of the model in miniature, of which the first meets the model and is left out."""
+
 Tensors = Mapping[str, torch.Tensor]
 CASES = {
     "patch": "hsa merge --patch, one point",
@@ -48,6 +56,7 @@ CASES = {
     "direct": "bytes of ten patches written, past the page cache",
     "merger": "hsa.Merger built",
     "apply": "hsa.Merger.apply_, one candidate in place",
+    "python": "Python of one candidate before the first block, large-v3 in miniature",
 }
 PACKAGES = ("numpy", "torch")
 
@@ -150,8 +159,34 @@ def once(triple: Path, folder: Path, judge: Gate) -> tuple[dict[str, float], dic
         merger.apply_(state, k=K, lam=number / 10, alpha=ALPHA)
         candidates.append(time.perf_counter() - started)
     taken["apply"] = statistics.median(candidates)
+    taken["python"] = python_seconds(folder)
     check_merger(judge, merger)
     return taken, peaks, sizes[0]
+
+
+def python_seconds(folder: Path) -> float:
+    """What a caller of `apply_` waits before anything is computed: median seconds from the call until the method is
+    applied to the first block. The model has the tensors and heads of large-v3, each as small as can be."""
+    triple = folder / "miniature"
+    write_triple(triple, MINIATURE)
+    merger = hsa.Merger(*(triple / role for role in ROLES), backend="cpu", threads=1)
+    model = WhisperForConditionalGeneration.from_pretrained(triple / "primary")
+    begun: list[float] = []
+    really = Hsa.apply
+
+    def applied(*arguments: Any) -> None:
+        begun.append(time.perf_counter())
+        Hsa.apply = really  # type: ignore[method-assign]
+        really(*arguments)
+
+    taken = []
+    for number in range(CANDIDATES):
+        Hsa.apply = applied  # type: ignore[assignment, method-assign]
+        started = time.perf_counter()
+        merger.apply_(model, k=K, lam=number / CANDIDATES, alpha=ALPHA)
+        taken.append(begun.pop() - started)
+    shutil.rmtree(triple)
+    return statistics.median(taken[1:])
 
 
 def report(
@@ -175,7 +210,8 @@ def report(
                 f"{MEMORY_LIMIT / 2**20:+.0f}"
             )
         points = {"sweep": POINTS, "cached": POINTS - 1, "direct": POINTS - 1, "merger": 0}.get(case, 1)
-        written = 0 if case in ("merger", "apply") else points * nbytes
+        written = 0 if case in ("merger", "apply", "python") else points * nbytes
+        digits = ".6f" if case == "python" else ".3f"
         found.append(
             {
                 "shape": shape,
@@ -183,9 +219,9 @@ def report(
                 "case": text,
                 "points": points,
                 "rounds": len(every),
-                "median_s": f"{statistics.median(seconds):.3f}",
-                "min_s": f"{min(seconds):.3f}",
-                "max_s": f"{max(seconds):.3f}",
+                "median_s": f"{statistics.median(seconds):{digits}}",
+                "min_s": f"{min(seconds):{digits}}",
+                "max_s": f"{max(seconds):{digits}}",
                 "bytes": written,
                 "note": note,
             }

@@ -12,6 +12,7 @@ from hsa.actions.run_options import RunOptions
 from hsa.arguments import check_paths
 from hsa.errors import RequestError, shown
 from hsa.methods.registry import method_named
+from hsa.methods.settings import Settings
 from hsa.option_names import option
 from hsa.outputs.output_settings import check_settings
 from hsa.sources.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ class Request(RunOptions):
     sources: Mapping[Role, PathLike]
     """By role, in the order that records and messages keep."""
     output: PathLike
-    settings: Any
+    settings: Settings
     """Of the class that the method declares."""
     ids: Mapping[Role, str | None] | None = None
 

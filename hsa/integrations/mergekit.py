@@ -96,7 +96,7 @@ def run(arguments: Sequence[str]) -> MergekitResult:
     """Run mergekit's own command line: CONFIG, OUT and its options, in any order.
 
     Raises RequestError, DestinationError, SourceError, MismatchError, NonFiniteError, MachineError; there is no output
-    then. Source: SPEC sections 1, 2 and 4.
+    then.
     """
     merging = _register()
     merging.forget()

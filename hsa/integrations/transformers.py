@@ -7,52 +7,49 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from hsa.actions.keywords import candidate, candidate_settings
 from hsa.actions.merger.already_merged import find_marked, forget, mark_modules, some_values
 from hsa.actions.merger.loaded_models import LoadedTensor, config_of, entries_of, targets_of, tensor_instead_of
 from hsa.actions.merger.merger import Merger
 from hsa.actions.merger.read_sources import ModelSource
 from hsa.actions.merger.shared_memory import first_shared, spans
 from hsa.actions.merger.writable_targets import require_own_memory
+from hsa.actions.signatures import declared_keywords
 from hsa.architectures.base import Architecture, Preset
 from hsa.architectures.registry import architectures
 from hsa.errors import RequestError, shown, warn
 from hsa.methods.hsa import HsaSettings
-from hsa.methods.settings import PerTensor
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 
+HSA_MERGE = candidate("hsa_merge_", ("backend", "device", "threads"))
+
+
+@declared_keywords(HSA_MERGE)
 def hsa_merge_(
     model: ModelT,
     base: ModelSource,
     secondary: ModelSource,
-    *,
-    k: PerTensor = HsaSettings.k,
-    lam: PerTensor = HsaSettings.lam,
-    alpha: PerTensor = HsaSettings.alpha,
-    targets: Preset = "encoder-qkv",
-    attention_scale: float = 1.0,
-    backend: str = "auto",
-    device: str = "auto",
-    threads: int | None = None,
+    *arguments: Any,
+    targets: Preset = HsaSettings.targets,
+    attention_scale: float = HsaSettings.attention_scale,
     again: bool = False,
+    **keywords: Any,
 ) -> ModelT:
     """Merge a loaded model, which is primary, with base and secondary, in place, and return it.
 
     Args:
         model: a loaded Whisper model of transformers whose targets are float32, float16 or bfloat16, on any device.
         base, secondary: each a checkpoint directory, a state dict or another loaded model. They are not changed.
-        k: share of heads merged per tensor, 0 to 1, or above 1 a percentage up to 100.
-        lam: lambda, the weight of the model's own task vector in a selected head, 0 to 1.
-        alpha: the layer exponent, not negative. `k`, `lam` and `alpha` are numbers, or mappings from every target's
-            name to a number.
+        {settings}
         targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
         attention_scale: factor on the task vectors of the targets.
-        backend, device, threads: where to compute, as for `hsa.Merger`; the model stays on its device.
+        {options}
         again: merge a model that this function has merged before. Without it such a model is refused as long as it
             holds merged values: a cell of a notebook that is run twice would merge the merged model again.
 
@@ -67,9 +64,12 @@ def hsa_merge_(
             memory with the model's targets, or base with secondary on all targets; a parameter is out of range.
         SourceError, MismatchError, NonFiniteError, BackendUnavailable: as for `hsa.Merger`.
 
-    Source: SPEC sections 1, 2 and 5.
+    Example:
+        >>> hsa_merge_(trainer.model, "whisper-small", "m2", lam=0.3)  # doctest: +SKIP
     """
-    HsaSettings(k=k, lam=lam, alpha=alpha, targets=targets, attention_scale=attention_scale)
+    options = {name: keywords.pop(name) for name in HSA_MERGE.options & keywords.keys()}
+    values = candidate_settings(HSA_MERGE, HsaSettings, arguments, keywords)
+    HsaSettings(**values, targets=targets, attention_scale=attention_scale)
     architecture = _architecture_of(model)
     model_targets = _model_targets(model, architecture, targets)
     _check_sources(model_targets, {"base": base, "secondary": secondary}, architecture, targets)
@@ -83,14 +83,12 @@ def hsa_merge_(
         secondary,
         targets=targets,
         attention_scale=attention_scale,
-        backend=backend,
-        device=device,
-        threads=threads,
+        **options,
     )
-    for text in merger.check(k=k, lam=lam, alpha=alpha).warnings:
+    for text in merger.check(**values).warnings:
         warn(text)
     original_values = {stored: some_values(tensor) for stored, _, tensor in model_targets.values()}
-    merger.apply_(model, k=k, lam=lam, alpha=alpha)
+    merger.apply_(model, **values)
     mark_modules(model, model_targets, original_values)
     return model
 

@@ -223,12 +223,14 @@ def test_a_sweep_is_measured_and_reported(shared_triple: Triple, tmp_path: Path)
     assert min(*taken.values(), *peaks.values()) > 0
     assert os.listdir(tmp_path) == ["p.safetensors"]
     fixed = {"patch": 2.0, "sweep": 9.0, "cached": 5.0, "direct": 4.0, "merger": 1.0, "apply": 0.1}
+    fixed["python"] = 0.00075
     found = bench_sweep.report("tiny", "float32", [fixed], [{"patch": 10 << 20, "sweep": 30 << 20}], 100)
     notes = {row["case"]: str(row["note"]) for row in found}
     assert "one patch and 1.40 times" in notes[report.SWEEP]
     assert "(1.75 times past it)" in notes[report.SWEEP]
     assert "+20 MiB over one patch's 10" in notes[report.SWEEP]
-    assert {report.ONE_PATCH, report.SWEEP, report.TEN} <= notes.keys()
+    assert {report.ONE_PATCH, report.SWEEP, report.TEN, report.APPLIED} <= notes.keys()
+    assert {str(row["median_s"]) for row in found if "Python" in str(row["case"])} == {"0.000750"}
 
 
 def test_a_damaged_patch_is_never_timed(shared_triple: Triple, tmp_path: Path) -> None:

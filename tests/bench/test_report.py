@@ -281,10 +281,17 @@ def test_when_a_gpu_helps(results: Path) -> None:
     rows.append("kernels", every, results)
     rows.append("merge", merge_run(), results)
     text = block("kernels-gpu", results)
-    assert cells(text, "models resident: one merge | float32")[2:] == ["200 ms, 2 threads", "1.25 ms, Some GPU"]
-    assert cells(text, "models resident: one more candidate of a sweep | float32")[2:] == [
+    applied = {**about(), "shape": "large-v3", "dtype": "float32", "case": report.APPLIED, "median_s": "0.25"}
+    rows.append("sweep", [applied], results)
+    text = block("kernels-gpu", results)
+    kernels = "models resident, the kernels alone"
+    assert cells(text, f"{kernels}: one merge | float32")[2:] == ["200 ms, 2 threads", "1.25 ms, Some GPU"]
+    assert cells(text, f"{kernels}: one more candidate of a sweep | float32")[2:] == [
         "150 ms, 2 threads", "not yet measured",
     ]  # fmt: skip
+    waits = "one more candidate, all that a caller of hsa.Merger.apply_ waits"
+    assert cells(text, f"{waits} | float32")[2:] == ["0.25 s", "not yet measured"]
+    assert cells(text, f"{waits} | float16")[2:] == ["not yet measured", "not yet measured"]
     assert cells(text, "from files, in the page cache: hsa merge | float32")[2:] == ["5.00 s", "not yet measured"]
     assert "Of the 5.00 s that one merge from files takes in float32, the formula is about 200 ms" in text
     rows.append("merge", merge_run(run="2026-11-25", cpu="Another CPU"), results)

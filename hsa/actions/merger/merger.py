@@ -89,8 +89,6 @@ class Merger:
         >>> merger = hsa.Merger("whisper-small", "m1", "m2")  # doctest: +SKIP
         >>> for lam in (0.1, 0.5, 0.9):  # doctest: +SKIP
         ...     measure(merger.apply_(model, lam=lam))
-
-    Source: SPEC sections 1, 2 and 5.
     """
 
     @declared_keywords(MERGER)
