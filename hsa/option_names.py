@@ -35,7 +35,7 @@ NEGATED = {"digest": "--no-hash", "sync": "--no-sync", "energy": "--no-energy"}
 """Options that switch off what an argument switches on."""
 
 
-IN_PYTHON = {"sources": "base, primary and secondary", "debug": "the error's __cause__"}
+IN_PYTHON = {"sources": "the sources", "debug": "the error's __cause__"}
 """What takes the place of an option that is no argument in Python."""
 
 

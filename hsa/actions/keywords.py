@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal, NoReturn
 
 from hsa.actions.run_options import RunOptions
-from hsa.arguments import check_values
+from hsa.arguments import check_paths, check_values
 from hsa.errors import RequestError, listed, shown
 from hsa.methods.all_settings import all_settings
 from hsa.methods.base import BASE, Contract
@@ -128,6 +128,31 @@ class Arguments:
     options: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class NamedArguments:
+    """The arguments of a call that does without sources: sources and ids by the names under which they are given, for
+    whose roles they have is known later. What is None is left out."""
+
+    sources: Mapping[str, Any]
+    ids: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def check_types(self) -> None:
+        """RequestError unless the sources are paths, and models and their ids lists."""
+        models = self.sources.get("models", ())
+        check_values(models=models)
+        check_values(model_ids=self.ids.get("model_ids", ()))
+        named = {name: path for name, path in self.sources.items() if name != "models"}
+        check_paths(**named, **{f"model{number}": path for number, path in enumerate(models, 1)})
+
+    def by_roles(self, contract: Contract) -> tuple[dict[Role, PathLike], dict[Role, str | None], list[str]]:
+        """The sources and the ids by the roles of a method, and the arguments that are none of its sources."""
+        left = {**self.sources, **self.ids}
+        sources, ids = _take_sources(contract, left)
+        return sources, ids, list(left)
+
+
 def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Arguments:
     """Tell the arguments of a call that merges apart.
 
@@ -161,16 +186,18 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
     return Arguments(name, sources, ids, output, settings, options)
 
 
-def split_named(call: Call, keywords: Mapping[str, Any]) -> Arguments:
-    """Tell the arguments of a call apart that does without sources. Those it is given have the roles of the default
-    method; some of them may be missing."""
+def split_named(call: Call, keywords: Mapping[str, Any]) -> NamedArguments:
+    """Tell the arguments of a call apart that does without sources."""
     given = dict(keywords)
     _check_names(call, given)
     settings, options = _take_settings(call, DEFAULT_METHOD, given), _take_options(call, given)
-    sources, ids = _take_sources(method_named(DEFAULT_METHOD).contract, given)
-    if given:
-        _refuse_unknown(call, next(iter(given)))
-    return Arguments(DEFAULT_METHOD, sources, ids, None, settings, options)
+    names = (*source_names(), "models")
+    sources = {name: given.pop(name) for name in names if name in given}
+    return NamedArguments(_without_none(sources), _without_none(given), settings, options)
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def run_options(call: Call, keywords: Mapping[str, Any]) -> RunOptions:

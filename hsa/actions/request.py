@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hsa.actions.keywords import MERGE, Call, split
@@ -103,11 +103,19 @@ def check_ids(ids: Mapping[Role, str | None]) -> None:
 
 
 def open_sources(
-    request: Request, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, rows_only: bool = False
+    request: Request,
+    tally: Tally,
+    hub: Hub,
+    stack: ExitStack,
+    *,
+    headers_only: bool,
+    rows_only: bool = False,
+    assets: Collection[Role] = (),
 ) -> Sources:
     """The sources, open until the stack ends; of the anchor, too, no more than its targets where `rows_only`.
 
-    See `hsa.merge` for what it raises.
+    The small files of the roles in `assets` are fetched beside those that the request needs. See `hsa.merge` for what
+    it raises.
     """
     ids = request.ids or {}
     adapter_roles = {role for role, path in request.sources.items() if hub.is_adapter(role, path)}
@@ -116,6 +124,7 @@ def open_sources(
         needs = _needs(
             request, role, adapted=request.anchor in adapter_roles, headers_only=headers_only, rows_only=rows_only
         )
+        needs = replace(needs, assets=needs.assets or role in assets)
         opened[role] = stack.enter_context(hub.open(role, path, tally, needs, ids.get(role), opened.get(BASE)))
     sources = Sources.of_checkpoints(opened.values())
     return sources.with_identities(_longer_names([source for source in sources if not ids.get(source.role)]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hsa.actions.keywords import VERIFY, missing_sources
+from hsa.actions.keywords import VERIFY, missing_sources, source_names
 from hsa.cli import options, printing
 from hsa.cli.printing import size_text
 from hsa.errors import RequestError, one_line
@@ -22,7 +22,7 @@ from hsa.option_names import command_line
 if TYPE_CHECKING:
     from hsa.verification.verify import VerifyReport
 
-_SOURCE = "With --sources: as for hsa merge."
+_SOURCE = "With --sources: as for hsa merge; the record says which are needed."
 _ID = "With --sources: the id that the record must have for it."
 
 
@@ -48,9 +48,9 @@ def verify(
 ) -> int:
     """Check what hsa wrote: digests, headers, names, finite targets; with --sources every byte. Exit code 0 or 2."""
     keywords = options.given(ctx, values)
-    missing = missing_sources(method_named(DEFAULT_METHOD).contract, keywords)
-    if sources and missing:
-        raise RequestError(f"--sources compares with all sources; add {', '.join(map(command_line, missing))}")
+    if sources and not any(name in keywords for name in (*source_names(), "models")):
+        named = ", ".join(map(command_line, missing_sources(method_named(DEFAULT_METHOD).contract, ())))
+        raise RequestError(f"--sources compares with all sources; add {named}, or each model by --model")
     if not sources and any(name not in VERIFY.options for name in keywords):
         raise RequestError("to compare with the sources, add --sources; without it none is read")
     from hsa.verification.verify import verify as run

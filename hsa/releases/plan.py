@@ -16,7 +16,7 @@ from typing import Any, Literal
 from hsa.actions.keywords import RELEASE, run_options
 from hsa.actions.merge import dry_run
 from hsa.actions.request import Request, open_sources
-from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
+from hsa.errors import DestinationError, HsaError, MachineError, RequestError, listed, shown
 from hsa.option_names import as_keys, spelled
 from hsa.outputs import recording
 from hsa.outputs.provenance import load as load_provenance
@@ -177,6 +177,7 @@ def state_of(destination: Path, request: Request) -> tuple[EntryState, str]:
         records = {source.role: recording.source_record(source, "") for source in sources}
     expected = {**request.settings.as_dict(), **request.output_settings("")}
     differences = [
+        *_other_method(request.settings.method, provenance.record.method.name),
         *_other_parameters(expected, provenance.record.parameters),
         *_other_sources(records, provenance.record.sources),
     ]
@@ -184,6 +185,11 @@ def state_of(destination: Path, request: Request) -> tuple[EntryState, str]:
         return "complete", ""
     more = f", and {len(differences) - MAX_NAMED} more" if len(differences) > MAX_NAMED else ""
     return "other", f"it was made otherwise than the recipe says: {'; '.join(differences[:MAX_NAMED])}{more}"
+
+
+def _other_method(expected: str, recorded: str) -> Iterator[str]:
+    if expected != recorded:
+        yield f"method is {recorded}, the recipe says {expected}"
 
 
 def _other_parameters(expected: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterator[str]:
@@ -201,6 +207,9 @@ def _other_parameters(expected: Mapping[str, Any], recorded: Mapping[str, Any]) 
 
 def _other_sources(expected: Mapping[Role, SourceRecord], recorded: Mapping[Role, SourceRecord]) -> Iterator[str]:
     """As far as headers tell."""
+    if set(expected) != set(recorded):
+        yield f"it was merged from {listed(recorded)}, the recipe has {listed(expected)}"
+        return
     for role, expected_source in expected.items():
         recorded_source = recorded[role]
         if expected_source.identity != recorded_source.identity:

@@ -5,7 +5,7 @@
     merges:
       - name: ...                     # the tree's directory <group>/<name>
         group: ...
-        base, primary, secondary: ... # directories, or hub ids; or models: [...], the first of which is the anchor
+        base, primary, ...: ...       # directories, or hub ids; or models: [...], the first of which is the anchor
         method: ...                   # hsa unless told
         k, lambda, dtype, ...         # as on the command line of `hsa merge`, with underscores
         card: {role: ...}             # fields of the model card

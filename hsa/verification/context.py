@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class SourcePaths:
-    """Where the three sources are that an output is compared with, and the ids that the user says they have."""
+    """Where the sources are that an output is compared with, and the ids that the user says they have."""
 
     by_role: Mapping[Role, PathLike]
     ids: Mapping[Role, str | None]

@@ -46,6 +46,7 @@ from hsa.verification.source_checks import (
     check_targets,
     comparison_notes,
     open_recorded,
+    other_roles,
     other_versions,
 )
 
@@ -187,6 +188,10 @@ def recompute(
     Raises SourceError where a source cannot be opened, MachineError, SourceChanged.
     """
     record = provenance.record
+    unlike_roles = other_roles(record, source_paths)
+    if unlike_roles is not None:
+        context.problems.add(PROVENANCE, unlike_roles)
+        return None
     try:
         request = _request(directory, provenance, source_paths)
     except (HsaError, KeyError, TypeError, ValueError) as error:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from hsa.actions.request import Request
-from hsa.architectures.base import Preset
+from hsa.architectures.base import PRESETS
 from hsa.engine.target_pass import Candidate, TargetDecision, TargetPass
 from hsa.errors import HsaError, SourceChanged, SourceError
-from hsa.methods.hsa import HsaSettings
 from hsa.methods.registry import method_named
+from hsa.methods.settings import Settings
 from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
 from hsa.outputs.patch_reader import Patch
 from hsa.outputs.provenance import changed_keys
@@ -32,7 +32,7 @@ from hsa.system.digests import digest_of
 from hsa.system.dtypes import Array, size
 from hsa.verification.context import SourcePaths, VerifyContext
 from hsa.verification.decisions import Answers, is_recorded, other_decision, recorded_decisions
-from hsa.verification.source_checks import MAX_NAMED, check_targets, comparison_notes, open_recorded
+from hsa.verification.source_checks import MAX_NAMED, check_targets, comparison_notes, open_recorded, other_roles
 
 DISTANCE_ERROR = 1e-9
 """Relative; two machines may add the squares of a tile in another order."""
@@ -76,6 +76,10 @@ def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, conte
     MachineError, SourceChanged.
     """
     first = patches[0].record
+    unlike_roles = other_roles(first, source_paths)
+    if unlike_roles is not None:
+        context.problems.add(patches[0].source.path.name, unlike_roles)
+        return None
     of_same_sources = []
     for patch in patches:
         if _source_identities(patch) == _source_identities(patches[0]):
@@ -86,9 +90,9 @@ def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, conte
                 patch.source.path.name, f"was made from other sources than {name}, and was not compared"
             )
     with ExitStack() as stack:
-        sources = open_recorded(
-            _request(of_same_sources, source_paths), first, source_paths, context, stack, rows_only=True
-        )
+        assets = {patch.record.parameters["assets_from"] for patch in of_same_sources}
+        request = _request(of_same_sources, source_paths)
+        sources = open_recorded(request, first, source_paths, context, stack, rows_only=True, assets=assets)
         if sources is None:
             return None
         try:
@@ -104,7 +108,7 @@ def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, conte
 
 
 def _source_identities(patch: Patch) -> dict[Role, tuple[object, ...]]:
-    """What two patches of one triple have in common; the targets digested differ from preset to preset."""
+    """What two patches of the same sources have in common; the targets digested differ from preset to preset."""
 
     def about(source: SourceRecord) -> tuple[object, ...]:
         return source.identity, source.kind, dict(source.files)
@@ -113,18 +117,15 @@ def _source_identities(patch: Patch) -> dict[Role, tuple[object, ...]]:
 
 
 def _request(patches: Sequence[Patch], source_paths: SourcePaths) -> Request:
-    """A request for the sources, with all that any of the patches needs of them."""
-    parameters = [patch.record.parameters for patch in patches]
-    presets: list[Preset] = ["encoder-qkv", "attention-qkv", "attention-all"]
-    widest = max((each["targets"] for each in parameters), key=presets.index)
-    secondary = any(each["assets_from"] == "secondary" for each in parameters)
-    return Request(
-        sources=source_paths.by_role,
-        output="",
-        settings=HsaSettings(targets=widest),
-        assets_from="secondary" if secondary else "primary",
-        ids=source_paths.ids,
-    )
+    """A request for the sources, with the settings of the patch that needs the most tensors of them."""
+    settings: Any = max((settings_of_record(patch.record) for patch in patches), key=_breadth)
+    return Request(sources=source_paths.by_role, output="", settings=settings, ids=source_paths.ids)
+
+
+def _breadth(settings: Settings) -> int:
+    """The place of the settings' preset among the presets, which grow; without one every tensor is needed."""
+    preset = getattr(settings, "targets", None)
+    return len(PRESETS) if preset is None else PRESETS.index(preset)
 
 
 def _compare(patches: Sequence[Patch], sources: Sources, context: VerifyContext) -> Answers | None:
@@ -150,7 +151,9 @@ def _compare(patches: Sequence[Patch], sources: Sources, context: VerifyContext)
 
 
 def _compare_small_files(patch: Patch, sources: Sources, context: VerifyContext) -> None:
-    files = small_files.collect(sources, "primary", patch.record.parameters["assets_from"], None, context.tally).files
+    files = small_files.collect(
+        sources, sources.anchor, patch.record.parameters["assets_from"], None, context.tally
+    ).files
     unlike = changed_keys(patch.contents.files, {name: digest_of(data) for name, data in files.items()})
     if unlike:
         what = f"its small files are not those that the sources give: {', '.join(unlike[:MAX_NAMED])}"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsa.errors import one_line
-from hsa.methods.selection import count_heads
 from hsa.outputs.record import Record
 from hsa.verification.decisions import Answers
 from hsa.verification.problems import Problem
@@ -67,16 +66,14 @@ class VerifyReport:
         about: dict[str, Any] = {"parameters": None, "sources": None, "target_tensors": None}
         about |= {"selected_heads": None, "total_heads": None}
         if record is not None:
-            heads = count_heads(record.targets)
-            about = {
+            about |= {
                 "parameters": dict(record.parameters),
                 "sources": {
                     role: {"id": source.identity.id, "revision": source.identity.revision}
                     for role, source in record.sources.items()
                 },
                 "target_tensors": len(record.targets),
-                "selected_heads": heads.selected,
-                "total_heads": heads.total,
+                **record.method.recorded_summary(record.targets).counts(),
             }
         return {
             "output": str(self.output),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 
 from hsa.actions.request import Request, has_hub_ids, open_sources
-from hsa.errors import shown
-from hsa.methods.registry import method_named
+from hsa.errors import listed, shown
 from hsa.option_names import option
 from hsa.outputs import recording
 from hsa.outputs.provenance import changed_keys
 from hsa.outputs.record import Record
-from hsa.outputs.record_checks import settings_of_record
 from hsa.outputs.recording import PROGRAM
 from hsa.outputs.source_record import SourceRecord
 from hsa.sources.checkpoint import Checkpoint
@@ -36,18 +35,21 @@ def open_recorded(
     stack: ExitStack,
     *,
     rows_only: bool = False,
+    assets: Collection[Role] = (),
 ) -> Sources | None:
     """The sources of a request, if they have the files and names of a record; else None, and problems that say so.
 
-    Of primary no more than its targets is fetched where `rows_only`. Raises SourceError where one cannot be opened.
+    Of the anchor no more than its targets is fetched where `rows_only`; of the roles in `assets` the small files too.
+    Raises SourceError where one cannot be opened.
     """
     hub = Hub(bars=context.progress is not None)
+    open_them = partial(open_sources, request, rows_only=rows_only, assets=assets)
     if has_hub_ids(request):  # headers first: other sources need not be fetched whole
         with ExitStack() as trial:
-            headers = open_sources(request, Tally(), hub, trial, headers_only=True, rows_only=rows_only)
+            headers = open_them(Tally(), hub, trial, headers_only=True)
             if not _are_recorded(headers, record.sources, context.problems):
                 return None
-    sources = open_sources(request, context.tally, hub, stack, headers_only=False, rows_only=rows_only)
+    sources = open_them(context.tally, hub, stack, headers_only=False)
     context.notes.extend(hub.notes)
     if not _are_recorded(sources, record.sources, context.problems):
         context.notes.append("nothing was recomputed, for the sources given are not the recorded ones")
@@ -110,6 +112,13 @@ def _name(identity: Identity) -> str:
     return shown(identity.id if identity.revision is None else f"{identity.id}@{identity.revision}", 200)
 
 
+def other_roles(record: Record, source_paths: SourcePaths) -> str | None:
+    """Why the sources given cannot be those of a record: it names others; None where it does not."""
+    if set(record.sources) == set(source_paths.by_role):
+        return None
+    return f"was merged from {listed(record.sources)}, and was not compared with {listed(source_paths.by_role)}"
+
+
 def check_targets(record: Record, digests: Mapping[Role, str], problems: Problems) -> bool:
     """Whether the sources, whose target tensors have these digests, have the recorded ones; names those without."""
     same = True
@@ -123,7 +132,7 @@ def check_targets(record: Record, digests: Mapping[Role, str], problems: Problem
 
 def other_versions(record: Record) -> str | None:
     """The versions that a record names and that are not those here; None where all are."""
-    own = {**PROGRAM, **recording.libraries(method_named(settings_of_record(record).method).libraries)}
+    own = {**PROGRAM, **recording.libraries(record.method.libraries)}
     recorded = {**record.program, **record.libraries}
     unlike = [f"{shown(k)} {shown(recorded.get(k))} (here {shown(own.get(k))})" for k in changed_keys(recorded, own)]
     return ", ".join(unlike[:MAX_NAMED]) or None

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.keywords import VERIFY, missing_sources, split_named
-from hsa.actions.request import check_ids
+from hsa.actions.keywords import VERIFY, split_named
 from hsa.actions.run_options import RunOptions
 from hsa.actions.signatures import declared_keywords
 from hsa.arguments import check_functions, check_paths
 from hsa.errors import HeaderError, HsaError, RequestError, SourceChanged, shown
-from hsa.methods.registry import method_named
-from hsa.methods.settings import DEFAULT_METHOD
-from hsa.option_names import option
 from hsa.outputs.patch_reader import SUFFIX, is_patch
 from hsa.outputs.release_index import is_release
 from hsa.outputs.sweep_index import holds_points
 from hsa.sources.checkpoint import CONFIG, PICKLES, SAFETENSORS
-from hsa.sources.roles import Role
 from hsa.sources.safetensors import read_header
 from hsa.system.descriptors import open_file, reason
 from hsa.system.fsio import MACHINE_ERRNOS, SourceFile, Tally, exists, map_os_errors
@@ -32,6 +27,7 @@ from hsa.system.memory import PeakMemory
 from hsa.system.threads import default_threads
 from hsa.system.types import PathLike
 from hsa.verification.context import Progress, SourcePaths, VerifyContext
+from hsa.verification.given_sources import FindSources, check_given, find_sources
 from hsa.verification.output import verify_output
 from hsa.verification.patch import verify_patch
 from hsa.verification.problems import Problem, Problems
@@ -59,8 +55,9 @@ def verify(output: PathLike, *, progress: Progress | None = None, **keywords: An
     `config.json`, every target tensor finite, and the provenance's targets and heads against weights and parameters. Of
     a patch, the same of its rows and its document. With sources: every byte against what they give.
 
-    Sources are given all or none, as for `hsa.merge`; not for a release, whose outputs have their own. Ids are those
-    that the record must have for sources that are directories.
+    Sources are given all or none, as for `hsa.merge`, or `models` in their order; the record says by which method they
+    were merged, and from what. A release takes none, for each of its outputs has its own. Ids are those that the record
+    must have for sources that are directories.
 
     Args:
         output: an output's directory, a patch file, or the directory of a sweep or of a release, each member of which
@@ -70,8 +67,8 @@ def verify(output: PathLike, *, progress: Progress | None = None, **keywords: An
         progress: called now and then with bytes done and bytes in all.
 
     Returns the report: a damaged output is no exception. Raises RequestError (nothing there, or nothing of hsa, some
-    sources and not all), SourceError (a source cannot be opened), SourceChanged (the output is replaced again and
-    again), MachineError (reading failed).
+    sources and not all, or others than the record names), SourceError (a source cannot be opened), SourceChanged (the
+    output is replaced again and again), MachineError (reading failed).
 
     Example:
         >>> report = hsa.verify("merged")
@@ -79,14 +76,18 @@ def verify(output: PathLike, *, progress: Progress | None = None, **keywords: An
         (True, ())
     """
     given = split_named(VERIFY, keywords)
-    paths = {role: path for role, path in given.sources.items() if path is not None}
-    check_paths(output=output, **paths)
+    check_paths(output=output)
     check_functions(progress=progress)
     threads = RunOptions(**given.options).threads or default_threads()
     path = _resolve(output)
-    source_paths = _source_paths(paths, given.ids)
+    check_given(given)
+    return _verify_until_whole(path, find_sources(given), threads, progress)
+
+
+def _verify_until_whole(path: Path, sources: FindSources, threads: int, progress: Progress | None) -> VerifyReport:
+    """The report of what is at a path, begun again where it is replaced meanwhile."""
     for attempt in range(ATTEMPTS):
-        report = _verify_unless_replaced(path, source_paths, threads, progress)
+        report = _verify_unless_replaced(path, sources, threads, progress)
         if report is not None:
             note = f"{path} was replaced while it was read; this is of what replaced it"
             return replace(report, notes=(note, *report.notes)) if attempt else report
@@ -107,25 +108,14 @@ def _resolve(output: PathLike) -> Path:
         raise RequestError(f"output {shown(text, 1000)} cannot be found ({why}); {EXPECTED}") from error
 
 
-def _source_paths(paths: Mapping[Role, PathLike], ids: Mapping[Role, str | None]) -> SourcePaths | None:
-    """The sources to compare with; None where none is given, RequestError where not all are."""
-    lacking = missing_sources(method_named(DEFAULT_METHOD).contract, paths)
-    if paths and lacking:
-        raise RequestError(f"to compare with the sources all three are needed; {', '.join(lacking)} is not given")
-    if not paths and any(ids.values()):
-        raise RequestError(f"ids are compared with those of the sources; give {option('sources')} too")
-    check_ids(ids)
-    return SourcePaths(paths, ids) if paths else None
-
-
 def _verify_unless_replaced(
-    path: Path, source_paths: SourcePaths | None, threads: int, progress: Progress | None
+    path: Path, sources: FindSources, threads: int, progress: Progress | None
 ) -> VerifyReport | None:
     """The report of what is at a path; None where it was replaced meanwhile."""
     failure: HsaError | None = None
     with _kept_open(path) as inode:
         try:
-            report = _verify(path, source_paths, threads, progress)
+            report = _verify(path, sources, threads, progress)
         except HsaError as error:
             failure = error
         if _is_replaced(path, inode):
@@ -164,14 +154,13 @@ def _is_replaced(path: Path, inode: tuple[int, int]) -> bool:
             time.sleep(0.02)
 
 
-def _verify(path: Path, source_paths: SourcePaths | None, threads: int, progress: Progress | None) -> VerifyReport:
+def _verify(path: Path, sources: FindSources, threads: int, progress: Progress | None) -> VerifyReport:
     started, kind = time.perf_counter(), _kind(path)
+    source_paths = sources(path, kind)
     context = VerifyContext(threads, Tally(), PeakMemory(), Problems(), [], progress)
 
-    def verify_member(member: Path, sources: SourcePaths | None) -> VerifyReport:
-        paths, ids = (sources.by_role, sources.ids) if sources else ({}, {})
-        named = {f"{role}_id": value for role, value in ids.items()}
-        return verify(member, **paths, **named, threads=threads, progress=progress)
+    def verify_member(member: Path, member_sources: SourcePaths | None) -> VerifyReport:
+        return _verify_until_whole(_resolve(member), lambda path, kind: member_sources, threads, progress)
 
     if kind == "output":
         result = verify_output(path, source_paths, context)

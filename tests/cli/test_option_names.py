@@ -156,7 +156,7 @@ def test_a_note_names_what_the_caller_can_write(
     shared_triple: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hsa.merge(**shared_triple, output=tmp_path / "out", digest=False, sync=False)
-    assert any("give base, primary and secondary to compare" in note for note in hsa.verify(tmp_path / "out").notes)
+    assert any("give the sources to compare" in note for note in hsa.verify(tmp_path / "out").notes)
     assert app.run(["verify", str(tmp_path / "out")]) == 0
     assert "give --sources to compare" in capsys.readouterr().err
 

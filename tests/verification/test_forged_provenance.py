@@ -270,7 +270,7 @@ def test_a_source_of_the_hubs_cache_has_a_name_that_is_compared(
 
 
 def test_ids_alone_are_refused(out: Path) -> None:
-    with pytest.raises(RequestError, match="give base, primary and secondary too"):
+    with pytest.raises(RequestError, match="give the sources too"):
         hsa.verify(out, base_id="org/name")
 
 

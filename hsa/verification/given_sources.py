@@ -1,0 +1,72 @@
+"""The sources that a verification is given, by the roles of the record that it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from hsa.actions.keywords import NamedArguments
+from hsa.actions.recorded_sources import recorded_sources
+from hsa.actions.request import check_ids
+from hsa.errors import RequestError, SourceError
+from hsa.option_names import option
+from hsa.outputs.grid_point import name_starts
+from hsa.outputs.patch_reader import open_patch
+from hsa.outputs.provenance import load as load_provenance
+from hsa.outputs.record import Record
+from hsa.system.fsio import Tally
+from hsa.system.manifest import PROVENANCE
+from hsa.verification.context import SourcePaths
+from hsa.verification.report import ReportKind
+
+FindSources = Callable[[Path, ReportKind], SourcePaths | None]
+"""The sources to compare what is at a path with; None where there are none."""
+
+
+def check_given(given: NamedArguments) -> None:
+    """RequestError where the sources and ids are none, whatever was merged."""
+    given.check_types()
+    if given.ids and not given.sources:
+        raise RequestError(f"ids are compared with those of the sources; give {option('sources')} too")
+    ids = {name.removesuffix("_id"): value for name, value in given.ids.items() if name != "model_ids"}
+    check_ids({**ids, **{f"model{number}": value for number, value in enumerate(given.ids.get("model_ids", ()), 1)}})
+
+
+def find_sources(given: NamedArguments) -> FindSources:
+    """How the sources of a call are told apart: by the record of what is at the path.
+
+    Where no record can be read, they keep the names under which they are given: nothing is compared then.
+    """
+
+    def find(path: Path, kind: ReportKind) -> SourcePaths | None:
+        if not given.sources:
+            return None
+        record = next(_records(path, kind), None)
+        return SourcePaths(given.sources, {}) if record is None else SourcePaths(*recorded_sources(record, given, path))
+
+    return find
+
+
+def _records(path: Path, kind: ReportKind) -> Iterator[Record]:
+    """The record of an output or a patch, and of the points of a sweep those that can be read. A release has none: each
+    of its outputs has sources of its own."""
+    if kind == "sweep":
+        for place in sorted(path.iterdir()):
+            if place.name.startswith(name_starts()) and not place.is_symlink():
+                yield from _record_at(place)
+    elif kind != "release":
+        yield from _record_at(path)
+
+
+def _record_at(path: Path) -> Iterator[Record]:
+    """The record at a path; nothing where it cannot be read, which the verification says."""
+    try:
+        if path.is_dir():
+            if (path / PROVENANCE).is_file():
+                yield load_provenance(path).record
+        elif path.is_file():
+            with ExitStack() as stack:
+                yield open_patch(path, Tally(), stack).record
+    except SourceError:
+        return
