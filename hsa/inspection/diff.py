@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from hsa.architectures.base import TensorPlace
 from hsa.errors import ProvenanceError, shown
 from hsa.inspection.distance import WeightDistances, compare_weights
 from hsa.inspection.report import FORMAT, jaccard
-from hsa.methods.hsa import ROLES
 from hsa.methods.tensors import TensorRecord
 from hsa.outputs import provenance
 from hsa.outputs.provenance import Provenance
+from hsa.outputs.source_record import SourceRecord
 from hsa.sources.checkpoint import INDEX, WEIGHTS
 from hsa.sources.roles import Role
 from hsa.system.fsio import SourceFile, Tally
@@ -66,9 +66,10 @@ class Comparison:
     """Two outputs, A and B.
 
     `parameters` and `program` hold the values that differ, as pairs. `sources` says per role under which ids, and
-    whether both were made from the same target bytes. `files` is one of same, different, only a, only b, missing, for
-    each file that either provenance lists, by the bytes that are there now. `weights` is None where one of the two has
-    none.
+    whether both were made from the same target bytes; an id is None where one has no source of that role. `heads` is
+    None unless both were made by a method that selects heads. `files` is one of same, different, only a, only b,
+    missing, for each file that either provenance lists, by the bytes that are there now. `weights` is None where one of
+    the two has none.
     """
 
     first: str
@@ -76,7 +77,7 @@ class Comparison:
     parameters: Mapping[str, tuple[Any, Any]]
     program: Mapping[str, tuple[Any, Any]]
     sources: Mapping[Role, Mapping[str, Any]]
-    heads: Mapping[str, HeadsDiff]
+    heads: Mapping[str, HeadsDiff] | None
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
     files: Mapping[str, str]
@@ -85,15 +86,19 @@ class Comparison:
     notes: tuple[str, ...]
 
     @property
+    def _heads(self) -> Sequence[HeadsDiff]:
+        return [] if self.heads is None else list(self.heads.values())
+
+    @property
     def agreeing_tensors(self) -> int:
         """How many tensors have the same heads in both."""
-        return sum(each.same for each in self.heads.values())
+        return sum(each.same for each in self._heads)
 
     @property
     def jaccard(self) -> float | None:
         """Heads that both merged over heads that either did, tensors of both only; None where there is none."""
-        both = sum(len(set(each.first) & set(each.second)) for each in self.heads.values())
-        either = sum(len(set(each.first) | set(each.second)) for each in self.heads.values())
+        both = sum(len(set(each.first) & set(each.second)) for each in self._heads)
+        either = sum(len(set(each.first) | set(each.second)) for each in self._heads)
         return both / either if either else None
 
     @property
@@ -113,9 +118,9 @@ class Comparison:
             "program": {name: {"a": a, "b": b} for name, (a, b) in self.program.items()},
             "sources": {role: dict(each) for role, each in self.sources.items()},
             "agreeing_tensors": self.agreeing_tensors,
-            "common_tensors": len(self.heads),
+            "common_tensors": len(self._heads),
             "jaccard": self.jaccard,
-            "tensors": {name: each.as_dict() for name, each in self.heads.items()},
+            "tensors": {each.name: each.as_dict() for each in self._heads},
             "only_a": list(self.only_first),
             "only_b": list(self.only_second),
             "files": dict(self.files),
@@ -146,7 +151,11 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
             progress(done, 2 * total)  # each byte is read twice: as a file, and as a tensor
 
     files = _compare_files(folders, a, b, tally, step)
-    heads = _compare_heads(a, b)
+    without_heads = [output.record.method.name for output in (a, b) if not output.record.method.selects_heads]
+    if without_heads:
+        notes.append(
+            f"no heads are compared, for method {' and method '.join(dict.fromkeys(without_heads))} selects none"
+        )
     has_weights = [any((folder / name).is_file() for name in (WEIGHTS, INDEX)) for folder in folders]
     weights = None
     if all(has_weights):
@@ -158,13 +167,13 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
     return Comparison(
         first=str(first),
         second=str(second),
-        parameters=_unequal(a.record.parameters, b.record.parameters),
+        parameters=_unequal(_parameters(a, b), _parameters(b, a)),
         program=_unequal(
             {**a.record.program, **a.record.libraries},
             {**b.record.program, **b.record.libraries},
         ),
-        sources={role: _compare_source(a, b, role) for role in ROLES},
-        heads=heads,
+        sources={role: _compare_source(a, b, role) for role in dict.fromkeys([*a.record.sources, *b.record.sources])},
+        heads=None if without_heads else _compare_heads(a, b),
         only_first=tuple(name for bare, name in names_by_output[0].items() if bare not in names_by_output[1]),
         only_second=tuple(name for bare, name in names_by_output[1].items() if bare not in names_by_output[0]),
         files=files,
@@ -174,19 +183,29 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
     )
 
 
+def _parameters(one: Provenance, other: Provenance) -> dict[str, Any]:
+    """The parameters of an output, and its method where one of the two methods is not told by them."""
+    told = one.record.method.selects_heads and other.record.method.selects_heads
+    return {**({} if told else {"method": one.record.method.name}), **one.record.parameters}
+
+
 def _unequal(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     names = dict.fromkeys([*first, *second])
     return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
 
 
 def _compare_source(a: Provenance, b: Provenance, role: Role) -> dict[str, Any]:
-    one, other = a.record.sources[role], b.record.sources[role]
+    one, other = a.record.sources.get(role), b.record.sources.get(role)
     return {
-        "a": {"id": one.identity.id, "revision": one.identity.revision},
-        "b": {"id": other.identity.id, "revision": other.identity.revision},
-        "same_targets": one.targets == other.targets,
-        "same_headers": dict(one.files) == dict(other.files),
+        "a": _identity(one),
+        "b": _identity(other),
+        "same_targets": bool(one and other and one.targets == other.targets),
+        "same_headers": bool(one and other and dict(one.files) == dict(other.files)),
     }
+
+
+def _identity(source: SourceRecord | None) -> dict[str, Any] | None:
+    return None if source is None else {"id": source.identity.id, "revision": source.identity.revision}
 
 
 def _compare_heads(a: Provenance, b: Provenance) -> dict[str, HeadsDiff]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hsa.errors import HsaError, ProvenanceError, shown
+from hsa.errors import HsaError, ProvenanceError, listed, shown
 from hsa.inspection.report import Inspection, RecordedSelection, TensorInspection, in_order
 from hsa.methods.all_settings import summary
 from hsa.methods.hsa import HsaSettings
@@ -19,7 +19,7 @@ from hsa.outputs.provenance import Provenance
 from hsa.system.fsio import Tally
 from hsa.system.manifest import PROVENANCE
 
-NO_SOURCES = "cosines, relative sizes and the share of energy need the sources: give base, primary and secondary too"
+NO_SOURCES = "cosines, relative sizes and the share of energy need the sources: give {} too"
 ROOTS = (
     "a provenance holds norms, not their squares: heads whose squares differ in the last bit or two may look tied here "
     "at a k other than the recorded one"
@@ -66,7 +66,7 @@ def inspect_provenance(
     """The inspection of an output: recorded with `config`, shown with `asked`."""
     layers = _layers(config, record.record.targets)
     tensors = [_recorded_tensor(each, layers, config, shown_config) for each in record.record.targets]
-    notes = [NO_SOURCES]
+    notes = [NO_SOURCES.format(listed(record.record.sources))]
     findings = percentage_findings([shown_config.k])
     notes += findings.notes
     if shown_config.k != config.k:

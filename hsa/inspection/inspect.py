@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.keywords import INSPECT, missing_sources, split_named
+from hsa.actions.keywords import INSPECT, NamedArguments, missing_sources, split_named
+from hsa.actions.recorded_sources import recorded_sources
 from hsa.actions.signatures import declared_keywords
 from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.backends.base import changed_ranges
@@ -23,7 +24,7 @@ from hsa.inspection.from_provenance import (
 from hsa.inspection.measure import Buffers, TargetMeasures, bytes_of_other_tensors, measure, measure_other_tensors
 from hsa.inspection.report import Agreement, Energy, Inspection, RecordedSelection, TensorInspection, in_order
 from hsa.methods.geometry import Geometry
-from hsa.methods.hsa import ROLES, HeadScores, HsaSettings
+from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY, HeadScores, HsaSettings
 from hsa.methods.hsa_formula import keep_count, settings_of
 from hsa.methods.registry import method_named
 from hsa.methods.selection import select, selection_of
@@ -58,9 +59,10 @@ def inspect(
 ) -> Inspection:
     """Scores, selection, margins and task vectors of every head, of sources, of a finished output, or of both.
 
-    Sources are given all or none, as for `hsa.merge`. With `output` they must be what it was made from, and tell what
-    a provenance does not hold: cosines, relative sizes, energies. Settings are by default the output's own, or those of
-    `hsa.merge`; what shapes the plan of a merge cannot be another than the output's.
+    Sources are given all or none, as for `hsa.merge`, or `models` in their order. With `output` they must be what it
+    was made from, and tell what a provenance does not hold: cosines, relative sizes, energies. Settings are by default
+    the output's own, or those of `hsa.merge`; what shapes the plan of a merge cannot be another than the output's. The
+    output of a method that selects no heads is refused.
 
     Args:
         output: a directory that `hsa.merge` wrote; alone, nothing but its provenance is read.
@@ -77,31 +79,49 @@ def inspect(
     Raises RequestError, SourceError, MachineError or a subclass; MismatchError where the sources are not the output's.
     """
     given = split_named(INSPECT, keywords)
-    paths = {role: path for role, path in given.sources.items() if path is not None}
     values = {name: value for name, value in given.settings.items() if value is not None}
-    contract = method_named(DEFAULT_METHOD).contract
-    missing, together = missing_sources(contract, paths), listed(map(option, missing_sources(contract, ())))
-    if output is None and not paths:
-        raise RequestError(f"there is nothing to inspect; give an output, or {together}")
-    if missing and paths:
-        raise RequestError(f"{' and '.join(map(option, missing))} not given; {together} are needed together")
-    check_paths(**paths, **({} if output is None else {"output": output}))
+    given.check_types()
     check_flags(energy=energy)
     check_functions(progress=progress)
     if output is None:
-        return _from_sources(paths, HsaSettings(**values), None, None, energy, progress)
+        return _from_sources(_sources_of_default(given), HsaSettings(**values), None, None, energy, progress)
+    check_paths(output=output)
     recorded = [each.name for each in INSPECT.declared_settings() if each.about.structural]
     if any(name in values for name in recorded):
         raise RequestError(f"{listed(map(option, recorded))} are recorded in an output; leave them out")
     directory = Path(output).expanduser()
     tally = Tally()
     record = provenance.load(directory)
+    _check_selects_heads(record, directory)
     tally.add_read("output", (directory / PROVENANCE).stat().st_size)
     config = recorded_config(record, directory)
     shown_config = changed_config(config, values)
-    if paths:
+    if given.sources:
+        paths = recorded_sources(record.record, given, directory)[0]
         return _from_sources(paths, shown_config, record, directory, energy, progress)
     return inspect_provenance(record, directory, config, shown_config, tally)
+
+
+def _sources_of_default(given: NamedArguments) -> Mapping[Role, PathLike]:
+    """The sources that are given without an output, by the roles of the default method."""
+    contract = method_named(DEFAULT_METHOD).contract
+    paths, together = given.by_roles(contract)[0], listed(map(option, missing_sources(contract, ())))
+    if not paths:
+        raise RequestError(f"there is nothing to inspect; give an output, or {together}")
+    missing = missing_sources(contract, paths)
+    if missing:
+        raise RequestError(f"{' and '.join(map(option, missing))} not given; {together} are needed together")
+    contract.check(DEFAULT_METHOD, base=True, models=len(paths) - 1)
+    return paths
+
+
+def _check_selects_heads(record: Provenance, directory: Path) -> None:
+    method = record.record.method
+    if not method.selects_heads:
+        raise RequestError(
+            f"{directory} was merged by method {method.name}, which selects no heads to show; hsa verify says whether "
+            f"it is sound, and hsa inspect --diff compares it with another output"
+        )
 
 
 def _from_sources(
@@ -187,7 +207,7 @@ def _merge_findings(targets: Targets, measured: Mapping[str, TargetMeasures]) ->
     for task in targets.tasks:
         measures = measured[task.name]
         moved = measures.moved
-        scored = HeadScores(measures.squared, moved["primary"], moved["secondary"], measures.geometry)
+        scored = HeadScores(measures.squared, moved[PRIMARY], moved[SECONDARY], measures.geometry)
         decision = targets.method.decide(task, scored, targets.settings, None)
         changed = changed_ranges(task, targets.method.untouched(task.partition.groups, decision))
         outcomes.append(Outcome(task, decision, changed, measures.digests, measures.equal))
@@ -203,11 +223,11 @@ def _open(
         return stack.enter_context(hub.open(role, paths[role], tally, needs, None, base))
 
     base = open_source("base")
-    return Sources.of_checkpoints([base, open_source("primary", base), open_source("secondary", base)])
+    return Sources.of_checkpoints([base, *(open_source(role, base) for role in ROLES[1:])])
 
 
 def _stack_layers(config: HsaSettings, sources: Sources) -> dict[str, int]:
-    counts = sources.architecture.counts(sources.anchor_checkpoint.config, "primary").layers
+    counts = sources.architecture.counts(sources.anchor_checkpoint.config, sources.anchor).layers
     return {stack: config.num_layers or count for stack, count in counts.items()}
 
 
@@ -313,7 +333,7 @@ def _energies(
         inside = selected = 0.0
         for tensor in tensors:
             assert tensor.geometry is not None
-            heads = tensor.geometry.primary if role == "primary" else tensor.geometry.secondary
+            heads = tensor.geometry.squares(role)
             group = " ".join(sources.architecture.group_of(tensor.projection.name))
             groups[group] = groups.get(group, 0.0) + sum(heads)
             inside += sum(heads)

@@ -16,7 +16,7 @@ from hsa.backends.base import NotFinite
 from hsa.backends.cpu import TILE, CpuBackend
 from hsa.errors import NonFiniteError
 from hsa.methods.geometry import Geometry, Sums, dot, tile_sums
-from hsa.methods.hsa import ROLES
+from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY
 from hsa.methods.tensors import TensorTask
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import SLICE_ELEMENTS
@@ -77,7 +77,7 @@ def measure(sources: Sources, targets: Targets, buffers: Buffers, step: Step) ->
             scored = worker.measure(task, raw)
         except NotFinite as error:
             raise _not_finite(error, task, sources) from None
-        moved: dict[Role, bool] = {"primary": scored.primary_differs, "secondary": scored.secondary_differs}
+        moved: dict[Role, bool] = {PRIMARY: scored.primary_differs, SECONDARY: scored.secondary_differs}
         yield TargetMeasures(scored.squared, geometry(task, raw), moved, digests, equal_pairs(task, raw))
 
 

@@ -172,6 +172,8 @@ class Method(ABC, Generic[S, D]):
     writes_out_last: ClassVar[bool] = False
     """Whether `apply` writes `out` by its last operation alone, elementwise, so that `out` may be the memory of a room
     or of the anchor's own tensor. Saves a copy."""
+    selects_heads: ClassVar[bool] = False
+    """Whether its decisions say which attention heads are merged, and by which scores, as `inspect` shows them."""
     checks_sources: ClassVar[bool] = False
     """Whether `gather` finds sources that are not finite by the sums, so that the engine need not look for them."""
 
@@ -212,6 +214,11 @@ class Method(ABC, Generic[S, D]):
         """The decision for a tensor of so many groups that `as_dict` recorded. Raises KeyError, TypeError or ValueError
         where it is none."""
         return None  # type: ignore[return-value]
+
+    @property
+    def reads_decisions(self) -> bool:
+        """Whether `from_dict` gives decisions back, so that a merge can be made again by what its record says."""
+        return type(self).from_dict is not Method.from_dict
 
     def longest(self, task: TensorTask, number: float) -> D:
         """A decision that `as_dict` writes as long as any for this tensor; `number` is written with the most digits."""

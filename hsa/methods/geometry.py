@@ -45,6 +45,10 @@ class Geometry:
         """The geometry of a tensor from the sums of each head's tiles."""
         return cls(*zip(*(tuple(map(math.fsum, zip(*tiles, strict=True))) for tiles in heads), strict=True))
 
+    def squares(self, role: str) -> tuple[float, ...]:
+        """By head, |tv|^2 of a model's task vector."""
+        return {"primary": self.primary, "secondary": self.secondary}[role]
+
     @property
     def cosines(self) -> tuple[float | None, ...]:
         """The cosine between tv1 and tv2; None where one of them is zero."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from hsa.architectures.base import TensorPlace
@@ -17,6 +17,7 @@ from hsa.inspection.diff import Comparison, HeadsDiff
 from hsa.inspection.distance import Distance
 from hsa.inspection.inspect import Inspection, TensorInspection
 from hsa.methods.all_settings import summary
+from hsa.methods.hsa import ROLES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -182,7 +183,7 @@ def _means(tensor: TensorInspection) -> list[str]:
     cosines = list(enumerate(tensor.geometry.cosines))
     parts = [[c for head, c in cosines if c is not None and (head in selected) == inside] for inside in (True, False)]
     base = sum(tensor.geometry.base)
-    sizes = [(sum(t) / base) ** 0.5 if base > 0 else None for t in (tensor.geometry.primary, tensor.geometry.secondary)]
+    sizes = [(sum(t) / base) ** 0.5 if base > 0 else None for t in map(tensor.geometry.squares, ROLES[1:])]
     means = [sum(part) / len(part) if part else None for part in parts]
     return [*(_number(mean, "+.3f") for mean in means), *(_number(each, ".3g") for each in sizes)]
 
@@ -252,7 +253,11 @@ def _comparison(console: Console, view: Comparison, *, wide: bool) -> None:
         _row(table, role, "A", _id(source["a"], wide=wide), *compared)
         _row(table, "", "B", _id(source["b"], wide=wide), "", "")
     console.print(table)
-    _heads(console, view, wide=wide)
+    if view.heads is not None:
+        _heads(console, view.heads, view, wide=wide)
+    for label, alone in (("A", view.only_first), ("B", view.only_second)):
+        if alone:
+            _print_line(console, f"targets of {label} alone: {len(alone)}, such as {alone[0]}")
     if view.weights is not None:
         _weights(console, view)
     counts = {
@@ -263,13 +268,13 @@ def _comparison(console: Console, view: Comparison, *, wide: bool) -> None:
         _print_line(console, f"files {state}: {', '.join(names)}")
 
 
-def _heads(console: Console, view: Comparison, *, wide: bool) -> None:
+def _heads(console: Console, heads: Mapping[str, HeadsDiff], view: Comparison, *, wide: bool) -> None:
     _print_line(
         console,
-        f"selected heads: the same in {view.agreeing_tensors} of {len(view.heads)} tensors, "
+        f"selected heads: the same in {view.agreeing_tensors} of {len(heads)} tensors, "
         f"Jaccard {_number(view.jaccard, '.3f')} over all",
     )
-    unlike = [each for each in view.heads.values() if not each.same]
+    unlike = [each for each in heads.values() if not each.same]
     if unlike:
         _print_line(console, "tensors with other heads: # merged by both, A or B by that one alone, . by neither")
         lists = ("only A", "only B") if wide else ()
@@ -277,12 +282,9 @@ def _heads(console: Console, view: Comparison, *, wide: bool) -> None:
         for each in unlike:
             a, b = set(each.first), set(each.second)
             numbers = [", ".join(map(str, sorted(part))) for part in (a - b, b - a)] if wide else []
-            heads = _compared_head_map(each, console.width - BESIDE_BOTH)
-            _row(table, each.name if wide else _short_name(each.place), heads, _number(each.jaccard, ".2f"), *numbers)
+            signs = _compared_head_map(each, console.width - BESIDE_BOTH)
+            _row(table, each.name if wide else _short_name(each.place), signs, _number(each.jaccard, ".2f"), *numbers)
         console.print(table)
-    for label, names in (("A", view.only_first), ("B", view.only_second)):
-        if names:
-            _print_line(console, f"targets of {label} alone: {len(names)}, such as {names[0]}")
 
 
 def _compared_head_map(diff: HeadsDiff, width: int) -> str:
@@ -322,6 +324,8 @@ def _weights(console: Console, view: Comparison) -> None:
 
 
 def _id(source: Any, *, wide: bool) -> str:
+    if source is None:
+        return "-"
     revision = source["revision"]
     return f"{source['id']}@{revision if wide else revision[:12]}" if revision else str(source["id"])
 

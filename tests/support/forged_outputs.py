@@ -11,6 +11,8 @@ from typing import Any
 from blake3 import blake3
 
 import hsa
+from hsa.outputs import provenance
+from hsa.outputs.card import render as render_card
 from hsa.system import manifest
 from hsa.system.manifest import PROVENANCE
 
@@ -35,6 +37,15 @@ def forge(output: Path, change: Callable[[dict[str, Any]], None] = lambda docume
             entry["blake3"] = blake3((output / name).read_bytes()).hexdigest()
     document[manifest.DIGEST] = manifest.document_digest(document)
     (output / PROVENANCE).write_bytes(manifest.render(document))
+
+
+def forge_with_card(output: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the record, and write the card that goes with it."""
+    forge(output, change)  # type: ignore[arg-type]
+    config = json.loads((output / "config.json").read_text())
+    card = render_card(provenance.load(output).record, sorted(os.listdir(output)), config)
+    (output / "README.md").write_bytes(card)
+    forge(output)
 
 
 def named(report: hsa.VerifyReport) -> set[str]:

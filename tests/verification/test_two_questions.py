@@ -5,20 +5,17 @@ whether the decisions follow from the sources. Every forgery here fits itself, s
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from forged_outputs import COPIED, TARGET, WEIGHTS, Triple, forge, named, told
+from forged_outputs import COPIED, TARGET, WEIGHTS, Triple, forge, forge_with_card, named, told
 from forger import Forger
 from helpers import merge_arguments, poke, read_tensors, run_hsa
 
 import hsa
-from hsa.outputs import provenance
-from hsa.outputs.card import render as render_card
 from hsa.system.manifest import PROVENANCE
 from hsa.verification.decisions import Answers
 
@@ -78,15 +75,6 @@ def change_target(output: Path, triple: Triple) -> None:
 
 def change_copied(output: Path, triple: Triple) -> None:
     poke(output / WEIGHTS, COPIED, 7, np.float32(0.5).tobytes())
-    forge(output)
-
-
-def forge_with_card(output: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the record, and write the card that goes with it."""
-    forge(output, change)  # type: ignore[arg-type]
-    config = json.loads((output / "config.json").read_text())
-    card = render_card(provenance.load(output).record, sorted(os.listdir(output)), config)
-    (output / "README.md").write_bytes(card)
     forge(output)
 
 
