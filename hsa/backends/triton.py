@@ -190,11 +190,11 @@ class TritonResident:
         self._measured = [
             HeadScores(
                 tuple(row[: task.partition.groups]),
-                _differ(base, primary),
-                _differ(base, secondary),
-                target_geometry(task, base, primary, secondary),
+                _differ(base, one),
+                _differ(base, two),
+                target_geometry(task, base, one, two),
             )
-            for task, row, base, primary, secondary in zip(self._tasks, rows, *sources, strict=True)
+            for task, row, base, one, two in zip(self._tasks, rows, *sources, strict=True)
         ]
         return self._measured
 

@@ -237,8 +237,7 @@ def _compare(
     total, progress = plan.bytes_to_write, context.progress
     step = None if progress is None else lambda done: progress(done, total)
     recorded = recorded_decisions(provenance.record.targets, plan.targets)
-    applied = recorded if plan.method.reads_decisions else None
-    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings, applied)
+    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings, recorded)
     options = Options(context.threads, digest=request.digest, sync=False)
     try:
         digests = assemble(plan.files, sources.by_role, calculator, comparer, options, context.memory, step)

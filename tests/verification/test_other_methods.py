@@ -24,16 +24,15 @@ from hsa.system.manifest import PROVENANCE
 Triple = dict[str, Path]
 PLUGIN = Path(__file__).resolve().parents[1] / "support" / "maximum_method.py"
 ENVIRONMENT = {"HSA_PLUGINS": str(PLUGIN)}
-UNRECORDED = """
+LEAST = """
 from dataclasses import dataclass
 import numpy as np
-from hsa.methods.base import Contract, Method
-from hsa.methods.settings import Settings, setting
+from hsa.methods import Contract, Method, Settings, setting
 
 @dataclass(frozen=True)
 class LeastSettings(Settings):
-    factor: float = setting(1.0, "Factor on the least value.", low=-100.0, high=100.0)
     method = "least"
+    factor: float = setting(1.0, "Factor on the least value.", low=-100.0, high=100.0)
 
 class Least(Method):
     name, title, Settings, contract = "least", "Least", LeastSettings, Contract(base="optional", least=2)
@@ -44,7 +43,17 @@ class Least(Method):
     def apply(self, block, decision, out):
         np.minimum.reduce([block.weights(role) for role in block.models], axis=0, out=out)
         np.multiply(out, np.float32(decision), out=out)
+
+    def as_dict(self, decision):
+        return {"factor": decision}
+
+    def from_dict(self, entry, groups, settings):
+        return float(entry["factor"])
+
+    def longest(self, task, number):
+        return number
 """
+"""A method that takes a recorded decision as it is, though it could be no other than that of the settings."""
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +98,15 @@ def test_a_sound_output_follows_from_its_models(out: Path, models: list[Path]) -
     assert about["selected_heads"] is about["total_heads"] is None
 
 
+@pytest.fixture
+def least(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output of the method that takes recorded decisions as they are."""
+    (tmp_path / "least.py").write_text(LEAST)
+    monkeypatch.setenv("HSA_PLUGINS", str(tmp_path / "least.py"))
+    hsa.merge(method="least", models=models, output=tmp_path / "out", factor=0.5, sync=False)
+    return tmp_path / "out"
+
+
 def change_a_byte(output: Path, models: list[Path]) -> None:
     poke(output / WEIGHTS, COPIED, 7, np.float32(0.5).tobytes())
 
@@ -99,7 +117,7 @@ def record_another_factor(output: Path, models: list[Path]) -> None:
 
 def record_another_factor_and_follow_it(output: Path, models: list[Path]) -> None:
     values = [read_tensors(path)[COPIED].numpy() for path in models]
-    poke(output / WEIGHTS, COPIED, 0, (np.maximum(*values) * np.float32(2.0)).tobytes())
+    poke(output / WEIGHTS, COPIED, 0, (np.minimum(*values) * np.float32(2.0)).tobytes())
     record_another_factor(output, models)
 
 
@@ -111,12 +129,12 @@ CHANGES: dict[str, tuple[Callable[[Path, list[Path]], None], bool, bool, set[str
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_was_changed_is_found(out: Path, models: list[Path], what: str) -> None:
+def test_what_was_changed_is_found(least: Path, models: list[Path], what: str) -> None:
     change, bytes_follow, decisions_follow, files = CHANGES[what]
-    change(out, models)
-    forge(out)
-    assert hsa.verify(out).ok, told(hsa.verify(out))
-    report = hsa.verify(out, models=models)
+    change(least, models)
+    forge(least)
+    assert hsa.verify(least).ok, told(hsa.verify(least))
+    report = hsa.verify(least, models=models)
     assert (report.bytes_follow, report.decisions_follow) == (bytes_follow, decisions_follow), told(report)
     assert named(report) == files, told(report)
     if not decisions_follow:
@@ -126,6 +144,12 @@ def test_what_was_changed_is_found(out: Path, models: list[Path], what: str) -> 
 def test_a_changed_byte_is_found_without_the_sources(out: Path, models: list[Path]) -> None:
     change_a_byte(out, models)
     assert named(hsa.verify(out)) == {WEIGHTS}
+
+
+def test_a_decision_that_a_method_refuses_is_found_without_the_sources(out: Path, models: list[Path]) -> None:
+    forge(out, lambda document: document["targets"][COPIED]["decision"].update(factor=2.0))
+    for report in (hsa.verify(out), hsa.verify(out, models=models)):
+        assert named(report) == {PROVENANCE} and "the factor is not that of the settings" in told(report)
 
 
 def test_models_in_another_order_are_not_the_recorded_ones(out: Path, models: list[Path]) -> None:
@@ -140,19 +164,16 @@ def test_ids_are_compared_in_the_order_of_the_models(out: Path, models: list[Pat
     assert named(hsa.verify(out, models=models, model1_id="org/other")) == {"model1"}
 
 
-def test_what_a_method_does_not_record_is_computed_again(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_base_that_a_method_can_use_is_needed_where_it_was_used(
+    least: Path, models: list[Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "least.py").write_text(UNRECORDED)
-    monkeypatch.setenv("HSA_PLUGINS", str(tmp_path / "least.py"))
-    hsa.merge(method="least", models=models, base=models[0], output=tmp_path / "out", factor=0.5, sync=False)
-    report = hsa.verify(tmp_path / "out", models=models, base=models[0])
+    hsa.merge(method="least", models=models, base=models[0], output=tmp_path / "based", sync=False)
+    report = hsa.verify(tmp_path / "based", models=models, base=models[0])
     assert report.ok and report.bytes_follow, told(report)
     with pytest.raises(RequestError, match="merged by method least from base, model1 and model2; base is not given"):
-        hsa.verify(tmp_path / "out", models=models)
-    change_a_byte(tmp_path / "out", models)
-    forge(tmp_path / "out")
-    assert not hsa.verify(tmp_path / "out", models=models, base=models[0]).bytes_follow
+        hsa.verify(tmp_path / "based", models=models)
+    with pytest.raises(RequestError, match="merged by method least from model1 and model2; base is none of these"):
+        hsa.verify(least, models=models, base=models[0])
 
 
 # --- sources that the record does not name ----------------------------------------------------------------------------
@@ -221,6 +242,20 @@ def test_a_patch_and_a_sweep_of_hsa(shared_triple: Triple, models: list[Path], t
         assert report.ok and report.bytes_follow and report.decisions_follow, told(report)
         with pytest.raises(RequestError, match="by method hsa from base, primary and secondary"):
             hsa.verify(place, models=models)
+
+
+def test_a_sweep_of_another_method(models: list[Path], tmp_path: Path) -> None:
+    place = tmp_path / "sweep"
+    hsa.sweep(method="maximum", models=models, output=place, factor=[0.5, 1.0], full=True, sync=False)
+    report = hsa.verify(place, models=models)
+    assert report.ok and report.bytes_follow and len(report.members) == 2, told(report)
+    with pytest.raises(RequestError, match="by method maximum from model1 and model2; model2 is not given"):
+        hsa.verify(place, models=models[:1])
+    point = report.members[1].output
+    change_a_byte(point, models)
+    forge(point)
+    damaged = hsa.verify(place, models=models)
+    assert damaged.bytes_follow is False and f"{point.name}/{WEIGHTS}" in named(damaged), told(damaged)
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------
