@@ -215,6 +215,11 @@ class Method(ABC, Generic[S, D]):
         where it is none."""
         return None  # type: ignore[return-value]
 
+    @property
+    def records_decisions(self) -> bool:
+        """Whether `from_dict` gives decisions back; where it does not, whoever needs them decides again."""
+        return type(self).from_dict is not Method.from_dict
+
     def longest(self, task: TensorTask, number: float) -> D:
         """A decision that `as_dict` writes as long as any for this tensor; `number` is written with the most digits."""
         return None  # type: ignore[return-value]

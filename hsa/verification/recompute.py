@@ -237,7 +237,8 @@ def _compare(
     total, progress = plan.bytes_to_write, context.progress
     step = None if progress is None else lambda done: progress(done, total)
     recorded = recorded_decisions(provenance.record.targets, plan.targets)
-    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings, recorded)
+    applied = recorded if plan.method.records_decisions else None
+    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings, applied)
     options = Options(context.threads, digest=request.digest, sync=False)
     try:
         digests = assemble(plan.files, sources.by_role, calculator, comparer, options, context.memory, step)
