@@ -155,6 +155,17 @@ def test_verify_finds_an_output_sound_and_a_changed_decision_not(models: list[Pa
     assert not report.ok and {problem.file for problem in report.problems} == {"hsa_merge.json"}
 
 
+def test_verify_with_the_sources_makes_the_merge_again(models: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    hsa.merge(method="maximum", models=models, output=output, factor=0.5)
+    done = run_hsa("verify", output, "--sources", *options(models)[1:])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the bytes follow from the recorded decisions, which follow from the sources" in done.stdout
+    assert hsa.verify(output, models=models).ok
+    other = hsa.verify(output, models=models[::-1])
+    assert not other.ok and any("model1" in problem.what for problem in other.problems)
+
+
 def test_a_merger_merges_in_memory_and_saves_the_same_bytes(models: list[Path], tmp_path: Path) -> None:
     merger = hsa.Merger(method="maximum", models=models)
     merged, sources = merger.merge(factor=0.5), [read_tensors(path) for path in models]
