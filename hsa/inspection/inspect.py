@@ -120,7 +120,7 @@ def _check_selects_heads(record: Provenance, directory: Path) -> None:
     if not method.selects_heads:
         raise RequestError(
             f"{directory} was merged by method {method.name}, which selects no heads to show; hsa verify says whether "
-            f"it is sound, and hsa inspect --diff compares it with another output"
+            f"it is sound, and hsa inspect with {option('diff')} compares it with another output"
         )
 
 
