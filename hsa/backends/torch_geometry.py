@@ -8,16 +8,16 @@ from hsa.methods.geometry import Geometry
 from hsa.methods.tensors import TensorTask
 
 
-def target_geometry(task: TensorTask, base: torch.Tensor, primary: torch.Tensor, secondary: torch.Tensor) -> Geometry:
-    """The geometry of one target. Tensors: its shape, any float type, on one device.
+def target_geometry(task: TensorTask, base: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> Geometry:
+    """The geometry of one target in base and two models. Tensors: its shape, any float type, on one device.
 
     On the CPU one head is widened at a time, so that memory stays small beside the tensors; on a GPU all heads at once,
     so that few kernels are launched. The task vectors are rounded to float32, as the merge rounds them.
     """
     step = 1 if base.device.type == "cpu" else task.partition.groups
     parts = [
-        _sums(*(_heads(task, tensor, first, step) for tensor in (base, primary, secondary)))
-        for first in range(0, task.partition.groups, step)
+        _sums(*(_heads(task, tensor, head, step) for tensor in (base, first, second)))
+        for head in range(0, task.partition.groups, step)
     ]
     base_, one, two, product, difference = torch.cat(parts, dim=1).tolist()
     return Geometry(tuple(base_), tuple(one), tuple(two), tuple(product), tuple(difference))
@@ -30,9 +30,9 @@ def _heads(task: TensorTask, tensor: torch.Tensor, first: int, count: int) -> to
     return part.reshape(count, -1).float()
 
 
-def _sums(base: torch.Tensor, primary: torch.Tensor, secondary: torch.Tensor) -> torch.Tensor:
+def _sums(base: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """|B|^2, |tv1|^2, |tv2|^2, tv1 . tv2 and |tv1 - tv2|^2 of each head: float64 [5, heads]."""
-    one, two = (primary - base).double(), (secondary - base).double()
+    one, two = (first - base).double(), (second - base).double()
     wide = base.double()
     pairs = ((wide, wide), (one, one), (two, two), (one, two), (one - two, one - two))
     return torch.stack([(x * y).sum(dim=1) for x, y in pairs])

@@ -1,4 +1,4 @@
-"""`hsa.sweep`: many merges of three sources from one reading of their targets, and an index of what is where.
+"""`hsa.sweep`: many merges of the same sources, which are opened and planned once, and an index of what is where.
 
 A sweep that was killed is resumed by running it again: `hsa.sweeps.resume` says which points are there already.
 """
