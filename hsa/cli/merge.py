@@ -41,7 +41,7 @@ def merge(
     ] = False,
     **values: Any,
 ) -> None:
-    """Merge two fine-tunes of one pretrained Whisper model into a complete checkpoint."""
+    """Merge fine-tunes of one pretrained model into a complete checkpoint."""
     from hsa.actions.merge import dry_run as plan_merge
     from hsa.actions.merge import run_merge
     from hsa.actions.patch import run_patch

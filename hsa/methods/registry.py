@@ -11,7 +11,7 @@ from typing import Any
 from hsa.errors import RequestError, listed, shown
 from hsa.methods.base import Method
 from hsa.option_names import option
-from hsa.system.plugins import modules_of
+from hsa.system.plugins import VARIABLE, modules_of
 
 AnyMethod = Method[Any, Any]
 
@@ -30,7 +30,10 @@ def method_named(name: str) -> AnyMethod:
     """The method of that name; RequestError, which lists the names, where there is none."""
     known = methods()
     if not isinstance(name, str) or name not in known:
-        raise RequestError(f"{option('method')} must be one of {', '.join(known)}, got {shown(name)}")
+        raise RequestError(
+            f"{option('method')} must be one of {', '.join(known)}, got {shown(name)}; a method in a file of its own is "
+            f"known where {VARIABLE} names the file"
+        )
     return known[name]
 
 
