@@ -31,8 +31,8 @@ def method_named(name: str) -> AnyMethod:
     known = methods()
     if not isinstance(name, str) or name not in known:
         raise RequestError(
-            f"{option('method')} must be one of {', '.join(known)}, got {shown(name)}; a method in a file of its own is "
-            f"known where {VARIABLE} names the file"
+            f"{option('method')} must be one of {', '.join(known)}, got {shown(name)}; a method in a file of its own "
+            f"is known where {VARIABLE} names the file"
         )
     return known[name]
 
