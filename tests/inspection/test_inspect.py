@@ -234,12 +234,12 @@ NAME = "model.encoder.layers.0.self_attn.q_proj.weight"
     ("changes", "message"),
     [
         ({"targets": {}}, "records no merged tensor"),
-        ({f"targets__{NAME}__keep": 5}, "4 heads of which 5"),
-        ({f"targets__{NAME}__heads": 0, f"targets__{NAME}__scores": [], f"targets__{NAME}__selected": []}, "0 heads"),
+        ({f"targets__{NAME}__decision__keep": 5}, "4 heads of which 5"),
+        ({f"targets__{NAME}__groups": 0}, "no 0 groups"),
         ({"parameters__k": "much"}, "k must be a number"),
         ({"parameters__k": {"x": 0.5}}, "k is given per tensor but has no value"),
         ({"parameters__num_layers": [1]}, "num_layers"),
-        ({"parameters": {}}, "assets_from"),
+        ({"parameters": {}}, "'k' is missing"),
     ],
 )
 def test_a_forged_provenance_is_refused(changes: dict[str, Any], message: str, merged: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_forged_provenance_is_refused(changes: dict[str, Any], message: str, m
 
 def test_a_record_that_does_not_follow_from_its_parameters_is_warned_of(merged: Path, tmp_path: Path) -> None:
     shutil.copy(merged / PROVENANCE, tmp_path)
-    forge(tmp_path, **{f"targets__{NAME}__lambda_i": 0.25})
+    forge(tmp_path, **{f"targets__{NAME}__decision__lambda_i": 0.25})
     (warning,) = hsa.inspect(tmp_path).warnings
     assert NAME in warning
     assert "0.25" in warning

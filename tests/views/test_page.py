@@ -179,7 +179,9 @@ def test_the_pages_rule_rounds_as_pythons(heads: int, merged: Path, opened: Any,
     shutil.copy(merged / PROVENANCE, tmp_path)
     scores = [float((head * 7) % heads) + 1.0 for head in range(heads)]
     name = "model.encoder.layers.0.self_attn.q_proj.weight"
-    entry = {"heads": heads, "keep": 0, "selected": [], "margin": None, "scores": scores}
+    shape = [64 * heads, 64]  # any that so many heads divide
+    decision = {"keep": 0, "lambda_i": 1.0, "selected": [], "margin": None, "scores": scores}
+    entry = {"shape": shape, "groups": heads, "decision": decision}
     forge(tmp_path, **{f"targets__{name}__{key}": value for key, value in entry.items()})
     shown = opened(hsa.inspect(tmp_path))
     ks = sorted({*(step / 100 for step in range(1, 101)), *((2 * n + 1) / (2 * heads) for n in range(heads))})
@@ -231,7 +233,12 @@ def test_reference_numerics_keep_their_own_choice(merged: Path, opened: Any, tmp
     keep = len(hsa.inspect(merged).tensors[name].selected)
     own = hsa.inspect(merged).tensors[name].selected
     swapped = [head for head in range(4) if head not in own] + list(own[1:])
-    forge(tmp_path, parameters__numerics="reference", **{f"targets__{name}__selected": sorted(swapped)[:keep]})
+    forge(
+        tmp_path,
+        method={"name": "hsa_script", "version": 1},
+        parameters__numerics="reference",
+        **{f"targets__{name}__decision__selected": sorted(swapped)[:keep]},
+    )
     shown = opened(hsa.inspect(tmp_path))
     assert shown.heads()[name] == tuple(sorted(swapped)[:keep]) != own
     shown.set("k", 1)
