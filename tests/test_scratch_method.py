@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forged_outputs import forge
 from helpers import edit_json, raw_bytes, read_tensors, run_hsa, same_tensors, snapshot
 from pages import run_page
 
 import hsa
-from hsa.methods.registry import methods
+from hsa.actions import keywords
+from hsa.methods.all_settings import all_settings
+from hsa.methods.registry import TAKEN, methods
 from hsa.system.plugins import VARIABLE
 
 Triple = dict[str, Path]
@@ -230,6 +233,9 @@ def test_one_model_alone_is_refused(models: list[Path], tmp_path: Path) -> None:
         ('    method = "maximum"', '    method = "max"', "is named 'maximum'; say method = 'maximum' in its Settings"),
         ("    def longest(", "    def longer(", "records its decisions in part; define longest too"),
         ("    def decide(", "    def decides(", None),
+        ('"maximum"', '"../maximum"', "is named '../maximum'; use small letters"),
+        ("    contract =", "    version = 0\n    contract =", "has the version 0; expected a whole number from 1"),
+        ("    factor: float", "    output: float", "has the setting 'output', which is an option of every run"),
     ],
 )
 def test_a_method_that_lacks_something_is_refused_by_name(
@@ -246,6 +252,78 @@ def test_a_method_that_lacks_something_is_refused_by_name(
         return
     with pytest.raises(hsa.RequestError, match=rf"changed\.py: the method Maximum {message}"):
         methods()
+
+
+def test_no_setting_has_the_name_of_an_argument_of_a_call_or_a_command() -> None:
+    own = set(all_settings())
+    calls = (keywords.MERGE, keywords.MERGER, keywords.MERGE_PATCH, keywords.SWEEP, keywords.RELEASE, keywords.VERIFY)
+    roles = {"primary", "secondary", "primary_id", "secondary_id", "base_id"}
+    for call in calls:
+        assert set(call.names()) - own - roles <= TAKEN, call.name
+    for command in ("merge", "sweep", "apply"):
+        shown = set(re.findall(r"^\W*--([a-z-]+)", run_hsa(command, "--help").stdout, re.MULTILINE))
+        taken = {name.replace("-", "_").removeprefix("no_") for name in shown}
+        assert taken - own - roles - {"lambda"} <= TAKEN, command
+
+
+def test_a_later_version_of_the_method_makes_points_anew_and_is_named(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept = {"method": "maximum", "models": models, "output": tmp_path / "sweep", "factor": [0.5], "full": True}
+    hsa.sweep(**swept, sync=False)
+    later = tmp_path / "later.py"
+    later.write_text(PLUGIN.read_text(encoding="utf-8").replace("    contract =", "    version = 2\n    contract ="))
+    monkeypatch.setenv(VARIABLE, str(later))
+    report = hsa.verify(tmp_path / "sweep" / "maximum_factor0.5", models=models)
+    assert any("'method maximum' 1 (here 2)" in note for note in report.notes), report.notes
+    with pytest.raises(hsa.DestinationError, match="its version of method maximum differ"):
+        hsa.sweep(**swept, sync=False)
+    assert hsa.sweep(**swept, sync=False, overwrite=True).made == ("maximum_factor0.5",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: next(iter(d["targets"].values()))["decision"].update(factor=10**400), "too large to convert"),
+        (lambda d: d.update(base="model2"), "takes no base"),
+        (lambda d: d["sources"].update({f"model{n}": d["sources"]["model1"] for n in range(3, 9)}), "merges 2 to 4"),
+    ],
+)
+def test_a_record_that_the_method_cannot_have_written_is_refused(
+    models: list[Path], tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    hsa.merge(method="maximum", models=models, output=tmp_path / "out", sync=False)
+    forge(tmp_path / "out", change)  # type: ignore[arg-type]
+    report = hsa.verify(tmp_path / "out")
+    assert not report.ok and message in report.problems[0].what
+
+
+def test_a_bias_that_all_heads_share_is_one_group(
+    shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_heads = tmp_path / "by_heads.py"
+    method = """
+    def treatment(self, info, place, settings):
+        from hsa.methods import KEEP, Treatment
+        return KEEP if place is None else Treatment("merge", by_heads=True)
+
+    def decide("""
+    by_heads.write_text(PLUGIN.read_text(encoding="utf-8").replace("\n    def decide(", method))
+    monkeypatch.setenv(VARIABLE, str(by_heads))
+    models = [shared_triple["primary"], shared_triple["secondary"]]
+    report = hsa.merge(method="maximum", models=models, output=tmp_path / "out", sync=False)
+    groups = {name.split(".", 5)[-1]: record.partition.groups for name, record in report.tensors.items()}
+    assert (groups["out_proj.weight"], groups["out_proj.bias"], groups["q_proj.bias"]) == (4, 1, 4)
+    assert hsa.verify(tmp_path / "out", models=models).ok
+
+
+def test_a_release_with_the_method_is_built_and_then_verified(models: list[Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    listed = ", ".join(f"'{path}'" for path in models)
+    recipe.write_text(f"merges:\n- {{name: one, group: all, method: maximum, models: [{listed}], factor: 0.5}}\n")
+    for result in ("built", "verified"):
+        (entry,) = hsa.release(recipe, tmp_path / "tree", sync=False).entries
+        assert (entry.result, entry.problem) == (result, None)
 
 
 def test_the_page_on_methods_is_true(shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,11 @@ class TensorPlace:
         it owns consecutive columns (the weight of the output projection)."""
         return 1 if self.kind == "out" else 0
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether each head owns a part of it; all heads add to the bias of the output projection."""
+        return self.part == "weight" or self.head_axis == 0
+
 
 @dataclass(frozen=True)
 class ExpectedTensor:

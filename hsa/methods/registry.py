@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import MappingProxyType, ModuleType
@@ -10,8 +11,19 @@ from typing import Any
 
 from hsa.errors import RequestError, listed, shown
 from hsa.methods.base import Method
+from hsa.methods.settings import declared
 from hsa.option_names import option
 from hsa.system.plugins import VARIABLE, modules_of
+
+# fmt: off
+TAKEN = frozenset((
+    "add_tag", "assets", "assets_from", "backend", "base", "card", "debug", "device", "digest", "dry_run",
+    "full", "hash", "help", "ids", "jobs", "json", "max_shard_size", "method", "model", "model_id", "model_ids",
+    "models", "name", "output", "overwrite", "patch", "progress", "quiet", "settings", "sources", "strict",
+    "sync", "threads", "version",
+))
+# fmt: on
+"""What no setting may be called, since calls and commands have arguments of these names."""
 
 AnyMethod = Method[Any, Any]
 
@@ -64,8 +76,16 @@ def _lacking(method: type[AnyMethod]) -> Iterator[str]:
     missing = [name for name in ("name", "title", "Settings") if not hasattr(method, name)]
     if missing:
         yield f"has no {listed(missing)}; docs/add-a-method.md shows what a method says"
-    elif isinstance(own := getattr(method.Settings, "method", ""), str) and own != method.name:
+        return
+    if isinstance(own := getattr(method.Settings, "method", ""), str) and own != method.name:
         yield f"is named {shown(method.name)}; say method = {shown(method.name)} in its Settings too"
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", method.name):
+        yield f"is named {shown(method.name)}; use small letters, digits and underscores, for files are named after it"
+    if type(method.version) is not int or method.version < 1:
+        yield f"has the version {shown(method.version)}; expected a whole number from 1"
+    taken = sorted(each.name for each in declared(method.Settings) if each.name in TAKEN)
+    if taken:
+        yield f"has the setting {shown(taken[0])}, which is an option of every run; give it another name"
     recording = ("as_dict", "from_dict", "longest")
     unsaid = [name for name in recording if getattr(method, name) is getattr(Method, name)]
     if 0 < len(unsaid) < len(recording):

@@ -173,7 +173,7 @@ def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, value in parameters.items()
         if name not in SETTINGS and not (value is None and name in defaulted)
     }
-    return [(name if name.isidentifier() else escape(name), _value(value)) for name, value in shown.items()]
+    return [(name if name.isidentifier() else escape(name), _value(value, name)) for name, value in shown.items()]
 
 
 def _loading(files: Collection[str], model: ModelClass) -> str:
@@ -201,9 +201,10 @@ def _identity(identity: Identity) -> str:
     return f"{text} at revision `{code(identity.revision)}`" if identity.revision else text
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, name: str) -> str:
     if value is None:
-        return "from config.json"
+        of_sources = {each.key for each in all_settings().values() if each.about.group == "sources"}
+        return "from config.json" if name in of_sources else "none"
     if isinstance(value, dict):
         return "given per tensor, see `hsa_merge.json`"
     return f"`{code(str(value)) or ' '}`"

@@ -122,6 +122,10 @@ def _sources(document: Mapping[str, Any], method: Method[Any, Any], base: str | 
     """The sources of a document, in the order of the method's roles."""
     sources = mapping(document["sources"])
     count_ = len(sources) - (base is not None)
+    try:
+        method.contract.check(method.name, base=base is not None, models=count_)
+    except RequestError as error:
+        raise ValueError(f"sources are {shown(sorted(sources))}, and {error}") from error
     expected = (*((base,) if base is not None else ()), *method.contract.roles(count_))
     if set(sources) != set(expected):
         raise ValueError(f"sources are {shown(sorted(sources))}, expected {', '.join(expected)}")
@@ -158,7 +162,7 @@ def _target(
         return _sound_target(name, mapping(entry), method, settings, architecture)
     except KeyError as error:
         raise ValueError(f"{name}: {error} is missing") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 

@@ -184,7 +184,7 @@ def _decision_faults(
     place, expected, layers = target.place, Partition(), 0
     if place is not None:
         layers = getattr(settings, "num_layers", None) or counts.layers.get(place.stack, 0)
-    if treatment.by_heads and place is not None:
+    if treatment.by_heads and place is not None and place.has_heads:
         heads = getattr(settings, "num_heads", None) or counts.heads[place.stack]
         expected = Partition(place.head_axis, heads)
         if target.heads != heads or place.layer >= layers:

@@ -169,7 +169,7 @@ class TaskFinder:
         layers = 0 if place is None else self._layers or self.counts(owner).layers[place.stack]
         if treatment.passes:
             self._check_measurable(refs)
-        if not treatment.by_heads or place is None:
+        if not treatment.by_heads or place is None or not place.has_heads:
             return Partition(), layers
         if self._heads is None:
             heads_by_role = {role: self.counts(role).heads[place.stack] for role in refs}

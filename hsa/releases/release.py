@@ -33,6 +33,7 @@ from hsa.releases.index import EntryState, Row
 from hsa.releases.plan import MAX_NAMED, PlannedEntry, ReleasePlan, plan_release, state_of
 from hsa.releases.recipe import keys
 from hsa.sources.hub.repository import find_id
+from hsa.sources.roles import BASE
 from hsa.system.manifest import PROVENANCE
 from hsa.system.threads import out_of_memory
 from hsa.system.types import PathLike
@@ -237,8 +238,11 @@ def _sources_to_compare(planned: PlannedEntry) -> dict[str, Any]:
         find_id(path) is not None and not ids.get(role) and _COMMIT.fullmatch(recorded[role].identity.revision or "")
         for role, path in sources.items()
     )
-    id_arguments = {f"{role}_id": ids.get(role) for role in sources}
-    return {} if immutable else {**sources, **id_arguments}
+    if immutable:
+        return {}
+    base = {BASE: sources[BASE], f"{BASE}_id": ids.get(BASE)} if BASE in sources else {}
+    models = [role for role in sources if role != BASE]
+    return {**base, "models": [sources[role] for role in models], "model_ids": [ids.get(role) for role in models]}
 
 
 def _row(planned: PlannedEntry, state: EntryState) -> Row:

@@ -205,6 +205,7 @@ class ExistingPoints:
         pairs: tuple[tuple[str, object, object], ...] = (
             ("program", dict(record.program), PROGRAM),
             ("libraries", dict(record.libraries), libraries(record.method.libraries)),
+            (f"version of method {record.method.name}", record.version, record.method.version),
             ("parameters", dict(record.parameters), {**point.settings.as_dict(), **self.patch_sources.settings}),
             ("sources", dict(record.sources), self.source_records(point)),
         )

@@ -132,8 +132,9 @@ def check_targets(record: Record, digests: Mapping[Role, str], problems: Problem
 
 def other_versions(record: Record) -> str | None:
     """The versions that a record names and that are not those here; None where all are."""
-    own = {**PROGRAM, **recording.libraries(record.method.libraries)}
-    recorded = {**record.program, **record.libraries}
+    method = f"method {record.method.name}"
+    own = {**PROGRAM, **recording.libraries(record.method.libraries), method: record.method.version}
+    recorded = {**record.program, **record.libraries, method: record.version}
     unlike = [f"{shown(k)} {shown(recorded.get(k))} (here {shown(own.get(k))})" for k in changed_keys(recorded, own)]
     return ", ".join(unlike[:MAX_NAMED]) or None
 
