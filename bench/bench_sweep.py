@@ -1,6 +1,6 @@
 """Eleven lambdas as patches, by `hsa sweep`, against one patch and the time that writing the other ten's bytes takes.
 
-    python bench/bench_sweep.py [--shape large-v3] [--dtype float32] [--rounds 3] [--folder DIR] [--keep]
+    python bench/bench_sweep.py [--shape large-v3] [--dtype float32] [--rounds 3] [--folder DIR] [--keep] [--python]
 
 A sweep reads its sources once and scores once, so eleven points should cost one patch and at most 1.3 times what it
 takes to write the bytes of the other ten. Those bytes are written by one thread in the same process, in both ways that
@@ -195,7 +195,9 @@ def report(
     """A row for each case; the sweep's note says how it stands to its limits."""
     found: list[dict[str, object]] = []
     for case, text in CASES.items():
-        seconds = [taken[case] for taken in every]
+        seconds = [taken[case] for taken in every if case in taken]
+        if not seconds:
+            continue
         note = ""
         if case == "sweep":
             times = {
@@ -229,6 +231,17 @@ def report(
     return found
 
 
+def measure_python(options: argparse.Namespace) -> None:
+    """Measure and record the Python of a candidate before the first block alone, after the gate."""
+    known = rows.about(PACKAGES)
+    with tempfile.TemporaryDirectory(prefix="python-", dir=options.folder) as scratch:
+        gate(Path(scratch), "float32")
+        taken = [{"python": python_seconds(Path(scratch))} for _ in range(options.rounds)]
+    (found,) = report("large-v3 in miniature", "float32", taken, [], 0)
+    rows.append("sweep", [{**known, **found}], options.results)
+    print(rows.markdown(tuple(found), [list(found.values())]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SIZES, default="large-v3")
@@ -237,9 +250,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent / "data")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in the folder, or use them there")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of sweep.csv")
+    parser.add_argument("--python", action="store_true", help="measure the Python before the first block alone")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     compile_package()
+    if options.python:
+        measure_python(options)
+        return
     needed = 5 * model_bytes(options.shape, options.dtype)
     free = shutil.disk_usage(options.folder).free
     if free < needed:

@@ -57,9 +57,10 @@ def sweep_block(folder: Path, image: Image) -> list[str]:
     if not every:
         return [f"Sweeps are {NOT_YET}."]
     lines = [
-        [of_shape(row), row["case"], row.get("points"), row.get("rounds"), show(number(row, "median_s")),
-         span(row, "min_s", "max_s"), size(number(row, "bytes")), row.get("note")]
+        [of_shape(row), row["case"], row.get("points"), row.get("rounds"), show(number(row, "median_s"), form),
+         span(row, "min_s", "max_s", form), size(number(row, "bytes")), row.get("note")]
         for row in every
+        for form in (".2f" if (number(row, "median_s") or 1) >= 0.01 else ".5f",)
     ]  # fmt: skip
     head = ["model", "case", "points", "rounds", "median s", "min to max s", "bytes", "note"]
     return [measured_on(every, of_shape), table(head, lines), *sweep_verdicts(every)]

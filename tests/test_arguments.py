@@ -34,7 +34,7 @@ OF_AN_OUTPUT: dict[str, tuple[Any, ...]] = {
     "non_attention_scale": (HUGE, 1e300),
     "numerics": (HUGE, None),
     "dtype": (HUGE, torch.float16),
-    "assets_from": (HUGE, [], None),
+    "assets_from": (HUGE, []),
     "max_shard_size": (HUGE, 0, -1, 2.5, True, b"5GB"),
     "card": (HUGE, ["title"], "title", {1: "a"}),
     "digest": (HUGE, "no", None, 0),

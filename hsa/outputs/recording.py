@@ -84,7 +84,7 @@ def check_record_size(plan: Plan, sources: Sources, parameters: Mapping[str, Any
 
 def source_record(source: Checkpoint, targets: str) -> SourceRecord:
     """The record of an open source, with the digest over its target tensors."""
-    files = {s.name: SourceFileRecord(s.source.size, digest_of(s.header.raw)) for s in source.shards}
+    files = {s.name: SourceFileRecord(s.source.size, s.header.digest) for s in source.shards}
     return SourceRecord(source.identity, source.kind, files, targets)
 
 

@@ -10,12 +10,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from operator import mul
 from typing import Any
 
 from hsa.errors import HeaderError, shown
 from hsa.sources.git_lfs import refuse_pointer
+from hsa.system.digests import digest_of
 from hsa.system.dtypes import BITS
 from hsa.system.fsio import SourceFile
 from hsa.system.strict_json import MAX_JSON, load_json
@@ -50,6 +52,11 @@ class Header:
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
     steps: int = 0
+
+    @cached_property
+    def digest(self) -> str:
+        """BLAKE3 of `raw`."""
+        return digest_of(self.raw)
 
 
 def read_header(source: SourceFile) -> Header:

@@ -34,7 +34,8 @@ def test_the_same_from_a_fresh_process(triple: Triple, output: Path, tmp_path: P
         (merge_arguments(triple, output), f"secondary {file}: tensor {tensor}, head {head} holds NaN or Inf;"),
         (merge_arguments(triple, output, "--json"), f"secondary {file}: tensor {tensor}, head {head} holds"),
         (merge_arguments(triple, output, "--quiet", "--k=nan"), "--k must be in [0, 100], got nan"),
-        (["merge", "--base=x"], "Missing option '--primary'"),
+        (["merge", "--base=x"], "Missing option '--output'"),
+        (["merge", "--base=x", f"--output={output}"], "Missing option '--primary'"),
     ):
         result = run_hsa(*arguments)
         assert (result.returncode, result.stdout) == (2, "")

@@ -19,6 +19,7 @@ from hsa.architectures.whisper import WHISPER
 from hsa.backends import cpu
 from hsa.engine import consumers, pipeline
 from hsa.methods import geometry
+from hsa.methods import hsa as hsa_method
 from hsa.methods.hsa import Hsa, HsaSettings
 from hsa.planning import equal_sources
 from hsa.planning.file_layout import Computed
@@ -278,7 +279,7 @@ def test_each_head_is_summed_once_while_its_target_is_in_memory(
         pieces[0] += 1
         return piece(*arguments)
 
-    monkeypatch.setattr(geometry, "tile_sums", counted_sums)
+    monkeypatch.setattr(hsa_method, "tile_sums", counted_sums)
     monkeypatch.setattr(geometry, "dot", counted_dot)
     monkeypatch.setattr(equal_sources, "_equal_piece", counted_piece)
     report = hsa.merge(**deep, output=tmp_path / "out", sync=False)

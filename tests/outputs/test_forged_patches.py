@@ -205,7 +205,7 @@ LIES: dict[str, tuple[Callable[[Forger], Any], str]] = {
     "format 1": (key("format", 1), "expected heads, heads to keep and lambda_i"),
     "another family": (key("architecture", "bert"), "architecture is 'bert', which is none of"),
     "another anchor": (key("anchor", "secondary"), "its anchor is 'secondary', expected primary"),
-    "no base": (key("base", None), "sources are .* expected primary, secondary"),
+    "no base": (key("base", None), "and method hsa needs base"),
     "another k": (parameter(k=0.9), "the parameters give"),
     "another lambda": (parameter(**{"lambda": 0.25}), "the parameters give"),
     "another alpha": (parameter(alpha=0.3), "the parameters give"),

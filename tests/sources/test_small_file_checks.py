@@ -207,7 +207,7 @@ def test_apply_refuses_a_patch_that_took_an_empty_tokenizer(sources: Triple, tmp
     document = json.loads(header["__metadata__"]["hsa_patch"])
     document["files"]["tokenizer.json"] = digest_of(b"")
     document["digest"] = document_digest(document)
-    header["__metadata__"]["hsa_patch"] = json.dumps(document)
+    header["__metadata__"]["hsa_patch"] = json.dumps(document, separators=(",", ":"))
     path.write_bytes(safetensors_bytes(header, data))
     (sources["primary"] / "tokenizer.json").write_bytes(b"")
     with pytest.raises(hsa.SourceError, match=r"primary: .*tokenizer\.json: .*it is empty.*copy it again"):

@@ -140,7 +140,7 @@ def empty(out: Path) -> None:
 
 def newer(out: Path) -> None:
     document = json.loads((out / PROVENANCE).read_text())
-    (out / PROVENANCE).write_text(json.dumps({**document, "format": 2}, indent=1) + "\n")
+    (out / PROVENANCE).write_text(json.dumps({**document, "format": 3}, indent=1) + "\n")
 
 
 @pytest.mark.parametrize("damage", [flipped, cut, empty, newer], ids=lambda damage: damage.__name__)
