@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import hsa
 from hsa.actions import keywords
 from hsa.methods.all_settings import all_settings
 from hsa.methods.registry import TAKEN, methods
+from hsa.planning import file_layout
 from hsa.system.plugins import VARIABLE
 
 Triple = dict[str, Path]
@@ -296,6 +298,32 @@ def test_a_record_that_the_method_cannot_have_written_is_refused(
     forge(tmp_path / "out", change)  # type: ignore[arg-type]
     report = hsa.verify(tmp_path / "out")
     assert not report.ok and message in report.problems[0].what
+
+
+def test_a_recorded_decision_that_does_not_fit_the_sources_is_named(
+    shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three weights for two models: the record alone does not tell that, and the method's own code fails on it."""
+    monkeypatch.setenv(VARIABLE, str(MEASURING))
+    base, *models = shared_triple.values()
+    hsa.merge(method="norm_weighted", base=base, models=models, output=tmp_path / "out", sync=False)
+    forge(tmp_path / "out", lambda d: next(iter(d["targets"].values()))["decision"].update(weights=[0.1, 0.1, 0.1]))
+    done = run_hsa("verify", tmp_path / "out", "--sources", f"--base={base}", *(f"--model={path}" for path in models))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the recorded decision for model." in done.stderr and "cannot be applied" in done.stderr
+
+
+def test_the_two_questions_come_apart_for_tensors_in_slices(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and decisions of factor 2 in a record of factor 0.5."""
+    monkeypatch.setattr(file_layout, "MAX_WHOLE", 0)
+    for factor in (0.5, 2.0):
+        hsa.merge(method="maximum", models=models, output=tmp_path / str(factor), factor=factor, sync=False)
+    shutil.copy(tmp_path / "2.0" / "model.safetensors", tmp_path / "0.5")
+    forge(tmp_path / "0.5", lambda d: [each["decision"].update(factor=2.0) for each in d["targets"].values()])  # type: ignore[arg-type, return-value]
+    report = hsa.verify(tmp_path / "0.5", models=models)
+    assert (report.bytes_follow, report.decisions_follow) == (True, False)
 
 
 def test_a_bias_that_all_heads_share_is_one_group(

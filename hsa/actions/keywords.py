@@ -101,7 +101,7 @@ SWEEP = Call(
     settings="patchable",
     grid=True,
     options=EVERY - {"backend", "device"},
-    helps={"overwrite": "Make points anew that were made otherwise."},
+    helps={"overwrite": "Replace points that were made with other settings or versions."},
 )
 APPLY = Call("apply", sources="none", settings="none", options=frozenset({"threads", "digest", "sync", "overwrite"}))
 INSPECT = Call("inspect", sources="named", ids=False, settings="patchable", options=frozenset())
@@ -111,13 +111,13 @@ RELEASE = Call(
     sources="none",
     settings="none",
     options=frozenset({"backend", "device", "threads", "sync", "overwrite", "strict"}),
-    helps={"overwrite": "Build anew what differs from the recipe or is damaged."},
+    helps={"overwrite": "Rebuild what differs from the recipe or is damaged."},
 )
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a call, told apart. `settings` and `options` hold those alone that were given; `output` is None
+    """The arguments of a call, by kind. `settings` and `options` hold only what was given; `output` is None
     of a call that names it itself."""
 
     method: str

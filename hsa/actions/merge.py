@@ -57,8 +57,8 @@ class PreparedMerge:
 
 @dataclass(frozen=True)
 class WrittenMerge:
-    """A merge that stands at its destination. `doubts` are what the sources gave cause for, `findings` all together,
-    `notes` say what of an earlier output could not be removed."""
+    """A merge that was written to its destination. `doubts` are the warnings about the sources, `findings` all notes
+    and warnings; `notes` say what of an earlier output could not be removed."""
 
     record: Record
     outcomes: tuple[Outcome, ...]

@@ -59,8 +59,9 @@ class Worker(Protocol):
     def merge_all(self, jobs: Sequence[TaskBuffers]) -> list[Merged]:
         """Measure, decide and apply a group of targets into their outputs. Raises NotFinite."""
 
-    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array) -> None:
-        """Compute a slice of a tensor that is not measured into `out`; all uint8. Raises NotFinite."""
+    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, recorded: Any = None) -> None:
+        """Compute a slice of a tensor that is not measured into `out`; all uint8. A `recorded` decision is applied in
+        place of the one that follows from the settings. Raises NotFinite."""
 
 
 class Backend(Protocol):

@@ -7,12 +7,14 @@ so the merged bytes are those of the formula as written.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hsa.backends.base import Merged, NotFinite, TaskBuffers, buffers_cost, changed_ranges, merge_one_by_one
+from hsa.errors import HsaError, SourceError
 from hsa.methods.base import BASE, Block, Method, NotFiniteSums
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask
@@ -148,6 +150,18 @@ class _ArrayBlock(Block):
         return self._scratch.get("wide", self.shape, np.float64)
 
 
+@contextmanager
+def _applying_a_record(task: TensorTask) -> Iterator[None]:
+    """SourceError where a recorded decision cannot be applied: `from_dict` sees a record alone, and not the sources,
+    so a record may hold a decision that does not fit them."""
+    try:
+        yield
+    except (NotFinite, HsaError, MemoryError):
+        raise
+    except Exception as error:
+        raise SourceError(f"the recorded decision for {task.output_name} cannot be applied: {error}") from error
+
+
 class CpuWorker:
     """One thread's scratch memory and the arithmetic of a method on it."""
 
@@ -166,7 +180,12 @@ class CpuWorker:
     def merge(self, job: TaskBuffers) -> Merged:
         """Measure, decide and apply one tensor. Raises NotFinite."""
         decision = self.decide(job.task, self.measure(job.task, job.sources), job.sources)
-        applied = decision if job.recorded is None else job.recorded
+        if job.recorded is None:
+            return self._applied(job, decision, decision)
+        with _applying_a_record(job.task):
+            return self._applied(job, decision, job.recorded)
+
+    def _applied(self, job: TaskBuffers, decision: Any, applied: Any) -> Merged:
         self.apply(job.task, applied, job.sources, job.out)
         return Merged(decision, changed_ranges(job.task, self.method.untouched(job.task.partition.groups, applied)))
 
@@ -245,12 +264,21 @@ class CpuWorker:
         ]
 
     @np.errstate(all="ignore")
-    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array) -> None:
+    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, recorded: Any = None) -> None:
         """Compute a slice of a tensor that is not measured, or cast it. Buffers: uint8."""
+        if recorded is None:
+            self._slice(piece, sources, out, None)
+        else:
+            with _applying_a_record(piece.task):
+                self._slice(piece, sources, out, recorded)
+
+    def _slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, recorded: Any) -> None:
         task = piece.task
         views = {role: raw.view(STORAGE[task.sources[role].code]).reshape(-1, 1) for role, raw in sources.items()}
         result = out.view(STORAGE[task.out_code]).reshape(-1, 1)
-        decision = self.method.decide(task, None, self.settings, None) if task.merged else None
+        decision = recorded
+        if recorded is None and task.merged:
+            decision = self.method.decide(task, None, self.settings, None)
         block = _ArrayBlock(self._scratch, task, views, piece.first)
         for first in range(0, piece.count, TILE):
             place = slice(first, min(first + TILE, piece.count)), slice(0, 1)

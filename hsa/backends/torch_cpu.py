@@ -63,7 +63,7 @@ class ScriptWorker:
         """Merge targets one after another."""
         return self._thread.submit(merge_one_by_one, jobs, self.merge).result()
 
-    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array) -> None:
+    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, recorded: Any = None) -> None:
         """Move a slice along primary's task vector, or cast it. Buffers: uint8."""
         self._thread.submit(self._slice, piece, sources, out).result()
 

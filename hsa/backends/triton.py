@@ -81,9 +81,9 @@ class TritonWorker:
         self._cpu = CpuWorker(method, settings)
         self._differs = {PRIMARY: False, SECONDARY: False}
 
-    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array) -> None:
+    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, recorded: Any = None) -> None:
         """Compute a slice of a tensor that is no target, on the CPU: it passes through its memory anyway."""
-        self._cpu.slice(piece, sources, out)
+        self._cpu.slice(piece, sources, out, recorded)
 
     @torch.no_grad()
     def merge_all(self, jobs: Sequence[TaskBuffers]) -> list[Merged]:

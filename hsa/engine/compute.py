@@ -203,7 +203,7 @@ class ComputeThread:
             shared.record_slice(piece, _SliceFacts(digests, equal_pairs(task, sources)))
         out = shared.pool.buffer(piece.nbytes)
         try:
-            self._worker.slice(piece, sources, out)
+            self._worker.slice(piece, sources, out, shared.recorded.get(task.name))
         except NotFinite as error:
             raise not_finite_error(error, task, shared.sources, shared.method) from None
         for buffer in sources.values():

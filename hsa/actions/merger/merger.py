@@ -309,8 +309,8 @@ def _refuse_more_than_targets(targets: Targets, sources: Sources) -> None:
         treatment = finder.treatment(name, ref, sources.architecture.place(name))
         if treatment.kind == "merge" and not treatment.listed:
             raise RequestError(
-                f"{treatment.needed_by} moves {shown(ref.name)}, which is no target, and a Merger writes no "
-                f"others; use hsa.merge"
+                f"{treatment.needed_by} changes {shown(ref.name)}, and a Merger writes target tensors alone; use "
+                f"hsa.merge"
             )
 
 

@@ -82,8 +82,8 @@ def _read_source(
     base: ModelSource | None,
     architecture: Architecture,
 ) -> SourceTargets:
-    """Copy a source's targets; `base` is what an adapter stands on, `architecture` the family of a model that does not
-    say it."""
+    """Copy a source's targets. `base` is the model that an adapter was trained on, `architecture` the family of a model
+    that does not say it."""
     if not isinstance(source, (str, os.PathLike)):
         return _read_model(role, source, preset, architecture_of_model(role, source, architecture))
     with ExitStack() as stack:
