@@ -313,6 +313,17 @@ def test_a_recorded_decision_that_does_not_fit_the_sources_is_named(
     assert "the recorded decision for model." in done.stderr and "cannot be applied" in done.stderr
 
 
+def test_a_method_that_ends_the_program_does_not_look_like_success(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ending.py"
+    path.write_text(PLUGIN.read_text(encoding="utf-8").replace("        return settings.factor\n", "        exit(0)\n"))
+    monkeypatch.setenv(VARIABLE, str(path))
+    done = run_hsa("merge", *options(models), f"--output={tmp_path / 'out'}")
+    assert done.returncode == 1 and "a method's code asked to end the program" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_two_questions_come_apart_for_tensors_in_slices(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat
+from operator import attrgetter
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import MachineError, NonFiniteError
+from hsa.methods.base import Method
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask
 from hsa.planning.tasks import Targets
@@ -23,6 +25,8 @@ from hsa.system.dtypes import CODES, STORAGE, Array, largest_magnitude
 
 CODE_OF = {getattr(torch, name): code for name, code in CODES.items()}
 """safetensors' element type of a torch dtype that a merge computes with."""
+
+_DTYPE = attrgetter("dtype")
 
 _LARGEST = {dtype: float(torch.finfo(dtype).max) for dtype in CODE_OF if dtype.is_floating_point}
 
@@ -53,7 +57,7 @@ class CpuResident:
         self._data = [{role: data[role][task.name] for role in task.sources} for task in self._tasks]
         self._workers = [CpuWorker(targets.method, targets.settings) for _ in range(threads)]
         self._measured: list[Any] = []
-        self._largest: list[dict[str, float]] = []
+        self._bounds = ResultBounds(targets.method, [], [])
         self._lock = threading.Lock()  # the workers' memory is that of one call
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
@@ -68,7 +72,7 @@ class CpuResident:
 
         results = self._each(range(len(self._tasks)), one)
         self._measured = [measured for measured, _ in results]
-        self._largest = [largest for _, largest in results]
+        self._bounds = ResultBounds(self._method, self._measured, [largest for _, largest in results])
         return self._measured
 
     def write(self, settings: Settings, out: Sequence[torch.Tensor]) -> None:
@@ -88,12 +92,7 @@ class CpuResident:
                 compute(number, worker, place)
                 _copy_into(place, tensor)
 
-        bounds = map(self._method.largest_result, self._measured, repeat(settings), self._largest)
-        staged = {
-            number: _empty_on_cpu(place)
-            for number, (place, bound) in enumerate(zip(out, bounds, strict=True))
-            if may_overflow(bound, place.dtype)
-        }
+        staged = {number: _empty_on_cpu(out[number]) for number in self._bounds.overflow_risks(settings, out)}
         self._each(list(staged), lambda number, worker: compute(number, worker, staged[number]))
         with write_errors():
             self._each([number for number in range(len(self._tasks)) if number not in staged], one)
@@ -135,7 +134,35 @@ class CpuResident:
         return self._pool[1]
 
 
-def may_overflow(bound: float | None, dtype: torch.dtype) -> bool:
+class ResultBounds:
+    """Which targets might overflow, by bounds on their merged values; `measured` and `largest`, the largest magnitudes
+    in the sources, are those of each target."""
+
+    def __init__(
+        self, method: Method[Any, Any], measured: Sequence[Any], largest: Sequence[Mapping[str, float]]
+    ) -> None:
+        self._method, self._measured, self._largest = method, measured, largest
+        self._known: tuple[Any, list[int]] = (None, [])
+
+    def overflow_risks(self, settings: Settings, places: Sequence[torch.Tensor]) -> list[int]:
+        """The numbers of the targets that might overflow in these places. They are known from the last call where the
+        dtypes and the settings that the bounds depend on are the same."""
+        read, dtypes = self._method.bound_settings, list(map(_DTYPE, places))
+        key = None if read is None else ([_own(getattr(settings, name)) for name in read], dtypes)
+        known, risks = self._known
+        if key is None or known != key:
+            bounds = map(self._method.largest_result, self._measured, repeat(settings), self._largest)
+            risks = [number for number, risk in enumerate(map(_may_overflow, bounds, dtypes)) if risk]
+            self._known = key, risks
+        return risks
+
+
+def _own(value: Any) -> Any:
+    """A setting's value that no caller can change."""
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _may_overflow(bound: float | None, dtype: torch.dtype) -> bool:
     """Whether a merged value could be beyond `dtype`, where `bound` is its largest magnitude before rounding (None
     where that is not known); 1e-4 is more than all roundings take."""
     return bound is None or not bound * (1 + 1e-4) <= _LARGEST[dtype]

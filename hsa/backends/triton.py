@@ -17,7 +17,7 @@ import torch
 
 from hsa.backends.base import Merged, NotFinite, TaskBuffers, buffers_cost, changed_ranges
 from hsa.backends.cpu import CpuWorker
-from hsa.backends.resident import TargetBytes, may_overflow, not_finite_target, write_errors
+from hsa.backends.resident import ResultBounds, TargetBytes, not_finite_target, write_errors
 from hsa.backends.torch_geometry import target_geometry
 from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
@@ -174,7 +174,7 @@ class TritonResident:
         self._results: dict[tuple[torch.dtype, ...], list[torch.Tensor]] = {}
         self._scores: torch.Tensor | None = None
         self._measured: list[HeadScores] = []
-        self._largest_base: list[float] = []
+        self._bounds = ResultBounds(targets.method, [], [])
         self._lock = threading.Lock()  # tables, buffers and workspaces are those of one write
 
     # Everything that is kept is made and written in inference mode, whatever mode a caller is in.
@@ -185,7 +185,6 @@ class TritonResident:
             self._scores = score_heads(projections).clone()
             _raise_faults(projections, self._tasks)
             rows = self._scores.tolist()
-        self._largest_base = [float(base.abs().amax()) for base in self._sources[BASE]]
         sources = self._sources[BASE], self._sources[PRIMARY], self._sources[SECONDARY]
         self._measured = [
             HeadScores(
@@ -196,6 +195,8 @@ class TritonResident:
             )
             for task, row, base, one, two in zip(self._tasks, rows, *sources, strict=True)
         ]
+        largest = [{BASE: float(base.abs().amax())} for base in self._sources[BASE]]
+        self._bounds = ResultBounds(self._method, self._measured, largest)
         return self._measured
 
     @torch.inference_mode()
@@ -204,9 +205,7 @@ class TritonResident:
         places = [tensor.detach() for tensor in out]
         same_device = all(place.device == self._device and place.is_contiguous() for place in places)
         with self._lock:
-            direct = same_device and not any(
-                self._may_overflow(number, settings, place) for number, place in enumerate(places)
-            )
+            direct = same_device and not self._bounds.overflow_risks(settings, places)
             written = places if direct else self._buffers(places)
             projections = self._projections(written)
             with write_errors() if direct else nullcontext():
@@ -217,10 +216,6 @@ class TritonResident:
                         place.copy_(tensor)
                 # What a kernel wrote, autograd does not see by itself.
                 torch.autograd.graph.increment_version(list(out))
-
-    def _may_overflow(self, number: int, settings: HsaSettings, place: torch.Tensor) -> bool:
-        largest = {BASE: self._largest_base[number]}
-        return may_overflow(self._method.largest_result(self._measured[number], settings, largest), place.dtype)
 
     def _launch(self, projections: Projections, settings: HsaSettings) -> None:
         assert self._scores is not None

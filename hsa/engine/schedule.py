@@ -55,6 +55,8 @@ class Schedule(Generic[T]):
                         release()
             except Stopped:
                 return
+            except SystemExit as error:
+                self.fail(RuntimeError(f"a method's code asked to end the program (SystemExit: {error})"))
             except BaseException as error:
                 self.fail(error)
 

@@ -177,6 +177,10 @@ class Method(ABC, Generic[S, D]):
     checks_sources: ClassVar[bool] = False
     """Whether `gather` finds sources that are not finite by the sums, so that the engine need not look for them."""
 
+    bound_settings: ClassVar[tuple[str, ...] | None] = None
+    """The settings that `largest_result` reads, so that candidates which share them share the bounds; None where a
+    bound is worked out for each candidate."""
+
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: S) -> Treatment:
         """What is done with a tensor; by default every floating-point tensor is merged. `info.name` is canonical."""
         return Treatment("merge") if info.code in ("F32", "F16", "BF16") else KEEP

@@ -253,6 +253,7 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     Settings = HsaSettings
     writes_out_last = True
     checks_sources = True
+    bound_settings = ("attention_scale",)
 
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: HsaSettings) -> Treatment:
         if place is not None and settings.targets in place.presets:

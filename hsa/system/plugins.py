@@ -42,7 +42,7 @@ def _load(path: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
+    except (Exception, SystemExit) as error:  # whatever a user's file raises, and an `exit()` of it
         del sys.modules[name]
         text = " ".join(str(error).split())
         raise RequestError(

@@ -130,6 +130,15 @@ def test_an_overflow_leaves_the_model_as_it_was(shared_triple: Triple, threads: 
         assert wrong(model, {name: sources["primary"][name].half()}) == []
 
 
+def test_a_candidate_that_overflows_leaves_the_model_where_one_of_a_wider_dtype_did_not(shared_triple: Triple) -> None:
+    merger = hsa.Merger(**shared_triple, threads=1, attention_scale=1e8)
+    wide = merger.merge()
+    narrow = {name: tensor.to(torch.float16) for name, tensor in wide.items()}
+    merger.apply_(wide)
+    refused(lambda: merger.apply_(narrow), "the result overflows", narrow, hsa.NonFiniteError)
+    merger.apply_(wide, lam=0.1)
+
+
 def test_values_near_the_end_of_a_dtype_are_written(shared_triple: Triple, tmp_path: Path) -> None:
     """Where an overflow cannot be excluded beforehand the values are still those of hsa.merge."""
     sources = {of: read_tensors(path) for of, path in shared_triple.items()}

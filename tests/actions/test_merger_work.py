@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +142,38 @@ def test_a_new_reference_to_a_target_has_the_whole_model_checked(
         fc1.weight = kept
     merger.apply_(model, lam=0.4)
     assert wrong(model, merger.merge(lam=0.4)) == []
+
+
+def test_a_module_in_the_place_of_another_has_the_whole_model_checked(
+    merger: hsa.Merger, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The targets are found through the modules that were there: another one, or none, is looked at anew."""
+    layers, other = model.model.encoder.layers, copy.deepcopy(model.model.encoder.layers[3])
+    merger.apply_(model)
+    kept, layers[3] = layers[3], other
+    with counted(monkeypatch, (writable_targets, "_tensors_of")) as calls:
+        merger.apply_(model, lam=0.9)
+        merger.apply_(model, lam=0.7)
+    assert calls == {"_tensors_of": 1}
+    assert wrong(model, merger.merge(lam=0.7)) == []
+    attention, other.self_attn.q_proj = other.self_attn, torch.nn.Identity()
+    with pytest.raises(hsa.MismatchError, match=r"layers\.3\.self_attn\.q_proj\S+ of shape .* the model holds nothing"):
+        merger.apply_(model)
+    del other.self_attn
+    with pytest.raises(hsa.MismatchError, match=r"layers\.3\.self_attn\S+ of shape .* the model holds nothing"):
+        merger.apply_(model)
+    del attention
+    layers[3] = kept
+    merger.apply_(model, lam=0.4)
+    assert wrong(model, merger.merge(lam=0.4)) == []
+
+
+def test_a_merger_keeps_no_model_alive(miniature: Triple, merger: hsa.Merger) -> None:
+    model = merger.apply_(merger.apply_(load(miniature["primary"])), lam=0.3)
+    gone = [weakref.ref(module) for module in model.modules()]
+    del model
+    gc.collect()
+    assert {module() for module in gone} == {None}
 
 
 @pytest.mark.parametrize("threads", [1, 3])

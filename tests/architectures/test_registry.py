@@ -111,6 +111,7 @@ def test_a_model_type_of_no_family_is_refused_with_all_that_are_supported(plugin
         ("def f(:", "SyntaxError"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("exit(0)", "SystemExit: 0"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_is_named_in_one_line(

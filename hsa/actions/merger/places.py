@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
 
 from hsa.actions.merger.loaded_models import Model
+
+_CHILDREN = attrgetter("_modules")
 
 Places = Callable[[Any], "list[torch.Tensor] | None"]
 """Gives the tensors of a model in their places; None where there is nothing in one of them."""
@@ -37,36 +42,50 @@ class _Keys:
 
 
 class _Parts:
-    """Places in a module: those of the modules on the way, each by its number of the parent and its name there, and of
-    the tensors, by the numbers of their modules."""
+    """Places in a module: the modules on the way from the model down, each with its parent and its name there, and for
+    each tensor its module and name. A module that was put in another's place is another place.
+
+    Nothing here keeps a module, so that a model can be freed. All look-ups of one kind are made by one call.
+    """
 
     def __init__(self, model: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> None:
         names = {id(tensor): name for name, tensor in _named(model)}
-        self._steps: list[tuple[int, str]] = []
-        self._numbers = {"": 0}
-        self._tensors: list[tuple[int, str, str]] = []
+        numbers = {"": 0}
+        self._modules: list[weakref.ref[torch.nn.Module]] = [weakref.ref(model)]
+        self._parents: list[int] = []
+        self._names: list[str] = []
+        self._owners: list[int] = []
+        self._parts: list[str] = []
+        self._kinds: list[str] = []
         for tensor in tensors:
             path, _, part = names[id(tensor)].rpartition(".")
-            number = self._number(path)
-            kind = "_parameters" if part in model.get_submodule(path)._parameters else "_buffers"
-            self._tensors.append((number, kind, part))
+            self._owners.append(self._number(numbers, model, path))
+            self._parts.append(part)
+            self._kinds.append("_parameters" if part in model.get_submodule(path)._parameters else "_buffers")
 
-    def _number(self, path: str) -> int:
+    def _number(self, numbers: dict[str, int], model: torch.nn.Module, path: str) -> int:
         """The number of a module, which follows that of its parent."""
-        if path not in self._numbers:
+        if path not in numbers:
             above, _, name = path.rpartition(".")
-            self._steps.append((self._number(above), name))
-            self._numbers[path] = len(self._steps)
-        return self._numbers[path]
+            self._parents.append(self._number(numbers, model, above))
+            self._names.append(name)
+            numbers[path] = len(self._modules)
+            self._modules.append(weakref.ref(model.get_submodule(path)))
+        return numbers[path]
 
     def __call__(self, model: Any) -> list[torch.Tensor] | None:
-        modules = [model]
-        try:
-            for parent, name in self._steps:
-                modules.append(modules[parent]._modules[name])
-            return [getattr(modules[number], kind)[part] for number, kind, part in self._tensors]
-        except (AttributeError, KeyError):
+        modules: list[Any] = [module() for module in self._modules]
+        if modules[0] is not model:
             return None
+        try:
+            children = map(_CHILDREN, map(modules.__getitem__, self._parents))
+            if any(map(is_not, map(dict.get, children, self._names), modules[1:])):
+                return None
+            held = map(getattr, map(modules.__getitem__, self._owners), self._kinds)
+            tensors: list[Any] = list(map(dict.get, held, self._parts))
+        except (AttributeError, TypeError):  # a module that is gone, or none of torch's
+            return None
+        return None if any(map(is_, tensors, repeat(None))) else tensors
 
 
 def _named(model: torch.nn.Module) -> Any:
