@@ -22,10 +22,10 @@ _T = TypeVar("_T")
 Spelling = Callable[[str, Any], str]
 """From an argument's name in Python, and a value or None, to the text that a message shows."""
 
-LETTERS = {"lam": "lambda"}
-"""Names that differ outside Python, where `lambda` is no keyword."""
+LETTERS = {"lam": "lambda", "exclude": "except"}
+"""Names that differ outside Python, where `lambda` and `except` are no keywords."""
 
-REPEATED = {"models": "model", "model_ids": "model-id"}
+REPEATED = {"models": "model", "model_ids": "model-id", "weights": "weight"}
 """Options that are given once for each entry of what is a list in Python."""
 
 _OF_A_PLACE = re.compile(r"model[0-9]+_id")

@@ -197,6 +197,7 @@ def _task(target: TensorRecord, role: str, ref: TensorRef) -> TensorTask:
         out_code=ref.code,
         output_name=ref.name,
         passes=1,
+        layout="heads",
     )
 
 

@@ -25,6 +25,11 @@ KINDS = ("q", "k", "v", "out")
 
 Part = Literal["weight", "bias"]
 
+_LAYER = re.compile(r"(?:(?P<stack>[^.]+(?:\.[^.]+)*?)\.)?(?:layers?|h|blocks?)\.(?P<layer>0|[1-9][0-9]{0,5})\.")
+
+_AFTER = frozenset({"layer_norm", "norm", "final_layer_norm", "ln_f", "lm_head", "proj_out", "classifier", "projector"})
+"""Modules that stand after the layers of a stack."""
+
 _WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_orig_module|module|_module|_forward_module|_\w+_wrapped_module)\.")
 """What torch.compile, DataParallel, FSDP, activation checkpointing and their like put between the parts of a name."""
 
@@ -179,6 +184,21 @@ class Architecture(ABC):
     @abstractmethod
     def place(self, name: str) -> TensorPlace | None:
         """The attention projection that a tensor's name means, with or without `prefix`; None for other tensors."""
+
+    def layer_of(self, name: str) -> tuple[str, int] | None:
+        """The stack and the number of the layer that any tensor lies in, by its canonical name; None outside of layers.
+
+        Example:
+            >>> from hsa.architectures.registry import named
+            >>> named("whisper").layer_of("encoder.layers.3.fc1.bias")
+            ('encoder', 3)
+        """
+        match = _LAYER.match(name)
+        return None if match is None else (match["stack"] or "", int(match["layer"]))
+
+    def follows_layers(self, name: str) -> bool:
+        """Whether a tensor outside of layers comes after them, such as the last norm and the output projection."""
+        return name.split(".")[-2:][0] in _AFTER
 
     @abstractmethod
     def group_of(self, name: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ tensor at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,13 +32,14 @@ class TaskBuffers:
     """A target to merge: the bytes of its tensor in each source, and of its result, one-dimensional uint8.
 
     `out` is the anchor's array where the result replaces it. Where `recorded` is given, this decision is applied, and
-    the one that follows from the sources is reported.
+    the one that follows from the sources is reported. `copied` is a tensor that is equal in all sources.
     """
 
     task: TensorTask
     sources: Mapping[str, Array]
     out: Array
     recorded: Any = None
+    copied: bool = False
 
     @property
     def in_place(self) -> bool:
@@ -59,9 +61,12 @@ class Worker(Protocol):
     def merge_all(self, jobs: Sequence[TaskBuffers]) -> list[Merged]:
         """Measure, decide and apply a group of targets into their outputs. Raises NotFinite."""
 
-    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, recorded: Any = None) -> None:
-        """Compute a slice of a tensor that is not measured into `out`; all uint8. A `recorded` decision is applied in
-        place of the one that follows from the settings. Raises NotFinite."""
+    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any) -> None:
+        """Compute a slice of a tensor into `out`; all uint8. A `recorded` decision is applied in place of the one that
+        follows from the sources, unless it is None. Raises NotFinite."""
+
+    def measure_slice(self, piece: Computed, sources: Mapping[str, Array], number: int, so_far: Any) -> list[Any]:
+        """What one pass measures of the blocks of a slice. Raises NotFinite."""
 
 
 class Backend(Protocol):
@@ -100,8 +105,7 @@ def merge_one_by_one(jobs: Sequence[TaskBuffers], merge: Callable[[TaskBuffers],
 
 def changed_ranges(task: TensorTask, untouched: frozenset[int]) -> tuple[tuple[int, int], ...]:
     """Byte ranges of the output tensor that may differ from the anchor's bytes, in order and apart."""
-    rows, columns = task.matrix
-    whole, groups = rows * columns * size(task.out_code), task.partition.groups
+    whole, groups = math.prod(task.shape) * size(task.out_code), task.partition.groups
     if task.out_code != task.stored.code or not untouched:
         return ((0, whole),)
     touched = [group for group in range(groups) if group not in untouched]

@@ -17,9 +17,10 @@ import torch
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import MachineError, NonFiniteError
-from hsa.methods.base import Method
+from hsa.methods.copied import COPIED
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask
+from hsa.planning.equal_sources import all_equal, equal_pairs, may_be_copied
 from hsa.planning.tasks import Targets
 from hsa.system.dtypes import CODES, STORAGE, Array, largest_magnitude
 
@@ -53,18 +54,21 @@ class CpuResident:
     """Targets in the CPU's memory, spread over threads."""
 
     def __init__(self, targets: Targets, data: TargetBytes, threads: int) -> None:
-        self._tasks, self._method = targets.tasks, targets.method
+        self._targets, self._tasks = targets, targets.tasks
         self._data = [{role: data[role][task.name] for role in task.sources} for task in self._tasks]
         self._workers = [CpuWorker(targets.method, targets.settings) for _ in range(threads)]
         self._measured: list[Any] = []
-        self._bounds = ResultBounds(targets.method, [], [])
+        self._bounds = ResultBounds(targets, [], [])
         self._lock = threading.Lock()  # the workers' memory is that of one call
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def measure(self) -> list[Any]:
         def one(number: int, worker: CpuWorker) -> tuple[Any, dict[str, float]]:
             task, sources = self._tasks[number], self._data[number]
-            measured = worker.measure(task, sources)
+            copied = may_be_copied(task, self._targets.method, self._targets.settings) and all_equal(
+                task, equal_pairs(task, sources)
+            )
+            measured = COPIED if copied else worker.measure(task, sources)
             codes = {role: task.sources[role].code for role in sources}
             return measured, {
                 role: largest_magnitude(codes[role], raw.view(STORAGE[codes[role]])) for role, raw in sources.items()
@@ -72,7 +76,7 @@ class CpuResident:
 
         results = self._each(range(len(self._tasks)), one)
         self._measured = [measured for measured, _ in results]
-        self._bounds = ResultBounds(self._method, self._measured, [largest for _, largest in results])
+        self._bounds = ResultBounds(self._targets, self._measured, [largest for _, largest in results])
         return self._measured
 
     def write(self, settings: Settings, out: Sequence[torch.Tensor]) -> None:
@@ -138,10 +142,8 @@ class ResultBounds:
     """Which targets might overflow, by bounds on their merged values; `measured` and `largest`, the largest magnitudes
     in the sources, are those of each target."""
 
-    def __init__(
-        self, method: Method[Any, Any], measured: Sequence[Any], largest: Sequence[Mapping[str, float]]
-    ) -> None:
-        self._method, self._measured, self._largest = method, measured, largest
+    def __init__(self, targets: Targets, measured: Sequence[Any], largest: Sequence[Mapping[str, float]]) -> None:
+        self._method, self._tasks, self._measured, self._largest = targets.method, targets.tasks, measured, largest
         self._known: tuple[Any, list[int]] = (None, [])
 
     def overflow_risks(self, settings: Settings, places: Sequence[torch.Tensor]) -> list[int]:
@@ -151,10 +153,15 @@ class ResultBounds:
         key = None if read is None else ([_own(getattr(settings, name)) for name in read], dtypes)
         known, risks = self._known
         if key is None or known != key:
-            bounds = map(self._method.largest_result, self._measured, repeat(settings), self._largest)
+            bounds = map(self._bound, self._tasks, self._measured, repeat(settings), self._largest)
             risks = [number for number, risk in enumerate(map(_may_overflow, bounds, dtypes)) if risk]
             self._known = key, risks
         return risks
+
+    def _bound(self, task: TensorTask, measured: Any, settings: Settings, largest: Mapping[str, float]) -> float | None:
+        if measured is COPIED:
+            return max(largest.values())
+        return self._method.largest_result(task, measured, settings, largest)
 
 
 def _own(value: Any) -> Any:

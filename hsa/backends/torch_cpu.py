@@ -63,9 +63,12 @@ class ScriptWorker:
         """Merge targets one after another."""
         return self._thread.submit(merge_one_by_one, jobs, self.merge).result()
 
-    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, recorded: Any = None) -> None:
-        """Move a slice along primary's task vector, or cast it. Buffers: uint8."""
+    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any) -> None:
+        """Move a slice along primary's task vector by the settings, or cast it. Buffers: uint8."""
         self._thread.submit(self._slice, piece, sources, out).result()
+
+    def measure_slice(self, piece: Computed, sources: Mapping[str, Array], number: int, so_far: Any) -> list[Any]:
+        raise NotImplementedError("the reference script measures whole tensors")
 
     @torch.no_grad()
     def merge(self, job: TaskBuffers) -> Merged:

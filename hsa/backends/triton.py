@@ -23,6 +23,7 @@ from hsa.errors import BackendUnavailable, shown
 from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
 from hsa.methods.base import BASE, Method
+from hsa.methods.copied import untouched_groups
 from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY, HeadScores, Hsa, HsaSettings, decision_of
 from hsa.methods.hsa_formula import all_settings_of
 from hsa.methods.selection import selection_of
@@ -81,9 +82,12 @@ class TritonWorker:
         self._cpu = CpuWorker(method, settings)
         self._differs = {PRIMARY: False, SECONDARY: False}
 
-    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, recorded: Any = None) -> None:
+    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any) -> None:
         """Compute a slice of a tensor that is no target, on the CPU: it passes through its memory anyway."""
-        self._cpu.slice(piece, sources, out, recorded)
+        self._cpu.slice(piece, sources, out, decision, recorded)
+
+    def measure_slice(self, piece: Computed, sources: Mapping[str, Array], number: int, so_far: Any) -> list[Any]:
+        return self._cpu.measure_slice(piece, sources, number, so_far)
 
     @torch.no_grad()
     def merge_all(self, jobs: Sequence[TaskBuffers]) -> list[Merged]:
@@ -124,7 +128,10 @@ class TritonWorker:
                 merged_heads = tuple(head for head in range(heads) if flags[head])
                 decision = decision_of(task, self._settings, selection_of(scored.squared, merged_heads), scored)
                 merged.append(
-                    Merged(decision, changed_ranges(task, self._cpu.method.untouched(task.partition.groups, decision)))
+                    Merged(
+                        decision,
+                        changed_ranges(task, untouched_groups(self._cpu.method, task.partition.groups, decision)),
+                    )
                 )
             for job, tensor, result in zip(jobs, out, merged, strict=True):
                 self._download(job, tensor, result)
@@ -159,7 +166,7 @@ class TritonResident:
     """
 
     def __init__(self, targets: Targets, data: TargetBytes, device: str) -> None:
-        self._device, self._tasks, self._method = _resolve_device(device), targets.tasks, targets.method
+        self._device, self._targets, self._tasks = _resolve_device(device), targets, targets.tasks
         self._sources = {
             role: [
                 torch.from_numpy(data[role][task.name])
@@ -174,7 +181,7 @@ class TritonResident:
         self._results: dict[tuple[torch.dtype, ...], list[torch.Tensor]] = {}
         self._scores: torch.Tensor | None = None
         self._measured: list[HeadScores] = []
-        self._bounds = ResultBounds(targets.method, [], [])
+        self._bounds = ResultBounds(targets, [], [])
         self._lock = threading.Lock()  # tables, buffers and workspaces are those of one write
 
     # Everything that is kept is made and written in inference mode, whatever mode a caller is in.
@@ -196,7 +203,7 @@ class TritonResident:
             for task, row, base, one, two in zip(self._tasks, rows, *sources, strict=True)
         ]
         largest = [{BASE: float(base.abs().amax())} for base in self._sources[BASE]]
-        self._bounds = ResultBounds(self._method, self._measured, largest)
+        self._bounds = ResultBounds(self._targets, self._measured, largest)
         return self._measured
 
     @torch.inference_mode()

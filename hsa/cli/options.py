@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -13,7 +14,6 @@ from hsa.actions.keywords import Call, missing_sources
 from hsa.actions.run_options import RunOptions
 from hsa.actions.signatures import BASE_HELP, with_roles
 from hsa.errors import shown
-from hsa.methods.all_settings import all_settings
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named, methods
 from hsa.methods.settings import DEFAULT_METHOD, Declared, Group, declared
@@ -39,6 +39,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 Parameters = Callable[[], Sequence[inspect.Parameter]]
 
 _MAKERS = "_hsa_declared"
+
+MOST_NAMED = 3
+"""Methods that help names beside a setting; of more it says how many have it."""
 
 
 def declares(before: Parameters | None = None, after: Parameters | None = None) -> Callable[[F], F]:
@@ -77,8 +80,7 @@ def complete(function: F) -> F:
 
 def given(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of declared options that the command line gives, as Python's keywords."""
-    on_by_default = (each.name for each in (*declared(RunOptions), *all_settings().values()) if each.default is True)
-    negated = set(on_by_default)
+    negated = {each.name for each in declared(RunOptions) if each.default is True}
     named = {name: value for name, value in values.items() if not _is_default(ctx, name)}
     return {name: not value if name in negated else value for name, value in named.items()}
 
@@ -144,38 +146,64 @@ def ids(help: str | None = None) -> Iterator[inspect.Parameter]:
 def settings(call: Call) -> Iterator[inspect.Parameter]:
     """The settings that a call takes, of all methods; where not all have one, its help says which do."""
     for each in call.declared_settings():
-        owners = [name for name, other in methods().items() if each.name in _names(call.settings_of(other.Settings))]
-        prefix = "" if len(owners) == len(methods()) else f"{', '.join(owners)}: "
-        yield _grid_option(each, prefix) if call.grid and each.about.axis else _option_of(each, prefix)
+        owned = {
+            name: own
+            for name, other in methods().items()
+            for own in call.settings_of(other.Settings)
+            if own.name == each.name
+        }
+        told = replace(each, about=replace(each.about, help=_help_of(owned), default_text=_default_of(owned)))
+        if call.grid and each.about.axis:
+            yield _grid_option(told)
+        elif isinstance(each.default, bool):
+            yield _switch(told)
+        else:
+            yield _option_of(told, show_default=told.about.default_text or True)
+
+
+def _help_of(owned: Mapping[str, Declared]) -> str:
+    """What help says of a setting that some methods have: of whom, and every text that they have for it."""
+    by_text: dict[str, list[str]] = {}
+    for name, each in owned.items():
+        by_text.setdefault(each.about.help, []).append(name)
+    if len(by_text) == 1 and len(owned) == len(methods()):
+        return next(iter(by_text))
+    parts = []
+    for text, names in sorted(by_text.items(), key=lambda item: DEFAULT_METHOD not in item[1]):
+        parts.append(f"{', '.join(names) if len(names) <= MOST_NAMED else f'{len(names)} methods'}: {text}")
+    return " ".join(parts)
+
+
+def _default_of(owned: Mapping[str, Declared]) -> str | None:
+    """What help shows as the default where that is not each method's own."""
+    texts = {each.about.default_text for each in owned.values()}
+    defaults = {repr(each.default) for each in owned.values()}
+    return next(iter(texts)) if len(defaults) == 1 else "the method's"
 
 
 def settings_or_default(call: Call, said: Callable[[Declared], str]) -> Iterator[inspect.Parameter]:
     """The settings of the default method without a default of their own; `said` tells help what takes its place."""
     for each in call.settings_of(method_named(DEFAULT_METHOD).Settings):
-        text = said(each) if each.default is not None else False
-        yield _option_of(each, "", default=None, show_default=text)
+        text = said(each) if each.default is not None and not each.about.silent else False
+        yield _option_of(each, default=None, show_default=text)
 
 
 def run(taken: Collection[Declared]) -> Iterator[inspect.Parameter]:
     """Options of a run."""
     for each in taken:
-        yield _option_of(each, "")
+        yield _option_of(each)
 
 
-def _names(settings: Sequence[Declared]) -> set[str]:
-    return {each.name for each in settings}
-
-
-def _option_of(each: Declared, prefix: str, **about: Any) -> inspect.Parameter:
+def _option_of(each: Declared, **about: Any) -> inspect.Parameter:
     """The option of a declaration. What is on by default has a flag that switches it off."""
     kind, metavar = _kind(each)
     default = about.pop("default", False if kind is bool else each.default)
-    if each.about.default_text is not None:
+    if each.about.default_text is not None and "show_default" not in about:
         about["show_default"] = each.about.default_text
     return option(
         each.name,
         kind if default is not None else kind | None,
-        prefix + with_roles(each.about.help),
+        with_roles(each.about.help),
         default,
         group=each.about.group,
         off=each.default is True,
@@ -184,8 +212,23 @@ def _option_of(each: Declared, prefix: str, **about: Any) -> inspect.Parameter:
     )
 
 
+def _switch(each: Declared) -> inspect.Parameter:
+    """A setting that is on or off, and whose default is the method's: a flag for either."""
+    name = command_line(each.name)
+    info: Any = typer.Option(
+        f"{name}/{command_line(each.name, False)}",
+        help=with_roles(each.about.help),
+        rich_help_panel=None if each.about.group == "common" else HEADINGS[each.about.group],
+        show_default=each.about.default_text or ("on" if each.default else "off"),
+    )
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(each.name, kind, default=None, annotation=Annotated[bool | None, info])
+
+
 def _kind(each: Declared) -> tuple[Any, str]:
     """The type of an option's values, and what help calls them."""
+    if each.about.repeated:
+        return (list[float], "NUMBER") if each.about.varies else (list[str], "TEXT")
     if each.about.choices:
         return str, "NAME"
     if isinstance(each.default, bool):
@@ -198,9 +241,9 @@ def _kind(each: Declared) -> tuple[Any, str]:
     return (list[str], "FIELD=VALUE") if repeated else (str, "VALUE")
 
 
-def _grid_option(each: Declared, prefix: str) -> inspect.Parameter:
+def _grid_option(each: Declared) -> inspect.Parameter:
     """The option of an axis, which takes several values."""
-    text = prefix + each.about.help.rstrip(".")
+    text = each.about.help.rstrip(".")
     if each.about.choices:
         metavar, text = f"{each.about.metavar or 'NAME'}S", f"{text}; several with commas."
     else:

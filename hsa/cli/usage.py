@@ -82,6 +82,8 @@ def _not_a_number(parameter: Any, values: Mapping[str, Any]) -> str | None:
     """
     kind = NUMBERS.get(getattr(parameter, "metavar", None) or "")
     value = None if kind is None else values.get(parameter.name)
+    if isinstance(value, list):  # an option that is repeated: the first that is none
+        value = next((each for each in value if not _is_number(each)), None)
     if not isinstance(value, str):
         return None
     if value.strip().lstrip("+-").isdecimal():  # it has more digits than Python reads
@@ -89,6 +91,14 @@ def _not_a_number(parameter: Any, values: Mapping[str, Any]) -> str | None:
     problem = f"{parameter.opts[0]} must be {kind}, got {shown(value)}"
     share = _sixty_percent(parameter.name) if value.rstrip().endswith("%") else None
     return problem if share is None else f"{problem}; write {share} for 60 %"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _sixty_percent(name: str) -> str | None:

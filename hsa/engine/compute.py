@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hsa.backends.base import Backend, Merged, NotFinite, TaskBuffers
+from hsa.backends.base import Backend, Merged, NotFinite, TaskBuffers, changed_ranges
+from hsa.engine.streamed import SliceFacts, StreamedTensor
 from hsa.errors import NonFiniteError
 from hsa.methods.base import Method
+from hsa.methods.copied import COPIED
 from hsa.methods.registry import method_named
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import Outcome, TensorTask
 from hsa.option_names import option
-from hsa.planning.equal_sources import equal_pairs
+from hsa.planning.equal_sources import all_equal, equal_pairs, may_be_copied
 from hsa.planning.file_layout import Computed
 from hsa.sources.source_set import Sources
-from hsa.system.digests import digest_of, digest_of_slices
+from hsa.system.digests import digest_of
 from hsa.system.dtypes import Array, size
 
 BUDGET_BYTES = 80 << 20
@@ -28,7 +31,6 @@ SPARE_BYTES = 48 << 20
 """Memory of buffers kept for reuse."""
 
 Ranges = tuple[tuple[int, int], ...]
-Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,6 @@ class Computation:
 
     data: Array
     changed: Ranges
-
-
-@dataclass(frozen=True)
-class _SliceFacts:
-    """What is kept of a slice of a listed tensor: digests by role, and the sources that hold equal values in it."""
-
-    digests: Mapping[str, str]
-    equal: frozenset[Pair]
 
 
 class BufferPool:
@@ -73,16 +67,23 @@ class BufferPool:
     @contextmanager
     def reserve(self, cost: int) -> Iterator[None]:
         """Wait until the computations under way leave room for one more; the largest runs alone."""
-        with self._lock:
-            while self._in_use and self._in_use + cost > BUDGET_BYTES:
-                self._lock.wait()
-            self._in_use += cost
+        self.take(cost)
         try:
             yield
         finally:
-            with self._lock:
-                self._in_use -= cost
-                self._lock.notify_all()
+            self.release(cost)
+
+    def take(self, cost: int) -> None:
+        """As `reserve`, until `release`."""
+        with self._lock:
+            while cost and self._in_use and self._in_use + cost > BUDGET_BYTES:
+                self._lock.wait()
+            self._in_use += cost
+
+    def release(self, cost: int) -> None:
+        with self._lock:
+            self._in_use -= cost
+            self._lock.notify_all()
 
 
 class Calculator:
@@ -102,7 +103,7 @@ class Calculator:
         self.method: Method[Any, Any] = method_named(settings.method)
         self.pool = BufferPool(backend)
         self.outcomes: dict[str, Outcome] = {}
-        self._slices: dict[str, dict[int, _SliceFacts]] = {}
+        self._streamed: dict[str, StreamedTensor] = {}
         self._lock = threading.Lock()
 
     @property
@@ -117,29 +118,55 @@ class Calculator:
 
     def ordered(self, targets: Sequence[TensorTask]) -> tuple[Outcome, ...]:
         """The outcomes of these targets, which all were computed."""
-        return tuple(self.outcomes.get(task.name) or self._joined(task) for task in targets)
+        return tuple(self.outcomes[task.name] for task in targets)
 
     def record(self, outcome: Outcome) -> None:
         with self._lock:
             self.outcomes[outcome.task.name] = outcome
 
-    def record_slice(self, piece: Computed, facts: _SliceFacts) -> None:
+    def streamed(self, task: TensorTask) -> StreamedTensor:
+        """The tensor of which a slice is computed, within the budget of memory."""
         with self._lock:
-            self._slices.setdefault(piece.task.name, {})[piece.first] = facts
+            tensor = self._streamed.get(task.name)
+            new = tensor is None
+            if tensor is None:
+                tensor = self._streamed[task.name] = StreamedTensor(task, self.method, self.settings)
+        if new:
+            self.pool.take(tensor.cost)
+            tensor.opened.set()
+        tensor.opened.wait()
+        return tensor
 
-    def _joined(self, task: TensorTask) -> Outcome:
-        """The outcome of a tensor that was computed in slices: its digests are those of the slices' digests."""
-        slices = [facts for _, facts in sorted(self._slices[task.name].items())]
-        digests = {role: digest_of_slices(facts.digests[role] for facts in slices) for role in task.sources}
-        equal = frozenset.intersection(*(facts.equal for facts in slices))
-        decision = self.method.decide(task, None, self.settings, None)
-        return Outcome(task, decision, ((0, result_bytes(task)),), digests, equal)
+    def finish(self, tensor: StreamedTensor, decision: Any) -> None:
+        """Record a tensor whose slices were all computed, and free its memory."""
+        task = tensor.task
+        if task.listed:
+            changed = changed_ranges(task, frozenset({0}) if decision is COPIED else frozenset())
+            self.record(Outcome(task, decision, changed, tensor.digests(), tensor.equal))
+        with self._lock:
+            del self._streamed[task.name]
+        self.pool.release(tensor.cost)
+
+    def read(self, piece: Computed, roles: Collection[str] | None = None) -> dict[str, Array]:
+        """A slice of every source, or of these: uint8, in buffers of the pool."""
+        buffers = {}
+        for role, ref in piece.task.sources.items():
+            if roles is None or role in roles:
+                width = size(ref.code)
+                buffers[role] = self.pool.buffer(piece.count * width)
+                self.sources.of(role).read_into(ref, buffers[role].data, piece.first * width)
+        return buffers
+
+
+def slice_facts(piece: Computed, buffers: Mapping[str, Array]) -> SliceFacts:
+    """What is kept of a slice: digests, and which sources are equal in it."""
+    digests = {role: digest_of(buffer.data) for role, buffer in buffers.items()}
+    return SliceFacts(digests, equal_pairs(piece.task, buffers))
 
 
 def result_bytes(task: TensorTask) -> int:
     """Bytes of a task's whole result."""
-    rows, columns = task.matrix
-    return rows * columns * size(task.out_code)
+    return math.prod(task.shape) * size(task.out_code)
 
 
 class ComputeThread:
@@ -167,9 +194,11 @@ class ComputeThread:
             for role, buffer in job.sources.items():
                 shared.sources.of(role).read_into(task.sources[role], buffer.data)
                 task_digests[role] = digest_of(buffer.data)
-            jobs.append(job)
+            pairs = equal_pairs(task, job.sources)
+            copied = may_be_copied(task, shared.method, shared.settings) and all_equal(task, pairs)
+            jobs.append(replace(job, copied=True) if copied else job)
             digests.append(task_digests)
-            equal.append(equal_pairs(task, job.sources))
+            equal.append(pairs)
         try:
             merged: list[Merged] = self._worker.merge_all(jobs)
         except NotFinite as error:
@@ -193,21 +222,22 @@ class ComputeThread:
 
     def _slice(self, piece: Computed) -> Computation:
         shared, task = self._shared, piece.task
-        sources = {}
-        for role, ref in task.sources.items():
-            width = size(ref.code)
-            sources[role] = shared.pool.buffer(piece.count * width)
-            shared.sources.of(role).read_into(ref, sources[role].data, piece.first * width)
-        if task.listed:
-            digests = {role: digest_of(buffer.data) for role, buffer in sources.items()}
-            shared.record_slice(piece, _SliceFacts(digests, equal_pairs(task, sources)))
+        tensor = shared.streamed(task)
         out = shared.pool.buffer(piece.nbytes)
         try:
-            self._worker.slice(piece, sources, out, shared.recorded.get(task.name))
+            decision = tensor.decision(self._worker, shared.read, slice_facts, shared.give_back)
+            recorded = shared.recorded.get(task.name)
+            copied = decision is COPIED and recorded in (None, COPIED)
+            sources = tensor.take(piece) or shared.read(piece, (task.anchor,) if copied else None)
+            if task.listed and not tensor.has_facts(piece):
+                tensor.add_facts(piece, slice_facts(piece, sources))
+            self._worker.slice(piece, sources, out, decision, recorded)
         except NotFinite as error:
             raise not_finite_error(error, task, shared.sources, shared.method) from None
         for buffer in sources.values():
             shared.give_back(buffer)
+        if tensor.finish():
+            shared.finish(tensor, decision)
         return Computation(out, ((0, piece.nbytes),))
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsa.backends.array_block import TILE
 from hsa.backends.base import NotFinite
-from hsa.backends.cpu import TILE, CpuBackend
+from hsa.backends.cpu import CpuBackend
 from hsa.errors import NonFiniteError
 from hsa.methods.geometry import Geometry, Sums, dot, tile_sums
 from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY

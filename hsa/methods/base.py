@@ -16,7 +16,16 @@ from hsa.architectures.base import Architecture, TensorInfo, TensorPlace
 from hsa.errors import RequestError
 from hsa.findings import Findings
 from hsa.methods.settings import Settings
-from hsa.methods.tensors import CardText, Outcome, Summary, TensorCount, TensorRecord, TensorTask, equal_source_warnings
+from hsa.methods.tensors import (
+    CardText,
+    Layout,
+    Outcome,
+    Summary,
+    TensorCount,
+    TensorRecord,
+    TensorTask,
+    equal_source_warnings,
+)
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
@@ -75,25 +84,39 @@ class Treatment:
     """What a method does with a tensor.
 
     `keep`: the anchor's values, in the output's element type. `merge`: computed from the tensors of `roles` (all
-    sources where it is None), each attention head a group where `by_heads`, else the whole tensor, after `passes`
-    passes of measuring. The record lists a merged tensor with its decision where it is `listed`. `needed_by` says what
-    needs the tensor in all these roles, for the error where it is missing or has another shape; where it is empty, such
-    a tensor stays the anchor's.
+    sources where it is None), cut into blocks as `layout` says, after `passes` passes of measuring. The record lists a
+    merged tensor with its decision where it is `listed`. `needed_by` says what needs the tensor in all these roles, for
+    the error where it is missing or has another shape; where it is empty, such a tensor stays the anchor's.
     """
 
     kind: Literal["keep", "merge"]
-    by_heads: bool = False
+    layout: Layout = "flat"
     passes: int = 0
     roles: tuple[str, ...] | None = None
     listed: bool = True
     needed_by: str = ""
 
+    @property
+    def by_heads(self) -> bool:
+        return self.layout == "heads"
+
 
 KEEP = Treatment("keep")
 
 
+def treatment_of(
+    method: Method[Any, Any], settings: Settings, info: TensorInfo, architecture: Architecture
+) -> Treatment:
+    """What a method does with a tensor, within the part of the model that the settings limit it to. `info.name` is
+    canonical."""
+    if settings.limited and not settings.limits(info.name, architecture.layer_of(info.name)):
+        return KEEP
+    return method.treatment(info, architecture.place(info.name), settings)
+
+
 class Block(ABC):
-    """One block of a tensor: some rows and columns of one group, or of neighbouring groups that are treated alike.
+    """One block of a tensor, cut by the treatment's layout (`hsa.methods.tensors.Layout`). Where the groups are heads,
+    some rows and columns of one of them, or of neighbouring ones that are treated alike.
 
     Arrays are float32 [rows, columns]. They are the worker's memory, valid until the next block. `weights` must not be
     written to. `task_vector` may be overwritten in `measure`; in `apply` several decisions may share it, so that what
@@ -181,6 +204,11 @@ class Method(ABC, Generic[S, D]):
     """The settings that `largest_result` reads, so that candidates which share them share the bounds; None where a
     bound is worked out for each candidate."""
 
+    def copies_equal(self, settings: S) -> bool:
+        """Whether a tensor that is equal in all sources is copied instead of computed. It reads structural settings
+        alone."""
+        return False
+
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: S) -> Treatment:
         """What is done with a tensor; by default every floating-point tensor is merged. `info.name` is canonical."""
         return Treatment("merge") if info.code in ("F32", "F16", "BF16") else KEEP
@@ -249,7 +277,9 @@ class Method(ABC, Generic[S, D]):
         """For patches: about how many groups of a target will be touched."""
         return task.partition.groups
 
-    def largest_result(self, measured: Any, settings: S, largest: Mapping[str, float]) -> float | None:
+    def largest_result(
+        self, task: TensorTask, measured: Any, settings: S, largest: Mapping[str, float]
+    ) -> float | None:
         """A bound on the magnitude of a tensor's merged values, by the largest magnitudes in the sources; None where it
         is not known. A tensor that might overflow is computed beside its place before it is written there."""
         return None

@@ -39,7 +39,7 @@ PRIMARY, SECONDARY = "primary", "secondary"
 ROLES = (BASE, PRIMARY, SECONDARY)
 """The sources of an HSA merge: the base, and the two fine-tunes in the order of the formula."""
 
-TARGET = Treatment("merge", by_heads=True, passes=1)
+TARGET = Treatment("merge", layout="heads", passes=1)
 BlockSums = tuple["Array", "Sums", tuple[bool, bool]]
 """Of one block: the squares of the proxy summed down its columns in float64, the sums of `geometry`, and whether each
 task vector has a nonzero element."""
@@ -152,6 +152,11 @@ class HsaSettings(Settings):
                 f"{option('load_dtype')} says how the reference script's loader reads checkpoints and has a meaning "
                 f"with numerics 'reference' alone; add {option('numerics', 'reference')}, or use {option('dtype')} "
                 f"for the output"
+            )
+        if self.numerics == "reference" and self.limited:
+            raise RequestError(
+                f"numerics 'reference' writes every tensor as the reference script does, so {option('only')}, "
+                f"{option('exclude')}, {option('layers')} and {option('stack')} have no meaning; use numerics 'exact'"
             )
         if self.numerics == "reference" and self.dtype != "auto":
             raise RequestError(
@@ -325,7 +330,9 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
             "margin": decision.margin,
         }
 
-    def largest_result(self, measured: HeadScores, settings: HsaSettings, largest: Mapping[str, float]) -> float:
+    def largest_result(
+        self, task: TensorTask, measured: HeadScores, settings: HsaSettings, largest: Mapping[str, float]
+    ) -> float:
         """A head's score is at least |tv1| + |tv2| of each of its elements, and a merged value is base plus the scale
         times at most that."""
         return largest[BASE] + abs(settings.attention_scale) * measured.largest

@@ -10,14 +10,20 @@ import dataclasses
 import math
 import numbers
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
 from hsa.arguments import check_flags
 from hsa.errors import RequestError, shown
+from hsa.methods import values
+from hsa.methods.limits import in_ranges, layer_ranges, patterns, stack_name
 from hsa.option_names import LETTERS, as_keys, option, spelled
+
+if TYPE_CHECKING:
+    from hsa.methods.tensors import TensorTask
 
 OutputDtype = Literal["auto", "float32", "float16", "bfloat16"]
 PerTensor = float | Mapping[str, float]
@@ -30,6 +36,16 @@ DEFAULT_METHOD = "hsa"
 """The method of a merge that names none."""
 
 _METADATA = "hsa.setting"
+
+_LIMIT: dict[str, Any] = {
+    "structural": True,
+    "silent": True,
+    "group": "sources",
+    "metavar": "PATTERN",
+    "default_text": "",
+    "repeated": True,
+}
+"""What the settings have in common that limit a merge to a part of the model."""
 
 Group = Literal["common", "sources", "numerics", "output", "machine"]
 """The heading under which help shows an option."""
@@ -46,6 +62,10 @@ class Setting:
         whole: it is a whole number, or None for "not given".
         choices: it is one of these texts.
         per_tensor: it may also be a mapping from the names of target tensors to numbers.
+        scheduled: it may also be a mapping, a list over layers, or a list with filters (`hsa.methods.values`).
+        per_model: it is a scheduled value for each model, or one for all.
+        repeated: the command line's option is given once for each entry of a list.
+        form: checks a value that is no number, given what to call it, and gives it in its one form.
         patchable: a patch can hold a merge with any value of it, and so can a sweep.
         structural: the plan of a merge hangs on it (which tensors are merged, what is written), so that candidates
             which share a plan share it.
@@ -55,6 +75,7 @@ class Setting:
         group: where help shows the option.
         metavar: what help calls the value.
         default_text: what help shows as the default, where that is not the default's own text.
+        silent: records leave it out where it has its default.
     """
 
     help: str
@@ -64,6 +85,10 @@ class Setting:
     whole: bool = False
     choices: tuple[str, ...] = ()
     per_tensor: bool = False
+    scheduled: bool = False
+    per_model: bool = False
+    repeated: bool = False
+    form: Callable[[str, Any], Any] | None = None
     patchable: bool = True
     structural: bool = False
     axis: bool = False
@@ -72,6 +97,12 @@ class Setting:
     group: Group = "common"
     metavar: str | None = None
     default_text: str | None = None
+    silent: bool = False
+
+    @property
+    def varies(self) -> bool:
+        """Whether it may have other values for other tensors, by more than their names."""
+        return self.scheduled or self.per_model
 
 
 def setting(default: Any, help: str, *, kw_only: Any = dataclasses.MISSING, **about: Any) -> Any:
@@ -140,13 +171,40 @@ class Settings:
         kw_only=True,
     )
 
+    only: tuple[str, ...] = setting(
+        (), "Merge only tensors whose names match this pattern; repeat.", kw_only=True, form=patterns, **_LIMIT
+    )
+    exclude: tuple[str, ...] = setting(
+        (), "Merge no tensor whose name matches this pattern; repeat.", kw_only=True, form=patterns, **_LIMIT
+    )
+    layers: str | None = setting(
+        None,
+        "Merge only these layers, such as 4-11 or 0,3.",
+        kw_only=True,
+        form=layer_ranges,
+        **{**_LIMIT, "metavar": "LAYERS", "repeated": False},
+    )
+    stack: str | None = setting(
+        None,
+        "Merge only this stack of layers, such as encoder.",
+        kw_only=True,
+        form=stack_name,
+        **{**_LIMIT, "metavar": "NAME", "repeated": False},
+    )
+
     def __post_init__(self) -> None:
         for each in declared(type(self)):
-            check_value(each, getattr(self, each.name))
+            value = getattr(self, each.name)
+            checked = check_value(each, value)
+            if checked is not value:
+                object.__setattr__(self, each.name, checked)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings under their names in records and recipes."""
-        return {each.key: _plain(each, getattr(self, each.name)) for each in declared(type(self))}
+        values = ((each, getattr(self, each.name)) for each in declared(type(self)))
+        return {
+            each.key: _plain(each, value) for each, value in values if not (each.about.silent and value == each.default)
+        }
 
     @classmethod
     def from_dict(cls: type[S], parameters: Mapping[str, Any]) -> S:
@@ -159,41 +217,103 @@ class Settings:
         with spelled(as_keys(parameters)):
             return cls(**given)
 
-    def of(self, name: str, tensor: str) -> float:
-        """The value of a setting for the target tensor of that canonical name (no leading `model.`)."""
-        value: PerTensor = getattr(self, name)
-        if not isinstance(value, Mapping):
+    def of(self, name: str, tensor: str | TensorTask) -> float:
+        """The value of a setting for a target tensor: a task, or its canonical name (no leading `model.`), which does
+        for settings that lists over layers cannot be given for. RequestError where it has none."""
+        value: Any = getattr(self, name)
+        if not isinstance(value, (Mapping, tuple)):
             return float(value)
-        for key in (tensor, f"model.{tensor}"):
-            if key in value:
-                return float(value[key])
-        raise RequestError(f"{option(name)} is given per tensor but has no value for target tensor {tensor}")
+        return values.at(option(name), value, _where(tensor))
+
+    def each(self, name: str, task: TensorTask) -> tuple[float, ...]:
+        """The value of a setting for every model of a task, in their order.
+
+        Example:
+            >>> from hsa.methods.linear import LinearSettings
+            >>> LinearSettings(weights=[1, 0.5]).each("weights", task)  # doctest: +SKIP
+            (1.0, 0.5)
+        """
+        value: Any = getattr(self, name)
+        if not isinstance(value, (Mapping, tuple)):
+            return (float(value),) * len(task.numbers)
+        where = _where(task)
+        if isinstance(value, Mapping) or values.is_filtered(value):
+            return (values.at(option(name), value, where),) * len(task.numbers)
+        if len(value) != task.models_given:
+            raise RequestError(
+                f"{option(name)} is given for {len(value)} models and {task.models_given} are merged; give one for each"
+            )
+        return tuple(values.at(f"{option(name)} of model {n + 1}", value[n], where) for n in task.numbers)
 
     def per_tensor(self) -> Iterator[tuple[str, Mapping[str, float]]]:
-        """The settings that are given per tensor, by name."""
+        """The mappings from tensor names to numbers among the settings, by the setting's name."""
         for each in declared(type(self)):
             value = getattr(self, each.name)
             if isinstance(value, Mapping):
                 yield each.name, value
+            elif each.about.varies and isinstance(value, tuple):
+                yield from ((each.name, mapping) for mapping in values.tensors_of(value))
+
+    def limits(self, name: str, layer: tuple[str, int] | None) -> bool:
+        """Whether a tensor may be merged by the limits of `only`, `exclude`, `layers` and `stack`; `layer` is its stack
+        and its number there, None outside."""
+        if self.only and not any(fnmatchcase(name, pattern) for pattern in self.only):
+            return False
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            return False
+        if self.stack is not None and (layer is None or layer[0].split(".")[-1] != self.stack.split(".")[-1]):
+            return False
+        return self.layers is None or (layer is not None and in_ranges(layer[1], self.layers))
+
+    @property
+    def limited(self) -> bool:
+        """Whether only a part of the model is merged."""
+        return bool(self.only or self.exclude or self.layers is not None or self.stack is not None)
 
     def structure(self) -> tuple[Any, ...]:
         """What of the settings a plan hangs on; settings with equal structure share a plan."""
         return tuple(getattr(self, each.name) for each in declared(type(self)) if each.about.structural)
 
 
-def check_value(each: Declared, value: Any) -> None:
-    """RequestError unless a value is one that the setting may have."""
+def check_value(each: Declared, value: Any) -> Any:
+    """A value that the setting may have, in its one form. RequestError for others."""
     about, name = each.about, option(each.name)
+    if about.form is not None:
+        return about.form(name, value)
     if about.choices:
         check_choice(name, value, about.choices)
     elif isinstance(each.default, bool):
         check_flags(**{each.name: value})
     elif about.whole:
         _check_whole(name, value, about)
+    elif about.varies:
+        return _checked_schedule(name, value, about)
     elif about.per_tensor and isinstance(value, Mapping):
-        _check_per_tensor(name, value, about)
-    elif about.low is not None:
-        check_number(name, value, about.low, math.inf if about.high is None else about.high)
+        values.check(name, value, lambda what, number: _check_within(what, number, about))
+    elif about.low is not None and not (value is None and each.default is None):
+        _check_within(name, value, about)
+    return value
+
+
+def _check_within(name: str, value: Any, about: Setting) -> None:
+    check_number(name, value, about.low or 0.0, math.inf if about.high is None else about.high)
+
+
+def _checked_schedule(name: str, value: Any, about: Setting) -> Any:
+    """A scheduled value, or one for each model, with tuples for its lists."""
+
+    def within(what: str, number: Any) -> None:
+        _check_within(what, number, about)
+
+    value = values.frozen(value)
+    if about.per_model and values.is_list(value) and not values.is_filtered(value):
+        if not value:
+            raise RequestError(f"{name} is an empty list; give a number, or one for each model")
+        for number, entry in enumerate(value, 1):
+            values.check(f"{name} of model {number}", entry, within)
+    else:
+        values.check(name, value, within)
+    return value
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
@@ -224,23 +344,16 @@ def _check_whole(name: str, value: Any, about: Setting) -> None:
         raise RequestError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}")
 
 
-def _check_per_tensor(name: str, value: Mapping[Any, Any], about: Setting) -> None:
-    for tensor, number in value.items():
-        if not isinstance(tensor, str):
-            raise RequestError(f"{name} per tensor must be given by tensor names, got the key {shown(tensor)}")
-        high = math.inf if about.high is None else about.high
-        check_number(f"{name} of {shown(tensor)}", number, about.low or 0.0, high)
-        if tensor.startswith("model.") and tensor.removeprefix("model.") in value:
-            raise RequestError(
-                f"{name} is given for {shown(tensor)} and for {shown(tensor.removeprefix('model.'))}, which are one "
-                f"tensor; give one of them"
-            )
+def _where(tensor: str | TensorTask) -> values.Where:
+    return values.Where(tensor, 0.0) if isinstance(tensor, str) else values.Where(tensor.name, tensor.depth)
 
 
 def _plain(each: Declared, value: Any) -> Any:
-    """A value as records hold it: numbers as floats, mappings in the order of their names."""
-    if isinstance(value, Mapping):
-        return {name: float(number) for name, number in sorted(value.items())}
+    """A value as records hold it: numbers as floats, mappings in the order of their names, lists for tuples."""
+    if each.about.form is not None:
+        return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, (Mapping, tuple)):
+        return values.plain(value)
     if each.about.choices or each.about.whole or value is None:
         return value
     return value if isinstance(value, (bool, str)) else float(value)

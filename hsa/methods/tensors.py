@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from hsa.architectures.base import Partition, TensorInfo, TensorPlace
+
+Layout = Literal["flat", "rows", "whole", "heads"]
+"""How a tensor is cut into blocks of float32 [rows, columns].
+
+- `flat`: as one row [1, n] in the order of its elements. Blocks begin at multiples of 1,024 elements.
+- `rows`: whole rows, of which one is what lies at an index of the first axis. Blocks begin at multiples of 1,024
+  elements too; a vector is one row.
+- `whole`: one block, the tensor as a matrix; a vector is one column.
+- `heads`: each attention head is a group by itself.
+"""
+
+UNIT = 1024
+"""Elements of which blocks are multiples, but for heads and for the last of a tensor."""
+
+
+class LayerSpan(NamedTuple):
+    """Where a tensor lies in a stack of layers: the stack, the number of its layer, and how many there are."""
+
+    stack: str
+    layer: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -17,6 +39,9 @@ class TensorTask:
     first, then the models in their order. `out_code` is the element type of the result, `output_name` its name in the
     output. A tensor that is not `merged` is the anchor's in another element type; one that is not `listed` is in no
     record. `load_codes` are the element types that each source is cast to before any arithmetic; None for none.
+    `layout` says how it is cut into blocks. `numbers` are the positions of its models among the `models_given`, of
+    which it may lack some. `span` is its layer, None outside of any; `depth` says how far down the layers it lies, from
+    0.0 to 1.0.
     """
 
     name: str
@@ -32,6 +57,11 @@ class TensorTask:
     merged: bool = True
     listed: bool = True
     load_codes: Mapping[str, str] | None = None
+    layout: Layout = "flat"
+    numbers: tuple[int, ...] = ()
+    models_given: int = 0
+    span: LayerSpan | None = None
+    depth: float = 0.0
 
     @property
     def stored(self) -> TensorInfo:
@@ -41,12 +71,22 @@ class TensorTask:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The shape as rows and columns; a vector is one column."""
+        """Rows and columns of the arrays that a block is cut from: see `Layout`."""
+        total = math.prod(self.shape)
+        if self.layout == "flat":
+            return 1, total
+        if self.layout == "rows" and len(self.shape) < 2:
+            return 1, total
         rows = self.shape[0] if self.shape else 1
-        columns = 1
-        for length in self.shape[1:]:
-            columns *= length
-        return rows, columns
+        return rows, total // rows if rows else math.prod(self.shape[1:])
+
+    @property
+    def step(self) -> int:
+        """Elements of which slices and blocks of the tensor are multiples."""
+        if self.layout != "rows":
+            return UNIT
+        columns = self.matrix[1]
+        return columns * (UNIT // math.gcd(columns, UNIT)) if columns else UNIT
 
     @property
     def group_size(self) -> int:
@@ -55,6 +95,30 @@ class TensorTask:
 
     def blocks(self, group: int, elements: int, count: int = 1) -> Iterator[tuple[slice, slice]]:
         """Row and column ranges that cover `count` groups from one on, each of at most about `elements` elements."""
+        rows, columns = self.matrix
+        if self.layout == "whole":
+            yield slice(0, rows), slice(0, columns)
+        elif self.layout == "flat":
+            yield from self.part_blocks(columns, elements)
+        elif self.layout == "rows":
+            yield from self.part_blocks(rows * columns, elements)
+        else:
+            yield from self._head_blocks(group, elements, count)
+
+    def part_blocks(self, total: int, elements: int) -> Iterator[tuple[slice, slice]]:
+        """The same for so many elements of a flat tensor, or of whole rows."""
+        per_block = max(1, elements // self.step) * self.step
+        if self.layout == "flat":
+            for first in range(0, total, per_block):
+                yield slice(0, 1), slice(first, min(first + per_block, total))
+            return
+        columns = self.matrix[1]
+        if columns:
+            rows, step = total // columns, per_block // columns
+            for row in range(0, rows, step):
+                yield slice(row, min(row + step, rows)), slice(0, columns)
+
+    def _head_blocks(self, group: int, elements: int, count: int) -> Iterator[tuple[slice, slice]]:
         rows, columns = self.matrix
         first, last = group * self.group_size, (group + count) * self.group_size
         if self.partition.axis == 0:

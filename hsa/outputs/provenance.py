@@ -15,6 +15,7 @@ from hsa.architectures.base import Architecture, Partition
 from hsa.architectures.registry import architectures, named
 from hsa.errors import ProvenanceError, RequestError, shown
 from hsa.methods.base import Method
+from hsa.methods.copied import decision_from
 from hsa.methods.json_fields import count, mapping, text
 from hsa.methods.registry import methods
 from hsa.methods.settings import Settings
@@ -173,7 +174,7 @@ def _sound_target(
     shape = tuple(map(count, entry["shape"]))
     if groups < 1 or axis > 1 or (groups > 1 and (axis >= len(shape) or shape[axis] % groups)):
         raise ValueError(f"shape {shown(list(shape))} has no {groups} groups along axis {axis}")
-    decision = method.from_dict(mapping(entry["decision"]), groups, settings)
+    decision = decision_from(method, mapping(entry["decision"]), groups, settings)
     place = architecture.place(name)
     canonical = architecture.canonical(name)
     return TensorRecord(name, canonical, place, shape, text(entry["dtype"]), Partition(axis, groups), decision)

@@ -11,6 +11,7 @@ from typing import Any
 
 from hsa.architectures.base import Architecture
 from hsa.methods.base import Method
+from hsa.methods.copied import decision_dict
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorRecord
 from hsa.outputs import format1
@@ -71,7 +72,7 @@ class Record:
             "dtype": target.code,
             "groups": target.partition.groups,
             "axis": target.partition.axis,
-            "decision": self.method.as_dict(target.decision),
+            "decision": decision_dict(self.method, target.decision),
         }
 
     def with_targets(self, targets: Iterable[TensorRecord]) -> Record:

@@ -8,9 +8,9 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hsa.architectures.base import Architecture, ModelCounts, Partition, TensorInfo, TensorPlace
+from hsa.architectures.base import Architecture, ModelCounts, Partition, TensorInfo
 from hsa.errors import HsaError, RequestError, shown
-from hsa.methods.base import Method, Treatment
+from hsa.methods.base import Method, Treatment, treatment_of
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorRecord
 from hsa.option_names import as_keys, spelled
@@ -62,10 +62,10 @@ def setting_faults(record: Record) -> Iterator[str]:
 
 
 def listed_treatment(
-    method: Method[Any, Any], settings: Settings, name: str, ref: TensorRef, place: TensorPlace | None
+    method: Method[Any, Any], settings: Settings, name: str, ref: TensorRef, family: Architecture
 ) -> Treatment | None:
     """What a method does with a tensor of these weights where its record lists it, else None."""
-    treatment = method.treatment(TensorInfo(name, ref.code, ref.shape), place, settings)
+    treatment = treatment_of(method, settings, TensorInfo(name, ref.code, ref.shape), family)
     return treatment if treatment.kind == "merge" and treatment.listed else None
 
 
@@ -83,7 +83,7 @@ def target_faults(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
         return
     stored: dict[str, tuple[TensorRef, Treatment]] = {}
     for name, ref in checkpoint.tensors.items():
-        treatment = listed_treatment(method, settings, name, ref, family.place(name))
+        treatment = listed_treatment(method, settings, name, ref, family)
         if treatment is not None:
             stored[name] = ref, treatment
     recorded = {target.canonical for target in record.targets}
@@ -130,7 +130,7 @@ def target_faults_without_weights(record: Record) -> Iterator[str]:
     width = record.targets[0].shape[0] if record.targets and record.targets[0].shape else 0
     for target in record.targets:
         ref = TensorRef(target.name, target.code, target.shape, 0, 0, 0)
-        treatment = listed_treatment(record.method, settings, target.canonical, ref, target.place)
+        treatment = listed_treatment(record.method, settings, target.canonical, ref, record.architecture)
         if treatment is None:
             continue
         expected = (width,) * len(target.shape)  # every projection of a model is as wide as the model
@@ -145,7 +145,7 @@ def _preset_faults(
 ) -> Iterator[str]:
     """Whether the targets are those of a preset, where the method has one."""
     preset = getattr(settings, "targets", None)
-    if preset is None:
+    if preset is None or settings.limited:
         return
     recorded = {target.canonical for target in record.targets}
     absent = [name for name in family.expected_targets(layers, preset) if name not in recorded]

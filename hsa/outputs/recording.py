@@ -95,8 +95,9 @@ def target_digest(role: Role, outcomes: Sequence[Outcome]) -> str:
     """
     lines = []
     for outcome in outcomes:
-        ref = outcome.task.sources[role]
-        lines.append((outcome.task.name, ref.code, ref.shape, outcome.digests[role]))
+        ref = outcome.task.sources.get(role)
+        if ref is not None:
+            lines.append((outcome.task.name, ref.code, ref.shape, outcome.digests[role]))
     return tensors_digest(lines)
 
 

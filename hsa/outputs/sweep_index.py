@@ -17,6 +17,7 @@ from typing import Any
 
 from hsa.architectures.base import Architecture
 from hsa.errors import RequestError
+from hsa.methods.copied import untouched_groups
 from hsa.methods.tensors import TensorRecord
 from hsa.option_names import LETTERS
 from hsa.outputs.grid_point import GridPoint, name_starts
@@ -103,7 +104,7 @@ class SweepEntry:
 def _merged(record: Record, target: TensorRecord) -> tuple[int, ...]:
     """The groups of a target that are not the anchor's."""
     groups = target.partition.groups
-    return tuple(sorted(set(range(groups)) - record.method.untouched(groups, target.decision)))
+    return tuple(sorted(set(range(groups)) - untouched_groups(record.method, groups, target.decision)))
 
 
 def render(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
+from hsa.methods.base import Method
+from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask
 from hsa.system.dtypes import STORAGE, Array, narrow, widen
 
@@ -24,6 +27,18 @@ def equal_pairs(task: TensorTask, raw: Mapping[str, Array]) -> frozenset[tuple[s
         for one, two in combinations(raw, 2)
         if _equal(task.sources[one].code, raw[one], task.sources[two].code, raw[two])
     )
+
+
+def may_be_copied(task: TensorTask, method: Method[Any, Any], settings: Settings) -> bool:
+    """Whether a tensor is copied where it is equal in all sources, which have to be compared for that."""
+    one_code = len({ref.code for ref in task.sources.values()}) == 1
+    return task.merged and task.listed and task.layout != "heads" and one_code and method.copies_equal(settings)
+
+
+def all_equal(task: TensorTask, pairs: frozenset[tuple[str, str]]) -> bool:
+    """Whether these pairs of equal sources are all pairs that there are."""
+    roles = len(task.sources)
+    return len(pairs) == roles * (roles - 1) // 2
 
 
 def _equal(first: str, one: Array, second: str, two: Array) -> bool:

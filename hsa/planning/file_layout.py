@@ -20,8 +20,9 @@ from hsa.system.strict_json import MAX_MARKS, count_marks
 SLICE_ELEMENTS = 1 << 18
 """Elements of a streamed tensor that are in memory at a time."""
 
-MAX_WHOLE = 4 << 20
-"""Bytes of a tensor that is not measured, up to which it is computed at once instead of in slices."""
+MAX_WHOLE = 24 << 20
+"""Bytes of a tensor in all sources and of its result, up to which one thread computes it at once. Larger ones are cut
+into slices that threads share."""
 
 SHARD_BYTES = 5 * 10**9
 """Tensor bytes of a file where no source has safetensors files whose layout could be kept."""
@@ -82,8 +83,16 @@ Content = Bytes | Copy | Computed
 
 
 def is_whole(task: TensorTask) -> bool:
-    """Whether a tensor is computed at once: every measured one, and listed ones that are no larger than those."""
-    return task.passes > 0 or (task.listed and all(ref.nbytes <= MAX_WHOLE for ref in task.sources.values()))
+    """Whether a tensor is computed at once by one thread: heads and matrices always, and listed ones that are small."""
+    if task.layout in ("heads", "whole"):
+        return task.passes > 0 or task.listed
+    return task.listed and whole_bytes(task) <= MAX_WHOLE
+
+
+def whole_bytes(task: TensorTask) -> int:
+    """Bytes of a tensor in all sources and of its result."""
+    nbytes: int = sum(ref.nbytes for ref in task.sources.values())
+    return nbytes + math.prod(task.shape) * size(task.out_code)
 
 
 def pieces_of(task: TensorTask) -> tuple[Computed, ...]:
@@ -91,7 +100,8 @@ def pieces_of(task: TensorTask) -> tuple[Computed, ...]:
     total = math.prod(task.shape)
     if is_whole(task):
         return (Computed(task, 0, total),)
-    return tuple(Computed(task, first, min(SLICE_ELEMENTS, total - first)) for first in range(0, total, SLICE_ELEMENTS))
+    count = max(1, SLICE_ELEMENTS // task.step) * task.step
+    return tuple(Computed(task, first, min(count, total - first)) for first in range(0, total, count))
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,18 @@ def make_plan(settings: Settings, sources: Sources, max_shard_size: int | None =
         index=index,
         weight_bytes_read=_bytes_read(written, sources),
         output_dtype=_output_dtype(settings, finder.load_codes, sources),
-        notes=tuple(_notes(sources, by_name, names, finder.skipped)),
+        notes=tuple(_notes(sources, by_name, names, finder)),
     )
+
+
+MOST_NAMED = 5
+"""Tensors that a note names."""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of many."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_structure(settings: Settings, sources: Sources) -> None:
@@ -129,7 +139,7 @@ def _other_content(name: str, stored: str, finder: TaskFinder) -> TensorContent:
     anchor = finder.sources.anchor_checkpoint
     ref = anchor.tensors[name]
     code = finder.out_code(ref.code)
-    treatment = finder.treatment(name, ref, finder.family.place(name))
+    treatment = finder.treatment(name, ref)
     merged = treatment.kind == "merge" and not treatment.listed
     if code == ref.code and not merged:
         return TensorContent(stored, code, ref.shape, (Copy(anchor.role, ref),))
@@ -173,7 +183,7 @@ def _output_dtype(settings: Settings, load_codes: Mapping[str, str] | None, sour
 
 
 def _notes(
-    sources: Sources, targets: Mapping[str, TensorTask], written: Mapping[str, str], skipped: Sequence[str]
+    sources: Sources, targets: Mapping[str, TensorTask], written: Mapping[str, str], finder: TaskFinder
 ) -> Iterator[str]:
     anchor = sources.anchor_checkpoint
     for source in sources:
@@ -190,10 +200,15 @@ def _notes(
                 yield (
                     f"{name} has shape {list(ref.shape)} in {anchor.role} and {list(counterpart.shape)} in {other.role}"
                 )
-    if skipped:
+    if finder.skipped:
         yield (
-            f"{len(skipped)} tensors stay {anchor.role}'s, for another source lacks them or has them in another shape "
-            f"or type, such as {skipped[0]}"
+            f"{len(finder.skipped)} tensors stay {anchor.role}'s, for another source lacks them or has them in another "
+            f"shape or type: {some(finder.skipped)}"
+        )
+    if finder.reduced:
+        yield (
+            f"{len(finder.reduced)} tensors are merged of some of the models, for the others lack them or have them in "
+            f"another shape or type: {some(finder.reduced)}"
         )
     tie = sources.architecture.tie
     if tie is not None and tie.output in written:

@@ -8,9 +8,9 @@ from typing import Any
 
 from hsa.architectures.base import ModelCounts, Partition, TensorInfo, TensorPlace
 from hsa.errors import MismatchError, RequestError, SourceError, shown
-from hsa.methods.base import Method, Treatment
-from hsa.methods.settings import Settings
-from hsa.methods.tensors import TensorTask
+from hsa.methods.base import Method, Treatment, treatment_of
+from hsa.methods.settings import Settings, declared
+from hsa.methods.tensors import LayerSpan, TensorTask
 from hsa.option_names import option
 from hsa.planning.script_dtypes import load_codes
 from hsa.sources import structure
@@ -52,12 +52,19 @@ def check_candidate(planned: Settings, settings: Settings, tasks: Sequence[Tenso
 
 
 def check_names(settings: Settings, tasks: Sequence[TensorTask]) -> None:
-    """RequestError where a setting is given for a tensor that is no target, or not for one that is."""
+    """RequestError where a setting is given for a tensor that is no target, or not for one that is, or for another
+    number of models than are merged."""
     if any(settings.per_tensor()):
         refuse_unknown_names(settings, {task.name for task in tasks})
-    for name, _ in settings.per_tensor():
+    for each in declared(type(settings)):
+        value = getattr(settings, each.name)
+        if each.about.form is not None or not isinstance(value, (Mapping, tuple)):
+            continue
         for task in tasks:
-            settings.of(name, task.name)
+            if each.about.per_model:
+                settings.each(each.name, task)
+            else:
+                settings.of(each.name, task)
 
 
 def refuse_unknown_names(settings: Settings, names: Collection[str]) -> None:
@@ -91,6 +98,9 @@ class TaskFinder:
         self._layers: int | None = getattr(settings, "num_layers", None)
         self._counts: dict[str, ModelCounts] = {}
         self.skipped: list[str] = []
+        self.reduced: list[str] = []
+        self._least = method.contract.least
+        self._spans: dict[str, int] = {}
 
     def targets(self) -> list[TensorTask]:
         """Every task that is listed in the record, in the order of the anchor's files; at least one."""
@@ -98,14 +108,13 @@ class TaskFinder:
         for source in self.sources:
             for name, ref in source.tensors.items():
                 if name not in names:
-                    place = self.family.place(name)
-                    treatment = self.treatment(name, ref, place)
+                    treatment = self.treatment(name, ref)
                     if treatment.kind == "merge" and treatment.listed:
-                        names[name] = place, treatment
+                        names[name] = self.family.place(name), treatment
         if not names:
             raise self._nothing_to_merge()
         refuse_unknown_names(self.settings, names)
-        if self.preset is not None:
+        if self.preset is not None and not self.settings.limited:
             self._check_complete(set(names))
         tasks = [self.task(name, place, treatment) for name, (place, treatment) in names.items()]
         merged = [task for task in tasks if task is not None]
@@ -113,9 +122,9 @@ class TaskFinder:
         check_names(self.settings, merged)
         return merged
 
-    def treatment(self, name: str, ref: TensorRef, place: TensorPlace | None) -> Treatment:
+    def treatment(self, name: str, ref: TensorRef) -> Treatment:
         """What the method does with a tensor of that canonical name."""
-        return self.method.treatment(TensorInfo(name, ref.code, ref.shape), place, self.settings)
+        return treatment_of(self.method, self.settings, TensorInfo(name, ref.code, ref.shape), self.family)
 
     def task(self, name: str, place: TensorPlace | None, treatment: Treatment) -> TensorTask | None:
         """One task, checked to agree in its sources. None where they disagree and the method can do without it."""
@@ -124,11 +133,15 @@ class TaskFinder:
         if treatment.by_heads:
             self._check_present(name, refs, roles)
             _require_equal(name, "shape", {role: list(ref.shape) for role, ref in refs.items()})
-        elif len(refs) < len(roles) or len({ref.shape for ref in refs.values()}) > 1 or not _arithmetic(refs):
-            self.skipped.append(name)
-            return None
+        else:
+            fitting = self._fitting(name, refs, roles)
+            if fitting is None:
+                return None
+            refs = fitting
         shape = refs[self.sources.anchor].shape
         partition, layers = self._partition(name, place, shape, treatment, refs)
+        span = self._span(name)
+        models = [role for role in self.sources.roles if role != self.sources.base]
         return TensorTask(
             name=name,
             place=place,
@@ -141,7 +154,57 @@ class TaskFinder:
             output_name=refs[self.sources.anchor].name if self.load_codes is None else f"{self.family.prefix}{name}",
             passes=treatment.passes,
             load_codes=self.load_codes,
+            layout=treatment.layout,
+            numbers=tuple(number for number, role in enumerate(models) if role in refs),
+            models_given=len(models),
+            span=span,
+            depth=self._depth(name, span),
         )
+
+    def _fitting(self, name: str, refs: Mapping[str, TensorRef], roles: Sequence[str]) -> dict[str, TensorRef] | None:
+        """The tensors of the sources that a merge of whole tensors takes: all, or those that agree with the anchor's.
+        None where the anchor's stays."""
+        anchor, base = self.sources.anchor, self.sources.base
+        if anchor not in refs:
+            return None
+        shape = refs[anchor].shape
+        fitting = {role: ref for role, ref in refs.items() if ref.shape == shape and ref.code in ARITHMETIC}
+        if len(fitting) == len(roles):
+            return fitting
+        mode = getattr(self.settings, "on_mismatch", "first")
+        if mode == "error":
+            each = ", ".join(
+                f"{role} {f'{refs[role].code} {list(refs[role].shape)}' if role in refs else 'nothing'}"
+                for role in roles
+            )
+            raise MismatchError(
+                f"tensor {name} is not the same in all sources: {each}; leave out {option('on_mismatch')} to keep "
+                f"{anchor}'s"
+            )
+        models = [role for role in fitting if role != base]
+        lacks_base = base in roles and base not in fitting
+        if mode == "skip-model" and not lacks_base and anchor in fitting and len(models) >= max(2, self._least):
+            self.reduced.append(name)
+            return fitting
+        self.skipped.append(name)
+        return None
+
+    def _span(self, name: str) -> LayerSpan | None:
+        """The layer of a tensor. A stack has as many layers as the anchor holds tensors of."""
+        place = self.family.layer_of(name)
+        if place is None:
+            return None
+        if not self._spans:
+            for other in self.sources.anchor_checkpoint.tensors:
+                if (found := self.family.layer_of(other)) is not None:
+                    self._spans[found[0]] = max(self._spans.get(found[0], 0), found[1] + 1)
+        stack, layer = place
+        return LayerSpan(stack, layer, self._spans.get(stack, layer + 1))
+
+    def _depth(self, name: str, span: LayerSpan | None) -> float:
+        if span is None:
+            return 1.0 if self.family.follows_layers(name) else 0.0
+        return span.layer / (span.layers - 1) if span.layers > 1 else 1.0
 
     def out_code(self, code: str) -> str:
         """The element type of the output for a tensor that the anchor stores in `code`."""
@@ -167,7 +230,7 @@ class TaskFinder:
         """How a tensor is split, and how many layers its stack has."""
         owner = self.sources.anchor if self.load_codes is None else self.sources.base or self.sources.anchor
         layers = 0 if place is None else self._layers or self.counts(owner).layers[place.stack]
-        if treatment.passes:
+        if treatment.by_heads and treatment.passes:
             self._check_measurable(refs)
         if not treatment.by_heads or place is None or not place.has_heads:
             return Partition(), layers
@@ -239,10 +302,6 @@ class TaskFinder:
                         f"{anchor.role} promises it ({family.layers_key(stack)} {layers[stack]}); the checkpoints are "
                         f"incomplete, fetch them again or correct config.json"
                     )
-
-
-def _arithmetic(refs: Mapping[str, TensorRef]) -> bool:
-    return all(ref.code in ARITHMETIC for ref in refs.values())
 
 
 def _require_equal(name: str, what: str, values: Mapping[str, object]) -> None:

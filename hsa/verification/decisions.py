@@ -8,6 +8,7 @@ from typing import Any
 
 from hsa.errors import shown
 from hsa.methods.base import Method
+from hsa.methods.copied import decision_dict
 from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
 
 
@@ -52,7 +53,7 @@ def other_decision(method: Method[Any, Any], recorded: Any, decision: Any) -> st
 
     They are compared as the record writes them.
     """
-    before, after = method.as_dict(recorded), method.as_dict(decision)
+    before, after = decision_dict(method, recorded), decision_dict(method, decision)
     for key in after:
         if before.get(key) != after[key]:
             return f": {key} {shown(before.get(key))} is recorded, the sources give {shown(after[key])}"

@@ -45,7 +45,7 @@ def merged_tensors(
     for name, ref in checkpoint.tensors.items():
         place = family.place(name)
         if record is not None and settings is not None:
-            listed = listed_treatment(record.method, settings, name, ref, place) is not None
+            listed = listed_treatment(record.method, settings, name, ref, family) is not None
         else:
             listed = place is not None and PRESETS[-1] in place.presets
         if listed:

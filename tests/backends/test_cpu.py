@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from hsa import reference
-from hsa.backends import cpu
+from hsa.backends import array_block, cpu
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def test_odd_shapes(kind: str, heads: int, head_dim: int, other: int, small_tile
 @pytest.mark.parametrize(
     ("kind", "heads", "head_dim", "other"),
     [
-        ("weight", 3, 1, cpu.TILE + 77),  # a row wider than a tile
-        ("columns", 1, cpu.TILE + 64, 2),
-        ("bias", 3, cpu.TILE + 1, 1),
+        ("weight", 3, 1, array_block.TILE + 77),  # a row wider than a tile
+        ("columns", 1, array_block.TILE + 64, 2),
+        ("bias", 3, array_block.TILE + 1, 1),
         ("weight", 3, 45, 1001),  # a head of two tiles, the second partial
         ("columns", 5, 33, 1111),
         ("weight", 2, 64, 1024),  # a head of exactly two tiles

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hsa import reference
 from hsa.architectures.base import Partition
-from hsa.backends import cpu
+from hsa.backends import array_block
 from hsa.backends.base import NotFinite
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.tensors import TensorTask
@@ -113,13 +113,14 @@ def slice_of(primary: Tensor, base: Tensor | None, out: torch.dtype, scale: floa
     held = np.full(primary.numel() * out.itemsize, POISON, np.uint8)
     worker = new_worker(HsaSettings(non_attention_scale=scale))
     buffers = {role: buffer(tensor) for role, tensor in sources.items()}
-    worker.slice(Computed(task, 0, primary.numel()), buffers, held)
+    decision = worker.method.decide(task, None, worker.settings, None) if task.merged else None
+    worker.slice(Computed(task, 0, primary.numel()), buffers, held, decision, None)
     assert all(buffers[role].tobytes() == raw_bytes(tensor) for role, tensor in sources.items())
     return held.tobytes()
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.7, -0.5, 2.0])
-@pytest.mark.parametrize("elements", [1, 63, cpu.TILE, cpu.TILE + 1])
+@pytest.mark.parametrize("elements", [1, 63, array_block.TILE, array_block.TILE + 1])
 def test_scaled_slices(elements: int, scale: float) -> None:
     for base_dtype, dtype, out in product(DTYPES, repeat=3):
         case = draw((elements,), 1, dtypes=(base_dtype, dtype, dtype))
@@ -127,7 +128,7 @@ def test_scaled_slices(elements: int, scale: float) -> None:
         assert ours == raw_bytes(reference.merge_other(case.base, case.primary, scale=scale, out_dtype=out))
 
 
-@pytest.mark.parametrize("elements", [1, 63, cpu.TILE, 2 * cpu.TILE + 1])
+@pytest.mark.parametrize("elements", [1, 63, array_block.TILE, 2 * array_block.TILE + 1])
 def test_cast_slices(elements: int) -> None:
     for dtype, out in product(DTYPES, repeat=2):
         primary = draw((elements,), 1, dtypes=(dtype,) * 3).primary
@@ -156,7 +157,7 @@ def test_float32_is_rounded_to_nearest_even(bits: Any, out: torch.dtype) -> None
 
 @pytest.mark.parametrize("base", [None, "base"])
 def test_slices_that_are_not_finite(base: str | None) -> None:
-    case = draw((cpu.TILE + 5,), 1)
+    case = draw((array_block.TILE + 5,), 1)
     start = case.base if base else None
     case.primary[-1] = math.nan
     with pytest.raises(NotFinite) as caught:

@@ -205,7 +205,7 @@ def completed(words: str) -> set[str]:
 
 def test_the_shell_completes_commands_and_options() -> None:
     assert completed("hsa in") == {"inspect"}
-    assert completed("hsa merge --no-") == {"--no-hash", "--no-sync"}
+    assert completed("hsa merge --no-") == {"--no-hash", "--no-normalize", "--no-sync"}
     assert {"--k", "--lambda", "--threads"} <= completed("hsa merge --")
 
 

@@ -297,16 +297,19 @@ def test_slices_cover_a_tensor_once(elements: int) -> None:
 @pytest.mark.parametrize(
     ("options", "elements", "whole"),
     [
-        ({"passes": TARGET.passes}, 2 * SLICE_ELEMENTS, True),
-        ({"passes": 2, "listed": False}, file_layout.MAX_WHOLE, True),
-        ({"listed": True}, file_layout.MAX_WHOLE // 4, True),
-        ({"listed": True}, file_layout.MAX_WHOLE // 4 + 1, False),
+        ({"layout": "heads", "passes": TARGET.passes}, 2 * SLICE_ELEMENTS, True),
+        ({"layout": "whole", "listed": True}, 3 * SLICE_ELEMENTS, True),
+        ({"listed": True}, file_layout.MAX_WHOLE // 10, True),
+        ({"listed": True}, file_layout.MAX_WHOLE // 10 + 1, False),
+        ({"listed": True, "passes": 2}, file_layout.MAX_WHOLE // 10, True),
+        ({"listed": True, "passes": 2}, file_layout.MAX_WHOLE // 10 + 1, False),
         ({"listed": False}, 1, False),
     ],
 )
-def test_what_is_measured_is_one_piece_and_what_is_listed_where_it_is_small(
+def test_heads_and_matrices_are_one_piece_and_what_is_listed_where_it_is_small(
     options: dict[str, Any], elements: int, whole: bool
 ) -> None:
+    """Two sources of float32 and a result of float16: ten bytes an element."""
     ref = TensorRef("t", "F32", (elements,), 0, 0, 4 * elements)
     task = task_of(ref, "F16", base=True, **options)
     pieces = pieces_of(task)

@@ -38,6 +38,10 @@ OTHER_STRUCTURES: tuple[dict[str, Any], ...] = (
     {"numerics": "reference"},
     {"numerics": "reference", "load_dtype": "float32"},
     {"dtype": "float16"},
+    {"only": ("encoder.layers.0.*",)},
+    {"exclude": ("encoder.layers.0.*",)},
+    {"layers": "0"},
+    {"stack": "encoder"},
 )
 
 

@@ -75,6 +75,7 @@ class Case:
             out_code=CODES[self.out_dtype],
             output_name=place.name,
             passes=TARGET.passes,
+            layout="heads",
         )
 
     def settings(self) -> HsaSettings:

@@ -26,6 +26,7 @@ from hsa.backends.choose import resolve
 from hsa.backends.resident import CpuResident, Resident
 from hsa.errors import RequestError, one_line, shown, warn
 from hsa.findings import Findings
+from hsa.methods.copied import untouched_groups
 from hsa.methods.hsa import Hsa, HsaSettings
 from hsa.methods.registry import method_named
 from hsa.methods.settings import PerTensor, Settings
@@ -268,7 +269,7 @@ class Merger:
         method, outcomes = targets.method, []
         for task, measured in zip(targets.tasks, self._measured, strict=True):
             decision = method.decide(task, measured, targets.settings, None)
-            changed = changed_ranges(task, method.untouched(task.partition.groups, decision))
+            changed = changed_ranges(task, untouched_groups(method, task.partition.groups, decision))
             outcomes.append(Outcome(task, decision, changed, {}, self._equal[task.name]))
         return outcomes
 
@@ -306,7 +307,7 @@ def _refuse_more_than_targets(targets: Targets, sources: Sources) -> None:
     if not method.elementwise:
         raise RequestError("a Merger keeps exact numerics in memory; use hsa.merge for numerics 'reference'")
     for name, ref in sources.anchor_checkpoint.tensors.items():
-        treatment = finder.treatment(name, ref, sources.architecture.place(name))
+        treatment = finder.treatment(name, ref)
         if treatment.kind == "merge" and not treatment.listed:
             raise RequestError(
                 f"{treatment.needed_by} changes {shown(ref.name)}, and a Merger writes target tensors alone; use "
