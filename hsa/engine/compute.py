@@ -243,7 +243,7 @@ class ComputeThread:
 
 def not_finite_error(error: NotFinite, task: TensorTask, sources: Sources, method: Method[Any, Any]) -> NonFiniteError:
     """The error that names file, tensor and head."""
-    head = "" if error.group is None or not task.passes else f", head {error.group}"
+    head = "" if error.group is None or task.layout != "heads" else f", head {error.group}"
     scripted = not method.elementwise
     if error.role is not None:
         ref, source = task.sources[error.role], sources.of(error.role)

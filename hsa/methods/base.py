@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from hsa.architectures.base import Architecture, TensorInfo, TensorPlace
 from hsa.errors import RequestError
 from hsa.findings import Findings
+from hsa.methods.copied import COPIED
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import (
     CardText,
@@ -316,7 +317,7 @@ class Method(ABC, Generic[S, D]):
 
     def summary(self, outcomes: Sequence[Outcome]) -> Summary:
         """How much a finished merge merged."""
-        return TensorCount(len(outcomes))
+        return TensorCount(len(outcomes), copied=sum(outcome.decision is COPIED for outcome in outcomes))
 
     def recorded_summary(self, records: Sequence[TensorRecord]) -> Summary:
         """How much a merge merged, as far as its record tells."""

@@ -231,7 +231,8 @@ class CardText:
 
 @dataclass(frozen=True)
 class TensorCount:
-    """How much a merge of whole tensors merges, or, where it is `planned`, will merge.
+    """How much a merge of whole tensors merges, or, where it is `planned`, will merge. `copied` counts those that are
+    equal in all sources.
 
     Example:
         >>> TensorCount(12).text
@@ -240,6 +241,7 @@ class TensorCount:
 
     tensors: int
     planned: bool = False
+    copied: int = 0
 
     @property
     def counted(self) -> str:
@@ -251,7 +253,8 @@ class TensorCount:
 
     @property
     def text(self) -> str:
-        return self.counted
+        copied = f", {self.copied} of them equal in all sources and copied" if self.copied else ""
+        return f"{self.counted}{copied}"
 
     def counts(self) -> dict[str, Any]:
         return {}

@@ -168,7 +168,7 @@ def _name(segment: Segment) -> str:
 
 def _describe(difference: _ByteDifference) -> str:
     content, head = difference.segment.content, ""
-    if isinstance(content, Computed) and content.task.passes and content.task.place is not None:
+    if isinstance(content, Computed) and content.task.layout == "heads" and content.task.place is not None:
         task, place = content.task, content.task.place
         element = (difference.offset - difference.segment.offset) // size(task.out_code)
         head = head_text(place, task.shape, task.partition.groups, element)

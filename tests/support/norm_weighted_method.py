@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 
 from hsa.architectures import TensorInfo, TensorPlace
-from hsa.methods import KEEP, Block, Contract, Method, Settings, TensorTask, Treatment, setting
+from hsa.methods import (
+    KEEP,
+    Block,
+    Contract,
+    Method,
+    Settings,
+    TensorTask,
+    Treatment,
+    block_sums,
+    setting,
+    total,
+)
 
 Weights = tuple[float, ...]
 
@@ -28,13 +39,12 @@ class NormWeighted(Method[NormWeightedSettings, Weights]):
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: NormWeightedSettings) -> Treatment:
         return KEEP if place is None else Treatment("merge", passes=1)
 
-    def measure(self, block: Block, number: int, so_far: Weights | None) -> list[float]:
-        squares = (np.square(block.task_vector(role), dtype=np.float64) for role in block.models)
-        return [math.fsum(np.add.reduce(square, axis=0)) for square in squares]
+    def measure(self, block: Block, number: int, so_far: Weights | None) -> list[np.ndarray]:
+        return [block_sums(np.square(block.task_vector(role), dtype=np.float64)) for role in block.models]
 
-    def gather(self, task: TensorTask, sums: Sequence[Sequence[list[float]]]) -> list[float]:
-        blocks = [block for group in sums for block in group]
-        return [math.sqrt(math.fsum(column)) for column in zip(*blocks, strict=True)]
+    def gather(self, task: TensorTask, sums: Sequence[Sequence[list[np.ndarray]]]) -> list[float]:
+        (blocks,) = sums  # the tensor is one group
+        return [math.sqrt(total(squares)) for squares in zip(*blocks, strict=True)]
 
     def decide(
         self, task: TensorTask, measured: list[float], settings: NormWeightedSettings, so_far: Weights | None
