@@ -72,8 +72,8 @@ def programs(triple: Path, dtype: str, gate: Gate, mergekit: str | None) -> list
         Program("full load (transformers)", full, whole=True, slow=True, check=gate.full_load),
     ]
     if mergekit is not None:
-        script = str(HERE / "mergekit_task_arithmetic.py")
-        command = (mergekit, script, *sources, "{out}", f"--dtype={dtype}")
+        script = str(HERE / "mergekit_merge.py")
+        command = (mergekit, script, "task_arithmetic", "{out}", *sources, f"--dtype={dtype}")
         kit = Program("mergekit task_arithmetic", command, whole=True, slow=True, check=gate.task_arithmetic)
         found.append(kit)
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from cases import ALPHA, LAM, K
-from mergekit_task_arithmetic import WEIGHT
+from mergekit_merge import WEIGHT
 from safetensors import safe_open
 
 from hsa.actions.merge import Request, dry_run

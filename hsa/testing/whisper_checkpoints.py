@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -313,13 +313,15 @@ def write_triple(
     max_shard_bytes: int | None = None,
     prefix: str = "model.",
     processor: bool = True,
+    more: Sequence[str] = (),
 ) -> dict[str, Path]:
     """Writes `root/base`, `root/primary` and `root/secondary` and returns the three directories by role.
 
     The files equal those of three `write_checkpoint` calls, byte for byte; base's numbers are drawn once for
-    all three. Arguments and errors are those of `write_checkpoint`.
+    all three. `more` are names of further fine-tunes of the same base. Other arguments, and errors, are those of
+    `write_checkpoint`.
     """
-    directories: dict[str, Path] = {role: Path(root) / role for role in _ROLES}
+    directories: dict[str, Path] = {role: Path(root) / role for role in (*_ROLES, *more)}
     _write_roles(
         directories,
         shape,
