@@ -333,6 +333,7 @@ class CpuProblem(Problem):
             out_code=CODE_OF[mix.out],
             output_name=name,
             passes=TARGET.passes,
+            layout="heads",
         )
 
     def _job(self, of: Sources, g: int) -> TaskBuffers:
