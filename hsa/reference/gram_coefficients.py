@@ -1,0 +1,228 @@
+"""Coefficients of linear combinations from a Gram matrix, in plain torch and Python.
+
+The Gram matrix of a tensor is ``G_ij = <v_i, v_j>``, where the vectors ``v_i`` are task vectors, or the models where a
+method uses no base. An entry is a float64 sum of products, which are exact where the vectors are float32: blocks of
+1,024 elements are summed by halves (`block_sums`), then their sums one after another (`total`). Coefficients are
+computed in float64 by Python's ``math``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+Gram = list[list[float]]
+"""The products of every two vectors [N][N]."""
+
+Coefficients = list[float]
+"""One factor for each vector [N]."""
+
+
+# --- sums in a fixed order --------------------------------------------------------------------------------------------
+
+
+def block_sums(values: Tensor) -> Tensor:
+    """Float64 [..., n] to [..., ceil(n / 1024)]: each block of 1,024, the last padded with zeros, summed by halves."""
+    length = values.shape[-1]
+    blocks = -(-length // BLOCK)
+    padded = torch.zeros(*values.shape[:-1], blocks * BLOCK, dtype=torch.float64)
+    padded[..., :length] = values
+    sums = padded.view(*values.shape[:-1], blocks, BLOCK)
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
+
+
+def total(parts: Tensor) -> Tensor:
+    """Float64 [..., k] to [...]: the sums added one after another; 0 of none."""
+    if parts.shape[-1] == 0:
+        return torch.zeros(parts.shape[:-1], dtype=torch.float64)
+    result = parts[..., 0].clone()
+    for each in range(1, parts.shape[-1]):
+        result += parts[..., each]
+    return result
+
+
+def column_sums(values: Tensor) -> Tensor:
+    """Float64 [rows, columns] to [columns]: neighbouring rows are added in pairs, again and again; missing rows are
+    zeros."""
+    while len(values) > 1:
+        if len(values) % 2:
+            values = torch.cat([values, torch.zeros_like(values[:1])])
+        values = values[0::2] + values[1::2]
+    return values[0]
+
+
+def gram_matrices(vectors: Sequence[Tensor], sums: Callable[[Tensor], Tensor]) -> list[Gram]:
+    """The Gram matrix of each group, where ``sums`` adds the products over each group: [groups]."""
+    wide = [vector.double() for vector in vectors]
+    count = len(wide)
+    entries = {(i, j): sums(wide[i] * wide[j]).tolist() for i in range(count) for j in range(i, count)}
+    groups = range(len(entries[0, 0]))
+    return [[[entries[min(i, j), max(i, j)][g] for j in range(count)] for i in range(count)] for g in groups]
+
+
+# --- coefficients -----------------------------------------------------------------------------------------------------
+
+
+def norm_product(gram: Gram, i: int, j: int) -> float:
+    """``|v_i| * |v_j|``, exact where both are equally long."""
+    return math.sqrt(gram[i][i] * gram[j][j])
+
+
+def clamped(cosine: float) -> float:
+    return max(-1.0, min(1.0, cosine))
+
+
+def linear_coefficients(weights: Sequence[float], normalize: bool) -> Coefficients:
+    """``w_i / sum w``, or ``w_i``. Raises ValueError where weights that are to be normalized sum to 0."""
+    if not normalize:
+        return list(weights)
+    whole = math.fsum(weights)
+    if whole == 0.0:
+        raise ValueError("the weights sum to 0")
+    return [weight / whole for weight in weights]
+
+
+def task_arithmetic_coefficients(weights: Sequence[float], lam: float, normalize: bool) -> Coefficients:
+    """``lam * w_i``, over ``sum w`` with normalize; a sum below 1e-8 counts as 1."""
+    whole = math.fsum(weights) if normalize else 1.0
+    if abs(whole) < 1e-8:
+        whole = 1.0
+    return [lam * weight / whole for weight in weights]
+
+
+def slerp_coefficients(gram: Gram, t: float) -> Coefficients:
+    """Along the arc between two vectors; on the straight line where one is zero, or their cosine exceeds 0.9995."""
+    product = norm_product(gram, 0, 1)
+    if product == 0.0:
+        return [1.0 - t, t]
+    cosine = clamped(gram[0][1] / product)
+    if abs(cosine) > 0.9995:
+        return [1.0 - t, t]
+    return on_the_arc(cosine, t)
+
+
+def on_the_arc(cosine: float, t: float) -> Coefficients:
+    """``sin((1 - t) o) / sin(o)`` and ``sin(t o) / sin(o)`` with ``o`` the angle."""
+    angle = math.acos(cosine)
+    sine = math.sin(angle)
+    return [math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine]
+
+
+def nuslerp_coefficients(gram: Gram, weights: Sequence[float]) -> Coefficients:
+    """Along the arc, on the straight line where ``abs(sin o) < 1e-8``. A vector shorter than 1e-7 counts as that long
+    where the cosine is formed, so that a zero vector lies at a right angle to all.
+
+    Where the cosine is within 2**-46 of 1 or -1, rounding leaves no angle, and the line is taken too: between opposite
+    vectors the arc would multiply that rounding by 1e8.
+    """
+    whole = math.fsum(weights)
+    t = 0.5 if abs(whole) < 1e-6 else weights[1] / whole
+    shortest = 1e-7 * 1e-7
+    cosine = clamped(gram[0][1] / math.sqrt(max(gram[0][0], shortest) * max(gram[1][1], shortest)))
+    if 1.0 - abs(cosine) < 2.0**-46 or abs(math.sin(math.acos(cosine))) < 1e-8:
+        return [1.0 - t, t]
+    return on_the_arc(cosine, t)
+
+
+def multislerp_coefficients(gram: Gram, weights: Sequence[float], normalize_weights: bool, eps: float) -> Coefficients:
+    """The direction of ``m = sum w_i u_i`` with ``u_i = v_i / (|v_i| + eps)``, as long as ``sum w_i |v_i|``.
+
+    Where ``m`` is shorter than eps, or than float32 could tell from zero, two vectors are combined by their weights,
+    and so are zero vectors. Raises ValueError where there are more, or where weights to be normalized sum to 0.
+    """
+    weights = linear_coefficients(weights, normalize_weights)
+    count = range(len(weights))
+    norms = [math.sqrt(gram[i][i]) for i in count]
+    if not any(norms):
+        return weights
+    factors = [weights[i] / (norms[i] + eps) if norms[i] + eps > 0.0 else 0.0 for i in count]
+    length = combined_length(factors, gram)
+    rounding = 2.0**-24 * math.fsum(abs(factors[i]) * norms[i] for i in count)
+    if length < eps or length <= rounding:
+        if len(weights) == 2:
+            return weights
+        raise ValueError("the weighted directions cancel")
+    size = math.fsum(weights[i] * norms[i] for i in count)
+    return [size / length * factor for factor in factors]
+
+
+def combined_length(factors: Sequence[float], gram: Gram) -> float:
+    """The norm of ``sum factors_i v_i``; rounding below zero counts as 0."""
+    square = 0.0
+    for i in range(len(factors)):
+        for j in range(len(factors)):
+            square += factors[i] * factors[j] * gram[i][j]
+    return math.sqrt(max(0.0, square))
+
+
+def karcher_coefficients(gram: Gram, max_iter: int, tol: float) -> Coefficients:
+    """The Karcher mean of the directions of the vectors longer than tol, as long as all are on average.
+
+    The mean stays in the span of the directions, so its coefficients in them are iterated. Directions closer to it than
+    tol, and those opposite to it up to rounding, where no direction leads, are left out of a step.
+    """
+    norms = [math.sqrt(row[i]) for i, row in enumerate(gram)]
+    chosen = [i for i, norm in enumerate(norms) if norm > tol]
+    if not chosen:
+        return [0.0] * len(norms)
+    cosines = [[clamped(gram[i][j] / norm_product(gram, i, j)) for j in chosen] for i in chosen]
+    share = 1.0 / len(chosen)
+    mean = [share] * len(chosen)
+    length = combined_length(mean, cosines)
+    if length < tol or length == 0.0:
+        mean = [1.0] + [0.0] * (len(chosen) - 1)
+    else:
+        mean = [each / length for each in mean]
+    for _ in range(max_iter):
+        tangent = tangent_at(mean, cosines, share, tol)
+        step = combined_length(tangent, cosines)
+        if step < tol or step == 0.0:
+            break
+        along, aside = math.cos(step), math.sin(step) / step
+        mean = [along * here + aside * there for here, there in zip(mean, tangent, strict=True)]
+    size = math.fsum(norms) / len(norms)
+    result = [0.0] * len(norms)
+    for i, each in zip(chosen, mean, strict=True):
+        result[i] = size * each / norms[i]
+    return result
+
+
+def tangent_at(mean: Sequence[float], cosines: Gram, share: float, tol: float) -> Coefficients:
+    """``sum share * (o_i / sin o_i) * (u_i - cos(o_i) mean)``, in the directions ``u_i``."""
+    tangent = [0.0] * len(mean)
+    for i, row in enumerate(cosines):
+        cosine = 0.0
+        for each, entry in zip(mean, row, strict=True):
+            cosine += each * entry
+        cosine = clamped(cosine)
+        angle = math.acos(cosine)
+        if angle < tol or angle == 0.0 or math.pi - angle < 1e-6:
+            continue
+        factor = share * (angle / math.sin(angle))
+        for j in range(len(mean)):
+            tangent[j] += factor * ((1.0 if j == i else 0.0) - cosine * mean[j])
+    return tangent
+
+
+def model_stock_coefficients(gram: Gram) -> Coefficients:
+    """``t / N`` for each, with ``t = N c / (1 + (N - 1) c)`` and ``c`` the mean cosine of the pairs.
+
+    Where that divisor is below 1e-6, ``t`` is 0: task vectors that oppose each other so much leave the base.
+    """
+    count = len(gram)
+    cosine, pairs = 0.0, 0
+    for i in range(count):
+        for j in range(i + 1, count):
+            cosine += clamped(gram[i][j] / max(norm_product(gram, i, j), 1e-6))
+            pairs += 1
+    cosine /= pairs
+    divisor = 1.0 + (count - 1) * cosine
+    t = 0.0 if abs(divisor) < 1e-6 else count * cosine / divisor
+    return [t / count] * count
