@@ -39,11 +39,9 @@ def block_sums(values: Tensor) -> Tensor:
 
 
 def total(parts: Tensor) -> Tensor:
-    """Float64 [..., k] to [...]: the sums added one after another; 0 of none."""
-    if parts.shape[-1] == 0:
-        return torch.zeros(parts.shape[:-1], dtype=torch.float64)
-    result = parts[..., 0].clone()
-    for each in range(1, parts.shape[-1]):
+    """Float64 [..., k] to [...]: the sums added one after another, from 0."""
+    result = torch.zeros(parts.shape[:-1], dtype=torch.float64)
+    for each in range(parts.shape[-1]):
         result += parts[..., each]
     return result
 
