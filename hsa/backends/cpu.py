@@ -89,7 +89,7 @@ class CpuWorker:
         if job.recorded is None:
             return self._applied(job, decision, decision)
         with _applying_a_record(job.task):
-            return self._applied(job, decision, job.recorded)
+            return self._applied(job, decision, self.method.applied(job.recorded, decision))
 
     def _applied(self, job: TaskBuffers, decision: Any, applied: Any) -> Merged:
         self.apply(job.task, applied, job.sources, job.out)
@@ -180,7 +180,7 @@ class CpuWorker:
             self._slice(piece, sources, out, decision)
         else:
             with _applying_a_record(piece.task):
-                self._slice(piece, sources, out, recorded)
+                self._slice(piece, sources, out, self.method.applied(recorded, decision))
 
     def _slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any) -> None:
         task = piece.task
@@ -281,7 +281,7 @@ class CpuWorker:
 
 def _part_shape(piece: Computed) -> tuple[int, int]:
     """The rows and columns of a slice; see `Layout`."""
-    if piece.task.layout != "rows":
+    if not piece.task.by_rows:
         return 1, piece.count
     columns = piece.task.matrix[1]
     return (piece.count // columns if columns else 0), columns

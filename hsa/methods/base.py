@@ -248,6 +248,11 @@ class Method(ABC, Generic[S, D]):
         where it is none."""
         return None  # type: ignore[return-value]
 
+    def applied(self, recorded: D, decision: D) -> D:
+        """What is applied where a record holds one decision and the sources give another: what is recorded. Where the
+        record holds too little for that, such as a digest, it is the other, whose digest is compared."""
+        return recorded
+
     @property
     def records_decisions(self) -> bool:
         """Whether `from_dict` gives decisions back; where it does not, whoever needs them decides again."""

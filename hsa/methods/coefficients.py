@@ -27,13 +27,13 @@ class Coefficients:
 
 
 class LinearCombination(ModelMethod[S, Coefficients]):
-    """The base class: `B + sum of a_i * d_i` where `on_base`, else the sum of `a_i * M_i`. A method overrides
-    `decision`."""
+    """The base class: `B + sum of a_i * d_i` where `on_base` and there is a base, else the sum of `a_i * M_i`. A method
+    overrides `decision`."""
 
     on_base: bool = True
 
     def combine(self, block: Block, decision: Coefficients, out: Float32) -> None:
-        write_sum(block, decision.models, out, on_base=self.on_base)
+        write_sum(block, decision.models, out, on_base=self.on_base and BASE in block.task.sources)
 
     def largest_result(
         self, task: TensorTask, measured: Any, settings: S, largest: Mapping[str, float]

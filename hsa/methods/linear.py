@@ -8,16 +8,14 @@ increasing inference time, ICML 2022, arXiv 2203.05482.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from hsa.errors import RequestError
 from hsa.methods.base import Contract
 from hsa.methods.coefficients import Coefficients, LinearCombination
 from hsa.methods.model_method import WeightedSettings
 from hsa.methods.settings import setting
 from hsa.methods.tensors import TensorTask
-from hsa.option_names import option
+from hsa.methods.weights import shares
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,4 @@ class Linear(LinearCombination[LinearSettings]):
         weights = settings.each("weights", task)
         if not settings.normalize:
             return Coefficients(weights)
-        whole = math.fsum(weights)
-        if whole == 0.0:
-            raise RequestError(
-                f"{option('weights')} sum to 0 for tensor {task.name}, and a mean divides by their sum; give other "
-                f"weights, or {option('normalize', False)}"
-            )
-        return Coefficients(tuple(weight / whole for weight in weights))
+        return Coefficients(shares(weights, task.name, "normalize"))

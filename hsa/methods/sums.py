@@ -32,16 +32,16 @@ def block_sums(values: Array) -> Array:
     whole = flat.size // UNIT
     sums: Array = np.empty(-(-flat.size // UNIT), np.float64)
     if whole:
-        sums[:whole] = _halved(flat[: whole * UNIT].reshape(whole, UNIT))
+        sums[:whole] = halved(flat[: whole * UNIT].reshape(whole, UNIT))
     if whole < sums.size:
         last = np.zeros((1, UNIT))
         last[0, : flat.size - whole * UNIT] = flat[whole * UNIT :]
-        sums[whole:] = _halved(last)
+        sums[whole:] = halved(last)
     return sums
 
 
-def _halved(blocks: Array) -> Array:
-    """The sum of each row, whose length is a power of two. The array is overwritten."""
+def halved(blocks: Array) -> Array:
+    """The sum of each row by halves, whose length is a power of two. `blocks`: float64 [rows, length]; overwritten."""
     import numpy as np
 
     width = blocks.shape[1]

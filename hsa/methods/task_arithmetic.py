@@ -7,7 +7,6 @@ Source: Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 22
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from hsa.methods.base import Contract
@@ -15,9 +14,7 @@ from hsa.methods.coefficients import Coefficients, LinearCombination
 from hsa.methods.model_method import WeightedSettings, Weights, weights_setting
 from hsa.methods.settings import MAX_FLOAT32, setting
 from hsa.methods.tensors import TensorTask
-
-SMALLEST_SUM = 1e-8
-"""Weights whose sum is nearer to 0 than this are not divided by it."""
+from hsa.methods.weights import divisor
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,3 @@ class TaskArithmetic(LinearCombination[TaskArithmeticSettings]):
         weights, factor = settings.each("weights", task), settings.of("lam", task)
         whole = divisor(weights) if settings.normalize else 1.0
         return Coefficients(tuple(factor * weight / whole for weight in weights))
-
-
-def divisor(weights: tuple[float, ...]) -> float:
-    """The sum of weights to divide by; 1 where it is too near to 0."""
-    whole = math.fsum(weights)
-    return whole if abs(whole) >= SMALLEST_SUM else 1.0

@@ -9,12 +9,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from hsa.architectures.base import Partition, TensorInfo, TensorPlace
 
-Layout = Literal["flat", "rows", "whole", "heads"]
+Layout = Literal["flat", "rows", "columns", "whole", "heads"]
 """How a tensor is cut into blocks of float32 [rows, columns].
 
 - `flat`: as one row [1, n] in the order of its elements. Blocks begin at multiples of 1,024 elements.
 - `rows`: whole rows, of which one is what lies at an index of the first axis. Blocks begin at multiples of 1,024
   elements too; a vector is one row.
+- `columns`: the same blocks, for methods that decide for each column.
 - `whole`: one block, the tensor as a matrix; a vector is one column.
 - `heads`: each attention head is a group by itself.
 """
@@ -70,12 +71,17 @@ class TensorTask:
         return info
 
     @property
+    def by_rows(self) -> bool:
+        """Whether blocks are whole rows."""
+        return self.layout in ("rows", "columns")
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the arrays that a block is cut from: see `Layout`."""
         total = math.prod(self.shape)
         if self.layout == "flat":
             return 1, total
-        if self.layout == "rows" and len(self.shape) < 2:
+        if self.by_rows and len(self.shape) < 2:
             return 1, total
         rows = self.shape[0] if self.shape else 1
         return rows, total // rows if rows else math.prod(self.shape[1:])
@@ -83,7 +89,7 @@ class TensorTask:
     @property
     def step(self) -> int:
         """Elements of which slices and blocks of the tensor are multiples."""
-        if self.layout != "rows":
+        if not self.by_rows:
             return UNIT
         columns = self.matrix[1]
         return columns * (UNIT // math.gcd(columns, UNIT)) if columns else UNIT
@@ -100,7 +106,7 @@ class TensorTask:
             yield slice(0, rows), slice(0, columns)
         elif self.layout == "flat":
             yield from self.part_blocks(columns, elements)
-        elif self.layout == "rows":
+        elif self.by_rows:
             yield from self.part_blocks(rows * columns, elements)
         else:
             yield from self._head_blocks(group, elements, count)

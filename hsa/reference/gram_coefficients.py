@@ -78,11 +78,11 @@ def clamped(cosine: float) -> float:
 
 
 def linear_coefficients(weights: Sequence[float], normalize: bool) -> Coefficients:
-    """``w_i / sum w``, or ``w_i``. Raises ValueError where weights that are to be normalized sum to 0."""
+    """``w_i / sum w``, or ``w_i``. Raises ValueError where weights to be normalized sum to less than 1e-8."""
     if not normalize:
         return list(weights)
     whole = math.fsum(weights)
-    if whole == 0.0:
+    if abs(whole) < 1e-8:
         raise ValueError("the weights sum to 0")
     return [weight / whole for weight in weights]
 

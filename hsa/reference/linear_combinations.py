@@ -35,6 +35,9 @@ from hsa.reference.gram_coefficients import (
     total,
 )
 
+Cut = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+"""How a tensor is arranged as a matrix of vectors, and how products are summed over each of them."""
+
 
 def linear(
     base: Tensor | None,
@@ -110,9 +113,10 @@ def nuslerp(
     Source: mergekit.
     """
     wide, vectors = _vectors(base, models, dtype)
-    arrange, sums = _flat, _row_sums
+    cut: Cut = (_flat, _row_sums)
     if not flatten and vectors[0].ndim > 1 and vectors[0].numel():
-        arrange, sums = (_columns, column_sums) if row_wise else (_rows, _row_sums)
+        cut = (_columns, column_sums) if row_wise else (_rows, _row_sums)
+    arrange, sums = cut
     grams = gram_matrices([arrange(vector) for vector in vectors], sums)
     coefficients = [nuslerp_coefficients(gram, weights or [1.0, 1.0]) for gram in grams]
     return combined(wide, vectors, coefficients, arrange, _result_dtype(models, out_dtype, dtype))
@@ -200,7 +204,8 @@ def combined(
     for factor, vector in zip(factors[1:], vectors[1:], strict=True):
         acc = acc + factor * arrange(vector)
     acc = acc.reshape(shape)
-    return (acc if base is None else base + acc).to(final)
+    merged: Tensor = acc if base is None else base + acc
+    return merged.to(final)
 
 
 def _widened(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
