@@ -50,6 +50,7 @@ class Request(RunOptions):
         check_settings(self.sources, self.assets_from, self.max_shard_size, self.card)
         check_paths(output=self.output, **self.sources)
         check_ids(self.ids or {})
+        self.settings.require()
 
     @classmethod
     def of(cls, *positional: Any, **keywords: Any) -> Request:

@@ -76,6 +76,7 @@ class Setting:
         metavar: what help calls the value.
         default_text: what help shows as the default, where that is not the default's own text.
         silent: records leave it out where it has its default.
+        required: a merge must give it; its default is None, for not given yet.
     """
 
     help: str
@@ -98,6 +99,7 @@ class Setting:
     metavar: str | None = None
     default_text: str | None = None
     silent: bool = False
+    required: bool = False
 
     @property
     def varies(self) -> bool:
@@ -274,6 +276,19 @@ class Settings:
         """What of the settings a plan hangs on; settings with equal structure share a plan."""
         return tuple(getattr(self, each.name) for each in declared(type(self)) if each.about.structural)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every setting is given that a merge needs."""
+        return not any(self._lacking())
+
+    def require(self) -> None:
+        """RequestError where a setting is not given that a merge needs."""
+        for each in self._lacking():
+            raise RequestError(f"method {self.method} needs {option(each.name)}; give it: {each.about.help}")
+
+    def _lacking(self) -> Iterator[Declared]:
+        return (each for each in declared(type(self)) if each.about.required and getattr(self, each.name) is None)
+
 
 def check_value(each: Declared, value: Any) -> Any:
     """A value that the setting may have, in its one form. RequestError for others."""
@@ -286,11 +301,13 @@ def check_value(each: Declared, value: Any) -> Any:
         check_flags(**{each.name: value})
     elif about.whole:
         _check_whole(name, value, about)
+    elif value is None and each.default is None:
+        return None
     elif about.varies:
         return _checked_schedule(name, value, about)
     elif about.per_tensor and isinstance(value, Mapping):
         values.check(name, value, lambda what, number: _check_within(what, number, about))
-    elif about.low is not None and not (value is None and each.default is None):
+    elif about.low is not None:
         _check_within(name, value, about)
     return value
 

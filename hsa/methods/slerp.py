@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hsa.errors import RequestError
 from hsa.methods.arcs import clamped, norm_product, on_the_arc, on_the_line
 from hsa.methods.base import BASE, Block, Contract
 from hsa.methods.coefficients import Coefficients
@@ -23,7 +22,6 @@ from hsa.methods.gram_combination import GramCombination, add_up
 from hsa.methods.model_method import ModelSettings, Weights
 from hsa.methods.settings import setting
 from hsa.methods.tensors import TensorTask
-from hsa.option_names import option
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Float32
@@ -46,14 +44,8 @@ class SlerpSettings(ModelSettings):
         axis=True,
         search=(0.0, 1.0),
         default_text="required",
+        required=True,
     )
-
-    def __post_init__(self) -> None:
-        if self.t is None:
-            raise RequestError(
-                f"method slerp needs {option('t')}: where the result lies, from base (0) to the model (1)"
-            )
-        super().__post_init__()
 
 
 class Slerp(GramCombination[SlerpSettings]):

@@ -144,6 +144,7 @@ def _settings(method: Method[Any, Any], version: int, parameters: Mapping[str, A
         raise KeyError(missing[0])
     try:
         settings: Settings = method.Settings.from_dict(parameters)
+        settings.require()
         if parameters["max_shard_size"] is not None:
             with spelled(as_keys(parameters)):
                 parse_size(parameters["max_shard_size"])

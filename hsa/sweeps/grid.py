@@ -90,7 +90,7 @@ def points(
     """Every combination of the axes' values, each once, in the order of the values given.
 
     `values` are lists by the name of an axis, which has its default where it is not given; `others` are the settings
-    that all points share. Raises RequestError for too many points or none.
+    that all points share. Raises RequestError for too many points or none, and for a setting that is missing.
 
     Example:
         >>> [point.settings.lam for point in points(HsaSettings, {"lam": [0.1, 0.5]})]
@@ -104,6 +104,7 @@ def points(
     combinations = dict.fromkeys(product(*lists))
     grid = tuple(GridPoint(owner(**dict(zip(names, each, strict=True)), **(others or {}))) for each in combinations)
     for point in grid:
+        point.settings.require()
         if len(point.name) > LONGEST_NAME:
             raise RequestError(
                 f"the point {point.name:.80}... has a name of {len(point.name)} letters; give fewer digits"

@@ -26,7 +26,7 @@ from hsa.backends.choose import resolve
 from hsa.backends.resident import CpuResident, Resident
 from hsa.errors import RequestError, one_line, shown, warn
 from hsa.findings import Findings
-from hsa.methods.copied import untouched_groups
+from hsa.methods.copied import COPIED, untouched_groups
 from hsa.methods.hsa import Hsa, HsaSettings
 from hsa.methods.registry import method_named
 from hsa.methods.settings import PerTensor, Settings
@@ -136,7 +136,7 @@ class Merger:
         findings = (
             adapter_findings(self._sources)
             + merged_base_findings(merges, self._sources)
-            + self._targets.method.source_findings(self._outcomes(self._targets))
+            + (self._targets.method.source_findings(self._outcomes(self._targets)))
         )
         findings += repeated_merge_findings(
             merges, self._sources, settings, lambda role: _targets_digest(role, data[role], tasks)
@@ -257,7 +257,9 @@ class Merger:
         """The targets under the settings that a call is given; what is planned of them stays."""
         settings = self._targets.settings
         changed = candidate_settings(call, type(settings), positional, values)
-        return self._targets.with_settings(replace(settings, **changed))
+        candidate = replace(settings, **changed)
+        candidate.require()
+        return self._targets.with_settings(candidate)
 
     def _require_hsa(self, name: str) -> None:
         method = self._targets.method
@@ -265,10 +267,15 @@ class Merger:
             raise RequestError(f"method {method.name} scores no heads, so a Merger of it has no {name}; use check")
 
     def _outcomes(self, targets: Targets) -> list[Outcome]:
-        """What merges of these targets come to, by what was measured alone; without digests."""
-        method, outcomes = targets.method, []
+        """What merges of these targets come to, by what was measured alone; without digests, and without decisions
+        where a setting is not given yet."""
+        method, outcomes, settings = targets.method, [], targets.settings
         for task, measured in zip(targets.tasks, self._measured, strict=True):
-            decision = method.decide(task, measured, targets.settings, None)
+            decision = None
+            if measured is COPIED:
+                decision = COPIED
+            elif settings.complete:
+                decision = method.decide(task, measured, settings, None)
             changed = changed_ranges(task, untouched_groups(method, task.partition.groups, decision))
             outcomes.append(Outcome(task, decision, changed, {}, self._equal[task.name]))
         return outcomes
