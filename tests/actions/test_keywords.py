@@ -15,15 +15,17 @@ import hsa
 from hsa.actions.keywords import MERGE, split
 from hsa.actions.request import Request
 from hsa.actions.run_options import OutputOptions, RunOptions
+from hsa.methods.all_settings import all_settings
 from hsa.methods.hsa import HsaSettings
+from hsa.methods.settings import declared
 
 Triple = dict[str, Path]
 SOURCES = ["base", "primary", "secondary", "output"]
 IDS = ["base_id", "primary_id", "secondary_id", "model_ids"]
-SETTINGS = [field.name for field in fields(HsaSettings)]
+SETTINGS = list(all_settings())
 OPTIONS = [field.name for field in fields(RunOptions)]
 NOT_IN_PATCHES = {"attention_scale", "non_attention_scale", "numerics", "load_dtype", "dtype"}
-OF_PATCHES = [name for name in SETTINGS if name not in NOT_IN_PATCHES]
+OF_PATCHES = [name for name, each in all_settings().items() if each.about.patchable]
 
 
 @pytest.mark.parametrize(
@@ -45,9 +47,11 @@ def test_a_signature_lists_exactly_what_is_declared(
     parameters = inspect.signature(call).parameters
     assert list(parameters)[:4] == SOURCES
     assert sorted(parameters) == sorted([*SOURCES, *settings, "method", "models", *options, *IDS, *own])
-    for name in settings:
-        default = parameters[name].default
-        assert (default[0] if isinstance(default, tuple) else default) == getattr(HsaSettings(), name)
+    for each in declared(HsaSettings):
+        if each.name in settings:
+            default = parameters[each.name].default
+            assert default in (each.default, (each.default,)), each.name
+    assert NOT_IN_PATCHES.isdisjoint(OF_PATCHES)
     for name in (*settings, *options, *own, "models"):
         assert f"\n        {name}: " in (call.__doc__ or ""), name
     assert "{" not in (call.__doc__ or "")

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsa.errors import HsaError, RequestError
+from hsa.methods.all_settings import all_settings
 from hsa.methods.hsa import HsaSettings
+from hsa.methods.settings import declared
 from hsa.outputs.card import FIELDS
 from hsa.releases.recipe import MAX_BYTES, Recipe, keys, load, loads
 
@@ -328,6 +330,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "numerics": st.just("exact"),
     "load_dtype": st.just("auto"),
     "dtype": st.sampled_from(["auto", "float32", "float16", "bfloat16"]),
+    "only": st.lists(st.sampled_from(["encoder.*", "*fc?*", "[ab]c"]), min_size=1, max_size=3),
+    "except": st.sampled_from(["*.bias", "decoder.*"]),
+    "layers": st.sampled_from(["0", "4-11", "0,3"]) | st.integers(0, 9),
+    "stack": st.sampled_from(["encoder", "decoder"]),
     "assets_from": st.sampled_from(["base", "primary", "secondary"]),
     "max_shard_size": st.integers(1, 10**12),
     **dict.fromkeys(IDS, IDENTIFIERS),
@@ -336,7 +342,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 
 def test_every_key_has_values_here() -> None:
-    assert {*VALUES, "base", "primary", "secondary", "method", "models", "model_ids"} == {*keys()}
+    others = {each.key for each in all_settings().values()} - {each.key for each in declared(HsaSettings)}
+    assert {*VALUES, *others, "base", "primary", "secondary", "method", "models", "model_ids"} == {*keys()}
 
 
 @settings(max_examples=40)
@@ -368,7 +375,7 @@ def test_round_trip(written: list[dict[str, Any]], defaults: dict[str, Any]) -> 
         assert entry.task.assets_from == wanted.get("assets_from", "primary")
         parameters = {
             **HsaSettings().as_dict(),
-            **{key: wanted[key] for key in HsaSettings().as_dict() if key in wanted},
+            **{each.key: wanted[each.key] for each in declared(HsaSettings) if each.key in wanted},
         }
         expected = HsaSettings.from_dict(parameters)
         assert entry.task.settings == expected
