@@ -1,0 +1,64 @@
+"""The parts of a model that a file of mergekit's treats apart: slices of layers in their places, and stacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hsa.errors import shown
+from hsa.integrations.mergekit_config.document import Document, Module, Slice
+from hsa.integrations.mergekit_config.nodes import RUN_MERGEKIT
+from hsa.integrations.mergekit_config.parameters import Part
+
+
+@dataclass(frozen=True)
+class PartOfModel:
+    """Tensors with parameters of their own: which they are, and the module and the slice that set the parameters."""
+
+    part: Part
+    module: Module
+    slice: Slice
+
+
+def read_parts(document: Document) -> tuple[list[PartOfModel], dict[str | None, int]]:
+    """The parts of the model that have parameters of their own, and the layers that slices count."""
+    parts: list[PartOfModel] = []
+    layers: dict[str | None, int] = {}
+    several = len(document.modules) > 1
+    first = next(document.slices)
+    for module in document.modules:
+        stack = module.name if several else None
+        end = 0
+        for each in module.slices:
+            _check_same_models(each, first)
+            begin, end = end, _check_in_place(each, end)
+            span = (begin, end - 1) if len(module.slices) > 1 else None
+            parts.append(PartOfModel(Part(stack, span), module, each))
+        if end:
+            layers[stack] = end
+    return parts, layers
+
+
+def _check_same_models(each: Slice, first: Slice) -> None:
+    own, expected = ([source.model for source in one.sources] for one in (each, first))
+    missing = next((model for model in expected if model not in own), None)
+    other = next((source for source in each.sources if source.model not in expected), None)
+    if other is not None or missing is not None:
+        node = other.node if other is not None else each.node
+        what = f"merges {shown(str(other.model))}" if other is not None else f"lacks {shown(str(missing))}"
+        raise node.error(
+            f"{what}, unlike {first.node.path}; every part of a model is merged of the same models here; {RUN_MERGEKIT}"
+        )
+
+
+def _check_in_place(each: Slice, begin: int) -> int:
+    """The end of the output's layers after a slice. RequestError where layers move."""
+    for source in each.sources:
+        if source.layers is None:
+            return 0
+        first, end = source.layers
+        if first != begin:
+            raise source.node.error(
+                f"takes layers {first} to {end - 1} for the output's {begin} to {begin + end - first - 1}; layers "
+                f"stay in their places here; {RUN_MERGEKIT}"
+            )
+    return begin + end - first
