@@ -5,14 +5,15 @@ mergekit takes objects that merge a group of tensors: one tensor of every model,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from hsa.actions.mergekit_config.roles import assign
 from hsa.architectures.registry import architecture_of
 from hsa.backends.base import NotFinite, TaskBuffers
 from hsa.backends.cpu import CpuWorker
-from hsa.errors import NonFiniteError, RequestError, SourceError, shown
+from hsa.errors import NonFiniteError, RequestError, SourceError
 from hsa.methods.hsa import ROLES, TARGET, HsaSettings
 from hsa.methods.registry import method_named
 from hsa.methods.settings import declared
@@ -35,31 +36,6 @@ PRETTY_NAME = "Headwise Selective Attention"
 
 DEFAULTS: dict[str, Any] = {each.key: each.default for each in declared(HsaSettings) if each.about.axis}
 """The method's own parameters."""
-
-M = TypeVar("M")
-
-
-def assign(others: Sequence[tuple[M, object]]) -> dict[Role, M]:
-    """Which of the models besides base is primary and which secondary.
-
-    Args:
-        others: in the YAML's order, each model with the role that its parameters name, or None. A single name settles
-            both; without any, the first is primary.
-
-    Raises RequestError.
-    """
-    if len(others) != 2:
-        raise RequestError(
-            f"merge_method {METHOD} merges two models besides base_model, primary and secondary, got {len(others)}"
-        )
-    for model, role in others:
-        if role not in (None, "primary", "secondary"):
-            raise RequestError(f"the role of {model} is {shown(role)}, expected primary or secondary")
-    (first, one), (second, two) = others
-    if one is not None and one == two:
-        raise RequestError(f"{first} and {second} both have the role {one}; one must be primary, the other secondary")
-    swapped = one == "secondary" or two == "primary"
-    return {"primary": second, "secondary": first} if swapped else {"primary": first, "secondary": second}
 
 
 def config_of(parameters: Mapping[str, Any]) -> HsaSettings:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hsa.actions.mergekit_config.roles import assign
 from hsa.errors import HsaError, MachineError, RequestError, shown
-from hsa.integrations.mergekit_method import DEFAULTS, METHOD, Merging, assign, config_of
+from hsa.integrations.mergekit_method import DEFAULTS, METHOD, Merging, config_of
 from hsa.sources.roles import Role
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from hsa.actions.mergekit_config.roles import assign
 from hsa.cli.app import run
 from hsa.errors import RequestError
-from hsa.integrations.mergekit_method import DEFAULTS, assign, config_of
+from hsa.integrations.mergekit_method import DEFAULTS, config_of
 from hsa.methods.hsa import HsaSettings
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hsa.integrations.mergekit_config.document import Model
-from hsa.integrations.mergekit_config.request import ConfigRequest, loads
+from hsa.actions.mergekit_config.document import Model
+from hsa.actions.mergekit_config.request import ConfigRequest, loads
 
 TWO = "models: [{model: a}, {model: b}]"
 

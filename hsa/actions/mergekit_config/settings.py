@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from hsa.actions.mergekit_config.document import Document, Model, Slice, Source
+from hsa.actions.mergekit_config.merge_methods import MergekitMethod, Parameter
+from hsa.actions.mergekit_config.parameters import Case, Part, Setting, chain, check_form, combined, read_setting
+from hsa.actions.mergekit_config.parts import PartOfModel
 from hsa.errors import RequestError
-from hsa.integrations.mergekit_config.document import Document, Model, Slice, Source
-from hsa.integrations.mergekit_config.merge_methods import MergekitMethod, Parameter
-from hsa.integrations.mergekit_config.parameters import Case, Part, Setting, chain, combined, read_setting
-from hsa.integrations.mergekit_config.parts import PartOfModel
 
 
 class SettingsReader:
@@ -23,7 +23,6 @@ class SettingsReader:
 
     def read(self, models: Sequence[Model]) -> dict[str, Any]:
         """The settings of the method under their names in Python. RequestError where one has no value."""
-        self._warn_of_ignored()
         settings: dict[str, Any] = {}
         for parameter in self.method.parameters:
             if parameter.scope == "shared":
@@ -35,6 +34,7 @@ class SettingsReader:
             elif value is not None and parameter.kind == "number":
                 place = self.places.pop(parameter.python)
                 self.warnings.append(f"{place} changes nothing: method {self.method.name} takes task vectors whole")
+        self._warn_of_ignored()
         return settings
 
     def _each(self, parameter: Parameter, models: Sequence[Model]) -> tuple[Any, ...] | None:
@@ -92,23 +92,24 @@ class SettingsReader:
         )
 
     def _check_constant(self, parameter: Parameter, value: Any) -> None:
-        if parameter.kind != "number" and isinstance(value, tuple):
+        if parameter.has_effect and parameter.kind != "number" and isinstance(value, tuple):
             place = self.places[parameter.python]
             raise RequestError(f"{place} differs among tensors; {parameter.name} has one value for all here")
 
     def _warn_of_ignored(self) -> None:
-        """Warn of parameters that mergekit does not read where they stand."""
+        """Warn of parameters that mergekit does not read where they stand, though it checks their form."""
         scopes = [scope for each in self.parts for scope in (each.module.parameters, each.slice.parameters)]
         for scope in (self.document.parameters, *scopes):
             for name, node in scope.items():
+                check_form(node)
                 if self.method.parameter(name) is None:
                     self.warnings.append(f"{node.place} is ignored: {self._no_parameter(name)}")
-        for each in self.parts:
-            for source in each.slice.sources:
-                for name, node in source.parameters.items():
-                    reason = self._ignored_at(name, source)
-                    if reason:
-                        self.warnings.append(f"{node.place} is ignored: {reason}")
+        for source in (source for each in self.parts for source in each.slice.sources):
+            for name, node in source.parameters.items():
+                check_form(node)
+                reason = self._ignored_at(name, source)
+                if reason:
+                    self.warnings.append(f"{node.place} is ignored: {reason}")
 
     def _ignored_at(self, name: str, source: Source) -> str | None:
         """Why a parameter of a model is ignored; None where it is not."""

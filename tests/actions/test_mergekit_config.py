@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from mergekit_files import TWO, linear, names, read, slices, ties
 
-from hsa.integrations.mergekit_config.document import Model, ModelName
-from hsa.integrations.mergekit_config.request import path_of
+from hsa.actions.mergekit_config.document import Model, ModelName
+from hsa.actions.mergekit_config.request import path_of
 
 # --- models and base --------------------------------------------------------------------------------------------------
 
@@ -44,10 +44,12 @@ MODELS = {
     "adapters": (ties().replace("model: a", "model: base+l@v"), "base", ["base+l@v", "b"], "base"),
     "revisions": (ties().replace("model: a", "model: org/m@v1"), "base", ["org/m@v1", "b"], "base"),
     "mappings": (
-        ties().replace("model: a", "model: {model: {path: o+r, revision: v}, lora: l}"),
-        "base",
+        ties()
+        .replace("base_model: base", "base_model: {model: {path: o+r, revision: v}}")
+        .replace("model: a", "model: {model: {path: o+r, revision: v}, lora: l}"),
+        "o+r@v",
         ["o+r@v+l", "b"],
-        "base",
+        "o+r@v",
     ),
 }
 

@@ -9,13 +9,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from hsa.actions.mergekit_config.document import Document, Model, read_document, read_model
+from hsa.actions.mergekit_config.merge_methods import METHODS, NOT_HERE, MergekitMethod
+from hsa.actions.mergekit_config.nodes import RUN_MERGEKIT, Node, given
+from hsa.actions.mergekit_config.parts import read_parts
+from hsa.actions.mergekit_config.roles import assign
+from hsa.actions.mergekit_config.settings import SettingsReader
 from hsa.errors import RequestError, listed, shown
 from hsa.findings import Findings
-from hsa.integrations.mergekit_config.document import Document, Model, read_document, read_model
-from hsa.integrations.mergekit_config.merge_methods import METHODS, NOT_HERE, MergekitMethod
-from hsa.integrations.mergekit_config.nodes import RUN_MERGEKIT, Node, given
-from hsa.integrations.mergekit_config.parts import read_parts
-from hsa.integrations.mergekit_config.settings import SettingsReader
 from hsa.system.fsio import SourceFile, Tally
 from hsa.system.strict_yaml import parse
 from hsa.system.types import PathLike
@@ -160,6 +161,7 @@ class _Reader:
                     f"is {shown(str(base))}, which no slice names; method {method.name} takes base_model for one of "
                     f"its models, so name it there or leave it out"
                 )
+            self._check_adapters(None)
             return None, named
         if base is None:
             if method.base == "required":
@@ -173,8 +175,20 @@ class _Reader:
             raise document.keys["base_model"].error(
                 f"is {shown(str(base))}: base cannot be an adapter; save the model with the adapter merged into it"
             )
+        self._check_adapters(base)
         others = tuple(model for model in named if model != base)
         return base, self._in_roles(others) if method.name == "hsa" else others
+
+    def _check_adapters(self, base: Model | None) -> None:
+        """Adapters stand on base."""
+        for source in (source for each in self.document.slices for source in each.sources):
+            if source.model.lora is None or (base is not None and source.model.name == base.name):
+                continue
+            reason = "which is not base_model" if base is not None else f"and method {self.method.name} has no base"
+            raise source.node.error(
+                f"is an adapter on {shown(str(source.model.name))}, {reason}: adapters are read on base alone; save "
+                f"the model with the adapter merged into it"
+            )
 
     def _has_layer_ranges(self) -> bool:
         return any(source.layers is not None for each in self.document.slices for source in each.sources)
@@ -191,8 +205,6 @@ class _Reader:
 
     def _in_roles(self, others: tuple[Model, ...]) -> tuple[Model, ...]:
         """Primary before secondary, as their parameters say."""
-        from hsa.integrations.mergekit_method import assign
-
         roles: dict[Model, tuple[Node, Any]] = {}
         for each in self.document.slices:
             for source in each.sources:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hsa.actions.mergekit_config.document import Document, Module, Slice
+from hsa.actions.mergekit_config.nodes import RUN_MERGEKIT
+from hsa.actions.mergekit_config.parameters import Part
 from hsa.errors import shown
-from hsa.integrations.mergekit_config.document import Document, Module, Slice
-from hsa.integrations.mergekit_config.nodes import RUN_MERGEKIT
-from hsa.integrations.mergekit_config.parameters import Part
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from hsa.actions.mergekit_config.nodes import Node, given
 from hsa.errors import listed, shown
-from hsa.integrations.mergekit_config.nodes import Node, given
 
 KEYS = (
     "merge_method",

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit_files import TWO, linear, read, slices, ties
 
+from hsa.actions.mergekit_config.merge_methods import METHODS, NOT_HERE
+from hsa.actions.mergekit_config.request import MAX_BYTES, load, loads
 from hsa.errors import HsaError, RequestError, SourceError
-from hsa.integrations.mergekit_config.merge_methods import METHODS, NOT_HERE
-from hsa.integrations.mergekit_config.request import MAX_BYTES, load, loads
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
@@ -137,6 +137,14 @@ BAD = {
     "a model twice": (
         linear("{}").replace("model: b", "model: a"),
         "c.yml:2: models[1].model is 'a', which models[0] is too; name each model once",
+    ),
+    "an adapter on another model": (
+        ties().replace("model: a", "model: other+l"),
+        "c.yml:3: models[0] is an adapter on 'other', which is not base_model: adapters are read on base alone",
+    ),
+    "an adapter without base": (
+        linear("{weight: 1}").replace("model: a", "model: a+l"),
+        "models[0] is an adapter on 'a', and method linear has no base: adapters are read on base alone",
     ),
     "no base": (
         ties().replace("base_model: base\n", ""),

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsa.integrations.mergekit_config.merge_methods import Kind
-from hsa.integrations.mergekit_config.nodes import Node, given
+from hsa.actions.mergekit_config.merge_methods import Kind
+from hsa.actions.mergekit_config.nodes import Node, given
 
 Scalar = float | int | bool | str
 
@@ -73,6 +73,11 @@ def read_setting(node: Node, kind: Kind) -> Setting:
     else:
         return Setting(node, (Case(None, (_scalar(node, kind),), False),))
     return _filtered(node, entries, kind)
+
+
+def check_form(node: Node) -> None:
+    """RequestError unless a value is one that some parameter could have."""
+    read_setting(node, "any")
 
 
 def _filtered(node: Node, entries: Sequence[Node], kind: Kind) -> Setting:
@@ -145,6 +150,10 @@ def _scalar(node: Node, kind: Kind) -> Scalar:
         return int(number)
     if kind == "text":
         return node.text("a text")
+    if kind == "any":
+        if content is None or isinstance(content, (tuple, Mapping)):
+            raise node.error(f"must be a number, a flag or a text, got {node.shown()}")
+        return content
     if isinstance(content, str) and content.lower() in _FLAGS:
         return _FLAGS[content.lower()]
     if isinstance(content, bool) or (isinstance(content, (int, float)) and content in (0, 1)):

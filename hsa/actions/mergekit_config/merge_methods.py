@@ -8,7 +8,9 @@ from typing import Any, Literal
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.settings import declared
 
-Kind = Literal["number", "flag", "whole", "text"]
+Kind = Literal["number", "flag", "whole", "text", "any"]
+"""What the values of a parameter are; `any` of those that no method has."""
+
 Scope = Literal["shared", "input", "non_base"]
 """Of which models mergekit reads a parameter: `shared` stands above all models, `input` at each model, `non_base` at
 each but base."""
