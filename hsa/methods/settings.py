@@ -362,7 +362,9 @@ def _check_whole(name: str, value: Any, about: Setting) -> None:
 
 
 def _where(tensor: str | TensorTask) -> values.Where:
-    return values.Where(tensor, 0.0) if isinstance(tensor, str) else values.Where(tensor.name, tensor.depth)
+    if isinstance(tensor, str):
+        return values.Where(tensor)
+    return values.Where(tensor.name, tensor.depth, tensor.output_name, tensor.span, tensor.follows_layers)
 
 
 def _plain(each: Declared, value: Any) -> Any:

@@ -5,10 +5,12 @@ A *scheduled* value is one of
 - a number, for all tensors;
 - a mapping from tensor names, with or without the leading `model.`, to numbers, which names every merged tensor;
 - a list of numbers over the layers: the first is that of the first layer, the last that of the last, and between them
-  the values are interpolated. Tensors before the layers take the first, those after them the last;
+  the values are interpolated. Tensors outside of layers take the first;
 - a list of `{"filter": PART, "value": VALUE}`, of which the first whose part stands in the tensor's name gives the
-  value; a part with `*`, `?` or `[` is a shell pattern of the whole name. A bare value as the last entry serves all
-  others.
+  value; a part with `*`, `?` or `[` is a shell pattern of the whole name. Beside or instead of the filter an entry may
+  name a stack of layers, `"stack": "encoder"`, and the first and the last of them, `"layers": [4, 11]` (None for all
+  from the first on); its values then run over these layers, and tensors before or after all layers belong to the first
+  or the last. A bare value as the last entry serves all others.
 
 A value *for each model* is one scheduled value for all models, or a list of them, one a model. Lists over layers are
 then written inside such a list. The forms are those of mergekit's configuration files.
@@ -27,10 +29,15 @@ Value = Any
 
 
 class Where(NamedTuple):
-    """Where a tensor stands: its canonical name, and how far down its stack of layers, from 0.0 to 1.0."""
+    """Where a tensor stands: its canonical name; how far down its stack of layers, from 0.0 to 1.0; its name in the
+    output, in which filters are looked for too; its stack, layer, and how many there are, None outside of layers; and
+    whether it comes after them then."""
 
     name: str
-    depth: float
+    depth: float = 0.0
+    stored: str = ""
+    span: tuple[str, int, int] | None = None
+    follows: bool = False
 
 
 def is_list(value: object) -> bool:
@@ -49,6 +56,8 @@ def is_filtered(value: object) -> bool:
 
 def frozen(value: Value) -> Value:
     """The value with tuples for its lists, which nobody can change."""
+    if is_filter(value):
+        return {key: frozen(each) for key, each in value.items()}
     return tuple(map(frozen, value)) if is_list(value) else value
 
 
@@ -57,10 +66,16 @@ def plain(value: Value) -> Any:
     if is_list(value):
         return [plain(each) for each in value]
     if is_filter(value):
-        return {"filter": value.get("filter"), "value": plain(value["value"])}
+        return {**_condition(value), "value": plain(value["value"])}
     if isinstance(value, Mapping):
         return {name: float(number) for name, number in sorted(value.items())}
     return float(value)
+
+
+def _condition(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """For which tensors an entry is, as JSON holds it."""
+    found = {key: entry[key] for key in ("filter", "stack", "layers") if entry.get(key) is not None}
+    return {key: list(each) if is_list(each) else each for key, each in found.items()}
 
 
 def tensors_of(value: Value) -> Iterator[Mapping[str, float]]:
@@ -102,12 +117,26 @@ def check(name: str, value: Value, check_number: Callable[[str, Any], None]) -> 
 
 
 def _check_filter(name: str, entry: Mapping[Any, Any], check_number: Callable[[str, Any], None]) -> None:
-    unknown = sorted(map(str, entry.keys() - {"filter", "value"}))
+    unknown = sorted(map(str, entry.keys() - {"filter", "stack", "layers", "value"}))
+    if unknown:
+        raise RequestError(
+            f"{name} has an entry with the key {shown(unknown[0])}; expected filter, a part of tensor names, and value"
+        )
+    for key in ("filter", "stack"):
+        if not (entry.get(key) is None or isinstance(entry[key], str)):
+            raise RequestError(f"{name} has an entry with the {key} {shown(entry[key])}; expected a text")
+    layers = entry.get("layers")
+    if layers is not None and not _is_span(layers):
+        raise RequestError(f"{name} has an entry with the layers {shown(layers)}; expected the first and the last")
     part = entry.get("filter")
-    if unknown or not (part is None or isinstance(part, str)):
-        what = f"the key {shown(unknown[0])}" if unknown else f"the filter {shown(part)}"
-        raise RequestError(f"{name} has an entry with {what}; expected a filter, a part of tensor names, and a value")
     check(name if part is None else f"{name} of {shown(part)}", entry["value"], check_number)
+
+
+def _is_span(layers: Any) -> bool:
+    if not is_list(layers) or len(layers) != 2:
+        return False
+    first, last = layers
+    return type(first) is int and first >= 0 and (last is None or (type(last) is int and last >= first))
 
 
 def _check_tensors(name: str, values: Mapping[Any, Any], check_number: Callable[[str, Any], None]) -> None:
@@ -140,19 +169,48 @@ def at(name: str, value: Value, where: Where) -> float:
     for entry in value:
         if not is_filter(entry):
             return at(name, entry, where)
-        if matches(entry.get("filter"), where.name):
-            return at(name, entry["value"], where)
+        if is_for(entry, where):
+            return at(name, entry["value"], _inside(entry.get("layers"), where))
     raise RequestError(
         f"{name} has no value for tensor {where.name}: none of its filters is part of the name; add a value for all "
         f"others as its last entry"
     )
 
 
-def matches(part: str | None, name: str) -> bool:
+def is_for(entry: Mapping[str, Any], where: Where) -> bool:
+    """Whether an entry of a list is for a tensor."""
+    part, stack, layers = (entry.get(key) for key in ("filter", "stack", "layers"))
+    if part is not None and not any(matches(part, name) for name in (where.name, where.stored)):
+        return False
+    if stack is not None and not _is_in(stack, where):
+        return False
+    return layers is None or _is_among(layers, where)
+
+
+def matches(part: str, name: str) -> bool:
     """Whether a filter is for the tensor of that name."""
-    if part is None:
-        return True
     return fnmatchcase(name, part) if any(letter in part for letter in "*?[") else part in name
+
+
+def _is_in(stack: str, where: Where) -> bool:
+    """Whether a tensor belongs to a stack, outside of its layers too."""
+    return f".{where.name}".find(f".{stack}.") >= 0 if where.span is None else where.span[0].split(".")[-1] == stack
+
+
+def _is_among(layers: Sequence[int | None], where: Where) -> bool:
+    first, last = layers[0] or 0, layers[1]
+    if where.span is None:
+        return last is None if where.follows else first == 0
+    return first <= where.span[1] and (last is None or where.span[1] <= last)
+
+
+def _inside(layers: Sequence[int | None] | None, where: Where) -> Where:
+    """The tensor with its depth among these layers."""
+    if layers is None or where.span is None:
+        return where
+    _, layer, count = where.span
+    first, last = layers[0] or 0, count - 1 if layers[1] is None else layers[1]
+    return where._replace(depth=(layer - first) / (last - first) if last > first else 1.0)
 
 
 def _of_tensor(name: str, values: Mapping[str, float], tensor: str) -> float:

@@ -158,7 +158,7 @@ class TaskFinder:
             numbers=tuple(number for number, role in enumerate(models) if role in refs),
             models_given=len(models),
             span=span,
-            depth=self._depth(name, span),
+            follows_layers=span is None and self.family.follows_layers(name),
         )
 
     def _fitting(self, name: str, refs: Mapping[str, TensorRef], roles: Sequence[str]) -> dict[str, TensorRef] | None:
@@ -200,11 +200,6 @@ class TaskFinder:
                     self._spans[found[0]] = max(self._spans.get(found[0], 0), found[1] + 1)
         stack, layer = place
         return LayerSpan(stack, layer, self._spans.get(stack, layer + 1))
-
-    def _depth(self, name: str, span: LayerSpan | None) -> float:
-        if span is None:
-            return 1.0 if self.family.follows_layers(name) else 0.0
-        return span.layer / (span.layers - 1) if span.layers > 1 else 1.0
 
     def out_code(self, code: str) -> str:
         """The element type of the output for a tensor that the anchor stores in `code`."""

@@ -183,7 +183,7 @@ class Part:
     both ends counted, or None for all."""
 
     stack: str | None = None
-    layers: tuple[int, int] | None = None
+    layers: tuple[int, int | None] | None = None
 
     @property
     def condition(self) -> dict[str, Any]:

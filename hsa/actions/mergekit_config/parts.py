@@ -31,7 +31,7 @@ def read_parts(document: Document) -> tuple[list[PartOfModel], dict[str | None, 
         for each in module.slices:
             _check_same_models(each, first)
             begin, end = end, _check_in_place(each, end)
-            span = (begin, end - 1) if len(module.slices) > 1 else None
+            span = (begin, None if each is module.slices[-1] else end - 1) if len(module.slices) > 1 else None
             parts.append(PartOfModel(Part(stack, span), module, each))
         if end:
             layers[stack] = end
