@@ -70,6 +70,26 @@ def as_keys(names: Collection[str]) -> Spelling:
     return spelling
 
 
+def keys_named(names: Mapping[str, str]) -> Spelling:
+    """A spelling in which the arguments among `names` are keys of a file that calls them so; all others are as they
+    were.
+
+    Example:
+        >>> with spelled(keys_named({"weights": "weight"})):
+        ...     option("weights"), option("overwrite", True)
+        ('weight', 'overwrite=True')
+    """
+    outer = _spelling.get()
+
+    def spelling(name: str, value: Any = None) -> str:
+        if name not in names:
+            return outer(name, value)
+        text = str(value).lower() if isinstance(value, bool) else value
+        return names[name] if value is None else f"{names[name]}: {text}"
+
+    return spelling
+
+
 def renamed(names: Mapping[str, str], program: str) -> Spelling:
     """The spelling of another command line: `names` gives its options; those that it lacks are named as `program`'s."""
 

@@ -26,6 +26,9 @@ from hsa.system.types import PathLike
 EVERY = frozenset(each.name for each in declared(RunOptions))
 """The options of a run."""
 
+CONFIG_FILE = "config"
+"""The argument with a file of mergekit's."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -39,6 +42,7 @@ class Call:
         settings: which settings of methods it takes; `patchable` are those of which a patch can hold any value,
             `candidates` those of them that leave the plan of a merge as it is, `planned` all others.
         output: it writes an output where it merges.
+        config: it also takes a file of mergekit's in the place of sources, method and settings.
         grid: settings which are axes take lists of values.
         options: the names of the options of a run that it takes.
         helps: what it says itself of options, by name.
@@ -49,6 +53,7 @@ class Call:
     ids: bool = True
     settings: Literal["all", "patchable", "candidates", "planned", "none"] = "all"
     output: bool = True
+    config: bool = False
     grid: bool = False
     options: frozenset[str] = EVERY
     helps: Mapping[str, str] = field(default_factory=dict)
@@ -84,10 +89,11 @@ class Call:
         sources = {"positional": (*positional_names(self), "method", "models"), "named": (*source_names(), "models")}
         ids = (*id_names(), "model_ids") if self.ids and self.sources != "none" else ()
         declarations = (*self.declared_settings(), *self.declared_options())
-        return (*sources.get(self.sources, ()), *ids, *(each.name for each in declarations))
+        config = (CONFIG_FILE,) if self.config else ()
+        return (*sources.get(self.sources, ()), *config, *ids, *(each.name for each in declarations))
 
 
-MERGE = Call("merge")
+MERGE = Call("merge", config=True)
 MERGER = Call(
     "Merger",
     ids=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from hsa.outputs.record import Record
 from hsa.outputs.report import MergeReport, PlanReport
 from hsa.planning.plan import Plan, make_plan
 from hsa.sources import small_files
-from hsa.sources.checkpoint import INDEX
+from hsa.sources.checkpoint import INDEX, Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.roles import BASE
 from hsa.sources.source_set import Sources
@@ -53,6 +53,7 @@ class PreparedMerge:
     backend: Backend
     destination: Path
     earlier_merges: EarlierMerges
+    config_findings: Findings = field(default_factory=Findings)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def merge(*arguments: Any, progress: Progress | None = None, **keywords: Any) ->
         {sources}
         output: the directory to write; it appears whole or not at all.
         method: the name of the method. Each takes the settings of its own; those below are of all methods.
+        config: a file of mergekit's that says sources, method and settings (docs/mergekit.md).
         {settings}
         {options}
         progress: called now and then with bytes done and bytes in all.
@@ -225,7 +227,17 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
 def collect_small_files(request: Request, sources: Sources, plan: Plan, tally: fsio.Tally) -> small_files.Assets:
     """The small files of the output, but for index, card and provenance."""
     owner = sources.anchor if plan.method.elementwise else sources.base or sources.anchor
-    return small_files.collect(sources, owner, request.assets_from, plan.output_dtype, tally)
+    dtype = plan.output_dtype
+    if request.config_from is not None and request.config_from != owner:
+        owner = request.config_from
+        dtype = dtype or _dtype_of(sources.anchor_checkpoint)
+    return small_files.collect(sources, owner, request.assets_from, dtype, tally)
+
+
+def _dtype_of(source: Checkpoint) -> str | None:
+    """The element type of a model by its `config.json`; None where that does not say."""
+    names = (source.config.get(key) for key in ("dtype", "torch_dtype"))
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def _findings_before_reading(
@@ -235,6 +247,7 @@ def _findings_before_reading(
     findings = Findings((*hub.notes, *prepared.plan.notes, *assets.notes), assets.warnings)
     return (
         findings
+        + prepared.config_findings
         + prepared.plan.method.settings_findings([request.settings])
         + header_findings(prepared.sources, prepared.earlier_merges)
     )
@@ -260,8 +273,18 @@ def _open(
     sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)
+    findings = _check_config(request, sources, tally)
     plan = plan_merge(request, sources, backend)
-    return PreparedMerge(sources, plan, backend, destination, read_earlier_merges(sources))
+    return PreparedMerge(sources, plan, backend, destination, read_earlier_merges(sources), findings)
+
+
+def _check_config(request: Request, sources: Sources, tally: fsio.Tally) -> Findings:
+    """What the file of mergekit's that asks for a merge tells. RequestError where the models do not fit it."""
+    if request.config is None:
+        return Findings()
+    from hsa.actions.mergekit_config.source_checks import check_sources
+
+    return request.config.findings + check_sources(request.config, sources, tally)
 
 
 def plan_merge(request: Request, sources: Sources, backend: Backend) -> Plan:

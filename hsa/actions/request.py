@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hsa.actions.keywords import MERGE, Call, split
+from hsa.actions.keywords import CONFIG_FILE, MERGE, Call, split
+from hsa.actions.mergekit_config.config_request import ConfigRequest
 from hsa.actions.run_options import RunOptions
 from hsa.arguments import check_paths
 from hsa.errors import RequestError, shown
@@ -41,13 +42,17 @@ class Request(RunOptions):
     settings: Settings
     """Of the class that the method declares."""
     ids: Mapping[Role, str | None] | None = None
+    config_from: Role | None = None
+    """Whose `config.json` and `generation_config.json` are the output's; None for those that the method takes."""
+    config: ConfigRequest | None = None
+    """The file of mergekit's that asks for the merge, where one does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         chosen: Role | None = self.assets_from
         if chosen is None:
             object.__setattr__(self, "assets_from", self.anchor)
-        check_settings(self.sources, self.assets_from, self.max_shard_size, self.card)
+        check_settings(self.sources, self.assets_from, self.max_shard_size, self.card, self.config_from)
         check_paths(output=self.output, **self.sources)
         check_ids(self.ids or {})
         self.settings.require()
@@ -68,10 +73,12 @@ class Request(RunOptions):
 
     def output_settings(self, backend: str) -> dict[str, Any]:
         """What besides the merge's own parameters shapes the output, for its provenance."""
+        config_from = {} if self.config_from is None else {"config_from": self.config_from}
         return {
             "assets_from": self.assets_from,
             "backend": backend,
             "card": dict(self.card or {}),
+            **config_from,
             "max_shard_size": self.shard_bytes,
         }
 
@@ -82,9 +89,38 @@ def request_of(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any
         if len(positional) > 1 or keywords:
             raise TypeError(f"{call.name}() takes a request alone, or what it holds as arguments")
         return positional[0]
+    if keywords.get(CONFIG_FILE) is not None and call.config:
+        return _request_of_file(call, positional, keywords)
     arguments = split(call, positional, keywords)
     settings = method_named(arguments.method).Settings(**arguments.settings)
     return Request(arguments.sources, arguments.output, settings, arguments.ids, **arguments.options)
+
+
+def _request_of_file(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Request:
+    """The request that a file of mergekit's says, beside arguments that it leaves open."""
+    from hsa.actions.mergekit_config.arguments import placed, read_arguments
+
+    if positional:
+        raise RequestError(f"{option(CONFIG_FILE)} says which models are merged; give {option('output')} by its name")
+    given = {name: value for name, value in keywords.items() if name != CONFIG_FILE}
+    check_paths(config=keywords[CONFIG_FILE])
+    config, arguments = read_arguments(keywords[CONFIG_FILE], given)
+    with placed(config):
+        parts = split(call, (), arguments)
+        settings = method_named(parts.method).Settings(**parts.settings)
+    options = dict(parts.options)
+    if "assets_from" not in given:
+        options["assets_from"] = config.role_of(config.tokenizer_from)
+    config_from = config.role_of(config.config_from)
+    return Request(
+        parts.sources,
+        parts.output,
+        settings,
+        parts.ids,
+        config_from if config_from != next(role for role in parts.sources if role != BASE) else None,
+        config,
+        **options,
+    )
 
 
 def _is_claim(claimed: object) -> bool:
@@ -152,7 +188,7 @@ def _needs(request: Request, role: Role, *, adapted: bool, headers_only: bool, r
     return Needs(
         need="whole" if everywhere or (role == request.anchor and not rows_only) else "targets",
         preset=preset,
-        assets=role in (BASE, request.assets_from) or (rows_only and role == request.anchor),
+        assets=role in (BASE, request.assets_from, request.config_from) or (rows_only and role == request.anchor),
         headers_only=headers_only,
         compare=not method.elementwise and role in (BASE, request.anchor),
     )

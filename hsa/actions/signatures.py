@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from hsa.actions.keywords import Call, axes, id_names, positional_names, source_names
+from hsa.actions.keywords import CONFIG_FILE, Call, axes, id_names, positional_names, source_names
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named
 from hsa.methods.settings import DEFAULT_METHOD, Declared
@@ -61,6 +61,8 @@ def parameters(call: Call) -> Iterator[inspect.Parameter]:
     if call.sources == "positional":
         yield from (_by_position(name, None, PathLike | None) for name in positional_names(call))
         yield _keyword("method", DEFAULT_METHOD, str)
+    if call.config:
+        yield _keyword(CONFIG_FILE, None, PathLike | None)
     if call.sources == "named":
         yield from (_keyword(name, None, PathLike | None) for name in source_names())
     if call.sources != "none":

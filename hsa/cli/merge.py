@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _before() -> list[inspect.Parameter]:
-    return [*options.sources(), options.method()]
+    return [*options.sources(), options.method(), options.config()]
 
 
 def _after() -> list[inspect.Parameter]:

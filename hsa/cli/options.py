@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from hsa.actions.keywords import Call, missing_sources
+from hsa.actions.keywords import CONFIG_FILE, Call, missing_sources
 from hsa.actions.run_options import RunOptions
 from hsa.actions.signatures import BASE_HELP, with_roles
 from hsa.errors import shown
@@ -88,9 +88,10 @@ def given(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
 def given_merge(ctx: typer.Context, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
     """The same for a command that merges. A usage error where a source that the method needs is missing."""
     keywords = given(ctx, values)
-    contract = method_named(keywords.get("method", DEFAULT_METHOD)).contract
-    for role in missing_sources(contract, keywords):
-        ctx.fail(f"Missing option {shown(command_line(role))}.")
+    if not (call.config and CONFIG_FILE in keywords):
+        contract = method_named(keywords.get("method", DEFAULT_METHOD)).contract
+        for role in missing_sources(contract, keywords):
+            ctx.fail(f"Missing option {shown(command_line(role))}.")
     if "card" in keywords:
         from hsa.outputs.card import parse_fields
 
@@ -132,6 +133,12 @@ def sources(help: str | None = None) -> Iterator[inspect.Parameter]:
 
 def method() -> inspect.Parameter:
     return option("method", str, f"How to merge: {', '.join(methods())}.", DEFAULT_METHOD, metavar="NAME")
+
+
+def config() -> inspect.Parameter:
+    """A file of mergekit's in the place of sources, method and settings."""
+    text = "mergekit's YAML, which says models, method and settings."
+    return option(CONFIG_FILE, str | None, text, metavar="FILE")
 
 
 def ids(help: str | None = None) -> Iterator[inspect.Parameter]:

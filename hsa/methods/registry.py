@@ -17,7 +17,7 @@ from hsa.system.plugins import VARIABLE, modules_of
 
 # fmt: off
 TAKEN = frozenset((
-    "add_tag", "assets", "assets_from", "backend", "base", "card", "debug", "device", "digest", "dry_run",
+    "add_tag", "assets", "assets_from", "backend", "base", "card", "config", "debug", "device", "digest", "dry_run",
     "full", "hash", "help", "ids", "jobs", "json", "max_shard_size", "method", "model", "model_id", "model_ids",
     "models", "name", "output", "overwrite", "patch", "progress", "quiet", "settings", "sources", "strict",
     "sync", "threads", "version",

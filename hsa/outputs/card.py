@@ -11,7 +11,7 @@ from hsa.methods.all_settings import all_settings
 from hsa.methods.markdown import bullets, code, escape, fence, table
 from hsa.methods.tensors import CardText
 from hsa.option_names import option
-from hsa.outputs.record import SETTINGS, Record
+from hsa.outputs.record import OPTIONAL_SETTINGS, SETTINGS, Record
 from hsa.sources.identity import Identity, is_hub_id
 from hsa.sources.roles import Role
 from hsa.sources.small_files import FEATURES, TOKENS
@@ -171,7 +171,7 @@ def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
     shown = {
         name: value
         for name, value in parameters.items()
-        if name not in SETTINGS and not (value is None and name in defaulted)
+        if name not in (*SETTINGS, *OPTIONAL_SETTINGS) and not (value is None and name in defaulted)
     }
     return [(name if name.isidentifier() else escape(name), _value(value, name)) for name, value in shown.items()]
 

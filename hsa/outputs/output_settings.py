@@ -12,15 +12,21 @@ from hsa.system.types import parse_size
 
 
 def check_settings(
-    roles: Iterable[Role], assets_from: Role, max_shard_size: str | int | None, card: Mapping[str, str] | None
+    roles: Iterable[Role],
+    assets_from: Role,
+    max_shard_size: str | int | None,
+    card: Mapping[str, str] | None,
+    config_from: Role | None = None,
 ) -> None:
     """RequestError unless what shapes an output besides the merge's own parameters is what a merge can be told.
 
-    `roles` are those of the merge's sources, of which `assets_from` is one.
+    `roles` are those of the merge's sources, of which `assets_from` is one, and `config_from` where it is given.
     """
     known = tuple(roles)
     if not isinstance(assets_from, str) or assets_from not in known:
         raise RequestError(f"{option('assets_from')} must be one of {', '.join(known)}, got {shown(assets_from)}")
+    if config_from is not None and (not isinstance(config_from, str) or config_from not in known):
+        raise RequestError(f"{option('config_from')} must be one of {', '.join(known)}, got {shown(config_from)}")
     if card is not None and not isinstance(card, Mapping):
         raise RequestError(f"{option('card')} must be a mapping from field to text, got {shown(card)}")
     check_fields(card or {})

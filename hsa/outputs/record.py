@@ -22,6 +22,9 @@ from hsa.system.manifest import BLANK_DIGEST, DIGEST, FORMAT, document_digest, r
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
 """What stands among a record's parameters besides those of the method."""
 
+OPTIONAL_SETTINGS = ("config_from",)
+"""What may stand among them."""
+
 
 @dataclass(frozen=True)
 class Record:

@@ -16,7 +16,7 @@ from hsa.methods.tensors import TensorRecord
 from hsa.option_names import as_keys, spelled
 from hsa.outputs.output_settings import check_settings
 from hsa.outputs.provenance import changed_keys
-from hsa.outputs.record import SETTINGS, Record
+from hsa.outputs.record import OPTIONAL_SETTINGS, SETTINGS, Record
 from hsa.outputs.recording import PROGRAM
 from hsa.planning.tasks import refuse_unknown_names
 from hsa.sources.checkpoint import Checkpoint
@@ -43,13 +43,14 @@ def setting_faults(record: Record) -> Iterator[str]:
     parameters = record.parameters
     for name in changed_keys(parameters, {**parameters, **expected}):
         yield f"parameter {shown(name)} is {shown(parameters.get(name))}, hsa records {shown(expected[name])}"
-    unknown = [name for name in parameters if name not in expected and name not in SETTINGS]
+    unknown = [name for name in parameters if name not in (*expected, *SETTINGS, *OPTIONAL_SETTINGS)]
     if unknown:
         yield f"parameter {shown(unknown[0])} is none that hsa records; expected {', '.join((*expected, *SETTINGS))}"
     size = parameters.get("max_shard_size")
     try:
         with spelled(as_keys(parameters)):
-            check_settings(record.sources, parameters["assets_from"], size, parameters["card"])
+            origin = parameters.get("config_from")
+            check_settings(record.sources, parameters["assets_from"], size, parameters["card"], origin)
         if size is not None and type(size) is not int:
             raise RequestError(f"max_shard_size must be a number of bytes, got {shown(size)}")
     except (HsaError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -178,7 +178,7 @@ class TaskFinder:
                 for role in roles
             )
             raise MismatchError(
-                f"tensor {name} is not the same in all sources: {each}; leave out {option('on_mismatch')} to keep "
+                f"tensor {name} is not the same in all sources: {each}; give {option('on_mismatch', 'first')} to keep "
                 f"{anchor}'s"
             )
         models = [role for role in fitting if role != base]

@@ -223,6 +223,7 @@ def _request(directory: Path, provenance: Provenance, source_paths: SourcePaths)
         max_shard_size=parameters["max_shard_size"],
         ids=source_paths.ids,
         card=dict(parameters["card"]),
+        config_from=parameters.get("config_from"),
         digest=any(provenance.files.values()),
         sync=False,
     )

@@ -17,8 +17,9 @@ from mergekit.config import ConfigReader, InputSliceDefinition, MergeConfigurati
 from mergekit.merge_methods.base import BasePolicy, ParameterScope
 from mergekit.parameter_resolver import resolve_parameters
 
+from hsa.actions.mergekit_config.config_request import ConfigRequest
 from hsa.actions.mergekit_config.merge_methods import METHODS, NOT_HERE, MergekitMethod
-from hsa.actions.mergekit_config.request import ConfigRequest, loads
+from hsa.actions.mergekit_config.request import loads
 from hsa.errors import RequestError
 from hsa.methods.values import Where, at
 

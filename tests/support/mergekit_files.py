@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hsa.actions.mergekit_config.document import Model
-from hsa.actions.mergekit_config.request import ConfigRequest, loads
+from hsa.actions.mergekit_config.config_request import ConfigRequest, Model
+from hsa.actions.mergekit_config.request import loads
 
 TWO = "models: [{model: a}, {model: b}]"
 

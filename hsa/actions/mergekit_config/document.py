@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from hsa.actions.mergekit_config.config_request import Model, ModelName
 from hsa.actions.mergekit_config.nodes import Node, given
 from hsa.errors import listed, shown
 
@@ -35,33 +36,6 @@ MAX_LAYERS = 10_000
 """Layers that a range may end at: work grows with them before any model is looked at."""
 
 Parameters = Mapping[str, Node]
-
-
-@dataclass(frozen=True)
-class ModelName:
-    """A directory, or a model on the Hub, with a revision where one is given."""
-
-    path: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model of a document, perhaps with a LoRA adapter. Two are one where all their texts are equal, as in mergekit.
-
-    Example:
-        >>> str(Model(ModelName("org/tiny", "v1"), ModelName("adapters/children")))
-        'org/tiny@v1+adapters/children'
-    """
-
-    name: ModelName
-    lora: ModelName | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name}+{self.lora}" if self.lora else str(self.name)
 
 
 @dataclass(frozen=True)

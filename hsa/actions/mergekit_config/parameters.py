@@ -180,7 +180,7 @@ def _number(node: Node) -> float:
 @dataclass(frozen=True)
 class Part:
     """The tensors that a slice of a module makes up: those of a stack, or None for all, and in it of a range of layers,
-    both ends counted, or None for all."""
+    both ends counted, or None for all; the last part has no end, since what follows the layers belongs to it."""
 
     stack: str | None = None
     layers: tuple[int, int | None] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hsa.actions.mergekit_config.config_request import Model
 from hsa.actions.mergekit_config.document import Document, Module, Slice
 from hsa.actions.mergekit_config.nodes import RUN_MERGEKIT
 from hsa.actions.mergekit_config.parameters import Part
@@ -29,7 +30,7 @@ def read_parts(document: Document) -> tuple[list[PartOfModel], dict[str | None, 
         stack = module.name if several else None
         end = 0
         for each in module.slices:
-            _check_same_models(each, first)
+            _check_same_models(each, first, document.base)
             begin, end = end, _check_in_place(each, end)
             span = (begin, None if each is module.slices[-1] else end - 1) if len(module.slices) > 1 else None
             parts.append(PartOfModel(Part(stack, span), module, each))
@@ -38,8 +39,8 @@ def read_parts(document: Document) -> tuple[list[PartOfModel], dict[str | None, 
     return parts, layers
 
 
-def _check_same_models(each: Slice, first: Slice) -> None:
-    own, expected = ([source.model for source in one.sources] for one in (each, first))
+def _check_same_models(each: Slice, first: Slice, base: Model | None) -> None:
+    own, expected = _models(each, base), _models(first, base)
     missing = next((model for model in expected if model not in own), None)
     other = next((source for source in each.sources if source.model not in expected), None)
     if other is not None or missing is not None:
@@ -48,6 +49,12 @@ def _check_same_models(each: Slice, first: Slice) -> None:
         raise node.error(
             f"{what}, unlike {first.node.path}; every part of a model is merged of the same models here; {RUN_MERGEKIT}"
         )
+
+
+def _models(each: Slice, base: Model | None) -> list[Model]:
+    """The models of a slice; mergekit adds base to a list of whole models."""
+    added = [base] if base is not None and any(source.layers is None for source in each.sources) else []
+    return [*(source.model for source in each.sources), *added]
 
 
 def _check_in_place(each: Slice, begin: int) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.mergekit_config.document import Document, Model, read_document, read_model
+from hsa.actions.mergekit_config.config_request import ConfigRequest, Model
+from hsa.actions.mergekit_config.document import Document, read_document, read_model
 from hsa.actions.mergekit_config.merge_methods import METHODS, NOT_HERE, MergekitMethod
 from hsa.actions.mergekit_config.nodes import RUN_MERGEKIT, Node, given
 from hsa.actions.mergekit_config.parts import read_parts
@@ -25,43 +25,6 @@ MAX_BYTES = 1 << 20
 """The largest file that is read: mergekit's are of some kilobytes."""
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class ConfigRequest:
-    """A merge that a file of mergekit's asks for.
-
-    Args:
-        where: what messages call the file.
-        method: the name of the merge method.
-        base: the model that task vectors are taken from; None where the method has none, or takes base_model as one of
-            its models.
-        models: those that are merged, in mergekit's order.
-        settings: values of the method's settings under their names in Python, each a number, a flag, a text, or a list
-            over layers or of filters; settings that a model has each for itself are lists, one entry a model.
-        places: where in the file each setting stands, for messages.
-        dtype: of the output; `auto` where the file says none.
-        config_from: the model whose config.json and generation_config.json are the output's.
-        tokenizer_from: the model whose tokenizer is the output's.
-        same_vocabulary: the file makes the output's vocabulary of several tokenizers, which is possible here where all
-            are the same.
-        layers: the layers that slices count in a stack of that name, or in the only one (None), which the models must
-            have.
-        findings: notes, and warnings of what mergekit ignores in the file.
-    """
-
-    where: str
-    method: str
-    base: Model | None
-    models: tuple[Model, ...]
-    settings: Mapping[str, Any]
-    places: Mapping[str, str]
-    dtype: str
-    config_from: Model
-    tokenizer_from: Model
-    same_vocabulary: bool = False
-    layers: Mapping[str | None, int] = field(default_factory=dict)
-    findings: Findings = field(default_factory=Findings)
 
 
 def load(path: PathLike) -> ConfigRequest:
@@ -121,6 +84,7 @@ class _Reader:
             tokenizer_from=models[0] if self.method.name == "hsa" and not same else tokenizer,
             same_vocabulary=same,
             layers=layers,
+            modules=tuple(module.name for module in document.modules if module.name is not None),
             findings=Findings(tuple(self.notes), (*document.warnings, *settings.warnings)).once,
         )
 
@@ -152,7 +116,7 @@ class _Reader:
         document, method = self.document, self.method
         named = document.models
         base = document.base
-        if base is not None and base not in named and not self._has_layer_ranges():
+        if base is not None and base not in named and self._has_whole_models():
             named = (*named, base)  # as mergekit adds it
         if method.base == "counts":
             self._check_count(named, method)
@@ -190,8 +154,8 @@ class _Reader:
                 f"the model with the adapter merged into it"
             )
 
-    def _has_layer_ranges(self) -> bool:
-        return any(source.layers is not None for each in self.document.slices for source in each.sources)
+    def _has_whole_models(self) -> bool:
+        return any(source.layers is None for each in self.document.slices for source in each.sources)
 
     def _check_count(self, models: Sequence[Model], method: MergekitMethod) -> None:
         least, most = method.least, method.most

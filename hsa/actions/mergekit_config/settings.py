@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from hsa.actions.mergekit_config.document import Document, Model, Slice, Source
+from hsa.actions.mergekit_config.config_request import Model
+from hsa.actions.mergekit_config.document import Document, Slice, Source
 from hsa.actions.mergekit_config.merge_methods import MergekitMethod, Parameter
 from hsa.actions.mergekit_config.parameters import Case, Part, Setting, chain, check_form, combined, read_setting
 from hsa.actions.mergekit_config.parts import PartOfModel
