@@ -83,7 +83,7 @@ def layer_counts(source: Checkpoint) -> dict[str, int]:
         if place is not None:
             stack = place[0].rpartition(".")[2]
             counts[stack] = max(counts.get(stack, 0), place[1] + 1)
-    return counts
+    return dict(sorted(counts.items()))
 
 
 # --- vocabularies -----------------------------------------------------------------------------------------------------
