@@ -41,8 +41,8 @@ class TensorTask:
     output. A tensor that is not `merged` is the anchor's in another element type; one that is not `listed` is in no
     record. `load_codes` are the element types that each source is cast to before any arithmetic; None for none.
     `layout` says how it is cut into blocks. `numbers` are the positions of its models among the `models_given`, of
-    which it may lack some. `span` is its layer, None outside of any; `follows_layers` says whether it comes after them
-    then.
+    which it may lack some. `span` is its layer, None outside of any, where `follows_layers` says whether it comes after
+    them; `depth` says how far down the layers it lies, from 0.0 to 1.0, and is 0.0 outside of them, as in mergekit.
     """
 
     name: str
@@ -62,6 +62,7 @@ class TensorTask:
     numbers: tuple[int, ...] = ()
     models_given: int = 0
     span: LayerSpan | None = None
+    depth: float = 0.0
     follows_layers: bool = False
 
     @property
@@ -74,14 +75,6 @@ class TensorTask:
     def by_rows(self) -> bool:
         """Whether blocks are whole rows."""
         return self.layout in ("rows", "columns")
-
-    @property
-    def depth(self) -> float:
-        """How far down the layers of its stack it lies, from 0.0 to 1.0; 1.0 where there is one layer, 0.0 outside of
-        layers, as mergekit has it."""
-        if self.span is None:
-            return 0.0
-        return self.span.layer / (self.span.layers - 1) if self.span.layers > 1 else 1.0
 
     @property
     def matrix(self) -> tuple[int, int]:

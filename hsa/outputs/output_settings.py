@@ -26,7 +26,7 @@ def check_settings(
     if not isinstance(assets_from, str) or assets_from not in known:
         raise RequestError(f"{option('assets_from')} must be one of {', '.join(known)}, got {shown(assets_from)}")
     if config_from is not None and (not isinstance(config_from, str) or config_from not in known):
-        raise RequestError(f"{option('config_from')} must be one of {', '.join(known)}, got {shown(config_from)}")
+        raise RequestError(f"config_from must be one of {', '.join(known)}, got {shown(config_from)}")
     if card is not None and not isinstance(card, Mapping):
         raise RequestError(f"{option('card')} must be a mapping from field to text, got {shown(card)}")
     check_fields(card or {})

@@ -77,6 +77,14 @@ def refuse_unknown_names(settings: Settings, names: Collection[str]) -> None:
             raise RequestError(f"{option(name)} is given for {shown(unknown[0])}, which is no target{of}")
 
 
+def _depth(span: LayerSpan | None) -> float:
+    """How far down the layers of its stack a tensor lies, as mergekit has it: 0.0 outside of layers, 1.0 in a stack of
+    one layer."""
+    if span is None:
+        return 0.0
+    return span.layer / (span.layers - 1) if span.layers > 1 else 1.0
+
+
 def find_targets(method: Method[Any, Any], settings: Settings, sources: Sources) -> Targets:
     """The targets of a merge, checked to agree in the sources.
 
@@ -158,6 +166,7 @@ class TaskFinder:
             numbers=tuple(number for number, role in enumerate(models) if role in refs),
             models_given=len(models),
             span=span,
+            depth=_depth(span),
             follows_layers=span is None and self.family.follows_layers(name),
         )
 

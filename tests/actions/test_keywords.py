@@ -31,7 +31,7 @@ OF_PATCHES = [name for name, each in all_settings().items() if each.about.patcha
 @pytest.mark.parametrize(
     ("call", "settings", "options", "own"),
     [
-        (hsa.merge, SETTINGS, OPTIONS, ["progress"]),
+        (hsa.merge, SETTINGS, OPTIONS, ["config", "progress"]),
         (hsa.merge_patch, OF_PATCHES, [name for name in OPTIONS if name != "digest"], ["progress"]),
         (
             hsa.sweep,

@@ -9,6 +9,7 @@ import pytest
 from mergekit_files import TWO, linear, names, read, slices, ties
 
 from hsa.actions.mergekit_config.config_request import Model, ModelName
+from hsa.actions.mergekit_config.merge_methods import METHODS
 from hsa.actions.mergekit_config.request import path_of
 
 # --- models and base --------------------------------------------------------------------------------------------------
@@ -239,3 +240,24 @@ def test_whose_tokenizer_the_output_has(text: str, model: str, same: bool) -> No
     found = read(ties(more=text))
     assert (str(found.tokenizer_from), found.same_vocabulary) == (model, same)
     assert str(found.config_from) == "base"
+
+
+# --- the page of the documentation ------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "mergekit.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_page_is_read() -> None:
+    example = PAGE.partition("```yaml\n")[2].partition("```")[0]
+    found = read(example)
+    assert (found.method, str(found.base), found.dtype) == ("ties", "openai/whisper-small", "float16")
+    assert found.settings["density"] == ((0.3, 0.5, 0.9), 0.5)
+    assert not found.findings.notes and not found.findings.warnings
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_of_the_page_names_every_parameter(name: str) -> None:
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("| `") and f"`{name}`" in line.split(" | ")[0]]
+    listed = row.split(" | ")[2]
+    for parameter in METHODS[name].parameters:
+        assert (f"`{parameter.name}`" in listed) == parameter.has_effect, parameter.name
