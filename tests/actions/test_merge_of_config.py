@@ -306,11 +306,13 @@ def test_a_model_twice_under_two_names(triple: Triple, tmp_path: Path, monkeypat
 def test_parameters_are_settings_with_mergekits_defaults(name: str) -> None:
     if name not in methods():
         pytest.skip(f"this hsa has no method {name}")
-    settings = {each.name: each for each in declared(methods()[name].Settings)}
+    owner = methods()[name].Settings
+    settings = {each.name: each for each in declared(owner)}
     for parameter in METHODS[name].parameters:
         if parameter.has_effect:
             assert parameter.python in settings, parameter.name
-            assert parameter.required or settings[parameter.python].default == parameter.default
+            given = {} if parameter.required else {parameter.python: parameter.default}
+            assert owner(**given) == owner(), parameter.name
             about = settings[parameter.python].about
             assert about.per_model == (parameter.scope != "shared"), parameter.name
 
