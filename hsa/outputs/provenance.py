@@ -18,7 +18,7 @@ from hsa.methods.base import Method
 from hsa.methods.copied import decision_from
 from hsa.methods.json_fields import count, mapping, text
 from hsa.methods.registry import methods
-from hsa.methods.settings import Settings
+from hsa.methods.settings import Settings, declared
 from hsa.methods.tensors import TensorRecord
 from hsa.option_names import as_keys, spelled
 from hsa.outputs import format1
@@ -138,7 +138,8 @@ def _settings(method: Method[Any, Any], version: int, parameters: Mapping[str, A
 
     An earlier version of a method may have had fewer settings; those have their defaults.
     """
-    expected = method.Settings().as_dict() if version == method.version else ()
+    recorded = (each.key for each in declared(method.Settings) if not each.about.silent)
+    expected = tuple(recorded) if version == method.version else ()
     missing = [key for key in (*expected, *SETTINGS) if key not in parameters]
     if missing:
         raise KeyError(missing[0])

@@ -311,8 +311,9 @@ def test_parameters_are_settings_with_mergekits_defaults(name: str) -> None:
     for parameter in METHODS[name].parameters:
         if parameter.has_effect:
             assert parameter.python in settings, parameter.name
+            needed = {each.python: 0.5 for each in METHODS[name].parameters if each.required}
             given = {} if parameter.required else {parameter.python: parameter.default}
-            assert owner(**given) == owner(), parameter.name
+            assert owner(**needed, **given) == owner(**needed), parameter.name
             about = settings[parameter.python].about
             assert about.per_model == (parameter.scope != "shared"), parameter.name
 
