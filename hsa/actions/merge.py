@@ -291,6 +291,6 @@ def plan_merge(request: Request, sources: Sources, backend: Backend) -> Plan:
     """The plan of a merge whose record can be read again. Raises as `make_plan`, and RequestError."""
     plan = make_plan(request.settings, sources, request.shard_bytes)
     recording.check_record_size(
-        plan, sources, request.output_settings(backend.name), (*small_files.SMALL_FILES, INDEX, CARD)
+        plan, sources, request.output_settings(backend.name), (*small_files.names_for(sources), INDEX, CARD)
     )
     return plan

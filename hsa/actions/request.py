@@ -16,6 +16,7 @@ from hsa.methods.registry import method_named
 from hsa.methods.settings import Settings
 from hsa.option_names import option
 from hsa.outputs.output_settings import check_settings
+from hsa.planning.heads import require_heads
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
@@ -163,6 +164,7 @@ def open_sources(
         )
         needs = replace(needs, assets=needs.assets or role in assets)
         opened[role] = stack.enter_context(hub.open(role, path, tally, needs, ids.get(role), opened.get(BASE)))
+        require_heads(method_named(request.settings.method), opened[role])
     sources = Sources.of_checkpoints(opened.values())
     return sources.with_identities(_longer_names([source for source in sources if not ids.get(source.role)]))
 

@@ -138,8 +138,10 @@ class Features:
 class ModelClass:
     """A class of transformers that loads checkpoints of a family, and what a model card says of such a model.
 
-    `task` is one of the Hub's names of tasks, `use` the same in words. `processor` is the class of transformers that
-    makes its input, with the tokenizer where it `reads_tokens`, else of features alone.
+    `task` is one of the Hub's names of tasks (empty where none is known), `use` the same in words. `processor` is the
+    class of transformers that makes its input (empty where none is known), with the tokenizer where it `reads_tokens`
+    and the feature extractor where it `reads_features`. `custom_code`: it is loaded with code from the checkpoint's own
+    directory. `library` is the Hub's name of the library that loads it, empty where none is known.
     """
 
     name: str
@@ -148,6 +150,9 @@ class ModelClass:
     use: str
     processor: str
     reads_tokens: bool
+    reads_features: bool = True
+    custom_code: bool = False
+    library: str = "transformers"
 
 
 class Architecture(ABC):
@@ -176,6 +181,10 @@ class Architecture(ABC):
     width: str
     tie: Tie | None = None
     features: Features | None = None
+    has_heads: bool = True
+    """Whether it says which tensors are attention heads, so that methods which merge heads take its models."""
+    lists_tensors: bool = True
+    """Whether `expected` lists the tensors of a model; where it does not, a checkpoint may hold any."""
 
     @abstractmethod
     def knows(self, name: str) -> bool:
@@ -187,6 +196,7 @@ class Architecture(ABC):
 
     def layer_of(self, name: str) -> tuple[str, int] | None:
         """The stack and the number of the layer that any tensor lies in, by its canonical name; None outside of layers.
+        Where nothing stands before the layers, their stack is `model`.
 
         Example:
             >>> from hsa.architectures.registry import named
@@ -194,7 +204,7 @@ class Architecture(ABC):
             ('encoder', 3)
         """
         match = _LAYER.match(name)
-        return None if match is None else (match["stack"] or "", int(match["layer"]))
+        return None if match is None else (match["stack"] or "model", int(match["layer"]))
 
     def follows_layers(self, name: str) -> bool:
         """Whether a tensor outside of layers comes after them, such as the last norm and the output projection."""
@@ -224,6 +234,14 @@ class Architecture(ABC):
     def expected_targets(self, layers: Mapping[str, int], preset: Preset) -> Iterator[str]:
         """Canonical names of the weights that a preset merges in a model with so many layers of each stack; biases may
         be missing."""
+
+    def kind(self, config: Mapping[str, Any]) -> str:
+        """What models must have in common to be merged, as messages call it: `a Whisper checkpoint`."""
+        return f"a {self.title} checkpoint"
+
+    def embedding_of(self, names: Iterable[str]) -> str | None:
+        """The embedding of tokens among the canonical names of a model's tensors; None where there is none."""
+        return self.tie.embedding if self.tie is not None and self.tie.embedding in names else None
 
     def is_family_of(self, config: Mapping[str, Any]) -> bool:
         """Whether the model of this config is one of the family, by its `model_type`."""

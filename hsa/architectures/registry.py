@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 from hsa.architectures.base import Architecture, not_of_families
-from hsa.errors import RequestError, listed, shown
+from hsa.architectures.generic import GENERIC
+from hsa.errors import RequestError, SourceError, listed, shown
 from hsa.system.plugins import modules_of
 
 DEFAULT = "whisper"
@@ -60,13 +61,33 @@ def default() -> Architecture:
     return named(DEFAULT)
 
 
-def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
-    """The family of the model that a `config.json` describes, by its `model_type`.
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The family of the model that a `config.json` describes, by its `model_type`; `generic` where that is of none.
 
-    Raises SourceError where that is none that hsa supports; `where` names the source.
+    Example:
+        >>> architecture_of({"model_type": "llama"}).name
+        'generic'
     """
-    families = architectures()
-    for family in families.values():
-        if family.is_family_of(config):
-            return family
-    raise not_of_families(config, where, families.values())
+    return next((family for family in architectures().values() if family.is_family_of(config)), GENERIC)
+
+
+def architecture_of_names(names: Iterable[str]) -> Architecture:
+    """The family of a model of which nothing but its tensor names is known: the default where it knows one of them.
+
+    Example:
+        >>> architecture_of_names(["model.encoder.conv1.weight"]).name
+        'whisper'
+    """
+    family = default()
+    known = any(family.knows(family.canonical(stored)) for stored in family.plain_names(names).values())
+    return family if known else GENERIC
+
+
+def with_heads() -> list[Architecture]:
+    """The families whose attention heads are known."""
+    return [family for family in architectures().values() if family.has_heads]
+
+
+def not_with_heads(config: Mapping[str, Any], where: str) -> SourceError:
+    """The error for a `config.json` that is of no family whose heads are known; `where` names the source."""
+    return not_of_families(config, where, with_heads())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hsa.actions.mergekit_config.roles import assign
-from hsa.architectures.registry import architecture_of
+from hsa.architectures.registry import architecture_of, not_with_heads
 from hsa.backends.base import NotFinite, TaskBuffers
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import NonFiniteError, RequestError, SourceError
@@ -75,7 +75,10 @@ class Merging:
                 reason = " ".join(str(error).split())
                 raise SourceError(f"{role}: the config.json of {model} cannot be read: {reason}") from error
             where = f"{role} {model}"
-            architecture_of(config, where).counts(config, where)
+            family = architecture_of(config)
+            if not family.has_heads:
+                raise not_with_heads(config, where)
+            family.counts(config, where)
             self._configs[model] = config
         return self._configs[model]
 
@@ -99,7 +102,7 @@ class Merging:
         if name is None:
             raise RequestError(f"merge_method {METHOD} needs the names of tensors, to know targets and layers")
         configs = {role: self.config(role, models[role]) for role in ROLES}
-        families = {role: architecture_of(configs[role], f"{role} {models[role]}") for role in ROLES}
+        families = {role: architecture_of(configs[role]) for role in ROLES}
         projection = families["primary"].target(name, config.targets)
         if projection is None:
             return primary

@@ -20,7 +20,7 @@ from hsa.actions.merger.shared_memory import first_shared, spans
 from hsa.actions.merger.writable_targets import require_own_memory
 from hsa.actions.signatures import declared_keywords
 from hsa.architectures.base import Architecture, Preset
-from hsa.architectures.registry import architectures
+from hsa.architectures.registry import with_heads
 from hsa.errors import RequestError, shown, warn
 from hsa.methods.hsa import HsaSettings
 
@@ -113,7 +113,7 @@ def _model_targets(model: torch.nn.Module, architecture: Architecture, preset: P
 
 def _architecture_of(model: torch.nn.Module) -> Architecture:
     """The family of a loaded model, by the `model_type` of its config."""
-    families = architectures().values()
+    families = with_heads()
     titles = " or ".join(family.title for family in families)
     if not isinstance(model, torch.nn.Module):
         raise RequestError(

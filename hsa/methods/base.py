@@ -196,6 +196,8 @@ class Method(ABC, Generic[S, D]):
     writes_out_last: ClassVar[bool] = False
     """Whether `apply` writes `out` by its last operation alone, elementwise, so that `out` may be the memory of a room
     or of the anchor's own tensor. Saves a copy."""
+    needs_heads: ClassVar[bool] = False
+    """Whether it merges attention heads, and so takes only models of the families whose heads are known."""
     selects_heads: ClassVar[bool] = False
     """Whether its decisions say which attention heads are merged, and by which scores, as `inspect` shows them."""
     checks_sources: ClassVar[bool] = False

@@ -25,6 +25,7 @@ class HsaReports(Method[Any, D]):
     known_as = "Headwise Selective Attention merge"
     citation = hsa_card.PAPER
     tags = hsa_card.TAGS
+    needs_heads = True
     selects_heads = True
 
     def settings_findings(self, candidates: Sequence[Any]) -> Findings:

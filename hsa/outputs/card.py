@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from hsa.architectures.base import ModelClass
+from hsa.architectures.base import Architecture, ModelClass
 from hsa.errors import RequestError, is_text, listed, shown
 from hsa.methods.all_settings import all_settings
 from hsa.methods.markdown import bullets, code, escape, fence, table
 from hsa.methods.tensors import CardText
 from hsa.option_names import option
 from hsa.outputs.record import OPTIONAL_SETTINGS, SETTINGS, Record
+from hsa.sources.any_small_files import describe, is_vocabulary
 from hsa.sources.identity import Identity, is_hub_id
 from hsa.sources.roles import Role
 from hsa.sources.small_files import FEATURES, TOKENS
@@ -68,7 +69,8 @@ def render(record: Record, files: Collection[str], config: Mapping[str, Any]) ->
     if "license" in fields:
         extra["license"] = fields["license"]
     ids = [source.identity.id for source in record.sources.values()]
-    head = metadata(filter(is_hub_id, ids), extra, model.task, record.architecture.tags, record.method.tags)
+    tags = record.architecture.tags, record.method.tags
+    head = metadata(filter(is_hub_id, ids), extra, model.task, *tags, library=model.library)
     return f"{head}\n\n{_body(record, files, fields, model)}".encode()
 
 
@@ -83,11 +85,13 @@ def metadata(
     task: str,
     family_tags: Sequence[str],
     method_tags: Sequence[str],
+    *,
+    library: str = "transformers",
 ) -> str:
     """The block of YAML that a card begins with, for a merge of these Hub ids; source: the Hub's model card schema.
 
     `task` is one of the Hub's names of tasks, `family_tags` are those of the models' family, `method_tags`
-    those of the merge method.
+    those of the merge method, `library` is what loads the model. What is empty is left out.
 
     Written by YAML's own library: huggingface_hub's would take longer to import than a small model to merge.
     """
@@ -97,7 +101,7 @@ def metadata(
     fields = {
         "base_model": base_models,
         "language": extra.get("language"),
-        "library_name": "transformers",
+        "library_name": library,
         "license": extra.get("license"),
         "pipeline_tag": task,
         "tags": [*family_tags, "merge", "model-merging", *method_tags],
@@ -136,7 +140,7 @@ def _body(record: Record, files: Collection[str], fields: Mapping[str, str], mod
         "## How to load",
         _loading(files, model),
         "## Files",
-        bullets([(f"`{code(file)}`", _file_text(file, text)) for file in sorted(files)]),
+        bullets([(f"`{code(file)}`", _file_text(file, text, record.architecture)) for file in sorted(files)]),
         "## Limitations",
         escape(fields["limitations"]) if "limitations" in fields else _limitations(record),
         *(("## Citation", f"```bibtex\n{fence(citation)}\n```") if citation else ()),
@@ -177,23 +181,35 @@ def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _loading(files: Collection[str], model: ModelClass) -> str:
-    """How to load the output with what is in it: some models need features and tokens, others features alone."""
-    complete, parts = bool({*FEATURES} & {*files}), "The feature extractor is"
+    """How to load the output with what is in it: some models need features and tokens, others one of them."""
+    parts = []
     if model.reads_tokens:
-        complete, parts = complete and bool({*TOKENS} & {*files}), "Tokenizer and feature extractor are"
-    names = sorted([model.name, model.processor] if complete else [model.name])
+        parts.append(("tokenizer", any(name in TOKENS or is_vocabulary(name) for name in files)))
+    if model.reads_features:
+        parts.append(("feature extractor", bool({*FEATURES} & {*files})))
+    complete = all(present for _, present in parts)
+    names = sorted([model.name, model.processor] if complete and model.processor else [model.name])
+    trusting = ", trust_remote_code=True" if model.custom_code else ""
+    variable = "tokenizer" if model.processor == "AutoTokenizer" else "processor"
     lines = [
         "```python",
         f"from transformers import {', '.join(names)}",
         "",
         'path = "path/to/this/directory"',
-        f"model = {model.name}.from_pretrained(path)",
-        *([f"processor = {model.processor}.from_pretrained(path)"] if complete else []),
+        f"model = {model.name}.from_pretrained(path{trusting})",
+        *([f"{variable} = {model.processor}.from_pretrained(path{trusting})"] if len(names) > 1 else []),
         "```",
     ]
     if not complete:
-        lines += ["", f"{parts} not part of this checkpoint: take the pretrained model's."]
+        lines += [
+            "",
+            f"{_not_part([what for what, _ in parts])} not part of this checkpoint: take the pretrained model's.",
+        ]
     return "\n".join(lines)
+
+
+def _not_part(parts: Sequence[str]) -> str:
+    return f"The {parts[0]} is" if len(parts) == 1 else f"{' and '.join(parts).capitalize()} are"
 
 
 def _identity(identity: Identity) -> str:
@@ -210,13 +226,15 @@ def _value(value: Any, name: str) -> str:
     return f"`{code(str(value)) or ' '}`"
 
 
-def _file_text(file: str, text: CardText) -> str:
+def _file_text(file: str, text: CardText, family: Architecture) -> str:
     """What is in a file of the output."""
     if file == PROVENANCE:
         return f"provenance: sources, parameters, {text.decisions} and digests"
     if file in _FILE_TEXT:
         return _FILE_TEXT[file]
-    return "weights" if file.endswith(".safetensors") else "tokenizer and feature extractor"
+    if file.endswith(".safetensors"):
+        return "weights"
+    return "tokenizer and feature extractor" if family.lists_tensors else describe(file)
 
 
 _FILE_TEXT = {

@@ -15,10 +15,8 @@ from hsa.planning.file_layout import TensorContent, pieces_of
 from hsa.planning.tasks import TaskFinder
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.source_set import Sources
+from hsa.sources.tied_tensors import same_bytes
 from hsa.system.dtypes import ARITHMETIC
-
-COMPARE_BYTES = 1 << 20
-"""Bytes of two tensors that are compared at a time."""
 
 
 def output_names(sources: Sources) -> dict[str, str]:
@@ -79,13 +77,4 @@ def _is_untied(source: Checkpoint) -> bool:
         return False
     if not source.architecture.is_tied(source.config) or embedding is None:
         return True
-    if (output.code, output.shape) != (embedding.code, embedding.shape):
-        return True
-    for start in range(0, output.nbytes, COMPARE_BYTES):
-        count = min(COMPARE_BYTES, output.nbytes - start)
-        output_bytes, embedding_bytes = bytearray(count), bytearray(count)
-        source.read_into(output, memoryview(output_bytes), start)
-        source.read_into(embedding, memoryview(embedding_bytes), start)
-        if output_bytes != embedding_bytes:
-            return True
-    return False
+    return not same_bytes(source, output, embedding)

@@ -12,6 +12,8 @@ from hsa.methods.base import Method, Treatment, treatment_of
 from hsa.methods.settings import Settings, declared
 from hsa.methods.tensors import LayerSpan, TensorTask
 from hsa.option_names import option
+from hsa.planning.heads import require_heads
+from hsa.planning.quantized import refuse_quantized
 from hsa.planning.script_dtypes import load_codes
 from hsa.sources import structure
 from hsa.sources.source_set import Sources
@@ -100,6 +102,8 @@ class TaskFinder:
     def __init__(self, method: Method[Any, Any], settings: Settings, sources: Sources) -> None:
         self.method, self.settings, self.sources = method, settings, sources
         self.family = sources.architecture
+        for source in sources:
+            require_heads(method, source)
         self.load_codes = None if method.elementwise else load_codes(settings, sources)
         self.preset: str | None = getattr(settings, "targets", None)
         self._heads: int | None = getattr(settings, "num_heads", None)
@@ -112,6 +116,8 @@ class TaskFinder:
 
     def targets(self) -> list[TensorTask]:
         """Every task that is listed in the record, in the order of the anchor's files; at least one."""
+        if not self.method.needs_heads:  # whose targets are looked at one by one
+            refuse_quantized(self.sources, self.method.name, self._is_merged)
         names: dict[str, tuple[TensorPlace | None, Treatment]] = {}
         for source in self.sources:
             for name, ref in source.tensors.items():
@@ -133,6 +139,9 @@ class TaskFinder:
     def treatment(self, name: str, ref: TensorRef) -> Treatment:
         """What the method does with a tensor of that canonical name."""
         return treatment_of(self.method, self.settings, TensorInfo(name, ref.code, ref.shape), self.family)
+
+    def _is_merged(self, info: TensorInfo) -> bool:
+        return self.method.treatment(info, self.family.place(info.name), self.settings).kind == "merge"
 
     def task(self, name: str, place: TensorPlace | None, treatment: Treatment) -> TensorTask | None:
         """One task, checked to agree in its sources. None where they disagree and the method can do without it."""
@@ -285,12 +294,15 @@ class TaskFinder:
 
     def _nothing_to_merge(self) -> SourceError:
         anchor, family = self.sources.anchor_checkpoint, self.family
-        wrapped = structure.wrapped_name(anchor, family.first_target)
+        wrapped = structure.wrapped_name(anchor, family.first_target) if family.first_target else None
         remedy = "" if wrapped is None else f"; it holds {wrapped:.300}: save the model without what wraps it"
         what = f"method {self.method.name}" if self.preset is None else shown(self.preset)
+        problem = f"{anchor.role} {anchor.path} holds no tensor that {what} would merge"
+        if not family.first_target:
+            return SourceError(f"{problem}; it holds {len(anchor.tensors)} tensors, is it a whole model?")
         return SourceError(
-            f"{anchor.role} {anchor.path} holds no tensor that {what} would merge (looked for names like "
-            f"{family.prefix}{family.first_target}){remedy}; is it a {family.title} checkpoint?"
+            f"{problem} (looked for names like {family.prefix}{family.first_target}){remedy}; is it a {family.title} "
+            f"checkpoint?"
         )
 
     def _check_complete(self, names: set[str]) -> None:

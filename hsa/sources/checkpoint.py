@@ -95,14 +95,22 @@ class Checkpoint:
     @property
     def embedding(self) -> TensorRef | None:
         """The embedding of tokens, where the model has one."""
-        tie = self.architecture.tie
-        return None if tie is None else self.tensors.get(tie.embedding)
+        name = self.architecture.embedding_of(self.tensors)
+        return None if name is None else self.tensors[name]
 
     @property
     def untied_output(self) -> TensorRef | None:
         """The output projection, where it is stored apart from the embedding."""
         tie = self.architecture.tie
         return None if tie is None else self.tensors.get(tie.output)
+
+    def is_tied(self, name: str) -> bool:
+        """Whether the tensor of this canonical name stands for embedding and output projection both."""
+        tie = self.architecture.tie
+        if tie is not None:
+            return name in (tie.output, tie.embedding) and self.untied_output is None
+        tied = self.config.get("tie_word_embeddings") is True
+        return tied and name == self.architecture.embedding_of(self.tensors)
 
     def read_into(self, tensor: TensorRef, view: memoryview, start: int = 0) -> None:
         """Fill `view` with the tensor's bytes from byte `start` on."""
@@ -149,7 +157,7 @@ def open_checkpoint(
     parts = parts or {}
     weights = _weights_files(role, directory, tally, parts)
     config = read_config(role, directory, tally)
-    architecture = architecture_of(config, f"{role} {directory}")
+    architecture = architecture_of(config)
     architecture.counts(config, f"{role} {directory}")
     pickled = weights.suffix == PICKLES.suffix
     weights_format = PICKLES if pickled else SAFETENSORS
@@ -259,12 +267,13 @@ def resolve_inside(role: str, directory: Path, name: str) -> Path:
     return real
 
 
-def read_whole(role: str, directory: Path, name: str, tally: Tally) -> bytes:
-    """The bytes of a small file of a source, read whole; SourceError when it cannot be read or is too large."""
+def read_whole(role: str, directory: Path, name: str, tally: Tally, limit: int = MAX_TEXT) -> bytes:
+    """The bytes of a small file of a source, read whole; SourceError when it cannot be read or is larger than `limit`
+    bytes."""
     source = SourceFile(resolve_inside(role, directory, name), role, tally)
     try:
-        if source.size > MAX_TEXT:
-            raise SourceError(f"{role}: {directory / name} has {source.size} bytes, at most {MAX_TEXT} are read")
+        if source.size > limit:
+            raise SourceError(f"{role}: {directory / name} has {source.size} bytes, at most {limit} are read")
         text = source.read(source.size)
         source.check_unchanged()
         refuse_pointer(text, f"{role}: {directory / name}")
@@ -338,7 +347,7 @@ def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str,
 def read_config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
     """What the `config.json` of a checkpoint directory says. Raises SourceError, HeaderError."""
     if not _exists(directory / CONFIG):
-        raise SourceError(f"{role}: {directory} has no {CONFIG}, which says how many heads and layers there are")
+        raise SourceError(f"{role}: {directory} has no {CONFIG}, which says what model it is")
     return load_json(read_whole(role, directory, CONFIG, tally), f"{role}: {directory / CONFIG}", "config")
 
 

@@ -259,8 +259,7 @@ def _check_entries(where: str, shard: Shard, base: Checkpoint) -> None:
                 f"adapter with save_pretrained() of the PeftModel"
             )
         name = "" if match is None else base.architecture.canonical(f"{match['module'].removeprefix(_PREFIX)}.weight")
-        tie = base.architecture.tie
-        if tie is not None and name in (tie.output, tie.embedding) and base.untied_output is None:
+        if base.is_tied(name):
             raise RequestError(f"{where}: tensor {entry.name} adapts {name}. {TIED}")
 
 

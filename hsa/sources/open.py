@@ -8,6 +8,7 @@ from hsa.sources.checkpoint import Checkpoint, open_checkpoint
 from hsa.sources.lora import is_adapter, open_adapter
 from hsa.sources.openai_file import is_openai_file, open_openai_file
 from hsa.sources.roles import Role
+from hsa.sources.tied_tensors import without_tied_copy
 from hsa.system.fsio import Tally
 
 
@@ -18,7 +19,7 @@ def open_source(
     claimed: str | None = None,
     base: Checkpoint | None = None,
 ) -> Checkpoint:
-    """Open a source; `base`, open, is what an adapter stands on. Reads no tensor data.
+    """Open a source; `base`, open, is what an adapter stands on. Reads no tensor data but what may be tied.
 
     `claimed` is the identity to record (`org/name` or `org/name@revision`). Raises RequestError, SourceError or a
     subclass: see `open_checkpoint`, `open_openai_file`, `open_adapter`.
@@ -27,4 +28,4 @@ def open_source(
         return open_openai_file(role, path, tally, claimed)
     if os.fspath(path) and is_adapter(path):
         return open_adapter(role, path, tally, base, claimed)
-    return open_checkpoint(role, path, tally, claimed)
+    return without_tied_copy(open_checkpoint(role, path, tally, claimed))

@@ -89,7 +89,7 @@ def _read(role: Role, file: Path, source: SourceFile, tally: Tally, identity: Id
         file,
         identity,
         config,
-        architecture_of(config, where),
+        architecture_of(config),
         tally,
         shards=(Shard(escaped_name(file.name), source, header, 0),),
         tensors=refs,

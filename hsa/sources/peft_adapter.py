@@ -20,7 +20,7 @@ from hsa.system.dtypes import CODES
 
 TIED = (
     "Base ties its output projection to the embedding, so that a change of one alone has no place in it; train the "
-    "adapter without it, or give a base with tie_word_embeddings false and a proj_out.weight of its own"
+    "adapter without it, or give a base with tie_word_embeddings false and an output projection of its own"
 )
 
 INSTALL = 'pip install "hsa-merge[integrations]"'
@@ -84,6 +84,8 @@ class PeftCheckpoint(Checkpoint):
 
         where = f"{self.role}: {self.path}"
         state = {self.architecture.canonical(name): tensor for name, tensor in self._state().items()}
+        if not self.architecture.lists_tensors:
+            state = _without_aliases(state)
         tie = self.architecture.tie
         output = None if tie is None else state.get(tie.output)
         tied = tie is not None and output is not None and torch.equal(output, state[tie.embedding])
@@ -115,7 +117,13 @@ class PeftCheckpoint(Checkpoint):
         import peft
         import transformers
 
-        model_class = getattr(transformers, self.architecture.model_class(self.base.config).name)
+        described = self.architecture.model_class(self.base.config)
+        model_class = None if described.custom_code else getattr(transformers, described.name, None)
+        if model_class is None:
+            raise SourceError(
+                f"{self.role}: {self.path} needs peft, which folds adapters into classes of transformers, and base "
+                f"{self.base.path} is of {described.name}, whose code is its own; fold the adapter in yourself first"
+            )
         with _quiet():
             try:
                 model = model_class.from_pretrained(self.base.path, dtype="auto", local_files_only=True)
@@ -147,6 +155,18 @@ class PeftCheckpoint(Checkpoint):
                 f"{self.role}: {self.path / self.shards[0].name} {problem}, by its {ADAPTER_CONFIG}; give the "
                 f"{ADAPTER_CONFIG} that was saved with these weights"
             )
+
+
+def _without_aliases(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the tensors that are an earlier one under another name."""
+    kept = {}
+    places = set()
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else name
+        if place not in places:
+            places.add(place)
+            kept[name] = tensor
+    return kept
 
 
 @contextmanager

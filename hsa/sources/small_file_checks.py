@@ -14,7 +14,7 @@ from typing import Any
 from hsa.architectures.base import Features
 from hsa.errors import SourceError, shown
 from hsa.sources.checkpoint import MAX_TEXT, Checkpoint
-from hsa.system.strict_json import MAX_MARKS, parse_json, refuse_byte_order_mark
+from hsa.system.strict_json import MAX_MARKS, count_marks, parse_json, refuse_byte_order_mark
 
 GENERATION_CONFIG = "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -121,6 +121,22 @@ def read_small_file(name: str, data: bytes, where: str) -> Any:
     if problem is not None:
         raise SourceError(f"{where}: {what} {problem}; the file is damaged, copy it again")
     return document
+
+
+def read_any_small_file(name: str, data: bytes, where: str) -> Any:
+    """What a small file of a model of any family says, where it is one of `CHECKED_FILES` and is like Whisper's; else
+    None, for its model may read it otherwise. Raises SourceError where it is no JSON though its name says so.
+
+    Example:
+        >>> read_any_small_file("vocab.json", b'{"eng": {"a": 0}}', "base: vocab.json") is None
+        True
+    """
+    if not name.endswith(".json") or len(data) > MAX_TEXT or count_marks(data) > MAX_VOCABULARY_MARKS:
+        return None
+    what = _WHAT.get(name, "file")
+    make = _condense if name in _VOCABULARIES else dict
+    document = parse_json(data, where, what, make, max_bytes=MAX_TEXT, max_marks=MAX_VOCABULARY_MARKS)
+    return document if name in _WHAT and _problem(name, document) is None else None
 
 
 def contradictions(documents: Mapping[str, Any], sizes: ModelSizes) -> Iterator[str]:

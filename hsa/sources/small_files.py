@@ -7,14 +7,16 @@ programs differ in which of them they read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hsa.errors import SourceChanged
+from hsa.sources import any_small_files
+from hsa.sources.any_small_files import AnySelectedFiles
 from hsa.sources.checkpoint import CONFIG, Checkpoint, read_whole, resolve_inside
 from hsa.sources.roles import Role
+from hsa.sources.selected_files import AssetFolder, SelectedFiles, note_origin
 from hsa.sources.small_file_checks import (
     ADDED_TOKENS,
     GENERATION_CONFIG,
@@ -27,15 +29,29 @@ from hsa.sources.small_file_checks import (
     ModelSizes,
     contradictions,
     features_of,
-    read_small_file,
 )
+from hsa.sources.source_folder import entry_names
 from hsa.sources.source_set import Sources
-from hsa.system.fsio import Tally, exists
+from hsa.system.fsio import Tally
 from hsa.system.strict_json import load_json
 
 PROCESSOR_FILES = (PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES)
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, *PROCESSOR_FILES)
 """Every small file that a merge may write beside the weights, their index, the card and the provenance."""
+
+
+def names_for(sources: Sources) -> tuple[str, ...]:
+    """Every small file that a merge of these sources may write, by name; of a family whose files are not known, of
+    which the owner's directory is looked at, those that lie there."""
+    if sources.architecture.lists_tensors:
+        return SMALL_FILES
+    anchor = sources.anchor_checkpoint
+    names = any_small_files.wanted(entry_names(anchor.config_from or anchor.path), anchor.config)
+    return tuple(dict.fromkeys((CONFIG, GENERATION_CONFIG, *any_small_files.NAMES, *names)))
+
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Keys of a `config.json` that name the element type of the weights."""
 
 FEATURES = (PREPROCESSOR, PROCESSOR)
 TOKENS = (TOKENIZER_JSON, VOCABULARY)
@@ -84,48 +100,6 @@ class Assets:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class AssetFolder:
-    """A directory in which small files are looked for: whose it is, and what messages call it."""
-
-    role: str
-    directory: Path
-    label: str
-
-    def has(self, name: str) -> bool:
-        """Whether a file or directory has that name, including a link whose target is missing."""
-        return exists(self.directory / name)
-
-    def holds(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if self.has(name)]
-
-
-@dataclass
-class SelectedFiles:
-    """Small files taken so far: their bytes and what they say, by name, and what the user should know of them."""
-
-    tally: Tally
-    files: dict[str, bytes] = field(default_factory=dict)
-    documents: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    _read: dict[Path, tuple[bytes, Any]] = field(default_factory=dict)
-
-    def take(self, folder: AssetFolder, names: Iterable[str]) -> None:
-        """Read these files of a folder; SourceError where one cannot be loaded."""
-        for name in names:
-            if name not in self.files:
-                self.files[name], self.documents[name] = self.read(folder, name)
-
-    def read(self, folder: AssetFolder, name: str) -> tuple[bytes, Any]:
-        """The bytes of a folder's file and its parsed content, read once."""
-        path = folder.directory / name
-        if path not in self._read:
-            data = read_whole(folder.role, folder.directory, name, self.tally)
-            self._read[path] = data, read_small_file(name, data, f"{folder.role}: {path}")
-        return self._read[path]
-
-
 def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None, tally: Tally) -> Assets:
     """Read every small file of the output, and check that it can be loaded.
 
@@ -136,18 +110,21 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
 
     Raises SourceError where a file that would be taken cannot be loaded.
     """
-    selection = SelectedFiles(tally)
+    requested = sources.of(assets_from)
+    known = requested.architecture.lists_tensors
+    selection = SelectedFiles(tally) if known else AnySelectedFiles(tally)
     config = _config(sources.of(owner), dtype, tally)
     _choose_generation_config(selection, sources, owner)
-    requested = sources.of(assets_from)
     folders = [
         AssetFolder(requested.role, requested.path, assets_from),
         AssetFolder(requested.role, requested.path.parent, f"the directory above {assets_from}"),
     ]
     if sources.base is not None and sources.base_checkpoint.path not in [folder.directory for folder in folders]:
         folders.append(AssetFolder(sources.base, sources.base_checkpoint.path, sources.base))
-    processor = requested.architecture.model_class({}).processor
-    tokenizer = choose_processor(selection, folders, processor)
+    if known:
+        tokenizer = choose_processor(selection, folders, requested.architecture.model_class({}).processor)
+    else:
+        tokenizer = any_small_files.choose(selection, folders, sources.of(owner))
     contradicting = list(contradictions(selection.documents, ModelSizes.of(sources.of(owner))))
     if tokenizer is not None and not contradicting:
         contradicting += _other_vocabulary(sources, owner, tokenizer)
@@ -178,7 +155,7 @@ def _choose_tokenizer(selection: SelectedFiles, folders: Sequence[AssetFolder]) 
         present = folder.holds(TOKENIZER_FILES)
         if TOKENIZER_JSON in present or {VOCABULARY, MERGES} <= set(present):
             selection.take(folder, present)
-            _note_origin(selection, "tokenizer", present, folder, folders)
+            note_origin(selection, "tokenizer", present, folder, folders)
             return folder
         if present:
             for name in present:
@@ -214,7 +191,7 @@ def _choose_features(selection: SelectedFiles, folders: Sequence[AssetFolder]) -
     present = extractor_folder.holds(FEATURES)
     names = present if nested or not earlier else [PREPROCESSOR]
     selection.take(extractor_folder, names)
-    _note_origin(selection, "feature extractor", names, extractor_folder, folders)
+    note_origin(selection, "feature extractor", names, extractor_folder, folders)
     later = folders[folders.index(extractor_folder) + 1 :]
     if nested:
         for folder in earlier:
@@ -251,19 +228,8 @@ def _choose_processor_config(
             )
             continue
         selection.take(folder, [PROCESSOR])
-        _note_origin(selection, "processor", [PROCESSOR], folder, folders)
+        note_origin(selection, "processor", [PROCESSOR], folder, folders)
         return
-
-
-def _note_origin(
-    selection: SelectedFiles, what: str, names: Sequence[str], folder: AssetFolder, folders: Sequence[AssetFolder]
-) -> None:
-    if folder is not folders[0]:
-        files = "files" if len(names) > 1 else "file"
-        verb = "come" if len(names) > 1 else "comes"
-        selection.notes.append(
-            f"{what} {files} ({', '.join(names)}) {verb} from {folder.label}, for {folders[0].label} has none"
-        )
 
 
 def _is_or_are(names: Sequence[str]) -> str:
@@ -328,10 +294,13 @@ def _config(source: Checkpoint, dtype: str | None, tally: Tally) -> bytes:
     if dtype is None:
         return raw
     config = dict(source.config)
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    keys = [key for key in _DTYPE_KEYS if key in config] or ["dtype"]
     if all(config.get(key) == dtype for key in keys):
         return raw
     config.update(dict.fromkeys(keys, dtype))
+    for key, part in config.items():  # of models that are made of several
+        if isinstance(part, dict) and key.endswith("_config"):
+            config[key] = {**part, **dict.fromkeys((each for each in _DTYPE_KEYS if each in part), dtype)}
     text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     load_json(text, f"output: {CONFIG} of {source.role} with another dtype", "config")  # what is written is read again
     return text

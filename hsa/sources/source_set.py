@@ -28,12 +28,13 @@ class Sources:
     base: Role | None
 
     def __post_init__(self) -> None:
+        kind = self.architecture.kind(self.anchor_checkpoint.config)
         for source in self:
-            if source.architecture is not self.architecture:
+            other = source.architecture.kind(source.config)
+            if source.architecture is not self.architecture or other != kind:
                 raise MismatchError(
-                    f"{self.anchor} {self.anchor_checkpoint.path} is a {self.architecture.title} checkpoint, and "
-                    f"{source.role} {source.path} a {source.architecture.title} checkpoint; they must be fine-tunes of "
-                    f"one model"
+                    f"{self.anchor} {self.anchor_checkpoint.path} is {kind}, and {source.role} {source.path} {other}; "
+                    f"they must be fine-tunes of one model"
                 )
 
     @classmethod

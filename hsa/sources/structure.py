@@ -54,6 +54,9 @@ def faults(checkpoint: Checkpoint) -> Iterator[StructureFault]:
     tensors, config, architecture = checkpoint.tensors, checkpoint.config, checkpoint.architecture
     try:
         layers = sum(architecture.counts(config, checkpoint.role).layers.values())
+        if not architecture.lists_tensors:
+            yield from _faults_of_any(tensors)
+            return
         yield from _contradictions(architecture, config)
         if layers > len(tensors):  # before names are made of a number that may be anything
             yield StructureFault(
@@ -63,6 +66,15 @@ def faults(checkpoint: Checkpoint) -> Iterator[StructureFault]:
         yield from _compare(architecture, tensors, config, checkpoint.role)
     except SourceError as error:
         yield StructureFault(str(error), CONTRADICTORY)
+
+
+def _faults_of_any(tensors: Mapping[str, TensorRef]) -> Iterator[StructureFault]:
+    """What can be wrong with a model of which nothing says which tensors it must have."""
+    adapters = [ref.name for ref in tensors.values() if any(part in ref.name for part in _ADAPTER)]
+    if not tensors:
+        yield StructureFault("it holds no tensor", INCOMPLETE)
+    elif adapters:
+        yield StructureFault(f"{len(adapters)} tensors are of an adapter, such as {adapters[0]:.300}", FOLD_ADAPTER)
 
 
 def require_whole(checkpoint: Checkpoint) -> None:

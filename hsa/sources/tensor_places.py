@@ -104,6 +104,8 @@ def place_tensors(
     notes += _check_absent(role, index, absent, {name for name in absent if architecture.canonical(name) in tied})
     if tie is not None:
         notes += _tie(role, tie, tensors, shares_bytes=shares_bytes)
+    if shares_bytes and not architecture.lists_tensors:
+        notes += _leave_out_aliases(role, tensors)
     return Places(tensors, renamed, tuple(notes))
 
 
@@ -152,6 +154,16 @@ def _tie(role: str, tie: Tie, tensors: dict[str, TensorRef], *, shares_bytes: bo
     elif output is not None and embedding is not None and shares_bytes and _same_bytes(output, embedding):
         del tensors[tie.output]
         yield f"{role}'s {output.name} is {embedding.name} under another name in its file, and left out"
+
+
+def _leave_out_aliases(role: str, tensors: dict[str, TensorRef]) -> Iterator[str]:
+    """Leave one name of tensors that are one in a file of torch.save, as transformers does when it saves."""
+    names: dict[tuple[int, int, tuple[int, ...], str], str] = {}
+    for name, ref in [*tensors.items()]:
+        first = names.setdefault((ref.shard, ref.offset, ref.shape, ref.code), name)
+        if first != name and ref.nbytes:
+            yield f"{role}'s {ref.name} is {tensors[first].name} under another name in its file, and left out"
+            del tensors[name]
 
 
 def _same_bytes(first: TensorRef, second: TensorRef) -> bool:

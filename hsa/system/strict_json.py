@@ -93,7 +93,7 @@ def parse_json(
     if len(text) > max_bytes or count_marks(text) > max_marks:
         raise HeaderError(
             f"{where}: {what} of {len(text)} bytes with {count_marks(text)} brackets, braces and commas, at most "
-            f"{max_bytes} and {max_marks} are read; it is no {what} of a Whisper checkpoint"
+            f"{max_bytes} and {max_marks} are read; it is no {what} of a checkpoint"
         )
     if not text:
         raise _malformed(where, what, ValueError("it is empty"))

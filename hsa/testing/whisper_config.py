@@ -139,7 +139,7 @@ def write_config(
     end = _TOKEN_IDS[_END_OF_TEXT]
     start = _TOKEN_IDS["<|startoftranscript|>"]
     tokens = {
-        "begin_suppress_tokens": [_byte_symbols().index(_symbol(ord(" "))), end],
+        "begin_suppress_tokens": [byte_symbols().index(_symbol(ord(" "))), end],
         "bos_token_id": end,
         "decoder_start_token_id": start,
         "eos_token_id": end,
@@ -201,7 +201,7 @@ def _symbol(byte: int) -> str:
     return chr(256 + sum(not _is_visible(smaller) for smaller in range(byte)))
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """All 256 symbols in the order of GPT-2's vocabulary, which Whisper's shares: visible bytes first."""
     return [_symbol(byte) for byte in sorted(range(256), key=lambda byte: (not _is_visible(byte), byte))]
 
@@ -226,7 +226,7 @@ def write_processor(directory: str | os.PathLike[str], shape: WhisperShape | Non
         raise ValueError(f"max_source_positions is {shape.max_source_positions}, expected a multiple of 50")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    vocabulary = {symbol: position for position, symbol in enumerate(_byte_symbols())}
+    vocabulary = {symbol: position for position, symbol in enumerate(byte_symbols())}
     vocabulary[_END_OF_TEXT] = _TOKEN_IDS[_END_OF_TEXT]
     text = json.dumps(vocabulary, ensure_ascii=False) + "\n"
     (directory / "vocab.json").write_text(text, encoding="utf-8")

@@ -18,9 +18,11 @@ from hsa.option_names import option
 from hsa.outputs import record_checks
 from hsa.outputs.provenance import Provenance
 from hsa.outputs.provenance import load as load_provenance
+from hsa.sources.any_small_files import limit_of
 from hsa.sources.checkpoint import (
     CONFIG,
     INDEX,
+    MAX_TEXT,
     SAFETENSORS,
     WEIGHTS,
     Checkpoint,
@@ -30,7 +32,13 @@ from hsa.sources.checkpoint import (
     resolve_inside,
 )
 from hsa.sources.identity import is_snapshot
-from hsa.sources.small_file_checks import CHECKED_FILES, ModelSizes, contradictions, read_small_file
+from hsa.sources.small_file_checks import (
+    CHECKED_FILES,
+    ModelSizes,
+    contradictions,
+    read_any_small_file,
+    read_small_file,
+)
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.descriptors import reason
 from hsa.system.fsio import SourceFile, exists
@@ -157,7 +165,7 @@ class _OutputVerification:
             for name in names:
                 tasks += self._digest_task(name)
             checkpoint = self._open_checkpoint(stack)
-            documents = self._documents()
+            documents = self._documents(checkpoint)
             if checkpoint is not None:
                 tasks += self._target_checks(checkpoint)
                 sizes = ModelSizes.of(checkpoint)
@@ -238,18 +246,22 @@ class _OutputVerification:
                 problems.add(name, "is a weights file that no index names, so that no loader reads it")
         return checkpoint
 
-    def _documents(self) -> dict[str, Any]:
+    def _documents(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         """What the small files say, by name; those that cannot be loaded are problems."""
         documents: dict[str, Any] = {}
+        record = None if self.provenance is None else self.provenance.record
+        families = [owner.architecture for owner in (checkpoint, record) if owner is not None]
+        read = read_small_file if all(family.lists_tensors for family in families[:1]) else read_any_small_file
         for name in CHECKED_FILES:
             listed = self.provenance is None or name in self.provenance.files
             if listed and _fault_of_file(self.directory, name) is None:
-                self._passes(name, partial(self._read_small_file, name, documents))
-        return documents
+                self._passes(name, partial(self._read_small_file, name, documents, read))
+        return {name: document for name, document in documents.items() if document is not None}
 
-    def _read_small_file(self, name: str, documents: dict[str, Any]) -> None:
-        data = read_whole(LABEL, self.directory, name, self.tally)
-        documents[name] = read_small_file(name, data, f"output {self.directory / name}")
+    def _read_small_file(self, name: str, documents: dict[str, Any], read: Callable[[str, bytes, str], Any]) -> None:
+        limit = MAX_TEXT if read is read_small_file else limit_of(name)
+        data = read_whole(LABEL, self.directory, name, self.tally, limit)
+        documents[name] = read(name, data, f"output {self.directory / name}")
 
     def _read_header(self, name: str) -> None:
         open_shard(LABEL, self.directory, name, self.tally).source.close()
@@ -258,7 +270,7 @@ class _OutputVerification:
         where = f"output {self.directory / CONFIG}"
         text = read_whole(LABEL, self.directory, CONFIG, self.tally)
         config = load_json(text, where, "config")
-        architecture_of(config, where).counts(config, where)
+        architecture_of(config).counts(config, where)
 
     def _passes(self, name: str, check: Callable[[], object]) -> bool:
         try:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa.architectures.base import Architecture, Preset
-from hsa.architectures.registry import architecture_of
+from hsa.architectures.registry import architecture_of, architecture_of_names, default
 from hsa.backends.resident import CODE_OF
 from hsa.errors import RequestError, shown
 
@@ -70,17 +70,22 @@ def config_of(model: object) -> Mapping[str, Any]:
     return {}
 
 
-def architecture_of_model(label: str, model: object, otherwise: Architecture) -> Architecture:
-    """The family of a loaded model by its config, and `otherwise` for a state dict or a model without a config.
-
-    Raises SourceError for a model of a family that is not supported.
-    """
+def architecture_of_model(model: object, otherwise: Architecture | None) -> Architecture:
+    """The family of a loaded model by its config. A state dict, or a model without a config, is of the family
+    `otherwise`, or, where that is None, of the one that its names tell."""
     config = config_of(model)
-    return architecture_of(config, label) if config else otherwise
+    if config:
+        return architecture_of(config)
+    if otherwise is not None or not isinstance(model, (torch.nn.Module, Mapping)):
+        return otherwise or default()
+    return architecture_of_names(name for name, _ in _items(model) if isinstance(name, str))
 
 
 def without_tied_output(entries: Sequence[LoadedTensor], architecture: Architecture) -> list[LoadedTensor]:
-    """The entries without the output projection where it is the embedding itself, which checkpoints store once."""
+    """The entries without the output projection where it is the embedding itself, which checkpoints store once; of a
+    family that does not say which tensors may be tied, without every tensor that is an earlier one itself."""
+    if not architecture.lists_tensors:
+        return _without_aliases(entries)
     by_name = {entry.name: entry.tensor for entry in entries}
     tie = architecture.tie
     if tie is None or tie.output not in by_name or tie.embedding not in by_name:
@@ -89,6 +94,20 @@ def without_tied_output(entries: Sequence[LoadedTensor], architecture: Architect
     if not (has_addresses(output) and has_addresses(embedding) and output.data_ptr() == embedding.data_ptr()):
         return list(entries)
     return [entry for entry in entries if entry.name != tie.output]
+
+
+def _without_aliases(entries: Sequence[LoadedTensor]) -> list[LoadedTensor]:
+    seen: set[tuple[Any, ...]] = set()
+    kept = []
+    for entry in entries:
+        if has_addresses(entry.tensor) and entry.tensor.numel():
+            tensor = entry.tensor
+            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if place in seen:
+                continue
+            seen.add(place)
+        kept.append(entry)
+    return kept
 
 
 def targets_of(

@@ -61,15 +61,16 @@ class SourceTargets:
 def read_sources(sources: Mapping[Role, ModelSource], preset: Preset | None, hub: Hub) -> dict[Role, SourceTargets]:
     """Copy the targets of every source; without a preset every tensor that a merge can compute with.
 
-    Names in a state dict are read as those of the other sources' family.
+    Names in a state dict are read as those of the other sources' family; where all sources are such, a preset is one of
+    the default family's, and without a preset the names of the first tell the family.
     """
     by_role: dict[Role, SourceTargets] = {}
-    architecture = default()
+    architecture = None if preset is None else default()
     for role in sorted(
         sources, key=lambda role: isinstance(sources[role], Mapping)
     ):  # state dicts, without config, last
         by_role[role] = _read_source(role, sources[role], preset, hub, sources.get(BASE), architecture)
-        if by_role[role].has_config:
+        if by_role[role].has_config or architecture is None:
             architecture = by_role[role].checkpoint.architecture
     return {role: by_role[role] for role in sources}
 
@@ -80,12 +81,12 @@ def _read_source(
     preset: Preset | None,
     hub: Hub,
     base: ModelSource | None,
-    architecture: Architecture,
+    architecture: Architecture | None,
 ) -> SourceTargets:
     """Copy a source's targets. `base` is the model that an adapter was trained on, `architecture` the family of a model
     that does not say it."""
     if not isinstance(source, (str, os.PathLike)):
-        return _read_model(role, source, preset, architecture_of_model(role, source, architecture))
+        return _read_model(role, source, preset, architecture_of_model(source, architecture))
     with ExitStack() as stack:
         adapter_base = None
         if role != BASE and hub.is_adapter(role, source) and isinstance(base, (str, os.PathLike)):
@@ -159,9 +160,9 @@ def share_config(
                 f"three state dicts say nothing of heads and layers: give {option('num_heads')} and "
                 f"{option('num_layers')}, or one source as a directory or a model"
             )
-        architecture = default()
+        architecture = next(iter(sources.values())).checkpoint.architecture
         config = {
-            "model_type": min(architecture.model_types),
+            **({"model_type": min(architecture.model_types)} if architecture.model_types else {}),
             **{architecture.heads_key(stack): num_heads or 1 for stack in architecture.all_stacks},
             **{
                 architecture.layers_key(stack): num_layers or _layers_by_names(sources, stack)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hsa.architectures.registry import architecture_of
 from hsa.errors import MachineError, SourceError, shown
+from hsa.sources import any_small_files
 from hsa.sources.checkpoint import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -49,6 +50,7 @@ from hsa.sources.roles import Role
 from hsa.sources.small_file_checks import GENERATION_CONFIG
 from hsa.sources.small_files import PROCESSOR_FILES
 from hsa.sources.source_folder import newest_training_checkpoint
+from hsa.sources.tied_tensors import without_tied_copy
 from hsa.system.fsio import Tally
 from hsa.system.types import PathLike
 
@@ -107,7 +109,7 @@ class Hub:
                 directory, parts = self._checkpoint(role, repo, needs)
         if repo.is_adapter:
             return open_adapter(role, directory, tally, base, claimed)
-        return open_checkpoint(role, directory, tally, claimed, parts, repo.files)
+        return without_tied_copy(open_checkpoint(role, directory, tally, claimed, parts, repo.files))
 
     def is_adapter(self, role: Role, path: PathLike) -> bool:
         """Whether a source, local or on the Hub, is an adapter on base. Raises what `open` does for a hub id."""
@@ -173,15 +175,15 @@ class Hub:
         if CONFIG not in repo.files:
             if not repo.complete:
                 raise missing_offline(role, repo, CONFIG)
-            raise SourceError(
-                f"{role}: {repo.id} has no {CONFIG}, which says how many heads and layers there are; is it a model?"
-            )
-        self._downloads.small_files(role, repo, (GENERATION_CONFIG, *(PROCESSOR_FILES if needs.assets else ())))
+            raise SourceError(f"{role}: {repo.id} has no {CONFIG}, which says what model it is; is it a model?")
         directory = self._downloads.file(role, repo, CONFIG).parent
+        config = read_config(role, directory, Tally())
+        architecture = architecture_of(config)
+        processor_files = PROCESSOR_FILES if architecture.lists_tensors else any_small_files.wanted(repo.files, config)
+        self._downloads.small_files(role, repo, (GENERATION_CONFIG, *(processor_files if needs.assets else ())))
         form, weights = self._weights_files(role, repo)
         if all(cached_path(repo, name) for name in weights):
             return directory, {}
-        architecture = architecture_of(read_config(role, directory, Tally()), f"{role} {directory}")
         reason = "pickle weights"
         if form is SAFETENSORS:
             if needs.need == "whole" and not needs.headers_only:

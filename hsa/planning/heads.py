@@ -1,0 +1,28 @@
+"""Refuse models whose attention heads are not known to methods that merge heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hsa.architectures.registry import not_with_heads
+from hsa.errors import SourceError, listed
+from hsa.methods.base import Method
+from hsa.methods.registry import methods
+from hsa.option_names import option
+from hsa.sources.checkpoint import Checkpoint
+
+MAX_NAMED = 4
+"""Methods that a message names."""
+
+
+def require_heads(method: Method[Any, Any], checkpoint: Checkpoint) -> None:
+    """SourceError, which names the families with heads, where a method that merges heads gets another model."""
+    if not method.needs_heads or checkpoint.architecture.has_heads:
+        return
+    error = not_with_heads(checkpoint.config, f"{checkpoint.role} {checkpoint.path}")
+    others = [name for name, other in methods().items() if not other.needs_heads]
+    more = [*others[:MAX_NAMED], *([f"{len(others) - MAX_NAMED} more"] if len(others) > MAX_NAMED else [])]
+    remedy = f"; {option('method')} {listed(more, 'or')} needs no heads and merges it" if others else ""
+    raise SourceError(
+        f"{error}; method {method.name} merges attention heads, which are known of such a checkpoint alone{remedy}"
+    )

@@ -1,0 +1,217 @@
+"""Small files of models whose family hsa does not know: they are copied as they are.
+
+What such a model reads beside its weights depends on its class: a tokenizer of one of many kinds, a processor of images
+or of sound, chat templates, code of its own. Files that belong together come from one source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from hsa.sources.checkpoint import MAX_TEXT, Checkpoint, read_whole
+from hsa.sources.selected_files import AssetFolder, SelectedFiles, note_origin
+from hsa.sources.small_file_checks import (
+    ADDED_TOKENS,
+    MERGES,
+    PREPROCESSOR,
+    PROCESSOR,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    TOKENIZER_JSON,
+    VOCABULARY,
+    read_any_small_file,
+)
+from hsa.sources.source_folder import entry_names
+
+_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm")
+VOCABULARIES = (TOKENIZER_JSON, VOCABULARY, "vocab.txt", *_MODELS)
+"""Files of which one makes a tokenizer."""
+
+TOKENIZER = (*TOKENIZER_FILES, "vocab.txt", *_MODELS, "bpe.codes", "chat_template.jinja", "chat_template.json")
+"""Files of a tokenizer, in the order in which they are written."""
+
+PROCESSORS = (PREPROCESSOR, PROCESSOR, "video_preprocessor_config.json")
+"""Files of processors of images and sound."""
+
+NAMES = (*TOKENIZER, *PROCESSORS)
+"""Files that go by one name in all models."""
+
+_TOKENIZER_ENDINGS = (".model", ".tiktoken", ".spm")
+"""Endings of vocabularies under other names, which are taken from a model's own directory alone."""
+
+_LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([-_.][A-Za-z0-9._-]{1,40})?")
+
+_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+_RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.([A-Za-z_]\w*)\s+import\s|import\s+\.([A-Za-z_]\w*)\s*$)", re.MULTILINE)
+"""How code of a model imports a file beside it; source: transformers' dynamic_module_utils."""
+
+MAX_CODE_FILES = 64
+"""Files of code that are followed from the one that a config names."""
+
+MAX_TOKENIZER = 64 << 20
+"""Bytes of a file of a tokenizer: twice what the largest published ones have."""
+
+
+class AnySelectedFiles(SelectedFiles):
+    """Small files of any model: what a file says is known only where it is as Whisper's would be."""
+
+    def read(self, folder: AssetFolder, name: str) -> tuple[bytes, Any]:
+        """The bytes of a folder's file, and its parsed content; None where that is not known."""
+        path = folder.directory / name
+        if path not in self._read:
+            data = read_whole(folder.role, folder.directory, name, self.tally, limit_of(name))
+            self._read[path] = data, read_any_small_file(name, data, f"{folder.role}: {path}")
+        return self._read[path]
+
+    def take(self, folder: AssetFolder, names: Iterable[str]) -> None:
+        """Read these files of a folder; SourceError where one is damaged."""
+        super().take(folder, names)
+        self.documents = {name: document for name, document in self.documents.items() if document is not None}
+
+
+def limit_of(name: str) -> int:
+    """Bytes of a small file that are read at most."""
+    return MAX_TOKENIZER if name in TOKENIZER or name.endswith(_TOKENIZER_ENDINGS) else MAX_TEXT
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tokenizer can be made of a file of that name."""
+    return name in VOCABULARIES or name.endswith(_TOKENIZER_ENDINGS)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file of that name says under what terms a model may be used.
+
+    Example:
+        >>> is_licence("LICENSE"), is_licence("LICENSE.md"), is_licence("license_plates.json")
+        (True, True, False)
+    """
+    return _LICENCE.fullmatch(name) is not None
+
+
+def describe(name: str) -> str:
+    """What is in a small file of that name, for the card.
+
+    Example:
+        >>> describe("modeling_mine.py")
+        'code of the model'
+    """
+    if is_licence(name):
+        return "terms of use"
+    if name.endswith(".py"):
+        return "code of the model"
+    if name.startswith("chat_template"):
+        return "chat template"
+    return "processor" if name in PROCESSORS else "tokenizer"
+
+
+def wanted(names: Collection[str], config: Mapping[str, Any]) -> list[str]:
+    """The small files among the names of a repository's files that an output may take."""
+    code = "auto_map" in config
+    return [
+        name
+        for name in sorted(names)
+        if "/" not in name
+        and (name in NAMES or name.endswith(_TOKENIZER_ENDINGS) or is_licence(name) or (code and name.endswith(".py")))
+    ]
+
+
+def choose(selection: SelectedFiles, folders: Sequence[AssetFolder], owner: Checkpoint) -> AssetFolder | None:
+    """Take the tokenizer and the processors, each whole from the first folder that has it, the owner's licence, and the
+    code that configs name. `folders` are the directory that assets come from, the one above it, and base's. Returns the
+    folder of the tokenizer.
+    """
+    tokenizer = _choose_tokenizer(selection, folders)
+    processors = _choose(selection, folders, "processor", PROCESSORS)
+    own = AssetFolder(owner.role, owner.config_from or owner.path, owner.role)
+    selection.take(own, sorted(filter(is_licence, entry_names(own.directory))))
+    _take_code(selection, own, owner.config, [each for each in (tokenizer, processors) if each is not None])
+    model = owner.architecture.model_class(owner.config)
+    needed = (("tokenizer", tokenizer, model.reads_tokens), ("processor", processors, model.reads_features))
+    missing = [what for what, folder, reads in needed if reads and folder is None]
+    if missing:
+        selection.warnings.append(
+            f"no source has {' or '.join(missing)} files; the output holds weights and configs, and {model.processor} "
+            f"cannot be loaded from it: copy these files in from the pretrained model"
+        )
+    return tokenizer
+
+
+def _choose_tokenizer(selection: SelectedFiles, folders: Sequence[AssetFolder]) -> AssetFolder | None:
+    for folder in folders:
+        above = folder.directory != folders[0].directory and folder.role == folders[0].role
+        others = [] if above else sorted(name for name in entry_names(folder.directory) if is_vocabulary(name))
+        present = list(dict.fromkeys((*folder.holds(TOKENIZER), *others)))
+        if any(map(is_vocabulary, present)):
+            selection.take(folder, present)
+            note_origin(selection, "tokenizer", present, folder, folders)
+            return folder
+    alone = [name for name in folders[0].holds(TOKENIZER) if name != ADDED_TOKENS and name != MERGES]
+    selection.take(folders[0], alone)  # the vocabulary may be in the code of the model
+    return None
+
+
+def _choose(
+    selection: SelectedFiles, folders: Sequence[AssetFolder], what: str, names: Sequence[str]
+) -> AssetFolder | None:
+    for folder in folders:
+        present = folder.holds(names)
+        if present:
+            selection.take(folder, present)
+            note_origin(selection, what, present, folder, folders)
+            return folder
+    return None
+
+
+def _take_code(
+    selection: SelectedFiles, own: AssetFolder, config: Mapping[str, Any], others: Sequence[AssetFolder]
+) -> None:
+    """Take the code that `auto_map` of the config, and of files that were taken, names, and what it imports."""
+    configs = [(own, config)]
+    for name in (TOKENIZER_CONFIG, PREPROCESSOR, PROCESSOR):
+        document = selection.documents.get(name)
+        configs += [(folder, document) for folder in others if isinstance(document, Mapping) and folder.has(name)]
+    taken: list[str] = []
+    absent: list[str] = []
+    for folder, document in configs:
+        for module in _modules(document):
+            _follow(selection, folder, module, taken, absent)
+    if taken:
+        selection.notes.append(
+            f"code of the model's own is copied as it is ({', '.join(sorted(taken))}); who loads the output with "
+            f"trust_remote_code=True runs it"
+        )
+    if absent:
+        selection.warnings.append(
+            f"configs name code that is not there ({', '.join(sorted(set(absent)))}); without it the output cannot be "
+            f"loaded: copy it in from the pretrained model"
+        )
+
+
+def _modules(document: Mapping[str, Any]) -> Iterator[str]:
+    """The modules that `auto_map` names; one of another repository (`org/name--module.Class`) is fetched from there."""
+    auto_map = document.get("auto_map")
+    values = list(auto_map.values()) if isinstance(auto_map, Mapping) else []
+    for value in values:
+        for each in value if isinstance(value, list) else [value]:
+            module = each.rpartition(".")[0] if isinstance(each, str) and "--" not in each else ""
+            if _MODULE.fullmatch(module):
+                yield module
+
+
+def _follow(selection: SelectedFiles, folder: AssetFolder, module: str, taken: list[str], absent: list[str]) -> None:
+    """Take a module's file and those that it imports from beside it."""
+    waiting = [module]
+    while waiting and len(taken) < MAX_CODE_FILES:
+        name = f"{waiting.pop()}.py"
+        if name in selection.files or name in absent:
+            continue
+        if not folder.has(name):
+            absent.append(name)
+            continue
+        selection.take(folder, [name])
+        taken.append(name)
+        text = selection.files[name].decode("utf-8", "replace")
+        waiting += [first or second for first, second in _RELATIVE_IMPORT.findall(text)]

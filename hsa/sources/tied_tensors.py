@@ -1,0 +1,61 @@
+"""Find an output projection that is the embedding once more, so that a merge computes and writes it once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hsa.architectures.generic import Generic
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.tensor_places import TensorRef
+from hsa.system.ranges import covers
+
+COMPARE_BYTES = 1 << 20
+"""Bytes of two tensors that are compared at a time."""
+
+
+def same_bytes(checkpoint: Checkpoint, one: TensorRef, two: TensorRef) -> bool:
+    """Whether two tensors of a checkpoint have the same element type, shape and bytes."""
+    if (one.code, one.shape) != (two.code, two.shape):
+        return False
+    for start in range(0, one.nbytes, COMPARE_BYTES):
+        count = min(COMPARE_BYTES, one.nbytes - start)
+        first, second = bytearray(count), bytearray(count)
+        checkpoint.read_into(one, memoryview(first), start)
+        checkpoint.read_into(two, memoryview(second), start)
+        if first != second:
+            return False
+    return True
+
+
+def without_tied_copy(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint of the generic family without the output projection that its `config.json` ties to the embedding,
+    where it is stored beside it with the same bytes. transformers leaves it out when it saves, and ties it when it
+    loads. Of a source whose headers alone were fetched, the bytes are taken to be the same. Closes the checkpoint where
+    it cannot be read.
+    """
+    family = checkpoint.architecture
+    pair = family.tied_output(checkpoint.tensors, checkpoint.config) if isinstance(family, Generic) else None
+    if pair is None:
+        return checkpoint
+    output, embedding = (checkpoint.tensors[name] for name in pair)
+    if (output.code, output.shape) != (embedding.code, embedding.shape):
+        return checkpoint
+    try:
+        readable = _is_readable(checkpoint, output) and _is_readable(checkpoint, embedding)
+        if readable and not same_bytes(checkpoint, output, embedding):
+            return checkpoint
+    except BaseException:
+        checkpoint.close()
+        raise
+    tensors = {name: ref for name, ref in checkpoint.tensors.items() if name != pair[0]}
+    note = (
+        f"{checkpoint.role}'s {output.name} is {embedding.name} once more, to which its config.json ties it, and left "
+        f"out, as transformers does"
+    )
+    return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
+
+
+def _is_readable(checkpoint: Checkpoint, ref: TensorRef) -> bool:
+    """Whether a tensor's bytes are there: of a model on the Hub, no more than its header may have been fetched."""
+    ranges = checkpoint.shards[ref.shard].source.readable
+    return ranges is None or covers(ranges, ref.offset, ref.offset + ref.nbytes)
