@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hsa.architectures.base import TensorInfo
 from hsa.errors import SourceError
+from hsa.option_names import option
 from hsa.sources.quantized import quantized
 from hsa.sources.source_set import Sources
 
@@ -24,5 +25,6 @@ def refuse_quantized(sources: Sources, method: str, is_merged: Callable[[TensorI
             if is_merged(TensorInfo(name, WHOLE, ref.shape)):
                 raise SourceError(
                     f"{source.file_of(ref)}: tensor {ref.name} is quantised ({how}), and method {method} would merge "
-                    f"it; give the checkpoint as it was before it was quantised, or leave such tensors out of the merge"
+                    f"it; give the checkpoint as it was before it was quantised, or leave such tensors out "
+                    f"({option('exclude')})"
                 )

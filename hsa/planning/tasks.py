@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa.architectures.base import ModelCounts, Partition, TensorInfo, TensorPlace
-from hsa.errors import MismatchError, RequestError, SourceError, shown
+from hsa.errors import MismatchError, RequestError, SourceError, listed, shown
 from hsa.methods.base import Method, Treatment, treatment_of
 from hsa.methods.settings import Settings, declared
 from hsa.methods.tensors import LayerSpan, TensorTask
@@ -132,6 +132,8 @@ class TaskFinder:
             self._check_complete(set(names))
         tasks = [self.task(name, place, treatment) for name, (place, treatment) in names.items()]
         merged = [task for task in tasks if task is not None]
+        if not merged:
+            raise self._nothing_in_common()
         merged.sort(key=lambda task: (task.sources[task.anchor].shard, task.sources[task.anchor].offset))
         check_names(self.settings, merged)
         return merged
@@ -141,7 +143,7 @@ class TaskFinder:
         return treatment_of(self.method, self.settings, TensorInfo(name, ref.code, ref.shape), self.family)
 
     def _is_merged(self, info: TensorInfo) -> bool:
-        return self.method.treatment(info, self.family.place(info.name), self.settings).kind == "merge"
+        return treatment_of(self.method, self.settings, info, self.family).kind == "merge"
 
     def task(self, name: str, place: TensorPlace | None, treatment: Treatment) -> TensorTask | None:
         """One task, checked to agree in its sources. None where they disagree and the method can do without it."""
@@ -303,6 +305,15 @@ class TaskFinder:
         return SourceError(
             f"{problem} (looked for names like {family.prefix}{family.first_target}){remedy}; is it a {family.title} "
             f"checkpoint?"
+        )
+
+    def _nothing_in_common(self) -> MismatchError:
+        *some, last = (f"{source.role} {source.path}" for source in self.sources)
+        names = [next(iter(source.tensors), "none") for source in self.sources]
+        return MismatchError(
+            f"{', '.join(some)} and {last} have no tensor in common that method {self.method.name} would merge: none "
+            f"has one name, one shape and a floating element type in all (such as {listed(dict.fromkeys(names))}); are "
+            f"they fine-tunes of one model?"
         )
 
     def _check_complete(self, names: set[str]) -> None:

@@ -12,20 +12,11 @@ from collections.abc import Iterator, Mapping
 from hsa.architectures.base import TensorInfo
 from hsa.sources.checkpoint import Checkpoint
 
-_PACKED: tuple[str, ...] = (
-    "I8",
-    "U8",
-    "I16",
-    "U16",
-    "I32",
-    "U32",
-    "F8_E4M3",
-    "F8_E5M2",
-    "F8_E8M0",
-    "F8_E4M3FNUZ",
-    "F8_E5M2FNUZ",
+_PACKED = (
+    *("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2"),
+    *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    *("int8", "uint8", "int32", "float8_e4m3fn", "float8_e5m2"),
 )
-_PACKED += ("F4", "F6_E2M3", "F6_E3M2", "int8", "uint8", "int32", "float8_e4m3fn", "float8_e5m2")
 """Element types of quantised weights, in files and of torch. Counters and positions are I64."""
 
 _COMPANIONS = (

@@ -32,7 +32,7 @@ MERGE_ADAPTERS = "call merge_and_unload() of the PeftModel and give the model th
 def entries_of(
     label: str, model: Model, architecture: Architecture, expected: str = "a loaded model or a state dict"
 ) -> list[LoadedTensor]:
-    """Every parameter and buffer, tied ones under each of their names; of a state dict every item.
+    """Every parameter and buffer that a checkpoint holds, tied ones under each name; of a state dict every item.
 
     Names are read as those of a model of this family, without what wrappers such as torch.compile, DataParallel or FSDP
     add. Raises RequestError for
@@ -55,7 +55,12 @@ def _items(model: Model) -> Iterator[tuple[str, Any]]:
         yield from model.items()
         return
     yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    made = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    yield from ((name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if name not in made)
 
 
 def config_of(model: object) -> Mapping[str, Any]:
