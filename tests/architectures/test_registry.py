@@ -12,8 +12,9 @@ from murmur_checkpoints import STACKS, murmur_name, write_murmur
 import hsa
 from hsa.architectures import registry
 from hsa.architectures.base import PRESETS
+from hsa.architectures.generic import GENERIC
 from hsa.architectures.whisper import WHISPER
-from hsa.errors import MismatchError, RequestError, SourceError
+from hsa.errors import MismatchError, RequestError
 from hsa.sources.checkpoint import open_checkpoint
 from hsa.sources.structure import faults
 from hsa.system.fsio import Tally
@@ -33,17 +34,18 @@ def murmurs(shared_triple: dict[str, Path], tmp_path: Path, plugin: Path) -> dic
     return {role: write_murmur(path, tmp_path / "murmurs" / role) for role, path in shared_triple.items()}
 
 
-def test_the_package_has_whisper_alone() -> None:
-    assert dict(registry.architectures()) == {"whisper": WHISPER}
+def test_the_package_has_whisper_and_what_any_other_model_is() -> None:
+    assert dict(registry.architectures()) == {"generic": GENERIC, "whisper": WHISPER}
+    assert registry.with_heads() == [WHISPER]
     assert registry.named("whisper") is registry.default() is WHISPER
 
 
 def test_a_plugin_is_found_beside_the_package_and_loaded_once(plugin: Path) -> None:
     families = registry.architectures()
-    assert list(families) == ["whisper", "murmur"]
+    assert list(families) == ["generic", "whisper", "murmur"]
     assert registry.named("murmur") is families["murmur"]
-    assert registry.architecture_of({"model_type": "murmur"}, "here") is families["murmur"]
-    assert registry.architecture_of({"model_type": "whisper"}, "here") is WHISPER
+    assert registry.architecture_of({"model_type": "murmur"}) is families["murmur"]
+    assert registry.architecture_of({"model_type": "whisper"}) is WHISPER
 
 
 def test_a_checkpoint_of_the_plugin_opens_with_its_places(
@@ -99,10 +101,13 @@ def test_sources_of_two_families_are_refused(
         hsa.merge(**mixed, output=tmp_path / "out")
 
 
-def test_a_model_type_of_no_family_is_refused_with_all_that_are_supported(plugin: Path) -> None:
-    expected = "here is not a Whisper or Murmur checkpoint: .* 'bert', supported are 'whisper', 'murmur'$"
-    with pytest.raises(SourceError, match=expected):
-        registry.architecture_of({"model_type": "bert"}, "here")
+def test_a_model_type_of_no_family_is_generic_and_the_error_names_those_with_heads(plugin: Path) -> None:
+    assert registry.architecture_of({"model_type": "bert"}) is GENERIC
+    error = registry.not_with_heads({"model_type": "bert"}, "x")
+    assert str(error) == (
+        "x is not a Whisper or Murmur checkpoint: its config.json has model_type 'bert', supported are 'whisper', "
+        "'murmur'"
+    )
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown method": ({"method__name": "ties"}, "its method is 'ties', which is none of hsa, hsa_script"),
     "a later version": ({"method__version": 2}, "it was made by version 2 of method hsa, and this hsa has version 1"),
     "another method's settings": ({"method__name": "hsa_script"}, "numerics must be one of reference, got 'exact'"),
-    "an unknown architecture": ({"architecture": "bert"}, "its architecture is 'bert', which is none of whisper"),
+    "an unknown architecture": (
+        {"architecture": "bert"},
+        "its architecture is 'bert', which is none of generic, whisper",
+    ),
     "format 3": ({"format": 3}, "format is 3, this version reads 1 and 2"),
     "no base": ({"base": None}, "sources are"),
     "no settings": ({"parameters": {}}, "is missing"),
