@@ -80,7 +80,8 @@ def target_faults(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
         yield str(error)
         return
     if family.name != record.architecture.name:
-        yield f"its architecture is {shown(record.architecture.name)}, the weights are of {family.name}"
+        kind = family.kind(checkpoint.config)
+        yield f"its architecture is {shown(record.architecture.name)}, and by its config.json the weights are {kind}"
         return
     stored: dict[str, tuple[TensorRef, Treatment]] = {}
     for name, ref in checkpoint.tensors.items():

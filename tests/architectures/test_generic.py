@@ -59,8 +59,10 @@ def test_the_made_up_llama_has_the_tensors_of_transformers(tmp_path: Path) -> No
     [("vit", {"vit.layers": 3}), ("gpt2", {"transformer": 2}), ("t5", {"encoder": 2, "decoder": 3})],
 )
 def test_layers_are_read_from_the_names_of_transformers(kind: str, expected: dict[str, int]) -> None:
-    names = [GENERIC.canonical(name) for name in names_of(small_models()[kind])]
-    found = GENERIC.layer_counts(names)
+    places = [GENERIC.layer_of(GENERIC.canonical(name)) for name in names_of(small_models()[kind])]
+    found: dict[str, int] = {}
+    for stack, layer in filter(None, places):
+        found[stack] = max(found.get(stack, 0), layer + 1)
     assert sorted(found.values()) == sorted(expected.values())
     if kind != "vit":  # whose stack has moved between versions of transformers
         assert found == expected
@@ -78,7 +80,6 @@ def test_layers_are_read_from_the_names_of_transformers(kind: str, expected: dic
         ("embed_tokens.weight", None),
         ("feature_extractor.conv_layers.0.conv.weight", None),
         ("layers.01.weight", None),
-        ("layers.1", None),
         ("layers.9999999.weight", None),
         ("", None),
     ],

@@ -89,7 +89,7 @@ def test_tensors_that_are_not_the_config_s(single: Path, change: Any, text: str)
         ({"d_model": 10**30}, "has shape"),
         ({"vocab_size": True}, "vocab_size"),
         ({"tie_word_embeddings": False}, "proj_out.weight"),
-        ({"model_type": "bert"}, "the weights are a checkpoint of model_type 'bert'"),
+        ({"model_type": "bert"}, "by its config.json the weights are a checkpoint of model_type 'bert'"),
         ({"encoder_attention_heads": 2}, "heads"),
         ({"encoder_ffn_dim": None}, "has shape"),
     ],
