@@ -15,6 +15,7 @@ from hsa.cli.demo import demo
 from hsa.cli.inspect import inspect
 from hsa.cli.merge import merge
 from hsa.cli.mergekit import mergekit
+from hsa.cli.methods import methods
 from hsa.cli.release import release
 from hsa.cli.sweep import sweep
 from hsa.cli.verify import verify
@@ -92,7 +93,7 @@ def help_(
     usage.show_help_of(ctx, command)
 
 
-COMMANDS: tuple[Callable[..., Any], ...] = (merge, sweep, apply, inspect, verify, release, mergekit, demo)
+COMMANDS: tuple[Callable[..., Any], ...] = (merge, sweep, apply, inspect, verify, release, methods, mergekit, demo)
 
 
 def program() -> Any:
