@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import edit_json, raw_bytes, read_tensors, run_hsa, same_tensors, snapshot, write_pickle, write_tensors
+from helpers import (
+    edit_json,
+    raw_bytes,
+    read_tensors,
+    run_hsa,
+    same_tensors,
+    snapshot,
+    write_adapter,
+    write_pickle,
+    write_tensors,
+)
 from transformers import AutoTokenizer, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import hsa
@@ -633,3 +643,31 @@ def test_nan_is_refused(llamas: list[Path], tmp_path: Path) -> None:
     tensors["model.norm.weight"][3] = torch.nan
     write_tensors(llamas[1], tensors)
     refused(llamas, tmp_path / "out", "model2 .*tensor model.norm.weight holds NaN or Inf")
+
+
+def test_lora_adapters_on_a_llama_merge(shared_llamas: dict[str, Path], tmp_path: Path) -> None:
+    base = read_tensors(shared_llamas["base"])
+    adapted = {name: tensor for name, tensor in base.items() if name.endswith(("q_proj.weight", "up_proj.weight"))}
+    for seed, role in enumerate(("one", "two")):
+        write_adapter(tmp_path / role, adapted, seed=seed)
+    report = task_arithmetic([shared_llamas["base"], tmp_path / "one", tmp_path / "two"], tmp_path / "out", lam=0.5)
+    found = read_tensors(report.output)
+    assert {name for name in base if not torch.equal(found[name], base[name])} == adapted.keys()
+    load(report.output)
+    assert (report.output / "tokenizer.json").read_bytes() == (shared_llamas["base"] / "tokenizer.json").read_bytes()
+    paths = [tmp_path / "one", tmp_path / "two"]
+    assert hsa.verify(report.output, base=shared_llamas["base"], models=paths).ok
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_a_tied_embedding_is_refused(tied: bool, tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base", LlamaShape(tied=tied))
+    name = "model.embed_tokens.weight"
+    for role in ("one", "two"):
+        write_adapter(tmp_path / role, {name: read_tensors(base)[name]})
+    paths = [base, tmp_path / "one", tmp_path / "two"]
+    if not tied:
+        task_arithmetic(paths, tmp_path / "out")
+        return
+    with pytest.raises(hsa.RequestError, match=r"adapts embed_tokens.weight. Base ties its output projection to the"):
+        task_arithmetic(paths, tmp_path / "out")

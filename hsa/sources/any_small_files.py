@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hsa.errors import SourceError
 from hsa.sources.checkpoint import MAX_TEXT, Checkpoint, read_whole
 from hsa.sources.selected_files import AssetFolder, SelectedFiles, note_origin
 from hsa.sources.small_file_checks import (
@@ -43,8 +44,13 @@ _TOKENIZER_ENDINGS = (".model", ".tiktoken", ".spm")
 
 _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([-_.][A-Za-z0-9._-]{1,40})?")
 
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""Names of files that are taken by their ending."""
+
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
-_RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.([A-Za-z_]\w*)\s+import\s|import\s+\.([A-Za-z_]\w*)\s*$)", re.MULTILINE)
+_RELATIVE_IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+\.(\w{1,100})[ \t]+import\b|import[ \t]+\.(\w{1,100})\b)", re.MULTILINE
+)
 """How code of a model imports a file beside it; source: transformers' dynamic_module_utils."""
 
 MAX_CODE_FILES = 64
@@ -52,6 +58,12 @@ MAX_CODE_FILES = 64
 
 MAX_TOKENIZER = 64 << 20
 """Bytes of a file of a tokenizer: twice what the largest published ones have."""
+
+MAX_BYTES = 128 << 20
+"""Bytes of all small files of an output, which are held at once."""
+
+MAX_FILES = 128
+"""Small files of an output."""
 
 
 class AnySelectedFiles(SelectedFiles):
@@ -66,8 +78,15 @@ class AnySelectedFiles(SelectedFiles):
         return self._read[path]
 
     def take(self, folder: AssetFolder, names: Iterable[str]) -> None:
-        """Read these files of a folder; SourceError where one is damaged."""
-        super().take(folder, names)
+        """Read these files of a folder; SourceError where one is damaged, or where they are too many or too large."""
+        for name in names:
+            super().take(folder, [name])
+            held = sum(map(len, self.files.values()))
+            if len(self.files) > MAX_FILES or held > MAX_BYTES:
+                raise SourceError(
+                    f"{folder.role}: {folder.directory} has more small files than an output takes: {len(self.files)} "
+                    f"of {held} bytes, at most {MAX_FILES} of {MAX_BYTES}; keep those alone that the model needs"
+                )
         self.documents = {name: document for name, document in self.documents.items() if document is not None}
 
 
@@ -78,7 +97,7 @@ def limit_of(name: str) -> int:
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tokenizer can be made of a file of that name."""
-    return name in VOCABULARIES or name.endswith(_TOKENIZER_ENDINGS)
+    return name in VOCABULARIES or (name.endswith(_TOKENIZER_ENDINGS) and _PLAIN.fullmatch(name) is not None)
 
 
 def is_licence(name: str) -> bool:
@@ -113,9 +132,12 @@ def wanted(names: Collection[str], config: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name in sorted(names)
-        if "/" not in name
-        and (name in NAMES or name.endswith(_TOKENIZER_ENDINGS) or is_licence(name) or (code and name.endswith(".py")))
-    ]
+        if name in NAMES or is_vocabulary(name) or is_licence(name) or (code and _is_code(name))
+    ][:MAX_FILES]
+
+
+def _is_code(name: str) -> bool:
+    return name.endswith(".py") and _MODULE.fullmatch(name.removesuffix(".py")) is not None
 
 
 def choose(selection: SelectedFiles, folders: Sequence[AssetFolder], owner: Checkpoint) -> AssetFolder | None:
@@ -214,4 +236,5 @@ def _follow(selection: SelectedFiles, folder: AssetFolder, module: str, taken: l
         selection.take(folder, [name])
         taken.append(name)
         text = selection.files[name].decode("utf-8", "replace")
-        waiting += [first or second for first, second in _RELATIVE_IMPORT.findall(text)]
+        found = (first or second for first, second in _RELATIVE_IMPORT.findall(text))
+        waiting += [each for each in found if _MODULE.fullmatch(each)][:MAX_CODE_FILES]

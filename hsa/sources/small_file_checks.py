@@ -131,11 +131,11 @@ def read_any_small_file(name: str, data: bytes, where: str) -> Any:
         >>> read_any_small_file("vocab.json", b'{"eng": {"a": 0}}', "base: vocab.json") is None
         True
     """
-    if not name.endswith(".json") or len(data) > MAX_TEXT or count_marks(data) > MAX_VOCABULARY_MARKS:
+    limit, make = (MAX_VOCABULARY_MARKS, _condense) if name in _VOCABULARIES else (MAX_MARKS, dict)
+    if not name.endswith(".json") or len(data) > MAX_TEXT or count_marks(data) > limit:
         return None
     what = _WHAT.get(name, "file")
-    make = _condense if name in _VOCABULARIES else dict
-    document = parse_json(data, where, what, make, max_bytes=MAX_TEXT, max_marks=MAX_VOCABULARY_MARKS)
+    document = parse_json(data, where, what, make, max_bytes=MAX_TEXT, max_marks=limit)
     return document if name in _WHAT and _problem(name, document) is None else None
 
 

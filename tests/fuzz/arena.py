@@ -17,6 +17,7 @@ from hsa.cli import app
 from hsa.errors import HsaError
 from hsa.sources.checkpoint import CONFIG, INDEX, WEIGHTS
 from hsa.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
+from hsa.testing.llama_checkpoints import write_llamas
 from hsa.testing.whisper_checkpoints import SHAPES, write_triple
 
 SMALL: Mapping[str, Any] = {
@@ -58,6 +59,8 @@ class Arena:
         self.pickled_adapter = Path(shutil.copytree(self.adapter, self.sources / "pickled_adapter"))
         (self.pickled_adapter / ADAPTER_WEIGHTS[0]).unlink()
         torch.save(matrices, self.pickled_adapter / ADAPTER_WEIGHTS[1])
+        self.llamas = write_llamas(self.sources / "llamas", ("model1", "model2"))
+        (self.llamas["model1"] / "modeling_mine.py").write_text("from .helpers import x\n", encoding="utf-8")
         self.openai = write_openai(self.sources / "openai" / "small.pt", base)
         (place / "secret").mkdir()
         shutil.copy(base / WEIGHTS, place / "secret" / WEIGHTS)
@@ -76,6 +79,16 @@ class Arena:
         given = {**self.triple, **sources}
         arguments = ["merge", *(f"--{role}={path}" for role, path in given.items()), f"--output={self.output}"]
         return self.command(*arguments, *QUIETLY, *more)
+
+    def merge_llamas(self) -> str:
+        """The same of two models of no family with heads, by a method that needs none; what is written is sound."""
+        models = (f"--model={path}" for path in self.llamas.values())
+        said = self.command("merge", "--method=linear", *models, f"--output={self.output}", *QUIETLY)
+        if said == "success":
+            code, _, lines = self.run("verify", str(self.output))
+            if code:
+                raise Finding(f"merge wrote what verify refuses: {lines!r:.500}")
+        return said
 
     def command(self, *arguments: str) -> str:
         """A command line that writes the destination, which is there afterwards, whole, or absent: success, or the line

@@ -47,6 +47,16 @@ TARGETS: Mapping[str, Target] = {
         text.config_seeds,
         tokens=("dtype", "torch_dtype", "encoder_layers", "decoder_layers", "tie_word_embeddings", "whisper"),
     ),
+    "any_config": Target(
+        placed(lambda arena: arena.llamas["model1"] / CONFIG, Arena.merge_llamas),
+        text.any_config_seeds,
+        tokens=("auto_map", "architectures", "model_type", "llama", "tie_word_embeddings", "quantization_config", "--"),
+    ),
+    "any_tokenizer": Target(
+        placed(lambda arena: arena.llamas["model1"] / "tokenizer_config.json", Arena.merge_llamas),
+        lambda arena: [(arena.llamas["model1"] / "tokenizer_config.json").read_bytes()],
+        tokens=("auto_map", "AutoTokenizer", "modeling_mine.Mine", "../x.Mine", "added_tokens_decoder"),
+    ),
     "tokenizer": Target(
         placed(lambda arena: arena.tokenized / "tokenizer.json", text.merge_tokenized),
         lambda arena: [(arena.tokenized / "tokenizer.json").read_bytes()],

@@ -36,6 +36,16 @@ def config_seeds(arena: Arena) -> Iterable[bytes]:
     yield json.dumps({**document, "deep": deep, "dtype": "float16", "tie_word_embeddings": False}).encode()
 
 
+def any_config_seeds(arena: Arena) -> Iterable[bytes]:
+    text = (arena.llamas["model1"] / CONFIG).read_bytes()
+    yield text
+    document = json.loads(text)
+    code = {"AutoModelForCausalLM": "modeling_mine.LlamaForCausalLM", "AutoModel": ["../../secret/x.Y", None]}
+    yield json.dumps({**document, "auto_map": code, "tie_word_embeddings": True}).encode()
+    names = {"architectures": ["<b>`x`\n"], "model_type": "llama", "quantization_config": {"quant_method": "x"}}
+    yield json.dumps({**document, **names, "auto_map": {"AutoModel": "os.path.join"}}).encode()
+
+
 def merge_config(arena: Arena) -> str:
     return arena.merge("--dtype=float16")
 
