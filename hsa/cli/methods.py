@@ -57,7 +57,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _explanation(described: Mapping[str, Any]) -> Iterator[str]:
-    contract, commands = described["contract"], described["commands"]
+    contract, uses = described["contract"], described["commands"]
     families = listed((family.title for family in with_heads()), "or")
     yield from _wrapped(f"{described['name']}: ", described["title"], indent=INDENT)
     yield ""
@@ -81,10 +81,10 @@ def _explanation(described: Mapping[str, Any]) -> Iterator[str]:
     yield from _facts(
         [
             ("hsa merge", "a whole checkpoint"),
-            ("hsa merge --patch", "yes" if commands["patch"] else f"no: {commands['why_no_patch']}"),
-            ("hsa sweep", commands["sweep"]),
-            ("hsa.Merger", "yes" if commands["merger"] else "no: it works on whole tensors"),
-            ("hsa inspect", "heads and their scores" if commands["shows_heads"] else "no heads to show"),
+            ("hsa merge --patch", "yes" if uses["patch"] else f"no: {uses['why_no_patch']}"),
+            ("hsa sweep", uses["sweep"]),
+            ("hsa.Merger", "yes" if uses["merger"] else "no: it works on whole tensors"),
+            ("hsa inspect", "heads and their scores" if uses["shows_heads"] else "no heads to show"),
         ]
     )
 

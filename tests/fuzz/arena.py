@@ -40,7 +40,7 @@ class Arena:
 
     def __init__(self, place: Path) -> None:
         import torch
-        from helpers import read_tensors, write_adapter, write_openai, write_pickle, write_tensors
+        from helpers import edit_json, read_tensors, write_adapter, write_openai, write_pickle, write_tensors
 
         root = place / "arena"
         self.sources = root / "sources"
@@ -60,7 +60,9 @@ class Arena:
         (self.pickled_adapter / ADAPTER_WEIGHTS[0]).unlink()
         torch.save(matrices, self.pickled_adapter / ADAPTER_WEIGHTS[1])
         self.llamas = write_llamas(self.sources / "llamas", ("model1", "model2"))
-        (self.llamas["model1"] / "modeling_mine.py").write_text("from .helpers import x\n", encoding="utf-8")
+        own = self.llamas["model1"]
+        (own / "modeling_mine.py").write_text("from .helpers import x\n", encoding="utf-8")
+        edit_json(own / CONFIG, auto_map={"AutoModelForCausalLM": "modeling_mine.LlamaForCausalLM"})
         self.openai = write_openai(self.sources / "openai" / "small.pt", base)
         (place / "secret").mkdir()
         shutil.copy(base / WEIGHTS, place / "secret" / WEIGHTS)

@@ -57,6 +57,12 @@ TARGETS: Mapping[str, Target] = {
         lambda arena: [(arena.llamas["model1"] / "tokenizer_config.json").read_bytes()],
         tokens=("auto_map", "AutoTokenizer", "modeling_mine.Mine", "../x.Mine", "added_tokens_decoder"),
     ),
+    "any_code": Target(
+        placed(lambda arena: arena.llamas["model1"] / "modeling_mine.py", Arena.merge_llamas),
+        lambda arena: [b"from .helpers import x\nimport .modeling_mine\n"],
+        "bytes",
+        ("from .", " import ", "import .", "modeling_mine", "../", "\n", "\0"),
+    ),
     "tokenizer": Target(
         placed(lambda arena: arena.tokenized / "tokenizer.json", text.merge_tokenized),
         lambda arena: [(arena.tokenized / "tokenizer.json").read_bytes()],

@@ -25,7 +25,9 @@ def llamas(tmp_path: Path, servers: Servers) -> list[Path]:
     """Two tied Llamas, with code and files that no merge takes, on the server too."""
     paths = []
     for name in IDS:
-        path = write_llama(tmp_path / "sources" / name, LlamaShape(hidden_size=60, vocab_size=20_011, tied=True), role=name)
+        path = write_llama(
+            tmp_path / "sources" / name, LlamaShape(hidden_size=60, vocab_size=20_011, tied=True), role=name
+        )
         edit_json(path / "config.json", auto_map={"AutoModel": "modeling_mine.Mine"})
         for file in ("modeling_mine.py", "optimizer.pt", "notes.txt", "tokenizer.model"):
             (path / file).write_text(name)
