@@ -206,6 +206,11 @@ class Architecture(ABC):
         match = _LAYER.match(name)
         return None if match is None else (match["stack"] or "model", int(match["layer"]))
 
+    def tied_output(self, names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, str] | None:
+        """An output projection that may be stored beside the embedding to which `config.json` ties it, and the
+        embedding; None for families whose `tie` says so."""
+        return None
+
     def follows_layers(self, name: str) -> bool:
         """Whether a tensor outside of layers comes after them, such as the last norm and the output projection."""
         return name.split(".")[-2:][0] in _AFTER

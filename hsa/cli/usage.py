@@ -104,7 +104,9 @@ def _is_number(text: str) -> bool:
 def _sixty_percent(name: str) -> str | None:
     """How 60 % is written for a setting that is a share; None for others."""
     about = next((each.about for each in MERGE.declared_settings() if each.name == name), None)
-    return None if about is None or about.low != 0 else {1.0: "0.6", 100.0: "60"}.get(about.high or 0.0)
+    return (
+        None if about is None or about.low != 0 or not about.axis else {1.0: "0.6", 100.0: "60"}.get(about.high or 0.0)
+    )
 
 
 class CommandGroup(_GroupedHelp, TyperGroup):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hsa.architectures.generic import Generic
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.tensor_places import TensorRef
 from hsa.system.ranges import covers
@@ -34,7 +33,7 @@ def without_tied_copy(checkpoint: Checkpoint) -> Checkpoint:
     it cannot be read.
     """
     family = checkpoint.architecture
-    pair = family.tied_output(checkpoint.tensors, checkpoint.config) if isinstance(family, Generic) else None
+    pair = family.tied_output(checkpoint.tensors, checkpoint.config)
     if pair is None:
         return checkpoint
     output, embedding = (checkpoint.tensors[name] for name in pair)

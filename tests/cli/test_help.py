@@ -13,9 +13,11 @@ import pytest
 from helpers import merge_arguments, run_hsa
 
 import hsa
+from hsa.actions.keywords import MERGE
 from hsa.cli import app
 from hsa.cli.usage import COMMON, GROUPS
 from hsa.errors import shown
+from hsa.option_names import command_line
 
 Triple = dict[str, Path]
 PROGRAM: Any = app.program()
@@ -135,6 +137,10 @@ def test_numeric_options_are_those_of_merge_sweep_inspect_and_verify() -> None:
     assert {("merge", "--num-heads"), ("verify", "--threads"), ("merge", "--non-attention-scale")} <= found
 
 
+SHARES = {command_line(each.name) for each in MERGE.declared_settings() if each.about.axis and each.about.high == 1.0}
+"""Options that take a share, from 0 to 1."""
+
+
 @pytest.mark.parametrize(("command", "name", "kind"), numeric_options())
 def test_a_value_that_is_not_a_number_is_named_in_our_own_words(
     command: str, name: str, kind: str, capsys: pytest.CaptureFixture[str]
@@ -142,7 +148,7 @@ def test_a_value_that_is_not_a_number_is_named_in_our_own_words(
     """The validator's words stood there, which depend on typer's version and lack the value."""
     for value in ["much", "1.5.2", "0.6%", "1,5", "", "x" * 5000]:
         line = refused(capsys, command, *required(command), f"{name}={value}")
-        remedy = {"--k": "; write 60 for 60 %", "--lambda": "; write 0.6 for 60 %"}.get(name, "")
+        remedy = {"--k": "; write 60 for 60 %", **dict.fromkeys(SHARES, "; write 0.6 for 60 %")}.get(name, "")
         expected = f"{name} must be {kind}, got {shown(value)}{remedy if value.endswith('%') else ''}"
         assert line == f"{expected.removesuffix('.')}. See: hsa {command} --help"
     if kind == "a whole number":
@@ -205,7 +211,7 @@ def completed(words: str) -> set[str]:
 
 def test_the_shell_completes_commands_and_options() -> None:
     assert completed("hsa in") == {"inspect"}
-    assert completed("hsa merge --no-") == {"--no-hash", "--no-normalize", "--no-sync"}
+    assert {"--no-hash", "--no-normalize", "--no-sync"} <= completed("hsa merge --no-")
     assert {"--k", "--lambda", "--threads"} <= completed("hsa merge --")
 
 
