@@ -289,6 +289,14 @@ class Settings:
     def _lacking(self) -> Iterator[Declared]:
         return (each for each in declared(type(self)) if each.about.required and getattr(self, each.name) is None)
 
+    def serves(self, other: Settings) -> bool:
+        """Whether a plan for these settings holds for others too."""
+        return type(other) is type(self) and other.structure() == self.structure()
+
+    def for_all_candidates(self: S) -> S:
+        """Settings whose plan serves every candidate with the same structural settings, as a `Merger` makes it."""
+        return self
+
 
 def check_value(each: Declared, value: Any) -> Any:
     """A value that the setting may have, in its one form. RequestError for others."""

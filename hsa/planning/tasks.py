@@ -48,7 +48,7 @@ class Targets:
 
 def check_candidate(planned: Settings, settings: Settings, tasks: Sequence[TensorTask]) -> None:
     """ValueError where a plan made for some settings does not hold for others; RequestError as `check_names`."""
-    if type(settings) is not type(planned) or settings.structure() != planned.structure():
+    if not planned.serves(settings):
         raise ValueError("these settings need a plan of their own")
     check_names(settings, tasks)
 

@@ -113,7 +113,7 @@ class Merger:
         self._sources = Sources.of_checkpoints(source.checkpoint for source in by_role.values())
         self._other_samples = by_role[self._sources.anchor].others
         self.notes = [*hub.notes, *(note for source in self._sources for note in source.notes)]
-        self._targets = find_targets(method_named(settings.method), settings, self._sources)
+        self._targets = find_targets(method_named(settings.method), settings.for_all_candidates(), self._sources)
         tasks = self._targets.tasks
         _refuse_more_than_targets(self._targets, self._sources)
         if self._given[self._sources.anchor] is not None:
