@@ -1,0 +1,39 @@
+"""DELLA with the vote of TIES: keep each element of a task vector by chance, the more likely the larger it is in its
+row, make up for the dropped ones, elect a sign for every element, and merge what agrees with it.
+
+    keep and rescale as `della_linear` does
+    B + lambda * sum of w_i * d_i over the models that agree, over the sum of their w_i with `normalize`
+
+Source: Deep, Bhardwaj, Poria, DELLA-Merging, 2024, arXiv 2406.11617.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hsa.methods.della_linear import DellaLinear, DellaLinearSettings
+from hsa.methods.masked import VOTE_NORMALIZE
+from hsa.methods.settings import setting
+
+
+@dataclass(frozen=True)
+class DellaSettings(DellaLinearSettings):
+    """Settings of DELLA with the vote of TIES."""
+
+    method = "della"
+
+    normalize: bool = setting(True, VOTE_NORMALIZE)
+
+
+class Della(DellaLinear):
+    """DELLA with the vote of TIES.
+
+    Example:
+        >>> hsa.merge(method="della", base="b", models=["m1", "m2"], density=0.5, output="merged")  # doctest: +SKIP
+    """
+
+    name = "della"
+    title = "DELLA with the vote of TIES"
+    formula = "B + lambda * mean(w_i * rescale * mask_i * (M_i - B) that have the elected sign)"
+    Settings = DellaSettings
+    votes = True

@@ -1,0 +1,206 @@
+"""Methods that keep some elements of each task vector and drop the others: what they have in common.
+
+Their settings, how dropped elements are made up for, and what the record holds. How elements are chosen is in
+`by_threshold` and `by_chance`, how the task vectors are put together in `votes`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from hsa.architectures.base import TensorInfo, TensorPlace
+from hsa.errors import RequestError, shown
+from hsa.methods.base import BASE, Block, Contract, Treatment
+from hsa.methods.json_fields import between, number
+from hsa.methods.model_method import ModelMethod, WeightedSettings, Weights
+from hsa.methods.settings import MAX_FLOAT32, Settings, setting
+from hsa.methods.sums import block_sums
+from hsa.methods.tensors import Layout, TensorTask
+from hsa.methods.values import is_filter
+from hsa.methods.votes import Blend, Scratch, write_sum, write_vote
+
+if TYPE_CHECKING:
+    from hsa.system.dtypes import Array, Float32
+
+NONE, L1, DENSITY = WAYS = ("none", "l1", "density")
+"""How dropped elements are made up for: not at all; so that the sum of magnitudes stays; or by one over the density."""
+
+SMALLEST_MAGNITUDES = 1e-7
+"""Task vectors whose magnitudes add up to less, all of them or the kept ones, are not rescaled."""
+
+
+DENSITY_LIMITS: dict[str, Any] = {"low": 0.0, "high": 1.0, "per_model": True, "axis": True}
+"""What the setting `density` is in every method: a share for each model, or one for all."""
+
+FACTOR: dict[str, Any] = {"low": -MAX_FLOAT32, "high": MAX_FLOAT32, "scheduled": True, "axis": True}
+"""The same of `lambda`."""
+
+LAMBDA = "Factor on the merged task vector."
+NORMALIZE = "Divide by the sum of the weights."
+VOTE_NORMALIZE = "Divide by the sum of the weights of the models that agree."
+RESCALE = "Make up for dropped elements: none, l1 (keep the sum of magnitudes), or density (divide by it)."
+
+
+def rescale_form(name: str, value: Any) -> str:
+    """A way to make up for dropped elements. True and False, as mergekit has it, mean `l1` and `none`."""
+    value = (L1 if value else NONE) if isinstance(value, bool) else value
+    if not isinstance(value, str) or value not in WAYS:
+        raise RequestError(f"{name} must be one of {', '.join(WAYS)}, or True or False, got {shown(value)}")
+    return value
+
+
+RESCALING: dict[str, Any] = {"form": rescale_form, "choices": WAYS, "metavar": "|".join(WAYS)}
+
+
+def smallest(value: Any) -> float:
+    """The smallest number in a scheduled value, or in one for each model."""
+    if isinstance(value, Mapping):
+        return smallest(value["value"]) if is_filter(value) else min(map(float, value.values()))
+    return min(map(smallest, value)) if isinstance(value, Sequence) else float(value)
+
+
+S = TypeVar("S", bound="MaskedSettings")
+
+
+@dataclass(frozen=True)
+class MaskedSettings(WeightedSettings):
+    """Settings of methods that mask. A method's own class declares defaults and ranges of its own."""
+
+    search_passes: ClassVar[int]
+    """The passes in which a method finds the elements to keep."""
+
+    density: Weights = setting(1.0, "Share of each task vector that is kept.", **DENSITY_LIMITS)
+    lam: Weights = setting(1.0, LAMBDA, **FACTOR)
+    normalize: bool = setting(False, NORMALIZE)
+    rescale: str = setting(NONE, RESCALE, **RESCALING)
+
+    @property
+    def passes(self) -> int:
+        """The passes over a tensor before it is merged. Where nothing is dropped there is nothing to measure."""
+        return 0 if smallest(self.density) >= 1.0 else self.search_passes + self.rescale_passes
+
+    @property
+    def rescale_passes(self) -> int:
+        """The passes for the sums of magnitudes."""
+        return int(self.rescale == L1)
+
+    def structure(self) -> tuple[Any, ...]:
+        return (*super().structure(), self.passes)
+
+    def serves(self, other: Settings) -> bool:
+        """A plan with more passes than are needed serves too: they measure nothing then."""
+        if not isinstance(other, MaskedSettings) or type(other) is not type(self):
+            return False
+        return other.structure()[:-1] == self.structure()[:-1] and other.passes <= self.passes
+
+    def for_all_candidates(self: S) -> S:
+        return replace(self, density=0.5, rescale=L1)
+
+
+K = TypeVar("K", bound="Masked")
+
+
+@dataclass(frozen=True)
+class Masked:
+    """The decision for a tensor: how its task vectors are put together. Subclasses say what is kept of them."""
+
+    blend: Blend
+
+    def rescaled(self: K, factors: Sequence[float]) -> K:
+        """The same with these factors on the models' kept elements."""
+        return replace(self, blend=replace(self.blend, factors=tuple(factors)))
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        return self.blend.factors
+
+
+class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
+    """The base class. A method says whether it `votes`; what is kept, subclasses of this one say."""
+
+    contract = Contract(base="required", least=1, most=8)
+    votes: ClassVar[bool]
+    layout: ClassVar[Layout] = "flat"
+
+    @abstractmethod
+    def keep(self, block: Block, decision: K, place: int, vector: Float32, scratch: Scratch) -> Array | None:
+        """Which elements of a model's task vector are kept, bool of the block's shape; None where all are. It may use
+        all of the scratch, and the result may lie in it."""
+
+    def plan(self, info: TensorInfo, place: TensorPlace | None, settings: S) -> Treatment:
+        return Treatment("merge", layout=self.layout, passes=settings.passes)
+
+    def combine(self, block: Block, decision: K, out: Float32) -> None:
+        def keep(place: int, vector: Float32, scratch: Scratch) -> Array | None:
+            return self.keep(block, decision, place, vector, scratch)
+
+        if self.votes:
+            write_vote(block, decision.blend.ballots, decision.blend.shares, keep, out)
+        else:
+            write_sum(block, decision.blend.summands, keep, out)
+
+    def blend(self, task: TensorTask, settings: S) -> Blend:
+        """How a tensor's task vectors are put together, as far as the settings tell."""
+        densities = settings.each("density", task)
+        inverse = settings.rescale == DENSITY
+        factors = tuple(1.0 / each if inverse and each > 0.0 else 1.0 for each in densities)
+        return Blend(settings.each("weights", task), factors, settings.of("lam", task), settings.normalize)
+
+    def largest_result(
+        self, task: TensorTask, measured: Any, settings: S, largest: Mapping[str, float]
+    ) -> float | None:
+        if settings.rescale == L1 and settings.passes:
+            return None
+        base = largest[BASE]
+        magnitudes = [magnitude + base for role, magnitude in largest.items() if role != BASE]
+        return base + self.blend(task, settings).bound(magnitudes, votes=self.votes)
+
+    def entry(self, decision: K) -> dict[str, Any]:
+        blend = decision.blend
+        return {"weights": list(blend.weights), "rescale": list(blend.factors), "lambda": blend.lam}
+
+    def read_blend(self, entry: Mapping[str, Any], settings: S) -> Blend:
+        """The part of a recorded decision that all these methods have."""
+        weights, factors = tuple(map(number, entry["weights"])), tuple(map(positive, entry["rescale"]))
+        if len(weights) != len(factors) or not weights:
+            raise ValueError(f"{len(weights)} weights and {len(factors)} factors do not fit")
+        return Blend(weights, factors, between(entry["lambda"], -MAX_FLOAT32, MAX_FLOAT32), settings.normalize)
+
+    def longest_blend(self, task: TensorTask, number: float) -> Blend:
+        """One that takes as much room in the record as any."""
+        each = (number,) * len(task.numbers)
+        return Blend(each, each, number, True)
+
+
+def positive(value: Any) -> float:
+    """A number above 0 that a float32 holds; ValueError for anything else."""
+    if between(value, 0.0, MAX_FLOAT32) == 0.0:
+        raise ValueError("expected a factor above 0, found 0")
+    return float(value)
+
+
+def magnitude_sums(block: Block, vector: Float32) -> Array:
+    """The sums of a task vector's magnitudes by flat blocks of 1,024 elements, float64."""
+    import numpy as np
+
+    wide = block.wide()
+    np.copyto(wide, vector)
+    return block_sums(np.abs(wide, out=wide))
+
+
+def kept_sums(block: Block, vector: Float32, mask: Array | None) -> Array:
+    """The same of the kept elements. The task vector is overwritten."""
+    import numpy as np
+
+    if mask is not None:
+        bits = vector.view(np.uint32)
+        np.multiply(bits, mask, out=bits)
+    return magnitude_sums(block, vector)
+
+
+def factor_of(whole: float, kept: float) -> float:
+    """The factor that keeps the sum of magnitudes; 1 where one of the sums is too small to tell."""
+    return 1.0 if min(whole, kept) < SMALLEST_MAGNITUDES else whole / kept

@@ -1,0 +1,106 @@
+"""Reinforced Agent Merging (RAM): what one model alone changed stays whole, what several changed is averaged.
+
+    a model moved an element where |d_i| > epsilon
+    B + the mean of d_i over the models that moved the element; B where none did
+
+Source: Yuan et al., Behavior knowledge merge in reinforced agentic models, 2026, arXiv 2601.13572.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hsa.methods.base import BASE, Block, Contract
+from hsa.methods.json_fields import between
+from hsa.methods.model_method import ModelMethod, ModelSettings, Weights
+from hsa.methods.settings import MAX_FLOAT32, setting
+from hsa.methods.tensors import TensorTask
+from hsa.methods.votes import Scratch, masked
+
+if TYPE_CHECKING:
+    from hsa.system.dtypes import Array, Float32
+
+
+@dataclass(frozen=True)
+class RamSettings(ModelSettings):
+    """Settings of RAM."""
+
+    method = "ram"
+
+    epsilon: Weights = setting(
+        1e-5,
+        "A model moved an element that it changed by more than this.",
+        low=0.0,
+        high=MAX_FLOAT32,
+        scheduled=True,
+    )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The decision for a tensor: by more than what an element counts as moved."""
+
+    epsilon: float
+
+
+class Ram(ModelMethod[RamSettings, Moved]):
+    """RAM.
+
+    Example:
+        >>> hsa.merge(method="ram", base="b", models=["m1", "m2"], output="merged")  # doctest: +SKIP
+    """
+
+    name = "ram"
+    title = "Reinforced Agent Merging (RAM)"
+    formula = "B + mean(M_i - B over the models that moved the element by more than epsilon)"
+    source = "Yuan et al., Behavior Knowledge Merge in Reinforced Agentic Models, 2026, arXiv 2601.13572"
+    citation = """@misc{yuan2026ram,
+  title={Behavior Knowledge Merge in Reinforced Agentic Models},
+  author={Yuan, Xiangchi and Shi, Dachuan and Zhang, Chunhui and Liu, Zheyuan and Yao, Shenglong and
+          Vosoughi, Soroush and Lee, Wenke},
+  year={2026},
+  eprint={2601.13572},
+  archivePrefix={arXiv}
+}"""
+    contract = Contract(base="required", least=2, most=8)
+    Settings = RamSettings
+
+    def decision(self, task: TensorTask, measured: None, settings: RamSettings, so_far: Moved | None) -> Moved:
+        return Moved(settings.of("epsilon", task))
+
+    def combine(self, block: Block, decision: Moved, out: Float32) -> None:
+        import numpy as np
+
+        least = np.float32(decision.epsilon)
+        scratch = Scratch(block)
+        moves = scratch.small(1)
+        moves[...] = 0
+
+        def moved(place: int, vector: Float32, scratch: Scratch) -> Array:
+            mask = np.greater(np.abs(vector, out=scratch.floats), least, out=scratch.flags(0))
+            np.add(moves, mask.view(np.uint8), out=moves)
+            return mask
+
+        total, *others = masked(block, (1.0,) * len(block.models), moved, scratch)
+        for other in others:
+            np.add(total, other, out=total)
+        np.copyto(scratch.floats, np.maximum(moves, 1, out=moves))
+        np.add(block.weights(BASE), np.divide(total, scratch.floats, out=total), out=out)
+
+    def largest_result(
+        self, task: TensorTask, measured: Any, settings: RamSettings, largest: Mapping[str, float]
+    ) -> float | None:
+        """An average of task vectors is at most the largest of them; the sum before it is at most theirs."""
+        base = largest[BASE]
+        return base + sum(magnitude + base for role, magnitude in largest.items() if role != BASE)
+
+    def entry(self, decision: Moved) -> dict[str, Any]:
+        return {"epsilon": decision.epsilon}
+
+    def read_entry(self, entry: Mapping[str, Any], settings: RamSettings) -> Moved:
+        return Moved(between(entry["epsilon"], 0.0, MAX_FLOAT32))
+
+    def longest_decision(self, task: TensorTask, number: float) -> Moved:
+        return Moved(number)
