@@ -18,7 +18,6 @@ from hsa.methods.json_fields import text
 from hsa.methods.model_method import ModelSettings
 from hsa.methods.sums import total
 from hsa.methods.tensors import TensorTask
-from hsa.system.digests import digest_of
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
@@ -67,7 +66,7 @@ class GramCombination(LinearCombination[S]):
 @dataclass(frozen=True)
 class GroupCoefficients:
     """The coefficients of a tensor that has them for each of its rows or columns, float32 [groups, models]. A record
-    holds their digest alone; `values` is None where the decision comes from one."""
+    holds the BLAKE3 digest of their bytes alone; `values` is None where the decision comes from one."""
 
     groups: int
     models: int
@@ -78,9 +77,10 @@ class GroupCoefficients:
     def of(cls, coefficients: Array) -> GroupCoefficients:
         """From coefficients in float64 [groups, models]."""
         import numpy as np
+        from blake3 import blake3
 
         values = np.ascontiguousarray(coefficients, dtype=np.dtype("<f4"))
-        return cls(values.shape[0], values.shape[1], digest_of(values.tobytes()), values)
+        return cls(values.shape[0], values.shape[1], blake3(values.tobytes()).hexdigest(), values)
 
 
 Decision = Coefficients | GroupCoefficients

@@ -23,7 +23,7 @@ from hsa.methods.base import Contract
 from hsa.methods.gram import Gram
 from hsa.methods.gram_combination import GramCombination
 from hsa.methods.model_method import ModelSettings
-from hsa.methods.settings import setting
+from hsa.methods.settings import MAX_FLOAT32, setting
 from hsa.methods.tensors import TensorTask
 
 OPPOSITE = 1e-6
@@ -36,7 +36,7 @@ class KarcherSettings(ModelSettings):
 
     method = "karcher"
     max_iter: int = setting(10, "Most steps to the mean.", whole=True, low=0, high=10_000)
-    tol: float = setting(1e-5, "Shortest step, smallest angle and smallest norm that count.", low=0.0, high=1.0)
+    tol: float = setting(1e-5, "Shortest step, smallest angle and smallest norm that count.", low=0.0, high=MAX_FLOAT32)
 
 
 class Karcher(GramCombination[KarcherSettings]):

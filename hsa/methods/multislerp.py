@@ -20,7 +20,7 @@ from hsa.methods.base import Contract
 from hsa.methods.gram import Gram
 from hsa.methods.gram_combination import GramCombination
 from hsa.methods.model_method import WeightedSettings
-from hsa.methods.settings import setting
+from hsa.methods.settings import MAX_FLOAT32, setting
 from hsa.methods.tensors import TensorTask
 from hsa.methods.weights import shares
 from hsa.option_names import option
@@ -35,7 +35,7 @@ class MultislerpSettings(WeightedSettings):
 
     method = "multislerp"
     normalize_weights: bool = setting(True, "Divide the weights by their sum.", structural=True)
-    eps: float = setting(1e-8, "Added to norms, and the shortest sum of directions.", low=0.0, high=1.0)
+    eps: float = setting(1e-8, "Added to norms, and the shortest sum of directions.", low=0.0, high=MAX_FLOAT32)
 
 
 class Multislerp(GramCombination[MultislerpSettings]):

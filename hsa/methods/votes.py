@@ -22,7 +22,7 @@ from itertools import compress, product
 from typing import TYPE_CHECKING
 
 from hsa.methods.base import BASE, Block
-from hsa.methods.task_arithmetic import divisor
+from hsa.methods.weights import divisor
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32

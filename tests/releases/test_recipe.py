@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hsa.errors import HsaError, RequestError
@@ -346,7 +346,7 @@ def test_every_key_has_values_here() -> None:
     assert {*VALUES, *others, "base", "primary", "secondary", "method", "models", "model_ids"} == {*keys()}
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(
     st.lists(
         st.fixed_dictionaries(
