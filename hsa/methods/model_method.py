@@ -6,6 +6,7 @@ statistics, and coefficients as the record holds them.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def average_of(task: TensorTask, settings: ModelSettings) -> Average:
     zero."""
     weights = settings.each("weights", task) if isinstance(settings, WeightedSettings) else ()
     positive = [max(weight, 0.0) for weight in weights]
-    whole = sum(positive)
+    whole = math.fsum(positive)
     count = len(task.numbers)
     return Average(tuple(weight / whole for weight in positive) if whole > 0.0 else (1.0 / count,) * count)
 

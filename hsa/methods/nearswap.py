@@ -8,19 +8,16 @@ Source: alchemonaut, QuartetAnemoi-70B-t0.0001, https://huggingface.co/alchemona
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hsa.errors import RequestError
-from hsa.findings import Findings
 from hsa.methods.base import BASE, Block, Contract
 from hsa.methods.json_fields import between
 from hsa.methods.model_method import ModelMethod, ModelSettings, Weights
 from hsa.methods.settings import MAX_FLOAT32, setting
 from hsa.methods.tensors import TensorTask
 from hsa.methods.votes import Scratch
-from hsa.option_names import option
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Float32
@@ -31,7 +28,7 @@ NEAREST = 1e-6
 
 @dataclass(frozen=True)
 class NearSwapSettings(ModelSettings):
-    """Settings of NearSwap. `t` has no default."""
+    """Settings of NearSwap."""
 
     method = "nearswap"
 
@@ -42,10 +39,9 @@ class NearSwapSettings(ModelSettings):
         high=MAX_FLOAT32,
         scheduled=True,
         axis=True,
+        default_text="required",
+        required=True,
     )
-
-    def for_all_candidates(self) -> NearSwapSettings:
-        return replace(self, t=1.0)
 
 
 @dataclass(frozen=True)
@@ -70,16 +66,7 @@ class NearSwap(ModelMethod[NearSwapSettings, Near]):
     Settings = NearSwapSettings
 
     def decision(self, task: TensorTask, measured: None, settings: NearSwapSettings, so_far: Near | None) -> Near:
-        if settings.t is None:
-            raise RequestError(
-                f"method nearswap needs {option('t')}: how far base's values may move, such as {option('t', 0.0001)}"
-            )
         return Near(settings.of("t", task))
-
-    def planned_findings(self, tasks: Sequence[TensorTask], settings: NearSwapSettings) -> Findings:
-        for task in tasks:
-            self.decision(task, None, settings, None)
-        return super().planned_findings(tasks, settings)
 
     def combine(self, block: Block, decision: Near, out: Float32) -> None:
         import numpy as np
@@ -98,7 +85,6 @@ class NearSwap(ModelMethod[NearSwapSettings, Near]):
     def largest_result(
         self, task: TensorTask, measured: Any, settings: NearSwapSettings, largest: Mapping[str, float]
     ) -> float | None:
-        self.decision(task, None, settings, None)  # refused here where there is no t, before anything is written
         return sum(largest.values())
 
     def entry(self, decision: Near) -> dict[str, Any]:

@@ -333,7 +333,7 @@ def test_a_base_and_enough_models_are_needed(method: str, family: dict[str, Path
 
 
 def test_nearswap_needs_t(family: dict[str, Path], tmp_path: Path) -> None:
-    expected = "method nearswap needs t: how far base's values may move, such as t=0.0001"
+    expected = "method nearswap needs t; give it: How far base's values may move"
     with pytest.raises(RequestError, match=expected):
         merge("nearswap", chosen(family, 1), tmp_path / "out")
     base, *models = chosen(family, 1).values()
