@@ -128,7 +128,7 @@ def _commands(method: AnyMethod) -> dict[str, Any]:
         "merge": True,
         "patch": obstacle is None,
         "why_no_patch": obstacle,
-        "sweep": "patches, or checkpoints with --full" if obstacle is None else "checkpoints, with --full",
+        "sweep": ["checkpoints"] if obstacle else ["patches", "checkpoints"],
         "verify": True,
         "release": True,
         "merger": method.elementwise,

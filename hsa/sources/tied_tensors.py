@@ -27,13 +27,13 @@ def same_bytes(checkpoint: Checkpoint, one: TensorRef, two: TensorRef) -> bool:
 
 
 def without_tied_copy(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint of the generic family without the output projection that its `config.json` ties to the embedding,
-    where it is stored beside it with the same bytes. transformers leaves it out when it saves, and ties it when it
-    loads. Of a source whose headers alone were fetched, the bytes are taken to be the same. Closes the checkpoint where
-    it cannot be read.
+    """A checkpoint without the output projection that is the embedding once more.
+
+    That is where `config.json` ties the two, the family declares no `tie` of its own, and both are stored, with the
+    same bytes. transformers leaves the projection out when it saves, and ties it when it loads. Of a source whose
+    headers alone were fetched, the bytes are taken to be the same. Closes the checkpoint where it cannot be read.
     """
-    family = checkpoint.architecture
-    pair = family.tied_output(checkpoint.tensors, checkpoint.config)
+    pair = checkpoint.architecture.tied_output(checkpoint.tensors, checkpoint.config)
     if pair is None:
         return checkpoint
     output, embedding = (checkpoint.tensors[name] for name in pair)
