@@ -31,6 +31,9 @@ REPEATED = {"models": "model", "model_ids": "model-id", "weights": "weight"}
 _OF_A_PLACE = re.compile(r"model[0-9]+_id")
 """The id of a model that goes by its place, which the command line takes in the order of the models."""
 
+_A_PLACE = re.compile(r"model[0-9]+")
+"""A model that goes by its place, which has no option of its own."""
+
 NEGATED = {"digest": "--no-hash", "sync": "--no-sync", "energy": "--no-energy"}
 """Options that switch off what an argument switches on."""
 
@@ -50,6 +53,8 @@ def command_line(name: str, value: Any = None) -> str:
         return NEGATED[name]
     if _OF_A_PLACE.fullmatch(name):
         name = "model_ids"
+    if _A_PLACE.fullmatch(name):
+        return name
     if value is False:
         return f"--no-{name.replace('_', '-')}"
     flag = f"--{REPEATED.get(name, LETTERS.get(name, name)).replace('_', '-')}"

@@ -149,8 +149,11 @@ class NamedArguments:
         models = self.sources.get("models", ())
         check_values(models=models)
         check_values(model_ids=self.ids.get("model_ids", ()))
-        named = {name: path for name, path in self.sources.items() if name != "models"}
-        check_paths(**named, **{f"model{number}": path for number, path in enumerate(models, 1)})
+        check_paths(**{f"model{number}": path for number, path in enumerate(models, 1)})
+        for name, source in self.sources.items():
+            if name != "models":
+                for path in _several(name, source) if name in several_names() else [source]:
+                    check_paths(**{name: path})
 
     def by_roles(self, contract: Contract) -> tuple[dict[Role, PathLike], dict[Role, str | None], list[str]]:
         """The sources and the ids by the roles of a method, and the arguments that are none of its sources."""
@@ -286,6 +289,11 @@ def source_names() -> tuple[str, ...]:
     return (BASE, *(role.name for role in method_named(DEFAULT_METHOD).contract.named))
 
 
+def several_names() -> frozenset[str]:
+    """Those of them under which several models may be given."""
+    return frozenset(role.name for role in method_named(DEFAULT_METHOD).contract.named if role.several)
+
+
 def positional_names(call: Call) -> tuple[str, ...]:
     """The arguments of a call that need no name: the sources of the default method, and the output."""
     return (*source_names(), "output") if call.output else source_names()
@@ -303,12 +311,45 @@ def _take_sources(contract: Contract, given: dict[str, Any]) -> tuple[dict[Role,
     base = {BASE: given.pop(BASE)} if BASE in given else {}
     in_order = "models" in given
     named = [role.name for role in contract.named if role.name in given]
-    models = _in_order(contract, named, given) if in_order else {name: given.pop(name) for name in named}
+    models = _in_order(contract, named, given) if in_order else _by_name(contract, named, given)
     sources = {**base, **models}
     ids = {role: given.pop(f"{role}_id") for role in (*sources, *source_names()) if f"{role}_id" in given}
+    for role in contract.named:
+        if role.several and isinstance(ids.get(role.name), (list, tuple)):
+            ids |= _ids_of_several(contract, role.name, len(models), ids[role.name])
     if "model_ids" in given:
         ids |= _ids_in_order(tuple(models), given.pop("model_ids"))
     return sources, ids
+
+
+def _several(name: str, source: Any) -> Sequence[Any]:
+    """The sources that are given under one name. RequestError for an empty list."""
+    if not isinstance(source, (list, tuple)):
+        return [source]
+    if not source:
+        raise RequestError(f"{option(name)} is an empty list; give a model, or several")
+    return source
+
+
+def _by_name(contract: Contract, names: Sequence[str], given: dict[str, Any]) -> dict[Role, Any]:
+    """The models that are given by these names, by role; under some names several models may be given."""
+    several = {role.name for role in contract.named if role.several}
+    models: dict[Role, Any] = {}
+    for name in names:
+        source = given.pop(name)
+        sources = _several(name, source) if name in several else [source]
+        models |= zip(contract.roles_of(name, len(sources)), sources, strict=True)
+    return models
+
+
+def _ids_of_several(contract: Contract, name: str, models: int, ids: Sequence[Any]) -> dict[Role, str | None]:
+    """The ids of the models that are given under one name, by role."""
+    roles = contract.roles(models)[contract.roles(models).index(name) :] if name in contract.roles(models) else ()
+    if len(ids) != len(roles):
+        raise RequestError(
+            f"{option(f'{name}_id')} must be as many as {name} models, got {len(ids)} for {len(roles)} models"
+        )
+    return dict(zip(roles, ids, strict=True))
 
 
 def missing_sources(contract: Contract, given: Collection[str]) -> list[str]:

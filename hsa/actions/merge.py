@@ -269,7 +269,7 @@ def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) ->
 def _open(
     request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack, *, headers_only: bool, occupied: bool = False
 ) -> PreparedMerge:
-    backend = resolve(request.backend, request.device, request.settings)
+    backend = resolve(request.backend, request.device, request.settings, request.models)
     sources = open_sources(request, tally, hub, stack, headers_only=headers_only)
     folders = [source.path for source in sources]
     destination = check_destination(request.output, folders, overwrite=request.overwrite, adding=occupied)

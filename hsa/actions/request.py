@@ -55,6 +55,7 @@ class Request(RunOptions):
             object.__setattr__(self, "assets_from", self.anchor)
         check_settings(self.sources, self.assets_from, self.max_shard_size, self.card, self.config_from)
         check_paths(output=self.output, **self.sources)
+        self.settings.check_models(self.models)
         check_ids(self.ids or {})
         self.settings.require()
 
@@ -67,6 +68,11 @@ class Request(RunOptions):
     def anchor(self) -> Role:
         """The role of the first model, whose names, config and small files are the output's."""
         return next(role for role in self.sources if role != BASE)
+
+    @property
+    def models(self) -> int:
+        """How many models are merged, base not counted."""
+        return len(self.sources) - (BASE in self.sources)
 
     @property
     def shard_bytes(self) -> int | None:

@@ -7,7 +7,15 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from hsa.actions.keywords import CONFIG_FILE, Call, axes, id_names, positional_names, source_names
+from hsa.actions.keywords import (
+    CONFIG_FILE,
+    Call,
+    axes,
+    id_names,
+    positional_names,
+    several_names,
+    source_names,
+)
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named
 from hsa.methods.settings import DEFAULT_METHOD, Declared
@@ -59,12 +67,12 @@ def _filled(doc: str, call: Call) -> str:
 def parameters(call: Call) -> Iterator[inspect.Parameter]:
     """The parameters of a call, but for those that its function names itself."""
     if call.sources == "positional":
-        yield from (_by_position(name, None, PathLike | None) for name in positional_names(call))
+        yield from (_by_position(name, None, _kind_of_source(name)) for name in positional_names(call))
         yield _keyword("method", DEFAULT_METHOD, str)
     if call.config:
         yield _keyword(CONFIG_FILE, None, PathLike | None)
     if call.sources == "named":
-        yield from (_keyword(name, None, PathLike | None) for name in source_names())
+        yield from (_keyword(name, None, _kind_of_source(name)) for name in source_names())
     if call.sources != "none":
         yield _keyword("models", None, Sequence[PathLike] | None)
     positional = axes(call, method_named(DEFAULT_METHOD).Settings) if call.settings == "candidates" else ()
@@ -81,8 +89,14 @@ def parameters(call: Call) -> Iterator[inspect.Parameter]:
     for each in call.declared_options():
         yield _keyword(each.name, each.default, each.type)
     if call.ids and call.sources != "none":
-        yield from (_keyword(name, None, str | None) for name in id_names())
+        for name in id_names():
+            kind = str | Sequence[str | None] if name.removesuffix("_id") in several_names() else str
+            yield _keyword(name, None, kind | None)
         yield _keyword("model_ids", None, Sequence[str | None] | None)
+
+
+def _kind_of_source(name: str) -> Any:
+    return PathLike | Sequence[PathLike] | None if name in several_names() else PathLike | None
 
 
 def _by_position(name: str, default: Any, kind: Any) -> inspect.Parameter:
@@ -96,7 +110,8 @@ def _keyword(name: str, default: Any, kind: Any) -> inspect.Parameter:
 def _documentation(call: Call) -> dict[str, list[str]]:
     """The entries of a docstring for sources, settings and options."""
     contract = method_named(DEFAULT_METHOD).contract
-    sources = [(BASE, BASE_HELP), *((role.name, role.help) for role in contract.named), ("models", MODELS_HELP)]
+    named = ((role.name, f"{role.help}{' Or a list of several.' * role.several}") for role in contract.named)
+    sources = [(BASE, BASE_HELP), *named, ("models", MODELS_HELP)]
     ids = [(", ".join((*id_names(), "model_ids")), IDS_HELP)] if call.ids and call.sources != "none" else []
     settings = [(each.name, _setting_text(call, each)) for each in call.declared_settings()]
     options = [(each.name, with_roles(each.about.python or each.about.help)) for each in call.declared_options()]

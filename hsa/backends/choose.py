@@ -13,8 +13,8 @@ from hsa.option_names import option
 
 BACKENDS = ("auto", "cpu", "triton")
 
-FUSED = ("hsa",)
-"""The methods that have kernels of their own for a GPU."""
+FUSED = {"hsa": 2}
+"""The methods that have kernels of their own for a GPU, and of how many models."""
 
 
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -24,8 +24,9 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _NUMBERED = re.compile(r"cuda:[0-9]{1,3}")
 
 
-def resolve(name: str, device: str, settings: Settings) -> Backend:
-    """The backend of that name; only `auto` chooses, and a name that cannot be had is an error.
+def resolve(name: str, device: str, settings: Settings, models: int) -> Backend:
+    """The backend of that name for a merge of so many models; only `auto` chooses, and a name that cannot be had is an
+    error.
 
     Raises BackendUnavailable, or RequestError for an unknown name or numerics that a backend does not offer.
     """
@@ -41,9 +42,15 @@ def resolve(name: str, device: str, settings: Settings) -> Backend:
         )
     if on_gpu and method.name not in FUSED:
         raise RequestError(f"method {method.name} is computed on the CPU; use {option('backend', 'cpu')}")
+    fused = FUSED.get(method.name) == models
+    if on_gpu and not fused:
+        raise RequestError(
+            f"a GPU merges {FUSED[method.name]} models by method {method.name}, and {models} are given, which are "
+            f"merged on the CPU; use {option('backend', 'cpu')}"
+        )
     if name == "cpu" and on_gpu:
         raise RequestError(f"backend 'cpu' has no device {shown(device)}; use {option('backend', 'triton')} or auto")
-    if on_gpu or (name == "auto" and device == "auto" and method.name in FUSED and _sees_gpu()):
+    if on_gpu or (name == "auto" and device == "auto" and fused and _sees_gpu()):
         return _triton(device)
     if not method.elementwise:
         try:

@@ -19,7 +19,8 @@ from hsa.backends.base import Merged, NotFinite, TaskBuffers, buffers_cost, merg
 from hsa.backends.torch_geometry import target_geometry
 from hsa.methods.base import BASE, Method
 from hsa.methods.geometry import Geometry
-from hsa.methods.hsa import PRIMARY, SECONDARY, HeadScores, HsaDecision, HsaSettings, decision_of
+from hsa.methods.hsa import PRIMARY, SECONDARY, HsaSettings
+from hsa.methods.hsa_decision import HeadScores, HsaDecision, decision_of
 from hsa.methods.hsa_formula import settings_of
 from hsa.methods.selection import selection_of
 from hsa.methods.settings import Settings
@@ -106,7 +107,7 @@ class ScriptWorker:
         mask = _select(scores, keep, self._settings.of("k", task.name))
         squared = tuple(float(score) ** 2 for score in scores)
         selection = selection_of(squared, tuple(int(head) for head in mask.nonzero().flatten()))
-        return decision_of(task, self._settings, selection, HeadScores(squared, *differ, geometry))
+        return decision_of(task, self._settings, selection, HeadScores(squared, differ, geometry))
 
     @torch.no_grad()
     def _slice(self, piece: Computed, sources: Mapping[str, Array], out: Array) -> None:

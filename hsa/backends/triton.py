@@ -24,7 +24,8 @@ from hsa.kernels.launch import apply_heads, faults, fused_merge, score_heads
 from hsa.kernels.projections import KernelInputError, Projections, doubt, interpreted
 from hsa.methods.base import BASE, Method
 from hsa.methods.copied import untouched_groups
-from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY, HeadScores, Hsa, HsaSettings, decision_of
+from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY, Hsa, HsaSettings
+from hsa.methods.hsa_decision import HeadScores, decision_of
 from hsa.methods.hsa_formula import all_settings_of
 from hsa.methods.selection import selection_of
 from hsa.methods.settings import Settings
@@ -122,9 +123,7 @@ class TritonWorker:
             merged = []
             for task, task_squared, flags, geometry in zip(tasks, squared, selected, geometries, strict=True):
                 heads = task.partition.groups
-                scored = HeadScores(
-                    tuple(task_squared[:heads]), self._differs[PRIMARY], self._differs[SECONDARY], geometry
-                )
+                scored = HeadScores(tuple(task_squared[:heads]), tuple(self._differs.values()), geometry)
                 merged_heads = tuple(head for head in range(heads) if flags[head])
                 decision = decision_of(task, self._settings, selection_of(scored.squared, merged_heads), scored)
                 merged.append(
@@ -196,8 +195,7 @@ class TritonResident:
         self._measured = [
             HeadScores(
                 tuple(row[: task.partition.groups]),
-                _differ(base, one),
-                _differ(base, two),
+                (_differ(base, one), _differ(base, two)),
                 target_geometry(task, base, one, two),
             )
             for task, row, base, one, two in zip(self._tasks, rows, *sources, strict=True)

@@ -71,7 +71,7 @@ def inspect(
     debug: options.Debug = False,
     **values: Any,
 ) -> int:
-    """Show which heads a merge selects and why: of three sources, of a finished output, or of two. Exit code 0 or 2."""
+    """Show which heads a merge selects and why: of sources, of a finished output, or of two. Exit code 0 or 2."""
     from hsa.errors import RequestError
 
     bars = not (quiet or as_json)

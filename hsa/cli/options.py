@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from hsa.actions.keywords import CONFIG_FILE, Call, missing_sources
+from hsa.actions.keywords import CONFIG_FILE, Call, missing_sources, several_names, source_names
 from hsa.actions.run_options import RunOptions
 from hsa.actions.signatures import BASE_HELP, with_roles
 from hsa.errors import shown
@@ -101,8 +101,11 @@ def given_merge(ctx: typer.Context, values: Mapping[str, Any], call: Call) -> di
 
 def source_paths(keywords: Mapping[str, Any]) -> list[str]:
     """The sources among the keywords."""
-    roles = (BASE, *(role.name for role in method_named(DEFAULT_METHOD).contract.named))
-    return [*(keywords[role] for role in roles if role in keywords), *keywords.get("models", ())]
+    paths: list[str] = []
+    for name in (*source_names(), "models"):
+        given_by = keywords.get(name, ())
+        paths += [given_by] if isinstance(given_by, str) else given_by
+    return paths
 
 
 def _is_default(ctx: typer.Context, name: str) -> bool:
@@ -125,8 +128,10 @@ def option(
 def sources(help: str | None = None) -> Iterator[inspect.Parameter]:
     """Base and the models, by the roles of the default method and in their order; `help` is for all but the latter."""
     named = method_named(DEFAULT_METHOD).contract.named
-    for role, text in ((BASE, BASE_HELP), *((role.name, role.help) for role in named)):
-        yield option(role, str | None, help or text, metavar="SOURCE")
+    yield option(BASE, str | None, help or BASE_HELP, metavar="SOURCE")
+    for role in named:
+        text = f"{role.help[:-1]}; repeat for more." if role.several else role.help
+        yield option(role.name, list[str] | None if role.several else str | None, help or text, metavar="SOURCE")
     others = " and ".join(command_line(role.name) for role in named)
     yield option("models", list[str] | None, f"A model, instead of {others}; repeat.", metavar="SOURCE")
 
@@ -143,9 +148,10 @@ def config() -> inspect.Parameter:
 
 def ids(help: str | None = None) -> Iterator[inspect.Parameter]:
     """Ids to record for the sources."""
-    for role in (BASE, *(role.name for role in method_named(DEFAULT_METHOD).contract.named)):
-        text = help or f"Hub id to record for {role}."
-        yield option(f"{role}_id", str | None, text, group="sources", metavar="ID")
+    for role in source_names():
+        several = role in several_names()
+        text = help or f"Hub id to record for {role}{'; repeat for more' * several}."
+        yield option(f"{role}_id", list[str] | None if several else str | None, text, group="sources", metavar="ID")
     text = help or f"Hub id to record for a {command_line('models')}; repeat."
     yield option("model_ids", list[str] | None, text, group="sources", metavar="ID")
 

@@ -1,4 +1,4 @@
-"""`hsa.inspect`: what a merge of three sources would select and why, or what a finished output says of itself."""
+"""`hsa.inspect`: what a merge of sources would select and why, or what a finished output says of itself."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from hsa.inspection.from_provenance import (
 )
 from hsa.inspection.measure import Buffers, TargetMeasures, bytes_of_other_tensors, measure, measure_other_tensors
 from hsa.inspection.report import Agreement, Energy, Inspection, RecordedSelection, TensorInspection, in_order
-from hsa.methods.geometry import Geometry
-from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY, HeadScores, HsaSettings
-from hsa.methods.hsa_formula import keep_count, settings_of
+from hsa.methods.geometry import AnyGeometry, Geometry
+from hsa.methods.hsa import HsaSettings
+from hsa.methods.hsa_decision import HeadScores
+from hsa.methods.hsa_formula import keep_count, settings_of, shares_of
 from hsa.methods.registry import method_named
 from hsa.methods.selection import select, selection_of
 from hsa.methods.settings import DEFAULT_METHOD
@@ -41,7 +42,7 @@ from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
 from hsa.sources.hub.repository import find_id
-from hsa.sources.roles import Role
+from hsa.sources.roles import BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.system.fsio import Tally
 from hsa.system.manifest import PROVENANCE
@@ -132,6 +133,7 @@ def _from_sources(
     energy: bool,
     progress: Progress | None,
 ) -> Inspection:
+    config.check_models(len(paths) - 1)
     tally, hub, method = Tally(), Hub(bars=progress is not None), method_named(HSA)
     remote = [role for role, path in paths.items() if find_id(path)]
     with ExitStack() as stack:
@@ -165,7 +167,8 @@ def _from_sources(
         ]
         findings = method.settings_findings([config]) + _refusal_findings(config, sources) + adapter_findings(sources)
         findings += _merge_findings(targets, measured)
-        energies = _energies(sources, tasks, tensors, buffers, step) if whole else None
+        geometries = {task.name: measured[task.name].geometry for task in tasks}
+        energies = _energies(sources, geometries, tensors, buffers, step) if whole else None
         sources.check_unchanged()
         identities = {source.role: _identity(source) for source in sources}
     notes = [*hub.notes, *(note for source in sources for note in source.notes)]
@@ -174,10 +177,10 @@ def _from_sources(
             f"the share of energy is left out: of {' and '.join(remote)}, on the Hub, only targets were fetched; "
             f"download the models and give their directories"
         )
-    notes += findings.notes
+    notes += [*_mean_notes(sources), *findings.notes]
     warnings += [*findings.warnings, *close_margins(tensors)]
     return Inspection(
-        title=directory.resolve().name if directory else " + ".join(str(identities[r]["id"]) for r in ROLES[1:]),
+        title=directory.resolve().name if directory else " + ".join(str(identities[r]["id"]) for r in sources.models),
         origin="output and sources" if directory else "sources",
         numerics=config.numerics,
         written_by=None if record is None else {**record.record.program, "libraries": dict(record.record.libraries)},
@@ -190,6 +193,15 @@ def _from_sources(
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
+
+
+def _mean_notes(sources: Sources) -> Iterator[str]:
+    """What tv2 stands for where there are more than two models."""
+    if len(sources.models) > 2:
+        yield (
+            f"tv2 is the weighted mean of the task vectors of {listed(sources.models[1:])}, and a score adds the "
+            f"magnitudes of all {len(sources.models)}"
+        )
 
 
 def _refusal_findings(config: HsaSettings, sources: Sources) -> Findings:
@@ -206,8 +218,7 @@ def _merge_findings(targets: Targets, measured: Mapping[str, TargetMeasures]) ->
     outcomes = []
     for task in targets.tasks:
         measures = measured[task.name]
-        moved = measures.moved
-        scored = HeadScores(measures.squared, moved[PRIMARY], moved[SECONDARY], measures.geometry)
+        scored = HeadScores(measures.squared, measures.moved, measures.geometry)
         decision = targets.method.decide(task, scored, targets.settings, None)
         changed = changed_ranges(task, targets.method.untouched(task.partition.groups, decision))
         outcomes.append(Outcome(task, decision, changed, measures.digests, measures.equal))
@@ -222,8 +233,8 @@ def _open(
     def open_source(role: Role, base: Checkpoint | None = None) -> Checkpoint:
         return stack.enter_context(hub.open(role, paths[role], tally, needs, None, base))
 
-    base = open_source("base")
-    return Sources.of_checkpoints([base, *(open_source(role, base) for role in ROLES[1:])])
+    base = open_source(BASE)
+    return Sources.of_checkpoints([base, *(open_source(role, base) for role in paths if role != BASE)])
 
 
 def _stack_layers(config: HsaSettings, sources: Sources) -> dict[str, int]:
@@ -274,7 +285,7 @@ def _inspect_target(
         squared=squared,
         selected=selected,
         margin=margin,
-        geometry=measures.geometry,
+        geometry=measures.geometry.blended(shares_of(task, config)),
         recorded=None if recorded is None else RecordedSelection(recorded.keep, recorded.selected),
     )
 
@@ -283,7 +294,7 @@ def _check_sources(
     record: Provenance, directory: Path, targets: Sequence[TensorTask], measured: Mapping[str, TargetMeasures]
 ) -> None:
     """MismatchError unless these are the target bytes that the output was made from."""
-    for role in ROLES:
+    for role in record.record.sources:
         lines = []
         for target in targets:
             ref = target.sources[role]
@@ -321,19 +332,19 @@ def _selection_differences(
 
 def _energies(
     sources: Sources,
-    targets: Sequence[TensorTask],
+    geometries: Mapping[str, AnyGeometry],
     tensors: Sequence[TensorInspection],
     buffers: Buffers,
     step: Callable[[int], None],
 ) -> tuple[Energy, ...]:
-    outside = measure_other_tensors(sources, targets, buffers, step)
+    """The energies of the models; `geometries` are those of the targets by canonical name."""
+    outside = measure_other_tensors(sources, geometries, buffers, step)
     energies = []
-    for role in ROLES[1:]:
+    for number, role in enumerate(sources.models):
         groups = dict(outside[role].groups)
         inside = selected = 0.0
         for tensor in tensors:
-            assert tensor.geometry is not None
-            heads = tensor.geometry.squares(role)
+            heads = geometries[tensor.projection.name].squares[number]
             group = " ".join(sources.architecture.group_of(tensor.projection.name))
             groups[group] = groups.get(group, 0.0) + sum(heads)
             inside += sum(heads)

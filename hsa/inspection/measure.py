@@ -7,7 +7,7 @@ norms, energies) is summed in float64, in a fixed order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,11 @@ from hsa.backends.array_block import TILE
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuBackend
 from hsa.errors import NonFiniteError
-from hsa.methods.geometry import Geometry, Sums, dot, tile_sums
-from hsa.methods.hsa import PRIMARY, ROLES, SECONDARY
+from hsa.methods.geometry import AnyGeometry, Sums, dot, geometry_of, tile_sums
 from hsa.methods.tensors import TensorTask
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import SLICE_ELEMENTS
-from hsa.planning.tasks import Targets
+from hsa.planning.tasks import COUNTS, Targets
 from hsa.sources.roles import Role, RolePair
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
@@ -34,12 +33,12 @@ Step = Callable[[int], None]
 
 @dataclass(frozen=True)
 class TargetMeasures:
-    """One target: squared scores, geometry, whether each task vector moved, the digest of its bytes by role, and which
-    sources hold the same values in it."""
+    """One target: squared scores, geometry, whether each model's task vector moved, the digest of its bytes by role,
+    and which sources hold the same values in it."""
 
     squared: tuple[float, ...]
-    geometry: Geometry
-    moved: Mapping[Role, bool]
+    geometry: AnyGeometry
+    moved: tuple[bool, ...]
     digests: Mapping[Role, str]
     equal: frozenset[RolePair]
 
@@ -78,11 +77,10 @@ def measure(sources: Sources, targets: Targets, buffers: Buffers, step: Step) ->
             scored = worker.measure(task, raw)
         except NotFinite as error:
             raise _not_finite(error, task, sources) from None
-        moved: dict[Role, bool] = {PRIMARY: scored.primary_differs, SECONDARY: scored.secondary_differs}
-        yield TargetMeasures(scored.squared, geometry(task, raw), moved, digests, equal_pairs(task, raw))
+        yield TargetMeasures(scored.squared, geometry(task, raw), scored.differ, digests, equal_pairs(task, raw))
 
 
-def geometry(task: TensorTask, raw: Mapping[Role, Array]) -> Geometry:
+def geometry(task: TensorTask, raw: Mapping[Role, Array]) -> AnyGeometry:
     """Norms and products of a target's task vectors. `raw` holds the tensors' bytes, uint8."""
     codes = {role: ref.code for role, ref in task.sources.items()}
     views = {role: raw[role].view(STORAGE[code]).reshape(task.matrix) for role, code in codes.items()}
@@ -90,9 +88,9 @@ def geometry(task: TensorTask, raw: Mapping[Role, Array]) -> Geometry:
     for head in range(task.partition.groups):
         heads.append([])
         for block in task.blocks(head, TILE):
-            b, m1, m2 = (_float64(code, views[role][block]) for role, code in codes.items())
-            heads[-1].append(tile_sums(b, np.subtract(m1, b, out=m1), np.subtract(m2, b, out=m2)))
-    return Geometry.of(heads)
+            b, *models = (_float64(code, views[role][block]) for role, code in codes.items())
+            heads[-1].append(tile_sums(b, *(np.subtract(model, b, out=model) for model in models)))
+    return geometry_of(heads, len(codes) - 1)
 
 
 @dataclass
@@ -104,14 +102,13 @@ class OtherTensors:
 
 
 def measure_other_tensors(
-    sources: Sources, targets: Sequence[TensorTask], buffers: Buffers, step: Step
+    sources: Sources, inside: Container[str], buffers: Buffers, step: Step
 ) -> dict[Role, OtherTensors]:
-    """Stream every tensor that is no target, in slices, base once for both fine-tunes.
+    """Stream every tensor whose canonical name is not `inside` the targets, in slices, base once for all fine-tunes.
 
     Raises SourceChanged, MachineError.
     """
-    inside = {task.name for task in targets}
-    by_role: dict[Role, OtherTensors] = {role: OtherTensors({}, []) for role in ROLES[1:]}
+    by_role: dict[Role, OtherTensors] = {role: OtherTensors({}, []) for role in sources.models}
     names = dict.fromkeys(name for role in by_role for name in sources.of(role).tensors if name not in inside)
     for name in names:
         base = sources.base_checkpoint.tensors.get(name)
@@ -187,5 +184,5 @@ def _not_finite(error: NotFinite, task: TensorTask, sources: Sources) -> NonFini
     ref = task.sources[task.anchor]
     return NonFiniteError(
         f"{sources.anchor_checkpoint.file_of(ref)}: tensor {ref.name}{head}: its task vectors overflow float32; "
-        f"do the three belong together?"
+        f"do the {COUNTS[len(sources.roles)]} belong together?"
     )

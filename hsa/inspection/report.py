@@ -176,7 +176,7 @@ class Energy:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What there is to know of a merge's heads, of three sources or of a finished output.
+    """What there is to know of a merge's heads, of sources or of a finished output.
 
     `origin` is `sources`, `output`, or `output and sources`; `parameters` are those of the selection shown, under their
     command-line names; `sources` says who each source is. `tensors` is keyed by tensor name as primary stores it.

@@ -13,6 +13,8 @@ mergekit finds no methods outside itself, so `hsa mergekit CONFIG OUT [mergekit'
 then calls mergekit's own command. For every method of mergekit it mends the definition of Whisper, which as released
 fits no Whisper model, and adds small files that mergekit leaves out. The output is staged: whole or not at all.
 
+Further secondaries are listed in their order, each with a `weight` among its parameters where it is not 1.
+
 In a program of your own, call `register()` before mergekit's `run_merge`.
 """
 
@@ -33,6 +35,7 @@ from hsa.integrations.mergekit_method import register as register_method
 from hsa.integrations.mergekit_recipe import MergekitRecipe, plainly, read
 from hsa.methods.hsa_extent import Extent
 from hsa.methods.hsa_warnings import change_findings, percentage_findings, selection_findings, value_findings
+from hsa.planning.tasks import COUNTS
 from hsa.sources.checkpoint import CONFIG, read_whole
 from hsa.system import fsio
 from hsa.system.destinations import check_destination
@@ -170,8 +173,9 @@ def _destination(output: str, recipe: MergekitRecipe) -> Path:
 def _cast_warnings(recipe: MergekitRecipe) -> Iterator[str]:
     dtype = str(recipe.document.get("dtype") or "").removeprefix("torch.")
     if recipe.is_hsa and dtype in NARROW:
+        every = f"all {COUNTS[len(recipe.roles)]} models"
         yield (
-            f"dtype: {dtype} makes mergekit cast all three models before heads are scored, so where one is wider, "
+            f"dtype: {dtype} makes mergekit cast {every} before heads are scored, so where one is wider, "
             f"heads and values are not those of hsa merge; out_dtype: {dtype} casts the result alone"
         )
 

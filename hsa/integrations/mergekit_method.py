@@ -5,7 +5,7 @@ mergekit takes objects that merge a group of tensors: one tensor of every model,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,12 +14,13 @@ from hsa.architectures.registry import architecture_of, not_with_heads
 from hsa.backends.base import NotFinite, TaskBuffers
 from hsa.backends.cpu import CpuWorker
 from hsa.errors import NonFiniteError, RequestError, SourceError
-from hsa.methods.hsa import ROLES, TARGET, HsaSettings
+from hsa.methods.base import BASE
+from hsa.methods.hsa import PRIMARY, TARGET, Hsa, HsaSettings
 from hsa.methods.registry import method_named
 from hsa.methods.settings import declared
 from hsa.methods.tensors import Outcome
 from hsa.planning.equal_sources import equal_pairs
-from hsa.planning.tasks import TaskFinder
+from hsa.planning.tasks import COUNTS, TaskFinder
 from hsa.sources.checkpoint import CONFIG, Checkpoint
 from hsa.sources.identity import Identity, escaped_name
 from hsa.sources.roles import Role
@@ -38,9 +39,13 @@ DEFAULTS: dict[str, Any] = {each.key: each.default for each in declared(HsaSetti
 """The method's own parameters."""
 
 
-def config_of(parameters: Mapping[str, Any]) -> HsaSettings:
-    """The parameters under mergekit's names, checked. Raises RequestError."""
-    return HsaSettings.from_dict({**DEFAULTS, **{key: parameters[key] for key in DEFAULTS if key in parameters}})
+def config_of(parameters: Mapping[str, Any], weights: Sequence[float] = ()) -> HsaSettings:
+    """The parameters under mergekit's names, checked; `weights` are those of the secondaries, where they are given.
+
+    Raises RequestError.
+    """
+    values = {**DEFAULTS, **{key: parameters[key] for key in DEFAULTS if key in parameters}}
+    return HsaSettings.from_dict(values if set(weights) <= {1.0} else {**values, "weights": list(weights)})
 
 
 class Merging:
@@ -89,7 +94,7 @@ class Merging:
 
         Args:
             name: of the output's tensor.
-            models: by role; `tensors` holds each model's tensor of that name, of one shape, anywhere.
+            models: by role, base first; `tensors` holds each model's tensor of that name, of one shape, anywhere.
 
         Returns a tensor of primary's dtype, on primary's device. Raises RequestError, SourceError, MismatchError,
         NonFiniteError.
@@ -98,15 +103,15 @@ class Merging:
 
         from hsa.backends.resident import CODE_OF, bytes_of
 
-        primary = tensors[models["primary"]]
+        primary = tensors[models[PRIMARY]]
         if name is None:
             raise RequestError(f"merge_method {METHOD} needs the names of tensors, to know targets and layers")
-        configs = {role: self.config(role, models[role]) for role in ROLES}
-        families = {role: architecture_of(configs[role]) for role in ROLES}
-        projection = families["primary"].target(name, config.targets)
+        configs = {role: self.config(role, model) for role, model in models.items()}
+        families = {role: architecture_of(configs[role]) for role in models}
+        projection = families[PRIMARY].target(name, config.targets)
         if projection is None:
             return primary
-        on_cpu = {role: tensors[models[role]].detach().cpu().contiguous() for role in ROLES}
+        on_cpu = {role: tensors[model].detach().cpu().contiguous() for role, model in models.items()}
 
         def checkpoint(role: Role) -> Checkpoint:
             tensor = on_cpu[role]
@@ -117,12 +122,12 @@ class Merging:
             identity, places = Identity(escaped_name(path.name)), {projection.name: ref}
             return Checkpoint(role, path, identity, configs[role], families[role], Tally(), tensors=places)
 
-        sources = Sources.of_checkpoints(map(checkpoint, ROLES))
+        sources = Sources.of_checkpoints(map(checkpoint, models))
         method = method_named(METHOD)
         task = TaskFinder(method, config, sources).task(projection.name, projection, TARGET)
         assert task is not None
-        out = torch.empty_like(on_cpu["primary"])
-        raw: dict[Role, Array] = {role: bytes_of(on_cpu[role]) for role in ROLES}
+        out = torch.empty_like(on_cpu[PRIMARY])
+        raw: dict[Role, Array] = {role: bytes_of(tensor) for role, tensor in on_cpu.items()}
         try:
             merged = CpuWorker(method, config).merge(TaskBuffers(task, raw, bytes_of(out)))
         except NotFinite as error:
@@ -135,7 +140,8 @@ class Merging:
 def _not_finite(error: NotFinite, name: str, sources: Sources, code: str) -> NonFiniteError:
     head = "" if error.group is None else f", head {error.group}"
     if error.role is None:
-        return NonFiniteError(f"tensor {name}{head}: the result overflows {code}; do the three models belong together?")
+        belong = f"do the {COUNTS[len(sources.roles)]} models belong together?"
+        return NonFiniteError(f"tensor {name}{head}: the result overflows {code}; {belong}")
     where = f"{error.role} {sources.of(error.role).path}: tensor {name}{head}"
     return NonFiniteError(f"{where} holds NaN or Inf; a merge with it would be damaged, use a sound checkpoint")
 
@@ -165,22 +171,26 @@ def _group_method(merging: Merging) -> Any:
         ParameterSpec(name, type(default), ParameterScope.SHARED, default=default) for name, default in DEFAULTS.items()
     ]
     role = ParameterSpec("role", str | None, ParameterScope.NON_BASE, default=None)
+    weight = ParameterSpec("weight", float, ParameterScope.NON_BASE, default=1.0)
 
     class HsaMethod(GroupMergeMethod):  # type: ignore[misc]
         spec = MergeMethodSpec(
             name=METHOD,
             pretty_name=PRETTY_NAME,
-            parameters=(*shared, role),
-            contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2, max_non_base=2),
+            parameters=(*shared, role, weight),
+            contract=InputContract(
+                base=BasePolicy.REQUIRED, min_non_base=Hsa.contract.least, max_non_base=Hsa.contract.most
+            ),
             uses_accelerator=False,
         )
 
         def merge_group(self, group: Any, /, **parameters: Any) -> torch.Tensor:
-            roles = parameters.pop("role")
-            others = [(entry.id, roles[entry.id]) for entry in group.non_base]
-            models = {"base": group.base.id, **assign(others)}
+            roles, by_model = parameters.pop("role"), parameters.pop("weight")
+            others = assign([(entry.id, roles[entry.id]) for entry in group.non_base])
+            weights = [by_model[model] for role, model in others.items() if role != PRIMARY]
             tensors = {entry.id: entry.tensor for entry in group.entries}
-            return merging.tensor(group.metadata.name, config_of(parameters), cast(Any, models), tensors)
+            config = config_of(parameters, weights)
+            return merging.tensor(group.metadata.name, config, cast(Any, {BASE: group.base.id, **others}), tensors)
 
         def _execute(
             self, groups: Any, parameters: Any, options: Any, *, input_dtypes: Any, out_dtype: Any = None

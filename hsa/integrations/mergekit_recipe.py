@@ -11,6 +11,9 @@ from typing import Any
 from hsa.actions.mergekit_config.roles import assign
 from hsa.errors import HsaError, MachineError, RequestError, shown
 from hsa.integrations.mergekit_method import DEFAULTS, METHOD, Merging, config_of
+from hsa.methods.base import BASE
+from hsa.methods.hsa import PRIMARY, HsaSettings
+from hsa.methods.settings import check_number, declared
 from hsa.sources.roles import Role
 
 
@@ -69,7 +72,7 @@ def read(path: Path, merging: Merging) -> MergekitRecipe:
     roles = _check(document)
     for role, model in roles.items():
         merging.config(role, model)
-    return MergekitRecipe(text, document, (roles["base"], roles["primary"], roles["secondary"]), roles)
+    return MergekitRecipe(text, document, tuple(roles.values()), roles)
 
 
 def _reference(value: Any) -> Any:
@@ -109,28 +112,44 @@ def _check(document: Mapping[str, Any]) -> dict[Role, Any]:
         )
     _check_parameters(document.get("parameters"))
     base = _reference(document["base_model"])
-    others = []
+    others, weights = [], {}
     for entry in entries:
-        model, role = _reference(entry["model"]), _role(entry)
+        model, role = _reference(entry["model"]), _parameters_of(entry).get("role")
         if model != base:
             others.append((model, role))
+            weights[model] = _weights(entry)
         elif role not in (None, "base"):
             raise RequestError(f"{model} is base_model and cannot have the role {shown(role)} too")
-    return {"base": base, **assign(others)}
+    roles = assign(others)
+    if weights[roles[PRIMARY]]:
+        raise RequestError(f"{roles[PRIMARY]} is primary, which lambda weighs; weight belongs to secondaries")
+    secondaries = [weights[model] or [1.0] for role, model in roles.items() if role != PRIMARY]
+    if all(len(each) == 1 for each in secondaries):
+        config_of({}, [each[0] for each in secondaries])
+    return {BASE: base, **roles}
 
 
-def _role(entry: Mapping[str, Any]) -> Any:
-    parameters = entry.get("parameters") or {}
+def _weights(entry: Mapping[str, Any]) -> list[float]:
+    """Every weight that a model may have. RequestError for what is none."""
+    about = next(each.about for each in declared(HsaSettings) if each.name == "weights")
+    values = [_number(value) for value in _values(_parameters_of(entry).get("weight", []))]
+    for value in values:
+        check_number("weight", value, about.low or 0.0, about.high or 0.0)
+    return values
+
+
+def _parameters_of(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters: Any = entry.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise RequestError(f"the parameters of {entry['model']} must be a mapping such as {{role: primary}}")
     for name in parameters:
         if name in DEFAULTS:
             raise RequestError(f"{name} stands under {entry['model']}; it belongs to the parameters of the whole merge")
-        if name != "role":
+        if name not in ("role", "weight"):
             raise RequestError(
-                f"{entry['model']} has a parameter {shown(name)}; merge_method {METHOD} knows role alone there"
+                f"{entry['model']} has a parameter {shown(name)}; merge_method {METHOD} knows role and weight there"
             )
-    return parameters.get("role")
+    return parameters
 
 
 def _check_parameters(parameters: Any) -> None:
@@ -139,6 +158,8 @@ def _check_parameters(parameters: Any) -> None:
     if not isinstance(parameters, dict):
         raise RequestError(f"parameters must be a mapping, got {shown(parameters)}")
     for name, setting in parameters.items():
+        if name == "weight":
+            raise RequestError("weight belongs under each secondary: parameters: {weight: 0.5}")
         if name == "role":
             raise RequestError("role belongs under each model: parameters: {role: primary} or {role: secondary}")
         if name not in DEFAULTS:

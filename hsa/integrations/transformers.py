@@ -6,7 +6,7 @@ Imports neither transformers nor peft: a model is known by its attributes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,8 @@ from hsa.actions.signatures import declared_keywords
 from hsa.architectures.base import Architecture, Preset
 from hsa.architectures.registry import with_heads
 from hsa.errors import RequestError, shown, warn
-from hsa.methods.hsa import HsaSettings
+from hsa.methods.base import BASE
+from hsa.methods.hsa import SECONDARY, Hsa, HsaSettings
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
@@ -34,7 +35,7 @@ HSA_MERGE = candidate("hsa_merge_", ("backend", "device", "threads"))
 def hsa_merge_(
     model: ModelT,
     base: ModelSource,
-    secondary: ModelSource,
+    secondary: ModelSource | Sequence[ModelSource],
     *arguments: Any,
     targets: Preset = HsaSettings.targets,
     attention_scale: float = HsaSettings.attention_scale,
@@ -46,6 +47,7 @@ def hsa_merge_(
     Args:
         model: a loaded Whisper model of transformers whose targets are float32, float16 or bfloat16, on any device.
         base, secondary: each a checkpoint directory, a state dict or another loaded model. They are not changed.
+            Several secondaries are given as a list.
         {settings}
         targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
         attention_scale: factor on the task vectors of the targets.
@@ -55,8 +57,8 @@ def hsa_merge_(
 
     The values are those of `hsa.merge` with exact numerics for the model as it stands, bit for bit. Parameters stay the
     same objects and keep `requires_grad`, so that an optimizer goes on with them. After an error the model is as it
-    was (see `hsa.Merger.apply_`). Memory for three copies of the targets is needed while it lasts. To try several
-    parameters, use `hsa.Merger`, which always starts from the sources.
+    was (see `hsa.Merger.apply_`). Memory for a copy of the targets of every source is needed while it lasts. To try
+    several parameters, use `hsa.Merger`, which always starts from the sources.
 
     Raises:
         RequestError: the model is no loaded Whisper model, holds adapters, quantised or offloaded targets, or targets
@@ -69,10 +71,14 @@ def hsa_merge_(
     """
     options = {name: keywords.pop(name) for name in HSA_MERGE.options & keywords.keys()}
     values = candidate_settings(HSA_MERGE, HsaSettings, arguments, keywords)
-    HsaSettings(**values, targets=targets, attention_scale=attention_scale)
+    secondaries: list[Any] = list(secondary) if isinstance(secondary, (list, tuple)) else [secondary]
+    others: dict[str, ModelSource] = dict(
+        zip(Hsa.contract.roles_of(SECONDARY, len(secondaries)), secondaries, strict=True)
+    )
+    HsaSettings(**values, targets=targets, attention_scale=attention_scale).check_models(1 + len(others))
     architecture = _architecture_of(model)
     model_targets = _model_targets(model, architecture, targets)
-    _check_sources(model_targets, {"base": base, "secondary": secondary}, architecture, targets)
+    _check_sources(model_targets, {"base": base, **others}, architecture, targets)
     if again:
         forget(entry.tensor for entry in model_targets.values())
     else:
@@ -152,23 +158,24 @@ def _check_sources(
                 f"{role} and model share memory: {shared[0]} and {shared[1]} lie in the same place, so that training "
                 f"the model changed {role} too; load {role} again, or give its directory"
             )
-    if _are_same_source(sources["base"], sources["secondary"], loaded):
-        raise RequestError(
-            "base and secondary are one: all their targets lie in the same place; give the pretrained model as base "
-            "and another fine-tune of it as secondary"
-        )
+    for role in sources:
+        if role != BASE and _are_same_source(sources, role, loaded):
+            raise RequestError(
+                f"base and {role} are one: all their targets lie in the same place; give the pretrained model as base "
+                f"and another fine-tune of it as {role}"
+            )
 
 
 def _are_same_source(
-    base: ModelSource, secondary: ModelSource, loaded: Mapping[str, Mapping[str, LoadedTensor]]
+    sources: Mapping[str, ModelSource], role: str, loaded: Mapping[str, Mapping[str, LoadedTensor]]
 ) -> bool:
-    """Whether two sources are one directory, or share the memory of every target."""
-    if isinstance(base, (str, os.PathLike)) and isinstance(secondary, (str, os.PathLike)):
-        return os.path.exists(base) and os.path.exists(secondary) and os.path.samefile(base, secondary)
-    first, second = loaded.get("base", {}), loaded.get("secondary", {})
+    """Whether base and another source are one directory, or share the memory of every target."""
+    base, other = sources[BASE], sources[role]
+    if isinstance(base, (str, os.PathLike)) and isinstance(other, (str, os.PathLike)):
+        return os.path.exists(base) and os.path.exists(other) and os.path.samefile(base, other)
+    first, second = loaded.get(BASE, {}), loaded.get(role, {})
     return bool(first) and all(
-        name in second
-        and first_shared([*spans("base", [entry]), *spans("secondary", [second[name]])], {"base": ("secondary",)})
+        name in second and first_shared([*spans(BASE, [entry]), *spans(role, [second[name]])], {BASE: (role,)})
         for name, entry in first.items()
     )
 

@@ -37,10 +37,14 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class ModelRole:
-    """A model that a method tells apart by name, such as HSA's primary: the role, and one sentence for help."""
+    """A model that a method tells apart by name, such as HSA's primary: the role, and one sentence for help.
+
+    Where `several` models may be given under the name, those after the first have roles by their place.
+    """
 
     name: str
     help: str
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Contract:
         base: whether it needs the base model, can use it, or has no use for it.
         least, most: how many models it merges, base not counted.
         named: models with roles of their own, in order; the others are `model1`, `model2` and so on, by their place.
+            Only the last of them may stand for several models.
 
     The first model is the anchor: its names, config, small files, shards and element types are the output's.
     """
@@ -68,6 +73,18 @@ class Contract:
             ('primary', 'model2', 'model3')
         """
         return tuple(self.named[n].name if n < len(self.named) else f"model{n + 1}" for n in range(count))
+
+    def roles_of(self, name: str, count: int) -> tuple[str, ...]:
+        """The roles of so many models that are given under one name.
+
+        Example:
+            >>> Contract(named=(ModelRole("primary", ""), ModelRole("secondary", "", several=True))).roles_of(
+            ...     "secondary", 2
+            ... )
+            ('secondary', 'model3')
+        """
+        first = [role.name for role in self.named].index(name)
+        return self.roles(first + count)[first:]
 
     def check(self, method: str, *, base: bool, models: int) -> None:
         """RequestError unless this is a base, or none, and a number of models that the method takes."""
@@ -350,6 +367,10 @@ class Method(ABC, Generic[S, D]):
     def comparison_notes(self, records: Sequence[TensorRecord]) -> Iterator[str]:
         """What a comparison of an output with its sources says of its decisions, such as which were close."""
         yield from ()
+
+    def models_decided(self, decision: D) -> int | None:
+        """Of how many models a recorded decision is; None where it does not say."""
+        return None
 
     def record_faults(self, record: TensorRecord, settings: S, layers: int) -> Iterator[str]:
         """How a recorded decision contradicts the settings, or itself; `layers` are those of its stack, 0 outside."""

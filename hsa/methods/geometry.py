@@ -9,8 +9,9 @@ could overflow or lose small squares, the tile is summed again in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,15 +24,20 @@ CANCELLATION = 1e-3
 """Where `|tv1 - tv2|^2` is below this share of `|tv1|^2 + |tv2|^2`, it is summed by itself: the difference of the other
 sums would have few correct digits."""
 
-Sums = tuple[float, float, float, float, float]
-"""|B|^2, |tv1|^2, |tv2|^2, tv1 . tv2 and |tv1 - tv2|^2 over some elements."""
+Sums = tuple[float, ...]
+"""Over some elements: |B|^2, |tv|^2 of each model, and of each pair of models tv_i . tv_j, then |tv_i - tv_j|^2 of each
+pair. Of two models that is |B|^2, |tv1|^2, |tv2|^2, tv1 . tv2 and |tv1 - tv2|^2."""
+
+Pair = tuple[int, int]
+"""Two models by their numbers from 0, the smaller first."""
 
 
 @dataclass(frozen=True)
 class Geometry:
     """Squared L2 norms of one tensor, head by head: of base, tv1, tv2 and tv1 - tv2, and the products tv1 . tv2.
 
-    Every tuple has one float64 number for each head [H].
+    Every tuple has one float64 number for each head [H]. Where more than two models are merged, tv2 is the weighted
+    mean of all task vectors but the first; see `ModelGeometry.blended`.
     """
 
     base: tuple[float, ...]
@@ -45,9 +51,18 @@ class Geometry:
         """The geometry of a tensor from the sums of each head's tiles."""
         return cls(*zip(*(tuple(map(math.fsum, zip(*tiles, strict=True))) for tiles in heads), strict=True))
 
-    def squares(self, role: str) -> tuple[float, ...]:
-        """By head, |tv|^2 of a model's task vector."""
-        return {"primary": self.primary, "secondary": self.secondary}[role]
+    def blended(self, shares: Sequence[float]) -> Geometry:
+        """See `ModelGeometry.blended`: of two models, this one."""
+        return self
+
+    def between(self, pair: Pair) -> Geometry:
+        """See `ModelGeometry.between`: of two models, this one."""
+        return self
+
+    @property
+    def squares(self) -> tuple[tuple[float, ...], ...]:
+        """By head, |tv|^2 of each task vector."""
+        return self.primary, self.secondary
 
     @property
     def cosines(self) -> tuple[float | None, ...]:
@@ -76,17 +91,93 @@ class Geometry:
         }
 
 
-def tile_sums(base: Array, tv1: Array, tv2: Array) -> Sums:
+@dataclass(frozen=True)
+class ModelGeometry:
+    """The sums of `Geometry` for more than two models: |B|^2, |tv|^2 of each model, and of each pair of models the
+    products and the squared norms of the differences.
+
+    Every tuple of numbers has one float64 number for each head [H].
+    """
+
+    base: tuple[float, ...]
+    squares: tuple[tuple[float, ...], ...]
+    products: Mapping[Pair, tuple[float, ...]]
+    differences: Mapping[Pair, tuple[float, ...]]
+
+    def between(self, pair: Pair) -> Geometry:
+        """The geometry of two of the models."""
+        first, second = pair
+        return Geometry(
+            self.base, self.squares[first], self.squares[second], self.products[pair], self.differences[pair]
+        )
+
+    def blended(self, shares: Sequence[float]) -> Geometry:
+        """The geometry of the first task vector, and of the mean of all others weighted by their shares.
+
+        Shares that sum to one give these norms by the distances between the task vectors, without the rounding errors
+        of large numbers that cancel: |sum s_j v_j|^2 is the sum of s_j |v_j|^2 less that of s_j s_k |v_j - v_k|^2.
+
+        Example:
+            >>> sums = (1.0, 9.0, 4.0, 4.0, 6.0, 0.0, 0.0, 1.0, 13.0, 8.0)
+            >>> geometry_of([[sums]], 3).blended((0.5, 0.5)).secondary
+            (2.0,)
+        """
+        numbers = range(1, len(self.squares))
+        heads = range(len(self.base))
+        share = dict(zip(numbers, shares, strict=True))
+        spread = [
+            math.fsum(share[j] * share[k] * self.differences[j, k][head] for j, k in combinations(numbers, 2))
+            for head in heads
+        ]
+
+        def mean(values: Mapping[int, Sequence[float]], less: Sequence[float] | None = None) -> tuple[float, ...]:
+            sums = [math.fsum(share[j] * values[j][head] for j in numbers) for head in heads]
+            return tuple(sums if less is None else (max(0.0, a - b) for a, b in zip(sums, less, strict=True)))
+
+        return Geometry(
+            self.base,
+            self.squares[0],
+            mean(dict(enumerate(self.squares)), spread),
+            mean({j: self.products[0, j] for j in numbers}),
+            mean({j: self.differences[0, j] for j in numbers}, spread),
+        )
+
+
+AnyGeometry = Geometry | ModelGeometry
+
+
+def geometry_of(heads: Sequence[Sequence[Sums]], models: int) -> AnyGeometry:
+    """The geometry of a tensor in so many models, from the sums of each head's tiles."""
+    if models == 2:
+        return Geometry.of(heads)
+    base, *rest = zip(*(tuple(map(math.fsum, zip(*tiles, strict=True))) for tiles in heads), strict=True)
+    pairs = list(combinations(range(models), 2))
+    products, differences = rest[models : models + len(pairs)], rest[models + len(pairs) :]
+    return ModelGeometry(
+        base,
+        tuple(rest[:models]),
+        dict(zip(pairs, products, strict=True)),
+        dict(zip(pairs, differences, strict=True)),
+    )
+
+
+def tile_sums(base: Array, *task_vectors: Array) -> Sums:
     """The sums over one tile of a head. Arrays: [rows, columns], all float32 or all float64.
 
     Example:
         >>> tile_sums(np.ones((1, 2)), np.array([[3.0, 0.0]]), np.array([[0.0, 4.0]]))
         (2.0, 9.0, 16.0, 0.0, 25.0)
     """
+    squares = [dot(values, values) for values in task_vectors]
+    pairs = combinations(zip(task_vectors, squares, strict=True), 2)
+    products, differences = zip(*(_pair_sums(*one, *two) for one, two in pairs), strict=True)
+    return (dot(base, base), *squares, *products, *differences)
+
+
+def _pair_sums(tv1: Array, one: float, tv2: Array, two: float) -> tuple[float, float]:
+    """tv1 . tv2 and |tv1 - tv2|^2; `one` and `two` are |tv1|^2 and |tv2|^2."""
     import numpy as np
 
-    squares = [dot(values, values) for values in (base, tv1, tv2)]
-    one, two = squares[1:]
     low, high = FLOAT32_SAFE
     product = dot(tv1, tv2, wide=not low <= min(one, two) <= max(one, two) <= high)
     difference = one + two - 2.0 * product
@@ -94,7 +185,7 @@ def tile_sums(base: Array, tv1: Array, tv2: Array) -> Sums:
         with np.errstate(invalid="ignore"):  # a source that is not finite is refused by its scores
             task_vector_difference = np.subtract(tv1, tv2, dtype=np.float64)
         difference = dot(task_vector_difference, task_vector_difference)
-    return (*squares, product, difference)  # type: ignore[return-value]
+    return product, difference
 
 
 def dot(x: Array, y: Array, *, wide: bool = False) -> float:
@@ -128,33 +219,35 @@ def ratio(part: float, whole: float) -> float | None:
 
 @dataclass(frozen=True)
 class Norms:
-    """Sums of squares of a tensor's elements: of primary, of secondary, and by head of their difference."""
+    """Sums of squares of a tensor's elements: of each model, and by head of the difference of each pair of models."""
 
-    primary: float
-    secondary: float
-    difference: tuple[float, ...]
+    models: tuple[float, ...]
+    differences: Mapping[Pair, tuple[float, ...]]
 
     @classmethod
-    def of(cls, heads: Sequence[Sequence[tuple[float, float, float]]]) -> Norms:
-        """The norms of a tensor from what `squares_of` gives of each head's blocks."""
+    def of(cls, heads: Sequence[Sequence[Sums]], models: int) -> Norms:
+        """The norms of a tensor in so many models, from what `squares_of` gives of each head's blocks."""
         blocks = [block for head in heads for block in head]
-        difference = tuple(math.fsum(each for _, _, each in head) for head in heads)
-        return cls(math.fsum(one for one, _, _ in blocks), math.fsum(two for _, two, _ in blocks), difference)
+        pairs = enumerate(combinations(range(models), 2), models)
+        return cls(
+            tuple(math.fsum(block[number] for block in blocks) for number in range(models)),
+            {pair: tuple(math.fsum(block[place] for block in head) for head in heads) for place, pair in pairs},
+        )
 
 
-def squares_of(primary: Array, secondary: Array, wide: Array) -> tuple[float, float, float]:
-    """The sums of squares over a block, of primary, of secondary and of their difference.
+def squares_of(models: Sequence[Array], wide: Array) -> Sums:
+    """The sums of squares over a block: of each model, and of the difference of each pair of models.
 
     Arrays: float32 [rows, columns], and float64 memory of that shape. The sums are taken in float64, where the square
     of a float32 neither overflows nor vanishes.
     """
     import numpy as np
 
-    sums = []
-    for first, second in ((primary, None), (secondary, None), (primary, secondary)):
+    def sum_of_squares(first: Array, second: Array | None = None) -> float:
         np.copyto(wide, first)
         if second is not None:
             np.subtract(wide, second, out=wide)
         np.multiply(wide, wide, out=wide)
-        sums.append(float(np.add.reduce(wide, axis=None)))
-    return sums[0], sums[1], sums[2]
+        return float(np.add.reduce(wide, axis=None))
+
+    return (*map(sum_of_squares, models), *(sum_of_squares(*pair) for pair in combinations(models, 2)))

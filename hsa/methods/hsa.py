@@ -1,4 +1,4 @@
-"""Headwise Selective Attention (HSA): blends the task vectors of two fine-tunes in the heads where they are largest.
+"""Headwise Selective Attention (HSA): blends the task vectors of fine-tunes in the heads where they are largest.
 
 For each target tensor by itself, with `B` the base and `tv1`, `tv2` the task vectors of primary and secondary:
 
@@ -8,6 +8,9 @@ For each target tensor by itself, with `B` the base and `tv1`, `tv2` the task ve
     other heads:   B + attention_scale * tv1
     other tensors: B + non_attention_scale * tv1
 
+With further secondaries, of weights w, the proxy is the sum of |tv| of all models, and 1 - lambda_i is shared among the
+secondaries: sum of (1 - lambda_i) * w_j / (sum of w) * tv_j. That is this program's extension, not the paper's.
+
 Source: Shankar, Wang, Eren, Alwan, Compositional domain adaptation for automatic speech recognition with headwise
 selective attention merging, Computer Speech & Language, 2026, 102012.
 """
@@ -16,20 +19,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hsa.architectures.base import MAX_COUNT, Preset, TensorInfo, TensorPlace
 from hsa.errors import RequestError, shown
 from hsa.methods.base import BASE, KEEP, Block, Contract, ModelRole, NotFiniteSums, Treatment
-from hsa.methods.geometry import Geometry, Norms, Sums, squares_of, tile_sums
-from hsa.methods.hsa_formula import rounded_pair, settings_of, squared_score
+from hsa.methods.geometry import Norms, Sums, geometry_of, squares_of, tile_sums
+from hsa.methods.hsa_decision import HeadScores, HsaDecision, ScaleDecision, decision_of
+from hsa.methods.hsa_formula import SOLE, coefficients_of, normalized, settings_of, shares_of, squared_score
 from hsa.methods.hsa_reports import HsaReports
 from hsa.methods.json_fields import between, count, number
-from hsa.methods.selection import MAX_SCORE, Selection, select
+from hsa.methods.model_method import Weights, weights_setting
+from hsa.methods.selection import MAX_SCORE, Selection
 from hsa.methods.settings import MAX_FLOAT32, PerTensor, Settings, setting
 from hsa.methods.tensors import TensorRecord, TensorTask
+from hsa.methods.values import is_per_model
 from hsa.option_names import option
 
 if TYPE_CHECKING:
@@ -37,12 +43,17 @@ if TYPE_CHECKING:
 
 PRIMARY, SECONDARY = "primary", "secondary"
 ROLES = (BASE, PRIMARY, SECONDARY)
-"""The sources of an HSA merge: the base, and the two fine-tunes in the order of the formula."""
+"""The sources of an HSA merge of two fine-tunes: the base, and these in the order of the formula."""
 
 TARGET = Treatment("merge", layout="heads", passes=1)
-BlockSums = tuple["Array", "Sums", tuple[bool, bool]]
+BlockSums = tuple["Array", "Sums", tuple[bool, ...]]
 """Of one block: the squares of the proxy summed down its columns in float64, the sums of `geometry`, and whether each
 task vector has a nonzero element."""
+
+MAX_SHARE = 1e10
+"""No secondary's share is as large: see `hsa_formula.CANCELLING`."""
+
+_USE_EXACT = "give one secondary, or use numerics 'exact'"
 
 Numerics = Literal["exact", "reference"]
 LoadDtype = Literal["auto", "float32"]
@@ -54,7 +65,7 @@ class HsaSettings(Settings):
 
     `k`, `lam` and `alpha` are numbers, or mappings from target tensor name (with or without the leading `model.`) to
     number, which must then name every target. `k` above 1 is a percentage. `num_heads` and `num_layers` override what
-    the config files say, for both stacks.
+    the config files say, for both stacks. `weights` has a number for each secondary, and may not sum to 0.
 
     Raises RequestError when a value is out of range or not finite, or when options exclude each other.
     """
@@ -144,6 +155,9 @@ class HsaSettings(Settings):
         group="numerics",
         metavar="auto|float32",
     )
+    weights: Weights = weights_setting(
+        "Weight of each secondary, in their order; repeat.", silent=True, entries="secondary"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,6 +177,34 @@ class HsaSettings(Settings):
                 f"numerics 'reference' writes base's dtype, as the reference script does, so {option('dtype')} must be "
                 f"'auto', got {shown(self.dtype)}; use {option('load_dtype')}, or numerics 'exact'"
             )
+        if self.numerics == "reference" and self.weights != 1.0:
+            raise RequestError(f"numerics 'reference' merges one secondary, without {option('weights')}; {_USE_EXACT}")
+        weights = self.weights if isinstance(self.weights, tuple) else (self.weights,)
+        if all(isinstance(weight, Real) for weight in weights):
+            normalized(weights)
+
+    def check_models(self, count: int) -> None:
+        """RequestError where there are more models than reference numerics merge, or other secondaries than weights."""
+        if self.numerics == "reference" and count > 2:
+            raise RequestError(
+                f"numerics 'reference' repeats the reference script, which merges 2 models, got {count}; {_USE_EXACT}"
+            )
+        weights: Any = self.weights
+        if is_per_model(weights) and len(weights) != count - 1:
+            raise RequestError(
+                f"{option('weights')} is given for {len(weights)} models and {count - 1} secondaries are merged; give "
+                f"one for each secondary"
+            )
+
+    def each(self, name: str, task: TensorTask) -> tuple[float, ...]:
+        """See `Settings.each`; `weights` are those of the secondaries, the models but the first."""
+        if name != "weights":
+            return super().each(name, task)
+        self.check_models(task.models_given)
+        secondaries = tuple(number - 1 for number in task.numbers if number)
+        weights = super().each(name, replace(task, numbers=secondaries, models_given=task.models_given - 1))
+        normalized(weights, f" for tensor {task.name}")
+        return weights
 
     @property
     def method(self) -> str:  # type: ignore[override]
@@ -180,66 +222,6 @@ class HsaSettings(Settings):
         return super().from_dict({**parameters, "load_dtype": parameters.get("load_dtype") or "auto"})
 
 
-@dataclass(frozen=True)
-class HeadScores:
-    """What is measured of a target: the squared scores of its heads, whether any element of each task vector is
-    nonzero, and how the task vectors lie to each other."""
-
-    squared: tuple[float, ...]
-    primary_differs: bool
-    secondary_differs: bool
-    geometry: Geometry
-    _selections: dict[int, Selection] = field(default_factory=dict, repr=False, compare=False)
-
-    @cached_property
-    def largest(self) -> float:
-        """The largest score of a head."""
-        return math.sqrt(max(self.squared))
-
-    def select(self, keep: int) -> Selection:
-        """The selection of so many heads; made once for each number, since candidates often share it."""
-        if keep not in self._selections:
-            self._selections[keep] = select(self.squared, keep)
-        return self._selections[keep]
-
-
-@dataclass(frozen=True)
-class HsaDecision:
-    """What is merged in one target.
-
-    `keep` is how many heads were to be, `coefficient` lambda_i in float64, `c1` and `c2` are lambda_i and 1 - lambda_i
-    rounded to float32, `scale` is the factor on the task vectors. `selected` are the merged heads.
-    """
-
-    keep: int
-    coefficient: float
-    c1: float
-    c2: float
-    scale: float
-    selection: Selection
-    measured: HeadScores | None = None
-    """What was measured; None where the decision comes from a record."""
-
-    @property
-    def selected(self) -> tuple[int, ...]:
-        return self.selection.selected
-
-    @property
-    def scores(self) -> tuple[float, ...]:
-        return self.selection.scores
-
-    @property
-    def margin(self) -> float | None:
-        return self.selection.margin
-
-
-@dataclass(frozen=True)
-class ScaleDecision:
-    """A tensor that is no target: B + scale * tv1."""
-
-    scale: float
-
-
 class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     """HSA in exact numerics."""
 
@@ -253,16 +235,16 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     contract = Contract(
         base="required",
         least=2,
-        most=2,
+        most=8,
         named=(
             ModelRole(PRIMARY, "Anchor fine-tune: kept wherever nothing is merged."),
-            ModelRole(SECONDARY, "Fine-tune blended into the selected heads."),
+            ModelRole(SECONDARY, "Fine-tune blended into the selected heads.", several=True),
         ),
     )
     Settings = HsaSettings
     writes_out_last = True
     checks_sources = True
-    bound_settings = ("attention_scale",)
+    bound_settings = ("attention_scale", "weights")
 
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: HsaSettings) -> Treatment:
         if place is not None and settings.targets in place.presets:
@@ -277,12 +259,12 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     def measure(self, block: Block, number: int, so_far: HsaDecision | ScaleDecision | None) -> BlockSums:
         import numpy as np
 
-        tv1, tv2 = block.task_vector(PRIMARY), block.task_vector(SECONDARY)
-        sums = tile_sums(block.weights(BASE), tv1, tv2)
-        differ = bool(tv1.any()), bool(tv2.any())
-        np.abs(tv1, out=tv1)
-        np.abs(tv2, out=tv2)
-        proxy = np.add(tv1, tv2, out=tv1)
+        vectors = [block.task_vector(role) for role in block.models]
+        sums = tile_sums(block.weights(BASE), *vectors)
+        differ = tuple(bool(vector.any()) for vector in vectors)
+        proxy = np.abs(vectors[0], out=vectors[0])
+        for vector in vectors[1:]:
+            np.add(proxy, np.abs(vector, out=vector), out=proxy)
         square = block.wide()
         np.copyto(square, proxy)
         np.multiply(square, square, out=square)
@@ -294,8 +276,8 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
             if not math.isfinite(score):
                 raise NotFiniteSums(head)
         flags = [differ for blocks in sums for _, _, differ in blocks]
-        geometry = Geometry.of([[tile for _, tile, _ in blocks] for blocks in sums])
-        return HeadScores(squared, any(one for one, _ in flags), any(two for _, two in flags), geometry)
+        geometry = geometry_of([[tile for _, tile, _ in blocks] for blocks in sums], len(flags[0]))
+        return HeadScores(squared, tuple(map(any, zip(*flags, strict=True))), geometry)
 
     def decide(
         self, task: TensorTask, measured: HeadScores | None, settings: HsaSettings, so_far: object
@@ -310,9 +292,10 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
 
         base, tv1 = block.weights(BASE), block.task_vector(PRIMARY)
         if isinstance(decision, HsaDecision) and block.group in decision.selection.merged:
-            delta = np.multiply(tv1, np.float32(decision.c1), out=block.room(PRIMARY))
-            other = np.multiply(block.task_vector(SECONDARY), np.float32(decision.c2), out=block.room(SECONDARY))
-            np.add(delta, other, out=delta)
+            delta = np.multiply(tv1, np.float32(decision.coefficients[0]), out=block.room(PRIMARY))
+            for role, coefficient in zip(block.models[1:], decision.coefficients[1:], strict=True):
+                other = np.multiply(block.task_vector(role), np.float32(coefficient), out=block.room(role))
+                np.add(delta, other, out=delta)
             if decision.scale != 1.0:
                 np.multiply(delta, np.float32(decision.scale), out=delta)
         else:
@@ -329,6 +312,7 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
         return {
             "keep": decision.keep,
             "lambda_i": decision.coefficient,
+            **({"shares": list(decision.shares)} if len(decision.shares) > 1 else {}),
             "selected": list(decision.selected),
             "scores": list(decision.scores),
             "margin": decision.margin,
@@ -337,15 +321,16 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     def largest_result(
         self, task: TensorTask, measured: HeadScores, settings: HsaSettings, largest: Mapping[str, float]
     ) -> float:
-        """A head's score is at least |tv1| + |tv2| of each of its elements, and a merged value is base plus the scale
-        times at most that."""
-        return largest[BASE] + abs(settings.attention_scale) * measured.largest
+        """A head's score is at least the sum of |tv| over the models, for each of its elements, and a merged value is
+        base plus the scale times at most that, where no share is above 1."""
+        largest_share = max(1.0, *map(abs, shares_of(task, settings)))
+        return largest[BASE] + abs(settings.attention_scale) * largest_share * measured.largest
 
-    def measure_distances(self, block: Block) -> tuple[float, float, float]:
-        return squares_of(block.weights(PRIMARY), block.weights(SECONDARY), block.wide())
+    def measure_distances(self, block: Block) -> Sums:
+        return squares_of([block.weights(role) for role in block.models], block.wide())
 
-    def distance_sums(self, task: TensorTask, sums: Sequence[Sequence[tuple[float, float, float]]]) -> Norms:
-        return Norms.of(sums)
+    def distance_sums(self, task: TensorTask, sums: Sequence[Sequence[Sums]]) -> Norms:
+        return Norms.of(sums, len(task.sources) - 1)
 
     def from_dict(self, entry: Mapping[str, Any], groups: int, settings: HsaSettings) -> HsaDecision:
         scores = tuple(between(score, 0.0, MAX_SCORE) for score in entry["scores"])
@@ -355,21 +340,29 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
         margin = None if entry["margin"] is None else number(entry["margin"])
         selection = Selection(tuple(score * score for score in scores), selected, margin, scores)
         coefficient = between(entry["lambda_i"], 0.0, MAX_SCORE)
-        keep = count(entry["keep"])
-        return HsaDecision(keep, coefficient, *rounded_pair(coefficient), settings.attention_scale, selection)
+        shares = tuple(between(share, -MAX_SHARE, MAX_SHARE) for share in entry.get("shares", SOLE))
+        coefficients = coefficients_of(coefficient, shares)
+        keep, scale = count(entry["keep"]), settings.attention_scale
+        return HsaDecision(keep, coefficient, coefficients, scale, selection, shares=shares)
 
     def longest(self, task: TensorTask, number: float) -> HsaDecision:
-        heads = task.partition.groups
+        heads, models = task.partition.groups, max(2, len(task.numbers))
         selection = Selection((number,) * heads, tuple(range(heads)), number, (number,) * heads)
-        return HsaDecision(heads, number, number, number, 1.0, selection)
+        return HsaDecision(
+            heads, number, (number,) * models, 1.0, selection, shares=SOLE if models == 2 else (number,) * (models - 1)
+        )
 
     def distances(self, targets: Sequence[tuple[TensorRecord, Norms]]) -> dict[str, dict[str, float | None]]:
         from hsa.methods.hsa_distances import by_stack
 
-        return by_stack(targets)
+        counts = {len(norms.models) for _, norms in targets}
+        return by_stack(targets, self.contract.roles(max(counts, default=2)))
 
     def touched_count(self, task: TensorTask, settings: HsaSettings) -> int:
         return settings_of(task, settings)[0]
+
+    def models_decided(self, decision: HsaDecision | ScaleDecision) -> int | None:
+        return len(decision.coefficients) if isinstance(decision, HsaDecision) else None
 
     def record_faults(self, record: TensorRecord, settings: HsaSettings, layers: int) -> Iterator[str]:
         from hsa.methods.hsa_checks import decision_faults
@@ -383,12 +376,6 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
             yield f"{option('attention_scale')} moves the heads that are not merged"
         if settings.non_attention_scale != 1.0:
             yield f"{option('non_attention_scale')} moves every other tensor"
-
-
-def decision_of(task: TensorTask, settings: HsaSettings, selection: Selection, measured: HeadScores) -> HsaDecision:
-    """The decision for a target whose heads are selected."""
-    keep, coefficient = settings_of(task, settings)
-    return HsaDecision(keep, coefficient, *rounded_pair(coefficient), settings.attention_scale, selection, measured)
 
 
 def scaled(needed_by: str) -> Treatment:

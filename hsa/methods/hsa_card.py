@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hsa.architectures.base import Architecture
+from hsa.methods.hsa_extent import secondaries_of
 from hsa.methods.markdown import table
 from hsa.methods.selection import count_heads
 from hsa.methods.tensors import CardText, TensorRecord
@@ -29,17 +30,26 @@ ranks its attention heads by the L2 norm of `|tv1| + |tv2|`. The selected heads 
 `lambda_i = lambda ** (alpha * (i + 1) / L)` in layer `i` of `L`."""
 
 
+METHOD_OF_SEVERAL = """Headwise Selective Attention (HSA) merge composes fine-tunes of one pretrained model without
+retraining. With `B` the base, `tv1` the task vector of primary and `tv2` to `tv{models}` those of the secondaries, each
+target tensor ranks its attention heads by the L2 norm of `|tv1| + ... + |tv{models}|`. The selected heads become
+`B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * m)`, where `m` is the mean of the secondaries' task vectors,
+{weighted}, with `lambda_i = lambda ** (alpha * (i + 1) / L)` in layer `i` of `L`. More than two models are an
+extension of the published method."""
+
+
 def card_text(parameters: Mapping[str, Any], records: Sequence[TensorRecord], architecture: Architecture) -> CardText:
     """HSA's part of a card."""
     heads = (
         f"{count_heads(records)} heads in {len(records)} target tensors. Scores and margins are in "
         f"`hsa_merge.json`.\n\n{heads_table(records, architecture)}"
     )
-    return CardText(method_text(parameters), (("Merged heads", heads),), "HSA merge", "heads, scores")
+    models = secondaries_of(record.decision for record in records) + 1
+    return CardText(method_text(parameters, models), (("Merged heads", heads),), "HSA merge", "heads, scores")
 
 
-def method_text(parameters: Mapping[str, Any]) -> str:
-    """The method with its formula, by the settings of the merge."""
+def method_text(parameters: Mapping[str, Any], models: int = 2) -> str:
+    """The method with its formula, by the settings of the merge and the number of models."""
     if parameters["attention_scale"] == parameters["non_attention_scale"] == 1.0:
         rest = "Everything else stays primary's."
     else:
@@ -52,7 +62,10 @@ def method_text(parameters: Mapping[str, Any]) -> str:
             "\nComputed with the reference script's own operations, which write every tensor as `B + scale * tv1` and\n"
             "so may differ from primary in the last bit."
         )
-    return f"{METHOD} {rest}"
+    if models == 2:
+        return f"{METHOD} {rest}"
+    weighted = "weighted by `weights`" if "weights" in parameters else "with equal weights"
+    return f"{METHOD_OF_SEVERAL.format(models=models, weighted=weighted)} {rest}"
 
 
 def heads_table(records: Sequence[TensorRecord], architecture: Architecture) -> str:

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from hsa.errors import HsaError, shown
-from hsa.methods.hsa_formula import keep_count, layer_coefficient
-from hsa.methods.settings import Settings
+from hsa.methods import values
+from hsa.methods.hsa_formula import keep_count, layer_coefficient, normalized
 from hsa.methods.tensors import TensorRecord
 
 MARGIN_ERROR = 1e-12
 """A margin is taken from squared scores, and the roots that the provenance holds are rounded."""
 
 
-def decision_faults(target: TensorRecord, settings: Settings, layers: int) -> Iterator[str]:
+def decision_faults(target: TensorRecord, settings: Any, layers: int) -> Iterator[str]:
     """Whether coefficient and selection of a target follow from the settings; `layers` are those of its stack."""
     assert target.place is not None
     name, decision = target.canonical, target.decision
@@ -30,7 +30,30 @@ def decision_faults(target: TensorRecord, settings: Settings, layers: int) -> It
             f"target {target.name} is listed with keep {decision.keep} and lambda_i {shown(decision.coefficient)}; the "
             f"parameters give {keep} and {shown(coefficient)}"
         )
+    yield from _share_faults(target, settings, layers)
     yield from _selection_faults(target.name, decision)
+
+
+def _share_faults(target: TensorRecord, settings: Any, layers: int) -> Iterator[str]:
+    """Whether what each secondary has of the blend follows from the weights. Where `num_layers` is given, lists over
+    layers are not looked at: how many layers the model has is known from its weights alone."""
+    assert target.place is not None
+    count = len(target.decision.shares)
+    weights = settings.weights if values.is_per_model(settings.weights) else (settings.weights,) * count
+    if count == 1 or (settings.num_layers is not None and any(map(values.follows_layers, weights))):
+        return
+    depth = target.place.layer / (layers - 1) if layers > 1 else 1.0
+    where = values.Where(target.canonical, depth)
+    try:
+        expected = normalized([values.at("weights", weight, where) for weight in weights])
+    except HsaError as error:
+        yield f"target {target.name}: {error}"
+        return
+    if expected != target.decision.shares:
+        yield (
+            f"target {target.name} is listed with the shares {shown(list(target.decision.shares))} of its secondaries; "
+            f"the parameters give {shown(list(expected))}"
+        )
 
 
 def _selection_faults(name: str, decision: Any) -> Iterator[str]:

@@ -1,4 +1,8 @@
-"""How much a merge merges: what secondary weighs, in how many heads, and how far the output moves."""
+"""How much a merge merges: what secondary weighs, in how many heads, and how far the output moves.
+
+Where there are several secondaries, secondary is their weighted mean here: merged heads are those of a merge with a
+fine-tune that has this mean for its task vector, so that all figures stay exact.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa.methods.geometry import cosine, ratio
-from hsa.methods.hsa_formula import settings_of
+from hsa.methods.hsa_formula import settings_of, shares_of
 from hsa.methods.selection import DecidedHeads, HeadCounts, count_heads
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
@@ -28,7 +32,8 @@ class Extent:
     `weights` are the least and the greatest weight of secondary in merged heads, None where no head is merged.
     `narrowest` is the cut with the smallest margin, None where no tensor has one. `primary` and `secondary` are
     |tv1| / |B| and |tv2| / |B|, `cosine` is that of the task vectors, and `change` is |output - primary| / |tv1|; None
-    where a divisor is zero, or where the sources were not read.
+    where a divisor is zero, or where the sources were not read. `secondaries` is how many there are; of more than one
+    tv2 is the weighted mean.
 
     Example:
         >>> extent = Extent(20, 80, 120, (0.034, 0.129), None, 0.0102, 0.0102, 0.22, 0.098)
@@ -48,11 +53,12 @@ class Extent:
     secondary: float | None = None
     cosine: float | None = None
     change: float | None = None
+    secondaries: int = 1
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome]) -> Extent:
         """The extent of a finished merge."""
-        geometries = [outcome.decision.measured.geometry for outcome in outcomes]
+        geometries = [outcome.decision.geometry for outcome in outcomes]
         base = math.fsum(value for geometry in geometries for value in geometry.base)
         primary = math.fsum(value for geometry in geometries for value in geometry.primary)
         secondary = math.fsum(value for geometry in geometries for value in geometry.secondary)
@@ -69,6 +75,7 @@ class Extent:
             ratio(secondary, base),
             cosine(primary, secondary, product),
             ratio(math.fsum(map(_moved, outcomes)), primary),
+            secondaries_of(outcome.decision for outcome in outcomes),
         )
 
     @classmethod
@@ -79,6 +86,7 @@ class Extent:
             *count_heads(records),
             weight_range((record.coefficient, len(record.selected)) for record in records),
             _narrowest((record.name, record.margin) for record in records),
+            secondaries=secondaries_of(record.decision for record in records),
         )
 
     @property
@@ -94,7 +102,7 @@ class Extent:
     @property
     def text(self) -> str:
         """One line for people."""
-        what = weight_text(self.weights, self.merged_heads, self.total_heads)
+        what = weight_text(self.weights, self.merged_heads, self.total_heads, self.secondaries)
         if self.change is None:
             return what
         return (
@@ -133,6 +141,7 @@ class PlannedExtent:
     heads_to_merge: int
     total_heads: int
     weights: WeightRange | None
+    secondaries: int = 1
 
     @classmethod
     def of(cls, tasks: Sequence[TensorTask], settings: Settings) -> PlannedExtent:
@@ -143,6 +152,7 @@ class PlannedExtent:
             sum(keep for keep, _ in planned),
             sum(task.partition.groups for task in tasks),
             weight_range((coefficient, keep) for keep, coefficient in planned),
+            max((len(shares_of(task, settings)) for task in tasks), default=1),
         )
 
     @property
@@ -158,7 +168,7 @@ class PlannedExtent:
     @property
     def text(self) -> str:
         """One line for people."""
-        return weight_text(self.weights, self.heads_to_merge, self.total_heads)
+        return weight_text(self.weights, self.heads_to_merge, self.total_heads, self.secondaries)
 
     def counts(self) -> dict[str, Any]:
         """What every report says of it."""
@@ -179,11 +189,16 @@ def weight_range(counts: Iterable[tuple[float, int]]) -> WeightRange | None:
     return (min(values), max(values)) if values else None
 
 
-def weight_text(weights: WeightRange | None, heads: int, total: int) -> str:
+def weight_text(weights: WeightRange | None, heads: int, total: int, secondaries: int = 1) -> str:
     """`secondary weighs 3 to 13 % in 80 of 120 heads`."""
     if weights is None:
         return f"none of {total} heads is merged"
-    return f"secondary weighs {_range(weights)} % in {heads} of {total} heads"
+    return f"{_weighing(secondaries)} {_range(weights)} % in {heads} of {total} heads"
+
+
+def secondaries_of(decisions: Iterable[Any]) -> int:
+    """How many secondaries a merge with these decisions has."""
+    return max((len(decision.shares) for decision in decisions), default=1)
 
 
 def weight_dict(weights: WeightRange | None) -> dict[str, float] | None:
@@ -191,7 +206,7 @@ def weight_dict(weights: WeightRange | None) -> dict[str, float] | None:
     return None if weights is None else {"least": weights[0], "greatest": weights[1]}
 
 
-def merge_more_hint(settings: Any, weights: WeightRange | None) -> str | None:
+def merge_more_hint(settings: Any, weights: WeightRange | None, secondaries: int = 1) -> str | None:
     """With HSA's defaults, which let secondary weigh little: what would merge more. None with other settings.
 
     With base 0.5 and alpha 0.2, lambda_i is 0.5 ** (0.2 * x), where x grows to 1 with the layer; so other values of
@@ -203,8 +218,8 @@ def merge_more_hint(settings: Any, weights: WeightRange | None) -> str | None:
     lower = math.log(0.1) / math.log(defaults.lam)
     alpha, lam = (_range(_powers(weights, exponent)) for exponent in (1.0 / defaults.alpha, lower))
     return (
-        f"these are HSA's careful defaults; {option('alpha', 1)} (secondary weighs {alpha} %), {option('lam', 0.1)} "
-        f"({lam} %) or a larger {option('k')} merges more"
+        f"these are HSA's careful defaults; {option('alpha', 1)} ({_weighing(secondaries)} {alpha} %), "
+        f"{option('lam', 0.1)} ({lam} %) or a larger {option('k')} merges more"
     )
 
 
@@ -239,6 +254,10 @@ def _narrowest(margins: Iterable[tuple[str, float | None]]) -> Cut | None:
     return min(cuts, key=lambda cut: cut[1], default=None)
 
 
+def _weighing(secondaries: int) -> str:
+    return "secondary weighs" if secondaries == 1 else f"the {secondaries} secondaries together weigh"
+
+
 def _range(weights: WeightRange) -> str:
     """A range in percent, in whole ones from 1 % on."""
     least, greatest = (percent(weight) if weight < 0.01 else f"{100 * weight:.0f}" for weight in weights)
@@ -254,7 +273,7 @@ def _powers(weights: WeightRange, exponent: float) -> WeightRange:
 def _moved(outcome: Outcome) -> float:
     """|output - primary|^2 over one target."""
     decision = outcome.decision
-    geometry, selected = decision.measured.geometry, decision.selection.merged
+    geometry, selected = decision.geometry, decision.selection.merged
     c1, c2, scale = decision.coefficient, 1.0 - decision.coefficient, decision.scale
     parts = []
     for head, tv1 in enumerate(geometry.primary):

@@ -7,14 +7,22 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hsa.errors import RequestError
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask
+from hsa.option_names import option
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array
 
 FOLD = 64
 """Columns of squares left for the exact sum, where the width is a multiple of it."""
+
+SOLE = (1.0,)
+"""The shares of the secondaries where there is one."""
+
+CANCELLING = 1e-9
+"""Weights whose sum is smaller than this share of their magnitudes' sum cancel: what is left is a rounding error."""
 
 _PAIR = struct.Struct("2f")
 
@@ -55,6 +63,35 @@ def all_settings_of(tasks: Sequence[TensorTask], settings: Any) -> list[tuple[in
             known[key] = keep, rounded_pair(coefficient)
         planned.append(known[key])
     return planned
+
+
+def shares_of(task: TensorTask, settings: Settings) -> tuple[float, ...]:
+    """What each secondary has of the blend in a target: its weight over the sum of their weights, in float64."""
+    return SOLE if len(task.numbers) <= 2 else normalized(settings.each("weights", task))
+
+
+def normalized(weights: Sequence[float], where: str = "") -> tuple[float, ...]:
+    """The weights over their sum. RequestError where they sum to 0.
+
+    Example:
+        >>> normalized([3.0, 1.0])
+        (0.75, 0.25)
+    """
+    whole = math.fsum(weights)
+    if abs(whole) <= CANCELLING * math.fsum(map(abs, weights)):
+        raise RequestError(
+            f"{option('weights')} {', '.join(f'{weight:g}' for weight in weights)} of the secondaries sum to 0{where}, "
+            f"and a mean divides by their sum; give others"
+        )
+    return tuple(weight / whole for weight in weights)
+
+
+def coefficients_of(coefficient: float, shares: tuple[float, ...]) -> tuple[float, ...]:
+    """The coefficients of the task vectors, each rounded to float32: lambda_i, and 1 - lambda_i times every share."""
+    if len(shares) == 1:
+        return rounded_pair(coefficient)
+    others = ((1.0 - coefficient) * share for share in shares)
+    return struct.unpack(f"{len(shares) + 1}f", struct.pack(f"{len(shares) + 1}f", coefficient, *others))
 
 
 def rounded_pair(coefficient: float) -> tuple[float, float]:

@@ -32,8 +32,7 @@ class HsaReports(Method[Any, D]):
         return hsa_warnings.percentage_findings(settings.k for settings in candidates)
 
     def planned_findings(self, tasks: Sequence[TensorTask], settings: Any) -> Findings:
-        weights = self.planned_summary(tasks, settings).weights
-        return hsa_warnings.no_weight_findings(weights, settings.attention_scale)
+        return hsa_warnings.no_weight_findings(self.planned_summary(tasks, settings), settings.attention_scale)
 
     def source_findings(self, outcomes: Sequence[Outcome]) -> Findings:
         return hsa_warnings.value_findings(outcomes)
@@ -60,7 +59,7 @@ class HsaReports(Method[Any, D]):
         return change_range(summaries)
 
     def hint(self, settings: Any, summary: Any) -> str | None:
-        return merge_more_hint(settings, summary.weights)
+        return merge_more_hint(settings, summary.weights, summary.secondaries)
 
     def card_text(
         self, parameters: Mapping[str, Any], records: Sequence[TensorRecord], architecture: Architecture

@@ -6,7 +6,7 @@ element types. Source: the released script of Shankar et al., Computer Speech & 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hsa.architectures.base import TensorInfo, TensorPlace
 from hsa.methods.base import BASE, Treatment
@@ -37,6 +37,7 @@ class HsaScript(Hsa):
 
     name = "hsa_script"
     title = "Headwise Selective Attention (HSA) merge, by the reference script's operations"
+    contract = replace(Hsa.contract, most=2)
     Settings = ScriptSettings
     elementwise = False
     libraries = ("torch",)

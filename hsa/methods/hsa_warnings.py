@@ -13,6 +13,8 @@ that is nearer to the other.
 | a third fine-tune as base, any of three | 0.006 to 0.013 | 0.45 to 0.55 | 0.93 to 1.04 |
 | random base of equal shapes | 1.4 to 2.2 | 1.00 | below 0.02 |
 | random secondary, or primary | 1.1 to 1.4 of it | 0.01 | 1.0 |
+
+Of more than two fine-tunes, each pair is looked at as here.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
+from hsa.errors import listed
 from hsa.findings import Findings
 from hsa.methods.base import BASE
-from hsa.methods.hsa_extent import Extent, WeightRange, percent
+from hsa.methods.geometry import Pair, cosine, ratio
+from hsa.methods.hsa_extent import Extent, PlannedExtent, percent
 from hsa.methods.selection import TIE_RISK
 from hsa.methods.settings import PerTensor
 from hsa.methods.tensors import Outcome, TensorRecord
@@ -66,19 +71,20 @@ def percentage_findings(values: Iterable[PerTensor]) -> Findings:
     return Findings((_as_shares(usual),) if usual else (), (_as_shares(doubtful) + hint,) if doubtful else ())
 
 
-def no_weight_findings(weights: WeightRange | None, attention_scale: float) -> Findings:
+def no_weight_findings(extent: PlannedExtent, attention_scale: float) -> Findings:
     """A warning where the settings alone give secondary no weight; `change_findings` judges a finished merge."""
-    if attention_scale != 1.0 or (weights is not None and weights[1] > 0.0):
+    if attention_scale != 1.0 or (extent.weights is not None and extent.weights[1] > 0.0):
         return Findings()
-    return Findings(warnings=(f"the merge changes nothing: {_why_nothing_changes(weights)}",))
+    return Findings(warnings=(f"the merge changes nothing: {_why_nothing_changes(extent)}",))
 
 
 def value_findings(outcomes: Sequence[Outcome]) -> Findings:
     """What the values of the sources' target tensors tell, whatever the settings of the merge."""
-    extent = Extent.of(outcomes)
+    if not outcomes:
+        return Findings()
     equal = _equal_sources(outcomes)
-    unrelated = list(_unrelated_fine_tunes(extent))
-    exchanged = [] if equal or unrelated else _exchanged_sources(outcomes, extent)
+    unrelated = list(_unrelated_fine_tunes(outcomes))
+    exchanged = [] if equal or unrelated else _exchanged_sources(outcomes)
     return Findings(warnings=(*(_equal_sources_warning(pair, len(outcomes)) for pair in equal), *unrelated, *exchanged))
 
 
@@ -90,7 +96,7 @@ def change_findings(outcomes: Sequence[Outcome]) -> Findings:
     return Findings(
         warnings=(
             f"the merge changes next to nothing: the output differs from primary by {percent(extent.change)} % of its "
-            f"task vector on the target tensors; {_why_nothing_changes(extent.weights)}",
+            f"task vector on the target tensors; {_why_nothing_changes(extent)}",
         )
     )
 
@@ -117,15 +123,24 @@ def _as_shares(values: Sequence[float]) -> str:
     return "; ".join(each) + (f"; and {len(values) - MAX_NAMED} more" if len(values) > MAX_NAMED else "")
 
 
+def _models(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """The roles of the models, in their order."""
+    return tuple(role for role in outcomes[0].task.sources if role != BASE)
+
+
 def _equal_sources(outcomes: Sequence[Outcome]) -> list[RolePair]:
-    """The pairs of sources that hold the same values in every target; of three equal ones, base and each other."""
+    """The pairs of sources that hold the same values in every target; of several equal ones, the first and each."""
+    models = _models(outcomes)
     still = {
-        (BASE, "primary"): not any(outcome.decision.measured.primary_differs for outcome in outcomes),
-        (BASE, "secondary"): not any(outcome.decision.measured.secondary_differs for outcome in outcomes),
+        (BASE, role): not any(outcome.decision.measured.differ[number] for outcome in outcomes)
+        for number, role in enumerate(models)
     }
-    every_pair = list(combinations((BASE, "primary", "secondary"), 2))
-    pairs = [pair for pair in every_pair if still.get(pair) or all(pair in outcome.equal for outcome in outcomes)]
-    return pairs if len(pairs) < len(every_pair) else pairs[:2]
+    pairs: list[RolePair] = []
+    for pair in combinations((BASE, *models), 2):
+        known = any(pair[1] == other for _, other in pairs)
+        if not known and (still.get(pair) or all(pair in outcome.equal for outcome in outcomes)):
+            pairs.append(pair)
+    return pairs
 
 
 def _equal_sources_warning(pair: RolePair, count: int) -> str:
@@ -138,52 +153,91 @@ def _equal_sources_warning(pair: RolePair, count: int) -> str:
     return f"{one} and {two} are equal on all {count} target tensors: is the same model given twice?"
 
 
-def _unrelated_fine_tunes(extent: Extent) -> Iterator[str]:
+def _unrelated_fine_tunes(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Fine-tunes that were not trained from this base."""
-    sizes: dict[str, float | None] = {"primary": extent.primary, "secondary": extent.secondary}
+    models = _models(outcomes)
+    sizes = {role: _size(outcomes, number) for number, role in enumerate(models)}
     far = {role: size for role, size in sizes.items() if size is not None and size > UNRELATED}
-    if extent.primary is None:
+    if sizes[models[0]] is None:
         yield "base's target tensors are all zero, so no fine-tune was trained from it; give the pretrained model"
     usual = "a fine-tune lies within a few hundredths of it"
-    if len(far) == 2:
-        cosine = "undefined" if extent.cosine is None else f"{extent.cosine:.2f}"
+    if len(far) == len(models):
+        cosines = [_pair_of(outcomes, pair).cosine for pair in combinations(range(len(models)), 2)]
+        known = [f"{each:.2f}" for each in sorted(each for each in cosines if each is not None)]
+        angle = " to ".join(dict.fromkeys((known[0], known[-1]))) if known else "undefined"
+        all_of_them = "both" if len(models) == 2 else "all"
         yield (
-            f"primary and secondary were hardly trained from this base: they lie {far['primary']:.2g} and "
-            f"{far['secondary']:.2g} times the norm of base's target tensors away from it, and {usual} (the cosine of "
-            f"their task vectors is {cosine}); give the model that both were trained from"
+            f"{listed(models)} were hardly trained from this base: they lie "
+            f"{listed([f'{size:.2g}' for size in far.values()])} times the norm of base's target tensors away from it, "
+            f"and {usual} (the cosine of their task vectors is {angle}); give the model that {all_of_them} were "
+            f"trained from"
         )
     else:
         for role, size in far.items():
             yield (
                 f"{role} was hardly trained from this base: it lies {size:.2g} times the norm of base's target tensors "
-                f"away from it, and {usual}; give a fine-tune of the same base as the other"
+                f"away from it, and {usual}; give a fine-tune of the same base as the other{'s' * (len(models) > 2)}"
             )
 
 
-def _exchanged_sources(outcomes: Sequence[Outcome], extent: Extent) -> Iterator[str]:
-    """A fine-tune that is nearer to the other than to base, or nearly so."""
+def _size(outcomes: Sequence[Outcome], model: int) -> float | None:
+    """|tv| / |B| of a model over all targets."""
     geometries = [outcome.decision.measured.geometry for outcome in outcomes]
+    base = math.fsum(value for geometry in geometries for value in geometry.base)
+    return ratio(math.fsum(value for geometry in geometries for value in geometry.squares[model]), base)
+
+
+class _PairSums(NamedTuple):
+    """Two models over all targets: |tv1|^2, |tv2|^2, |tv1 - tv2|^2, and the cosine of their task vectors."""
+
+    first: float
+    second: float
+    difference: float
+    cosine: float | None
+
+
+def _pair_of(outcomes: Sequence[Outcome], pair: Pair) -> _PairSums:
+    geometries = [outcome.decision.measured.geometry.between(pair) for outcome in outcomes]
+    first = math.fsum(value for geometry in geometries for value in geometry.primary)
+    second = math.fsum(value for geometry in geometries for value in geometry.secondary)
+    product = math.fsum(value for geometry in geometries for value in geometry.product)
     difference = math.fsum(value for geometry in geometries for value in geometry.difference)
-    primary = math.fsum(value for geometry in geometries for value in geometry.primary)
-    secondary = math.fsum(value for geometry in geometries for value in geometry.secondary)
-    nearer, other = ("secondary", "primary") if secondary >= primary else ("primary", "secondary")
-    if extent.cosine is None or extent.cosine < SHARED_COSINE or difference >= CLOSE_RATIO**2 * max(primary, secondary):
-        return
-    share = math.sqrt(difference / max(primary, secondary))
+    return _PairSums(first, second, difference, cosine(first, second, product))
+
+
+def _exchanged_sources(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """A fine-tune that is nearer to another than to base, or nearly so. A mistake about base brings all of them near to
+    each other, so that the nearest pair alone is named."""
+    models = _models(outcomes)
+    near: list[tuple[float, str]] = []
+    for first, second in combinations(range(len(models)), 2):
+        sums = _pair_of(outcomes, (first, second))
+        larger = max(sums.first, sums.second)
+        if sums.cosine is None or sums.cosine < SHARED_COSINE or sums.difference >= CLOSE_RATIO**2 * larger:
+            continue
+        nearer, other = (second, first) if sums.second >= sums.first else (first, second)
+        share = math.sqrt(sums.difference / larger)
+        near.append((share, _exchanged_text(models[nearer], models[other], share, sums.cosine)))
+    if near:
+        yield min(near)[1]
+
+
+def _exchanged_text(nearer: str, other: str, share: float, cosine: float) -> str:
     how = f"nearer to {other} than to base" if share < 1.0 else f"nearly as near to {other} as to base"
-    yield (
+    return (
         f"{nearer} is {how}, at {percent(share)} % of the distance (the cosine of the task vectors is "
-        f"{extent.cosine:.2f}, that of two fine-tunes of one base was 0.2 to 0.33 where it was measured): are base and "
+        f"{cosine:.2f}, that of two fine-tunes of one base was 0.2 to 0.33 where it was measured): are base and "
         f"{other} exchanged, is base itself a fine-tune, or is one fine-tune made from the other?"
     )
 
 
-def _why_nothing_changes(weights: WeightRange | None) -> str:
+def _why_nothing_changes(extent: Extent | PlannedExtent) -> str:
     """Why a merge changes nothing, and what would merge more."""
-    if weights is None:
+    if extent.weights is None:
         return f"k selects no head; raise {option('k')}"
-    if weights[1] == 0.0:
-        why = "secondary has no weight where lambda is 1 or alpha is 0"
+    if extent.weights[1] == 0.0:
+        which = "secondary has" if extent.secondaries == 1 else "the secondaries have"
+        why = f"{which} no weight where lambda is 1 or alpha is 0"
         return f"{why}; lower {option('lam')}, or raise {option('alpha')}"
     more = f"lower {option('lam')}, raise {option('alpha')} or raise {option('k')}"
     return f"{more}, or give a secondary that differs from primary"

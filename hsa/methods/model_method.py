@@ -46,8 +46,10 @@ class ModelSettings(Settings):
     )
 
 
-def weights_setting(help: str = "Weight of each model, in their order; repeat.", low: float = -100.0) -> Any:
-    """The setting `weights`: a number for each model, or one for all."""
+def weights_setting(
+    help: str = "Weight of each model, in their order; repeat.", low: float = -100.0, **about: Any
+) -> Any:
+    """The setting `weights`: a number for each model, or one for all; `about` are further fields of `Setting`."""
     return setting(
         1.0,
         help,
@@ -58,6 +60,7 @@ def weights_setting(help: str = "Weight of each model, in their order; repeat.",
         search=(0.0, 1.0),
         metavar="NUMBER",
         default_text="1 each",
+        **about,
     )
 
 

@@ -64,6 +64,7 @@ class Setting:
         per_tensor: it may also be a mapping from the names of target tensors to numbers.
         scheduled: it may also be a mapping, a list over layers, or a list with filters (`hsa.methods.values`).
         per_model: it is a scheduled value for each model, or one for all.
+        entries: what the entries of a list for each model are for.
         repeated: the command line's option is given once for each entry of a list.
         form: checks a value that is no number, given what to call it, and gives it in its one form.
         patchable: a patch can hold a merge with any value of it, and so can a sweep.
@@ -88,6 +89,7 @@ class Setting:
     per_tensor: bool = False
     scheduled: bool = False
     per_model: bool = False
+    entries: str = "model"
     repeated: bool = False
     form: Callable[[str, Any], Any] | None = None
     patchable: bool = True
@@ -272,6 +274,9 @@ class Settings:
         """Whether only a part of the model is merged."""
         return bool(self.only or self.exclude or self.layers is not None or self.stack is not None)
 
+    def check_models(self, count: int) -> None:
+        """RequestError where settings do not fit so many models, as far as that can be told without their tensors."""
+
     def structure(self) -> tuple[Any, ...]:
         """What of the settings a plan hangs on; settings with equal structure share a plan."""
         return tuple(getattr(self, each.name) for each in declared(type(self)) if each.about.structural)
@@ -335,7 +340,7 @@ def _checked_schedule(name: str, value: Any, about: Setting) -> Any:
         if not value:
             raise RequestError(f"{name} is an empty list; give a number, or one for each model")
         for number, entry in enumerate(value, 1):
-            values.check(f"{name} of model {number}", entry, within)
+            values.check(f"{name} of {about.entries} {number}", entry, within)
     else:
         values.check(name, value, within)
     return value

@@ -54,6 +54,23 @@ def is_filtered(value: object) -> bool:
     return isinstance(value, Sequence) and is_list(value) and any(map(is_filter, value))
 
 
+def is_per_model(value: object) -> bool:
+    """Whether a value for each model is a list of them, and not one for all models."""
+    return is_list(value) and not is_filtered(value)
+
+
+def follows_layers(value: Value) -> bool:
+    """Whether a scheduled value holds a list over layers.
+
+    Example:
+        >>> follows_layers(0.5), follows_layers((0.0, 1.0)), follows_layers(({"filter": "fc1", "value": (0, 1)}, 0.5))
+        (False, True, True)
+    """
+    if is_filter(value):
+        return follows_layers(value["value"])
+    return any(map(follows_layers, value)) if is_filtered(value) else is_list(value)
+
+
 def frozen(value: Value) -> Value:
     """The value with tuples for its lists, which nobody can change."""
     if is_filter(value):

@@ -15,7 +15,7 @@ import numpy as np
 from hsa.architectures.base import Partition
 from hsa.architectures.registry import named
 from hsa.errors import shown
-from hsa.methods.hsa import HsaDecision
+from hsa.methods.hsa_decision import HsaDecision
 from hsa.methods.hsa_formula import rounded_pair
 from hsa.methods.selection import MAX_SCORE, select, selection_of
 from hsa.methods.tensors import TensorRecord
@@ -78,7 +78,7 @@ def _decided(target: TensorRecord, squared: tuple[float, ...], flags: bytes) -> 
     selected = tuple(head for head, flag in enumerate(flags) if flag)
     if select(squared, keep).selected != selected:
         raise ValueError(f"the heads selected in {target.name} do not follow from its scores")
-    decision = HsaDecision(keep, coefficient, *rounded_pair(coefficient), 1.0, selection_of(squared, selected))
+    decision = HsaDecision(keep, coefficient, rounded_pair(coefficient), 1.0, selection_of(squared, selected))
     return TensorRecord(
         target.name, target.canonical, target.place, target.shape, target.code, target.partition, decision
     )

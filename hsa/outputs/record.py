@@ -48,6 +48,11 @@ class Record:
     format: int = FORMAT
 
     @property
+    def models(self) -> int:
+        """How many models were merged, base not counted."""
+        return len(self.sources) - (self.base is not None)
+
+    @property
     def settings(self) -> Settings:
         """The method's settings. Raises RequestError where the parameters are none."""
         settings: Settings = self.method.Settings.from_dict(self.parameters)

@@ -36,7 +36,10 @@ def settings_of_record(record: Record) -> Settings:
 def setting_faults(record: Record) -> Iterator[str]:
     """Whether the parameters are those that hsa records, no more and no others."""
     try:
-        expected = settings_of_record(record).as_dict()
+        settings = settings_of_record(record)
+        with spelled(as_keys(record.parameters)):
+            settings.check_models(record.models)
+        expected = settings.as_dict()
     except HsaError as error:
         yield str(error)
         return
@@ -60,6 +63,10 @@ def setting_faults(record: Record) -> Iterator[str]:
     roles = (*((record.base,) if record.base else ()), *record.method.contract.roles(len(record.sources)))
     if record.anchor != roles[1 if record.base else 0]:
         yield f"its anchor is {shown(record.anchor)}, expected {roles[1 if record.base else 0]}"
+    for target in record.targets:
+        if record.method.models_decided(target.decision) not in (None, record.models):
+            yield f"the decision for {target.name} is not of {record.models} models"
+            return
 
 
 def listed_treatment(

@@ -1,7 +1,8 @@
 """The HSA merge in plain torch: the specification in code.
 
 Source: Shankar, Wang, Eren, Alwan, "Compositional domain adaptation for automatic speech recognition with
-headwise selective attention merging", Computer Speech & Language, 2026, 102012.
+headwise selective attention merging", Computer Speech & Language, 2026, 102012. More than one secondary is this
+package's extension.
 
 With base ``B``, primary ``M1``, secondary ``M2`` and the task vectors ``tv1 = M1 - B``, ``tv2 = M2 - B``,
 each target tensor is merged by itself:
@@ -12,6 +13,9 @@ each target tensor is merged by itself:
 4. ``lambda_i = lambda ** (alpha * ((i + 1) / L))`` for layer ``i`` of ``L``.
 5. Selected heads become ``B + scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)``, the others
    ``B + scale * tv1``.
+
+With several secondaries ``M2 ... MN`` and their weights ``w``, ``proxy = |tv1| + |tv2| + ... + |tvN|``, and
+``(1 - lambda_i) * tv2`` becomes the sum of ``(1 - lambda_i) * w_j / (w_2 + ... + w_N) * tv_j``.
 
 Every function evaluates this either in float32, which gives the bytes that ``--numerics exact`` promises, or
 in float64, which gives the value that float32 results are measured against. It is slow and whole on purpose:
@@ -65,17 +69,17 @@ def layer_coefficient(lam: float, alpha: float, layer: int, layers: int) -> floa
 def head_scores(
     base: Tensor,
     primary: Tensor,
-    secondary: Tensor,
+    secondary: Tensor | list[Tensor],
     *,
     heads: int,
     head_axis: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Squared saliency scores: ``score[h] ** 2 = sum of (|M1 - B| + |M2 - B|) ** 2`` over head ``h``.
+    """Squared saliency scores: ``score[h] ** 2 = sum of (|M1 - B| + |M2 - B| + ...) ** 2`` over head ``h``.
 
     Args:
         base, primary, secondary: one shape, floating, dtypes may differ. ``[rows, columns]`` for a weight,
-            ``[rows]`` for a bias.
+            ``[rows]`` for a bias. ``secondary`` may be a list of several.
         heads: H, which divides the size of ``head_axis``.
         head_axis: 0 where a head is a run of rows (q, k, v and their biases), 1 where it is a run of columns
             (the weight of ``out_proj``).
@@ -88,9 +92,9 @@ def head_scores(
         RuntimeError: ``heads`` does not divide the axis.
     """
     wide_base = base.to(dtype)
-    tv1 = primary.to(dtype) - wide_base
-    tv2 = secondary.to(dtype) - wide_base
-    proxy = tv1.abs() + tv2.abs()
+    proxy = (primary.to(dtype) - wide_base).abs()
+    for model in _listed(secondary):
+        proxy = proxy + (model.to(dtype) - wide_base).abs()
     rows = proxy.movedim(head_axis, 0)
     by_head = rows.reshape(heads, len(rows) // heads, *rows.shape[1:])
     squares = by_head.double() * by_head.double()
@@ -126,7 +130,7 @@ def margin(squared: Tensor, k: float) -> float | None:
 def merge_tensor(
     base: Tensor,
     primary: Tensor,
-    secondary: Tensor,
+    secondary: Tensor | list[Tensor],
     *,
     k: float,
     lam: float,
@@ -136,19 +140,22 @@ def merge_tensor(
     heads: int,
     head_axis: int = 0,
     attention_scale: float = 1.0,
+    weights: list[float] | None = None,
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> MergedTensor:
     """Merge one target tensor.
 
-    Selected heads: ``B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)``. Other heads:
-    ``B + attention_scale * tv1``, which at scale 1 is primary itself, unchanged.
+    Selected heads: ``B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)``, or with several secondaries
+    their mean by ``weights`` in the place of ``tv2``. Other heads: ``B + attention_scale * tv1``, which at scale 1 is
+    primary itself, unchanged.
 
     Args:
         base, primary, secondary, heads, head_axis: as for `head_scores`.
         k: as for `keep_count`.
         lam, alpha, layer, layers: as for `layer_coefficient`; layer and stack are those of this tensor.
         attention_scale: any finite number.
+        weights: one for each secondary, 1 each by default; they do not sum to 0.
         out_dtype: dtype of the result, by default primary's.
         dtype: float32 evaluates in float32 from coefficients that were computed in float64, each operation
             rounded by itself, and rounds once (nearest even) to ``out_dtype``. float64 evaluates all of it,
@@ -157,13 +164,15 @@ def merge_tensor(
     squared = head_scores(base, primary, secondary, heads=heads, head_axis=head_axis, dtype=dtype)
     selected = select_heads(squared, k)
     lambda_i = layer_coefficient(lam, alpha, layer, layers)
-    c1 = torch.tensor(lambda_i, dtype=dtype)
-    c2 = torch.tensor(1.0 - lambda_i, dtype=dtype)
+    secondaries = _listed(secondary)
+    given = [1.0] * len(secondaries) if weights is None else list(weights)
+    coefficients = [(1.0 - lambda_i) * (weight / math.fsum(given)) for weight in given]
 
     wide_base = base.to(dtype)
-    tv1 = primary.to(dtype) - wide_base
-    tv2 = secondary.to(dtype) - wide_base
-    blended = _displaced(wide_base, c1 * tv1 + c2 * tv2, attention_scale)
+    displacement = torch.tensor(lambda_i, dtype=dtype) * (primary.to(dtype) - wide_base)
+    for model, coefficient in zip(secondaries, coefficients, strict=True):
+        displacement = displacement + torch.tensor(coefficient, dtype=dtype) * (model.to(dtype) - wide_base)
+    blended = _displaced(wide_base, displacement, attention_scale)
 
     final_dtype = _result_dtype(primary, out_dtype, dtype)
     others = merge_other(base, primary, scale=attention_scale, out_dtype=out_dtype, dtype=dtype)
@@ -194,6 +203,11 @@ def merge_other(
     wide_base = base.to(dtype)
     tv1 = primary.to(dtype) - wide_base
     return _displaced(wide_base, tv1, scale).to(final_dtype)
+
+
+def _listed(secondary: Tensor | list[Tensor]) -> list[Tensor]:
+    """The secondaries, of which one may be given without a list."""
+    return [secondary] if isinstance(secondary, Tensor) else list(secondary)
 
 
 def _displaced(base: Tensor, displacement: Tensor, scale: float) -> Tensor:

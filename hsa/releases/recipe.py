@@ -5,7 +5,8 @@
     merges:
       - name: ...                     # the tree's directory <group>/<name>
         group: ...
-        base, primary, ...: ...       # directories, or hub ids; or models: [...], the first of which is the anchor
+        base, primary, ...: ...       # directories, or hub ids; secondary may be a list of them
+        models: [...]                 # instead of primary and secondary; the first is the anchor
         method: ...                   # hsa unless told
         k, lambda, dtype, ...         # as on the command line of `hsa merge`, with underscores
         card: {role: ...}             # fields of the model card
@@ -25,7 +26,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.keywords import Call, missing_sources, source_names
+from hsa.actions.keywords import Call, missing_sources, several_names, source_names
 from hsa.actions.request import Request, request_of
 from hsa.actions.run_options import OutputOptions
 from hsa.errors import RequestError, shown
@@ -153,14 +154,17 @@ def _keywords(values: Mapping[str, Value], where: str, label: str, folder: Path)
     """The arguments of the merge, as `hsa.merge` takes them."""
     names = {LETTERS.get(name, name): name for name in MERGE_OF_A_RECIPE.names()}
     keywords = {names[key]: each.plain() for key, each in values.items() if key in names}
-    for role in source_names():
-        if role in values:
-            keywords[role] = _source(values[role], where, f"{role} of {label}", folder)
-    models = values["models"].content if "models" in values else None
-    if isinstance(models, tuple):
-        keywords["models"] = [
-            _source(each, where, f"model {number} of {label}", folder) for number, each in enumerate(models, 1)
-        ]
+    for name in (*source_names(), "models"):
+        if name not in values:
+            continue
+        several, content = name == "models" or name in several_names(), values[name].content
+        if several and isinstance(content, tuple):
+            what = "model" if name == "models" else name
+            keywords[name] = [
+                _source(each, where, f"{what} {number} of {label}", folder) for number, each in enumerate(content, 1)
+            ]
+        elif name != "models":
+            keywords[name] = _source(values[name], where, f"{name} of {label}", folder)
     return keywords
 
 

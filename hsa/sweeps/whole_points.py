@@ -58,7 +58,7 @@ def open_whole_sources(
     candidates: Sequence[Settings], request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack
 ) -> WholeSources:
     """Open the sources of a request for merges with these settings. Raises as `hsa.merge`."""
-    backend = resolve(request.backend, request.device, request.settings)
+    backend = resolve(request.backend, request.device, request.settings, request.models)
     if has_hub_ids(request):
         with ExitStack() as trial:
             headers = open_sources(request, fsio.Tally(), hub, trial, headers_only=True)

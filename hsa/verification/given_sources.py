@@ -29,8 +29,12 @@ def check_given(given: NamedArguments) -> None:
     given.check_types()
     if given.ids and not given.sources:
         raise RequestError(f"ids are compared with those of the sources; give {option('sources')} too")
-    ids = {name.removesuffix("_id"): value for name, value in given.ids.items() if name != "model_ids"}
-    check_ids({**ids, **{f"model{number}": value for number, value in enumerate(given.ids.get("model_ids", ()), 1)}})
+    for name, value in given.ids.items():
+        if name == "model_ids":
+            check_ids({f"model{number}": each for number, each in enumerate(value, 1)})
+        else:
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                check_ids({name.removesuffix("_id"): each})
 
 
 def find_sources(given: NamedArguments) -> FindSources:

@@ -239,7 +239,8 @@ def _compare(
     step = None if progress is None else lambda done: progress(done, total)
     recorded = recorded_decisions(provenance.record.targets, plan.targets)
     applied = recorded if plan.method.records_decisions else None
-    calculator = Calculator(sources, resolve("auto", "auto", request.settings), request.settings, applied)
+    backend = resolve("auto", "auto", request.settings, request.models)
+    calculator = Calculator(sources, backend, request.settings, applied)
     options = Options(context.threads, digest=request.digest, sync=False)
     try:
         digests = assemble(plan.files, sources.by_role, calculator, comparer, options, context.memory, step)

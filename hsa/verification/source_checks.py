@@ -104,7 +104,7 @@ def _check_names(sources: Sources, record: Record, source_paths: SourcePaths, co
     if unchecked:
         context.notes.append(
             f"bytes do not tell names, so these were not checked: {'; '.join(unchecked)}. To check them, give ids as "
-            f"sources, or with {', '.join(option(f'{role}_id') for role in sources.roles)}"
+            f"sources, or with {', '.join(dict.fromkeys(option(f'{role}_id') for role in sources.roles))}"
         )
 
 

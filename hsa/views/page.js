@@ -355,7 +355,7 @@
   byId("title").textContent = data.title;
   document.title = `${data.title}: heads of a merge`;
   byId("origin").textContent =
-    (data.origin === "sources" ? "What a merge of three sources would select" : "A finished merge, from its provenance") +
+    (data.origin === "sources" ? "What a merge of these sources would select" : "A finished merge, from its provenance") +
     (data.written_by ? `, written by ${data.written_by.name} ${data.written_by.version}.` : ".");
   byId("warnings").append(...data.warnings.map((text) => make("p", { class: "alert", text: `Warning: ${text}` })));
   byId("notes").append(...data.notes.map((text) => make("li", { text })));

@@ -17,7 +17,6 @@ from hsa.inspection.diff import Comparison, HeadsDiff
 from hsa.inspection.distance import Distance
 from hsa.inspection.inspect import Inspection, TensorInspection
 from hsa.methods.all_settings import summary
-from hsa.methods.hsa import ROLES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -183,7 +182,7 @@ def _means(tensor: TensorInspection) -> list[str]:
     cosines = list(enumerate(tensor.geometry.cosines))
     parts = [[c for head, c in cosines if c is not None and (head in selected) == inside] for inside in (True, False)]
     base = sum(tensor.geometry.base)
-    sizes = [(sum(t) / base) ** 0.5 if base > 0 else None for t in map(tensor.geometry.squares, ROLES[1:])]
+    sizes = [(sum(t) / base) ** 0.5 if base > 0 else None for t in tensor.geometry.squares]
     means = [sum(part) / len(part) if part else None for part in parts]
     return [*(_number(mean, "+.3f") for mean in means), *(_number(each, ".3g") for each in sizes)]
 

@@ -85,7 +85,7 @@ def test_arguments_that_there_are_not_are_refused_as_python_does(
     ("keywords", "message"),
     [
         ({"method": "nothing"}, "method must be one of .*hsa.*, got 'nothing'"),
-        ({"models": ["m1"]}, "method hsa merges 2 models, got 1"),
+        ({"models": ["m1"]}, "method hsa merges 2 to 8 models, got 1"),
         ({"models": "m1"}, "models must be a list of values"),
         ({"models": ["m1", "m2"], "primary": "m1"}, "models and primary both say what is merged"),
         ({"models": ["m1", "m2"], "model_ids": ["a/b"]}, "model_ids must be as many as models, got 1 for 2"),

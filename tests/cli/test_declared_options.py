@@ -54,7 +54,7 @@ def test_models_in_their_order_merge_as_those_by_name_do(command: str, shared_tr
             "--base=b --primary=p --secondary=s --model=m",
             "--model and --primary both say what is merged; give the models by --model alone, or by their names",
         ),
-        ("--base=b --model=m", "method hsa merges 2 models, got 1"),
+        ("--base=b --model=m", "method hsa merges 2 to 8 models, got 1"),
         ("--base=b --model=m --model=n --model-id=a/b", "--model-id must be as many as models, got 1 for 2 models"),
         ("--base=b --model=m --model=n --method=none", "--method must be one of "),
         ("--model=m --model=n", "Missing option '--base'. See: hsa merge --help"),

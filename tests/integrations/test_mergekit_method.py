@@ -57,6 +57,18 @@ def test_without_roles_the_order_decides() -> None:
     assert assign([("a", None), ("b", None)]) == {"primary": "a", "secondary": "b"}
 
 
+def test_all_models_but_primary_are_secondaries_in_their_order() -> None:
+    of_three = [("a", None), ("b", None), ("c", None)]
+    assert assign(of_three) == {"primary": "a", "secondary": "b", "model3": "c"}
+    assert assign([("a", "secondary"), *of_three[1:]]) == {"primary": "b", "secondary": "a", "model3": "c"}
+    assert assign([*of_three, ("d", "primary")]) == {"primary": "d", "secondary": "a", "model3": "b", "model4": "c"}
+
+
+def test_weights_are_settings_where_they_say_something() -> None:
+    assert config_of({}, [1.0, 1.0]) == HsaSettings()
+    assert config_of({}, [1.0, 0.5]) == HsaSettings(weights=[1.0, 0.5])
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [
@@ -64,7 +76,10 @@ def test_without_roles_the_order_decides() -> None:
         ([("a", "primary"), ("b", "base")], "the role of b is 'base', expected primary or secondary"),
         ([("a", 1), ("b", None)], "the role of a is 1"),
         ([("a", "primary")], "got 1"),
-        ([("a", None), ("b", None), ("c", None)], "got 3"),
+        ([(str(number), None) for number in range(9)], "merges 2 to 8 models .*, got 9"),
+        ([("a", "secondary"), ("b", "secondary")], "a and b both have the role secondary"),
+        ([("a", "primary"), ("b", None), ("c", "primary")], "a and c both have the role primary; one must be primary"),
+        ([(name, "secondary") for name in "abc"], "a, b and c all have the role secondary; one must be primary"),
     ],
     ids=str,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,13 @@ def expected_merge(
     dtype: str = "auto",
     num_heads: int | None = None,
     num_layers: int | None = None,
+    weights: Sequence[float] | float | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, reference.MergedTensor]]:
-    """Every output tensor under primary's names, and what the oracle says of each target."""
-    base, secondary = (canonical(read_tensors(triple[role])) for role in ("base", "secondary"))
+    """Every output tensor under primary's names, and what the oracle says of each target. Roles besides base and
+    primary are secondaries, in their order."""
+    base = canonical(read_tensors(triple["base"]))
+    secondaries = [canonical(read_tensors(triple[role])) for role in triple if role not in ("base", "primary")]
+    given = [weights] * len(secondaries) if isinstance(weights, float) else weights
     config = json.loads((triple["primary"] / "config.json").read_text())
     out_dtype = None if dtype == "auto" else getattr(torch, dtype)
     tensors, merged = {}, {}
@@ -75,7 +79,7 @@ def expected_merge(
         merged[name] = reference.merge_tensor(
             base[bare(name)],
             primary,
-            secondary[bare(name)],
+            [secondary[bare(name)] for secondary in secondaries],
             k=value(k, name),
             lam=value(lam, name),
             alpha=value(alpha, name),
@@ -84,15 +88,22 @@ def expected_merge(
             heads=num_heads or config[f"{stack}_attention_heads"],
             head_axis=1 if "out_proj" in name else 0,
             attention_scale=attention_scale,
+            weights=given,
             out_dtype=out_dtype,
         )
         tensors[name] = merged[name].value
     return tensors, merged
 
 
+def arguments(sources: Mapping[str, Path]) -> dict[str, Any]:
+    """Sources by role as `hsa.merge` takes them: several secondaries as a list."""
+    base, primary, *secondaries = sources.values()
+    return {"base": base, "primary": primary, "secondary": secondaries[0] if len(secondaries) == 1 else secondaries}
+
+
 def merge(triple: Mapping[str, Path], output: Path, **options: Any) -> hsa.MergeReport:
     """Without waiting for the disk: durability is another module's subject."""
-    return hsa.merge(**triple, output=output, **{"sync": False, **options})
+    return hsa.merge(**arguments(triple), output=output, **{"sync": False, **options})
 
 
 def check(triple: Mapping[str, Path], output: Path, **parameters: Any) -> hsa.MergeReport:

@@ -168,7 +168,7 @@ class _Reader:
         )
 
     def _in_roles(self, others: tuple[Model, ...]) -> tuple[Model, ...]:
-        """Primary before secondary, as their parameters say."""
+        """Primary before the secondaries, as their parameters say."""
         roles: dict[Model, tuple[Node, Any]] = {}
         for each in self.document.slices:
             for source in each.sources:
@@ -180,7 +180,7 @@ class _Reader:
         except RequestError as error:
             first = next(iter(roles.values()), (self.document.keys["merge_method"], None))[0]
             raise RequestError(f"{first.place}: {error}") from error
-        return tuple(named[role] for role in ("primary", "secondary"))
+        return tuple(named.values())
 
     # --- the output ---------------------------------------------------------------------------------------------------
 

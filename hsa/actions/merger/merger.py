@@ -40,7 +40,7 @@ from hsa.planning.file_layout import is_whole, pieces_of
 from hsa.planning.plan import check_heads, check_structure
 from hsa.planning.tasks import Targets, TaskFinder, find_targets
 from hsa.sources.hub.client import Hub
-from hsa.sources.roles import Role
+from hsa.sources.roles import BASE, Role
 from hsa.sources.source_set import Sources
 from hsa.system.digests import digest_of, digest_of_slices
 from hsa.system.dtypes import NAMES, Array, size
@@ -101,7 +101,9 @@ class Merger:
         if isinstance(self._run["device"], torch.device):
             self._run["device"] = str(self._run["device"])
         check_threads(self._run["threads"])
-        chosen = resolve(self._run["backend"], self._run["device"], settings)
+        models = len(arguments.sources) - (BASE in arguments.sources)
+        settings.check_models(models)
+        chosen = resolve(self._run["backend"], self._run["device"], settings, models)
         self.backend, self.device = chosen.name, chosen.device
         self._given: Mapping[Role, PathLike | None] = {
             role: source if isinstance(source, (str, os.PathLike)) else None

@@ -27,6 +27,7 @@ from hsa.backends.resident import CODE_OF, bytes_of
 from hsa.errors import RequestError
 from hsa.option_names import option
 from hsa.outputs.earlier_merges import EarlierMerge, read_earlier_merges
+from hsa.planning.tasks import COUNTS
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
@@ -157,7 +158,7 @@ def share_config(
     else:
         if by_heads and (num_heads is None or num_layers is None):
             raise RequestError(
-                f"three state dicts say nothing of heads and layers: give {option('num_heads')} and "
+                f"{COUNTS[len(sources)]} state dicts say nothing of heads and layers: give {option('num_heads')} and "
                 f"{option('num_layers')}, or one source as a directory or a model"
             )
         architecture = next(iter(sources.values())).checkpoint.architecture
