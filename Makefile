@@ -37,7 +37,7 @@ test-pythons: $(READY)
 # With the real programs that hsa works with, in an environment of their own; nothing is downloaded while they run.
 test-integrations: $(INTEGRATIONS)/ready
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/programs tests/integrations/test_transformers.py \
-	    tests/integrations/test_transformers_refusals.py
+	    tests/integrations/test_transformers_refusals.py tests/integrations/test_parity_linear.py
 
 test-interpret: $(READY)
 	HSA_TESTS=all TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_merge.py tests/kernels/test_refusals.py \

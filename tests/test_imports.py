@@ -95,7 +95,7 @@ ANYWHERE = {
         "hsa.integrations.mergekit_recipe",
     },
     "matplotlib": {"hsa.views.picture"},
-    "hsa.reference": {"hsa.reference", "hsa.testing.demo"},
+    "hsa.reference": {"hsa.reference", "hsa.reference.linear_combinations", "hsa.testing.demo"},
     "hsa.kernels": {"hsa.backends.triton"},
 }
 """Which modules may import these at all, inside a function included."""

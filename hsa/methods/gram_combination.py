@@ -142,7 +142,12 @@ class GroupedCombination(GramCombination[S]):
     def largest_result(
         self, task: TensorTask, measured: Any, settings: S, largest: Mapping[str, float]
     ) -> float | None:
-        return None if task.by_rows else super().largest_result(task, measured, settings, largest)
+        if not task.by_rows:
+            return super().largest_result(task, measured, settings, largest)
+        coefficients = abs(self.decision(task, measured, settings, None).values).max(axis=0).tolist()
+        base = largest.get(BASE, 0.0)
+        models = (magnitude for role, magnitude in largest.items() if role != BASE)
+        return base + math.fsum(a * (magnitude + base) for a, magnitude in zip(coefficients, models, strict=True))
 
     def entry(self, decision: Decision) -> dict[str, Any]:
         if isinstance(decision, Coefficients):

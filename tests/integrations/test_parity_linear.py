@@ -118,3 +118,43 @@ def test_the_oracle_is_mergekit_within_float32_rounding(
     assert error <= 3e-7
     allowed = 1e-6 if name == "karcher" else 3e-7
     assert between <= max(allowed, 1.01 * their_error + error)
+
+
+V, W, ZERO = torch.linspace(-3, 4, 37), torch.cos(torch.arange(37.0)), torch.zeros(37)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "models", "ours", "parameters"),
+    [
+        ("slerp", V, [V * 1.01], {"t": 0.3}, {"t": 0.3}),
+        ("slerp", V, [-V], {"t": 0.3}, {"t": 0.3}),
+        ("nuslerp", None, [V, -V], PAIR, THEIR_PAIR),
+        ("nuslerp", None, [V, 2 * V], PAIR, THEIR_PAIR),
+        ("nuslerp", V, [V, W], PAIR, THEIR_PAIR),
+        ("nuslerp", None, [V * 1e-9, W * 1e-10], PAIR, THEIR_PAIR),
+        ("nuslerp", None, [V, W], {"weights": [1.0, -1.0]}, {"weight": [1.0, -1.0]}),
+        ("multislerp", V, [2 * V, ZERO], {}, {"weight": [1.0, 1.0]}),
+        ("multislerp", V, [V, W, ZERO], {}, {"weight": [1.0, 1.0, 1.0]}),
+        ("karcher", None, [V, ZERO, W], {}, {}),
+        ("karcher", None, [ZERO, ZERO], {}, {}),
+        ("karcher", None, [V, -V], {}, {}),
+        ("karcher", None, [V, V, V], {}, {}),
+        ("model_stock", V, [V + W, V - W], {}, {}),
+        ("model_stock", V, [V, V], {}, {}),
+        ("model_stock", ZERO, [V * 1e-6, W * 1e-6], {}, {}),
+        ("task_arithmetic", V, [W, ZERO], {"weights": [1.0, -1.0]}, {"weight": [1.0, -1.0], "normalize": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_special_tensors_are_merged_as_mergekit_merges_them(
+    name: str, base: Tensor | None, models: list[Tensor], ours: dict[str, Any], parameters: dict[str, Any]
+) -> None:
+    exact = theirs(base, models, name, parameters, torch.float64)
+    merged = getattr(oracle, name)(base, models, **ours, dtype=torch.float64)
+    assert float((merged - exact).norm()) <= 1e-12 * (float(exact.norm()) + 1e-300)
+
+
+def test_slerp_from_a_zero_tensor_is_linear_here_and_at_a_right_angle_in_mergekit() -> None:
+    linear = oracle.slerp(ZERO, [V], t=0.5)
+    turned = theirs(ZERO, [V], "slerp", {"t": 0.5}, None)
+    assert torch.allclose(linear, 0.5 * V) and torch.allclose(turned, 0.5**0.5 * V)

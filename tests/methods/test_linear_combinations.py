@@ -251,8 +251,7 @@ def test_records_give_decisions_back(method: str, settings: dict[str, Any], coun
         {role: float(tensor.abs().max()) for role, tensor in case.sources.items()},
     )
     largest = float(expected(replace(case, out=SINGLE)).abs().max())
-    assert bound is None or largest <= bound * (1 + 1e-6)
-    assert (bound is None) == (task.layout in ("rows", "columns"))
+    assert bound is not None and largest <= bound * (1 + 1e-6)
 
 
 def _measured(case: ModelCase) -> Any:
