@@ -19,6 +19,8 @@ KEYS = {
     "sweep": ("run", "shape", "dtype", "case"),
     "kernels": ("run", "device", "shape", "dtype", "case"),
     "wer": ("run", "model", "variant"),
+    "methods": ("run", "shape", "dtype", "method", "program"),
+    "wer_methods": ("run", "model", "method", "set"),
 }
 """Columns that rows are found by; any other may be missing or blank."""
 

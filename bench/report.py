@@ -2,9 +2,10 @@
 
     python bench/report.py [--results DIR] [--readme FILE] [--check]
 
-Replaces what stands in the README between <!-- report:NAME --> and <!-- /report:NAME --> for every NAME of BLOCKS, and
-writes merge.png, kernels.png and wer.png beside the rows they show. Every figure comes from rows of the newest run of
-its case; what no row holds reads "not yet measured". --check writes nothing, and exits 1 if the README is stale.
+Replaces what stands in the README, and in docs/methods.md beside it, between <!-- report:NAME --> and
+<!-- /report:NAME --> for every NAME of BLOCKS and METHOD_BLOCKS, and writes merge.png, kernels.png and wer.png beside
+the rows they show. Every figure comes from rows of the newest run of its case; what no row holds reads "not yet
+measured". --check writes nothing, and exits 1 if a document is stale.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cases import CAVEATS
@@ -32,6 +33,7 @@ from figures import (
     table,
 )
 from report_merge import FULL_SYNC, HSA, MERGEKIT_SYNC, merge_block, merges
+from report_methods import methods_block, wer_methods_block
 from rows import RESULTS, ROOT, Row, newest
 
 from hsa.testing.whisper_config import SHAPES
@@ -240,8 +242,17 @@ BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {
 }
 
 
-def rewrite(readme: Path, folder: Path) -> tuple[str, list[str]]:
-    """The README's new text, and the names of the blocks that differ from the old."""
+METHOD_BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {
+    "methods": methods_block,
+    "wer-methods": wer_methods_block,
+}
+"""The blocks of docs/methods.md."""
+
+
+def rewrite(
+    readme: Path, folder: Path, blocks: Mapping[str, Callable[[Path, Image], list[str]]] = BLOCKS
+) -> tuple[str, list[str]]:
+    """A document's new text, and the names of the blocks that differ from the old."""
 
     def image(name: str, what: str) -> str:
         relative = Path(os.path.relpath(folder.resolve() / f"{name}.png", readme.resolve().parent))
@@ -249,7 +260,7 @@ def rewrite(readme: Path, folder: Path) -> tuple[str, list[str]]:
 
     text = readme.read_text(encoding="utf-8")
     stale = []
-    for name, block in BLOCKS.items():
+    for name, block in blocks.items():
         begins, ends = f"<!-- report:{name} -->", f"<!-- /report:{name} -->"
         if (text.count(begins), text.count(ends)) != (1, 1) or text.index(begins) > text.index(ends):
             raise SystemExit(f"{readme}: expected {begins} once and {ends} once after it; put in what is missing")
@@ -284,15 +295,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file that holds the markers")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is stale")
     options = parser.parse_args(arguments)
-    text, stale = rewrite(options.readme, options.results)
+    methods = options.readme.parent / "docs" / "methods.md"
+    documents = [(options.readme, BLOCKS), *([(methods, METHOD_BLOCKS)] if methods.is_file() else [])]
+    rewritten = [(path, *rewrite(path, options.results, blocks)) for path, blocks in documents]
     if options.check:
-        if stale:
-            print(f"{options.readme}: stale: {', '.join(stale)}; run make report", file=sys.stderr)
-        return int(bool(stale))
+        for path, _, stale in rewritten:
+            if stale:
+                print(f"{path}: stale: {', '.join(stale)}; run make report", file=sys.stderr)
+        return int(any(stale for _, _, stale in rewritten))
     draw(options.results)
-    if stale:
-        options.readme.write_text(text, encoding="utf-8")
-    print(f"{options.readme}: {'rewrote ' + ', '.join(stale) if stale else 'nothing to change'}")
+    for path, text, stale in rewritten:
+        if stale:
+            path.write_text(text, encoding="utf-8")
+        print(f"{path}: {'rewrote ' + ', '.join(stale) if stale else 'nothing to change'}")
     return 0
 
 
