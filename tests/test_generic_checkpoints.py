@@ -29,6 +29,8 @@ from helpers import (
 from transformers import AutoTokenizer, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import hsa
+from hsa.methods.registry import methods
+from hsa.methods.settings import declared
 from hsa.system.plugins import VARIABLE
 from hsa.testing.llama_checkpoints import CHAT_TEMPLATE, LICENCE, LlamaShape, write_llama, write_llamas
 
@@ -283,13 +285,13 @@ def test_task_arithmetic_adds_the_task_vectors_to_base(shards: int, tmp_path: Pa
 def test_a_list_over_layers_is_interpolated_over_those_of_the_llama(
     shared_llamas: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Three layers: 0.0, 0.5 and 1.0; the embedding lies before them, the last norm and the output after."""
+    """Three layers: 0.0, 0.5 and 1.0. What lies outside of layers takes the first value."""
     paths = [shared_llamas[role] for role in ("base", "model1", "model2")]
     found = read_tensors(task_arithmetic(paths, tmp_path / "out", lam=[0.0, 1.0]).output)
     base, one, two = map(read_tensors, paths)
     for name, tensor in base.items():
         layer = re.match(r"model\.layers\.(\d)\.", name)
-        factor = 0.5 * int(layer[1]) if layer else float(name != "model.embed_tokens.weight")
+        factor = 0.5 * int(layer[1]) if layer else 0.0
         expected = tensor + ((one[name] - tensor) * factor + (two[name] - tensor) * factor)
         assert raw_bytes(found[name]) == raw_bytes(expected), name
 
@@ -564,7 +566,8 @@ def test_hsa_names_the_families_that_have_heads(call: str, shared_llamas: dict[s
     }
     expected = (
         rf"^base {sources[0]} is not a Whisper checkpoint: its config.json has model_type 'llama', supported is "
-        r"'whisper'; method hsa merges attention heads, which are known of such a checkpoint alone; method linear, "
+        r"'whisper'; method hsa merges attention heads, which are known of such a checkpoint alone; a method that "
+        r"needs no heads merges it, such as karcher, linear or \w+$"
     )
     with pytest.raises(hsa.SourceError, match=expected) as caught:
         calls[call]()
@@ -671,3 +674,25 @@ def test_an_adapter_of_a_tied_embedding_is_refused(tied: bool, tmp_path: Path) -
         return
     with pytest.raises(hsa.RequestError, match=r"adapts embed_tokens.weight. Base ties its output projection to the"):
         task_arithmetic(paths, tmp_path / "out")
+
+
+WITHOUT_HEADS = [name for name, method in methods().items() if not method.needs_heads]
+
+
+@pytest.mark.parametrize("name", WITHOUT_HEADS)
+def test_every_method_without_heads_merges_llamas_that_load(name: str, tmp_path: Path) -> None:
+    method = methods()[name]
+    count = max(method.contract.least, min(3, method.contract.most))
+    base, *models = write_llamas(tmp_path / "sources", ("base", "one", "two", "three"), TIED, dtype="bfloat16").values()
+    sources: dict[str, Any] = {"models": models[:count]}
+    if method.contract.base != "none":
+        sources["base"] = base
+    without_default = (each for each in declared(method.Settings) if each.about.default_text == "required")
+    required = {each.name: 0.4 if each.about.high == 1.0 else 1e-4 for each in without_default}
+    output = hsa.merge(method=name, **sources, output=tmp_path / "out", sync=False, **required).output
+    found, first = read_tensors(output), read_tensors(models[0])
+    assert found.keys() == first.keys()
+    assert any(raw_bytes(found[each]) != raw_bytes(first[each]) for each in found)
+    model = load(output)
+    assert torch.isfinite(logits(model).float()).all()
+    assert hsa.verify(output, **sources).ok

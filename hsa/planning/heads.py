@@ -11,7 +11,7 @@ from hsa.methods.registry import methods
 from hsa.option_names import option
 from hsa.sources.checkpoint import Checkpoint
 
-MAX_NAMED = 4
+MAX_NAMED = 3
 """Methods that a message names."""
 
 
@@ -20,9 +20,10 @@ def require_heads(method: Method[Any, Any], checkpoint: Checkpoint) -> None:
     if not method.needs_heads or checkpoint.architecture.has_heads:
         return
     error = not_with_heads(checkpoint.config, f"{checkpoint.role} {checkpoint.path}")
-    others = [name for name, other in methods().items() if not other.needs_heads]
-    more = [*others[:MAX_NAMED], *([f"{len(others) - MAX_NAMED} more"] if len(others) > MAX_NAMED else [])]
-    remedy = f"; {option('method')} {listed(more, 'or')} needs no heads and merges it" if others else ""
+    others = [other for other in methods().values() if not other.needs_heads]
+    named = [other.name for other in sorted(others, key=lambda other: (other.contract.base != "none", other.name))]
+    such_as = listed(named[:MAX_NAMED], "or")
+    remedy = f"; a {option('method')} that needs no heads merges it, such as {such_as}" if named else ""
     raise SourceError(
         f"{error}; method {method.name} merges attention heads, which are known of such a checkpoint alone{remedy}"
     )
