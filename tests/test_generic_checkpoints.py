@@ -687,7 +687,7 @@ def test_every_method_without_heads_merges_llamas_that_load(name: str, tmp_path:
     sources: dict[str, Any] = {"models": models[:count]}
     if method.contract.base != "none":
         sources["base"] = base
-    without_default = (each for each in declared(method.Settings) if each.about.default_text == "required")
+    without_default = (each for each in declared(method.Settings) if each.about.required)
     required = {each.name: 0.4 if each.about.high == 1.0 else 1e-4 for each in without_default}
     output = hsa.merge(method=name, **sources, output=tmp_path / "out", sync=False, **required).output
     found, first = read_tensors(output), read_tensors(models[0])

@@ -104,8 +104,8 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 def _setting(each: Mapping[str, Any]) -> Iterator[str]:
     yield f"{INDENT}{command_line(each['argument'])}"
-    default = each["default_text"]
-    about = [default if default == "required" else f"default {default}"] if default else []
+    about = ["required"] if each["required"] else []
+    about += [f"default {each['default_text']}"] if each["default_text"] else []
     about += [each["range"]] if each["range"] else []
     about += [f"searched {each['search'][0]:g} to {each['search'][1]:g}"] if each["search"] else []
     about += ["one for each model"] if each["per_model"] else []

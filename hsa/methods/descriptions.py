@@ -5,10 +5,8 @@ Whatever a method's file declares is found here by itself: no other module lists
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from hsa.errors import RequestError
 from hsa.methods.base import Contract
 from hsa.methods.registry import AnyMethod
 from hsa.methods.settings import MAX_FLOAT32, Declared, Settings, declared
@@ -63,6 +61,7 @@ def _setting(each: Declared, *, common: bool) -> dict[str, Any]:
         "name": each.key,
         "argument": each.name,
         "help": about.help,
+        "required": about.required,
         "default": default,
         "default_text": default_text(each),
         "range": range_text(each),
@@ -86,6 +85,8 @@ def default_text(each: Declared) -> str:
         >>> [default_text(each) for each in declared(LinearSettings)][:2]
         ['1 each', 'on']
     """
+    if each.about.required:
+        return ""
     if each.about.default_text is not None:
         return each.about.default_text
     if isinstance(each.default, bool):
@@ -123,7 +124,7 @@ def range_text(each: Declared) -> str:
 
 def _commands(method: AnyMethod) -> dict[str, Any]:
     """Which commands take the method: where a patch cannot hold its merges, why."""
-    obstacle = next(_patch_obstacles(method), None)
+    obstacle = next(method.patch_obstacles(method.Settings()), None)
     return {
         "merge": True,
         "patch": obstacle is None,
@@ -134,12 +135,3 @@ def _commands(method: AnyMethod) -> dict[str, Any]:
         "merger": method.elementwise,
         "shows_heads": method.selects_heads,
     }
-
-
-def _patch_obstacles(method: AnyMethod) -> Iterator[str]:
-    """Why no patch can hold a merge with the method's defaults. One with a setting that has none says it without."""
-    try:
-        settings = method.Settings()
-    except RequestError:
-        settings = None
-    yield from method.patch_obstacles(settings)

@@ -22,7 +22,6 @@ PLUGIN = """
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hsa.errors import RequestError
 from hsa.methods.base import Contract, Method, ModelRole
 from hsa.methods.settings import MAX_FLOAT32, Settings, setting
 
@@ -30,18 +29,13 @@ from hsa.methods.settings import MAX_FLOAT32, Settings, setting
 @dataclass(frozen=True)
 class WordySettings(Settings):
     method: ClassVar[str] = "wordy"
-    t: float | None = setting(None, "Where.", low=0.0, high=1.0, axis=True, search=(0.25, 0.5), default_text="required")
+    t: float | None = setting(None, "Where.", low=0.0, high=1.0, axis=True, search=(0.25, 0.5), required=True)
     sharpness: float = setting(2.5, "How sharp.", low=0.5)
     least: float = setting(-1.0, "How low.", low=-MAX_FLOAT32, high=3.0)
     rounds: int = setting(7, "How often.", whole=True, low=1, high=9)
     kind: str = setting("one", "Which.", choices=("one", "two"), structural=True)
     plain: bool = setting(False, "Simply.")
     shares: float = setting(1.0, "Of each.", low=0.0, high=1.0, per_model=True, repeated=True, default_text="1 each")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.t is None:
-            raise RequestError("t is required")
 
 
 class Wordy(Method):
@@ -105,7 +99,7 @@ def test_json_has_every_method_as_it_is_declared(capsys: pytest.CaptureFixture[s
             assert (entry["low"], entry["high"]) == (one.about.low, one.about.high)
             assert entry["default"] == (list(one.default) if isinstance(one.default, tuple) else one.default)
             assert entry["search"] == (None if one.about.search is None else list(one.about.search))
-            assert entry["sweep"] == one.about.axis
+            assert (entry["sweep"], entry["required"]) == (one.about.axis, one.about.required)
 
 
 @pytest.mark.parametrize("name", [*methods(), "maximum", "wordy"])
@@ -145,7 +139,7 @@ def test_what_a_method_needs_of_a_model_and_gives_is_said(capsys: pytest.Capture
     text = " ".join(words(said(capsys, "hsa")))
     for expected in (
         "heads needs a Whisper",
-        "models 2 (primary, secondary)",
+        "(primary, secondary)",
         "--k Share of heads merged per tensor, 0 to 1; above 1 a percentage. (default 0.6; 0 to 100; searched 0.1 to ",
         "hsa merge --patch yes hsa sweep patches, or checkpoints with --full",
         "hsa inspect heads and their scores",
