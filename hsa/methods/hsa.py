@@ -228,8 +228,8 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     name = "hsa"
     title = "Headwise Selective Attention (HSA) merge"
     formula = (
-        "B + lambda_i * d_1 + (1 - lambda_i) * mean(d_j of the others by weight) in the share k of heads where the sum of "
-        "|d| is largest, lambda_i = lambda ** (alpha * (i + 1) / L) in layer i of L; M_1 elsewhere"
+        "B + lambda_i * d_1 + (1 - lambda_i) * mean(d_j of the others by weight) in the share k of heads where the "
+        "sum of |d| is largest, lambda_i = lambda ** (alpha * (i + 1) / L) in layer i of L; M_1 elsewhere"
     )
     source = "Shankar et al., Computer Speech & Language, 2026, 102012"
     contract = Contract(
