@@ -37,6 +37,7 @@ setup(
         "rich>=13,<16",
         "blake3>=1.0,<2",
         "pyyaml>=6.0.2,<7",
+        "threadpoolctl>=3.5,<4",
     ],
     extras_require={
         "mergekit": ["mergekit>=0.1.5,<0.2"],

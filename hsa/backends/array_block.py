@@ -95,7 +95,10 @@ class ArrayBlock(Block):
         vector = self._computed.get(key)
         if vector is None:
             out = self._scratch.get(key, self.shape)
-            vector = self._computed[key] = np.subtract(self.weights(role), self.weights(BASE), out=out)
+            weights = self._computed.get(role)
+            if weights is None:  # widened in the memory of the vector, so that it needs no more
+                weights = widen(self.task.sources[role].code, self.raw(role), out)
+            vector = self._computed[key] = np.subtract(weights, self.weights(BASE), out=out)
         return vector
 
     def room(self, role: str) -> Float32:

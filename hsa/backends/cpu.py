@@ -7,7 +7,7 @@ so the merged bytes are those of the formula as written.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,15 @@ from hsa.methods.copied import COPIED, untouched_groups
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask
 from hsa.planning.file_layout import Computed
+from hsa.system import lapack
 from hsa.system.dtypes import STORAGE, Array, Float32, all_finite, narrow, widen
 
 RUN = 1 << 18
 """Elements of neighbouring groups that are computed at a time for patches: with two threads, operations on twice the
 elements of one head took two thirds of the time for each, and on the elements of twelve again as long as on one."""
+
+
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class CpuWorker:
     def __init__(self, method: Method[Any, Any], settings: Settings, scratch: Scratch | None = None) -> None:
         self.method, self.settings = method, settings
         self._scratch = scratch or Scratch()
+        self._numerics: AbstractContextManager[None] = lapack.one_thread if "lapack" in method.libraries else _AS_IT_IS
 
     def with_settings(self, settings: Settings) -> CpuWorker:
         """The same worker for other settings, with the same memory: one of the two at a time."""
@@ -130,7 +135,8 @@ class CpuWorker:
                     continue
                 if check:
                     _check_block(block, group)
-                self._apply_block(block, decision, result[place], in_place=in_place)
+                with self._numerics:
+                    self._apply_block(block, decision, result[place], in_place=in_place)
                 if not all_finite(task.out_code, result[place]):
                     raise NotFinite(None, group)
 
@@ -216,7 +222,8 @@ class CpuWorker:
         """What the method measures of a block in one pass, whose sources the first pass checks where it does not."""
         if number == 0 and not self.method.checks_sources:
             _check_block(block, block.group)
-        return self.method.measure(block, number, so_far)
+        with self._numerics:
+            return self.method.measure(block, number, so_far)
 
     def _apply_block(self, block: ArrayBlock, decision: Any, out: Array, *, in_place: bool) -> None:
         """Write the merged values of a block, rounded to the output's element type; `in_place` over the anchor's."""

@@ -23,6 +23,7 @@ from hsa.planning.file_layout import Computed
 from hsa.sources.source_set import Sources
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import Array, size
+from hsa.system.threads import usable_cores
 
 BUDGET_BYTES = 80 << 20
 """Memory of all computations under way: four targets of large-v3 in float32, whatever the number of threads."""
@@ -48,6 +49,7 @@ class BufferPool:
         self.backend = backend
         self._lock = threading.Condition()
         self._in_use = 0
+        self._budget = BUDGET_BYTES
         self._spare: list[Array] = []
 
     def buffer(self, nbytes: int) -> Array:
@@ -73,10 +75,16 @@ class BufferPool:
         finally:
             self.release(cost)
 
+    def widen(self, budget: int) -> None:
+        """Let computations under way take so much memory, if that is more than they may take now."""
+        with self._lock:
+            self._budget = max(self._budget, budget)
+            self._lock.notify_all()
+
     def take(self, cost: int) -> None:
         """As `reserve`, until `release`."""
         with self._lock:
-            while cost and self._in_use and self._in_use + cost > BUDGET_BYTES:
+            while cost and self._in_use and self._in_use + cost > self._budget:
                 self._lock.wait()
             self._in_use += cost
 
@@ -115,6 +123,15 @@ class Calculator:
 
     def give_back(self, buffer: Array) -> None:
         self.pool.give_back(buffer)
+
+    def cost(self, tasks: Sequence[TensorTask]) -> int:
+        """Bytes of memory that computing these tensors at once takes. Where a method's own work takes most of it, the
+        budget is widened, so that every core computes one of the largest."""
+        work = sum(self.method.work_bytes(task, self.settings) for task in tasks)
+        cost = work + sum(map(self.backend.cost, tasks))
+        if work:
+            self.pool.widen(usable_cores() * cost)
+        return cost
 
     def ordered(self, targets: Sequence[TensorTask]) -> tuple[Outcome, ...]:
         """The outcomes of these targets, which all were computed."""
@@ -182,7 +199,7 @@ class ComputeThread:
         if not first.whole:
             return [self._slice(first)]
         tasks = [content.task for content in contents]
-        with self._shared.pool.reserve(sum(map(self._shared.backend.cost, tasks))):
+        with self._shared.pool.reserve(self._shared.cost(tasks)):
             return self._merge(tasks)
 
     def _merge(self, tasks: Sequence[TensorTask]) -> list[Computation]:

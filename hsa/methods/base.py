@@ -207,7 +207,8 @@ class Method(ABC, Generic[S, D]):
     contract: ClassVar[Contract] = Contract()
     Settings: ClassVar[type[Any]]
     libraries: ClassVar[tuple[str, ...]] = ()
-    """Packages that the bytes of an output depend on, besides numpy; the record names their versions."""
+    """Packages that the bytes of an output depend on, besides numpy; the record names their versions. `lapack` stands
+    for the library behind numpy's linear algebra, which then runs with one thread, so that results repeat."""
     elementwise: ClassVar[bool] = True
     """Whether measure, decide and apply say all. Other methods work on whole tensors, by a backend's own code."""
     writes_out_last: ClassVar[bool] = False
@@ -217,6 +218,11 @@ class Method(ABC, Generic[S, D]):
     """Whether it merges attention heads, and so takes only models of the families whose heads are known."""
     selects_heads: ClassVar[bool] = False
     """Whether its decisions say which attention heads are merged, and by which scores, as `inspect` shows them."""
+    tolerance: ClassVar[float] = 0.0
+    """How far the values of a tensor that is computed whole may lie from those of another machine, relative to the
+    tensor's norm: 0 where every machine gives the same bytes."""
+    approximate: ClassVar[tuple[str, ...]] = ()
+    """Keys of recorded decisions whose numbers may differ between machines by as much, relative to themselves."""
     checks_sources: ClassVar[bool] = False
     """Whether `gather` finds sources that are not finite by the sums, so that the engine need not look for them."""
 
@@ -308,6 +314,11 @@ class Method(ABC, Generic[S, D]):
         """A bound on the magnitude of a tensor's merged values, by the largest magnitudes in the sources; None where it
         is not known. A tensor that might overflow is computed beside its place before it is written there."""
         return None
+
+    def work_bytes(self, task: TensorTask, settings: S) -> int:
+        """Bytes of memory that computing a tensor takes beside its bytes in the sources and in the output, where that
+        is more than some blocks of it."""
+        return 0
 
     # --- what is said of a merge ---------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from hsa.planning.plan import Plan
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
-from hsa.system import manifest
+from hsa.system import lapack, manifest
 from hsa.system.digests import digest_of
 from hsa.system.manifest import BLANK_DIGEST
 
@@ -112,4 +112,5 @@ def tensors_digest(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> st
 def libraries(extra: Iterable[str] = ()) -> dict[str, str]:
     """Versions of what the bytes of an output depend on; `extra` is what a method needs (`Method.libraries`)."""
     names = ["numpy", "blake3", "huggingface_hub", *extra]
-    return {"python": platform.python_version(), **{name: version(name) for name in sorted(names)}}
+    versions = {name: lapack.description() if name == "lapack" else version(name) for name in sorted(names)}
+    return {"python": platform.python_version(), **versions}

@@ -22,13 +22,17 @@ WATCH_SECONDS = 0.02
 """Between two looks at threads that work."""
 
 
+def usable_cores() -> int:
+    """The cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
 def default_threads() -> int:
     """The cores this process may use and one more, at most 8."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:
-        cores = os.cpu_count() or 1
-    return min(cores + EXTRA_THREADS, MAX_THREADS)
+    return min(usable_cores() + EXTRA_THREADS, MAX_THREADS)
 
 
 def check_threads(threads: int | None) -> None:

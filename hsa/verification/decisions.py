@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,11 +52,11 @@ def is_recorded(target: TensorRecord, task: TensorTask) -> bool:
 def other_decision(method: Method[Any, Any], recorded: Any, decision: Any) -> str | None:
     """How a recorded decision differs from the one that follows from the sources; None where it does not.
 
-    They are compared as the record writes them.
+    They are compared as the record writes them; numbers that differ between machines, up to the method's tolerance.
     """
     before, after = decision_dict(method, recorded), decision_dict(method, decision)
     for key in after:
-        if before.get(key) != after[key]:
+        if before.get(key) != after[key] and not (key in method.approximate and _near(method, before, after, key)):
             return f": {key} {shown(before.get(key))} is recorded, the sources give {shown(after[key])}"
     return None
 
@@ -69,3 +70,9 @@ def other_decisions(
             what = other_decision(method, recorded[outcome.task.name], outcome.decision)
             if what is not None:
                 yield f"the decision for {outcome.task.output_name} does not follow from the sources{what}"
+
+
+def _near(method: Method[Any, Any], before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> bool:
+    """Whether a recorded number lies within the method's tolerance."""
+    one, other = before.get(key), after[key]
+    return isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=method.tolerance)

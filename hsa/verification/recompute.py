@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from hsa.system.manifest import PROVENANCE
 from hsa.system.ranges import Range
 from hsa.verification.context import SourcePaths, VerifyContext
 from hsa.verification.decisions import Answers, other_decisions, recorded_decisions
+from hsa.verification.distances import TensorDistances
 from hsa.verification.output_checks import head_text
 from hsa.verification.problems import Problems
 from hsa.verification.source_checks import (
@@ -63,10 +64,16 @@ class _ByteDifference:
 
 
 class ByteComparer:
-    """Takes the pieces of a merge as a writer would, and compares each with the file; one piece a thread in memory."""
+    """Takes the pieces of a merge as a writer would, and compares each with the file; one piece a thread in memory.
 
-    def __init__(self, directory: Path, tally: Tally, problems: Problems) -> None:
+    `tolerance` is how far tensors that are computed whole may lie from what is computed here, relative to their norms
+    (`Method.tolerance`); `near` are the distances of those that differ by no more, by the file's and the tensor's name.
+    """
+
+    def __init__(self, directory: Path, tally: Tally, problems: Problems, tolerance: float = 0.0) -> None:
         self._directory, self._tally, self._problems = directory, tally, problems
+        self._tolerance, self._distances = tolerance, TensorDistances()
+        self.near: dict[str, dict[str, float]] = {}
         self._files: list[OutputFile] = []
         self._sources: list[SourceFile | None] = []
         self._starts: list[list[int]] = []
@@ -95,12 +102,16 @@ class ByteComparer:
             self._local.buffer = np.empty(CACHED_PIECE, dtype=np.uint8)
         written = self._local.buffer[:count]
         source.read_into(written.data, start)
-        differs = written != np.frombuffer(view[:count], dtype=np.uint8)
-        if not differs.any():
+        expected = np.frombuffer(view[:count], dtype=np.uint8)
+        differs = written != expected
+        if not differs.any() and not self._tolerance:
             return
         segments, starts = self._files[number].segments, self._starts[number]
         for segment in segments[bisect_right(starts, start) - 1 : bisect_left(starts, start + count)]:
             low, high = max(0, segment.offset - start), min(count, segment.stop - start)
+            if self._is_approximate(segment):
+                part = slice(low, high)
+                self._distances.add(segment, start + low - segment.offset, written[part], expected[part])
             count_in_segment = int(np.count_nonzero(differs[low:high]))
             if count_in_segment:
                 at = low + int(differs[low:high].argmax())
@@ -118,13 +129,15 @@ class ByteComparer:
                 source.close()
 
     def report(self, *, other_sources: bool) -> bool:
-        """Add a problem for each tensor that differs; one a file where the sources are not the recorded ones. Whether
-        every file is there, as large as it should be, and no tensor differs."""
+        """Add a problem for each tensor that differs by more than the tolerance; one a file where the sources are not
+        the recorded ones. Whether every file is there, as large as it should be, and no tensor differs so much."""
+        differing = False
         for file, differences in zip(self._files, self._differences, strict=True):
-            ordered = sorted(differences.values(), key=lambda d: d.offset)
+            ordered = sorted(self._far(file, differences.values()), key=lambda d: d.offset)
+            differing = differing or bool(ordered)
             named = 0 if other_sources else MAX_NAMED
             for difference in ordered[:named]:
-                self._problems.add(file.name, _describe(difference))
+                self._problems.add(file.name, self._describe(difference))
             if len(ordered) > named:
                 more = "" if other_sources else "more "
                 self._problems.add(
@@ -132,7 +145,28 @@ class ByteComparer:
                     f"{len(ordered) - named} {more}tensors are not what the sources give, such as "
                     f"{_name(ordered[named].segment)}",
                 )
-        return not self._unfit and not any(self._differences)
+        return not self._unfit and not differing
+
+    def _is_approximate(self, segment: Segment) -> bool:
+        content = segment.content
+        return self._tolerance > 0.0 and isinstance(content, Computed) and content.task.layout == "whole"
+
+    def _far(self, file: OutputFile, differences: Iterable[_ByteDifference]) -> Iterator[_ByteDifference]:
+        """The differences that are beyond the tolerance; the others are put down in `near`."""
+        for difference in differences:
+            if self._is_approximate(difference.segment):
+                distance = self._distances.distance(difference.segment)
+                if distance <= self._tolerance:
+                    self.near.setdefault(file.name, {})[_name(difference.segment)] = distance
+                    continue
+            yield difference
+
+    def _describe(self, difference: _ByteDifference) -> str:
+        text = _describe(difference)
+        if not self._is_approximate(difference.segment):
+            return text
+        distance = self._distances.distance(difference.segment)
+        return f"{text}; it lies {distance:.2g} of its norm away, and at most {self._tolerance:g} is rounding"
 
     def _open(self, file: OutputFile) -> SourceFile | None:
         try:
@@ -234,7 +268,7 @@ def _compare(
 ) -> Answers:
     plan = make_plan(request.settings, sources, request.shard_bytes)
     assets = collect_small_files(request, sources, plan, context.tally)
-    comparer = ByteComparer(directory, context.tally, context.problems)
+    comparer = ByteComparer(directory, context.tally, context.problems, plan.method.tolerance)
     total, progress = plan.bytes_to_write, context.progress
     step = None if progress is None else lambda done: progress(done, total)
     recorded = recorded_decisions(provenance.record.targets, plan.targets)
@@ -261,7 +295,11 @@ def _compare(
         recorded,
     )
     files = dict(assets.files) if plan.index is None else {**assets.files, INDEX: plan.index}
-    weights = {file.name: digests.get(file.name) for file in plan.files}
+    context.notes.extend(_near_notes(comparer.near, plan.method.tolerance))
+    weights = {
+        file.name: provenance.files.get(file.name) if file.name in comparer.near else digests.get(file.name)
+        for file in plan.files
+    }
     for name, data in metadata_files(record, files, weights, digest=request.digest):
         if name == PROVENANCE:
             _compare_provenance(provenance, data, directory, context)
@@ -269,6 +307,18 @@ def _compare(
             _compare_small(directory, name, data, context, _version_hint(provenance.record) if name == CARD else "")
     same_targets = len(recorded) == len(plan.targets) == len(provenance.record.targets)
     return Answers(bytes_follow, same_targets and not unlike)
+
+
+def _near_notes(near: Mapping[str, Mapping[str, float]], tolerance: float) -> Iterator[str]:
+    """What is said of tensors that differ by rounding alone."""
+    distances = {name: distance for of_file in near.values() for name, distance in of_file.items()}
+    if distances:
+        farthest = max(distances, key=lambda name: distances[name])
+        yield (
+            f"{len(distances)} tensors have other bytes than are computed here, and lie no further away than another "
+            f"library or processor rounds: at most {distances[farthest]:.2g} of their norms ({farthest}), where "
+            f"{tolerance:g} is allowed"
+        )
 
 
 def _as_recorded(record: Record, written: Record, recorded: Mapping[str, Any]) -> Record:

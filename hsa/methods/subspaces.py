@@ -1,0 +1,327 @@
+"""Singular value decompositions for the subspace methods: directions of task vectors, polar factors, what they make.
+
+A decomposition comes from the Gram matrix of the smaller side in float64: `A'A = W S^2 W'`, `U = A W / S`. Squaring
+halves the digits, and float64 has enough: what counts as zero ends at `max(m, n) * 2**-23` of the largest singular
+value, so the relative error of the smallest that is kept stays below 1e-6. Matrices of up to `SMALL` rows and columns,
+where zero begins lower, are decomposed themselves.
+
+Results depend on numpy's LAPACK and on the number of its threads: a backend runs methods that name `lapack` among their
+libraries with one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from hsa.system.dtypes import Array
+
+Orthogonalize = Literal["polar", "newton-schulz"]
+
+EPS = 2.0**-23
+"""The spacing of float32 numbers at 1. Task vectors are float32, so no direction is known better than by this."""
+
+SMALL = 256
+"""Rows and columns up to which a matrix is decomposed itself, not its Gram matrix."""
+
+START = 1.5
+"""The largest singular value that Newton-Schulz begins with at most; it converges from below the root of 3."""
+
+RESIDUAL = 1e-6
+"""The residual of Newton-Schulz at which it ends: the largest norm of a column of the Gram matrix minus identity."""
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Singular triples of a matrix [m, n], the largest first, in float64.
+
+    `values` are the singular values that do not count as zero; `zeros` is how many do. `left` [m, q] and `right` [n, q]
+    are the singular vectors of the first q of them.
+    """
+
+    left: Array
+    right: Array
+    values: Array
+    zeros: int
+
+    @property
+    def count(self) -> int:
+        """How many of them have their vectors here."""
+        return int(self.left.shape[1])
+
+
+def directions(matrix: Array, count: int, *, largest: float | None = None, zeros: int | None = None) -> Directions:
+    """The first directions of a float64 matrix [m, n], at most `count`.
+
+    Those with `s <= max(m, n) * EPS * s_1` count as zero; `largest` takes the place of `s_1`. Where `zeros` is given,
+    so many count as zero instead: ValueError where that cannot be.
+
+    Example:
+        >>> import numpy as np
+        >>> found = directions(np.diag([3.0, 2.0, 0.0]), 1)
+        >>> found.values, found.zeros, found.count
+        (array([3., 2.]), 1, 1)
+    """
+    import numpy as np
+
+    left, values, right = _decompose(matrix)
+    largest = float(values.max(initial=0.0)) if largest is None else largest
+    kept = int(np.count_nonzero(values > max(matrix.shape) * EPS * largest))
+    if zeros is not None:
+        kept = len(values) - zeros
+        if not 0 <= kept <= np.count_nonzero(values):
+            raise ValueError(f"{zeros} of {len(values)} directions cannot be the zeros of this matrix")
+    zeros, values = len(values) - kept, values[:kept]
+    count = min(count, kept)
+    if left is None:
+        left = (matrix @ right[:, :count]) / values[:count]
+    elif right is None:
+        right = (matrix.T @ left[:, :count]) / values[:count]
+    return Directions(left[:, :count], right[:, :count], values, zeros)
+
+
+def _decompose(matrix: Array) -> tuple[Any, Array, Any]:
+    """Left singular vectors, singular values and right singular vectors, the largest first; None in the place of the
+    vectors of the longer side where those of the shorter one were computed alone."""
+    import numpy as np
+
+    rows, columns = matrix.shape
+    if max(rows, columns) <= SMALL or not rows or not columns:
+        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        return left, values, right.T
+    squares, vectors = np.linalg.eigh(_gram(matrix))
+    values = np.sqrt(np.maximum(squares[::-1], 0.0))
+    vectors = vectors[:, ::-1]
+    return (None, values, vectors) if columns <= rows else (vectors, values, None)
+
+
+def largest_singular_value(matrix: Array) -> float:
+    """`s_1` of a float64 matrix; 0 of an empty one."""
+    import numpy as np
+
+    if not matrix.size:
+        return 0.0
+    if max(matrix.shape) <= SMALL:
+        return float(np.linalg.norm(matrix, 2))
+    return math.sqrt(max(0.0, float(np.linalg.eigvalsh(_gram(matrix))[-1])))
+
+
+def polar_factor(matrix: Array) -> Array:
+    """`U V'` of a float64 matrix `U S V'`, without the directions that count as zero."""
+    import numpy as np
+
+    factor: Array
+    rows, columns = matrix.shape
+    if max(rows, columns) <= SMALL or not rows or not columns:
+        found = directions(matrix, min(rows, columns))
+        factor = found.left @ found.right.T
+        return factor
+    squares, vectors = np.linalg.eigh(_gram(matrix))
+    values = np.sqrt(np.maximum(squares, 0.0))
+    kept = values > max(rows, columns) * EPS * values[-1]
+    vectors = vectors[:, kept]
+    root = (vectors / values[kept]) @ vectors.T
+    factor = matrix @ root if columns <= rows else root @ matrix
+    return factor
+
+
+def newton_schulz(matrix: Array, bound: float) -> Array | None:
+    """The polar factor of a float64 matrix by the Newton-Schulz iteration; None where it has not converged.
+
+    `X <- X (3 - X'X) / 2`, or `(3 - XX') X / 2` where there are more columns than rows. `bound` is at least the largest
+    singular value. It is given fewer steps than a singular value takes that counts as zero.
+    """
+    import numpy as np
+
+    rows, columns = matrix.shape
+    if not rows or not columns:
+        return matrix
+    x: Array = matrix * (START / bound)
+    left = _steps(max(rows, columns))
+    while True:
+        step = _gram(x)
+        diagonal = np.einsum("ii->i", step)
+        diagonal -= 1.0
+        residual = math.sqrt(float(np.einsum("ij,ij->j", step, step).max()))
+        if residual <= RESIDUAL or left == 0:
+            return x if residual <= RESIDUAL else None
+        left -= 1
+        step *= -0.5
+        diagonal += 1.0
+        x = x @ step if columns <= rows else step @ x
+
+
+def _steps(longer: int) -> int:
+    """Steps of Newton-Schulz: two fewer than the largest singular value takes that counts as zero. One fewer might be
+    enough for it, for a residual is spread over the columns."""
+    x, steps = START * longer * EPS, -2
+    while abs(1.0 - x * x) > RESIDUAL:
+        x, steps = x * (3.0 - x * x) / 2.0, steps + 1
+    return max(steps, 0)
+
+
+def _gram(matrix: Array) -> Array:
+    """The Gram matrix of the shorter side."""
+    rows, columns = matrix.shape
+    gram: Array = matrix.T @ matrix if columns <= rows else matrix @ matrix.T
+    return gram
+
+
+# --- what the methods make of them ---------------------------------------------------------------------------------
+
+
+def boosted(values: Array, beta: float) -> Array:
+    """Singular values, largest first, with those after the first at which their running sum reaches `beta` of the whole
+    raised to it.
+
+    Example:
+        >>> import numpy as np
+        >>> boosted(np.array([4.0, 3.0, 2.0, 1.0]), 0.5)
+        array([4., 3., 3., 3.])
+    """
+    import numpy as np
+
+    if not values.size:
+        return values
+    running = np.cumsum(values)
+    at = min(int(np.count_nonzero(running < beta * running[-1])), len(values) - 1)
+    raised: Array = np.maximum(values, values[at])
+    return raised
+
+
+def common_and_own(rank: int, models: int, common_share: float) -> tuple[int, int]:
+    """How many directions Iso-CTS takes of the sum of the task vectors, and of each of them, `rank` in all.
+
+    The models' part is rounded to a multiple of their number (half to even), down where up would exceed `rank`.
+
+    Example:
+        >>> common_and_own(768, 3, 0.8)
+        (615, 51)
+    """
+    own = min(round((rank - int(common_share * rank)) / models), rank // models)
+    return rank - models * own, own
+
+
+@dataclass(frozen=True, eq=False)
+class Displacement:
+    """What a method adds to base at a lambda of 1, float64 [m, n], and how it came to it.
+
+    `taken` and `zeros` are the directions that were taken of each matrix that was decomposed, and those that counted as
+    zero. `scale` is the mean of the spectrum where all directions have it. `replaced` counts the polar factors for
+    which Newton-Schulz had not converged.
+    """
+
+    matrix: Array
+    taken: tuple[int, ...]
+    zeros: tuple[int, ...]
+    scale: float | None = None
+    replaced: int = 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a record says of a matrix, so that it is not found out: its `zeros` and its `scale`."""
+
+    zeros: tuple[int, ...]
+    scale: float | None
+
+    def of(self, number: int) -> int:
+        """The zeros of a matrix that was decomposed. IndexError where there are fewer."""
+        return self.zeros[number]
+
+
+def task_singular_vectors(
+    vectors: Sequence[Array],
+    counts: Sequence[int],
+    beta: float | None = None,
+    how: Orthogonalize = "polar",
+    known: Known | None = None,
+) -> Displacement:
+    """TSV-M of task vectors float32 [m, n]: the first directions of each, as many as `counts` says, put together.
+
+    Singular values are `boosted` by `beta` before, unless it is None.
+    """
+    import numpy as np
+
+    parts, values = [], []
+    for number, (vector, count) in enumerate(zip(vectors, counts, strict=True)):
+        part = directions(vector.astype(np.float64), count, zeros=None if known is None else known.of(number))
+        values.append((part.values if beta is None else boosted(part.values, beta))[: part.count])
+        parts.append(part)
+    left, left_replaced = _polar_of_parts([part.left for part in parts], how)
+    right, right_replaced = _polar_of_parts([part.right for part in parts], how)
+    left = left * np.concatenate(values)
+    return _put_together(parts, left @ right.T, None, left_replaced + right_replaced)
+
+
+def isotropic(vectors: Sequence[Array], counts: Sequence[int], known: Known | None = None) -> Displacement:
+    """Iso-C of task vectors float32 [m, n]: their sum, with all singular values that do not count as zero replaced by
+    their mean. `counts` is how many there are at most."""
+    [most] = counts
+    part = directions(_sum(vectors), most, zeros=None if known is None else known.of(0))
+    scale = _mean(part.values) if known is None or known.scale is None else known.scale
+    return _put_together([part], (part.left * scale) @ part.right.T, scale)
+
+
+def common_and_specific(vectors: Sequence[Array], counts: Sequence[int], known: Known | None = None) -> Displacement:
+    """Iso-CTS of task vectors float32 [m, n]: the first directions of their sum and the first of what each has beside
+    those, put together with the mean of their singular values. `counts` says how many of the sum, then of each."""
+    import numpy as np
+
+    part = directions(_sum(vectors), counts[0], zeros=None if known is None else known.of(0))
+    parts, common = [part], part.left
+    for number, (vector, count) in enumerate(zip(vectors, counts[1:], strict=True), 1):
+        beside = vector.astype(np.float64)
+        zeros = None if known is None else known.of(number)
+        largest = largest_singular_value(beside) if zeros is None and count else 0.0
+        beside -= common @ (common.T @ beside)
+        parts.append(directions(beside, count, largest=largest, zeros=zeros))
+    left, _ = _polar_of_parts([part.left for part in parts], "polar")
+    right, _ = _polar_of_parts([part.right for part in parts], "polar")
+    scale = known.scale if known is not None else None
+    if scale is None:
+        scale = _mean(np.concatenate([part.values[: part.count] for part in parts]))
+    return _put_together(parts, (left * scale) @ right.T, scale)
+
+
+def _put_together(
+    parts: Sequence[Directions], matrix: Array, scale: float | None = None, replaced: int = 0
+) -> Displacement:
+    taken, zeros = tuple(part.count for part in parts), tuple(part.zeros for part in parts)
+    return Displacement(matrix, taken, zeros, scale, replaced)
+
+
+def _polar_of_parts(parts: Sequence[Array], how: Orthogonalize) -> tuple[Array, bool]:
+    """The polar factor of matrices side by side, each with orthonormal columns, and whether Newton-Schulz, if that was
+    asked for, had to be replaced."""
+    import numpy as np
+
+    matrix = np.concatenate(parts, axis=1)
+    factor = newton_schulz(matrix, math.sqrt(len(parts))) if how == "newton-schulz" else None
+    return (polar_factor(matrix), how == "newton-schulz") if factor is None else (factor, False)
+
+
+def _sum(vectors: Sequence[Array]) -> Array:
+    import numpy as np
+
+    first, *others = vectors
+    total = first.astype(np.float64)
+    for vector in others:
+        total += vector
+    return total
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if values.size else 0.0
+
+
+def work_bytes(rows: int, columns: int, models: int, taken: int) -> int:
+    """Bytes of memory, about, that a matrix takes while it is merged with so many directions in all: float32 copies of
+    what is read and written, the matrix in float64, singular vectors three times over, and the workspace of LAPACK."""
+    elements, short = rows * columns, min(rows, columns)
+    float32 = (models + 3) * elements * 4
+    vectors = 3 * (rows + columns) * taken * 8
+    return float32 + elements * 8 + vectors + 6 * min(max(short, taken), max(rows, columns)) ** 2 * 8
