@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 from helpers import edit_json, merged, poke, raw_bytes, read_tensors, run_hsa, same_tensors, snapshot, write_tensors
+from merge_oracle import arguments
+from several_models import with_more
 
 import hsa
 from hsa.cli.app import run
@@ -343,7 +345,10 @@ def test_a_bad_document_is_one_line(
         ({"role": "third"}, "the role of {secondary} is 'third', expected primary or secondary"),
         ({"role": "primary"}, "{primary} and {secondary} both have the role primary"),
         ({"role": "secondary", "k": 0.5}, "k stands under {secondary}"),
-        ({"weight": 0.5}, "{secondary} has a parameter 'weight'"),
+        ({"density": 0.5}, "{secondary} has a parameter 'density'; merge_method hsa knows role and weight there"),
+        ({"weight": 200}, "weight must be in [-100, 100], got 200"),
+        ({"weight": 0}, "weights 0 of the secondaries sum to 0"),
+        ({"role": "primary", "weight": 2}, "{primary} and {secondary} both have the role primary"),
     ],
     ids=str,
 )
@@ -355,15 +360,38 @@ def test_a_wrong_role_is_one_line(
     assert message.format(**float32) in refused(tmp_path, document, capsys)
 
 
-def test_base_cannot_be_primary_and_three_are_too_many(
+def test_a_weight_belongs_to_a_secondary(float32: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = recipe(float32)
+    document["models"][0]["parameters"] = {"role": "primary", "weight": 2}
+    assert f"{float32['primary']} is primary, which lambda weighs" in refused(tmp_path, document, capsys)
+    assert "weight belongs under each secondary" in refused(
+        tmp_path, recipe(float32, parameters={"weight": 0.5}), capsys
+    )
+
+
+def test_further_secondaries_are_merged_in_their_order(float32: Triple, tmp_path: Path) -> None:
+    sources = with_more(float32, tmp_path / "more", 4)
+    order = ("secondary", "primary", "model3", "model4")
+    models: list[dict[str, object]] = [{"model": str(sources[role])} for role in order]
+    models[1]["parameters"] = {"role": "primary"}
+    models[2]["parameters"] = {"role": "secondary", "weight": 0.25}
+    document = {"merge_method": "hsa", "base_model": str(sources["base"]), "models": models, "parameters": {"k": 0.5}}
+    out = mergekit(tmp_path, document)
+    hsa.merge(**arguments(sources), output=tmp_path / "hsa", k=0.5, weights=[1.0, 0.25, 1.0], sync=False)
+    same_tensors(out, tmp_path / "hsa")
+
+
+def test_base_cannot_be_primary_and_nine_are_too_many(
     float32: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = recipe(float32)
     document["models"][1] = {"model": str(float32["base"]), "parameters": {"role": "secondary"}}
     assert "is base_model and cannot have the role 'secondary'" in refused(tmp_path, document, capsys)
     document = recipe(float32)
-    document["models"].append({"model": str(tmp_path / "third")})
-    assert "got 3" in refused(tmp_path, document, capsys)
+    document["models"] += [{"model": str(tmp_path / f"further{number}")} for number in range(7)]
+    assert "merges 2 to 8 models besides base_model, primary and secondaries, got 9" in refused(
+        tmp_path, document, capsys
+    )
 
 
 def test_another_architecture_is_one_line(float32: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
