@@ -106,7 +106,7 @@ def test_options_of_every_method_are_offered_and_say_whose_they_are(
     monkeypatch.setenv("COLUMNS", "80")
     assert app.run(["merge", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"--method NAME How to merge: hsa, .*mean.*\. \[default: hsa\]", text)
+    assert re.search(r"--method NAME How to merge: .*hsa, .*mean.*\. \[default: hsa\]", text)
     assert re.search(r"--k NUMBER hsa[^:]*: Share of heads merged", text)
     assert "--share NUMBER mean: Share of the first model. [default: 0.5]" in text
     assert "--normalise / --no-normalise mean: Leave weights as they are." in text
