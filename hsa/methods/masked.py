@@ -165,7 +165,7 @@ class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
     def read_blend(self, entry: Mapping[str, Any], settings: S) -> Blend:
         """The part of a recorded decision that all these methods have."""
         weights, factors = tuple(map(number, entry["weights"])), tuple(map(positive, entry["rescale"]))
-        if len(weights) != len(factors) or not weights:
+        if len(weights) != len(factors) or not 1 <= len(weights) <= self.contract.most:
             raise ValueError(f"{len(weights)} weights and {len(factors)} factors do not fit")
         return Blend(weights, factors, between(entry["lambda"], -MAX_FLOAT32, MAX_FLOAT32), settings.normalize)
 

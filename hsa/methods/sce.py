@@ -187,8 +187,8 @@ class Sce(ModelMethod[SceSettings, Any]):
     def read_entry(self, entry: Mapping[str, Any], settings: SceSettings) -> Selected:
         threshold = None if entry["threshold"] is None else between(entry["threshold"], 0.0, math.inf)
         shares = tuple(between(share, 0.0, MOST) for share in entry["shares"])
-        if not shares:
-            raise ValueError("expected a share for each model")
+        if not 1 <= len(shares) <= self.contract.most:
+            raise ValueError(f"expected a share for each of at most {self.contract.most} models, found {len(shares)}")
         return Selected(threshold, count(entry["kept"]), shares)
 
     def longest_decision(self, task: TensorTask, number: float) -> Selected:

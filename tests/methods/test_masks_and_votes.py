@@ -218,6 +218,8 @@ def test_a_record_gives_the_decision_back(method: str) -> None:
         ("ties", {"kept": [1]}),
         ("ties", {"kept": [-1, 2]}),
         ("ties", {"weights": []}),
+        ("ties", {"weights": [1.0] * 60, "rescale": [1.0] * 60, "thresholds": [0.0] * 60, "kept": [1] * 60}),
+        ("sce", {"shares": [0.01] * 60}),
         ("ties", {"weights": ["1", 1]}),
         ("ties", {"rescale": [1.0]}),
         ("ties", {"rescale": [0.0, 1.0]}),
