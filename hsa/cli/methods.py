@@ -49,7 +49,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     gap = INDENT + INDENT[:1]
     widths[1] = min(widths[1], WIDTH - sum(widths) + widths[1] - len(gap) * (len(head) - 1))
     for row in (head, *rows):
-        first, *more = textwrap.wrap(row[1], widths[1]) or [""]
+        first, *more = textwrap.wrap(row[1], widths[1], break_on_hyphens=False) or [""]
         cells = [row[0], first, *row[2:]]
         yield gap.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
         for line in more:

@@ -78,7 +78,7 @@ from hsa.methods.settings import Settings, setting
 @dataclass(frozen=True)
 class MeanSettings(Settings):
     method: ClassVar[str] = "mean"
-    share: float = setting(0.5, "Share of the first model.", low=0.0, high=1.0, axis=True)
+    portion: float = setting(0.5, "Share of the first model.", low=0.0, high=1.0, axis=True)
     normalise: bool = setting(True, "Leave weights as they are.", python="Scale weights to a sum of one.")
 
 
@@ -108,7 +108,7 @@ def test_options_of_every_method_are_offered_and_say_whose_they_are(
     text = " ".join(capsys.readouterr().out.split())
     assert re.search(r"--method NAME How to merge: .*hsa, .*mean.*\. \[default: hsa\]", text)
     assert re.search(r"--k NUMBER hsa[^:]*: Share of heads merged", text)
-    assert "--share NUMBER mean: Share of the first model. [default: 0.5]" in text
+    assert "--portion NUMBER mean: Share of the first model. [default: 0.5]" in text
     assert "--normalise / --no-normalise mean: Leave weights as they are." in text
     assert "--dtype DTYPE Output: auto" in text
 
@@ -116,13 +116,13 @@ def test_options_of_every_method_are_offered_and_say_whose_they_are(
 @pytest.mark.usefixtures("mean")
 def test_an_option_that_the_method_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = f"--output={tmp_path / 'out'}"
-    line = refused(capsys, "merge", "--base=b", "--primary=p", "--secondary=s", output, "--share=0.5")
-    assert line.startswith("method hsa has no --share; its settings are --k, --lambda, ")
+    line = refused(capsys, "merge", "--base=b", "--primary=p", "--secondary=s", output, "--portion=0.5")
+    assert line.startswith("method hsa has no --portion; its settings are --k, --lambda, ")
     models = ["--method=mean", "--model=m", "--model=n", output]
     line = refused(capsys, "merge", *models, "--k=0.5")
     limits = "--only, --except, --layers, --stack"
-    assert line == f"method mean has no --k; its settings are --share, --no-normalise, --dtype, {limits}"
-    assert refused(capsys, "merge", *models, "--share=2").startswith("--share must be in [0, 1]")
+    assert line == f"method mean has no --k; its settings are --portion, --no-normalise, --dtype, {limits}"
+    assert refused(capsys, "merge", *models, "--portion=2").startswith("--portion must be in [0, 1]")
 
 
 @pytest.mark.usefixtures("mean")
