@@ -190,8 +190,8 @@ def _help_of(owned: Mapping[str, Declared]) -> str:
 def _default_of(owned: Mapping[str, Declared]) -> str | None:
     """What help shows as the default where that is not each method's own."""
     texts = {each.about.default_text for each in owned.values()}
-    defaults = {repr(each.default) for each in owned.values()}
-    return next(iter(texts)) if len(defaults) == 1 else "the method's"
+    defaults = [each.default for each in owned.values()]
+    return next(iter(texts)) if defaults.count(defaults[0]) == len(defaults) else "the method's"
 
 
 def settings_or_default(call: Call, said: Callable[[Declared], str]) -> Iterator[inspect.Parameter]:

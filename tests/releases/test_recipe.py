@@ -100,7 +100,7 @@ def test_models_in_their_order_are_those_by_name() -> None:
     assert in_order.entries[0].task.sources == named.entries[0].task.sources
     assert in_order.entries[0].task.ids == {"primary": "a/b", "secondary": None}
     for text, message in (
-        ("models: [./m]", r"r\.yaml:2: merge 'a': method hsa merges 2 models, got 1"),
+        ("models: [./m]", r"r\.yaml:2: merge 'a': method hsa merges 2 to 8 models, got 1"),
         ("models: ./m", r"r\.yaml:2: merge 'a': models must be a list of values"),
         ("method: none, models: [./m, ./n]", r"r\.yaml:2: merge 'a': method must be one of .*, got 'none'"),
         ("models: [./m, 3]", r"r\.yaml:2: model 2 of merge 'a' must be a text"),
@@ -328,6 +328,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "num_heads": st.integers(1, 64),
     "num_layers": st.integers(1, 64),
     "numerics": st.just("exact"),
+    "weights": st.floats(0.1, 100) | st.lists(st.floats(-100, -0.1), min_size=1, max_size=1),
     "load_dtype": st.just("auto"),
     "dtype": st.sampled_from(["auto", "float32", "float16", "bfloat16"]),
     "only": st.lists(st.sampled_from(["encoder.*", "*fc?*", "[ab]c"]), min_size=1, max_size=3),
