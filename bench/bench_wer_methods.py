@@ -70,8 +70,7 @@ class Variant:
 
 def variants(folder: Path) -> Iterator[Variant]:
     """The sources, and a merge by every method."""
-    for role in ("base", *FINE_TUNES):
-        yield Variant(role)
+    yield from map(Variant, FINE_TUNES)
     for name, method in methods().items():
         if name in LEFT_OUT:
             print(f"{name} is left out: {LEFT_OUT[name]}", file=sys.stderr)
@@ -80,6 +79,7 @@ def variants(folder: Path) -> Iterator[Variant]:
         models = [folder / role for role in FINE_TUNES[: contract.most]]
         base = {"base": folder / "base"} if contract.base == "required" else {}
         yield Variant(name, name, {**base, "models": models})
+    yield Variant("base")  # last: what it makes of unknown speech is long, and takes long
 
 
 def become(model: Any, variant: Variant, folder: Path, scratch: Path) -> None:
@@ -163,9 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     sets = {name: Path(folder) for name, _, folder in (each.partition("=") for each in options.sets)}
     about = {**rows.about(PACKAGES), "model": model_name(options.triple)}
-    measured = list(measure(options.triple, sets, options.limit, options.batch))
+    measured = []
+    for row in measure(options.triple, sets, options.limit, options.batch):
+        rows.append("wer_methods", [{**about, **row}], options.results)
+        measured.append(row)
     print("\n".join([table(measured), "", CAVEATS]))
-    rows.append("wer_methods", [{**about, **row} for row in measured], options.results)
 
 
 if __name__ == "__main__":
