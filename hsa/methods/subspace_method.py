@@ -242,8 +242,8 @@ class SubspaceMethod(ModelMethod[S, Coefficients | Subspaces]):
         needs = {task.name: self.work_bytes(task, settings) for task in matrices}
         largest = max(matrices, key=lambda task: needs[task.name])
         notes = [
-            f"{len(matrices)} matrices are decomposed, one a core at a time; while it is, the largest takes about "
-            f"{needs[largest.name] >> 20} MiB of memory ({largest.name} {list(largest.shape)})"
+            f"{len(matrices)} matrices are decomposed, one on each core at a time; the largest, {largest.name} "
+            f"{list(largest.shape)}, takes about {max(1, needs[largest.name] >> 20)} MiB of memory meanwhile"
         ]
         notes.extend(_untouched(task.name for task in matrices if not any(self.wanted(task, settings).directions)))
         return Findings(notes=tuple(notes))
