@@ -387,18 +387,18 @@ def test_a_release_leaves_an_entry_with_files_of_others_and_builds_the_rest(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("merge", "--base=b", "--primary=p", "--secondary=s", "--secondary", "t", "--output=o"),
+        ("merge", "--base=b", "--base", "c", "--primary=p", "--secondary=s", "--output=o"),
         ("merge", "--base=b", "--primary=p", "--secondary=s", "--output=o", "--k=0.1", "--k=0.2"),
-        ("sweep", "--base=b", "--primary=p", "--secondary=s", "--secondary=t", "--output=o"),
-        ("verify", "o", "--sources", "--base=b", "--primary=p", "--secondary=s", "--secondary=t"),
-        ("inspect", "--base=b", "--primary=p", "--secondary=s", "--secondary=t"),
+        ("sweep", "--base=b", "--primary=p", "--primary=q", "--secondary=s", "--output=o"),
+        ("verify", "o", "--sources", "--base=b", "--base=c", "--primary=p", "--secondary=s"),
+        ("inspect", "--base=b", "--primary=p", "--primary=q", "--secondary=s"),
         ("apply", "p", "patch", "--output=o", "--output=x"),
         ("release", "r", "--output=o", "--output=x"),
         ("demo", "--output=o", "--output=x"),
     ],
     ids=lambda arguments: " ".join(arguments[:1]),
 )
-def test_a_second_secondary_or_any_single_option_given_twice_is_refused(arguments: tuple[str, ...]) -> None:
+def test_a_second_base_or_any_single_option_given_twice_is_refused(arguments: tuple[str, ...]) -> None:
     done = run_hsa(*arguments)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
     assert "is given 2 times and takes one value; give it once" in done.stderr
