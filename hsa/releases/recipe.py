@@ -5,8 +5,8 @@
     merges:
       - name: ...                     # the tree's directory <group>/<name>
         group: ...
-        base, primary, ...: ...       # directories, or hub ids; secondary may be a list of them
-        models: [...]                 # instead of primary and secondary; the first is the anchor
+        base, primary, ...: ...       # directories, or hub ids; the last may be a list of them
+        models: [...]                 # instead of primary and the others; the first is the anchor
         method: ...                   # hsa unless told
         k, lambda, dtype, ...         # as on the command line of `hsa merge`, with underscores
         card: {role: ...}             # fields of the model card

@@ -68,7 +68,8 @@ def _refuse_settled(config: ConfigRequest, given: Mapping[str, Any]) -> None:
         )
     names = {each.name for each in declared(methods()[config.method].Settings)}
     settled = {"dtype", *(each.python for each in METHODS[config.method].parameters)}
-    sources = {BASE, "method", "models", "primary", "secondary"}
+    named = {role.name for method in methods().values() for role in method.contract.named}
+    sources = {BASE, "method", "models", *named}
     settings = {each.name for other in methods().values() for each in declared(other.Settings)}
     for name in given:
         if name in sources or (name in settings and (name in settled or name not in names)):
