@@ -162,7 +162,12 @@ class Calculator:
             self.record(Outcome(task, decision, changed, tensor.digests(), tensor.equal))
         with self._lock:
             del self._streamed[task.name]
-        self.pool.release(tensor.cost)
+        self.pool.release(tensor.free())
+
+    def abandon(self, tensor: StreamedTensor) -> None:
+        """Free the memory of a tensor that cannot be computed: another thread may wait for it, and must see that the
+        run failed."""
+        self.pool.release(tensor.free())
 
     def read(self, piece: Computed, roles: Collection[str] | None = None) -> dict[str, Array]:
         """A slice of every source, or of these: uint8, in buffers of the pool."""
@@ -238,8 +243,15 @@ class ComputeThread:
         return TaskBuffers(task, sources, out, self._shared.recorded.get(task.name))
 
     def _slice(self, piece: Computed) -> Computation:
+        tensor = self._shared.streamed(piece.task)
+        try:
+            return self._slice_of(tensor, piece)
+        except BaseException:
+            self._shared.abandon(tensor)
+            raise
+
+    def _slice_of(self, tensor: StreamedTensor, piece: Computed) -> Computation:
         shared, task = self._shared, piece.task
-        tensor = shared.streamed(task)
         out = shared.pool.buffer(piece.nbytes)
         try:
             decision = tensor.decision(self._worker, shared.read, slice_facts, shared.give_back)

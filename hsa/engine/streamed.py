@@ -67,6 +67,7 @@ class StreamedTensor:
         if self._decided and task.merged:
             self._decision = method.decide(task, None, settings, None)
         self._left = len(self.pieces)
+        self._held = self.cost
         self.opened = threading.Event()
 
     @property
@@ -119,6 +120,12 @@ class StreamedTensor:
         with self._changed:
             self._left -= 1
             return self._left == 0
+
+    def free(self) -> int:
+        """The bytes of memory to give back for the tensor: its cost the first time, then nothing."""
+        with self._changed:
+            held, self._held = self._held, 0
+            return held
 
     def digests(self) -> dict[str, str]:
         """By role, the digest over the digests of all slices."""
