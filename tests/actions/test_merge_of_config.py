@@ -145,7 +145,7 @@ def test_what_a_file_settles_is_refused_beside_it(
     option: str, value: Any, shared_triple: Triple, tmp_path: Path
 ) -> None:
     file = write(tmp_path, document(shared_triple))
-    with pytest.raises(RequestError, match=f"{option} stands beside config, whose file says which models"):
+    with pytest.raises(RequestError, match=f"{option} cannot be combined with config, whose file says which models"):
         hsa.merge(config=file, output=tmp_path / "out", **{option: value})
 
 
@@ -153,7 +153,7 @@ def test_the_command_line_names_options_as_its_own(shared_triple: Triple, tmp_pa
     file = write(tmp_path, document(shared_triple))
     failed = run_hsa("merge", "--config", file, "--output", tmp_path / "o", "--dtype", "float16")
     assert failed.returncode == 2 and failed.stderr.startswith(
-        "hsa: error: --dtype stands beside --config, whose file says"
+        "hsa: error: --dtype cannot be combined with --config, whose file says"
     )
     failed = run_hsa("merge", "--config", tmp_path / "none.yml", "--output", tmp_path / "o")
     assert failed.returncode == 2 and "none.yml" in failed.stderr and failed.stderr.count("\n") == 1

@@ -43,7 +43,7 @@ WARNED = {
     ),
     "beside the model": (
         ties().replace("{model: b", "{model: b, density: 0.5"),
-        "models[1].density is ignored, as mergekit ignores it; parameters stand under parameters",
+        "models[1].density is ignored, as mergekit ignores it; parameters belong under the key parameters",
     ),
     "in a slice": (
         slices((0, 2)).replace("parameters: {}}", "residual_weight: 1, parameters: {}}"),
@@ -196,7 +196,7 @@ BAD = {
     "a list in a list": (linear("{weight: [0, [1]]}"), "parameters.weight[1] must be a finite number, got a list"),
     "a value among filters": (
         linear("{weight: [0.5, {filter: a, value: 1}]}"),
-        "parameters.weight[0] stands among filters; only the last entry",
+        "parameters.weight[0] has no filter; only the last entry",
     ),
     "a filter without a value": (
         linear("{weight: [{filter: a}]}"),
@@ -236,7 +236,7 @@ BAD = {
     ),
     "a tokenizer twice": (
         linear("{weight: 1}", "tokenizer_source: base\ntokenizer: {source: base}"),
-        "c.yml:5: tokenizer stands beside tokenizer_source",
+        "c.yml:5: tokenizer cannot be combined with tokenizer_source",
     ),
     "embeddings by token": (
         linear("{weight: 1}", "tokenizer: {source: base, tokens: {x: {source: a}}}"),

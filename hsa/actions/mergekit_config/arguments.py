@@ -74,8 +74,8 @@ def _refuse_settled(config: ConfigRequest, given: Mapping[str, Any]) -> None:
     for name in given:
         if name in sources or (name in settings and (name in settled or name not in names)):
             raise RequestError(
-                f"{option(name)} stands beside {option('config')}, whose file says which models are merged, how, and "
-                f"in which element type; change it there, or leave {option('config')} out"
+                f"{option(name)} cannot be combined with {option('config')}, whose file says which models are merged, "
+                f"how, and in which element type; change it there, or leave {option('config')} out"
             )
 
 

@@ -248,5 +248,5 @@ def _unknown(node: Node, keys: Mapping[str, Node], known: Iterable[str], ignored
         near = get_close_matches(key, [name for name in known if name not in ignored], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         if not near and not ignored and re.fullmatch(r"weight|density|lambda|t|normalize|gamma|epsilon", key):
-            hint = "; parameters stand under parameters"
+            hint = "; parameters belong under the key parameters"
         yield f"{each.place} is ignored, as mergekit ignores it{hint}"

@@ -86,7 +86,7 @@ def _filtered(node: Node, entries: Sequence[Node], kind: Kind) -> Setting:
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry.value.content, Mapping):
             if number < len(entries):
-                raise entry.error("stands among filters; only the last entry may be a value for all other tensors")
+                raise entry.error("has no filter; only the last entry may be a value for all other tensors")
             warnings.append(
                 f"{entry.place} is taken for all other tensors; mergekit itself wants it as value: {entry.shown()}"
             )

@@ -207,7 +207,7 @@ class _Reader:
         source = given(self.document.keys, "tokenizer_source")
         tokenizer = given(self.document.keys, "tokenizer")
         if source is not None and tokenizer is not None:
-            raise tokenizer.error("stands beside tokenizer_source; give one of them")
+            raise tokenizer.error("cannot be combined with tokenizer_source; give one of them")
         if tokenizer is not None:
             keys = tokenizer.mapping()
             for key in ("tokens", "pad_to_multiple_of"):
