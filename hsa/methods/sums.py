@@ -1,8 +1,10 @@
 """Sums that decide something: in float64, in one order, whatever the blocks and slices and threads of a run are.
 
-A tensor is summed in flat blocks of 1,024 elements from its first element on. Inside a block the halves are added,
-then the halves of what is left, down to one number; the last block is filled with zeros. The blocks' sums are added one
-after another. A GPU can add in that order as well as a CPU, and nothing depends on the width of its registers.
+A tensor is summed in flat blocks of 1,024 elements from its first element on; the last is filled with zeros. A block
+has 64 lanes, and its element e is in lane e mod 64. The 16 elements of a lane are added one after another; then the
+halves of the 64 sums are added, then the halves of what is left, down to one number. The blocks' sums are added one
+after another. Every processor, a GPU too, can add in that order at full speed, and nothing depends on the width of its
+registers.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from hsa.methods.tensors import UNIT
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array
 
+LANES = 64
+"""Numbers of a block that are added side by side."""
+
 
 def block_sums(values: Array) -> Array:
-    """The sums of flat blocks of 1,024 elements. `values`: float64 of any shape, in C order; it is overwritten.
+    """The sums of flat blocks of 1,024 elements. `values`: float64 of any shape, in C order.
 
     Returns float64 [ceil(n / 1024)].
 
@@ -32,23 +37,31 @@ def block_sums(values: Array) -> Array:
     whole = flat.size // UNIT
     sums: Array = np.empty(-(-flat.size // UNIT), np.float64)
     if whole:
-        sums[:whole] = halved(flat[: whole * UNIT].reshape(whole, UNIT))
+        sums[:whole] = _sums_of_rows(flat[: whole * UNIT].reshape(whole, UNIT))
     if whole < sums.size:
         last = np.zeros((1, UNIT))
         last[0, : flat.size - whole * UNIT] = flat[whole * UNIT :]
-        sums[whole:] = halved(last)
+        sums[whole:] = _sums_of_rows(last)
     return sums
 
 
-def halved(blocks: Array) -> Array:
-    """The sum of each row by halves, whose length is a power of two. `blocks`: float64 [rows, length]; overwritten."""
+def _sums_of_rows(blocks: Array) -> Array:
+    """The sum of each row of float64 [rows, 1024]."""
     import numpy as np
 
-    width = blocks.shape[1]
-    while width > 1:
-        width //= 2
-        np.add(blocks[:, :width], blocks[:, width : 2 * width], out=blocks[:, :width])
-    return blocks[:, 0]
+    lanes = np.einsum("bne->be", blocks.reshape(len(blocks), -1, LANES))
+    return halved(np.ascontiguousarray(lanes.T))
+
+
+def halved(values: Array) -> Array:
+    """The sum over the first axis by halves, whose length is a power of two. `values`: float64; it is overwritten."""
+    import numpy as np
+
+    length = len(values)
+    while length > 1:
+        length //= 2
+        np.add(values[:length], values[length : 2 * length], out=values[:length])
+    return values[0]
 
 
 def total(parts: Iterable[Array]) -> float:

@@ -2,8 +2,8 @@
 
 The Gram matrix of a tensor is ``G_ij = <v_i, v_j>``, where the vectors ``v_i`` are task vectors, or the models where a
 method uses no base. An entry is a float64 sum of products, which are exact where the vectors are float32: blocks of
-1,024 elements are summed by halves (`block_sums`), then their sums one after another (`total`). Coefficients are
-computed in float64 by Python's ``math``.
+1,024 elements are summed in 64 lanes, which are added by halves (`block_sums`), and the blocks one after another
+(`total`). Coefficients are computed in float64 by Python's ``math``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024
+LANES = 64
 Gram = list[list[float]]
 """The products of every two vectors [N][N]."""
 
@@ -26,12 +27,18 @@ Coefficients = list[float]
 
 
 def block_sums(values: Tensor) -> Tensor:
-    """Float64 [..., n] to [..., ceil(n / 1024)]: each block of 1,024, the last padded with zeros, summed by halves."""
+    """Float64 [..., n] to [..., ceil(n / 1024)]: each block of 1,024, the last padded with zeros, is summed.
+
+    Element e of a block is in lane e mod 64. The elements of a lane are added one after another, then halves of lanes.
+    """
     length = values.shape[-1]
     blocks = -(-length // BLOCK)
     padded = torch.zeros(*values.shape[:-1], blocks * BLOCK, dtype=torch.float64)
     padded[..., :length] = values
-    sums = padded.view(*values.shape[:-1], blocks, BLOCK)
+    numbers = padded.view(*values.shape[:-1], blocks, BLOCK // LANES, LANES)
+    sums = numbers[..., 0, :]
+    for each in range(1, numbers.shape[-2]):
+        sums = sums + numbers[..., each, :]
     while sums.shape[-1] > 1:
         half = sums.shape[-1] // 2
         sums = sums[..., :half] + sums[..., half:]

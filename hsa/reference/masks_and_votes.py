@@ -13,9 +13,9 @@ some elements of each ``d_i``, sets the others to zero, puts the task vectors to
 either sum is below 1e-7), one over the density with ``"density"``, and 1 with False.
 
 Every function evaluates this in float32, operation after operation in the order written, or in float64. Factors and
-coefficients are formed in float64 and rounded once. Sums over a tensor are float64 in a fixed order: by a tree inside
-each 1,024 elements, and then one after another. Thresholds keep all elements that tie with the last kept one. Arguments
-are trusted. Nothing is shared with the code that this judges.
+coefficients are formed in float64 and rounded once. Sums over a tensor are float64 in a fixed order: 64 lanes inside
+each 1,024 elements, then halves of lanes, then block after block. Thresholds keep all elements that tie with the last
+kept one. Arguments are trusted. Nothing is shared with the code that this judges.
 
 Arguments of all: ``base`` and ``models`` are floating tensors of one shape, whose dtypes may differ; ``weights`` one
 number for each model, by default 1; ``density``, ``gamma`` and ``epsilon`` one number, or one for each model;

@@ -50,7 +50,6 @@ STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16
 
 _SIGN_AND_MAGNITUDE = np.int32(-0x70000001)
 _REBIAS = np.float32(2.0**112)
-_BEYOND_HALF = np.float32(65536.0)
 _ROUNDS_TO_INFINITY = np.float32(65520.0)
 _LEAST_NORMAL_HALF = np.float32(2.0**-14)
 _HALF_PLACE_AND_BIAS = np.uint32((0x0FFF - (112 << 23)) & 0xFFFFFFFF)
@@ -83,16 +82,16 @@ def _widen_half(raw: Array, out: Float32) -> None:
     """float16 to float32, several times as fast as numpy's own conversion, which handles one element at a time.
 
     Sign and magnitude move to their places in float32, whose exponent then wants 112 more: multiplying by
-    2**112 is exact for normal and subnormal numbers. Infinities and NaN come out as 65536 and above, where no
-    finite float16 lies; a buffer with any goes through numpy.
+    2**112 is exact for normal and subnormal numbers. A buffer with infinities or NaN goes through numpy.
     """
+    if not all_finite("F16", raw):
+        np.copyto(out, raw)
+        return
     bits = out.view(np.int32)
     np.copyto(bits, raw.view(np.int16))
     np.left_shift(bits, 13, out=bits)
     np.bitwise_and(bits, _SIGN_AND_MAGNITUDE, out=bits)
     np.multiply(out, _REBIAS, out=out)
-    if out.size and (out.max() >= _BEYOND_HALF or out.min() <= -_BEYOND_HALF):
-        np.copyto(out, raw)
 
 
 def narrow(code: str, values: Float32, out: Array, bits: npt.NDArray[np.uint32]) -> None:
@@ -111,10 +110,10 @@ def narrow(code: str, values: Float32, out: Array, bits: npt.NDArray[np.uint32])
         np.bitwise_and(bits, 1, out=bits)
         np.add(bits, 0x7FFF, out=bits)
         np.add(bits, float_bits, out=bits)
+        if values.size and np.isnan(values.max()):
+            nan = np.isnan(values)
+            bits[nan] = float_bits[nan] | 0x400000
         np.right_shift(bits, 16, out=bits)
-        nan = (float_bits & 0x7FFFFFFF) > 0x7F800000
-        if nan.any():
-            bits[nan] = (float_bits[nan] >> 16) | 0x40
         np.copyto(out, bits, casting="unsafe")
 
 
@@ -158,8 +157,11 @@ def all_finite(code: str, raw: Array) -> bool:
     """Whether no element is NaN or infinite; `raw` holds the storage of an arithmetic element type."""
     if code == "F32":
         return bool(np.isfinite(raw).all())
-    exponent = 0x7C00 if code == "F16" else 0x7F80
-    return not bool(((raw.view(np.uint16) & exponent) == exponent).any())
+    if not raw.size:
+        return True
+    # Infinity and NaN are the largest of the positive numbers and, with the bit of the sign, of all.
+    infinity = 0x7C00 if code == "F16" else 0x7F80
+    return bool(raw.view(np.int16).max() < infinity and raw.view(np.uint16).max() < 0x8000 | infinity)
 
 
 def first_not_finite(code: str, values: Array) -> int:

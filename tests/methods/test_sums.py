@@ -10,7 +10,9 @@ import pytest
 from hsa.methods.sums import block_sums, total
 
 
-def halved(values: list[float]) -> float:
+def added(block: list[float]) -> float:
+    """Lane after lane from its first number on, and then halves of lanes."""
+    values = [sum(block[lane::64]) for lane in range(64)]
     while len(values) > 1:
         half = len(values) // 2
         values = [values[n] + values[n + half] for n in range(half)]
@@ -18,12 +20,12 @@ def halved(values: list[float]) -> float:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1023, 1024, 1025, 5 * 1024 - 1])
-def test_blocks_are_added_by_halves_and_then_in_order(count: int) -> None:
+def test_lanes_are_added_in_order_and_by_halves_and_then_blocks_in_order(count: int) -> None:
     values = np.random.default_rng(count).standard_normal(count) * 10.0 ** np.arange(count).astype(float).clip(0, 12)
     expected = []
     for first in range(0, count, 1024):
         part = values[first : first + 1024].tolist()
-        expected.append(halved(part + [0.0] * (1024 - len(part))))
+        expected.append(added(part + [0.0] * (1024 - len(part))))
     parts = block_sums(values.copy())
     assert parts.tolist() == expected
     in_order = 0.0

@@ -209,6 +209,17 @@ def test_the_arithmetic_rounds_every_product_and_sum_to_float32_in_the_order_of_
 # --- sums ---------------------------------------------------------------------------------------------------------
 
 
+def in_lanes(block: list[float]) -> float:
+    return by_halves([in_order(block[lane::64]) for lane in range(64)])
+
+
+def in_order(values: list[float]) -> float:
+    result = values[0]
+    for value in values[1:]:
+        result += value
+    return result
+
+
 def by_halves(values: list[float]) -> float:
     half = len(values) // 2
     return values[0] if not half else by_halves([a + b for a, b in zip(values[:half], values[half:], strict=True)])
@@ -224,7 +235,7 @@ def test_sums_are_made_in_the_stated_order(length: int) -> None:
     spread = 10.0 ** torch.randint(-12, 13, (length,), generator=generator).double()
     values = torch.randn(length, generator=generator, dtype=torch.float64) * spread
     padded = values.tolist() + [0.0] * (-length % 1024)
-    blocks = [by_halves(padded[first : first + 1024]) for first in range(0, len(padded), 1024)]
+    blocks = [in_lanes(padded[first : first + 1024]) for first in range(0, len(padded), 1024)]
     assert coefficients.block_sums(values).tolist() == blocks
     running = 0.0
     for block in blocks:

@@ -363,7 +363,7 @@ def test_sources_are_widened_and_the_result_rounded_once(
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1023, 1024, 1025, 3000])
-def test_totals_are_sums_by_halves_in_blocks(n: int) -> None:
+def test_totals_are_sums_in_lanes_and_blocks(n: int) -> None:
     values = np.random.default_rng(n).standard_normal(n) * 10.0 ** np.random.default_rng(n + 1).integers(-9, 9, n)
 
     def tree(block: list[float]) -> float:
@@ -373,5 +373,9 @@ def test_totals_are_sums_by_halves_in_blocks(n: int) -> None:
     expected = 0.0
     for first in range(0, n, 1024):
         block = values[first : first + 1024].tolist()
-        expected += tree(block + [0.0] * (1024 - len(block)))
+        block += [0.0] * (1024 - len(block))
+        lanes = block[:64]
+        for number in range(64, 1024, 64):
+            lanes = [lane + value for lane, value in zip(lanes, block[number : number + 64], strict=True)]
+        expected += tree(lanes)
     assert total(torch.from_numpy(values)) == expected
