@@ -49,17 +49,32 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def continuous(models: Models) -> Models:
-    """Weights and task vectors of the size that fine-tuning leaves, in float32."""
+    """Weights and task vectors of the size that fine-tuning leaves, in float32.
+
+    In a tensor no two elements of a task vector have the same magnitude: of elements that tie at a cut, mergekit keeps
+    those that its sort puts first, and this package keeps all.
+    """
     random = torch.Generator().manual_seed(7)
     tensors = read_tensors(models["base"])
-    base = {name: 0.05 * torch.randn(tensor.shape, generator=random) for name, tensor in tensors.items()}
+    base = {name: 0.01 * torch.randn(tensor.shape, generator=random) for name, tensor in tensors.items()}
     for role, path in models.items():
-        own = {
-            name: tensor if role == "base" else tensor + 0.003 * torch.randn(tensor.shape, generator=random)
-            for name, tensor in base.items()
-        }
+        own = {name: tensor if role == "base" else fine_tuned(tensor, random) for name, tensor in base.items()}
         write_tensors(path, own)
     return models
+
+
+def fine_tuned(base: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """A tensor plus a task vector without ties."""
+    tensor = base + 0.003 * torch.randn(base.shape, generator=random)
+    while (ties := tied(tensor - base)).any():
+        tensor[ties] = base[ties] + 0.003 * torch.randn(int(ties.sum()), generator=random)
+    return tensor
+
+
+def tied(vector: torch.Tensor) -> torch.Tensor:
+    """Bool: which elements have the magnitude of another one."""
+    _, inverse, counts = vector.abs().unique(return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
 
 
 def both(document: Mapping[str, Any], folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
