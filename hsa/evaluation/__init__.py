@@ -1,0 +1,1 @@
+"""Transcribe data sets with models and score what they wrote: the house of `hsa eval`."""
