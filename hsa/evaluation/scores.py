@@ -30,7 +30,7 @@ class ErrorCounts:
 
     @property
     def rate(self) -> float:
-        """Errors over the length of the reference: 1.0 is 100 %, and insertions may lead above. NaN without a reference."""
+        """Errors over the length of the reference; insertions may take it above 1. NaN without a reference."""
         return self.errors / self.reference if self.reference else math.nan
 
     def __add__(self, other: ErrorCounts) -> ErrorCounts:
