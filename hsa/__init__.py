@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hsa._version import __version__
 from hsa.errors import (
+    AudioError,
     BackendUnavailable,
+    DataError,
     DestinationError,
     HeaderError,
     HsaError,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from hsa.actions.merger.merger import Merger
     from hsa.actions.patch import merge_patch
     from hsa.actions.request import Request
+    from hsa.evaluation.data import data
+    from hsa.evaluation.utterance import DataSet, Utterance
     from hsa.inspection.inspect import Inspection, inspect
     from hsa.methods.hsa import HsaSettings
     from hsa.methods.tensors import TensorRecord
@@ -40,6 +44,9 @@ if TYPE_CHECKING:
     from hsa.verification.verify import VerifyReport, verify
 
 _LAZY = {
+    "DataSet": "hsa.evaluation.utterance",
+    "Utterance": "hsa.evaluation.utterance",
+    "data": "hsa.evaluation.data",
     "Inspection": "hsa.inspection.inspect",
     "inspect": "hsa.inspection.inspect",
     "apply": "hsa.actions.apply",
@@ -59,7 +66,10 @@ _LAZY = {
 }
 
 __all__ = [
+    "AudioError",
     "BackendUnavailable",
+    "DataError",
+    "DataSet",
     "DestinationError",
     "HeaderError",
     "HsaError",
@@ -81,9 +91,11 @@ __all__ = [
     "StrictError",
     "SweepReport",
     "TensorRecord",
+    "Utterance",
     "VerifyReport",
     "__version__",
     "apply",
+    "data",
     "inspect",
     "merge",
     "merge_patch",

@@ -1,1 +1,1 @@
-"""Transcribe data sets with models and score what they wrote: the house of `hsa eval`."""
+"""How well a model transcribes: data, audio, normalisers, scores and their intervals."""
