@@ -6,76 +6,20 @@ once for many models; a search writes other weights into `recognizer.model` betw
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hsa.errors import BackendUnavailable, MachineError, RequestError, SourceError, shown
+from hsa.errors import BackendUnavailable, RequestError, SourceError
 from hsa.evaluation.model_kinds import ModelKind, kind_of
+from hsa.evaluation.options import DecodingOptions
+from hsa.evaluation.recognizers import CtcRecognizer, SpeechRecognizer, WhisperRecognizer
+from hsa.evaluation.transformers_calls import explained, quiet_transformers
 from hsa.option_names import option
 from hsa.system.dtypes import Float32
 
 if TYPE_CHECKING:
     import torch
-
-TASKS = ("transcribe", "translate")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-MOST_AT_ONCE = 4096
-"""Utterances in a batch, and beams, that a caller may ask for."""
-
-_DEVICE = re.compile(r"auto|cpu|cuda|cuda:[0-9]{1,3}")
-
-
-@dataclass(frozen=True)
-class DecodingOptions:
-    """How speech is decoded.
-
-    Args:
-        language: a code such as `de` or a name such as `german`; None lets a multilingual model detect it.
-        task: `transcribe`, or `translate` into English, of models that can.
-        beams: width of the beam search; 1 is greedy decoding.
-        batch: utterances that are decoded at a time.
-        device: `auto` (a GPU where torch sees one), `cpu`, `cuda` or `cuda:N`.
-        dtype: `auto` (float32 on a CPU, the checkpoint's own on a GPU), `float32`, `float16` or `bfloat16`.
-
-    Raises RequestError for any other value.
-
-    Example:
-        >>> DecodingOptions(language="en", beams=5).as_dict()["beams"]
-        5
-    """
-
-    language: str | None = None
-    task: str = "transcribe"
-    beams: int = 1
-    batch: int = 16
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.language is not None and (not isinstance(self.language, str) or not self.language.strip()):
-            raise RequestError(f"{option('language')} must be a code such as en or de, got {shown(self.language)}")
-        for name, choices in (("task", TASKS), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise RequestError(f"{option(name)} must be one of {', '.join(choices)}, got {shown(self._get(name))}")
-        for name in ("beams", "batch"):
-            value = self._get(name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_AT_ONCE:
-                raise RequestError(
-                    f"{option(name)} must be a whole number from 1 to {MOST_AT_ONCE}, got {shown(value)}"
-                )
-        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise RequestError(f"{option('device')} must be auto, cpu, cuda or cuda:N, got {shown(self.device)}")
-
-    def _get(self, name: str) -> Any:
-        return getattr(self, name)
-
-    def as_dict(self) -> dict[str, Any]:
-        names = ("language", "task", "beams", "batch", "device", "dtype")
-        return {name: getattr(self, name) for name in names}
 
 
 class Recognizer(Protocol):
@@ -91,6 +35,9 @@ class Recognizer(Protocol):
 
     def features(self, audio: Sequence[Float32]) -> Any:
         """What the model hears of some utterances, float32 [samples] each; computed once and kept for other models."""
+
+    def size_of(self, features: Any) -> int:
+        """Bytes of memory that features take."""
 
     def transcribe(self, features: Any) -> list[str]:
         """The text of each utterance, all decoded as one batch, as the model writes it."""
@@ -114,13 +61,11 @@ def load_recognizer(
         >>> recognizer.transcribe(recognizer.features([samples]))
         ['so we walked to the river']
     """
-    from hsa.evaluation.recognizers import CtcRecognizer, SpeechRecognizer, WhisperRecognizer
-
     folder = model if isinstance(model, Path) else files
     if folder is None:
         raise RequestError("a loaded model needs the directory of its tokenizer: give files=")
     kind = kind_of(folder)
-    kind.check(options.task, options.language)
+    kind.check(options)
     device = chosen_device(options.device)
     with quiet_transformers(), explained(folder):
         loaded = load_model(folder, kind, device, options.dtype) if isinstance(model, Path) else model
@@ -160,33 +105,3 @@ def load_model(folder: Path, kind: ModelKind, device: str, dtype: str) -> Any:
             f"random numbers; give a complete checkpoint"
         )
     return model.to(device).eval()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without warnings and progress bars of transformers, which is as talkative as before afterwards."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Say in one line what torch and transformers could not do with a model."""
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MachineError(f"out of memory with {folder}; lower {option('batch')}, or free some") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-        raise SourceError(f"{folder} cannot transcribe: {type(error).__name__}: {lines[0]}") from error

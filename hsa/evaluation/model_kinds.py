@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsa.errors import RequestError, SourceError, listed, shown
+from hsa.evaluation.options import DecodingOptions
 from hsa.option_names import option
 from hsa.sources.any_small_files import VOCABULARIES
 from hsa.sources.checkpoint import CONFIG, read_config, read_whole
@@ -54,8 +55,13 @@ class ModelKind:
         """Whether it is a Whisper for English alone."""
         return self.whisper and self.multilingual is False
 
-    def check(self, task: str, language: str | None) -> None:
-        """RequestError for a task or a language that the model does not have."""
+    def check(self, options: DecodingOptions) -> None:
+        """RequestError for a task, a language or a beam search that the model does not have."""
+        task, language = options.task, options.language
+        if options.beams > 1 and self.head == "ctc":
+            raise RequestError(
+                f"{self.folder} is a {self.architecture}, which is decoded greedily; leave {option('beams')} out"
+            )
         if task == "translate" and not (self.whisper and self.multilingual):
             what = "is for English alone" if self.whisper else f"is a {self.architecture}"
             raise RequestError(

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hsa.errors import SourceError
-from hsa.evaluation.decoding import DecodingOptions, explained, quiet_transformers
 from hsa.evaluation.model_kinds import kind_of, language_code
+from hsa.evaluation.options import DecodingOptions
+from hsa.evaluation.transformers_calls import explained, quiet_transformers
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import Float32
 
@@ -62,6 +63,10 @@ class _Recognizer:
         """The parts of a batch, on the CPU in float32; audio is float32 [samples] at `rate`."""
         with quiet_transformers(), explained(self.folder):
             return tuple(self._parts(audio))
+
+    def size_of(self, features: Sequence[Part]) -> int:
+        """Bytes of memory that features take."""
+        return sum(value.nbytes for part in features for value in part.inputs.values())
 
     def transcribe(self, features: Sequence[Part]) -> list[str]:
         """The text of each utterance of a batch, as the model writes it."""

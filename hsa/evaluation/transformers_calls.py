@@ -1,0 +1,40 @@
+"""Call transformers quietly, and say in one line what it could not do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hsa.errors import MachineError, SourceError
+from hsa.option_names import option
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without warnings and progress bars of transformers, which is as talkative as before afterwards."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Say in one line what torch and transformers could not do with a model."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MachineError(f"out of memory with {folder}; lower {option('batch')}, or free some") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+        raise SourceError(f"{folder} cannot transcribe: {type(error).__name__}: {lines[0]}") from error
