@@ -234,9 +234,12 @@ def seconds(place: Place, name: str, value: object) -> float | None:
     """
     if value is None or value == "":
         return None
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and "_" not in str(value):
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except (ValueError, OverflowError):
             pass
+        else:
+            if not isinstance(value, str) or "_" not in value:  # as Python writes thousands
+                return number
     raise DataError(f"{place}: {name} is {shown(value)}, expected seconds such as 1.25")
