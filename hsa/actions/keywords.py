@@ -44,6 +44,7 @@ class Call:
         output: it writes an output where it merges.
         config: it also takes a file of mergekit's in the place of sources, method and settings.
         grid: settings which are axes take lists of values.
+        method: where sources are `named`, it takes the name of a method for them.
         options: the names of the options of a run that it takes.
         helps: what it says itself of options, by name.
     """
@@ -55,6 +56,7 @@ class Call:
     output: bool = True
     config: bool = False
     grid: bool = False
+    method: bool = False
     options: frozenset[str] = EVERY
     helps: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,7 +88,11 @@ class Call:
 
     def names(self) -> tuple[str, ...]:
         """The names of all arguments, but for those that the function names itself."""
-        sources = {"positional": (*positional_names(self), "method", "models"), "named": (*source_names(), "models")}
+        method = ("method",) if self.method or self.sources == "positional" else ()
+        sources = {
+            "positional": (*positional_names(self), *method, "models"),
+            "named": (*source_names(), *method, "models"),
+        }
         ids = (*id_names(), "model_ids") if self.ids and self.sources != "none" else ()
         declarations = (*self.declared_settings(), *self.declared_options())
         config = (CONFIG_FILE,) if self.config else ()
@@ -110,7 +116,15 @@ SWEEP = Call(
     helps={"overwrite": "Replace points that were made with other settings or versions."},
 )
 APPLY = Call("apply", sources="none", settings="none", options=frozenset({"threads", "digest", "sync", "overwrite"}))
-INSPECT = Call("inspect", sources="named", ids=False, settings="patchable", options=frozenset())
+INSPECT = Call(
+    "inspect",
+    sources="named",
+    ids=False,
+    settings="patchable",
+    method=True,
+    options=frozenset({"threads"}),
+    helps={"threads": "Worker threads, for methods that merge whole models."},
+)
 VERIFY = Call("verify", sources="named", settings="none", options=frozenset({"threads"}))
 RELEASE = Call(
     "release",
@@ -195,11 +209,18 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
     return Arguments(name, sources, ids, output, settings, options)
 
 
-def split_named(call: Call, keywords: Mapping[str, Any]) -> NamedArguments:
-    """Tell the arguments of a call apart that does without sources."""
-    given = dict(keywords)
+def check_keywords(call: Call, keywords: Collection[str]) -> None:
+    """TypeError for the first keyword that the call does not take, whatever the method is."""
+    _check_names(call, keywords)
+
+
+def split_named(call: Call, keywords: Mapping[str, Any], method: str = DEFAULT_METHOD) -> NamedArguments:
+    """Tell the arguments of a call apart that does without sources; the settings are those of a method."""
+    given = {name: value for name, value in keywords.items() if not (call.method and name == "method")}
     _check_names(call, given)
-    settings, options = _take_settings(call, DEFAULT_METHOD, given), _take_options(call, given)
+    settings, options = _take_settings(call, method, _without_none(given)), _take_options(call, given)
+    for each in call.declared_settings():
+        given.pop(each.name, None)
     names = (*source_names(), "models")
     sources = {name: given.pop(name) for name in names if name in given}
     return NamedArguments(_without_none(sources), _without_none(given), settings, options)

@@ -73,6 +73,8 @@ def parameters(call: Call) -> Iterator[inspect.Parameter]:
         yield _keyword(CONFIG_FILE, None, PathLike | None)
     if call.sources == "named":
         yield from (_keyword(name, None, _kind_of_source(name)) for name in source_names())
+    if call.method:
+        yield _keyword("method", None, str | None)
     if call.sources != "none":
         yield _keyword("models", None, Sequence[PathLike] | None)
     positional = axes(call, method_named(DEFAULT_METHOD).Settings) if call.settings == "candidates" else ()

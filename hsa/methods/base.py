@@ -304,6 +304,25 @@ class Method(ABC, Generic[S, D]):
         |merged - model| / |model|, None where there is no such ratio. Each target comes with its `distance_sums`."""
         raise NotImplementedError(f"method {self.name} has no patches")
 
+    # --- for inspections ---------------------------------------------------------------------------------------------
+
+    def kept(self, block: Block, decision: D) -> Iterator[Array | None] | None:
+        """Which elements of each model's task vector are kept, one model after another: bool of the block's shape,
+        valid until the next; None where all are. None at all for a method, or a decision, that drops none."""
+        return None
+
+    def agreeing(self, block: Block, decision: D) -> Iterator[Array] | None:
+        """The same of the elements that have the elected sign, where the models vote on it."""
+        return None
+
+    def kept_counts(self, decision: D) -> tuple[int, ...] | None:
+        """How many elements of each model's task vector are kept, where the decision says so."""
+        return None
+
+    def coefficients_of(self, decision: D, models: Sequence[str]) -> dict[str, float]:
+        """The decided coefficients of a tensor by role, of base too where it has one; nothing where there are none."""
+        return {}
+
     def touched_count(self, task: TensorTask, settings: S) -> int:
         """For patches: about how many groups of a target will be touched."""
         return task.partition.groups
