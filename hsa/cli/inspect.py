@@ -91,6 +91,7 @@ def inspect(
         return 0
 
     from hsa.inspection.inspect import inspect as inspect_
+    from hsa.inspection.inspect import shows_heads
     from hsa.views import picture
     from hsa.views.files import check_file
 
@@ -98,8 +99,10 @@ def inspect(
     files = {name: check_file(path, protected, overwrite=overwrite) for name, path in paths.items() if path is not None}
     if len(set(files.values())) < len(files):
         raise RequestError("two of --csv, --png and --html name one file; give each its own")
-    if png is not None:  # what is not installed is said before anything is read
+    if png is not None:  # what cannot be drawn is said before anything is read
         picture.check_installed()
+        if not shows_heads(output, keywords.get("method")):
+            raise RequestError("--png draws heads, and this method selects none; give --html or --csv")
     with printing.progress(show=bars, label="inspecting") as step:
         inspection = inspect_(output, energy=not no_energy, progress=step, **keywords)
     written = _write(inspection, files, protected, overwrite=overwrite)

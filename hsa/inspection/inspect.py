@@ -76,6 +76,11 @@ def inspect(
     return _models(method, given, recorded, progress)
 
 
+def shows_heads(output: PathLike | None, method: str | None) -> bool:
+    """Whether an inspection of an output, or by a method, shows heads. Raises RequestError and ProvenanceError."""
+    return _method(method, None if output is None else _load(output)).selects_heads
+
+
 def _load(output: PathLike) -> RecordedMerge:
     check_paths(output=output)
     directory = Path(output).expanduser()

@@ -36,7 +36,7 @@ from hsa.system.threads import default_threads
 from hsa.system.types import PathLike, Progress
 from hsa.verification.decisions import other_decisions
 
-NO_SOURCES = "norms, cosines and sign conflicts need the sources: give {} too"
+NO_SOURCES = "norms, cosines and sign conflicts need the sources: give {} too; {} holds every recorded decision"
 ONE_MODEL = "cosines of task vectors and sign conflicts need two models"
 
 
@@ -89,7 +89,7 @@ def inspect_sources(
         findings += method.decision_findings([each for each in outcomes if each.decision is not None])
         identities = {source.role: identity_of(source) for source in sources}
     notes = [*hub.notes, *(note for source in sources for note in source.notes), *mismatch_notes(finder)]
-    notes += [*_notes(method, sources, tasks, subjects), *findings.notes]
+    notes += [*_notes(method, sources, tasks, subjects, recorded=output is not None), *findings.notes]
     return ModelInspection(
         title=" + ".join(str(identities[role]["id"]) for role in sources.models)
         if output is None
@@ -126,7 +126,7 @@ def inspect_record(output: RecordedMerge) -> ModelInspection:
         tensors=in_model_order(tensors, record.architecture),
         files=output.provenance.files,
         bytes_read=(output.directory / PROVENANCE).stat().st_size,
-        notes=(NO_SOURCES.format(listed(record.sources)),),
+        notes=(NO_SOURCES.format(listed(record.sources), option("json", True)),),
         warnings=(),
     )
 
@@ -150,7 +150,12 @@ def _subjects(method: Method[Any, Any], tasks: Sequence[TensorTask], sources: So
 
 
 def _notes(
-    method: Method[Any, Any], sources: Sources, tasks: Sequence[TensorTask], subjects: Sequence[Subject]
+    method: Method[Any, Any],
+    sources: Sources,
+    tasks: Sequence[TensorTask],
+    subjects: Sequence[Subject],
+    *,
+    recorded: bool,
 ) -> Iterator[str]:
     """What cannot be shown, and why."""
     use = method.contract.base
@@ -173,8 +178,8 @@ def _notes(
     open_ = sum(not subject.decides for subject in subjects)
     if open_:
         yield (
-            f"what {method.name} decides of {open_} tensors takes the whole merge, such as decompositions, and is left "
-            f"out: merge, and inspect the output"
+            f"what {method.name} decides of {open_} tensors takes the whole merge, such as decompositions, and is not "
+            f"computed here: {'what is recorded is shown' if recorded else 'merge, and inspect the output'}"
         )
 
 

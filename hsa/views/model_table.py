@@ -28,7 +28,7 @@ def print_models(console: Console, view: ModelInspection, *, wide: bool) -> None
     copied = f", {whole.copied} of them equal in all sources and copied" if whole.copied else ""
     size = f"{whole.elements / 1e6:.1f} million elements"
     print_line(console, f"{view.title}: {whole.tensors} tensors of {size} by {view.method}{copied}")
-    given = {name: value for name, value in summary(view.parameters).items() if name != "method"}
+    given = {name: value for name, value in summary(view.parameters).items() if value is not None}
     if given:
         print_line(console, "how: " + ", ".join(f"{name} {parameter_text(value)}" for name, value in given.items()))
     print_sources(console, view.sources)

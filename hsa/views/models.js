@@ -11,7 +11,8 @@
   for (const sums of data.by_layer_and_kind) {
     cells.set(keyOf(sums.stack, sums.layer, sums.kind), { sums, tensors: [] });
   }
-  for (const tensor of Object.values(data.tensors)) {
+  for (const found of Object.values(data.tensors)) {
+    const tensor = { ...found, decision: found.decision ?? found.recorded };
     cells.get(keyOf(tensor.stack, tensor.layer, tensor.kind)).tensors.push(tensor);
   }
 
@@ -58,15 +59,16 @@
     offer("Coefficient", `Coefficient of ${role}`, "mean of the tensors", (cell) => mean(cell.tensors.map((tensor) => tensor.coefficients[role])), { text: plainNumber });
   }
   const decided = new Map();
-  for (const { decision } of Object.values(data.tensors)) {
+  const elsewhere = new Set(["coefficients", "shares", "average", "kept"]); // shown by role, and as shares
+  for (const { decision } of [...cells.values()].flatMap((cell) => cell.tensors)) {
     for (const [name, value] of Object.entries(decision ?? {})) {
-      if (name === "coefficients" || name === "shares" || name === "average") continue; // shown by role
+      if (elsewhere.has(name)) continue;
       if (typeof value === "number") decided.set(name, 0);
       else if (Array.isArray(value)) decided.set(name, Math.max(decided.get(name) ?? 0, value.length));
     }
   }
   for (const [name, length] of decided) {
-    const title = name.replaceAll("_", " ");
+    const title = name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
     const at = (place) => (cell) => mean(cell.tensors.map(({ decision }) => {
       const value = (decision ?? {})[name];
       return place === null ? value : Array.isArray(value) ? value[place] : null;
@@ -158,17 +160,19 @@
     const values = drawn.map(({ cell }) => measure.of(cell));
     const known = values.filter((value) => value !== null);
     const [low, high] = measure.range ?? [Math.min(...known), Math.max(...known)];
-    drawn.forEach(({ element, name }, index) => {
+    drawn.forEach(({ cell, element, name }, index) => {
       const value = values[index];
-      element.setAttribute("aria-label", `${name}: ${value === null ? "not known" : measure.text(value)}`);
+      const copied = cell.sums.copied === cell.sums.tensors;
+      element.setAttribute("aria-label", `${name}: ${value !== null ? measure.text(value) : copied ? "equal in all sources" : "not known"}`);
       if (value === null) {
-        element.style.backgroundColor = "transparent";
-        element.textContent = "";
+        element.removeAttribute("style");
+        element.textContent = copied ? "=" : "";
       } else paint(element, measure.stops, high > low ? (value - low) / (high - low) : 1, measure.text(value));
     });
     legend.low.textContent = measure.text(low);
     legend.high.textContent = measure.text(high);
-    legend.label.textContent = measure.unit ? `${measure.label}, ${measure.unit}` : measure.label;
+    const equal = drawn.some(({ cell }, index) => values[index] === null && cell.sums.copied === cell.sums.tensors);
+    legend.label.textContent = (measure.unit ? `${measure.label}, ${measure.unit}` : measure.label) + (equal ? "; = equal in all sources" : "");
     legend.bar.style.background = `linear-gradient(to right, ${measure.stops.join(", ")})`;
     legend.bar.setAttribute("aria-label", `colour scale of ${measure.label}: from ${measure.text(low)} to ${measure.text(high)}`);
   };
@@ -234,6 +238,7 @@
   // --- what stands still ------------------------------------------------------------------------------------------
 
   introduce("models of a merge");
+  byId("notes").parentElement.hidden = data.notes.length === 0;
   byId("origin").textContent =
     (data.origin === "sources" ? `What a merge of these sources by method ${data.method} would do` : `A finished merge by method ${data.method}`) +
     (data.origin === "output" ? ", from its provenance" : "") +
