@@ -262,15 +262,16 @@ ORDER = ("convolution", "embedding", "self-attention", "cross-attention", "atten
 
 
 def in_model_order(tensors: Iterable[TensorVectors], architecture: Architecture) -> dict[str, TensorVectors]:
-    """By name: by stack, what stands before the layers, each layer, then what comes after; in each by kind."""
+    """By stack, what stands before the layers, each layer, then what comes after; in each by kind and then by name, so
+    that sums over tensors do not depend on the order of files."""
     stacks = {stack: number for number, stack in enumerate(architecture.all_stacks)}
 
-    def sort_key(tensor: TensorVectors) -> tuple[int, ...]:
+    def sort_key(tensor: TensorVectors) -> tuple[int, int, int, int, str]:
         spot = tensor.spot
         after = architecture.follows_layers(architecture.canonical(tensor.name))
         layer = spot.layer if spot.layer is not None else (1 << 30 if after else -1)
         first, _, last = spot.kind.partition(" ")
         kind = ORDER.index(first) if first in ORDER else len(ORDER)
-        return stacks.get(spot.stack, len(stacks)), layer, kind, KINDS.index(last) if last in KINDS else 0
+        return stacks.get(spot.stack, len(stacks)), layer, kind, KINDS.index(last) if last in KINDS else 0, tensor.name
 
     return {tensor.name: tensor for tensor in sorted(tensors, key=sort_key)}
