@@ -11,11 +11,9 @@ from hsa.actions.keywords import (
     CONFIG_FILE,
     Call,
     axes,
-    id_names,
     positional_names,
-    several_names,
-    source_names,
 )
+from hsa.actions.source_arguments import id_names, several_names, source_names
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named
 from hsa.methods.settings import DEFAULT_METHOD, Declared

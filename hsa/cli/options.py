@@ -10,9 +10,10 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from hsa.actions.keywords import CONFIG_FILE, Call, missing_sources, several_names, source_names
+from hsa.actions.keywords import CONFIG_FILE, Call
 from hsa.actions.run_options import RunOptions
 from hsa.actions.signatures import BASE_HELP, with_roles
+from hsa.actions.source_arguments import missing_sources, several_names, source_names
 from hsa.errors import shown
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named, methods

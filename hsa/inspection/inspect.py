@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.keywords import INSPECT, NamedArguments, check_keywords, missing_sources, split_named
+from hsa.actions.keywords import INSPECT, NamedArguments, check_keywords, split_named
 from hsa.actions.recorded_sources import recorded_sources
 from hsa.actions.signatures import declared_keywords
+from hsa.actions.source_arguments import missing_sources
 from hsa.arguments import check_flags, check_functions, check_paths
 from hsa.errors import RequestError, listed, shown
 from hsa.inspection.from_provenance import changed_config, inspect_provenance, recorded_config

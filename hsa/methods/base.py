@@ -122,16 +122,6 @@ class Treatment:
 KEEP = Treatment("keep")
 
 
-def treatment_of(
-    method: Method[Any, Any], settings: Settings, info: TensorInfo, architecture: Architecture
-) -> Treatment:
-    """What a method does with a tensor, within the part of the model that the settings limit it to. `info.name` is
-    canonical."""
-    if settings.limited and not settings.limits(info.name, architecture.layer_of(info.name)):
-        return KEEP
-    return method.treatment(info, architecture.place(info.name), settings)
-
-
 class Block(ABC):
     """One block of a tensor, cut by the treatment's layout (`hsa.methods.tensors.Layout`). Where the groups are heads,
     some rows and columns of one of them, or of neighbouring ones that are treated alike.
@@ -304,11 +294,9 @@ class Method(ABC, Generic[S, D]):
         |merged - model| / |model|, None where there is no such ratio. Each target comes with its `distance_sums`."""
         raise NotImplementedError(f"method {self.name} has no patches")
 
-    # --- for inspections ---------------------------------------------------------------------------------------------
-
     def kept(self, block: Block, decision: D) -> Iterator[Array | None] | None:
-        """Which elements of each model's task vector are kept, one model after another: bool of the block's shape,
-        valid until the next; None where all are. None at all for a method, or a decision, that drops none."""
+        """For inspections: which elements of each model's task vector are kept, one model after another: bool of the
+        block's shape, valid until the next, or None for all. None at all where nothing is dropped."""
         return None
 
     def agreeing(self, block: Block, decision: D) -> Iterator[Array] | None:
