@@ -26,8 +26,9 @@ def print_models(console: Console, view: ModelInspection, *, wide: bool) -> None
     """Print it; `wide`: by layer too, and by single kinds of tensors."""
     whole = view.whole
     copied = f", {whole.copied} of them equal in all sources and copied" if whole.copied else ""
-    size = f"{whole.elements / 1e6:.1f} million elements"
-    print_line(console, f"{view.title}: {whole.tensors} tensors of {size} by {view.method}{copied}")
+    size = f"{whole.tensors} tensors of {whole.elements / 1e6:.1f} million elements{copied}"
+    models = f"{view.method} of {len(view.models)} model{'s' * (len(view.models) > 1)}"
+    print_line(console, f"{models}: {size}" if view.origin == "sources" else f"{view.title}, {models}: {size}")
     given = {name: value for name, value in summary(view.parameters).items() if value is not None}
     if given:
         print_line(console, "how: " + ", ".join(f"{name} {parameter_text(value)}" for name, value in given.items()))
