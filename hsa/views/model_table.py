@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hsa.inspection.model_report import Group, ModelInspection, Spot
+from hsa.inspection.vector_sums import KeptSums
 from hsa.methods.all_settings import summary
 from hsa.views.text import add_row, new_table, number, parameter_text, percent, print_files, print_line, print_sources
 
@@ -86,6 +87,18 @@ def _models(console: Console, view: ModelInspection, *, wide: bool) -> None:
             cells["agree"] = percent(kept.agreement(place))
         add_row(table, role, *(cells.get(column) for column in columns))
     console.print(table)
+    if kept is not None:
+        print_line(console, _legend(kept))
+
+
+def _legend(kept: KeptSums) -> str:
+    """What the columns of what is kept mean."""
+    texts = ["kept: share of the elements"]
+    if kept.squares is not None:
+        texts.append("energy: of the squared norm")
+    if kept.agreeing is not None:
+        texts.append("agree: kept elements with the elected sign")
+    return "; ".join(texts)
 
 
 def _cosines(view: ModelInspection, *, wide: bool) -> list[str]:
