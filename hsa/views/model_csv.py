@@ -8,6 +8,7 @@ from itertools import combinations
 
 from hsa.inspection.model_report import ModelInspection, TensorVectors, kept_dict, vectors_dict
 from hsa.sources.roles import Role
+from hsa.views.csv_file import cell
 
 PLACE = ("tensor", "stack", "layer", "kind", "elements", "copied", "base_norm", "shared", "disagreeing", "conflict")
 
@@ -22,7 +23,7 @@ def render(inspection: ModelInspection) -> bytes:
     pairs = [f"cosine_{one}_{two}" for one, two in combinations(models, 2)]
     writer.writerow([*PLACE, *(f"{role}_{name}" for role in models for name in OF_MODELS), *pairs])
     for tensor in inspection.tensors.values():
-        writer.writerow([_cell(value) for value in _row(tensor, models, based=inspection.based)])
+        writer.writerow([cell(value) for value in _row(tensor, models, based=inspection.based)])
     return text.getvalue().encode("utf-8")
 
 
@@ -38,7 +39,3 @@ def _row(tensor: TensorVectors, models: tuple[Role, ...], *, based: bool) -> lis
     cosines = sums["cosines"]
     row += [None if cosines is None else cosines[one][two] for one, two in combinations(range(len(models)), 2)]
     return row
-
-
-def _cell(value: object) -> object:
-    return "" if value is None else repr(value) if isinstance(value, float) else value
