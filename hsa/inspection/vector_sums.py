@@ -18,6 +18,7 @@ from hsa.methods.copied import COPIED
 from hsa.methods.geometry import cosine, ratio
 from hsa.methods.gram import pairs_of, row_products
 from hsa.methods.sums import total
+from hsa.methods.tensors import UNIT
 from hsa.system.dtypes import Array, Float32
 
 C = TypeVar("C", bound="Counted")
@@ -159,9 +160,9 @@ def look_at(method: Method[Any, Any], decision: Any, *, masks: bool) -> Callable
         if based:
             rows = [block.weights(role).reshape(1, -1) for role in (BASE, *(block.models if len(vectors) == 1 else ()))]
             base = row_products(rows)[:, 0]
-        products = row_products(vectors)[:, 0]
+        products = _products(vectors, any(moved))
         kept = method.kept(block, decision) if masks else None
-        every = None if kept is None else tuple(map(_kept, [block] * len(vectors), block.models, kept))
+        every = None if kept is None else tuple(_kept(block, place, products, mask) for place, mask in enumerate(kept))
         agreeing = method.agreeing(block, decision) if masks else None
         votes = None if agreeing is None else tuple(int(np.count_nonzero(each)) for each in agreeing)
         return BlockSums(vectors[0].size, base, products, moved, shared, disagreeing, every, votes)
@@ -183,13 +184,23 @@ def _signs(vectors: Sequence[Float32]) -> tuple[tuple[int, ...], int, int]:
     return tuple(moved), int(np.count_nonzero(several > 1)), int(np.count_nonzero(up & down))
 
 
-def _kept(block: Block, role: str, mask: Array | None) -> BlockKept:
-    vector = block.task_vector(role)
-    count = vector.size
-    if mask is not None:
-        count, bits = int(np.count_nonzero(mask)), block.room(role).view(np.uint32)
-        vector = np.multiply(vector.view(np.uint32), mask, out=bits).view(np.float32)
-    return BlockKept(count, int(np.count_nonzero(vector)), row_products([vector.reshape(1, -1)])[0, 0])
+def _products(vectors: Sequence[Float32], moved: bool) -> Array:
+    """The products of every two vectors by flat blocks [pairs, blocks]: zeros, unformed, where none has `moved`."""
+    if moved:
+        return row_products(vectors)[:, 0]
+    return np.zeros((len(pairs_of(len(vectors))), -(-vectors[0].size // UNIT)))
+
+
+def _kept(block: Block, place: int, products: Array, mask: Array | None) -> BlockKept:
+    """What is kept of a model by its place; where all is, its squares are those among the products."""
+    vector = block.task_vector(block.models[place]).reshape(1, -1)
+    if mask is None:
+        squares = products[pairs_of(len(block.models)).index((place, place))]
+        return BlockKept(vector.size, int(np.count_nonzero(vector)), squares)
+    bits = block.room(block.models[place]).reshape(1, -1).view(np.uint32)
+    kept = np.multiply(vector.view(np.uint32), mask.reshape(1, -1), out=bits).view(np.float32)
+    moved = int(np.count_nonzero(kept))
+    return BlockKept(int(np.count_nonzero(mask)), moved, _products([kept], moved > 0)[0])
 
 
 def gather(blocks: Sequence[BlockSums], places: Sequence[int], models: int, *, base: bool, masks: bool) -> TensorSums:
