@@ -41,7 +41,7 @@ def inspect(
     ] = None,
     diff: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two outputs instead.")] = None,
     no_energy: Annotated[
-        bool, typer.Option("--no-energy", help="Read the targets alone, not the rest of the models.")
+        bool, typer.Option("--no-energy", help="Of HSA: read the targets alone, not the rest of the models.")
     ] = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="With OUT: do not read its files to see whether they are as written.")
