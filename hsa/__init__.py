@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hsa.actions.merger.merger import Merger
     from hsa.actions.patch import merge_patch
     from hsa.actions.request import Request
-    from hsa.inspection.inspect import Inspection, inspect
+    from hsa.inspection.inspect import Inspection, ModelInspection, inspect
     from hsa.methods.hsa import HsaSettings
     from hsa.methods.tensors import TensorRecord
     from hsa.outputs.report import MergeReport
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Inspection": "hsa.inspection.inspect",
+    "ModelInspection": "hsa.inspection.inspect",
     "inspect": "hsa.inspection.inspect",
     "apply": "hsa.actions.apply",
     "merge": "hsa.actions.merge",
@@ -70,6 +71,7 @@ __all__ = [
     "MergeReport",
     "Merger",
     "MismatchError",
+    "ModelInspection",
     "NonFiniteError",
     "PatchError",
     "ProvenanceError",

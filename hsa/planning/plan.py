@@ -200,18 +200,23 @@ def _notes(
                 yield (
                     f"{name} has shape {list(ref.shape)} in {anchor.role} and {list(counterpart.shape)} in {other.role}"
                 )
+    yield from mismatch_notes(finder)
+    tie = sources.architecture.tie
+    if tie is not None and tie.output in written:
+        yield f"{tie.output} is stored beside {tie.embedding} and written as a tensor of its own"
+    elif tie is not None and tie.output in anchor.tensors:
+        yield f"{anchor.role}'s {tie.output} is left out, for base ties it to {tie.embedding}"
+
+
+def mismatch_notes(finder: TaskFinder) -> Iterator[str]:
+    """What is said of tensors that not all sources have alike."""
     if finder.skipped:
         yield (
-            f"{len(finder.skipped)} tensors stay {anchor.role}'s, for another source lacks them or has them in another "
-            f"shape or type: {some(finder.skipped)}"
+            f"{len(finder.skipped)} tensors stay {finder.sources.anchor}'s, for another source lacks them or has them "
+            f"in another shape or type: {some(finder.skipped)}"
         )
     if finder.reduced:
         yield (
             f"{len(finder.reduced)} tensors are merged of some of the models, for the others lack them or have them in "
             f"another shape or type: {some(finder.reduced)}"
         )
-    tie = sources.architecture.tie
-    if tie is not None and tie.output in written:
-        yield f"{tie.output} is stored beside {tie.embedding} and written as a tensor of its own"
-    elif tie is not None and tie.output in anchor.tensors:
-        yield f"{anchor.role}'s {tie.output} is left out, for base ties it to {tie.embedding}"

@@ -8,13 +8,14 @@ from typing import Any
 
 from hsa.architectures.base import ModelCounts, Partition, TensorInfo, TensorPlace
 from hsa.errors import MismatchError, RequestError, SourceError, listed, shown
-from hsa.methods.base import Method, Treatment, treatment_of
+from hsa.methods.base import Method, Treatment
 from hsa.methods.settings import Settings, declared
 from hsa.methods.tensors import LayerSpan, TensorTask
 from hsa.option_names import option
 from hsa.planning.heads import require_heads
 from hsa.planning.quantized import refuse_quantized
 from hsa.planning.script_dtypes import load_codes
+from hsa.planning.treatments import treatment_of
 from hsa.sources import structure
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
