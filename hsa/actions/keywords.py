@@ -180,7 +180,9 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
     if call.output and "output" not in given:
         raise TypeError(f"{call.name}() missing required argument: 'output'")
     output = given.pop("output", None)
-    _refuse_missing(call, missing_sources(method.contract, given))
+    missing = missing_sources(method.contract, given)
+    refuse_missing_base(method.name, missing)
+    _refuse_missing(call, missing)
     sources, ids = _take_sources(method.contract, given)
     method.contract.check(name, base=BASE in sources, models=len(sources) - (BASE in sources))
     for left in given:
@@ -269,7 +271,7 @@ def _take_settings(call: Call, method: str, given: dict[str, Any]) -> dict[str, 
     settings = {each.name: given.pop(each.name) for each in own if each.name in given}
     foreign = next((each.name for each in call.declared_settings() if each.name in given), None)
     if foreign is not None:
-        names = ", ".join(option(each.name, False if each.default is True else None) for each in own)
+        names = ", ".join(option(each.name, False if each.default is True else None).split("=")[0] for each in own)
         raise RequestError(f"method {method} has no {option(foreign)}; its settings are {names}")
     return settings
 
@@ -359,6 +361,14 @@ def missing_sources(contract: Contract, given: Collection[str]) -> list[str]:
         named = [role.name for role in contract.named]
         needed += [*named, *(["models"] if len(named) < contract.least else [])]
     return [name for name in needed if name not in given]
+
+
+def refuse_missing_base(method: str, missing: Sequence[str]) -> None:
+    """RequestError where base alone is missing, which some methods need and others do not."""
+    if list(missing) == [BASE]:
+        raise RequestError(
+            f"method {method} needs {option(BASE)}, the model that the others were trained from; give it"
+        )
 
 
 def _in_order(contract: Contract, named: Sequence[str], given: dict[str, Any]) -> dict[Role, PathLike]:

@@ -182,10 +182,12 @@ def expected(trial: Trial, expectation: Expectation) -> dict[str, Tensor]:
 
 def _copied(trial: Trial, base: Tensor | None, tensors: Sequence[Tensor]) -> bool:
     """Whether a tensor has the same bytes in all sources, and the method copies such tensors."""
-    settings = trial.method.Settings(**trial.settings)
     others = [*tensors[1:], *([] if base is None else [base])]
     same_bytes = all(raw_bytes(other) == raw_bytes(tensors[0]) and other.dtype == tensors[0].dtype for other in others)
-    return same_bytes and trial.method.copies_equal(settings)
+    try:
+        return same_bytes and trial.method.copies_equal(trial.method.Settings(**trial.settings))
+    except HsaError:  # settings that no merge takes: the formula must refuse them too
+        return False
 
 
 def _finite(tensors: Mapping[str, Tensor]) -> bool:

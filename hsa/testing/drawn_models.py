@@ -98,7 +98,8 @@ def draw_models(
     import torch
 
     generator = torch.Generator().manual_seed(draw.getrandbits(32))
-    dtypes = draw.choices(DTYPES, k=count + 1) if draw.random() < 0.7 and not one_dtype else [draw.choice(DTYPES)] * 9
+    mixed = draw.random() < 0.7 and not one_dtype
+    dtypes = draw.choices(DTYPES, k=count + 1) if mixed else [draw.choice(DTYPES)] * (count + 1)
     origin = _generic(generator) if family == "generic" else _whisper(folder / "origin")
     kinds = {name: _kind(family, name) for name in origin}
     paths, tensors = [], {}

@@ -347,7 +347,7 @@ def test_settings_out_of_range(
 
 def test_a_missing_base_is_named(families: dict[tuple[str, str], Family], tmp_path: Path) -> None:
     models = list(families["full", "float32"].values())[:2]
-    with pytest.raises(TypeError, match="missing required argument: 'base'"):
+    with pytest.raises(hsa.RequestError, match="needs base, the model that the others were trained from; give it"):
         hsa.merge(method="tsv_m", models=models, output=tmp_path / "out")
 
 
