@@ -34,7 +34,7 @@ WHISPER = WhisperShape(
     decoder_heads=2,
     ffn_dim=10,
     vocab_size=271,
-    max_source_positions=8,
+    max_source_positions=50,
     max_target_positions=6,
 )
 """The shape of the models of the family `whisper`."""
