@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from hsa.actions.merge import merge
 from hsa.architectures.base import TensorInfo
 from hsa.backends import array_block, cpu
 from hsa.engine import streamed
-from hsa.errors import HsaError
+from hsa.errors import HsaError, HsaWarning, RequestError
 from hsa.methods.registry import AnyMethod, method_named
+from hsa.methods.settings import declared
 from hsa.planning import file_layout
 from hsa.testing.drawn_models import DrawnModels, Family, draw_models
 from hsa.testing.drawn_settings import Drawn, draw_settings, resolved
@@ -151,8 +153,10 @@ def _check(trial: Trial, expectation: Expectation, draw: random.Random) -> bool:
             assert not trial.output.exists(), trial
             return False
         assert wanted is not None, f"{trial}: merged, and the formula refuses it: {why}"
-        same(trial, wanted)
+        same(trial, stored(trial.output), wanted)
         verified(trial, draw.randint(1, 5))
+        found = merged_in_memory(trial, draw.randint(1, 5))
+        same(trial, found, {name: tensor for name, tensor in wanted.items() if name in found})
     return True
 
 
@@ -194,11 +198,37 @@ def _finite(tensors: Mapping[str, Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
-def same(trial: Trial, wanted: Mapping[str, Tensor]) -> None:
-    """AssertionError unless the output holds these tensors: their bytes, or what lies within the method's tolerance."""
+def stored(output: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name."""
     from safetensors.torch import load_file
 
-    found = {name: tensor for path in trial.output.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {name: tensor for path in output.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def merged_in_memory(trial: Trial, threads: int) -> dict[str, Tensor]:
+    """The same merge by `hsa.Merger`, which gives the tensors that a method merges; none where it says to use
+    `hsa.merge`."""
+    from hsa.actions.merger.merger import Merger
+
+    of_all = {
+        each.name for each in declared(trial.method.Settings) if each.about.structural or not each.about.patchable
+    }
+    fixed = {name: value for name, value in trial.settings.items() if name in of_all}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HsaWarning)
+            merger = Merger(method=trial.method.name, **trial.sources, **fixed, dtype=trial.dtype, threads=threads)
+    except RequestError as error:
+        assert "use hsa.merge" in str(error), f"{trial}: {error}"
+        return {}
+    found = merger.merge(**{name: value for name, value in trial.settings.items() if name not in of_all})
+    recorded = json.loads((trial.output / "hsa_merge.json").read_text(encoding="utf-8"))["targets"]
+    assert found.keys() == recorded.keys(), f"{trial}: {sorted(found.keys() ^ recorded.keys())} are merged once"
+    return found
+
+
+def same(trial: Trial, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """AssertionError unless these are the tensors: their bytes, or what lies within the method's tolerance."""
     assert found.keys() == wanted.keys(), f"{trial}: {sorted(found.keys() ^ wanted.keys())} differ"
     for name, tensor in wanted.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), f"{trial}: {name}"

@@ -101,7 +101,7 @@ def expected(method: str, settings: dict[str, Any], sources: Sources, count: int
     """What the oracle makes of every tensor; the first model's where all sources are equal."""
     base, models = read_tensors(sources[0]), [read_tensors(path) for path in sources[1][:count]]
     every = [base, *models] if based else models
-    copies = settings.get("normalize_weights", True)
+    copies = settings.get("normalize_weights", True) and (method != "linear" or settings.get("normalize", True))
     result = {}
     for name, first in models[0].items():
         tensors = [model[name] for model in every]
@@ -282,6 +282,18 @@ def test_slerp_says_that_it_needs_t(float32: Sources, tmp_path: Path) -> None:
     with pytest.raises(hsa.RequestError, match=r"method slerp needs t; give it"):
         merger.save(tmp_path / "out")
     assert torch.equal(merger.merge(t=1.0)[OPPOSITE], read_tensors(float32[1][0])[OPPOSITE])
+
+
+def test_a_merger_of_weights_that_are_not_normalized(float32: Sources) -> None:
+    """Other methods have a `normalize` that may differ between candidates; of this one a plan hangs on it."""
+    models = given(float32, 2, False)
+    settings: dict[str, Any] = {"normalize": False, "weights": [0.5, -1.5]}
+    merger = hsa.Merger(method="linear", **models, normalize=False)
+    same_bytes(merger.merge(weights=settings["weights"]), expected("linear", settings, float32, 2, False))
+    with pytest.raises(
+        hsa.RequestError, match="normalize of method linear is the same for all candidates; give it when"
+    ):
+        merger.merge(normalize=True)
 
 
 def test_a_record_without_t_is_refused(float32: Sources, tmp_path: Path) -> None:
