@@ -16,6 +16,9 @@ from sampling import EVERYTHING
 from hsa.methods.registry import methods
 from hsa.testing.conformance import check_count, counts
 
+MERGES = 8
+"""Merges of each method, at least, over all numbers of models."""
+
 CASES = [(name, count) for name, method in methods().items() for count in counts(method)]
 
 
@@ -34,7 +37,8 @@ def test_a_method_is_its_formula(method: str, count: int, tmp_path: Path) -> Non
         f"method {method} is registered and nothing says what it must compute: write its formula in plain torch into "
         f"hsa/reference/ and add it to EXPECTATIONS in tests/support/oracles.py"
     )
-    check_count(method, count, EXPECTATIONS[method], tmp_path, trials=20 if EVERYTHING else 2)
+    trials = -(-MERGES // len(counts(methods()[method])))
+    check_count(method, count, EXPECTATIONS[method], tmp_path, trials=10 * trials if EVERYTHING else trials)
 
 
 def test_no_formula_is_left_over() -> None:
