@@ -343,7 +343,7 @@ def cancelling_weights(document: dict[str, Any]) -> None:
         (other_shares, "is listed with the shares [0.5, 0.25, 0.25] of its secondaries; the parameters give"),
         (fewer_shares, "is not of 4 models"),
         (no_shares, "is not of 4 models"),
-        (huge_share, "expected a number of at least -1e+10 and below 1e+10"),
+        (huge_share, "expected a number from -1e+10 to 1e+10"),
         (other_weights, "is listed with the shares [0.333"),
         (more_weights, "weights must have as many values as there are secondaries, 3, got 4"),
         (cancelling_weights, "weights 1, -1, 0 of the secondaries sum to 0"),
