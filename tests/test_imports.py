@@ -42,7 +42,7 @@ ARROWS = {
     "inspection": ("verification",),
     "integrations": ("verification",),
     "views": ("inspection",),
-    "testing": ("reference", "actions"),
+    "testing": ("reference", "verification"),
     "cli": ("sweeps", "releases", "views", "integrations", "testing"),
     "__main__": ("cli",),
     "reference": (),
@@ -75,6 +75,8 @@ ANYWHERE = {
     "torch": {
         *AT_IMPORT["torch"],
         "hsa.testing.demo",
+        "hsa.testing.conformance",
+        "hsa.testing.drawn_models",
         "hsa.backends.choose",
         "hsa.sources.peft_adapter",
         "hsa.integrations.mergekit_method",

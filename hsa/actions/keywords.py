@@ -6,7 +6,7 @@ makes of the same declarations what `help` and editors show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -17,6 +17,7 @@ from hsa.actions.source_arguments import (
     as_several,
     id_names,
     missing_sources,
+    refuse_missing_base,
     several_names,
     source_names,
     take_sources,
@@ -70,21 +71,21 @@ class Call:
 
     def declared_settings(self) -> tuple[Declared, ...]:
         """The settings of all methods that the call takes, each name once, those of the default method first."""
-        return self._taken(all_settings().values())
+        return tuple(all_settings(self._takes).values())
 
     def settings_of(self, owner: type[Settings]) -> tuple[Declared, ...]:
         """The settings of a method that the call takes."""
-        return self._taken(declared(owner))
+        return tuple(each for each in declared(owner) if self._takes(each.about))
 
-    def _taken(self, settings: Iterable[Declared]) -> tuple[Declared, ...]:
-        takes: dict[str, Callable[[Setting], bool]] = {
-            "all": lambda about: True,
-            "patchable": lambda about: about.patchable,
-            "candidates": lambda about: about.patchable and not about.structural,
-            "planned": lambda about: about.structural or not about.patchable,
-            "none": lambda about: False,
+    def _takes(self, about: Setting) -> bool:
+        takes: dict[str, bool] = {
+            "all": True,
+            "patchable": about.patchable,
+            "candidates": about.patchable and not about.structural,
+            "planned": about.structural or not about.patchable,
+            "none": False,
         }
-        return tuple(each for each in settings if takes[self.settings](each.about))
+        return takes[self.settings]
 
     def declared_options(self) -> tuple[Declared, ...]:
         """The options of a run that the call takes, with what it says of them itself."""
@@ -202,7 +203,9 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
     if call.output and "output" not in given:
         raise TypeError(f"{call.name}() missing required argument: 'output'")
     output = given.pop("output", None)
-    _refuse_missing(call, missing_sources(method.contract, given))
+    missing = missing_sources(method.contract, given)
+    refuse_missing_base(method.name, missing)
+    _refuse_missing(call, missing)
     sources, ids = take_sources(method.contract, given)
     method.contract.check(name, base=BASE in sources, models=len(sources) - (BASE in sources))
     for left in given:
@@ -298,7 +301,11 @@ def _take_settings(call: Call, method: str, given: dict[str, Any]) -> dict[str, 
     settings = {each.name: given.pop(each.name) for each in own if each.name in given}
     foreign = next((each.name for each in call.declared_settings() if each.name in given), None)
     if foreign is not None:
-        names = ", ".join(option(each.name, False if each.default is True else None) for each in own)
+        if call.settings == "candidates" and foreign in {each.name for each in declared(method_named(method).Settings)}:
+            raise RequestError(
+                f"{option(foreign)} of method {method} is the same for all candidates; give it when you make the Merger"
+            )
+        names = ", ".join(option(each.name, False if each.default is True else None).split("=")[0] for each in own)
         raise RequestError(f"method {method} has no {option(foreign)}; its settings are {names}")
     return settings
 

@@ -87,6 +87,14 @@ def _ids_of_several(contract: Contract, name: str, models: int, ids: Sequence[An
     return dict(zip(roles, ids, strict=True))
 
 
+def refuse_missing_base(method: str, missing: Sequence[str]) -> None:
+    """RequestError where base alone is missing, which some methods need and others do not."""
+    if list(missing) == [BASE]:
+        raise RequestError(
+            f"method {method} needs {option(BASE)}, the model that the others were trained from; give it"
+        )
+
+
 def _in_order(contract: Contract, named: Sequence[str], given: dict[str, Any]) -> dict[Role, PathLike]:
     """The models that are given in their order, by role; `named` are those that are given by name too."""
     if named:

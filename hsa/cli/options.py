@@ -13,7 +13,7 @@ import typer
 from hsa.actions.keywords import CONFIG_FILE, Call
 from hsa.actions.run_options import RunOptions
 from hsa.actions.signatures import BASE_HELP, with_roles
-from hsa.actions.source_arguments import missing_sources, several_names, source_names
+from hsa.actions.source_arguments import missing_sources, refuse_missing_base, several_names, source_names
 from hsa.errors import shown
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named, methods
@@ -90,8 +90,10 @@ def given_merge(ctx: typer.Context, values: Mapping[str, Any], call: Call) -> di
     """The same for a command that merges. A usage error where a source that the method needs is missing."""
     keywords = given(ctx, values)
     if not (call.config and CONFIG_FILE in keywords):
-        contract = method_named(keywords.get("method", DEFAULT_METHOD)).contract
-        for role in missing_sources(contract, keywords):
+        method = method_named(keywords.get("method", DEFAULT_METHOD))
+        missing = missing_sources(method.contract, keywords)
+        refuse_missing_base(method.name, missing)
+        for role in missing:
             ctx.fail(f"Missing option {shown(command_line(role))}.")
     if "card" in keywords:
         from hsa.outputs.card import parse_fields

@@ -94,7 +94,7 @@ class Contract:
             raise RequestError(f"method {method} takes no base; leave it out, or give it as one of the models")
         if not self.least <= models <= self.most:
             span = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
-            raise RequestError(f"method {method} merges {span} models, got {models}")
+            raise RequestError(f"method {method} merges {span} model{'s' * (self.most > 1)}, got {models}")
 
 
 @dataclass(frozen=True)

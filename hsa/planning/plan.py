@@ -26,6 +26,9 @@ from hsa.system.dtypes import ARITHMETIC, NAMES
 
 Route = Literal["patch", "rewrite"]
 
+MOST_SHAPES = 5
+"""Tensors of other shapes that notes name for each source."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -194,12 +197,16 @@ def _notes(
         missing = [name for name in anchor.tensors if name not in other.tensors]
         if missing:
             yield f"{len(missing)} tensors of {anchor.role} are missing from {other.role}, such as {missing[0]}"
-        for name, ref in anchor.tensors.items():
-            counterpart = other.tensors.get(name)
-            if name not in targets and counterpart is not None and counterpart.shape != ref.shape:
-                yield (
-                    f"{name} has shape {list(ref.shape)} in {anchor.role} and {list(counterpart.shape)} in {other.role}"
-                )
+        unlike = [
+            f"{name} has shape {list(ref.shape)} in {anchor.role} and {list(counterpart.shape)} in {other.role}"
+            for name, ref in anchor.tensors.items()
+            if name not in targets
+            and (counterpart := other.tensors.get(name)) is not None
+            and counterpart.shape != ref.shape
+        ]
+        yield from unlike[:MOST_SHAPES]
+        if len(unlike) > MOST_SHAPES:
+            yield f"{len(unlike) - MOST_SHAPES} more tensors have other shapes in {anchor.role} and {other.role}"
     yield from mismatch_notes(finder)
     tie = sources.architecture.tie
     if tie is not None and tie.output in written:

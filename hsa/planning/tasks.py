@@ -147,7 +147,8 @@ class TaskFinder:
         return treatment_of(self.method, self.settings, info, self.family).kind == "merge"
 
     def task(self, name: str, place: TensorPlace | None, treatment: Treatment) -> TensorTask | None:
-        """One task, checked to agree in its sources. None where they disagree and the method can do without it."""
+        """One task, checked to agree in its sources. None where they disagree and the method can do without it, and for
+        a tensor without elements."""
         roles = treatment.roles or self.sources.roles
         refs = {role: ref for role in roles if (ref := self.sources.of(role).tensors.get(name)) is not None}
         if treatment.by_heads:
@@ -159,6 +160,8 @@ class TaskFinder:
                 return None
             refs = fitting
         shape = refs[self.sources.anchor].shape
+        if 0 in shape and not treatment.by_heads:
+            return None  # it has no elements
         partition, layers = self._partition(name, place, shape, treatment, refs)
         span = self._span(name)
         models = [role for role in self.sources.roles if role != self.sources.base]
@@ -203,8 +206,8 @@ class TaskFinder:
                 f"{anchor}'s"
             )
         models = [role for role in fitting if role != base]
-        lacks_base = base in roles and base not in fitting
-        if mode == "skip-model" and not lacks_base and anchor in fitting and len(models) >= max(2, self._least):
+        nothing = 0 in shape or (base in roles and base not in fitting)
+        if mode == "skip-model" and not nothing and anchor in fitting and len(models) >= max(2, self._least):
             self.reduced.append(name)
             return fitting
         self.skipped.append(name)
