@@ -352,7 +352,10 @@ def test_only_a_part_of_the_model(families: dict[str, Family]) -> None:
         ({"method": "ties", "base": True, "primary": True}, "method ties has no primary; give its sources by base and"),
         ({"method": "ties", "base": True, "models": 2, "t": 0.5}, "method ties has no t; its settings are"),
         ({"method": "ties", "base": True, "models": 2, "density": 2.0}, "density must be in \\[0, 1\\], got 2.0"),
-        ({"method": "ties", "base": True, "models": 2, "weights": [1, 2, 3]}, "given for 3 models and 2 are merged"),
+        (
+            {"method": "ties", "base": True, "models": 2, "weights": [1, 2, 3]},
+            "weights must have as many values as there are models, 2, got 3",
+        ),
         ({"method": "slerp", "base": True, "models": 1}, "method slerp needs t; give it"),
         ({"method": "slerp", "base": True, "models": 2, "t": 0.5}, "method slerp merges 1 models, got 2"),
         ({"method": "della", "base": True, "models": 2, "density": 0.1}, "give probabilities from"),
