@@ -24,7 +24,10 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=PACKAGES,
     package_dir={"hsa": "hsa", "hsa.kernels": "kernels"},
-    package_data={"hsa": ["py.typed"], "hsa.views": ["page.html", "page.css", "page.js"]},
+    package_data={
+        "hsa": ["py.typed"],
+        "hsa.views": ["page.html", "page.css", "page.js", "common.js", "models.html", "models.js"],
+    },
     install_requires=[
         "torch>=2.11,<3",
         "triton>=3.6,<4; platform_system == 'Linux'",

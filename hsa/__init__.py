@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hsa.actions.request import Request
     from hsa.evaluation.data import data
     from hsa.evaluation.utterance import DataSet, Utterance
-    from hsa.inspection.inspect import Inspection, inspect
+    from hsa.inspection.inspect import Inspection, ModelInspection, inspect
     from hsa.methods.hsa import HsaSettings
     from hsa.methods.tensors import TensorRecord
     from hsa.outputs.report import MergeReport
@@ -48,6 +48,7 @@ _LAZY = {
     "Utterance": "hsa.evaluation.utterance",
     "data": "hsa.evaluation.data",
     "Inspection": "hsa.inspection.inspect",
+    "ModelInspection": "hsa.inspection.inspect",
     "inspect": "hsa.inspection.inspect",
     "apply": "hsa.actions.apply",
     "merge": "hsa.actions.merge",
@@ -80,6 +81,7 @@ __all__ = [
     "MergeReport",
     "Merger",
     "MismatchError",
+    "ModelInspection",
     "NonFiniteError",
     "PatchError",
     "ProvenanceError",

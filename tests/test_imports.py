@@ -43,7 +43,7 @@ ARROWS = {
     "inspection": ("verification",),
     "integrations": ("verification",),
     "views": ("inspection",),
-    "testing": ("reference", "actions"),
+    "testing": ("reference", "verification"),
     "cli": ("sweeps", "releases", "views", "integrations", "testing", "evaluation"),
     "__main__": ("cli",),
     "reference": (),
@@ -76,6 +76,8 @@ ANYWHERE = {
     "torch": {
         *AT_IMPORT["torch"],
         "hsa.testing.demo",
+        "hsa.testing.conformance",
+        "hsa.testing.drawn_models",
         "hsa.backends.choose",
         "hsa.sources.peft_adapter",
         "hsa.integrations.mergekit_method",

@@ -6,13 +6,22 @@ makes of the same declarations what `help` and editors show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, NoReturn
 
 from hsa.actions.run_options import RunOptions
+from hsa.actions.source_arguments import (
+    as_several,
+    id_names,
+    missing_sources,
+    refuse_missing_base,
+    several_names,
+    source_names,
+    take_sources,
+)
 from hsa.arguments import check_paths, check_values
 from hsa.errors import RequestError, listed, shown
 from hsa.methods.all_settings import all_settings
@@ -44,6 +53,7 @@ class Call:
         output: it writes an output where it merges.
         config: it also takes a file of mergekit's in the place of sources, method and settings.
         grid: settings which are axes take lists of values.
+        method: where sources are `named`, it takes the name of a method for them.
         options: the names of the options of a run that it takes.
         helps: what it says itself of options, by name.
     """
@@ -55,26 +65,27 @@ class Call:
     output: bool = True
     config: bool = False
     grid: bool = False
+    method: bool = False
     options: frozenset[str] = EVERY
     helps: Mapping[str, str] = field(default_factory=dict)
 
     def declared_settings(self) -> tuple[Declared, ...]:
         """The settings of all methods that the call takes, each name once, those of the default method first."""
-        return self._taken(all_settings().values())
+        return tuple(all_settings(self._takes).values())
 
     def settings_of(self, owner: type[Settings]) -> tuple[Declared, ...]:
         """The settings of a method that the call takes."""
-        return self._taken(declared(owner))
+        return tuple(each for each in declared(owner) if self._takes(each.about))
 
-    def _taken(self, settings: Iterable[Declared]) -> tuple[Declared, ...]:
-        takes: dict[str, Callable[[Setting], bool]] = {
-            "all": lambda about: True,
-            "patchable": lambda about: about.patchable,
-            "candidates": lambda about: about.patchable and not about.structural,
-            "planned": lambda about: about.structural or not about.patchable,
-            "none": lambda about: False,
+    def _takes(self, about: Setting) -> bool:
+        takes: dict[str, bool] = {
+            "all": True,
+            "patchable": about.patchable,
+            "candidates": about.patchable and not about.structural,
+            "planned": about.structural or not about.patchable,
+            "none": False,
         }
-        return tuple(each for each in settings if takes[self.settings](each.about))
+        return takes[self.settings]
 
     def declared_options(self) -> tuple[Declared, ...]:
         """The options of a run that the call takes, with what it says of them itself."""
@@ -86,7 +97,11 @@ class Call:
 
     def names(self) -> tuple[str, ...]:
         """The names of all arguments, but for those that the function names itself."""
-        sources = {"positional": (*positional_names(self), "method", "models"), "named": (*source_names(), "models")}
+        method = ("method",) if self.method or self.sources == "positional" else ()
+        sources = {
+            "positional": (*positional_names(self), *method, "models"),
+            "named": (*source_names(), *method, "models"),
+        }
         ids = (*id_names(), "model_ids") if self.ids and self.sources != "none" else ()
         declarations = (*self.declared_settings(), *self.declared_options())
         config = (CONFIG_FILE,) if self.config else ()
@@ -110,7 +125,15 @@ SWEEP = Call(
     helps={"overwrite": "Replace points that were made with other settings or versions."},
 )
 APPLY = Call("apply", sources="none", settings="none", options=frozenset({"threads", "digest", "sync", "overwrite"}))
-INSPECT = Call("inspect", sources="named", ids=False, settings="patchable", options=frozenset())
+INSPECT = Call(
+    "inspect",
+    sources="named",
+    ids=False,
+    settings="patchable",
+    method=True,
+    options=frozenset({"threads"}),
+    helps={"threads": "Worker threads, for methods that merge whole models."},
+)
 VERIFY = Call("verify", sources="named", settings="none", options=frozenset({"threads"}))
 RELEASE = Call(
     "release",
@@ -152,13 +175,13 @@ class NamedArguments:
         check_paths(**{f"model{number}": path for number, path in enumerate(models, 1)})
         for name, source in self.sources.items():
             if name != "models":
-                for path in _several(name, source) if name in several_names() else [source]:
+                for path in as_several(name, source) if name in several_names() else [source]:
                     check_paths(**{name: path})
 
     def by_roles(self, contract: Contract) -> tuple[dict[Role, PathLike], dict[Role, str | None], list[str]]:
         """The sources and the ids by the roles of a method, and the arguments that are none of its sources."""
         left = {**self.sources, **self.ids}
-        sources, ids = _take_sources(contract, left)
+        sources, ids = take_sources(contract, left)
         return sources, ids, list(left)
 
 
@@ -180,8 +203,10 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
     if call.output and "output" not in given:
         raise TypeError(f"{call.name}() missing required argument: 'output'")
     output = given.pop("output", None)
-    _refuse_missing(call, missing_sources(method.contract, given))
-    sources, ids = _take_sources(method.contract, given)
+    missing = missing_sources(method.contract, given)
+    refuse_missing_base(method.name, missing)
+    _refuse_missing(call, missing)
+    sources, ids = take_sources(method.contract, given)
     method.contract.check(name, base=BASE in sources, models=len(sources) - (BASE in sources))
     for left in given:
         if left not in call.names():
@@ -195,11 +220,18 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
     return Arguments(name, sources, ids, output, settings, options)
 
 
-def split_named(call: Call, keywords: Mapping[str, Any]) -> NamedArguments:
-    """Tell the arguments of a call apart that does without sources."""
-    given = dict(keywords)
+def check_keywords(call: Call, keywords: Collection[str]) -> None:
+    """TypeError for the first keyword that the call does not take, whatever the method is."""
+    _check_names(call, keywords)
+
+
+def split_named(call: Call, keywords: Mapping[str, Any], method: str = DEFAULT_METHOD) -> NamedArguments:
+    """Tell the arguments of a call apart that does without sources; the settings are those of a method."""
+    given = {name: value for name, value in keywords.items() if not (call.method and name == "method")}
     _check_names(call, given)
-    settings, options = _take_settings(call, DEFAULT_METHOD, given), _take_options(call, given)
+    settings, options = _take_settings(call, method, _without_none(given)), _take_options(call, given)
+    for each in call.declared_settings():
+        given.pop(each.name, None)
     names = (*source_names(), "models")
     sources = {name: given.pop(name) for name in names if name in given}
     return NamedArguments(_without_none(sources), _without_none(given), settings, options)
@@ -269,7 +301,11 @@ def _take_settings(call: Call, method: str, given: dict[str, Any]) -> dict[str, 
     settings = {each.name: given.pop(each.name) for each in own if each.name in given}
     foreign = next((each.name for each in call.declared_settings() if each.name in given), None)
     if foreign is not None:
-        names = ", ".join(option(each.name, False if each.default is True else None) for each in own)
+        if call.settings == "candidates" and foreign in {each.name for each in declared(method_named(method).Settings)}:
+            raise RequestError(
+                f"{option(foreign)} of method {method} is the same for all candidates; give it when you make the Merger"
+            )
+        names = ", ".join(option(each.name, False if each.default is True else None).split("=")[0] for each in own)
         raise RequestError(f"method {method} has no {option(foreign)}; its settings are {names}")
     return settings
 
@@ -284,100 +320,9 @@ def _bind(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
     yield from keywords.items()
 
 
-def source_names() -> tuple[str, ...]:
-    """Base and the models of the default method by name."""
-    return (BASE, *(role.name for role in method_named(DEFAULT_METHOD).contract.named))
-
-
-def several_names() -> frozenset[str]:
-    """Those of them under which several models may be given."""
-    return frozenset(role.name for role in method_named(DEFAULT_METHOD).contract.named if role.several)
-
-
 def positional_names(call: Call) -> tuple[str, ...]:
     """The arguments of a call that need no name: the sources of the default method, and the output."""
     return (*source_names(), "output") if call.output else source_names()
-
-
-def id_names() -> tuple[str, ...]:
-    """The arguments with an id to record for a source, by the roles of the default method."""
-    return tuple(f"{name}_id" for name in source_names())
-
-
-def _take_sources(contract: Contract, given: dict[str, Any]) -> tuple[dict[Role, Any], dict[Role, str | None]]:
-    """Take sources and ids out of the arguments, by role: base first, then the models in their order."""
-    if given.get(BASE, "") is None and contract.base != "required":
-        del given[BASE]
-    base = {BASE: given.pop(BASE)} if BASE in given else {}
-    in_order = "models" in given
-    named = [role.name for role in contract.named if role.name in given]
-    models = _in_order(contract, named, given) if in_order else _by_name(contract, named, given)
-    sources = {**base, **models}
-    ids = {role: given.pop(f"{role}_id") for role in (*sources, *source_names()) if f"{role}_id" in given}
-    for role in contract.named:
-        if role.several and isinstance(ids.get(role.name), (list, tuple)):
-            ids |= _ids_of_several(contract, role.name, len(models), ids[role.name])
-    if "model_ids" in given:
-        ids |= _ids_in_order(tuple(models), given.pop("model_ids"))
-    return sources, ids
-
-
-def _several(name: str, source: Any) -> Sequence[Any]:
-    """The sources that are given under one name. RequestError for an empty list."""
-    if not isinstance(source, (list, tuple)):
-        return [source]
-    if not source:
-        raise RequestError(f"{option(name)} is an empty list; give a model, or several")
-    return source
-
-
-def _by_name(contract: Contract, names: Sequence[str], given: dict[str, Any]) -> dict[Role, Any]:
-    """The models that are given by these names, by role; under some names several models may be given."""
-    several = {role.name for role in contract.named if role.several}
-    models: dict[Role, Any] = {}
-    for name in names:
-        source = given.pop(name)
-        sources = _several(name, source) if name in several else [source]
-        models |= zip(contract.roles_of(name, len(sources)), sources, strict=True)
-    return models
-
-
-def _ids_of_several(contract: Contract, name: str, models: int, ids: Sequence[Any]) -> dict[Role, str | None]:
-    """The ids of the models that are given under one name, by role."""
-    roles = contract.roles(models)[contract.roles(models).index(name) :] if name in contract.roles(models) else ()
-    if len(ids) != len(roles):
-        raise RequestError(
-            f"{option(f'{name}_id')} must be as many as {name} models, got {len(ids)} for {len(roles)} models"
-        )
-    return dict(zip(roles, ids, strict=True))
-
-
-def missing_sources(contract: Contract, given: Collection[str]) -> list[str]:
-    """The arguments for sources that a method needs and that are not among those given."""
-    needed = [BASE] if contract.base == "required" else []
-    if "models" not in given:
-        named = [role.name for role in contract.named]
-        needed += [*named, *(["models"] if len(named) < contract.least else [])]
-    return [name for name in needed if name not in given]
-
-
-def _in_order(contract: Contract, named: Sequence[str], given: dict[str, Any]) -> dict[Role, PathLike]:
-    """The models that are given in their order, by role; `named` are those that are given by name too."""
-    if named:
-        raise RequestError(
-            f"{option('models')} and {option(named[0])} both say what is merged; give the models by "
-            f"{option('models')} alone, or by their names"
-        )
-    models = given.pop("models")
-    check_values(models=models)
-    return dict(zip(contract.roles(len(models)), models, strict=True))
-
-
-def _ids_in_order(roles: Sequence[Role], ids: Any) -> dict[Role, str | None]:
-    check_values(model_ids=ids)
-    if len(ids) != len(roles):
-        raise RequestError(f"{option('model_ids')} must be as many as models, got {len(ids)} for {len(roles)} models")
-    return dict(zip(roles, ids, strict=True))
 
 
 def _refuse_missing(call: Call, names: Sequence[str]) -> None:

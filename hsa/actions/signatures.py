@@ -11,11 +11,9 @@ from hsa.actions.keywords import (
     CONFIG_FILE,
     Call,
     axes,
-    id_names,
     positional_names,
-    several_names,
-    source_names,
 )
+from hsa.actions.source_arguments import id_names, several_names, source_names
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named
 from hsa.methods.settings import DEFAULT_METHOD, Declared
@@ -73,6 +71,8 @@ def parameters(call: Call) -> Iterator[inspect.Parameter]:
         yield _keyword(CONFIG_FILE, None, PathLike | None)
     if call.sources == "named":
         yield from (_keyword(name, None, _kind_of_source(name)) for name in source_names())
+    if call.method:
+        yield _keyword("method", None, str | None)
     if call.sources != "none":
         yield _keyword("models", None, Sequence[PathLike] | None)
     positional = axes(call, method_named(DEFAULT_METHOD).Settings) if call.settings == "candidates" else ()

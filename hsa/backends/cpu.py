@@ -180,6 +180,20 @@ class CpuWorker:
         ]
 
     @np.errstate(all="ignore")
+    def each_part(
+        self, piece: Computed, sources: Mapping[str, Array], look: Callable[[Block], Any], *, check: bool
+    ) -> list[Any]:
+        """What `look` gives of every block of a slice, in order, whose sources are checked where asked. Buffers: uint8.
+        It may ask for a task vector again after it used its room. Raises NotFinite."""
+        block, given = self._part(piece, sources, shared=True), []
+        for place in piece.task.part_blocks(piece.count, TILE):
+            block.move(0, place)
+            if check:
+                _check_block(block, None)
+            given.append(look(block))
+        return given
+
+    @np.errstate(all="ignore")
     def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any) -> None:
         """Compute a slice of a tensor by a decision, or cast it. Buffers: uint8. Raises NotFinite."""
         if recorded is None:
@@ -212,11 +226,11 @@ class CpuWorker:
         places = piece.task.part_blocks(piece.count, TILE)
         return [self._look(block.move(0, place), number, so_far) for place in places]
 
-    def _part(self, piece: Computed, sources: Mapping[str, Array]) -> ArrayBlock:
+    def _part(self, piece: Computed, sources: Mapping[str, Array], *, shared: bool = False) -> ArrayBlock:
         """The block that moves over a slice."""
         task, shape = piece.task, _part_shape(piece)
         views = {role: raw.view(STORAGE[task.sources[role].code]).reshape(shape) for role, raw in sources.items()}
-        return ArrayBlock(self._scratch, task, views, piece.first)
+        return ArrayBlock(self._scratch, task, views, piece.first, shared=shared)
 
     def _look(self, block: ArrayBlock, number: int, so_far: Any) -> Any:
         """What the method measures of a block in one pass, whose sources the first pass checks where it does not."""

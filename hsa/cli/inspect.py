@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,20 +17,20 @@ from hsa.option_names import command_line
 
 if TYPE_CHECKING:
     from hsa.inspection.diff import Comparison
-    from hsa.inspection.inspect import Inspection
+    from hsa.inspection.inspect import Inspection, ModelInspection
     from hsa.verification.verify import VerifyReport
 
 
 def _before() -> list[Parameter]:
-    return list(options.sources("As for merge; all of them or none."))
+    return [*options.sources("As for merge; all of them or none."), options.method(given=False)]
 
 
 def _after() -> list[Parameter]:
-    return list(options.settings_or_default(INSPECT, _default_text))
+    return [*options.settings(INSPECT, _default_text), *options.run(INSPECT.declared_options())]
 
 
-def _default_text(setting: Declared) -> str:
-    return str(setting.default) if setting.about.structural else f"the output's, else {setting.default}"
+def _default_text(setting: Declared, text: str) -> str:
+    return text if setting.about.structural else f"the output's, else {text}"
 
 
 @options.declares(_before, _after)
@@ -41,7 +41,7 @@ def inspect(
     ] = None,
     diff: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two outputs instead.")] = None,
     no_energy: Annotated[
-        bool, typer.Option("--no-energy", help="Read the targets alone, not the rest of the models.")
+        bool, typer.Option("--no-energy", help="Of HSA: read the targets alone, not the rest of the models.")
     ] = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="With OUT: do not read its files to see whether they are as written.")
@@ -71,7 +71,8 @@ def inspect(
     debug: options.Debug = False,
     **values: Any,
 ) -> int:
-    """Show which heads a merge selects and why: of sources, of a finished output, or of two. Exit code 0 or 2."""
+    """Show what a merge does and why, such as which heads it selects: of sources, of an output, or of two. Exit code
+    0 or 2."""
     from hsa.errors import RequestError
 
     bars = not (quiet or as_json)
@@ -90,16 +91,21 @@ def inspect(
         return 0
 
     from hsa.inspection.inspect import inspect as inspect_
+    from hsa.inspection.inspect import shows_heads
+    from hsa.views import picture
     from hsa.views.files import check_file
 
     protected = [path for path in (output, *options.source_paths(keywords)) if path is not None]
     files = {name: check_file(path, protected, overwrite=overwrite) for name, path in paths.items() if path is not None}
     if len(set(files.values())) < len(files):
         raise RequestError("two of --csv, --png and --html name one file; give each its own")
-    renderers = {name: _renderer(name) for name in files}  # what is not installed is said before anything is read
+    if png is not None:  # what cannot be drawn is said before anything is read
+        picture.check_installed()
+        if not shows_heads(output, keywords.get("method")):
+            raise RequestError("--png draws heads, and this method selects none; give --html or --csv")
     with printing.progress(show=bars, label="inspecting") as step:
         inspection = inspect_(output, energy=not no_energy, progress=step, **keywords)
-    written = _write(inspection, files, renderers, protected, overwrite=overwrite)
+    written = _write(inspection, files, protected, overwrite=overwrite)
     verified = None
     if output is not None and not no_verify:
         from hsa.verification.verify import verify
@@ -110,21 +116,21 @@ def inspect(
     return 0 if verified is None or verified.ok else 2
 
 
-def _renderer(name: str) -> Callable[[Inspection], Mapping[str, bytes]]:
-    """What draws an inspection in a format: the bytes of each of its pages by the page's name, empty for the first."""
-    from hsa.views import csv_file, page, picture
+def _pages(inspection: Inspection | ModelInspection, name: str) -> Mapping[str, bytes]:
+    """An inspection in a format: the bytes of each of its pages by the page's name, empty for the first."""
+    from hsa.inspection.inspect import Inspection
+    from hsa.views import csv_file, model_csv, page, picture
 
-    if name == "png":
-        picture.check_installed()
-        return picture.render
-    render = {"csv": csv_file.render, "html": page.render}[name]
-    return lambda inspection: {"": render(inspection)}
+    if name == "html":
+        return {"": page.render(inspection)}
+    if isinstance(inspection, Inspection):
+        return picture.render(inspection) if name == "png" else {"": csv_file.render(inspection)}
+    return {"": model_csv.render(inspection)}
 
 
 def _write(
-    inspection: Inspection,
+    inspection: Inspection | ModelInspection,
     files: Mapping[str, Path],
-    renderers: Mapping[str, Callable[[Inspection], Mapping[str, bytes]]],
     protected: Sequence[str],
     *,
     overwrite: bool,
@@ -136,11 +142,10 @@ def _write(
     from hsa.views.files import check_file, write_file
 
     pages: dict[str, dict[Path, bytes]] = {}
-    for name, render in renderers.items():
-        first = files[name]
+    for name, first in files.items():
         page_paths = {
             first.with_stem(f"{first.stem}-{page}") if page else first: data
-            for page, data in render(inspection).items()
+            for page, data in _pages(inspection, name).items()
         }
         pages[name] = {check_file(path, protected, overwrite=overwrite): data for path, data in page_paths.items()}
     for written in pages.values():
@@ -150,7 +155,7 @@ def _write(
 
 
 def _present(
-    view: Inspection | Comparison,
+    view: Inspection | ModelInspection | Comparison,
     as_json: bool,
     quiet: bool,
     files: dict[str, tuple[Path, ...]] | None = None,

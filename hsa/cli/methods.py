@@ -84,7 +84,10 @@ def _explanation(described: Mapping[str, Any]) -> Iterator[str]:
             ("hsa merge --patch", "yes" if uses["patch"] else f"no: {uses['why_no_patch']}"),
             ("hsa sweep", "patches, or checkpoints with --full" if uses["patch"] else "checkpoints, with --full"),
             ("hsa.Merger", "yes" if uses["merger"] else "no: it works on whole tensors"),
-            ("hsa inspect", "heads and their scores" if uses["shows_heads"] else "no heads to show"),
+            (
+                "hsa inspect",
+                "heads and their scores" if uses["shows_heads"] else "task vectors, conflicts, and what is decided",
+            ),
         ]
     )
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from hsa.actions.keywords import CONFIG_FILE, Call, missing_sources, several_names, source_names
+from hsa.actions.keywords import CONFIG_FILE, Call
 from hsa.actions.run_options import RunOptions
 from hsa.actions.signatures import BASE_HELP, with_roles
+from hsa.actions.source_arguments import missing_sources, refuse_missing_base, several_names, source_names
 from hsa.errors import shown
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named, methods
@@ -89,8 +90,10 @@ def given_merge(ctx: typer.Context, values: Mapping[str, Any], call: Call) -> di
     """The same for a command that merges. A usage error where a source that the method needs is missing."""
     keywords = given(ctx, values)
     if not (call.config and CONFIG_FILE in keywords):
-        contract = method_named(keywords.get("method", DEFAULT_METHOD)).contract
-        for role in missing_sources(contract, keywords):
+        method = method_named(keywords.get("method", DEFAULT_METHOD))
+        missing = missing_sources(method.contract, keywords)
+        refuse_missing_base(method.name, missing)
+        for role in missing:
             ctx.fail(f"Missing option {shown(command_line(role))}.")
     if "card" in keywords:
         from hsa.outputs.card import parse_fields
@@ -136,8 +139,12 @@ def sources(help: str | None = None) -> Iterator[inspect.Parameter]:
     yield option("models", list[str] | None, f"A model, instead of {others}; repeat.", metavar="SOURCE")
 
 
-def method() -> inspect.Parameter:
-    return option("method", str, f"How to merge: {', '.join(methods())}.", DEFAULT_METHOD, metavar="NAME")
+def method(*, given: bool = True) -> inspect.Parameter:
+    """How to merge; where it need not be `given`, an output may say it."""
+    text = f"How to merge: {', '.join(methods())}."
+    if given:
+        return option("method", str, text, DEFAULT_METHOD, metavar="NAME")
+    return option("method", str | None, text, metavar="NAME", show_default=f"the output's, else {DEFAULT_METHOD}")
 
 
 def config() -> inspect.Parameter:
@@ -156,8 +163,11 @@ def ids(help: str | None = None) -> Iterator[inspect.Parameter]:
     yield option("model_ids", list[str] | None, text, group="sources", metavar="ID")
 
 
-def settings(call: Call) -> Iterator[inspect.Parameter]:
-    """The settings that a call takes, of all methods; where not all have one, its help says which do."""
+def settings(call: Call, said: Callable[[Declared, str], str] | None = None) -> Iterator[inspect.Parameter]:
+    """The settings that a call takes, of all methods; where not all have one, its help says which do.
+
+    `said` tells help what takes the place of a default, by the setting and the text of that: none is given then.
+    """
     for each in call.declared_settings():
         owned = {
             name: own
@@ -166,12 +176,20 @@ def settings(call: Call) -> Iterator[inspect.Parameter]:
             if own.name == each.name
         }
         told = replace(each, about=replace(each.about, help=_help_of(owned), default_text=_default_of(owned)))
-        if call.grid and each.about.axis:
+        if said is not None and not isinstance(each.default, bool):
+            yield _option_of(told, default=None, show_default=_shown_default(told, said))
+        elif call.grid and each.about.axis:
             yield _grid_option(told)
         elif isinstance(each.default, bool):
             yield _switch(told)
         else:
             yield _option_of(told, show_default=told.about.default_text or True)
+
+
+def _shown_default(each: Declared, said: Callable[[Declared, str], str]) -> str | bool:
+    if each.about.silent or each.about.required or (each.default is None and each.about.default_text is None):
+        return False
+    return said(each, each.about.default_text or str(each.default))
 
 
 def _help_of(owned: Mapping[str, Declared]) -> str:
@@ -192,13 +210,6 @@ def _default_of(owned: Mapping[str, Declared]) -> str | None:
     texts = {each.about.default_text for each in owned.values()}
     defaults = [each.default for each in owned.values()]
     return next(iter(texts)) if defaults.count(defaults[0]) == len(defaults) else "the method's"
-
-
-def settings_or_default(call: Call, said: Callable[[Declared], str]) -> Iterator[inspect.Parameter]:
-    """The settings of the default method without a default of their own; `said` tells help what takes its place."""
-    for each in call.settings_of(method_named(DEFAULT_METHOD).Settings):
-        text = said(each) if each.default is not None and not each.about.silent else False
-        yield _option_of(each, default=None, show_default=text)
 
 
 def run(taken: Collection[Declared]) -> Iterator[inspect.Parameter]:

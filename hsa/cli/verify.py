@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hsa.actions.keywords import VERIFY, missing_sources, source_names
+from hsa.actions.keywords import VERIFY
+from hsa.actions.source_arguments import missing_sources, source_names
 from hsa.cli import options, printing
 from hsa.cli.printing import size_text
 from hsa.errors import RequestError, one_line

@@ -1,355 +1,157 @@
-"""`hsa.inspect`: what a merge of sources would select and why, or what a finished output says of itself."""
+"""`hsa.inspect`: what a merge of sources would do and why, or what a finished output says of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.keywords import INSPECT, NamedArguments, missing_sources, split_named
+from hsa.actions.keywords import INSPECT, NamedArguments, check_keywords, split_named
 from hsa.actions.recorded_sources import recorded_sources
 from hsa.actions.signatures import declared_keywords
+from hsa.actions.source_arguments import missing_sources
 from hsa.arguments import check_flags, check_functions, check_paths
-from hsa.backends.base import changed_ranges
-from hsa.errors import MismatchError, RequestError, listed
-from hsa.findings import Findings
-from hsa.inspection.from_provenance import (
-    changed_config,
-    close_margins,
-    inspect_provenance,
-    parameters_of,
-    recorded_config,
-)
-from hsa.inspection.measure import Buffers, TargetMeasures, bytes_of_other_tensors, measure, measure_other_tensors
-from hsa.inspection.report import Agreement, Energy, Inspection, RecordedSelection, TensorInspection, in_order
-from hsa.methods.geometry import AnyGeometry, Geometry
+from hsa.errors import RequestError, listed, shown
+from hsa.inspection.from_provenance import changed_config, inspect_provenance, recorded_config
+from hsa.inspection.heads import inspect_heads
+from hsa.inspection.model_report import ModelInspection
+from hsa.inspection.models import RecordedMerge, inspect_record, inspect_sources
+from hsa.inspection.report import Agreement, Energy, Inspection, TensorInspection
+from hsa.methods.base import BASE, Method
+from hsa.methods.geometry import Geometry
 from hsa.methods.hsa import HsaSettings
-from hsa.methods.hsa_decision import HeadScores
-from hsa.methods.hsa_formula import keep_count, settings_of, shares_of
 from hsa.methods.registry import method_named
-from hsa.methods.selection import select, selection_of
 from hsa.methods.settings import DEFAULT_METHOD
-from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
 from hsa.option_names import option
 from hsa.outputs import provenance
-from hsa.outputs.merge_warnings import adapter_findings
-from hsa.outputs.provenance import Provenance
-from hsa.outputs.recording import tensors_digest
-from hsa.planning.plan import check_structure
-from hsa.planning.tasks import Targets, find_targets
-from hsa.sources.checkpoint import Checkpoint
-from hsa.sources.hub.client import Hub
-from hsa.sources.hub.needs import Needs
-from hsa.sources.hub.repository import find_id
-from hsa.sources.roles import BASE, Role
-from hsa.sources.source_set import Sources
+from hsa.sources.roles import Role
 from hsa.system.fsio import Tally
 from hsa.system.manifest import PROVENANCE
+from hsa.system.threads import check_threads
 from hsa.system.types import PathLike, Progress
 
-__all__ = ["Agreement", "Energy", "Geometry", "Inspection", "TensorInspection", "inspect"]
-
-HSA = "hsa"
-"""The method whose scores are shown, those of reference numerics too, which are the same but for rounding."""
+__all__ = ["Agreement", "Energy", "Geometry", "Inspection", "ModelInspection", "TensorInspection", "inspect"]
 
 
 @declared_keywords(INSPECT)
 def inspect(
     output: PathLike | None = None, *, energy: bool = True, progress: Progress | None = None, **keywords: Any
-) -> Inspection:
-    """Scores, selection, margins and task vectors of every head, of sources, of a finished output, or of both.
+) -> Inspection | ModelInspection:
+    """What a merge does and why: of sources, of a finished output, or of both.
+
+    Of HSA an `Inspection`: scores, selection, margins and task vectors of every head. Of a method that merges whole
+    models a `ModelInspection`: norms and cosines of task vectors, sign conflicts, what is kept, and coefficients.
 
     Sources are given all or none, as for `hsa.merge`, or `models` in their order. With `output` they must be what it
-    was made from, and tell what a provenance does not hold: cosines, relative sizes, energies. Settings are by default
-    the output's own, or those of `hsa.merge`; what shapes the plan of a merge cannot be another than the output's. The
-    output of a method that selects no heads is refused.
+    was made from, and tell what a provenance does not hold: cosines, norms, relative sizes. Settings are by default
+    the output's own, or those of `hsa.merge`; what shapes the plan of a merge cannot be another than the output's, and
+    of a merge of whole models no setting can. A base may be given to methods that take none, to show task vectors.
 
     Args:
         output: a directory that `hsa.merge` wrote; alone, nothing but its provenance is read.
         {sources}
+        method: the method of merging, by default HSA or the output's own.
         {settings}
-        energy: read the whole of local sources for the share of each task vector inside the targets. Of sources on the
-            Hub only targets are fetched, and it is left out.
+        {options}
+        energy: of HSA: read the whole of local sources for the share of each task vector inside the targets. Of sources
+            on the Hub only targets are fetched, and it is left out.
         progress: called now and then with bytes done and bytes in all.
 
-    Scores are those of exact numerics, bit for bit those of a merge; memory holds one target at a time. The warnings
+    What is decided is decided as by `hsa.merge`, bit for bit; HSA's scores are those of exact numerics. Memory holds
+    one target at a time, or slices of some tensors and what a merge keeps of them between its passes. The warnings
     say whatever a merge of the sources would warn of, by their values and adapters and by the parameters, and why a
     merge would refuse them where their config.json and tensors differ.
 
     Raises RequestError, SourceError, MachineError or a subclass; MismatchError where the sources are not the output's.
     """
-    given = split_named(INSPECT, keywords)
-    values = {name: value for name, value in given.settings.items() if value is not None}
-    given.check_types()
+    check_keywords(INSPECT, keywords)
     check_flags(energy=energy)
     check_functions(progress=progress)
-    if output is None:
-        return _from_sources(_sources_of_default(given), HsaSettings(**values), None, None, energy, progress)
+    recorded = None if output is None else _load(output)
+    method = _method(keywords.get("method"), recorded)
+    given = split_named(INSPECT, keywords, method.name)
+    given.check_types()
+    check_threads(given.options.get("threads"))
+    if method.selects_heads:
+        return _heads(given, recorded, energy, progress)
+    return _models(method, given, recorded, progress)
+
+
+def shows_heads(output: PathLike | None, method: str | None) -> bool:
+    """Whether an inspection of an output, or by a method, shows heads. Raises RequestError and ProvenanceError."""
+    return _method(method, None if output is None else _load(output)).selects_heads
+
+
+def _load(output: PathLike) -> RecordedMerge:
     check_paths(output=output)
-    recorded = [each.name for each in INSPECT.declared_settings() if each.about.structural]
-    if any(name in values for name in recorded):
-        raise RequestError(f"{listed(map(option, recorded))} are recorded in an output; leave them out")
     directory = Path(output).expanduser()
-    tally = Tally()
-    record = provenance.load(directory)
-    _check_selects_heads(record, directory)
-    tally.add_read("output", (directory / PROVENANCE).stat().st_size)
+    return RecordedMerge(directory, provenance.load(directory))
+
+
+def _method(name: str | None, recorded: RecordedMerge | None) -> Method[Any, Any]:
+    """The method of the output, or the one that is named."""
+    if recorded is None:
+        return method_named(DEFAULT_METHOD if name is None else name)
+    own = recorded.provenance.record.method
+    if name is not None and name != own.name:
+        raise RequestError(
+            f"{recorded.directory} was merged by method {own.name}, not by {shown(name)}; leave out {option('method')}"
+        )
+    return own
+
+
+def _heads(
+    given: NamedArguments, recorded: RecordedMerge | None, energy: bool, progress: Progress | None
+) -> Inspection:
+    values = given.settings
+    if recorded is None:
+        paths = _sources_of(method_named(DEFAULT_METHOD), given)
+        return inspect_heads(paths, HsaSettings(**values), None, None, energy, progress)
+    record, directory = recorded.provenance, recorded.directory
+    structural = [each.name for each in INSPECT.settings_of(HsaSettings) if each.about.structural]
+    if any(name in values for name in structural):
+        raise RequestError(f"{listed(map(option, structural))} are recorded in an output; leave them out")
     config = recorded_config(record, directory)
     shown_config = changed_config(config, values)
     if given.sources:
         paths = recorded_sources(record.record, given, directory)[0]
-        return _from_sources(paths, shown_config, record, directory, energy, progress)
+        return inspect_heads(paths, shown_config, record, directory, energy, progress)
+    tally = Tally()
+    tally.add_read("output", (directory / PROVENANCE).stat().st_size)
     return inspect_provenance(record, directory, config, shown_config, tally)
 
 
-def _sources_of_default(given: NamedArguments) -> Mapping[Role, PathLike]:
-    """The sources that are given without an output, by the roles of the default method."""
-    contract = method_named(DEFAULT_METHOD).contract
-    paths, together = given.by_roles(contract)[0], listed(map(option, missing_sources(contract, ())))
-    if not paths:
+def _models(
+    method: Method[Any, Any], given: NamedArguments, recorded: RecordedMerge | None, progress: Progress | None
+) -> ModelInspection:
+    threads = given.options.get("threads")
+    if recorded is None:
+        paths = _sources_of(method, given)
+        return inspect_sources(method, method.Settings(**given.settings), paths, None, threads, progress)
+    if given.settings:
+        raise RequestError(
+            f"{listed(map(option, given.settings))}: settings of method {method.name} are recorded in an output; leave "
+            f"them out, or inspect the sources without the output"
+        )
+    if not given.sources:
+        return inspect_record(recorded)
+    paths = recorded_sources(recorded.provenance.record, given, recorded.directory)[0]
+    settings = recorded.provenance.record.settings
+    return inspect_sources(method, settings, paths, recorded, threads, progress)
+
+
+def _sources_of(method: Method[Any, Any], given: NamedArguments) -> Mapping[Role, PathLike]:
+    """The sources that are given without an output, by the roles of a method; with a base that it has no use for."""
+    contract = method.contract
+    paths, _, left = given.by_roles(contract)
+    together = listed(map(option, missing_sources(contract, ())))
+    if not given.sources:
         raise RequestError(f"there is nothing to inspect; give an output, or {together}")
-    missing = missing_sources(contract, paths)
+    if left:
+        raise RequestError(f"method {method.name} has no {option(left[0])}; give its sources by {together}")
+    missing = missing_sources(contract, paths if contract.named else given.sources)
     if missing:
         raise RequestError(f"{' and '.join(map(option, missing))} not given; {together} are needed together")
-    contract.check(DEFAULT_METHOD, base=True, models=len(paths) - 1)
+    based = BASE in paths and contract.base != "none"
+    contract.check(method.name, base=based, models=sum(role != BASE for role in paths))
     return paths
-
-
-def _check_selects_heads(record: Provenance, directory: Path) -> None:
-    method = record.record.method
-    if not method.selects_heads:
-        raise RequestError(
-            f"{directory} was merged by method {method.name}, which selects no heads to show; hsa verify says whether "
-            f"it is sound, and hsa inspect with {option('diff')} compares it with another output"
-        )
-
-
-def _from_sources(
-    paths: Mapping[Role, PathLike],
-    config: HsaSettings,
-    record: Provenance | None,
-    directory: Path | None,
-    energy: bool,
-    progress: Progress | None,
-) -> Inspection:
-    config.check_models(len(paths) - 1)
-    tally, hub, method = Tally(), Hub(bars=progress is not None), method_named(HSA)
-    remote = [role for role, path in paths.items() if find_id(path)]
-    with ExitStack() as stack:
-        if remote:  # whatever headers can refuse is refused before targets are fetched
-            with ExitStack() as trial:
-                find_targets(method, config, _open(paths, config, Tally(), hub, trial, headers_only=True))
-        sources = _open(paths, config, tally, hub, stack, headers_only=False)
-        targets = find_targets(method, config, sources)
-        tasks = targets.tasks
-        whole = energy and not remote
-        total = sum(ref.nbytes for task in tasks for ref in task.sources.values())
-        total += bytes_of_other_tensors(sources, tasks) if whole else 0
-        done = 0
-
-        def step(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress is not None:
-                progress(done, total)
-
-        buffers = Buffers()
-        measured = dict(zip((task.name for task in tasks), measure(sources, targets, buffers, step), strict=True))
-        layers = _stack_layers(config, sources)
-        recorded = {} if record is None else {t.canonical: t for t in record.record.targets}
-        warnings: list[str] = []
-        if record is not None and directory is not None:
-            _check_sources(record, directory, tasks, measured)
-            warnings += _selection_differences(recorded, tasks, measured, recorded_config(record, directory))
-        tensors = [
-            _inspect_target(task, measured[task.name], layers, config, recorded.get(task.name)) for task in tasks
-        ]
-        findings = method.settings_findings([config]) + _refusal_findings(config, sources) + adapter_findings(sources)
-        findings += _merge_findings(targets, measured)
-        geometries = {task.name: measured[task.name].geometry for task in tasks}
-        energies = _energies(sources, geometries, tensors, buffers, step) if whole else None
-        sources.check_unchanged()
-        identities = {source.role: _identity(source) for source in sources}
-    notes = [*hub.notes, *(note for source in sources for note in source.notes)]
-    if remote and energy:
-        notes.append(
-            f"the share of energy is left out: of {' and '.join(remote)}, on the Hub, only targets were fetched; "
-            f"download the models and give their directories"
-        )
-    notes += [*_mean_notes(sources), *findings.notes]
-    warnings += [*findings.warnings, *close_margins(tensors)]
-    return Inspection(
-        title=directory.resolve().name if directory else " + ".join(str(identities[r]["id"]) for r in sources.models),
-        origin="output and sources" if directory else "sources",
-        numerics=config.numerics,
-        written_by=None if record is None else {**record.record.program, "libraries": dict(record.record.libraries)},
-        parameters=config.as_dict() if record is None else parameters_of(record, config),
-        sources=identities,
-        tensors=in_order(tensors, sources.architecture),
-        energy=energies,
-        files=None if record is None else record.files,
-        bytes_read=tally.read,
-        notes=tuple(notes),
-        warnings=tuple(warnings),
-    )
-
-
-def _mean_notes(sources: Sources) -> Iterator[str]:
-    """What tv2 stands for where there are more than two models."""
-    if len(sources.models) > 2:
-        yield (
-            f"tv2 is the weighted mean of the task vectors of {listed(sources.models[1:])}, and a score adds the "
-            f"magnitudes of all {len(sources.models)}"
-        )
-
-
-def _refusal_findings(config: HsaSettings, sources: Sources) -> Findings:
-    """A warning where a merge would refuse the sources because a config.json and the tensors differ."""
-    try:
-        check_structure(config, sources)
-    except MismatchError as error:
-        return Findings(warnings=(f"a merge would refuse these sources: {error}",))
-    return Findings()
-
-
-def _merge_findings(targets: Targets, measured: Mapping[str, TargetMeasures]) -> Findings:
-    """What a merge of the same sources with the same parameters would say of them."""
-    outcomes = []
-    for task in targets.tasks:
-        measures = measured[task.name]
-        scored = HeadScores(measures.squared, measures.moved, measures.geometry)
-        decision = targets.method.decide(task, scored, targets.settings, None)
-        changed = changed_ranges(task, targets.method.untouched(task.partition.groups, decision))
-        outcomes.append(Outcome(task, decision, changed, measures.digests, measures.equal))
-    return targets.method.source_findings(outcomes) + targets.method.result_findings(outcomes)
-
-
-def _open(
-    paths: Mapping[Role, PathLike], config: HsaSettings, tally: Tally, hub: Hub, stack: ExitStack, *, headers_only: bool
-) -> Sources:
-    needs = Needs(need="targets", preset=config.targets, headers_only=headers_only)
-
-    def open_source(role: Role, base: Checkpoint | None = None) -> Checkpoint:
-        return stack.enter_context(hub.open(role, paths[role], tally, needs, None, base))
-
-    base = open_source(BASE)
-    return Sources.of_checkpoints([base, *(open_source(role, base) for role in paths if role != BASE)])
-
-
-def _stack_layers(config: HsaSettings, sources: Sources) -> dict[str, int]:
-    counts = sources.architecture.counts(sources.anchor_checkpoint.config, sources.anchor).layers
-    return {stack: config.num_layers or count for stack, count in counts.items()}
-
-
-def _identity(source: Checkpoint) -> dict[str, object]:
-    return {
-        "id": source.identity.id,
-        "revision": source.identity.revision,
-        "format": source.kind,
-        "tensors": len(source.tensors),
-    }
-
-
-def _inspect_target(
-    task: TensorTask,
-    measures: TargetMeasures,
-    layers: Mapping[str, int],
-    config: HsaSettings,
-    recorded: TensorRecord | None,
-) -> TensorInspection:
-    assert task.place is not None
-    keep, coefficient = settings_of(task, config)
-    selection = select(measures.squared, keep)
-    squared: tuple[float, ...] | None = measures.squared
-    scores, selected, margin = selection.scores, selection.selected, selection.margin
-    if recorded is not None and config.numerics == "reference":  # its scores are torch's own, and so is its choice
-        squared, scores = None, recorded.scores
-        selected, margin = recorded.selected, recorded.margin
-        if keep != recorded.keep:
-            selected = select(scores, keep).selected
-            margin = selection_of([score * score for score in scores], selected).margin
-    return TensorInspection(
-        name=task.stored.name if recorded is None else recorded.name,
-        projection=task.place,
-        shape=task.shape,
-        dtype=task.out_code if recorded is None else recorded.code,
-        heads=task.partition.groups,
-        layers=layers[task.place.stack],
-        k=config.of("k", task.name),
-        lam=config.of("lam", task.name),
-        alpha=config.of("alpha", task.name),
-        keep=keep,
-        coefficient=coefficient,
-        scores=scores,
-        squared=squared,
-        selected=selected,
-        margin=margin,
-        geometry=measures.geometry.blended(shares_of(task, config)),
-        recorded=None if recorded is None else RecordedSelection(recorded.keep, recorded.selected),
-    )
-
-
-def _check_sources(
-    record: Provenance, directory: Path, targets: Sequence[TensorTask], measured: Mapping[str, TargetMeasures]
-) -> None:
-    """MismatchError unless these are the target bytes that the output was made from."""
-    for role in record.record.sources:
-        lines = []
-        for target in targets:
-            ref = target.sources[role]
-            lines.append((target.name, ref.code, ref.shape, measured[target.name].digests[role]))
-        if tensors_digest(lines) != record.record.sources[role].targets:
-            was = record.record.sources[role].identity.id
-            raise MismatchError(
-                f"{role}: its target tensors are not those that {directory} was made from ({was}); give that source, "
-                f"or inspect the sources without the output"
-            )
-
-
-def _selection_differences(
-    recorded: Mapping[str, TensorRecord],
-    targets: Sequence[TensorTask],
-    measured: Mapping[str, TargetMeasures],
-    config: HsaSettings,
-) -> Iterator[str]:
-    """Recorded heads that the sources do not give; only exact numerics can be repeated here."""
-    if config.numerics == "reference":
-        return
-    for target in targets:
-        recorded_target = recorded.get(target.name)
-        if recorded_target is None:
-            continue
-        keep = keep_count(config.of("k", target.name), target.partition.groups)
-        selection = select(measured[target.name].squared, keep)
-        if selection.selected != recorded_target.selected:
-            yield (
-                f"{recorded_target.name}: heads {list(recorded_target.selected)} are recorded and the sources give "
-                f"{list(selection.selected)} (margin {selection.margin}); another backend may differ at so small a "
-                f"margin, else this is a bug"
-            )
-
-
-def _energies(
-    sources: Sources,
-    geometries: Mapping[str, AnyGeometry],
-    tensors: Sequence[TensorInspection],
-    buffers: Buffers,
-    step: Callable[[int], None],
-) -> tuple[Energy, ...]:
-    """The energies of the models; `geometries` are those of the targets by canonical name."""
-    outside = measure_other_tensors(sources, geometries, buffers, step)
-    energies = []
-    for number, role in enumerate(sources.models):
-        groups = dict(outside[role].groups)
-        inside = selected = 0.0
-        for tensor in tensors:
-            heads = geometries[tensor.projection.name].squares[number]
-            group = " ".join(sources.architecture.group_of(tensor.projection.name))
-            groups[group] = groups.get(group, 0.0) + sum(heads)
-            inside += sum(heads)
-            selected += sum(heads[head] for head in tensor.selected)
-        total = inside + sum(outside[role].groups.values())
-        ordered = dict(sorted(groups.items(), key=lambda item: -item[1]))
-        energies.append(Energy(role, total, inside, selected, ordered, tuple(outside[role].skipped)))
-    return tuple(energies)

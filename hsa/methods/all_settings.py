@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hsa.methods.registry import method_named, methods
-from hsa.methods.settings import DEFAULT_METHOD, Declared, declared
+from hsa.methods.settings import DEFAULT_METHOD, Declared, Setting, declared
 
 
-def all_settings() -> Mapping[str, Declared]:
-    """The settings of every method by their names in Python; where methods share a name, the default method's."""
+def all_settings(wanted: Callable[[Setting], bool] = lambda about: True) -> Mapping[str, Declared]:
+    """The settings of every method by their names in Python; where methods share a name, the default method's.
+
+    Those that are not `wanted` are left out, and what another method declares under the name may take their place.
+    """
     by_name: dict[str, Declared] = {}
     for method in (method_named(DEFAULT_METHOD), *methods().values()):
         for each in declared(method.Settings):
-            by_name.setdefault(each.name, each)
+            if wanted(each.about):
+                by_name.setdefault(each.name, each)
     return by_name
 
 

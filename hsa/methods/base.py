@@ -94,7 +94,7 @@ class Contract:
             raise RequestError(f"method {method} takes no base; leave it out, or give it as one of the models")
         if not self.least <= models <= self.most:
             span = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
-            raise RequestError(f"method {method} merges {span} models, got {models}")
+            raise RequestError(f"method {method} merges {span} model{'s' * (self.most > 1)}, got {models}")
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,6 @@ class Treatment:
 
 
 KEEP = Treatment("keep")
-
-
-def treatment_of(
-    method: Method[Any, Any], settings: Settings, info: TensorInfo, architecture: Architecture
-) -> Treatment:
-    """What a method does with a tensor, within the part of the model that the settings limit it to. `info.name` is
-    canonical."""
-    if settings.limited and not settings.limits(info.name, architecture.layer_of(info.name)):
-        return KEEP
-    return method.treatment(info, architecture.place(info.name), settings)
 
 
 class Block(ABC):
@@ -303,6 +293,23 @@ class Method(ABC, Generic[S, D]):
         """For patches: how far merged targets lie from each model, by stack (and of `all`) and role:
         |merged - model| / |model|, None where there is no such ratio. Each target comes with its `distance_sums`."""
         raise NotImplementedError(f"method {self.name} has no patches")
+
+    def kept(self, block: Block, decision: D) -> Iterator[Array | None] | None:
+        """For inspections: which elements of each model's task vector are kept, one model after another: bool of the
+        block's shape, valid until the next, or None for all. None at all where nothing is dropped."""
+        return None
+
+    def agreeing(self, block: Block, decision: D) -> Iterator[Array] | None:
+        """The same of the elements that have the elected sign, where the models vote on it."""
+        return None
+
+    def kept_counts(self, decision: D) -> tuple[int, ...] | None:
+        """How many elements of each model's task vector are kept, where the decision says so."""
+        return None
+
+    def coefficients_of(self, decision: D, models: Sequence[str]) -> dict[str, float]:
+        """The decided coefficients of a tensor by role, of base too where it has one; nothing where there are none."""
+        return {}
 
     def touched_count(self, task: TensorTask, settings: S) -> int:
         """For patches: about how many groups of a target will be touched."""

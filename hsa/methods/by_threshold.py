@@ -149,6 +149,9 @@ class ThresholdMethod(MaskedMethod[S, Trimmed], Generic[S]):
         empty = [name for name, decision in decisions if isinstance(decision, Trimmed) and None in decision.thresholds]
         return Findings(tuple(zero_notes(empty)))
 
+    def kept_counts(self, decision: Any) -> tuple[int, ...] | None:
+        return decision.kept if isinstance(decision, Trimmed) else None
+
     def entry(self, decision: Trimmed) -> dict[str, Any]:
         entry = {**super().entry(decision), "thresholds": list(decision.thresholds), "kept": list(decision.kept)}
         return {**entry, "limits": [each.high for each in decision.ranges]} if self.drops_largest else entry

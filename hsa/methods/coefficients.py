@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hsa.methods.base import BASE, Block
 from hsa.methods.json_fields import between
-from hsa.methods.model_method import Average, ModelMethod, ModelSettings, write_sum
+from hsa.methods.model_method import Average, ModelMethod, ModelSettings, by_role, write_sum
 from hsa.methods.settings import MAX_FLOAT32
 from hsa.methods.tensors import TensorTask
 
@@ -34,6 +34,11 @@ class LinearCombination(ModelMethod[S, Coefficients]):
 
     def combine(self, block: Block, decision: Coefficients, out: Float32) -> None:
         write_sum(block, decision.models, out, on_base=self.on_base and BASE in block.task.sources)
+
+    def coefficients_of(self, decision: Any, models: Sequence[str]) -> dict[str, float]:
+        if not isinstance(decision, Coefficients):
+            return super().coefficients_of(decision, models)
+        return by_role(models, decision.models)
 
     def largest_result(
         self, task: TensorTask, measured: Any, settings: S, largest: Mapping[str, float]

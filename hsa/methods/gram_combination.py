@@ -15,7 +15,7 @@ from hsa.methods.coefficients import Coefficients, LinearCombination
 from hsa.methods.gram import Gram, RowRun, column_products, gram_of, merged_runs, row_products, totals
 from hsa.methods.json_fields import count as whole_number
 from hsa.methods.json_fields import text
-from hsa.methods.model_method import ModelSettings
+from hsa.methods.model_method import ModelSettings, by_role
 from hsa.methods.sums import total
 from hsa.methods.tensors import TensorTask
 
@@ -135,6 +135,16 @@ class GroupedCombination(GramCombination[S]):
         if decision.values is None:
             raise ValueError("the record holds the digest of its coefficients alone")
         add_up(_scaled(block, decision.values), out, block.weights(BASE) if BASE in block.task.sources else None)
+
+    def coefficients_of(self, decision: Any, models: Sequence[str]) -> dict[str, float]:
+        """Those of a tensor, or the means of those of its groups; a record does not hold the latter."""
+        if not isinstance(decision, GroupCoefficients):
+            return super().coefficients_of(decision, models)
+        if decision.values is None:
+            return {}
+        wide = decision.values.astype("f8")
+        means = [math.fsum(column) / decision.groups for column in wide.T.tolist()]
+        return by_role(models, means)
 
     def applied(self, recorded: Any, decision: Any) -> Any:
         return decision if isinstance(recorded, GroupCoefficients) and recorded.values is None else recorded

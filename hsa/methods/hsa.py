@@ -192,8 +192,8 @@ class HsaSettings(Settings):
         weights: Any = self.weights
         if is_per_model(weights) and len(weights) != count - 1:
             raise RequestError(
-                f"{option('weights')} is given for {len(weights)} models and {count - 1} secondaries are merged; give "
-                f"one for each secondary"
+                f"{option('weights')} must have as many values as there are secondaries, {count - 1}, got "
+                f"{len(weights)}"
             )
 
     def each(self, name: str, task: TensorTask) -> tuple[float, ...]:

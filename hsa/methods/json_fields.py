@@ -45,7 +45,7 @@ def number(value: Any) -> float:
 
 
 def between(value: Any, low: float, high: float) -> float:
-    """A number of at least `low` and below `high`; ValueError for anything else."""
-    if not low <= number(value) < high:
-        raise ValueError(f"expected a number of at least {low:g} and below {high:g}, found {shown(value)}")
+    """A finite number from `low` to `high`, both included; ValueError for anything else."""
+    if not low <= number(value) <= high:
+        raise ValueError(f"expected a number from {low:g} to {high:g}, found {shown(value)}")
     return float(value)

@@ -7,7 +7,7 @@ Their settings, how dropped elements are made up for, and what the record holds.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -20,7 +20,7 @@ from hsa.methods.settings import MAX_FLOAT32, Settings, setting
 from hsa.methods.sums import block_sums
 from hsa.methods.tensors import Layout, TensorTask
 from hsa.methods.values import is_filter
-from hsa.methods.votes import Blend, Scratch, write_sum, write_vote
+from hsa.methods.votes import Blend, Keep, Scratch, agreeing, write_sum, write_vote
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
@@ -134,13 +134,28 @@ class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
         return Treatment("merge", layout=self.layout, passes=settings.passes)
 
     def combine(self, block: Block, decision: K, out: Float32) -> None:
-        def keep(place: int, vector: Float32, scratch: Scratch) -> Array | None:
-            return self.keep(block, decision, place, vector, scratch)
-
+        keep = self._keep(block, decision)
         if self.votes:
             write_vote(block, decision.blend.ballots, decision.blend.shares, keep, out)
         else:
             write_sum(block, decision.blend.summands, keep, out)
+
+    def _keep(self, block: Block, decision: K) -> Keep:
+        def keep(place: int, vector: Float32, scratch: Scratch) -> Array | None:
+            return self.keep(block, decision, place, vector, scratch)
+
+        return keep
+
+    def kept(self, block: Block, decision: Any) -> Iterator[Array | None] | None:
+        if not isinstance(decision, Masked):
+            return None
+        keep, scratch = self._keep(block, decision), Scratch(block)  # type: ignore[arg-type]
+        return (keep(place, block.task_vector(role), scratch) for place, role in enumerate(block.models))
+
+    def agreeing(self, block: Block, decision: Any) -> Iterator[Array] | None:
+        if not self.votes or not isinstance(decision, Masked):
+            return None
+        return agreeing(block, decision.blend.ballots, self._keep(block, decision))  # type: ignore[arg-type]
 
     def blend(self, task: TensorTask, settings: S) -> Blend:
         """How a tensor's task vectors are put together, as far as the settings tell."""

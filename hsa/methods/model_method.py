@@ -138,6 +138,9 @@ class ModelMethod(Method[S, Any], Generic[S, D]):
         else:
             self.combine(block, decision, out)
 
+    def coefficients_of(self, decision: Any, models: Sequence[str]) -> dict[str, float]:
+        return by_role(models, decision.coefficients) if isinstance(decision, Average) else {}
+
     def as_dict(self, decision: D | Average) -> dict[str, Any]:
         if isinstance(decision, Average):
             return {"average": list(decision.coefficients)}
@@ -160,6 +163,11 @@ def is_running(name: str) -> bool:
         True
     """
     return name.endswith(RUNNING)
+
+
+def by_role(models: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:
+    """A number for each role; nothing where there are not as many, as of a tensor that some models lack."""
+    return dict(zip(models, numbers, strict=True)) if len(models) == len(numbers) else {}
 
 
 def average_of(task: TensorTask, settings: ModelSettings) -> Average:

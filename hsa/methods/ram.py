@@ -8,7 +8,7 @@ Source: Yuan et al., Behavior knowledge merge in reinforced agentic models, 2026
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,21 +73,26 @@ class Ram(ModelMethod[RamSettings, Moved]):
     def combine(self, block: Block, decision: Moved, out: Float32) -> None:
         import numpy as np
 
-        least = np.float32(decision.epsilon)
         scratch = Scratch(block)
         moves = scratch.small(1)
         moves[...] = 0
 
-        def moved(place: int, vector: Float32, scratch: Scratch) -> Array:
-            mask = np.greater(np.abs(vector, out=scratch.floats), least, out=scratch.flags(0))
+        def count_moved(place: int, vector: Float32, scratch: Scratch) -> Array:
+            mask = moved(vector, decision.epsilon, scratch)
             np.add(moves, mask.view(np.uint8), out=moves)
             return mask
 
-        total, *others = masked(block, (1.0,) * len(block.models), moved, scratch)
+        total, *others = masked(block, (1.0,) * len(block.models), count_moved, scratch)
         for other in others:
             np.add(total, other, out=total)
         np.copyto(scratch.floats, np.maximum(moves, 1, out=moves))
         np.add(block.weights(BASE), np.divide(total, scratch.floats, out=total), out=out)
+
+    def kept(self, block: Block, decision: Any) -> Iterator[Array | None] | None:
+        if not isinstance(decision, Moved):
+            return None
+        scratch = Scratch(block)
+        return (moved(block.task_vector(role), decision.epsilon, scratch) for role in block.models)
 
     def largest_result(
         self, task: TensorTask, measured: Any, settings: RamSettings, largest: Mapping[str, float]
@@ -104,3 +109,10 @@ class Ram(ModelMethod[RamSettings, Moved]):
 
     def longest_decision(self, task: TensorTask, number: float) -> Moved:
         return Moved(number)
+
+
+def moved(vector: Float32, epsilon: float, scratch: Scratch) -> Array:
+    """Which elements of a task vector a model moved: bool of its shape, in the scratch, whose floats it needs."""
+    import numpy as np
+
+    return np.greater(np.abs(vector, out=scratch.floats), np.float32(epsilon), out=scratch.flags(0))

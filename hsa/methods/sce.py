@@ -14,9 +14,10 @@ Source: Wan, Zhong, Yang, Chen, Quan, FuseChat: knowledge fusion of chat models,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from hsa.architectures.base import TensorInfo, TensorPlace
@@ -24,12 +25,12 @@ from hsa.methods import thresholds
 from hsa.methods.base import BASE, Block, Contract, Treatment
 from hsa.methods.json_fields import between, count
 from hsa.methods.masked import smallest
-from hsa.methods.model_method import ModelMethod, ModelSettings, Weights
+from hsa.methods.model_method import ModelMethod, ModelSettings, Weights, by_role
 from hsa.methods.settings import Settings, setting
 from hsa.methods.sums import block_sums, total
 from hsa.methods.tensors import TensorTask
 from hsa.methods.thresholds import Counts, Place
-from hsa.methods.votes import Scratch, elect, masked, subsets, write_agreeing
+from hsa.methods.votes import Scratch, agreeing, elect, masked, subsets, write_agreeing
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
@@ -173,6 +174,25 @@ class Sce(ModelMethod[SceSettings, Any]):
         ballots = masked(block, (1.0,) * len(block.models), lambda place, vector, scratch: mask, scratch)
         elect(ballots, scratch.floats)
         write_agreeing(block, ballots, decision.inverses, scratch, out, decision.shares)
+
+    def kept(self, block: Block, decision: Any) -> Iterator[Array | None] | None:
+        if not isinstance(decision, Selected):
+            return None
+        return repeat(selection(block, decision.threshold), len(block.models))
+
+    def agreeing(self, block: Block, decision: Any) -> Iterator[Array] | None:
+        if not isinstance(decision, Selected):
+            return None
+        mask = selection(block, decision.threshold)
+        return agreeing(block, (1.0,) * len(block.models), lambda place, vector, scratch: mask)
+
+    def kept_counts(self, decision: Any) -> tuple[int, ...] | None:
+        return (decision.kept,) * len(decision.shares) if isinstance(decision, Selected) else None
+
+    def coefficients_of(self, decision: Any, models: Sequence[str]) -> dict[str, float]:
+        if not isinstance(decision, Selected):
+            return super().coefficients_of(decision, models)
+        return by_role(models, decision.shares)
 
     def largest_result(
         self, task: TensorTask, measured: Any, settings: SceSettings, largest: Mapping[str, float]

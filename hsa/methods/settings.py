@@ -245,7 +245,7 @@ class Settings:
             return (values.at(option(name), value, where),) * len(task.numbers)
         if len(value) != task.models_given:
             raise RequestError(
-                f"{option(name)} is given for {len(value)} models and {task.models_given} are merged; give one for each"
+                f"{option(name)} must have as many values as there are models, {task.models_given}, got {len(value)}"
             )
         return tuple(values.at(f"{option(name)} of model {n + 1}", value[n], where) for n in task.numbers)
 

@@ -10,9 +10,9 @@ Source: Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hsa.methods.arcs import clamped, norm_product, on_the_arc, on_the_line
 from hsa.methods.base import BASE, Block, Contract
@@ -80,6 +80,9 @@ class Slerp(GramCombination[SlerpSettings]):
             return on_the_line(t)
         cosine = clamped(gram[0][1] / product)
         return on_the_line(t) if abs(cosine) > NEARLY_PARALLEL else on_the_arc(cosine, t)
+
+    def coefficients_of(self, decision: Any, models: Sequence[str]) -> dict[str, float]:
+        return super().coefficients_of(decision, (BASE, *models) if isinstance(decision, Coefficients) else models)
 
     def combine(self, block: Block, decision: Coefficients, out: Float32) -> None:
         add_up(_terms(block, decision.models), out, None)

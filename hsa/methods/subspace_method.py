@@ -21,7 +21,7 @@ from hsa.findings import Findings
 from hsa.methods.base import BASE, Block, Contract, NotFiniteSums, Treatment
 from hsa.methods.coefficients import Coefficients
 from hsa.methods.json_fields import between, count, number
-from hsa.methods.model_method import Average, ModelMethod, ModelSettings, Weights, write_sum
+from hsa.methods.model_method import Average, ModelMethod, ModelSettings, Weights, by_role, write_sum
 from hsa.methods.settings import MAX_FLOAT32, setting
 from hsa.methods.subspaces import Displacement, Known, Orthogonalize, work_bytes
 from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
@@ -177,6 +177,11 @@ class SubspaceMethod(ModelMethod[S, Coefficients | Subspaces]):
             replaced=found.replaced,
         )
         return known, displacement
+
+    def coefficients_of(self, decision: Any, models: Sequence[str]) -> dict[str, float]:
+        if not isinstance(decision, Coefficients):
+            return super().coefficients_of(decision, models)
+        return by_role(models, decision.models)
 
     # --- records -----------------------------------------------------------------------------------------------------
 

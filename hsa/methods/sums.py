@@ -61,7 +61,8 @@ def halved(values: Array) -> Array:
     while length > 1:
         length //= 2
         np.add(values[:length], values[length : 2 * length], out=values[:length])
-    return values[0]
+    summed: Array = values[0]
+    return summed
 
 
 def total(parts: Iterable[Array]) -> float:

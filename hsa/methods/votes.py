@@ -158,6 +158,30 @@ def elect(ballots: Sequence[Float32], signs: Float32) -> None:
     np.bitwise_and(bits, np.uint32(1 << 31), out=bits)
 
 
+def agreeing(block: Block, coefficients: Sequence[float], keep: Keep) -> Iterator[Array]:
+    """Which elements of each model agree with the elected sign, one model after another: bool of the block's shape, in
+    the same memory. The models' rooms are overwritten."""
+    import numpy as np
+
+    scratch = Scratch(block)
+    ballots = masked(block, coefficients, keep, scratch)
+    elect(ballots, scratch.floats)
+    signs = scratch.floats.view(np.uint32)
+    return (np.greater(aligned(ballot, signs), 0, out=scratch.flags(2)) for ballot in ballots)
+
+
+def aligned(ballot: Float32, signs: Array) -> Array:
+    """The bits of a ballot as whole numbers, int32 in its memory, its sign flipped where `signs` holds that of minus.
+
+    It agrees where it is above 0; the bits of others are not above 0 as whole numbers either.
+    """
+    import numpy as np
+
+    bits: Array = ballot.view(np.int32)
+    np.bitwise_xor(bits.view(np.uint32), signs, out=bits.view(np.uint32))
+    return bits
+
+
 def write_agreeing(
     block: Block,
     ballots: Sequence[Float32],
@@ -169,16 +193,14 @@ def write_agreeing(
     """Write base plus the sum of the ballots whose sign is that in the scratch's floats, each times its coefficient of
     at least 0, if there are any, and all times the share of their set.
 
-    A ballot whose sign bit is flipped where minus is elected agrees where it is above 0; as whole numbers, the bits of
-    others are not above 0 either. The sum's sign is flipped back.
+    The signs of the ballots are flipped where minus is elected (`aligned`), that of the sum is flipped back.
     """
     import numpy as np
 
     signs, number, agrees = scratch.floats.view(np.uint32), scratch.small(1), scratch.flags(2)
     number[...] = 0
     for place, ballot in enumerate(ballots):
-        bits = ballot.view(np.int32)
-        np.bitwise_xor(bits.view(np.uint32), signs, out=bits.view(np.uint32))
+        bits = aligned(ballot, signs)
         if len(shares) > 1:
             np.add(number, number, out=number)
             np.add(number, np.greater(bits, 0, out=agrees).view(np.uint8), out=number)

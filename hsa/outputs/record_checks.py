@@ -10,7 +10,7 @@ from typing import Any
 
 from hsa.architectures.base import Architecture, ModelCounts, Partition, TensorInfo
 from hsa.errors import HsaError, RequestError, shown
-from hsa.methods.base import Method, Treatment, treatment_of
+from hsa.methods.base import Method, Treatment
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorRecord
 from hsa.option_names import as_keys, spelled
@@ -19,6 +19,7 @@ from hsa.outputs.provenance import changed_keys
 from hsa.outputs.record import OPTIONAL_SETTINGS, SETTINGS, Record
 from hsa.outputs.recording import PROGRAM
 from hsa.planning.tasks import refuse_unknown_names
+from hsa.planning.treatments import treatment_of
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.tensor_places import TensorRef
 

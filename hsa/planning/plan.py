@@ -26,6 +26,9 @@ from hsa.system.dtypes import ARITHMETIC, NAMES
 
 Route = Literal["patch", "rewrite"]
 
+MOST_SHAPES = 5
+"""Tensors of other shapes that notes name for each source."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -194,24 +197,33 @@ def _notes(
         missing = [name for name in anchor.tensors if name not in other.tensors]
         if missing:
             yield f"{len(missing)} tensors of {anchor.role} are missing from {other.role}, such as {missing[0]}"
-        for name, ref in anchor.tensors.items():
-            counterpart = other.tensors.get(name)
-            if name not in targets and counterpart is not None and counterpart.shape != ref.shape:
-                yield (
-                    f"{name} has shape {list(ref.shape)} in {anchor.role} and {list(counterpart.shape)} in {other.role}"
-                )
+        unlike = [
+            f"{name} has shape {list(ref.shape)} in {anchor.role} and {list(counterpart.shape)} in {other.role}"
+            for name, ref in anchor.tensors.items()
+            if name not in targets
+            and (counterpart := other.tensors.get(name)) is not None
+            and counterpart.shape != ref.shape
+        ]
+        yield from unlike[:MOST_SHAPES]
+        if len(unlike) > MOST_SHAPES:
+            yield f"{len(unlike) - MOST_SHAPES} more tensors have other shapes in {anchor.role} and {other.role}"
+    yield from mismatch_notes(finder)
+    tie = sources.architecture.tie
+    if tie is not None and tie.output in written:
+        yield f"{tie.output} is stored beside {tie.embedding} and written as a tensor of its own"
+    elif tie is not None and tie.output in anchor.tensors:
+        yield f"{anchor.role}'s {tie.output} is left out, for base ties it to {tie.embedding}"
+
+
+def mismatch_notes(finder: TaskFinder) -> Iterator[str]:
+    """What is said of tensors that not all sources have alike."""
     if finder.skipped:
         yield (
-            f"{len(finder.skipped)} tensors stay {anchor.role}'s, for another source lacks them or has them in another "
-            f"shape or type: {some(finder.skipped)}"
+            f"{len(finder.skipped)} tensors stay {finder.sources.anchor}'s, for another source lacks them or has them "
+            f"in another shape or type: {some(finder.skipped)}"
         )
     if finder.reduced:
         yield (
             f"{len(finder.reduced)} tensors are merged of some of the models, for the others lack them or have them in "
             f"another shape or type: {some(finder.reduced)}"
         )
-    tie = sources.architecture.tie
-    if tie is not None and tie.output in written:
-        yield f"{tie.output} is stored beside {tie.embedding} and written as a tensor of its own"
-    elif tie is not None and tie.output in anchor.tensors:
-        yield f"{anchor.role}'s {tie.output} is left out, for base ties it to {tie.embedding}"

@@ -8,13 +8,14 @@ from typing import Any
 
 from hsa.architectures.base import ModelCounts, Partition, TensorInfo, TensorPlace
 from hsa.errors import MismatchError, RequestError, SourceError, listed, shown
-from hsa.methods.base import Method, Treatment, treatment_of
+from hsa.methods.base import Method, Treatment
 from hsa.methods.settings import Settings, declared
 from hsa.methods.tensors import LayerSpan, TensorTask
 from hsa.option_names import option
 from hsa.planning.heads import require_heads
 from hsa.planning.quantized import refuse_quantized
 from hsa.planning.script_dtypes import load_codes
+from hsa.planning.treatments import treatment_of
 from hsa.sources import structure
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
@@ -146,7 +147,8 @@ class TaskFinder:
         return treatment_of(self.method, self.settings, info, self.family).kind == "merge"
 
     def task(self, name: str, place: TensorPlace | None, treatment: Treatment) -> TensorTask | None:
-        """One task, checked to agree in its sources. None where they disagree and the method can do without it."""
+        """One task, checked to agree in its sources. None where they disagree and the method can do without it, and for
+        a tensor without elements."""
         roles = treatment.roles or self.sources.roles
         refs = {role: ref for role in roles if (ref := self.sources.of(role).tensors.get(name)) is not None}
         if treatment.by_heads:
@@ -158,6 +160,8 @@ class TaskFinder:
                 return None
             refs = fitting
         shape = refs[self.sources.anchor].shape
+        if 0 in shape and not treatment.by_heads:
+            return None  # it has no elements
         partition, layers = self._partition(name, place, shape, treatment, refs)
         span = self._span(name)
         models = [role for role in self.sources.roles if role != self.sources.base]
@@ -202,8 +206,8 @@ class TaskFinder:
                 f"{anchor}'s"
             )
         models = [role for role in fitting if role != base]
-        lacks_base = base in roles and base not in fitting
-        if mode == "skip-model" and not lacks_base and anchor in fitting and len(models) >= max(2, self._least):
+        nothing = 0 in shape or (base in roles and base not in fitting)
+        if mode == "skip-model" and not nothing and anchor in fitting and len(models) >= max(2, self._least):
             self.reduced.append(name)
             return fitting
         self.skipped.append(name)

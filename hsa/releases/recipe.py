@@ -26,9 +26,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hsa.actions.keywords import Call, missing_sources, several_names, source_names
+from hsa.actions.keywords import Call
 from hsa.actions.request import Request, request_of
 from hsa.actions.run_options import OutputOptions
+from hsa.actions.source_arguments import missing_sources, several_names, source_names
 from hsa.errors import RequestError, shown
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named

@@ -58,9 +58,10 @@ def _rows(tensor: TensorInspection) -> list[list[object]]:
         row: list[object] = [tensor.name, p.stack, p.layer, p.block, p.kind, p.part, head, tensor.heads]
         row += [tensor.k, tensor.keep, tensor.lam, tensor.alpha, tensor.coefficient, tensor.margin]
         row += [tensor.scores[head], None if tensor.squared is None else tensor.squared[head], tensor.ranks[head]]
-        rows.append([_cell(value) for value in (*row, int(head in selected), *geometry)])
+        rows.append([cell(value) for value in (*row, int(head in selected), *geometry)])
     return rows
 
 
-def _cell(value: object) -> object:
+def cell(value: object) -> object:
+    """A value as it stands in a row: empty where there is none, and floats so that they read back exactly."""
     return "" if value is None else repr(value) if isinstance(value, float) else value

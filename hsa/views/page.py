@@ -1,4 +1,6 @@
-"""An inspection as one page that needs nothing else: heat maps whose selection follows sliders, in the browser.
+"""An inspection as one page that needs nothing else: heat maps that answer to controls, in the browser.
+
+Of heads, their selection follows sliders; of whole models, a choice says what the cells show.
 
 The page's policy lets nothing be loaded and no script run but its own, by digest. What came from files stands in it as
 JSON, without any character that could end its element, and reaches the document as text alone.
@@ -11,17 +13,19 @@ import hashlib
 import json
 from pathlib import Path
 
-from hsa.inspection.inspect import Inspection
+from hsa.inspection.inspect import Inspection, ModelInspection
 
 _HERE = Path(__file__).parent
 _ESCAPED = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
 
-def render(inspection: Inspection) -> bytes:
+def render(inspection: Inspection | ModelInspection) -> bytes:
     """The file's bytes, ASCII but for the page's own text; floats read back exactly."""
-    template, style, script = (
-        (_HERE / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
+    own = "page" if isinstance(inspection, Inspection) else "models"
+    template, style, common, own_script = (
+        (_HERE / name).read_text(encoding="utf-8") for name in (f"{own}.html", "page.css", "common.js", f"{own}.js")
     )
+    script = common + own_script
     policy = (
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; img-src data:; "
         f"base-uri 'none'; form-action 'none'"

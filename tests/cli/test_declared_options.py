@@ -57,7 +57,7 @@ def test_models_in_their_order_merge_as_those_by_name_do(command: str, shared_tr
         ("--base=b --model=m", "method hsa merges 2 to 8 models, got 1"),
         ("--base=b --model=m --model=n --model-id=a/b", "--model-id must be as many as models, got 1 for 2 models"),
         ("--base=b --model=m --model=n --method=none", "--method must be one of "),
-        ("--model=m --model=n", "Missing option '--base'. See: hsa merge --help"),
+        ("--model=m --model=n", "needs --base, the model that the others were trained from; give it"),
     ],
 )
 def test_sources_that_do_not_fit_are_refused(

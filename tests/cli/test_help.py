@@ -100,7 +100,7 @@ def test_the_version_can_be_asked_for_in_two_ways(capsys: pytest.CaptureFixture[
         ("merge --lamda=0.5", "No such option: --lamda"),
         ("merge --base=a", "Missing option '--output'. See: hsa merge --help"),
         ("merge --base=a --output=o", "Missing option '--primary'. See: hsa merge --help"),
-        ("sweep --output=o --model=m", "Missing option '--base'. See: hsa sweep --help"),
+        ("sweep --output=o --model=m", "method hsa needs --base, the model that the others were trained from; give it"),
         ("merge --base", "Option '--base' requires an argument. See: hsa merge --help"),
         ("merge --base=b --primary=p --secondary=s --output=o --k=much", "--k must be a number, got 'much'. See: "),
         ("apply primary", "Missing argument 'PATCH'. See: hsa apply --help"),

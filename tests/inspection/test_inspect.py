@@ -16,7 +16,7 @@ from helpers import edit_json, merge_arguments, read_tensors, run_hsa, snapshot,
 
 import hsa
 from hsa import reference
-from hsa.inspection import inspect
+from hsa.inspection import heads
 from hsa.inspection.measure import Buffers
 from hsa.methods.hsa_formula import keep_count, layer_coefficient
 from hsa.outputs import provenance
@@ -199,7 +199,7 @@ def test_an_output_alone_says_what_its_provenance_says(merged: Path, shared_trip
         assert other.tensors[name].selected == again.tensors[name].selected
         assert other.tensors[name].coefficient == again.tensors[name].coefficient
         assert other.tensors[name].margin == pytest.approx(again.tensors[name].margin, rel=1e-9)
-        assert other.tensors[name].recorded == inspect.RecordedSelection(tensor.keep, tensor.selected)
+        assert other.tensors[name].recorded == heads.RecordedSelection(tensor.keep, tensor.selected)
     same = hsa.inspect(alone, k=60)
     assert {n: t.selected for n, t in same.tensors.items()} == {n: t.selected for n, t in found.tensors.items()}
 
@@ -296,7 +296,7 @@ def test_memory_holds_one_target_and_slices(triple: Triple, monkeypatch: pytest.
             held.append(self.nbytes)
             return taken
 
-    monkeypatch.setattr(inspect, "Buffers", Watched)
+    monkeypatch.setattr(heads, "Buffers", Watched)
     done: list[tuple[int, int]] = []
     hsa.inspect(**triple)  # imports and caches
     tracemalloc.start()

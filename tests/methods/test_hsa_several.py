@@ -179,8 +179,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"weights": 0.0}, "weights 0 of the secondaries sum to 0"),
     ({"weights": [0.1, 0.2, -0.3]}, "weights 0.1, 0.2, -0.3 of the secondaries sum to 0"),
     ({"weights": [[1.0, -1.0], 1.0]}, "weights -1, 1 of the secondaries sum to 0 for tensor encoder.layers.1"),
-    ({"weights": [1.0]}, "weights is given for 1 models and 2 secondaries are merged"),
-    ({"weights": [1.0, 1.0, 1.0]}, "weights is given for 3 models and 2 secondaries are merged"),
+    ({"weights": [1.0]}, "weights must have as many values as there are secondaries, 2, got 1"),
+    ({"weights": [1.0, 1.0, 1.0]}, "weights must have as many values as there are secondaries, 2, got 3"),
     ({"weights": [1.0, 101.0]}, r"weights of secondary 2 must be in \[-100, 100\]"),
     ({"weights": [1.0, float("nan")]}, "weights of secondary 2 must be"),
     ({"weights": []}, "weights is an empty list"),
@@ -205,7 +205,7 @@ def test_what_cannot_be_merged_is_refused(three: Sources, tmp_path: Path, more: 
 
 CANDIDATES: list[tuple[dict[str, Any], str]] = [
     ({"weights": [1.0, -1.0]}, "sum to 0"),
-    ({"weights": [1.0]}, "2 secondaries are merged"),
+    ({"weights": [1.0]}, "as there are secondaries, 2, got 1"),
     ({"weights": [[1.0, -1.0], 1.0]}, "sum to 0 for tensor"),
 ]
 

@@ -325,9 +325,9 @@ def merge(method: str, sources: dict[str, Path], output: Path, **options: Any) -
 @pytest.mark.parametrize("method", METHODS)
 def test_a_base_and_enough_models_are_needed(method: str, family: dict[str, Path], tmp_path: Path) -> None:
     models = list(family.values())[1:]
-    with pytest.raises(TypeError, match="missing required argument: 'base'"):
+    with pytest.raises(RequestError, match=f"method {method} needs base, the model that the others were trained from"):
         hsa.merge(method=method, models=models[:1], output=tmp_path / "out", **REQUIRED.get(method, {}))
-    count, span = (2, "1 models, got 2") if method == "nearswap" else (1, "2 to 8 models, got 1")
+    count, span = (2, "1 model, got 2") if method == "nearswap" else (1, "2 to 8 models, got 1")
     if method_named(method).contract.least > 1 or method == "nearswap":
         with pytest.raises(RequestError, match=f"method {method} merges {span}"):
             merge(method, chosen(family, count), tmp_path / "out", **REQUIRED.get(method, {}))

@@ -89,7 +89,7 @@ def test_a_value_for_each_model(weights: Any, expected: tuple[float, ...]) -> No
 def test_a_tensor_that_lacks_a_model_takes_the_values_of_the_others() -> None:
     settings = TaskArithmeticSettings(weights=[1, 2, 3])
     assert settings.each("weights", task(numbers=(0, 2))) == (1.0, 3.0)
-    with pytest.raises(RequestError, match=r"^weights is given for 2 models and 3 are merged; give one for each$"):
+    with pytest.raises(RequestError, match=r"^weights must have as many values as there are models, 3, got 2$"):
         TaskArithmeticSettings(weights=[1, 2]).each("weights", task(numbers=(0, 2)))
 
 

@@ -152,7 +152,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a k that is none": (lambda d: d["parameters"].update(k=[1]), "k must be"),
     "a size that is none": (lambda d: d["parameters"].update(max_shard_size="huge"), "max_shard_size must be"),
     "a size beyond all": (lambda d: d["parameters"].update(max_shard_size="9" * 4400), "max_shard_size must be"),
-    "scores beyond all": (lambda d: decided(d).update(scores=[1e200] * one(d)["groups"]), "below 1e+150"),
+    "scores beyond all": (lambda d: decided(d).update(scores=[1e200] * one(d)["groups"]), "from 0 to 1e+150"),
     "no parameters": (lambda d: d.update(parameters={}), "is missing"),
     "another preset": (lambda d: d["parameters"].update(targets="attention-qkv"), "are not listed"),
 }

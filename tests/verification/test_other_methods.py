@@ -255,10 +255,17 @@ def test_a_sweep_of_another_method(models: list[Path], tmp_path: Path) -> None:
 # --- inspect ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_output_without_heads_is_not_inspected(out: Path, models: list[Path]) -> None:
-    for keywords in ({}, {"models": models}):
-        with pytest.raises(RequestError, match="was merged by method maximum, which selects no heads to show"):
-            hsa.inspect(out, **keywords)
+def test_an_output_without_heads_is_inspected_as_whole_models(out: Path, models: list[Path]) -> None:
+    alone, both = hsa.inspect(out), hsa.inspect(out, models=models)
+    for found in (alone, both):
+        assert (
+            isinstance(found, hsa.ModelInspection)
+            and found.method == "maximum"
+            and found.models == ("model1", "model2")
+        )
+    assert alone.tensors.keys() == both.tensors.keys()
+    assert both.whole.vectors is not None and both.whole.vectors.cosine(0, 1) == pytest.approx(1.0, abs=1e-3)
+    assert any("without base there are no task vectors" in note for note in both.notes)
 
 
 def test_hsa_is_inspected_by_its_models_in_their_order(merged: Path, shared_triple: Triple, models: list[Path]) -> None:
@@ -308,8 +315,8 @@ def test_the_command_line_refuses_in_one_line(out: Path, merged: Path, models: l
         (("verify", out, "--sources", *options(models[:1])), "model2 is not given, and all are needed; give the"),
         (("verify", out, "--sources", f"--primary={models[0]}"), "from model1 and model2; --primary is none of these"),
         (("verify", out, *options(models)), "add --sources"),
-        (("inspect", out), "method maximum, which selects no heads to show"),
-        (("inspect", out, *options(models)), "method maximum, which selects no heads to show"),
+        (("inspect", out, f"--png={out.parent / 'p.png'}"), "--png draws heads, and this method selects none"),
+        (("inspect", out, *options(models[::-1])), "model1: its merged tensors are not those that"),
     ):
         done = run_hsa(*arguments, env=ENVIRONMENT)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr

@@ -24,18 +24,6 @@ Heads = dict[str, tuple[int, ...]]
 GRID = (*(step / 20 for step in range(21)), 0.125, 0.375, 0.3751, 0.875, 0.01, 0.99, 2, 37.5, 62.5, 100)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, which drives Chromium")
-    program = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip("chromium is not installed, which shows the page")
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
 class Page:
     """A page that was opened from a file, offline; `complaints` are console messages, errors and requests beside it."""
 

@@ -693,3 +693,22 @@ def test_an_inspection_fetches_the_targets_alone(
     bad = run_hsa("inspect", *sources[:2], "--secondary=org/missing", env=env)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "org/missing" in bad.stderr
+
+
+def test_an_inspection_of_whole_models_fetches_them_after_it_refused_by_headers(
+    servers: Servers, published: Mapping[str, str], env: dict[str, str], shared_triple: Triple
+) -> None:
+    base, *models = published.values()
+    sources = (f"--base={base}", *(f"--model={name}" for name in models))
+    done = run_hsa("inspect", "--method=ties", "--density=0.5,", *sources, env=env)
+    assert done.returncode == 2 and weights_sent(servers) == 0
+    done = run_hsa("inspect", "--method=ties", "--density=0.5", "--only=nothing", *sources, env=env)
+    assert done.returncode == 2 and "holds no tensor that" in done.stderr
+    assert weights_sent(servers) <= 3 << 18  # the requests for headers
+    done = run_hsa("inspect", "--method=ties", "--density=0.5", *sources, "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    base, *models = map(str, shared_triple.values())
+    here = hsa.inspect(method="ties", density=0.5, base=base, models=models).as_dict()
+    assert found["tensors"] == json.loads(json.dumps(here["tensors"]))
+    assert found["sources"]["model2"]["revision"] == commit_of(published["secondary"])

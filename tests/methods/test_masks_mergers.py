@@ -1,11 +1,10 @@
-"""The methods that mask and vote against their oracles, bit for bit, however tensors are cut and whoever computes."""
+"""Mergers of the methods that mask and vote: many candidates of one reading, models of other types, missing tensors."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -62,23 +61,6 @@ def counts(method: str) -> range:
     return range(contract.least, min(contract.most, MOST) + 1)
 
 
-@pytest.mark.parametrize(("number", "method", "options"), [(n, *case) for n, case in enumerate(cases())], ids=str)
-def test_merges_are_the_oracles(
-    number: int, method: str, options: dict[str, Any], families: dict[str, Family], cut: Cut, tmp_path: Path
-) -> None:
-    draw = random.Random(number)
-    for attempt in range(12 if EVERYTHING else 1):
-        count, types = draw.choice(counts(method)), draw.choice(list(TYPES))
-        sources, settings = chosen(families[types], count), settings_for(options, count)
-        cut(draw.randrange(4))
-        base, *models = sources.values()
-        output = tmp_path / str(attempt)
-        hsa.merge(
-            method=method, base=base, models=models, output=output, threads=draw.randint(1, 5), sync=False, **settings
-        )
-        same_tensors(output, expected(method, sources, settings))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merger_makes_every_candidate_of_one_reading(method: str, families: dict[str, Family], cut: Cut) -> None:
     draw = random.Random(method)
@@ -124,14 +106,3 @@ def test_a_model_that_lacks_a_tensor_leaves_the_others_masks(
         write_tensors(sources["model2"], tensors)
     wanted = expected(method, {role: path for role, path in sources.items() if role != "model2"}, options, [0, 2])
     assert read_tensors(tmp_path / "out")[lacking].equal(wanted[lacking])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_an_output_is_verified_against_its_sources(method: str, families: dict[str, Family], tmp_path: Path) -> None:
-    options = next(options for own, options in reversed(cases()) if own == method)
-    count = counts(method)[-1]
-    base, *models = chosen(families["float16"], count).values()
-    output = tmp_path / "out"
-    hsa.merge(method=method, base=base, models=models, output=output, sync=False, **settings_for(options, count))
-    report = hsa.verify(output, base=base, models=models)
-    assert report.ok, report.problems

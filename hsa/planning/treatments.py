@@ -1,0 +1,19 @@
+"""What is done with a tensor: what its method says, within the part of the model that the settings limit it to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hsa.architectures.base import Architecture, TensorInfo
+from hsa.methods.base import KEEP, Method, Treatment
+from hsa.methods.settings import Settings
+
+
+def treatment_of(
+    method: Method[Any, Any], settings: Settings, info: TensorInfo, architecture: Architecture
+) -> Treatment:
+    """What a method does with a tensor, within the part of the model that the settings limit it to. `info.name` is
+    canonical."""
+    if settings.limited and not settings.limits(info.name, architecture.layer_of(info.name)):
+        return KEEP
+    return method.treatment(info, architecture.place(info.name), settings)
