@@ -17,6 +17,7 @@ from hsa.cli.merge import merge
 from hsa.cli.mergekit import mergekit
 from hsa.cli.methods import methods
 from hsa.cli.release import release
+from hsa.cli.search import search
 from hsa.cli.sweep import sweep
 from hsa.cli.verify import verify
 from hsa.option_names import command_line, spelled
@@ -93,7 +94,18 @@ def help_(
     usage.show_help_of(ctx, command)
 
 
-COMMANDS: tuple[Callable[..., Any], ...] = (merge, sweep, apply, inspect, verify, release, methods, mergekit, demo)
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    merge,
+    sweep,
+    search,
+    apply,
+    inspect,
+    verify,
+    release,
+    methods,
+    mergekit,
+    demo,
+)
 
 
 def program() -> Any:
