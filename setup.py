@@ -26,7 +26,16 @@ setup(
     package_dir={"hsa": "hsa", "hsa.kernels": "kernels"},
     package_data={
         "hsa": ["py.typed"],
-        "hsa.views": ["page.html", "page.css", "page.js", "common.js", "models.html", "models.js"],
+        "hsa.views": [
+            "page.html",
+            "page.css",
+            "page.js",
+            "common.js",
+            "models.html",
+            "models.js",
+            "evaluation.html",
+            "evaluation.js",
+        ],
     },
     install_requires=[
         "torch>=2.11,<3",

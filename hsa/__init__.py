@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from hsa.actions.patch import merge_patch
     from hsa.actions.request import Request
     from hsa.evaluation.data import data
+    from hsa.evaluation.evaluate import evaluate
+    from hsa.evaluation.report import Evaluation
     from hsa.evaluation.utterance import DataSet, Utterance
     from hsa.inspection.inspect import Inspection, ModelInspection, inspect
     from hsa.methods.hsa import HsaSettings
@@ -48,7 +50,9 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "DataSet": "hsa.evaluation.utterance",
+    "Evaluation": "hsa.evaluation.report",
     "Utterance": "hsa.evaluation.utterance",
+    "evaluate": "hsa.evaluation.evaluate",
     "data": "hsa.evaluation.data",
     "Inspection": "hsa.inspection.inspect",
     "ModelInspection": "hsa.inspection.inspect",
@@ -78,6 +82,7 @@ __all__ = [
     "DataError",
     "DataSet",
     "DestinationError",
+    "Evaluation",
     "HeaderError",
     "HsaError",
     "HsaSettings",
@@ -106,6 +111,7 @@ __all__ = [
     "__version__",
     "apply",
     "data",
+    "evaluate",
     "inspect",
     "merge",
     "merge_patch",

@@ -12,6 +12,7 @@ from hsa._version import __version__
 from hsa.cli import completion, options, usage
 from hsa.cli.apply import apply
 from hsa.cli.demo import demo
+from hsa.cli.eval import eval
 from hsa.cli.inspect import inspect
 from hsa.cli.merge import merge
 from hsa.cli.mergekit import mergekit
@@ -100,6 +101,7 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     search,
     apply,
     inspect,
+    eval,
     verify,
     release,
     methods,

@@ -27,6 +27,9 @@ LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
 MAX_SECONDS = 6 * 3600
 """Seconds of one utterance: at 16 kHz they take 1.4 GB."""
 
+UNKNOWN_LENGTH = 1 << 62
+"""Samples that libsndfile gives where a header gives none."""
+
 MAX_OVERSHOOT = 0.5
 """Seconds by which a segment may end after its file does, for times in manifests are rounded. Kaldi's
 extract-segments allows as much. What is read then ends with the file."""
@@ -53,11 +56,11 @@ def read_audio(utterance: Utterance, rate: int) -> Float32:
     check_rate(rate)
     with _opened(utterance) as file:
         first, count = _part(utterance, file)
-        mixed = _mixed_blocks(utterance, file, first, count)
-        pieces = list(_resampled(mixed, file.samplerate, rate) if file.samplerate != rate else mixed)
-    audio: Float32 = np.concatenate(pieces)
+        source = int(file.samplerate)
+        blocks = _mixed_blocks(utterance, file, first, count)
+        audio = _joined(blocks, count) if source == rate else _resampled(blocks, count, source, rate)
     if not len(audio):
-        raise AudioError(f"{_named(utterance)}: {count} samples at {file.samplerate} Hz give none at {rate} Hz")
+        raise AudioError(f"{_named(utterance)}: {count} samples at {source} Hz give none at {rate} Hz")
     if not np.isfinite(audio).all():
         raise AudioError(f"{_named(utterance)}: NaN or infinity in the audio, expected finite samples; make it anew")
     return audio
@@ -121,6 +124,8 @@ def _part(utterance: Utterance, file: Any) -> tuple[int, int]:
     where, rate, frames = _named(utterance), int(file.samplerate), int(file.frames)
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise AudioError(f"{where} has {rate} samples per second, expected {LOWEST_RATE} to {HIGHEST_RATE}")
+    if frames >= UNKNOWN_LENGTH:
+        raise AudioError(f"{where} does not say how long it is; write it anew, to a file and not through a pipe")
     if frames <= 0:
         raise AudioError(f"{where} has no samples; take it out of the manifest")
     try:
@@ -158,18 +163,37 @@ def _mixed_blocks(utterance: Utterance, file: Any, first: int, count: int) -> It
             raise AudioError(
                 f"{_named(utterance)}: NaN or infinity in the audio, expected finite samples; make it anew"
             )
-        yield block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
+        with np.errstate(over="ignore"):  # the caller looks for infinity
+            mixed = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
+        yield mixed
 
 
-def _resampled(blocks: Iterator[Float32], source: int, target: int) -> Iterator[Float32]:
+def _resampled(blocks: Iterable[Float32], count: int, source: int, target: int) -> Float32:
+    """All blocks, of `count` samples together, at another rate."""
     with needed_for_evaluation("soxr"):
         import soxr
     import numpy as np
 
     stream = soxr.ResampleStream(source, target, 1, dtype="float32", quality=soxr.HQ)
-    for block in blocks:
-        yield stream.resample_chunk(np.ascontiguousarray(block))
-    yield stream.resample_chunk(np.empty(0, dtype=np.float32), last=True)
+
+    def pieces() -> Iterator[Float32]:
+        for block in blocks:
+            yield stream.resample_chunk(np.ascontiguousarray(block))
+        yield stream.resample_chunk(np.empty(0, dtype=np.float32), last=True)
+
+    return _joined(pieces(), count * target // source + 1)
+
+
+def _joined(pieces: Iterable[Float32], most: int) -> Float32:
+    """The pieces, of at most `most` samples together, in one array; joining a list would hold all samples twice."""
+    import numpy as np
+
+    audio = np.empty(most, dtype=np.float32)
+    filled = 0
+    for piece in pieces:
+        audio[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return audio[:filled]
 
 
 def check_rate(rate: int) -> None:

@@ -5,8 +5,6 @@ Source: Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR per
 
 from __future__ import annotations
 
-import hashlib
-import math
 from typing import TYPE_CHECKING
 
 from hsa.errors import RequestError, shown
@@ -19,10 +17,16 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
-"""How many times a group of utterances is drawn anew."""
+"""How many times the units of a group are drawn anew."""
+
+FEWEST_RESAMPLES = 1000
+
+MAX_DRAWS = 1_000_000_000
+"""Draws of all resamples of a group together, which take about 20 s. Groups of more than 100,000 units get fewer
+resamples, but not fewer than FEWEST_RESAMPLES; their intervals are narrow anyway."""
 
 BLOCK = 1 << 20
-"""Units that are drawn at once, over some of the resamples."""
+"""Draws that are in memory at once: 24 MB."""
 
 
 def check_confidence(confidence: float) -> None:
@@ -36,30 +40,51 @@ def check_confidence(confidence: float) -> None:
         raise RequestError(f"confidence must be above 0 and below 1, such as 0.95, got {shown(confidence)}")
 
 
-def resampled_sums(columns: Integers, key: str, seed: int) -> Integers:
-    """Sums of each column over resamples of the rows, drawn with replacement: int64 [RESAMPLES, columns].
+def check_seed(seed: int) -> None:
+    """RequestError unless a seed of resamples is a whole number of at least 0.
 
-    `columns` is int64 [units, columns]. The draws depend on the number of units, `key` and `seed` alone: two models
-    that were scored on the same units, in the same order, get the same draws, so that their differences pair.
-    Uses numpy's Generator(PCG64).
+    Example:
+        >>> check_seed(0)
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise RequestError(f"seed must be a whole number of at least 0, got {shown(seed)}")
+
+
+def number_of_resamples(units: int) -> int:
+    """How many resamples a group of so many units gets.
+
+    Example:
+        >>> number_of_resamples(60), number_of_resamples(500_000)
+        (10000, 2000)
+    """
+    return max(FEWEST_RESAMPLES, min(RESAMPLES, MAX_DRAWS // units))
+
+
+def resampled_sums(units: Integers, seed: int) -> Floats:
+    """Sums of each column over resamples of the rows, drawn with replacement.
+
+    `units` is int64 [units, columns], the result float64 [resamples, columns] with whole numbers in it. The draws are
+    those of numpy's Generator(PCG64(seed)).integers and depend on `seed` and the number of units alone, so that columns
+    of two models on the same units are resampled together.
 
     Example:
         >>> import numpy as np
-        >>> resampled_sums(np.array([[1, 2], [1, 2]]), "all", 0)[0].tolist()
-        [2, 4]
+        >>> resampled_sums(np.array([[1, 2], [1, 2]]), 0)[0].tolist()
+        [2.0, 4.0]
     """
     import numpy as np
 
-    units, width = columns.shape
-    entropy = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest(), "little")
-    generator = np.random.Generator(np.random.PCG64([seed, entropy]))
-    step = max(1, BLOCK // units)
-    sums = np.empty((RESAMPLES, width), dtype=np.int64)
-    for first in range(0, RESAMPLES, step):
-        last = min(first + step, RESAMPLES)
-        drawn = generator.integers(0, units, size=(last - first, units), dtype=np.uint32)
-        for column in range(width):
-            sums[first:last, column] = columns[:, column][drawn].sum(axis=1)
+    count, resamples = len(units), number_of_resamples(len(units))
+    generator = np.random.Generator(np.random.PCG64(seed))
+    values = units.astype(np.float64)  # sums below 2^53 are exact
+    step = max(1, BLOCK // count)
+    sums = np.empty((resamples, units.shape[1]))
+    for first in range(0, resamples, step):
+        size = min(step, resamples - first)
+        drawn = generator.integers(0, count, size=(size, count))
+        drawn += np.arange(size)[:, np.newaxis] * count
+        times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+        sums[first : first + size] = times.astype(np.float64) @ values
     return sums
 
 
@@ -74,6 +99,5 @@ def percentile_interval(values: Floats, confidence: float) -> tuple[float, float
     import numpy as np
 
     tail = (1 - confidence) / 2
-    low, high = (float(end) for end in np.quantile(values, [tail, 1 - tail]))
-    assert math.isfinite(low) and math.isfinite(high)
-    return low, high
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)

@@ -14,7 +14,7 @@ from hsa.errors import BackendUnavailable, RequestError, SourceError
 from hsa.evaluation.model_kinds import ModelKind, kind_of
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.recognizers import CtcRecognizer, SpeechRecognizer, WhisperRecognizer
-from hsa.evaluation.transformers_calls import explained, quiet_transformers
+from hsa.evaluation.transformers_calls import FROM_DISK, explained, quiet_transformers
 from hsa.option_names import option
 from hsa.system.dtypes import Float32
 
@@ -97,7 +97,9 @@ def load_model(folder: Path, kind: ModelKind, device: str, dtype: str) -> Any:
     wanted: Any = ("float32" if device == "cpu" else "auto") if dtype == "auto" else dtype
     wanted = wanted if wanted == "auto" else getattr(torch, wanted)
     owner = getattr(transformers, kind.architecture)
-    model, info = owner.from_pretrained(folder, dtype=wanted, local_files_only=True, output_loading_info=True)
+    config = owner.config_class.from_pretrained(folder, **FROM_DISK)
+    config._attn_implementation = None  # a config may name one on the Hub, whose code transformers would fetch and run
+    model, info = owner.from_pretrained(folder, config=config, dtype=wanted, output_loading_info=True, **FROM_DISK)
     missing = sorted(info["missing_keys"])
     if missing:
         raise SourceError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 
-from hsa.errors import DataError, MachineError, shown
+from hsa.errors import DataError, HsaError, MachineError, shown
 from hsa.system.descriptors import open_file, reason
 from hsa.system.fsio import MACHINE_ERRNOS
 from hsa.system.types import PathLike
 
 
-def open_regular(path: PathLike, what: str, error: type[DataError] = DataError) -> int:
+def open_regular(path: PathLike, what: str, error: type[HsaError] = DataError) -> int:
     """A descriptor of a regular file for reading, which the caller closes.
 
     Raises `error` where there is no such file or it is something else, MachineError where the machine fails.

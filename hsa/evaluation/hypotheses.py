@@ -51,11 +51,8 @@ def describe(
 ) -> dict[str, Any]:
     """What the transcripts of a model and a set depend on, without names and references, which they do not.
 
-    Greedy decoding in float32 on a CPU gives the same transcripts whatever the batch, so that it is left out there.
+    The batch is left out where it has no say.
     """
-    on_cpu = device == "cpu"
-    dtype = ("float32" if on_cpu else model.dtype) if options.dtype == "auto" else options.dtype
-    exact = on_cpu and dtype == "float32" and options.beams == 1
     return {
         "format": FORMAT,
         "model": model.digest,
@@ -64,11 +61,27 @@ def describe(
         "language": options.language,
         "task": options.task,
         "beams": options.beams,
-        "batch": None if exact else options.batch,
+        "batch": None if is_exact(model, options, device) else options.batch,
         "device": device.partition(":")[0],
-        "dtype": dtype,
+        "dtype": _dtype(model, options, device),
         "versions": {name: version(name) for name in ("torch", "transformers", "soxr", "soundfile")},
     }
+
+
+def is_exact(model: OpenModel, options: DecodingOptions, device: str) -> bool:
+    """Whether transcripts are the same whatever the batch size: greedy decoding in float32 on a CPU.
+
+    Example:
+        >>> is_exact(model, DecodingOptions(beams=5), "cpu")  # doctest: +SKIP
+        False
+    """
+    return device == "cpu" and _dtype(model, options, device) == "float32" and options.beams == 1
+
+
+def _dtype(model: OpenModel, options: DecodingOptions, device: str) -> str:
+    if options.dtype != "auto":
+        return options.dtype
+    return "float32" if device == "cpu" else model.dtype
 
 
 def key_of(description: Mapping[str, Any]) -> str:
@@ -107,16 +120,18 @@ class Hypotheses:
         path = self._folder / f"{self._name}{PARTIAL}"
         with fsio.map_write_errors(path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            try:
+        try:
+            with fsio.map_write_errors(path):
                 _lock(fd, path)
                 self._begin(fd)
-                self._fd = fd
-                yield self
-                if not self.missing:
+            self._fd, self._path = fd, path
+            yield self
+            if not self.missing:
+                with fsio.map_write_errors(path):
                     fsio.sync(fd)
                     fsio.rename(path, self._folder / self._name)
-            finally:
-                os.close(fd)
+        finally:
+            os.close(fd)
 
     def add(self, transcripts: Sequence[Transcript]) -> None:
         """Keep the transcripts of the next batch."""
@@ -124,7 +139,8 @@ class Hypotheses:
         assert [each.id for each in transcripts] == expected
         self.texts.update((each.id, each.text) for each in transcripts)
         if self._folder is not None:
-            _write(self._fd, b"".join(each.line() for each in transcripts))
+            with fsio.map_write_errors(self._path):
+                _write(self._fd, b"".join(each.line() for each in transcripts))
 
     def _load(self) -> None:
         """What an earlier run has kept under the same key, whatever it called the model and the set."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hsa.errors import DataError, listed, shown
-from hsa.evaluation.collector import Collector, Place
+from hsa.evaluation.collector import MAX_UTTERANCES, Collector, Place
 from hsa.evaluation.lines import read_lines
 from hsa.evaluation.tables import seconds
 
@@ -47,7 +47,7 @@ def read_kaldi(folder: Path) -> Collector:
     collector = Collector(folder)
     recordings = _recordings(folder / "wav.scp", collector)
     segments = _segments(folder / "segments") if os.path.lexists(folder / "segments") else None
-    speakers = dict(_pairs(folder / "utt2spk", "a speaker")) if os.path.lexists(folder / "utt2spk") else None
+    speakers = _speakers(folder / "utt2spk") if os.path.lexists(folder / "utt2spk") else None
     used: set[str] = set()
     count = 0
     for place, utterance, text in _entries(folder / "text", "a text", may_be_empty=True):
@@ -122,16 +122,22 @@ def _segments(path: Path) -> dict[str, _Segment]:
     return segments
 
 
-def _pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
-    for place, name, value in _entries(path, what):
+def _speakers(path: Path) -> dict[str, str]:
+    speakers: dict[str, str] = {}
+    for place, name, value in _entries(path, "a speaker"):
         if _SPACES.search(value):
-            raise DataError(f"{place} has more than two fields, expected an utterance and {what}")
-        yield name, value
+            raise DataError(f"{place} has more than two fields, expected an utterance and a speaker")
+        if name in speakers:
+            raise DataError(f"{place}: {shown(name, 200)} occurs a second time")
+        speakers[name] = value
+    return speakers
 
 
 def _entries(path: Path, what: str, *, may_be_empty: bool = False) -> Iterator[tuple[Place, str, str]]:
     """The first field of each line and the rest of it."""
     for number, line in read_lines(path):
+        if number > MAX_UTTERANCES:
+            raise DataError(f"{path} has more than {MAX_UTTERANCES} lines, expected fewer; split it into sets")
         fields = _SPACES.split(line.strip(" \t\r\n"), maxsplit=1)
         if fields == [""]:
             continue

@@ -49,6 +49,11 @@ class NamedModel:
         return self.source if self.patch is None else f"{self.source}+{self.patch}"
 
     @property
+    def folder(self) -> Path | None:
+        """Its directory; None for a hub id."""
+        return None if find_id(self.source) else Path(self.source).expanduser()
+
+    @property
     def place(self) -> tuple[str, str | None]:
         """Equal for two spellings of one model."""
         source = self.source if find_id(self.source) else os.path.realpath(os.path.expanduser(self.source))

@@ -8,13 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hsa.errors import HeaderError, RequestError, listed, shown
+from hsa.errors import DataError, HeaderError, RequestError, listed, shown
 from hsa.evaluation.files import open_regular
 from hsa.system.strict_json import MAX_JSON, load_json
 
 NORMALIZERS = ("auto", "whisper", "basic", "plain", "none")
 
+MAX_UNCLOSED = 1000
+"""Brackets without their closing ones, for each of which Whisper's normalisers read the rest of the text."""
+
 _ENGLISH = ("en", "english", "<|en|>")
+
+_ENGLISH_VOCABULARY = 51864
+"""Tokens of a Whisper that knows English alone; one of many languages has more. Source: openai/whisper, model.py."""
 
 _APOSTROPHES = re.compile("[\u2018\u2019\u02bc\uff07]")
 
@@ -27,10 +33,11 @@ def normalizer(name: str = "auto", *, language: str | None = None, model: Path |
     apostrophes become spaces. `none`: texts stay as they are. `auto`: whisper for a Whisper model, else plain.
 
     `language` is a code or a name such as "en" or "english". Without one it is what the model's generation config
-    says; a model that knows many languages and names none there is not taken to be English. `model` is the directory
-    of a checkpoint.
+    says; a Whisper that knows many languages and names none there is not taken to be English. `model` is the directory
+    of a checkpoint; where it has no normalizer.json, British and American spellings stay different words.
 
-    Raises RequestError for an unknown name, HeaderError for a damaged normalizer.json.
+    Raises RequestError for an unknown name, HeaderError for a damaged normalizer.json. The function raises DataError
+    for a text that transformers cannot normalise.
 
     Example:
         >>> normalizer("plain")("Good morning, ALL!").split()
@@ -62,18 +69,21 @@ def plain(text: str) -> str:
 
 
 def _is_english(language: str | None, model: Path | None) -> bool:
-    if language is None:
-        found = _json_of(model, "generation_config.json")
-        language = found.get("language")
-        if language is None:
-            return found.get("is_multilingual") is not True
-    return str(language).strip().casefold() in _ENGLISH
+    if language is not None:
+        return language.strip().casefold() in _ENGLISH
+    generation = _json_of(model, "generation_config.json")
+    if isinstance(generation.get("language"), str):
+        return _is_english(generation["language"], model)
+    if isinstance(generation.get("is_multilingual"), bool):
+        return not generation["is_multilingual"]
+    config = _json_of(model, "config.json")
+    return config.get("model_type") != "whisper" or config.get("vocab_size") == _ENGLISH_VOCABULARY
 
 
 def _basic() -> Callable[[str], str]:
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
-    return _text_to_text(BasicTextNormalizer())
+    return _checked(BasicTextNormalizer())
 
 
 def _english(spellings: dict[str, Any], model: Path | None) -> Callable[[str], str]:
@@ -82,11 +92,31 @@ def _english(spellings: dict[str, Any], model: Path | None) -> Callable[[str], s
     for word, spelling in spellings.items():
         if not isinstance(spelling, str):
             raise HeaderError(f"{model}/normalizer.json: {shown(word)} is {shown(spelling)}, expected a spelling")
-    return _text_to_text(EnglishTextNormalizer(spellings))
+    return _checked(EnglishTextNormalizer(spellings))
 
 
-def _text_to_text(function: Callable[[str], Any]) -> Callable[[str], str]:
-    return lambda text: str(function(text))
+def _checked(function: Callable[[str], Any]) -> Callable[[str], str]:
+    """A normaliser of transformers, which takes time that grows with the square of unclosed brackets and of spaces in a
+    row, and fails on numbers of thousands of digits."""
+
+    def normalize(text: str) -> str:
+        text = " ".join(text.split())
+        if max(_unclosed(text, "<[", ">]"), _unclosed(text, "(", ")")) > MAX_UNCLOSED:
+            raise DataError(f"the text {shown(text)} has more than {MAX_UNCLOSED} brackets that are never closed")
+        try:
+            return str(function(text))
+        except Exception as error:  # of any kind: the text may be anything, and the code is not ours
+            raise DataError(
+                f"the text {shown(text)} cannot be normalised: {error}; correct it, or choose another normalizer"
+            ) from error
+
+    return normalize
+
+
+def _unclosed(text: str, opening: str, closing: str) -> int:
+    """How many brackets come after the last closing one."""
+    last = max(text.rfind(bracket) for bracket in closing)
+    return sum(text.count(bracket, last + 1) for bracket in opening)
 
 
 def _json_of(model: Path | None, name: str) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Recognisers of Whisper, of other sequence-to-sequence models, and of models with a CTC head.
 
-Padding changes what some models hear: the short utterances of a Whisper are all 30 s long, but wav2vec2 models whose
-convolutions are normalised over time (`feat_extract_norm` "group") give other logits for padded audio, and their
-feature extractors give no attention mask. Utterances of such a model are decoded together where they are equally
-long, else one by one. What is longer than a Whisper hears at a time is decoded alone too.
+Padding changes what some models hear. A Whisper hears 30 s of every utterance, so that nothing changes there. Models
+whose feature extractors give an attention mask ignore the padding. Others, such as wav2vec2 models whose convolutions
+are normalised over time (`feat_extract_norm` "group"), would give other logits: their utterances are decoded together
+where they are equally long, else one by one.
+
+Longer audio is decoded alone: by a Whisper with transformers' long-form decoding, by a CTC model in windows that
+overlap, as transformers' pipeline does it; other sequence-to-sequence models hear it whole.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 from hsa.errors import SourceError
 from hsa.evaluation.model_kinds import kind_of, language_code
 from hsa.evaluation.options import DecodingOptions
-from hsa.evaluation.transformers_calls import explained, quiet_transformers
+from hsa.evaluation.transformers_calls import FROM_DISK, explained, quiet_transformers
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import Float32
 
@@ -30,6 +33,10 @@ OTHER_NEW_TOKENS = 448
 
 LEAST_SECONDS = 0.1
 """Shorter audio is padded with silence for a CTC model, whose convolutions need some hundred samples."""
+
+WINDOW_SECONDS, STRIDE_SECONDS = 30, 5
+"""Longer audio reaches a CTC model in windows of 30 s. The 5 s that a window shares with its neighbour on each side are
+heard and not written: a sixth of the window, as in transformers' pipeline."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,8 @@ class _Recognizer:
         self.model = model
         self.folder = folder
         self.options = options
-        self.extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.extractor = AutoFeatureExtractor.from_pretrained(folder, **FROM_DISK)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **FROM_DISK)
         self.rate = int(self.extractor.sampling_rate)
         self.features_key = self._features_key()
 
@@ -75,17 +82,24 @@ class _Recognizer:
         texts: dict[int, str] = {}
         with quiet_transformers(), explained(self.folder), torch.inference_mode():
             for part in features:
-                inputs = {name: self._moved(value) for name, value in part.inputs.items()}
-                texts.update(zip(part.numbers, self.part_texts(inputs), strict=True))
+                texts.update(zip(part.numbers, self.part_texts(part.inputs), strict=True))
         return [texts[number].strip() for number in range(len(texts))]
 
-    def _moved(self, value: Any) -> Any:
-        floating = value.is_floating_point()
-        return value.to(self.model.device, self.model.dtype) if floating else value.to(self.model.device)
+    def _moved(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Features on the model's device, in its type."""
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in inputs.items()
+        }
+
+    def _may_pad(self) -> bool:
+        """Whether padding changes nothing, because the model is told where it is."""
+        return bool(getattr(self.extractor, "return_attention_mask", False))
 
     def _parts(self, audio: Sequence[Float32]) -> Iterator[Part]:
-        padded = bool(getattr(self.extractor, "return_attention_mask", False))
-        for numbers in [[*range(len(audio))]] if padded and len(audio) else _equally_long(audio):
+        together = [[*range(len(audio))]] if self._may_pad() and len(audio) else _equally_long(audio)
+        for numbers in together:
             yield Part(tuple(numbers), self._extract([audio[number] for number in numbers], padding=True))
 
     def _extract(self, audio: Sequence[Float32], **how: Any) -> dict[str, Any]:
@@ -107,18 +121,23 @@ def _equally_long(audio: Sequence[Float32]) -> list[list[int]]:
 class SpeechRecognizer(_Recognizer):
     """A sequence-to-sequence model of any family."""
 
-    def part_texts(self, inputs: dict[str, Any]) -> list[str]:
-        tokens = self.model.generate(**inputs, **self._how())
-        return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def _how(self) -> dict[str, Any]:
-        stated = self.model.generation_config.max_length or 0
-        self.model.generation_config.max_length = None
-        return {
-            "num_beams": self.options.beams,
+    def __init__(self, model: Any, folder: Path, options: DecodingOptions) -> None:
+        super().__init__(model, folder, options)
+        stated = getattr(model.generation_config, "max_length", None) or 0
+        self._how = {
+            "num_beams": options.beams,
             "do_sample": False,
             "max_new_tokens": max(stated, OTHER_NEW_TOKENS),
+            "max_length": None,  # transformers warns where both are set
         }
+
+    def part_texts(self, inputs: dict[str, Any]) -> list[str]:
+        tokens = self.model.generate(**self._moved(inputs), **self._how_of(inputs))
+        return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _how_of(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """How these inputs are decoded, by the arguments of `generate`."""
+        return self._how
 
 
 class WhisperRecognizer(SpeechRecognizer):
@@ -133,34 +152,68 @@ class WhisperRecognizer(SpeechRecognizer):
                 f"{folder}: its feature extractor gives {self.extractor.feature_size} mel bands and its model takes "
                 f"{mels}; take preprocessor_config.json from the model that it was fine-tuned from"
             )
-        code = None if options.language is None else language_code(options.language)
-        self._speech = {"language": code, "task": options.task} if kind.multilingual else {}
-        self._new_tokens = min(WHISPER_NEW_TOKENS, model.config.max_target_positions // 2)
+        self._how["max_new_tokens"] = min(WHISPER_NEW_TOKENS, model.config.max_target_positions // 2)
+        if kind.multilingual:
+            self._how["language"] = None if options.language is None else language_code(options.language)
+            self._how["task"] = options.task
 
     def _parts(self, audio: Sequence[Float32]) -> Iterator[Part]:
         window = self.extractor.n_samples
         short = [number for number, samples in enumerate(audio) if len(samples) <= window]
         if short:
-            yield Part(tuple(short), self._extract([audio[number] for number in short]))
+            yield Part(tuple(short), self._extract([audio[number] for number in short], return_attention_mask=False))
         for number in sorted(set(range(len(audio))) - set(short)):
             whole = {"truncation": False, "padding": "longest", "return_attention_mask": True}
             yield Part((number,), self._extract([audio[number]], **whole))
 
-    def part_texts(self, inputs: dict[str, Any]) -> list[str]:
-        if "attention_mask" in inputs:  # long: transformers cuts it at the timestamps that the model writes
-            inputs["return_timestamps"] = True
-        return super().part_texts(inputs)
-
-    def _how(self) -> dict[str, Any]:
-        return {**super()._how(), "max_new_tokens": self._new_tokens, **self._speech}
+    def _how_of(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        is_long = "attention_mask" in inputs  # transformers cuts it at the timestamps that the model writes
+        return {**self._how, "return_timestamps": True} if is_long else self._how
 
 
 class CtcRecognizer(_Recognizer):
     """A model with a CTC head, decoded greedily: the likeliest token of each frame, repeats and blanks removed."""
 
+    def _may_pad(self) -> bool:
+        return super()._may_pad() and hasattr(self.model, "_get_feat_extract_output_lengths")
+
+    def _parts(self, audio: Sequence[Float32]) -> Iterator[Part]:
+        limit = WINDOW_SECONDS * self.rate
+        short = [number for number, samples in enumerate(audio) if len(samples) <= limit]
+        for part in super()._parts([audio[number] for number in short]):
+            yield Part(tuple(short[number] for number in part.numbers), part.inputs)
+        for number in sorted(set(range(len(audio))) - set(short)):
+            yield Part((number,), {"samples": self._as_tensor(audio[number])})
+
     def part_texts(self, inputs: dict[str, Any]) -> list[str]:
-        tokens = self.model(**inputs).logits.argmax(-1)
-        return list(self.tokenizer.batch_decode(tokens))
+        if "samples" in inputs:
+            return list(self.tokenizer.batch_decode([self._long_tokens(inputs["samples"].numpy())]))
+        tokens, lengths = self._tokens(inputs)
+        return list(self.tokenizer.batch_decode([row[:length] for row, length in zip(tokens, lengths, strict=True)]))
+
+    def _tokens(self, inputs: dict[str, Any]) -> tuple[list[list[int]], list[int]]:
+        """The likeliest token of each frame, and how many frames of each utterance are not padding."""
+        tokens = self.model(**self._moved(inputs)).logits.argmax(-1)
+        mask = inputs.get("attention_mask")
+        if mask is None or not self._may_pad():
+            return tokens.tolist(), [tokens.shape[1]] * len(tokens)
+        lengths = self.model._get_feat_extract_output_lengths(mask.sum(-1))
+        return tokens.tolist(), [int(length) for length in lengths]
+
+    def _long_tokens(self, samples: Float32) -> list[int]:
+        """The tokens of audio that is heard in windows: of each what it does not share, of the first its start and of
+        the last its end too."""
+        window, stride = WINDOW_SECONDS * self.rate, STRIDE_SECONDS * self.rate
+        tokens: list[int] = []
+        for start in range(0, max(1, len(samples) - 2 * stride), window - 2 * stride):
+            heard = samples[start : start + window]
+            last = start + window >= len(samples)
+            rows, _ = self._tokens(self._extract([heard]))
+            frames = len(rows[0]) / len(heard)
+            first = round(stride * frames) if start else 0
+            end = len(rows[0]) if last else round((len(heard) - stride) * frames)
+            tokens += rows[0][first:end]
+        return tokens
 
     def _extract(self, audio: Sequence[Float32], **how: Any) -> dict[str, Any]:
         import numpy as np
@@ -168,3 +221,9 @@ class CtcRecognizer(_Recognizer):
         least = round(LEAST_SECONDS * self.rate)
         heard = [np.pad(samples, (0, max(0, least - len(samples)))) for samples in audio]
         return super()._extract(heard, **how)
+
+    @staticmethod
+    def _as_tensor(samples: Float32) -> Any:
+        import torch
+
+        return torch.from_numpy(samples.copy())

@@ -7,13 +7,13 @@ the spaces between words.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hsa.errors import DataError, shown
-from hsa.evaluation.bootstrap import check_confidence, percentile_interval, resampled_sums
+from hsa.evaluation.bootstrap import check_confidence, check_seed, percentile_interval, resampled_sums
 from hsa.evaluation.extras import needed_for_evaluation
 from hsa.evaluation.utterance import Utterance
 
@@ -101,7 +101,8 @@ class Score:
     """Error rates of one group of utterances: of all, of a set, a domain or a speaker.
 
     `utterances` were scored; `dropped` more were not, because nothing is left of their references. Intervals are None
-    where the group has one utterance alone.
+    where the group has one utterance alone. They were drawn over `speakers` speakers, or over utterances where that
+    is 0.
     """
 
     group: Group
@@ -113,6 +114,7 @@ class Score:
     cer: Interval | None
     difference: Difference | None
     dropped: int = 0
+    speakers: int = 0
 
 
 # --- one utterance ------------------------------------------------------------------------------------------------
@@ -172,8 +174,8 @@ def alignment(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
     for chunk in found.alignments[0]:
         ours = found.references[0][chunk.ref_start_idx : chunk.ref_end_idx]
         heard = found.hypotheses[0][chunk.hyp_start_idx : chunk.hyp_end_idx]
-        for place in range(max(len(ours), len(heard))):
-            pairs.append((str(chunk.type), *("".join(side[place : place + 1]) for side in (ours, heard))))
+        for ours_word, heard_word in zip_longest(ours, heard, fillvalue=""):
+            pairs.append((str(chunk.type), ours_word, heard_word))
     return pairs
 
 
@@ -196,35 +198,39 @@ def scores_of(
     """Scores of all utterances, then of each set in order, and of each domain and speaker by name.
 
     Utterances of whose reference nothing is left are not scored, but counted (`Score.dropped`); a group that has no
-    others is left out. Intervals are percentiles of 10,000 bootstrap resamples: of speakers where every utterance of
-    the group has one and there are two or more, of utterances otherwise. `baseline` are the scores of another model on
-    the same utterances; resamples of both are the same, and `difference` is this model minus that.
+    others is left out. Intervals are percentiles of 10,000 bootstrap resamples (fewer of more than 100,000 units): of
+    speakers where every utterance of the group has one and there are two or more, of utterances otherwise. A speaker
+    who is named in several sets is one speaker. `baseline` are the scores of another model on the same utterances;
+    both are resampled together, and `difference` is this model minus that. The order of the utterances makes no
+    difference beyond the order of the sets.
 
     Raises DataError where nothing is left to score, where an utterance occurs twice, and where the baseline was scored
-    on others; RequestError for a confidence that is none.
+    on others; RequestError for a confidence or a seed that is none.
 
     Example:
         >>> scores_of([score])[0].words.rate  # doctest: +SKIP
         0.25
     """
     check_confidence(confidence)
+    check_seed(seed)
     ours = _by_key(utterances)
     theirs = None if baseline is None else _baseline(ours, baseline)
-    kept = [ours[key] for key in sorted(ours) if not ours[key].is_empty]
-    if not kept:
+    if all(score.is_empty for score in utterances):
         raise DataError(
             f"all {len(utterances)} references are empty once normalised, expected at least one with a word; look at "
             f"the texts, or choose another normalizer"
         )
-    empty = [score for score in ours.values() if score.is_empty]
-    return tuple(
-        _score(group, name, members, len(_members(group, name, empty)), theirs, confidence, seed)
-        for group, name in _groups(utterances)
-        if (members := _members(group, name, kept))
-    )
+    found = []
+    for (group, name), members in _groups(ours, dict.fromkeys(score.set for score in utterances)).items():
+        kept = [score for score in members if not score.is_empty]
+        if kept:
+            others = None if theirs is None else [theirs[score.set, score.id] for score in kept]
+            found.append(_score(group, name, kept, len(members) - len(kept), others, confidence, seed))
+    return tuple(found)
 
 
 _Key = tuple[str, str]
+_Groups = dict[tuple[Group, str], list[UtteranceScore]]
 
 
 def _by_key(utterances: Iterable[UtteranceScore]) -> dict[_Key, UtteranceScore]:
@@ -238,7 +244,8 @@ def _by_key(utterances: Iterable[UtteranceScore]) -> dict[_Key, UtteranceScore]:
 
 def _baseline(ours: Mapping[_Key, UtteranceScore], baseline: Sequence[UtteranceScore]) -> dict[_Key, UtteranceScore]:
     theirs = _by_key(baseline)
-    for key in ours.keys() ^ theirs.keys():
+    if ours.keys() != theirs.keys():
+        key = min(ours.keys() ^ theirs.keys())
         has, lacks = ("model", "baseline") if key in ours else ("baseline", "model")
         raise DataError(
             f"utterance {shown(key[1])} of set {shown(key[0])} is scored for the {has} and not for the {lacks}, "
@@ -253,16 +260,23 @@ def _baseline(ours: Mapping[_Key, UtteranceScore], baseline: Sequence[UtteranceS
     return theirs
 
 
-def _groups(utterances: Sequence[UtteranceScore]) -> list[tuple[Group, str]]:
-    groups: list[tuple[Group, str]] = [("all", "all")]
-    groups += [("set", name) for name in dict.fromkeys(score.set for score in utterances)]
-    groups += [("domain", name) for name in sorted({score.domain for score in utterances if score.domain})]
-    groups += [("speaker", name) for name in sorted({score.speaker for score in utterances if score.speaker})]
+def _groups(scores: Mapping[_Key, UtteranceScore], sets: Iterable[str]) -> _Groups:
+    """The utterances of each group, sorted by set and id."""
+    domains = sorted({score.domain for score in scores.values() if score.domain})
+    speakers = sorted({score.speaker for score in scores.values() if score.speaker})
+    groups: _Groups = {("all", "all"): []}
+    groups.update({("set", name): [] for name in sets})
+    groups.update({("domain", name): [] for name in domains})
+    groups.update({("speaker", name): [] for name in speakers})
+    for key in sorted(scores):
+        score = scores[key]
+        groups["all", "all"].append(score)
+        groups["set", score.set].append(score)
+        if score.domain:
+            groups["domain", score.domain].append(score)
+        if score.speaker:
+            groups["speaker", score.speaker].append(score)
     return groups
-
-
-def _members(group: Group, name: str, scores: Sequence[UtteranceScore]) -> list[UtteranceScore]:
-    return list(scores) if group == "all" else [score for score in scores if getattr(score, group) == name]
 
 
 def _score(
@@ -270,49 +284,83 @@ def _score(
     name: str,
     members: list[UtteranceScore],
     dropped: int,
-    baseline: Mapping[_Key, UtteranceScore] | None,
+    baseline: list[UtteranceScore] | None,
     confidence: float,
     seed: int,
 ) -> Score:
-    theirs = None if baseline is None else [baseline[score.set, score.id] for score in members]
     words, characters = _total(score.words for score in members), _total(score.characters for score in members)
-    intervals = _intervals(f"{group} {name}", members, theirs, confidence, seed)
+    intervals = _intervals(members, members if baseline is None else baseline, confidence, seed)
     difference = None
-    if theirs is not None:
-        difference = Difference(words.rate - _total(score.words for score in theirs).rate, intervals[2])
-    return Score(group, name, len(members), words, characters, intervals[0], intervals[1], difference, dropped)
+    if baseline is not None:
+        wer = words.rate - _total(score.words for score in baseline).rate
+        difference = Difference(wer, intervals.difference)
+    return Score(
+        group,
+        name,
+        len(members),
+        words,
+        characters,
+        intervals.wer,
+        intervals.cer,
+        difference,
+        dropped,
+        intervals.speakers,
+    )
 
 
 def _total(counts: Iterable[ErrorCounts]) -> ErrorCounts:
     return sum(counts, ErrorCounts(0, 0, 0, 0))
 
 
-def _intervals(
-    key: str,
-    members: list[UtteranceScore],
-    baseline: list[UtteranceScore] | None,
-    confidence: float,
-    seed: int,
-) -> tuple[Interval | None, Interval | None, Interval | None]:
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+class _Intervals(NamedTuple):
     """Of the word error rate, of the character error rate, and of the difference in word error rate."""
-    units = _units(members, baseline if baseline is not None else members)
-    if len(units) < 2:
-        return None, None, None
-    sums = resampled_sums(units, key, seed)
-    wer, cer, other = sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3], sums[:, 4] / sums[:, 1]
-    ends = [Interval(*percentile_interval(values, confidence)) for values in (wer, cer, wer - other)]
-    return ends[0], ends[1], ends[2] if baseline is not None else None
+
+    wer: Interval | None = None
+    cer: Interval | None = None
+    difference: Interval | None = None
+    speakers: int = 0
 
 
-def _units(members: list[UtteranceScore], baseline: list[UtteranceScore]) -> Integers:
-    """What is drawn, one row each: word errors, words, character errors, characters, the baseline's word errors."""
+def _intervals(
+    members: list[UtteranceScore], baseline: list[UtteranceScore], confidence: float, seed: int
+) -> _Intervals:
+    if len(members) < 2:
+        return _Intervals()
+    speakers = _speakers(members)
+    word_errors, words, character_errors, characters, their_errors = resampled_sums(
+        _units(members, baseline, speakers), seed
+    ).T
+    wer, cer, difference = (
+        Interval(*percentile_interval(values, confidence))
+        for values in (word_errors / words, character_errors / characters, (word_errors - their_errors) / words)
+    )
+    return _Intervals(wer, cer, difference, len(speakers))
+
+
+def _speakers(members: list[UtteranceScore]) -> dict[str, int]:
+    """Places of the speakers; empty unless all are known and there are two or more."""
+    names = {score.speaker: None for score in members}
+    if None in names or len(names) < 2:
+        return {}
+    return {name: place for place, name in enumerate(names) if name is not None}
+
+
+def _units(members: list[UtteranceScore], baseline: list[UtteranceScore], speakers: dict[str, int]) -> Integers:
+    """What is drawn, int64 [units, 5]: word errors, words, character errors, characters, the baseline's word errors."""
     import numpy as np
 
-    speakers = {score.speaker for score in members}
-    by_speaker = len(speakers) > 1 and all(speakers)
-    rows: dict[object, Any] = defaultdict(lambda: np.zeros(5, dtype=np.int64))
-    for place, (score, other) in enumerate(zip(members, baseline, strict=True)):
-        words, characters = score.words, score.characters
-        counts = (words.errors, words.reference, characters.errors, characters.reference, other.words.errors)
-        rows[score.speaker if by_speaker else place] += counts
-    return np.stack(list(rows.values()))
+    counts = np.array(
+        [
+            (score.words.errors, score.words.reference, score.characters.errors, score.characters.reference, other)
+            for score, other in zip(members, (score.words.errors for score in baseline), strict=True)
+        ],
+        dtype=np.int64,
+    )
+    if not speakers:
+        return counts
+    sums = np.zeros((len(speakers), counts.shape[1]), dtype=np.int64)
+    np.add.at(sums, [speakers[score.speaker] for score in members if score.speaker is not None], counts)
+    return sums

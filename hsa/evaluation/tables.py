@@ -188,10 +188,11 @@ def _object(place: Place, line: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it names {shown(next(name for name in names if names.count(name) > 1))} twice")
+    row: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in row:
+            raise ValueError(f"it names {shown(name)} twice")
+        row[name] = value
     return row
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hsa.evaluation.audio import read_audio
 from hsa.evaluation.decoding import Recognizer, chosen_device, load_recognizer
-from hsa.evaluation.hypotheses import Hypotheses, Transcript, describe, plain_name
+from hsa.evaluation.hypotheses import Hypotheses, Transcript, describe, key_of, plain_name
 from hsa.evaluation.models import OpenModel
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.prepared import PreparedSet
@@ -75,8 +75,9 @@ class Transcription:
 
     def run(self) -> None:
         device = chosen_device(self.options.device)
-        kept = [[self._kept(model, data, device) for data in self.sets] for model in self.models]
-        self._total = sum(len(each.missing) for row in kept for each in row)
+        by_key: dict[str, Hypotheses] = {}  # two copies of one model are decoded once
+        kept = [[self._kept(model, data, device, by_key) for data in self.sets] for model in self.models]
+        self._total = sum(len(each.missing) for each in by_key.values())
         cache = FeatureCache()
         started = time.perf_counter()
         for model, row in zip(self.models, kept, strict=True):
@@ -88,10 +89,13 @@ class Transcription:
                 self.texts[model.name, data.name] = hypotheses.texts
         self.seconds = time.perf_counter() - started
 
-    def _kept(self, model: OpenModel, data: PreparedSet, device: str) -> Hypotheses:
+    def _kept(self, model: OpenModel, data: PreparedSet, device: str, by_key: dict[str, Hypotheses]) -> Hypotheses:
         description = describe(model, data.digest, len(data.order), self.options, device)
-        name = plain_name(model.name, data.name)
-        return Hypotheses(self.folder, name, description, data.order, self.options.batch)
+        key = key_of(description)
+        if key not in by_key:
+            name = plain_name(model.name, data.name)
+            by_key[key] = Hypotheses(self.folder, name, description, data.order, self.options.batch)
+        return by_key[key]
 
     def _decode(
         self,

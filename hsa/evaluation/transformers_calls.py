@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hsa.errors import MachineError, SourceError
 from hsa.option_names import option
+
+FROM_DISK: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers reads a directory: it fetches nothing, and refuses code that a config names instead of asking."""
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""What torch says in errors of no class of their own where memory runs out."""
 
 
 @contextmanager
@@ -36,5 +43,7 @@ def explained(folder: Path) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise MachineError(f"out of memory with {folder}; lower {option('batch')}, or free some") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError) as error:
+        if any(text in str(error) for text in OUT_OF_MEMORY):
+            raise MachineError(f"out of memory with {folder}; lower {option('batch')}, or free some") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
         raise SourceError(f"{folder} cannot transcribe: {type(error).__name__}: {lines[0]}") from error
