@@ -162,9 +162,8 @@ def _describe(study: Study) -> str:
         f"  cost    {len(study.trials)} models in {study.seconds:.0f} s",
     ]
     if study.savings is not None:
-        lines.append(
-            f"          racing spared {study.savings.raced} decodings of an utterance, equal weights {study.savings.equal}"
-        )
+        spared = study.savings
+        lines.append(f"          decodings spared: {spared.raced} by racing, {spared.equal} by equal weights")
     lines.append("  files   best/, report.md, trials.csv, search.json, study.db")
     return "\n".join(map(one_line, lines))
 

@@ -77,7 +77,7 @@ def model_index_of(text: str) -> list[dict[str, Any]]:
     if len(text) <= MAX_MODEL_INDEX:
         with suppress(ValueError, RecursionError):
             found = json.loads(text)
-    entries = found if isinstance(found, list) and found else [None]
+    entries: list[Any] = found if isinstance(found, list) and found else [None]
     if not all(isinstance(each, dict) and each.keys() == {"name", "results"} for each in entries):
         raise RequestError(
             f"card field model_index must be a list of objects with name and results, as JSON of at most "

@@ -18,6 +18,12 @@ from hsa.searches.study import Study
 from hsa.searches.trials import Trial
 from hsa.system import fsio
 
+_VERDICTS = {
+    "better": "best is better",
+    "worse": "best is worse",
+    "no difference shown": "no difference shown",
+}
+
 TRIALS, RESULT, REPORT = "trials.csv", "search.json", "report.md"
 
 
@@ -105,7 +111,7 @@ def _comparisons(rows: Sequence[Comparison]) -> str:
             ""
             if row.difference is None
             else f"{100 * row.difference.wer:+.2f} {_interval(row.difference.interval, '+')}",
-            (row.verdict and {"better": "best is better", "worse": "best is worse"}.get(row.verdict, row.verdict)) or "",
+            _VERDICTS.get(row.verdict or "", ""),
         )
         for row in sorted(rows, key=lambda row: row.set)
     ]

@@ -101,7 +101,7 @@ class ResidentModel:
         self.model = model
         self._given, self._spaces, self._threads = sources, spaces, threads
         self._shared = SharedTensors()
-        self._sources = {number: each for number, each in zip(sources.numbers, self._read(), strict=True)}
+        self._sources = dict(zip(sources.numbers, self._read(), strict=True))
         self._anchor = self._sources[ANCHOR]
         family = self._anchor.checkpoint.architecture
         entries = without_tied_output(entries_of("model", model, family), family)
@@ -133,7 +133,7 @@ class ResidentModel:
         return found
 
     def put(self, candidate: Candidate) -> Weights:
-        """Let the model hold a candidate. Raises RequestError, MismatchError or NonFiniteError for one that cannot be."""
+        """Let the model hold a candidate. Raises RequestError, MismatchError or NonFiniteError where it cannot."""
         if candidate.method is None:
             assert candidate.source is not None
             return self._write(*self._source(candidate.source))

@@ -50,12 +50,44 @@ def quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def make_sampler(name: str, seed: int, finished: int) -> Any:
-    """The sampler for the next trial: its draws depend on the seed and the number of finished trials alone, and on what
-    came of these."""
+class SteadySampler:
+    """One of Optuna's samplers, whose draws depend on the seed, the finished trials and the number's name alone.
+
+    Optuna draws the numbers of a trial one after another from one generator. Where a search is killed in between, some
+    of them are kept, and the next would be another than in a search that was not: so each gets a generator of its own.
+
+    Example:
+        >>> study.sampler = SteadySampler("tpe", seed=0, finished=12)  # doctest: +SKIP
+    """
+
+    def __init__(self, name: str, seed: int, finished: int) -> None:
+        self._name, self._seed, self._finished = name, seed, finished
+        self._together = self._sampler("")
+
+    def _sampler(self, number: str) -> Any:
+        key = f"{self._seed} {self._finished} {number}".encode()
+        return _sampler(self._name, int(digest_of(key)[:8], 16))
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+        return self._together.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+        """The numbers that are drawn together; Optuna asks for all of them at once."""
+        return self._together.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        return self._sampler(param_name).sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Any, trial: Any) -> None:
+        self._together.before_trial(study, trial)
+
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+        self._together.after_trial(study, trial, state, values)
+
+
+def _sampler(name: str, state: int) -> Any:
     import optuna
 
-    state = int(digest_of(f"{seed} {finished}".encode())[:8], 16)
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=state, multivariate=True, group=True)
     if name == "cmaes":

@@ -13,7 +13,7 @@ from hsa.searches.dev_sets import DevSets
 from hsa.searches.evaluators import Evaluator
 from hsa.searches.objectives import Objective
 from hsa.searches.options import SearchOptions
-from hsa.searches.samplers import METHOD, distributions, grid_points, make_sampler, quiet_optuna, suggest
+from hsa.searches.samplers import METHOD, SteadySampler, distributions, grid_points, quiet_optuna, suggest
 from hsa.searches.sources import SearchSources
 from hsa.searches.space import MethodSpace
 from hsa.searches.store import Kept, Store, Transcripts
@@ -80,7 +80,7 @@ class Session:
         finished = self.store.finished()
         drawn_before = sum(trial.candidate.kind == "sampled" for trial in self.trials)
         with quiet_optuna():
-            self.store.search.sampler = make_sampler(self.options.sampler, self.options.seed, finished)
+            self.store.search.sampler = SteadySampler(self.options.sampler, self.options.seed, finished)
             if grid is not None and not self.store.waiting():
                 if drawn_before >= len(grid):
                     return None

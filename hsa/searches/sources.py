@@ -66,7 +66,7 @@ def sources_of(given: GivenSources) -> SearchSources:
     if isinstance(given, (str, bytes, os.PathLike)):
         raise RequestError(f"the sources are {shown(given)}; expected the models to merge as a list, or by their roles")
     named = dict(given) if isinstance(given, Mapping) else {"models": given}
-    base = named.pop(BASE, None)
+    base: Any = named.pop(BASE, None)
     models = _models(named)
     check_paths(**({} if base is None else {BASE: base}))
     check_paths(**{f"model{number}": path for number, path in enumerate(models, 1)})

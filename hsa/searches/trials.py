@@ -21,7 +21,7 @@ class Trial:
         number: its place among all that were tried, from 1.
         candidate: what it is.
         state: `stopped` where it lost the race, `failed` where it could not be made or scored.
-        values: what the objective is of it; of a stopped one by the utterances that were decoded. Empty where it failed.
+        values: the objective, of a stopped one by the utterances that were decoded; empty where it failed.
         rates: word error rates by dev set, as fractions; of a stopped one by the same utterances.
         drawn: what the sampler drew, by the names in the study.
         result: the errors of each utterance, and what it cost.

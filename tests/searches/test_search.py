@@ -232,9 +232,13 @@ def test_weights_that_were_scored_are_not_decoded_again(case: Case, tmp_path: Pa
 
 def test_pareto_gives_a_front(case: Case, tmp_path: Path) -> None:
     found = run(
-        case, tmp_path / "pareto", dev=[f"one={case['dev']}", f"two={case['test']}"], objective="pareto", sampler="nsga2",
+        case,
+        tmp_path / "pareto",
+        dev=[f"one={case['dev']}", f"two={case['test']}"],
+        objective="pareto",
+        sampler="nsga2",
         trials=20,
-    )  # fmt: skip
+    )
     assert all(len(trial.values) == 2 for trial in found.trials if trial.values)
     assert found.savings is not None and found.savings.raced == 0
     front = found.front
