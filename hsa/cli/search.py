@@ -119,7 +119,7 @@ def search(
             threads=threads,
             progress=step,
         )
-    printing.findings(Findings(study.notes), quiet=quiet)
+    printing.findings(Findings(study.notes, study.warnings), quiet=quiet)
     printing.result(
         study.as_dict() if as_json else _describe(study), quiet, done=f"the search {study.output} is finished"
     )

@@ -69,7 +69,7 @@ def report(study: Study) -> str:
         f"Best by {study.objective.text}: **{escape(best.name)}**, method `{best.method}`, "
         f"{_value(best, percent)}. Made again by",
         f"```\n{fence(study.command)}\n```",
-        _bullets(study.notes),
+        _bullets([*study.notes, *study.warnings]),
     ]
     if study.test:
         parts += ["## Test sets", _comparison_text(), _comparisons(study.test)]

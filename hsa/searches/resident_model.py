@@ -6,6 +6,7 @@ model decodes what the written checkpoint holds, rounded values included.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from hsa.actions.merger.loaded_models import entries_of, without_tied_output
 from hsa.actions.merger.merger import Merger
 from hsa.actions.merger.shared_tensors import SharedTensors
 from hsa.backends.resident import bytes_of
-from hsa.errors import MismatchError
+from hsa.errors import HsaWarning, MismatchError
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named
 from hsa.methods.settings import declared
@@ -119,7 +120,9 @@ class ResidentModel:
             space = self._spaces.get(method)
             planned = {} if space is None else space.planned
             arguments = {**self._given.arguments(method), **planned, "backend": "cpu", "threads": self._threads}
-            self._mergers[method] = Merger.sharing(self._shared, method=method, **arguments)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", HsaWarning)
+                self._mergers[method] = Merger.sharing(self._shared, method=method, **arguments)
         return self._mergers[method]
 
     def layers_of(self, method: str) -> dict[str, int]:
@@ -141,7 +144,9 @@ class ResidentModel:
         known = {each.name: each for each in declared(method_named(candidate.method).Settings)}
         settings = {name: value for name, value in candidate.settings.items() if not is_planned(known[name])}
         staging = self._staging(str(candidate.settings.get("dtype", "auto")))
-        staging.merge(merger, settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HsaWarning)  # the report of the written merge has them
+            staging.merge(merger, settings)
         tensors = {name: staging.tensors[stored] for name, stored in staging.stored.items()}
         return self._write(tensors, {name: _digest(tensor) for name, tensor in tensors.items()})
 

@@ -335,9 +335,10 @@ class _SearchRun:
         """Write the best candidate and the reports."""
         rows = [row for row in (study.test or study.dev) if row.model == study.best.name]
         card = card_fields(study.output.name, rows, split, len(study.trials), dev, study.objective.text)
-        merge_candidate(
+        merged = merge_candidate(
             self.sources, study.best.candidate, self.output / BEST, card, overwrite=(self.output / BEST).exists()
         )
+        study = replace(study, warnings=merged.warnings)
         write_report_files(study)
         return study
 

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsa.errors import DestinationError, MachineError, RequestError, shown
+from hsa.errors import DestinationError, MachineError, RequestError, listed, shown
 from hsa.option_names import option
 from hsa.searches.candidates import Candidate, Result
 from hsa.searches.samplers import quiet_optuna
 from hsa.searches.trials import Trial
 from hsa.system import fsio
+
+DEV, SOURCES = "dev", "sources"
+"""Parts of a request that stand for what they are made of by digests."""
 
 DATABASE = "study.db"
 TRANSCRIPTS = "transcripts"
@@ -70,12 +73,11 @@ class Store:
                 continue
             earlier = json.loads(kept)
             now = json.loads(json.dumps(request, sort_keys=True))
-            differing = [key for key in sorted({*earlier, *now}) if earlier.get(key) != now.get(key)]
+            differing = [key for key in {**request, **earlier} if earlier.get(key) != now.get(key)]
             if differing:
-                key = differing[0]
                 raise RequestError(
-                    f"the search in this {option('output')} was begun with {key} {shown(earlier.get(key))}, and now it "
-                    f"is {shown(now.get(key))}; give the same again to go on, or another {option('output')}"
+                    f"the search in this {option('output')} was begun with {_change(differing[0], earlier, now)}; give "
+                    f"the same again to go on, or another {option('output')}"
                 )
 
     def retry_unfinished(self) -> None:
@@ -133,6 +135,20 @@ class Store:
     def close(self) -> None:
         self.storage.remove_session()
         self.storage.engine.dispose()
+
+
+def _change(key: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What of a request has changed, in words."""
+    if key == DEV:
+        return "dev sets of other audio, ids or references"
+    before, after = earlier.get(key), now.get(key)
+    if key == SOURCES and isinstance(before, list) and isinstance(after, list):
+        names = [[name for name, _ in each] for each in (before, after)]
+        if names[0] == names[1]:
+            changed = [name for (name, one), (_, other) in zip(before, after, strict=True) if one != other]
+            return f"other weights or files of {listed(changed)}"
+        before, after = names
+    return f"{key} {shown(before)}, and now it is {shown(after)}"
 
 
 def _frozen(

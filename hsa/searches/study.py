@@ -44,6 +44,7 @@ class Study:
         savings: what was not decoded; None where the caller scored.
         seconds, merging: how long candidates took in all, and that outside of decoding.
         notes: plain sentences on what a user should know.
+        warnings: of the merge that was written as the best.
 
     Example:
         >>> study = hsa.search(sources, method="ties", dev=["dev.tsv"], output="search")  # doctest: +SKIP
@@ -63,6 +64,7 @@ class Study:
     seconds: float = 0.0
     merging: float = 0.0
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     request: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -113,6 +115,7 @@ class Study:
             "seconds": round(self.seconds, 1),
             "merging": round(self.merging, 1),
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
         }
 
 

@@ -3,6 +3,7 @@ searches."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,29 @@ HIDDEN = {"method": "task_arithmetic", "lam": 0.7, "weights": [0.4, 0.9, 0.2]}
 """The merge whose transcripts are the references."""
 
 NORMALIZER = "plain"
-"""Leaves the letters and digits of texts of random bytes, some words in each."""
 
 
 def write_models(folder: Path, dtype: str = "float16") -> dict[str, Any]:
     """Base and three fine-tunes that are far from it, as sources of a search."""
     paths = write_triple(folder, SHAPES["test"], dtype=dtype, delta=0.05, more=("tertiary",))
+    for path in paths.values():
+        _write_words(Path(path))
     return {"base": str(paths["base"]), "models": [str(paths[name]) for name in ("primary", "secondary", "tertiary")]}
+
+
+def _write_words(folder: Path) -> None:
+    """Let each token be eight words, the bits of its number: models that write different tokens get some words right.
+
+    The tokens of the made-up tokenizer are bytes, most of which are no letters.
+    """
+    path = folder / "vocab.json"
+    numbers = json.loads(path.read_text(encoding="utf-8"))
+    words = {
+        "".join(f"Ġ{letter}{number >> bit & 1}" for bit, letter in enumerate("abcdefgh")): number
+        for number in range(256)
+    }
+    special = {token: number for token, number in numbers.items() if number not in words.values()}
+    path.write_text(json.dumps({**words, **special}), encoding="utf-8")
 
 
 def write_clips(folder: Path, count: int, seed: int) -> list[Path]:
@@ -57,7 +74,7 @@ def references(folder: Path, sources: Mapping[str, Any], clips: Sequence[Path]) 
     recognizer = load_recognizer(output, DecodingOptions())
     set_of_clips = hsa.data(write_table(clips, ["x"] * len(clips)))
     texts = recognizer.transcribe(recognizer.features([read_audio(each, RATE) for each in set_of_clips.utterances]))
-    return [plain(text).strip() or "nothing" for text in texts]
+    return [plain(text).strip() for text in texts]
 
 
 def write_speech(folder: Path, sources: Mapping[str, Any], count: int = 10, seed: int = 1) -> Path:
