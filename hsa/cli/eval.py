@@ -131,9 +131,8 @@ def _describe(report: Evaluation) -> str:
     lines = [report.table]
     if report.decoded:
         speed = f"{report.decoded / report.seconds:.2g} utterances and {report.audio_seconds / report.seconds:.3g} s"
-        lines.append(
-            f"\n{report.decoded} utterances decoded in {report.seconds:.0f} s on {report.device}: {speed} of audio a second"
-        )
+        took = f"{report.decoded} utterances decoded in {report.seconds:.0f} s on {report.device}"
+        lines.append(f"\n{took}: {speed} of audio a second")
     else:
         lines.append("\nnothing to decode: every transcript was there")
     if report.output is not None:

@@ -51,18 +51,17 @@ def read_audio(utterance: Utterance, rate: int) -> Float32:
         >>> read_audio(Utterance("a", Path("a.flac"), ""), 16000).shape  # doctest: +SKIP
         (48000,)
     """
-    import numpy as np
-
     check_rate(rate)
     with _opened(utterance) as file:
         first, count = _part(utterance, file)
         source = int(file.samplerate)
         blocks = _mixed_blocks(utterance, file, first, count)
-        audio = _joined(blocks, count) if source == rate else _resampled(blocks, count, source, rate)
+        if source == rate:
+            audio = _joined(utterance, blocks, count)
+        else:
+            audio = _joined(utterance, _resampled(blocks, source, rate), count * rate // source + 1)
     if not len(audio):
         raise AudioError(f"{_named(utterance)}: {count} samples at {source} Hz give none at {rate} Hz")
-    if not np.isfinite(audio).all():
-        raise AudioError(f"{_named(utterance)}: NaN or infinity in the audio, expected finite samples; make it anew")
     return audio
 
 
@@ -159,41 +158,42 @@ def _mixed_blocks(utterance: Utterance, file: Any, first: int, count: int) -> It
                 f"{_named(utterance)}: {done / file.samplerate:.3f} of {wanted:.3f} s can be read; the file is cut off"
             )
         left -= len(block)
-        if not np.isfinite(block).all():
-            raise AudioError(
-                f"{_named(utterance)}: NaN or infinity in the audio, expected finite samples; make it anew"
-            )
-        with np.errstate(over="ignore"):  # the caller looks for infinity
+        _check_finite(utterance, block)
+        with np.errstate(over="ignore"):  # `_joined` looks for infinity
             mixed = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
         yield mixed
 
 
-def _resampled(blocks: Iterable[Float32], count: int, source: int, target: int) -> Float32:
-    """All blocks, of `count` samples together, at another rate."""
+def _resampled(blocks: Iterable[Float32], source: int, target: int) -> Iterator[Float32]:
+    """The blocks at another rate."""
     with needed_for_evaluation("soxr"):
         import soxr
     import numpy as np
 
     stream = soxr.ResampleStream(source, target, 1, dtype="float32", quality=soxr.HQ)
-
-    def pieces() -> Iterator[Float32]:
-        for block in blocks:
-            yield stream.resample_chunk(np.ascontiguousarray(block))
-        yield stream.resample_chunk(np.empty(0, dtype=np.float32), last=True)
-
-    return _joined(pieces(), count * target // source + 1)
+    for block in blocks:
+        yield stream.resample_chunk(np.ascontiguousarray(block))
+    yield stream.resample_chunk(np.empty(0, dtype=np.float32), last=True)
 
 
-def _joined(pieces: Iterable[Float32], most: int) -> Float32:
+def _joined(utterance: Utterance, pieces: Iterable[Float32], most: int) -> Float32:
     """The pieces, of at most `most` samples together, in one array; joining a list would hold all samples twice."""
     import numpy as np
 
     audio = np.empty(most, dtype=np.float32)
     filled = 0
     for piece in pieces:
+        _check_finite(utterance, piece)
         audio[filled : filled + len(piece)] = piece
         filled += len(piece)
     return audio[:filled]
+
+
+def _check_finite(utterance: Utterance, samples: Float32) -> None:
+    import numpy as np
+
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{_named(utterance)}: NaN or infinity in the audio, expected finite samples; make it anew")
 
 
 def check_rate(rate: int) -> None:

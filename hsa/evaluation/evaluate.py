@@ -14,13 +14,14 @@ from hsa.evaluation.bootstrap import check_confidence
 from hsa.evaluation.decoding import chosen_device
 from hsa.evaluation.extras import needed_for_evaluation
 from hsa.evaluation.hypotheses import FOLDER, is_exact
+from hsa.evaluation.model_scores import ModelScores
 from hsa.evaluation.models import NORMALIZER, NamedModel, OpenModel, names_of, open_model, parse_model
 from hsa.evaluation.normalizers import NORMALIZERS
 from hsa.evaluation.normalizers import normalizer as normalizer_named
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.outputs import check_output, write_scores
 from hsa.evaluation.prepared import AudioDigests, GivenSet, PreparedSet, open_sets, prepare
-from hsa.evaluation.report import Evaluation, ModelScores
+from hsa.evaluation.report import Evaluation
 from hsa.evaluation.scores import UtteranceScore, score_utterance, scores_of
 from hsa.evaluation.transcription import EvaluationProgress, Transcription
 from hsa.evaluation.trn import write_trn

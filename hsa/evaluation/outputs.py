@@ -11,8 +11,9 @@ from pathlib import Path
 
 from hsa.arguments import check_paths
 from hsa.errors import DestinationError
+from hsa.evaluation.model_scores import COLUMNS, score_row
 from hsa.evaluation.page import render as render_page
-from hsa.evaluation.report import COLUMNS, KIND, Evaluation, score_row
+from hsa.evaluation.report import KIND, Evaluation
 from hsa.system.destinations import check_tree
 from hsa.system.fsio import Tally
 from hsa.system.staging import STAGING, StagingDirectory

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hsa.evaluation.report import Evaluation, ModelScores, sets_text
+from hsa.evaluation.model_scores import ModelScores
+from hsa.evaluation.prepared import sets_text
+from hsa.evaluation.report import Evaluation
 from hsa.evaluation.scores import UtteranceScore, alignment
 from hsa.views.page import fill
 

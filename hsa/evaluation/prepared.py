@@ -109,3 +109,17 @@ def prepare(data: DataSet, limit: int | None, digests: AudioDigests) -> Prepared
         digest_of("\n".join(lines).encode("utf-8")),
         data.notes,
     )
+
+
+def sets_text(sets: Sequence[PreparedSet]) -> str:
+    """Sets in a few words.
+
+    Example:
+        >>> sets_text(sets)  # doctest: +SKIP
+        '2 sets, 120 utterances, 9.3 minutes of speech'
+    """
+    utterances = sum(len(each.utterances) for each in sets)
+    seconds = sum(sum(each.seconds.values()) for each in sets)
+    sets_named = f"{len(sets)} sets" if len(sets) > 1 else f"set {sets[0].name}"
+    speech = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
+    return f"{sets_named}, {utterances} utterance{'s' * (utterances != 1)}, {speech} of speech"

@@ -203,16 +203,16 @@ class CtcRecognizer(_Recognizer):
     def _long_tokens(self, samples: Float32) -> list[int]:
         """The tokens of audio that is heard in windows: of each what it does not share, of the first its start and of
         the last its end too."""
-        window, stride = WINDOW_SECONDS * self.rate, STRIDE_SECONDS * self.rate
+        ratio = int(getattr(self.model.config, "inputs_to_logits_ratio", 1))  # samples of a frame; 1 says nothing
+        window, stride = (round(seconds * self.rate / ratio) * ratio for seconds in (WINDOW_SECONDS, STRIDE_SECONDS))
         tokens: list[int] = []
         for start in range(0, max(1, len(samples) - 2 * stride), window - 2 * stride):
             heard = samples[start : start + window]
-            last = start + window >= len(samples)
-            rows, _ = self._tokens(self._extract([heard]))
-            frames = len(rows[0]) / len(heard)
-            first = round(stride * frames) if start else 0
-            end = len(rows[0]) if last else round((len(heard) - stride) * frames)
-            tokens += rows[0][first:end]
+            ((row, *_), _) = self._tokens(self._extract([heard]))
+            frames = round(len(heard) / ratio) if ratio > 1 else len(row)
+            shared = round(stride / len(heard) * frames)
+            is_last = start + window >= len(samples)
+            tokens += row[shared if start else 0 : len(row) if is_last else frames - shared]
         return tokens
 
     def _extract(self, audio: Sequence[Float32], **how: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hsa.errors import MachineError, SourceError
+from hsa.errors import HsaError, MachineError, SourceError
 from hsa.option_names import option
 
 FROM_DISK: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -42,7 +42,9 @@ def explained(folder: Path) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise MachineError(f"out of memory with {folder}; lower {option('batch')}, or free some") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError) as error:
+    except HsaError:
+        raise
+    except Exception as error:  # of any kind: files may hold anything, and the tokenizers' library raises bare ones
         if any(text in str(error) for text in OUT_OF_MEMORY):
             raise MachineError(f"out of memory with {folder}; lower {option('batch')}, or free some") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]

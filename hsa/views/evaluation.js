@@ -157,7 +157,9 @@
     const title = kind === "s" ? `${ours} → ${theirs}` : "";
     return make("td", {}, make(tag, { class: `word ${CLASSES[kind]}`, text: kind === "d" ? ours : theirs, title, "aria-label": (SAID[kind] ?? "") + (theirs || ours) }));
   };
-  const widthOf = (column) => Math.max(column.text.length, ...column.heard.map((entry) => (entry ? (entry[1] || column.text).length : 0))) + 2;
+  // In letters: what stands around a word is as wide as two and a half, and the sign of an insertion as one more.
+  const lettersOf = (entry, ours) => (entry ? (entry[1] || ours).length + (entry[0] === "i" ? 1.2 : 0) : 0);
+  const widthOf = (column) => Math.max(column.text.length, ...column.heard.map((entry) => lettersOf(entry, column.text))) + 2.5;
 
   // Lines as wide as the page, each with the names at its left.
   const lines = (columns, room) => {

@@ -43,7 +43,9 @@ def test_lossy_audio_is_what_soundfile_decodes(ending: str, subtype: str, tmp_pa
     path = write_audio(tmp_path / f"a.{ending}", noise(1.0), subtype=subtype)
     expected, rate = soundfile.read(path, dtype="float32")
     assert rate == 16000 and len(expected) >= 16000
-    assert np.array_equal(read_audio(whole(path), 16000), expected)
+    found = read_audio(whole(path), 16000)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-6  # the decoder of MP3 rounds as its memory is aligned
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000])
@@ -53,9 +55,9 @@ def test_other_rates_are_resampled_as_soxr_does_it_in_one_go(rate: int, channels
     path = write_audio(tmp_path / "a.wav", samples, rate)
     found = read_audio(whole(path), 16000)
     expected = soxr.resample(samples.mean(axis=1, dtype=np.float32), rate, 16000, quality=soxr.HQ)
-    assert found.shape == expected.shape == (20800,)
+    assert found.shape == expected.shape == (round(len(samples) * 16000 / rate),)
     assert np.abs(found - expected).max() < 1e-5
-    assert duration(whole(path)) == pytest.approx(1.3)
+    assert duration(whole(path)) == pytest.approx(1.3, abs=1 / rate)
 
 
 def test_a_tone_of_8_khz_audio_keeps_its_pitch_and_its_height(tmp_path: Path) -> None:

@@ -20,14 +20,15 @@ from hsa.evaluation.utterance import Utterance
 def refused(path: Path) -> str:
     """The message of a refusal, which names the file and the utterance."""
     message = refusal(AudioError, read_audio, Utterance("u1", path, ""), 16000)
-    assert message.startswith(f"{path} (utterance 'u1')") or message.startswith(f"{path}")
+    assert message.startswith(str(path))
     return message
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac"])
 def test_no_samples(ending: str, tmp_path: Path) -> None:
-    path = write_audio(tmp_path / f"a.{ending}", noise(0.0))
-    assert "has no samples; take it out of the manifest" in refused(path)
+    path = write_audio(tmp_path / f"a.{ending}", noise(0.0))  # a .flac of 0 bytes
+    expected = {"wav": "has no samples; take it out of the manifest", "flac": "cannot be decoded"}
+    assert expected[ending] in refused(path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -170,4 +171,4 @@ def test_changed_bytes_give_finite_samples_or_one_line(ending: str, tmp_path: Pa
         else:
             assert found.ndim == 1 and len(found) and found.dtype == np.float32 and np.isfinite(found).all()
             outcomes[True] += 1
-    assert all(outcomes.values())
+    assert outcomes[False] and (outcomes[True] or ending == "ogg")  # whose pages have checksums

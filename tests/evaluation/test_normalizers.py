@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def words(text: object) -> list[str]:
 
 def random_texts() -> list[str]:
     drawn = random.Random(8)
-    pieces = [*" ".join(TEXTS).split(), *string.printable, *"½²é’", "e\u0301", "\ufb01", "\u200b"]
+    pieces = [*" ".join(TEXTS).split(), *string.printable, *"½²é\u2019", "e\u0301", "\ufb01", "\u200b"]
     pieces += ["one", "hundred", "point", "million", "dollars", "and", "zero", "third", "$5", "£1.5", "1,000", "9" * 30]
     lengths = [drawn.randrange(30) for _ in range(1500)]
     return ["".join(drawn.choice(pieces) + drawn.choice(("", " ")) for _ in range(length)) for length in lengths]
@@ -76,7 +77,7 @@ def test_whisper_in_english_is_transformers_own_with_the_checkpoints_spellings(
     language: str | None, tmp_path: Path
 ) -> None:
     ours = normalizer("whisper", language=language, model=model(tmp_path, model_type="whisper", vocab_size=51864))
-    assert words(ours("The COLOUR, um, of twenty-one theatres")) == "the color of 21 theatres".split()
+    assert words(ours("The COLOUR, um, of twenty-one theatres")) == ["the", "color", "of", "21", "theatres"]
     if language is None:
         equals(ours, EnglishTextNormalizer(SPELLINGS))
 
@@ -149,7 +150,7 @@ def test_the_real_normalizer_json_gives_what_its_tokenizer_gives(
     [
         ("Uh, the visitors, asked for pepper.", "uh the visitors asked for pepper"),
         ("well-known, it's o'clock; ROCK 'n' ROLL", "well known it's o'clock rock 'n' roll"),
-        ("it’s ‘so’", "it's 'so'"),
+        ("it\u2019s \u2018so\u2019", "it's 'so'"),
         ("a_b/c\\d@e#f 1.5 3,000", "a b c d e f 1 5 3 000"),
         ("GRÖSSER Straße", "grösser straße"),
         ("cafe\u0301", "café"),
@@ -211,5 +212,10 @@ def test_hostile_texts_take_no_longer_than_their_length_allows(name: str) -> Non
 
 
 def test_numbers_that_transformers_cannot_write_out_are_refused() -> None:
-    text = "one " + "trillion " * 2000
-    assert "cannot be normalised" in refusal(DataError, normalizer("whisper", language="en"), text)
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(4300)  # as Python begins; a library of another test may have lifted it
+    try:
+        for text in ("9" * 5000, "9" * 4300 + " trillion"):
+            assert "cannot be normalised" in refusal(DataError, normalizer("whisper", language="en"), text)
+    finally:
+        sys.set_int_max_str_digits(before)
