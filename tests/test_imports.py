@@ -98,6 +98,7 @@ ANYWHERE = {
         "hsa.evaluation.model_kinds",
         "hsa.evaluation.recognizers",
         "hsa.evaluation.transformers_calls",
+        "hsa.searches.own_models",
     },
     "huggingface_hub": {
         "hsa.sources.hub.range_requests",

@@ -42,8 +42,13 @@ def search(
         str | None, typer.Option(metavar="TIME", help="Ask for no trial after this long, such as 2h.")
     ] = None,
     sampler: Annotated[
-        str, typer.Option(metavar="NAME", help="tpe, cmaes, nsga2 (for pareto), random or grid.")
-    ] = "tpe",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="tpe, cmaes, nsga2, random or grid.",
+            show_default="tpe; of pareto nsga2",
+        ),
+    ] = None,
     objective: Annotated[
         str, typer.Option(metavar="NAME", help="mean of the sets, worst, pareto, or one set's name.")
     ] = "mean",

@@ -9,7 +9,8 @@ from hsa.errors import RequestError, listed, shown
 from hsa.option_names import option
 from hsa.searches.dev_sets import DevSets
 
-KINDS = ("mean", "worst", "pareto")
+PARETO = "pareto"
+KINDS = ("mean", "worst", PARETO)
 OWN = "own"
 """The objective of a search with a scoring function of the caller's own."""
 

@@ -14,6 +14,10 @@ from hsa.methods.registry import method_named
 from hsa.methods.settings import DEFAULT_METHOD
 from hsa.option_names import option
 from hsa.searches.durations import seconds_of
+from hsa.searches.objectives import PARETO
+
+SAMPLER, PARETO_SAMPLER = "tpe", "nsga2"
+"""The sampler where none is named: of a search for one value, and for a Pareto front."""
 
 SOUPS = ("greedy",)
 MOST_TRIALS = 100_000
@@ -33,7 +37,7 @@ class SearchOptions:
     methods: tuple[str, ...] = (DEFAULT_METHOD,)
     trials: int = 60
     time: float | None = None
-    sampler: str = "tpe"
+    sampler: str = SAMPLER
     objective: str = "mean"
     space: tuple[str, ...] = ()
     by_layer: str | None = None
@@ -76,8 +80,10 @@ def search_options(method: str | Sequence[str], time: str | float | None, **valu
     names = method.split(",") if isinstance(method, str) else method
     methods = tuple(name.strip() if isinstance(name, str) else name for name in names)
     space = values.pop("space", None) or ()
+    sampler = values.pop("sampler", None)
     return SearchOptions(
         methods=methods,
+        sampler=(PARETO_SAMPLER if values.get("objective") == PARETO else SAMPLER) if sampler is None else sampler,
         time=None if time is None else seconds_of(time),
         space=(space,) if isinstance(space, str) else tuple(space),
         **values,

@@ -13,7 +13,7 @@ from typing import Any
 from hsa.evaluation.scores import Interval
 from hsa.methods.markdown import code, escape, fence, table
 from hsa.searches.comparisons import Comparison
-from hsa.searches.objectives import OWN
+from hsa.searches.objectives import OWN, PARETO
 from hsa.searches.study import Study
 from hsa.searches.trials import Trial
 from hsa.system import fsio
@@ -79,7 +79,7 @@ def report(study: Study) -> str:
             "The settings were chosen on these sets, so the figures of the best candidate are flattering here.",
             _comparisons(study.dev),
         ]
-    if study.objective.kind == "pareto":
+    if study.objective.kind == PARETO:
         parts += [
             "## Front",
             "No other candidate is better on one set and no worse on all others.",
@@ -173,6 +173,8 @@ def _cost(study: Study) -> str:
     share = study.merging / study.seconds if study.seconds else 0.0
     lines = [f"{len(study.trials)} models in {study.seconds:.0f} s, {100 * share:.1f} % of it outside of decoding."]
     spared = study.savings
+    if study.objective.kind == PARETO:
+        lines.append("For a Pareto front no candidate is stopped early.")
     if spared is not None:
         whole = spared.decoded + spared.raced + spared.equal
         lines.append(

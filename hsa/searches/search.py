@@ -67,7 +67,7 @@ def search(
     evaluate: Callable[[Any], float] | None = None,
     trials: int = 60,
     time: str | float | None = None,
-    sampler: str = "tpe",
+    sampler: str | None = None,
     objective: str = "mean",
     space: Sequence[str] | None = None,
     by_layer: str | None = None,
@@ -105,7 +105,7 @@ def search(
             lower is better. The model may be of any family of transformers.
         trials: models to score in all, baselines included.
         time: stop asking for trials after this long: seconds, or a text such as `2h`.
-        sampler: tpe, cmaes, nsga2, random or grid.
+        sampler: tpe, cmaes, nsga2, random or grid; by default tpe, and nsga2 for the objective pareto.
         objective: mean (of the sets' word error rates), worst, pareto, or the name of a set.
         space: texts NAME=LOW:HIGH, NAME=VALUE or NAME=A,B, such as `ties.density=0.2:0.8`.
         by_layer: ranges of layers such as `0-3,4-7`, each with a lambda and alpha of its own.
