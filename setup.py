@@ -29,6 +29,8 @@ setup(
         "hsa.views": [
             "page.html",
             "page.css",
+            "search.html",
+            "search.js",
             "page.js",
             "common.js",
             "models.html",

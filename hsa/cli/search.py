@@ -29,7 +29,7 @@ def _before() -> list[inspect.Parameter]:
 @options.declares(_before)
 def search(
     ctx: typer.Context,
-    output: Annotated[str, typer.Option(metavar="DIR", help="Directory for best/, the report and study.db.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Directory for best/, the reports and study.db.")],
     dev: Annotated[list[str], typer.Option(metavar="SET", help="NAME=PATH or PATH to choose by; repeat.")],
     test: Annotated[
         list[str] | None, typer.Option(metavar="SET", help="Decoded once, after the search; repeat.")
@@ -169,7 +169,7 @@ def _describe(study: Study) -> str:
     if study.savings is not None:
         spared = study.savings
         lines.append(f"          decodings spared: {spared.raced} by racing, {spared.equal} by equal weights")
-    lines.append("  files   best/, report.md, trials.csv, search.json, study.db")
+    lines.append("  files   best/, report.html, report.md, trials.csv, search.json, study.db")
     return "\n".join(map(one_line, lines))
 
 

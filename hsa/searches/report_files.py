@@ -1,4 +1,4 @@
-"""What a search writes beside `best/`: trials.csv, search.json and report.md."""
+"""What a search writes beside `best/`: trials.csv, search.json, report.md and report.html."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hsa.evaluation.scores import Interval
 from hsa.methods.markdown import code, escape, fence, table
 from hsa.searches.comparisons import Comparison
 from hsa.searches.objectives import OWN, PARETO
+from hsa.searches.page import render
 from hsa.searches.study import Study
 from hsa.searches.trials import Trial
 from hsa.system import fsio
@@ -24,20 +25,25 @@ _VERDICTS = {
     "no difference shown": "no difference shown",
 }
 
-TRIALS, RESULT, REPORT = "trials.csv", "search.json", "report.md"
+TRIALS, RESULT, REPORT, PAGE = "trials.csv", "search.json", "report.md", "report.html"
 
 
 def write_report_files(study: Study) -> None:
-    """Write all three, each whole or not at all. Raises MachineError."""
-    _write(study.output / TRIALS, trials_csv(study))
-    _write(study.output / RESULT, json.dumps(study.as_dict(), indent=1, ensure_ascii=False) + "\n")
-    _write(study.output / REPORT, report(study))
+    """Write all four, each whole or not at all. Raises MachineError."""
+    _write(study.output / TRIALS, _encoded(trials_csv(study)))
+    _write(study.output / RESULT, _encoded(json.dumps(study.as_dict(), indent=1, ensure_ascii=False) + "\n"))
+    _write(study.output / REPORT, _encoded(report(study)))
+    _write(study.output / PAGE, render(study))
 
 
-def _write(path: Path, text: str) -> None:
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _write(path: Path, data: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     with fsio.map_write_errors(path):
-        part.write_bytes(text.encode("utf-8", "surrogatepass"))
+        part.write_bytes(data)
         os.replace(part, path)
 
 

@@ -91,8 +91,8 @@ def search(
     Base, every fine-tune, their plain average and each method's defaults are scored first. Then the sampler draws a
     method and settings; each candidate is put into one loaded model, rounded as its checkpoint would be, and decoded.
     `output` gets `best/`, the checkpoint that `hsa merge` writes with the best settings, `study.db`, `trials.csv`,
-    `search.json` and `report.md`. A search that was ended, even by kill -9, goes on when it is called again with the
-    same arguments; `trials`, `time`, `test` and `threads` may change.
+    `search.json`, `report.md` and `report.html`. A search that was ended, even by kill -9, goes on when it is called
+    again with the same arguments; `trials`, `time`, `test`, `confidence` and `threads` may change.
 
     Args:
         sources: `{"base": B, "primary": M1, "secondary": M2}`, `{"base": B, "models": [M1, ...]}`, or a list of models:
@@ -250,7 +250,8 @@ class _SearchRun:
             study = replace(study, test=compare(scores, study.best.name, self.options.confidence))
         rival = _best_baseline(study)
         if rival is not None:
-            study = replace(study, worst=worst_utterances(scores[study.best.name], scores[rival.name], WORST_SHOWN))
+            worst = worst_utterances(scores[study.best.name], scores[rival.name], WORST_SHOWN)
+            study = replace(study, worst=worst, rival=rival.name)
         study = replace(study, notes=(*study.notes, *_verdict_notes(study, rival)))
         return self._finish(study, dev.names, "test" if tested else "dev")
 
@@ -320,6 +321,7 @@ class _SearchRun:
             merging=math.fsum(trial.result.merging for trial in trials),
             notes=tuple(notes),
             request=self.request,
+            confidence=self.options.confidence,
         )
 
     def _dev_scores(self, evaluator: SpeechEvaluator, transcripts: Transcripts, trial: Trial) -> list[UtteranceScore]:
@@ -382,6 +384,6 @@ def _verdict_notes(study: Study, rival: Trial | None) -> list[str]:
         rows = [row for row in study.test if row.set == name and row.verdict == "no difference shown"]
         if rows:
             notes.append(
-                f"on {name} no difference was shown between {best.name} and {listed(row.model for row in rows)}"
+                f"on {name} no difference was shown between {best.name} and {listed((row.model for row in rows), 'or')}"
             )
     return notes

@@ -45,6 +45,9 @@ class Study:
         seconds, merging: how long candidates took in all, and that outside of decoding.
         notes: plain sentences on what a user should know.
         warnings: of the merge that was written as the best.
+        request: what was asked for, as it is kept with the trials.
+        rival: the best of what was scored before anything was drawn, by its name.
+        confidence: of the intervals.
 
     Example:
         >>> study = hsa.search(sources, method="ties", dev=["dev.tsv"], output="search")  # doctest: +SKIP
@@ -66,6 +69,8 @@ class Study:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     request: Mapping[str, Any] = field(default_factory=dict)
+    rival: str | None = None
+    confidence: float = 0.95
 
     @property
     def best(self) -> Trial:
@@ -111,6 +116,8 @@ class Study:
             "dev": [row.as_dict() for row in self.dev],
             "test": [row.as_dict() for row in self.test],
             "worst": [row.as_dict() for row in self.worst],
+            "rival": self.rival,
+            "confidence": self.confidence,
             "savings": None if self.savings is None else dict(vars(self.savings)),
             "seconds": round(self.seconds, 1),
             "merging": round(self.merging, 1),
