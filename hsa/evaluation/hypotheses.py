@@ -104,6 +104,7 @@ class Hypotheses:
         self._folder = folder
         self._name = f"{name}.{self.key[:KEY_SHOWN]}.jsonl"
         self.texts: dict[str, str] = {}
+        self._is_whole = False
         self._load()
 
     @property
@@ -114,7 +115,7 @@ class Hypotheses:
     @contextmanager
     def appending(self) -> Iterator[Hypotheses]:
         """Take the file to write, as the only run that does. DestinationError where another holds it."""
-        if self._folder is None or not self.missing:
+        if self._folder is None or self._is_whole:
             yield self
             return
         path = self._folder / f"{self._name}{PARTIAL}"
@@ -130,6 +131,7 @@ class Hypotheses:
                 with fsio.map_write_errors(path):
                     fsio.sync(fd)
                     fsio.rename(path, self._folder / self._name)
+                self._is_whole = True
         finally:
             os.close(fd)
 
@@ -153,6 +155,7 @@ class Hypotheses:
                 if len(texts) > len(self.texts):
                     self.texts = texts
                     self._name = name.removesuffix(PARTIAL)
+                    self._is_whole = len(texts) == len(self._order) and not name.endswith(PARTIAL)
 
     def _read(self, data: bytes) -> dict[str, str]:
         """The transcripts of whole batches in a file; none where its first line is another key's."""

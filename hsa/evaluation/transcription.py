@@ -86,6 +86,9 @@ class Transcription:
                 if hypotheses.missing:
                     recognizer = recognizer or load_recognizer(model.folder, self.options)
                     self._decode(model, data, hypotheses, recognizer, cache)
+                else:  # of a run that was killed after its last batch the file is still to be renamed
+                    with hypotheses.appending():
+                        pass
                 self.texts[model.name, data.name] = hypotheses.texts
         self.seconds = time.perf_counter() - started
 

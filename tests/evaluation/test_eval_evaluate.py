@@ -215,6 +215,18 @@ def test_a_damaged_transcript_is_made_again(models: dict[str, Path], tables: lis
         assert kept.read_bytes() == sound
 
 
+def test_a_run_that_was_killed_after_its_last_batch_is_finished(
+    models: dict[str, Path], tables: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    evaluate(models["one"], tables[0], output=out)
+    (file,) = (out / "hypotheses").iterdir()
+    sound = file.read_bytes()
+    file.rename(f"{file}.partial")
+    assert evaluate(models["one"], tables[0], output=out).decoded == 0
+    assert [path.read_bytes() for path in (out / "hypotheses").iterdir()] == [sound] and file.exists()
+
+
 def test_two_runs_do_not_write_one_file(models: dict[str, Path], tables: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
 

@@ -42,9 +42,10 @@ def write_set(folder: Path, seconds: Sequence[float], seed: int = 0, **columns: 
     return table
 
 
-def write_ctc(folder: Path, norm: Norm = "layer", seed: int = 0) -> Path:
+def write_ctc(folder: Path, norm: Norm = "layer", seed: int = 0, strides: tuple[int, int, int] = (5, 4, 4)) -> Path:
     """A small random wav2vec2 with a CTC head, as transformers saves it. With `layer` its features tell where padding
-    is, as wav2vec2-large's do; with `group` they do not, as wav2vec2-base's."""
+    is, as wav2vec2-large's do; with `group` they do not, as wav2vec2-base's. A frame has as many samples as the product
+    of the strides."""
     from transformers import (
         Wav2Vec2Config,
         Wav2Vec2CTCTokenizer,
@@ -63,7 +64,7 @@ def write_ctc(folder: Path, norm: Norm = "layer", seed: int = 0) -> Path:
         num_attention_heads=4,
         intermediate_size=64,
         conv_dim=(16, 16, 16),
-        conv_stride=(5, 4, 4),
+        conv_stride=strides,
         conv_kernel=(10, 8, 8),
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
