@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from hsa.errors import HsaError, MachineError, RequestError, shown
+from hsa.errors import DataError, HsaError, MachineError, RequestError, shown
 from hsa.evaluation.decoding import Recognizer
 from hsa.evaluation.transcription import FeatureCache
 from hsa.evaluation.utterance import Utterance
@@ -84,7 +84,11 @@ class SpeechEvaluator:
                 block = self.decoder.transcribe(first, [item.utterance for item in self.dev.items[first:last]])
                 decoded += last - first
             texts += block
-            errors += [self.dev.errors(first + place, text) for place, text in enumerate(block)]
+            try:
+                errors += [self.dev.errors(first + place, text) for place, text in enumerate(block)]
+            except DataError as error:  # a text that the normaliser cannot read
+                seconds = time.perf_counter() - started
+                return Result(weights.whole, decoded=decoded, failure=str(error), seconds=seconds, merging=merging)
             if self._on_batch is not None:
                 self._on_batch(last - first)
             if race is not None and last < len(self.dev.items) and race.is_lost(errors):

@@ -15,6 +15,7 @@ from hsa.methods.settings import DEFAULT_METHOD
 from hsa.option_names import option
 from hsa.searches.durations import seconds_of
 from hsa.searches.objectives import PARETO
+from hsa.searches.space import parse_layers
 
 SAMPLER, PARETO_SAMPLER = "tpe", "nsga2"
 """The sampler where none is named: of a search for one value, and for a Pareto front."""
@@ -61,6 +62,8 @@ class SearchOptions:
             _check_whole("limit", self.limit, 1, 2**31)
         if self.soup is not None and self.soup not in SOUPS:
             raise RequestError(f"{option('soup')} must be {listed(SOUPS)}, got {shown(self.soup)}")
+        if self.by_layer is not None:
+            parse_layers(self.by_layer)
         check_flags(racing=self.racing)
         check_confidence(self.confidence)
 

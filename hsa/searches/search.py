@@ -224,7 +224,9 @@ class _SearchRun:
         tested = [prepare(each, self.options.limit, digests) for each in test_sets]
         models = self._models()
         anchor = self._anchor(models)
-        normalize = normalizer(self.options.normalizer, language=self.options.decoding.language, model=anchor.folder)
+        decoding = self.options.decoding
+        language = "en" if decoding.task == "translate" else decoding.language
+        normalize = normalizer(self.options.normalizer, language=language, model=anchor.folder)
         dev = make_dev_sets(prepared, normalize, self.options.decoding.batch, self.options.seed)
         self._open_output(models)
         recognizer = load_recognizer(anchor.folder, self.options.decoding)

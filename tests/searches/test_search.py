@@ -22,6 +22,7 @@ import hsa
 from hsa.errors import DataError, RequestError
 from hsa.methods.registry import methods
 from hsa.searches.candidates import Candidate
+from hsa.searches.dev_sets import DevSets
 from hsa.searches.resident_model import ResidentModel
 from hsa.searches.samplers import grid_points
 from hsa.searches.sources import sources_of
@@ -304,6 +305,58 @@ def test_a_score_of_ones_own(case: Case, tmp_path: Path) -> None:
     )
     assert found.best.value < min(trial.value for trial in found.baselines if trial.candidate.is_merge)
     assert found.dev == () and found.savings is None
+
+
+def test_each_range_of_layers_has_settings_of_its_own(case: Case, tmp_path: Path) -> None:
+    found = run(case, tmp_path / "layers", method="hsa", by_layer="0,1", trials=9, limit=2)
+    drawn = [trial for trial in found.trials if trial.candidate.kind == "sampled"]
+    assert len(drawn) == 3
+    for trial in drawn:
+        assert {"hsa.lambda[0-0]", "hsa.lambda[1-1]", "hsa.alpha[0-0]", "hsa.alpha[1-1]"} < trial.drawn.keys()
+        for name, value in trial.settings["lam"].items():
+            layer = name.split(".layers.")[1].partition(".")[0]
+            assert value == pytest.approx(trial.drawn[f"hsa.lambda[{layer}-{layer}]"], rel=1e-3)
+    hsa.merge(**case["sources"], method="hsa", **drawn[0].settings, output=tmp_path / "merged")
+    resident = ResidentModel(
+        _loaded(case["sources"]["models"][0]), sources_of(case["sources"]), {"hsa": space_of("hsa", 3, {})}, 2
+    )
+    resident.put(drawn[0].candidate)
+    expected = _loaded(tmp_path / "merged").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resident.model.state_dict().items())
+
+
+def _loaded(folder: str | Path) -> Any:
+    from transformers import WhisperForConditionalGeneration
+
+    return WhisperForConditionalGeneration.from_pretrained(folder, dtype="float32").eval()
+
+
+def test_a_candidate_whose_text_cannot_be_scored_fails_alone(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(case, tmp_path / "whole", trials=7, limit=2)
+    texts = json.loads(
+        (tmp_path / "whole" / "transcripts" / f"{whole.trials[1].result.weights[:32]}.json").read_text(encoding="utf-8")
+    )["texts"]
+    errors = DevSets.errors
+
+    def refuses(self: DevSets, number: int, text: str) -> int:
+        if text == texts[1]:
+            raise DataError("cannot be normalised")
+        return errors(self, number, text)
+
+    monkeypatch.setattr(DevSets, "errors", refuses)
+    found = run(case, tmp_path / "refused", trials=7, limit=2)
+    assert found.trials[1].state == "failed"
+    assert found.trials[1].result.failure == "cannot be normalised"
+    assert [t.values for t in found.trials[2:]] == [t.values for t in whole.trials[2:]]
+
+
+def test_no_trial_begins_after_the_time(case: Case, tmp_path: Path) -> None:
+    """What is known before anything is drawn is always scored."""
+    found = run(case, tmp_path / "time", time=0.001, limit=1)
+    assert len(found.trials) == 7
+    assert outcome(run(case, tmp_path / "time", limit=1, trials=8))[:7] == outcome(found)
 
 
 def test_a_search_needs_sets_or_a_score(case: Case, tmp_path: Path) -> None:
