@@ -221,6 +221,8 @@ def render_card(arena: Arena, data: bytes) -> str:
     """Words for the fields of a card, for ids, revisions and file names, one a line: nothing of them is markup."""
     words = [*data.decode("utf-8", "replace").split("\n"), "x", "x", "x", "x"]
     fields = {name: word for name, word in zip(card.FIELDS, words, strict=False) if word.strip()}
+    if "model_index" in fields:
+        fields["model_index"] = json.dumps([{"name": fields["model_index"], "results": []}])
     record = _sound_record(arena)
     primary = record.sources["primary"]
     named = Identity(words[-5] or "x", words[-6] if len(words) > 5 and words[-6] else None)
