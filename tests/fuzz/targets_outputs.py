@@ -248,6 +248,7 @@ def _check_card(raw: bytes, fields: Mapping[str, str]) -> None:
     read = ModelCard(raw.decode("utf-8"))
     meta, body = read.data.to_dict(), read.text
     expected = {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "language", "license"}
+    expected |= {"model-index"}
     if not isinstance(meta, dict) or not set(meta) <= expected or ("license" in meta) != ("license" in fields):
         raise Finding(f"the card's metadata is {meta!r:.300}")
     if meta.get("license", fields.get("license")) != fields.get("license"):
