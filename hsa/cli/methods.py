@@ -62,7 +62,7 @@ def _explanation(described: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrapped(f"{described['name']}: ", described["title"], indent=INDENT)
     yield ""
     facts = [
-        ("formula", described["formula"]),
+        ("formula", f"{described['formula']}{' (by the defaults)' if described['formula_of_defaults'] else ''}"),
         ("base", contract["base"]),
         ("models", _models(contract)),
         ("heads", f"needs a {families}" if described["needs_heads"] else ""),

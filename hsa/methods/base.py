@@ -329,6 +329,10 @@ class Method(ABC, Generic[S, D]):
 
     # --- what is said of a merge ---------------------------------------------------------------------------------
 
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        """The formula of a merge with these parameters; `formula` is that of the defaults."""
+        return self.formula
+
     def settings_findings(self, candidates: Sequence[S]) -> Findings:
         """What the settings of one merge, or of several, tell by themselves."""
         return Findings()
@@ -378,7 +382,7 @@ class Method(ABC, Generic[S, D]):
         self, parameters: Mapping[str, Any], records: Sequence[TensorRecord], architecture: Architecture
     ) -> CardText:
         """What the card says of a merge with these parameters."""
-        formula = f": `{self.formula}`" if self.formula else ""
+        formula = f": `{self.formula_with(parameters)}`" if self.formula else ""
         source = f" Source: {self.source}." if self.source else ""
         return CardText(f"{self.title}{formula}.{source}")
 

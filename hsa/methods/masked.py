@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 NONE, L1, DENSITY = WAYS = ("none", "l1", "density")
 """How dropped elements are made up for: not at all; so that the sum of magnitudes stays; or by one over the density."""
 
+RESCALED = {
+    NONE: ("", ""),
+    L1: ("f_i * ", ", f_i = sum(|M_i - B|) / sum(|kept part|)"),
+    DENSITY: ("f_i * ", ", f_i = 1 / density"),
+}
+"""The same in a formula: the factor, and what it is."""
+
 SMALLEST_MAGNITUDES = 1e-7
 """Task vectors whose magnitudes add up to less, all of them or the kept ones, are not rescaled."""
 
@@ -42,6 +49,15 @@ LAMBDA = "Factor on the merged task vector."
 NORMALIZE = "Divide by the sum of the weights."
 VOTE_NORMALIZE = "Divide by the sum of the weights of the models that agree."
 RESCALE = "Make up for dropped elements: none, l1 (keep the sum of magnitudes), or density (divide by it)."
+
+
+def formula_of(kept_part: tuple[str, str], *, votes: bool, normalize: bool, rescale: str = NONE) -> str:
+    """The formula of a method with these settings, see `MaskedMethod.kept_part`."""
+    kept, what = kept_part
+    factor, meaning = RESCALED[rescale]
+    divisor = " / sum(w_i)" if normalize else ""
+    over = f", {'both sums' if normalize else 'the sum'} over the models that have the elected sign" if votes else ""
+    return f"B + lambda * sum(w_i * {factor}{kept}){divisor}{over}, {what}{meaning}"
 
 
 def rescale_form(name: str, value: Any) -> str:
@@ -123,7 +139,13 @@ class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
 
     contract = Contract(base="required", least=1, most=8)
     votes: ClassVar[bool]
+    kept_part: ClassVar[tuple[str, str]]
+    """The kept part of a task vector as a formula has it, and what that is."""
     layout: ClassVar[Layout] = "flat"
+
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        settings: MaskedSettings = self.Settings.from_dict(parameters)
+        return formula_of(self.kept_part, votes=self.votes, normalize=settings.normalize, rescale=settings.rescale)
 
     @abstractmethod
     def keep(self, block: Block, decision: K, place: int, vector: Float32, scratch: Scratch) -> Array | None:

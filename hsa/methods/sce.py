@@ -110,7 +110,10 @@ class Sce(ModelMethod[SceSettings, Any]):
 
     name = "sce"
     title = "SCE"
-    formula = "B + mean(M_i - B that have the elected sign, where the models differ most), weighted by mean squares"
+    formula = (
+        "B + sum(a_i * (M_i - B)) / sum(a_i), both sums over the models that have the elected sign, "
+        "a_i = mean((M_i - B)^2), or 1 / N where these sum to less than 1e-6"
+    )
     source = "Wan et al., FuseChat, 2024, arXiv 2408.07990"
     citation = """@misc{wan2024fusechat,
   title={{FuseChat}: Knowledge Fusion of Chat Models},
@@ -121,6 +124,14 @@ class Sce(ModelMethod[SceSettings, Any]):
 }"""
     contract = Contract(base="required", least=2, most=8)
     Settings = SceSettings
+
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        if SceSettings.from_dict(parameters).passes == 1:
+            return self.formula
+        return (
+            f"{self.formula}; of the elements whose variance over the models is among the select_topk largest; "
+            "B elsewhere"
+        )
 
     def plan(self, info: TensorInfo, place: TensorPlace | None, settings: SceSettings) -> Treatment:
         return Treatment("merge", passes=settings.passes)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from hsa.reference import philox
+from hsa.reference.sums import total
 
 PerModel = float | Sequence[float]
 Rescale = bool | Literal["density"]
 Keep = Callable[[Tensor, int, float], Tensor]
 """Task vector, place of its model, density below 1: bool of its shape, which elements are kept."""
 
-BLOCK = 1024
-LANES = 64
 LEAST_WEIGHT_SUM, LEAST_SUM, CANCELLED = 1e-8, 1e-7, 2.0**-24
 
 
@@ -175,22 +174,6 @@ def displaced(
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
-
-
-def total(values: Tensor) -> float:
-    """The sum of float64 values: blocks of 1,024 in 64 lanes and by halves, then block after block."""
-    flat = values.flatten()
-    numbers = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK // LANES, LANES)
-    rows = numbers[:, 0]
-    for number in range(1, BLOCK // LANES):
-        rows = rows + numbers[:, number]
-    while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        rows = rows[:, :half] + rows[:, half:]
-    result = 0.0
-    for part in rows.flatten().tolist():
-        result += part
-    return result
 
 
 def added(values: Sequence[float]) -> float:
