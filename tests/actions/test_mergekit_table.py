@@ -39,10 +39,12 @@ def models_of(method: MergekitMethod) -> str:
 
 
 def text_of(parameter: Parameter) -> str:
+    starred = "" if parameter.scope == "shared" else "\\*"
+    if parameter.required:
+        return f"`{parameter.name}`{starred}"
     value = parameter.default
     shown = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else f"{value:g}"
-    default = "" if parameter.required else f" ({shown})"
-    return f"`{parameter.name}`{default}" + ("" if parameter.scope == "shared" else "\\*")
+    return f"`{parameter.name}` ({shown}){starred}"
 
 
 def test_every_method_has_a_line() -> None:
