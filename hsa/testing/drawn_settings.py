@@ -150,7 +150,8 @@ def _is_by_model(value: Any) -> bool:
 
 
 def _is_filtered(value: Any) -> bool:
-    return isinstance(value, list) and isinstance(value[0], Mapping)
+    """Whether a list begins with an entry for a part of names; one by model may begin with numbers by tensor."""
+    return isinstance(value, list) and isinstance(value[0], Mapping) and "filter" in value[0]
 
 
 def _at(value: Any, name: str, depth: float) -> Any:
