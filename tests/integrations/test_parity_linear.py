@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import ROUNDING, Distances, Limit, Measured, limit_of, measured
+from parity import ROUNDING, Distances, Limit, Measured, limit_of, measured, settings_text
 from torch import Tensor
 
 from hsa.reference import linear_combinations as oracle
@@ -50,8 +50,8 @@ class Merge:
 
     def __str__(self) -> str:
         """What the documentation calls it."""
-        said = [f"{name} {value}" for name, value in self.ours.items() if name != "weights"]
-        return ", ".join([f"{self.models} model{'s' * (self.models > 1)}", *(["base"] if self.based else []), *said])
+        base = ["base"] if self.based else []
+        return ", ".join([f"{self.models} model{'s' * (self.models > 1)}", *base, *settings_text(self.ours)])
 
     @property
     def label(self) -> str:
@@ -87,11 +87,11 @@ MERGES = [
 
 EXCEPTIONS = {
     "nuslerp, 2 models": Limit(6e-6, "mergekit's float32 norms and angle of models that are nearly parallel"),
-    "nuslerp, 2 models, base, flatten False": Limit(
+    "nuslerp, 2 models, base, flatten false": Limit(
         1.3e-5, "mergekit's float32 angles of the three elements that a row of a convolution has"
     ),
     "multislerp, 3 models": Limit(2.6e-5, "mergekit's float32 norms and tangents of models that are nearly parallel"),
-    "model_stock, 2 models, base, filter_wise True": Limit(
+    "model_stock, 2 models, base, filter_wise true": Limit(
         5e-4, "mergekit's float32 cosines of the three elements that a row of a convolution has"
     ),
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import Distances, Measured, limit_of, measured
+from parity import Distances, Measured, limit_of, measured, settings_text
 from torch import Tensor
 
 from hsa.reference import masks_and_votes as oracle
@@ -138,11 +138,10 @@ def _of(value: Any, model: int) -> float:
     return float(value[model]) if isinstance(value, list) else float(value)
 
 
-def settings_text(count: int, parameters: Mapping[str, Any]) -> str:
-    """What the documentation says of a merge's settings."""
-    said = [f"{name} {value}" for name, value in parameters.items() if name != "weights"]
+def merge_text(count: int, parameters: Mapping[str, Any]) -> str:
+    """What the documentation calls a merge."""
     negative = ["a negative weight"] if parameters.get("weights") == SIGNED else []
-    return ", ".join([f"{count} model{'s' * (count > 1)}", *said, *negative])
+    return ", ".join([f"{count} model{'s' * (count > 1)}", *settings_text(parameters), *negative])
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +172,7 @@ def test_merges_are_mergekits(
         difference = (merged - theirs(monkeypatch, name, *sources, parameters, dtype)).double()
         apart[dtype] = float(difference[~left_out].norm() / merged.double().norm())
     found = Distances(between=apart[torch.float32], formulas=apart[torch.float64])
-    table.add(name, settings_text(count, parameters), found, limit_of(name))
+    table.add(name, merge_text(count, parameters), found, limit_of(name))
     assert found.between <= limit_of(name).most
     # On a CPU mergekit draws masks, and multiplies with them, in float32 whatever the tensors are.
     assert apart[torch.float64] <= (1e-8 if name.startswith(("dare", "della")) else 1e-12)

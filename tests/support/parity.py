@@ -7,8 +7,9 @@ tables of docs/methods.md. All distances are relative to the norm of the tensor 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import rows
 
@@ -38,6 +39,17 @@ def limit_of(method: str) -> Limit:
     """
     most = OF_METHOD.get(method, ROUNDING)
     return Limit(most, "mergekit rounds unit vectors to float32 at every step" if most > ROUNDING else "")
+
+
+def settings_text(settings: Mapping[str, Any]) -> list[str]:
+    """What the documentation says of each setting of a merge, but for weights.
+
+    Example:
+        >>> settings_text({"weights": [0.5, 0.3], "lam": 0.7, "normalize": True})
+        ['lambda 0.7', 'normalize true']
+    """
+    shown = {name: str(value).lower() for name, value in settings.items() if name != "weights"}
+    return [f"{'lambda' if name == 'lam' else name} {value}" for name, value in shown.items()]
 
 
 @dataclass(frozen=True)
