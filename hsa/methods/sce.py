@@ -129,8 +129,8 @@ class Sce(ModelMethod[SceSettings, Any]):
         if SceSettings.from_dict(parameters).passes == 1:
             return self.formula
         return (
-            f"{self.formula}; of the elements whose variance over the models is among the select_topk largest; "
-            "B elsewhere"
+            f"{self.formula}; this where the variance over the models is among the int(select_topk * m) largest of the "
+            "m that are not 0; elsewhere B, and M_i - B counts as 0 in a_i"
         )
 
     def plan(self, info: TensorInfo, place: TensorPlace | None, settings: SceSettings) -> Treatment:

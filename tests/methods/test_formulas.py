@@ -71,8 +71,8 @@ def test_what_masked_task_vectors_are_divided_by_and_multiplied_with(name: str) 
         ("nuslerp", {"flatten": False}, "each of the rows by itself"),
         ("nuslerp", {"flatten": False, "row_wise": True}, "each of the columns by itself"),
         ("model_stock", {"filter_wise": True}, "for each of the rows by itself"),
-        ("sce", {"select_topk": 0.5}, "whose variance over the models is among the select_topk largest"),
-        ("sce", {"select_topk": [0.5, 1.0]}, "whose variance over the models is among the select_topk largest"),
+        ("sce", {"select_topk": 0.5}, "the int(select_topk * m) largest of the m that are not 0"),
+        ("sce", {"select_topk": [0.5, 1.0]}, "the int(select_topk * m) largest of the m that are not 0"),
     ],
 )
 def test_what_a_setting_adds(method: str, settings: dict[str, Any], part: str) -> None:
