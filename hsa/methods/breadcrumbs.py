@@ -72,7 +72,8 @@ class Breadcrumbs(ThresholdMethod[BreadcrumbsSettings]):
     title = "Model Breadcrumbs"
     kept_part = (
         "trim(M_i - B)",
-        "trim drops the largest gamma * n of n elements and then the smallest until density * n are left",
+        "trim drops the min(int(gamma * n), n - int(density * n)) largest of n elements, and the smallest until "
+        "int(density * n) are left",
     )
     formula = formula_of(kept_part, votes=False, normalize=False)
     source = "Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795"

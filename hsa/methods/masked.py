@@ -55,9 +55,20 @@ def formula_of(kept_part: tuple[str, str], *, votes: bool, normalize: bool, resc
     """The formula of a method with these settings, see `MaskedMethod.kept_part`."""
     kept, what = kept_part
     factor, meaning = RESCALED[rescale]
-    divisor = " / sum(w_i)" if normalize else ""
-    over = f", {'both sums' if normalize else 'the sum'} over the models that have the elected sign" if votes else ""
-    return f"B + lambda * sum(w_i * {factor}{kept}){divisor}{over}, {what}{meaning}"
+    combined = f"sum(w_i * {factor}{kept})"
+    divided = f"{combined} / sum(w_i)" if normalize else combined
+    over = f", {'both sums' if normalize else 'the sum'} {elected(combined)}" if votes else ""
+    return f"B + lambda * {divided}{over}, {what}{meaning}"
+
+
+def elected(summed: str) -> str:
+    """How a formula says which models a vote leaves, by the sum whose signs are elected.
+
+    Example:
+        >>> elected("sum(M_i - B)")
+        'over the models that have the elected sign, which is that of sum(M_i - B) over all models'
+    """
+    return f"over the models that have the elected sign, which is that of {summed} over all models"
 
 
 def rescale_form(name: str, value: Any) -> str:

@@ -24,7 +24,7 @@ from hsa.architectures.base import TensorInfo, TensorPlace
 from hsa.methods import thresholds
 from hsa.methods.base import BASE, Block, Contract, Treatment
 from hsa.methods.json_fields import between, count
-from hsa.methods.masked import smallest
+from hsa.methods.masked import elected, smallest
 from hsa.methods.model_method import ModelMethod, ModelSettings, Weights, by_role
 from hsa.methods.settings import Settings, setting
 from hsa.methods.sums import block_sums, total
@@ -111,7 +111,7 @@ class Sce(ModelMethod[SceSettings, Any]):
     name = "sce"
     title = "SCE"
     formula = (
-        "B + sum(a_i * (M_i - B)) / sum(a_i), both sums over the models that have the elected sign, "
+        f"B + sum(a_i * (M_i - B)) / sum(a_i), both sums {elected('sum(M_i - B)')}, "
         "a_i = mean((M_i - B)^2), or 1 / N where these sum to less than 1e-6"
     )
     source = "Wan et al., FuseChat, 2024, arXiv 2408.07990"

@@ -38,7 +38,8 @@ def test_the_formula_of_a_method_is_that_of_its_defaults(name: str) -> None:
             "ties",
             {},
             "B + lambda * sum(w_i * trim(M_i - B)) / sum(w_i), both sums over the models that have the elected sign, "
-            "trim keeps the int(density * n) largest of n elements",
+            "which is that of sum(w_i * trim(M_i - B)) over all models, trim keeps the int(density * n) largest of "
+            "n elements",
         ),
         (
             "dare_linear",

@@ -393,6 +393,7 @@ def test_a_card_has_the_formula_of_its_settings(family: dict[str, Path], tmp_pat
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert (
         "`B + lambda * sum(w_i * f_i * trim(M_i - B)), the sum over the models that have the elected sign, "
+        "which is that of sum(w_i * f_i * trim(M_i - B)) over all models, "
         "trim keeps the int(density * n) largest of n elements, f_i = 1 / density`"
     ) in card
 
