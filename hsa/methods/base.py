@@ -330,12 +330,7 @@ class Method(ABC, Generic[S, D]):
     # --- what is said of a merge ---------------------------------------------------------------------------------
 
     def formula_with(self, parameters: Mapping[str, Any]) -> str:
-        """The formula of a merge with these parameters; `formula` is that of the defaults.
-
-        Example:
-            >>> hsa.methods.registry.method_named("linear").formula_with({"normalize": False})  # doctest: +SKIP
-            'sum(w_i * M_i)'
-        """
+        """The formula of a merge with these parameters; `formula` is that of the defaults."""
         return self.formula
 
     def settings_findings(self, candidates: Sequence[S]) -> Findings:
