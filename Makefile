@@ -70,7 +70,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 # Under 30 minutes on 2 cores, with 24 GB of memory and 40 GB of free disk. bench-full takes hours: every size and element
-# type, every method beside mergekit and by its word error rate.
+# type, other methods beside mergekit, and the word error rate of every method.
 bench: $(READY)
 	$(BIN)/python bench/bench_merge.py
 	$(BIN)/python bench/bench_sweep.py
