@@ -156,7 +156,8 @@ def write_merge(
             )
         options = Options(request.threads or default_threads(), request.digest, request.sync)
         try:
-            calculator = Calculator(sources, prepared.backend, plan.settings)
+            calculator = Calculator(sources, prepared.backend, plan.settings, scratch=staging.scratch_file)
+            stack.callback(calculator.close)
             digests = execute(
                 plan.files,
                 sources.by_role,
