@@ -29,8 +29,8 @@ from hsa.outputs.record_checks import settings_of_record
 from hsa.outputs.recording import source_record, tensors_digest
 from hsa.outputs.report import NO_DIGESTS, MergeReport
 from hsa.planning.file_layout import Content, Copy, TensorContent, pack, pieces_of
-from hsa.planning.tensor_digests import digest_by_ranges
 from hsa.planning.tasks import MAX_TARGET
+from hsa.planning.tensor_digests import digest_by_ranges
 from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_whole
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs

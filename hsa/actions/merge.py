@@ -156,8 +156,7 @@ def write_merge(
             )
         options = Options(request.threads or default_threads(), request.digest, request.sync)
         try:
-            calculator = Calculator(sources, prepared.backend, plan.settings, scratch=staging.scratch_file)
-            stack.callback(calculator.close)
+            calculator = Calculator(sources, prepared.backend, plan.settings)
             digests = execute(
                 plan.files,
                 sources.by_role,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hsa.backends.base import Backend, Merged, NotFinite, TaskBuffers, changed_ranges
 from hsa.engine.buffer_pool import BufferPool
-from hsa.engine.kept_slices import NewScratchFile
 from hsa.engine.streamed import StreamedTensor
 from hsa.errors import NonFiniteError
 from hsa.methods.base import Method
@@ -41,7 +40,6 @@ class Calculator:
     """What the threads of a run share: sources, method and settings, finished outcomes by name, and memory.
 
     `recorded` are decisions that are applied instead of those that follow from the sources, by canonical name.
-    `scratch` makes files for what is needed again and has no room in memory; without it that is read again.
     """
 
     def __init__(
@@ -50,12 +48,10 @@ class Calculator:
         backend: Backend,
         settings: Settings,
         recorded: Mapping[str, Any] | None = None,
-        scratch: NewScratchFile | None = None,
     ) -> None:
         self.sources, self.backend, self.settings, self.recorded = sources, backend, settings, recorded or {}
         self.method: Method[Any, Any] = method_named(settings.method)
         self.pool = BufferPool(backend)
-        self._scratch = scratch
         self.outcomes: dict[str, Outcome] = {}
         self._streamed: dict[str, StreamedTensor] = {}
         self._lock = threading.Lock()
@@ -87,15 +83,23 @@ class Calculator:
         with self._lock:
             self.outcomes[outcome.task.name] = outcome
 
+    def reserve(self, contents: Sequence[Computed]) -> Callable[[], None]:
+        """Wait for the memory that computing whole tensors takes, and give what releases it; or for that of the tensor
+        of which this is a slice, which is held until its last slice is computed."""
+        if not contents[0].whole:
+            self.streamed(contents[0].task)
+            return lambda: None
+        cost = self.cost([content.task for content in contents])
+        self.pool.take(cost)
+        return lambda: self.pool.release(cost)
+
     def streamed(self, task: TensorTask) -> StreamedTensor:
         """The tensor of which a slice is computed, within the budget of memory."""
         with self._lock:
             tensor = self._streamed.get(task.name)
             new = tensor is None
             if tensor is None:
-                tensor = self._streamed[task.name] = StreamedTensor(
-                    task, self.method, self.settings, self.pool, self._scratch
-                )
+                tensor = self._streamed[task.name] = StreamedTensor(task, self.method, self.settings, self.pool)
         if new:
             self.pool.take(tensor.cost)
             tensor.opened.set()
@@ -110,18 +114,12 @@ class Calculator:
             self.record(Outcome(task, decision, changed, tensor.facts.digests(), tensor.facts.equal))
         with self._lock:
             del self._streamed[task.name]
-        tensor.close()
         self.pool.release(tensor.free())
 
     def abandon(self, tensor: StreamedTensor) -> None:
         """Free the memory of a tensor that cannot be computed: another thread may wait for it, and must see that the
         run failed."""
         self.pool.release(tensor.free())
-
-    def close(self) -> None:
-        """Let go of the scratch files of tensors that were not finished, after the last thread ended."""
-        for tensor in self._streamed.values():
-            tensor.close()
 
     def read(self, piece: Computed, roles: Collection[str] | None = None) -> dict[str, Array]:
         """A slice of every source, or of these: uint8, in buffers of the pool."""
@@ -147,13 +145,14 @@ class ComputeThread:
         self._worker = calculator.backend.worker(calculator.method, calculator.settings)
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
-        """Compute whole tensors as a group, or one slice. Raises NonFiniteError, SourceChanged, MachineError."""
+        """Compute whole tensors as a group, or one slice; `reserve` was called for them.
+
+        Raises NonFiniteError, SourceChanged, MachineError.
+        """
         first = contents[0]
         if not first.whole:
             return [self._slice(first)]
-        tasks = [content.task for content in contents]
-        with self._shared.pool.reserve(self._shared.cost(tasks)):
-            return self._merge(tasks)
+        return self._merge([content.task for content in contents])
 
     def _merge(self, tasks: Sequence[TensorTask]) -> list[Computation]:
         shared = self._shared

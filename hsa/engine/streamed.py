@@ -4,8 +4,9 @@ A thread that needs the decision of a tensor takes part in measuring it: it draw
 none is left, and waits for the others. So all threads work on a large tensor, and none can wait for a slice that nobody
 has drawn. What the passes give does not depend on who measured what, for methods take their sums by `hsa.methods.sums`.
 
-Slices are kept from the first pass on, so that sources are read once: those of a tensor that fits into memory, and of
-any other those at its beginning that are equal in all sources, once for all of them.
+Slices are kept from the first pass on, so that sources are read once: those of a tensor of up to KEPT_BYTES in all
+sources, and of any other those at its beginning that are equal in all sources, once for all of them, up to KEPT_BYTES.
+What is not kept is read again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from hsa.backends.base import NotFinite, Worker
 from hsa.engine.buffer_pool import BufferPool
-from hsa.engine.kept_slices import Buffers, KeptSlices, NewScratchFile
+from hsa.engine.kept_slices import Buffers, KeptSlices
 from hsa.engine.source_facts import SourceFacts
 from hsa.methods.base import Method, NotFiniteSums
 from hsa.methods.copied import COPIED
@@ -33,24 +34,13 @@ Read = Callable[[Computed], Buffers]
 
 
 class StreamedTensor:
-    """One tensor of which threads compute slices.
+    """One tensor of which threads compute slices."""
 
-    `scratch` makes a file for slices that are equal in all sources and exceed KEPT_BYTES; without it they are read
-    again.
-    """
-
-    def __init__(
-        self,
-        task: TensorTask,
-        method: Method[Any, Any],
-        settings: Settings,
-        pool: BufferPool,
-        scratch: NewScratchFile | None,
-    ) -> None:
+    def __init__(self, task: TensorTask, method: Method[Any, Any], settings: Settings, pool: BufferPool) -> None:
         self.task, self._method, self._settings, self._pool = task, method, settings, pool
         self.pieces = pieces_of(task)
         self.facts = SourceFacts(task) if task.listed else None
-        self._kept = KeptSlices(task, pool, KEPT_BYTES, scratch)
+        self._kept = KeptSlices(task, pool, KEPT_BYTES)
         self._may_be_copied = may_be_copied(task, method, settings)
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
@@ -74,8 +64,7 @@ class StreamedTensor:
         """Bytes of memory that the tensor takes at most until its last slice is computed."""
         if self.keeps:
             return self._bytes
-        anchor: int = self.task.stored.nbytes
-        return min(anchor, KEPT_BYTES) if self._may_be_copied else 0
+        return min(self.task.sources[self.task.anchor].nbytes, KEPT_BYTES) if self._may_be_copied else 0
 
     @property
     def _bytes(self) -> int:
@@ -117,10 +106,6 @@ class StreamedTensor:
             held, self._held = self._held, 0
             return held
 
-    def close(self) -> None:
-        """Let go of what was kept, after the last slice."""
-        self._kept.close()
-
     def _begin(self, number: int) -> None:
         """Begin a pass; the caller holds the lock, or is the first."""
         self._number, self._next = number, 0
@@ -150,8 +135,6 @@ class StreamedTensor:
             result = worker.measure_slice(piece, buffers, self._number, self._decision)
         if kept is None:
             self._keep(piece, buffers)
-        else:
-            self._kept.put_back(piece, buffers)
         with self._changed:
             self._results[number] = result
             self._measuring.remove(piece.first)

@@ -18,7 +18,6 @@ from typing import TypeVar
 from hsa.errors import DestinationError, MachineError
 from hsa.system import fsio
 from hsa.system.descriptors import list_directory, open_file, reason
-from hsa.system.scratch_file import ScratchFile
 
 NAME_MAX = 255
 """Bytes of the longest file name, on every common filesystem."""
@@ -69,10 +68,6 @@ class StagingDirectory:
 
     def file(self, name: str) -> Path:
         return self.path / name
-
-    def scratch_file(self) -> ScratchFile:
-        """A file without a name, on the filesystem of the output."""
-        return ScratchFile(self.path)
 
     def write(self, name: str, data: bytes, tally: fsio.Tally) -> None:
         """Write a small file whole, and fsync it."""

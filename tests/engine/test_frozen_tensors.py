@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,13 +19,15 @@ from hsa.engine.kept_slices import KeptSlices
 from hsa.planning import file_layout
 from hsa.system.fsio import SourceFile
 from hsa.system.plugins import VARIABLE
-from hsa.system.scratch_file import ScratchFile
 from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, write_checkpoint
 
 SHAPE = WhisperShape(**{**vars(SHAPES["test"]), "vocab_size": 1031})
 EMBEDDING = "model.decoder.embed_tokens.weight"
 PASSES = Path(__file__).parents[1] / "support" / "two_pass_method.py"
 METHODS = ("linear", "task_arithmetic", "slerp", "model_stock", "ties", "two_passes")
+EVERYTHING = 64 << 20
+"""Bytes that are kept in memory; all tensors of all models have less."""
+
 LESS_THAN_THE_EMBEDDING = 9_000
 """Bytes that are kept in memory; the embedding has 131 KB or more in one model."""
 
@@ -78,32 +79,34 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranges]:
         yield ranges
 
 
-def assert_read_once(ranges: Ranges, sources: Mapping[str, Any]) -> None:
-    for path in (sources["base"], *sources["models"]):
-        if path.name not in ranges:
-            continue
+def bytes_read_twice(ranges: Ranges) -> dict[str, int]:
+    """By source, how many bytes were read more than once; sources without any are left out."""
+    repeated: dict[str, int] = defaultdict(int)
+    for name, each in ranges.items():
         end = 0
-        for start, stop in sorted(ranges[path.name]):
-            assert start == end, f"{path.name}: bytes {end} to {start} lie between two reads"
-            end = stop
-        assert end == (path / "model.safetensors").stat().st_size, f"{path.name} was not read to its end"
+        for start, stop in sorted(each):
+            if start < end:
+                repeated[name] += min(stop, end) - start
+            end = max(end, stop)
+    return dict(repeated)
 
 
 def request(method: str, sources: Mapping[str, Any]) -> dict[str, Any]:
-    models = sources["models"][: 2 if method == "slerp" else None]
-    base = {} if method in ("linear", "slerp") else {"base": sources["base"]}
-    return {"method": method, **base, "models": models, "sync": False}
+    models = sources["models"][: 1 if method == "slerp" else None]
+    base = {} if method == "linear" else {"base": sources["base"]}
+    settings = {"t": 0.25} if method == "slerp" else {}
+    return {"method": method, **base, "models": models, **settings, "sync": False}
 
 
 @pytest.mark.unverified("the reads of verify would be counted too")
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("count", [3, 8])
-@pytest.mark.parametrize("kept", [1 << 20, LESS_THAN_THE_EMBEDDING])
+@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("kept", [EVERYTHING, LESS_THAN_THE_EMBEDDING])
 def test_each_source_of_a_frozen_decoder_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, count: int, kept: int
 ) -> None:
-    """Also where the embedding, or one tensor of all sources, exceeds what is kept in memory. Only what methods with
-    passes measure of a tensor that differs and exceeds it is read once for each pass."""
+    """Where a tensor exceeds what is kept, the rest of it is read again, of one source. What methods with passes
+    measure of a tensor that differs and exceeds it is read once for each pass: those tensors are left out here."""
     sources = write_models(tmp_path, count, dtype)
     expected: dict[str, dict[str, torch.Tensor]] = {}
     for method in METHODS:
@@ -111,16 +114,19 @@ def test_each_source_of_a_frozen_decoder_is_read_once(
         expected[method] = read_tensors(tmp_path / "expected" / method)
     monkeypatch.setattr(streamed, "KEPT_BYTES", kept)
     for number, method in enumerate(METHODS):
-        limits = {} if kept == 1 << 20 or number < 2 else {"only": "decoder.*"}
+        limits = {} if kept == EVERYTHING or number < 2 else {"only": "decoder.*"}
         for threads in (1 + number % 3, 4):
             output = tmp_path / f"{method}-{threads}"
             with watched(monkeypatch) as ranges:
                 hsa.merge(**request(method, sources), **limits, output=output, threads=threads)
-            assert "fine0" in ranges and (not limits or "fine1" in ranges)
-            if not limits:
-                assert_read_once(ranges, sources)
-            else:
-                assert_no_range_twice(ranges)
+            repeated = bytes_read_twice(ranges)
+            if kept == EVERYTHING:
+                assert repeated == {}
+            elif method != "two_passes":  # which copies nothing, so what is not kept is read in both passes
+                width = 2 if dtype == "float16" else 4
+                embedding = SHAPE.vocab_size * SHAPE.d_model * width
+                assert set(repeated) == {"fine0"}, (method, threads, repeated)
+                assert embedding - kept <= repeated["fine0"] < 2 * embedding
             found = read_tensors(output)
             for name, tensor in found.items():
                 if not limits or ".decoder." in name:
@@ -128,20 +134,13 @@ def test_each_source_of_a_frozen_decoder_is_read_once(
             assert raw_bytes(found[EMBEDDING]) == raw_bytes(read_tensors(sources["base"])[EMBEDDING])
 
 
-def assert_no_range_twice(ranges: Ranges) -> None:
-    for name, each in ranges.items():
-        ordered = sorted(each)
-        for (_, stop), (start, _) in zip(ordered, ordered[1:], strict=False):
-            assert stop <= start, f"{name}: bytes {start} to {stop} were read twice"
-
-
 @pytest.mark.unverified("the reads of verify would be counted too")
-@pytest.mark.parametrize("kept", [1 << 20, LESS_THAN_THE_EMBEDDING, 0])
+@pytest.mark.parametrize("kept", [EVERYTHING, LESS_THAN_THE_EMBEDDING, 0])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_difference_at_the_end_is_merged_of_what_was_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, kept: int
 ) -> None:
-    """The whole embedding is computed by the method then, and its equal slices are not read again."""
+    """The whole embedding is computed by the method then, and equal slices that were kept are not read again."""
     sources = write_models(tmp_path, 3, "float32", change_last=True)
     with monkeypatch.context() as patch:
         patch.setattr(file_layout, "MAX_WHOLE", 24 << 20)
@@ -151,46 +150,10 @@ def test_a_difference_at_the_end_is_merged_of_what_was_read(
         with watched(monkeypatch) as ranges:
             hsa.merge(**request(method, sources), output=tmp_path / str(threads) / "out", threads=threads)
         assert snapshot(tmp_path / str(threads)) == snapshot(tmp_path / "whole")
-        if method in ("linear", "task_arithmetic"):
-            assert_read_once(ranges, sources)
+        if kept == EVERYTHING:
+            assert bytes_read_twice(ranges) == {}
     target = hsa.inspect(tmp_path / "1" / "out").tensors[EMBEDDING]
     assert not target.copied
-
-
-@pytest.mark.unverified("the reads of verify would be counted too")
-def test_where_no_scratch_file_can_be_written_the_first_model_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sources = write_models(tmp_path, 3, "float32")
-    hsa.merge(**request("linear", sources), output=tmp_path / "first" / "out")
-    monkeypatch.setattr(streamed, "KEPT_BYTES", LESS_THAN_THE_EMBEDDING)
-    asked = [0]
-
-    def full(file: ScratchFile, view: memoryview, offset: int) -> None:
-        asked[0] += 1
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(ScratchFile, "write", full)
-    with watched(monkeypatch) as ranges:
-        hsa.merge(**request("linear", sources), output=tmp_path / "second" / "out", threads=1)
-    assert snapshot(tmp_path / "first") == snapshot(tmp_path / "second")
-    assert asked[0] > 0
-    with pytest.raises(AssertionError, match="fine0: bytes"):
-        assert_no_range_twice(ranges)
-    del ranges["fine0"]  # type: ignore[attr-defined]
-    assert_no_range_twice(ranges)
-
-
-@pytest.mark.parametrize("kept", [LESS_THAN_THE_EMBEDDING, 0])
-def test_verify_needs_no_scratch_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
-    sources = write_models(tmp_path, 2, "float16")
-    given = request("task_arithmetic", sources)
-    hsa.merge(**given, output=tmp_path / "out")
-    before = snapshot(tmp_path)
-    monkeypatch.setattr(streamed, "KEPT_BYTES", kept)
-    monkeypatch.setattr(ScratchFile, "__init__", lambda file, directory: pytest.fail("verify writes nothing"))
-    assert hsa.verify(tmp_path / "out", base=given["base"], models=given["models"]).ok
-    assert snapshot(tmp_path) == before
 
 
 def test_no_more_is_kept_in_memory_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import blake3
 import pytest
@@ -26,7 +27,7 @@ def defined(data: bytes, chunk: int) -> str:
 def parts_of(data: bytes, draw: random.Random) -> list[tuple[int, bytes]]:
     """The bytes, cut somewhere and shuffled."""
     cuts = sorted({0, len(data), *(draw.randint(0, len(data)) for _ in range(draw.randint(0, 12)))})
-    parts = [(start, data[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    parts = [(start, data[start:stop]) for start, stop in pairwise(cuts)]
     draw.shuffle(parts)
     return parts
 
