@@ -15,19 +15,18 @@ from typing import Any
 
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuBackend
-from hsa.engine.compute import Calculator, not_finite_error, slice_facts
+from hsa.engine.compute import Calculator, not_finite_error
 from hsa.engine.schedule import Schedule
-from hsa.engine.streamed import SliceFacts
+from hsa.engine.source_facts import SourceFacts
 from hsa.inspection.vector_sums import BlockSums, TensorSums, drops, gather, is_finite, look_at
 from hsa.methods.base import BASE, Method
 from hsa.methods.copied import COPIED
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import Outcome, TensorTask
-from hsa.planning.equal_sources import all_equal, may_be_copied
+from hsa.planning.equal_sources import may_be_copied
 from hsa.planning.file_layout import Computed, is_whole, pieces_of
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
-from hsa.system.digests import digest_of_slices
 from hsa.system.dtypes import Array
 
 STREAMED = ("flat", "rows", "columns")
@@ -36,24 +35,22 @@ STREAMED = ("flat", "rows", "columns")
 
 @dataclass(frozen=True)
 class Subject:
-    """A tensor to look at: the merge's task, and base's tensor. `decides`: its decision is found, not left open.
-    `whole`: the merge holds it whole, and so digests its bytes at once."""
+    """A tensor to look at: the merge's task, and base's tensor. `decides`: its decision is found, not left open."""
 
     task: TensorTask
     base: TensorRef | None
     decides: bool
-    whole: bool
 
     @classmethod
     def of(cls, method: Method[Any, Any], task: TensorTask, base: TensorRef | None) -> Subject:
         """A decision that takes more than sums over slices, such as a decomposition, is left open."""
         decides = method.elementwise and task.layout in STREAMED
-        return cls(task if decides else replace(task, layout="flat", passes=0), base, decides, is_whole(task))
+        return cls(task if decides else replace(task, layout="flat", passes=0), base, decides)
 
     @property
-    def pieces(self) -> tuple[Computed, ...]:
-        """The slices in which it is read."""
-        return (Computed(self.task, 0, math.prod(self.task.shape)),) if self.whole else pieces_of(self.task)
+    def whole(self) -> bool:
+        """Whether it is read at once."""
+        return is_whole(self.task)
 
     @property
     def shown(self) -> TensorTask:
@@ -82,7 +79,7 @@ class _Progress:
 
     subject: Subject
     left: int
-    facts: dict[int, SliceFacts] = field(default_factory=dict)
+    facts: SourceFacts
     parts: dict[int, list[BlockSums]] = field(default_factory=dict)
 
 
@@ -104,8 +101,9 @@ class ModelPass:
         """
         slices = []
         for subject in subjects:
-            self._under_way[subject.task.name] = _Progress(subject, len(subject.pieces))
-            slices += [(subject, piece) for piece in subject.pieces]
+            pieces = pieces_of(subject.task)
+            self._under_way[subject.task.name] = _Progress(subject, len(pieces), SourceFacts(subject.task))
+            slices += [(subject, piece) for piece in pieces]
         schedule: Schedule[tuple[Subject, Computed]] = Schedule()
         schedule.run(iter(slices), threads, self._thread, lambda: progress(self._done))
         progress(self._done)
@@ -119,11 +117,11 @@ class ModelPass:
         task, own = piece.task, self._under_way[subject.task.name]
         try:
             if task.passes:
-                self._look_streamed(subject, piece, worker, own)
+                self._look_streamed(subject, piece, worker)
             else:
                 with self._calculator.pool.reserve(subject.nbytes if subject.whole else 0):
                     buffers = self._calculator.read(piece)
-                    own.facts[piece.first] = slice_facts(piece, buffers)
+                    own.facts.add(piece, buffers)
                     decision = self._method.decide(task, None, self._settings, None) if subject.decides else None
                     self._sum_up(subject, piece, worker, decision, buffers)
             with self._lock:
@@ -135,16 +133,11 @@ class ModelPass:
         except NotFinite as error:
             raise not_finite_error(error, subject.shown, self._sources, self._method) from None
 
-    def _look_streamed(self, subject: Subject, piece: Computed, worker: Any, own: _Progress) -> None:
+    def _look_streamed(self, subject: Subject, piece: Computed, worker: Any) -> None:
         shared = self._calculator
         tensor = shared.streamed(piece.task)
-
-        def facts(part: Computed, buffers: Mapping[str, Array]) -> SliceFacts:
-            own.facts[part.first] = slice_facts(part, buffers)
-            return own.facts[part.first]
-
         try:
-            decision = tensor.decision(worker, shared.read, facts, shared.give_back)
+            decision = tensor.decision(worker, shared.read)
             buffers = tensor.take(piece) or shared.read(piece)
             self._sum_up(subject, piece, worker, decision, buffers)
         except BaseException:
@@ -162,38 +155,30 @@ class ModelPass:
         every = {**self._calculator.read(shown, added), **buffers}
         look = look_at(self._method, decision, masks=drops(decision))
         parts = worker.each_part(shown, every, look, check=bool(added) or not piece.task.passes)
-        for buffer in every.values():
-            self._calculator.give_back(buffer)
+        self._calculator.pool.give_back_all(every.values())
         with self._lock:
             self._under_way[piece.task.name].parts[piece.first] = parts
 
     def _finish(self, own: _Progress) -> None:
         """Gather what was found of a tensor, all of whose slices were looked at."""
         subject, task = own.subject, own.subject.task
-        ordered = [facts for _, facts in sorted(own.facts.items())]
-        equal = frozenset.intersection(*(facts.equal for facts in ordered)) if ordered else frozenset()
-        decision = self._decision(subject, equal)
+        outcome = self._calculator.outcomes[task.name] if task.passes else self._outcome(own)
+        decision = outcome.decision
         blocks = [block for _, parts in sorted(own.parts.items()) for block in parts]
         base = BASE in subject.shown.sources
         sums = gather(blocks, task.numbers, len(self._sources.models), base=base, masks=drops(decision))
         if not is_finite(sums):
             raise NotFinite(None, None)
-        outcome = Outcome(task, decision, (), _digests(subject, ordered), equal)
         with self._lock:
             self._looks[task.name] = Look(outcome, sums)
             del self._under_way[task.name]
 
-    def _decision(self, subject: Subject, equal: frozenset[tuple[str, str]]) -> Any:
-        task = subject.task
-        if may_be_copied(task, self._method, self._settings) and all_equal(task, equal):
-            return COPIED
-        if task.passes:
-            return self._calculator.outcomes[task.name].decision
-        return self._method.decide(task, None, self._settings, None) if subject.decides else None
-
-
-def _digests(subject: Subject, facts: Sequence[SliceFacts]) -> dict[str, str]:
-    """By role, the digest of the tensor as a merge records it."""
-    if subject.whole:
-        return dict(facts[0].digests)
-    return {role: digest_of_slices(each.digests[role] for each in facts) for role in subject.task.sources}
+    def _outcome(self, own: _Progress) -> Outcome:
+        """What a merge makes of a tensor that it does not measure."""
+        subject, task, facts = own.subject, own.subject.task, own.facts
+        decision = None
+        if may_be_copied(task, self._method, self._settings) and facts.all_equal:
+            decision = COPIED
+        elif subject.decides:
+            decision = self._method.decide(task, None, self._settings, None)
+        return Outcome(task, decision, (), facts.digests(), facts.equal)

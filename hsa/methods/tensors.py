@@ -140,7 +140,8 @@ class TensorTask:
 @dataclass(frozen=True)
 class Outcome:
     """A target that was merged: the decision, the byte ranges of the result that may differ from the anchor's, the
-    BLAKE3 digest of the tensor's bytes in each source, and the pairs of sources that hold the same values in it."""
+    digest of the tensor in each source (`hsa.planning.tensor_digests`), and the pairs of sources that hold the same
+    values in it."""
 
     task: TensorTask
     decision: Any
