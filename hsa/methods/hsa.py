@@ -244,6 +244,7 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     Settings = HsaSettings
     writes_out_last = True
     checks_sources = True
+    gpu_models = 2
     bound_settings = ("attention_scale", "weights")
 
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: HsaSettings) -> Treatment:

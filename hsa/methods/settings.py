@@ -68,7 +68,7 @@ class Setting:
         repeated: the command line's option is given once for each entry of a list.
         form: checks a value that is no number, given what to call it, and gives it in its one form.
         patchable: a patch can hold a merge with any value of it, and so can a sweep.
-        structural: the plan of a merge hangs on it (which tensors are merged, what is written), so that candidates
+        structural: the plan of a merge depends on it (which tensors are merged, what is written), so that candidates
             which share a plan share it.
         axis: a sweep may take several values of it.
         summary: the line that says how a merge was made names it, as it does every axis.
@@ -278,7 +278,7 @@ class Settings:
         """RequestError where settings do not fit so many models, as far as that can be told without their tensors."""
 
     def structure(self) -> tuple[Any, ...]:
-        """What of the settings a plan hangs on; settings with equal structure share a plan."""
+        """The values that a plan depends on; settings with equal structure share a plan."""
         return tuple(getattr(self, each.name) for each in declared(type(self)) if each.about.structural)
 
     @property

@@ -12,7 +12,7 @@ from hsa.architectures.registry import default
 from hsa.cli.merge import _describe_plan
 from hsa.cli.printing import merge_report
 from hsa.methods.registry import method_named
-from hsa.methods.tensors import TensorCount
+from hsa.methods.merged_tensors import TensorCount
 from hsa.outputs.report import MergeReport, PlanReport, outcome_findings
 
 PLUGIN = """
