@@ -46,6 +46,10 @@ READ_ALL = "all sources read, one copied and synced"
 PARITY = 3e-7
 """Of a tensor's norm: how far ours may be from mergekit's in float32."""
 
+LONG = {"slerp": 3e-5}
+"""The same where tensors are long: mergekit adds up their norms in float32. On one of 573,440 elements its slerp is
+2e-6 from that in float64, and ours 6e-8."""
+
 ROUNDINGS = 8
 """Of an element type: how far the outputs in it may differ, relative to the largest value."""
 
@@ -100,9 +104,9 @@ def compare(method: str, one: Path, two: Path, *, every: bool) -> None:
         raise SystemExit(f"correctness gate: {method} wrote other tensors than mergekit")
     for name in names if every else names[:: max(1, len(names) // 20)]:
         a, b = first[name].double(), second[name].double()
-        if every:
-            distance, allowed = float((a - b).norm() / b.norm().clamp_min(1e-30)), PARITY
-        else:
+        distance = float((a - b).norm() / b.norm().clamp_min(1e-30))
+        allowed = PARITY if every else LONG.get(method, PARITY)
+        if not every and distance > allowed:  # rounded to 16 bits, or a method that leaves elements out
             rounding = ROUNDINGS * torch.finfo(second[name].dtype).eps * float(b.abs().max())
             distance, allowed = float(((a - b).abs() > rounding).double().mean()), OTHERS.get(method, 0.0)
         if not distance <= allowed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -143,6 +143,16 @@ class Calculator:
         with self._lock:
             self.outcomes[outcome.task.name] = outcome
 
+    def reserve(self, contents: Sequence[Computed]) -> Callable[[], None]:
+        """Wait for the memory that computing whole tensors takes, and give what releases it; or for that of the tensor
+        of which this is a slice, which is held until its last slice is computed."""
+        if not contents[0].whole:
+            self.streamed(contents[0].task)
+            return lambda: None
+        cost = self.cost([content.task for content in contents])
+        self.pool.take(cost)
+        return lambda: self.pool.release(cost)
+
     def streamed(self, task: TensorTask) -> StreamedTensor:
         """The tensor of which a slice is computed, within the budget of memory."""
         with self._lock:
@@ -213,13 +223,14 @@ class ComputeThread:
         self._worker = calculator.backend.worker(calculator.method, calculator.settings)
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
-        """Compute whole tensors as a group, or one slice. Raises NonFiniteError, SourceChanged, MachineError."""
+        """Compute whole tensors as a group, or one slice; `reserve` was called for them.
+
+        Raises NonFiniteError, SourceChanged, MachineError.
+        """
         first = contents[0]
         if not first.whole:
             return [self._slice(first)]
-        tasks = [content.task for content in contents]
-        with self._shared.pool.reserve(self._shared.cost(tasks)):
-            return self._merge(tasks)
+        return self._merge([content.task for content in contents])
 
     def _merge(self, tasks: Sequence[TensorTask]) -> list[Computation]:
         shared = self._shared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,10 @@ class PatchApplier:
 
     def thread(self) -> PatchApplier:
         return self
+
+    def reserve(self, contents: Sequence[Computed]) -> Callable[[], None]:
+        """Nothing: what a thread holds is one tensor."""
+        return lambda: None
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
         """Put the rows of a patch into one tensor.

@@ -2,8 +2,10 @@
 
 The output is a row of pieces. Threads draw work in file order: first the targets that begin in a piece or soon after
 it, then the piece itself, which is assembled from copied ranges and computed tensors, digested in order, and written.
-A piece waits only for work that was drawn before it, so the threads cannot wait on one another in a circle,
-and no more than the tensors of the pieces in flight and of the next `AHEAD_BYTES` are in memory.
+A piece waits only for work that was drawn before it, and memory is reserved in the order of drawing: a tensor that
+threads share holds its memory until its last slice is computed, and what is drawn after it waits until that is done.
+So the threads cannot wait on one another in a circle, and no more than the tensors of the pieces in flight and of the
+next `AHEAD_BYTES` are in memory.
 """
 
 from __future__ import annotations
@@ -54,7 +56,10 @@ class SegmentThread(Protocol):
     """One thread's place at a calculator."""
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
-        """Compute targets as a group, or one slice. Raises NonFiniteError, SourceChanged, MachineError."""
+        """Compute targets as a group, or one slice, whose memory is reserved.
+
+        Raises NonFiniteError, SourceChanged, MachineError.
+        """
 
 
 class SegmentCalculator(Protocol):
@@ -66,6 +71,10 @@ class SegmentCalculator(Protocol):
     def group_bytes(self) -> int: ...
 
     def thread(self) -> SegmentThread: ...
+
+    def reserve(self, contents: Sequence[Computed]) -> Callable[[], None]:
+        """Wait for the memory that computing these takes, and give what releases it. Called in the order of drawing,
+        by one thread at a time."""
 
     def give_back(self, buffer: Array) -> None:
         """Take back the memory of a computation that was written."""
@@ -182,7 +191,7 @@ class _PipelineRun:
             if progress is not None:
                 progress(self.done)
 
-        self.schedule.run(self._all_tasks(), self.options.threads, self._thread, watch)
+        self.schedule.run(self._all_tasks(), self.options.threads, self._thread, watch, self._reserve)
         if progress is not None:
             progress(self.done)
         self.consumer.finish()
@@ -226,12 +235,15 @@ class _PipelineRun:
             group.append(ahead.popleft())
         return tuple(group)
 
+    def _reserve(self, task: _Task) -> Callable[[], None]:
+        return self.calculator.reserve(_contents(task)) if task.segments else lambda: None
+
     def _thread(self) -> Callable[[_Task], None]:
         local = _ThreadMemory(self.calculator.thread(), allocate(self.piece))
         return lambda task: self._compute(task, local) if task.segments else self._write(task, local)
 
     def _compute(self, task: _Task, local: _ThreadMemory) -> None:
-        computed = local.thread.compute([segment.content for segment in task.segments])  # type: ignore[misc]
+        computed = local.thread.compute(_contents(task))
         with self.changed:
             for segment, computation in zip(task.segments, computed, strict=True):
                 result = self.results[task.file.number, segment.offset]
@@ -280,6 +292,10 @@ class _PipelineRun:
             result = self.results[file, segment.offset]
             self.schedule.wait(lambda: result.data is not None)
             return result
+
+
+def _contents(task: _Task) -> list[Computed]:
+    return [segment.content for segment in task.segments if isinstance(segment.content, Computed)]
 
 
 def _is_whole(segment: Segment) -> bool:
