@@ -1,8 +1,9 @@
 """Sums over a sample of a tensor's elements, taken while a merge has them in memory.
 
-Every `STRIDE`-th run of 1,024 elements belongs to the sample, by its place in the tensor, and so do all elements of a
-smaller tensor; of others the last elements, which are no whole run, are left out. What is in the sample does not depend
-on slices, blocks or threads.
+Of every `STRIDE` runs of 1,024 elements, the first `RUNS` belong to the sample, by their place in the tensor. All
+elements of a tensor of less than one run do; of others the last elements, which are no whole run, are left out. What is
+in the sample does not depend on slices, blocks or threads. The runs of a sample lie together so that most blocks of a
+large tensor hold none.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from hsa.methods.gram import pairs_of
 from hsa.methods.tensors import BASE, UNIT, DistanceSums, TensorTask
 from hsa.system.dtypes import STORAGE, Array, Float32, widen
 
-STRIDE = 64
-"""Of so many runs, one is in the sample."""
+STRIDE, RUNS = 512, 8
+"""Of so many runs, so many are in the sample."""
 
 
 class StoredBlock(Protocol):
@@ -52,13 +53,16 @@ class Sampler:
         self._origin = BASE if BASE in task.sources else task.anchor
         self._pairs = pairs_of(len(self._models) + output)
         self._elements, self._square, self._products = 0, 0.0, [0.0] * len(self._pairs)
-        self._base = self._vectors = np.empty(0)
+        self._base: Array = np.empty(0)
+        self._vectors: Array = np.empty((0, 0))
         self._first = 0
 
     def take(self, block: StoredBlock) -> None:
         """Take the sample of a block from each source."""
         self._first = block.first
         self._base = self._sample(self._origin, block)
+        if not self._base.size:
+            return
         self._vectors = np.empty((len(self._models) + self._output, self._base.size))
         for vector, role in zip(self._vectors, self._models, strict=False):
             np.subtract(self._base if role == self._origin else self._sample(role, block), self._base, out=vector)
@@ -90,6 +94,8 @@ class Sampler:
     def _sample(self, role: str, block: StoredBlock) -> Array:
         """The sample of a source's elements, float64 [n]."""
         code, part = self._task.sources[role].code, np.ascontiguousarray(sampled(block.raw(role), block.first))
+        if not part.size:
+            return np.empty(0)
         wide: Array = widen(code, part, np.empty(part.shape, np.float32)).astype(np.float64).reshape(-1)
         return wide
 
@@ -115,14 +121,15 @@ def sampled(elements: Array, first: int) -> Array:
     """The elements of a block that are in the sample [runs, length]; `first` is the flat index of its first.
 
     Example:
-        >>> sampled(np.arange(65 * 1024), 0)[:, 0].tolist()
-        [0, 65536]
+        >>> sampled(np.arange(513 * 1024), 0)[:, 0].tolist()
+        [0, 1024, 2048, 3072, 4096, 5120, 6144, 7168, 524288]
     """
     flat = elements.reshape(-1)
     if flat.size < UNIT:
         return flat[None, : 0 if first else flat.size]
-    run = -(first // UNIT) % STRIDE
-    return flat[: flat.size // UNIT * UNIT].reshape(-1, UNIT)[run::STRIDE]
+    runs = flat[: flat.size // UNIT * UNIT].reshape(-1, UNIT)
+    chosen: Array = runs[(first // UNIT + np.arange(len(runs))) % STRIDE < RUNS]
+    return chosen
 
 
 def _dot(one: Array, two: Array) -> float:

@@ -114,7 +114,7 @@ def _setting(each: Mapping[str, Any]) -> Iterator[str]:
     about += [f"default {each['default_text']}"] if each["default_text"] else []
     about += [each["range"]] if each["range"] else []
     about += [f"searched {each['search'][0]:g} to {each['search'][1]:g}"] if each["search"] else []
-    about += ["repeat it for one for each model"] if each["per_model"] else []
+    about += ["repeat it to give each model its own"] if each["per_model"] else []
     about += [PER_LAYER] if each["per_layer"] else ["by tensor in Python"] if each["per_tensor"] else []
     about += ["hsa sweep takes several"] if each["sweep"] else []
     yield from _wrapped(INDENT * 3, each["help"])

@@ -18,11 +18,11 @@ from hsa.backends.cpu import CpuBackend
 from hsa.engine.compute import Calculator, not_finite_error, slice_facts
 from hsa.engine.schedule import Schedule
 from hsa.engine.streamed import SliceFacts
-from hsa.inspection.vector_sums import BlockSums, TensorSums, VectorSums, drops, gather, is_finite, block_sums
+from hsa.inspection.vector_sums import BlockSums, TensorSums, VectorSums, block_sums, drops, gather, is_finite
 from hsa.methods.base import BASE, Method
 from hsa.methods.copied import COPIED
-from hsa.methods.settings import Settings
 from hsa.methods.gram import pairs_of
+from hsa.methods.settings import Settings
 from hsa.methods.tensors import DistanceSums, Outcome, TensorTask
 from hsa.planning.equal_sources import all_equal, may_be_copied
 from hsa.planning.file_layout import Computed, is_whole, pieces_of

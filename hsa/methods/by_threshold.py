@@ -38,8 +38,8 @@ class Ranks(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The magnitudes that are kept, both ends included; nothing where `low` is None, no upper end where `high` is. So many
-    elements are `kept`."""
+    """The magnitudes that are kept, both ends included; nothing where `low` is None, no upper end where `high` is.
+    `kept` is the number of elements."""
 
     low: float | None
     high: float | None

@@ -16,7 +16,7 @@ from hsa.methods.geometry import percent
 from hsa.methods.hsa_extent import Extent, PlannedExtent
 from hsa.methods.selection import TIE_RISK
 from hsa.methods.settings import PerTensor
-from hsa.methods.source_warnings import NO_CHANGE, RolePair, first_and_each
+from hsa.methods.source_warnings import ATTENTION, NO_CHANGE, RolePair, first_and_each
 from hsa.methods.tensors import BASE, Outcome, TensorRecord
 from hsa.option_names import option
 
@@ -53,7 +53,7 @@ def value_findings(outcomes: Sequence[Outcome]) -> Findings:
     """What the values of the sources' target tensors tell, whatever the settings of the merge."""
     if not outcomes:
         return Findings()
-    return source_warnings.value_findings(_equal_sources(outcomes), _distances(outcomes), len(outcomes))
+    return source_warnings.value_findings(_equal_sources(outcomes), _distances(outcomes), ATTENTION, len(outcomes))
 
 
 def change_findings(outcomes: Sequence[Outcome]) -> Findings:

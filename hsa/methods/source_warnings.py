@@ -1,6 +1,6 @@
 """Warns of sources that can be merged but do not belong together, and of merges that change next to nothing.
 
-Such a merge writes a sound checkpoint of no use, so it is told as a warning, whatever the method. The thresholds lie
+Such a merge writes a sound checkpoint of no use, so it is a warning, whatever the method. The thresholds lie
 between what was measured of sound and of mistaken sources. Real ones: three fine-tunes of whisper-tiny by two or three.
 `d` is |M1 - M2|, `t` the task vector of the fine-tune that is nearer to the other. Of attention (encoder-qkv,
 attention-qkv), in float16, with float16 and bfloat16 copies of each:
@@ -14,9 +14,16 @@ attention-qkv), in float16, with float16 and bfloat16 copies of each:
 | random base of equal shapes | 1.4 to 2.2 | 1.00 | below 0.02 |
 | random secondary, or primary | 1.1 to 1.4 of it | 0.01 | 1.0 |
 
-WHOLE_MODELS_TABLE
+The same models, all tensors of which are merged:
 
-Of more than two fine-tunes, each pair is looked at as here.
+| sources | tv / B | cosine | d / t |
+|---|---|---|---|
+| fine-tunes of one base, any two of three | 0.0014 | 0.28 to 0.40 | 1.10 to 1.19 |
+| base and a fine-tune exchanged, any pair | 0.0014 to 0.0017 | 0.55 to 0.61 | 0.83 to 0.91 |
+| a third fine-tune as base, any of three | 0.0016 to 0.0017 | 0.43 to 0.55 | 0.92 to 1.05 |
+
+So there is less room between sound and mistaken ones than there is for attention; the thresholds leave out one of the
+last row, and warn of none of the first. Of more than two fine-tunes, each pair is measured as here.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 from hsa.errors import listed
 from hsa.findings import Findings
@@ -37,12 +45,22 @@ RolePair = tuple[str, str]
 UNRELATED = 0.5
 """|tv| / |B| from which a fine-tune is none of this base. Two independent models are at least 1.0 apart."""
 
-SHARED_COSINE = 0.39
-"""Cosine of the task vectors from which they share more than two fine-tunes of one base do. It is used together with
-`CLOSE_RATIO`, for a small fine-tune lies near to a large one whatever their angle."""
 
-CLOSE_RATIO = 1.1
-"""d / t below which two fine-tunes lie nearer to each other than two of one base do."""
+class TooClose(NamedTuple):
+    """When two fine-tunes share more than two of one base do: from a `cosine` of their task vectors on, and below a
+    `ratio` d / t, for a small fine-tune lies near to a large one whatever their angle. `usual` are the cosines that
+    were measured of fine-tunes of one base."""
+
+    cosine: float
+    ratio: float
+    usual: str
+
+
+ATTENTION = TooClose(0.39, 1.1, "0.2 to 0.33")
+"""Of attention heads."""
+
+WHOLE_MODELS = TooClose(0.47, 1.0, "0.28 to 0.4")
+"""Of all tensors that a method merges."""
 
 NO_CHANGE = 1e-4
 """|output - M1| / |tv1| below which a merge changes next to nothing. HSA's defaults give 0.1."""
@@ -52,7 +70,8 @@ def source_findings(outcomes: Sequence[Outcome]) -> Findings:
     """What the values of the sources tell, whatever the method and the settings."""
     equal = equal_sources(outcomes)
     found = MergeDistances.of(outcomes) if outcomes else None
-    return value_findings(equal, found.sources if found is not None and found.with_base else None, len(outcomes))
+    distances = found.sources if found is not None and found.with_base else None
+    return value_findings(equal, distances, WHOLE_MODELS, len(outcomes))
 
 
 def change_findings(outcomes: Sequence[Outcome]) -> Findings:
@@ -74,17 +93,19 @@ def change_findings(outcomes: Sequence[Outcome]) -> Findings:
     what = f"{models[0]}'s task vector" if found.with_base else "the distance between the models"
     return Findings(
         warnings=(
-            f"the merge changes next to nothing: the output differs from {nearest} by {share} % of {what}; the settings "
-            f"give the other sources no weight",
+            f"the merge changes next to nothing: the output differs from {nearest} by {share} % of {what}; the "
+            f"settings give the other sources next to no weight",
         )
     )
 
 
-def value_findings(equal: Sequence[RolePair], distances: ModelDistances | None, tensors: int) -> Findings:
+def value_findings(
+    equal: Sequence[RolePair], distances: ModelDistances | None, too_close: TooClose, tensors: int
+) -> Findings:
     """What is told of sources of which these pairs are equal on all of so many target tensors, and of their distances,
     None where there is no base or they were not measured."""
     unrelated = [] if distances is None else list(_unrelated_fine_tunes(distances))
-    exchanged = [] if equal or unrelated or distances is None else _exchanged_sources(distances)
+    exchanged = [] if equal or unrelated or distances is None else _exchanged_sources(distances, too_close)
     return Findings(warnings=(*(_equal_sources_warning(pair, tensors) for pair in equal), *unrelated, *exchanged))
 
 
@@ -148,7 +169,7 @@ def _unrelated_fine_tunes(distances: ModelDistances) -> Iterator[str]:
             )
 
 
-def _exchanged_sources(distances: ModelDistances) -> Iterator[str]:
+def _exchanged_sources(distances: ModelDistances, too_close: TooClose) -> Iterator[str]:
     """A fine-tune that is nearer to another than to base, or nearly so. A mistake about base brings all of them near to
     each other, so that the nearest pair alone is named."""
     models, squares = distances.models, distances.squares
@@ -156,19 +177,19 @@ def _exchanged_sources(distances: ModelDistances) -> Iterator[str]:
     for first, second in combinations(range(len(models)), 2):
         cosine, difference = distances.cosine((first, second)), distances.differences[first, second]
         larger = max(squares[first], squares[second])
-        if cosine is None or cosine < SHARED_COSINE or difference >= CLOSE_RATIO**2 * larger:
+        if cosine is None or cosine < too_close.cosine or difference >= too_close.ratio**2 * larger:
             continue
         nearer, other = (second, first) if squares[second] >= squares[first] else (first, second)
         share = math.sqrt(difference / larger)
-        near.append((share, _exchanged_text(models[nearer], models[other], share, cosine)))
+        near.append((share, _exchanged_text(models[nearer], models[other], share, cosine, too_close.usual)))
     if near:
         yield min(near)[1]
 
 
-def _exchanged_text(nearer: str, other: str, share: float, cosine: float) -> str:
+def _exchanged_text(nearer: str, other: str, share: float, cosine: float, usual: str) -> str:
     how = f"nearer to {other} than to base" if share < 1.0 else f"nearly as near to {other} as to base"
     return (
         f"{nearer} is {how}, at {percent(share)} % of the distance (the cosine of the task vectors is "
-        f"{cosine:.2f}, that of two fine-tunes of one base was 0.2 to 0.33 where it was measured): are base and "
+        f"{cosine:.2f}, that of two fine-tunes of one base was {usual} where it was measured): are base and "
         f"{other} exchanged, is base itself a fine-tune, or is one fine-tune made from the other?"
     )

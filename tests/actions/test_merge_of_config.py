@@ -297,7 +297,7 @@ def test_rows_of_the_embedding_beyond_the_tokens_are_kept(source: str, triple: T
 def test_embeddings_that_differ_in_their_rows(triple: Triple, tmp_path: Path) -> None:
     pad_embedding(triple["secondary"], 4)
     file = write(tmp_path, document(triple, tokenizer_source="base"))
-    with pytest.raises(RequestError, match="the embeddings differ in their rows .*, which mergekit would cut to the"):
+    with pytest.raises(RequestError, match=r"the embeddings differ in their rows .*, which mergekit would cut to the"):
         hsa.merge(config=file, output=tmp_path / "out", on_mismatch="first")
     assert not (tmp_path / "out").exists()
 
@@ -307,7 +307,7 @@ def test_tokens_without_a_row_in_the_embedding(triple: Triple, tmp_path: Path) -
         tokens = json.loads((path / "vocab.json").read_text())
         (path / "vocab.json").write_text(json.dumps({**tokens, "beyond": 10**6}))
     file = write(tmp_path, document(triple, tokenizer_source="union"))
-    with pytest.raises(RequestError, match="token ids up to 1000000 and its embedding [0-9]+ rows"):
+    with pytest.raises(RequestError, match=r"token ids up to 1000000 and its embedding [0-9]+ rows"):
         hsa.merge(config=file, output=tmp_path / "out")
 
 

@@ -12,6 +12,7 @@ from helpers import snapshot
 
 import hsa
 from hsa.cli import app
+from hsa.methods.all_settings import all_settings
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.settings import declared
 from hsa.option_names import command_line
@@ -33,7 +34,7 @@ def test_every_setting_is_an_option_with_its_default_and_its_help() -> None:
     for each in declared(HsaSettings):
         found = options[each.name]
         assert (found.opts, found.help.count(each.about.help)) == ([command_line(each.name)], 1)
-        assert found.default == each.default
+        assert found.default == (None if each.about.per_model else each.default)
 
 
 @pytest.mark.parametrize("command", ["merge", "sweep"])
@@ -140,7 +141,6 @@ def test_sources_are_those_of_the_methods_contract(tmp_path: Path, capsys: pytes
         assert "\n" not in line
 
 
-@pytest.mark.usefixtures("mean")
 @pytest.mark.parametrize(("given", "value"), [((0.3,), 0.3), ((0.3, 0.5), [0.3, 0.5])])
 def test_a_setting_may_be_given_once_or_for_each_model(
     given: tuple[float, ...], value: Any, shared_triple: Triple, tmp_path: Path
@@ -166,11 +166,13 @@ def test_more_values_than_models_are_refused(
 def test_help_says_what_may_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["merge", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert (
-        "Share of each task vector that is kept." in text and text.count("Repeat it to give each model its own.") == 3
-    )
+    assert "Share of each task vector that is kept." in text
+    alone = [name for name, each in all_settings(lambda about: about.per_model).items() if not each.about.repeated]
+    assert sorted(alone) == ["density", "epsilon", "gamma"]
+    assert text.count("Repeat it to give each model its own.") == len(alone)
 
 
+@pytest.mark.usefixtures("mean")
 def test_a_flag_switches_off_what_is_on_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("hsa.actions.request.Request.of", lambda **keywords: seen.append(keywords) or 1 / 0)

@@ -265,7 +265,7 @@ def test_the_thresholds_lie_between_what_was_measured(triple: Triple, tmp_path: 
     assert sound.primary is not None and unrelated.primary is not None
     assert sound.primary * 5 < source_warnings.UNRELATED < unrelated.primary / 2
     assert sound.cosine is not None and exchanged.cosine is not None
-    assert sound.cosine + 0.1 < source_warnings.SHARED_COSINE < exchanged.cosine - 0.1
+    assert sound.cosine + 0.1 < source_warnings.ATTENTION.cosine < exchanged.cosine - 0.1
     assert sound.change is not None
     assert sound.change > source_warnings.NO_CHANGE * 100
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from warned_merges import random_like, rewritten
 
 import hsa
-from hsa.backends.sampling import STRIDE
+from hsa.backends.sampling import RUNS, STRIDE
 from hsa.engine import streamed
 from hsa.methods.registry import methods
 from hsa.methods.source_warnings import NO_CHANGE
@@ -46,8 +46,9 @@ def merged(method: str, sources: Triple, output: Path, **more: Any) -> hsa.Merge
 
 
 def told(report: hsa.MergeReport) -> str:
-    """The warnings, but for those of names on the card."""
-    return " | ".join(warning for warning in report.warnings if "the card calls" not in warning)
+    """The warnings, but for those of names on the card and of files that are no weights."""
+    others = ("the card calls", "no source has feature extractor or tokenizer files")
+    return " | ".join(warning for warning in report.warnings if not any(each in warning for each in others))
 
 
 # --- sources that hardly belong together -----------------------------------------------------------------------------
@@ -69,6 +70,18 @@ def test_both_exchanges_are_told_of_every_size(triple: Triple, other: str, tmp_p
     swapped = {**triple, "base": triple[other], other: triple["base"]}
     found = told(merged("task_arithmetic", swapped, tmp_path / "out", lam=0.5))
     assert re.search(f"are base and model{1 if other == 'primary' else 2} exchanged", found), found
+
+
+def test_real_fine_tunes_are_sound_and_every_exchange_of_them_is_told(real_weights: Triple, tmp_path: Path) -> None:
+    models = {role: real_weights["base"].parent / role for role in ("base", "primary", "secondary", "tertiary")}
+    if not (models["tertiary"] / "config.json").is_file():
+        pytest.skip("the real triple has no tertiary")
+    assert told(merged("task_arithmetic", models, tmp_path / "sound", lam=0.3)) == ""
+    for role in ("primary", "secondary", "tertiary"):
+        for other in models.keys() - {"base", role}:
+            swapped = {"base": models[role], "one": models["base"], "two": models[other]}
+            found = told(merged("task_arithmetic", swapped, tmp_path / "out", lam=0.3, overwrite=True))
+            assert "are base and model1 exchanged" in found, (role, other)
 
 
 @pytest.mark.parametrize("method", BASED)
@@ -161,15 +174,15 @@ def sample_of(tensor: Tensor) -> Tensor:
     """The elements of a tensor that count, by their places."""
     places = torch.arange(tensor.numel())
     whole = tensor.numel() // UNIT * UNIT if tensor.numel() >= UNIT else tensor.numel()
-    return tensor.flatten()[(places // UNIT % STRIDE == 0) & (places < whole)].double()
+    return tensor.flatten()[(places // UNIT % STRIDE < RUNS) & (places < whole)].double()
 
 
 @pytest.fixture(scope="module")
 def larger(shared_triple: Triple, tmp_path_factory: pytest.TempPathFactory) -> Triple:
-    """The triple with embeddings of 150 runs of elements and a part, in three element types."""
+    """The triple with embeddings of 1100 runs of elements and a part, in three element types."""
     folder = tmp_path_factory.mktemp("larger")
     generator = torch.Generator().manual_seed(5)
-    common = torch.randn((150 * UNIT + 64 * 5) // 64, 64, generator=generator)
+    common = torch.randn((1100 * UNIT + 64 * 5) // 64, 64, generator=generator)
 
     def change(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,7 +246,7 @@ def test_the_command_line_says_it_once(shared_triple: Triple, tmp_path: Path) ->
     done = run_hsa(*arguments, *(f"--model={path}" for path in models), f"--output={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert re.fullmatch(r"  \d+ tensors merged \(rewrite route, backend cpu\)", lines[1])
+    assert re.fullmatch(r"  \d+ tensors merged \((rewrite|patch) route, backend cpu\)", lines[1])
     assert re.match(
         r"  the output differs from base by [0-9.]+ % of base's norm, and from model1 by [0-9.]+ % of its task vector",
         lines[2],
