@@ -14,9 +14,10 @@ from hsa.engine.streamed import StreamedTensor
 from hsa.errors import NonFiniteError
 from hsa.methods.base import Method
 from hsa.methods.copied import COPIED
+from hsa.methods.distance_sums import added
 from hsa.methods.registry import method_named
 from hsa.methods.settings import Settings
-from hsa.methods.tensors import Outcome, TensorTask
+from hsa.methods.tensors import DistanceSums, Outcome, TensorTask
 from hsa.option_names import option
 from hsa.planning.equal_sources import all_equal, equal_pairs, may_be_copied
 from hsa.planning.file_layout import Computed
@@ -54,6 +55,7 @@ class Calculator:
         self.pool = BufferPool(backend)
         self.outcomes: dict[str, Outcome] = {}
         self._streamed: dict[str, StreamedTensor] = {}
+        self._sums: dict[str, dict[int, DistanceSums]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -111,10 +113,24 @@ class Calculator:
         task = tensor.task
         if tensor.facts is not None:
             changed = changed_ranges(task, frozenset({0}) if decision is COPIED else frozenset())
-            self.record(Outcome(task, decision, changed, tensor.facts.digests(), tensor.facts.equal))
+            self.record(
+                Outcome(task, decision, changed, tensor.facts.digests(), tensor.facts.equal, self._sums_of(task))
+            )
         with self._lock:
             del self._streamed[task.name]
         self.pool.release(tensor.free())
+
+    def add_sums(self, piece: Computed, sums: DistanceSums | None) -> None:
+        """Keep the sums of a slice until its tensor is finished."""
+        if sums is not None:
+            with self._lock:
+                self._sums.setdefault(piece.task.name, {})[piece.first] = sums
+
+    def _sums_of(self, task: TensorTask) -> DistanceSums | None:
+        """The sums of a tensor whose slices were all computed."""
+        with self._lock:
+            slices = self._sums.pop(task.name, {})
+        return added(sums for _, sums in sorted(slices.items()))
 
     def abandon(self, tensor: StreamedTensor) -> None:
         """Free the memory of a tensor that cannot be computed: another thread may wait for it, and must see that the
@@ -173,7 +189,7 @@ class ComputeThread:
         except NotFinite as error:
             raise not_finite_error(error, tasks[error.job], shared.sources, shared.method) from None
         for task, result, task_digests, pairs in zip(tasks, merged, digests, equal, strict=True):
-            shared.record(Outcome(task, result.decision, result.changed, task_digests, pairs))
+            shared.record(Outcome(task, result.decision, result.changed, task_digests, pairs, result.sums))
         for job in jobs:
             shared.pool.give_back_all(buffer for buffer in job.sources.values() if buffer is not job.out)
         return [Computation(job.out, result.changed) for job, result in zip(jobs, merged, strict=True)]
@@ -205,7 +221,7 @@ class ComputeThread:
             sources = tensor.take(piece) or shared.read(piece, (task.anchor,) if copied else None)
             if tensor.facts is not None and not copied:
                 tensor.facts.add(piece, sources)
-            self._worker.slice(piece, sources, out, decision, recorded)
+            shared.add_sums(piece, self._worker.slice(piece, sources, out, decision, recorded))
         except NotFinite as error:
             raise not_finite_error(error, task, shared.sources, shared.method) from None
         shared.pool.give_back_all(sources.values())

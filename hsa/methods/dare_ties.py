@@ -1,4 +1,4 @@
-"""DARE with the vote of TIES: keep each element of a task vector by chance, make up for the dropped ones, elect a sign
+"""DARE with the vote of TIES: keep each element of a task vector by chance, rescale the others, elect a sign
 for every element, and merge what agrees with it.
 
     keep and rescale as `dare_linear` does

@@ -116,7 +116,7 @@ def check_method(method: str, oracle: Oracle, folder: str | Path, *, trials: int
 
 
 def check_count(method: str, count: int, expectation: Expectation, folder: Path, *, trials: int = 2) -> list[Trial]:
-    """The same for one number of models. What is drawn hangs on method and number alone."""
+    """The same for one number of models. What is drawn depends on method and number alone."""
     own, draw = method_named(method), random.Random(f"{method} {count}")
     family, one_dtype = expectation.family, expectation.one_dtype
     done: list[Trial] = []

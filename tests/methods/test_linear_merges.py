@@ -233,7 +233,7 @@ def test_slerp_says_that_it_needs_t(float32: Sources, tmp_path: Path) -> None:
 
 
 def test_a_merger_of_weights_that_are_not_normalized(float32: Sources) -> None:
-    """Other methods have a `normalize` that may differ between candidates; of this one a plan hangs on it."""
+    """Other methods have a `normalize` that may differ between candidates; of this one a plan depends on it."""
     models = given(float32, 2, False)
     settings: dict[str, Any] = {"normalize": False, "weights": [0.5, -1.5]}
     merger = hsa.Merger(method="linear", **models, normalize=False)

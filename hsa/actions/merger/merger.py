@@ -24,6 +24,7 @@ from hsa.architectures.base import Preset
 from hsa.backends.base import Backend, changed_ranges
 from hsa.backends.choose import resolve
 from hsa.backends.resident import CpuResident, Resident
+from hsa.backends.sampling import source_sums
 from hsa.errors import RequestError, one_line, shown, warn
 from hsa.findings import Findings
 from hsa.methods.copied import COPIED, untouched_groups
@@ -127,6 +128,9 @@ class Merger:
         self._measured = self._resident.measure()
         self._equal = {
             task.name: equal_pairs(task, {role: data[role][task.name] for role in task.sources}) for task in tasks
+        }
+        self._sums = {
+            task.name: source_sums(task, {role: data[role][task.name] for role in task.sources}) for task in tasks
         }
         self._writable = WritableTargets(tasks, self._sources.architecture, self._preset)
         merges = {
@@ -278,7 +282,7 @@ class Merger:
             elif settings.complete:
                 decision = method.decide(task, measured, settings, None)
             changed = changed_ranges(task, untouched_groups(method, task.partition.groups, decision))
-            outcomes.append(Outcome(task, decision, changed, {}, self._equal[task.name]))
+            outcomes.append(Outcome(task, decision, changed, {}, self._equal[task.name], self._sums[task.name]))
         return outcomes
 
     def _warn_of_other_tensors(self, entries: Sequence[LoadedTensor]) -> None:
