@@ -26,7 +26,16 @@ setup(
     package_dir={"hsa": "hsa", "hsa.kernels": "kernels"},
     package_data={
         "hsa": ["py.typed"],
-        "hsa.views": ["page.html", "page.css", "page.js", "common.js", "models.html", "models.js"],
+        "hsa.views": [
+            "page.html",
+            "page.css",
+            "page.js",
+            "common.js",
+            "models.html",
+            "models.js",
+            "evaluation.html",
+            "evaluation.js",
+        ],
     },
     install_requires=[
         "torch>=2.11,<3",
@@ -44,6 +53,7 @@ setup(
     ],
     extras_require={
         "mergekit": ["mergekit>=0.1.5,<0.2"],
+        "eval": ["jiwer>=4,<5", "soundfile>=0.13,<1", "soxr>=0.5,<2"],
         "plot": ["matplotlib>=3.9,<4"],
         "dev": [
             "pytest>=8,<10",
@@ -55,6 +65,7 @@ setup(
             "pre-commit>=4,<5",
             "matplotlib>=3.9,<4",
             "jiwer>=4,<5",
+            "soxr>=0.5,<2",
             "pytest-benchmark>=5,<6",
             "playwright>=1.49,<2",
             "mpmath>=1.3,<2",

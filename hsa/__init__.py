@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hsa._version import __version__
 from hsa.errors import (
+    AudioError,
     BackendUnavailable,
+    DataError,
     DestinationError,
     HeaderError,
     HsaError,
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from hsa.actions.merger.merger import Merger
     from hsa.actions.patch import merge_patch
     from hsa.actions.request import Request
+    from hsa.evaluation.data import data
+    from hsa.evaluation.evaluate import evaluate
+    from hsa.evaluation.report import Evaluation
+    from hsa.evaluation.utterance import DataSet, Utterance
     from hsa.inspection.inspect import Inspection, ModelInspection, inspect
     from hsa.methods.hsa import HsaSettings
     from hsa.methods.tensors import TensorRecord
@@ -40,6 +46,11 @@ if TYPE_CHECKING:
     from hsa.verification.verify import VerifyReport, verify
 
 _LAZY = {
+    "DataSet": "hsa.evaluation.utterance",
+    "Evaluation": "hsa.evaluation.report",
+    "Utterance": "hsa.evaluation.utterance",
+    "evaluate": "hsa.evaluation.evaluate",
+    "data": "hsa.evaluation.data",
     "Inspection": "hsa.inspection.inspect",
     "ModelInspection": "hsa.inspection.inspect",
     "inspect": "hsa.inspection.inspect",
@@ -60,8 +71,12 @@ _LAZY = {
 }
 
 __all__ = [
+    "AudioError",
     "BackendUnavailable",
+    "DataError",
+    "DataSet",
     "DestinationError",
+    "Evaluation",
     "HeaderError",
     "HsaError",
     "HsaSettings",
@@ -83,9 +98,12 @@ __all__ = [
     "StrictError",
     "SweepReport",
     "TensorRecord",
+    "Utterance",
     "VerifyReport",
     "__version__",
     "apply",
+    "data",
+    "evaluate",
     "inspect",
     "merge",
     "merge_patch",

@@ -12,6 +12,8 @@
     │   ├── PatchError             a patch file that is none, damaged, or made for another primary
     │   ├── ProvenanceError        hsa_merge.json of an output is missing, damaged, or not what it should be
     │   └── SourceChanged          a source changed while it was read
+    ├── DataError                  a set of utterances is bad: its manifest, a reference, a hypothesis
+    │   └── AudioError             audio is missing, is none, or has nothing to hear where the manifest says
     └── MachineError               exit code 1: disk full, out of memory, input or output failed
 
 A message is one line: what is wrong, where, what was expected, and what to do.
@@ -30,7 +32,9 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 __all__ = [
+    "AudioError",
     "BackendUnavailable",
+    "DataError",
     "DestinationError",
     "HeaderError",
     "HsaError",
@@ -99,6 +103,14 @@ class ProvenanceError(SourceError):
 
 class SourceChanged(SourceError):
     """A source changed while it was read; nothing was written."""
+
+
+class DataError(HsaError):
+    """A bad set of utterances: its manifest, or what is to be scored of it."""
+
+
+class AudioError(DataError):
+    """Audio that is missing, is none, has no samples, or ends before the manifest says."""
 
 
 class MachineError(HsaError):

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from soundness import every_output_verified
@@ -85,3 +86,16 @@ def clips(real: Triple) -> Path:
     if importlib.util.find_spec("soundfile") is None:
         pytest.skip("soundfile is not installed, which reads FLAC")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, for the pages."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, which drives Chromium")
+    program = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("chromium is not installed, which shows the page")
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield launched
+        launched.close()

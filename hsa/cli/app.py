@@ -12,6 +12,7 @@ from hsa._version import __version__
 from hsa.cli import completion, options, usage
 from hsa.cli.apply import apply
 from hsa.cli.demo import demo
+from hsa.cli.eval import eval
 from hsa.cli.inspect import inspect
 from hsa.cli.merge import merge
 from hsa.cli.mergekit import mergekit
@@ -93,7 +94,18 @@ def help_(
     usage.show_help_of(ctx, command)
 
 
-COMMANDS: tuple[Callable[..., Any], ...] = (merge, sweep, apply, inspect, verify, release, methods, mergekit, demo)
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    merge,
+    sweep,
+    apply,
+    inspect,
+    eval,
+    verify,
+    release,
+    methods,
+    mergekit,
+    demo,
+)
 
 
 def program() -> Any:

@@ -1,4 +1,4 @@
-"""An inspection as one page that needs nothing else: heat maps that answer to controls, in the browser.
+"""One page that needs nothing else: of an inspection, heat maps that answer to controls; of an evaluation, tables.
 
 Of heads, their selection follows sliders; of whole models, a choice says what the cells show.
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hsa.inspection.inspect import Inspection, ModelInspection
 
@@ -20,17 +22,27 @@ _ESCAPED = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
 
 def render(inspection: Inspection | ModelInspection) -> bytes:
-    """The file's bytes, ASCII but for the page's own text; floats read back exactly."""
-    own = "page" if isinstance(inspection, Inspection) else "models"
+    """The page of an inspection: the file's bytes."""
+    return fill("page" if isinstance(inspection, Inspection) else "models", inspection.as_dict())
+
+
+def fill(name: str, document: Mapping[str, Any]) -> bytes:
+    """The page NAME.html with NAME.js over a document: the file's bytes, ASCII but for the page's own text. Floats read
+    back exactly.
+
+    Example:
+        >>> fill("models", inspection.as_dict())[:15]  # doctest: +SKIP
+        b'<!doctype html>'
+    """
     template, style, common, own_script = (
-        (_HERE / name).read_text(encoding="utf-8") for name in (f"{own}.html", "page.css", "common.js", f"{own}.js")
+        (_HERE / each).read_text(encoding="utf-8") for each in (f"{name}.html", "page.css", "common.js", f"{name}.js")
     )
     script = common + own_script
     policy = (
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; img-src data:; "
         f"base-uri 'none'; form-action 'none'"
     )
-    data = json.dumps(inspection.as_dict(), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    data = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     parts = {"POLICY": policy, "STYLE": style, "SCRIPT": script, "DATA": data.translate(_ESCAPED)}
     pieces = template.split("@")  # one pass: nothing that is put in is looked at again
     return "".join(parts.get(piece, piece) for piece in pieces).encode("utf-8")

@@ -1,0 +1,150 @@
+"""The command `hsa eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hsa.cli import options, printing
+from hsa.cli.decoding_progress import decoding_progress
+from hsa.errors import one_line
+from hsa.findings import Findings
+from hsa.system.streams import print_stderr
+
+if TYPE_CHECKING:
+    from hsa.evaluation.report import Evaluation
+
+NUMERICS = options.HEADINGS["numerics"]
+
+
+def eval(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="A checkpoint, a hub id, or PRIMARY+PATCH.safetensors.")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(metavar="SET", help="NAME=PATH or PATH: a table, a Kaldi directory, an audio folder; repeat."),
+    ],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Show how the others differ from it, with intervals.")
+    ] = None,
+    normalizer: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="auto, whisper, basic, plain or none: how texts are made comparable."),
+    ] = "auto",
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Take the first N utterances of each set.", show_default="all")
+    ] = None,
+    confidence: Annotated[float, typer.Option(metavar="NUMBER", help="Of the intervals, between 0 and 1.")] = 0.95,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L",
+            help="The language spoken, such as de.",
+            show_default="detected",
+            rich_help_panel=NUMERICS,
+        ),
+    ] = None,
+    task: Annotated[
+        str,
+        typer.Option(metavar="TASK", help="transcribe, or translate into English.", rich_help_panel=NUMERICS),
+    ] = "transcribe",
+    beams: Annotated[
+        int,
+        typer.Option(metavar="N", help="Width of the beam search; 1 is greedy.", rich_help_panel=NUMERICS),
+    ] = 1,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Cut an utterance that has not ended after N tokens.",
+            show_default="224 for Whisper",
+            rich_help_panel=NUMERICS,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="T",
+            help="auto (float32 on a CPU, as stored on a GPU), float32, float16 or bfloat16.",
+            rich_help_panel=NUMERICS,
+        ),
+    ] = "auto",
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep transcripts, scores.csv, scores.json and report.html here; run it again to go on.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    trn: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Write NIST's trn files for sclite.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.", rich_help_panel=options.MACHINE),
+    ] = "auto",
+    batch: Annotated[
+        int,
+        typer.Option(metavar="N", help="Utterances decoded at a time.", rich_help_panel=options.MACHINE),
+    ] = 16,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Transcribe speech with models, and show word error rates with intervals and differences."""
+    from hsa.evaluation.evaluate import evaluate
+
+    with _noting_transcripts(output), decoding_progress(show=not (quiet or as_json)) as step:
+        report = evaluate(
+            models,
+            data,
+            output=output,
+            baseline=baseline,
+            normalizer=normalizer,
+            language=language,
+            task=task,
+            device=device,
+            dtype=dtype,
+            batch=batch,
+            beams=beams,
+            max_tokens=max_tokens,
+            limit=limit,
+            confidence=confidence,
+            trn=trn,
+            progress=step,
+        )
+    printing.findings(Findings((*report.run_notes, *report.notes)), quiet=quiet)
+    done = "" if report.output is None else f"{report.output} is whole"
+    printing.result(report.as_dict() if as_json else _describe(report), quiet, done=done)
+
+
+@contextmanager
+def _noting_transcripts(output: str | None) -> Iterator[None]:
+    """Say what stays when a signal ends a run."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        if output is not None:
+            print_stderr("hsa: note: transcripts of finished batches stay; run it again to go on")
+        raise
+
+
+def _describe(report: Evaluation) -> str:
+    lines = [report.table]
+    if report.decoded:
+        speed = f"{report.decoded / report.seconds:.2g} utterances and {report.audio_seconds / report.seconds:.3g} s"
+        took = f"{report.decoded} utterances decoded in {report.seconds:.0f} s on {report.device}"
+        lines.append(f"\n{took}: {speed} of audio a second")
+    else:
+        lines.append("\nnothing to decode: every transcript was there")
+    if report.output is not None:
+        lines.append(one_line(f"written: {report.output}/scores.csv, scores.json, report.html"))
+    return "\n".join(lines)

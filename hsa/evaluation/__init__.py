@@ -1,0 +1,1 @@
+"""How well a model transcribes: data, audio, normalisers, scores and their intervals."""

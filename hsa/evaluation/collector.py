@@ -1,0 +1,130 @@
+"""Turn what a manifest says of each utterance into a checked set: paths, ids, times and notes."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from hsa.errors import DataError, is_text, shown
+from hsa.evaluation.utterance import DataSet, Utterance
+
+MAX_UTTERANCES = 2_000_000
+"""Utterances of a set: at 0.6 KB each they take a gigabyte."""
+
+
+class Place(NamedTuple):
+    """Where in a manifest something stands."""
+
+    file: Path
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: line {self.line}"
+
+
+class Collector:
+    """Utterances of one set as they are read. Relative paths of audio are relative to `folder`.
+
+    Example:
+        >>> collector = Collector(Path("/data"))
+        >>> place = Place(Path("/data/test.tsv"), 2)
+        >>> collector.add(place, collector.audio_path(place, "a.wav"), "Good morning.", written="a.wav")
+        >>> collector.finish("test", Path("/data/test.tsv")).utterances[0].audio
+        PosixPath('/data/a.wav')
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = os.path.normpath(os.path.abspath(folder))
+        self.notes: list[str] = []
+        self._inside = self.folder.rstrip("/") + "/"
+        self._utterances: list[Utterance] = []
+        self._ids: set[str] = set()
+        self._outside = 0
+        self._first_outside = ""
+
+    def audio_path(self, place: Place, written: str) -> Path:
+        """The absolute path of audio as a manifest writes it. One outside of the folder is counted for the notes."""
+        if not written:
+            raise DataError(f"{place} names no audio file")
+        path = os.path.join(self.folder, written)
+        may_leave = written[0] == "/" or ".." in written
+        if may_leave and not os.path.normpath(path).startswith(self._inside):
+            self._outside += 1
+            self._first_outside = self._first_outside or f"{shown(written, 200)} at line {place.line}"
+        return Path(path)
+
+    def add(
+        self,
+        place: Place,
+        audio: Path,
+        text: str,
+        *,
+        written: str,
+        id: str | None = None,
+        speaker: str | None = None,
+        domain: str | None = None,
+        start: float | None = None,
+        end: float | None = None,
+    ) -> None:
+        """Add an utterance; its id, where none is given, is the path as written, with the times where there are any.
+
+        Raises DataError for an id that occurs twice, for times that are no part of a recording, and for too many.
+        """
+        check_times(place, start, end)
+        name = id or _default_id(written, start, end)
+        if name in self._ids:
+            raise DataError(f"{place}: {_twice(name, id)}")
+        if len(self._utterances) >= MAX_UTTERANCES:
+            raise DataError(f"{place}: a set holds at most {MAX_UTTERANCES} utterances; split it into sets")
+        self._ids.add(name)
+        self._utterances.append(Utterance(name, audio, text, speaker or None, domain or None, start, end))
+
+    def finish(self, name: str, path: Path) -> DataSet:
+        """The set. Raises DataError where it is empty."""
+        if not self._utterances:
+            raise DataError(f"{path} holds no utterance; expected at least one with its audio and its text")
+        if self._outside:
+            self.notes.append(
+                f"{self._outside} of {len(self._utterances)} utterances have their audio outside of {self.folder}, "
+                f"first {self._first_outside}"
+            )
+        return DataSet(name, path, tuple(self._utterances), tuple(self.notes))
+
+
+def _default_id(written: str, start: float | None, end: float | None) -> str:
+    if start is None and end is None:
+        return written
+    return f"{written}:{start or 0.0}-{'' if end is None else end}"
+
+
+def _twice(name: str, given: str | None) -> str:
+    if given:
+        return f"id {shown(name, 200)} occurs a second time; ids must differ within a set"
+    return f"{shown(name, 200)} occurs a second time; give the rows ids, or times that differ"
+
+
+def check_times(place: Place | str, start: float | None, end: float | None) -> None:
+    """DataError unless the times, in seconds, are finite, not negative and in order.
+
+    Example:
+        >>> check_times("line 2", 0.5, 1.25)
+    """
+    for name, value in (("start", start), ("end", end)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise DataError(f"{place}: {name} is {shown(value)}, expected seconds of at least 0")
+    if end is not None and end <= (start or 0.0):
+        raise DataError(f"{place}: end is {end}, expected more than the start, {start or 0.0}, in seconds")
+
+
+def check_text(place: Place, value: str, what: str) -> str:
+    """The value; DataError where it is no text that can be written again: NUL, or half of a surrogate pair.
+
+    Example:
+        >>> check_text(Place(Path("a.jsonl"), 1), "Grüße", "text")
+        'Grüße'
+    """
+    if "\0" in value or not is_text(value):
+        raise DataError(f"{place}: {what} {shown(value)} is no valid text: it holds NUL or half of a surrogate pair")
+    return value

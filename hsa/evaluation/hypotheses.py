@@ -1,0 +1,226 @@
+"""Transcripts that are kept: JSON lines, one file for each model and set, found again by a key.
+
+The first line is an object that says what the transcripts depend on, and the key, which is its BLAKE3. Batches are
+appended to `NAME.jsonl.partial`, which is renamed when the last one is written: a file without `.partial` is complete.
+A run that was killed goes on after the last whole batch, so that it decodes the batches of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hsa.errors import DestinationError
+from hsa.evaluation.models import OpenModel
+from hsa.evaluation.options import DecodingOptions
+from hsa.evaluation.utterance import Utterance
+from hsa.option_names import option
+from hsa.system import fsio
+from hsa.system.digests import digest_of
+
+FORMAT = 1
+FOLDER = "hypotheses"
+PARTIAL = ".partial"
+KEY_SHOWN = 16
+"""Digits of the key in the name of a file: enough to tell the files of one directory apart."""
+
+_UNPLAIN = re.compile(r"[^A-Za-z0-9_.+-]+")
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What a model wrote for one utterance, as it wrote it."""
+
+    id: str
+    text: str
+
+    def line(self) -> bytes:
+        return _line({"id": self.id, "text": self.text})
+
+
+def describe(
+    model: OpenModel, set_digest: str, utterances: int, options: DecodingOptions, device: str
+) -> dict[str, Any]:
+    """What the transcripts of a model and a set depend on, without names and references, which they do not.
+
+    The batch is left out where it has no say.
+    """
+    return {
+        "format": FORMAT,
+        "model": model.digest,
+        "data": set_digest,
+        "utterances": utterances,
+        "language": options.language,
+        "task": options.task,
+        "beams": options.beams,
+        "max_tokens": options.max_tokens,
+        "batch": None if is_exact(model, options, device) else options.batch,
+        "device": device.partition(":")[0],
+        "dtype": _dtype(model, options, device),
+        "versions": {name: version(name) for name in ("torch", "transformers", "soxr", "soundfile")},
+    }
+
+
+def is_exact(model: OpenModel, options: DecodingOptions, device: str) -> bool:
+    """Whether transcripts are the same whatever the batch size: greedy decoding in float32 on a CPU.
+
+    Example:
+        >>> is_exact(model, DecodingOptions(beams=5), "cpu")  # doctest: +SKIP
+        False
+    """
+    return device == "cpu" and _dtype(model, options, device) == "float32" and options.beams == 1
+
+
+def _dtype(model: OpenModel, options: DecodingOptions, device: str) -> str:
+    if options.dtype != "auto":
+        return options.dtype
+    return "float32" if device == "cpu" else model.dtype
+
+
+def key_of(description: Mapping[str, Any]) -> str:
+    """BLAKE3 of a description."""
+    return digest_of(json.dumps(description, sort_keys=True).encode("utf-8"))
+
+
+class Hypotheses:
+    """The transcripts of one model and one set, kept in `folder`, or in memory alone where that is None.
+
+    `order` are the utterances in the order of decoding, `batch` how many are decoded at a time.
+    """
+
+    def __init__(
+        self, folder: Path | None, name: str, description: Mapping[str, Any], order: Sequence[Utterance], batch: int
+    ) -> None:
+        self.key = key_of(description)
+        self._head = {"key": self.key, **description}
+        self._order, self._batch = order, batch
+        self._folder = folder
+        self._name = f"{name}.{self.key[:KEY_SHOWN]}.jsonl"
+        self.texts: dict[str, str] = {}
+        self._is_whole = False
+        self._load()
+
+    @property
+    def missing(self) -> Sequence[Utterance]:
+        """The utterances that are still to be decoded, in order."""
+        return self._order[len(self.texts) :]
+
+    @contextmanager
+    def appending(self) -> Iterator[Hypotheses]:
+        """Take the file to write, as the only run that does. DestinationError where another holds it."""
+        if self._folder is None or self._is_whole:
+            yield self
+            return
+        path = self._folder / f"{self._name}{PARTIAL}"
+        with fsio.map_write_errors(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            with fsio.map_write_errors(path):
+                _lock(fd, path)
+                self._begin(fd)
+            self._fd, self._path = fd, path
+            yield self
+            if not self.missing:
+                with fsio.map_write_errors(path):
+                    fsio.sync(fd)
+                    fsio.rename(path, self._folder / self._name)
+                self._is_whole = True
+        finally:
+            os.close(fd)
+
+    def add(self, transcripts: Sequence[Transcript]) -> None:
+        """Keep the transcripts of the next batch."""
+        expected = [each.id for each in self.missing[: len(transcripts)]]
+        assert [each.id for each in transcripts] == expected
+        self.texts.update((each.id, each.text) for each in transcripts)
+        if self._folder is not None:
+            with fsio.map_write_errors(self._path):
+                _write(self._fd, b"".join(each.line() for each in transcripts))
+
+    def _load(self) -> None:
+        """What an earlier run has kept under the same key, whatever it called the model and the set."""
+        if self._folder is None:
+            return
+        ending = f".{self.key[:KEY_SHOWN]}.jsonl"
+        for name in sorted(os.listdir(self._folder)):
+            if name.endswith((ending, f"{ending}{PARTIAL}")):
+                texts = self._read((self._folder / name).read_bytes())
+                if len(texts) > len(self.texts):
+                    self.texts = texts
+                    self._name = name.removesuffix(PARTIAL)
+                    self._is_whole = len(texts) == len(self._order) and not name.endswith(PARTIAL)
+
+    def _read(self, data: bytes) -> dict[str, str]:
+        """The transcripts of whole batches in a file; none where its first line is another key's."""
+        head, *lines = data.split(b"\n")[:-1] or [b""]  # what follows the last line break was cut off
+        if head + b"\n" != _line(self._head):
+            return {}
+        texts: dict[str, str] = {}
+        for utterance, line in zip(self._order, lines, strict=False):
+            text = _text_of(line, utterance.id)
+            if text is None:
+                break
+            texts[utterance.id] = text
+        if len(texts) < len(self._order):
+            whole = len(texts) // self._batch * self._batch
+            texts = dict(list(texts.items())[:whole])
+        return texts
+
+    def _begin(self, fd: int) -> None:
+        """Cut off what follows the transcripts that are known; write those that the file does not begin with."""
+        lines = [_line(self._head), *(Transcript(*item).line() for item in self.texts.items())]
+        known = b"".join(lines)
+        if os.pread(fd, len(known), 0) != known:
+            os.ftruncate(fd, 0)
+            _write(fd, known)
+        os.ftruncate(fd, len(known))
+        os.lseek(fd, 0, os.SEEK_END)
+
+
+def plain_name(*names: str) -> str:
+    """A name of a file made of names of models and sets.
+
+    Example:
+        >>> plain_name("org/model", "noisy test")
+        'org-model.noisy-test'
+    """
+    return ".".join(_UNPLAIN.sub("-", name).strip(".-")[:60] or "-" for name in names)
+
+
+def _line(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def _text_of(line: bytes, id: str) -> str | None:
+    """The text of a line that is that utterance's; None for anything else."""
+    try:
+        document = json.loads(line)
+    except ValueError:
+        return None
+    text = document.get("text") if isinstance(document, dict) and document.get("id") == id else None
+    return text if isinstance(text, str) else None
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DestinationError(
+            f"another run writes {path}; wait for it to end, or give another {option('output')}"
+        ) from error
+    except OSError:  # a filesystem without locks
+        return

@@ -1,0 +1,157 @@
+"""Read a Kaldi data directory: wav.scp and text, and segments and utt2spk where there are any.
+
+Of wav.scp only names of files are read. Kaldi also runs commands from it; here a command is refused and never run.
+Source: https://kaldi-asr.org/doc/data_prep.html
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from hsa.errors import DataError, listed, shown
+from hsa.evaluation.collector import MAX_UTTERANCES, Collector, Place
+from hsa.evaluation.lines import read_lines
+from hsa.evaluation.tables import seconds
+
+_SPACES = re.compile(r"[ \t]+")
+
+WHOLE = "-1"
+"""What Kaldi writes as the end of a segment that goes on to the end of the recording."""
+
+
+class _Recording(NamedTuple):
+    written: str
+    audio: Path
+
+
+class _Segment(NamedTuple):
+    place: Place
+    recording: str
+    start: float | None
+    end: float | None
+
+
+def read_kaldi(folder: Path) -> Collector:
+    """The utterances of a Kaldi data directory, in the order of its file text.
+
+    Recordings and segments without a text are left out and counted in the notes. Raises DataError, which names file
+    and line: a command in wav.scp, a text without audio, an utterance without a speaker where there is utt2spk.
+
+    Example:
+        >>> read_kaldi(Path("data/test")).finish("test", Path("data/test"))  # doctest: +SKIP
+    """
+    collector = Collector(folder)
+    recordings = _recordings(folder / "wav.scp", collector)
+    segments = _segments(folder / "segments") if os.path.lexists(folder / "segments") else None
+    speakers = _speakers(folder / "utt2spk") if os.path.lexists(folder / "utt2spk") else None
+    used: set[str] = set()
+    count = 0
+    for place, utterance, text in _entries(folder / "text", "a text", may_be_empty=True):
+        segment = _segment(place, utterance, segments)
+        recording = recordings.get(segment.recording)
+        if recording is None:
+            raise DataError(f"{segment.place}: {shown(segment.recording, 200)} is not in wav.scp")
+        if speakers is not None and utterance not in speakers:
+            raise DataError(f"{place}: {shown(utterance, 200)} has no speaker in utt2spk")
+        collector.add(
+            place,
+            recording.audio,
+            text,
+            written=recording.written,
+            id=utterance,
+            speaker=speakers[utterance] if speakers is not None else None,
+            start=segment.start,
+            end=segment.end,
+        )
+        used.add(segment.recording)
+        count += 1
+    _note_unused(collector, recordings, used, segments, count)
+    return collector
+
+
+def _note_unused(
+    collector: Collector,
+    recordings: dict[str, _Recording],
+    used: set[str],
+    segments: dict[str, _Segment] | None,
+    count: int,
+) -> None:
+    unused = len(recordings) - len(used)
+    if unused:
+        collector.notes.append(f"{unused} of {len(recordings)} recordings in wav.scp have no text and are left out")
+    if segments is not None and len(segments) > count:
+        collector.notes.append(f"{len(segments) - count} of {len(segments)} segments have no text and are left out")
+
+
+def _segment(place: Place, utterance: str, segments: dict[str, _Segment] | None) -> _Segment:
+    if segments is None:
+        return _Segment(place, utterance, None, None)
+    if utterance not in segments:
+        raise DataError(f"{place}: {shown(utterance, 200)} is not in segments")
+    return segments[utterance]
+
+
+def _recordings(path: Path, collector: Collector) -> dict[str, _Recording]:
+    recordings: dict[str, _Recording] = {}
+    for place, name, value in _entries(path, "a file"):
+        if value.startswith("|") or value.endswith("|"):
+            raise DataError(
+                f"{place} is a command, {shown(value)}; commands are never run: write the audio to a file and name that"
+            )
+        if name in recordings:
+            raise DataError(f"{place}: {shown(name, 200)} occurs a second time")
+        recordings[name] = _Recording(value, collector.audio_path(place, value))
+    return recordings
+
+
+def _segments(path: Path) -> dict[str, _Segment]:
+    segments: dict[str, _Segment] = {}
+    for place, name, value in _entries(path, "a recording, a start and an end"):
+        fields = _SPACES.split(value)
+        if len(fields) != 3:
+            raise DataError(f"{place} has {len(fields) + 1} fields, expected utterance, recording, start and end")
+        if name in segments:
+            raise DataError(f"{place}: {shown(name, 200)} occurs a second time")
+        recording, start, end = fields
+        until = None if end in (WHOLE, "-1.0") else seconds(place, "end", end)
+        segments[name] = _Segment(place, recording, seconds(place, "start", start), until)
+    return segments
+
+
+def _speakers(path: Path) -> dict[str, str]:
+    speakers: dict[str, str] = {}
+    for place, name, value in _entries(path, "a speaker"):
+        if _SPACES.search(value):
+            raise DataError(f"{place} has more than two fields, expected an utterance and a speaker")
+        if name in speakers:
+            raise DataError(f"{place}: {shown(name, 200)} occurs a second time")
+        speakers[name] = value
+    return speakers
+
+
+def _entries(path: Path, what: str, *, may_be_empty: bool = False) -> Iterator[tuple[Place, str, str]]:
+    """The first field of each line and the rest of it."""
+    for number, line in read_lines(path):
+        if number > MAX_UTTERANCES:
+            raise DataError(f"{path} has more than {MAX_UTTERANCES} lines, expected fewer; split it into sets")
+        fields = _SPACES.split(line.strip(" \t\r\n"), maxsplit=1)
+        if fields == [""]:
+            continue
+        if len(fields) == 1 and not may_be_empty:
+            raise DataError(f"{Place(path, number)} has one field, {shown(fields[0])}, expected a name and {what}")
+        yield Place(path, number), fields[0], fields[1] if len(fields) > 1 else ""
+
+
+FILES = ("wav.scp", "text")
+"""What a Kaldi directory must have."""
+
+
+def check_files(folder: Path) -> None:
+    """DataError where a directory with wav.scp lacks what belongs to it."""
+    lacking = [name for name in FILES if not os.path.lexists(folder / name)]
+    if lacking:
+        raise DataError(f"{folder} has no file {listed(lacking)}, expected {listed(FILES)} in a Kaldi directory")

@@ -1,0 +1,172 @@
+"""What a user names as a model to evaluate, and the directory that it is loaded from.
+
+`PRIMARY+PATCH.safetensors` becomes a checkpoint by `hsa.apply`, in a temporary directory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from hsa.actions.apply import apply
+from hsa.arguments import check_paths
+from hsa.errors import RequestError, SourceError, shown
+from hsa.evaluation.model_kinds import ModelKind, kind_of
+from hsa.outputs.patch_reader import SUFFIX, is_patch
+from hsa.sources import any_small_files
+from hsa.sources.checkpoint import CONFIG, Checkpoint
+from hsa.sources.hub.client import Hub
+from hsa.sources.hub.needs import Needs
+from hsa.sources.hub.repository import find_id
+from hsa.sources.small_file_checks import GENERATION_CONFIG
+from hsa.sources.source_folder import entry_names
+from hsa.system.fsio import Tally
+from hsa.system.types import PathLike
+
+NORMALIZER = "normalizer.json"
+SLICE = 8 << 20
+"""Bytes of a tensor that are hashed at a time."""
+
+_SHA = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model as it was given: a directory or hub id, and the patch that is put on it."""
+
+    source: str
+    patch: Path | None
+
+    @property
+    def given(self) -> str:
+        return self.source if self.patch is None else f"{self.source}+{self.patch}"
+
+    @property
+    def folder(self) -> Path | None:
+        """Its directory; None for a hub id."""
+        return None if find_id(self.source) else Path(self.source).expanduser()
+
+    @property
+    def place(self) -> tuple[str, str | None]:
+        """Equal for two spellings of one model."""
+        source = self.source if find_id(self.source) else os.path.realpath(os.path.expanduser(self.source))
+        return source, None if self.patch is None else os.path.realpath(self.patch)
+
+    def short(self, parts: int) -> str:
+        """Its name in tables: the last `parts` parts of its path."""
+        source = self.source if find_id(self.source) else os.path.abspath(os.path.expanduser(self.source))
+        last = "/".join([part for part in source.split("/") if part][-parts:]) or "/"
+        return last if self.patch is None else f"{last}+{self.patch.name.removesuffix(SUFFIX)}"
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that can be loaded: its name in tables, what the user wrote, its files and a digest of what it computes.
+
+    `digest` is the BLAKE3 of its tensors' names, types, shapes and bytes, and of its configs and tokenizer files: two
+    copies of one model have one digest.
+    """
+
+    name: str
+    given: str
+    folder: Path
+    kind: ModelKind
+    digest: str
+    dtype: str
+
+    def as_dict(self) -> dict[str, str]:
+        return {"name": self.name, "architecture": self.kind.architecture, "digest": self.digest}
+
+
+def parse_model(model: PathLike) -> NamedModel:
+    """The model that an argument names. RequestError for an empty one, or one that is only a patch.
+
+    Example:
+        >>> parse_model("m1+sweep/k0.6.safetensors").patch
+        PosixPath('sweep/k0.6.safetensors')
+    """
+    check_paths(model=model)
+    text = os.fspath(model)
+    if not text:
+        raise RequestError("a model is an empty path; give a directory, a hub id or PRIMARY+PATCH.safetensors")
+    source, plus, patch = text.rpartition("+")
+    if not plus or not patch.endswith(SUFFIX) or os.path.lexists(os.path.expanduser(text)):
+        path = Path(text).expanduser()
+        if path.is_file():
+            what = f"is a patch; give PRIMARY+{text}" if is_patch(path) else "is a file; give a checkpoint directory"
+            raise RequestError(f"{text} {what}")
+        return NamedModel(text, None)
+    if not source:
+        raise RequestError(f"{shown(text)} names no primary; expected PRIMARY+PATCH{SUFFIX}")
+    return NamedModel(source, Path(patch).expanduser())
+
+
+def names_of(models: Sequence[NamedModel]) -> list[str]:
+    """A short name for each model, each once: as many parts of their paths as that takes, else what was given."""
+    for parts in (1, 2, 3):
+        names = [model.short(parts) for model in models]
+        if len(set(names)) == len(names):
+            return names
+    return [model.given for model in models]
+
+
+def open_model(model: NamedModel, name: str, hub: Hub, stack: ExitStack) -> OpenModel:
+    """Fetch or make what a model is loaded from; `stack` removes what was made.
+
+    Raises SourceError where it cannot transcribe, and what `hsa.apply` and opening a source raise.
+    """
+    tally = Tally()
+    source: PathLike = model.source if find_id(model.source) else Path(model.source).expanduser()
+    if model.patch is not None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hsa-eval-"))) / "model"
+        apply(os.fspath(source), model.patch, output=folder, digest=False, sync=False)
+        source = folder
+    if hub.is_adapter("model", source):
+        raise SourceError(f"{model.given} is an adapter, which is no model by itself; merge it with its base first")
+    if not find_id(source) and Path(source).is_dir():
+        kind_of(Path(source))  # a model that cannot transcribe says so before its weights are looked at
+    with hub.open("model", source, tally, Needs("whole", None, assets=True)) as checkpoint:
+        if checkpoint.kind not in ("safetensors", "pickle"):
+            raise SourceError(
+                f"{model.given} is {checkpoint.kind} weights, which transformers does not load as a model that "
+                f"transcribes; merge it first, or give a checkpoint directory"
+            )
+        codes = sorted({tensor.code for tensor in checkpoint.tensors.values()})
+        digest = _digest(checkpoint)
+        folder = checkpoint.path
+    return OpenModel(name, model.given, folder, kind_of(folder), digest, "+".join(codes))
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """BLAKE3 of all that decides what a checkpoint transcribes."""
+    digest = blake3()
+    for name, data in sorted(small_files(checkpoint.path, checkpoint.config).items()):
+        digest.update(f"{name}\n{len(data)}\n".encode())
+        digest.update(data)
+    buffer = memoryview(bytearray(SLICE))
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {tensor.code} {list(tensor.shape)}\n".encode())
+        for start in range(0, tensor.nbytes, SLICE):
+            part = buffer[: min(SLICE, tensor.nbytes - start)]
+            checkpoint.read_into(tensor, part, start)
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def small_files(folder: Path, config: Mapping[str, object]) -> dict[str, bytes]:
+    """Configs, tokenizer and feature extractor files of a directory, by name."""
+
+    def names() -> Iterator[str]:
+        yield from (CONFIG, GENERATION_CONFIG)
+        for name in any_small_files.wanted(entry_names(folder), config):
+            if not any_small_files.is_licence(name):
+                yield name
+
+    return {name: (folder / name).read_bytes() for name in dict.fromkeys(names()) if (folder / name).is_file()}

@@ -1,0 +1,127 @@
+"""Normalise texts before they are compared: Whisper's own normalisers, or a plain one."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hsa.errors import DataError, HeaderError, RequestError, listed, shown
+from hsa.evaluation.files import open_regular
+from hsa.system.strict_json import MAX_JSON, load_json
+
+NORMALIZERS = ("auto", "whisper", "basic", "plain", "none")
+
+MAX_UNCLOSED = 1000
+"""Brackets without their closing ones, for each of which Whisper's normalisers read the rest of the text."""
+
+_ENGLISH = ("en", "english", "<|en|>")
+
+_ENGLISH_VOCABULARY = 51864
+"""Tokens of a Whisper that knows English alone; one of many languages has more. Source: openai/whisper, model.py."""
+
+_APOSTROPHES = re.compile("[\u2018\u2019\u02bc\uff07]")
+
+
+def normalizer(name: str = "auto", *, language: str | None = None, model: Path | None = None) -> Callable[[str], str]:
+    """The function that normalises references and hypotheses.
+
+    `whisper`: for English transformers' EnglishTextNormalizer with the spellings in the model's normalizer.json, for
+    other languages BasicTextNormalizer. `basic`: BasicTextNormalizer. `plain`: lower case; all but letters, digits and
+    apostrophes become spaces. `none`: texts stay as they are. `auto`: whisper for a Whisper model, else plain.
+
+    `language` is a code or a name such as "en" or "english". Without one it is what the model's generation config
+    says; a Whisper that knows many languages and names none there is not taken to be English. `model` is the directory
+    of a checkpoint; where it has no normalizer.json, British and American spellings stay different words.
+
+    Raises RequestError for an unknown name, HeaderError for a damaged normalizer.json. The function raises DataError
+    for a text that transformers cannot normalise.
+
+    Example:
+        >>> normalizer("plain")("Good morning, ALL!").split()
+        ['good', 'morning', 'all']
+    """
+    if name not in NORMALIZERS:
+        raise RequestError(f"normalizer must be {listed(NORMALIZERS, 'or')}, got {shown(name)}")
+    if name == "auto":
+        name = "whisper" if _json_of(model, "config.json").get("model_type") == "whisper" else "plain"
+    if name == "none":
+        return str
+    if name == "plain":
+        return plain
+    if name == "whisper" and _is_english(language, model):
+        return _english(_json_of(model, "normalizer.json"), model)
+    return _basic()
+
+
+def plain(text: str) -> str:
+    """Lower case; all but letters, digits and apostrophes become spaces. Marks that combine with a letter stay with it;
+    composed and decomposed letters, and typographic and typewriter apostrophes, become the same.
+
+    Example:
+        >>> plain("Uh, the visitors’ well-known CAFÉ")
+        "uh  the visitors' well known café"
+    """
+    text = _APOSTROPHES.sub("'", unicodedata.normalize("NFC", text.lower()))
+    return "".join(c if c == "'" or c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text)
+
+
+def _is_english(language: str | None, model: Path | None) -> bool:
+    if language is not None:
+        return language.strip().casefold() in _ENGLISH
+    generation = _json_of(model, "generation_config.json")
+    if isinstance(generation.get("language"), str):
+        return _is_english(generation["language"], model)
+    if isinstance(generation.get("is_multilingual"), bool):
+        return not generation["is_multilingual"]
+    config = _json_of(model, "config.json")
+    return config.get("model_type") != "whisper" or config.get("vocab_size") == _ENGLISH_VOCABULARY
+
+
+def _basic() -> Callable[[str], str]:
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    return _checked(BasicTextNormalizer())
+
+
+def _english(spellings: dict[str, Any], model: Path | None) -> Callable[[str], str]:
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    for word, spelling in spellings.items():
+        if not isinstance(spelling, str):
+            raise HeaderError(f"{model}/normalizer.json: {shown(word)} is {shown(spelling)}, expected a spelling")
+    return _checked(EnglishTextNormalizer(spellings))
+
+
+def _checked(function: Callable[[str], Any]) -> Callable[[str], str]:
+    """A normaliser of transformers, which takes time that grows with the square of unclosed brackets and of spaces in a
+    row, and fails on numbers of thousands of digits."""
+
+    def normalize(text: str) -> str:
+        text = " ".join(text.split())
+        if max(_unclosed(text, "<[", ">]"), _unclosed(text, "(", ")")) > MAX_UNCLOSED:
+            raise DataError(f"the text {shown(text)} has more than {MAX_UNCLOSED} brackets that are never closed")
+        try:
+            return str(function(text))
+        except Exception as error:  # of any kind: the text may be anything, and the code is not ours
+            raise DataError(
+                f"the text {shown(text)} cannot be normalised: {error}; correct it, or choose another normalizer"
+            ) from error
+
+    return normalize
+
+
+def _unclosed(text: str, opening: str, closing: str) -> int:
+    """How many brackets come after the last closing one."""
+    last = max(text.rfind(bracket) for bracket in closing)
+    return sum(text.count(bracket, last + 1) for bracket in opening)
+
+
+def _json_of(model: Path | None, name: str) -> dict[str, Any]:
+    """A small JSON file of a model; empty where there is none."""
+    if model is None or not (model / name).exists():
+        return {}
+    with open(open_regular(model / name, "a JSON file", HeaderError), "rb") as file:
+        return load_json(file.read(MAX_JSON + 1), str(model), name)

@@ -1,0 +1,97 @@
+"""Write hypotheses and references as NIST's trn files, which sclite scores.
+
+    sclite -s -e utf-8 -i spu_id -r MODEL.ref.trn trn -h MODEL.hyp.trn trn
+
+sclite gives a substitution the weight 4 and a deletion or an insertion 3, and counts the errors of the cheapest
+alignment. That can be more errors than the least number, which is what error rates here count: where almost every word
+of an utterance is wrong, it may prefer a deletion and an insertion to substitutions.
+Source: https://github.com/usnistgov/SCTK, doc/infmts.htm
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from hsa.errors import DestinationError, HsaError, MachineError
+from hsa.evaluation.scores import UtteranceScore
+from hsa.system.descriptors import reason
+from hsa.system.fsio import MACHINE_ERRNOS
+from hsa.system.staging import hidden_sibling
+from hsa.system.types import PathLike
+
+UNKNOWN = "unknown"
+"""The speaker of utterances that have none."""
+
+MARKS = str.maketrans("(){};@*", "（）｛｝；＠＊")  # noqa: RUF001
+"""Characters that mean something in a trn file, and the wide ones that are written for them: it has no escapes."""
+
+_MACHINE = {*MACHINE_ERRNOS, errno.ENOSPC, errno.EDQUOT}
+_NO_ID = re.compile(r"[\s(){};@*\x00-\x1f\x7f]")
+_NO_FILE_NAME = re.compile(r"[^\w.+-]")
+
+
+def write_trn(folder: PathLike, model_name: str, utterances: Sequence[UtteranceScore]) -> tuple[Path, Path]:
+    """Write FOLDER/MODEL.ref.trn and MODEL.hyp.trn, one line an utterance: "text (speaker-set_id)".
+
+    Texts are the normalised ones. Utterances of whose reference nothing is left are left out, as from the scores. In
+    `model_name` all but letters, digits, dots, hyphens and plus signs become underscores; give models other names
+    where that makes two the same. Files that exist are replaced, each at once. Raises DestinationError where they
+    cannot be written, MachineError where the disk is full or fails.
+
+    Example:
+        >>> write_trn("trn", "merged", scores)  # doctest: +SKIP
+        (PosixPath('trn/merged.ref.trn'), PosixPath('trn/merged.hyp.trn'))
+    """
+    folder = Path(folder)
+    kept = [score for score in utterances if not score.is_empty]
+    names = _names(kept)
+    stem = _NO_FILE_NAME.sub("_", model_name).lstrip(".") or "model"
+    files = (folder / f"{stem}.ref.trn", folder / f"{stem}.hyp.trn")
+    texts = ([score.reference for score in kept], [score.hypothesis for score in kept])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _problem(folder, error) from error
+    for file, lines in zip(files, texts, strict=True):
+        _write(file, (f"{text.translate(MARKS)} ({name})\n" for text, name in zip(lines, names, strict=True)))
+    return files
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    part = hidden_sibling(path, ".hsa-part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise _problem(path, error) from error
+
+
+def _problem(path: Path, error: OSError) -> HsaError:
+    text = f"{path}: the trn file cannot be written: {reason(error)}"
+    if error.errno in _MACHINE:
+        return MachineError(f"{text}; make room on the disk, or choose another directory")
+    return DestinationError(f"{text}; choose another directory")
+
+
+def _names(scores: Iterable[UtteranceScore]) -> list[str]:
+    """A name for each utterance that differs from all others, also in lower case. sclite takes what is before the first
+    hyphen as the speaker."""
+    names: list[str] = []
+    numbers: dict[str, int] = {}  # the last one that was tried of a name that occurs again
+    for score in scores:
+        speaker = _NO_ID.sub("_", score.speaker or UNKNOWN).replace("-", "_")
+        plain = name = f"{speaker}-{_NO_ID.sub('_', f'{score.set}_{score.id}')}"
+        while name.casefold() in numbers:
+            numbers[plain.casefold()] += 1
+            name = f"{plain}.{numbers[plain.casefold()]}"
+        numbers[name.casefold()] = 1
+        names.append(name)
+    return names
