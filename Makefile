@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 INTEGRATIONS := .venv-integrations
 PYTHONS := .venv-pythons
 
-.PHONY: demo test test-all test-faults test-pythons test-interpret test-integrations test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
+.PHONY: demo test test-all test-faults test-pythons test-interpret test-integrations parity test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
@@ -36,8 +36,13 @@ test-pythons: $(READY)
 
 # With the real programs that hsa works with, in an environment of their own; nothing is downloaded while they run.
 test-integrations: $(INTEGRATIONS)/ready
-	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/programs tests/integrations/test_transformers.py \
-	    tests/integrations/test_transformers_refusals.py tests/integrations/test_parity_linear.py
+	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/programs tests/integrations
+
+# How far merges lie from mergekit's: measured, added to bench/results/parity.csv, and shown in docs/methods.md.
+parity: $(INTEGRATIONS)/ready $(READY)
+	HF_HUB_OFFLINE=1 HSA_PARITY=write $(INTEGRATIONS)/bin/python -m pytest tests/integrations/test_parity_linear.py \
+	    tests/integrations/test_parity_masks.py tests/programs/test_mergekit_config_merges.py
+	$(BIN)/python bench/report.py
 
 test-interpret: $(READY)
 	HSA_TESTS=all TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_merge.py tests/kernels/test_refusals.py \
@@ -64,7 +69,8 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# Under 30 minutes on 2 cores, with 24 GB of memory and 40 GB of free disk; bench-full takes hours.
+# Under 30 minutes on 2 cores, with 24 GB of memory and 40 GB of free disk. bench-full takes hours: every size and element
+# type, other methods beside mergekit, and the word error rate of every method.
 bench: $(READY)
 	$(BIN)/python bench/bench_merge.py
 	$(BIN)/python bench/bench_sweep.py
@@ -77,7 +83,9 @@ bench-full: $(READY)
 	$(BIN)/python bench/bench_sweep.py --dtype float16
 	$(BIN)/python bench/bench_sweep.py --dtype float32
 	$(BIN)/python bench/bench_kernels.py --device cpu --all
+	$(BIN)/python bench/bench_methods.py
 	$(BIN)/python bench/bench_wer.py
+	$(BIN)/python bench/bench_wer_methods.py
 	$(BIN)/python bench/report.py
 
 # COMMIT names the commit in the rows where there is no git.

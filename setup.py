@@ -81,6 +81,7 @@ setup(
             "scipy>=1.11,<2",
             "pytest-benchmark>=5,<6",
             "playwright>=1.49,<2",
+            "mpmath>=1.3,<2",
         ],
         "fuzz": [
             "atheris>=3,<4; python_version >= '3.11' and platform_system == 'Linux' and platform_machine == 'x86_64'"

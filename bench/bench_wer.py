@@ -312,11 +312,11 @@ def same_models(scored: Sequence[Scored]) -> list[str]:
     return [f"One model, value for value: {'; '.join(names)}." for names in groups.values() if len(names) > 1]
 
 
-def why_not(triple: Path | None, clips: Path | None) -> str:
-    """Why nothing can be measured, or nothing."""
+def why_not(triple: Path | None, clips: Path | None, roles: Sequence[str] = ROLES) -> str:
+    """Why nothing can be measured of models in these roles, or nothing."""
     if triple is None or clips is None:
         return "HSA_REAL_TRIPLE is not set and --triple not given"
-    missing = [f"{role}/config.json" for role in ROLES if not (triple / role / "config.json").is_file()]
+    missing = [f"{role}/config.json" for role in roles if not (triple / role / "config.json").is_file()]
     if missing:
         return f"the triple {triple} holds no {missing[0]}"
     if not (clips / "transcripts.tsv").is_file():

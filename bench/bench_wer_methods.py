@@ -1,9 +1,10 @@
 """Word error rate of every merge method at its defaults, on three fine-tunes of one Whisper and two kinds of speech.
 
-    python bench/bench_wer_methods.py --triple DIR --sets NAME=DIR [NAME=DIR ...] [--limit N]
+    python bench/bench_wer_methods.py [--triple DIR] [--sets NAME=DIR [NAME=DIR ...]] [--limit N]
 
-The folder holds `base`, `primary`, `secondary` and `tertiary`; each set is a folder of FLAC files with
-`transcripts.tsv` (see bench_wer). A method gets base where it needs one, and as many of the three fine-tunes as it
+The triple holds `base`, `primary`, `secondary` and `tertiary` (default: HSA_REAL_TRIPLE); each set is a folder of FLAC
+files with `transcripts.tsv`, see bench_wer (default: HSA_REAL_CLIPS, else `clips` in the triple). Without them it
+measures nothing, and says so. A method gets base where it needs one, and as many of the three fine-tunes as it
 takes, in this order. Settings that have no default are those of SETTINGS. What is written is rounded once, to float32.
 No figures without a correctness gate: what `Merger.apply_` leaves in the model must be, bit for bit, the checkpoint
 that `hsa.merge` writes. Appends rows to bench/results/wer_methods.csv. Rates are in % of all words, by Whisper's own
@@ -13,6 +14,7 @@ normaliser; intervals are 95 % bootstraps over clips.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -35,6 +37,7 @@ from bench_wer import (
     rate_and_interval,
     read_clips,
     transcribe,
+    why_not,
 )
 from cases import CAVEATS
 
@@ -155,13 +158,20 @@ def table(measured: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--triple", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", required=True, metavar="NAME=DIR")
+    parser.add_argument("--triple", type=Path, default=os.environ.get("HSA_REAL_TRIPLE") or None)
+    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=DIR")
     parser.add_argument("--limit", type=int, default=0, help="only the first clips of each set (default: all)")
     parser.add_argument("--batch", type=int, default=20, help="clips transcribed at once")
     parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of wer_methods.csv")
     options = parser.parse_args(arguments)
     sets = {name: Path(folder) for name, _, folder in (each.partition("=") for each in options.sets)}
+    clips = os.environ.get("HSA_REAL_CLIPS") or (options.triple and options.triple / "clips")
+    if not sets and clips:
+        sets = {Path(clips).name: Path(clips)}
+    reasons = [why_not(options.triple, folder, ("base", *FINE_TUNES)) for folder in sets.values() or (None,)]
+    if any(reasons):
+        print(f"bench_wer_methods measured nothing: {next(filter(None, reasons))}")
+        return
     about = {**rows.about(PACKAGES), "model": model_name(options.triple)}
     measured = []
     for row in measure(options.triple, sets, options.limit, options.batch):

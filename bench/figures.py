@@ -20,6 +20,7 @@ KEYS = {
     "kernels": ("run", "device", "shape", "dtype", "case"),
     "wer": ("run", "model", "variant"),
     "methods": ("run", "shape", "dtype", "method", "program"),
+    "parity": ("run", "comparison", "method", "case", "between", "most"),
     "wer_methods": ("run", "model", "method", "set"),
 }
 """Columns that rows are found by; any other may be missing or blank."""

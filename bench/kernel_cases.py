@@ -98,7 +98,7 @@ class Sources:
 
 
 def make(shape: Shape, mix: Mix, device: str, seed: int = 0) -> Sources:
-    """Base of spread 0.02; task vectors that grow from head to head, so that no selection hangs on rounding."""
+    """Base of spread 0.02; task vectors that grow from head to head, so that no selection depends on rounding."""
     generator = torch.Generator(device).manual_seed(seed)
     size = (shape.count, shape.width, shape.width)
     growth = 1e-3 * (1 + torch.arange(shape.heads, device=device) / shape.heads)

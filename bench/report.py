@@ -33,7 +33,7 @@ from figures import (
     table,
 )
 from report_merge import FULL_SYNC, HSA, MERGEKIT_SYNC, merge_block, merges
-from report_methods import methods_block, wer_methods_block
+from report_methods import methods_block, parity_block, wer_methods_block
 from rows import RESULTS, ROOT, Row, newest
 
 from hsa.testing.whisper_config import SHAPES
@@ -244,6 +244,7 @@ BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {
 
 METHOD_BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {
     "methods": methods_block,
+    "parity": parity_block,
     "wer-methods": wer_methods_block,
 }
 """The blocks of docs/methods.md."""

@@ -1,4 +1,4 @@
-"""The report's tables of methods: side by side with mergekit, and word error rates."""
+"""The report's tables of methods: beside mergekit, distances from mergekit's tensors, and word error rates."""
 
 from __future__ import annotations
 
@@ -35,6 +35,48 @@ def _of(every: list[Row], row: Row, program: str) -> Row | None:
     return next(
         (each for each in every if each["program"] == program and all(each[key] == row[key] for key in same)), None
     )
+
+
+def parity_block(folder: Path, image: Image) -> list[str]:
+    """How far merges lie from mergekit's: of whole files by method, of single tensors by method and settings."""
+    every = newest(rows_of("parity", folder), lambda row: (row["comparison"], row["method"]))
+    if not every:
+        return [f"Distances from mergekit are {NOT_YET}."]
+    files, functions, formulas = (
+        sorted((row for row in every if row["comparison"] == of), key=lambda row: row["method"])
+        for of in ("files", "functions", "formulas")
+    )
+    columns = ("between", "most", "ours", "theirs", "formulas")
+    single = [[row["method"], row["case"], *(_distance(row, each) for each in columns)] for row in functions]
+    head = ["method", "merge", "hsa to mergekit", "at most", "hsa to exact", "mergekit to exact", "both in float64"]
+    parts = [
+        measured_on(every, lambda row: f"{row['comparison']}, {row['method']}"),
+        "The same file run by `hsa merge --config` and by mergekit, with a list over layers and with filters:",
+        _by_family(files),
+        "Single tensors, hsa's formulas beside mergekit's functions; *exact* is mergekit's function in float64:",
+        table(head, single),
+        "Methods that mergekit lacks, merged by `hsa merge`, beside their formulas in float64:",
+        _by_family(formulas),
+    ]
+    reasons = {(row["method"], row["case"]): row["reason"] for row in functions if row.get("reason")}
+    if reasons:
+        parts.append("Where more than 3e-7 is allowed, this is why:")
+        lines = (f"- `{method}`, {plain(case)}: {plain(reason)}." for (method, case), reason in reasons.items())
+        parts.append("\n".join(lines))
+    return parts
+
+
+def _by_family(every: list[Row]) -> str:
+    """A line for each method, and a column for each family of models."""
+    families = list(dict.fromkeys(row["case"] for row in every))
+    cells = {(row["method"], row["case"]): _distance(row, "between") for row in every}
+    limits = {row["method"]: _distance(row, "most") for row in every}
+    lines = [[name, *(cells.get((name, of), "") for of in families), limit] for name, limit in limits.items()]
+    return table(["method", *families, "at most"], lines)
+
+
+def _distance(row: Row, column: str) -> str:
+    return show(number(row, column), ".1e")
 
 
 def wer_methods_block(folder: Path, image: Image) -> list[str]:

@@ -14,7 +14,7 @@ in the changelog, and write the data file again by
 The digests hold on every machine. Exact numerics promise their bits. Reference numerics are elementwise operations of
 torch, which IEEE 754 determines, after a selection of heads; only the sums behind the scores depend, in their last
 bits, on how wide a CPU's vectors are. So no scores of reference numerics are listed, and those of the synthetic models
-lie too far apart for the selection to hang on these bits. (The file came out the same with numpy's and torch's vector
+lie too far apart for the selection to depend on these bits. (The file came out the same with numpy's and torch's vector
 instructions on and off.) Whether reference numerics are the reference script's is what test_reference.py tests, against
 the oracle.
 """

@@ -30,6 +30,7 @@ from hsa.outputs.recording import source_record, tensors_digest
 from hsa.outputs.report import NO_DIGESTS, MergeReport
 from hsa.planning.file_layout import Content, Copy, TensorContent, pack, pieces_of
 from hsa.planning.tasks import MAX_TARGET
+from hsa.planning.tensor_digests import digest_by_ranges
 from hsa.sources.checkpoint import CONFIG, INDEX, Checkpoint, read_whole
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.needs import Needs
@@ -243,7 +244,9 @@ def check_primary(patch: Patch, primary: Checkpoint) -> None:
 
 def _digest_line(target: TensorRecord, primary: Checkpoint) -> tuple[str, str, Sequence[int], str]:
     ref = primary.tensors[target.canonical]
-    digest = digest_range(primary.shards[ref.shard].source, ref.offset, ref.nbytes)
+    file = primary.shards[ref.shard].source
+    task = _task(target, primary.role, ref)
+    digest = digest_by_ranges(task, primary.role, lambda start, count: digest_range(file, ref.offset + start, count))
     return target.canonical, ref.code, ref.shape, digest
 
 

@@ -27,7 +27,7 @@ from hsa.errors import RequestError, listed, shown
 from hsa.methods.all_settings import all_settings
 from hsa.methods.base import BASE, Contract
 from hsa.methods.registry import method_named
-from hsa.methods.settings import DEFAULT_METHOD, Declared, Setting, Settings, declared
+from hsa.methods.settings import DEFAULT_METHOD, Declared, SettingInfo, Settings, declared
 from hsa.option_names import option
 from hsa.sources.roles import Role
 from hsa.system.types import PathLike
@@ -77,7 +77,7 @@ class Call:
         """The settings of a method that the call takes."""
         return tuple(each for each in declared(owner) if self._takes(each.about))
 
-    def _takes(self, about: Setting) -> bool:
+    def _takes(self, about: SettingInfo) -> bool:
         takes: dict[str, bool] = {
             "all": True,
             "patchable": about.patchable,

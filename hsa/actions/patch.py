@@ -122,7 +122,7 @@ def record_of(patch: FinishedPatch) -> Record:
 
 
 Structure = tuple[Any, ...]
-"""What of settings a plan hangs on; see `Settings.structure`."""
+"""The settings that a plan depends on; see `Settings.structure`."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from hsa.methods.base import Method
 from hsa.methods.settings import Settings
-from hsa.methods.tensors import TensorTask
+from hsa.methods.tensors import DistanceSums, TensorTask
 from hsa.planning.file_layout import Computed
 from hsa.system.dtypes import Array, size
 
@@ -48,11 +48,12 @@ class TaskBuffers:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged target: the decision that follows from the sources, and the byte ranges that may differ from the
-    anchor's."""
+    """A merged target: the decision that follows from the sources, the byte ranges that may differ from the anchor's,
+    and sums over a sample of its elements, where they were taken."""
 
     decision: Any
     changed: tuple[tuple[int, int], ...]
+    sums: DistanceSums | None = None
 
 
 class Worker(Protocol):
@@ -61,9 +62,12 @@ class Worker(Protocol):
     def merge_all(self, jobs: Sequence[TaskBuffers]) -> list[Merged]:
         """Measure, decide and apply a group of targets into their outputs. Raises NotFinite."""
 
-    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any) -> None:
+    def slice(
+        self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any
+    ) -> DistanceSums | None:
         """Compute a slice of a tensor into `out`; all uint8. A `recorded` decision is applied in place of the one that
-        follows from the sources, unless it is None. Raises NotFinite."""
+        follows from the sources, unless it is None. Returns the sums over its part of the sample, where there is any.
+        Raises NotFinite."""
 
     def measure_slice(self, piece: Computed, sources: Mapping[str, Array], number: int, so_far: Any) -> list[Any]:
         """What one pass measures of the blocks of a slice. Raises NotFinite."""

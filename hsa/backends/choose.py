@@ -13,10 +13,6 @@ from hsa.option_names import option
 
 BACKENDS = ("auto", "cpu", "triton")
 
-FUSED = {"hsa": 2}
-"""The methods that have kernels of their own for a GPU, and of how many models."""
-
-
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Device files of NVIDIA's and AMD's drivers, and of either under WSL."""
 
@@ -40,12 +36,12 @@ def resolve(name: str, device: str, settings: Settings, models: int) -> Backend:
         raise RequestError(
             f"numerics 'reference' repeats the script's torch operations on the CPU; use {option('backend', 'cpu')}"
         )
-    if on_gpu and method.name not in FUSED:
+    if on_gpu and method.gpu_models is None:
         raise RequestError(f"method {method.name} is computed on the CPU; use {option('backend', 'cpu')}")
-    fused = FUSED.get(method.name) == models
+    fused = method.gpu_models == models
     if on_gpu and not fused:
         raise RequestError(
-            f"a GPU merges {FUSED[method.name]} models by method {method.name}, and {models} are given, which are "
+            f"a GPU merges {method.gpu_models} models by method {method.name}, and {models} are given, which are "
             f"merged on the CPU; use {option('backend', 'cpu')}"
         )
     if name == "cpu" and on_gpu:

@@ -15,11 +15,12 @@ import numpy as np
 
 from hsa.backends.array_block import TILE, ArrayBlock, Scratch
 from hsa.backends.base import Merged, NotFinite, TaskBuffers, buffers_cost, changed_ranges, merge_one_by_one
+from hsa.backends.sampling import Sampler, sampler_of
 from hsa.errors import HsaError, SourceError
 from hsa.methods.base import BASE, Block, Method, NotFiniteSums
 from hsa.methods.copied import COPIED, untouched_groups
 from hsa.methods.settings import Settings
-from hsa.methods.tensors import TensorTask
+from hsa.methods.tensors import DistanceSums, TensorTask
 from hsa.planning.file_layout import Computed
 from hsa.system import lapack
 from hsa.system.dtypes import STORAGE, Array, Float32, all_finite, narrow, widen
@@ -97,9 +98,10 @@ class CpuWorker:
             return self._applied(job, decision, self.method.applied(job.recorded, decision))
 
     def _applied(self, job: TaskBuffers, decision: Any, applied: Any) -> Merged:
-        self.apply(job.task, applied, job.sources, job.out)
+        sampler = sampler_of(job.task)
+        self.apply(job.task, applied, job.sources, job.out, sampler)
         untouched = untouched_groups(self.method, job.task.partition.groups, applied)
-        return Merged(decision, changed_ranges(job.task, untouched))
+        return Merged(decision, changed_ranges(job.task, untouched), None if sampler is None else sampler.sums)
 
     def measure(self, task: TensorTask, sources: Mapping[str, Array]) -> Any:
         """What the first pass measures of one tensor, whatever the settings. Buffers: uint8. Raises NotFinite."""
@@ -117,8 +119,17 @@ class CpuWorker:
         return decision
 
     @np.errstate(all="ignore")
-    def apply(self, task: TensorTask, decision: Any, sources: Mapping[str, Array], out: Array) -> None:
-        """Write one tensor merged by a decision. Buffers: uint8; `out` may be the anchor's. Raises NotFinite."""
+    def apply(
+        self,
+        task: TensorTask,
+        decision: Any,
+        sources: Mapping[str, Array],
+        out: Array,
+        sampler: Sampler | None = None,
+    ) -> None:
+        """Write one tensor merged by a decision. Buffers: uint8; `out` may be the anchor's. Raises NotFinite.
+
+        `sampler` sums up a sample of its elements."""
         views = self._views(task, sources)
         in_place = out is sources[task.anchor]
         result = views[task.anchor] if in_place else out.view(STORAGE[task.out_code]).reshape(task.matrix)
@@ -126,17 +137,21 @@ class CpuWorker:
         check = not (task.passes or self.method.checks_sources)
         block = ArrayBlock(self._scratch, task, views)
         for group in range(task.partition.groups):
-            if group in untouched and in_place:
+            if group in untouched and in_place and sampler is None:
                 continue
             for place in task.blocks(group, TILE):
                 block.move(group, place)
                 if group in untouched:
+                    if sampler is not None:
+                        sampler.copied(block)
+                    if in_place:
+                        continue
                     self._cast(task.stored.code, views[task.anchor][place], task.out_code, result[place], group)
                     continue
                 if check:
                     _check_block(block, group)
                 with self._numerics:
-                    self._apply_block(block, decision, result[place], in_place=in_place)
+                    self._apply_block(block, decision, result[place], in_place=in_place, sampler=sampler)
                 if not all_finite(task.out_code, result[place]):
                     raise NotFinite(None, group)
 
@@ -194,16 +209,18 @@ class CpuWorker:
         return given
 
     @np.errstate(all="ignore")
-    def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any) -> None:
-        """Compute a slice of a tensor by a decision, or cast it. Buffers: uint8. Raises NotFinite."""
+    def slice(
+        self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any
+    ) -> DistanceSums | None:
+        """Compute a slice of a tensor by a decision, or cast it. Buffers: uint8. Returns the sums over its part of the
+        sample, where there is any. Raises NotFinite."""
         if recorded is None:
-            self._slice(piece, sources, out, decision)
-        else:
-            with _applying_a_record(piece.task):
-                self._slice(piece, sources, out, self.method.applied(recorded, decision))
+            return self._slice(piece, sources, out, decision)
+        with _applying_a_record(piece.task):
+            return self._slice(piece, sources, out, self.method.applied(recorded, decision))
 
-    def _slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any) -> None:
-        task = piece.task
+    def _slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any) -> DistanceSums | None:
+        task, sampler = piece.task, sampler_of(piece.task)
         block = self._part(piece, sources)
         result = out.view(STORAGE[task.out_code]).reshape(_part_shape(piece))
         computed = task.merged and decision is not COPIED
@@ -212,12 +229,15 @@ class CpuWorker:
             if computed and not task.passes and not self.method.checks_sources:
                 _check_block(block, None)
             if computed:
-                self._apply_block(block, decision, result[place], in_place=False)
+                self._apply_block(block, decision, result[place], in_place=False, sampler=sampler)
             else:
                 self._copy_block(block, result[place])
+                if sampler is not None:
+                    sampler.copied(block)
             if not all_finite(task.out_code, result[place]):
                 _check_block(block, None)
                 raise NotFinite(None, None)
+        return None if sampler is None else sampler.sums
 
     @np.errstate(all="ignore")
     def measure_slice(self, piece: Computed, sources: Mapping[str, Array], number: int, so_far: Any) -> list[Any]:
@@ -239,15 +259,20 @@ class CpuWorker:
         with self._numerics:
             return self.method.measure(block, number, so_far)
 
-    def _apply_block(self, block: ArrayBlock, decision: Any, out: Array, *, in_place: bool) -> None:
+    def _apply_block(
+        self, block: ArrayBlock, decision: Any, out: Array, *, in_place: bool, sampler: Sampler | None = None
+    ) -> None:
         """Write the merged values of a block, rounded to the output's element type; `in_place` over the anchor's."""
         code, last = block.task.out_code, self.method.writes_out_last
-        if code == "F32" and (last or not in_place):
-            self.method.apply(block, decision, out)
-            return
-        values = block.spare() if last else self._scratch.get("out", block.shape)
+        if sampler is not None:
+            sampler.take(block)  # before the anchor is overwritten
+        direct = code == "F32" and (last or not in_place)
+        values = out if direct else block.spare() if last else self._scratch.get("out", block.shape)
         self.method.apply(block, decision, values)
-        self._narrow(code, values, out)
+        if sampler is not None:
+            sampler.add(values)
+        if not direct:
+            self._narrow(code, values, out)
 
     def _pass(self, task: TensorTask, sources: Mapping[str, Array], number: int, so_far: Any) -> Any:
         """What one pass over a tensor measures."""

@@ -56,6 +56,15 @@ def eval(
         int,
         typer.Option(metavar="N", help="Width of the beam search; 1 is greedy.", rich_help_panel=NUMERICS),
     ] = 1,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Cut an utterance that has not ended after N tokens.",
+            show_default="224 for Whisper",
+            rich_help_panel=NUMERICS,
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -104,6 +113,7 @@ def eval(
             dtype=dtype,
             batch=batch,
             beams=beams,
+            max_tokens=max_tokens,
             limit=limit,
             confidence=confidence,
             trn=trn,

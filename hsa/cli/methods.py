@@ -20,6 +20,9 @@ WIDTH = 80
 
 INDENT = "  "
 
+PER_LAYER = "by tensor, layer or pattern in Python and YAML"
+"""Values that no option of the command line has room for."""
+
 
 def methods(
     name: Annotated[
@@ -62,7 +65,7 @@ def _explanation(described: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrapped(f"{described['name']}: ", described["title"], indent=INDENT)
     yield ""
     facts = [
-        ("formula", described["formula"]),
+        ("formula", f"{described['formula']}{' (by the defaults)' if described['formula_of_defaults'] else ''}"),
         ("base", contract["base"]),
         ("models", _models(contract)),
         ("heads", f"needs a {families}" if described["needs_heads"] else ""),
@@ -111,8 +114,8 @@ def _setting(each: Mapping[str, Any]) -> Iterator[str]:
     about += [f"default {each['default_text']}"] if each["default_text"] else []
     about += [each["range"]] if each["range"] else []
     about += [f"searched {each['search'][0]:g} to {each['search'][1]:g}"] if each["search"] else []
-    about += ["one for each model"] if each["per_model"] else []
-    about += ["by tensor or layer"] if each["per_layer"] else ["in Python by tensor"] if each["per_tensor"] else []
+    about += ["repeat it to give each model its own"] if each["per_model"] else []
+    about += [PER_LAYER] if each["per_layer"] else ["by tensor in Python"] if each["per_tensor"] else []
     about += ["hsa sweep takes several"] if each["sweep"] else []
     yield from _wrapped(INDENT * 3, each["help"])
     if about:

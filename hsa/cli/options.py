@@ -15,6 +15,7 @@ from hsa.actions.run_options import RunOptions
 from hsa.actions.signatures import BASE_HELP, with_roles
 from hsa.actions.source_arguments import missing_sources, refuse_missing_base, several_names, source_names
 from hsa.errors import shown
+from hsa.methods.all_settings import all_settings
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named, methods
 from hsa.methods.settings import DEFAULT_METHOD, Declared, Group, declared
@@ -40,6 +41,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 Parameters = Callable[[], Sequence[inspect.Parameter]]
 
 _MAKERS = "_hsa_declared"
+
+EACH_MODEL = " Repeat it to give each model its own."
+"""What help says of a setting that is a number for all models, or one for each."""
 
 MOST_NAMED = 3
 """Methods that help names beside a setting; of more it says how many have it."""
@@ -82,8 +86,14 @@ def complete(function: F) -> F:
 def given(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of declared options that the command line gives, as Python's keywords."""
     negated = {each.name for each in declared(RunOptions) if each.default is True}
+    alike = {name for name, each in all_settings(lambda about: about.per_model).items() if not each.about.repeated}
     named = {name: value for name, value in values.items() if not _is_default(ctx, name)}
-    return {name: not value if name in negated else value for name, value in named.items()}
+
+    def plain(name: str, value: Any) -> Any:
+        one_for_all = name in alike and isinstance(value, list) and len(value) == 1
+        return not value if name in negated else value[0] if one_for_all else value
+
+    return {name: plain(name, value) for name, value in named.items()}
 
 
 def given_merge(ctx: typer.Context, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
@@ -175,7 +185,16 @@ def settings(call: Call, said: Callable[[Declared, str], str] | None = None) -> 
             for own in call.settings_of(other.Settings)
             if own.name == each.name
         }
-        told = replace(each, about=replace(each.about, help=_help_of(owned), default_text=_default_of(owned)))
+        by_model = any(own.about.per_model for own in owned.values())
+        told = replace(
+            each,
+            about=replace(
+                each.about,
+                help=_help_of(owned) + (EACH_MODEL if by_model and not each.about.repeated else ""),
+                default_text=_default_of(owned),
+                per_model=by_model,
+            ),
+        )
         if said is not None and not isinstance(each.default, bool):
             yield _option_of(told, default=None, show_default=_shown_default(told, said))
         elif call.grid and each.about.axis:
@@ -183,7 +202,16 @@ def settings(call: Call, said: Callable[[Declared, str], str] | None = None) -> 
         elif isinstance(each.default, bool):
             yield _switch(told)
         else:
-            yield _option_of(told, show_default=told.about.default_text or True)
+            yield _option_of(told, **_defaults_of(told))
+
+
+def _defaults_of(each: Declared) -> dict[str, Any]:
+    """The default of a setting's option and what help shows of it. Where the option is a list there is none, so that no
+    single number stands in it."""
+    text = each.about.default_text
+    if each.about.per_model and not isinstance(each.default, (tuple, type(None))):
+        return {"default": None, "show_default": text or str(each.default)}
+    return {"show_default": text or True}
 
 
 def _shown_default(each: Declared, said: Callable[[Declared, str], str]) -> str | bool:
@@ -251,8 +279,10 @@ def _switch(each: Declared) -> inspect.Parameter:
 
 def _kind(each: Declared) -> tuple[Any, str]:
     """The type of an option's values, and what help calls them."""
+    if each.about.per_model:
+        return list[float], "NUMBER"
     if each.about.repeated:
-        return (list[float], "NUMBER") if each.about.varies else (list[str], "TEXT")
+        return list[str], "TEXT"
     if each.about.choices:
         return str, "NAME"
     if isinstance(each.default, bool):

@@ -65,7 +65,7 @@ def merge_report(report: MergeReport) -> str:
     lines = [
         f"{report.output}",
         f"  {report.extent.headline} ({report.route} route, backend {report.backend})",
-        *([f"  {report.extent.text}"] if report.extent.text != report.extent.headline else []),
+        *([f"  {report.extent.details}"] if report.extent.details else []),
         *([f"  {report.hint}"] if report.hint else []),
         f"  {size_text(report.bytes_read)} read, {size_text(report.bytes_written)} written in {report.seconds:.2f} s, "
         f"peak memory {size_text(report.peak_memory_bytes)}",

@@ -108,5 +108,6 @@ def _parameters(parameters: Mapping[str, Any]) -> list[str]:
     texts = {
         name: "per tensor" if isinstance(value, dict) else str(value)[:40]
         for name, value in summary(parameters).items()
+        if value is not None
     }
     return [f"{name} {text}" for name, text in texts.items()]

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hsa.backends.base import Backend, Merged, NotFinite, TaskBuffers, changed_ranges
-from hsa.engine.streamed import SliceFacts, StreamedTensor
+from hsa.engine.buffer_pool import BufferPool
+from hsa.engine.streamed import StreamedTensor
 from hsa.errors import NonFiniteError
 from hsa.methods.base import Method
 from hsa.methods.copied import COPIED
+from hsa.methods.distance_sums import added
 from hsa.methods.registry import method_named
 from hsa.methods.settings import Settings
-from hsa.methods.tensors import Outcome, TensorTask
+from hsa.methods.tensors import DistanceSums, Outcome, TensorTask
 from hsa.option_names import option
 from hsa.planning.equal_sources import all_equal, equal_pairs, may_be_copied
 from hsa.planning.file_layout import Computed
+from hsa.planning.tensor_digests import tensor_digest
 from hsa.sources.source_set import Sources
-from hsa.system.digests import digest_of
 from hsa.system.dtypes import Array, size
 from hsa.system.threads import usable_cores
-
-BUDGET_BYTES = 80 << 20
-"""Memory of all computations under way: four targets of large-v3 in float32, whatever the number of threads."""
-
-SPARE_BYTES = 48 << 20
-"""Memory of buffers kept for reuse."""
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -40,58 +35,6 @@ class Computation:
 
     data: Array
     changed: Ranges
-
-
-class BufferPool:
-    """Memory that threads share: buffers of given sizes, reused, and a budget of bytes for computations under way."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self._lock = threading.Condition()
-        self._in_use = 0
-        self._budget = BUDGET_BYTES
-        self._spare: list[Array] = []
-
-    def buffer(self, nbytes: int) -> Array:
-        """An uninitialised buffer, reused where one of that size is spare."""
-        with self._lock:
-            for position, spare in enumerate(self._spare):
-                if spare.size == nbytes:
-                    return self._spare.pop(position)
-        return self.backend.empty(nbytes)
-
-    def give_back(self, buffer: Array) -> None:
-        with self._lock:
-            self._spare.append(buffer)
-            while sum(spare.size for spare in self._spare) > SPARE_BYTES:
-                del self._spare[0]
-
-    @contextmanager
-    def reserve(self, cost: int) -> Iterator[None]:
-        """Wait until the computations under way leave room for one more; the largest runs alone."""
-        self.take(cost)
-        try:
-            yield
-        finally:
-            self.release(cost)
-
-    def widen(self, budget: int) -> None:
-        """Let computations under way take so much memory, if that is more than they may take now."""
-        with self._lock:
-            self._budget = max(self._budget, budget)
-            self._lock.notify_all()
-
-    def take(self, cost: int) -> None:
-        """As `reserve`, until `release`."""
-        with self._lock:
-            while cost and self._in_use and self._in_use + cost > self._budget:
-                self._lock.wait()
-            self._in_use += cost
-
-    def release(self, cost: int) -> None:
-        with self._lock:
-            self._in_use -= cost
-            self._lock.notify_all()
 
 
 class Calculator:
@@ -112,6 +55,7 @@ class Calculator:
         self.pool = BufferPool(backend)
         self.outcomes: dict[str, Outcome] = {}
         self._streamed: dict[str, StreamedTensor] = {}
+        self._sums: dict[str, dict[int, DistanceSums]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -157,7 +101,7 @@ class Calculator:
             tensor = self._streamed.get(task.name)
             new = tensor is None
             if tensor is None:
-                tensor = self._streamed[task.name] = StreamedTensor(task, self.method, self.settings)
+                tensor = self._streamed[task.name] = StreamedTensor(task, self.method, self.settings, self.pool)
         if new:
             self.pool.take(tensor.cost)
             tensor.opened.set()
@@ -167,12 +111,26 @@ class Calculator:
     def finish(self, tensor: StreamedTensor, decision: Any) -> None:
         """Record a tensor whose slices were all computed, and free its memory."""
         task = tensor.task
-        if task.listed:
+        if tensor.facts is not None:
             changed = changed_ranges(task, frozenset({0}) if decision is COPIED else frozenset())
-            self.record(Outcome(task, decision, changed, tensor.digests(), tensor.equal))
+            self.record(
+                Outcome(task, decision, changed, tensor.facts.digests(), tensor.facts.equal, self._sums_of(task))
+            )
         with self._lock:
             del self._streamed[task.name]
         self.pool.release(tensor.free())
+
+    def add_sums(self, piece: Computed, sums: DistanceSums | None) -> None:
+        """Keep the sums of a slice until its tensor is finished."""
+        if sums is not None:
+            with self._lock:
+                self._sums.setdefault(piece.task.name, {})[piece.first] = sums
+
+    def _sums_of(self, task: TensorTask) -> DistanceSums | None:
+        """The sums of a tensor whose slices were all computed."""
+        with self._lock:
+            slices = self._sums.pop(task.name, {})
+        return added(sums for _, sums in sorted(slices.items()))
 
     def abandon(self, tensor: StreamedTensor) -> None:
         """Free the memory of a tensor that cannot be computed: another thread may wait for it, and must see that the
@@ -188,12 +146,6 @@ class Calculator:
                 buffers[role] = self.pool.buffer(piece.count * width)
                 self.sources.of(role).read_into(ref, buffers[role].data, piece.first * width)
         return buffers
-
-
-def slice_facts(piece: Computed, buffers: Mapping[str, Array]) -> SliceFacts:
-    """What is kept of a slice: digests, and which sources are equal in it."""
-    digests = {role: digest_of(buffer.data) for role, buffer in buffers.items()}
-    return SliceFacts(digests, equal_pairs(piece.task, buffers))
 
 
 def result_bytes(task: TensorTask) -> int:
@@ -226,7 +178,7 @@ class ComputeThread:
             task_digests: dict[str, str] = {}
             for role, buffer in job.sources.items():
                 shared.sources.of(role).read_into(task.sources[role], buffer.data)
-                task_digests[role] = digest_of(buffer.data)
+                task_digests[role] = tensor_digest(task, role, buffer)
             pairs = equal_pairs(task, job.sources)
             copied = may_be_copied(task, shared.method, shared.settings) and all_equal(task, pairs)
             jobs.append(replace(job, copied=True) if copied else job)
@@ -237,11 +189,9 @@ class ComputeThread:
         except NotFinite as error:
             raise not_finite_error(error, tasks[error.job], shared.sources, shared.method) from None
         for task, result, task_digests, pairs in zip(tasks, merged, digests, equal, strict=True):
-            shared.record(Outcome(task, result.decision, result.changed, task_digests, pairs))
+            shared.record(Outcome(task, result.decision, result.changed, task_digests, pairs, result.sums))
         for job in jobs:
-            for buffer in job.sources.values():
-                if buffer is not job.out:
-                    shared.give_back(buffer)
+            shared.pool.give_back_all(buffer for buffer in job.sources.values() if buffer is not job.out)
         return [Computation(job.out, result.changed) for job, result in zip(jobs, merged, strict=True)]
 
     def _job(self, task: TensorTask) -> TaskBuffers:
@@ -265,17 +215,16 @@ class ComputeThread:
         shared, task = self._shared, piece.task
         out = shared.pool.buffer(piece.nbytes)
         try:
-            decision = tensor.decision(self._worker, shared.read, slice_facts, shared.give_back)
+            decision = tensor.decision(self._worker, shared.read)
             recorded = shared.recorded.get(task.name)
             copied = decision is COPIED and recorded in (None, COPIED)
             sources = tensor.take(piece) or shared.read(piece, (task.anchor,) if copied else None)
-            if task.listed and not tensor.has_facts(piece):
-                tensor.add_facts(piece, slice_facts(piece, sources))
-            self._worker.slice(piece, sources, out, decision, recorded)
+            if tensor.facts is not None and not copied:
+                tensor.facts.add(piece, sources)
+            shared.add_sums(piece, self._worker.slice(piece, sources, out, decision, recorded))
         except NotFinite as error:
             raise not_finite_error(error, task, shared.sources, shared.method) from None
-        for buffer in sources.values():
-            shared.give_back(buffer)
+        shared.pool.give_back_all(sources.values())
         if tensor.finish():
             shared.finish(tensor, decision)
         return Computation(out, ((0, piece.nbytes),))

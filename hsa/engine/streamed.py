@@ -4,63 +4,47 @@ A thread that needs the decision of a tensor takes part in measuring it: it draw
 none is left, and waits for the others. So all threads work on a large tensor, and none can wait for a slice that nobody
 has drawn. What the passes give does not depend on who measured what, for methods take their sums by `hsa.methods.sums`.
 
-Where a tensor fits into memory its slices are kept from the first pass on, so that sources are read once.
+Slices are kept from the first pass on, so that sources are read once: those of a tensor of up to KEPT_BYTES in all
+sources, and of any other those at its beginning that are equal in all sources, once for all of them, up to KEPT_BYTES.
+What is not kept is read again.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from hsa.backends.base import NotFinite, Worker
+from hsa.engine.buffer_pool import BufferPool
+from hsa.engine.kept_slices import Buffers, KeptSlices
+from hsa.engine.source_facts import SourceFacts
 from hsa.methods.base import Method, NotFiniteSums
 from hsa.methods.copied import COPIED
 from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorTask
-from hsa.planning.equal_sources import all_equal, may_be_copied
+from hsa.planning.equal_sources import may_be_copied
 from hsa.planning.file_layout import Computed, pieces_of
-from hsa.system.digests import digest_of_slices
-from hsa.system.dtypes import Array
 
 KEPT_BYTES = 128 << 20
-"""Bytes of a tensor in all sources up to which its slices are kept between the passes."""
-
-KEPT_SLICES = 8
-"""Slices of other tensors that are kept where sources are compared: one or two tell most of them apart."""
-
-Pair = tuple[str, str]
-Buffers = Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class SliceFacts:
-    """What is kept of a slice of a listed tensor: digests by role, and the sources that hold equal values in it."""
-
-    digests: Mapping[str, str]
-    equal: frozenset[Pair]
-
+"""Bytes of a tensor that are kept in memory between the passes: in all sources, or in one where all are equal."""
 
 Read = Callable[[Computed], Buffers]
 """Reads a slice of every source."""
-
-Facts = Callable[[Computed, Buffers], SliceFacts]
-"""Digests a slice, and compares the sources in it."""
-
-GiveBack = Callable[[Array], None]
 
 
 class StreamedTensor:
     """One tensor of which threads compute slices."""
 
-    def __init__(self, task: TensorTask, method: Method[Any, Any], settings: Settings) -> None:
-        self.task, self._method, self._settings = task, method, settings
+    def __init__(self, task: TensorTask, method: Method[Any, Any], settings: Settings, pool: BufferPool) -> None:
+        self.task, self._method, self._settings, self._pool = task, method, settings, pool
         self.pieces = pieces_of(task)
+        self.facts = SourceFacts(task) if task.listed else None
+        self._kept = KeptSlices(task, pool, KEPT_BYTES)
+        self._may_be_copied = may_be_copied(task, method, settings)
         self._changed = threading.Condition()
-        self._facts: dict[int, SliceFacts] = {}
-        self._kept: dict[int, Buffers] = {}
         self._failure: BaseException | None = None
+        self._measuring: set[int] = set()
         self._begin(0)
         self._decision: Any = None
         self._decided = not task.passes and not self._may_be_copied
@@ -72,29 +56,28 @@ class StreamedTensor:
 
     @property
     def keeps(self) -> bool:
-        """Whether slices are kept between the passes."""
-        total: int = sum(ref.nbytes for ref in self.task.sources.values())
-        return self.task.passes > 0 and total <= KEPT_BYTES
+        """Whether slices of all sources are kept between the passes."""
+        return self.task.passes > 0 and self._bytes <= KEPT_BYTES
 
     @property
     def cost(self) -> int:
-        """Bytes of memory that the tensor takes until its last slice is computed."""
-        total: int = sum(ref.nbytes for ref in self.task.sources.values())
-        return total if self.keeps else 0
+        """Bytes of memory that the tensor takes at most until its last slice is computed."""
+        if self.keeps:
+            return self._bytes
+        return min(self.task.sources[self.task.anchor].nbytes, KEPT_BYTES) if self._may_be_copied else 0
 
     @property
-    def _may_be_copied(self) -> bool:
-        """Whether the tensor is copied where it is equal in all sources, which have to be compared for that."""
-        return may_be_copied(self.task, self._method, self._settings)
+    def _bytes(self) -> int:
+        return sum(ref.nbytes for ref in self.task.sources.values())
 
-    def decision(self, worker: Worker, read: Read, facts: Facts, give_back: GiveBack) -> Any:
+    def decision(self, worker: Worker, read: Read) -> Any:
         """What is decided of the tensor; takes part in measuring it until that is known.
 
         Raises NotFinite, SourceChanged, MachineError.
         """
         while (number := self._draw()) is not None:
             try:
-                self._measure(number, worker, read, facts, give_back)
+                self._measure(number, worker, read)
             except BaseException as error:
                 with self._changed:
                     self._failure = self._failure or error
@@ -103,17 +86,13 @@ class StreamedTensor:
         return self._decision
 
     def take(self, piece: Computed) -> Buffers | None:
-        """The slice where it was kept; it is the caller's now."""
+        """The slice where it was kept, whose buffers are the caller's now; waits while another thread measures it."""
         with self._changed:
-            return self._kept.pop(piece.first, None)
-
-    def add_facts(self, piece: Computed, facts: SliceFacts) -> None:
-        with self._changed:
-            self._facts.setdefault(piece.first, facts)
-
-    def has_facts(self, piece: Computed) -> bool:
-        with self._changed:
-            return piece.first in self._facts
+            while piece.first in self._measuring:
+                if self._failure is not None:
+                    raise self._failure
+                self._changed.wait()
+        return self._kept.take(piece)
 
     def finish(self) -> bool:
         """Count a slice that was computed; whether it was the last."""
@@ -122,24 +101,14 @@ class StreamedTensor:
             return self._left == 0
 
     def free(self) -> int:
-        """The bytes of memory to give back for the tensor: its cost the first time, then nothing."""
+        """The bytes of memory to give back for the tensor: what it holds the first time, then nothing."""
         with self._changed:
             held, self._held = self._held, 0
             return held
 
-    def digests(self) -> dict[str, str]:
-        """By role, the digest over the digests of all slices."""
-        slices = [facts for _, facts in sorted(self._facts.items())]
-        return {role: digest_of_slices(facts.digests[role] for facts in slices) for role in self.task.sources}
-
-    @property
-    def equal(self) -> frozenset[Pair]:
-        """The pairs of sources that hold equal values in all slices."""
-        return frozenset.intersection(*(facts.equal for facts in self._facts.values()))
-
     def _begin(self, number: int) -> None:
         """Begin a pass; the caller holds the lock, or is the first."""
-        self._number, self._next, self._measuring = number, 0, 0
+        self._number, self._next = number, 0
         self._results: list[list[Any]] = [[] for _ in self.pieces]
 
     def _draw(self) -> int | None:
@@ -150,44 +119,59 @@ class StreamedTensor:
                     raise self._failure
                 if self._next < len(self.pieces):
                     self._next += 1
-                    self._measuring += 1
+                    self._measuring.add(self.pieces[self._next - 1].first)
                     return self._next - 1
                 self._changed.wait()
             return None
 
-    def _measure(self, number: int, worker: Worker, read: Read, facts: Facts, give_back: GiveBack) -> None:
+    def _measure(self, number: int, worker: Worker, read: Read) -> None:
         piece, first_pass = self.pieces[number], self._number == 0
-        with self._changed:
-            kept = self._kept.get(piece.first)
+        kept = self._kept.look_at(piece)
         buffers = read(piece) if kept is None else kept
-        if first_pass and self.task.listed and not self.has_facts(piece):
-            self.add_facts(piece, facts(piece, buffers))
+        if first_pass and self.facts is not None:
+            self.facts.add(piece, buffers)
         result: list[Any] = []
         if self.task.passes:
             result = worker.measure_slice(piece, buffers, self._number, self._decision)
+        if kept is None:
+            self._keep(piece, buffers)
         with self._changed:
-            keep = self.keeps or (not self.task.passes and len(self._kept) < KEPT_SLICES)
-            if keep:
-                self._kept[piece.first] = buffers
             self._results[number] = result
-            self._measuring -= 1
-            differs = first_pass and not self.task.passes and not self._all_equal()
-            if differs or (self._next == len(self.pieces) and not self._measuring):
-                self._end_pass(last=differs)
+            self._measuring.remove(piece.first)
+            differs = self._may_be_copied and not self._all_equal
+            if (differs and not self.task.passes) or (self._next == len(self.pieces) and not self._measuring):
+                self._end_pass()
+            surplus = self._surplus() if differs else 0
             self._changed.notify_all()
-        if not keep:
-            for buffer in buffers.values():
-                give_back(buffer)
+        if surplus:
+            self._pool.release(surplus)
 
+    @property
     def _all_equal(self) -> bool:
         """Whether all sources are equal in all slices that were looked at."""
-        return all_equal(self.task, self.equal)
+        return self.facts is not None and self.facts.all_equal
 
-    def _end_pass(self, *, last: bool) -> None:
-        """Decide by a finished pass; the caller holds the lock."""
+    def _keep(self, piece: Computed, buffers: Buffers) -> None:
+        """Keep a slice that was read and measured, where it is needed again and there is room."""
+        if self._number == 0 and self._may_be_copied and self._all_equal:
+            self._kept.keep_once(piece, buffers)
+        elif self.keeps or not self.task.passes:
+            self._kept.keep(piece, buffers)
+        else:
+            self._pool.give_back_all(buffers.values())
+
+    def _surplus(self) -> int:
+        """What is held for slices that are equal in all sources and will not come; the caller holds the lock."""
+        if self.keeps or not self._held:
+            return 0
+        surplus, self._held = self._held - self._kept.shared_bytes, self._kept.shared_bytes
+        return surplus
+
+    def _end_pass(self) -> None:
+        """Decide by a finished pass, or by the first slice that differs; the caller holds the lock."""
         if self._decided:
             return
-        if self._number == 0 and not last and self._may_be_copied and self._all_equal():
+        if self._number == 0 and self._may_be_copied and self._all_equal:
             self._decision, self._decided = COPIED, True
             return
         measured = None

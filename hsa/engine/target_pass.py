@@ -15,15 +15,16 @@ from typing import Any, Protocol
 
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuBackend, CpuWorker, TouchedGroups
-from hsa.engine.compute import BufferPool, not_finite_error
+from hsa.engine.buffer_pool import BufferPool
+from hsa.engine.compute import not_finite_error
 from hsa.engine.schedule import Schedule
 from hsa.methods.base import Method
 from hsa.methods.tensors import Outcome, TensorTask
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.tasks import Targets
+from hsa.planning.tensor_digests import tensor_digest
 from hsa.sources.source_set import Sources
 from hsa.system import fsio
-from hsa.system.digests import digest_of
 from hsa.system.dtypes import Array, size
 from hsa.system.huge_pages import allocate
 
@@ -137,7 +138,7 @@ class TargetPass:
         for role, ref in task.sources.items():
             data[role] = self._pool.buffer(ref.nbytes)
             self._sources.of(role).read_into(ref, data[role].data)
-            digests[role] = digest_of(data[role].data)
+            digests[role] = tensor_digest(task, role, data[role])
         equal = equal_pairs(task, data)
         method = worker.method
         try:

@@ -45,6 +45,7 @@ def evaluate(
     dtype: str = "auto",
     batch: int = 16,
     beams: int = 1,
+    max_tokens: int | None = None,
     limit: int | None = None,
     confidence: float = 0.95,
     trn: PathLike | None = None,
@@ -65,6 +66,7 @@ def evaluate(
         dtype: `auto` (float32 on a CPU, the checkpoint's own on a GPU), `float32`, `float16` or `bfloat16`.
         batch: utterances that are decoded at a time.
         beams: width of the beam search; 1 is greedy decoding.
+        max_tokens: tokens after which an utterance that has not ended is cut; None is 224 for a Whisper.
         limit: take the first so many utterances of each set.
         confidence: of the intervals, between 0 and 1.
         trn: a directory for NIST's trn files, which sclite scores.
@@ -79,7 +81,7 @@ def evaluate(
         (0.0453, -0.0344)
     """
     started = time.perf_counter()
-    options = DecodingOptions(language, task, beams, batch, device, dtype)
+    options = DecodingOptions(language, task, beams, batch, device, dtype, max_tokens)
     _check(normalizer, limit, confidence, progress)
     named, baseline_at = _named(models, baseline)
     _check_installed()

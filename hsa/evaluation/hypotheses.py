@@ -61,6 +61,7 @@ def describe(
         "language": options.language,
         "task": options.task,
         "beams": options.beams,
+        "max_tokens": options.max_tokens,
         "batch": None if is_exact(model, options, device) else options.batch,
         "device": device.partition(":")[0],
         "dtype": _dtype(model, options, device),

@@ -62,6 +62,11 @@ class ModelKind:
             raise RequestError(
                 f"{self.folder} is a {self.architecture}, which is decoded greedily; leave {option('beams')} out"
             )
+        if options.max_tokens is not None and self.head == "ctc":
+            raise RequestError(
+                f"{self.folder} is a {self.architecture}, which writes as long as it hears; leave "
+                f"{option('max_tokens')} out"
+            )
         if task == "translate" and not (self.whisper and self.multilingual):
             what = "is for English alone" if self.whisper else f"is a {self.architecture}"
             raise RequestError(

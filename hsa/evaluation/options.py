@@ -12,7 +12,7 @@ from hsa.option_names import option
 TASKS = ("transcribe", "translate")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MOST_AT_ONCE = 4096
-"""Utterances in a batch, and beams, that a caller may ask for."""
+"""Utterances in a batch, beams, and tokens of an utterance, that a caller may ask for."""
 
 _DEVICE = re.compile(r"auto|cpu|cuda|cuda:[0-9]{1,3}")
 
@@ -28,6 +28,9 @@ class DecodingOptions:
         batch: utterances that are decoded at a time.
         device: `auto` (a GPU where torch sees one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on a CPU, the checkpoint's own on a GPU), `float32`, `float16` or `bfloat16`.
+        max_tokens: tokens after which a sequence-to-sequence model stops an utterance, or a window of a long one, if
+            it has not ended by then; None is 224 for a Whisper, and what their own config says, at least 448, for
+            others.
 
     Raises RequestError for any other value.
 
@@ -42,6 +45,7 @@ class DecodingOptions:
     batch: int = 16
     device: str = "auto"
     dtype: str = "auto"
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.language is not None and (not isinstance(self.language, str) or not self.language.strip()):
@@ -49,8 +53,10 @@ class DecodingOptions:
         for name, choices in (("task", TASKS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise RequestError(f"{option(name)} must be one of {', '.join(choices)}, got {shown(self._get(name))}")
-        for name in ("beams", "batch"):
+        for name in ("beams", "batch", "max_tokens"):
             value = self._get(name)
+            if name == "max_tokens" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_AT_ONCE:
                 raise RequestError(
                     f"{option(name)} must be a whole number from 1 to {MOST_AT_ONCE}, got {shown(value)}"
@@ -62,5 +68,5 @@ class DecodingOptions:
         return getattr(self, name)
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("language", "task", "beams", "batch", "device", "dtype")
+        names = ("language", "task", "beams", "batch", "device", "dtype", "max_tokens")
         return {name: getattr(self, name) for name in names}

@@ -1,8 +1,8 @@
 """Recognisers of Whisper, of other sequence-to-sequence models, and of models with a CTC head.
 
-Padding changes what some models hear. A Whisper hears 30 s of every utterance, so that nothing changes there. Models
-whose feature extractors give an attention mask ignore the padding. Others, such as wav2vec2 models whose convolutions
-are normalised over time (`feat_extract_norm` "group"), would give other logits: their utterances are decoded together
+Padding changes what some models hear, also where they are given an attention mask: convolutions that are normalised
+over time (Moonshine; wav2vec2 with `feat_extract_norm` "group") hear it. A Whisper hears 30 s of every utterance, so
+that nothing changes there, and models of MASKED ignore the padding. The utterances of all others are decoded together
 where they are equally long, else one by one.
 
 Longer audio is decoded alone: by a Whisper with transformers' long-form decoding, by a CTC model in windows that
@@ -37,6 +37,10 @@ LEAST_SECONDS = 0.1
 WINDOW_SECONDS, STRIDE_SECONDS = 30, 5
 """Longer audio reaches a CTC model in windows of 30 s. The 5 s that a window shares with its neighbour on each side are
 heard and not written: a sixth of the window, as in transformers' pipeline."""
+
+
+MASKED = ("Wav2Vec2ForCTC", "HubertForCTC", "WavLMForCTC")
+"""Classes that ignore what their attention mask says is padding, where their convolutions are normalised by frame."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,12 @@ class _Recognizer:
         }
 
     def _may_pad(self) -> bool:
-        """Whether padding changes nothing, because the model is told where it is."""
-        return bool(getattr(self.extractor, "return_attention_mask", False))
+        """Whether padding is known to change nothing, because the model is told where it is."""
+        return (
+            type(self.model).__name__ in MASKED
+            and getattr(self.model.config, "feat_extract_norm", None) == "layer"
+            and bool(getattr(self.extractor, "return_attention_mask", False))
+        )
 
     def _parts(self, audio: Sequence[Float32]) -> Iterator[Part]:
         together = [[*range(len(audio))]] if self._may_pad() and len(audio) else _equally_long(audio)
@@ -127,7 +135,7 @@ class SpeechRecognizer(_Recognizer):
         self._how = {
             "num_beams": options.beams,
             "do_sample": False,
-            "max_new_tokens": max(stated, OTHER_NEW_TOKENS),
+            "max_new_tokens": options.max_tokens or max(stated, OTHER_NEW_TOKENS),
             "max_length": None,  # transformers warns where both are set
         }
 
@@ -152,7 +160,8 @@ class WhisperRecognizer(SpeechRecognizer):
                 f"{folder}: its feature extractor gives {self.extractor.feature_size} mel bands and its model takes "
                 f"{mels}; take preprocessor_config.json from the model that it was fine-tuned from"
             )
-        self._how["max_new_tokens"] = min(WHISPER_NEW_TOKENS, model.config.max_target_positions // 2)
+        wanted = options.max_tokens or WHISPER_NEW_TOKENS
+        self._how["max_new_tokens"] = min(wanted, model.config.max_target_positions // 2)
         if kind.multilingual:
             self._how["language"] = None if options.language is None else language_code(options.language)
             self._how["task"] = options.task
@@ -173,9 +182,6 @@ class WhisperRecognizer(SpeechRecognizer):
 
 class CtcRecognizer(_Recognizer):
     """A model with a CTC head, decoded greedily: the likeliest token of each frame, repeats and blanks removed."""
-
-    def _may_pad(self) -> bool:
-        return super()._may_pad() and hasattr(self.model, "_get_feat_extract_output_lengths")
 
     def _parts(self, audio: Sequence[Float32]) -> Iterator[Part]:
         limit = WINDOW_SECONDS * self.rate

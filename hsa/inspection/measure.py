@@ -21,10 +21,10 @@ from hsa.methods.tensors import TensorTask
 from hsa.planning.equal_sources import equal_pairs
 from hsa.planning.file_layout import SLICE_ELEMENTS
 from hsa.planning.tasks import COUNTS, Targets
+from hsa.planning.tensor_digests import tensor_digest
 from hsa.sources.roles import Role, RolePair
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
-from hsa.system.digests import digest_of
 from hsa.system.dtypes import ARITHMETIC, STORAGE, Array, size, widen
 
 Step = Callable[[int], None]
@@ -71,7 +71,7 @@ def measure(sources: Sources, targets: Targets, buffers: Buffers, step: Step) ->
         for role, ref in task.sources.items():
             raw[role] = buffers.take(role, ref.nbytes)
             sources.of(role).read_into(ref, raw[role].data)
-            digests[role] = digest_of(raw[role].data)
+            digests[role] = tensor_digest(task, role, raw[role])
             step(ref.nbytes)
         try:
             scored = worker.measure(task, raw)

@@ -1,4 +1,4 @@
-"""One look at every tensor that a merge of whole models computes: decided as the merge decides it, then summed up.
+"""One pass over every tensor that a merge of whole models computes: decided as the merge decides it, then summed up.
 
 Threads draw slices in order, as in a merge. Where a method measures a tensor before it decides, the engine's own
 `StreamedTensor` does, so that thresholds and coefficients are the merge's bit for bit. In memory are the slices under
@@ -15,19 +15,19 @@ from typing import Any
 
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuBackend
-from hsa.engine.compute import Calculator, not_finite_error, slice_facts
+from hsa.engine.compute import Calculator, not_finite_error
 from hsa.engine.schedule import Schedule
-from hsa.engine.streamed import SliceFacts
-from hsa.inspection.vector_sums import BlockSums, TensorSums, drops, gather, is_finite, look_at
+from hsa.engine.source_facts import SourceFacts
+from hsa.inspection.vector_sums import BlockSums, TensorSums, VectorSums, block_sums, drops, gather, is_finite
 from hsa.methods.base import BASE, Method
 from hsa.methods.copied import COPIED
+from hsa.methods.gram import pairs_of
 from hsa.methods.settings import Settings
-from hsa.methods.tensors import Outcome, TensorTask
-from hsa.planning.equal_sources import all_equal, may_be_copied
+from hsa.methods.tensors import DistanceSums, Outcome, TensorTask
+from hsa.planning.equal_sources import may_be_copied
 from hsa.planning.file_layout import Computed, is_whole, pieces_of
 from hsa.sources.source_set import Sources
 from hsa.sources.tensor_places import TensorRef
-from hsa.system.digests import digest_of_slices
 from hsa.system.dtypes import Array
 
 STREAMED = ("flat", "rows", "columns")
@@ -35,25 +35,23 @@ STREAMED = ("flat", "rows", "columns")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A tensor to look at: the merge's task, and base's tensor. `decides`: its decision is found, not left open.
-    `whole`: the merge holds it whole, and so digests its bytes at once."""
+class InspectedTensor:
+    """A tensor to measure: the merge's task, and base's tensor. `decides`: its decision is found, not left open."""
 
     task: TensorTask
     base: TensorRef | None
     decides: bool
-    whole: bool
 
     @classmethod
-    def of(cls, method: Method[Any, Any], task: TensorTask, base: TensorRef | None) -> Subject:
+    def of(cls, method: Method[Any, Any], task: TensorTask, base: TensorRef | None) -> InspectedTensor:
         """A decision that takes more than sums over slices, such as a decomposition, is left open."""
         decides = method.elementwise and task.layout in STREAMED
-        return cls(task if decides else replace(task, layout="flat", passes=0), base, decides, is_whole(task))
+        return cls(task if decides else replace(task, layout="flat", passes=0), base, decides)
 
     @property
-    def pieces(self) -> tuple[Computed, ...]:
-        """The slices in which it is read."""
-        return (Computed(self.task, 0, math.prod(self.task.shape)),) if self.whole else pieces_of(self.task)
+    def whole(self) -> bool:
+        """Whether it is read at once."""
+        return is_whole(self.task)
 
     @property
     def shown(self) -> TensorTask:
@@ -69,7 +67,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Look:
+class TensorFindings:
     """What was found of a tensor: its outcome, whose decision is None where it was left open, and its sums."""
 
     outcome: Outcome
@@ -78,11 +76,11 @@ class Look:
 
 @dataclass
 class _Progress:
-    """A tensor while threads look at it: by the first element of a slice, what was found there."""
+    """A tensor while threads measure it: by the first element of a slice, what was found there."""
 
-    subject: Subject
+    target: InspectedTensor
     left: int
-    facts: dict[int, SliceFacts] = field(default_factory=dict)
+    facts: SourceFacts
     parts: dict[int, list[BlockSums]] = field(default_factory=dict)
 
 
@@ -94,59 +92,57 @@ class ModelPass:
         self._calculator = Calculator(sources, CpuBackend(), settings)
         self._lock = threading.Lock()
         self._under_way: dict[str, _Progress] = {}
-        self._looks: dict[str, Look] = {}
+        self._findings: dict[str, TensorFindings] = {}
         self._done = 0
 
-    def run(self, subjects: Sequence[Subject], threads: int, progress: Callable[[int], None]) -> list[Look]:
-        """A look at each subject, in their order. `progress` is called with bytes done so far.
+    def run(
+        self, targets: Sequence[InspectedTensor], threads: int, progress: Callable[[int], None]
+    ) -> list[TensorFindings]:
+        """The findings of each target, in their order. `progress` is called with bytes done so far.
 
         Raises NonFiniteError, SourceChanged, MachineError, and RequestError where a method can decide nothing.
         """
         slices = []
-        for subject in subjects:
-            self._under_way[subject.task.name] = _Progress(subject, len(subject.pieces))
-            slices += [(subject, piece) for piece in subject.pieces]
-        schedule: Schedule[tuple[Subject, Computed]] = Schedule()
+        for target in targets:
+            pieces = pieces_of(target.task)
+            self._under_way[target.task.name] = _Progress(target, len(pieces), SourceFacts(target.task))
+            slices += [(target, piece) for piece in pieces]
+        schedule: Schedule[tuple[InspectedTensor, Computed]] = Schedule()
         schedule.run(iter(slices), threads, self._thread, lambda: progress(self._done))
         progress(self._done)
-        return [self._looks[subject.task.name] for subject in subjects]
+        return [self._findings[target.task.name] for target in targets]
 
-    def _thread(self) -> Callable[[tuple[Subject, Computed]], None]:
+    def _thread(self) -> Callable[[tuple[InspectedTensor, Computed]], None]:
         worker = self._calculator.backend.worker(self._method, self._settings)
-        return lambda drawn: self._look(*drawn, worker)
+        return lambda drawn: self._measure(*drawn, worker)
 
-    def _look(self, subject: Subject, piece: Computed, worker: Any) -> None:
-        task, own = piece.task, self._under_way[subject.task.name]
+    def _measure(self, target: InspectedTensor, piece: Computed, worker: Any) -> None:
+        task, own = piece.task, self._under_way[target.task.name]
         try:
             if task.passes:
-                self._look_streamed(subject, piece, worker, own)
+                self._measure_streamed(target, piece, worker)
             else:
-                with self._calculator.pool.reserve(subject.nbytes if subject.whole else 0):
+                with self._calculator.pool.reserve(target.nbytes if target.whole else 0):
                     buffers = self._calculator.read(piece)
-                    own.facts[piece.first] = slice_facts(piece, buffers)
-                    decision = self._method.decide(task, None, self._settings, None) if subject.decides else None
-                    self._sum_up(subject, piece, worker, decision, buffers)
+                    own.facts.add(piece, buffers)
+                    decision = self._method.decide(task, None, self._settings, None) if target.decides else None
+                    self._sum_up(target, piece, worker, decision, buffers)
             with self._lock:
                 own.left -= 1
-                self._done += subject.nbytes * piece.count // max(1, math.prod(task.shape))
+                self._done += target.nbytes * piece.count // max(1, math.prod(task.shape))
                 last = own.left == 0
             if last:
                 self._finish(own)
         except NotFinite as error:
-            raise not_finite_error(error, subject.shown, self._sources, self._method) from None
+            raise not_finite_error(error, target.shown, self._sources, self._method) from None
 
-    def _look_streamed(self, subject: Subject, piece: Computed, worker: Any, own: _Progress) -> None:
+    def _measure_streamed(self, target: InspectedTensor, piece: Computed, worker: Any) -> None:
         shared = self._calculator
         tensor = shared.streamed(piece.task)
-
-        def facts(part: Computed, buffers: Mapping[str, Array]) -> SliceFacts:
-            own.facts[part.first] = slice_facts(part, buffers)
-            return own.facts[part.first]
-
         try:
-            decision = tensor.decision(worker, shared.read, facts, shared.give_back)
+            decision = tensor.decision(worker, shared.read)
             buffers = tensor.take(piece) or shared.read(piece)
-            self._sum_up(subject, piece, worker, decision, buffers)
+            self._sum_up(target, piece, worker, decision, buffers)
         except BaseException:
             shared.abandon(tensor)
             raise
@@ -154,46 +150,48 @@ class ModelPass:
             shared.finish(tensor, decision)
 
     def _sum_up(
-        self, subject: Subject, piece: Computed, worker: Any, decision: Any, buffers: Mapping[str, Array]
+        self, target: InspectedTensor, piece: Computed, worker: Any, decision: Any, buffers: Mapping[str, Array]
     ) -> None:
         """Sum up a slice; its buffers are given back."""
-        shown = replace(piece, task=subject.shown)
+        shown = replace(piece, task=target.shown)
         added = shown.task.sources.keys() - piece.task.sources.keys()
         every = {**self._calculator.read(shown, added), **buffers}
-        look = look_at(self._method, decision, masks=drops(decision))
-        parts = worker.each_part(shown, every, look, check=bool(added) or not piece.task.passes)
-        for buffer in every.values():
-            self._calculator.give_back(buffer)
+        sums_of = block_sums(self._method, decision, masks=drops(decision))
+        parts = worker.each_part(shown, every, sums_of, check=bool(added) or not piece.task.passes)
+        self._calculator.pool.give_back_all(every.values())
         with self._lock:
             self._under_way[piece.task.name].parts[piece.first] = parts
 
     def _finish(self, own: _Progress) -> None:
-        """Gather what was found of a tensor, all of whose slices were looked at."""
-        subject, task = own.subject, own.subject.task
-        ordered = [facts for _, facts in sorted(own.facts.items())]
-        equal = frozenset.intersection(*(facts.equal for facts in ordered)) if ordered else frozenset()
-        decision = self._decision(subject, equal)
+        """Gather what was found of a tensor, all of whose slices were measured."""
+        target, task = own.target, own.target.task
+        outcome = self._calculator.outcomes[task.name] if task.passes else self._outcome(own)
+        decision = outcome.decision
         blocks = [block for _, parts in sorted(own.parts.items()) for block in parts]
-        base = BASE in subject.shown.sources
+        base = BASE in target.shown.sources
         sums = gather(blocks, task.numbers, len(self._sources.models), base=base, masks=drops(decision))
         if not is_finite(sums):
             raise NotFinite(None, None)
-        outcome = Outcome(task, decision, (), _digests(subject, ordered), equal)
+        outcome = replace(outcome, sums=_distance_sums(task, sums.vectors))
         with self._lock:
-            self._looks[task.name] = Look(outcome, sums)
+            self._findings[task.name] = TensorFindings(outcome, sums)
             del self._under_way[task.name]
 
-    def _decision(self, subject: Subject, equal: frozenset[tuple[str, str]]) -> Any:
-        task = subject.task
-        if may_be_copied(task, self._method, self._settings) and all_equal(task, equal):
-            return COPIED
-        if task.passes:
-            return self._calculator.outcomes[task.name].decision
-        return self._method.decide(task, None, self._settings, None) if subject.decides else None
+    def _outcome(self, own: _Progress) -> Outcome:
+        """What a merge makes of a tensor that it does not measure."""
+        target, task, facts = own.target, own.target.task, own.facts
+        decision = None
+        if may_be_copied(task, self._method, self._settings) and facts.all_equal:
+            decision = COPIED
+        elif target.decides:
+            decision = self._method.decide(task, None, self._settings, None)
+        return Outcome(task, decision, (), facts.digests(), facts.equal)
 
 
-def _digests(subject: Subject, facts: Sequence[SliceFacts]) -> dict[str, str]:
-    """By role, the digest of the tensor as a merge records it."""
-    if subject.whole:
-        return dict(facts[0].digests)
-    return {role: digest_of_slices(each.digests[role] for each in facts) for role in subject.task.sources}
+def _distance_sums(task: TensorTask, vectors: VectorSums) -> DistanceSums | None:
+    """The sums over all elements, as a merge takes them of a sample; None of a tensor that is merged without base."""
+    if BASE not in task.sources or vectors.base is None:
+        return None
+    numbers = task.numbers
+    products = tuple(vectors.product(numbers[one], numbers[two]) for one, two in pairs_of(len(numbers)))
+    return DistanceSums(math.prod(task.shape), vectors.base, products, output=False)

@@ -12,7 +12,7 @@ from typing import Any
 from hsa.architectures.base import Architecture
 from hsa.errors import MismatchError, listed
 from hsa.findings import Findings
-from hsa.inspection.model_pass import Look, ModelPass, Subject
+from hsa.inspection.model_pass import InspectedTensor, ModelPass, TensorFindings
 from hsa.inspection.model_report import ModelInspection, TensorVectors, in_model_order, spot_of
 from hsa.inspection.opening import identity_of, open_checked, refusal_findings
 from hsa.inspection.vector_sums import KeptSums
@@ -61,7 +61,7 @@ def inspect_sources(
     threads: int | None,
     progress: Progress | None,
 ) -> ModelInspection:
-    """Look at sources as a merge of them would; `output` is a merge that they must be the sources of.
+    """Measure sources as a merge of them would; `output` is a merge that they must be the sources of.
 
     Raises as `hsa.inspect` does.
     """
@@ -74,22 +74,22 @@ def inspect_sources(
         )
         finder = _finder(method, settings, sources)
         tasks = finder.targets()
-        subjects = list(_subjects(method, tasks, sources))
-        planned = method.planned_findings(tasks, settings) if all(each.decides for each in subjects) else Findings()
-        total = sum(subject.nbytes for subject in subjects)
-        looks = ModelPass(sources, method, settings).run(
-            subjects, threads or default_threads(), lambda done: None if progress is None else progress(done, total)
+        targets = list(_targets(method, tasks, sources))
+        planned = method.planned_findings(tasks, settings) if all(each.decides for each in targets) else Findings()
+        total = sum(target.nbytes for target in targets)
+        measured = ModelPass(sources, method, settings).run(
+            targets, threads or default_threads(), lambda done: None if progress is None else progress(done, total)
         )
         sources.check_unchanged()
-        outcomes = [look.outcome for look in looks]
+        outcomes = [each.outcome for each in measured]
         warnings = [] if output is None else list(_differences(output, method, outcomes))
-        tensors = _tensors(method, sources, subjects, looks, output)
+        tensors = _tensors(method, sources, targets, measured, output)
         findings = method.settings_findings([settings]) + refusal_findings(settings, finder.sources) + planned
         findings += adapter_findings(sources) + method.source_findings(outcomes) + method.result_findings(outcomes)
         findings += method.decision_findings([each for each in outcomes if each.decision is not None])
         identities = {source.role: identity_of(source) for source in sources}
     notes = [*hub.notes, *(note for source in sources for note in source.notes), *mismatch_notes(finder)]
-    notes += [*_notes(method, sources, tasks, subjects, recorded=output is not None), *findings.notes]
+    notes += [*_notes(method, sources, tasks, targets, recorded=output is not None), *findings.notes]
     return ModelInspection(
         title=" + ".join(str(identities[role]["id"]) for role in sources.models)
         if output is None
@@ -139,21 +139,21 @@ def _finder(method: Method[Any, Any], settings: Settings, sources: Sources) -> T
     return TaskFinder(method, settings, sources)
 
 
-def _subjects(method: Method[Any, Any], tasks: Sequence[TensorTask], sources: Sources) -> Iterator[Subject]:
-    """The tensors to look at: all that are merged, but for those that base lacks where the method does without."""
+def _targets(method: Method[Any, Any], tasks: Sequence[TensorTask], sources: Sources) -> Iterator[InspectedTensor]:
+    """The tensors to measure: all that are merged, but for those that base lacks where the method does without."""
     for task in tasks:
         base = None if sources.base is None else sources.base_checkpoint.tensors.get(task.name)
         if base is not None and (base.shape != task.shape or base.code not in ARITHMETIC):
             base = None
         if base is not None or sources.base is None:
-            yield Subject.of(method, task, base)
+            yield InspectedTensor.of(method, task, base)
 
 
 def _notes(
     method: Method[Any, Any],
     sources: Sources,
     tasks: Sequence[TensorTask],
-    subjects: Sequence[Subject],
+    targets: Sequence[InspectedTensor],
     *,
     recorded: bool,
 ) -> Iterator[str]:
@@ -169,13 +169,13 @@ def _notes(
         yield f"method {method.name} takes no base: it serves to show task vectors, and changes nothing of the merge"
     if len(sources.models) == 1:
         yield ONE_MODEL
-    missing = {task.name for task in tasks} - {subject.task.name for subject in subjects}
+    missing = {task.name for task in tasks} - {target.task.name for target in targets}
     if missing:
         yield (
             f"{len(missing)} tensors are merged and not shown, for base lacks them or has them in another shape or "
             f"type: {some(sorted(missing))}"
         )
-    open_ = sum(not subject.decides for subject in subjects)
+    open_ = sum(not target.decides for target in targets)
     if open_:
         yield (
             f"what {method.name} decides of {open_} tensors takes the whole merge, such as decompositions, and is not "
@@ -186,21 +186,25 @@ def _notes(
 def _tensors(
     method: Method[Any, Any],
     sources: Sources,
-    subjects: Sequence[Subject],
-    looks: Sequence[Look],
+    targets: Sequence[InspectedTensor],
+    measured: Sequence[TensorFindings],
     output: RecordedMerge | None,
 ) -> list[TensorVectors]:
     recorded = {} if output is None else {each.canonical: each for each in output.provenance.record.targets}
     return [
-        _tensor(method, sources, subject, look, recorded.get(subject.task.name))
-        for subject, look in zip(subjects, looks, strict=True)
+        _tensor(method, sources, target, found, recorded.get(target.task.name))
+        for target, found in zip(targets, measured, strict=True)
     ]
 
 
 def _tensor(
-    method: Method[Any, Any], sources: Sources, subject: Subject, look: Look, recorded: TensorRecord | None
+    method: Method[Any, Any],
+    sources: Sources,
+    target: InspectedTensor,
+    found: TensorFindings,
+    recorded: TensorRecord | None,
 ) -> TensorVectors:
-    task, decision = subject.task, look.outcome.decision
+    task, decision = target.task, found.outcome.decision
     models = tuple(role for role in task.sources if role != BASE)
     known = decision is not None and decision is not COPIED
     return TensorVectors(
@@ -209,9 +213,9 @@ def _tensor(
         shape=task.shape,
         dtype=task.stored.code,
         copied=decision is COPIED,
-        vectors=look.sums.vectors,
-        kept=look.sums.kept,
-        angle=look.sums.angle,
+        vectors=found.sums.vectors,
+        kept=found.sums.kept,
+        angle=found.sums.angle,
         decision=None if decision is None else decision_dict(method, decision),
         coefficients=method.coefficients_of(decision, models) if known else {},
         recorded=None if recorded is None else decision_dict(method, recorded.decision),

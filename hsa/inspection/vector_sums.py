@@ -72,6 +72,11 @@ class VectorSums(Counted):
             return 1.0 if squares[one] > 0.0 else None
         return cosine(squares[one], squares[two], self.product(one, two))
 
+    def apart(self, one: int, two: int) -> float | None:
+        """The distance between two vectors, relative to the norm of the second; None where that is zero."""
+        squares = self.squares
+        return ratio(max(0.0, squares[one] + squares[two] - 2.0 * self.product(one, two)), squares[two])
+
     def relative(self, number: int) -> float | None:
         """The norm of a task vector over base's; None without a base, and where that is zero."""
         return None if self.base is None else ratio(self.squares[number], self.base)
@@ -149,10 +154,10 @@ class TensorSums:
     angle: float | None
 
 
-def look_at(method: Method[Any, Any], decision: Any, *, masks: bool) -> Callable[[Block], BlockSums]:
+def block_sums(method: Method[Any, Any], decision: Any, *, masks: bool) -> Callable[[Block], BlockSums]:
     """What sums up a block whose task has a base or none. `masks`: what the method keeps by its decision, too."""
 
-    def look(block: Block) -> BlockSums:
+    def sums_of(block: Block) -> BlockSums:
         based = BASE in block.task.sources
         vectors = [(block.task_vector if based else block.weights)(role).reshape(1, -1) for role in block.models]
         moved, shared, disagreeing = _signs(vectors)
@@ -167,7 +172,7 @@ def look_at(method: Method[Any, Any], decision: Any, *, masks: bool) -> Callable
         votes = None if agreeing is None else tuple(int(np.count_nonzero(each)) for each in agreeing)
         return BlockSums(vectors[0].size, base, products, moved, shared, disagreeing, every, votes)
 
-    return look
+    return sums_of
 
 
 def _signs(vectors: Sequence[Float32]) -> tuple[tuple[int, ...], int, int]:

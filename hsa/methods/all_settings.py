@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hsa.methods.registry import method_named, methods
-from hsa.methods.settings import DEFAULT_METHOD, Declared, Setting, declared
+from hsa.methods.settings import DEFAULT_METHOD, Declared, SettingInfo, declared
 
 
-def all_settings(wanted: Callable[[Setting], bool] = lambda about: True) -> Mapping[str, Declared]:
+def all_settings(wanted: Callable[[SettingInfo], bool] = lambda about: True) -> Mapping[str, Declared]:
     """The settings of every method by their names in Python; where methods share a name, the default method's.
 
     Those that are not `wanted` are left out, and what another method declares under the name may take their place.

@@ -15,24 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from hsa.architectures.base import Architecture, TensorInfo, TensorPlace
 from hsa.errors import RequestError
 from hsa.findings import Findings
-from hsa.methods.copied import COPIED
+from hsa.methods import source_warnings
+from hsa.methods.merged_tensors import TensorCount
 from hsa.methods.settings import Settings
-from hsa.methods.tensors import (
-    CardText,
-    Layout,
-    Outcome,
-    Summary,
-    TensorCount,
-    TensorRecord,
-    TensorTask,
-    equal_source_warnings,
-)
+from hsa.methods.tensors import BASE as BASE
+from hsa.methods.tensors import CardText, Layout, Outcome, Summary, TensorRecord, TensorTask
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
-
-BASE = "base"
-"""The role of the model that task vectors are taken from."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +198,8 @@ class Method(ABC, Generic[S, D]):
     """Whether it merges attention heads, and so takes only models of the families whose heads are known."""
     selects_heads: ClassVar[bool] = False
     """Whether its decisions say which attention heads are merged, and by which scores, as `inspect` shows them."""
+    gpu_models: ClassVar[int | None] = None
+    """Of how many models a GPU merges by kernels of the method's own; None where it has none."""
     tolerance: ClassVar[float] = 0.0
     """How far the values of a tensor that is computed whole may lie from those of another machine, relative to the
     tensor's norm: 0 where every machine gives the same bytes."""
@@ -329,6 +321,10 @@ class Method(ABC, Generic[S, D]):
 
     # --- what is said of a merge ---------------------------------------------------------------------------------
 
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        """The formula of a merge with these parameters; `formula` is that of the defaults."""
+        return self.formula
+
     def settings_findings(self, candidates: Sequence[S]) -> Findings:
         """What the settings of one merge, or of several, tell by themselves."""
         return Findings()
@@ -339,11 +335,11 @@ class Method(ABC, Generic[S, D]):
 
     def source_findings(self, outcomes: Sequence[Outcome]) -> Findings:
         """What the values of the sources tell, whatever the settings; warnings make a merge doubtful."""
-        return Findings(warnings=tuple(equal_source_warnings(outcomes)))
+        return source_warnings.source_findings(outcomes)
 
     def result_findings(self, outcomes: Sequence[Outcome]) -> Findings:
         """What a finished merge tells, such as that it changes nothing. A sweep says which of its points it is."""
-        return Findings()
+        return source_warnings.change_findings(outcomes)
 
     def decision_findings(self, outcomes: Sequence[Outcome]) -> Findings:
         """What single decisions tell, such as that one was close. A sweep says it once for all points."""
@@ -359,11 +355,11 @@ class Method(ABC, Generic[S, D]):
 
     def summary(self, outcomes: Sequence[Outcome]) -> Summary:
         """How much a finished merge merged."""
-        return TensorCount(len(outcomes), copied=sum(outcome.decision is COPIED for outcome in outcomes))
+        return TensorCount.of(outcomes)
 
     def recorded_summary(self, records: Sequence[TensorRecord]) -> Summary:
         """How much a merge merged, as far as its record tells."""
-        return TensorCount(len(records))
+        return TensorCount.of_records(records)
 
     def summary_range(self, summaries: Mapping[str, Summary]) -> str | None:
         """How far the finished merges of a sweep lie apart, by the names of their points, in one line; None where there
@@ -378,7 +374,7 @@ class Method(ABC, Generic[S, D]):
         self, parameters: Mapping[str, Any], records: Sequence[TensorRecord], architecture: Architecture
     ) -> CardText:
         """What the card says of a merge with these parameters."""
-        formula = f": `{self.formula}`" if self.formula else ""
+        formula = f": `{self.formula_with(parameters)}`" if self.formula else ""
         source = f" Source: {self.source}." if self.source else ""
         return CardText(f"{self.title}{formula}.{source}")
 

@@ -13,7 +13,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsa.methods.by_threshold import Ranks, ThresholdMethod
-from hsa.methods.masked import DENSITY_LIMITS, FACTOR, LAMBDA, NONE, NORMALIZE, RESCALE, RESCALING, MaskedSettings
+from hsa.methods.masked import (
+    DENSITY_LIMITS,
+    FACTOR,
+    LAMBDA,
+    NONE,
+    NORMALIZE,
+    RESCALE,
+    RESCALING,
+    MaskedSettings,
+    formula_of,
+)
 from hsa.methods.model_method import Weights
 from hsa.methods.settings import setting
 from hsa.methods.tensors import TensorTask
@@ -60,7 +70,12 @@ class Breadcrumbs(ThresholdMethod[BreadcrumbsSettings]):
 
     name = "breadcrumbs"
     title = "Model Breadcrumbs"
-    formula = "B + lambda * sum(w_i * trim(M_i - B)), trimmed of the largest and of the smallest elements"
+    kept_part = (
+        "trim(M_i - B)",
+        "trim drops the min(int(gamma * n), n - int(density * n)) largest of n elements, and the smallest until "
+        "int(density * n) are left",
+    )
+    formula = formula_of(kept_part, votes=False, normalize=False)
     source = "Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795"
     citation = """@inproceedings{davari2024breadcrumbs,
   title={Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks},

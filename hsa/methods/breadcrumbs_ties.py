@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsa.methods.breadcrumbs import Breadcrumbs, BreadcrumbsSettings
-from hsa.methods.masked import VOTE_NORMALIZE
+from hsa.methods.masked import VOTE_NORMALIZE, formula_of
 from hsa.methods.settings import setting
 
 
@@ -35,7 +35,7 @@ class BreadcrumbsTies(Breadcrumbs):
 
     name = "breadcrumbs_ties"
     title = "Model Breadcrumbs with the vote of TIES"
-    formula = "B + lambda * sum(w_i * trim(M_i - B) that have the elected sign)"
+    formula = formula_of(Breadcrumbs.kept_part, votes=True, normalize=False)
     source = "Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795"
     Settings = BreadcrumbsTiesSettings
     votes = True

@@ -1,6 +1,6 @@
-"""Methods that keep elements by chance, by random words that hang on the seed, the model, the tensor and the element.
+"""Methods that keep elements by chance, by random words that depend on the seed, the model, the tensor and the element.
 
-Where dropped elements are made up for, a first pass sums magnitudes, and a second those of the kept elements.
+Where the kept elements are rescaled, a first pass sums magnitudes, and a second those of the kept elements.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from hsa.methods import philox
 from hsa.methods.base import Block
 from hsa.methods.json_fields import count, number
-from hsa.methods.masked import L1, Masked, MaskedMethod, MaskedSettings, factor_of, kept_sums, magnitude_sums
+from hsa.methods.masked import L1, MaskDecision, MaskedMethod, MaskedSettings, factor_of, kept_sums, magnitude_sums
 from hsa.methods.philox import Key
 from hsa.methods.settings import setting
 from hsa.methods.sums import total
@@ -40,7 +40,7 @@ class ChanceSettings(MaskedSettings):
 
 
 @dataclass(frozen=True)
-class Drawn(Masked):
+class Drawn(MaskDecision):
     """The decision for a tensor: the seed, and with which probability elements of each model are kept.
 
     `spreads` is by how much the probability differs with an element's rank, for methods that say so. `sums` are the

@@ -1,7 +1,7 @@
 """Methods that keep elements by their magnitude: those between two thresholds, which are found exactly in two passes.
 
 The first pass counts magnitudes by the upper 16 bits, the second by the lower 16 bits of those in the bin of a
-threshold; see `thresholds`. All elements that tie with a threshold are kept. Where dropped elements are made up for, a
+threshold; see `thresholds`. All elements that tie with a threshold are kept. Where the kept elements are rescaled, a
 third pass sums magnitudes.
 """
 
@@ -17,7 +17,7 @@ from hsa.findings import Findings
 from hsa.methods import thresholds
 from hsa.methods.base import Block
 from hsa.methods.json_fields import between, count
-from hsa.methods.masked import L1, Masked, MaskedMethod, MaskedSettings, factor_of, kept_sums, magnitude_sums
+from hsa.methods.masked import L1, MaskDecision, MaskedMethod, MaskedSettings, factor_of, kept_sums, magnitude_sums
 from hsa.methods.model_method import is_running
 from hsa.methods.sums import total
 from hsa.methods.tensors import Outcome, TensorTask
@@ -38,8 +38,8 @@ class Ranks(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The magnitudes that are kept, both ends in; nothing where `low` is None, no upper end where `high` is. So many
-    elements are `kept`."""
+    """The magnitudes that are kept, both ends included; nothing where `low` is None, no upper end where `high` is.
+    `kept` is the number of elements."""
 
     low: float | None
     high: float | None
@@ -47,7 +47,7 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trimmed(Masked):
+class Trimmed(MaskDecision):
     """The decision for a tensor: the range of magnitudes that is kept of each model. Where it is `unscaled`, the
     factors are still to be found, by a third pass."""
 
@@ -64,7 +64,7 @@ class Trimmed(Masked):
 
 
 @dataclass(frozen=True)
-class Located:
+class ThresholdBins:
     """After the first pass: the bins in which the thresholds of each model lie, and its counts."""
 
     ranks: tuple[Ranks | None, ...]
@@ -84,10 +84,10 @@ class ThresholdMethod(MaskedMethod[S, Trimmed], Generic[S]):
     def ranks(self, task: TensorTask, settings: S, elements: int) -> tuple[Ranks | None, ...]:
         """Which magnitudes of each model are kept; None where all are."""
 
-    def measure(self, block: Block, number: int, so_far: Located | Trimmed | None) -> list[Any]:
+    def measure(self, block: Block, number: int, so_far: ThresholdBins | Trimmed | None) -> list[Any]:
         if so_far is None:
             return [thresholds.upper_counts(_magnitudes(block, role), block.wide()) for role in block.models]
-        if isinstance(so_far, Located):
+        if isinstance(so_far, ThresholdBins):
             return [_inside(block, role, places) for role, places in zip(block.models, so_far.places, strict=True)]
         return [self._sums(block, so_far, place) for place in range(len(block.models) if so_far.unscaled else 0)]
 
@@ -102,22 +102,22 @@ class ThresholdMethod(MaskedMethod[S, Trimmed], Generic[S]):
         return [_gathered(parts) for parts in by_model] or None
 
     def decision(
-        self, task: TensorTask, measured: Any, settings: S, so_far: Located | Trimmed | None
-    ) -> Located | Trimmed:
+        self, task: TensorTask, measured: Any, settings: S, so_far: ThresholdBins | Trimmed | None
+    ) -> ThresholdBins | Trimmed:
         elements = math.prod(task.shape)
         if isinstance(so_far, Trimmed):
             if measured is None or not so_far.unscaled:
                 return so_far
             scaled = so_far.rescaled([factor_of(whole, kept) for whole, kept in measured])
             return replace(scaled, unscaled=False)
-        if isinstance(so_far, Located):
+        if isinstance(so_far, ThresholdBins):
             found = zip(so_far.ranks, so_far.places, measured, strict=True)
             ranges = tuple(_range(elements, *each) for each in found)
             return Trimmed(self.blend(task, settings), ranges, unscaled=settings.rescale == L1)
         ranks = self.ranks(task, settings, elements)
         if measured is None:
             return Trimmed(self.blend(task, settings), (Range(0.0, None, elements),) * len(ranks))
-        return Located(ranks, tuple(_places(each, counts) for each, counts in zip(ranks, measured, strict=True)))
+        return ThresholdBins(ranks, tuple(_places(each, counts) for each, counts in zip(ranks, measured, strict=True)))
 
     def keep(self, block: Block, decision: Trimmed, place: int, vector: Float32, scratch: Scratch) -> Array | None:
         import numpy as np

@@ -1,4 +1,4 @@
-"""DARE: keep each element of a task vector by chance, make up for the dropped ones, and add up.
+"""DARE: keep each element of a task vector by chance, rescale the others, and add up.
 
     keep each element of d_i with probability density, times the rescaling factor
     B + lambda * sum of w_i * d_i, over the sum of w_i with `normalize`
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hsa.methods import philox
 from hsa.methods.base import Block
 from hsa.methods.by_chance import ChanceMethod, ChanceSettings, Drawn
-from hsa.methods.masked import DENSITY_LIMITS, FACTOR, L1, LAMBDA, NORMALIZE, RESCALE, RESCALING
+from hsa.methods.masked import DENSITY_LIMITS, FACTOR, L1, LAMBDA, NORMALIZE, RESCALE, RESCALING, formula_of
 from hsa.methods.model_method import Weights
 from hsa.methods.philox import Key
 from hsa.methods.settings import setting
@@ -47,7 +47,8 @@ class DareLinear(ChanceMethod[DareLinearSettings]):
 
     name = "dare_linear"
     title = "DARE"
-    formula = "B + lambda * sum(w_i * rescale * mask_i * (M_i - B)), each mask kept with probability density"
+    kept_part = ("mask_i * (M_i - B)", "mask_i is 1 with probability density, else 0")
+    formula = formula_of(kept_part, votes=False, normalize=False, rescale=L1)
     source = "Yu et al., Language models are super Mario, ICML 2024, arXiv 2311.03099"
     citation = """@inproceedings{yu2024dare,
   title={Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch},

@@ -1,4 +1,4 @@
-"""DARE with the vote of TIES: keep each element of a task vector by chance, make up for the dropped ones, elect a sign
+"""DARE with the vote of TIES: keep each element of a task vector by chance, rescale the others, elect a sign
 for every element, and merge what agrees with it.
 
     keep and rescale as `dare_linear` does
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsa.methods.dare_linear import DareLinear, DareLinearSettings
-from hsa.methods.masked import VOTE_NORMALIZE
+from hsa.methods.masked import L1, VOTE_NORMALIZE, formula_of
 from hsa.methods.settings import setting
 
 
@@ -35,6 +35,6 @@ class DareTies(DareLinear):
 
     name = "dare_ties"
     title = "DARE with the vote of TIES"
-    formula = "B + lambda * sum(w_i * rescale * mask_i * (M_i - B) that have the elected sign)"
+    formula = formula_of(DareLinear.kept_part, votes=True, normalize=False, rescale=L1)
     Settings = DareTiesSettings
     votes = True

@@ -1,5 +1,5 @@
 """DELLA with the vote of TIES: keep each element of a task vector by chance, the more likely the larger it is in its
-row, make up for the dropped ones, elect a sign for every element, and merge what agrees with it.
+row, rescale the others, elect a sign for every element, and merge what agrees with it.
 
     keep and rescale as `della_linear` does
     B + lambda * sum of w_i * d_i over the models that agree, over the sum of their w_i with `normalize`
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsa.methods.della_linear import DellaLinear, DellaLinearSettings
-from hsa.methods.masked import VOTE_NORMALIZE
+from hsa.methods.masked import L1, VOTE_NORMALIZE, formula_of
 from hsa.methods.settings import setting
 
 
@@ -34,6 +34,6 @@ class Della(DellaLinear):
 
     name = "della"
     title = "DELLA with the vote of TIES"
-    formula = "B + lambda * mean(w_i * rescale * mask_i * (M_i - B) that have the elected sign)"
+    formula = formula_of(DellaLinear.kept_part, votes=True, normalize=True, rescale=L1)
     Settings = DellaSettings
     votes = True

@@ -23,7 +23,7 @@ from hsa.findings import Findings
 from hsa.methods import philox
 from hsa.methods.base import Block
 from hsa.methods.by_chance import ChanceMethod, ChanceSettings, Drawn
-from hsa.methods.masked import DENSITY_LIMITS, FACTOR, L1, LAMBDA, NORMALIZE, RESCALE, RESCALING
+from hsa.methods.masked import DENSITY_LIMITS, FACTOR, L1, LAMBDA, NORMALIZE, RESCALE, RESCALING, formula_of
 from hsa.methods.model_method import Weights, is_running
 from hsa.methods.philox import Key
 from hsa.methods.settings import setting
@@ -87,7 +87,11 @@ class DellaLinear(ChanceMethod[DellaLinearSettings]):
 
     name = "della_linear"
     title = "DELLA"
-    formula = "B + lambda * sum(w_i * rescale * mask_i * (M_i - B)), large elements kept with a higher probability"
+    kept_part = (
+        "mask_i * (M_i - B)",
+        "mask_i is 1 with a probability from density - epsilon to density + epsilon by the rank in the row, else 0",
+    )
+    formula = formula_of(kept_part, votes=False, normalize=False, rescale=L1)
     source = "Deep et al., DELLA-Merging, 2024, arXiv 2406.11617"
     citation = """@misc{deep2024della,
   title={{DELLA}-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling},

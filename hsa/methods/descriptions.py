@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hsa.methods.base import Contract
+from hsa.methods.base import Contract, Method
 from hsa.methods.registry import AnyMethod
 from hsa.methods.settings import MAX_FLOAT32, Declared, Settings, declared
 
@@ -26,6 +26,7 @@ def describe(method: AnyMethod) -> dict[str, Any]:
         "version": method.version,
         "title": method.title,
         "formula": method.formula,
+        "formula_of_defaults": type(method).formula_with is not Method.formula_with,
         "source": method.source,
         "contract": _contract(method.contract),
         "needs_heads": method.needs_heads,

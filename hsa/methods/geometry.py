@@ -217,6 +217,19 @@ def ratio(part: float, whole: float) -> float | None:
     return math.sqrt(part / whole) if whole > 0.0 else None
 
 
+def percent(share: float) -> str:
+    """A share in percent, to two significant digits, never in exponents.
+
+    Example:
+        >>> [percent(share) for share in (0.0000123, 0.0344, 0.129, 1.25)]
+        ['0.0012', '3.4', '13', '125']
+    """
+    if share >= 0.1:
+        return f"{100.0 * share:.0f}"
+    value = float(f"{100.0 * share:.1e}")
+    return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}" if value else "0"
+
+
 @dataclass(frozen=True)
 class Norms:
     """Sums of squares of a tensor's elements: of each model, and by head of the difference of each pair of models."""

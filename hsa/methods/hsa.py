@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from hsa.architectures.base import MAX_COUNT, Preset, TensorInfo, TensorPlace
 from hsa.errors import RequestError, shown
@@ -244,6 +244,7 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     Settings = HsaSettings
     writes_out_last = True
     checks_sources = True
+    gpu_models: ClassVar[int | None] = 2
     bound_settings = ("attention_scale", "weights")
 
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: HsaSettings) -> Treatment:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hsa.methods.geometry import cosine, ratio
+from hsa.methods.geometry import cosine, percent, ratio
 from hsa.methods.hsa_formula import settings_of, shares_of
 from hsa.methods.selection import DecidedHeads, HeadCounts, count_heads
 from hsa.methods.settings import Settings
@@ -100,6 +100,11 @@ class Extent:
         return f"{self.counted} in {self.tensors} tensors"
 
     @property
+    def details(self) -> str:
+        """What it comes to."""
+        return self.text
+
+    @property
     def text(self) -> str:
         """One line for people."""
         what = weight_text(self.weights, self.merged_heads, self.total_heads, self.secondaries)
@@ -164,6 +169,11 @@ class PlannedExtent:
     def headline(self) -> str:
         """How many heads in how many tensors."""
         return f"{self.tensors} tensors, {self.counted}"
+
+    @property
+    def details(self) -> str:
+        """What it comes to."""
+        return self.text
 
     @property
     def text(self) -> str:
@@ -233,19 +243,6 @@ def change_range(extents: Mapping[str, Extent]) -> str | None:
         f"the output differs from primary by {percent(changes[least])} % ({least}) to {percent(changes[most])} % "
         f"({most}) of its task vector (on the target tensors)"
     )
-
-
-def percent(share: float) -> str:
-    """A share in percent, to two significant digits, never in exponents.
-
-    Example:
-        >>> [percent(share) for share in (0.0000123, 0.0344, 0.129, 1.25)]
-        ['0.0012', '3.4', '13', '125']
-    """
-    if share >= 0.1:
-        return f"{100.0 * share:.0f}"
-    value = float(f"{100.0 * share:.1e}")
-    return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}" if value else "0"
 
 
 def _narrowest(margins: Iterable[tuple[str, float | None]]) -> Cut | None:

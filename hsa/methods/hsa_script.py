@@ -40,6 +40,7 @@ class HsaScript(Hsa):
     contract = replace(Hsa.contract, most=2)
     Settings = ScriptSettings
     elementwise = False
+    gpu_models = None
     libraries = ("torch",)
 
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: HsaSettings) -> Treatment:

@@ -32,7 +32,7 @@ def patterns(name: str, value: Any) -> tuple[str, ...]:
 
 
 def layer_ranges(name: str, value: Any) -> str | None:
-    """Numbers and ranges of layers, counted from 0, both ends in: `4-11`, `0,3`. RequestError for others.
+    """Numbers and ranges of layers, counted from 0, first and last included: `4-11`, `0,3`. RequestError for others.
 
     Example:
         >>> layer_ranges("layers", " 4-11")

@@ -8,7 +8,9 @@ increasing inference time, ICML 2022, arXiv 2203.05482.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hsa.methods.base import Contract
 from hsa.methods.coefficients import Coefficients, LinearCombination
@@ -47,6 +49,10 @@ class Linear(LinearCombination[LinearSettings]):
     contract = Contract(base="none", least=1, most=8)
     Settings = LinearSettings
     on_base = False
+
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        settings = LinearSettings.from_dict(parameters)
+        return self.formula if settings.normalize else "sum(w_i * M_i)"
 
     def copies_equal(self, settings: LinearSettings) -> bool:
         return settings.normalize

@@ -1,7 +1,7 @@
 """Methods that keep some elements of each task vector and drop the others: what they have in common.
 
-Their settings, how dropped elements are made up for, and what the record holds. How elements are chosen is in
-`by_threshold` and `by_chance`, how the task vectors are put together in `votes`.
+Their settings, how the kept elements are rescaled, and what the record holds. How elements are chosen is in
+`by_threshold` and `by_chance`, how the masked task vectors are combined in `votes`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,20 @@ from hsa.methods.settings import MAX_FLOAT32, Settings, setting
 from hsa.methods.sums import block_sums
 from hsa.methods.tensors import Layout, TensorTask
 from hsa.methods.values import is_filter
-from hsa.methods.votes import Blend, Keep, Scratch, agreeing, write_sum, write_vote
+from hsa.methods.votes import Blend, Keep, Scratch, agreeing, write_masked_sum, write_vote
 
 if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
 
 NONE, L1, DENSITY = WAYS = ("none", "l1", "density")
-"""How dropped elements are made up for: not at all; so that the sum of magnitudes stays; or by one over the density."""
+"""How the kept elements are rescaled: not at all; so that the sum of magnitudes stays; or by one over the density."""
+
+RESCALED = {
+    NONE: ("", ""),
+    L1: ("f_i * ", ", f_i = sum(|M_i - B|) / sum(|kept part|)"),
+    DENSITY: ("f_i * ", ", f_i = 1 / density"),
+}
+"""The same in a formula: the factor, and what it is."""
 
 SMALLEST_MAGNITUDES = 1e-7
 """Task vectors whose magnitudes add up to less, all of them or the kept ones, are not rescaled."""
@@ -41,11 +48,31 @@ FACTOR: dict[str, Any] = {"low": -MAX_FLOAT32, "high": MAX_FLOAT32, "scheduled":
 LAMBDA = "Factor on the merged task vector."
 NORMALIZE = "Divide by the sum of the weights."
 VOTE_NORMALIZE = "Divide by the sum of the weights of the models that agree."
-RESCALE = "Make up for dropped elements: none, l1 (keep the sum of magnitudes), or density (divide by it)."
+RESCALE = "Rescale the kept elements: none, l1 (to the sum of magnitudes before), or density (divide by it)."
+
+
+def formula_of(kept_part: tuple[str, str], *, votes: bool, normalize: bool, rescale: str = NONE) -> str:
+    """The formula of a method with these settings, see `MaskedMethod.kept_part`."""
+    kept, what = kept_part
+    factor, meaning = RESCALED[rescale]
+    combined = f"sum(w_i * {factor}{kept})"
+    divided = f"{combined} / sum(w_i)" if normalize else combined
+    over = f", {'both sums' if normalize else 'the sum'} {elected(combined)}" if votes else ""
+    return f"B + lambda * {divided}{over}, {what}{meaning}"
+
+
+def elected(summed: str) -> str:
+    """How a formula says which models a vote leaves, by the sum whose signs are elected.
+
+    Example:
+        >>> elected("sum(M_i - B)")
+        'over the models that have the elected sign, which is that of sum(M_i - B) over all models'
+    """
+    return f"over the models that have the elected sign, which is that of {summed} over all models"
 
 
 def rescale_form(name: str, value: Any) -> str:
-    """A way to make up for dropped elements. True and False, as mergekit has it, mean `l1` and `none`."""
+    """A way to rescale the kept elements. True and False, as mergekit has it, mean `l1` and `none`."""
     value = (L1 if value else NONE) if isinstance(value, bool) else value
     if not isinstance(value, str) or value not in WAYS:
         raise RequestError(f"{name} must be one of {', '.join(WAYS)}, or True or False, got {shown(value)}")
@@ -100,12 +127,12 @@ class MaskedSettings(WeightedSettings):
         return replace(self, density=0.5, rescale=L1)
 
 
-K = TypeVar("K", bound="Masked")
+K = TypeVar("K", bound="MaskDecision")
 
 
 @dataclass(frozen=True)
-class Masked:
-    """The decision for a tensor: how its task vectors are put together. Subclasses say what is kept of them."""
+class MaskDecision:
+    """The decision for a tensor: how its task vectors are combined. Subclasses say what is kept of them."""
 
     blend: Blend
 
@@ -123,7 +150,13 @@ class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
 
     contract = Contract(base="required", least=1, most=8)
     votes: ClassVar[bool]
+    kept_part: ClassVar[tuple[str, str]]
+    """The kept part of a task vector as a formula has it, and what that is."""
     layout: ClassVar[Layout] = "flat"
+
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        settings: MaskedSettings = self.Settings.from_dict(parameters)
+        return formula_of(self.kept_part, votes=self.votes, normalize=settings.normalize, rescale=settings.rescale)
 
     @abstractmethod
     def keep(self, block: Block, decision: K, place: int, vector: Float32, scratch: Scratch) -> Array | None:
@@ -138,7 +171,7 @@ class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
         if self.votes:
             write_vote(block, decision.blend.ballots, decision.blend.shares, keep, out)
         else:
-            write_sum(block, decision.blend.summands, keep, out)
+            write_masked_sum(block, decision.blend.summands, keep, out)
 
     def _keep(self, block: Block, decision: K) -> Keep:
         def keep(place: int, vector: Float32, scratch: Scratch) -> Array | None:
@@ -147,18 +180,18 @@ class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
         return keep
 
     def kept(self, block: Block, decision: Any) -> Iterator[Array | None] | None:
-        if not isinstance(decision, Masked):
+        if not isinstance(decision, MaskDecision):
             return None
         keep, scratch = self._keep(block, decision), Scratch(block)  # type: ignore[arg-type]
         return (keep(place, block.task_vector(role), scratch) for place, role in enumerate(block.models))
 
     def agreeing(self, block: Block, decision: Any) -> Iterator[Array] | None:
-        if not self.votes or not isinstance(decision, Masked):
+        if not self.votes or not isinstance(decision, MaskDecision):
             return None
         return agreeing(block, decision.blend.ballots, self._keep(block, decision))  # type: ignore[arg-type]
 
     def blend(self, task: TensorTask, settings: S) -> Blend:
-        """How a tensor's task vectors are put together, as far as the settings tell."""
+        """How a tensor's task vectors are combined, as far as the settings tell."""
         densities = settings.each("density", task)
         inverse = settings.rescale == DENSITY
         factors = tuple(1.0 / each if inverse and each > 0.0 else 1.0 for each in densities)

@@ -49,7 +49,7 @@ class ModelSettings(Settings):
 def weights_setting(
     help: str = "Weight of each model, in their order; repeat.", low: float = -100.0, **about: Any
 ) -> Any:
-    """The setting `weights`: a number for each model, or one for all; `about` are further fields of `Setting`."""
+    """The setting `weights`: a number for each model, or one for all; `about` are further fields of `SettingInfo`."""
     return setting(
         1.0,
         help,

@@ -10,8 +10,9 @@ Source: Jang, Yun, Han, Model Stock: All we need is just a few fine-tuned models
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hsa.methods.base import Contract
 from hsa.methods.gram import Gram, pairs_of
@@ -57,6 +58,10 @@ class ModelStock(GroupedCombination[ModelStockSettings]):
 }"""
     contract = Contract(base="required", least=2, most=8)
     Settings = ModelStockSettings
+
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        settings = ModelStockSettings.from_dict(parameters)
+        return f"{self.formula}, for each of the rows by itself" if settings.filter_wise else self.formula
 
     def axis(self, settings: ModelStockSettings) -> Axis | None:
         return "rows" if settings.filter_wise else None

@@ -10,8 +10,9 @@ Source: mergekit 0.1.5, method multislerp; goddard.blog/posts/multislerp-wow-wha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hsa.errors import RequestError
 from hsa.findings import Findings
@@ -47,7 +48,10 @@ class Multislerp(GramCombination[MultislerpSettings]):
 
     name = "multislerp"
     title = "Multi-SLERP"
-    formula = "B + m / |m| * sum(w_i * |d_i|), m = sum(w_i * d_i / (|d_i| + eps))"
+    formula = (
+        "B + m / |m| * sum(w_i * |d_i|), m = sum(w_i * d_i / (|d_i| + eps)), d_i = M_i - B (without base B is 0), "
+        "w_i divided by their sum"
+    )
     source = "mergekit 0.1.5; Goddard, goddard.blog/posts/multislerp-wow-what-a-cool-idea"
     citation = """@inproceedings{goddard2024mergekit,
   title={Arcee's {MergeKit}: A toolkit for merging large language models},
@@ -57,6 +61,10 @@ class Multislerp(GramCombination[MultislerpSettings]):
 }"""
     contract = Contract(base="optional", least=2, most=8)
     Settings = MultislerpSettings
+
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        settings = MultislerpSettings.from_dict(parameters)
+        return self.formula if settings.normalize_weights else self.formula.removesuffix(", w_i divided by their sum")
 
     def copies_equal(self, settings: MultislerpSettings) -> bool:
         return settings.normalize_weights

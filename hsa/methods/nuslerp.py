@@ -11,8 +11,9 @@ Source: mergekit 0.1.5, method nuslerp.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hsa.methods.arcs import clamped, on_the_arc, on_the_line
 from hsa.methods.base import Contract
@@ -59,7 +60,10 @@ class Nuslerp(GroupedCombination[NuslerpSettings]):
 
     name = "nuslerp"
     title = "NuSLERP"
-    formula = "B + sin((1 - t) * o) / sin(o) * d_1 + sin(t * o) / sin(o) * d_2, t = w_2 / (w_1 + w_2)"
+    formula = (
+        "B + sin((1 - t) * o) / sin(o) * d_1 + sin(t * o) / sin(o) * d_2, t = w_2 / (w_1 + w_2), "
+        "o the angle between d_1 and d_2, d_i = M_i - B (without base B is 0)"
+    )
     source = "mergekit 0.1.5 (Goddard et al., Arcee's MergeKit, EMNLP 2024 industry track, arXiv 2403.13257)"
     citation = """@inproceedings{goddard2024mergekit,
   title={Arcee's {MergeKit}: A toolkit for merging large language models},
@@ -69,6 +73,10 @@ class Nuslerp(GroupedCombination[NuslerpSettings]):
 }"""
     contract = Contract(base="optional", least=2, most=2)
     Settings = NuslerpSettings
+
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        axis = self.axis(NuslerpSettings.from_dict(parameters))
+        return f"{self.formula}, each of the {axis} by itself" if axis else self.formula
 
     def axis(self, settings: NuslerpSettings) -> Axis | None:
         if settings.flatten:

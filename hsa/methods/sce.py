@@ -24,7 +24,7 @@ from hsa.architectures.base import TensorInfo, TensorPlace
 from hsa.methods import thresholds
 from hsa.methods.base import BASE, Block, Contract, Treatment
 from hsa.methods.json_fields import between, count
-from hsa.methods.masked import smallest
+from hsa.methods.masked import elected, smallest
 from hsa.methods.model_method import ModelMethod, ModelSettings, Weights, by_role
 from hsa.methods.settings import Settings, setting
 from hsa.methods.sums import block_sums, total
@@ -93,7 +93,7 @@ class Selected:
 
 
 @dataclass(frozen=True)
-class Located:
+class VarianceBin:
     """After the first of three passes: the bin of the threshold, None where there is none; `everything` is selected
     then, or nothing."""
 
@@ -110,7 +110,10 @@ class Sce(ModelMethod[SceSettings, Any]):
 
     name = "sce"
     title = "SCE"
-    formula = "B + mean(M_i - B that have the elected sign, where the models differ most), weighted by mean squares"
+    formula = (
+        f"B + sum(a_i * (M_i - B)) / sum(a_i), both sums {elected('sum(M_i - B)')}, "
+        "a_i = mean((M_i - B)^2), or 1 / N where these sum to less than 1e-6"
+    )
     source = "Wan et al., FuseChat, 2024, arXiv 2408.07990"
     citation = """@misc{wan2024fusechat,
   title={{FuseChat}: Knowledge Fusion of Chat Models},
@@ -122,10 +125,18 @@ class Sce(ModelMethod[SceSettings, Any]):
     contract = Contract(base="required", least=2, most=8)
     Settings = SceSettings
 
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        if SceSettings.from_dict(parameters).passes == 1:
+            return self.formula
+        return (
+            f"{self.formula}; this where the variance over the models is among the int(select_topk * m) largest of the "
+            "m that are not 0; elsewhere B, and M_i - B counts as 0 in a_i"
+        )
+
     def plan(self, info: TensorInfo, place: TensorPlace | None, settings: SceSettings) -> Treatment:
         return Treatment("merge", passes=settings.passes)
 
-    def measure(self, block: Block, number: int, so_far: Located | Selected | None) -> Any:
+    def measure(self, block: Block, number: int, so_far: VarianceBin | Selected | None) -> Any:
         """Counts of the variance, counts inside a bin of it, and sums of squares; with one pass the last alone."""
         if isinstance(so_far, Selected):
             mask = selection(block, so_far.threshold)
@@ -150,8 +161,8 @@ class Sce(ModelMethod[SceSettings, Any]):
         return [total(parts) for parts in zip(*blocks, strict=True)]
 
     def decision(
-        self, task: TensorTask, measured: Any, settings: SceSettings, so_far: Located | Selected | None
-    ) -> Located | Selected:
+        self, task: TensorTask, measured: Any, settings: SceSettings, so_far: VarianceBin | Selected | None
+    ) -> VarianceBin | Selected:
         elements = math.prod(task.shape)
         if measured is None:
             return Selected(0.0, elements, (1.0 / len(task.numbers),) * len(task.numbers))
@@ -161,7 +172,7 @@ class Sce(ModelMethod[SceSettings, Any]):
             return replace(so_far, shares=shares_of(measured, elements))
         if so_far is None:
             counts, differing = measured
-            return located(counts, differing, settings.of("select_topk", task))
+            return variance_bin(counts, differing, settings.of("select_topk", task))
         if so_far.place is None:
             return Selected(0.0, elements, ()) if so_far.everything else Selected(None, 0, ())
         lower = thresholds.locate(measured, so_far.place.rank).bin
@@ -215,12 +226,12 @@ class Sce(ModelMethod[SceSettings, Any]):
         return Selected(number, math.prod(task.shape), (number,) * len(task.numbers))
 
 
-def located(counts: Counts, differing: int, select_topk: float) -> Located:
+def variance_bin(counts: Counts, differing: int, select_topk: float) -> VarianceBin:
     """Where the threshold of a tensor's variance lies, of which so many elements are not 0."""
     rank = int(select_topk * differing)
     if select_topk >= 1.0 or rank == 0:
-        return Located(None, everything=select_topk >= 1.0)
-    return Located(thresholds.locate(counts, rank))
+        return VarianceBin(None, everything=select_topk >= 1.0)
+    return VarianceBin(thresholds.locate(counts, rank))
 
 
 def shares_of(sums: Sequence[float], elements: int) -> tuple[float, ...]:

@@ -52,7 +52,7 @@ Group = Literal["common", "sources", "numerics", "output", "machine"]
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingInfo:
     """What is known of one setting beside its name and default.
 
     Args:
@@ -68,7 +68,7 @@ class Setting:
         repeated: the command line's option is given once for each entry of a list.
         form: checks a value that is no number, given what to call it, and gives it in its one form.
         patchable: a patch can hold a merge with any value of it, and so can a sweep.
-        structural: the plan of a merge hangs on it (which tensors are merged, what is written), so that candidates
+        structural: the plan of a merge depends on it (which tensors are merged, what is written), so that candidates
             which share a plan share it.
         axis: a sweep may take several values of it.
         summary: the line that says how a merge was made names it, as it does every axis.
@@ -112,7 +112,7 @@ class Setting:
 
 
 def setting(default: Any, help: str, *, kw_only: Any = dataclasses.MISSING, **about: Any) -> Any:
-    """A field of a Settings class; `about` are the fields of `Setting`.
+    """A field of a Settings class; `about` are the fields of `SettingInfo`.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def setting(default: Any, help: str, *, kw_only: Any = dataclasses.MISSING, **ab
         >>> ShareSettings(share=0.25).as_dict()
         {'share': 0.25, 'dtype': 'auto'}
     """
-    return field(default=default, kw_only=kw_only, metadata={_METADATA: Setting(help, **about)})
+    return field(default=default, kw_only=kw_only, metadata={_METADATA: SettingInfo(help, **about)})
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Declared:
     name: str
     type: Any
     default: Any
-    about: Setting
+    about: SettingInfo
 
     @property
     def key(self) -> str:
@@ -280,7 +280,7 @@ class Settings:
         """RequestError where settings do not fit so many models, as far as that can be told without their tensors."""
 
     def structure(self) -> tuple[Any, ...]:
-        """What of the settings a plan hangs on; settings with equal structure share a plan."""
+        """The values that a plan depends on; settings with equal structure share a plan."""
         return tuple(getattr(self, each.name) for each in declared(type(self)) if each.about.structural)
 
     @property
@@ -327,11 +327,11 @@ def check_value(each: Declared, value: Any) -> Any:
     return value
 
 
-def _check_within(name: str, value: Any, about: Setting) -> None:
+def _check_within(name: str, value: Any, about: SettingInfo) -> None:
     check_number(name, value, about.low or 0.0, math.inf if about.high is None else about.high)
 
 
-def _checked_schedule(name: str, value: Any, about: Setting) -> Any:
+def _checked_schedule(name: str, value: Any, about: SettingInfo) -> Any:
     """A scheduled value, or one for each model, with tuples for its lists."""
 
     def within(what: str, number: Any) -> None:
@@ -367,7 +367,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
-def _check_whole(name: str, value: Any, about: Setting) -> None:
+def _check_whole(name: str, value: Any, about: SettingInfo) -> None:
     if value is None:
         return
     whole = isinstance(value, int) and not isinstance(value, bool)

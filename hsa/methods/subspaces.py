@@ -240,7 +240,7 @@ def task_singular_vectors(
     how: Orthogonalize = "polar",
     known: Known | None = None,
 ) -> Displacement:
-    """TSV-M of task vectors float32 [m, n]: the first directions of each, as many as `counts` says, put together.
+    """TSV-M of task vectors float32 [m, n]: the first directions of each, as many as `counts` says, concatenated.
 
     Singular values are `boosted` by `beta` before, unless it is None.
     """
@@ -268,7 +268,7 @@ def isotropic(vectors: Sequence[Array], counts: Sequence[int], known: Known | No
 
 def common_and_specific(vectors: Sequence[Array], counts: Sequence[int], known: Known | None = None) -> Displacement:
     """Iso-CTS of task vectors float32 [m, n]: the first directions of their sum and the first of what each has beside
-    those, put together with the mean of their singular values. `counts` says how many of the sum, then of each."""
+    those, concatenated, with the mean of their singular values. `counts` says how many of the sum, then of each."""
     import numpy as np
 
     part = directions(_sum(vectors), counts[0], zeros=None if known is None else known.of(0))

@@ -7,7 +7,9 @@ Source: Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 22
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hsa.methods.base import Contract
 from hsa.methods.coefficients import Coefficients, LinearCombination
@@ -54,6 +56,10 @@ class TaskArithmetic(LinearCombination[TaskArithmeticSettings]):
 }"""
     contract = Contract(base="required", least=1, most=8)
     Settings = TaskArithmeticSettings
+
+    def formula_with(self, parameters: Mapping[str, Any]) -> str:
+        settings = TaskArithmeticSettings.from_dict(parameters)
+        return f"{self.formula} / sum(w_i)" if settings.normalize else self.formula
 
     def decision(
         self, task: TensorTask, measured: None, settings: TaskArithmeticSettings, so_far: Coefficients | None

@@ -9,6 +9,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from hsa.architectures.base import Partition, TensorInfo, TensorPlace
 
+BASE = "base"
+"""The role of the model that task vectors are taken from."""
+
 Layout = Literal["flat", "rows", "columns", "whole", "heads"]
 """How a tensor is cut into blocks of float32 [rows, columns].
 
@@ -138,15 +141,29 @@ class TensorTask:
 
 
 @dataclass(frozen=True)
+class DistanceSums:
+    """Sums over so many elements of a tensor, all or a sample of them: `origin` is the squared norm of base, or without
+    one of the anchor. `products` are those of every two distances from there, of the models and then, where there is
+    one, of the `output`, before it is rounded to its element type; in the order of `hsa.methods.gram.pairs_of`."""
+
+    elements: int
+    origin: float
+    products: tuple[float, ...]
+    output: bool
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A target that was merged: the decision, the byte ranges of the result that may differ from the anchor's, the
-    BLAKE3 digest of the tensor's bytes in each source, and the pairs of sources that hold the same values in it."""
+    digest of the tensor in each source (`hsa.planning.tensor_digests`), the pairs of sources that hold the same values
+    in it, and the sums over its elements, where they were taken."""
 
     task: TensorTask
     decision: Any
     changed: tuple[tuple[int, int], ...]
     digests: Mapping[str, str]
     equal: frozenset[tuple[str, str]]
+    sums: DistanceSums | None = None
 
 
 @dataclass(frozen=True)
@@ -208,8 +225,12 @@ class Summary(Protocol):
         """The same, and in how many tensors."""
 
     @property
+    def details(self) -> str:
+        """What it comes to, to be read after the headline; empty where there is no more to say."""
+
+    @property
     def text(self) -> str:
-        """One line for people: what it comes to. The headline, where there is no more to say."""
+        """One line for people that stands alone: what it comes to. The headline, where there is no more to say."""
 
     def counts(self) -> dict[str, Any]:
         """The numbers behind `counted` that every report and every index of outputs says."""
@@ -234,47 +255,3 @@ class CardText:
     sections: Sequence[tuple[str, str]] = ()
     merge: str = ""
     decisions: str = "decisions"
-
-
-@dataclass(frozen=True)
-class TensorCount:
-    """How much a merge of whole tensors merges, or, where it is `planned`, will merge. `copied` counts those that are
-    equal in all sources.
-
-    Example:
-        >>> TensorCount(12).text
-        '12 tensors merged'
-    """
-
-    tensors: int
-    planned: bool = False
-    copied: int = 0
-
-    @property
-    def counted(self) -> str:
-        return f"{self.tensors} tensors {'to merge' if self.planned else 'merged'}"
-
-    @property
-    def headline(self) -> str:
-        return self.counted
-
-    @property
-    def text(self) -> str:
-        copied = f", {self.copied} of them equal in all sources and copied" if self.copied else ""
-        return f"{self.counted}{copied}"
-
-    def counts(self) -> dict[str, Any]:
-        return {}
-
-    def margins(self) -> dict[str, Any]:
-        return {}
-
-    def as_dict(self) -> dict[str, Any]:
-        return {}
-
-
-def equal_source_warnings(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """A warning for each pair of sources that are equal in all targets."""
-    if outcomes:
-        for one, two in sorted(frozenset.intersection(*(outcome.equal for outcome in outcomes))):
-            yield f"{one} and {two} are equal on all {len(outcomes)} target tensors: is the same model given twice?"

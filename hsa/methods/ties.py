@@ -14,7 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsa.methods.by_threshold import Ranks, ThresholdMethod
-from hsa.methods.masked import DENSITY_LIMITS, FACTOR, LAMBDA, NONE, RESCALE, RESCALING, VOTE_NORMALIZE, MaskedSettings
+from hsa.methods.masked import (
+    DENSITY_LIMITS,
+    FACTOR,
+    LAMBDA,
+    NONE,
+    RESCALE,
+    RESCALING,
+    VOTE_NORMALIZE,
+    MaskedSettings,
+    formula_of,
+)
 from hsa.methods.model_method import Weights
 from hsa.methods.settings import setting
 from hsa.methods.tensors import TensorTask
@@ -44,7 +54,8 @@ class Ties(ThresholdMethod[TiesSettings]):
 
     name = "ties"
     title = "TIES"
-    formula = "B + lambda * mean(w_i * trim(M_i - B) that have the elected sign)"
+    kept_part = ("trim(M_i - B)", "trim keeps the int(density * n) largest of n elements")
+    formula = formula_of(kept_part, votes=True, normalize=True)
     source = "Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708"
     citation = """@inproceedings{yadav2023ties,
   title={{TIES}-Merging: Resolving Interference When Merging Models},

@@ -1,4 +1,4 @@
-"""TSV-M: the first singular directions of every task vector, put together after they are made orthogonal.
+"""TSV-M: the first singular directions of every task vector, concatenated after they are made orthogonal.
 
 Of each `d_i = U_i S_i V_i'` the first `share * r` directions are taken, `r` being the smaller side of the matrix. The
 `U_i` side by side, and the `V_i`, are each replaced by their polar factor, the nearest matrix with orthogonal columns:

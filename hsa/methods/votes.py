@@ -1,6 +1,6 @@
-"""How masked task vectors are put together: by a weighted sum, or by a vote on the sign of every element.
+"""How masked task vectors are combined: by a weighted sum, or by a vote on the sign of every element.
 
-With the kept elements of each task vector `d_i`, 0 where they are dropped, weights `w_i` and factors `f_i` that make up
+With the kept elements of each task vector `d_i`, 0 where they are dropped, weights `w_i` and factors `f_i` that rescale
 for dropped elements:
 
     sum:   B + sum of a_i * d_i,  a_i = lambda * w_i / W * f_i; W is the sum of the weights with `normalize`, else 1
@@ -62,7 +62,7 @@ all of the scratch, and the result may lie in it."""
 
 @dataclass(frozen=True)
 class Blend:
-    """How the task vectors of a tensor are put together.
+    """How the task vectors of a tensor are combined.
 
     `weights` and `factors` are the models' in their order: `w_i` and `f_i`.
     """
@@ -113,7 +113,7 @@ def subsets(values: Sequence[float]) -> Iterator[tuple[float, ...]]:
     return (tuple(compress(values, chosen)) for chosen in product((False, True), repeat=len(values)))
 
 
-def write_sum(block: Block, coefficients: Sequence[float], keep: Keep, out: Float32) -> None:
+def write_masked_sum(block: Block, coefficients: Sequence[float], keep: Keep, out: Float32) -> None:
     """Write base plus the sum of the kept elements times their coefficients. `out` is written last."""
     import numpy as np
 

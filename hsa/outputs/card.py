@@ -193,14 +193,23 @@ def _models(record: Record) -> list[Role]:
 
 
 def _intended_use(record: Record) -> str:
-    return f"""in the domains that {listed(_models(record))} were adapted to, and research on
+    adapted = "was" if len(_models(record)) == 1 else "were"
+    return f"""in the domains that {listed(_called(record, _models(record)))} {adapted} adapted to, and research on
 model merging. Measure it on your own data before you rely on it."""
 
 
 def _limitations(record: Record) -> str:
     return f"""No weight was trained for this checkpoint, and no accuracy is claimed for it here: whether the
 merge helps, and with which parameters, is a question of measurement on data from the intended domain. It inherits
-the limits, biases and licence terms of {listed(record.sources)}."""
+the limits, biases and licence terms of {listed(_called(record, list(record.sources)))}."""
+
+
+def _called(record: Record, roles: Sequence[Role]) -> list[str]:
+    """What sentences call sources: by role where the method names all of its models, else by who they are."""
+    names = {role.name for role in record.method.contract.named}
+    if names.issuperset(_models(record)):
+        return list(roles)
+    return [f"`{code(record.sources[role].identity.id)}`" for role in roles]
 
 
 def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:

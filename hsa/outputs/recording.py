@@ -91,7 +91,7 @@ def source_record(source: Checkpoint, targets: str) -> SourceRecord:
 def target_digest(role: Role, outcomes: Sequence[Outcome]) -> str:
     """BLAKE3 over the target tensors of one source: name, element type, shape and digest of each, by name.
 
-    Independent of how the source is split into shards.
+    It follows from these tensors alone: not from the shards of the source, the slices of a merge or other sources.
     """
     lines = []
     for outcome in outcomes:
@@ -102,7 +102,7 @@ def target_digest(role: Role, outcomes: Sequence[Outcome]) -> str:
 
 
 def tensors_digest(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> str:
-    """BLAKE3 over tensors given by name, element type, shape and the digest of their bytes, in the order of names."""
+    """BLAKE3 over tensors given by name, element type, shape and digest, in the order of names."""
     lines = [
         json.dumps([name, code, list(shape), digest], separators=(",", ":")) for name, code, shape, digest in tensors
     ]

@@ -31,7 +31,7 @@ COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", 
 class Targets:
     """The tensors that a method merges and records, in the order of the anchor's files, and the settings.
 
-    `tasks` hang on the structure of the settings alone (see `Settings.structure`), so that candidates share them.
+    `tasks` depend on the structure of the settings alone (see `Settings.structure`), so that candidates share them.
     """
 
     method: Method[Any, Any]

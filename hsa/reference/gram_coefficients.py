@@ -1,9 +1,8 @@
 """Coefficients of linear combinations from a Gram matrix, in plain torch and Python.
 
 The Gram matrix of a tensor is ``G_ij = <v_i, v_j>``, where the vectors ``v_i`` are task vectors, or the models where a
-method uses no base. An entry is a float64 sum of products, which are exact where the vectors are float32: blocks of
-1,024 elements are summed in 64 lanes, which are added by halves (`block_sums`), and the blocks one after another
-(`total`). Coefficients are computed in float64 by Python's ``math``.
+method uses no base. An entry is a float64 sum of products, which are exact where the vectors are float32, in the order
+that `sums` states. Coefficients are computed in float64 by Python's ``math``.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-BLOCK = 1024
-LANES = 64
 Gram = list[list[float]]
 """The products of every two vectors [N][N]."""
 
@@ -23,44 +19,7 @@ Coefficients = list[float]
 """One factor for each vector [N]."""
 
 
-# --- sums in a fixed order --------------------------------------------------------------------------------------------
-
-
-def block_sums(values: Tensor) -> Tensor:
-    """Float64 [..., n] to [..., ceil(n / 1024)]: each block of 1,024, the last padded with zeros, is summed.
-
-    Element e of a block is in lane e mod 64. The elements of a lane are added one after another, then halves of lanes.
-    """
-    length = values.shape[-1]
-    blocks = -(-length // BLOCK)
-    padded = torch.zeros(*values.shape[:-1], blocks * BLOCK, dtype=torch.float64)
-    padded[..., :length] = values
-    numbers = padded.view(*values.shape[:-1], blocks, BLOCK // LANES, LANES)
-    sums = numbers[..., 0, :]
-    for each in range(1, numbers.shape[-2]):
-        sums = sums + numbers[..., each, :]
-    while sums.shape[-1] > 1:
-        half = sums.shape[-1] // 2
-        sums = sums[..., :half] + sums[..., half:]
-    return sums[..., 0]
-
-
-def total(parts: Tensor) -> Tensor:
-    """Float64 [..., k] to [...]: the sums added one after another, from 0."""
-    result = torch.zeros(parts.shape[:-1], dtype=torch.float64)
-    for each in range(parts.shape[-1]):
-        result += parts[..., each]
-    return result
-
-
-def column_sums(values: Tensor) -> Tensor:
-    """Float64 [rows, columns] to [columns]: neighbouring rows are added in pairs, again and again; missing rows are
-    zeros."""
-    while len(values) > 1:
-        if len(values) % 2:
-            values = torch.cat([values, torch.zeros_like(values[:1])])
-        values = values[0::2] + values[1::2]
-    return values[0]
+# --- Gram matrices ----------------------------------------------------------------------------------------------------
 
 
 def gram_matrices(vectors: Sequence[Tensor], sums: Callable[[Tensor], Tensor]) -> list[Gram]:

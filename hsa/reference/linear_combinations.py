@@ -22,8 +22,6 @@ from torch import Tensor
 
 from hsa.reference.gram_coefficients import (
     Coefficients,
-    block_sums,
-    column_sums,
     gram_matrices,
     karcher_coefficients,
     linear_coefficients,
@@ -32,8 +30,8 @@ from hsa.reference.gram_coefficients import (
     nuslerp_coefficients,
     slerp_coefficients,
     task_arithmetic_coefficients,
-    total,
 )
+from hsa.reference.sums import added_blocks, block_sums, column_sums
 
 Cut = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """How a tensor is arranged as a matrix of vectors, and how products are summed over each of them."""
@@ -240,4 +238,4 @@ def _columns(tensor: Tensor) -> Tensor:
 
 
 def _row_sums(products: Tensor) -> Tensor:
-    return total(block_sums(products))
+    return added_blocks(block_sums(products))

@@ -1,4 +1,4 @@
-"""The parts of `masks_and_votes`: masks of task vectors, how they are put together, and sums in a fixed order."""
+"""The parts of `masks_and_votes`: masks of task vectors, how they are combined, and sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from hsa.reference import philox
+from hsa.reference.sums import total
 
 PerModel = float | Sequence[float]
 Rescale = bool | Literal["density"]
 Keep = Callable[[Tensor, int, float], Tensor]
 """Task vector, place of its model, density below 1: bool of its shape, which elements are kept."""
 
-BLOCK = 1024
-LANES = 64
 LEAST_WEIGHT_SUM, LEAST_SUM, CANCELLED = 1e-8, 1e-7, 2.0**-24
 
 
-class Masked(NamedTuple):
+class MaskedVectors(NamedTuple):
     """The task vectors, which elements of each are kept, and the factor on each."""
 
     deltas: list[Tensor]
@@ -34,9 +33,9 @@ class Masked(NamedTuple):
 
 def masked(
     base: Tensor, models: Sequence[Tensor], density: PerModel, rescale: Rescale, dtype: torch.dtype, keep: Keep
-) -> Masked:
+) -> MaskedVectors:
     """The task vectors, masked. At density 1 all elements are kept."""
-    result = Masked(task_vectors(base, models, dtype), [], [])
+    result = MaskedVectors(task_vectors(base, models, dtype), [], [])
     for i, (d, share) in enumerate(zip(result.deltas, each(density, models), strict=True)):
         mask = torch.ones_like(d, dtype=torch.bool) if share >= 1 else keep(d, i, share)
         result.masks.append(mask)
@@ -114,7 +113,7 @@ def at_least_nth(values: Tensor, n: int) -> Tensor:
 # --- putting together ----------------------------------------------------------------------------------------------
 
 
-def summed(vectors: Masked, weights: Sequence[float] | None, normalize: bool, lam: float) -> Tensor:
+def summed(vectors: MaskedVectors, weights: Sequence[float] | None, normalize: bool, lam: float) -> Tensor:
     """The weighted sum of masked task vectors."""
     weights = [1.0] * len(vectors.deltas) if weights is None else weights
     divisor = added(weights) if normalize else 1.0
@@ -122,7 +121,7 @@ def summed(vectors: Masked, weights: Sequence[float] | None, normalize: bool, la
     return in_order(terms(vectors, [lam * w / divisor * f for w, f in zip(weights, vectors.factors, strict=True)]))
 
 
-def voted(vectors: Masked, weights: Sequence[float] | None, normalize: bool, lam: float) -> Tensor:
+def voted(vectors: MaskedVectors, weights: Sequence[float] | None, normalize: bool, lam: float) -> Tensor:
     """The weighted sum of what has the elected sign in masked task vectors."""
     weights = [1.0] * len(vectors.deltas) if weights is None else weights
     ballots = terms(vectors, [w * f for w, f in zip(weights, vectors.factors, strict=True)])
@@ -137,7 +136,7 @@ def voted(vectors: Masked, weights: Sequence[float] | None, normalize: bool, lam
     return acc * by_subset(agree, factor, acc.dtype)
 
 
-def terms(vectors: Masked, coefficients: Sequence[float]) -> list[Tensor]:
+def terms(vectors: MaskedVectors, coefficients: Sequence[float]) -> list[Tensor]:
     """The kept elements of each task vector times its coefficient, 0 elsewhere."""
     scalars = [rounded(each, vectors.deltas[0].dtype) for each in coefficients]
     return [where(mask, a * d) for d, mask, a in zip(vectors.deltas, vectors.masks, scalars, strict=True)]
@@ -175,22 +174,6 @@ def displaced(
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
-
-
-def total(values: Tensor) -> float:
-    """The sum of float64 values: blocks of 1,024 in 64 lanes and by halves, then block after block."""
-    flat = values.flatten()
-    numbers = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK // LANES, LANES)
-    rows = numbers[:, 0]
-    for number in range(1, BLOCK // LANES):
-        rows = rows + numbers[:, number]
-    while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        rows = rows[:, :half] + rows[:, half:]
-    result = 0.0
-    for part in rows.flatten().tolist():
-        result += part
-    return result
 
 
 def added(values: Sequence[float]) -> float:

@@ -49,10 +49,10 @@ from hsa.reference.masking import (
     rounded,
     summed,
     task_vectors,
-    total,
     voted,
     where,
 )
+from hsa.reference.sums import total
 
 
 def ties(

@@ -96,7 +96,7 @@ def tsv_m(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``B + lam * U S V'``: of each ``d_i`` the first ``int(share * r)`` directions, put together.
+    """``B + lam * U S V'``: of each ``d_i`` the first ``int(share * r)`` directions, concatenated.
 
     Args:
         base, models: one shape, floating; dtypes may differ.
@@ -172,7 +172,7 @@ def iso_cts(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``B + lam * mean(S) * U V'``: directions of ``sum d_i`` and of what each ``d_i`` has beside them, put together.
+    """``B + lam * mean(S) * U V'``: directions of ``sum d_i`` and of what each ``d_i`` has beside them, concatenated.
 
     ``common_share`` (f) is the share of directions that come from the sum, 0 to 1; other arguments as for `tsv_m`. A
     direction of ``d_i`` beside the common ones counts as zero by the largest singular value of ``d_i`` itself.

@@ -30,15 +30,13 @@ from hsa.outputs.record import Record
 from hsa.outputs.recording import PROGRAM, libraries, source_record, tensors_digest
 from hsa.outputs.source_record import SourceRecord
 from hsa.outputs.sweep_index import SweepEntry, entry_of, is_point, point_of
-from hsa.planning.file_layout import is_whole, pieces_of
+from hsa.planning.tensor_digests import digest_by_ranges
 from hsa.sources.checkpoint import Checkpoint
 from hsa.sources.roles import Role
 from hsa.sources.source_set import Sources
 from hsa.sweeps.whole_points import has_patches
 from hsa.system import fsio
 from hsa.system.destinations import check_destination, check_replaceable, refuse_inside_output
-from hsa.system.digests import digest_of_slices
-from hsa.system.dtypes import size
 from hsa.system.manifest import PROVENANCE
 from hsa.system.memory import PeakMemory
 from hsa.system.staging import STAGING
@@ -247,9 +245,4 @@ def _source_digest(source: Checkpoint, task: TensorTask) -> str:
     """The digest of a target's bytes in a source, as records hold it."""
     ref = task.sources[source.role]
     file = source.shards[ref.shard].source
-    if is_whole(task):
-        return digest_range(file, ref.offset, ref.nbytes)
-    width = size(ref.code)
-    return digest_of_slices(
-        digest_range(file, ref.offset + piece.first * width, piece.count * width) for piece in pieces_of(task)
-    )
+    return digest_by_ranges(task, source.role, lambda start, count: digest_range(file, ref.offset + start, count))

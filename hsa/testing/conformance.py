@@ -20,11 +20,13 @@ from hsa.architectures.base import TensorInfo
 from hsa.backends import array_block, cpu
 from hsa.engine import streamed
 from hsa.errors import HsaError, HsaWarning, RequestError
+from hsa.methods.base import Treatment
+from hsa.methods.model_method import ModelSettings
 from hsa.methods.registry import AnyMethod, method_named
 from hsa.methods.settings import declared
 from hsa.planning import file_layout
 from hsa.testing.drawn_models import DrawnModels, Family, draw_models
-from hsa.testing.drawn_settings import Drawn, draw_settings, resolved
+from hsa.testing.drawn_settings import Drawn, depth_of, draw_settings, resolved
 from hsa.verification.verify import verify
 
 if TYPE_CHECKING:
@@ -54,12 +56,15 @@ class Expectation:
         choices: values that settings are drawn from, where their declared range does not do.
         family: the models to merge: `whisper` for methods that merge attention projections.
         one_dtype: all sources have one element type, and the oracle gets the tensors in it.
+        numbered: the oracle takes `numbers` too, the places from 0 of the models that a tensor is merged of, on which
+            their random masks hang.
     """
 
     oracle: Oracle
     choices: Mapping[str, Sequence[Any]] | None = None
     family: Family = "generic"
     one_dtype: bool = False
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,18 @@ def check_method(method: str, oracle: Oracle, folder: str | Path, *, trials: int
 
 
 def check_count(method: str, count: int, expectation: Expectation, folder: Path, *, trials: int = 2) -> list[Trial]:
-    """The same for one number of models. What is drawn hangs on method and number alone."""
+    """The same for one number of models. What is drawn depends on method and number alone."""
     own, draw = method_named(method), random.Random(f"{method} {count}")
     family, one_dtype = expectation.family, expectation.one_dtype
     done: list[Trial] = []
     for number in range(trials + MOST_REFUSED):
-        models = draw_models(folder / f"models{number}", count, draw, family=family, one_dtype=one_dtype)
+        mismatched = family == "generic" and issubclass(own.Settings, ModelSettings) and draw.random() < 0.4
+        models = draw_models(
+            folder / f"models{number}", count, draw, family=family, one_dtype=one_dtype, mismatched=mismatched
+        )
         based = own.contract.base == "required" or (own.contract.base == "optional" and draw.random() < 0.5)
-        settings = draw_settings(own, count, draw, expectation.choices)
+        whole = Trial(own, models, based, _on_mismatch(draw) if mismatched else {}, "auto", folder)
+        settings = whole.settings | draw_settings(own, count, draw, expectation.choices, merged_names(whole))
         dtype = "auto" if one_dtype else draw.choice(("auto", "auto", "float32", "float16", "bfloat16"))
         trial = Trial(own, models, based, settings, dtype, folder / f"merged{number}")
         if _check(trial, expectation, draw):
@@ -126,6 +135,41 @@ def check_count(method: str, count: int, expectation: Expectation, folder: Path,
         if len(done) == trials:
             return done
     raise AssertionError(f"method {method}: of {MOST_REFUSED + trials} drawn merges only {len(done)} could be merged")
+
+
+def _on_mismatch(draw: random.Random) -> Drawn:
+    return {"on_mismatch": draw.choice(("first", "skip-model", "skip-model", "error"))}
+
+
+def merged_names(trial: Trial) -> list[str]:
+    """The canonical names of the tensors that a method of whole models computes; none where there are mismatches that
+    it refuses."""
+    if not issubclass(trial.method.Settings, ModelSettings) or trial.settings.get("on_mismatch") == "error":
+        return []
+    held = trial.models.tensors[trial.models.models[0]]
+    present = [stored for stored, tensor in held.items() if tensor.numel() and fitting(trial, stored) is not None]
+    merged = [stored for stored in present if _treatment(trial, stored, held[stored]).kind == "merge"]
+    return [stored.removeprefix("model.") for stored in merged]
+
+
+def fitting(trial: Trial, stored: str) -> list[int] | None:
+    """The places from 0 of the models that a tensor of the first one is merged of: all, or where tensors do not fit it,
+    what `on_mismatch` says; None where the first model's stays. ValueError where it says to refuse."""
+    every, paths = trial.models.tensors, trial.models.models
+    shape = every[paths[0]][stored].shape
+
+    def fits(path: Path) -> bool:
+        return stored in every[path] and every[path][stored].shape == shape
+
+    numbers = [number for number, path in enumerate(paths) if fits(path)]
+    has_base = not trial.based or fits(trial.models.base)
+    if has_base and len(numbers) == len(paths):
+        return numbers
+    mode = trial.settings.get("on_mismatch", "first")
+    if mode == "error":
+        raise ValueError(f"tensor {stored} is not the same in all sources")
+    enough = len(numbers) >= max(2, trial.method.contract.least)
+    return numbers if mode == "skip-model" and has_base and enough and 0 not in shape else None
 
 
 def _check(trial: Trial, expectation: Expectation, draw: random.Random) -> bool:
@@ -164,16 +208,19 @@ def expected(trial: Trial, expectation: Expectation) -> dict[str, Tensor]:
     """What the oracle makes of every tensor, in the element type of the output. ValueError where it refuses one."""
     import torch
 
-    every = trial.models.tensors
+    every, paths = trial.models.tensors, trial.models.models
+    names = [stored.removeprefix("model.") for stored in every[paths[0]]]
     result = {}
-    for stored, first in every[trial.models.models[0]].items():
-        name = stored.removeprefix("model.")
-        tensors = [every[path][stored] for path in trial.models.models]
-        base = every[trial.models.base][stored] if trial.based else None
+    for (stored, first), name in zip(every[paths[0]].items(), names, strict=True):
+        numbers = fitting(trial, stored)
+        tensors = [every[paths[number]][stored] for number in numbers or ()]
+        base = every[trial.models.base][stored] if trial.based and numbers else None
         final = first.dtype if trial.dtype == "auto" else getattr(torch, trial.dtype)
         merged = None
-        if first.is_floating_point() and not _copied(trial, base, tensors):
-            own = resolved(trial.method, trial.settings, name, len(tensors))
+        if tensors and first.is_floating_point() and first.numel() and not _copied(trial, base, tensors):
+            own = resolved(trial.method, trial.settings, name, len(paths), depth=depth_of(name, names), numbers=numbers)
+            if expectation.numbered:
+                own["numbers"] = numbers
             if expectation.one_dtype:
                 merged = expectation.oracle(name, base, tensors, **own)
             else:
@@ -244,10 +291,14 @@ def same(trial: Trial, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 
 def _is_approximate(trial: Trial, name: str, tensor: Tensor) -> bool:
     """Whether another machine may round the tensor otherwise."""
+    return trial.method.tolerance > 0.0 and _treatment(trial, name, tensor).layout == "whole"
+
+
+def _treatment(trial: Trial, name: str, tensor: Tensor) -> Treatment:
+    """What the method does with a tensor."""
     code = CODES[str(tensor.dtype).removeprefix("torch.")]
     info = TensorInfo(name.removeprefix("model."), code, tuple(tensor.shape))
-    treatment = trial.method.treatment(info, None, trial.method.Settings(**trial.settings))
-    return trial.method.tolerance > 0.0 and treatment.layout == "whole"
+    return trial.method.treatment(info, None, trial.method.Settings(**trial.settings))
 
 
 def verified(trial: Trial, threads: int) -> None:

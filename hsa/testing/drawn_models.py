@@ -47,6 +47,7 @@ GENERIC: dict[str, tuple[tuple[int, ...], Kind]] = {
     "layers.1.fc.weight": ((6, 29), "few values"),
     "layers.1.fc.bias": ((6,), "few values"),
     "layers.1.norm.weight": ((31,), "even"),
+    "layers.2.fc.bias": ((5,), "free"),
     "layers.1.norm.running_mean": ((7,), "free"),
     "large.weight": ((57, 83), "sparse"),
     "long": ((4099,), "few values"),
@@ -62,6 +63,9 @@ GENERIC: dict[str, tuple[tuple[int, ...], Kind]] = {
     "same.weight": ((9, 5), "same"),
 }
 """The tensors of the family `generic`, with their shapes and how they change. `zeros.weight` is 0 in all sources."""
+
+MISMATCHED = ("embed_tokens.weight", "layers.0.fc.weight", "layers.1.norm.running_mean", "long")
+"""Tensors of the family `generic` that a source may lack, or have in another shape."""
 
 _WHISPER_KINDS: dict[str, Kind] = {
     "encoder.layers.0.self_attn.q_proj.weight": "few values",
@@ -85,11 +89,18 @@ class DrawnModels:
 
 
 def draw_models(
-    folder: Path, count: int, draw: random.Random, *, family: Family = "generic", one_dtype: bool = False
+    folder: Path,
+    count: int,
+    draw: random.Random,
+    *,
+    family: Family = "generic",
+    one_dtype: bool = False,
+    mismatched: bool = False,
 ) -> DrawnModels:
     """Write a base and so many fine-tunes of it into `folder`, with element types and shards drawn for each.
 
-    With `one_dtype` all sources have one element type, as methods need that repeat another program's arithmetic.
+    With `one_dtype` all sources have one element type, as methods need that repeat another program's arithmetic. With
+    `mismatched` one of them lacks some of MISMATCHED, or has them in another shape.
 
     Example:
         >>> draw_models(Path("folder"), 2, random.Random(0)).models  # doctest: +SKIP
@@ -102,6 +113,7 @@ def draw_models(
     dtypes = draw.choices(DTYPES, k=count + 1) if mixed else [draw.choice(DTYPES)] * (count + 1)
     origin = _generic(generator) if family == "generic" else _whisper(folder / "origin")
     kinds = {name: _kind(family, name) for name in origin}
+    other = draw.randrange(count + 1) if mismatched else None
     paths, tensors = [], {}
     for number in range(count + 1):
         path = folder / (f"model{number}" if number else "base")
@@ -109,12 +121,22 @@ def draw_models(
         for name, start in origin.items():
             value = start + _change(kinds[name], tuple(start.shape), number, generator)
             held[name] = value.to(getattr(torch, dtypes[1 if kinds[name] == "same" else number]))
+        if number == other:
+            for name in draw.sample(MISMATCHED, draw.randint(1, len(MISMATCHED))):
+                _misfit(held, name, draw)
         if family == "generic":
             held["steps"] = torch.arange(3) + number
         _write(path, held, dtypes[number], draw.choice((1, 1, 2, 3)), family)
         paths.append(path)
         tensors[path] = held
     return DrawnModels(family, paths[0], tuple(paths[1:]), tensors)
+
+
+def _misfit(held: dict[str, Tensor], name: str, draw: random.Random) -> None:
+    """Take a tensor away, or give it more rows."""
+    tensor = held.pop(name)
+    if draw.random() < 0.5:
+        held[name] = tensor.repeat(2, *[1] * (tensor.dim() - 1))
 
 
 def _kind(family: Family, name: str) -> Kind:

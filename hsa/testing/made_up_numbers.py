@@ -37,7 +37,7 @@ def _head_gains(tensor: WhisperTensor, seed: int, role: str, loud: Collection[in
     """A factor between 0.5 and 1.5 for each head's delta, times `loud_factor` in the loud heads.
 
     Noise of one strength gives the heads of a wide model almost equal saliency scores, and a selection that
-    hangs on rounding. So the heads' strengths are spaced evenly, in an order that both fine-tunes share, and
+    depends on rounding. So the heads' strengths are spaced evenly, in an order that both fine-tunes share, and
     each fine-tune moves them by less than half a step.
     """
     order = bit_stream(seed, "rank", tensor.name).random_raw(tensor.heads)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hsa.inspection.model_report import Group, ModelInspection, Spot
-from hsa.inspection.vector_sums import KeptSums
+from hsa.inspection.vector_sums import KeptSums, VectorSums
 from hsa.methods.all_settings import summary
 from hsa.views.text import add_row, new_table, number, parameter_text, percent, print_files, print_line, print_sources
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 MOST_COSINES = 4
 """Models whose cosines two by two fit into a narrow table."""
 
-MEAN_COSINE = "mean cos"
+APART = "apart: distance between two models, relative to the norm of the second"
+"""What takes the place of cosines where there is no base: those of models of one base are 1.000 to three digits."""
 
 MOST_CONFLICTS = 3
 """Places of the most conflicts that are named."""
@@ -26,7 +27,8 @@ MOST_CONFLICTS = 3
 def print_models(console: Console, view: ModelInspection, *, wide: bool) -> None:
     """Print it; `wide`: by layer too, and by single kinds of tensors."""
     whole = view.whole
-    copied = f", {whole.copied} of them equal in all sources and copied" if whole.copied else ""
+    which = "all" if whole.copied == whole.tensors else f"{whole.copied} of them"
+    copied = f", {which} equal in all sources and copied" if whole.copied else ""
     size = f"{whole.tensors} tensors of {whole.elements / 1e6:.1f} million elements{copied}"
     models = f"{view.method} of {len(view.models)} model{'s' * (len(view.models) > 1)}"
     print_line(console, f"{models}: {size}" if view.origin == "sources" else f"{view.title}, {models}: {size}")
@@ -63,7 +65,7 @@ def _models(console: Console, view: ModelInspection, *, wide: bool) -> None:
         *(["energy"] if kept is not None and kept.squares is not None else ()),
         *(["agree"] if kept is not None and kept.agreeing is not None else ()),
         *(["coefficient"] if coefficients else ()),
-        *(_cosines(view, wide=wide) if several else ()),
+        *(_likeness_columns(view, wide=wide) if several else ()),
     ]
     if not columns:
         return
@@ -79,14 +81,17 @@ def _models(console: Console, view: ModelInspection, *, wide: bool) -> None:
                 least, greatest = (math.degrees(angle) for angle in (min(view.angles), max(view.angles)))
                 cells["angle"] = f"{least:.3g} to {greatest:.3g} deg"
             cells |= {"norm": number(sums.squares[place] ** 0.5, ".4g"), "of base": percent(sums.relative(place), 3)}
-            cosines = [sums.cosine(place, other) for other in range(len(view.models)) if other != place]
-            cells |= {f"cos {at + 1}": number(each, "+.3f") for at, each in enumerate(cosines[:place])}
-            cells[MEAN_COSINE] = number(_mean(cosines), "+.3f")
+            likeness = [_likeness(view, sums, place, other) for other in range(len(view.models)) if other != place]
+            word = _likeness_word(view)
+            cells |= {f"{word} {at + 1}": _likeness_text(view, each) for at, each in enumerate(likeness[:place])}
+            cells[f"mean {word}"] = _likeness_text(view, _mean(likeness))
         if kept is not None:
             cells |= {"kept": percent(kept.share(place)), "energy": percent(kept.energy(place))}
             cells["agree"] = percent(kept.agreement(place))
         add_row(table, role, *(cells.get(column) for column in columns))
     console.print(table)
+    if several and not view.based:
+        print_line(console, APART)
     if kept is not None:
         print_line(console, _legend(kept))
 
@@ -101,10 +106,24 @@ def _legend(kept: KeptSums) -> str:
     return "; ".join(texts)
 
 
-def _cosines(view: ModelInspection, *, wide: bool) -> list[str]:
-    """The columns of cosines: with every model before, or the mean of all where these are too many."""
+def _likeness_word(view: ModelInspection) -> str:
+    return "cos" if view.based else "apart"
+
+
+def _likeness(view: ModelInspection, sums: VectorSums, one: int, two: int) -> float | None:
+    """The cosine of two task vectors, or without a base the relative distance between the models."""
+    return sums.cosine(one, two) if view.based else sums.apart(one, two)
+
+
+def _likeness_text(view: ModelInspection, value: float | None) -> str:
+    return number(value, "+.3f") if view.based else percent(value, 3)
+
+
+def _likeness_columns(view: ModelInspection, *, wide: bool) -> list[str]:
+    """The columns of cosines or distances: with every model before, or the mean of all where these are too many."""
+    word = _likeness_word(view)
     many = len(view.models) > MOST_COSINES and not wide
-    return [MEAN_COSINE] if many else [f"cos {place}" for place in range(1, len(view.models))]
+    return [f"mean {word}"] if many else [f"{word} {place}" for place in range(1, len(view.models))]
 
 
 def _spread(least_mean_greatest: tuple[float, float, float]) -> str:
@@ -116,9 +135,9 @@ def _groups(console: Console, view: ModelInspection, name: str, groups: dict[str
     """Means over the models by kind of tensor or by layer."""
     whole = view.whole
     several = len(view.models) > 1
-    columns = ["tensors"] if wide else []
+    columns, likeness_column = ["tensors"] if wide else [], "cosine" if view.based else "apart"
     if whole.vectors is not None:
-        columns += [*(["of base"] if view.based else []), *(["cosine"] if several else [])]
+        columns += [*(["of base"] if view.based else []), *([likeness_column] if several else [])]
         columns += ["conflicts"] if several and view.based else []
     if whole.kept is not None:
         columns += ["kept", *(["energy"] if wide and whole.kept.squares is not None else [])]
@@ -128,9 +147,9 @@ def _groups(console: Console, view: ModelInspection, name: str, groups: dict[str
         cells = {"tensors": str(group.tensors)}
         sums, kept, models = group.vectors, group.kept, range(len(view.models))
         if sums is not None:
-            cosines = [sums.cosine(one, two) for one in models for two in models if one < two]
+            likeness = _mean([_likeness(view, sums, one, two) for one in models for two in models if one < two])
             cells |= {"of base": percent(_mean([sums.relative(n) for n in models]), 3)}
-            cells |= {"cosine": number(_mean(cosines), "+.3f"), "conflicts": percent(sums.conflict)}
+            cells |= {likeness_column: _likeness_text(view, likeness), "conflicts": percent(sums.conflict)}
         if kept is not None:
             cells |= {
                 "kept": percent(_mean([kept.share(n) for n in models])),

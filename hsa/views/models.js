@@ -28,6 +28,7 @@
   const plainNumber = (value) => (value === null ? "" : Math.abs(value) >= 1000 ? String(Math.round(value)) : number(value, 2));
   const signed = (value) => (value === null ? "" : value.toFixed(2));
 
+  const cosineDigits = based ? 3 : 7; // of models of one base, which are 1 to three digits
   const measures = [];
   const offer = (group, label, unit, of, look = {}) => {
     const measure = { group, label, unit, of, stops: SEQUENTIAL, text: share, ...look };
@@ -132,7 +133,7 @@
     const parts = [`${found.name}: ${sums.tensors} tensors, ${sums.elements} elements` + (sums.copied ? `, ${sums.copied} copied` : "")];
     if (sums.conflicts && several) parts.push(`signs conflict in ${percent(sums.conflicts.share)} of ${sums.conflicts.shared} shared elements`);
     if (sums.relative) parts.push(`size ${roles.map((role) => (sums.relative[role] === null ? "-" : `${number(100 * sums.relative[role], 3)} %`)).join(", ")}`);
-    if (sums.cosines && several) parts.push(`cosines ${pairs.map(([i, j]) => number(sums.cosines[i][j], 3)).join(", ")}`);
+    if (sums.cosines && several) parts.push(`cosines ${pairs.map(([i, j]) => number(sums.cosines[i][j], cosineDigits)).join(", ")}`);
     if (sums.kept) parts.push(`kept ${roles.map((role) => percent(sums.kept[role].share)).join(", ")}`);
     const coefficients = ["base", ...roles].map((role) => mean(tensors.map((tensor) => tensor.coefficients[role])));
     if (coefficients.some((value) => value !== null)) parts.push(`coefficients ${coefficients.filter((value) => value !== null).map((value) => number(value, 4)).join(", ")}`);
@@ -217,7 +218,7 @@
       const row = make("tr", {}, make("th", { scope: "row", text: roles[i] }));
       line.forEach((value) => {
         const element = make("td");
-        if (value !== null) paint(element, DIVERGING, (value + 1) / 2, number(value, 3));
+        if (value !== null) paint(element, DIVERGING, (value + 1) / 2, number(value, cosineDigits));
         row.append(element);
       });
       body.append(row);
@@ -228,7 +229,7 @@
   const kindRows = data.by_kind.map((group) => [
     `${group.stack}, ${group.kind}`, String(group.tensors), String(group.copied),
     small(mean(roles.map((role) => (group.relative ?? {})[role]))),
-    group.cosines && several ? number(mean(pairs.map(([i, j]) => group.cosines[i][j])), 3) : "-",
+    group.cosines && several ? number(mean(pairs.map(([i, j]) => group.cosines[i][j])), cosineDigits) : "-",
     share1(several && group.conflicts ? group.conflicts.share : null),
     ...["share", "energy", "agreeing"].map((name) => share1(mean(roles.map((role) => (group.kept ? group.kept[role][name] : null))))),
   ]);

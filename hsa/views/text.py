@@ -76,7 +76,9 @@ def print_line(console: Console, text: str) -> None:
 
 
 def parameter_text(value: Any) -> str:
-    """The value of a parameter."""
+    """The value of a parameter; a dash where there is none."""
+    if value is None:
+        return "-"
     if isinstance(value, dict):
         numbers = [v for v in value.values() if isinstance(v, int | float)]
         if len(numbers) == len(value) and numbers:

@@ -271,17 +271,44 @@ def test_vocabularies_that_differ_are_not_put_together(triple: Triple, tmp_path:
     assert "leave tokenizer_source out" in str(error.value)
 
 
-def test_embeddings_that_are_longer_than_the_vocabulary(triple: Triple, tmp_path: Path) -> None:
+def pad_embedding(path: Path, rows: int) -> None:
+    """Rows of the embedding that stand for no token."""
+    tensors = read_tensors(path)
+    embedding = tensors["model.decoder.embed_tokens.weight"]
+    tensors["model.decoder.embed_tokens.weight"] = torch.cat([embedding, embedding[:rows]])
+    write_tensors(path, tensors)
+    edit_json(path / "config.json", vocab_size=len(embedding) + rows)
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_rows_of_the_embedding_beyond_the_tokens_are_kept(source: str, triple: Triple, tmp_path: Path) -> None:
     for path in triple.values():
-        tensors = read_tensors(path)
-        embedding = tensors["model.decoder.embed_tokens.weight"]
-        tensors["model.decoder.embed_tokens.weight"] = torch.cat([embedding, embedding[:4]])
-        write_tensors(path, tensors)
-        edit_json(path / "config.json", vocab_size=len(embedding) + 4)
+        pad_embedding(path, 4)
+    report = hsa.merge(
+        config=write(tmp_path, document(triple, tokenizer_source=source)), output=tmp_path / "out", sync=False
+    )
+    (note,) = [note for note in report.notes if "tokens and the embeddings" in note]
+    assert re.search(r"which are all kept and merged; mergekit would cut them to the tokens$", note)
+    hsa.merge(config=write(tmp_path, document(triple)), output=tmp_path / "plain", sync=False)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "plain")]
+    assert weights[0] == weights[1]
+
+
+def test_embeddings_that_differ_in_their_rows(triple: Triple, tmp_path: Path) -> None:
+    pad_embedding(triple["secondary"], 4)
     file = write(tmp_path, document(triple, tokenizer_source="base"))
-    with pytest.raises(RequestError, match=r"tokens and its embedding [0-9]+ rows, which mergekit would cut"):
+    with pytest.raises(RequestError, match=r"the embeddings differ in their rows .*, which mergekit would cut to the"):
+        hsa.merge(config=file, output=tmp_path / "out", on_mismatch="first")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_without_a_row_in_the_embedding(triple: Triple, tmp_path: Path) -> None:
+    for path in triple.values():
+        tokens = json.loads((path / "vocab.json").read_text())
+        (path / "vocab.json").write_text(json.dumps({**tokens, "beyond": 10**6}))
+    file = write(tmp_path, document(triple, tokenizer_source="union"))
+    with pytest.raises(RequestError, match=r"token ids up to 1000000 and its embedding [0-9]+ rows"):
         hsa.merge(config=file, output=tmp_path / "out")
-    hsa.merge(config=write(tmp_path, document(triple)), output=tmp_path / "out", sync=False)
 
 
 def test_a_model_twice_under_two_names(triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

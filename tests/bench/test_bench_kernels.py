@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bench_kernels
 import kernel_cases
+import numpy as np
 import pytest
 import torch
 from hsa.kernels import compile_check
@@ -92,9 +93,11 @@ def test_the_gate_admits_what_is_right(dtype: str) -> None:
         assert torch.equal(problem.sets[0].primary, problem.sets[0].kept), "primary was not put back"
 
 
-def flip_a_bit(worker: CpuWorker, *arguments: object) -> None:
-    APPLY(worker, *arguments)
-    arguments[-1][-1] ^= 1
+def flip_a_bit(
+    worker: CpuWorker, task: object, decision: HsaDecision, sources: object, out: np.ndarray, *rest: object
+) -> None:
+    APPLY(worker, task, decision, sources, out, *rest)
+    out[-1] ^= 1
 
 
 def leave_unselected(worker: CpuWorker, task: object, decision: HsaDecision, *arguments: object) -> None:

@@ -14,6 +14,10 @@ import report
 import report_merge
 import rows
 
+from hsa.actions.mergekit_config.merge_methods import METHODS
+from hsa.methods.registry import methods
+from hsa.methods.subspace_method import SubspaceMethod
+
 Row = dict[str, object]
 BEFORE, AFTER = "# Title\n\nkept before\n", "\nkept after\n"
 MIB = 2**20
@@ -96,6 +100,10 @@ def call(readme: Path, results: Path) -> Callable[..., int]:
 
 def block(name: str, results: Path) -> str:
     return "\n\n".join(report.BLOCKS[name](results, lambda png, _: f"![]({png}.png)"))
+
+
+def no_image(png: str, what: str) -> str:
+    raise AssertionError(f"{png} is no picture of this block")
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -225,6 +233,42 @@ def test_every_run_of_the_large_model_is_shown(results: Path) -> None:
     text = block("merge", results).split("Every run of")[1]
     one, two = (float(cells(text, str(run))[4]) for run in (first[0]["run"], "2030-01-01T00:00:00Z"))
     assert two == pytest.approx(2 * one, abs=0.02)
+
+
+# Methods -----------------------------------------------------------------------------------------------------
+
+
+def parity_row(comparison: str, case: str, between: float, **changes: object) -> Row:
+    return {
+        **about(), "comparison": comparison, "method": "ties", "case": case, "between": between, "ours": "",
+        "theirs": "", "formulas": "", "most": 3e-7, "reason": "", **changes,
+    }  # fmt: skip
+
+
+def test_distances_from_mergekit(results: Path) -> None:
+    assert report.METHOD_BLOCKS["parity"](results, no_image) == ["Distances from mergekit are not yet measured."]
+    files = [parity_row("files", "whispers", 2e-8), parity_row("files", "llamas", 3e-8)]
+    wide = {"method": "nuslerp", "ours": 2e-8, "theirs": 3.1e-6, "formulas": 0, "most": 6e-6, "reason": "rounding"}
+    functions = [parity_row("functions", "3 models", 1.25e-7), parity_row("functions", "2 models", 3e-6, **wide)]
+    rows.append("parity", [*files, *functions], results)
+    rows.append("parity", [parity_row("files", "whispers", 9e-8, run="2026-11-01T10:00:00Z")], results)
+    text = "\n\n".join(report.METHOD_BLOCKS["parity"](results, no_image))
+    assert "| method | whispers | llamas | at most |" in text
+    assert "| ties | 2.0e-08 | 3.0e-08 | 3.0e-07 |" in text
+    assert "| ties | 3 models | 1.2e-07 | 3.0e-07 |  |  |  |" in text
+    assert "| nuslerp | 2 models | 3.0e-06 | 6.0e-06 | 2.0e-08 | 3.1e-06 | 0.0e+00 |" in text
+    assert text.endswith("this is why:\n\n- `nuslerp`, 2 models: rounding.")
+
+
+def test_the_rows_of_distances_keep_their_limits_and_leave_no_method_out() -> None:
+    held = rows.newest(rows.read("parity"), lambda row: (row["comparison"], row["method"]))
+    assert {row["method"] for row in held if row["comparison"] == "files"} == METHODS.keys() - {"hsa"}
+    assert {row["method"] for row in held if row["comparison"] == "functions"} == METHODS.keys() - {"hsa"}
+    subspaces = {name for name, method in methods().items() if isinstance(method, SubspaceMethod)}
+    assert {row["method"] for row in held if row["comparison"] == "formulas"} == subspaces
+    for row in held:
+        assert 0 <= float(row["between"]) <= float(row["most"])
+        assert float(row["most"]) <= 3e-7 or row["reason"]
 
 
 # Sweeps, kernels, word error rates ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 from helpers import snapshot
 
+import hsa
 from hsa.cli import app
+from hsa.methods.all_settings import all_settings
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.settings import declared
 from hsa.option_names import command_line
@@ -31,7 +34,7 @@ def test_every_setting_is_an_option_with_its_default_and_its_help() -> None:
     for each in declared(HsaSettings):
         found = options[each.name]
         assert (found.opts, found.help.count(each.about.help)) == ([command_line(each.name)], 1)
-        assert found.default == each.default
+        assert found.default == (None if each.about.per_model else each.default)
 
 
 @pytest.mark.parametrize("command", ["merge", "sweep"])
@@ -136,6 +139,37 @@ def test_sources_are_those_of_the_methods_contract(tmp_path: Path, capsys: pytes
         line = refused(capsys, "merge", "--method=mean", f"--output={tmp_path / 'out'}", *arguments.split())
         assert message in line
         assert "\n" not in line
+
+
+@pytest.mark.parametrize(("given", "value"), [((0.3,), 0.3), ((0.3, 0.5), [0.3, 0.5])])
+def test_a_setting_may_be_given_once_or_for_each_model(
+    given: tuple[float, ...], value: Any, shared_triple: Triple, tmp_path: Path
+) -> None:
+    base, *models = shared_triple.values()
+    options = [f"--base={base}", *(f"--model={path}" for path in models), *(f"--density={each}" for each in given)]
+    assert app.run(["merge", "--method=ties", *options, f"--output={tmp_path / 'out'}", "--no-sync"]) == 0
+    hsa.merge(method="ties", base=base, models=models, density=value, output=tmp_path / "python", sync=False)
+    first, second = ((tmp_path / name / "hsa_merge.json").read_bytes() for name in ("out", "python"))
+    assert json.loads(first)["parameters"]["density"] == value
+    assert first == second
+
+
+def test_more_values_than_models_are_refused(
+    shared_triple: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, *models = shared_triple.values()
+    options = [f"--base={base}", *(f"--model={path}" for path in models), *["--density=0.5"] * 3]
+    line = refused(capsys, "merge", "--method=ties", *options, f"--output={tmp_path / 'out'}")
+    assert line == "--density must have as many values as there are models, 2, got 3"
+
+
+def test_help_says_what_may_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["merge", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Share of each task vector that is kept." in text
+    alone = [name for name, each in all_settings(lambda about: about.per_model).items() if not each.about.repeated]
+    assert sorted(alone) == ["density", "epsilon", "gamma"]
+    assert text.count("Repeat it to give each model its own.") == len(alone)
 
 
 @pytest.mark.usefixtures("mean")

@@ -128,7 +128,8 @@ def test_ranges_defaults_and_uses_of_settings_are_said(capsys: pytest.CaptureFix
         "--rounds How often. (default 7; 1 to 9)",
         "--kind Which. (default one; one, two)",
         "--plain Simply. (default off; on or off)",
-        "--shares Of each. (default 1 each; 0 to 1; one for each model; by tensor or layer)",
+        "--shares Of each. (default 1 each; 0 to 1; repeat it to give each model its own; "
+        "by tensor, layer or pattern in Python and YAML)",
         "base optional models 2 to 5 (left)",
         "hsa merge --patch no: method wordy changes whole tensors",
     ):

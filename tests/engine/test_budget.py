@@ -12,7 +12,7 @@ from helpers import read_tensors
 import hsa
 from hsa.backends.cpu import CpuBackend
 from hsa.engine import compute
-from hsa.engine.compute import BUDGET_BYTES, BufferPool
+from hsa.engine.buffer_pool import BUDGET_BYTES, BufferPool
 from hsa.methods.subspaces import work_bytes
 from hsa.system import threads
 

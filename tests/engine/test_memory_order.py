@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import hsa
-from hsa.engine import compute, consumers, pipeline, streamed
-from hsa.engine.compute import BufferPool
+from hsa.engine import buffer_pool, compute, consumers, pipeline, streamed
+from hsa.engine.buffer_pool import BufferPool
 from hsa.methods.tensors import TensorTask
 from hsa.planning import file_layout
 from hsa.system.plugins import VARIABLE
@@ -27,7 +27,7 @@ def test_a_small_tensor_does_not_wait_for_a_large_one_that_is_written_after_it(
 ) -> None:
     """Small tensors ask for memory late. Those who write wait for them, and compute the rest of the large ones."""
     monkeypatch.setenv(VARIABLE, str(PASSES))
-    monkeypatch.setattr(compute, "BUDGET_BYTES", 1)
+    monkeypatch.setattr(buffer_pool, "BUDGET_BYTES", 1)
     monkeypatch.setattr(streamed, "KEPT_BYTES", 1 << 30)
     monkeypatch.setattr(file_layout, "MAX_WHOLE", 4096)
     monkeypatch.setattr(file_layout, "SLICE_ELEMENTS", 1024)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import hsa
 from hsa.backends.cpu import CpuWorker
-from hsa.engine import compute, streamed
+from hsa.engine import buffer_pool, streamed
 from hsa.planning import file_layout
 from hsa.system.plugins import VARIABLE
 
@@ -29,7 +29,7 @@ def test_a_damaged_tensor_ends_the_merge_while_others_wait_for_its_memory(
 ) -> None:
     """There is room for one tensor at a time; the damage is in its first slice, or shows when it is written."""
     monkeypatch.setenv(VARIABLE, str(PASSES))
-    monkeypatch.setattr(compute, "BUDGET_BYTES", 1)
+    monkeypatch.setattr(buffer_pool, "BUDGET_BYTES", 1)
     monkeypatch.setattr(streamed, "KEPT_BYTES", 1 << 30)
     monkeypatch.setattr(file_layout, "MAX_WHOLE", 0)
     monkeypatch.setattr(file_layout, "SLICE_ELEMENTS", 1 << 18)

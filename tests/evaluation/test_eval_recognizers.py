@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from speech_sets import RATE, Norm, load_ctc, noise, write_ctc
+from speech_sets import RATE, Norm, load_ctc, noise, write_ctc, write_moonshine
 
 from hsa.errors import RequestError, SourceError
 from hsa.evaluation.decoding import load_recognizer
@@ -31,10 +31,14 @@ def transcripts(folder: Path, audio: Sequence[np.ndarray], batch: int) -> list[s
 # --- CTC ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["layer", "group"])
+@pytest.fixture(
+    scope="module",
+    params=[("Wav2Vec2", "layer"), ("Wav2Vec2", "group"), ("Hubert", "layer"), ("WavLM", "layer")],
+    ids="-".join,
+)
 def ctc(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    norm: Norm = request.param
-    return write_ctc(tmp_path_factory.mktemp(f"ctc-{norm}"), norm)
+    family, norm = request.param
+    return write_ctc(tmp_path_factory.mktemp(f"{family}-{norm}"), norm, family=family)
 
 
 @torch.no_grad()
@@ -71,9 +75,11 @@ def test_padding_would_change_a_ctc_model_without_a_mask(tmp_path: Path) -> None
     assert text != alone(folder, audio[0]) == transcripts(folder, audio, 2)[0]
 
 
-def test_long_audio_reaches_a_ctc_model_in_the_windows_of_transformers_pipeline(ctc: Path) -> None:
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_long_audio_reaches_a_ctc_model_in_the_windows_of_transformers_pipeline(norm: Norm, tmp_path: Path) -> None:
     from transformers import AutomaticSpeechRecognitionPipeline
 
+    ctc = write_ctc(tmp_path / "model", norm, strides=(8, 8, 5))
     model, processor = load_ctc(ctc)
     pipeline = AutomaticSpeechRecognitionPipeline(
         model=model,
@@ -86,8 +92,29 @@ def test_long_audio_reaches_a_ctc_model_in_the_windows_of_transformers_pipeline(
         samples = noise(seconds, 7)
         (found,) = transcripts(ctc, [samples], 1)
         expected = pipeline({"raw": samples.copy(), "sampling_rate": RATE})["text"].strip()
-        assert len(found) > 100
+        assert len(found) > 50
         assert found == expected, seconds
+
+
+# --- other sequence-to-sequence models --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_moonshine_writes_what_transformers_writes_in_any_batch(tmp_path: Path) -> None:
+    from transformers import AutoFeatureExtractor, AutoTokenizer, MoonshineForConditionalGeneration
+
+    folder = write_moonshine(tmp_path / "model")
+    model = MoonshineForConditionalGeneration.from_pretrained(folder, local_files_only=True).eval()
+    extractor, tokenizer = AutoFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    audio = [noise(length, seed) for seed, length in enumerate((0.9, 0.31, 0.9, 0.77))]
+    expected = []
+    for samples in audio:
+        inputs = extractor(samples, sampling_rate=RATE, return_tensors="pt")
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=448, max_length=None)
+        expected += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert len(set(expected)) == len(expected)
+    for size in (1, 3, 4):
+        assert transcripts(folder, audio, size) == expected, size
 
 
 # --- Whisper ----------------------------------------------------------------------------------------------------------
@@ -115,6 +142,17 @@ def test_a_whisper_writes_what_transformers_writes_in_any_batch(shared_triple: T
             for text in recognizer.transcribe(recognizer.features(audio[start : start + size]))
         ]
         assert found == expected, size
+
+
+def test_an_utterance_is_cut_after_the_tokens_asked_for(shared_triple: Triple) -> None:
+    audio = [noise(0.6, 3)]
+    texts = []
+    for count in (None, 3, 1):
+        options = DecodingOptions(device="cpu", language="de", max_tokens=count)
+        recognizer = load_recognizer(shared_triple["primary"], options)
+        texts += recognizer.transcribe(recognizer.features(audio))
+    whole, three, one = texts
+    assert whole.startswith(three) and three.startswith(one) and len(one) < len(three) < len(whole)
 
 
 def test_features_are_equal_for_models_of_one_family_alone(shared_triple: Triple, ctc: Path) -> None:
@@ -145,6 +183,7 @@ def test_the_size_of_features_is_that_of_their_tensors(shared_triple: Triple) ->
     ("options", "message"),
     [
         ({"beams": 5}, "which is decoded greedily; leave beams out"),
+        ({"max_tokens": 5}, "which writes as long as it hears; leave max_tokens out"),
         ({"task": "translate"}, "cannot translate; task='translate' needs a multilingual Whisper"),
     ],
 )
@@ -164,6 +203,7 @@ def test_a_whisper_refuses_a_language_that_it_does_not_know(shared_triple: Tripl
         ("beams", 0),
         ("batch", 1.5),
         ("batch", True),
+        ("max_tokens", 0),
         ("task", "sing"),
         ("dtype", "int8"),
         ("device", "tpu"),

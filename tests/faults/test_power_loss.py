@@ -1,4 +1,4 @@
-"""Power loss: the calls of a run are recorded, and the disk is put together as it may stand at each moment.
+"""Power loss: the calls of a run are recorded, and the disk is rebuilt as it may stand at each moment.
 
 A disk keeps what was fsynced: a file's bytes when the file was, a directory's entries when the directory was. Of all
 else it may keep any part, in any order: here a random choice of the writes that were under way, whole or torn at a
@@ -25,7 +25,7 @@ from fault_operations import OPERATIONS
 from hsa.system import fsio
 
 CHOICES = 3 if FULL else 1
-"""Disks that are put together for each moment."""
+"""Disks that are rebuilt for each moment."""
 
 EVERY = 1 if FULL else 11
 """Which moments: the first of so many."""

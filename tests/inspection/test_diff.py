@@ -57,6 +57,19 @@ def test_equal_outputs(outputs: dict[str, Path]) -> None:
     assert weights.whole.tensors == len(read_tensors(outputs["a"]))
 
 
+def test_a_parameter_that_one_output_lacks_is_a_dash(
+    outputs: dict[str, Path], shared_triple: Triple, tmp_path: Path
+) -> None:
+    base, *models = shared_triple.values()
+    other = tmp_path / "tsv"
+    hsa.merge(method="tsv_m", base=base, models=models, output=other, sync=False)
+    done = run_hsa("inspect", "--diff", outputs["a"], other)
+    assert done.returncode == 0 and "None" not in done.stdout, done.stderr
+    assert [line.split() for line in done.stdout.splitlines() if line.startswith(" k ")] == [["k", "0.6", "-"]]
+    verified = run_hsa("verify", other)
+    assert "lambda 1" in verified.stdout and "None" not in verified.stdout and "share" not in verified.stdout
+
+
 def test_another_k(outputs: dict[str, Path]) -> None:
     found = compare(outputs["a"], outputs["k"])
     assert found.parameters == {"k": (0.6, 0.25)}

@@ -357,7 +357,7 @@ def test_only_a_part_of_the_model(families: dict[str, Family]) -> None:
             "weights must have as many values as there are models, 2, got 3",
         ),
         ({"method": "slerp", "base": True, "models": 1}, "method slerp needs t; give it"),
-        ({"method": "slerp", "base": True, "models": 2, "t": 0.5}, "method slerp merges 1 models, got 2"),
+        ({"method": "slerp", "base": True, "models": 2, "t": 0.5}, "method slerp merges 1 model, got 2"),
         ({"method": "della", "base": True, "models": 2, "density": 0.1}, "give probabilities from"),
         ({"method": "linear", "models": 2, "weights": [1, -1]}, "sum to 0"),
         ({"method": "tis", "models": 2}, "method must be one of breadcrumbs"),

@@ -1,11 +1,11 @@
 """Linear combinations against mergekit's own functions, on continuous float32 tensors of Whisper's and Llama's shapes.
 
-Three distances, relative to the norm of the merged tensor:
+Four distances, relative to the norm of the merged tensor:
 
 - both evaluated in float64: the formulas are the same;
-- the oracle in float32 against mergekit in float64: how far hsa's bytes are from the exact value;
-- the oracle against mergekit, both in float32, where mergekit's own distance from the exact value is no larger than
-  that: its float32 norms are off by up to 1e-5 for tensors of a million elements, and the angle with them.
+- the oracle in float32 from mergekit in float64: how far hsa's bytes are from the exact value;
+- mergekit in float32 from itself in float64;
+- the oracle from mergekit, both in float32: at most what `parity.limit_of` allows, but for EXCEPTIONS.
 
 `-s` prints the table.
 """
@@ -13,10 +13,12 @@ Three distances, relative to the norm of the merged tensor:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from parity import ROUNDING, Distances, Limit, Measured, limit_of, measured, settings_text
 from torch import Tensor
 
 from hsa.reference import linear_combinations as oracle
@@ -35,29 +37,65 @@ WEIGHTS = [0.5, 0.3, 0.9]
 PAIR = {"weights": WEIGHTS[:2]}
 THEIR_PAIR = {"weight": WEIGHTS[:2]}
 
-# Name, models, with a base, our parameters, mergekit's.
-MERGES: list[tuple[str, int, bool, dict[str, Any], dict[str, Any]]] = [
-    ("linear", 3, False, {"weights": WEIGHTS}, {"weight": WEIGHTS}),
-    ("linear", 3, False, {"weights": WEIGHTS, "normalize": False}, {"weight": WEIGHTS, "normalize": False}),
-    ("task_arithmetic", 3, True, {"weights": WEIGHTS, "lam": 0.7}, {"weight": WEIGHTS, "lambda": 0.7}),
-    ("task_arithmetic", 2, True, {**PAIR, "normalize": True}, {**THEIR_PAIR, "normalize": True}),
-    ("slerp", 1, True, {"t": 0.4}, {"t": 0.4}),
-    ("nuslerp", 2, True, PAIR, THEIR_PAIR),
-    ("nuslerp", 2, False, PAIR, THEIR_PAIR),
-    ("nuslerp", 2, True, {**PAIR, "flatten": False}, {**THEIR_PAIR, "nuslerp_flatten": False}),
-    (
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge of so many models, with a base or without: our settings, and mergekit's parameters."""
+
+    method: str
+    models: int
+    based: bool
+    ours: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """What the documentation calls it."""
+        base = ["base"] if self.based else []
+        return ", ".join([f"{self.models} model{'s' * (self.models > 1)}", *base, *settings_text(self.ours)])
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, {self}"
+
+    @property
+    def limit(self) -> Limit:
+        return EXCEPTIONS.get(self.label, limit_of(self.method))
+
+
+MERGES = [
+    Merge("linear", 3, False, {"weights": WEIGHTS}, {"weight": WEIGHTS}),
+    Merge("linear", 3, False, {"weights": WEIGHTS, "normalize": False}, {"weight": WEIGHTS, "normalize": False}),
+    Merge("task_arithmetic", 3, True, {"weights": WEIGHTS, "lam": 0.7}, {"weight": WEIGHTS, "lambda": 0.7}),
+    Merge("task_arithmetic", 2, True, {**PAIR, "normalize": True}, {**THEIR_PAIR, "normalize": True}),
+    Merge("slerp", 1, True, {"t": 0.4}, {"t": 0.4}),
+    Merge("nuslerp", 2, True, PAIR, THEIR_PAIR),
+    Merge("nuslerp", 2, False, PAIR, THEIR_PAIR),
+    Merge("nuslerp", 2, True, {**PAIR, "flatten": False}, {**THEIR_PAIR, "nuslerp_flatten": False}),
+    Merge(
         "nuslerp",
         2,
         True,
         {**PAIR, "flatten": False, "row_wise": True},
         {**THEIR_PAIR, "nuslerp_flatten": False, "nuslerp_row_wise": True},
     ),
-    ("multislerp", 3, True, {"weights": WEIGHTS}, {"weight": WEIGHTS}),
-    ("multislerp", 3, False, {"weights": WEIGHTS}, {"weight": WEIGHTS}),
-    ("karcher", 3, False, {}, {}),
-    ("model_stock", 3, True, {}, {}),
-    ("model_stock", 2, True, {"filter_wise": True}, {"filter_wise": True}),
+    Merge("multislerp", 3, True, {"weights": WEIGHTS}, {"weight": WEIGHTS}),
+    Merge("multislerp", 3, False, {"weights": WEIGHTS}, {"weight": WEIGHTS}),
+    Merge("karcher", 3, False),
+    Merge("model_stock", 3, True),
+    Merge("model_stock", 2, True, {"filter_wise": True}, {"filter_wise": True}),
 ]
+
+EXCEPTIONS = {
+    "nuslerp, 2 models": Limit(6e-6, "mergekit's float32 norms and angle of models that are nearly parallel"),
+    "nuslerp, 2 models, base, flatten false": Limit(
+        1.3e-5, "mergekit's float32 angles of the three elements that a row of a convolution has"
+    ),
+    "multislerp, 3 models": Limit(2.6e-5, "mergekit's float32 norms and tangents of models that are nearly parallel"),
+    "model_stock, 2 models, base, filter_wise true": Limit(
+        5e-4, "mergekit's float32 cosines of the three elements that a row of a convolution has"
+    ),
+}
+"""Merges of which mergekit in float32 is farther than rounding from itself in float64, with upper bounds."""
 
 
 def tensors(shape: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
@@ -83,41 +121,46 @@ def relative(one: Tensor, two: Tensor) -> float:
     return float((one.double() - two.double()).norm() / two.double().norm())
 
 
+def distances(merge: Merge, tensor: str) -> Distances:
+    """Of one merge of tensors of one shape."""
+    base, models = tensors(SHAPES[tensor])
+    origin, models = base if merge.based else None, models[: merge.models]
+    exact = theirs(origin, models, merge.method, merge.theirs, torch.float64)
+    single = theirs(origin, models, merge.method, merge.theirs, None)
+    assert (exact.dtype, single.dtype) == (torch.float64, torch.float32)
+    combine = getattr(oracle, merge.method)
+    merged = combine(origin, models, **merge.ours)
+    return Distances(
+        between=relative(merged, single),
+        ours=relative(merged, exact),
+        theirs=relative(single, exact),
+        formulas=relative(combine(origin, models, **merge.ours, dtype=torch.float64), exact),
+    )
+
+
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[str]]:
-    rows = [f"{'method':52} {'tensor':20} {'formula':>9} {'hsa':>9} {'mergekit':>9} {'between':>9}"]
-    yield rows
-    print("", *rows, sep="\n")
+def table() -> Iterator[Measured]:
+    yield from measured("functions")
 
 
 @pytest.mark.parametrize("tensor", SHAPES)
-@pytest.mark.parametrize(
-    ("name", "count", "with_base", "ours", "parameters"), MERGES, ids=[f"{m[0]}-{m[1]}-{m[2]}-{m[4]}" for m in MERGES]
-)
-def test_the_oracle_is_mergekit_within_float32_rounding(
-    name: str,
-    count: int,
-    with_base: bool,
-    ours: dict[str, Any],
-    parameters: dict[str, Any],
-    tensor: str,
-    table: list[str],
-) -> None:
-    base, models = tensors(SHAPES[tensor])
-    origin, models = base if with_base else None, models[:count]
-    exact = theirs(origin, models, name, parameters, torch.float64)
-    single = theirs(origin, models, name, parameters, None)
-    assert (exact.dtype, single.dtype) == (torch.float64, torch.float32)
-    merge = getattr(oracle, name)
-    formula = relative(merge(origin, models, **ours, dtype=torch.float64), exact)
-    merged = merge(origin, models, **ours)
-    error, their_error, between = relative(merged, exact), relative(single, exact), relative(merged, single)
-    label = f"{name} {count} {'base' if with_base else ''} {({k: v for k, v in ours.items() if k != 'weights'}) or ''}"
-    table.append(f"{label:52} {tensor:20} {formula:9.1e} {error:9.1e} {their_error:9.1e} {between:9.1e}")
-    assert formula <= 1e-12
-    assert error <= 3e-7
-    allowed = 1e-6 if name == "karcher" else 3e-7
-    assert between <= max(allowed, 1.01 * their_error + error)
+@pytest.mark.parametrize("merge", MERGES, ids=lambda merge: merge.label)
+def test_the_oracle_is_mergekit_within_float32_rounding(merge: Merge, tensor: str, table: Measured) -> None:
+    found = distances(merge, tensor)
+    table.add(merge.method, str(merge), found, merge.limit)
+    assert found.formulas is not None and found.formulas <= 1e-12
+    assert found.ours is not None and found.ours <= limit_of(merge.method).most
+    assert found.between <= merge.limit.most
+
+
+@pytest.mark.parametrize("label", EXCEPTIONS)
+def test_an_exception_is_mergekits_own_rounding(label: str) -> None:
+    """Ours is within rounding of the exact value where mergekit is not; an exception that is not needed fails."""
+    (merge,) = (each for each in MERGES if each.label == label)
+    every = [distances(merge, tensor) for tensor in SHAPES]
+    assert all(found.ours is not None and found.ours <= ROUNDING for found in every)
+    assert max(found.theirs or 0.0 for found in every) > ROUNDING
+    assert max(found.between for found in every) > ROUNDING
 
 
 V, W, ZERO = torch.linspace(-3, 4, 37), torch.cos(torch.arange(37.0)), torch.zeros(37)

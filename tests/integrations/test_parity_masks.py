@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import Distances, Measured, limit_of, measured, settings_text
 from torch import Tensor
 
 from hsa.reference import masks_and_votes as oracle
@@ -137,14 +138,15 @@ def _of(value: Any, model: int) -> float:
     return float(value[model]) if isinstance(value, list) else float(value)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def table() -> Iterator[dict[str, list[float]]]:
-    """The largest distances by merge, and how many elements tie at a cut in all tensors; printed at the end."""
-    rows: dict[str, list[float]] = {}
-    yield rows
-    print("\n| merge | in float64 | in float32 | ties at a cut |\n| --- | --- | --- | --- |")
-    for name, (wide, narrow, count) in rows.items():
-        print(f"| {name} | {wide:.1e} | {narrow:.1e} | {count:.0f} |")
+def merge_text(count: int, parameters: Mapping[str, Any]) -> str:
+    """What the documentation calls a merge."""
+    negative = ["a negative weight"] if parameters.get("weights") == SIGNED else []
+    return ", ".join([f"{count} model{'s' * (count > 1)}", *settings_text(parameters), *negative])
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[Measured]:
+    yield from measured("functions")
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
@@ -154,7 +156,7 @@ def test_merges_are_mergekits(
     count: int,
     parameters: dict[str, Any],
     shape: tuple[int, ...],
-    table: dict[str, list[float]],
+    table: Measured,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, models = tensors(shape, count)
@@ -162,15 +164,15 @@ def test_merges_are_mergekits(
         base, models = base * 0, [model - base for model in tensors(shape, count)[1]]
         models = [model * torch.linspace(0.9, 1.1, model.numel()).reshape(shape) for model in models]
     left_out = tied(name, base, models, parameters)
-    found = []
+    assert int(left_out.sum()) <= 1e-3 * base.numel()
+    apart = {}
     for dtype in (torch.float64, torch.float32):
         sources = base.to(dtype), [model.to(dtype) for model in models]
         merged = ours(name, *sources, parameters, dtype)
         difference = (merged - theirs(monkeypatch, name, *sources, parameters, dtype)).double()
-        found.append(float(difference[~left_out].norm() / merged.double().norm()))
-    row = table.setdefault(f"{name} {parameters or ''}", [0.0, 0.0, 0.0])
-    row[:] = [*map(max, row, found), row[2] + int(left_out.sum())]
-    assert found[1] <= 3e-7
+        apart[dtype] = float(difference[~left_out].norm() / merged.double().norm())
+    found = Distances(between=apart[torch.float32], formulas=apart[torch.float64])
+    table.add(name, merge_text(count, parameters), found, limit_of(name))
+    assert found.between <= limit_of(name).most
     # On a CPU mergekit draws masks, and multiplies with them, in float32 whatever the tensors are.
-    assert found[0] <= (1e-8 if name.startswith(("dare", "della")) else 1e-12)
-    assert int(left_out.sum()) <= 1e-3 * base.numel()
+    assert apart[torch.float64] <= (1e-8 if name.startswith(("dare", "della")) else 1e-12)

@@ -108,11 +108,14 @@ def other_shapes(bad: Input) -> Refusal:
 def given_twice(bad: Input) -> Refusal:
     """Base itself, where only one model is taken. It may be meant: a warning, which `strict` makes an error."""
     models = [bad.models.models[0]] * 2 if bad.count > 1 else [bad.models.base]
-    one, two = bad.method.contract.roles(2) if bad.count > 1 else ("base", "model1")
+    if bad.count > 1:
+        (one, two), asked = bad.method.contract.roles(2), "is the same model given twice?"
+    else:
+        one, two, asked = "base", "model1", "is model1 really a fine-tune, and of this base?"
     return Refusal(
         bad.given(models=models, strict=True),
         hsa.StrictError,
-        (f"{one} and {two} are equal on all", "is the same model given twice?"),
+        (f"{one} and {two} are equal on all", asked),
     )
 
 

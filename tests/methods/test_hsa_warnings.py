@@ -18,7 +18,7 @@ from helpers import read_tensors, write_adapter, write_openai, write_tensors
 from warned_merges import Change, random_like, rewritten, warnings_of
 
 import hsa
-from hsa.methods import hsa_warnings
+from hsa.methods import source_warnings
 from hsa.testing.whisper_checkpoints import SHAPES, WhisperShape, write_triple
 
 pytestmark = pytest.mark.long
@@ -263,11 +263,11 @@ def test_the_thresholds_lie_between_what_was_measured(triple: Triple, tmp_path: 
     stranger = rewritten(triple["base"], tmp_path / "stranger", random_like(3))
     unrelated = hsa.merge(**{**triple, "base": stranger}, output=tmp_path / "unrelated", sync=False).extent
     assert sound.primary is not None and unrelated.primary is not None
-    assert sound.primary * 5 < hsa_warnings.UNRELATED < unrelated.primary / 2
+    assert sound.primary * 5 < source_warnings.UNRELATED < unrelated.primary / 2
     assert sound.cosine is not None and exchanged.cosine is not None
-    assert sound.cosine + 0.1 < hsa_warnings.SHARED_COSINE < exchanged.cosine - 0.1
+    assert sound.cosine + 0.1 < source_warnings.ATTENTION.cosine < exchanged.cosine - 0.1
     assert sound.change is not None
-    assert sound.change > hsa_warnings.NO_CHANGE * 100
+    assert sound.change > source_warnings.NO_CHANGE * 100
 
 
 # --- merges that change next to nothing ------------------------------------------------------------------------------

@@ -154,13 +154,13 @@ def test_the_command_line_merges_as_python_does(float32: Sources, tmp_path: Path
     hsa.merge(method="slerp", base=base, models=models[:1], t=0.25, output=tmp_path / "python" / "out", sync=False)
     slerp = ["--method=slerp", f"--base={base}", f"--model={models[0]}", "--t=0.25"]
     done = run_hsa("merge", *slerp, f"--output={tmp_path / 'shell' / 'out'}", "--no-sync")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     assert snapshot(tmp_path / "shell") == snapshot(tmp_path / "python")
     card = (tmp_path / "shell" / "out" / "README.md").read_text(encoding="utf-8")
     assert "SLERP: `sin((1 - t) * o) / sin(o) * B + sin(t * o) / sin(o) * M" in card and "| t | `0.25` |" in card
     swept = ["--method=nuslerp", *(f"--model={path}" for path in models[:2]), "--no-flatten", "--row-wise"]
     done = run_hsa("merge", *swept, f"--output={tmp_path / 'rows'}", "--no-sync")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     wanted = expected("nuslerp", {"flatten": False, "row_wise": True}, float32, 2, False)
     same_bytes(read_tensors(tmp_path / "rows"), wanted)
 
@@ -233,7 +233,7 @@ def test_slerp_says_that_it_needs_t(float32: Sources, tmp_path: Path) -> None:
 
 
 def test_a_merger_of_weights_that_are_not_normalized(float32: Sources) -> None:
-    """Other methods have a `normalize` that may differ between candidates; of this one a plan hangs on it."""
+    """Other methods have a `normalize` that may differ between candidates; of this one a plan depends on it."""
     models = given(float32, 2, False)
     settings: dict[str, Any] = {"normalize": False, "weights": [0.5, -1.5]}
     merger = hsa.Merger(method="linear", **models, normalize=False)

@@ -388,6 +388,16 @@ def test_a_card_says_how_and_after_whom(method: str, family: dict[str, Path], tm
     assert own.title in card and own.formula in card and own.source in card
 
 
+def test_a_card_has_the_formula_of_its_settings(family: dict[str, Path], tmp_path: Path) -> None:
+    merge("ties", family, tmp_path / "out", density=0.5, normalize=False, rescale="density")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (
+        "`B + lambda * sum(w_i * f_i * trim(M_i - B)), the sum over the models that have the elected sign, "
+        "which is that of sum(w_i * f_i * trim(M_i - B)) over all models, "
+        "trim keeps the int(density * n) largest of n elements, f_i = 1 / density`"
+    ) in card
+
+
 def test_models_that_cancel_leave_base(family: dict[str, Path], tmp_path: Path) -> None:
     base, model = family["base"], family["model1"]
     for method in ("dare_linear", "breadcrumbs", "della_linear"):

@@ -120,7 +120,7 @@ def test_a_merger_writes_every_candidate(
     report = merger.save(tmp_path / "saved", lam=0.7)
     merged(method, sources, tmp_path / "merged", lam=0.7)
     assert snapshot(tmp_path / "saved") == snapshot(tmp_path / "merged")
-    assert merger.check(lam=0.7).notes[0] == report.extent.text
+    assert merger.check(lam=0.7).notes[0] == report.extent.headline
 
 
 def test_settings_vary_over_layers_and_by_filters(families: dict[tuple[str, str], Family], tmp_path: Path) -> None:

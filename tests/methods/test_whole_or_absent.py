@@ -23,7 +23,7 @@ from helpers import poke, read_tensors, write_tensors
 
 import hsa
 from hsa.backends import array_block, cpu
-from hsa.engine import compute, consumers, pipeline, streamed
+from hsa.engine import buffer_pool, consumers, pipeline, streamed
 from hsa.engine.compute import ComputeThread
 from hsa.methods.registry import method_named, methods
 from hsa.planning import file_layout
@@ -240,8 +240,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         (streamed, "KEPT_BYTES", 0),
         (array_block, "TILE", 1 << 14),
         (cpu, "TILE", 1 << 14),
-        (compute, "BUDGET_BYTES", 1 << 20),
-        (compute, "SPARE_BYTES", 1 << 18),
+        (buffer_pool, "BUDGET_BYTES", 1 << 20),
+        (buffer_pool, "SPARE_BYTES", 1 << 18),
         (pipeline, "AHEAD_BYTES", 1 << 16),
         (consumers, "CACHED_PIECE", 1 << 16),
         (consumers, "DIRECT_PIECE", 1 << 16),

@@ -274,6 +274,15 @@ def test_the_method_is_the_one_that_ran(shared_triple: Triple, tmp_path: Path) -
     assert "reference script's own operations" in script
 
 
+def test_models_that_go_by_their_place_are_called_by_name(shared_triple: Triple, tmp_path: Path) -> None:
+    base, *models = shared_triple.values()
+    hsa.merge(method="task_arithmetic", lam=0.5, base=base, models=models, output=tmp_path / "out", sync=False)
+    text = " ".join((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split())
+    assert "in the domains that `primary` and `secondary` were adapted to" in text
+    assert "licence terms of `base`, `primary` and `secondary`." in text
+    assert "that model1" not in text and "terms of base" not in text
+
+
 def test_without_processor_files_the_card_says_so(triple: Triple, tmp_path: Path) -> None:
     for path in triple.values():
         for name in ("vocab.json", "preprocessor_config.json"):

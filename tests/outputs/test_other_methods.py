@@ -11,8 +11,8 @@ import pytest
 from hsa.architectures.registry import default
 from hsa.cli.merge import _describe_plan
 from hsa.cli.printing import merge_report
+from hsa.methods.merged_tensors import TensorCount
 from hsa.methods.registry import method_named
-from hsa.methods.tensors import TensorCount
 from hsa.outputs.report import MergeReport, PlanReport, outcome_findings
 
 PLUGIN = """
@@ -116,7 +116,11 @@ def test_ids_of_models_that_go_by_their_place_are_one_option() -> None:
 def test_equal_sources_are_told_and_nothing_else() -> None:
     method = method_named("largest")
     pair = frozenset({("model1", "model3")})
-    outcomes: Any = [SimpleNamespace(equal=pair | {("model1", "model2")}), SimpleNamespace(equal=pair)]
+    task = SimpleNamespace(sources={})
+    outcomes: Any = [
+        SimpleNamespace(equal=pair | {("model1", "model2")}, task=task, sums=None),
+        SimpleNamespace(equal=pair, task=task, sums=None),
+    ]
     (warning,) = method.source_findings(outcomes).warnings
     assert warning == "model1 and model3 are equal on all 2 target tensors: is the same model given twice?"
     assert outcome_findings(method, outcomes).warnings == method.settings_findings([]).warnings == ()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsa.reference import gram_coefficients as coefficients
 from hsa.reference import linear_combinations as oracle
+from hsa.reference import sums
 
 SHAPES = [(), (1,), (7,), (1, 5), (5, 3), (33, 65), (4, 3, 3), (2, 700), (2500,)]
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
@@ -236,15 +236,15 @@ def test_sums_are_made_in_the_stated_order(length: int) -> None:
     values = torch.randn(length, generator=generator, dtype=torch.float64) * spread
     padded = values.tolist() + [0.0] * (-length % 1024)
     blocks = [in_lanes(padded[first : first + 1024]) for first in range(0, len(padded), 1024)]
-    assert coefficients.block_sums(values).tolist() == blocks
+    assert sums.block_sums(values).tolist() == blocks
     running = 0.0
     for block in blocks:
         running += block
-    assert coefficients.total(torch.tensor(blocks, dtype=torch.float64)).item() == running
+    assert sums.added_blocks(torch.tensor(blocks, dtype=torch.float64)).item() == running
     if length:
         rows = values.tolist() + [0.0] * ((1 << (length - 1).bit_length()) - length)
         both = torch.stack([values, -values], dim=1)
-        assert coefficients.column_sums(both).tolist() == [in_pairs(rows), -in_pairs(rows)]
+        assert sums.column_sums(both).tolist() == [in_pairs(rows), -in_pairs(rows)]
 
 
 def test_rows_are_merged_as_if_each_were_a_tensor() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hsa.reference import masks_and_votes as oracle
 from hsa.reference import philox
-from hsa.reference.masking import total
+from hsa.reference.sums import total
 
 NAME = "encoder.layers.0.fc1.weight"
 RANDOM = {"dare_linear", "dare_ties", "della_linear", "della"}

@@ -109,8 +109,13 @@ def script_formula(name: str, base: Tensor | None, models: Sequence[Tensor], **s
     return merged[f"model.{name}"]
 
 
-def _of(module: Any, *methods: str, named: bool = False, **choices: Sequence[Any]) -> dict[str, Expectation]:
-    return {name: Expectation(whole_model(getattr(module, name), named=named), choices or None) for name in methods}
+def _of(
+    module: Any, *methods: str, named: bool = False, numbered: bool = False, **choices: Sequence[Any]
+) -> dict[str, Expectation]:
+    return {
+        name: Expectation(whole_model(getattr(module, name), named=named), choices or None, numbered=numbered)
+        for name in methods
+    }
 
 
 HEADS: dict[str, Sequence[Any]] = {
@@ -124,9 +129,9 @@ EXPECTATIONS: dict[str, Expectation] = {
     **_of(linear_combinations, "multislerp", eps=(1e-8, 0.0, 1e-3)),
     **_of(linear_combinations, "karcher", max_iter=(10, 0, 1, 25), tol=(1e-5, 0.0, 0.1)),
     **_of(masks_and_votes, "ties", "breadcrumbs", "breadcrumbs_ties", "sce"),
-    **_of(masks_and_votes, "dare_linear", "dare_ties", named=True),
+    **_of(masks_and_votes, "dare_linear", "dare_ties", named=True, numbered=True),
     **{
-        name: Expectation(whole_model(della(merge), named=True), {"epsilon": (0.0, 0.05, 0.15, 0.3)})
+        name: Expectation(whole_model(della(merge), named=True), {"epsilon": (0.0, 0.05, 0.15, 0.3)}, numbered=True)
         for name, merge in (("della", masks_and_votes.della), ("della_linear", masks_and_votes.della_linear))
     },
     **_of(masks_and_votes, "ram", epsilon=(1e-5, 0.0, 0.01)),

@@ -17,6 +17,7 @@ WORDS = ("ab", "cad", "bee", "face", "dab", "fed")
 
 LETTERS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdef")
 Norm = Literal["group", "layer"]
+Family = Literal["Wav2Vec2", "Hubert", "WavLM"]
 
 
 def noise(seconds: float, seed: int) -> np.ndarray:
@@ -42,22 +43,23 @@ def write_set(folder: Path, seconds: Sequence[float], seed: int = 0, **columns: 
     return table
 
 
-def write_ctc(folder: Path, norm: Norm = "layer", seed: int = 0, strides: tuple[int, int, int] = (5, 4, 4)) -> Path:
-    """A small random wav2vec2 with a CTC head, as transformers saves it. With `layer` its features tell where padding
-    is, as wav2vec2-large's do; with `group` they do not, as wav2vec2-base's. A frame has as many samples as the product
-    of the strides."""
-    from transformers import (
-        Wav2Vec2Config,
-        Wav2Vec2CTCTokenizer,
-        Wav2Vec2FeatureExtractor,
-        Wav2Vec2ForCTC,
-        Wav2Vec2Processor,
-    )
+def write_ctc(
+    folder: Path,
+    norm: Norm = "layer",
+    seed: int = 0,
+    strides: tuple[int, int, int] = (5, 4, 4),
+    family: Family = "Wav2Vec2",
+) -> Path:
+    """A small random wav2vec2, or a relative of it, with a CTC head, as transformers saves it. With `layer` its
+    features tell where padding is, as wav2vec2-large's do; with `group` they do not, as wav2vec2-base's. A frame has as
+    many samples as the product of the strides."""
+    import transformers
+    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = folder / "vocab.json"
     vocabulary.write_text(json.dumps({letter: number for number, letter in enumerate(LETTERS)}), encoding="utf-8")
-    config = Wav2Vec2Config(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=len(LETTERS),
         hidden_size=32,
         num_hidden_layers=2,
@@ -75,7 +77,7 @@ def write_ctc(folder: Path, norm: Norm = "layer", seed: int = 0, strides: tuple[
         apply_spec_augment=False,
     )
     torch.manual_seed(seed)
-    model = Wav2Vec2ForCTC(config)
+    model = getattr(transformers, f"{family}ForCTC")(config)
     with torch.no_grad():  # with the biases of a fresh head one token may win everywhere
         model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(seed))
     extractor = Wav2Vec2FeatureExtractor(
@@ -89,8 +91,45 @@ def write_ctc(folder: Path, norm: Norm = "layer", seed: int = 0, strides: tuple[
 
 def load_ctc(folder: Path) -> tuple[Any, Any]:
     """Model and processor, loaded by transformers alone."""
-    from transformers import Wav2Vec2ForCTC, Wav2Vec2Processor
+    from transformers import AutoModelForCTC, Wav2Vec2Processor
 
-    return Wav2Vec2ForCTC.from_pretrained(folder, local_files_only=True).eval(), Wav2Vec2Processor.from_pretrained(
-        folder, local_files_only=True
+    model = AutoModelForCTC.from_pretrained(folder, local_files_only=True).eval()
+    return model, Wav2Vec2Processor.from_pretrained(folder, local_files_only=True)
+
+
+def write_moonshine(folder: Path) -> Path:
+    """A small random Moonshine, whose convolutions are normalised over time; it is given an attention mask."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        MoonshineConfig,
+        MoonshineForConditionalGeneration,
+        PreTrainedTokenizerFast,
+        Wav2Vec2FeatureExtractor,
     )
+
+    torch.manual_seed(0)
+    config = MoonshineConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2,
+        encoder_num_attention_heads=4,
+        decoder_num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.5,
+    )
+    MoonshineForConditionalGeneration(config).save_pretrained(folder)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 64)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    extractor = Wav2Vec2FeatureExtractor(
+        feature_size=1, sampling_rate=RATE, do_normalize=False, return_attention_mask=True
+    )
+    extractor.save_pretrained(folder)
+    return folder

@@ -10,7 +10,7 @@ import torch
 
 from hsa.reference.masking import (
     Keep,
-    Masked,
+    MaskedVectors,
     agreeing,
     at_least_nth,
     at_random,
@@ -96,11 +96,11 @@ def kept(method: str, base: torch.Tensor, models: Sequence[torch.Tensor], name: 
 
 def _masked(
     method: str, base: torch.Tensor, models: Sequence[torch.Tensor], name: str, options: dict[str, Any]
-) -> Masked:
+) -> MaskedVectors:
     if method in ("sce", "ram"):
         deltas = task_vectors(base, models, torch.float32)
         masks = _selected(deltas, options) if method == "sce" else _moved(deltas, options.get("epsilon", 1e-5))
-        return Masked(deltas, masks, [1.0] * len(deltas))
+        return MaskedVectors(deltas, masks, [1.0] * len(deltas))
     rescale = options.get("rescale", RESCALED.get(method, True))
     return masked(
         base, models, options.get("density", 1.0), rescale, torch.float32, _keep(method, models, name, options)

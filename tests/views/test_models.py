@@ -60,6 +60,20 @@ def test_the_text_fits_a_terminal(
     assert "encoder outside layers" in render(shown, wide=True)
 
 
+def test_without_a_base_the_distances_of_models_are_shown(family: Family) -> None:
+    """Their cosines are 1.000 to three digits."""
+    _, *models = chosen(family, 3).values()
+    shown = hsa.inspect(method="linear", models=models)
+    assert isinstance(shown, ModelInspection)
+    text = render(shown)
+    sums = shown.whole.vectors
+    assert sums is not None
+    difference = sums.squares[0] + sums.squares[1] - 2 * sums.product(0, 1)
+    assert f"{100 * (difference / sums.squares[0]) ** 0.5:.3f} %" in text
+    assert "apart 1" in text and "apart 2" in text and "+1.000" not in text and "cos" not in text
+    assert "relative to the norm of the second" in text
+
+
 def test_a_row_for_each_tensor(found: ModelInspection) -> None:
     rows = list(csv.DictReader(io.StringIO(model_csv.render(found).decode("utf-8"))))
     assert [row["tensor"] for row in rows] == list(found.tensors)

@@ -43,7 +43,8 @@ class MergekitMethod:
     """The models and the parameters of a method in mergekit.
 
     `base` says what base_model is: `counts` as one of the models, `required`, or `optional`. `least` and `most` count
-    the models, base among them where it counts or is required, and not where it is optional.
+    the models, base among them where it counts or is required, and not where it is optional. `has_roles`: its models
+    have roles (`role: primary`), are merged whole, and the first of them gives config and tokenizer.
     """
 
     name: str
@@ -51,6 +52,7 @@ class MergekitMethod:
     least: int
     most: int | None
     parameters: tuple[Parameter, ...]
+    has_roles: bool = False
 
     def parameter(self, name: str) -> Parameter | None:
         return next((each for each in self.parameters if each.name == name), None)
@@ -138,6 +140,7 @@ _METHODS = (
             Parameter("targets", "text", default=_HSA["targets"]),
             Parameter("role", "text", "non_base", has_effect=False),
         ),
+        has_roles=True,
     ),
 )
 

@@ -47,7 +47,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ScopedParameter:
     """A parameter as one scope sets it."""
 
     node: Node
@@ -60,7 +60,7 @@ class Setting:
         return bool(self.cases) and self.cases[-1].filter is None
 
 
-def read_setting(node: Node, kind: Kind) -> Setting:
+def read_parameter(node: Node, kind: Kind) -> ScopedParameter:
     """A parameter's value of that kind. RequestError where mergekit would not take it."""
     content = node.value.content
     if isinstance(content, Mapping):
@@ -69,18 +69,18 @@ def read_setting(node: Node, kind: Kind) -> Setting:
         entries = list(node.items("values"))
         if not any(isinstance(each.value.content, Mapping) for each in entries):
             cases = (_over_layers(None, node, entries, kind),) if entries else ()
-            return Setting(node, cases)
+            return ScopedParameter(node, cases)
     else:
-        return Setting(node, (Case(None, (_scalar(node, kind),), False),))
+        return ScopedParameter(node, (Case(None, (_scalar(node, kind),), False),))
     return _filtered(node, entries, kind)
 
 
 def check_form(node: Node) -> None:
     """RequestError unless a value is one that some parameter could have."""
-    read_setting(node, "any")
+    read_parameter(node, "any")
 
 
-def _filtered(node: Node, entries: Sequence[Node], kind: Kind) -> Setting:
+def _filtered(node: Node, entries: Sequence[Node], kind: Kind) -> ScopedParameter:
     cases: list[Case] = []
     warnings: list[str] = []
     for number, entry in enumerate(entries, 1):
@@ -97,7 +97,7 @@ def _filtered(node: Node, entries: Sequence[Node], kind: Kind) -> Setting:
         if case is None or (cases and cases[-1].filter is None):
             continue
         cases.append(case)
-    return Setting(node, tuple(cases), tuple(warnings))
+    return ScopedParameter(node, tuple(cases), tuple(warnings))
 
 
 def _case(entry: Node, kind: Kind) -> tuple[Case | None, list[str]]:
@@ -195,7 +195,7 @@ class Part:
         return found
 
 
-def chain(settings: Iterable[Setting], default: Scalar | None) -> Iterator[Case]:
+def chain(settings: Iterable[ScopedParameter], default: Scalar | None) -> Iterator[Case]:
     """The cases of one parameter in the order in which they are tried: those of the narrowest scope first, and the
     default last. Nothing follows a case for all tensors."""
     for setting in settings:

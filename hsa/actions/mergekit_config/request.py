@@ -80,8 +80,8 @@ class _Reader:
             settings=settings.read(models),
             places=settings.places,
             dtype=self._dtype(),
-            config_from=models[0] if self.method.name == "hsa" else donor,
-            tokenizer_from=models[0] if self.method.name == "hsa" and not same else tokenizer,
+            config_from=models[0] if self.method.has_roles else donor,
+            tokenizer_from=models[0] if self.method.has_roles and not same else tokenizer,
             same_vocabulary=same,
             layers=layers,
             modules=tuple(module.name for module in document.modules if module.name is not None),
@@ -100,8 +100,10 @@ class _Reader:
 
     def _refuse_unsupported(self) -> None:
         for key in ("slices", "modules"):
-            if self.method.name == "hsa" and (node := given(self.document.keys, key)) is not None:
-                raise node.error("cannot be with merge_method hsa, which merges whole models; list them under models")
+            if self.method.has_roles and (node := given(self.document.keys, key)) is not None:
+                raise node.error(
+                    f"cannot be with merge_method {self.method.name}, which merges whole models; list them under models"
+                )
         template = given(self.document.keys, "chat_template")
         if template is not None and not template.is_empty:
             raise template.error(
@@ -141,7 +143,7 @@ class _Reader:
             )
         self._check_adapters(base)
         others = tuple(model for model in named if model != base)
-        return base, self._in_roles(others) if method.name == "hsa" else others
+        return base, self._in_roles(others) if method.has_roles else others
 
     def _check_adapters(self, base: Model | None) -> None:
         """Adapters stand on base."""

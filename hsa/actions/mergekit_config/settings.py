@@ -9,7 +9,15 @@ from typing import Any
 from hsa.actions.mergekit_config.config_request import Model
 from hsa.actions.mergekit_config.document import Document, Slice, Source
 from hsa.actions.mergekit_config.merge_methods import MergekitMethod, Parameter
-from hsa.actions.mergekit_config.parameters import Case, Part, Setting, chain, check_form, combined, read_setting
+from hsa.actions.mergekit_config.parameters import (
+    Case,
+    Part,
+    ScopedParameter,
+    chain,
+    check_form,
+    combined,
+    read_parameter,
+)
 from hsa.actions.mergekit_config.parts import PartOfModel
 from hsa.errors import RequestError
 
@@ -62,7 +70,7 @@ class SettingsReader:
         self._check_constant(parameter, value)
         return value
 
-    def _scopes(self, parameter: Parameter, model: Model | None, each: PartOfModel) -> Iterator[Setting]:
+    def _scopes(self, parameter: Parameter, model: Model | None, each: PartOfModel) -> Iterator[ScopedParameter]:
         """The settings of a parameter, from the narrowest scope to the widest."""
         scopes = [each.slice.parameters, each.module.parameters, self.document.parameters]
         if model is not None:
@@ -70,7 +78,7 @@ class SettingsReader:
             scopes = [*own, *scopes]
         for scope in scopes:
             if parameter.name in scope:
-                setting = read_setting(scope[parameter.name], parameter.kind)
+                setting = read_parameter(scope[parameter.name], parameter.kind)
                 self.places.setdefault(parameter.python, setting.node.place)
                 self.warnings += setting.warnings
                 if setting.cases:

@@ -20,9 +20,8 @@ from hsa.system.strict_json import parse_json
 def check_sources(config: ConfigRequest, sources: Sources, tally: Tally) -> Findings:
     """Notes on how the output differs from mergekit's. RequestError where the models do not fit the file."""
     _check_layers(config, sources)
-    if config.same_vocabulary:
-        _check_vocabularies(config, sources, tally)
-    return Findings(tuple(_notes(config, sources)))
+    vocabulary_notes = _check_vocabularies(config, sources, tally) if config.same_vocabulary else ()
+    return Findings((*vocabulary_notes, *_notes(config, sources)))
 
 
 def _notes(config: ConfigRequest, sources: Sources) -> Iterator[str]:
@@ -89,9 +88,10 @@ def layer_counts(source: Checkpoint) -> dict[str, int]:
 # --- vocabularies -----------------------------------------------------------------------------------------------------
 
 
-def _check_vocabularies(config: ConfigRequest, sources: Sources, tally: Tally) -> None:
-    """RequestError unless all tokenizers have one vocabulary, with a token for each row of the embedding. A model
-    without a tokenizer is taken to have base's, as in mergekit."""
+def _check_vocabularies(config: ConfigRequest, sources: Sources, tally: Tally) -> Iterator[str]:
+    """Notes on rows of the embedding that stand for no token. RequestError unless all tokenizers have one vocabulary,
+    and all embeddings as many rows, in which there is room for it. A model without a tokenizer is taken to have base's,
+    as in mergekit."""
     first: tuple[str, Mapping[str, int]] | None = None
     for source in sources:
         vocabulary = read_vocabulary(source, tally)
@@ -108,12 +108,37 @@ def _check_vocabularies(config: ConfigRequest, sources: Sources, tally: Tally) -
                 f"{shown(differing)}, and embeddings are merged row by row here; leave tokenizer_source out, or "
                 f"{RUN_MERGEKIT}"
             )
-        rows = source.embedding.shape[0] if source.embedding is not None and source.embedding.shape else None
-        if rows is not None and rows != len(vocabulary):
+    if first is not None:
+        yield from _check_rows(config, sources, first[1])
+
+
+def _check_rows(config: ConfigRequest, sources: Sources, vocabulary: Mapping[str, int]) -> Iterator[str]:
+    """See `_check_vocabularies`."""
+    needed = max(vocabulary.values(), default=-1) + 1
+    found = {source.role: shape[0] for source in sources if (shape := _embedding_shape(source))}
+    for role, rows in found.items():
+        if rows < needed:
             raise RequestError(
-                f"{config.where}: the tokenizer of {source.role} has {len(vocabulary)} tokens and its embedding {rows} "
-                f"rows, which mergekit would cut to the tokens; leave tokenizer_source out, or {RUN_MERGEKIT}"
+                f"{config.where}: the tokenizer of {role} has token ids up to {needed - 1} and its embedding {rows} "
+                f"rows, of which mergekit would drop the tokens without one; leave tokenizer_source out, or "
+                f"{RUN_MERGEKIT}"
             )
+    if len(set(found.values())) > 1:
+        counts = listed([f"{rows} in {role}" for role, rows in found.items()])
+        raise RequestError(
+            f"{config.where}: the embeddings differ in their rows ({counts}), which mergekit would cut to the "
+            f"{len(vocabulary)} tokens; leave tokenizer_source out, or {RUN_MERGEKIT}"
+        )
+    rows = next(iter(found.values()), 0)
+    if rows > len(vocabulary):
+        yield (
+            f"{config.where}: the tokenizers, which are the same, have {len(vocabulary)} tokens and the embeddings "
+            f"{rows} rows, which are all kept and merged; mergekit would cut them to the tokens"
+        )
+
+
+def _embedding_shape(source: Checkpoint) -> tuple[int, ...]:
+    return () if source.embedding is None else source.embedding.shape
 
 
 def read_vocabulary(source: Checkpoint, tally: Tally) -> Mapping[str, int] | None:

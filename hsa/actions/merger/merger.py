@@ -25,6 +25,7 @@ from hsa.architectures.base import Preset
 from hsa.backends.base import Backend, changed_ranges
 from hsa.backends.choose import resolve
 from hsa.backends.resident import CpuResident, Resident
+from hsa.backends.sampling import source_sums
 from hsa.errors import RequestError, one_line, shown, warn
 from hsa.findings import Findings
 from hsa.methods.copied import COPIED, untouched_groups
@@ -37,14 +38,13 @@ from hsa.outputs.merge_warnings import adapter_findings
 from hsa.outputs.recording import tensors_digest
 from hsa.outputs.report import MergeReport
 from hsa.planning.equal_sources import equal_pairs
-from hsa.planning.file_layout import is_whole, pieces_of
 from hsa.planning.plan import check_heads, check_structure
 from hsa.planning.tasks import Targets, TaskFinder, find_targets
+from hsa.planning.tensor_digests import tensor_digest
 from hsa.sources.hub.client import Hub
 from hsa.sources.roles import BASE, Role
 from hsa.sources.source_set import Sources
-from hsa.system.digests import digest_of, digest_of_slices
-from hsa.system.dtypes import NAMES, Array, size
+from hsa.system.dtypes import NAMES, Array
 from hsa.system.fsio import map_os_errors
 from hsa.system.signals import deferred
 from hsa.system.threads import check_threads, default_threads
@@ -146,6 +146,9 @@ class Merger:
         self._measured = self._resident.measure()
         self._equal = {
             task.name: equal_pairs(task, {role: data[role][task.name] for role in task.sources}) for task in tasks
+        }
+        self._sums = {
+            task.name: source_sums(task, {role: data[role][task.name] for role in task.sources}) for task in tasks
         }
         self._writable = WritableTargets(tasks, self._sources.architecture, self._preset)
         merges = {
@@ -302,7 +305,7 @@ class Merger:
             elif settings.complete:
                 decision = method.decide(task, measured, settings, None)
             changed = changed_ranges(task, untouched_groups(method, task.partition.groups, decision))
-            outcomes.append(Outcome(task, decision, changed, {}, self._equal[task.name]))
+            outcomes.append(Outcome(task, decision, changed, {}, self._equal[task.name], self._sums[task.name]))
         return outcomes
 
     def _warn_of_other_tensors(self, entries: Sequence[LoadedTensor]) -> None:
@@ -365,17 +368,7 @@ def _targets_digest(role: Role, data: Mapping[str, Array], tasks: Sequence[Tenso
     """The digest over a source's target tensors that a record has."""
     return tensors_digest(
         [
-            (task.name, task.sources[role].code, task.sources[role].shape, _digest(task, role, data[task.name]))
+            (task.name, task.sources[role].code, task.sources[role].shape, tensor_digest(task, role, data[task.name]))
             for task in tasks
         ]
-    )
-
-
-def _digest(task: TensorTask, role: Role, data: Array) -> str:
-    """The digest of a source's tensor; of one that a merge reads in slices it is that of the slices' digests."""
-    if is_whole(task):
-        return digest_of(data)
-    width = size(task.sources[role].code)
-    return digest_of_slices(
-        digest_of(data[piece.first * width : (piece.first + piece.count) * width]) for piece in pieces_of(task)
     )
