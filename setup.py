@@ -29,6 +29,8 @@ setup(
         "hsa.views": [
             "page.html",
             "page.css",
+            "search.html",
+            "search.js",
             "page.js",
             "common.js",
             "models.html",
@@ -54,6 +56,14 @@ setup(
     extras_require={
         "mergekit": ["mergekit>=0.1.5,<0.2"],
         "eval": ["jiwer>=4,<5", "soundfile>=0.13,<1", "soxr>=0.5,<2"],
+        "search": [
+            "optuna>=5,<6",
+            "cmaes>=0.11,<1",
+            "scipy>=1.11,<2",
+            "jiwer>=4,<5",
+            "soundfile>=0.13,<1",
+            "soxr>=0.5,<2",
+        ],
         "plot": ["matplotlib>=3.9,<4"],
         "dev": [
             "pytest>=8,<10",
@@ -66,6 +76,9 @@ setup(
             "matplotlib>=3.9,<4",
             "jiwer>=4,<5",
             "soxr>=0.5,<2",
+            "optuna>=5,<6",
+            "cmaes>=0.11,<1",
+            "scipy>=1.11,<2",
             "pytest-benchmark>=5,<6",
             "playwright>=1.49,<2",
             "mpmath>=1.3,<2",

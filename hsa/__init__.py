@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from hsa.methods.tensors import TensorRecord
     from hsa.outputs.report import MergeReport
     from hsa.releases.release import ReleaseReport, release
+    from hsa.searches.search import search
+    from hsa.searches.study import Study
+    from hsa.searches.trials import Trial
     from hsa.sweeps.sweep import SweepReport, sweep
     from hsa.verification.verify import VerifyReport, verify
 
@@ -63,6 +66,9 @@ _LAZY = {
     "Request": "hsa.actions.request",
     "ReleaseReport": "hsa.releases.release",
     "release": "hsa.releases.release",
+    "search": "hsa.searches.search",
+    "Study": "hsa.searches.study",
+    "Trial": "hsa.searches.trials",
     "SweepReport": "hsa.sweeps.sweep",
     "TensorRecord": "hsa.methods.tensors",
     "VerifyReport": "hsa.verification.verify",
@@ -96,8 +102,10 @@ __all__ = [
     "SourceChanged",
     "SourceError",
     "StrictError",
+    "Study",
     "SweepReport",
     "TensorRecord",
+    "Trial",
     "Utterance",
     "VerifyReport",
     "__version__",
@@ -108,6 +116,7 @@ __all__ = [
     "merge",
     "merge_patch",
     "release",
+    "search",
     "sweep",
     "verify",
 ]

@@ -40,11 +40,12 @@ ARROWS = {
     "sweeps": ("verification",),
     "releases": ("verification",),
     "evaluation": ("views",),
+    "searches": ("evaluation",),
     "inspection": ("verification",),
     "integrations": ("verification",),
     "views": ("inspection",),
     "testing": ("reference", "verification"),
-    "cli": ("sweeps", "releases", "integrations", "testing", "evaluation"),
+    "cli": ("sweeps", "releases", "integrations", "testing", "searches"),
     "__main__": ("cli",),
     "reference": (),
     "_version": (),
@@ -67,6 +68,7 @@ AT_IMPORT = {
         "hsa.actions.merger.spot_check",
         "hsa.actions.merger.shared_memory",
         "hsa.actions.merger.already_merged",
+        "hsa.searches.resident_model",
         "hsa.integrations.transformers",
     }
 }
@@ -84,6 +86,8 @@ ANYWHERE = {
         "hsa.evaluation.decoding",
         "hsa.evaluation.recognizers",
         "hsa.evaluation.transformers_calls",
+        "hsa.searches.encoder_states",
+        "hsa.searches.own_models",
     },
     "triton": {"hsa.backends.triton"},
     "transformers": {
@@ -94,6 +98,7 @@ ANYWHERE = {
         "hsa.evaluation.model_kinds",
         "hsa.evaluation.recognizers",
         "hsa.evaluation.transformers_calls",
+        "hsa.searches.own_models",
     },
     "huggingface_hub": {
         "hsa.sources.hub.range_requests",
@@ -162,6 +167,7 @@ def test_every_public_name_resolves() -> None:
         ["mergekit", "--help"],
         ["release", "--help"],
         ["sweep", "--help"],
+        ["search", "--help"],
         ["apply", "--help"],
         ["verify", "--help"],
         ["help", "merge"],

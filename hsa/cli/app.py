@@ -18,6 +18,7 @@ from hsa.cli.merge import merge
 from hsa.cli.mergekit import mergekit
 from hsa.cli.methods import methods
 from hsa.cli.release import release
+from hsa.cli.search import search
 from hsa.cli.sweep import sweep
 from hsa.cli.verify import verify
 from hsa.option_names import command_line, spelled
@@ -97,6 +98,7 @@ def help_(
 COMMANDS: tuple[Callable[..., Any], ...] = (
     merge,
     sweep,
+    search,
     apply,
     inspect,
     eval,

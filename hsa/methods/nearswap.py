@@ -39,6 +39,8 @@ class NearSwapSettings(ModelSettings):
         high=MAX_FLOAT32,
         scheduled=True,
         axis=True,
+        search=(1e-6, 0.1),
+        search_log=True,
         default_text="required",
         required=True,
     )

@@ -73,6 +73,7 @@ class SettingInfo:
         axis: a sweep may take several values of it.
         summary: the line that says how a merge was made names it, as it does every axis.
         search: the range that a search draws from; None for what is not searched.
+        search_log: a search draws its logarithm evenly, so that small values are as likely as large ones.
         group: where help shows the option.
         metavar: what help calls the value.
         default_text: what help shows as the default, where that is not the default's own text.
@@ -97,6 +98,7 @@ class SettingInfo:
     axis: bool = False
     summary: bool = False
     search: tuple[float, float] | None = None
+    search_log: bool = False
     group: Group = "common"
     metavar: str | None = None
     default_text: str | None = None

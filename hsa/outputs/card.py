@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from hsa.architectures.base import Architecture, ModelClass
@@ -29,8 +31,13 @@ FIELDS = (
     "intended_use",
     "limitations",
     "citation",
+    "model_index",
 )
-"""What `--card FIELD=VALUE` may set; `language` may hold several, separated by commas."""
+"""What `--card FIELD=VALUE` may set; `language` may hold several, separated by commas, and `model_index` is the Hub's
+list of measured results as JSON, as `hsa search` writes it."""
+
+MAX_MODEL_INDEX = 1 << 18
+"""Characters of a `model_index`: those of some hundred sets."""
 
 
 def parse_fields(pairs: Iterable[str]) -> dict[str, str]:
@@ -51,10 +58,34 @@ def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
             raise RequestError(f"card field {name} must be a text that says something, got {shown(value)}")
         if not is_text(value):
             raise RequestError(f"card field {name} is {shown(value)}, which is not valid UTF-8; give it as UTF-8")
+    if "model_index" in fields:
+        model_index_of(fields["model_index"])
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise RequestError(f"card field {shown(unknown[0])} is unknown; there are {', '.join(FIELDS)}")
     return dict(fields)
+
+
+def model_index_of(text: str) -> list[dict[str, Any]]:
+    """The measured results in a card field, as the Hub's schema has them. RequestError for anything else.
+
+    Example:
+        >>> model_index_of('[{"name": "merged", "results": []}]')
+        [{'name': 'merged', 'results': []}]
+    """
+    found: Any = None
+    if len(text) <= MAX_MODEL_INDEX:
+        with suppress(ValueError, RecursionError):
+            found = json.loads(text)
+    entries: list[Any] = found if isinstance(found, list) and found else [None]
+    if not all(isinstance(each, dict) and each.keys() == {"name", "results"} for each in entries):
+        raise RequestError(
+            f"card field model_index must be a list of objects with name and results, as JSON of at most "
+            f"{MAX_MODEL_INDEX} characters, got {shown(text)}"
+        )
+    if not all(isinstance(each["name"], str) and isinstance(each["results"], list) for each in entries):
+        raise RequestError(f"card field model_index must name a model and list its results, got {shown(text)}")
+    return entries
 
 
 def render(record: Record, files: Collection[str], config: Mapping[str, Any]) -> bytes:
@@ -62,12 +93,14 @@ def render(record: Record, files: Collection[str], config: Mapping[str, Any]) ->
     are among the record's parameters."""
     model = record.architecture.model_class(config)
     fields: Mapping[str, str] = record.parameters["card"]
-    extra: dict[str, str | list[str]] = {}
+    extra: dict[str, Any] = {}
     if "language" in fields:
         languages = [tag.strip() for tag in fields["language"].split(",") if tag.strip()]
         extra["language"] = languages[0] if len(languages) == 1 else languages
     if "license" in fields:
         extra["license"] = fields["license"]
+    if "model_index" in fields:
+        extra["model_index"] = model_index_of(fields["model_index"])
     ids = [source.identity.id for source in record.sources.values()]
     tags = record.architecture.tags, record.method.tags
     head = metadata(filter(is_hub_id, ids), extra, model.task, *tags, library=model.library)
@@ -81,7 +114,7 @@ def unlinked(record: Record) -> tuple[Role, ...]:
 
 def metadata(
     parents: Iterable[str],
-    extra: Mapping[str, str | list[str]],
+    extra: Mapping[str, Any],
     task: str,
     family_tags: Sequence[str],
     method_tags: Sequence[str],
@@ -106,6 +139,7 @@ def metadata(
         "pipeline_tag": task,
         "tags": [*family_tags, "merge", "model-merging", *method_tags],
         "base_model_relation": "merge" if base_models else None,
+        "model-index": extra.get("model_index"),
     }
     text: str = yaml.safe_dump({k: v for k, v in fields.items() if v}, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---"

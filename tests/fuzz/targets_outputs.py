@@ -221,6 +221,8 @@ def render_card(arena: Arena, data: bytes) -> str:
     """Words for the fields of a card, for ids, revisions and file names, one a line: nothing of them is markup."""
     words = [*data.decode("utf-8", "replace").split("\n"), "x", "x", "x", "x"]
     fields = {name: word for name, word in zip(card.FIELDS, words, strict=False) if word.strip()}
+    if "model_index" in fields:
+        fields["model_index"] = json.dumps([{"name": fields["model_index"], "results": []}])
     record = _sound_record(arena)
     primary = record.sources["primary"]
     named = Identity(words[-5] or "x", words[-6] if len(words) > 5 and words[-6] else None)
@@ -246,6 +248,7 @@ def _check_card(raw: bytes, fields: Mapping[str, str]) -> None:
     read = ModelCard(raw.decode("utf-8"))
     meta, body = read.data.to_dict(), read.text
     expected = {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "language", "license"}
+    expected |= {"model-index"}
     if not isinstance(meta, dict) or not set(meta) <= expected or ("license" in meta) != ("license" in fields):
         raise Finding(f"the card's metadata is {meta!r:.300}")
     if meta.get("license", fields.get("license")) != fields.get("license"):

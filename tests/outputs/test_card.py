@@ -199,7 +199,9 @@ def test_none_selected_and_per_tensor_parameters(shared_triple: Triple, tmp_path
 
 def test_fields_reach_their_places(shared_triple: Triple, tmp_path: Path) -> None:
     values = {
-        field: f"Words of {field.replace('_', ' ')}" for field in card.FIELDS if field not in ("language", "license")
+        field: f"Words of {field.replace('_', ' ')}"
+        for field in card.FIELDS
+        if field not in ("language", "license", "model_index")
     }
     loaded = merge(shared_triple, tmp_path / "out", card=values)
     check_structure(loaded, "Words of title")
@@ -214,6 +216,42 @@ def test_fields_reach_their_places(shared_triple: Triple, tmp_path: Path) -> Non
     assert section(loaded.text, "Intended use") == values["intended_use"]
     assert section(loaded.text, "Limitations") == values["limitations"]
     assert section(loaded.text, "Citation") == f"```bibtex\n{values['citation']}\n```"
+
+
+def model_index(word: str) -> str:
+    """Measured results in which a word stands wherever one may."""
+    dataset = {"type": "own", "name": word, "split": "test"}
+    result = {
+        "task": {"type": "automatic-speech-recognition", "name": word},
+        "dataset": dataset,
+        "metrics": [{"type": "wer", "value": 4.53, "name": word}],
+    }
+    return json.dumps([{"name": word, "results": [result]}])
+
+
+def test_measured_results_reach_the_metadata(shared_triple: Triple, tmp_path: Path) -> None:
+    loaded = merge(shared_triple, tmp_path / "out", card={"model_index": model_index("my clips")})
+    (result,) = loaded.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("my clips", "wer", 4.53)
+    assert "my clips" not in loaded.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "[1]",
+        '[{"name": "m"}]',
+        '[{"name": 1, "results": []}]',
+        '[{"name": "m", "results": {}}]',
+        "[" * 9999,
+    ],
+)
+def test_what_is_no_list_of_results_is_refused(shared_triple: Triple, text: str, tmp_path: Path) -> None:
+    with pytest.raises(hsa.RequestError, match="card field model_index must"):
+        merge(shared_triple, tmp_path / "out", card={"model_index": text})
+    assert not (tmp_path / "out").exists()
 
 
 # --- hostile words ------------------------------------------------------------------------------------------------
@@ -258,12 +296,14 @@ def test_without_processor_files_the_card_says_so(triple: Triple, tmp_path: Path
 def test_hostile_fields(shared_triple: Triple, word: str, tmp_path: Path) -> None:
     fields = dict.fromkeys(card.FIELDS, word)
     fields["language"] = word.replace(",", " ")
+    fields["model_index"] = model_index(word)
     loaded = merge(shared_triple, tmp_path / "out", card=fields)
     check_structure(loaded)
     data = yaml.safe_load(re.split(r"^---$", loaded.content, flags=re.MULTILINE)[1])
     assert data == loaded.data.to_dict()
     assert data.keys() <= {
         *("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "language", "license"),
+        "model-index",
     }
     assert data["library_name"] == "transformers"
     assert isinstance(data["license"], str)

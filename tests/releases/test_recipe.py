@@ -316,6 +316,7 @@ IDS = ("base_id", "primary_id", "secondary_id")
 NAMES = st.from_regex(r"[A-Za-z_][a-z0-9_]{0,8}", fullmatch=True)  # no numbers such as 8e8
 IDENTIFIERS = st.builds("{}/{}".format, NAMES, NAMES)
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+MODEL_INDEX = st.just('[{"name": "merged", "results": []}]')
 TEXTS = st.text(min_size=1, max_size=30).filter(str.strip).filter(str.isprintable)
 TEXTS = TEXTS.filter(lambda text: not EXPONENT.fullmatch(text))  # written without quotes, and read as a number
 VALUES: dict[str, st.SearchStrategy[Any]] = {
@@ -338,7 +339,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "assets_from": st.sampled_from(["base", "primary", "secondary"]),
     "max_shard_size": st.integers(1, 10**12),
     **dict.fromkeys(IDS, IDENTIFIERS),
-    "card": st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, TEXTS)),
+    "card": st.fixed_dictionaries({}, optional={**dict.fromkeys(FIELDS, TEXTS), "model_index": MODEL_INDEX}),
 }
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from hsa.actions.keywords import EVERY, MERGER, Call, candidate, candidate_settings, split
+from hsa.actions.keywords import EVERY, MERGER, Arguments, Call, candidate, candidate_settings, split
 from hsa.actions.merge import run_merge
 from hsa.actions.merger.loaded_models import LoadedTensor, Model
 from hsa.actions.merger.read_sources import SourceTargets, checked_model, read_sources, share_config
+from hsa.actions.merger.shared_tensors import SharedTensors
 from hsa.actions.merger.spot_check import differing_tensors, sample_model
 from hsa.actions.merger.writable_targets import WritableTargets
 from hsa.actions.request import Request
@@ -95,7 +96,24 @@ class Merger:
     @declared_keywords(MERGER)
     @map_os_errors()
     def __init__(self, *sources: Any, **keywords: Any) -> None:
-        arguments = split(MERGER, sources, keywords)
+        self._open(split(MERGER, sources, keywords), SharedTensors())
+
+    @classmethod
+    @map_os_errors()
+    def sharing(cls, shared: SharedTensors, *sources: Any, **keywords: Any) -> Merger:
+        """A Merger of these arguments that takes the tensors of checkpoints from `shared`, or reads them into it.
+
+        Mergers of one set of sources by several methods then keep each tensor in memory once. Raises as `Merger`.
+
+        Example:
+            >>> shared = SharedTensors()  # doctest: +SKIP
+            >>> ties = hsa.Merger.sharing(shared, method="ties", base="b", models=["m1", "m2"])  # doctest: +SKIP
+        """
+        merger = cls.__new__(cls)
+        merger._open(split(MERGER, sources, keywords), shared)
+        return merger
+
+    def _open(self, arguments: Arguments, shared: SharedTensors) -> None:
         settings = method_named(arguments.method).Settings(**arguments.settings)
         self._run = {"backend": "auto", "device": "auto", "threads": None, **arguments.options}
         if isinstance(self._run["device"], torch.device):
@@ -110,7 +128,7 @@ class Merger:
             for role, source in arguments.sources.items()
         }
         hub = Hub()
-        by_role = _read(arguments.sources, settings, hub)
+        by_role = _read(arguments.sources, settings, hub, shared)
         data = {role: source.data for role, source in by_role.items()}
         self._sources = Sources.of_checkpoints(source.checkpoint for source in by_role.values())
         self._other_samples = by_role[self._sources.anchor].others
@@ -158,6 +176,11 @@ class Merger:
         of = f"method {self._targets.method.name}" if self._preset is None else self._preset
         what = f"{len(self._stored)} targets of {of}"
         return one_line(f"<hsa.Merger of {named}: {what}, in memory of {self.device}, backend {self.backend}>")
+
+    @property
+    def targets(self) -> tuple[TensorTask, ...]:
+        """The tensors that a merge computes, in the order of the anchor's files; every candidate has the same."""
+        return self._targets.tasks
 
     @property
     def scores(self) -> dict[str, torch.Tensor]:
@@ -301,11 +324,15 @@ class Merger:
         warn(note)
 
 
-def _read(sources: Mapping[Role, Any], settings: Settings, hub: Hub) -> dict[Role, SourceTargets]:
+def _read(
+    sources: Mapping[Role, Any], settings: Settings, hub: Hub, shared: SharedTensors
+) -> dict[Role, SourceTargets]:
     """The targets of the sources, of which those that have no config take another's."""
     preset: Preset | None = getattr(settings, "targets", None)
     counts = (getattr(settings, name, None) for name in ("num_heads", "num_layers"))
-    by_role, config_owner = share_config(read_sources(sources, preset, hub), *counts, by_heads=preset is not None)
+    by_role, config_owner = share_config(
+        read_sources(sources, preset, hub, shared), *counts, by_heads=preset is not None
+    )
     return {
         role: source if isinstance(sources[role], (str, os.PathLike)) else checked_model(source, config_owner)
         for role, source in by_role.items()

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hsa.actions.merger.already_merged import holds_a_merge
@@ -20,6 +19,7 @@ from hsa.actions.merger.loaded_models import (
     targets_of,
     without_tied_output,
 )
+from hsa.actions.merger.shared_tensors import SharedTensors
 from hsa.actions.merger.spot_check import Sample, sample_checkpoint, sample_model
 from hsa.architectures.base import Architecture, Preset
 from hsa.architectures.registry import default
@@ -59,8 +59,12 @@ class SourceTargets:
     earlier_merge: EarlierMerge | None = None
 
 
-def read_sources(sources: Mapping[Role, ModelSource], preset: Preset | None, hub: Hub) -> dict[Role, SourceTargets]:
-    """Copy the targets of every source; without a preset every tensor that a merge can compute with.
+def read_sources(
+    sources: Mapping[Role, ModelSource], preset: Preset | None, hub: Hub, shared: SharedTensors
+) -> dict[Role, SourceTargets]:
+    """The targets of every source; without a preset every tensor that a merge can compute with.
+
+    Those of checkpoints are taken from `shared`, into which they are read where they are not there yet.
 
     Names in a state dict are read as those of the other sources' family; where all sources are such, a preset is one of
     the default family's, and without a preset the names of the first tell the family.
@@ -70,7 +74,7 @@ def read_sources(sources: Mapping[Role, ModelSource], preset: Preset | None, hub
     for role in sorted(
         sources, key=lambda role: isinstance(sources[role], Mapping)
     ):  # state dicts, without config, last
-        by_role[role] = _read_source(role, sources[role], preset, hub, sources.get(BASE), architecture)
+        by_role[role] = _read_source(role, sources[role], preset, hub, shared, sources.get(BASE), architecture)
         if by_role[role].has_config or architecture is None:
             architecture = by_role[role].checkpoint.architecture
     return {role: by_role[role] for role in sources}
@@ -81,10 +85,11 @@ def _read_source(
     source: ModelSource,
     preset: Preset | None,
     hub: Hub,
+    shared: SharedTensors,
     base: ModelSource | None,
     architecture: Architecture | None,
 ) -> SourceTargets:
-    """Copy a source's targets. `base` is the model that an adapter was trained on, `architecture` the family of a model
+    """A source's targets. `base` is the model that an adapter was trained on, `architecture` the family of a model
     that does not say it."""
     if not isinstance(source, (str, os.PathLike)):
         return _read_model(role, source, preset, architecture_of_model(source, architecture))
@@ -97,8 +102,7 @@ def _read_source(
         data = {}
         for name, ref in checkpoint.tensors.items():
             if ref.code in ARITHMETIC if preset is None else checkpoint.architecture.target(name, preset):
-                data[name] = np.empty(ref.nbytes, np.uint8)
-                checkpoint.read_into(ref, data[name].data)
+                data[name] = shared.read(checkpoint, name, ref)
         others = sample_checkpoint(checkpoint, data) if is_anchor(role) else {}
         checkpoint.check_unchanged()
         earlier_merge = read_earlier_merges([checkpoint]).get(role)

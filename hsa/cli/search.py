@@ -1,0 +1,182 @@
+"""The command `hsa search`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsa.actions.source_arguments import source_names
+from hsa.cli import options, printing
+from hsa.errors import one_line
+from hsa.findings import Findings
+from hsa.methods.settings import DEFAULT_METHOD
+from hsa.system.streams import print_stderr, stderr_is_terminal
+
+if TYPE_CHECKING:
+    from hsa.searches.comparisons import Comparison
+    from hsa.searches.session import SearchStep
+    from hsa.searches.study import Study
+
+
+def _before() -> list[inspect.Parameter]:
+    return list(options.sources())
+
+
+@options.declares(_before)
+def search(
+    ctx: typer.Context,
+    output: Annotated[str, typer.Option(metavar="DIR", help="Directory for best/, the reports and study.db.")],
+    dev: Annotated[list[str], typer.Option(metavar="SET", help="NAME=PATH or PATH to choose by; repeat.")],
+    test: Annotated[
+        list[str] | None, typer.Option(metavar="SET", help="Decoded once, after the search; repeat.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(metavar="NAMES", help="A method, or several with commas: the search chooses.")
+    ] = DEFAULT_METHOD,
+    trials: Annotated[int, typer.Option(metavar="N", help="Models to score, baselines included.")] = 60,
+    time: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Ask for no trial after this long, such as 2h.")
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="tpe, cmaes, nsga2, random or grid.",
+            show_default="tpe; of pareto nsga2",
+        ),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(metavar="NAME", help="mean of the sets, worst, pareto, or one set's name.")
+    ] = "mean",
+    space: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=RANGE", help="LOW:HIGH, a VALUE or A,B for a setting, as ties.density; repeat."),
+    ] = None,
+    by_layer: Annotated[
+        str | None, typer.Option(metavar="RANGES", help="Lambda and alpha for each range, such as 0-3,4-7.")
+    ] = None,
+    soup: Annotated[str | None, typer.Option(metavar="greedy", help="Also average models while that helps.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the sampler and the order of utterances.")] = 0,
+    racing: Annotated[
+        bool, typer.Option("--racing/--no-racing", help="Stop candidates that are worse than the best.")
+    ] = True,
+    confidence: Annotated[float, typer.Option(metavar="NUMBER", help="Of the intervals in the report.")] = 0.95,
+    normalizer: Annotated[str, typer.Option(metavar="NAME", help="auto, whisper, basic, plain or none.")] = "auto",
+    language: Annotated[str | None, typer.Option(metavar="L", help="Such as en; else the model detects it.")] = None,
+    task: Annotated[str, typer.Option(metavar="NAME", help="transcribe or translate.")] = "transcribe",
+    beams: Annotated[int, typer.Option(metavar="N", help="Width of the beam search; 1 is greedy.")] = 1,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first utterances of each set.")] = None,
+    batch: Annotated[
+        int, typer.Option(metavar="N", help="Utterances at a time.", rich_help_panel=options.MACHINE)
+    ] = 16,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", rich_help_panel=options.MACHINE)
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE", help="Of decoding: auto, float32, float16, bfloat16.", rich_help_panel=options.MACHINE
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of merging.", show_default="cores + 1", rich_help_panel=options.MACHINE),
+    ] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+    **values: Any,
+) -> None:
+    """Search for the merge with the fewest word errors on your own recordings. A search that ended goes on."""
+    from hsa.searches.search import search as run_search
+
+    given = options.given(ctx, values)
+    sources = {name: given[name] for name in (*source_names(), "models") if name in given}
+    with _going_on(), _steps(show=not (quiet or as_json)) as step:
+        study = run_search(
+            sources,
+            output=output,
+            method=method,
+            dev=dev,
+            test=test,
+            trials=trials,
+            time=time,
+            sampler=sampler,
+            objective=objective,
+            space=space,
+            by_layer=by_layer,
+            soup=soup,
+            seed=seed,
+            racing=racing,
+            confidence=confidence,
+            normalizer=normalizer,
+            language=language,
+            task=task,
+            beams=beams,
+            limit=limit,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            progress=step,
+        )
+    printing.findings(Findings(study.notes, study.warnings), quiet=quiet)
+    printing.result(
+        study.as_dict() if as_json else _describe(study), quiet, done=f"the search {study.output} is finished"
+    )
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Say what stays when a signal ends a search."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        print_stderr("hsa: note: finished trials stay; run the search again to go on")
+        raise
+
+
+@contextmanager
+def _steps(*, show: bool) -> Iterator[Any]:
+    """A line on stderr for each trial, on a terminal; None where nothing is shown."""
+
+    def step(done: SearchStep) -> None:
+        last = done.last
+        value = f"{100 * last.value:.2f} %" if last.values else "failed"
+        stopped = " (stopped)" if last.state == "stopped" else ""
+        best = "" if done.best is None else f"; best {100 * done.best.value:.2f} % by {done.best.name}"
+        print_stderr(one_line(f"{done.finished}/{done.trials} {last.name}: {value}{stopped}{best}"))
+
+    yield step if show and stderr_is_terminal() else None
+
+
+def _describe(study: Study) -> str:
+    best = study.best
+    values = " / ".join(f"{100 * value:.2f} %" for value in best.values)
+    lines = [
+        f"{study.output}",
+        f"  best    {best.name}, method {best.method}: {values} ({study.objective.text})",
+        *(f"          {row}" for row in map(_row, study.test or study.dev)),
+        f"  again   {study.command}",
+        f"  cost    {len(study.trials)} models in {study.seconds:.0f} s",
+    ]
+    if study.savings is not None:
+        spared = study.savings
+        lines.append(f"          decodings spared: {spared.raced} by racing, {spared.equal} by equal weights")
+    lines.append("  files   best/, report.html, report.md, trials.csv, search.json, study.db")
+    return "\n".join(map(one_line, lines))
+
+
+def _row(row: Comparison) -> str:
+    interval = row.score.wer
+    span = "" if interval is None else f" ({100 * interval.low:.2f} to {100 * interval.high:.2f})"
+    verdict = {"better": "; best is better", "worse": "; best is worse"}.get(row.verdict or "", "")
+    if row.verdict == "no difference shown":
+        verdict = "; no difference shown"
+    return f"{row.set}: {row.model} {100 * row.score.words.rate:.2f} %{span}{verdict}"

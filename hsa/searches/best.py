@@ -1,0 +1,113 @@
+"""The best candidate as a checkpoint: what `hsa merge` writes with its settings, and a card that says its scores."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hsa.actions.merge import run_merge
+from hsa.actions.request import Request
+from hsa.methods.base import BASE
+from hsa.methods.hsa import SECONDARY
+from hsa.methods.registry import method_named
+from hsa.methods.settings import declared
+from hsa.option_names import command_line
+from hsa.outputs.report import MergeReport
+from hsa.searches.candidates import Candidate
+from hsa.searches.comparisons import Comparison
+from hsa.searches.sources import SearchSources
+from hsa.system.types import PathLike
+
+TASK = "automatic-speech-recognition"
+
+
+def merge_candidate(
+    sources: SearchSources,
+    candidate: Candidate,
+    output: PathLike,
+    card: Mapping[str, str] | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Write a candidate as `hsa.merge` does. Raises what that raises."""
+    assert candidate.method is not None
+    arguments = {**sources.arguments(candidate.method), **candidate.settings, **options}
+    if card:
+        arguments["card"] = dict(card)
+    return run_merge(Request.of(method=candidate.method, output=output, **arguments))
+
+
+def command(sources: SearchSources, candidate: Candidate, output: str) -> str:
+    """The command that makes the merge again, or a call of Python where settings have no form on the command line.
+
+    Example:
+        >>> command(SearchSources(None, ("m1", "m2"), "", ("m1", "m2")), Candidate("x", "soup", "linear"), "merged")
+        'hsa merge --method linear --model m1 --model m2 --output merged'
+    """
+    assert candidate.method is not None
+    arguments = sources.arguments(candidate.method)
+    settings = _options(candidate, len(sources.models))
+    if settings is None:
+        values = {"method": candidate.method, **arguments, **candidate.settings, "output": output}
+        return f"hsa.merge({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+    words = ["hsa", "merge", "--method", candidate.method]
+    words += ["--base", arguments[BASE]] if BASE in arguments else []
+    for model in arguments["models"]:
+        words += ["--model", model]
+    return shlex.join([*words, *settings, "--output", output])
+
+
+def _options(candidate: Candidate, models: int) -> list[str] | None:
+    """The settings as options of the command line; None where one is given by tensors or layers."""
+    words: list[str] = []
+    for each in declared(method_named(candidate.method or "").Settings):
+        if each.name not in candidate.settings:
+            continue
+        value = candidate.settings[each.name]
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if isinstance(value, Mapping) or any(isinstance(entry, (list, tuple, Mapping)) for entry in entries):
+            return None
+        if isinstance(value, (list, tuple)) and not each.about.repeated:
+            return None
+        if isinstance(each.default, bool):
+            words.append(command_line(each.name, None if value else False))
+            continue
+        if each.about.per_model and not isinstance(value, (list, tuple)):
+            entries = [value] * (models - (each.about.entries == SECONDARY))
+        for entry in entries:
+            words += [command_line(each.name), str(entry)]
+    return words
+
+
+def card_fields(
+    name: str, rows: Sequence[Comparison], split: str, tried: int, dev: Sequence[str], objective: str
+) -> dict[str, str]:
+    """Fields of the card: the scores as the Hub's `model-index`, and how the settings were found.
+
+    `rows` are those of the best candidate, on the sets of `split` (test or dev).
+    """
+    results = [
+        {
+            "task": {"type": TASK, "name": "Automatic Speech Recognition"},
+            "dataset": {"type": _slug(row.set), "name": row.set, "split": split},
+            "metrics": [
+                {"type": "wer", "value": round(100.0 * row.score.words.rate, 2), "name": "WER"},
+                {"type": "cer", "value": round(100.0 * row.score.characters.rate, 2), "name": "CER"},
+            ],
+        }
+        for row in rows
+    ]
+    place = f" on {', '.join(dev)}, which flatters them there" if dev else ""
+    chosen = f"The settings are the best of {tried} candidates by the {objective}{place}."
+    inherited = "It inherits the limits, biases and licence terms of its sources."
+    fields = {"limitations": f"No weight was trained for this checkpoint. {chosen} {inherited}"}
+    if results:
+        fields["model_index"] = json.dumps([{"name": name, "results": results}], ensure_ascii=False)
+    return fields
+
+
+def _slug(name: str) -> str:
+    """A set's name as the Hub's name of a data set."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
+    return plain.strip("-.") or "data"

@@ -1,0 +1,87 @@
+"""What a search tries, and what came of it: values that JSON holds, so that other processes may do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["model", "average", "default", "soup", "sampled"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to score: one of the sources as it is (`source` is its number, -1 for base), or a merge.
+
+    `settings` are Python's keywords of the merge beside its sources, JSON values.
+
+    Example:
+        >>> Candidate("ties defaults", "default", method="ties").is_merge
+        True
+    """
+
+    name: str
+    kind: Kind
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    source: int | None = None
+
+    @property
+    def is_merge(self) -> bool:
+        return self.method is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Candidate:
+        return cls(**entry)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a candidate.
+
+    Args:
+        weights: digest of the model's tensors; equal for candidates that are one model.
+        errors: word errors of each utterance in the order of the search, as far as they were counted.
+        texts: what the model wrote for them; empty where that is kept elsewhere.
+        decoded: utterances that were decoded for it; the others were known from equal weights.
+        stopped: it lost the race, so that the remaining utterances were not decoded.
+        score: what a scoring function of the caller's own gave.
+        failure: why it could not be scored.
+        seconds: how long it took, `merging` of it outside of decoding.
+    """
+
+    weights: str = ""
+    errors: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    decoded: int = 0
+    stopped: bool = False
+    score: float | None = None
+    failure: str | None = None
+    seconds: float = 0.0
+    merging: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the texts, which are long."""
+        return {
+            "weights": self.weights,
+            "errors": list(self.errors),
+            "decoded": self.decoded,
+            "stopped": self.stopped,
+            "score": self.score,
+            "failure": self.failure,
+            "seconds": round(self.seconds, 3),
+            "merging": round(self.merging, 3),
+        }
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Result:
+        return cls(**{**entry, "errors": tuple(entry["errors"])})

@@ -1,0 +1,80 @@
+"""What a search makes small: the mean of the sets' word error rates, the worst of them, one set's, or all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hsa.errors import RequestError, listed, shown
+from hsa.option_names import option
+from hsa.searches.dev_sets import DevSets
+
+PARETO = "pareto"
+KINDS = ("mean", "worst", PARETO)
+OWN = "own"
+"""The objective of a search with a scoring function of the caller's own."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`kind` is mean, worst, pareto or own, or `set` for the set of this name alone."""
+
+    kind: str
+    name: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the objective is, in words.
+
+        Example:
+            >>> Objective("worst").text
+            'WER of the worst set'
+        """
+        texts = {
+            "mean": "mean WER of the sets",
+            "worst": "WER of the worst set",
+            "pareto": "WER of each set",
+            OWN: "score",
+        }
+        return texts.get(self.kind, f"WER of {self.name}")
+
+    def values(self, rates: Mapping[str, float]) -> tuple[float, ...]:
+        """The values to make small, by the word error rates of the sets."""
+        if self.kind == "pareto":
+            return tuple(rates.values())
+        if self.kind == "worst":
+            return (max(rates.values()),)
+        return (rates[self.name] if self.kind == "set" else sum(rates.values()) / len(rates),)
+
+    def shares(self, dev: DevSets, rival_rates: Mapping[str, float]) -> list[float]:
+        """What one error of each utterance adds to the value, times the number of utterances that count.
+
+        The mean of `shares * errors` over the utterances that count (whose share is above 0) is the value itself: the
+        word error rate of a set is the sum of its errors over a sum of words that is known. Of the worst set's rate it
+        is that of the set on which the rival is worst: who is worse than the rival there is worse in the worst.
+        """
+        words = dev.words
+        if self.kind == "mean":
+            weights = {name: 1.0 / (len(dev.names) * words[name]) for name in dev.names}
+        else:
+            one = self.name if self.kind == "set" else max(rival_rates, key=lambda name: rival_rates[name])
+            weights = {name: 1.0 / words[name] if name == one else 0.0 for name in dev.names}
+        count = sum(weights[item.set] > 0.0 for item in dev.items)
+        return [count * weights[item.set] for item in dev.items]
+
+
+def objective_of(text: str, sets: Sequence[str]) -> Objective:
+    """The objective that a text names. RequestError for one that is neither a kind nor a set.
+
+    Example:
+        >>> objective_of("noisy", ["clean", "noisy"])
+        Objective(kind='set', name='noisy')
+    """
+    if text in KINDS:
+        return Objective(text)
+    if text in sets:
+        return Objective("set", text)
+    raise RequestError(
+        f"{option('objective')} must be {listed(KINDS, 'or')}, or the name of a dev set ({listed(sets)}), got "
+        f"{shown(text)}"
+    )

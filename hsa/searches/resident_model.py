@@ -1,0 +1,215 @@
+"""One loaded model that holds each candidate in turn, from sources that stay in memory. Nothing is written to disk.
+
+A merge is computed into tensors of the output's element types, as `hsa.merge` writes them, and copied from there: the
+model decodes what the written checkpoint holds, rounded values included.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from hsa.actions.merger.loaded_models import entries_of, without_tied_output
+from hsa.actions.merger.merger import Merger
+from hsa.actions.merger.shared_tensors import SharedTensors
+from hsa.backends.resident import bytes_of
+from hsa.errors import HsaWarning, MismatchError
+from hsa.methods.base import BASE
+from hsa.methods.registry import method_named
+from hsa.methods.settings import declared
+from hsa.searches.candidates import Candidate
+from hsa.searches.sources import SearchSources
+from hsa.searches.space import MethodSpace, is_planned
+from hsa.sources.checkpoint import Checkpoint
+from hsa.sources.hub.client import Hub
+from hsa.sources.hub.needs import Needs
+from hsa.system.digests import digest_of
+from hsa.system.dtypes import NAMES, Array
+from hsa.system.fsio import Tally
+
+ANCHOR = 0
+"""The number of the source whose names, config and element types are the output's."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Digests of what a model holds: of all its tensors, and of those of its encoder."""
+
+    whole: str
+    encoder: str
+
+
+@dataclass
+class _Source:
+    """A source in memory: what its tensors are, and their bytes by canonical name."""
+
+    checkpoint: Checkpoint
+    data: Mapping[str, Array]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, which shares the bytes: it must not be written to."""
+        ref = self.checkpoint.tensors[name]
+        return torch.from_numpy(self.data[name]).view(getattr(torch, NAMES[ref.code])).reshape(ref.shape)
+
+
+class _Staging:
+    """A merge in the output's element types, by the anchor's names; tensors that no merge writes are the anchor's."""
+
+    def __init__(self, anchor: _Source, dtype: str) -> None:
+        self._anchor = anchor
+        self.stored = {name: anchor.checkpoint.tensors[name].name for name in anchor.data}
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, stored in self.stored.items():
+            tensor = anchor.tensor(name)
+            self.tensors[stored] = (tensor if dtype == "auto" else tensor.to(getattr(torch, dtype))).clone()
+        self._written: frozenset[str] = frozenset()
+
+    def merge(self, merger: Merger, settings: Mapping[str, Any]) -> None:
+        """Hold a merge with these settings. Raises what `apply_` raises; then the anchor's values, or an earlier
+        merge's, are there."""
+        targets = frozenset(task.name for task in merger.targets)
+        for name in self._written - targets:
+            self.tensors[self.stored[name]].copy_(self._anchor.tensor(name))
+        self._written = self._written & targets | targets
+        merger.apply_(self.tensors, **settings)
+
+
+class ResidentModel:
+    """A loaded model of transformers, the sources of a search, and a `Merger` for each method, all in memory.
+
+    Args:
+        model: the model to write into, loaded from the anchor.
+        sources: base and the fine-tunes.
+        spaces: what is searched, by method; of a method outside of it plain merges can be put too.
+        threads: worker threads of the merging, None for the usable cores and one more.
+
+    Raises what `hsa.Merger` raises.
+
+    Example:
+        >>> resident = ResidentModel(recognizer.model, sources, {"ties": space}, None)  # doctest: +SKIP
+        >>> resident.put(Candidate("trial 1", "sampled", "ties", {"density": 0.4}))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: Any, sources: SearchSources, spaces: Mapping[str, MethodSpace], threads: int | None
+    ) -> None:
+        self.model = model
+        self._given, self._spaces, self._threads = sources, spaces, threads
+        self._shared = SharedTensors()
+        self._sources = dict(zip(sources.numbers, self._read(), strict=True))
+        self._anchor = self._sources[ANCHOR]
+        family = self._anchor.checkpoint.architecture
+        entries = without_tied_output(entries_of("model", model, family), family)
+        self._places = {entry.name: entry.tensor for entry in entries if entry.name in self._anchor.data}
+        encoder = _encoder_tensors(model)
+        self._encoder = frozenset(name for name, tensor in self._places.items() if id(tensor) in encoder)
+        self._stagings: dict[str, _Staging] = {}
+        self._mergers: dict[str, Merger] = {}
+        self._digests: dict[int, dict[str, str]] = {}
+        self._held: dict[str, str] = {}
+
+    def merger(self, method: str) -> Merger:
+        """The Merger of a method, with what its space fixes."""
+        if method not in self._mergers:
+            space = self._spaces.get(method)
+            planned = {} if space is None else space.planned
+            arguments = {**self._given.arguments(method), **planned, "backend": "cpu", "threads": self._threads}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", HsaWarning)
+                self._mergers[method] = Merger.sharing(self._shared, method=method, **arguments)
+        return self._mergers[method]
+
+    def layers_of(self, method: str) -> dict[str, int]:
+        """The layer of each target of a method that lies in one, by canonical name."""
+        found = {}
+        for task in self.merger(method).targets:
+            if task.place is not None:
+                found[task.name] = task.place.layer
+            elif task.span is not None:
+                found[task.name] = task.span.layer
+        return found
+
+    def put(self, candidate: Candidate) -> Weights:
+        """Let the model hold a candidate. Raises RequestError, MismatchError or NonFiniteError where it cannot."""
+        if candidate.method is None:
+            assert candidate.source is not None
+            return self._write(*self._source(candidate.source))
+        merger = self.merger(candidate.method)
+        known = {each.name: each for each in declared(method_named(candidate.method).Settings)}
+        settings = {name: value for name, value in candidate.settings.items() if not is_planned(known[name])}
+        staging = self._staging(str(candidate.settings.get("dtype", "auto")))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HsaWarning)  # the report of the written merge has them
+            staging.merge(merger, settings)
+        tensors = {name: staging.tensors[stored] for name, stored in staging.stored.items()}
+        return self._write(tensors, {name: _digest(tensor) for name, tensor in tensors.items()})
+
+    def _staging(self, dtype: str) -> _Staging:
+        if dtype not in self._stagings:
+            self._stagings[dtype] = _Staging(self._anchor, dtype)
+        return self._stagings[dtype]
+
+    def _source(self, number: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors of a source as it is, and their digests."""
+        source = self._sources[number]
+        for name in self._places:
+            shape = None if name not in source.data else source.checkpoint.tensors[name].shape
+            if shape != self._anchor.checkpoint.tensors[name].shape:
+                raise MismatchError(
+                    f"{self._given.name_of(number)} has {'no tensor' if shape is None else f'shape {list(shape)} of'} "
+                    f"{name}, expected {list(self._anchor.checkpoint.tensors[name].shape)} as in "
+                    f"{self._given.name_of(ANCHOR)}; it cannot be scored beside its merges"
+                )
+        tensors = {name: source.tensor(name) for name in self._anchor.data if name in source.data}
+        if number not in self._digests:
+            self._digests[number] = {name: _digest(tensor) for name, tensor in tensors.items()}
+        return tensors, self._digests[number]
+
+    def _write(self, tensors: Mapping[str, torch.Tensor], digests: Mapping[str, str]) -> Weights:
+        """Copy what differs from what the model holds."""
+        with torch.inference_mode():
+            for name, place in self._places.items():
+                if self._held.get(name) != digests[name]:
+                    self._held.pop(name, None)
+                    place.copy_(tensors[name])
+                    self._held[name] = digests[name]
+        return Weights(_digest_of_names(digests, digests), _digest_of_names(self._encoder, digests))
+
+    def _read(self) -> list[_Source]:
+        """The whole sources."""
+        hub, found = Hub(), []
+        with ExitStack() as stack:
+            for number in self._given.numbers:
+                role = BASE if number < 0 else f"model{number + 1}"
+                path = self._given.path(number)
+                checkpoint = stack.enter_context(hub.open(role, path, Tally(), Needs("whole", None)))
+                data = self._shared.read_all(checkpoint)
+                checkpoint.check_unchanged()
+                found.append(_Source(replace(checkpoint, shards=()), data))
+        return found
+
+
+def _encoder_tensors(model: Any) -> frozenset[int]:
+    """The identities of an encoder's tensors; none of a model that has no encoder and decoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return frozenset()
+    encoder = model.get_encoder()
+    return frozenset(id(tensor) for tensor in (*encoder.parameters(), *encoder.buffers()))
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """BLAKE3 of a tensor's element type and bytes."""
+    return f"{tensor.dtype}:{digest_of(bytes_of(tensor.contiguous()))}"
+
+
+def _digest_of_names(names: Iterable[str], digests: Mapping[str, str]) -> str:
+    digest = blake3()
+    for name in sorted(names):
+        digest.update(f"{name} {digests[name]}\n".encode())
+    return digest.hexdigest()

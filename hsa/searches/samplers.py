@@ -1,0 +1,161 @@
+"""Optuna's samplers, seeded anew for every trial, and a grid over the spaces of several methods."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hsa.errors import RequestError, listed, shown
+from hsa.option_names import option
+from hsa.searches.space import MethodSpace
+from hsa.system.digests import digest_of
+
+SAMPLERS = ("tpe", "cmaes", "nsga2", "random", "grid")
+
+POPULATION = 12
+"""Trials of a generation of NSGA-II: a search has some dozens of trials, and Optuna's 50 would be one generation."""
+
+METHOD = "method"
+"""The name of the choice among methods in a study."""
+
+
+def check_sampler(name: str, spaces: Sequence[MethodSpace], objective: str) -> None:
+    """RequestError for a sampler that there is not, or that cannot search these spaces."""
+    if name not in SAMPLERS:
+        raise RequestError(f"{option('sampler')} must be {listed(SAMPLERS, 'or')}, got {shown(name)}")
+    if name == "cmaes":
+        numbers = [axis for space in spaces for axis in space.axes if not axis.choices]
+        if len(spaces) > 1 or len(numbers) < 2 or objective == "pareto":
+            raise RequestError(
+                f"sampler cmaes searches two or more numbers of one method for one objective; take "
+                f"{option('sampler', 'tpe')}"
+            )
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Without Optuna's messages on studies and its warnings that a part of it is experimental."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+class SteadySampler:
+    """One of Optuna's samplers, whose draws depend on the seed, the finished trials and the number's name alone.
+
+    Optuna draws the numbers of a trial one after another from one generator. Where a search is killed in between, some
+    of them are kept, and the next would be another than in a search that was not: so each gets a generator of its own.
+
+    Example:
+        >>> study.sampler = SteadySampler("tpe", seed=0, finished=12)  # doctest: +SKIP
+    """
+
+    def __init__(self, name: str, seed: int, finished: int) -> None:
+        self._name, self._seed, self._finished = name, seed, finished
+        self._together = self._sampler("")
+
+    def _sampler(self, number: str) -> Any:
+        key = f"{self._seed} {self._finished} {number}".encode()
+        return _sampler(self._name, int(digest_of(key)[:8], 16))
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+        return self._together.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+        """The numbers that are drawn together; Optuna asks for all of them at once."""
+        return self._together.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        return self._sampler(param_name).sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Any, trial: Any) -> None:
+        self._together.before_trial(study, trial)
+
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+        self._together.after_trial(study, trial, state, values)
+
+
+def _sampler(name: str, state: int) -> Any:
+    import optuna
+
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=state, multivariate=True, group=True)
+    if name == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=state)
+    if name == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=state, population_size=POPULATION)
+    return optuna.samplers.RandomSampler(seed=state)
+
+
+def suggest(trial: Any, spaces: Mapping[str, MethodSpace], *, whole: bool) -> tuple[str, dict[str, Any]]:
+    """Draw a method and a value for each of its axes. With `whole` those of all methods are drawn, for samplers that
+    take only spaces in which every trial has every number."""
+    names = list(spaces)
+    method = str(trial.suggest_categorical(METHOD, names)) if len(names) > 1 else names[0]
+    drawn: dict[str, Any] = {}
+    for name, space in spaces.items():
+        if name != method and not whole:
+            continue
+        for axis in space.axes:
+            if axis.choices:
+                drawn[axis.name] = trial.suggest_categorical(axis.name, list(axis.choices))
+            else:
+                drawn[axis.name] = trial.suggest_float(axis.name, axis.low, axis.high, log=axis.log)
+    return method, drawn
+
+
+def distributions(space: MethodSpace, methods: Sequence[str]) -> dict[str, Any]:
+    """Optuna's distributions of what `suggest` draws for a method."""
+    import optuna
+
+    found: dict[str, Any] = {}
+    if len(methods) > 1:
+        found[METHOD] = optuna.distributions.CategoricalDistribution(list(methods))
+    for axis in space.axes:
+        if axis.choices:
+            found[axis.name] = optuna.distributions.CategoricalDistribution(list(axis.choices))
+        else:
+            found[axis.name] = optuna.distributions.FloatDistribution(axis.low, axis.high, log=axis.log)
+    return found
+
+
+def grid_points(spaces: Mapping[str, MethodSpace], count: int) -> list[dict[str, Any]]:
+    """At most so many points, each method as many as another, as what `suggest` draws.
+
+    The values of an axis lie evenly between its ends; the first axes get one more than the last where that fits.
+    """
+    points: list[dict[str, Any]] = []
+    for space in spaces.values():
+        chosen = {METHOD: space.method} if len(spaces) > 1 else {}
+        values = [
+            axis.grid(number) for axis, number in zip(space.axes, _counts(space, count // len(spaces)), strict=True)
+        ]
+        names = [axis.name for axis in space.axes]
+        points += [{**chosen, **dict(zip(names, point, strict=True))} for point in itertools.product(*values)]
+    return points
+
+
+def _counts(space: MethodSpace, most: int) -> list[int]:
+    """How many values each axis of a grid has."""
+    counts = [len(axis.choices) or 1 for axis in space.axes]
+    grown = True
+    while grown:
+        grown = False
+        for place, axis in enumerate(space.axes):
+            trial = [*counts[:place], counts[place] + 1, *counts[place + 1 :]]
+            size = 1
+            for each in trial:
+                size *= each
+            if not axis.choices and size <= most:
+                counts, grown = trial, True
+    return counts

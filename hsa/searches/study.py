@@ -1,0 +1,140 @@
+"""What a search gives: the best candidate, all trials, and the best beside the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hsa.errors import RequestError
+from hsa.outputs.report import MergeReport
+from hsa.searches.best import command, merge_candidate
+from hsa.searches.comparisons import Comparison, WorstUtterance
+from hsa.searches.objectives import Objective
+from hsa.searches.sources import SearchSources
+from hsa.searches.trials import Trial, best_of, front_of
+from hsa.system.types import PathLike
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Utterances of the dev sets that were decoded, and those that were not: because a candidate lost its race
+    (`raced`), or because its weights equal an earlier one's (`equal`)."""
+
+    decoded: int
+    raced: int
+    equal: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished search.
+
+    Args:
+        output: its directory.
+        objective: what was made small.
+        trials: every model that was scored, the baselines first.
+        dev, test: the best candidate, the baselines and the fine-tunes side by side, by set; `test` is empty without
+            test sets, `dev` where the caller scored.
+        worst: utterances of which the best candidate gets the most words wrong.
+        importance: by method, how much each number that was drawn matters, shares that sum to 1.
+        savings: what was not decoded; None where the caller scored.
+        seconds, merging: how long candidates took in all, and that outside of decoding.
+        notes: plain sentences on what a user should know.
+        warnings: of the merge that was written as the best.
+        request: what was asked for, as it is kept with the trials.
+        rival: the best of what was scored before anything was drawn, by its name.
+        confidence: of the intervals.
+
+    Example:
+        >>> study = hsa.search(sources, method="ties", dev=["dev.tsv"], output="search")  # doctest: +SKIP
+        >>> study.best.settings, study.best.wer  # doctest: +SKIP
+        ({'density': 0.41, 'lam': 1.3}, 0.081)
+    """
+
+    output: Path
+    objective: Objective
+    sources: SearchSources
+    trials: tuple[Trial, ...]
+    dev: tuple[Comparison, ...] = ()
+    test: tuple[Comparison, ...] = ()
+    worst: tuple[WorstUtterance, ...] = ()
+    importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    savings: Savings | None = None
+    seconds: float = 0.0
+    merging: float = 0.0
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    request: Mapping[str, Any] = field(default_factory=dict)
+    rival: str | None = None
+    confidence: float = 0.95
+
+    @property
+    def best(self) -> Trial:
+        """The merge with the smallest objective; of a Pareto search that with the smallest mean of its sets."""
+        found = best_merge(self.trials)
+        if found is None:
+            reasons = [trial.result.failure for trial in self.trials if trial.candidate.is_merge]
+            raise RequestError(
+                f"no merge could be scored: {next((text for text in reasons if text), 'none was tried')}"
+            )
+        return found
+
+    @property
+    def baselines(self) -> tuple[Trial, ...]:
+        """What was scored before anything was drawn."""
+        return tuple(trial for trial in self.trials if trial.candidate.kind != "sampled")
+
+    @property
+    def front(self) -> tuple[Trial, ...]:
+        """The trials than which none is better on one set and no worse on all others."""
+        return tuple(front_of(self.trials)) if self.objective.kind == "pareto" else (self.best,)
+
+    @property
+    def command(self) -> str:
+        """What makes `best` again."""
+        return command(self.sources, self.best.candidate, "merged")
+
+    def merge(self, output: PathLike, **options: Any) -> MergeReport:
+        """Write the best candidate as `hsa.merge` does, with options such as `overwrite`. Raises as `hsa.merge`."""
+        return merge_candidate(self.sources, self.best.candidate, output, **options)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All that a report needs, as JSON."""
+        return {
+            "format": FORMAT,
+            "objective": {"kind": self.objective.kind, "name": self.objective.name, "text": self.objective.text},
+            "best": self.best.name,
+            "command": self.command,
+            "request": dict(self.request),
+            "trials": [trial.as_dict() for trial in self.trials],
+            "front": [trial.name for trial in self.front],
+            "importance": {method: dict(found) for method, found in self.importance.items()},
+            "dev": [row.as_dict() for row in self.dev],
+            "test": [row.as_dict() for row in self.test],
+            "worst": [row.as_dict() for row in self.worst],
+            "rival": self.rival,
+            "confidence": self.confidence,
+            "savings": None if self.savings is None else dict(vars(self.savings)),
+            "seconds": round(self.seconds, 1),
+            "merging": round(self.merging, 1),
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+        }
+
+
+def best_merge(trials: Sequence[Trial]) -> Trial | None:
+    """The best trial that is a merge."""
+    return best_of([trial for trial in trials if trial.candidate.is_merge])
+
+
+def savings_of(trials: Sequence[Trial], utterances: int) -> Savings:
+    """What racing and equal weights spared, of so many utterances a candidate."""
+    scored = [trial.result for trial in trials if trial.state != "failed"]
+    decoded = sum(result.decoded for result in scored)
+    raced = sum(utterances - len(result.errors) for result in scored)
+    equal = sum(len(result.errors) - result.decoded for result in scored)
+    return Savings(decoded, raced, equal)

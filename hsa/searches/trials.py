@@ -1,0 +1,115 @@
+"""Trials as a search reports them: a candidate, what came of it, and its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hsa.searches.candidates import Candidate, Result
+from hsa.searches.dev_sets import DevSets
+from hsa.searches.objectives import OWN, Objective
+
+State = Literal["complete", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model that was scored on the dev sets.
+
+    Args:
+        number: its place among all that were tried, from 1.
+        candidate: what it is.
+        state: `stopped` where it lost the race, `failed` where it could not be made or scored.
+        values: the objective, of a stopped one by the utterances that were decoded; empty where it failed.
+        rates: word error rates by dev set, as fractions; of a stopped one by the same utterances.
+        drawn: what the sampler drew, by the names in the study.
+        result: the errors of each utterance, and what it cost.
+
+    Example:
+        >>> study.best.settings, study.best.wer  # doctest: +SKIP
+        ({'density': 0.41, 'lam': 1.3, 'weights': [0.9, 1.0, 0.5]}, 0.081)
+    """
+
+    number: int
+    candidate: Candidate
+    state: State
+    values: tuple[float, ...]
+    rates: Mapping[str, float]
+    result: Result
+    drawn: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+    @property
+    def method(self) -> str | None:
+        return self.candidate.method
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Keywords of `hsa.merge` beside the sources, `method` and `output`."""
+        return self.candidate.settings
+
+    @property
+    def value(self) -> float:
+        """What the objective is of it; of several values their mean."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def wer(self) -> float:
+        """The objective as a word error rate, a fraction: 0.05 is 5 %; of a Pareto search the mean of the sets."""
+        return self.value
+
+    def as_dict(self) -> dict[str, Any]:
+        result = self.result.as_dict()
+        return {
+            "number": self.number,
+            **self.candidate.as_dict(),
+            "state": self.state,
+            "values": list(self.values),
+            "wer": dict(self.rates),
+            "drawn": dict(self.drawn),
+            **{key: result[key] for key in ("weights", "decoded", "failure", "seconds", "merging")},
+            "utterances": len(self.result.errors),
+        }
+
+
+def make_trial(
+    number: int,
+    candidate: Candidate,
+    result: Result,
+    objective: Objective,
+    dev: DevSets | None,
+    drawn: Mapping[str, Any] | None = None,
+) -> Trial:
+    """A trial with its scores."""
+    if result.failure is not None:
+        return Trial(number, candidate, "failed", (), {}, result, drawn or {})
+    if objective.kind == OWN or dev is None:
+        assert result.score is not None
+        return Trial(number, candidate, "complete", (result.score,), {}, result, drawn or {})
+    rates = dev.rates(result.errors)
+    state: State = "stopped" if len(result.errors) < len(dev.items) else "complete"
+    return Trial(number, candidate, state, objective.values(rates), rates, result, drawn or {})
+
+
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    """The complete trial with the smallest value, the first of several; None where there is none."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    return min(complete, key=lambda trial: trial.value, default=None)
+
+
+def front_of(trials: Sequence[Trial]) -> list[Trial]:
+    """The complete trials than which none is better by one value and no worse by all others; of equals the first."""
+    complete = [trial for trial in trials if trial.state == "complete"]
+    front: list[Trial] = []
+    for trial in sorted(complete, key=lambda each: (each.values, each.number)):
+        if not any(_covers(other.values, trial.values) for other in front):
+            front.append(trial)
+    return front
+
+
+def _covers(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(mine <= theirs for mine, theirs in zip(one, other, strict=True))
