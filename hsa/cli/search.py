@@ -91,7 +91,7 @@ def search(
     debug: options.Debug = False,
     **values: Any,
 ) -> None:
-    """Search for the merge with the fewest word errors on your own recordings. A search that ended goes on."""
+    """Search for the merge with the fewest word errors on your own recordings. Run it again to resume."""
     from hsa.searches.search import search as run_search
 
     given = options.given(ctx, values)

@@ -102,7 +102,7 @@ def search(
         dev: the sets to score candidates on: what `hsa.data` gives, or paths; NAME=PATH names a set.
         test: sets that are decoded once, after the search, with the best candidate and the baselines.
         evaluate: instead of `dev`, a function that gets the loaded model of each candidate and returns its score;
-            lower is better. The model may be of any family of transformers.
+            lower is better. The model must be one that `hsa.evaluate` can load.
         trials: models to score in all, baselines included.
         time: stop asking for trials after this long: seconds, or a text such as `2h`.
         sampler: tpe, cmaes, nsga2, random or grid; by default tpe, and nsga2 for the objective pareto.
