@@ -12,7 +12,7 @@ from hsa._version import __version__
 from hsa.cli import completion, options, usage
 from hsa.cli.apply import apply
 from hsa.cli.demo import demo
-from hsa.cli.eval import eval
+from hsa.cli.eval import eval_
 from hsa.cli.inspect import inspect
 from hsa.cli.merge import merge
 from hsa.cli.mergekit import mergekit
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _command(arguments: Sequence[str]) -> str:
     """The sub-command with a space after it, for a hint; nothing where there is none."""
-    return f"{arguments[0]} " if arguments and arguments[0] in (each.__name__ for each in COMMANDS) else ""
+    return f"{arguments[0]} " if arguments and arguments[0] in map(_name_of, COMMANDS) else ""
 
 
 Shell = Annotated[
@@ -101,13 +101,18 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     search,
     apply,
     inspect,
-    eval,
+    eval_,
     verify,
     release,
     methods,
     mergekit,
     demo,
 )
+
+
+def _name_of(command: Callable[..., Any]) -> str:
+    """A command's name; that of its function ends in `_` where Python has a function of the name."""
+    return command.__name__.rstrip("_")
 
 
 def program() -> Any:
@@ -124,6 +129,6 @@ def program() -> Any:
     app.callback(invoke_without_command=True)(_program)
     for command in COMMANDS:
         others = {"ignore_unknown_options": True} if command is mergekit else None
-        app.command(cls=usage.Command, context_settings=others)(options.complete(command))
+        app.command(_name_of(command), cls=usage.Command, context_settings=others)(options.complete(command))
     app.command("help", cls=usage.Command)(help_)
     return typer.main.get_command(app)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NUMERICS = options.HEADINGS["numerics"]
 
 
-def eval(
+def eval_(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="A checkpoint, a hub id, or PRIMARY+PATCH.safetensors.")
     ],

@@ -51,11 +51,11 @@ def command(sources: SearchSources, candidate: Candidate, output: str) -> str:
     if settings is None:
         values = {"method": candidate.method, **arguments, **candidate.settings, "output": output}
         return f"hsa.merge({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-    words = ["hsa", "merge", "--method", candidate.method]
-    words += ["--base", arguments[BASE]] if BASE in arguments else []
+    words = ["hsa", "merge", command_line("method"), candidate.method]
+    words += [command_line("base"), arguments[BASE]] if BASE in arguments else []
     for model in arguments["models"]:
-        words += ["--model", model]
-    return shlex.join([*words, *settings, "--output", output])
+        words += [command_line("models"), model]
+    return shlex.join([*words, *settings, command_line("output"), output])
 
 
 def _options(candidate: Candidate, models: int) -> list[str] | None:

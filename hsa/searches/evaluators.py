@@ -15,7 +15,6 @@ from hsa.errors import DataError, HsaError, MachineError, RequestError, shown
 from hsa.evaluation.decoding import Recognizer
 from hsa.evaluation.transcription import FeatureCache
 from hsa.evaluation.utterance import Utterance
-from hsa.option_names import option
 from hsa.searches.candidates import Candidate, Result
 from hsa.searches.dev_sets import DevSets
 from hsa.searches.encoder_states import EncoderStates
@@ -156,4 +155,4 @@ class OwnEvaluator:
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            raise RequestError(f"{option('evaluate')} must give a number, got {shown(value)}") from error
+            raise RequestError(f"evaluate must give a number, got {shown(value)}") from error

@@ -148,7 +148,8 @@ def space_of(method: str, models: int, given: Mapping[str, Sequence[str]]) -> Me
             axes += _for_models(axis, each, models)
         elif each.about.required:
             raise RequestError(
-                f"method {method} needs {each.key}, which has no range; give --space {method}.{each.key}=LOW:HIGH"
+                f"method {method} needs {each.key}, which has no range; give it a range or a value, such as "
+                f"{option('space', f'{method}.{each.key}=LOW:HIGH')}"
             )
     return MethodSpace(method, tuple(axes), fixed)
 
