@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def decoding_progress(*, show: bool) -> Iterator[EvaluationProgress | None]:
-    """A bar on stderr that begins with the first batch, or None where stderr is no terminal.
+    """A bar on stderr that begins with the first batch, or None where stderr is not a terminal.
 
     It shows utterances per second and seconds of audio per second since the first batch began to be decoded.
     """

@@ -206,8 +206,8 @@ def settings(call: Call, said: Callable[[Declared, str], str] | None = None) -> 
 
 
 def _defaults_of(each: Declared) -> dict[str, Any]:
-    """The default of a setting's option and what help shows of it. Where the option is a list there is none, so that no
-    single number stands in it."""
+    """The default of a setting's option and what help shows of it. An option that is a list has
+    none, so that help shows no single number for it."""
     text = each.about.default_text
     if each.about.per_model and not isinstance(each.default, (tuple, type(None))):
         return {"default": None, "show_default": text or str(each.default)}

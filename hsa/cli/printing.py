@@ -82,7 +82,7 @@ def merge_report(report: MergeReport) -> str:
 
 @contextmanager
 def progress(*, show: bool, label: str = "merging") -> Iterator[Any]:
-    """A progress bar on stderr that begins with the first step, or None where stderr is no terminal.
+    """A progress bar on stderr that begins with the first step, or None where stderr is not a terminal.
 
     Before the first step, sources may show bars of their own. A terminal that goes away ends the bar, not the work.
     """

@@ -41,7 +41,7 @@ class BufferPool:
                 del self._spare[0]
 
     def give_back_all(self, buffers: Iterable[Array]) -> None:
-        """Take back these buffers, each once where it stands for several sources."""
+        """Take back these buffers; one that several sources share is taken back once."""
         for buffer in {id(buffer): buffer for buffer in buffers}.values():
             self.give_back(buffer)
 

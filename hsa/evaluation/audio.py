@@ -124,7 +124,7 @@ def _part(utterance: Utterance, file: Any) -> tuple[int, int]:
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise AudioError(f"{where} has {rate} samples per second, expected {LOWEST_RATE} to {HIGHEST_RATE}")
     if frames >= UNKNOWN_LENGTH:
-        raise AudioError(f"{where} does not say how long it is; write it anew, to a file and not through a pipe")
+        raise AudioError(f"{where} does not say how long it is; convert it again, into a file instead of a pipe")
     if frames <= 0:
         raise AudioError(f"{where} has no samples; take it out of the manifest")
     try:
@@ -193,7 +193,9 @@ def _check_finite(utterance: Utterance, samples: Float32) -> None:
     import numpy as np
 
     if not np.isfinite(samples).all():
-        raise AudioError(f"{_named(utterance)}: NaN or infinity in the audio, expected finite samples; make it anew")
+        raise AudioError(
+            f"{_named(utterance)}: NaN or infinity in the audio, expected finite samples; convert it again"
+        )
 
 
 def check_rate(rate: int) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
-"""How many times the units of a group are drawn anew."""
+"""How many times the units of a group are resampled."""
 
 FEWEST_RESAMPLES = 1000
 

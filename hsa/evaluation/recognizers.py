@@ -12,6 +12,7 @@ overlap, as transformers' pipeline does it; other sequence-to-sequence models he
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Part:
     inputs: Any
 
 
-class _Recognizer:
+class _Recognizer(ABC):
     """What all have in common. `part_text` decodes one part."""
 
     def __init__(self, model: Any, folder: Path, options: DecodingOptions) -> None:
@@ -114,8 +115,9 @@ class _Recognizer:
         found = self.extractor(list(audio), sampling_rate=self.rate, return_tensors="pt", **how)
         return dict(found)
 
+    @abstractmethod
     def part_texts(self, inputs: dict[str, Any]) -> list[str]:
-        raise NotImplementedError
+        """The text of each utterance of a part, from its features."""
 
 
 def _equally_long(audio: Sequence[Float32]) -> list[list[int]]:

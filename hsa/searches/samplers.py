@@ -1,4 +1,4 @@
-"""Optuna's samplers, seeded anew for every trial, and a grid over the spaces of several methods."""
+"""Optuna's samplers, each value with a seed of its own, and a grid over the spaces of several methods."""
 
 from __future__ import annotations
 
