@@ -115,5 +115,5 @@ $(VENV)/fuzz-ready: $(READY)
 $(INTEGRATIONS)/ready: setup.py pyproject.toml constraints.txt hsa/_version.py
 	$(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    -e ".[mergekit,integrations,deploy]" pytest soundfile accelerate
+	    -e ".[mergekit,integrations,deploy,search,ray]" pytest soundfile accelerate psycopg2-binary
 	touch $@

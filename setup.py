@@ -64,6 +64,7 @@ setup(
             "soundfile>=0.13,<1",
             "soxr>=0.5,<2",
         ],
+        "ray": ["ray>=2.40,<3"],
         "plot": ["matplotlib>=3.9,<4"],
         "dev": [
             "pytest>=8,<10",

@@ -20,7 +20,7 @@ import pytest
 from helpers import merge_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matplotlib")
+HEAVY = ("torch", "triton", "transformers", "huggingface_hub", "mergekit", "matplotlib", "ray")
 
 ARROWS = {
     "errors": (),
@@ -114,6 +114,7 @@ ANYWHERE = {
         "hsa.integrations.mergekit_recipe",
     },
     "matplotlib": {"hsa.views.picture"},
+    "ray": {"hsa.system.ray_cluster"},
     "hsa.reference": {"hsa.reference", "hsa.reference.linear_combinations", "hsa.testing.demo"},
     "hsa.kernels": {"hsa.backends.triton"},
 }

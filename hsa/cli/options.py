@@ -4,6 +4,7 @@ commands share besides stand here once."""
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -36,6 +37,21 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write n
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors alone.", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Add the traceback to an error.", rich_help_panel=MACHINE)]
+
+RAY = "--ray"
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        RAY,
+        metavar="[ADDRESS]",
+        help="Run on a cluster of Ray: that at HOST:PORT, or one that runs; else on this machine.",
+        rich_help_panel=MACHINE,
+    ),
+]
+"""An option whose value may be left out; `ray_address` reads what a command gets for it."""
+
+_RAY_VALUE = re.compile(r"ray://\S+|auto|local|[^\s/=-][^\s/=]*:[0-9]+")
+"""What the word after `--ray` must look like to be its value: any other is a word of its own."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 Parameters = Callable[[], Sequence[inspect.Parameter]]
@@ -81,6 +97,29 @@ def complete(function: F) -> F:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command  # type: ignore[return-value]
+
+
+def with_ray_value(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with an empty value for a `--ray` that no address follows. typer has no option whose
+    value may be left out.
+
+    Example:
+        >>> with_ray_value(["--ray", "--json"]), with_ray_value(["--ray", "head:6379"])
+        (['--ray=', '--json'], ['--ray', 'head:6379'])
+    """
+    end = words.index("--") if "--" in words else len(words)
+    return [
+        f"{RAY}="
+        if word == RAY and place < end and not _RAY_VALUE.fullmatch("".join(words[place + 1 : min(place + 2, end)]))
+        else word
+        for place, word in enumerate(words)
+    ]
+
+
+def ray_address(value: str | None) -> bool | str:
+    """The argument `ray` of Python's calls for the value of `--ray`: False where the option is not given, True where it
+    has no address."""
+    return False if value is None else value or True
 
 
 def given(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from hsa.actions.keywords import MERGE
-from hsa.cli.options import HEADINGS
+from hsa.cli.options import HEADINGS, RAY, with_ray_value
 from hsa.errors import shown
 from hsa.system.streams import print_stdout
 
@@ -62,6 +62,8 @@ class Command(_GroupedHelp, TyperCommand):
     would win silently."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(RAY in parameter.opts for parameter in self.params):
+            args = with_ray_value(args)
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for option, count in Counter(item for item in order if isinstance(item, TyperOption)).items():
             if count > 1 and not option.multiple and not option.is_flag:
