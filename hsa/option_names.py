@@ -132,6 +132,12 @@ def spelled(spelling: Spelling) -> Iterator[None]:
         _spelling.reset(token)
 
 
+def current_spelling() -> Spelling:
+    """How this thread's messages spell options, for a process that is to spell them alike: as the command line does, or
+    as Python."""
+    return command_line if _spelling.get() is command_line else python
+
+
 def with_current_spelling(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """The function, for another thread: its messages spell options as this thread's messages do now."""
     spelling = _spelling.get()

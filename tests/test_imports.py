@@ -88,6 +88,7 @@ ANYWHERE = {
         "hsa.evaluation.transformers_calls",
         "hsa.searches.encoder_states",
         "hsa.searches.own_models",
+        "hsa.searches.setups",
     },
     "triton": {"hsa.backends.triton"},
     "transformers": {

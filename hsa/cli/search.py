@@ -86,6 +86,23 @@ def search(
         int | None,
         typer.Option(metavar="N", help="Of merging.", show_default="cores + 1", rich_help_panel=options.MACHINE),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(metavar="N", help="Processes that score; actors with --ray.", rich_help_panel=options.MACHINE),
+    ] = 1,
+    ray: options.Ray = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Database in which several machines share one search.",
+            show_default="study.db",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None,
+    study: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the search in that database.", rich_help_panel=options.MACHINE)
+    ] = "search",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -97,7 +114,7 @@ def search(
     given = options.given(ctx, values)
     sources = {name: given[name] for name in (*source_names(), "models") if name in given}
     with _going_on(), _steps(show=not (quiet or as_json)) as step:
-        study = run_search(
+        found = run_search(
             sources,
             output=output,
             method=method,
@@ -122,11 +139,15 @@ def search(
             device=device,
             dtype=dtype,
             threads=threads,
+            workers=workers,
+            ray=options.ray_address(ray),
+            storage=storage,
+            study=study,
             progress=step,
         )
-    printing.findings(Findings(study.notes, study.warnings), quiet=quiet)
+    printing.findings(Findings(found.notes, found.warnings), quiet=quiet)
     printing.result(
-        study.as_dict() if as_json else _describe(study), quiet, done=f"the search {study.output} is finished"
+        found.as_dict() if as_json else _describe(found), quiet, done=f"the search {found.output} is finished"
     )
 
 

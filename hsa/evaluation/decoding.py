@@ -77,9 +77,7 @@ def chosen_device(name: str) -> str:
     """`cpu` or a GPU by its number, of what `device` says. BackendUnavailable where there is no such GPU."""
     if name == "cpu":
         return name
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = gpus()
     if name == "auto":
         return "cuda:0" if count else "cpu"
     number = int(name.partition(":")[2] or 0)
@@ -87,6 +85,13 @@ def chosen_device(name: str) -> str:
         found = f"it sees {count} GPUs" if count else "it sees no GPU"
         raise BackendUnavailable(f"torch has no device {name}: {found}; give {option('device', 'cpu')} or another")
     return f"cuda:{number}"
+
+
+def gpus() -> int:
+    """How many GPUs torch sees."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def load_model(folder: Path, kind: ModelKind, device: str, dtype: str) -> Any:

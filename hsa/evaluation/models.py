@@ -117,10 +117,30 @@ def names_of(models: Sequence[NamedModel]) -> list[str]:
     return [model.given for model in models]
 
 
+@dataclass(frozen=True)
+class OpenWeights:
+    """A checkpoint that transformers can load: its directory, the digest of OpenModel, and its element types."""
+
+    folder: Path
+    digest: str
+    dtype: str
+
+
 def open_model(model: NamedModel, name: str, hub: Hub, stack: ExitStack) -> OpenModel:
     """Fetch or make what a model is loaded from; `stack` removes what was made.
 
     Raises SourceError where it cannot transcribe, and what `hsa.apply` and opening a source raise.
+    """
+    if model.patch is None and model.folder is not None and model.folder.is_dir():
+        kind_of(model.folder)  # a model that cannot transcribe says so before its weights are looked at
+    weights = open_weights(model, hub, stack)
+    return OpenModel(name, model.given, weights.folder, kind_of(weights.folder), weights.digest, weights.dtype)
+
+
+def open_weights(model: NamedModel, hub: Hub, stack: ExitStack) -> OpenWeights:
+    """Fetch or make the checkpoint of a model of any kind; `stack` removes what was made.
+
+    Raises SourceError where transformers could not load it, and what `hsa.apply` and opening a source raise.
     """
     tally = Tally()
     source: PathLike = model.source if find_id(model.source) else Path(model.source).expanduser()
@@ -130,18 +150,15 @@ def open_model(model: NamedModel, name: str, hub: Hub, stack: ExitStack) -> Open
         source = folder
     if hub.is_adapter("model", source):
         raise SourceError(f"{model.given} is an adapter, which is no model by itself; merge it with its base first")
-    if not find_id(source) and Path(source).is_dir():
-        kind_of(Path(source))  # a model that cannot transcribe says so before its weights are looked at
     with hub.open("model", source, tally, Needs("whole", None, assets=True)) as checkpoint:
         if checkpoint.kind not in ("safetensors", "pickle"):
             raise SourceError(
-                f"{model.given} is {checkpoint.kind} weights, which transformers does not load as a model that "
-                f"transcribes; merge it first, or give a checkpoint directory"
+                f"{model.given} is {checkpoint.kind} weights, which transformers does not load as a model; merge "
+                f"it first, or give a checkpoint directory"
             )
         codes = sorted({tensor.code for tensor in checkpoint.tensors.values()})
         digest = _digest(checkpoint)
-        folder = checkpoint.path
-    return OpenModel(name, model.given, folder, kind_of(folder), digest, "+".join(codes))
+        return OpenWeights(checkpoint.path, digest, "+".join(codes))
 
 
 def _digest(checkpoint: Checkpoint) -> str:

@@ -1,7 +1,7 @@
 """Score a candidate: put it into the loaded model, decode block by block, and stop where it has lost the race.
 
-An evaluator holds all that is heavy; candidates and results are plain values, so that other processes may each hold
-one of their own.
+An evaluator holds all that is heavy. Candidates and results are plain values, so that each worker of a search has an
+evaluator of its own.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from hsa.searches.dev_sets import DevSets
 from hsa.searches.encoder_states import EncoderStates
 from hsa.searches.objectives import Objective
 from hsa.searches.racing import Race
-from hsa.searches.resident_model import ResidentModel
+from hsa.searches.resident_model import ResidentModel, Weights
 
 Rival = Sequence[int]
 """Errors of all utterances of the best candidate so far."""
 
 
 class Evaluator(Protocol):
-    """Scores candidates, one at a time."""
+    """Scores candidates, one at a time. `resident` holds them, on `device` (`cpu`, `cuda:0`, ...)."""
+
+    resident: ResidentModel
+    device: str
 
     def learn(self, weights: str, found: Any) -> None:
         """What an earlier run has found of a model with these weights: its texts, or its score."""
@@ -39,8 +42,7 @@ class Evaluator(Protocol):
 class SpeechEvaluator:
     """Scores candidates by word errors on dev sets.
 
-    `on_batch` is called with the number of utterances after each block. Candidates whose weights equal those of an
-    earlier one are not decoded again.
+    Candidates whose weights equal those of an earlier one are not decoded again.
     """
 
     def __init__(
@@ -49,12 +51,12 @@ class SpeechEvaluator:
         recognizer: Recognizer,
         dev: DevSets,
         objective: Objective,
-        *,
-        on_batch: Callable[[int], None] | None = None,
+        device: str,
     ) -> None:
-        self.resident, self.dev = resident, dev
+        self.resident, self.dev, self.device = resident, dev, device
         self.decoder = Decoder(recognizer)
-        self._objective, self._on_batch = objective, on_batch
+        self._objective = objective
+        self._held: tuple[Candidate, Weights] | None = None
         self._known: dict[str, tuple[str, ...]] = {}
 
     def learn(self, weights: str, texts: Sequence[str]) -> None:
@@ -65,13 +67,12 @@ class SpeechEvaluator:
     def evaluate(self, candidate: Candidate, rival: Rival | None) -> Result:
         started = time.perf_counter()
         try:
-            weights = self.resident.put(candidate)
+            weights = self._put(candidate)
         except MachineError:
             raise
         except HsaError as error:
             return Result(failure=str(error), seconds=time.perf_counter() - started)
         merging = time.perf_counter() - started
-        self.decoder.begin_model(weights.encoder)
         race = None if rival is None else Race(self.dev, self._objective, rival)
         known = self._known.get(weights.whole, ())
         texts: list[str] = []
@@ -88,8 +89,6 @@ class SpeechEvaluator:
             except DataError as error:  # a text that the normaliser cannot read
                 seconds = time.perf_counter() - started
                 return Result(weights.whole, decoded=decoded, failure=str(error), seconds=seconds, merging=merging)
-            if self._on_batch is not None:
-                self._on_batch(last - first)
             if race is not None and last < len(self.dev.items) and race.is_lost(errors):
                 stopped = True
                 break
@@ -103,6 +102,21 @@ class SpeechEvaluator:
             seconds=time.perf_counter() - started,
             merging=merging,
         )
+
+    def transcribe(self, candidate: Candidate, key: str, utterances: Sequence[Utterance]) -> tuple[str, ...]:
+        """What a candidate writes for a batch of utterances, which `key` tells from others. Raises what putting the
+        candidate into the model raises."""
+        self._put(candidate)
+        return tuple(self.decoder.transcribe(key, utterances))
+
+    def _put(self, candidate: Candidate) -> Weights:
+        """Let the model hold a candidate; nothing is done where it does already."""
+        if self._held is None or self._held[0] != candidate:
+            self._held = None
+            weights = self.resident.put(candidate)
+            self.decoder.begin_model(weights.encoder)
+            self._held = candidate, weights
+        return self._held[1]
 
 
 class Decoder:
@@ -126,8 +140,8 @@ class Decoder:
 class OwnEvaluator:
     """Scores candidates by a function of the caller's own, which gets the loaded model; lower is better."""
 
-    def __init__(self, resident: ResidentModel, score: Callable[[Any], float]) -> None:
-        self.resident, self._score = resident, score
+    def __init__(self, resident: ResidentModel, score: Callable[[Any], float], device: str) -> None:
+        self.resident, self.device, self._score = resident, device, score
         self._known: dict[str, float] = {}
 
     def learn(self, weights: str, score: float) -> None:

@@ -37,7 +37,8 @@ def check_sampler(name: str, spaces: Sequence[MethodSpace], objective: str) -> N
 
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Without Optuna's messages on studies and its warnings that a part of it is experimental."""
+    """Without Optuna's messages on studies, and its warnings that a part of it is experimental, or that heartbeats are
+    not its own: searches send them themselves."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -45,44 +46,54 @@ def quiet_optuna() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", message="Heartbeat of storage")
             yield
     finally:
         optuna.logging.set_verbosity(before)
 
 
 class SteadySampler:
-    """One of Optuna's samplers, whose draws depend on the seed, the finished trials and the number's name alone.
+    """One of Optuna's samplers, whose draws depend on the seed, the finished trials, and the trial's number and the
+    name of what is drawn.
 
     Optuna draws the numbers of a trial one after another from one generator. Where a search is killed in between, some
     of them are kept, and the next would be another than in a search that was not: so each gets a generator of its own.
+    In a search by one worker the number of a trial is that of the trials that were finished before.
 
     Example:
-        >>> study.sampler = SteadySampler("tpe", seed=0, finished=12)  # doctest: +SKIP
+        >>> study.sampler = SteadySampler("tpe", seed=0)  # doctest: +SKIP
     """
 
-    def __init__(self, name: str, seed: int, finished: int) -> None:
-        self._name, self._seed, self._finished = name, seed, finished
-        self._together = self._sampler("")
+    def __init__(self, name: str, seed: int) -> None:
+        self._name, self._seed = name, seed
+        self._together: tuple[int, Any] = (-1, None)
 
-    def _sampler(self, number: str) -> Any:
-        key = f"{self._seed} {self._finished} {number}".encode()
+    def _sampler(self, trial: Any, drawn: str) -> Any:
+        key = f"{self._seed} {trial.number} {drawn}".encode()
         return _sampler(self._name, int(digest_of(key)[:8], 16))
 
+    def _of(self, trial: Any) -> Any:
+        """The sampler of the numbers of a trial that are drawn together."""
+        if self._together[0] != trial.number:
+            self._together = trial.number, self._sampler(trial, "")
+        return self._together[1]
+
     def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
-        return self._together.infer_relative_search_space(study, trial)
+        return self._of(trial).infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
         """The numbers that are drawn together; Optuna asks for all of them at once."""
-        return self._together.sample_relative(study, trial, search_space)
+        return self._of(trial).sample_relative(study, trial, search_space)
 
     def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
-        return self._sampler(param_name).sample_independent(study, trial, param_name, param_distribution)
+        sampler = self._sampler(trial, param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: Any, trial: Any) -> None:
-        self._together.before_trial(study, trial)
+        self._of(trial).before_trial(study, trial)
 
     def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
-        self._together.after_trial(study, trial, state, values)
+        self._of(trial).after_trial(study, trial, state, values)
 
 
 def _sampler(name: str, state: int) -> Any:

@@ -14,9 +14,8 @@ from typing import Any
 
 from hsa.arguments import check_functions, check_paths
 from hsa.errors import DestinationError, RequestError, listed
-from hsa.evaluation.decoding import chosen_device, load_recognizer
-from hsa.evaluation.models import OpenModel, open_model, parse_model
-from hsa.evaluation.normalizers import normalizer
+from hsa.evaluation.model_kinds import kind_of
+from hsa.evaluation.models import OpenModel
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.prepared import AudioDigests, GivenSet, PreparedSet, open_sets, prepare
 from hsa.evaluation.scores import UtteranceScore
@@ -25,23 +24,26 @@ from hsa.methods.settings import DEFAULT_METHOD
 from hsa.option_names import option
 from hsa.searches.best import card_fields, merge_candidate
 from hsa.searches.comparisons import compare, worst_utterances
-from hsa.searches.dev_sets import DevSets, make_dev_sets
-from hsa.searches.evaluators import OwnEvaluator, SpeechEvaluator
+from hsa.searches.databases import sqlite_url, storage_errors
+from hsa.searches.dev_sets import DevSets
 from hsa.searches.importances import importances
 from hsa.searches.objectives import OWN, Objective, objective_of
 from hsa.searches.options import SearchOptions, search_options
-from hsa.searches.own_models import load_any_model
+from hsa.searches.pools import Pool, run_all
 from hsa.searches.report_files import write_report_files
-from hsa.searches.resident_model import ResidentModel
+from hsa.searches.resident_model import ANCHOR
 from hsa.searches.samplers import check_sampler
 from hsa.searches.session import SearchStep, Session
+from hsa.searches.setups import Files, OwnSetup, Setup, SpeechSetup, open_files
 from hsa.searches.sources import GivenSources, SearchSources, sources_of
 from hsa.searches.space import MethodSpace, parse_layers, parse_space, space_of, with_layers
-from hsa.searches.store import Store, Transcripts, sqlite_url
+from hsa.searches.store import SEARCH, Store
 from hsa.searches.study import Study, savings_of
+from hsa.searches.tasks import LayersOf, Score
 from hsa.searches.test_sets import TestSets
+from hsa.searches.transcripts import Transcripts
 from hsa.searches.trials import Trial, best_of
-from hsa.sources.hub.client import Hub
+from hsa.searches.where import Where, open_pool
 from hsa.system import fsio
 from hsa.system.destinations import check_tree
 from hsa.system.types import PathLike
@@ -84,6 +86,10 @@ def search(
     batch: int = 16,
     device: str = "auto",
     dtype: str = "auto",
+    workers: int = 1,
+    ray: bool | str = False,
+    storage: str | None = None,
+    study: str = SEARCH,
     progress: SearchProgress | None = None,
 ) -> Study:
     """Search merges of these sources for the one with the fewest word errors on sets of one's own.
@@ -92,7 +98,7 @@ def search(
     method and settings; each candidate is put into one loaded model, rounded as its checkpoint would be, and decoded.
     `output` gets `best/`, the checkpoint that `hsa merge` writes with the best settings, `study.db`, `trials.csv`,
     `search.json`, `report.md` and `report.html`. A search that was ended, even by kill -9, goes on when it is called
-    again with the same arguments; `trials`, `time`, `test`, `confidence` and `threads` may change.
+    again with the same arguments; `trials`, `time`, `test`, `confidence`, `threads`, and where it runs, may change.
 
     Args:
         sources: `{"base": B, "primary": M1, "secondary": M2}`, `{"base": B, "models": [M1, ...]}`, or a list of models:
@@ -102,7 +108,7 @@ def search(
         dev: the sets to score candidates on: what `hsa.data` gives, or paths; NAME=PATH names a set.
         test: sets that are decoded once, after the search, with the best candidate and the baselines.
         evaluate: instead of `dev`, a function that gets the loaded model of each candidate and returns its score;
-            lower is better. The model must be one that `hsa.evaluate` can load.
+            lower is better. The model may be any that transformers loads.
         trials: models to score in all, baselines included.
         time: stop asking for trials after this long: seconds, or a text such as `2h`.
         sampler: tpe, cmaes, nsga2, random or grid; by default tpe, and nsga2 for the objective pareto.
@@ -115,6 +121,12 @@ def search(
         normalizer, limit, language, task, beams, batch, device, dtype: as for `hsa.evaluate`.
         confidence: of the intervals in the report.
         threads: worker threads of the merging.
+        workers: processes that score candidates, each with sources, model and features of its own in memory; with
+            `ray` the number of actors.
+        ray: score on a cluster of Ray: True for the one that this machine belongs to, or a new one on it, or its
+            address.
+        storage: the URL of a database in which several runs, on several machines, share one search.
+        study: the name of the search in that database.
         progress: called after every trial with a `SearchStep`.
 
     Returns the study. Raises RequestError, SourceError, DataError or MachineError, or a subclass of one.
@@ -148,8 +160,9 @@ def search(
         )
     if test is not None and dev is None:
         raise RequestError(f"{option('test')} sets are decoded after a search by {option('dev')} sets; leave them out")
+    where = Where(workers, ray, storage, study)
     with needed_for_search(), ExitStack() as stack:
-        run = _SearchRun(sources_of(sources), options, Path(output), stack, progress)
+        run = _SearchRun(sources_of(sources), options, Path(output), where, stack, progress)
         if evaluate is not None:
             return run.by_own_score(evaluate)
         assert dev is not None
@@ -183,6 +196,7 @@ class _SearchRun:
     sources: SearchSources
     options: SearchOptions
     output: Path
+    where: Where
     stack: ExitStack
     progress: SearchProgress | None
     request: dict[str, Any] = field(default_factory=dict)
@@ -192,26 +206,15 @@ class _SearchRun:
         spaces = self._spaces()
         objective = Objective(OWN)
         check_sampler(self.options.sampler, list(spaces.values()), OWN)
-        models = self._models()
-        self._open_output(models)
-        device = chosen_device(self.options.decoding.device)
-        loaded = load_any_model(self._anchor(models).folder, device, self.options.decoding.dtype)
-        resident = ResidentModel(loaded, self.sources, spaces, self.options.threads)
-        spaces = self._with_layers(spaces, resident)
-        store = self._store(1, {"score": "evaluate"}, models)
-        session = Session(
-            self.sources,
-            spaces,
-            self.options,
-            objective,
-            OwnEvaluator(resident, evaluate),
-            store,
-            None,
-            None,
-            self.progress,
-        )
-        session.run()
-        study = self._study(session, [])
+        files = open_files(self.sources)
+        self._open_output(files)
+        pool = self._pool(OwnSetup(self.sources, spaces, self.options, files, evaluate))
+        spaces = self._with_layers(spaces, pool)
+        store = self._store(1, {"score": "evaluate"}, files)
+        session = Session(self.sources, spaces, self.options, objective, pool, store, None, None, self.progress)
+        with storage_errors(self.url):
+            session.run()
+            study = self._study(session, session.notes)
         return self._finish(study, [], "")
 
     def by_word_errors(self, dev_sets: list[DataSet], test_sets: list[DataSet]) -> Study:
@@ -220,35 +223,28 @@ class _SearchRun:
         spaces = self._spaces()
         check_sampler(self.options.sampler, list(spaces.values()), objective.kind)
         digests = AudioDigests()
-        prepared = [prepare(each, self.options.limit, digests) for each in dev_sets]
+        prepared = tuple(prepare(each, self.options.limit, digests) for each in dev_sets)
         tested = [prepare(each, self.options.limit, digests) for each in test_sets]
-        models = self._models()
-        anchor = self._anchor(models)
-        decoding = self.options.decoding
-        language = "en" if decoding.task == "translate" else decoding.language
-        normalize = normalizer(self.options.normalizer, language=language, model=anchor.folder)
-        dev = make_dev_sets(prepared, normalize, self.options.decoding.batch, self.options.seed)
-        self._open_output(models)
-        recognizer = load_recognizer(anchor.folder, self.options.decoding)
-        resident = ResidentModel(recognizer.model, self.sources, spaces, self.options.threads)
-        spaces = self._with_layers(spaces, resident)
-        evaluator = SpeechEvaluator(resident, recognizer, dev, objective)
-        store = self._store(len(dev.names) if objective.kind == "pareto" else 1, {"dev": dev.digest}, models)
+        files = open_files(self.sources, transcribing=True)
+        setup = SpeechSetup(self.sources, spaces, self.options, objective, files, prepared)
+        dev = setup.dev_sets()
+        self._open_output(files)
+        pool = self._pool(setup)
+        spaces = self._with_layers(spaces, pool)
+        store = self._store(len(dev.names) if objective.kind == "pareto" else 1, {"dev": dev.digest}, files)
         transcripts = Transcripts(self.output)
-        session = Session(
-            self.sources, spaces, self.options, objective, evaluator, store, dev, transcripts, self.progress
-        )
-        session.run()
-        notes = [*_data_notes(prepared, dev), *(note for each in prepared + tested for note in each.notes)]
-        study = self._study(session, notes)
+        session = Session(self.sources, spaces, self.options, objective, pool, store, dev, transcripts, self.progress)
+        with storage_errors(self.url):
+            session.run()
+            notes = [*_data_notes(prepared, dev), *(note for each in (*prepared, *tested) for note in each.notes)]
+            study = self._study(session, [*notes, *session.notes])
         study = replace(study, savings=savings_of(study.trials, len(dev.items)))
         shown = _shown(study)
-        dev_scores = {trial.name: self._dev_scores(evaluator, transcripts, trial) for trial in shown}
-        study = replace(study, dev=compare(dev_scores, study.best.name, self.options.confidence))
-        scores = dev_scores
+        scores = _dev_scores(pool, dev, transcripts, shown)
+        study = replace(study, dev=compare(scores, study.best.name, self.options.confidence))
         if tested:
-            sets = TestSets(resident, evaluator.decoder, anchor, tested, self.options.decoding, normalize, self.output)
-            scores = {trial.name: sets.scores(trial.candidate) for trial in shown}
+            sets = TestSets(pool, self._anchor(files), tested, self.options.decoding, dev.normalize, self.output)
+            scores = {trial.name: sets.scores(trial) for trial in shown}
             study = replace(study, test=compare(scores, study.best.name, self.options.confidence))
         rival = _best_baseline(study)
         if rival is not None:
@@ -265,27 +261,24 @@ class _SearchRun:
             self.sources.check(method)
         return {method: space_of(method, len(self.sources.models), given[method]) for method in self.options.methods}
 
-    def _with_layers(self, spaces: dict[str, MethodSpace], resident: ResidentModel) -> dict[str, MethodSpace]:
+    def _with_layers(self, spaces: dict[str, MethodSpace], pool: Pool) -> dict[str, MethodSpace]:
         if self.options.by_layer is None:
             return spaces
         ranges = parse_layers(self.options.by_layer)
-        return {method: with_layers(space, ranges, resident.layers_of(method)) for method, space in spaces.items()}
+        layers = run_all(pool, [LayersOf(method) for method in spaces])
+        return {
+            method: with_layers(space, ranges, found)
+            for (method, space), found in zip(spaces.items(), layers, strict=True)
+        }
 
-    def _models(self) -> list[OpenModel]:
-        """All sources, base first where there is one, as models that can be known again."""
-        hub = Hub()
-        return [
-            open_model(parse_model(self.sources.path(number)), self.sources.name_of(number), hub, self.stack)
-            for number in self.sources.numbers
-        ]
+    def _anchor(self, files: Files) -> OpenModel:
+        """The first fine-tune, whose files the output has."""
+        name, given = self.sources.name_of(ANCHOR), self.sources.path(ANCHOR)
+        return OpenModel(name, given, files.anchor, kind_of(files.anchor), files.digests[ANCHOR], files.dtype)
 
-    def _anchor(self, models: Sequence[OpenModel]) -> OpenModel:
-        """The first fine-tune, whose files are the output's."""
-        return models[0 if self.sources.base is None else 1]
-
-    def _open_output(self, models: Sequence[OpenModel]) -> None:
+    def _open_output(self, files: Files) -> None:
         """Make the output, and hold it as the only run that does. DestinationError where that cannot be."""
-        self.output = check_tree(self.output, [model.folder for model in models])
+        self.output = check_tree(self.output, list(files.folders.values()))
         with fsio.map_write_errors(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
             fd = os.open(self.output / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -299,15 +292,25 @@ class _SearchRun:
         except OSError:  # a filesystem without locks
             return
 
-    def _store(self, objectives: int, scored_by: Mapping[str, Any], models: Sequence[OpenModel]) -> Store:
+    def _pool(self, setup: Setup) -> Pool:
+        pool = open_pool(setup, self.where, self.stack)
+        self.stack.callback(pool.close)
+        return pool
+
+    @property
+    def url(self) -> str:
+        return sqlite_url(self.output) if self.where.storage is None else self.where.storage
+
+    def _store(self, objectives: int, scored_by: Mapping[str, Any], files: Files) -> Store:
         self.request = {
             **self.options.as_dict(),
             **scored_by,
             **({"trials": self.options.trials} if self.options.sampler == "grid" else {}),
-            "sources": [[model.name, model.digest] for model in models],
+            "sources": [[self.sources.name_of(number), files.digests[number]] for number in self.sources.numbers],
             "versions": {name: version(name) for name in ("torch", "transformers", "optuna")},
         }
-        store = Store(sqlite_url(self.output), objectives, self.request)
+        shared = self.where.storage is not None
+        store = Store(self.url, objectives, self.request, name=self.where.study, shared=shared)
         self.stack.callback(store.close)
         return store
 
@@ -326,15 +329,6 @@ class _SearchRun:
             confidence=self.options.confidence,
         )
 
-    def _dev_scores(self, evaluator: SpeechEvaluator, transcripts: Transcripts, trial: Trial) -> list[UtteranceScore]:
-        """What a complete trial scored on every utterance; decoded again where its transcripts are gone."""
-        texts = transcripts.get(trial.result.weights)
-        if len(texts) < len(evaluator.dev.items):
-            result = evaluator.evaluate(trial.candidate, None)
-            transcripts.put(result.weights, result.texts)
-            texts = result.texts
-        return [evaluator.dev.scored(number, text) for number, text in enumerate(texts)]
-
     def _finish(self, study: Study, dev: Sequence[str], split: str) -> Study:
         """Write the best candidate and the reports."""
         rows = [row for row in (study.test or study.dev) if row.model == study.best.name]
@@ -345,6 +339,19 @@ class _SearchRun:
         study = replace(study, warnings=merged.warnings)
         write_report_files(study)
         return study
+
+
+def _dev_scores(
+    pool: Pool, dev: DevSets, transcripts: Transcripts, trials: Sequence[Trial]
+) -> dict[str, list[UtteranceScore]]:
+    """What complete trials scored on every utterance, by their names; decoded again where transcripts are not here."""
+    gone = [trial for trial in trials if len(transcripts.get(trial.result.weights)) < len(dev.items)]
+    for result in run_all(pool, [Score(trial.candidate, None) for trial in gone]):
+        transcripts.put(result.weights, result.texts)
+    return {
+        trial.name: [dev.scored(number, text) for number, text in enumerate(transcripts.get(trial.result.weights))]
+        for trial in trials
+    }
 
 
 def _shown(study: Study) -> list[Trial]:

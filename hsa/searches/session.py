@@ -1,26 +1,37 @@
-"""The search itself: baselines first, then trials by ask and tell, each kept before the next begins."""
+"""The search itself: baselines first, then trials by ask and tell, as many at a time as the pool does.
+
+What is finished is read from the storage, where other runs of a shared search keep theirs too.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hsa.errors import MachineError
 from hsa.searches.baselines import GreedySoup, baselines, default_name
 from hsa.searches.candidates import Candidate, Result
+from hsa.searches.databases import MOST_RETRIES
 from hsa.searches.dev_sets import DevSets
-from hsa.searches.evaluators import Evaluator
+from hsa.searches.heartbeats import GRACE
 from hsa.searches.objectives import Objective
 from hsa.searches.options import SearchOptions
+from hsa.searches.pools import Pool
 from hsa.searches.samplers import METHOD, SteadySampler, distributions, grid_points, quiet_optuna, suggest
 from hsa.searches.sources import SearchSources
 from hsa.searches.space import MethodSpace
-from hsa.searches.store import Kept, Store, Transcripts
+from hsa.searches.store import CANDIDATE, Store
+from hsa.searches.tasks import Score
+from hsa.searches.transcripts import Transcripts
 from hsa.searches.trials import Trial, best_of, make_trial
 
 LEARNING = ("tpe", "cmaes")
 """Samplers that learn from trials of one method alone."""
+
+POLL = 1.0
+"""Seconds between two looks at what other runs of a shared search do."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +44,13 @@ class SearchStep:
     last: Trial
 
 
-@dataclass
+@dataclass(frozen=True)
 class Asked:
-    """A trial that the sampler was asked for: Optuna's handle, what to try, and what was drawn."""
+    """A trial that was asked: Optuna's handle and study, and what to try."""
 
+    study: Any
     handle: Any
     candidate: Candidate
-    drawn: Mapping[str, Any]
 
 
 @dataclass
@@ -50,54 +61,33 @@ class Session:
     spaces: Mapping[str, MethodSpace]
     options: SearchOptions
     objective: Objective
-    evaluator: Evaluator
+    pool: Pool
     store: Store
     dev: DevSets | None
     transcripts: Transcripts | None
     progress: Callable[[SearchStep], None] | None = None
     trials: list[Trial] = field(default_factory=list)
+    _before: list[Candidate] = field(default_factory=list)
+    _told: int = 0
+    _seen: dict[tuple[str, int], Trial] = field(default_factory=dict)
+    _taken: int = 0
 
     def run(self) -> None:
         """Score the baselines and search until enough trials are finished or time is up. Raises what scoring raises;
         whatever was finished before is kept then."""
         started = time.monotonic()
-        self.store.retry_unfinished()
+        self._refresh(quiet=True)
         self._score_baselines()
         self._tell_of_defaults()
-        for kept in self.store.kept_trials():
-            self._add(kept.candidate, kept.result, kept.drawn)
-        first = len(self.trials) - len(self.store.kept_trials())
-        grid = self._grid(first)
-        while len(self.trials) < self.options.trials and not self._is_late(started):
-            asked = self.ask(grid)
-            if asked is None:
-                break
-            result = self.evaluator.evaluate(asked.candidate, self.rival())
-            self.tell(asked, result)
+        budget = max(0, self.options.trials - len(self._before))
+        if self.options.sampler == "grid":
+            self.store.queue_points(grid_points(self.spaces, budget))
+        self.store.search.sampler = SteadySampler(self.options.sampler, self.options.seed)
 
-    def ask(self, grid: list[dict[str, Any]] | None) -> Asked | None:
-        """The next trial of the sampler; None where a grid has no further point."""
-        finished = self.store.finished()
-        drawn_before = sum(trial.candidate.kind == "sampled" for trial in self.trials)
-        with quiet_optuna():
-            self.store.search.sampler = SteadySampler(self.options.sampler, self.options.seed, finished)
-            if grid is not None and not self.store.waiting():
-                if drawn_before >= len(grid):
-                    return None
-                self.store.search.enqueue_trial(grid[drawn_before])
-            handle = self.store.search.ask()
-            method, drawn = suggest(handle, self.spaces, whole=self.options.sampler == "nsga2")
-        settings = self.spaces[method].settings(drawn)
-        candidate = Candidate(f"trial {len(self.trials) + 1}", "sampled", method, settings)
-        return Asked(handle, candidate, {**({METHOD: method} if len(self.spaces) > 1 else {}), **drawn})
+        def is_late() -> bool:
+            return self.options.time is not None and time.monotonic() - started >= self.options.time
 
-    def tell(self, asked: Asked, result: Result) -> Trial:
-        """Keep what came of a trial."""
-        self._keep_texts(result)
-        trial = self._make(asked.candidate, result, asked.drawn)
-        self.store.tell(asked.handle, trial)
-        self._append(trial)
-        return trial
+        self._work(self.store.search, lambda: None if is_late() else self._ask(budget), is_late)
 
     def rival(self) -> tuple[int, ...] | None:
         """The errors of the best so far, against which candidates race; None where they do not."""
@@ -106,28 +96,48 @@ class Session:
         best = best_of(self.trials)
         return None if best is None else best.result.errors
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how the search went."""
+        if not self._taken:
+            return []
+        return [
+            f"{self._taken} results came too late and do not count: no heartbeat of this run had reached the storage "
+            f"for {GRACE} seconds, and other runs had taken the trials over"
+        ]
+
     # --- baselines ------------------------------------------------------------------------------------------------
 
     def _score_baselines(self) -> None:
-        kept = {each.candidate.name: each for each in self.store.kept_baselines()}
-        for candidate in baselines(self.sources, self.spaces):
-            self._score_baseline(candidate, kept)
+        self._score(baselines(self.sources, self.spaces), first=True)
         if self.options.soup is not None:
             soup = GreedySoup(self.sources, tuple(self.trials))
             for candidate in soup.candidates():
-                soup.take(self._score_baseline(candidate, kept))
+                (trial,) = self._score([candidate])
+                soup.take(trial)
 
-    def _score_baseline(self, candidate: Candidate, kept: Mapping[str, Kept]) -> Trial:
-        """Score a model without a race, or take what an earlier run made of it."""
-        if candidate.name in kept:
-            earlier = kept[candidate.name]
-            return self._add(earlier.candidate, earlier.result, {})
-        result = self.evaluator.evaluate(candidate, None)
-        self._keep_texts(result)
-        trial = self._make(candidate, result, {})
-        self.store.add_baseline(trial)
-        self._append(trial)
-        return trial
+    def _score(self, candidates: Sequence[Candidate], *, first: bool = False) -> list[Trial]:
+        """Score models without a race, as far as that has not been done by an earlier run or another one."""
+        self._before += candidates
+        for _ in range(MOST_RETRIES):
+            self.store.queue_baselines(candidates, first=first)
+            self._refresh(quiet=True)
+            self._work(self.store.baselines, self._ask_baseline)
+            by_name = {trial.name: trial for trial in self.trials}
+            if all(candidate.name in by_name for candidate in candidates):
+                return [by_name[candidate.name] for candidate in candidates]
+        missing = next(candidate.name for candidate in candidates if candidate.name not in by_name)
+        raise MachineError(f"{missing} could not be scored: every run that tried it was lost")
+
+    def _ask_baseline(self) -> Asked | None:
+        study = self.store.baselines
+        if not self.store.waiting(study):
+            return None
+        handle = self.store.ask(study)
+        if CANDIDATE not in handle.user_attrs:  # another run was faster
+            self.store.discard(study, handle)
+            return None
+        return Asked(study, handle, Candidate.from_dict(handle.user_attrs[CANDIDATE]))
 
     def _tell_of_defaults(self) -> None:
         """Let the sampler begin with what the methods' defaults came to, where they lie in the space."""
@@ -140,42 +150,93 @@ class Session:
                 continue
             chosen = {METHOD: space.method} if len(self.spaces) > 1 else {}
             self.store.tell_of_baseline(trial, {**chosen, **drawn}, distributions(space, list(self.spaces)))
+            self._told += 1
 
     # --- trials ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, budget: int) -> Asked | None:
+        """The next trial of the sampler; None where there are enough, or a grid has no further point."""
+        study = self.store.search
+        if self.store.begun() >= budget or (self.options.sampler == "grid" and not self.store.waiting(study)):
+            return None
+        handle = self.store.ask(study)
+        if self.store.begun(handle.number) >= budget:  # another run was faster
+            self.store.discard(study, handle)
+            return None
+        with quiet_optuna():
+            method, drawn = suggest(handle, self.spaces, whole=self.options.sampler == "nsga2")
+        if CANDIDATE in handle.user_attrs:
+            return Asked(study, handle, Candidate.from_dict(handle.user_attrs[CANDIDATE]))
+        name = f"trial {len(self._before) + handle.number - self._told + 1}"
+        candidate = Candidate(name, "sampled", method, self.spaces[method].settings(drawn))
+        handle.set_user_attr(CANDIDATE, candidate.as_dict())
+        return Asked(study, handle, candidate)
+
+    # --- one trial after another, or several at a time ------------------------------------------------------------
+
+    def _work(self, study: Any, ask: Callable[[], Asked | None], is_late: Callable[[], bool] = lambda: False) -> None:
+        """Score what `ask` gives until it gives nothing more, and no run works on a trial of the study unless it is
+        late."""
+        under_way: dict[int, Asked] = {}
+        try:
+            while True:
+                while len(under_way) < self.pool.size and (asked := ask()) is not None:
+                    under_way[self.pool.submit(Score(asked.candidate, self._rival_of(asked)))] = asked
+                if under_way:
+                    for number, result in self.pool.collect(POLL if self.store.shared else None):
+                        self._tell(under_way.pop(number), result)
+                elif is_late() or not self.store.running(study):
+                    return
+                else:
+                    time.sleep(POLL)
+                if self.store.shared:
+                    self.store.retry_lost(study)
+                    self._refresh()
+        finally:
+            for asked in under_way.values():
+                self.store.give_back(asked.handle)
+
+    def _rival_of(self, asked: Asked) -> tuple[int, ...] | None:
+        """The rival of a trial; baselines are always decoded whole."""
+        return self.rival() if asked.candidate.kind == "sampled" else None
+
+    def _tell(self, asked: Asked, result: Result) -> None:
+        """Keep what came of a trial."""
+        if self.transcripts is not None:
+            self.transcripts.put(result.weights, result.texts)
+        trial = self._make(asked.candidate, result, {})
+        if self.store.tell(asked.study, asked.handle, trial):
+            self._refresh()
+        else:
+            self._taken += 1
 
     def _make(self, candidate: Candidate, result: Result, drawn: Mapping[str, Any]) -> Trial:
         return make_trial(len(self.trials) + 1, candidate, result, self.objective, self.dev, drawn)
 
-    def _add(self, candidate: Candidate, result: Result, drawn: Mapping[str, Any]) -> Trial:
-        """A trial of an earlier run."""
-        trial = self._make(candidate, result, drawn)
-        self.trials.append(trial)
-        self._learn(result)
-        return trial
-
-    def _append(self, trial: Trial) -> None:
-        self.trials.append(trial)
-        if self.progress is not None:
+    def _refresh(self, *, quiet: bool = False) -> None:
+        """Read what is finished: the baselines in their order, then trials by their numbers."""
+        kept = {each.candidate.name: ("baselines", each) for each in reversed(self.store.kept_baselines())}
+        ordered = [kept[candidate.name] for candidate in self._before if candidate.name in kept]
+        ordered += [("search", each) for each in self.store.kept_trials()]
+        new = [(study, each) for study, each in ordered if (study, each.number) not in self._seen]
+        for study, each in new:
+            self._seen[study, each.number] = self._make(each.candidate, each.result, each.drawn)
+            self._learn(each.result)
+        found = [self._seen[study, each.number] for study, each in ordered]
+        self.trials[:] = [
+            trial if trial.number == number else replace(trial, number=number) for number, trial in enumerate(found, 1)
+        ]
+        if self.progress is not None and not quiet:
             total = max(self.options.trials, len(self.trials))
-            self.progress(SearchStep(len(self.trials), total, best_of(self.trials), trial))
+            for study, each in new:
+                last = self._seen[study, each.number]
+                self.progress(SearchStep(len(self.trials), total, best_of(self.trials), last))
 
     def _learn(self, result: Result) -> None:
-        """Let the evaluator know what an earlier run has found, so that equal weights are not scored again."""
+        """Let the workers know what is kept, so that equal weights are not scored again."""
         if self.transcripts is not None:
             texts = self.transcripts.get(result.weights)
             if texts:
-                self.evaluator.learn(result.weights, texts)
+                self.pool.learn((result.weights, texts))
         elif result.score is not None:
-            self.evaluator.learn(result.weights, result.score)
-
-    def _keep_texts(self, result: Result) -> None:
-        if self.transcripts is not None:
-            self.transcripts.put(result.weights, result.texts)
-
-    def _grid(self, scored: int) -> list[dict[str, Any]] | None:
-        if self.options.sampler != "grid":
-            return None
-        return grid_points(self.spaces, max(0, self.options.trials - scored))
-
-    def _is_late(self, started: float) -> bool:
-        return self.options.time is not None and time.monotonic() - started >= self.options.time
+            self.pool.learn((result.weights, result.score))

@@ -1,140 +1,273 @@
-"""What a search keeps: `study.db`, Optuna's storage with the trials, and the transcripts beside it.
+"""What a search keeps in Optuna's storage: `study.db` in its output, or a database that several machines share.
 
-A study `search` has what the sampler drew, and one named `baselines` the models that are scored before. Both have the
-candidate and its result with every trial. A trial that a killed run left unfinished is asked again under its number.
+A study named as the search has what the sampler drew, and one named `NAME baselines` the models that are scored before.
+Both have the candidate and its result with every trial. Baselines, and the points of a grid, wait in their study until
+somebody asks for them; a trial that a killed run left unfinished waits again.
+
+In a shared database every run sends heartbeats for the trials that it works on. Where they stop for GRACE seconds, the
+trial fails without a result, and another waits in its place.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hsa.errors import DestinationError, MachineError, RequestError, listed, shown
+from hsa.errors import RequestError, listed, shown
 from hsa.option_names import option
 from hsa.searches.candidates import Candidate, Result
+from hsa.searches.databases import PATIENCE, open_storage, storage_errors
+from hsa.searches.heartbeats import Heartbeats
 from hsa.searches.samplers import quiet_optuna
 from hsa.searches.trials import Trial
-from hsa.system import fsio
 
 DEV, SOURCES = "dev", "sources"
 """Parts of a request that stand for what they are made of by digests."""
 
-DATABASE = "study.db"
-TRANSCRIPTS = "transcripts"
-SEARCH, BASELINES = "search", "baselines"
-"""The names of the two studies."""
+SEARCH = "search"
+"""The name of a study where none is given."""
 
-REQUEST, CANDIDATE, RESULT, BASELINE = "request", "candidate", "result", "baseline"
-"""User attributes: of a study what was asked for; of a trial what it tries, what came of it, and which baseline it
-repeats, so that the sampler knows of that."""
+REQUEST, QUEUED, CANDIDATE, RESULT, BASELINE = "request", "queued", "candidate", "result", "baseline"
+"""User attributes: of a study what was asked for, and whether its baselines wait; of a trial what it tries, what came
+of it, and which baseline it repeats, so that the sampler knows of that."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A finished trial as it is kept: candidate, result, and what was drawn."""
+    """A finished trial as it is kept: its number in its study, candidate, result, and what was drawn."""
 
+    number: int
     candidate: Candidate
     result: Result
     drawn: Mapping[str, Any]
 
 
 class Store:
-    """The studies of one output directory.
+    """The studies of one search; `shared` where other runs may take part.
 
     Raises RequestError where they were begun with another request, MachineError where the storage fails.
+
+    Example:
+        >>> store = Store(sqlite_url(output), objectives=1, request=request)  # doctest: +SKIP
+        >>> handle = store.search.ask()  # doctest: +SKIP
     """
 
-    def __init__(self, url: str, objectives: int, request: Mapping[str, Any]) -> None:
+    def __init__(
+        self, url: str, objectives: int, request: Mapping[str, Any], *, name: str = SEARCH, shared: bool = False
+    ) -> None:
+        self.shared, self._objectives = shared, objectives
+        self._joined = False
+        with quiet_optuna(), storage_errors(url):
+            self.storage = open_storage(url, shared=shared)
+            self.search = self._begin(name, request)
+            self.baselines = self._study(f"{name} baselines")
+        self._heartbeats = Heartbeats(self.storage, self.storage.heartbeat_interval) if shared else None
+        self._watched: set[int] = set()
+        if not shared:
+            self._retry_unfinished()
+
+    # --- beginning ------------------------------------------------------------------------------------------------
+
+    def _begin(self, name: str, request: Mapping[str, Any]) -> Any:
+        """The study of the search: a new one, or one that was begun with the same request."""
         import optuna
 
-        with quiet_optuna(), _storage_errors(url):
-            self.storage = optuna.storages.RDBStorage(url)
-            self._refuse_other(request)
-            self.search = self._study(SEARCH, objectives)
-            self.baselines = self._study(BASELINES, objectives)
-            if REQUEST not in self.search.user_attrs:
-                self.search.set_user_attr(REQUEST, json.dumps(request, sort_keys=True))
+        text = json.dumps(request)
+        try:
+            study = self._study(name, load=False)
+        except optuna.exceptions.DuplicatedStudyError:
+            study, self._joined = self._study(name), True
+            self._wait_for(study, REQUEST)
+            if REQUEST in study.user_attrs:
+                self._refuse_other(json.loads(study.user_attrs[REQUEST]), json.loads(text))
+                return study
+        study.set_user_attr(REQUEST, text)
+        return study
 
-    def _study(self, name: str, objectives: int) -> Any:
+    def _study(self, name: str, *, load: bool = True) -> Any:
         import optuna
 
-        directions = ["minimize"] * objectives
-        return optuna.create_study(storage=self.storage, study_name=name, directions=directions, load_if_exists=True)
+        directions = ["minimize"] * self._objectives
+        return optuna.create_study(storage=self.storage, study_name=name, directions=directions, load_if_exists=load)
 
-    def _refuse_other(self, request: Mapping[str, Any]) -> None:
-        """RequestError where an earlier search here was asked for something else."""
-        for summary in self.storage.get_all_studies():
-            kept = summary.user_attrs.get(REQUEST)
-            if summary.study_name != SEARCH or kept is None:
-                continue
-            earlier = json.loads(kept)
-            now = json.loads(json.dumps(request, sort_keys=True))
-            differing = [key for key in {**request, **earlier} if earlier.get(key) != now.get(key)]
-            if differing:
-                raise RequestError(
-                    f"the search in this {option('output')} was begun with {_change(differing[0], earlier, now)}; give "
-                    f"the same again to go on, or another {option('output')}"
-                )
+    def _wait_for(self, study: Any, attribute: str) -> None:
+        """Wait until the run that begins the study has set an attribute, or is taken to be lost."""
+        end = time.monotonic() + (PATIENCE if self.shared and self._joined else 0.0)
+        while attribute not in study.user_attrs and time.monotonic() < end:
+            time.sleep(0.1)
 
-    def retry_unfinished(self) -> None:
-        """Ask the trials again that a run left unfinished. Only while no other run takes part."""
+    def _refuse_other(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        differing = [key for key in {**now, **earlier} if earlier.get(key) != now.get(key)]
+        if differing:
+            where, another = "output", option("output")
+            if self.shared:
+                where, another = "storage", option("study")
+            raise RequestError(
+                f"the search in this {where} was begun with {_change(differing[0], earlier, now)}; give the same again "
+                f"to go on, or another {another}"
+            )
+
+    def _retry_unfinished(self) -> None:
+        """Let trials that an earlier run left unfinished wait again: no other run takes part."""
         import optuna
 
-        for trial in self.search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            self.storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.WAITING)
+        for study in (self.baselines, self.search):
+            for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+                self.storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.WAITING)
+
+    # --- what waits -----------------------------------------------------------------------------------------------
+
+    def queue_baselines(self, candidates: Sequence[Candidate], *, first: bool = False) -> None:
+        """Let candidates wait to be scored, those that do not already; `first` of those that every run begins with."""
+        if first:
+            self._wait_for(self.baselines, QUEUED)
+        import optuna
+
+        waiting = {
+            trial.user_attrs[CANDIDATE]["name"]
+            for trial in self.baselines.get_trials(deepcopy=False)
+            if CANDIDATE in trial.user_attrs and not _is_lost(trial)
+        }
+        state = optuna.trial.TrialState.WAITING
+        with quiet_optuna():
+            for candidate in candidates:
+                if candidate.name not in waiting:
+                    attributes = {CANDIDATE: candidate.as_dict()}
+                    self.baselines.add_trial(optuna.trial.create_trial(state=state, user_attrs=attributes))
+            if first:
+                self.baselines.set_user_attr(QUEUED, True)
+
+    def queue_points(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Let the points of a grid wait to be tried, in their order, those that do not already."""
+        there = len([trial for trial in self.search.get_trials(deepcopy=False) if _is_real(trial)])
+        with quiet_optuna():
+            for point in points[there:]:
+                self.search.enqueue_trial(dict(point))
+
+    def waiting(self, study: Any) -> bool:
+        """Whether a trial of a study waits to be asked."""
+        import optuna
+
+        return bool(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
+
+    def running(self, study: Any) -> bool:
+        """Whether a trial of a study is asked and not finished, by this run or by another."""
+        import optuna
+
+        return bool(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)))
+
+    # --- what is finished -----------------------------------------------------------------------------------------
 
     def kept_baselines(self) -> list[Kept]:
         return _kept(self.baselines)
 
     def kept_trials(self) -> list[Kept]:
         """The finished trials of the sampler, without the baselines that it was told of."""
-        return [each for each in _kept(self.search) if each.drawn.get(BASELINE) is None]
+        return _kept(self.search)
 
-    def finished(self) -> int:
-        """How many trials of the sampler are finished, the baselines that it was told of included."""
-        return sum(trial.state.is_finished() for trial in self.search.get_trials(deepcopy=False))
-
-    def waiting(self) -> bool:
-        """Whether a trial waits to be asked."""
+    def begun(self, below: int | None = None) -> int:
+        """How many trials of the sampler are asked or finished, of those whose number is below."""
         import optuna
 
-        return bool(self.search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
-
-    def add_baseline(self, trial: Trial) -> None:
-        """Keep a baseline, in one transaction."""
-        with quiet_optuna():
-            self.baselines.add_trial(_frozen(trial, {}, {}, {}))
+        return sum(
+            _is_real(trial) and trial.state != optuna.trial.TrialState.WAITING
+            for trial in self.search.get_trials(deepcopy=False)
+            if below is None or trial.number < below
+        )
 
     def tell_of_baseline(self, trial: Trial, drawn: Mapping[str, Any], distributions: Mapping[str, Any]) -> None:
         """Let the sampler know of a baseline that it could have drawn, once."""
+        import optuna
+
         known = {each.user_attrs.get(BASELINE) for each in self.search.get_trials(deepcopy=False)}
         if trial.name not in known:
             with quiet_optuna():
-                self.search.add_trial(_frozen(trial, drawn, distributions, {BASELINE: trial.name}))
+                self.search.add_trial(
+                    optuna.trial.create_trial(
+                        state=optuna.trial.TrialState.COMPLETE,
+                        values=list(trial.values),
+                        params=dict(drawn),
+                        distributions=dict(distributions),
+                        user_attrs={BASELINE: trial.name},
+                    )
+                )
 
-    def tell(self, asked: Any, trial: Trial) -> None:
-        """Keep what came of a trial that was asked."""
+    # --- one trial ------------------------------------------------------------------------------------------------
+
+    def ask(self, study: Any) -> Any:
+        """A trial that waits, or a new one; other runs are told that it is worked on."""
+        with quiet_optuna():
+            handle = study.ask()
+        if self._heartbeats is not None:
+            self._heartbeats.begin(handle._trial_id)
+        return handle
+
+    def tell(self, study: Any, asked: Any, trial: Trial) -> bool:
+        """Keep what came of a trial that was asked; False where it was taken from this run, which was slow to say that
+        it works on it."""
         import optuna
 
-        asked.set_user_attr(CANDIDATE, trial.candidate.as_dict())
-        asked.set_user_attr(RESULT, trial.result.as_dict())
         states = optuna.trial.TrialState
+        try:
+            asked.set_user_attr(CANDIDATE, trial.candidate.as_dict())
+            asked.set_user_attr(RESULT, trial.result.as_dict())
+            with quiet_optuna():
+                if trial.state == "failed":
+                    study.tell(asked, state=states.FAIL)
+                elif trial.state == "stopped":
+                    asked.report(trial.value, step=len(trial.result.errors))
+                    study.tell(asked, state=states.PRUNED)
+                else:
+                    study.tell(asked, list(trial.values))
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+        finally:
+            self._end_heartbeat(asked)
+        return True
+
+    def discard(self, study: Any, asked: Any) -> None:
+        """End a trial that is not needed; it does not count."""
+        import optuna
+
         with quiet_optuna():
-            if trial.state == "failed":
-                self.search.tell(asked, state=states.FAIL)
-            elif trial.state == "stopped":
-                asked.report(trial.value, step=len(trial.result.errors))
-                self.search.tell(asked, state=states.PRUNED)
-            else:
-                self.search.tell(asked, list(trial.values))
+            study.tell(asked, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+        self._end_heartbeat(asked)
+
+    def give_back(self, asked: Any) -> None:
+        """Let a trial wait again that this run does not finish."""
+        import optuna
+
+        self._end_heartbeat(asked)
+        try:
+            self.storage.set_trial_state_values(asked._trial_id, optuna.trial.TrialState.WAITING)
+        except optuna.exceptions.UpdateFinishedTrialError:  # it was taken from this run
+            return
+
+    def retry_lost(self, study: Any) -> None:
+        """Let trials wait again whose runs were lost."""
+        import optuna
+
+        if self._heartbeats is None:
+            return
+        with quiet_optuna():
+            for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+                if trial._trial_id not in self._watched:  # a run that was lost before its first heartbeat has sent none
+                    self._watched.add(trial._trial_id)
+                    self._heartbeats.beat(trial._trial_id)
+            optuna.storages.fail_stale_trials(study)
 
     def close(self) -> None:
+        if self._heartbeats is not None:
+            self._heartbeats.close()
         self.storage.remove_session()
         self.storage.engine.dispose()
+
+    def _end_heartbeat(self, asked: Any) -> None:
+        if self._heartbeats is not None:
+            self._heartbeats.end(asked._trial_id)
 
 
 def _change(key: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -151,90 +284,27 @@ def _change(key: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str
     return f"{key} {shown(before)}, and now it is {shown(after)}"
 
 
-def _frozen(
-    trial: Trial, drawn: Mapping[str, Any], distributions: Mapping[str, Any], attributes: Mapping[str, Any]
-) -> Any:
-    import optuna
+def _is_lost(trial: Any) -> bool:
+    """Whether a trial ended without a result: its run was lost, or it was not needed."""
+    if not trial.state.is_finished() or BASELINE in trial.user_attrs:
+        return False
+    result = trial.user_attrs.get(RESULT)
+    return result is None or (trial.state.name == "FAIL" and result["failure"] is None)
 
-    failed = trial.state == "failed"
-    states = optuna.trial.TrialState
-    return optuna.trial.create_trial(
-        state=states.FAIL if failed else states.COMPLETE,
-        values=None if failed else list(trial.values),
-        params=dict(drawn),
-        distributions=dict(distributions),
-        user_attrs={CANDIDATE: trial.candidate.as_dict(), RESULT: trial.result.as_dict(), **attributes},
-    )
+
+def _is_real(trial: Any) -> bool:
+    """Whether a trial of the sampler counts."""
+    return BASELINE not in trial.user_attrs and not _is_lost(trial)
 
 
 def _kept(study: Any) -> list[Kept]:
-    found = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state.is_finished() and RESULT in trial.user_attrs:
-            drawn = dict(trial.params)
-            if BASELINE in trial.user_attrs:
-                drawn[BASELINE] = trial.user_attrs[BASELINE]
-            candidate = Candidate.from_dict(trial.user_attrs[CANDIDATE])
-            found.append(Kept(candidate, Result.from_dict(trial.user_attrs[RESULT]), drawn))
-    return found
-
-
-class _storage_errors:  # noqa: N801
-    """Say in one line that a storage cannot be used."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from sqlalchemy.exc import SQLAlchemyError
-
-        if isinstance(error, SQLAlchemyError):
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise MachineError(f"the storage {self._url} cannot be used: {lines[0]}") from error
-
-
-def sqlite_url(folder: Path) -> str:
-    """The URL of the database in a directory. DestinationError where SQLAlchemy could not read it."""
-    path = os.fspath(folder / DATABASE)
-    if "?" in path:
-        raise DestinationError(f"output {folder} has a ? in its path, which no database URL can hold; choose another")
-    return f"sqlite:///{path}"
-
-
-class Transcripts:
-    """What candidates wrote, one file for each digest of weights: `{"weights": ..., "texts": [...]}`.
-
-    Texts are in the order of the search; a file is replaced by one with more of them.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / TRANSCRIPTS
-        with fsio.map_write_errors(self._folder):
-            self._folder.mkdir(exist_ok=True)
-
-    def put(self, weights: str, texts: Sequence[str]) -> None:
-        if not weights or len(texts) <= len(self.get(weights)):
-            return
-        path = self._path(weights)
-        data = json.dumps({"weights": weights, "texts": list(texts)}, ensure_ascii=False)
-        part = path.with_suffix(".part")
-        with fsio.map_write_errors(part):
-            part.write_bytes(data.encode("utf-8", "surrogatepass"))
-            os.replace(part, path)
-
-    def get(self, weights: str) -> tuple[str, ...]:
-        """The texts of the model with these weights; none where they are not known."""
-        try:
-            document = json.loads(self._path(weights).read_bytes().decode("utf-8", "surrogatepass"))
-        except (OSError, ValueError):
-            return ()
-        if not isinstance(document, dict) or document.get("weights") != weights:
-            return ()
-        texts = document.get("texts")
-        return tuple(texts) if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else ()
-
-    def _path(self, weights: str) -> Path:
-        return self._folder / f"{weights[:32]}.json"
+    return [
+        Kept(
+            trial.number,
+            Candidate.from_dict(trial.user_attrs[CANDIDATE]),
+            Result.from_dict(trial.user_attrs[RESULT]),
+            dict(trial.params),
+        )
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state.is_finished() and _is_real(trial)
+    ]

@@ -2,70 +2,75 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hsa.evaluation.decoding import chosen_device
 from hsa.evaluation.hypotheses import FOLDER, Hypotheses, Transcript, describe, plain_name
 from hsa.evaluation.models import OpenModel
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.prepared import PreparedSet
 from hsa.evaluation.scores import UtteranceScore, score_utterance
-from hsa.searches.candidates import Candidate
-from hsa.searches.evaluators import Decoder
-from hsa.searches.resident_model import ResidentModel
+from hsa.evaluation.utterance import Utterance
+from hsa.searches.pools import Pool, run_all
+from hsa.searches.tasks import Transcribe
+from hsa.searches.trials import Trial
 from hsa.system import fsio
+
+BATCHES = 64
+"""Batches that are given to the workers together; what they write is kept when all of these are done."""
 
 
 class TestSets:
     """Transcripts of models on sets, kept in `folder` under a key of weights, audio and decoding, as `hsa eval` does.
 
-    `anchor` is the model whose files the candidates are decoded with. `on_batch` is called with a number of utterances.
+    `anchor` is the model whose files the candidates are decoded with.
     """
 
     __test__ = False  # no class of tests, whatever its name says to pytest
 
     def __init__(
         self,
-        resident: ResidentModel,
-        decoder: Decoder,
+        pool: Pool,
         anchor: OpenModel,
         sets: Sequence[PreparedSet],
         options: DecodingOptions,
         normalize: Callable[[str], str],
         folder: Path,
-        on_batch: Callable[[int], None] | None = None,
     ) -> None:
-        self._resident, self._decoder, self._anchor = resident, decoder, anchor
-        self._sets, self._options, self._normalize = sets, options, normalize
-        self._folder, self._on_batch = folder / FOLDER, on_batch
+        self._pool, self._anchor, self._sets = pool, anchor, sets
+        self._options, self._normalize = options, normalize
+        self._folder = folder / FOLDER
         with fsio.map_write_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
 
-    def scores(self, candidate: Candidate) -> list[UtteranceScore]:
-        """The scores of a candidate on every utterance of all sets. Raises what putting it raises."""
-        weights = self._resident.put(candidate)
-        self._decoder.begin_model(weights.encoder)
+    def scores(self, trial: Trial) -> list[UtteranceScore]:
+        """The scores of a complete trial's model on every utterance of all sets. Raises what decoding raises."""
         found: list[UtteranceScore] = []
         for each in self._sets:
-            texts = self._texts(candidate, weights.whole, each)
+            texts = self._texts(trial, each)
             found += [
                 score_utterance(utterance, texts[utterance.id], set_name=each.name, normalize=self._normalize)
                 for utterance in each.utterances
             ]
         return found
 
-    def _texts(self, candidate: Candidate, weights: str, data: PreparedSet) -> Mapping[str, str]:
-        model = replace(self._anchor, digest=weights)
-        description = describe(model, data.digest, len(data.order), self._options, chosen_device(self._options.device))
-        kept = Hypotheses(
-            self._folder, plain_name(candidate.name, data.name), description, data.order, self._options.batch
-        )
+    def _texts(self, trial: Trial, data: PreparedSet) -> Mapping[str, str]:
+        model = replace(self._anchor, digest=trial.result.weights)
+        description = describe(model, data.digest, len(data.order), self._options, self._pool.device)
+        kept = Hypotheses(self._folder, plain_name(trial.name, data.name), description, data.order, self._options.batch)
         with kept.appending():
-            while batch := kept.missing[: self._options.batch]:
-                texts = self._decoder.transcribe((data.digest, batch[0].id), batch)
-                kept.add([Transcript(each.id, text) for each, text in zip(batch, texts, strict=True)])
-                if self._on_batch is not None:
-                    self._on_batch(len(batch))
+            while kept.missing:
+                # One worker keeps each batch as it is written; several need some batches to share.
+                count = BATCHES if self._pool.size > 1 else 1
+                batches = _batches(kept.missing[: count * self._options.batch], self._options.batch)
+                tasks = [Transcribe(trial.candidate, data.digest, batch) for batch in batches]
+                for batch, texts in zip(batches, run_all(self._pool, tasks), strict=True):
+                    kept.add([Transcript(each.id, text) for each, text in zip(batch, texts, strict=True)])
         return kept.texts
+
+
+def _batches(utterances: Sequence[Utterance], size: int) -> list[tuple[Utterance, ...]]:
+    rest = iter(utterances)
+    return list(iter(lambda: tuple(itertools.islice(rest, size)), ()))

@@ -1,0 +1,63 @@
+"""Heartbeats: how a run of a shared search says that it still works on a trial.
+
+Optuna sends them in `Study.optimize`; a search asks and tells by itself, and so sends them itself, from a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+INTERVAL = 10
+"""Seconds between two heartbeats."""
+
+GRACE = 40
+"""Seconds without a heartbeat after which a trial's run is taken to be lost."""
+
+
+class Heartbeats:
+    """Sends heartbeats for the trials that this run works on, by their ids in the storage, every `interval` seconds.
+
+    Example:
+        >>> heartbeats = Heartbeats(storage, INTERVAL)  # doctest: +SKIP
+        >>> heartbeats.begin(7)  # doctest: +SKIP
+        >>> heartbeats.end(7)  # doctest: +SKIP
+    """
+
+    def __init__(self, storage: Any, interval: float) -> None:
+        self._storage, self._interval = storage, interval
+        self._trials: set[int] = set()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._send, daemon=True, name="hsa search heartbeats")
+        self._thread.start()
+
+    def begin(self, trial: int) -> None:
+        """Send heartbeats for a trial from now on."""
+        with self._lock:
+            self._trials.add(trial)
+        self.beat(trial)
+
+    def end(self, trial: int) -> None:
+        """Send none for this trial any more."""
+        with self._lock:
+            self._trials.discard(trial)
+
+    def beat(self, trial: int) -> None:
+        """Send one heartbeat."""
+        self._storage.record_heartbeat(trial)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def _send(self) -> None:
+        while not self._ended.wait(self._interval):
+            with self._lock:
+                trials = sorted(self._trials)
+            for trial in trials:
+                try:
+                    self.beat(trial)
+                except Exception:  # the storage is away for now; what is kept next says so where it stays away
+                    break

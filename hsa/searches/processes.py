@@ -1,0 +1,167 @@
+"""Workers of a search that are processes on this machine: each holds sources, model and features of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from hsa.errors import HsaError, RequestError
+from hsa.evaluation.decoding import gpus
+from hsa.option_names import Spelling, current_spelling, spelled
+from hsa.searches.pools import Event, Known, WorkerPool
+from hsa.searches.setups import OwnSetup, Setup, for_worker, use_threads
+from hsa.searches.tasks import Task
+from hsa.system.threads import usable_cores
+
+ENDING = 5.0
+"""Seconds that a process which has closed its pipe gets to end."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Process:
+    """A worker: its process and our end of the pipe to it."""
+
+    process: Any
+    pipe: Connection
+
+
+class ProcessPool(WorkerPool[_Process]):
+    """Workers on this machine, `count` of them, which share its cores; on GPUs one after another gets the next one.
+
+    Example:
+        >>> pool = ProcessPool(setup, 2)  # doctest: +SKIP
+    """
+
+    def __init__(self, setup: Setup, count: int) -> None:
+        super().__init__(count)
+        self._setup = setup
+        self._threads = max(1, usable_cores() // count)
+        self._context = multiprocessing.get_context("spawn")
+        self._spelling = current_spelling()
+        self._started = 0
+        if isinstance(setup, OwnSetup):
+            _check_sendable(setup)
+        self.start()
+
+    def start_worker(self) -> _Process:
+        setup = for_worker(self._setup, self._threads, self._next_device())
+        ours, theirs = self._context.Pipe()
+        arguments = (setup, theirs, self._threads, self._spelling)
+        process = self._context.Process(target=_work, args=arguments, daemon=True, name="hsa search worker")
+        with _without_main(keep=isinstance(setup, OwnSetup)):
+            process.start()
+        theirs.close()
+        return _Process(process, ours)
+
+    def send(self, worker: _Process, task: Task, learnt: Sequence[Known]) -> None:
+        try:
+            worker.pipe.send((learnt, task))
+        except OSError:  # it has ended, which the next events tell
+            return
+
+    def events(self, workers: Sequence[_Process], timeout: float | None) -> list[Event[_Process]]:
+        by_pipe = {worker.pipe: worker for worker in workers}
+        by_end = {worker.process.sentinel: worker for worker in workers}
+        found: dict[_Process, Event[_Process]] = {}
+        for each in wait([*by_pipe, *by_end], timeout):
+            worker = by_pipe[each] if isinstance(each, Connection) else by_end[each]
+            if worker not in found:
+                found[worker] = self._event(worker)
+        return list(found.values())
+
+    def end_worker(self, worker: _Process) -> None:
+        worker.process.kill()
+        worker.process.join()
+        worker.pipe.close()
+
+    def _event(self, worker: _Process) -> Event[_Process]:
+        try:
+            if worker.pipe.poll():
+                what, value = worker.pipe.recv()
+                return Event(worker, what, value)
+        except (EOFError, OSError):
+            pass
+        worker.process.join(ENDING)
+        code = worker.process.exitcode
+        how = f"signal {-code} ended its process" if code and code < 0 else f"its process ended with exit code {code}"
+        return Event(worker, "lost", how)
+
+    def _next_device(self) -> str:
+        """The device of the next worker: GPUs in turn where none is named."""
+        device = self._setup.options.decoding.device
+        count = gpus() if device in ("auto", "cuda") else 0
+        self._started += 1
+        return f"cuda:{(self._started - 1) % count}" if count else device
+
+
+def _check_sendable(setup: OwnSetup) -> None:
+    """RequestError where the caller's function cannot be sent to another process."""
+    try:
+        pickle.dumps(setup.score)
+    except Exception as error:  # pickle raises errors of many kinds
+        raise RequestError(
+            f"evaluate cannot be sent to worker processes: {error}; define it at the top of a module, or search with "
+            f"one worker"
+        ) from error
+
+
+@contextmanager
+def _without_main(*, keep: bool) -> Iterator[None]:
+    """Let new processes not run the caller's script again, which they need not know: a script then needs no
+    `if __name__ == "__main__"`. A function of the caller's own may be defined there, and then is kept."""
+    main = sys.modules["__main__"]
+    if not keep:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+# --- in the worker's process ----------------------------------------------------------------------------------------
+
+
+def _work(setup: Setup, pipe: Connection, threads: int, spelling: Spelling) -> None:
+    """Load what the setup says, then do tasks until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the search ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    use_threads(threads)
+    with spelled(spelling):
+        try:
+            evaluator = setup.open()
+            pipe.send(("ready", evaluator.device))
+            while True:
+                learnt, task = pipe.recv()
+                for known in learnt:
+                    evaluator.learn(*known)
+                pipe.send(("done", task.run(evaluator)))
+        except (EOFError, BrokenPipeError):
+            return
+        except Exception as error:
+            pipe.send(("raised", portable(error)))
+
+
+def _end_with_parent() -> None:
+    """End this process when the search does, even in the middle of a task."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def portable(error: Exception) -> Exception:
+    """An error that can be sent: those of hsa as they are, others as their text."""
+    if isinstance(error, HsaError):
+        return error
+    return RuntimeError(f"in a worker of the search:\n{''.join(traceback.format_exception(error))}")

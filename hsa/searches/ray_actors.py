@@ -1,0 +1,174 @@
+"""Workers of a search that are actors of Ray, one for each GPU of a cluster, or for some cores.
+
+An actor holds sources, model and features of its own. Sources and audio must lie on a filesystem that all machines
+share, or be ids on the Hub: each actor makes sure that its files are those that the search began with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hsa.errors import MachineError, RequestError
+from hsa.option_names import Spelling, current_spelling, option, spelled
+from hsa.searches.pools import Event, Known, WorkerPool
+from hsa.searches.processes import portable
+from hsa.searches.setups import Setup, for_worker, use_threads
+from hsa.searches.tasks import Task
+
+CORES = 4
+"""Cores of an actor that computes on them, where the machines have so many: more make decoding of short utterances
+little faster."""
+
+PATIENCE = 600.0
+"""Seconds without a single actor after which a search ends. Clusters that grow by themselves need minutes for that."""
+
+
+@dataclass(eq=False)
+class _Actor:
+    """A worker: Ray's handle, and what it is doing now, as Ray's reference to the result."""
+
+    handle: Any
+    reference: Any
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an actor asks Ray for."""
+
+    cores: int
+    gpus: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_cpus": self.cores, "num_gpus": self.gpus}
+
+
+class RayPool(WorkerPool[_Actor]):
+    """Actors on a cluster that is connected; `count` of them, or as many as the cluster has room for.
+
+    Example:
+        >>> with connected(None) as ray:  # doctest: +SKIP
+        ...     pool = RayPool(ray, setup, None)
+    """
+
+    def __init__(self, ray: Any, setup: Setup, count: int | None) -> None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        count, self._share = shares(nodes, setup.options.decoding.device, count)
+        super().__init__(count)
+        self._ray = ray
+        self._setup = ray.put(_for_actors(setup, self._share))
+        self._spelling = current_spelling()
+        self._class = ray.remote(ActorWorker)
+        self._seen_alive = time.monotonic()
+        self.start()
+
+    def start_worker(self) -> _Actor:
+        how = {**self._share.options, "scheduling_strategy": "SPREAD", "max_restarts": 0}
+        handle = self._class.options(**how).remote(self._setup, self._share.cores, self._spelling)
+        return _Actor(handle, handle.open.remote())
+
+    def send(self, worker: _Actor, task: Task, learnt: Sequence[Known]) -> None:
+        worker.reference = worker.handle.work.remote(task, list(learnt))
+
+    def events(self, workers: Sequence[_Actor], timeout: float | None) -> list[Event[_Actor]]:
+        by_reference = {worker.reference: worker for worker in workers if worker.reference is not None}
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = PATIENCE if end is None else max(0.0, end - time.monotonic())
+            found, _ = self._ray.wait(list(by_reference), num_returns=1, timeout=min(left, 10.0))
+            if found:
+                self._seen_alive = time.monotonic()
+                return [self._event(by_reference[reference]) for reference in found]
+            self._require_an_actor()
+            if end is not None and time.monotonic() >= end:
+                return []
+
+    def end_worker(self, worker: _Actor) -> None:
+        self._ray.kill(worker.handle)
+
+    def _event(self, worker: _Actor) -> Event[_Actor]:
+        reference, worker.reference = worker.reference, None
+        errors = self._ray.exceptions
+        try:
+            what, value = self._ray.get(reference)
+        except (errors.ActorDiedError, errors.ActorUnavailableError, errors.NodeDiedError) as error:
+            lines = str(error).splitlines()
+            return Event(worker, "lost", f"Ray says: {lines[0] if lines else type(error).__name__}")
+        return Event(worker, what, value)
+
+    def _require_an_actor(self) -> None:
+        """MachineError where no actor has been ready for long: the cluster has no room for one."""
+        if any(state.ready for state in self._workers.values()):
+            self._seen_alive = time.monotonic()
+        elif time.monotonic() - self._seen_alive > PATIENCE:
+            raise MachineError(
+                f"no actor could be started in {PATIENCE:.0f} s: the Ray cluster has no machine with "
+                f"{self._share.cores} free cores and {self._share.gpus} free GPUs; finished trials stay"
+            )
+
+
+class ActorWorker:
+    """What runs on another machine: an evaluator that is loaded there, and does tasks."""
+
+    def __init__(self, setup: Setup, threads: int, spelling: Spelling) -> None:
+        self._setup, self._threads, self._spelling = setup, threads, spelling
+        self._evaluator: Any = None
+
+    def open(self) -> tuple[str, Any]:
+        """Check the files of this machine and load the evaluator: what the pool is told."""
+        use_threads(self._threads)
+        with spelled(self._spelling):
+            try:
+                self._evaluator = self._setup.located().open()
+            except Exception as error:
+                return "raised", portable(error)
+        return "ready", self._evaluator.device
+
+    def work(self, task: Task, learnt: Sequence[Known]) -> tuple[str, Any]:
+        """Do a task: what the pool is told."""
+        with spelled(self._spelling):
+            try:
+                for known in learnt:
+                    self._evaluator.learn(*known)
+                return "done", task.run(self._evaluator)
+            except Exception as error:
+                return "raised", portable(error)
+
+
+def shares(nodes: Sequence[Mapping[str, float]], device: str, count: int | None) -> tuple[int, Share]:
+    """How many actors a cluster gets, and what each asks for. `nodes` are the resources of its machines by their names.
+
+    RequestError where the cluster has less than is asked for.
+
+    Example:
+        >>> shares([{"CPU": 8.0}, {"CPU": 2.0}], "cpu", 2)
+        (2, Share(cores=4, gpus=0))
+        >>> shares([{"CPU": 32.0, "GPU": 4.0}], "auto", None)
+        (4, Share(cores=1, gpus=1))
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if device.startswith("cuda") and not gpus:
+        raise RequestError(f"the Ray cluster has no GPU; give {option('device', 'cpu')}, or another cluster")
+    if gpus and device != "cpu":
+        _require(gpus, "GPUs", count)
+        return count or gpus, Share(1, 1)
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    _require(sum(cores), "cores", count or 1)
+    for each in range(min(CORES, max(cores)), 0, -1):
+        room = sum(number // each for number in cores)
+        if count is None or room >= count or each == 1:
+            return count or room, Share(each, 0)
+    raise AssertionError  # one core each always fits
+
+
+def _require(found: int, what: str, count: int | None) -> None:
+    if count is not None and found < count:
+        raise RequestError(f"the Ray cluster has {found} {what}, fewer than {option('workers', count)} asks for")
+
+
+def _for_actors(setup: Setup, share: Share) -> Setup:
+    """The setup of every actor: Ray shows an actor its own GPU alone, which is number 0 there."""
+    return for_worker(setup, share.cores, "cuda" if share.gpus else "cpu")

@@ -1,0 +1,160 @@
+"""What a process needs to know to score the candidates of a search: values from which it loads an evaluator.
+
+Worker processes and actors on other machines get one of these, and hold sources, model and features themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hsa.errors import SourceError
+from hsa.evaluation.decoding import chosen_device, load_recognizer
+from hsa.evaluation.models import OpenModel, OpenWeights, open_model, open_weights, parse_model
+from hsa.evaluation.normalizers import normalizer
+from hsa.evaluation.prepared import AudioDigests, PreparedSet, prepare
+from hsa.evaluation.utterance import DataSet
+from hsa.searches.dev_sets import DevSets, make_dev_sets
+from hsa.searches.evaluators import OwnEvaluator, SpeechEvaluator
+from hsa.searches.objectives import Objective
+from hsa.searches.options import SearchOptions
+from hsa.searches.own_models import load_any_model
+from hsa.searches.resident_model import ANCHOR, ResidentModel
+from hsa.searches.sources import SearchSources
+from hsa.searches.space import MethodSpace
+from hsa.sources.hub.client import Hub
+
+
+@dataclass(frozen=True)
+class Files:
+    """The sources of a search on this machine, by their numbers: directories, and digests of weights and small files;
+    `dtype` are the element types of the anchor, the source whose files the output has."""
+
+    folders: Mapping[int, Path]
+    digests: Mapping[int, str]
+    dtype: str
+
+    @property
+    def anchor(self) -> Path:
+        return self.folders[ANCHOR]
+
+    def located(self, sources: SearchSources) -> Files:
+        """The same on another machine. SourceError where a source has other weights or small files there."""
+        found = open_files(sources)
+        for number in sources.numbers:
+            if found.digests[number] != self.digests[number]:
+                raise SourceError(
+                    f"{sources.path(number)} on this machine differs from the one that the search began with; every "
+                    f"machine must see the same files"
+                )
+        return found
+
+
+def open_files(sources: SearchSources, *, transcribing: bool = False) -> Files:
+    """Fetch all sources and read them once.
+
+    Raises SourceError where transformers cannot load one, or one cannot transcribe where `transcribing` is asked.
+    """
+    hub = Hub()
+    with ExitStack() as stack:
+        opened = {number: _open(sources, number, hub, stack, transcribing=transcribing) for number in sources.numbers}
+    return Files(
+        {number: each.folder for number, each in opened.items()},
+        {number: each.digest for number, each in opened.items()},
+        opened[ANCHOR].dtype,
+    )
+
+
+def _open(
+    sources: SearchSources, number: int, hub: Hub, stack: ExitStack, *, transcribing: bool
+) -> OpenModel | OpenWeights:
+    model = parse_model(sources.path(number))
+    if transcribing:
+        return open_model(model, sources.name_of(number), hub, stack)
+    return open_weights(model, hub, stack)
+
+
+@dataclass(frozen=True)
+class SpeechSetup:
+    """A search by word errors. `prepared` are the dev sets; `located` also checks their audio.
+
+    Example:
+        >>> evaluator = setup.open()  # doctest: +SKIP
+        >>> evaluator.evaluate(Candidate("ties defaults", "default", "ties"), None).errors  # doctest: +SKIP
+        (0, 2, 1)
+    """
+
+    sources: SearchSources
+    spaces: Mapping[str, MethodSpace]
+    options: SearchOptions
+    objective: Objective
+    files: Files
+    prepared: tuple[PreparedSet, ...]
+
+    def dev_sets(self) -> DevSets:
+        """The utterances in the order of decoding, with the function that normalises texts."""
+        return make_dev_sets(self.prepared, self.normalizer(), self.options.decoding.batch, self.options.seed)
+
+    def normalizer(self) -> Callable[[str], str]:
+        """The function that normalises references and what models write."""
+        decoding = self.options.decoding
+        language = "en" if decoding.task == "translate" else decoding.language
+        return normalizer(self.options.normalizer, language=language, model=self.files.anchor)
+
+    def open(self) -> SpeechEvaluator:
+        recognizer = load_recognizer(self.files.anchor, self.options.decoding)
+        resident = ResidentModel(recognizer.model, self.sources, self.spaces, self.options.threads)
+        device = chosen_device(self.options.decoding.device)
+        return SpeechEvaluator(resident, recognizer, self.dev_sets(), self.objective, device)
+
+    def located(self) -> SpeechSetup:
+        digests = AudioDigests()
+        for each in self.prepared:
+            again = prepare(DataSet(each.name, each.path, each.utterances, ()), None, digests)
+            if again.digest != each.digest:
+                raise SourceError(
+                    f"the audio of {each.path} on this machine differs from the one that the search began with; every "
+                    f"machine must see the same files"
+                )
+        return replace(self, files=self.files.located(self.sources))
+
+
+@dataclass(frozen=True)
+class OwnSetup:
+    """A search by a function of the caller's own, which gets the loaded model."""
+
+    sources: SearchSources
+    spaces: Mapping[str, MethodSpace]
+    options: SearchOptions
+    files: Files
+    score: Callable[[Any], float]
+
+    def open(self) -> OwnEvaluator:
+        device = chosen_device(self.options.decoding.device)
+        model = load_any_model(self.files.anchor, device, self.options.decoding.dtype)
+        resident = ResidentModel(model, self.sources, self.spaces, self.options.threads)
+        return OwnEvaluator(resident, self.score, device)
+
+    def located(self) -> OwnSetup:
+        return replace(self, files=self.files.located(self.sources))
+
+
+Setup = SpeechSetup | OwnSetup
+"""`open` loads the evaluator, and `located` checks the files of another machine first."""
+
+
+def for_worker(setup: Setup, threads: int, device: str) -> Setup:
+    """The setup of one worker: threads of its merging, unless the caller named them, and its device."""
+    options = setup.options
+    decoding = replace(options.decoding, device=device)
+    return replace(setup, options=replace(options, threads=options.threads or threads, decoding=decoding))
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute with so many threads in this process."""
+    import torch
+
+    torch.set_num_threads(count)

@@ -1,0 +1,48 @@
+"""What candidates of a search wrote for its dev sets, kept in its output."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hsa.system import fsio
+
+TRANSCRIPTS = "transcripts"
+
+
+class Transcripts:
+    """What candidates wrote, one file for each digest of weights: `{"weights": ..., "texts": [...]}`.
+
+    Texts are in the order of the search; a file is replaced by one with more of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / TRANSCRIPTS
+        with fsio.map_write_errors(self._folder):
+            self._folder.mkdir(exist_ok=True)
+
+    def put(self, weights: str, texts: Sequence[str]) -> None:
+        if not weights or len(texts) <= len(self.get(weights)):
+            return
+        path = self._path(weights)
+        data = json.dumps({"weights": weights, "texts": list(texts)}, ensure_ascii=False)
+        part = path.with_suffix(".part")
+        with fsio.map_write_errors(part):
+            part.write_bytes(data.encode("utf-8", "surrogatepass"))
+            os.replace(part, path)
+
+    def get(self, weights: str) -> tuple[str, ...]:
+        """The texts of the model with these weights; none where they are not known."""
+        try:
+            document = json.loads(self._path(weights).read_bytes().decode("utf-8", "surrogatepass"))
+        except (OSError, ValueError):
+            return ()
+        if not isinstance(document, dict) or document.get("weights") != weights:
+            return ()
+        texts = document.get("texts")
+        return tuple(texts) if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else ()
+
+    def _path(self, weights: str) -> Path:
+        return self._folder / f"{weights[:32]}.json"

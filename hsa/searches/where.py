@@ -1,0 +1,62 @@
+"""Where a search runs: in this process, in several on this machine, on a Ray cluster; and where it keeps its trials."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from hsa.errors import RequestError, shown
+from hsa.option_names import option
+from hsa.searches.pools import Pool, ThisProcess
+from hsa.searches.setups import Setup
+from hsa.searches.store import SEARCH
+from hsa.system.ray_cluster import check_address, connected
+
+MOST_WORKERS = 1024
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a search runs. See `hsa.search` for what each is. Raises RequestError for a value that is none.
+
+    Example:
+        >>> Where(workers=2).ray
+        False
+    """
+
+    workers: int = 1
+    ray: bool | str = False
+    storage: str | None = None
+    study: str = SEARCH
+
+    def __post_init__(self) -> None:
+        workers = self.workers
+        if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= MOST_WORKERS:
+            raise RequestError(
+                f"{option('workers')} must be a whole number from 1 to {MOST_WORKERS}, got {shown(workers)}"
+            )
+        if not isinstance(self.ray, bool):
+            check_address(self.ray)
+        if self.storage is not None and (not isinstance(self.storage, str) or "://" not in self.storage):
+            raise RequestError(
+                f"{option('storage')} must be the URL of a database such as postgresql://user@host/name, got "
+                f"{shown(self.storage)}"
+            )
+        if not isinstance(self.study, str) or not self.study.strip() or len(self.study) > 200:
+            raise RequestError(f"{option('study')} must be a name, got {shown(self.study)}")
+        if self.storage is None and self.study != SEARCH:
+            raise RequestError(f"{option('study')} names a search in a shared database; give {option('storage')} too")
+
+
+def open_pool(setup: Setup, where: Where, stack: ExitStack) -> Pool:
+    """What does the tasks of a search; `stack` leaves the cluster. Raises what opening the setup raises."""
+    if where.ray:
+        from hsa.searches.ray_actors import RayPool
+
+        ray = stack.enter_context(connected(None if where.ray is True else where.ray))
+        return RayPool(ray, setup, where.workers if where.workers > 1 else None)
+    if where.workers > 1:
+        from hsa.searches.processes import ProcessPool
+
+        return ProcessPool(setup, where.workers)
+    return ThisProcess(setup)
