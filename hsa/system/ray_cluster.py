@@ -57,7 +57,7 @@ def connected(address: str | None = None) -> Iterator[ModuleType]:
         2
     """
     check_address(address)
-    ray = _imported()
+    ray = imported()
     if ray.is_initialized():
         _refuse_another(ray, address)
         check_nodes(ray)
@@ -132,13 +132,14 @@ def _working_nodes(ray: ModuleType) -> list[dict[str, object]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
-def _imported() -> ModuleType:
+def imported() -> ModuleType:
+    """The module `ray`. RequestError where it is not installed."""
     try:
         import ray
     except ImportError as error:
         name = (error.name or "ray").partition(".")[0]
         raise RequestError(
-            f"{option('ray')} needs {name}, which is not installed: pip install 'hsa-merge[ray]'"
+            f"{option('ray', True)} needs {name}, which is not installed: pip install 'hsa-merge[ray]'"
         ) from error
     return ray  # type: ignore[no-any-return]
 
