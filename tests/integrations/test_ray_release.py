@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,17 +161,15 @@ def test_a_node_that_is_killed_loses_no_entry(
         cluster.remove_node(lost, allow_graceful=False)
         (waiting / "go").touch()
         printed, said = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 0, said
-    report = json.loads(printed)
+    assert (run.returncode, said) == (0, "")
+    report = json.loads(printed)  # nothing of Ray's own beside it
     assert (report["built"], report["failed"]) == (3, 0)
     with started(waiting_recipe, tmp_path / "alone" / "tree") as alone:
         assert alone.wait(PATIENCE) == 0
     assert snapshot(tmp_path / "tree") == snapshot(tmp_path / "alone" / "tree")
 
 
-def test_an_entry_whose_result_was_lost_with_its_node_is_verified(
-    recipe: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_whose_result_was_lost_with_its_node_is_verified(recipe: Path, tmp_path: Path, cluster: Any) -> None:
     """Ray begins such a task again, with the plan of a tree in which the entry did not stand."""
     from hsa.releases import on_ray, plan
 
@@ -239,6 +239,23 @@ def test_an_address_where_nothing_answers(recipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "tree").exists()
 
 
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_an_address_where_another_server_listens(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says nothing, and one of another protocol."""
+    monkeypatch.setattr("hsa.system.ray_cluster.ANSWER_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=lambda: kept.append(server.accept()[0]) or kept[0].sendall(answer))
+        kept: list[socket.socket] = []
+        thread.start()
+        with (
+            pytest.raises(MachineError, match=r"no Ray cluster answers at .*: (timed out|what listens there is no )"),
+            connected(f"127.0.0.1:{server.getsockname()[1]}"),
+        ):
+            pass
+        thread.join()
+        kept[0].close()
+
+
 # --- Ray on this machine ----------------------------------------------------------------------------------------------
 
 
@@ -256,3 +273,13 @@ def test_without_an_address_ray_joins_the_cluster_that_the_environment_names(
     done = run_hsa("release", *order, env={"RAY_ADDRESS": cluster.address}, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["built"] == 1
+
+
+def test_ray_is_started_on_this_machine_and_stopped_at_the_end(recipe: Path, tmp_path: Path) -> None:
+    done = run_hsa("release", recipe, "--output", tmp_path / "tree", "--ray=local", "--no-sync", timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stderr.splitlines())
+    assert [line.partition(": built, ")[0] for line in lines] == [f"hsa: g/{name}" for name in "abcd"]
+    assert done.stdout == f"{tmp_path / 'tree'}\n  4 built, 0 verified, 0 failed of 4 merges; index written\n"
+    build(recipe, tmp_path / "alone" / "tree")
+    assert snapshot(tmp_path / "tree") == snapshot(tmp_path / "alone" / "tree")
