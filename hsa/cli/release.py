@@ -27,6 +27,7 @@ def release(
     ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; the README says what is in it.")],
     output: Annotated[str, typer.Option(metavar="TREE", help="Directory of the tree, new or of an earlier run.")],
+    ray: options.Ray = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -42,9 +43,13 @@ def release(
         plan = plan_release(recipe, output, **settings)
         printing.result(plan.as_dict() if as_json else _describe_plan(plan), quiet)
         return 0
-    with _Screen(bars=stderr_is_terminal() and not (quiet or as_json), quiet=quiet or as_json) as screen:
+    with _Screen(
+        bars=stderr_is_terminal() and not (quiet or as_json or ray is not None), quiet=quiet or as_json
+    ) as screen:
         progress = screen.step if screen.bars else None
-        report = build_release(recipe, output, progress=progress, watch=screen.done, **settings)
+        report = build_release(
+            recipe, output, progress=progress, watch=screen.done, ray=options.ray_address(ray), **settings
+        )
     printing.findings(Findings(report.notes), quiet=quiet)
     if report.index_problem is not None:
         printing.problem(f"the index: {report.index_problem}")

@@ -124,7 +124,7 @@ def plan_release(recipe: PathLike, output: PathLike, **keywords: Any) -> Release
     problems: list[tuple[RecipeEntry, HsaError]] = []
     for entry, request in zip(parsed_recipe.entries, requests, strict=True):
         try:
-            entries.append(_plan_entry(entry, request, tree, overwrite=overwrite))
+            entries.append(plan_entry(entry, request, tree, overwrite=overwrite))
         except HsaError as error:
             problems.append((entry, error))
     if problems:
@@ -139,7 +139,8 @@ def plan_release(recipe: PathLike, output: PathLike, **keywords: Any) -> Release
     )
 
 
-def _plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
+def plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
+    """What is to become of one entry. Raises HsaError where it cannot be done."""
     check_tree(tree, _local_paths(request))
     with spelled(as_keys(keys())):
         dry_run_report = dry_run(request, occupied=True)  # whatever stands there, look at the rest

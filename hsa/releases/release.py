@@ -1,73 +1,31 @@
 """`hsa.release`: a recipe to a tree of checkpoints with an index.
 
 Everything is looked at before the first byte is written (`hsa.releases.plan`). Then each entry is built, or, where it
-stands already, verified; what fails is left as it was, and the next entry follows.
-
-When does an entry that stands count as done? Headers, sizes and names of local sources prove nothing: another training
-run of the same model has the same ones. So the merge is computed again and every byte of every file compared. Where
-all sources are commits of the Hub, which cannot change, the files' own digests are enough against damage, and
-nothing is fetched again; against somebody who writes digests anew, `hsa verify --sources` is the answer.
+stands already, verified (`hsa.releases.entries`), here or as a task of Ray (`hsa.releases.on_ray`); what fails is left
+as it was, and the next entry follows.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hsa.actions.keywords import RELEASE, run_options
-from hsa.actions.merge import run_merge
 from hsa.actions.signatures import declared_keywords
 from hsa.arguments import check_functions, check_paths
-from hsa.errors import HsaError, MachineError, RequestError, StrictError, one_line
-from hsa.option_names import as_keys, option, spelled
-from hsa.outputs.provenance import load as load_provenance
+from hsa.errors import HsaError, MachineError, one_line
 from hsa.outputs.release_index import INDEX
-from hsa.outputs.report import MergeReport
-from hsa.releases import index
-from hsa.releases.index import EntryState, Row
-from hsa.releases.plan import MAX_NAMED, PlannedEntry, ReleasePlan, plan_release, state_of
-from hsa.releases.recipe import keys
-from hsa.sources.hub.repository import find_id
-from hsa.sources.roles import BASE
-from hsa.system.manifest import PROVENANCE
-from hsa.system.threads import out_of_memory
+from hsa.releases import index, on_ray
+from hsa.releases.entries import EntryReport, Progress, build_or_verify
+from hsa.releases.index import Row
+from hsa.releases.plan import ReleasePlan, plan_release
 from hsa.system.types import PathLike
-from hsa.verification.verify import VerifyReport, verify
 
 __all__ = ["EntryReport", "ReleaseReport", "release"]
-
-Progress = Callable[[str, int, int], None]
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class EntryReport:
-    """What became of an entry; `problem` says why it failed, `merge` is the report of one that was built, and
-    `notes` are of one that was verified. `exit_code` is 2 where only `strict` refused it, and 1 for other failures."""
-
-    path: str
-    result: Literal["built", "verified", "failed"]
-    problem: str | None = None
-    merge: MergeReport | None = None
-    bytes_read: int = 0
-    peak_memory_bytes: int = 0
-    notes: tuple[str, ...] = ()
-    exit_code: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "result": self.result,
-            "problem": self.problem,
-            "notes": list(self.notes),
-            "merge": None if self.merge is None else self.merge.as_dict(),
-        }
 
 
 @dataclass(frozen=True)
@@ -132,6 +90,7 @@ def release(
     *,
     progress: Progress | None = None,
     watch: Callable[[EntryReport], None] | None = None,
+    ray: bool | str = False,
     **keywords: Any,
 ) -> ReleaseReport:
     """Build the tree of a recipe: `output/<group>/<name>` for each merge, and an index over them.
@@ -140,8 +99,13 @@ def release(
         recipe: a YAML file; see `hsa.releases.recipe` and the README.
         output: the directory of the tree, new or of an earlier run. What the recipe does not name is left alone.
         {options}
-        progress: called now and then with an entry's path, bytes done and bytes in all.
-        watch: called with what became of each entry.
+        progress: called now and then with an entry's path, bytes done and bytes in all; not with `ray`.
+        watch: called with what became of each entry, as soon as it has ended.
+        ray: build the entries as tasks of Ray, several at a time: on the cluster at this address (`HOST:PORT`), or with
+            True on the one that the environment names or that runs on this machine; where there is none, Ray is started
+            on this machine. The sources and the tree must lie on a filesystem that all nodes share, and sources may be
+            hub ids. The tree is the same, byte for byte. `threads` are then those of each entry, for which it asks Ray
+            for as many CPUs: 4 by default, or all of the largest node where it has fewer.
 
     With `strict`, what headers tell stops the release; an entry whose merge warns is not written, and is a failure.
 
@@ -152,106 +116,23 @@ def release(
     check_paths(recipe=recipe, output=output)
     check_functions(progress=progress, watch=watch)
     how = run_options(RELEASE, keywords)
+    if ray is not False:
+        on_ray.check(ray)
     release_plan = plan_release(recipe, output, **keywords)
     if release_plan.short:
         raise MachineError(f"{release_plan.short[0]}; nothing was written: free some space, or choose another tree")
-    reports, rows = [], []
-    for planned in release_plan.entries:
-        report, row = _build_or_verify(planned, progress, overwrite=how.overwrite)
-        reports.append(report)
-        rows.append(row)
-        if watch is not None:
-            watch(report)
+    results: list[tuple[EntryReport, Row]] = []
+    if ray is False:
+        for planned in release_plan.entries:
+            results.append(build_or_verify(planned, progress, overwrite=how.overwrite))
+            if watch is not None:
+                watch(results[-1][0])
+    else:
+        results = on_ray.build_all(release_plan, ray, overwrite=how.overwrite, watch=watch)
+    reports, rows = [report for report, _ in results], [row for _, row in results]
     index_written, index_problem = _write_index(release_plan, rows, sync=how.sync)
     seconds = time.perf_counter() - started
     return ReleaseReport(release_plan.tree, tuple(reports), seconds, index_written, index_problem, release_plan.notes)
-
-
-def _build_or_verify(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) -> tuple[EntryReport, Row]:
-    """Build or verify one entry, and look at how it stands then."""
-    path = planned.entry.path
-    step = None if progress is None else lambda done, total: progress(path, done, total)
-    bytes_read = peak_memory = 0
-    state = planned.state
-    try:
-        if planned.action == "refuse":
-            raise RequestError(f"{planned.why}; {planned.remedy or _overwrite_hint()}")
-        if planned.action == "verify":
-            verified_report = verify(
-                planned.plan.output, threads=planned.request.threads, progress=step, **_sources_to_compare(planned)
-            )
-            bytes_read, peak_memory = verified_report.bytes_read, verified_report.peak_memory_bytes
-            if verified_report.ok:
-                verified = EntryReport(path, "verified", None, None, bytes_read, peak_memory, verified_report.notes)
-                return verified, _row(planned, "complete")
-            other_sources = any(problem.file in planned.request.sources for problem in verified_report.problems)
-            state = "other" if other_sources else "damaged"
-            if not overwrite:
-                raise RequestError(f"{_describe_problems(state, verified_report)}; {_overwrite_hint()}")
-        with spelled(as_keys(keys())):
-            merge_report = run_merge(replace(planned.request, overwrite=planned.state != "missing"), step)
-    except (HsaError, OSError, MemoryError) as error:
-        reason = out_of_memory() if isinstance(error, MemoryError) else str(error)
-        if state == "missing":
-            state = _state_after_failure(planned)
-        code = 2 if isinstance(error, StrictError) else 1
-        return EntryReport(path, "failed", reason, None, bytes_read, peak_memory, exit_code=code), _row(planned, state)
-    report = EntryReport(
-        path,
-        "built",
-        None,
-        merge_report,
-        bytes_read + merge_report.bytes_read,
-        max(peak_memory, merge_report.peak_memory_bytes),
-    )
-    return report, _row(planned, "complete")
-
-
-def _overwrite_hint() -> str:
-    return f"give {option('overwrite', True)} to build it again"
-
-
-def _state_after_failure(planned: PlannedEntry) -> EntryState:
-    """How an entry stands that was not there and could not be built: another run may have built it just now."""
-    if not (planned.plan.output / PROVENANCE).is_file():
-        return "missing"
-    try:
-        return state_of(planned.plan.output, planned.request)[0]
-    except HsaError:  # its sources cannot be opened any more
-        return "other"
-
-
-def _describe_problems(state: EntryState, report: VerifyReport) -> str:
-    texts = [f"{problem.file}: {problem.what}" for problem in report.problems[:MAX_NAMED]]
-    more = f"; and {len(report.problems) - MAX_NAMED} more" if len(report.problems) > MAX_NAMED else ""
-    cause = "it was made from other sources" if state == "other" else "it is damaged"
-    return f"{cause}: {'; '.join(texts)}{more}"
-
-
-def _sources_to_compare(planned: PlannedEntry) -> dict[str, Any]:
-    """The sources to compute the merge from again, with the ids that the recipe gives them; none where all are commits
-    of the Hub, which cannot change."""
-    sources, ids = planned.request.sources, planned.request.ids or {}
-    provenance = load_provenance(planned.plan.output)
-    recorded = provenance.record.sources
-    immutable = all(provenance.files.values()) and all(
-        find_id(path) is not None and not ids.get(role) and _COMMIT.fullmatch(recorded[role].identity.revision or "")
-        for role, path in sources.items()
-    )
-    if immutable:
-        return {}
-    base = {BASE: sources[BASE], f"{BASE}_id": ids.get(BASE)} if BASE in sources else {}
-    models = [role for role in sources if role != BASE]
-    return {**base, "models": [sources[role] for role in models], "model_ids": [ids.get(role) for role in models]}
-
-
-def _row(planned: PlannedEntry, state: EntryState) -> Row:
-    if state != "complete":
-        return Row(planned.entry, state, None)
-    try:
-        return Row(planned.entry, state, load_provenance(planned.plan.output))
-    except HsaError:  # damaged by another program since it was written or verified
-        return Row(planned.entry, "damaged", None)
 
 
 def _write_index(release_plan: ReleasePlan, rows: Sequence[Row], *, sync: bool) -> tuple[bool, str | None]:

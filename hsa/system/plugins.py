@@ -8,6 +8,7 @@ import os
 import pkgutil
 import sys
 from functools import cache
+from hashlib import sha256
 from types import ModuleType
 
 from hsa.errors import RequestError
@@ -34,7 +35,8 @@ def _modules_in(package: str) -> tuple[ModuleType, ...]:
 @cache
 def _load(path: str) -> ModuleType:
     """The module of a Python file, which is run once in a process."""
-    name = f"_hsa_plugin_{os.path.splitext(os.path.basename(path))[0]}_{abs(hash(path)):x}"
+    digest = sha256(os.fsencode(path)).hexdigest()[:16]  # the same in every process, so that its objects can be pickled
+    name = f"_hsa_plugin_{os.path.splitext(os.path.basename(path))[0]}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RequestError(f"{VARIABLE}: {path} is no Python file; give files that end in .py")

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,12 @@ ANSWER_SECONDS = 10.0
 NODE_SECONDS = 120.0
 """How long a node may take to start a worker, whose version is then compared. A node that is slower is not refused:
 each task compares again."""
+
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client of gRPC begins: with the preface of HTTP/2 and empty settings. A server answers with its own."""
+
+_SETTINGS = 4
+"""The kind of a frame of HTTP/2 that holds settings; it stands in the fourth byte."""
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 """No usage statistics, and no question about them, unless the environment asks for them."""
@@ -57,7 +64,7 @@ def connected(address: str | None = None) -> Iterator[ModuleType]:
         2
     """
     check_address(address)
-    ray = _imported()
+    ray = imported()
     if ray.is_initialized():
         _refuse_another(ray, address)
         check_nodes(ray)
@@ -65,12 +72,13 @@ def connected(address: str | None = None) -> Iterator[ModuleType]:
         return
     named = address or os.environ.get("RAY_ADDRESS") or None
     _refuse_silent(named)
-    try:
-        _connect(ray, address, named)
-        check_nodes(ray)
-        yield ray
-    finally:
-        ray.shutdown()
+    with _silenced():
+        try:
+            _connect(ray, address, named)
+            check_nodes(ray)
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def check_address(address: str | None) -> None:
@@ -132,13 +140,14 @@ def _working_nodes(ray: ModuleType) -> list[dict[str, object]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
-def _imported() -> ModuleType:
+def imported() -> ModuleType:
+    """The module `ray`. RequestError where it is not installed."""
     try:
         import ray
     except ImportError as error:
         name = (error.name or "ray").partition(".")[0]
         raise RequestError(
-            f"{option('ray')} needs {name}, which is not installed: pip install 'hsa-merge[ray]'"
+            f"{option('ray', True)} needs {name}, which is not installed: pip install 'hsa-merge[ray]'"
         ) from error
     return ray  # type: ignore[no-any-return]
 
@@ -156,19 +165,30 @@ def _refuse_another(ray: ModuleType, address: str | None) -> None:
 
 
 def _refuse_silent(address: str | None) -> None:
-    """MachineError where nothing listens at an address. Ray would try for minutes and then end the process."""
+    """MachineError where no server of gRPC, such as Ray's, answers at an address. Ray itself would try for minutes and
+    then end the process."""
     place = ADDRESS.fullmatch(address or "")
     if place is None:
         return
     try:
-        with socket.create_connection((place["host"].strip("[]"), int(place["port"])), ANSWER_SECONDS):
-            return
+        _greet(place["host"].strip("[]"), int(place["port"]))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MachineError(
             f"no Ray cluster answers at {address}: {reason}; start one there (ray start --head), or leave the address "
             f"out to use this machine"
         ) from error
+
+
+def _greet(host: str, port: int) -> None:
+    """OSError unless a server of gRPC answers within `ANSWER_SECONDS`; with TLS, unless any server does."""
+    with socket.create_connection((host, port), ANSWER_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+            return
+        connection.sendall(_HELLO)
+        answer = connection.makefile("rb").read(4)
+        if len(answer) < 4 or answer[3] != _SETTINGS:
+            raise OSError("what listens there is no server of Ray")
 
 
 def _connect(ray: ModuleType, address: str | None, named: str | None) -> None:
@@ -200,6 +220,19 @@ def _connect(ray: ModuleType, address: str | None, named: str | None) -> None:
             os.environ.pop(name, None)
         if handler is not None:
             signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep from stdout what Ray prints there of nodes that are lost, whatever `log_to_driver` says. It has a switch for
+    that, which its debugger uses, and no public one."""
+    worker = sys.modules["ray._private.worker"]
+    enabled = getattr(worker, "_worker_logs_enabled", True)
+    setattr(worker, "_worker_logs_enabled", False)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(worker, "_worker_logs_enabled", enabled)  # noqa: B010
 
 
 def _carried_variables() -> dict[str, str]:

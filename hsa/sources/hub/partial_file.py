@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
@@ -33,7 +34,7 @@ def _map_cache_errors(path: Path, needed: int | None = None) -> AbstractContextM
 def save_record(path: Path, document: Mapping[str, Any]) -> None:
     """Write a small JSON file in one step, with a digest of itself; MachineError when the disk fails."""
     text = json.dumps({**document, "sha256": _digest(document)}, indent=1).encode("ascii")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")  # on another node a pid may be the same
     with _map_cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,0 +1,215 @@
+"""Build the entries of a release as tasks of Ray, one task for each.
+
+A task may begin again on another node after its own is lost, even when it had ended and only its result was lost. That
+is safe for an output appears whole or not at all, and:
+
+- What a killed process left beside the output is removed by the next, as always. A node that is lost may keep its lock
+  for a while, on a network filesystem until the lease ends. The task waits for it.
+- An entry that stands by then is planned again, so that it is verified instead of refused.
+
+Objects of hsa travel pickled, so that a node without hsa can say so.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hsa._version import __version__
+from hsa.errors import HsaError, MachineError, RequestError, shown
+from hsa.methods.registry import methods
+from hsa.option_names import option, with_current_spelling
+from hsa.outputs.provenance import loads
+from hsa.releases.entries import EntryReport, build_or_verify, failed
+from hsa.releases.index import EntryState, Row
+from hsa.releases.plan import PlannedEntry, ReleasePlan, plan_entry
+from hsa.system.manifest import PROVENANCE
+from hsa.system.publish import staging_path
+from hsa.system.ray_cluster import check_address, check_version, connected, imported, largest_node
+from hsa.system.staging import lock
+
+CPUS = 4
+"""CPUs that a task asks for and threads that it uses, unless `threads` says otherwise; fewer where no node has so many.
+A merge waits for the disk most of the time, so that more gain little."""
+
+RETRIES = 3
+"""How often an entry begins again after its node or process is lost. A bound, for an entry may be what kills them."""
+
+LOST_SECONDS = 120.0
+"""How long to wait for the lock of a lost node. A server of NFS gives it up after 90 seconds."""
+
+CANCEL_SECONDS = 10.0
+"""How long tasks have to clean up when the release is interrupted."""
+
+WATCH_SECONDS = 0.05
+"""Between two looks at the tasks."""
+
+_Result = tuple[EntryReport, Row]
+
+_Returned = tuple[EntryReport, EntryState, bytes | None]
+"""What a task returns: the report, the state of the entry, and the bytes of its provenance where it is complete. A
+provenance that is read holds objects of its process, such as the family of the models, which pickling would copy."""
+
+
+def check(ray: bool | str) -> None:
+    """RequestError where `ray` is neither True nor an address, or Ray is not installed."""
+    if not (ray is True or isinstance(ray, str)):
+        raise RequestError(f"{option('ray')} must be True, False or an address HOST:PORT, got {shown(ray)}")
+    check_address(_address(ray))
+    imported()
+
+
+def build_all(
+    release_plan: ReleasePlan, ray: bool | str, *, overwrite: bool, watch: Callable[[EntryReport], None] | None
+) -> list[_Result]:
+    """Build or verify all entries on a cluster; their reports and rows in the order of the recipe.
+
+    Raises RequestError where no node has what an entry needs, MachineError where the cluster does not answer or has
+    another version of hsa.
+    """
+    with connected(_address(ray)) as module:
+        placed = [_placed(module, planned) for planned in release_plan.entries]
+        tasks = _Tasks(module, release_plan.tree, overwrite=overwrite)
+        try:
+            return tasks.run(placed, watch)
+        except BaseException:
+            tasks.cancel()
+            raise
+
+
+def _address(ray: bool | str) -> str | None:
+    return None if isinstance(ray, bool) else ray
+
+
+class _Tasks:
+    """The tasks of one release."""
+
+    def __init__(self, ray: ModuleType, tree: Path, *, overwrite: bool) -> None:
+        self._ray, self._tree, self._overwrite = ray, tree, overwrite
+        self._pending: dict[Any, int] = {}
+
+    def run(self, entries: Collection[PlannedEntry], watch: Callable[[EntryReport], None] | None) -> list[_Result]:
+        results: dict[int, _Result] = {}
+        planned = list(entries)
+        build = self._ray.remote(with_current_spelling(_build_there))
+        for place, each in enumerate(planned):
+            task = build.options(
+                num_cpus=each.request.threads,
+                num_gpus=1 if _uses_gpu(each) else 0,
+                max_retries=RETRIES,
+                name=f"hsa release {each.entry.path}",
+            )
+            self._pending[task.remote(__version__, pickle.dumps(each), str(self._tree), self._overwrite)] = place
+        while self._pending:
+            ready, _ = self._ray.wait(list(self._pending), timeout=0)
+            for task in ready:
+                place = self._pending.pop(task)
+                results[place] = self._result(task, planned[place])
+                if watch is not None:
+                    watch(results[place][0])
+            if not ready:
+                time.sleep(WATCH_SECONDS)  # where a signal can end it, which inside Ray becomes another error
+        return [results[place] for place in range(len(planned))]
+
+    def _result(self, task: Any, planned: PlannedEntry) -> _Result:
+        errors = self._ray.exceptions
+        try:
+            report, state, record = self._ray.get(task)
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, HsaError):
+                return failed(planned, str(error.cause), planned.state)
+            raise error.cause from error  # a defect, which ends a release without Ray too
+        except errors.RayError as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            problem = f"its node or its process was lost {RETRIES + 1} times, the last time so: {text:.300}"
+            return failed(planned, problem, planned.state)
+        return report, _row(planned, state, record)
+
+    def cancel(self) -> None:
+        """End the tasks that run, which then remove what they have begun, and drop the others."""
+        with suppress(Exception):  # where the cluster is gone, its tasks are
+            for task in self._pending:
+                self._ray.cancel(task)
+            if self._pending:
+                self._ray.wait(list(self._pending), num_returns=len(self._pending), timeout=CANCEL_SECONDS)
+
+
+def _row(planned: PlannedEntry, state: EntryState, record: bytes | None) -> Row:
+    provenance = None if record is None else loads(record, str(planned.plan.output / PROVENANCE))
+    return Row(planned.entry, state, provenance)
+
+
+# What a task needs ----------------------------------------------------------------------------------------------------
+
+
+def _placed(ray: ModuleType, planned: PlannedEntry) -> PlannedEntry:
+    """The entry with the threads and the backend of its task. RequestError or MachineError where no node can run it."""
+    request = planned.request
+    cpus = int(largest_node(ray, "CPU"))  # 0 where nodes start on demand: whether they are large enough is not known
+    if request.threads is not None and 0 < cpus < request.threads:
+        raise RequestError(
+            f"each entry asks Ray for {request.threads} CPUs, and no node of the cluster has more than {cpus}; give "
+            f"{option('threads', cpus)}"
+        )
+    request = replace(request, threads=request.threads or min(CPUS, cpus or CPUS))
+    if not _uses_gpu(planned):
+        return replace(planned, request=replace(request, backend="cpu") if request.backend == "auto" else request)
+    if request.device.startswith("cuda:") and request.device != "cuda:0":
+        raise RequestError(f"Ray gives each entry a GPU of its own; give {option('device', 'cuda')}")
+    if largest_node(ray, "GPU") >= 1:
+        return replace(planned, request=request)
+    if request.backend == "auto" and request.device == "auto":
+        on_cpu = replace(planned.plan, backend="cpu", device="cpu")
+        return replace(planned, request=replace(request, backend="cpu"), plan=on_cpu)
+    raise MachineError(
+        f"{planned.entry.path} asks Ray for a GPU, and no node of the cluster has one; give {option('backend', 'cpu')}"
+    )
+
+
+def _uses_gpu(planned: PlannedEntry) -> bool:
+    return planned.plan.backend == "triton"
+
+
+# In the task ----------------------------------------------------------------------------------------------------------
+
+
+def _build_there(version: str, data: bytes, tree: str, overwrite: bool) -> _Returned:
+    """Build or verify an entry, on the node of the task."""
+    check_version(version)
+    methods()  # with those of plugins, whose settings the plan may hold
+    planned: PlannedEntry = pickle.loads(data)
+    destination = planned.plan.output
+    _wait_for_lost_run(destination)
+    report, row = _build_or_verify_again(planned, Path(tree), overwrite=overwrite)
+    return report, row.state, None if row.provenance is None else (destination / PROVENANCE).read_bytes()
+
+
+def _build_or_verify_again(planned: PlannedEntry, tree: Path, *, overwrite: bool) -> _Result:
+    """Build or verify an entry, which is planned again where it stands by now."""
+    if planned.action == "build" and (planned.plan.output / PROVENANCE).is_file():
+        try:
+            planned = plan_entry(planned.entry, planned.request, tree, overwrite=overwrite)
+        except HsaError as error:
+            return failed(planned, str(error), planned.state)
+    return build_or_verify(planned, None, overwrite=overwrite)
+
+
+def _wait_for_lost_run(destination: Path) -> None:
+    """Wait while another run holds the output's staging directory, which may be this entry's on a node that is lost."""
+    end = time.monotonic() + LOST_SECONDS
+    while time.monotonic() < end:
+        try:
+            held = lock(staging_path(destination), created=False)
+        except OSError:  # it is not there, or the run will say what is wrong
+            return
+        if held is not None:
+            os.close(held)
+            return
+        time.sleep(WATCH_SECONDS)
