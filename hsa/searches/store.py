@@ -60,6 +60,7 @@ class Store:
     ) -> None:
         self.shared, self._objectives = shared, objectives
         self._joined = False
+        self._read: dict[int, Kept] = {}  # by the trial's id: what is finished does not change
         with quiet_optuna(), storage_errors(url):
             self.storage = open_storage(url, shared=shared)
             self.search = self._begin(name, request)
@@ -162,11 +163,20 @@ class Store:
     # --- what is finished -----------------------------------------------------------------------------------------
 
     def kept_baselines(self) -> list[Kept]:
-        return _kept(self.baselines)
+        return self._kept(self.baselines)
 
     def kept_trials(self) -> list[Kept]:
         """The finished trials of the sampler, without the baselines that it was told of."""
-        return _kept(self.search)
+        return self._kept(self.search)
+
+    def _kept(self, study: Any) -> list[Kept]:
+        found = []
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and _is_real(trial):
+                if trial._trial_id not in self._read:
+                    self._read[trial._trial_id] = _read(trial)
+                found.append(self._read[trial._trial_id])
+        return found
 
     def begun(self, below: int | None = None) -> int:
         """How many trials of the sampler are asked or finished, of those whose number is below."""
@@ -297,14 +307,6 @@ def _is_real(trial: Any) -> bool:
     return BASELINE not in trial.user_attrs and not _is_lost(trial)
 
 
-def _kept(study: Any) -> list[Kept]:
-    return [
-        Kept(
-            trial.number,
-            Candidate.from_dict(trial.user_attrs[CANDIDATE]),
-            Result.from_dict(trial.user_attrs[RESULT]),
-            dict(trial.params),
-        )
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state.is_finished() and _is_real(trial)
-    ]
+def _read(trial: Any) -> Kept:
+    candidate, result = (trial.user_attrs[name] for name in (CANDIDATE, RESULT))
+    return Kept(trial.number, Candidate.from_dict(candidate), Result.from_dict(result), dict(trial.params))
