@@ -81,6 +81,7 @@ def search(
     language: str | None = None,
     task: str = "transcribe",
     beams: int = 1,
+    max_tokens: int | None = None,
     batch: int = 16,
     device: str = "auto",
     dtype: str = "auto",
@@ -112,7 +113,7 @@ def search(
         seed: of the sampler and of the order of utterances.
         racing: stop candidates that are worse than the best by a Wilcoxon signed-rank test; never with pareto.
         soup: `greedy` also scores averages of the fine-tunes, each added while that does not make it worse.
-        normalizer, limit, language, task, beams, batch, device, dtype: as for `hsa.evaluate`.
+        normalizer, limit, language, task, beams, max_tokens, batch, device, dtype: as for `hsa.evaluate`.
         confidence: of the intervals in the report.
         threads: worker threads of the merging.
         progress: called after every trial with a `SearchStep`.
@@ -124,7 +125,7 @@ def search(
     """
     check_functions(evaluate=evaluate, progress=progress)
     check_paths(output=output)
-    decoding = DecodingOptions(language, task, beams, batch, device, dtype)
+    decoding = DecodingOptions(language, task, beams, batch, device, dtype, max_tokens)
     options = search_options(
         method,
         time,

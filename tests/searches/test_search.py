@@ -230,8 +230,13 @@ def test_a_search_that_ends_between_two_draws_goes_on_to_the_same_study(
 
 @pytest.mark.parametrize(
     ("changes", "what"),
-    [({"seed": 3}, "seed"), ({"method": "ties"}, "methods"), ({"space": ["ties.density=0.2:0.4"]}, "space")],
-    ids=["seed", "methods", "space"],
+    [
+        ({"seed": 3}, "seed"),
+        ({"method": "ties"}, "methods"),
+        ({"space": ["ties.density=0.2:0.4"]}, "space"),
+        ({"max_tokens": 5}, "decoding"),
+    ],
+    ids=["seed", "methods", "space", "decoding"],
 )
 def test_another_search_in_the_same_output_is_refused(study: hsa.Study, case: Case, changes: Case, what: str) -> None:
     before = (study.output / "trials.csv").read_bytes()
@@ -258,6 +263,17 @@ def test_weights_that_were_scored_are_not_decoded_again(case: Case, tmp_path: Pa
     assert ones[0].result.weights == by_name["task_arithmetic defaults"].result.weights
     assert ones[0].result.decoded == 0
     assert found.savings is not None and found.savings.equal >= 10
+
+
+def test_texts_are_cut_after_max_tokens(study: hsa.Study, case: Case, tmp_path: Path) -> None:
+    """Every token of the models is eight words."""
+    cut = run(case, tmp_path / "cut", max_tokens=5, trials=7)
+    assert cut.request["decoding"]["max_tokens"] == 5
+    for short, long in zip(cut.trials, study.trials[:7], strict=True):
+        assert short.name == long.name
+        assert len(short.result.texts) == 10
+        assert all(len(text.split()) <= 5 * 8 for text in short.result.texts)
+    assert any(len(text.split()) > 5 * 8 for trial in study.trials[:7] for text in trial.result.texts)
 
 
 def test_pareto_gives_a_front(case: Case, tmp_path: Path) -> None:
