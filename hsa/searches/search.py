@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from hsa.arguments import check_functions, check_paths
 from hsa.errors import DestinationError, RequestError, listed
 from hsa.evaluation.decoding import chosen_device, load_recognizer
 from hsa.evaluation.models import OpenModel, open_model, parse_model
+from hsa.evaluation.normalized import check_references
 from hsa.evaluation.normalizers import normalizer
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.prepared import AudioDigests, GivenSet, PreparedSet, open_sets, prepare
@@ -39,7 +40,7 @@ from hsa.searches.sources import GivenSources, SearchSources, sources_of
 from hsa.searches.space import MethodSpace, parse_layers, parse_space, space_of, with_layers
 from hsa.searches.store import Store, Transcripts, sqlite_url
 from hsa.searches.study import Study, savings_of
-from hsa.searches.test_sets import TestSets
+from hsa.searches.test_sets import TestSets, failure_notes
 from hsa.searches.trials import Trial, best_of
 from hsa.sources.hub.client import Hub
 from hsa.system import fsio
@@ -229,6 +230,8 @@ class _SearchRun:
         language = "en" if decoding.task == "translate" else decoding.language
         normalize = normalizer(self.options.normalizer, language=language, model=anchor.folder)
         dev = make_dev_sets(prepared, normalize, self.options.decoding.batch, self.options.seed)
+        if tested:
+            check_references(tested, normalize)
         self._open_output(models)
         recognizer = load_recognizer(anchor.folder, self.options.decoding)
         resident = ResidentModel(recognizer.model, self.sources, spaces, self.options.threads)
@@ -249,14 +252,18 @@ class _SearchRun:
         scores = dev_scores
         if tested:
             sets = TestSets(resident, evaluator.decoder, anchor, tested, self.options.decoding, normalize, self.output)
-            scores = {trial.name: sets.scores(trial.candidate) for trial in shown}
-            study = replace(study, test=compare(scores, study.best.name, self.options.confidence))
-        rival = _best_baseline(study)
+            test_scores, failures = sets.scores_of(trial.candidate for trial in shown)
+            study = replace(study, notes=(*study.notes, *failure_notes(study.best.name, failures)))
+            if study.best.name in test_scores:
+                scores = test_scores
+                study = replace(study, test=compare(scores, study.best.name, self.options.confidence))
+        rival = _best_baseline(study, scores)
         if rival is not None:
             worst = worst_utterances(scores[study.best.name], scores[rival.name], WORST_SHOWN)
             study = replace(study, worst=worst, rival=rival.name)
-        study = replace(study, notes=(*study.notes, *_verdict_notes(study, rival)))
-        return self._finish(study, dev.names, "test" if tested else "dev")
+        verdicts = _verdict_notes(study, _best_baseline(study, dev_scores), bool(tested))
+        study = replace(study, notes=(*study.notes, *verdicts))
+        return self._finish(study, dev.names, "test" if study.test else "dev")
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -357,9 +364,10 @@ def _shown(study: Study) -> list[Trial]:
     return list(found.values())
 
 
-def _best_baseline(study: Study) -> Trial | None:
-    """The best of what was scored before anything was drawn, the best candidate itself not counted."""
-    return best_of([trial for trial in study.baselines if trial.name != study.best.name])
+def _best_baseline(study: Study, scores: Container[str]) -> Trial | None:
+    """The best of what was scored before anything was drawn and is among `scores`, the best candidate not counted."""
+    others = [trial for trial in study.baselines if trial.name != study.best.name and trial.name in scores]
+    return best_of(others)
 
 
 def _data_notes(sets: Sequence[PreparedSet], dev: DevSets) -> list[str]:
@@ -370,7 +378,7 @@ def _data_notes(sets: Sequence[PreparedSet], dev: DevSets) -> list[str]:
     ]
 
 
-def _verdict_notes(study: Study, rival: Trial | None) -> list[str]:
+def _verdict_notes(study: Study, rival: Trial | None, tested: bool) -> list[str]:
     """What a reader of the figures must know."""
     notes = []
     best = study.best
@@ -379,9 +387,9 @@ def _verdict_notes(study: Study, rival: Trial | None) -> list[str]:
             f"{rival.name} scores better on the dev sets than every merge that was tried; no merge serves here"
         )
     if not study.test:
+        remedy = "" if tested else "; give test sets to see what it is worth"
         notes.append(
-            "the settings were chosen on the dev sets, so the best candidate's figures there are flattering; give test "
-            "sets to see what it is worth"
+            f"the settings were chosen on the dev sets, so the best candidate's figures there are flattering{remedy}"
         )
     for name in dict.fromkeys(row.set for row in study.test):
         rows = [row for row in study.test if row.set == name and row.verdict == "no difference shown"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hsa.errors import AudioError, DataError
 from hsa.evaluation.decoding import chosen_device
 from hsa.evaluation.hypotheses import FOLDER, Hypotheses, Transcript, describe, plain_name
 from hsa.evaluation.models import OpenModel
@@ -43,8 +44,27 @@ class TestSets:
         with fsio.map_write_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
 
+    def scores_of(self, candidates: Iterable[Candidate]) -> tuple[dict[str, list[UtteranceScore]], dict[str, str]]:
+        """The scores of each candidate by its name; and, by name, why the others have none.
+
+        A candidate has none where the normaliser cannot read what it wrote. Raises what putting a candidate raises.
+        """
+        found: dict[str, list[UtteranceScore]] = {}
+        failures: dict[str, str] = {}
+        for candidate in candidates:
+            try:
+                found[candidate.name] = self.scores(candidate)
+            except AudioError:
+                raise
+            except DataError as error:
+                failures[candidate.name] = str(error)
+        return found, failures
+
     def scores(self, candidate: Candidate) -> list[UtteranceScore]:
-        """The scores of a candidate on every utterance of all sets. Raises what putting it raises."""
+        """The scores of a candidate on every utterance of all sets, in the sets' order.
+
+        Raises DataError for a text that cannot be normalised, which names the utterance, and what putting it raises.
+        """
         weights = self._resident.put(candidate)
         self._decoder.begin_model(weights.encoder)
         found: list[UtteranceScore] = []
@@ -69,3 +89,16 @@ class TestSets:
                 if self._on_batch is not None:
                     self._on_batch(len(batch))
         return kept.texts
+
+
+def failure_notes(best: str, failures: Mapping[str, str]) -> list[str]:
+    """Which models are not compared on the test sets, and why, by what `TestSets.scores_of` gives.
+
+    Example:
+        >>> failure_notes("trial 9", {"base": "what it wrote for utterance 'a' of set 'test': ..."})
+        ["base is left out of the comparison on the test sets: what it wrote for utterance 'a' of set 'test': ..."]
+    """
+    if best in failures:
+        why = failures[best]
+        return [f"{best} could not be scored on the test sets, so the figures are those of the dev sets alone: {why}"]
+    return [f"{name} is left out of the comparison on the test sets: {why}" for name, why in failures.items()]
