@@ -11,6 +11,7 @@ from pathlib import Path
 from hsa.arguments import check_functions, check_paths, check_values
 from hsa.errors import DestinationError, RequestError, shown
 from hsa.evaluation.bootstrap import check_confidence
+from hsa.evaluation.data import check_limit
 from hsa.evaluation.decoding import chosen_device
 from hsa.evaluation.extras import needed_for_evaluation
 from hsa.evaluation.hypotheses import FOLDER, is_exact
@@ -86,7 +87,7 @@ def evaluate(
     _check(normalizer, limit, confidence, progress)
     named, baseline_at = _named(models, baseline)
     _check_installed()
-    sets = open_sets(data)
+    sets = open_sets(data, limit)
     folder = None if output is None else check_output(output, [each.folder for each in named if each.folder])
     trn_folder = None if trn is None else _checked_trn(trn)
     with ExitStack() as stack:
@@ -133,8 +134,7 @@ def evaluate(
 def _check(normalizer: str, limit: int | None, confidence: float, progress: EvaluationProgress | None) -> None:
     if normalizer not in NORMALIZERS:
         raise RequestError(f"{option('normalizer')} must be one of {', '.join(NORMALIZERS)}, got {shown(normalizer)}")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise RequestError(f"{option('limit')} must be a whole number of at least 1, got {shown(limit)}")
+    check_limit(limit)
     check_confidence(confidence)
     check_functions(progress=progress)
 

@@ -155,7 +155,7 @@ def search(
         if evaluate is not None:
             return run.by_own_score(evaluate)
         assert dev is not None
-        return run.by_word_errors(open_sets(dev), [] if test is None else open_sets(test))
+        return run.by_word_errors(open_sets(dev, limit), [] if test is None else open_sets(test, limit))
 
 
 @contextmanager
