@@ -26,18 +26,7 @@ setup(
     package_dir={"hsa": "hsa", "hsa.kernels": "kernels"},
     package_data={
         "hsa": ["py.typed"],
-        "hsa.views": [
-            "page.html",
-            "page.css",
-            "search.html",
-            "search.js",
-            "page.js",
-            "common.js",
-            "models.html",
-            "models.js",
-            "evaluation.html",
-            "evaluation.js",
-        ],
+        "hsa.views": ["*.html", "*.css", "*.js"],
     },
     install_requires=[
         "torch>=2.11,<3",

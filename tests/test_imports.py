@@ -528,8 +528,11 @@ def test_a_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
     assert "hsa/kernels/__init__.py" in held
     assert held == expected
     assert "hsa/py.typed" in wheel.namelist()
-    page = {f"hsa/views/page.{suffix}" for suffix in ("html", "css", "js")}
-    assert page <= set(wheel.namelist())
+    pages = {
+        path.relative_to(ROOT).as_posix() for kind in ("html", "css", "js") for path in ROOT.glob(f"hsa/**/*.{kind}")
+    }
+    assert "hsa/views/frame.html" in pages
+    assert pages <= set(wheel.namelist())
 
 
 def test_an_sdist_holds_every_source_file(source: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hsa.cli import options, printing
+from hsa.cli import decoding_options, options, printing
 from hsa.cli.decoding_progress import decoding_progress
 from hsa.errors import one_line
 from hsa.findings import Findings
@@ -16,8 +16,6 @@ from hsa.system.streams import print_stderr
 
 if TYPE_CHECKING:
     from hsa.evaluation.report import Evaluation
-
-NUMERICS = options.HEADINGS["numerics"]
 
 
 def eval_(
@@ -31,48 +29,14 @@ def eval_(
     baseline: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Show how the others differ from it, with intervals.")
     ] = None,
-    normalizer: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="auto, whisper, basic, plain or none: how texts are made comparable."),
-    ] = "auto",
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Take the first N utterances of each set.", show_default="all")
-    ] = None,
-    confidence: Annotated[float, typer.Option(metavar="NUMBER", help="Of the intervals, between 0 and 1.")] = 0.95,
-    language: Annotated[
-        str | None,
-        typer.Option(
-            metavar="L",
-            help="The language spoken, such as de.",
-            show_default="detected",
-            rich_help_panel=NUMERICS,
-        ),
-    ] = None,
-    task: Annotated[
-        str,
-        typer.Option(metavar="TASK", help="transcribe, or translate into English.", rich_help_panel=NUMERICS),
-    ] = "transcribe",
-    beams: Annotated[
-        int,
-        typer.Option(metavar="N", help="Width of the beam search; 1 is greedy.", rich_help_panel=NUMERICS),
-    ] = 1,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Cut an utterance that has not ended after N tokens.",
-            show_default="224 for Whisper",
-            rich_help_panel=NUMERICS,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="T",
-            help="auto (float32 on a CPU, as stored on a GPU), float32, float16 or bfloat16.",
-            rich_help_panel=NUMERICS,
-        ),
-    ] = "auto",
+    normalizer: decoding_options.Normalizer = "auto",
+    limit: decoding_options.Limit = None,
+    confidence: decoding_options.Confidence = 0.95,
+    language: decoding_options.Language = None,
+    task: decoding_options.Task = "transcribe",
+    beams: decoding_options.Beams = 1,
+    max_tokens: decoding_options.MaxTokens = None,
+    dtype: decoding_options.Dtype = "auto",
     output: Annotated[
         str | None,
         typer.Option(
@@ -85,14 +49,8 @@ def eval_(
         str | None,
         typer.Option(metavar="DIR", help="Write NIST's trn files for sclite.", rich_help_panel=options.OUTPUT),
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.", rich_help_panel=options.MACHINE),
-    ] = "auto",
-    batch: Annotated[
-        int,
-        typer.Option(metavar="N", help="Utterances decoded at a time.", rich_help_panel=options.MACHINE),
-    ] = 16,
+    device: decoding_options.Device = "auto",
+    batch: decoding_options.Batch = 16,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,

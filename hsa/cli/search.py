@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hsa.actions.source_arguments import source_names
-from hsa.cli import options, printing
+from hsa.cli import decoding_options, options, printing
 from hsa.errors import one_line
 from hsa.findings import Findings
 from hsa.methods.settings import DEFAULT_METHOD
@@ -64,24 +64,16 @@ def search(
     racing: Annotated[
         bool, typer.Option("--racing/--no-racing", help="Stop candidates that are worse than the best.")
     ] = True,
-    confidence: Annotated[float, typer.Option(metavar="NUMBER", help="Of the intervals in the report.")] = 0.95,
-    normalizer: Annotated[str, typer.Option(metavar="NAME", help="auto, whisper, basic, plain or none.")] = "auto",
-    language: Annotated[str | None, typer.Option(metavar="L", help="Such as en; else the model detects it.")] = None,
-    task: Annotated[str, typer.Option(metavar="NAME", help="transcribe or translate.")] = "transcribe",
-    beams: Annotated[int, typer.Option(metavar="N", help="Width of the beam search; 1 is greedy.")] = 1,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first utterances of each set.")] = None,
-    batch: Annotated[
-        int, typer.Option(metavar="N", help="Utterances at a time.", rich_help_panel=options.MACHINE)
-    ] = 16,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", rich_help_panel=options.MACHINE)
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="DTYPE", help="Of decoding: auto, float32, float16, bfloat16.", rich_help_panel=options.MACHINE
-        ),
-    ] = "auto",
+    confidence: decoding_options.Confidence = 0.95,
+    normalizer: decoding_options.Normalizer = "auto",
+    language: decoding_options.Language = None,
+    task: decoding_options.Task = "transcribe",
+    beams: decoding_options.Beams = 1,
+    max_tokens: decoding_options.MaxTokens = None,
+    limit: decoding_options.Limit = None,
+    batch: decoding_options.Batch = 16,
+    device: decoding_options.Device = "auto",
+    dtype: decoding_options.Dtype = "auto",
     threads: Annotated[
         int | None,
         typer.Option(metavar="N", help="Of merging.", show_default="cores + 1", rich_help_panel=options.MACHINE),
@@ -134,6 +126,7 @@ def search(
             language=language,
             task=task,
             beams=beams,
+            max_tokens=max_tokens,
             limit=limit,
             batch=batch,
             device=device,

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hsa.errors import AudioError, DataError, RequestError, shown
 from hsa.evaluation.collector import check_times
@@ -53,7 +53,7 @@ def read_audio(utterance: Utterance, rate: int) -> Float32:
     """
     check_rate(rate)
     with _opened(utterance) as file:
-        first, count = _part(utterance, file)
+        first, count = _part(utterance, _header(file))
         source = int(file.samplerate)
         blocks = _mixed_blocks(utterance, file, first, count)
         if source == rate:
@@ -65,15 +65,35 @@ def read_audio(utterance: Utterance, rate: int) -> Float32:
     return audio
 
 
-def duration(utterance: Utterance) -> float:
-    """Seconds of the audio of an utterance, from the header of its file and its times. Raises as `read_audio` does.
+class AudioHeader(NamedTuple):
+    """Samples per second of a file, and how many samples it has of each channel."""
+
+    rate: int
+    frames: int
+
+
+def read_header(utterance: Utterance) -> AudioHeader:
+    """What the header of an utterance's file says. AudioError for a file that is missing or no audio.
+
+    Example:
+        >>> read_header(Utterance("a", Path("a.flac"), ""))  # doctest: +SKIP
+        AudioHeader(rate=16000, frames=48000)
+    """
+    with _opened(utterance) as file:
+        return _header(file)
+
+
+def duration(utterance: Utterance, header: AudioHeader | None = None) -> float:
+    """Seconds of the audio of an utterance, from the header of its file, which may be known, and its times.
+
+    Raises as `read_audio` does.
 
     Example:
         >>> duration(Utterance("a", Path("a.flac"), ""))  # doctest: +SKIP
         3.0
     """
-    with _opened(utterance) as file:
-        return _part(utterance, file)[1] / int(file.samplerate)
+    header = read_header(utterance) if header is None else header
+    return _part(utterance, header)[1] / header.rate
 
 
 def check_audio(utterances: Iterable[Utterance]) -> None:
@@ -118,9 +138,13 @@ def _opened(utterance: Utterance) -> Iterator[Any]:
         os.close(descriptor)
 
 
-def _part(utterance: Utterance, file: Any) -> tuple[int, int]:
+def _header(file: Any) -> AudioHeader:
+    return AudioHeader(int(file.samplerate), int(file.frames))
+
+
+def _part(utterance: Utterance, header: AudioHeader) -> tuple[int, int]:
     """The first sample of the utterance in its file and their number."""
-    where, rate, frames = _named(utterance), int(file.samplerate), int(file.frames)
+    where, (rate, frames) = _named(utterance), header
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise AudioError(f"{where} has {rate} samples per second, expected {LOWEST_RATE} to {HIGHEST_RATE}")
     if frames >= UNKNOWN_LENGTH:

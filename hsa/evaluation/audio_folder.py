@@ -11,12 +11,13 @@ from hsa.evaluation.collector import Collector
 from hsa.evaluation.tables import read_table
 
 
-def read_audio_folder(metadata: Path) -> Collector:
-    """The utterances that a metadata file lists, whose audio lies beside it or in folders below.
+def read_audio_folder(metadata: Path, *, limit: int | None = None) -> Collector:
+    """The utterances that a metadata file lists, whose audio lies beside it or in folders below; with a `limit` the
+    first so many.
 
     Raises DataError as `read_table` does, also where there is no column file_name.
 
     Example:
         >>> read_audio_folder(Path("speech/metadata.csv"))  # doctest: +SKIP
     """
-    return read_table(metadata, audio=("file_name",))
+    return read_table(metadata, audio=("file_name",), limit=limit)

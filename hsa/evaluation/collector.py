@@ -11,7 +11,10 @@ from hsa.errors import DataError, is_text, shown
 from hsa.evaluation.utterance import DataSet, Utterance
 
 MAX_UTTERANCES = 2_000_000
-"""Utterances of a set: at 0.6 KB each they take a gigabyte."""
+"""Utterances of a set: at half a kilobyte each they take a gigabyte."""
+
+PATHS_KEPT = 1024
+"""Paths that are kept while a manifest is read, so that utterances of one recording share theirs."""
 
 
 class Place(NamedTuple):
@@ -27,6 +30,8 @@ class Place(NamedTuple):
 class Collector:
     """Utterances of one set as they are read. Relative paths of audio are relative to `folder`.
 
+    `limit` is how many are wanted: a reader stops where `is_full` says so.
+
     Example:
         >>> collector = Collector(Path("/data"))
         >>> place = Place(Path("/data/test.tsv"), 2)
@@ -35,7 +40,7 @@ class Collector:
         PosixPath('/data/a.wav')
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
         self.folder = os.path.normpath(os.path.abspath(folder))
         self.notes: list[str] = []
         self._inside = self.folder.rstrip("/") + "/"
@@ -43,6 +48,13 @@ class Collector:
         self._ids: set[str] = set()
         self._outside = 0
         self._first_outside = ""
+        self._limit = limit
+        self._paths: dict[str, Path] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all utterances that are wanted have been added."""
+        return self._limit is not None and len(self._utterances) >= self._limit
 
     def audio_path(self, place: Place, written: str) -> Path:
         """The absolute path of audio as a manifest writes it. One outside of the folder is counted for the notes."""
@@ -53,7 +65,11 @@ class Collector:
         if may_leave and not os.path.normpath(path).startswith(self._inside):
             self._outside += 1
             self._first_outside = self._first_outside or f"{shown(written, 200)} at line {place.line}"
-        return Path(path)
+        if path not in self._paths:
+            if len(self._paths) >= PATHS_KEPT:
+                self._paths.clear()
+            self._paths[path] = Path(path)
+        return self._paths[path]
 
     def add(
         self,

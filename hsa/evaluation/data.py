@@ -16,23 +16,28 @@ from hsa.evaluation.files import kind_of
 from hsa.evaluation.kaldi import check_files, read_kaldi
 from hsa.evaluation.tables import METADATA, TRANSCRIPTS, read_table
 from hsa.evaluation.utterance import DataSet, Utterance
+from hsa.option_names import option
 from hsa.system.descriptors import reason
 from hsa.system.fsio import MACHINE_ERRNOS
 from hsa.system.types import PathLike
 
 __all__ = ["DataSet", "Utterance", "data", "parse_set"]
 
+_Read = Callable[[int | None], Collector]
+"""Reads a manifest, or its first utterances."""
+
 _NAME = re.compile(r"[^/\0]{1,100}")
 
 
-def data(path: PathLike, *, name: str | None = None) -> DataSet:
+def data(path: PathLike, *, name: str | None = None, limit: int | None = None) -> DataSet:
     """Read a set of utterances with their references; no audio is opened.
 
     `path` is a table (.tsv, .csv, .jsonl) with a column file, path or audio and one named text, sentence or transcript,
     and optional ones id, speaker, domain, start and end (seconds); or a directory: Kaldi's (wav.scp, text, optional
     segments and utt2spk), one with metadata.csv or metadata.jsonl, or one with transcripts.tsv (file, text). Relative
     paths of audio are relative to the table or the directory. `name` is by default that of the table without its
-    ending, or that of the directory.
+    ending, or that of the directory. With a `limit` the first so many utterances are read; what follows them is not
+    looked at, so that a few rows of a huge table take little time and memory.
 
     Raises DataError, which names file and line, RequestError for a bad argument and MachineError where reading fails.
 
@@ -42,13 +47,25 @@ def data(path: PathLike, *, name: str | None = None) -> DataSet:
     """
     check_paths(data=path)
     manifest = Path(os.path.abspath(path))
+    check_limit(limit)
     read, named_by = _reader(manifest)
     name = _checked_name(named_by if name is None else name)
-    return read().finish(name, manifest)
+    return read(limit).finish(name, manifest)
 
 
-def parse_set(argument: str) -> DataSet:
-    """The set that `NAME=PATH` or `PATH` names on the command line. A path with = in its first part is written ./a=b.
+def check_limit(limit: int | None) -> None:
+    """RequestError unless a number of utterances is None or at least 1.
+
+    Example:
+        >>> check_limit(3)
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise RequestError(f"{option('limit')} must be a whole number of at least 1, got {shown(limit)}")
+
+
+def parse_set(argument: str, limit: int | None = None) -> DataSet:
+    """The set that `NAME=PATH` or `PATH` names on the command line, or its first `limit` utterances. A path with = in
+    its first part is written ./a=b.
 
     Example:
         >>> parse_set("noisy=data/test.tsv").name  # doctest: +SKIP
@@ -56,10 +73,10 @@ def parse_set(argument: str) -> DataSet:
     """
     name, equals, path = argument.partition("=")
     if not equals or "/" in name:
-        return data(argument)
+        return data(argument, limit=limit)
     if not name or not path:
         raise RequestError(f"a set is given as NAME=PATH or PATH, got {shown(argument)}")
-    return data(path, name=name)
+    return data(path, name=name, limit=limit)
 
 
 def _checked_name(name: str) -> str:
@@ -71,7 +88,7 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _reader(manifest: Path) -> tuple[Callable[[], Collector], str]:
+def _reader(manifest: Path) -> tuple[_Read, str]:
     """What reads a manifest, and the name of its set."""
     mode = _mode(manifest)
     if stat.S_ISDIR(mode):
@@ -79,8 +96,8 @@ def _reader(manifest: Path) -> tuple[Callable[[], Collector], str]:
     if not stat.S_ISREG(mode):
         raise DataError(f"{manifest} is {kind_of(mode)}, expected a table or a directory with a set of utterances")
     if manifest.name in (TRANSCRIPTS, *METADATA):
-        return lambda: read_table(manifest), manifest.parent.name or "data"
-    return lambda: read_table(manifest), manifest.stem
+        return lambda limit: read_table(manifest, limit=limit), manifest.parent.name or "data"
+    return lambda limit: read_table(manifest, limit=limit), manifest.stem
 
 
 def _mode(path: Path) -> int:
@@ -93,7 +110,7 @@ def _mode(path: Path) -> int:
         raise DataError(f"{shown(path)} is no path of a set of utterances: {error}") from error
 
 
-def _directory_reader(folder: Path) -> Callable[[], Collector]:
+def _directory_reader(folder: Path) -> _Read:
     found = [name for name in ("wav.scp", *METADATA, TRANSCRIPTS) if os.path.lexists(folder / name)]
     if len(found) != 1:
         kinds = "wav.scp and text (Kaldi), metadata.csv or metadata.jsonl (an audio folder), or transcripts.tsv"
@@ -101,7 +118,7 @@ def _directory_reader(folder: Path) -> Callable[[], Collector]:
         raise DataError(f"{folder} {which}, or give a table that ends in .tsv, .csv or .jsonl")
     if found == ["wav.scp"]:
         check_files(folder)
-        return lambda: read_kaldi(folder)
+        return lambda limit: read_kaldi(folder, limit=limit)
     if found == [TRANSCRIPTS]:
-        return lambda: read_table(folder / TRANSCRIPTS)
-    return lambda: read_audio_folder(folder / found[0])
+        return lambda limit: read_table(folder / TRANSCRIPTS, limit=limit)
+    return lambda limit: read_audio_folder(folder / found[0], limit=limit)

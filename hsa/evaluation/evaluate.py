@@ -9,13 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hsa.arguments import check_functions, check_paths, check_values
-from hsa.errors import DataError, DestinationError, RequestError, listed, shown
+from hsa.errors import DestinationError, RequestError, shown
 from hsa.evaluation.bootstrap import check_confidence
+from hsa.evaluation.data import check_limit
 from hsa.evaluation.decoding import chosen_device
 from hsa.evaluation.extras import needed_for_evaluation
 from hsa.evaluation.hypotheses import FOLDER, is_exact
 from hsa.evaluation.model_scores import ModelScores
 from hsa.evaluation.models import NORMALIZER, NamedModel, OpenModel, names_of, open_model, parse_model
+from hsa.evaluation.normalized import check_references, naming_model
 from hsa.evaluation.normalizers import NORMALIZERS
 from hsa.evaluation.normalizers import normalizer as normalizer_named
 from hsa.evaluation.options import DecodingOptions
@@ -85,7 +87,7 @@ def evaluate(
     _check(normalizer, limit, confidence, progress)
     named, baseline_at = _named(models, baseline)
     _check_installed()
-    sets = open_sets(data)
+    sets = open_sets(data, limit)
     folder = None if output is None else check_output(output, [each.folder for each in named if each.folder])
     trn_folder = None if trn is None else _checked_trn(trn)
     with ExitStack() as stack:
@@ -94,7 +96,7 @@ def evaluate(
         digests = AudioDigests()
         ready = [prepare(each, limit, digests) for each in sets]
         normalizer, normalize = _normalizer(normalizer, opened, baseline_at, options)
-        _check_references(ready, normalize)
+        check_references(ready, normalize)
         work = Transcription(opened, ready, options, _hypotheses(folder), progress)
         work.run()
         scored = [_scored(model, ready, work, normalize) for model in opened]
@@ -132,8 +134,7 @@ def evaluate(
 def _check(normalizer: str, limit: int | None, confidence: float, progress: EvaluationProgress | None) -> None:
     if normalizer not in NORMALIZERS:
         raise RequestError(f"{option('normalizer')} must be one of {', '.join(NORMALIZERS)}, got {shown(normalizer)}")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise RequestError(f"{option('limit')} must be a whole number of at least 1, got {shown(limit)}")
+    check_limit(limit)
     check_confidence(confidence)
     check_functions(progress=progress)
 
@@ -200,15 +201,6 @@ def _speller(models: Sequence[OpenModel], baseline_at: int | None) -> OpenModel:
     return next((each for each in ordered if each.kind.whisper), ordered[0])
 
 
-def _check_references(sets: Sequence[PreparedSet], normalize: Callable[[str], str]) -> None:
-    """DataError where no reference has a word, before hours are spent on decoding."""
-    if not any(normalize(each.text).split() for data in sets for each in data.utterances):
-        raise DataError(
-            f"no reference of {listed(data.name for data in sets)} has a word once normalised; look at the texts, or "
-            f"choose another {option('normalizer')}"
-        )
-
-
 def _hypotheses(folder: Path | None) -> Path | None:
     if folder is None:
         return None
@@ -224,11 +216,12 @@ def _hypotheses(folder: Path | None) -> Path | None:
 def _scored(
     model: OpenModel, sets: Sequence[PreparedSet], work: Transcription, normalize: Callable[[str], str]
 ) -> list[UtteranceScore]:
-    return [
-        score_utterance(each, work.texts[model.name, data.name][each.id], set_name=data.name, normalize=normalize)
-        for data in sets
-        for each in data.utterances
-    ]
+    with naming_model(model.name, are_kept=work.folder is not None):
+        return [
+            score_utterance(each, work.texts[model.name, data.name][each.id], set_name=data.name, normalize=normalize)
+            for data in sets
+            for each in data.utterances
+        ]
 
 
 def _model_scores(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from hsa.errors import DestinationError
 from hsa.evaluation.models import OpenModel
@@ -31,6 +31,8 @@ FOLDER = "hypotheses"
 PARTIAL = ".partial"
 KEY_SHOWN = 16
 """Digits of the key in the name of a file: enough to tell the files of one directory apart."""
+
+T = TypeVar("T")
 
 _UNPLAIN = re.compile(r"[^A-Za-z0-9_.+-]+")
 
@@ -109,9 +111,9 @@ class Hypotheses:
         self._load()
 
     @property
-    def missing(self) -> Sequence[Utterance]:
+    def missing(self) -> Rest[Utterance]:
         """The utterances that are still to be decoded, in order."""
-        return self._order[len(self.texts) :]
+        return Rest(self._order, len(self.texts))
 
     @contextmanager
     def appending(self) -> Iterator[Hypotheses]:
@@ -183,6 +185,33 @@ class Hypotheses:
             _write(fd, known)
         os.ftruncate(fd, len(known))
         os.lseek(fd, 0, os.SEEK_END)
+
+
+class Rest(Sequence[T]):
+    """What follows the first items of a sequence, as a view: a slice of it copies no more than the slice.
+
+    Example:
+        >>> Rest("abcdef", 2)[:3]
+        ['c', 'd', 'e']
+    """
+
+    def __init__(self, items: Sequence[T], first: int) -> None:
+        self._items, self._first = items, first
+
+    def __len__(self) -> int:
+        return len(self._items) - self._first
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, place: int | slice) -> T | Sequence[T]:
+        places = range(self._first, len(self._items))[place]
+        if isinstance(places, int):
+            return self._items[places]
+        return [self._items[at] for at in places]
 
 
 def plain_name(*names: str) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,19 +36,24 @@ class _Segment(NamedTuple):
     end: float | None
 
 
-def read_kaldi(folder: Path) -> Collector:
+def read_kaldi(folder: Path, *, limit: int | None = None) -> Collector:
     """The utterances of a Kaldi data directory, in the order of its file text.
 
-    Recordings and segments without a text are left out and counted in the notes. Raises DataError, which names file
-    and line: a command in wav.scp, a text without audio, an utterance without a speaker where there is utt2spk.
+    Recordings and segments without a text are left out and counted in the notes. With a `limit` the first so many
+    utterances are read; what the other files say of more is not kept, and nothing is counted.
+
+    Raises DataError, which names file and line: a command in wav.scp, a text without audio, an utterance without a
+    speaker where there is utt2spk.
 
     Example:
         >>> read_kaldi(Path("data/test")).finish("test", Path("data/test"))  # doctest: +SKIP
     """
-    collector = Collector(folder)
-    recordings = _recordings(folder / "wav.scp", collector)
-    segments = _segments(folder / "segments") if os.path.lexists(folder / "segments") else None
-    speakers = _speakers(folder / "utt2spk") if os.path.lexists(folder / "utt2spk") else None
+    collector = Collector(folder, limit)
+    wanted = None if limit is None else _first_names(folder / "text", limit)
+    segments = _segments(folder / "segments", wanted) if os.path.lexists(folder / "segments") else None
+    heard = wanted if wanted is None or segments is None else {each.recording for each in segments.values()}
+    recordings = _recordings(folder / "wav.scp", collector, heard)
+    speakers = _speakers(folder / "utt2spk", wanted) if os.path.lexists(folder / "utt2spk") else None
     used: set[str] = set()
     count = 0
     for place, utterance, text in _entries(folder / "text", "a text", may_be_empty=True):
@@ -69,8 +75,14 @@ def read_kaldi(folder: Path) -> Collector:
         )
         used.add(segment.recording)
         count += 1
+        if collector.is_full:
+            return collector
     _note_unused(collector, recordings, used, segments, count)
     return collector
+
+
+def _first_names(path: Path, limit: int) -> set[str]:
+    return {name for _, name, _ in islice(_entries(path, "a text", may_be_empty=True), limit)}
 
 
 def _note_unused(
@@ -95,22 +107,26 @@ def _segment(place: Place, utterance: str, segments: dict[str, _Segment] | None)
     return segments[utterance]
 
 
-def _recordings(path: Path, collector: Collector) -> dict[str, _Recording]:
+def _recordings(path: Path, collector: Collector, wanted: Collection[str] | None) -> dict[str, _Recording]:
     recordings: dict[str, _Recording] = {}
     for place, name, value in _entries(path, "a file"):
         if value.startswith("|") or value.endswith("|"):
             raise DataError(
                 f"{place} is a command, {shown(value)}; commands are never run: write the audio to a file and name that"
             )
+        if wanted is not None and name not in wanted:
+            continue
         if name in recordings:
             raise DataError(f"{place}: {shown(name, 200)} occurs a second time")
         recordings[name] = _Recording(value, collector.audio_path(place, value))
     return recordings
 
 
-def _segments(path: Path) -> dict[str, _Segment]:
+def _segments(path: Path, wanted: Collection[str] | None) -> dict[str, _Segment]:
     segments: dict[str, _Segment] = {}
     for place, name, value in _entries(path, "a recording, a start and an end"):
+        if wanted is not None and name not in wanted:
+            continue
         fields = _SPACES.split(value)
         if len(fields) != 3:
             raise DataError(f"{place} has {len(fields) + 1} fields, expected utterance, recording, start and end")
@@ -122,9 +138,11 @@ def _segments(path: Path) -> dict[str, _Segment]:
     return segments
 
 
-def _speakers(path: Path) -> dict[str, str]:
+def _speakers(path: Path, wanted: Collection[str] | None) -> dict[str, str]:
     speakers: dict[str, str] = {}
     for place, name, value in _entries(path, "a speaker"):
+        if wanted is not None and name not in wanted:
+            continue
         if _SPACES.search(value):
             raise DataError(f"{place} has more than two fields, expected an utterance and a speaker")
         if name in speakers:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hsa.errors import DataError, HeaderError, RequestError, listed, shown
 from hsa.evaluation.files import open_regular
+from hsa.option_names import option
 from hsa.system.strict_json import MAX_JSON, load_json
 
 NORMALIZERS = ("auto", "whisper", "basic", "plain", "none")
@@ -102,12 +103,15 @@ def _checked(function: Callable[[str], Any]) -> Callable[[str], str]:
     def normalize(text: str) -> str:
         text = " ".join(text.split())
         if max(_unclosed(text, "<[", ">]"), _unclosed(text, "(", ")")) > MAX_UNCLOSED:
-            raise DataError(f"the text {shown(text)} has more than {MAX_UNCLOSED} brackets that are never closed")
+            raise DataError(
+                f"the text {shown(text)} has more than {MAX_UNCLOSED} brackets that are never closed; choose another "
+                f"{option('normalizer')}"
+            )
         try:
             return str(function(text))
         except Exception as error:  # of any kind: the text may be anything, and the code is not ours
             raise DataError(
-                f"the text {shown(text)} cannot be normalised: {error}; correct it, or choose another normalizer"
+                f"the text {shown(text)} cannot be normalised: {error}; choose another {option('normalizer')}"
             ) from error
 
     return normalize

@@ -7,7 +7,8 @@ from typing import Any
 from hsa.evaluation.model_scores import ModelScores
 from hsa.evaluation.prepared import sets_text
 from hsa.evaluation.report import Evaluation
-from hsa.evaluation.scores import UtteranceScore, alignment
+from hsa.evaluation.scores import UtteranceScore
+from hsa.evaluation.word_pairs import word_pairs
 from hsa.views.page import fill
 
 SHOWN = 200
@@ -16,11 +17,6 @@ differs most from the baseline."""
 
 LEAST_OF_A_MODEL = 10
 """Utterances of each of these two kinds that are shown of every model, however many models there are."""
-
-MOST_WORDS = 300
-"""Pairs of words of an utterance that are shown. An hour of speech has nine thousand."""
-
-_OPERATIONS = {"equal": "=", "substitute": "s", "delete": "d", "insert": "i"}
 
 
 def render(report: Evaluation) -> bytes:
@@ -81,10 +77,6 @@ def _utterance(report: Evaluation, place: int) -> dict[str, Any]:
 
 def _heard(score: UtteranceScore) -> dict[str, Any]:
     """What a model heard, as pairs of the reference's words and its own."""
-    pairs = alignment(score.reference, score.hypothesis)
+    pairs, cut = word_pairs(score.reference, score.hypothesis)
     words = score.words
-    return {
-        "errors": [words.substitutions, words.deletions, words.insertions],
-        "pairs": [[_OPERATIONS[kind], ours, theirs] for kind, ours, theirs in pairs[:MOST_WORDS]],
-        "cut": max(0, len(pairs) - MOST_WORDS),
-    }
+    return {"errors": [words.substitutions, words.deletions, words.insertions], "pairs": pairs, "cut": cut}

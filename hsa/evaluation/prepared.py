@@ -11,13 +11,12 @@ from pathlib import Path
 from blake3 import blake3
 
 from hsa.errors import AudioError, RequestError, shown
-from hsa.evaluation.audio import check_audio, duration
+from hsa.evaluation.audio import AudioHeader, check_audio, duration, read_header
 from hsa.evaluation.data import data as read_data
 from hsa.evaluation.data import parse_set
 from hsa.evaluation.files import open_regular
 from hsa.evaluation.utterance import DataSet, Utterance
 from hsa.option_names import option
-from hsa.system.digests import digest_of
 from hsa.system.types import PathLike
 
 _READ = 1 << 20
@@ -44,8 +43,8 @@ class PreparedSet:
     notes: tuple[str, ...]
 
 
-def open_sets(given: GivenSet | Sequence[GivenSet]) -> list[DataSet]:
-    """Read every set. RequestError where there is none, or two have one name.
+def open_sets(given: GivenSet | Sequence[GivenSet], limit: int | None = None) -> list[DataSet]:
+    """Read every set, or the first `limit` utterances of each. RequestError where there is none, or two have one name.
 
     Example:
         >>> [each.name for each in open_sets(["noisy=test.tsv", "clean"])]
@@ -54,7 +53,7 @@ def open_sets(given: GivenSet | Sequence[GivenSet]) -> list[DataSet]:
     several = [given] if isinstance(given, (DataSet, str, os.PathLike)) else list(given)
     if not several:
         raise RequestError(f"there is nothing to evaluate on; give {option('data')} a set")
-    sets = [_open(each) for each in several]
+    sets = [_open(each, limit) for each in several]
     names: dict[str, DataSet] = {}
     for each in sets:
         if each.name in names:
@@ -68,17 +67,24 @@ def open_sets(given: GivenSet | Sequence[GivenSet]) -> list[DataSet]:
     return sets
 
 
-def _open(given: GivenSet) -> DataSet:
+def _open(given: GivenSet, limit: int | None) -> DataSet:
     if isinstance(given, DataSet):
         return given
-    return parse_set(given) if isinstance(given, str) else read_data(given)
+    return parse_set(given, limit) if isinstance(given, str) else read_data(given, limit=limit)
 
 
 class AudioDigests:
-    """BLAKE3 of audio files, each read once for all sets."""
+    """BLAKE3 of audio files, and what their headers say, each read once for all sets."""
 
     def __init__(self) -> None:
         self._known: dict[Path, str] = {}
+        self._headers: dict[Path, AudioHeader] = {}
+
+    def seconds(self, utterance: Utterance) -> float:
+        """How long the audio of an utterance is. AudioError where that cannot be known."""
+        if utterance.audio not in self._headers:
+            self._headers[utterance.audio] = read_header(utterance)
+        return duration(utterance, self._headers[utterance.audio])
 
     def of(self, path: Path) -> str:
         """AudioError where the file cannot be read."""
@@ -98,17 +104,25 @@ def prepare(data: DataSet, limit: int | None, digests: AudioDigests) -> Prepared
     """Look at the audio of a set, or of its first `limit` utterances. Raises AudioError."""
     utterances = data.utterances[:limit]
     check_audio(utterances)
-    seconds = {each.id: duration(each) for each in utterances}
-    lines = [json.dumps([each.id, digests.of(each.audio), each.start, each.end]) for each in utterances]
+    seconds = {each.id: digests.seconds(each) for each in utterances}
     return PreparedSet(
         data.name,
         data.path,
         utterances,
         tuple(sorted(utterances, key=lambda each: -seconds[each.id])),  # sorted keeps the manifest's order of equals
         seconds,
-        digest_of("\n".join(lines).encode("utf-8")),
+        _digest(utterances, digests),
         data.notes,
     )
+
+
+def _digest(utterances: Sequence[Utterance], digests: AudioDigests) -> str:
+    """BLAKE3 of a line of JSON for each utterance, without the end of the last line."""
+    digest = blake3()
+    for number, each in enumerate(utterances):
+        line = json.dumps([each.id, digests.of(each.audio), each.start, each.end])
+        digest.update(("\n" * (number > 0) + line).encode("utf-8"))
+    return digest.hexdigest()
 
 
 def sets_text(sets: Sequence[PreparedSet]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from hsa.errors import DataError, shown
 from hsa.evaluation.bootstrap import check_confidence, check_seed, percentile_interval, resampled_sums
 from hsa.evaluation.extras import needed_for_evaluation
+from hsa.evaluation.normalized import normalized_hypothesis, normalized_reference
 from hsa.evaluation.utterance import Utterance
 
 if TYPE_CHECKING:
@@ -125,14 +126,16 @@ def score_utterance(
 ) -> UtteranceScore:
     """Count the errors of a hypothesis. Both texts are normalised first, and one space left between words.
 
-    Raises RequestError where jiwer is not installed.
+    Raises DataError, which names the utterance, for a text that cannot be normalised, and RequestError where jiwer is
+    not installed.
 
     Example:
         >>> utterance = Utterance("a", Path("/a.wav"), "Good morning, all.")
         >>> score_utterance(utterance, "good evening", set_name="test", normalize=normalizer("plain")).words
         ErrorCounts(substitutions=1, deletions=1, insertions=0, reference=3)
     """
-    reference, heard = (" ".join(normalize(text).split()) for text in (utterance.text, hypothesis))
+    reference = normalized_reference(utterance, set_name, normalize)
+    heard = normalized_hypothesis(hypothesis, utterance, set_name, normalize)
     words, characters = error_counts(reference, heard)
     return UtteranceScore(
         utterance.id, set_name, utterance.speaker, utterance.domain, reference, heard, words, characters

@@ -34,8 +34,9 @@ TRANSCRIPTS = "transcripts.tsv"
 """A table whose columns are file and text; it may lack their names."""
 
 
-def read_table(path: Path, audio: Sequence[str] = AUDIO) -> Collector:
+def read_table(path: Path, audio: Sequence[str] = AUDIO, *, limit: int | None = None) -> Collector:
     """The utterances of a table, by the ending of its name; `audio` are the names that the column of audio may have.
+    With a `limit` the first so many are read, and nothing after them.
 
     A table of two columns may lack their names, where its first row names a file that exists; the notes say so.
 
@@ -45,7 +46,7 @@ def read_table(path: Path, audio: Sequence[str] = AUDIO) -> Collector:
         >>> read_table(Path("test.tsv")).finish("test", Path("test.tsv"))  # doctest: +SKIP
     """
     kind = path.suffix.lower()
-    collector = Collector(path.parent)
+    collector = Collector(path.parent, limit)
     if kind == ".jsonl":
         _add_objects(collector, path, audio)
     elif kind in _ROWS:
@@ -112,7 +113,8 @@ def _add_rows(
     columns = _columns(Place(path, number), names, audio_names)
     if headless:
         _add_row(collector, Place(path, number), cells, columns, len(names))
-    for number, cells in rows:
+    while not collector.is_full and (row := next(rows, None)) is not None:
+        number, cells = row
         _add_row(collector, Place(path, number), cells, columns, len(names))
 
 
@@ -174,6 +176,8 @@ def _add_objects(collector: Collector, path: Path, audio_names: Sequence[str]) -
                 if isinstance(row.get(name), str):
                     check_text(place, row[name], name)
         _add(collector, place, row[audio], row[text], row)
+        if collector.is_full:
+            return
 
 
 def _object(place: Place, line: str) -> dict[str, Any]:

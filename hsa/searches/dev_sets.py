@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hsa.errors import DataError
+from hsa.evaluation.normalized import normalized_reference
 from hsa.evaluation.prepared import PreparedSet
 from hsa.evaluation.scores import UtteranceScore, score_utterance
 from hsa.evaluation.utterance import Utterance
@@ -63,12 +64,12 @@ class DevSets:
 def make_dev_sets(sets: Sequence[PreparedSet], normalize: Callable[[str], str], block: int, seed: int) -> DevSets:
     """All utterances that have a reference, in an order that depends on the seed and their ids alone.
 
-    Raises DataError for a set without a reference.
+    Raises DataError for a set without a reference, and for a reference that cannot be normalised.
     """
     items: list[Item] = []
     empty: dict[str, int] = {}
     for each in sets:
-        found = [Item(each.name, utterance, _words(utterance, normalize)) for utterance in each.utterances]
+        found = [Item(each.name, utterance, _words(utterance, each.name, normalize)) for utterance in each.utterances]
         scored = [item for item in found if item.words]
         if not scored:
             raise DataError(
@@ -84,5 +85,5 @@ def make_dev_sets(sets: Sequence[PreparedSet], normalize: Callable[[str], str], 
     return DevSets(tuple(each.name for each in sets), tuple(items), block, empty, digest, normalize)
 
 
-def _words(utterance: Utterance, normalize: Callable[[str], str]) -> int:
-    return len(normalize(utterance.text).split())
+def _words(utterance: Utterance, set_name: str, normalize: Callable[[str], str]) -> int:
+    return len(normalized_reference(utterance, set_name, normalize).split())

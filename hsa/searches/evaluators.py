@@ -19,7 +19,7 @@ from hsa.searches.candidates import Candidate, Result
 from hsa.searches.dev_sets import DevSets
 from hsa.searches.encoder_states import EncoderStates
 from hsa.searches.objectives import Objective
-from hsa.searches.racing import Race
+from hsa.searches.racing import Race, next_test
 from hsa.searches.resident_model import ResidentModel, Weights
 
 Rival = Sequence[int]
@@ -77,7 +77,7 @@ class SpeechEvaluator:
         known = self._known.get(weights.whole, ())
         texts: list[str] = []
         errors: list[int] = []
-        stopped, decoded = False, 0
+        stopped, decoded, due = False, 0, 0
         for first, last in self.dev.blocks():
             block = list(known[first:last])
             if len(block) < last - first:
@@ -89,9 +89,11 @@ class SpeechEvaluator:
             except DataError as error:  # a text that the normaliser cannot read
                 seconds = time.perf_counter() - started
                 return Result(weights.whole, decoded=decoded, failure=str(error), seconds=seconds, merging=merging)
-            if race is not None and last < len(self.dev.items) and race.is_lost(errors):
-                stopped = True
-                break
+            if race is not None and due <= last < len(self.dev.items):
+                stopped = race.is_lost(errors)
+                due = next_test(last)
+                if stopped:
+                    break
         self.learn(weights.whole, texts)
         return Result(
             weights.whole,

@@ -5,14 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hsa.evaluation.scores import alignment
+from hsa.evaluation.word_pairs import word_pairs
 from hsa.searches.study import Study
 from hsa.views.page import fill
-
-MOST_WORDS = 300
-"""Pairs of words of an utterance that are shown. An hour of speech has nine thousand."""
-
-_OPERATIONS = {"equal": "=", "substitute": "s", "delete": "d", "insert": "i"}
 
 
 def render(study: Study) -> bytes:
@@ -29,10 +24,5 @@ def document(study: Study) -> dict[str, Any]:
     found = study.as_dict()
     for row in found["worst"]:
         for side in ("best", "other"):
-            row[f"{side}_pairs"] = _pairs(row["reference"], row[side])
+            row[f"{side}_pairs"], row[f"{side}_cut"] = word_pairs(row["reference"], row[side])
     return found
-
-
-def _pairs(reference: str, hypothesis: str) -> list[list[str]]:
-    pairs = alignment(reference, hypothesis)
-    return [[_OPERATIONS[kind], ours, theirs] for kind, ours, theirs in pairs[:MOST_WORDS]]

@@ -18,6 +18,24 @@ THRESHOLD = 0.05
 """The p-value below which a candidate is stopped."""
 
 
+TESTED_WHOLE = 64
+"""Blocks of which each is followed by a test."""
+
+
+def next_test(decoded: int) -> int:
+    """How many utterances must be decoded until a candidate is tested again.
+
+    A test takes time that grows with the utterances decoded so far. With one after every block, a candidate on a large
+    dev set would take time that grows with the square of the set, so after `TESTED_WHOLE` blocks a test waits until as
+    many of them again as one in `TESTED_WHOLE` have been decoded.
+
+    Example:
+        >>> next_test(16), next_test(64_000)
+        (17, 65000)
+    """
+    return decoded + max(1, decoded // TESTED_WHOLE)
+
+
 class Race:
     """A candidate against a rival, of whom the errors of all utterances are known.
 

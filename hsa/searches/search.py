@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from hsa.arguments import check_functions, check_paths
 from hsa.errors import DestinationError, RequestError, listed
 from hsa.evaluation.model_kinds import kind_of
 from hsa.evaluation.models import OpenModel
+from hsa.evaluation.normalized import check_references
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.prepared import AudioDigests, GivenSet, PreparedSet, open_sets, prepare
 from hsa.evaluation.scores import UtteranceScore
@@ -40,7 +41,7 @@ from hsa.searches.space import MethodSpace, parse_layers, parse_space, space_of,
 from hsa.searches.store import SEARCH, Store
 from hsa.searches.study import Study, savings_of
 from hsa.searches.tasks import LayersOf, Score
-from hsa.searches.test_sets import TestSets
+from hsa.searches.test_sets import TestSets, failure_notes
 from hsa.searches.transcripts import Transcripts
 from hsa.searches.trials import Trial, best_of
 from hsa.searches.where import Where, open_pool
@@ -83,6 +84,7 @@ def search(
     language: str | None = None,
     task: str = "transcribe",
     beams: int = 1,
+    max_tokens: int | None = None,
     batch: int = 16,
     device: str = "auto",
     dtype: str = "auto",
@@ -118,7 +120,7 @@ def search(
         seed: of the sampler and of the order of utterances.
         racing: stop candidates that are worse than the best by a Wilcoxon signed-rank test; never with pareto.
         soup: `greedy` also scores averages of the fine-tunes, each added while that does not make it worse.
-        normalizer, limit, language, task, beams, batch, device, dtype: as for `hsa.evaluate`.
+        normalizer, limit, language, task, beams, max_tokens, batch, device, dtype: as for `hsa.evaluate`.
         confidence: of the intervals in the report.
         threads: worker threads of the merging.
         workers: processes that score candidates, each with sources, model and features of its own in memory; with
@@ -136,7 +138,7 @@ def search(
     """
     check_functions(evaluate=evaluate, progress=progress)
     check_paths(output=output)
-    decoding = DecodingOptions(language, task, beams, batch, device, dtype)
+    decoding = DecodingOptions(language, task, beams, batch, device, dtype, max_tokens)
     options = search_options(
         method,
         time,
@@ -166,7 +168,7 @@ def search(
         if evaluate is not None:
             return run.by_own_score(evaluate)
         assert dev is not None
-        return run.by_word_errors(open_sets(dev), [] if test is None else open_sets(test))
+        return run.by_word_errors(open_sets(dev, limit), [] if test is None else open_sets(test, limit))
 
 
 @contextmanager
@@ -228,6 +230,8 @@ class _SearchRun:
         files = open_files(self.sources, transcribing=True)
         setup = SpeechSetup(self.sources, spaces, self.options, objective, files, prepared)
         dev = setup.dev_sets()
+        if tested:
+            check_references(tested, dev.normalize)
         self._open_output(files)
         pool = self._pool(setup)
         spaces = self._with_layers(spaces, pool)
@@ -240,18 +244,22 @@ class _SearchRun:
             study = self._study(session, [*notes, *session.notes])
         study = replace(study, savings=savings_of(study.trials, len(dev.items)))
         shown = _shown(study)
-        scores = _dev_scores(pool, dev, transcripts, shown)
-        study = replace(study, dev=compare(scores, study.best.name, self.options.confidence))
+        scores = dev_scores = _dev_scores(pool, dev, transcripts, shown)
+        study = replace(study, dev=compare(dev_scores, study.best.name, self.options.confidence))
         if tested:
             sets = TestSets(pool, self._anchor(files), tested, self.options.decoding, dev.normalize, self.output)
-            scores = {trial.name: sets.scores(trial) for trial in shown}
-            study = replace(study, test=compare(scores, study.best.name, self.options.confidence))
-        rival = _best_baseline(study)
+            test_scores, failures = sets.scores_of(shown)
+            study = replace(study, notes=(*study.notes, *failure_notes(study.best.name, failures)))
+            if study.best.name in test_scores:
+                scores = test_scores
+                study = replace(study, test=compare(scores, study.best.name, self.options.confidence))
+        rival = _best_baseline(study, scores)
         if rival is not None:
             worst = worst_utterances(scores[study.best.name], scores[rival.name], WORST_SHOWN)
             study = replace(study, worst=worst, rival=rival.name)
-        study = replace(study, notes=(*study.notes, *_verdict_notes(study, rival)))
-        return self._finish(study, dev.names, "test" if tested else "dev")
+        verdicts = _verdict_notes(study, _best_baseline(study, dev_scores), bool(tested))
+        study = replace(study, notes=(*study.notes, *verdicts))
+        return self._finish(study, dev.names, "test" if study.test else "dev")
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -363,9 +371,10 @@ def _shown(study: Study) -> list[Trial]:
     return list(found.values())
 
 
-def _best_baseline(study: Study) -> Trial | None:
-    """The best of what was scored before anything was drawn, the best candidate itself not counted."""
-    return best_of([trial for trial in study.baselines if trial.name != study.best.name])
+def _best_baseline(study: Study, scores: Container[str]) -> Trial | None:
+    """The best of what was scored before anything was drawn and is among `scores`, the best candidate not counted."""
+    others = [trial for trial in study.baselines if trial.name != study.best.name and trial.name in scores]
+    return best_of(others)
 
 
 def _data_notes(sets: Sequence[PreparedSet], dev: DevSets) -> list[str]:
@@ -376,7 +385,7 @@ def _data_notes(sets: Sequence[PreparedSet], dev: DevSets) -> list[str]:
     ]
 
 
-def _verdict_notes(study: Study, rival: Trial | None) -> list[str]:
+def _verdict_notes(study: Study, rival: Trial | None, tested: bool) -> list[str]:
     """What a reader of the figures must know."""
     notes = []
     best = study.best
@@ -385,9 +394,9 @@ def _verdict_notes(study: Study, rival: Trial | None) -> list[str]:
             f"{rival.name} scores better on the dev sets than every merge that was tried; no merge serves here"
         )
     if not study.test:
+        remedy = "" if tested else "; give test sets to see what it is worth"
         notes.append(
-            "the settings were chosen on the dev sets, so the best candidate's figures there are flattering; give test "
-            "sets to see what it is worth"
+            f"the settings were chosen on the dev sets, so the best candidate's figures there are flattering{remedy}"
         )
     for name in dict.fromkeys(row.set for row in study.test):
         rows = [row for row in study.test if row.set == name and row.verdict == "no difference shown"]

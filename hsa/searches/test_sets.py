@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hsa.errors import AudioError, DataError
 from hsa.evaluation.hypotheses import FOLDER, Hypotheses, Transcript, describe, plain_name
 from hsa.evaluation.models import OpenModel
 from hsa.evaluation.options import DecodingOptions
@@ -45,8 +46,27 @@ class TestSets:
         with fsio.map_write_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
 
+    def scores_of(self, trials: Sequence[Trial]) -> tuple[dict[str, list[UtteranceScore]], dict[str, str]]:
+        """The scores of each complete trial's model by its name; and, by name, why the others have none.
+
+        A model has none where the normaliser cannot read what it wrote. Raises what decoding raises.
+        """
+        found: dict[str, list[UtteranceScore]] = {}
+        failures: dict[str, str] = {}
+        for trial in trials:
+            try:
+                found[trial.name] = self.scores(trial)
+            except AudioError:
+                raise
+            except DataError as error:
+                failures[trial.name] = str(error)
+        return found, failures
+
     def scores(self, trial: Trial) -> list[UtteranceScore]:
-        """The scores of a complete trial's model on every utterance of all sets. Raises what decoding raises."""
+        """The scores of a complete trial's model on every utterance of all sets, in the sets' order.
+
+        Raises DataError for a text that cannot be normalised, which names the utterance, and what decoding raises.
+        """
         found: list[UtteranceScore] = []
         for each in self._sets:
             texts = self._texts(trial, each)
@@ -74,3 +94,16 @@ class TestSets:
 def _batches(utterances: Sequence[Utterance], size: int) -> list[tuple[Utterance, ...]]:
     rest = iter(utterances)
     return list(iter(lambda: tuple(itertools.islice(rest, size)), ()))
+
+
+def failure_notes(best: str, failures: Mapping[str, str]) -> list[str]:
+    """Which models are not compared on the test sets, and why, by what `TestSets.scores_of` gives.
+
+    Example:
+        >>> failure_notes("trial 9", {"base": "what it wrote for utterance 'a' of set 'test': ..."})
+        ["base is left out of the comparison on the test sets: what it wrote for utterance 'a' of set 'test': ..."]
+    """
+    if best in failures:
+        why = failures[best]
+        return [f"{best} could not be scored on the test sets, so the figures are those of the dev sets alone: {why}"]
+    return [f"{name} is left out of the comparison on the test sets: {why}" for name, why in failures.items()]

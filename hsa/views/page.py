@@ -17,6 +17,14 @@ from typing import Any
 
 from hsa.inspection.inspect import Inspection, ModelInspection
 
+TITLES: Mapping[str, str] = {
+    "evaluation": "Word error rates",
+    "models": "Models of a merge",
+    "page": "Heads of a merge",
+    "search": "Search of merges",
+}
+"""The pages by the names of their files, and what stands in the title bar until their scripts say more."""
+
 _HERE = Path(__file__).parent
 _ESCAPED = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
@@ -27,24 +35,31 @@ def render(inspection: Inspection | ModelInspection) -> bytes:
 
 
 def fill(name: str, document: Mapping[str, Any]) -> bytes:
-    """The page NAME.html with NAME.js over a document: the file's bytes, ASCII but for the page's own text. Floats read
-    back exactly.
+    """The page NAME over a document: the file's bytes, ASCII but for the page's own text. Floats read back exactly.
+
+    NAME.html is the body of the page, without its scripts, and NAME.js its own script. frame.html is what stands around
+    the body on every page.
 
     Example:
         >>> fill("models", inspection.as_dict())[:15]  # doctest: +SKIP
         b'<!doctype html>'
     """
-    template, style, common, own_script = (
-        (_HERE / each).read_text(encoding="utf-8") for each in (f"{name}.html", "page.css", "common.js", f"{name}.js")
-    )
+    files = ("frame.html", f"{name}.html", "page.css", "common.js", f"{name}.js")
+    frame, body, style, common, own_script = ((_HERE / each).read_text(encoding="utf-8") for each in files)
     script = common + own_script
     policy = (
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; img-src data:; "
         f"base-uri 'none'; form-action 'none'"
     )
     data = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    parts = {"POLICY": policy, "STYLE": style, "SCRIPT": script, "DATA": data.translate(_ESCAPED)}
-    pieces = template.split("@")  # one pass: nothing that is put in is looked at again
+    parts = {
+        "POLICY": policy,
+        "TITLE": TITLES[name],
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": data.translate(_ESCAPED),
+    }
+    pieces = frame.replace("@BODY@", body).split("@")  # one pass: no document that is put in is looked at again
     return "".join(parts.get(piece, piece) for piece in pieces).encode("utf-8")
 
 

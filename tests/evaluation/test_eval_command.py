@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_hsa
-from speech_sets import write_ctc, write_set
+from speech_sets import LETTERS, write_ctc, write_set
 
 COUNT = 40
 
@@ -51,6 +51,28 @@ def test_errors_are_one_line(model: Path, table: Path) -> None:
     ):
         done = run_hsa(*arguments)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+
+
+def test_a_text_that_cannot_be_scored_is_one_line_and_stays(model: Path, table: Path, tmp_path: Path) -> None:
+    """One letter of the second model is more brackets than a normaliser of Whisper's takes."""
+    bad = write_ctc(tmp_path / "bad", letters=(*LETTERS[:-1], "<" * 1001))
+    arguments = (
+        "eval",
+        model,
+        bad,
+        f"--data=mine={table}",
+        "--limit=3",
+        "--device=cpu",
+        f"--output={tmp_path / 'out'}",
+    )
+    done = run_hsa(*arguments, "--normalizer=basic")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "bad cannot be scored: what it wrote for utterance 'clip_00" in done.stderr
+    assert "of set 'mine': the text '" in done.stderr
+    assert "choose another --normalizer, or leave the model out; transcripts stay" in done.stderr
+    again = run_hsa(*arguments, "--normalizer=plain", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["run"]["decoded"] == 0
 
 
 @pytest.mark.parametrize("library", ["jiwer", "soundfile", "soxr"])

@@ -131,6 +131,19 @@ def test_empty_references_are_dropped_and_counted(models: dict[str, Path], tmp_p
         evaluate(models["one"], table)
 
 
+def test_a_reference_that_cannot_be_normalised_is_named_before_anything_is_decoded(
+    models: dict[str, Path], tables: list[str], tmp_path: Path
+) -> None:
+    table = write_set(tmp_path / "speech", LENGTHS[:3])
+    lines = table.read_text().splitlines()
+    lines[3] = f"clip_002.wav\t{'<' * 1001}"
+    table.write_text("\n".join(lines))
+    steps: list[Step] = []
+    with pytest.raises(DataError, match=r"the reference of utterance 'clip_002\.wav' of set 'set': .*correct the text"):
+        evaluate(models["one"], [*tables, str(table)], normalizer="basic", progress=steps.append)
+    assert steps == []
+
+
 def test_batches_of_any_size_give_the_same(models: dict[str, Path], tables: list[str]) -> None:
     texts = [evaluate(models["one"], tables, batch=size).models[0].utterances for size in (1, 4, 16)]
     assert texts[0] == texts[1] == texts[2]

@@ -10,10 +10,11 @@ import pytest
 from speech_sets import write_ctc, write_set
 
 import hsa
-from hsa.evaluation.page import MOST_WORDS, document, worst
+from hsa.evaluation.page import document, worst
 from hsa.evaluation.page import render as render_page
 from hsa.evaluation.report import Evaluation
 from hsa.evaluation.scores import alignment
+from hsa.evaluation.word_pairs import MOST_WORDS
 
 LENGTHS = [0.3 + 0.05 * number for number in range(30)]
 SPEAKERS = ["anna", "bert", "cleo"] * 10

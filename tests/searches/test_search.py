@@ -20,6 +20,8 @@ from search_cases import NORMALIZER, write_models, write_speech
 
 import hsa
 from hsa.errors import DataError, RequestError
+from hsa.evaluation.hypotheses import plain_name
+from hsa.evaluation.normalizers import plain
 from hsa.methods.registry import methods
 from hsa.searches.candidates import Candidate
 from hsa.searches.dev_sets import DevSets
@@ -78,7 +80,6 @@ def test_the_search_finds_more_than_the_baselines(study: hsa.Study) -> None:
 def test_scores_are_those_of_hsa_eval_on_the_written_checkpoint(study: hsa.Study, case: Case) -> None:
     from hsa.evaluation.audio import read_audio
     from hsa.evaluation.decoding import load_recognizer
-    from hsa.evaluation.normalizers import plain
     from hsa.evaluation.options import DecodingOptions
     from hsa.evaluation.scores import score_utterance, scores_of
 
@@ -230,8 +231,13 @@ def test_a_search_that_ends_between_two_draws_goes_on_to_the_same_study(
 
 @pytest.mark.parametrize(
     ("changes", "what"),
-    [({"seed": 3}, "seed"), ({"method": "ties"}, "methods"), ({"space": ["ties.density=0.2:0.4"]}, "space")],
-    ids=["seed", "methods", "space"],
+    [
+        ({"seed": 3}, "seed"),
+        ({"method": "ties"}, "methods"),
+        ({"space": ["ties.density=0.2:0.4"]}, "space"),
+        ({"max_tokens": 5}, "decoding"),
+    ],
+    ids=["seed", "methods", "space", "decoding"],
 )
 def test_another_search_in_the_same_output_is_refused(study: hsa.Study, case: Case, changes: Case, what: str) -> None:
     before = (study.output / "trials.csv").read_bytes()
@@ -258,6 +264,17 @@ def test_weights_that_were_scored_are_not_decoded_again(case: Case, tmp_path: Pa
     assert ones[0].result.weights == by_name["task_arithmetic defaults"].result.weights
     assert ones[0].result.decoded == 0
     assert found.savings is not None and found.savings.equal >= 10
+
+
+def test_texts_are_cut_after_max_tokens(study: hsa.Study, case: Case, tmp_path: Path) -> None:
+    """Every token of the models is eight words."""
+    cut = run(case, tmp_path / "cut", max_tokens=5, trials=7)
+    assert cut.request["decoding"]["max_tokens"] == 5
+    for short, long in zip(cut.trials, study.trials[:7], strict=True):
+        assert short.name == long.name
+        assert len(short.result.texts) == 10
+        assert all(len(text.split()) <= 5 * 8 for text in short.result.texts)
+    assert any(len(text.split()) > 5 * 8 for trial in study.trials[:7] for text in trial.result.texts)
 
 
 def test_pareto_gives_a_front(case: Case, tmp_path: Path) -> None:
@@ -350,6 +367,71 @@ def test_a_candidate_whose_text_cannot_be_scored_fails_alone(
     assert found.trials[1].state == "failed"
     assert found.trials[1].result.failure == "cannot be normalised"
     assert [t.values for t in found.trials[2:]] == [t.values for t in whole.trials[2:]]
+
+
+UNREADABLE = "<" * 1001
+
+
+def plain_or_refusing(name: str, **about: Any) -> Any:
+    """What stands for the search's normaliser: the plain one, but it refuses what Whisper's do."""
+
+    def normalize(text: str) -> str:
+        if text == UNREADABLE:
+            raise DataError("cannot be normalised")
+        return plain(text)
+
+    return normalize
+
+
+def spoil(output: Path, model: str) -> str:
+    """Let a model have written an unreadable text for one utterance of the test set. Returns the utterance's id."""
+    (path,) = (output / "hypotheses").glob(f"{plain_name(model, 'heldout')}.*.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    row = json.loads(lines[4])
+    lines[4] = json.dumps({**row, "text": UNREADABLE})
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(row["id"])
+
+
+@pytest.mark.parametrize("is_best", [False, True], ids=["another", "the best"])
+def test_a_model_whose_text_on_a_test_set_cannot_be_scored_is_left_out(
+    is_best: bool, study: hsa.Study, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every trial is kept: the search ends with the comparison alone."""
+    name = study.best.name if is_best else "secondary"
+    others = [row.model for row in study.test if row.model != name]
+    shutil.copytree(study.output, tmp_path / "copy", ignore=shutil.ignore_patterns("best"))
+    id = spoil(tmp_path / "copy", name)
+    monkeypatch.setattr("hsa.searches.search.normalizer", plain_or_refusing)
+    found = run(case, tmp_path / "copy", test=[case["test"]])
+    assert outcome(found) == outcome(study)
+    why = f"what it wrote for utterance '{id}' of set 'heldout': cannot be normalised"
+    report = (found.output / "report.md").read_text(encoding="utf-8")
+    card = (found.output / "best" / "README.md").read_text(encoding="utf-8")
+    if is_best:
+        expected = f"{name} could not be scored on the test sets, so the figures are those of the dev sets alone: {why}"
+        assert found.test == () and found.dev == study.dev
+        assert "## Test sets" not in report and "split: dev" in card
+        assert not any("give test sets" in note for note in found.notes)
+    else:
+        expected = f"{name} is left out of the comparison on the test sets: {why}"
+        assert [row.model for row in found.test] == others
+        assert [row.as_dict() for row in found.test] == [row.as_dict() for row in study.test if row.model != name]
+        assert "## Test sets" in report and "split: test" in card
+    assert expected in found.notes
+    assert found.worst and len(found.worst) == len(study.worst)
+
+
+def test_references_of_test_sets_are_looked_at_before_the_search(case: Case, tmp_path: Path) -> None:
+    lines = Path(case["test"]).read_text(encoding="utf-8").splitlines()
+    table = Path(case["test"]).with_name("bad.tsv")
+    table.write_text("\n".join([*lines[:3], f"{lines[3].split()[0]}\t{'<' * 1001}"]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"the reference of utterance .* of set 'bad'"):
+        run(case, tmp_path / "x", test=[str(table)], normalizer="basic")
+    table.write_text("\n".join([lines[0], f"{lines[3].split()[0]}\t..."]), encoding="utf-8")
+    with pytest.raises(DataError, match="no reference of bad has a word once normalised"):
+        run(case, tmp_path / "x", test=[str(table)])
+    assert not (tmp_path / "x").exists()
 
 
 def test_no_trial_begins_after_the_time(case: Case, tmp_path: Path) -> None:

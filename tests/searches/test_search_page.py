@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from search_cases import NORMALIZER, write_models, write_speech
 
 import hsa
-from hsa.searches.page import document
+from hsa.evaluation.word_pairs import MOST_WORDS
+from hsa.searches.page import document, render
 
 pytestmark = pytest.mark.long
 
@@ -131,6 +134,16 @@ def test_the_command_and_the_worst_utterances_stand_as_text(study: hsa.Study, op
     assert (
         first.locator("dd").nth(1).locator(".substitute, .delete, .insert").count() == wrong == rows[0]["best_errors"]
     )
+
+
+def test_the_page_says_where_a_long_utterance_is_cut(study: hsa.Study, opened: Any, tmp_path: Path) -> None:
+    short, long = (replace(study.worst[0], id=str(count), reference="a " * count) for count in (10, MOST_WORDS + 60))
+    changed = replace(study, output=tmp_path, worst=(short, long))
+    (tmp_path / "report.html").write_bytes(render(changed))
+    figures = opened(changed).locator("#worst figure")
+    hints = [figures.nth(place).locator("p.hint").all_inner_texts() for place in range(2)]
+    assert hints == [[], ["The rest is not shown."]]
+    assert figures.nth(1).locator("dd").nth(1).locator(".word").count() == MOST_WORDS
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hsa.errors import RequestError
 from hsa.evaluation.utterance import Utterance
 from hsa.searches.dev_sets import DevSets, Item
 from hsa.searches.objectives import Objective, objective_of
-from hsa.searches.racing import Race
+from hsa.searches.racing import TESTED_WHOLE, Race, next_test
 
 
 def dev_sets(seed: int, counts: dict[str, int]) -> DevSets:
@@ -82,6 +83,19 @@ def test_racing_over_a_list_of_candidates_ends_with_the_same_winner() -> None:
                 best = number
         assert best == values.index(min(values)), seed
     assert spared > 20 * 40 * 120 // 3
+
+
+@pytest.mark.parametrize("block", [1, 16, 100])
+def test_tests_on_a_large_set_take_time_that_grows_with_it(block: int) -> None:
+    """Counted in utterances that a test looks at: every block's at first, then 65 times the set at most."""
+    tested, due, count = [], 0, 1_000_000
+    for last in range(block, count, block):
+        if last >= due:
+            tested.append(last)
+            due = next_test(last)
+    assert tested[:TESTED_WHOLE] == [block * number for number in range(1, TESTED_WHOLE + 1)]
+    assert sum(tested) < (TESTED_WHOLE + 1) * count
+    assert all(later <= earlier * (1 + 1 / TESTED_WHOLE) + block for earlier, later in pairwise(tested))
 
 
 def test_objectives_have_names() -> None:

@@ -49,6 +49,7 @@ def write_ctc(
     seed: int = 0,
     strides: tuple[int, int, int] = (5, 4, 4),
     family: Family = "Wav2Vec2",
+    letters: Sequence[str] = LETTERS,
 ) -> Path:
     """A small random wav2vec2, or a relative of it, with a CTC head, as transformers saves it. With `layer` its
     features tell where padding is, as wav2vec2-large's do; with `group` they do not, as wav2vec2-base's. A frame has as
@@ -58,9 +59,9 @@ def write_ctc(
 
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = folder / "vocab.json"
-    vocabulary.write_text(json.dumps({letter: number for number, letter in enumerate(LETTERS)}), encoding="utf-8")
+    vocabulary.write_text(json.dumps({letter: number for number, letter in enumerate(letters)}), encoding="utf-8")
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=len(LETTERS),
+        vocab_size=len(letters),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -1,0 +1,80 @@
+"""Normalise the texts of utterances, and say whose text it was that cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from hsa.errors import DataError, listed, shown
+from hsa.evaluation.prepared import PreparedSet
+from hsa.evaluation.utterance import Utterance
+from hsa.option_names import option
+
+Normalize = Callable[[str], str]
+
+
+def normalized_reference(utterance: Utterance, set_name: str, normalize: Normalize) -> str:
+    """The reference once normalised, with one space between words. DataError, which names the utterance, where it
+    cannot be.
+
+    Example:
+        >>> normalized_reference(Utterance("a", Path("/a.wav"), "Good  morning!"), "test", normalizer("plain"))
+        'good morning'
+    """
+    whose = f"the reference of {_named(utterance, set_name)}"
+    return _normalized(utterance.text, whose, normalize, ", or correct the text")
+
+
+def normalized_hypothesis(text: str, utterance: Utterance, set_name: str, normalize: Normalize) -> str:
+    """The same of what a model wrote for an utterance.
+
+    Example:
+        >>> utterance = Utterance("a", Path("/a.wav"), "Good morning!")
+        >>> normalized_hypothesis("Good evening.", utterance, "test", normalizer("plain"))
+        'good evening'
+    """
+    return _normalized(text, f"what it wrote for {_named(utterance, set_name)}", normalize)
+
+
+def check_references(sets: Sequence[PreparedSet], normalize: Normalize) -> None:
+    """DataError where a reference cannot be normalised, or none has a word then, before hours are spent on decoding.
+
+    Example:
+        >>> check_references(sets, normalizer("plain"))  # doctest: +SKIP
+    """
+    words = 0
+    for data in sets:
+        for each in data.utterances:
+            words += bool(normalized_reference(each, data.name, normalize))
+    if not words:
+        raise DataError(
+            f"no reference of {listed(data.name for data in sets)} has a word once normalised; look at the texts, or "
+            f"choose another {option('normalizer')}"
+        )
+
+
+@contextmanager
+def naming_model(name: str, *, are_kept: bool) -> Iterator[None]:
+    """Name the model in a DataError of its texts. `are_kept` says that its transcripts are in a directory, so that
+    another run need not decode again.
+
+    Example:
+        >>> with naming_model("merged", are_kept=True):
+        ...     score_utterance(utterance, text, set_name="test", normalize=normalizer("basic"))  # doctest: +SKIP
+    """
+    try:
+        yield
+    except DataError as error:
+        kept = "transcripts stay" if are_kept else f"{option('output')} keeps transcripts"
+        raise DataError(f"{name} cannot be scored: {error}, or leave the model out; {kept}") from error
+
+
+def _normalized(text: str, whose: str, normalize: Normalize, remedy: str = "") -> str:
+    try:
+        return " ".join(normalize(text).split())
+    except DataError as error:
+        raise DataError(f"{whose}: {error}{remedy}") from error
+
+
+def _named(utterance: Utterance, set_name: str) -> str:
+    return f"utterance {shown(utterance.id, 200)} of set {shown(set_name, 200)}"
