@@ -29,6 +29,7 @@ from hsa.searches.resident_model import ResidentModel
 from hsa.searches.samplers import grid_points
 from hsa.searches.sources import sources_of
 from hsa.searches.space import space_of
+from hsa.searches.transcripts import Transcripts
 
 pytestmark = pytest.mark.long
 
@@ -270,11 +271,12 @@ def test_texts_are_cut_after_max_tokens(study: hsa.Study, case: Case, tmp_path: 
     """Every token of the models is eight words."""
     cut = run(case, tmp_path / "cut", max_tokens=5, trials=7)
     assert cut.request["decoding"]["max_tokens"] == 5
-    for short, long in zip(cut.trials, study.trials[:7], strict=True):
-        assert short.name == long.name
-        assert len(short.result.texts) == 10
-        assert all(len(text.split()) <= 5 * 8 for text in short.result.texts)
-    assert any(len(text.split()) > 5 * 8 for trial in study.trials[:7] for text in trial.result.texts)
+    short, long = Transcripts(cut.output), Transcripts(study.output)
+    for one, other in zip(cut.trials, study.trials[:7], strict=True):
+        assert one.name == other.name
+        assert len(short.get(one.result.weights)) == 10
+        assert all(len(text.split()) <= 5 * 8 for text in short.get(one.result.weights))
+    assert any(len(text.split()) > 5 * 8 for trial in study.trials[:7] for text in long.get(trial.result.weights))
 
 
 def test_pareto_gives_a_front(case: Case, tmp_path: Path) -> None:
@@ -402,7 +404,7 @@ def test_a_model_whose_text_on_a_test_set_cannot_be_scored_is_left_out(
     others = [row.model for row in study.test if row.model != name]
     shutil.copytree(study.output, tmp_path / "copy", ignore=shutil.ignore_patterns("best"))
     id = spoil(tmp_path / "copy", name)
-    monkeypatch.setattr("hsa.searches.search.normalizer", plain_or_refusing)
+    monkeypatch.setattr("hsa.searches.setups.normalizer", plain_or_refusing)
     found = run(case, tmp_path / "copy", test=[case["test"]])
     assert outcome(found) == outcome(study)
     why = f"what it wrote for utterance '{id}' of set 'heldout': cannot be normalised"
