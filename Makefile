@@ -70,7 +70,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 # Under 30 minutes on 2 cores, with 24 GB of memory and 40 GB of free disk. bench-full takes hours: every size and element
-# type, other methods beside mergekit, and the word error rate of every method.
+# type, other methods beside mergekit, the word error rate of every method, and searches beside a loop.
 bench: $(READY)
 	$(BIN)/python bench/bench_merge.py
 	$(BIN)/python bench/bench_sweep.py
@@ -86,6 +86,7 @@ bench-full: $(READY)
 	$(BIN)/python bench/bench_methods.py
 	$(BIN)/python bench/bench_wer.py
 	$(BIN)/python bench/bench_wer_methods.py
+	$(BIN)/python bench/bench_search.py
 	$(BIN)/python bench/report.py
 
 # COMMIT names the commit in the rows where there is no git.

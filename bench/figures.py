@@ -22,6 +22,7 @@ KEYS = {
     "methods": ("run", "shape", "dtype", "method", "program"),
     "parity": ("run", "comparison", "method", "case", "between", "most"),
     "wer_methods": ("run", "model", "method", "set"),
+    "search": ("run", "model", "set", "case", "way"),
 }
 """Columns that rows are found by; any other may be missing or blank."""
 

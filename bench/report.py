@@ -2,10 +2,10 @@
 
     python bench/report.py [--results DIR] [--readme FILE] [--check]
 
-Replaces what stands in the README, and in docs/methods.md beside it, between <!-- report:NAME --> and
-<!-- /report:NAME --> for every NAME of BLOCKS and METHOD_BLOCKS, and writes merge.png, kernels.png and wer.png beside
-the rows they show. Every figure comes from rows of the newest run of its case; what no row holds reads "not yet
-measured". --check writes nothing, and exits 1 if a document is stale.
+Replaces what stands in the README, and in docs/methods.md and docs/search.md beside it, between <!-- report:NAME -->
+and <!-- /report:NAME --> for every NAME of BLOCKS, METHOD_BLOCKS and SEARCH_BLOCKS, and writes merge.png, kernels.png
+and wer.png beside the rows they show. Every figure comes from rows of the newest run of its case; what no row holds
+reads "not yet measured". --check writes nothing, and exits 1 if a document is stale.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from figures import (
 )
 from report_merge import FULL_SYNC, HSA, MERGEKIT_SYNC, merge_block, merges
 from report_methods import methods_block, parity_block, wer_methods_block
+from report_search import search_block
 from rows import RESULTS, ROOT, Row, newest
 
 from hsa.testing.whisper_config import SHAPES
@@ -249,6 +250,9 @@ METHOD_BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {
 }
 """The blocks of docs/methods.md."""
 
+SEARCH_BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {"search": search_block}
+"""The blocks of docs/search.md."""
+
 
 def rewrite(
     readme: Path, folder: Path, blocks: Mapping[str, Callable[[Path, Image], list[str]]] = BLOCKS
@@ -296,8 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file that holds the markers")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is stale")
     options = parser.parse_args(arguments)
-    methods = options.readme.parent / "docs" / "methods.md"
-    documents = [(options.readme, BLOCKS), *([(methods, METHOD_BLOCKS)] if methods.is_file() else [])]
+    docs = options.readme.parent / "docs"
+    pages = [(docs / "methods.md", METHOD_BLOCKS), (docs / "search.md", SEARCH_BLOCKS)]
+    documents = [(options.readme, BLOCKS), *(page for page in pages if page[0].is_file())]
     rewritten = [(path, *rewrite(path, options.results, blocks)) for path, blocks in documents]
     if options.check:
         for path, _, stale in rewritten:

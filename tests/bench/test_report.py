@@ -13,12 +13,12 @@ import pytest
 import report
 import report_merge
 import rows
+from report_rows import Row, about, cells, no_image
 
 from hsa.actions.mergekit_config.merge_methods import METHODS
 from hsa.methods.registry import methods
 from hsa.methods.subspace_method import SubspaceMethod
 
-Row = dict[str, object]
 BEFORE, AFTER = "# Title\n\nkept before\n", "\nkept after\n"
 MIB = 2**20
 PROGRAMS = {  # median seconds, peak MiB
@@ -32,13 +32,6 @@ PROGRAMS = {  # median seconds, peak MiB
     "mergekit task_arithmetic, then sync": (45.0, 3000),
     'python -c "import torch"': (2.0, 140),
 }
-
-
-def about(run: str = "2026-11-20T10:00:00Z", **changes: object) -> Row:
-    return {
-        "run": run, "machine": "2 cores, 24 GiB, Linux 6.18", "cpu": "Some CPU", "gpu": "", "driver": "",
-        "versions": "python 3.11.7, numpy 2.4.6", "commit": "abc1234", "command": "bench.py", **changes,
-    }  # fmt: skip
 
 
 def merge_row(program: str, median: float, peak: float, **changes: object) -> Row:
@@ -100,17 +93,6 @@ def call(readme: Path, results: Path) -> Callable[..., int]:
 
 def block(name: str, results: Path) -> str:
     return "\n\n".join(report.BLOCKS[name](results, lambda png, _: f"![]({png}.png)"))
-
-
-def no_image(png: str, what: str) -> str:
-    raise AssertionError(f"{png} is no picture of this block")
-
-
-def cells(text: str, first: str) -> list[str]:
-    """The cells of the one table row whose first cell begins so."""
-    found = [line for line in text.splitlines() if line.startswith(f"| {first}")]
-    assert len(found) == 1, (first, found)
-    return [cell.strip() for cell in re.split(r"(?<!\\)\|", found[0])[1:-1]]
 
 
 # Merges ------------------------------------------------------------------------------------------------------
