@@ -41,7 +41,7 @@ from workers_case import ONE, RAY, TWO, measure_workers
 
 from hsa.searches.candidates import Candidate
 from hsa.searches.dev_sets import DevSets
-from hsa.searches.store import Transcripts
+from hsa.searches.transcripts import Transcripts
 
 PACKAGES = ("torch", "numpy", "transformers", "optuna", "jiwer", "soundfile")
 LOOP = "the loop"

@@ -78,7 +78,7 @@ class Setup:
         """An evaluator that knows nothing yet, with a model of its own."""
         recognizer = load_recognizer(self.triple / FINE_TUNES[0], DECODING)
         resident = ResidentModel(recognizer.model, self.sources, self.spaces, None)
-        return TimedEvaluator(resident, recognizer, dev, OBJECTIVE)
+        return TimedEvaluator(resident, recognizer, dev, OBJECTIVE, DECODING.device)
 
     def of_loop(self, candidate: Candidate) -> dict[str, Any]:
         """A candidate as search_loop.py takes it."""
