@@ -5,6 +5,7 @@ huggingface_hub reads its environment when it is imported, so every run is a pro
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,10 +51,30 @@ def published(servers: Servers, shared_triple: Triple) -> dict[str, str]:
     return dict(IDS)
 
 
+def commit_of(name: str) -> str:
+    return hashlib.sha1(name.encode()).hexdigest()
+
+
+def weights_sent(servers: Servers) -> int:
+    return sum(seen.bytes for seen in servers.of("cdn"))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
 def arguments(ids: Mapping[str, str], output: Path, *more: str) -> list[str]:
     sources = {role: Path(name) for role, name in ids.items()}
     return [*merge_arguments(sources, output, "--no-sync", *more)]
 
+
+MERGER = """
+import sys, torch, hsa
+hub = hsa.Merger(*sys.argv[1:4]).merge(k=0.5, lam=0.3)
+local = hsa.Merger(*sys.argv[4:7]).merge(k=0.5, lam=0.3)
+assert hub.keys() == local.keys() and hub
+assert all(torch.equal(hub[name], local[name]) for name in hub)
+"""
 
 IMPATIENT = """
 import sys
