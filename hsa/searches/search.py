@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hsa.arguments import check_functions, check_paths
-from hsa.errors import DestinationError, RequestError, listed
+from hsa.errors import DestinationError, RequestError
 from hsa.evaluation.model_kinds import kind_of
 from hsa.evaluation.models import OpenModel
 from hsa.evaluation.normalized import check_references
 from hsa.evaluation.options import DecodingOptions
-from hsa.evaluation.prepared import AudioDigests, GivenSet, PreparedSet, open_sets, prepare
+from hsa.evaluation.prepared import AudioDigests, GivenSet, open_sets, prepare
 from hsa.evaluation.scores import UtteranceScore
 from hsa.evaluation.utterance import DataSet
 from hsa.methods.settings import DEFAULT_METHOD
@@ -43,7 +43,8 @@ from hsa.searches.study import Study, savings_of
 from hsa.searches.tasks import LayersOf, Score
 from hsa.searches.test_sets import TestSets, failure_notes
 from hsa.searches.transcripts import Transcripts
-from hsa.searches.trials import Trial, best_of
+from hsa.searches.trials import Trial
+from hsa.searches.verdicts import best_baseline, data_notes, models_to_show, verdict_notes
 from hsa.searches.where import Where, open_pool
 from hsa.system import fsio
 from hsa.system.destinations import check_tree
@@ -240,10 +241,10 @@ class _SearchRun:
         session = Session(self.sources, spaces, self.options, objective, pool, store, dev, transcripts, self.progress)
         with storage_errors(self.url):
             session.run()
-            notes = [*_data_notes(prepared, dev), *(note for each in (*prepared, *tested) for note in each.notes)]
+            notes = [*data_notes(prepared, dev), *(note for each in (*prepared, *tested) for note in each.notes)]
             study = self._study(session, [*notes, *session.notes])
         study = replace(study, savings=savings_of(study.trials, len(dev.items)))
-        shown = _shown(study)
+        shown = models_to_show(study)
         scores = dev_scores = _dev_scores(pool, dev, transcripts, shown)
         study = replace(study, dev=compare(dev_scores, study.best.name, self.options.confidence))
         if tested:
@@ -253,11 +254,11 @@ class _SearchRun:
             if study.best.name in test_scores:
                 scores = test_scores
                 study = replace(study, test=compare(scores, study.best.name, self.options.confidence))
-        rival = _best_baseline(study, scores)
+        rival = best_baseline(study, scores)
         if rival is not None:
             worst = worst_utterances(scores[study.best.name], scores[rival.name], WORST_SHOWN)
             study = replace(study, worst=worst, rival=rival.name)
-        verdicts = _verdict_notes(study, _best_baseline(study, dev_scores), bool(tested))
+        verdicts = verdict_notes(study, best_baseline(study, dev_scores), bool(tested))
         study = replace(study, notes=(*study.notes, *verdicts))
         return self._finish(study, dev.names, "test" if study.test else "dev")
 
@@ -360,48 +361,3 @@ def _dev_scores(
         trial.name: [dev.scored(number, text) for number, text in enumerate(transcripts.get(trial.result.weights))]
         for trial in trials
     }
-
-
-def _shown(study: Study) -> list[Trial]:
-    """The best candidate and the baselines, each model once, as far as they could be scored."""
-    found = {study.best.name: study.best}
-    for trial in study.baselines:
-        if trial.state == "complete":
-            found.setdefault(trial.name, trial)
-    return list(found.values())
-
-
-def _best_baseline(study: Study, scores: Container[str]) -> Trial | None:
-    """The best of what was scored before anything was drawn and is among `scores`, the best candidate not counted."""
-    others = [trial for trial in study.baselines if trial.name != study.best.name and trial.name in scores]
-    return best_of(others)
-
-
-def _data_notes(sets: Sequence[PreparedSet], dev: DevSets) -> list[str]:
-    return [
-        f"{dev.empty[each.name]} utterances of {each.name} have no words once normalised and were left out"
-        for each in sets
-        if dev.empty[each.name]
-    ]
-
-
-def _verdict_notes(study: Study, rival: Trial | None, tested: bool) -> list[str]:
-    """What a reader of the figures must know."""
-    notes = []
-    best = study.best
-    if rival is not None and rival.value < best.value:
-        notes.append(
-            f"{rival.name} scores better on the dev sets than every merge that was tried; no merge serves here"
-        )
-    if not study.test:
-        remedy = "" if tested else "; give test sets to see what it is worth"
-        notes.append(
-            f"the settings were chosen on the dev sets, so the best candidate's figures there are flattering{remedy}"
-        )
-    for name in dict.fromkeys(row.set for row in study.test):
-        rows = [row for row in study.test if row.set == name and row.verdict == "no difference shown"]
-        if rows:
-            notes.append(
-                f"on {name} no difference was shown between {best.name} and {listed((row.model for row in rows), 'or')}"
-            )
-    return notes
