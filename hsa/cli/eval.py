@@ -10,6 +10,7 @@ import typer
 
 from hsa.cli import options, printing
 from hsa.cli.decoding_progress import decoding_progress
+from hsa.cli.evaluation_options import NUMERICS, SETS_HELP, Batch, Device, Language, Limit, Normalizer
 from hsa.errors import one_line
 from hsa.findings import Findings
 from hsa.system.streams import print_stderr
@@ -17,37 +18,19 @@ from hsa.system.streams import print_stderr
 if TYPE_CHECKING:
     from hsa.evaluation.report import Evaluation
 
-NUMERICS = options.HEADINGS["numerics"]
-
 
 def eval_(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="A checkpoint, a hub id, or PRIMARY+PATCH.safetensors.")
     ],
-    data: Annotated[
-        list[str],
-        typer.Option(metavar="SET", help="NAME=PATH or PATH: a table, a Kaldi directory, an audio folder; repeat."),
-    ],
+    data: Annotated[list[str], typer.Option(metavar="SET", help=SETS_HELP)],
     baseline: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Show how the others differ from it, with intervals.")
     ] = None,
-    normalizer: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="auto, whisper, basic, plain or none: how texts are made comparable."),
-    ] = "auto",
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Take the first N utterances of each set.", show_default="all")
-    ] = None,
+    normalizer: Normalizer = "auto",
+    limit: Limit = None,
     confidence: Annotated[float, typer.Option(metavar="NUMBER", help="Of the intervals, between 0 and 1.")] = 0.95,
-    language: Annotated[
-        str | None,
-        typer.Option(
-            metavar="L",
-            help="The language spoken, such as de.",
-            show_default="detected",
-            rich_help_panel=NUMERICS,
-        ),
-    ] = None,
+    language: Language = None,
     task: Annotated[
         str,
         typer.Option(metavar="TASK", help="transcribe, or translate into English.", rich_help_panel=NUMERICS),
@@ -85,14 +68,8 @@ def eval_(
         str | None,
         typer.Option(metavar="DIR", help="Write NIST's trn files for sclite.", rich_help_panel=options.OUTPUT),
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.", rich_help_panel=options.MACHINE),
-    ] = "auto",
-    batch: Annotated[
-        int,
-        typer.Option(metavar="N", help="Utterances decoded at a time.", rich_help_panel=options.MACHINE),
-    ] = 16,
+    device: Device = "auto",
+    batch: Batch = 16,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
