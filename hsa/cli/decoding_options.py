@@ -10,6 +10,8 @@ from hsa.cli.options import HEADINGS, MACHINE
 
 NUMERICS = HEADINGS["numerics"]
 
+SETS_HELP = "NAME=PATH or PATH: a table, a Kaldi directory, an audio folder; repeat."
+
 Normalizer = Annotated[
     str, typer.Option(metavar="NAME", help="auto, whisper, basic, plain or none: how texts are made comparable.")
 ]
@@ -46,5 +48,7 @@ Dtype = Annotated[
         rich_help_panel=NUMERICS,
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE)]
+Device = Annotated[
+    str, typer.Option(metavar="D", help="To decode on: auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE)
+]
 Batch = Annotated[int, typer.Option(metavar="N", help="Utterances decoded at a time.", rich_help_panel=MACHINE)]

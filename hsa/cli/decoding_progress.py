@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, cast
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def decoding_progress(*, show: bool) -> Iterator[EvaluationProgress | None]:
     """A bar on stderr that begins with the first batch, or None where stderr is not a terminal.
 
-    It shows utterances per second and seconds of audio per second since the first batch began to be decoded.
+    It shows utterances per second and seconds of audio per second since the run began to decode.
     """
     if not show or not stderr_is_terminal():
         yield None
@@ -37,17 +36,15 @@ def decoding_progress(*, show: bool) -> Iterator[EvaluationProgress | None]:
         transient=True,
     )
     task = bar.add_task("", total=None, speed="")
-    started = time.perf_counter()
 
     def step(now: Step) -> None:
         bar.start()
-        seconds = max(time.perf_counter() - started, 1e-9)
         bar.update(
             task,
             completed=now.done,
             total=now.total,
             description=one_line(f"{now.model} on {now.set}")[:40],
-            speed=speed_text(now, seconds),
+            speed=speed_text(now),
         )
 
     try:
@@ -56,11 +53,12 @@ def decoding_progress(*, show: bool) -> Iterator[EvaluationProgress | None]:
         bar.stop()
 
 
-def speed_text(now: Step, seconds: float) -> str:
+def speed_text(now: Step) -> str:
     """How fast a run has been.
 
     Example:
-        >>> speed_text(Step("m", "test", 60, 120, 300.0), 20.0)
+        >>> speed_text(Step("m", "test", 60, 120, 300.0, 20.0))
         '3.0 utt/s, 15 s audio/s'
     """
+    seconds = max(now.seconds, 1e-9)
     return f"{now.done / seconds:.1f} utt/s, {now.audio_seconds / seconds:.3g} s audio/s"

@@ -22,10 +22,7 @@ def eval_(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="A checkpoint, a hub id, or PRIMARY+PATCH.safetensors.")
     ],
-    data: Annotated[
-        list[str],
-        typer.Option(metavar="SET", help="NAME=PATH or PATH: a table, a Kaldi directory, an audio folder; repeat."),
-    ],
+    data: Annotated[list[str], typer.Option(metavar="SET", help=decoding_options.SETS_HELP)],
     baseline: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Show how the others differ from it, with intervals.")
     ] = None,

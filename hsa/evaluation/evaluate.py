@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from hsa.arguments import check_functions, check_paths, check_values
-from hsa.errors import DestinationError, RequestError, shown
-from hsa.evaluation.bootstrap import check_confidence
-from hsa.evaluation.data import check_limit
-from hsa.evaluation.decoding import chosen_device
-from hsa.evaluation.extras import needed_for_evaluation
-from hsa.evaluation.hypotheses import FOLDER, is_exact
-from hsa.evaluation.model_scores import ModelScores
-from hsa.evaluation.models import NORMALIZER, NamedModel, OpenModel, names_of, open_model, parse_model
-from hsa.evaluation.normalized import check_references, naming_model
-from hsa.evaluation.normalizers import NORMALIZERS
-from hsa.evaluation.normalizers import normalizer as normalizer_named
+from hsa.errors import DestinationError, RequestError
+from hsa.evaluation.models import NamedModel, OpenModel, names_of, open_model, parse_model
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.outputs import check_output, write_scores
-from hsa.evaluation.prepared import AudioDigests, GivenSet, PreparedSet, open_sets, prepare
+from hsa.evaluation.prepared import GivenSet, open_sets
 from hsa.evaluation.report import Evaluation
-from hsa.evaluation.scores import UtteranceScore, score_utterance, scores_of
-from hsa.evaluation.transcription import EvaluationProgress, Transcription
+from hsa.evaluation.run import EvaluationRun, check_installed, check_scoring
+from hsa.evaluation.transcription import EvaluationProgress
 from hsa.evaluation.trn import write_trn
 from hsa.option_names import option
 from hsa.sources.hub.client import Hub
@@ -84,69 +75,24 @@ def evaluate(
     """
     started = time.perf_counter()
     options = DecodingOptions(language, task, beams, batch, device, dtype, max_tokens)
-    _check(normalizer, limit, confidence, progress)
+    check_scoring(normalizer, limit, confidence)
+    check_functions(progress=progress)
     named, baseline_at = _named(models, baseline)
-    _check_installed()
+    check_installed()
     sets = open_sets(data, limit)
     folder = None if output is None else check_output(output, [each.folder for each in named if each.folder])
     trn_folder = None if trn is None else _checked_trn(trn)
     with ExitStack() as stack:
         hub = Hub(bars=progress is not None)
         opened = _open(named, options, hub, stack)
-        digests = AudioDigests()
-        ready = [prepare(each, limit, digests) for each in sets]
-        normalizer, normalize = _normalizer(normalizer, opened, baseline_at, options)
-        check_references(ready, normalize)
-        work = Transcription(opened, ready, options, _hypotheses(folder), progress)
-        work.run()
-        scored = [_scored(model, ready, work, normalize) for model in opened]
-        notes = _notes(opened, ready, scored[0], options, normalizer)
-    reference = None if baseline_at is None else scored[baseline_at]
-    report = Evaluation(
-        models=tuple(
-            _model_scores(model, own, None if own is reference else reference, confidence)
-            for model, own in zip(opened, scored, strict=True)
-        ),
-        sets=tuple(ready),
-        baseline=None if baseline_at is None else opened[baseline_at].name,
-        normalizer=normalizer,
-        confidence=confidence,
-        options=options,
-        device=chosen_device(options.device),
-        output=folder,
-        decoded=work.decoded,
-        audio_seconds=work.audio_seconds,
-        seconds=time.perf_counter() - started,
-        notes=tuple(dict.fromkeys(notes)),
-        run_notes=tuple(hub.notes),
-    )
+        run = EvaluationRun.of(sets, limit, options, normalizer, confidence)
+        report = run.evaluate(opened, baseline_at, folder, progress, started, hub.notes)
     if trn_folder is not None:
         for each in report.models:
             write_trn(trn_folder, each.name, each.utterances)
     if folder is not None:
         write_scores(report, folder)
     return report
-
-
-# --- before anything is decoded -------------------------------------------------------------------------------------
-
-
-def _check(normalizer: str, limit: int | None, confidence: float, progress: EvaluationProgress | None) -> None:
-    if normalizer not in NORMALIZERS:
-        raise RequestError(f"{option('normalizer')} must be one of {', '.join(NORMALIZERS)}, got {shown(normalizer)}")
-    check_limit(limit)
-    check_confidence(confidence)
-    check_functions(progress=progress)
-
-
-def _check_installed() -> None:
-    """RequestError where a library of the extra is missing, before any audio is looked at."""
-    with needed_for_evaluation("jiwer"):
-        import jiwer  # noqa: F401
-    with needed_for_evaluation("soundfile"):
-        import soundfile  # noqa: F401
-    with needed_for_evaluation("soxr"):
-        import soxr  # noqa: F401
 
 
 def _named(models: PathLike | Sequence[PathLike], baseline: PathLike | None) -> tuple[list[NamedModel], int | None]:
@@ -181,82 +127,3 @@ def _open(named: Sequence[NamedModel], options: DecodingOptions, hub: Hub, stack
         opened.append(open_model(model, name, hub, stack))
         opened[-1].kind.check(options)
     return opened
-
-
-def _normalizer(
-    name: str, models: Sequence[OpenModel], baseline_at: int | None, options: DecodingOptions
-) -> tuple[str, Callable[[str], str]]:
-    """One normaliser for all models, whose scores could not be compared otherwise, and its name."""
-    speller = _speller(models, baseline_at)
-    if name == "auto":
-        name = "whisper" if speller.kind.whisper else "plain"
-    language = "en" if options.task == "translate" else options.language
-    return name, normalizer_named(name, language=language, model=speller.folder)
-
-
-def _speller(models: Sequence[OpenModel], baseline_at: int | None) -> OpenModel:
-    """The model whose normalizer.json and language count: the baseline or else the first, a Whisper where there is
-    one."""
-    ordered = [*([] if baseline_at is None else [models[baseline_at]]), *models]
-    return next((each for each in ordered if each.kind.whisper), ordered[0])
-
-
-def _hypotheses(folder: Path | None) -> Path | None:
-    if folder is None:
-        return None
-    path = folder / FOLDER
-    with fsio.map_write_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-# --- afterwards -----------------------------------------------------------------------------------------------------
-
-
-def _scored(
-    model: OpenModel, sets: Sequence[PreparedSet], work: Transcription, normalize: Callable[[str], str]
-) -> list[UtteranceScore]:
-    with naming_model(model.name, are_kept=work.folder is not None):
-        return [
-            score_utterance(each, work.texts[model.name, data.name][each.id], set_name=data.name, normalize=normalize)
-            for data in sets
-            for each in data.utterances
-        ]
-
-
-def _model_scores(
-    model: OpenModel,
-    own: Sequence[UtteranceScore],
-    baseline: Sequence[UtteranceScore] | None,
-    confidence: float,
-) -> ModelScores:
-    return ModelScores(model, scores_of(own, confidence=confidence, baseline=baseline), tuple(own))
-
-
-def _notes(
-    models: Sequence[OpenModel],
-    sets: Sequence[PreparedSet],
-    scored: Sequence[UtteranceScore],
-    options: DecodingOptions,
-    normalizer: str,
-) -> list[str]:
-    notes = [note for data in sets for note in data.notes]
-    empty = sum(each.is_empty for each in scored)
-    if empty:
-        notes.append(f"{empty} of {len(scored)} utterances have an empty reference once normalised and are not scored")
-    spellings = [each for each in models if each.kind.english and (each.folder / NORMALIZER).is_file()]
-    if normalizer == "whisper" and not spellings and any(each.kind.english for each in models):
-        notes.append(f"no model has a {NORMALIZER}, so that British and American spellings count as different words")
-    detecting = [each.name for each in models if each.kind.multilingual and options.language is None]
-    if detecting:
-        notes.append(
-            f"{', '.join(detecting)}: the language of each utterance is detected; where you know it, give "
-            f"{option('language')}"
-        )
-    device = chosen_device(options.device)
-    if not all(is_exact(each, options, device) for each in models):
-        notes.append(
-            "another batch size may change a word: only greedy decoding in float32 on a CPU gives the same transcripts "
-            "whatever the batch"
-        )
-    return notes

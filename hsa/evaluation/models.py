@@ -1,6 +1,7 @@
 """What a user names as a model to evaluate, and the directory that it is loaded from.
 
-`PRIMARY+PATCH.safetensors` becomes a checkpoint by `hsa.apply`, in a temporary directory.
+`PRIMARY+PATCH.safetensors` becomes a checkpoint by `hsa.apply`, in a temporary directory, whenever it is loaded: of
+many patches one checkpoint at a time takes space on the disk.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
@@ -31,6 +33,9 @@ from hsa.system.fsio import Tally
 from hsa.system.types import PathLike
 
 NORMALIZER = "normalizer.json"
+TEMPORARY = "hsa-eval-"
+"""How the names of temporary directories with models begin."""
+
 SLICE = 8 << 20
 """Bytes of a tensor that are hashed at a time."""
 
@@ -71,7 +76,8 @@ class OpenModel:
     """A model that can be loaded: its name in tables, what the user wrote, its files and a digest of what it computes.
 
     `digest` is the BLAKE3 of its tensors' names, types, shapes and bytes, and of its configs and tokenizer files: two
-    copies of one model have one digest.
+    copies of one model have one digest. `folder` has its small files, and its weights unless `write` is there, which
+    writes the checkpoint to a directory that does not exist yet.
     """
 
     name: str
@@ -80,9 +86,26 @@ class OpenModel:
     kind: ModelKind
     digest: str
     dtype: str
+    write: Callable[[Path], object] | None = None
 
     def as_dict(self) -> dict[str, str]:
         return {"name": self.name, "architecture": self.kind.architecture, "digest": self.digest}
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Path]:
+        """The directory to load it from, which may be gone after the block.
+
+        Example:
+            >>> with model.checkpoint() as folder:  # doctest: +SKIP
+            ...     recognizer = load_recognizer(folder, DecodingOptions())
+        """
+        if self.write is None:
+            yield self.folder
+            return
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as place:
+            folder = Path(place) / "model"
+            self.write(folder)
+            yield folder
 
 
 def parse_model(model: PathLike) -> NamedModel:
@@ -131,30 +154,57 @@ def open_model(model: NamedModel, name: str, hub: Hub, stack: ExitStack) -> Open
 
     Raises SourceError where it cannot transcribe, and what `hsa.apply` and opening a source raise.
     """
-    if model.patch is None and model.folder is not None and model.folder.is_dir():
-        kind_of(model.folder)  # a model that cannot transcribe says so before its weights are looked at
-    weights = open_weights(model, hub, stack)
-    return OpenModel(name, model.given, weights.folder, kind_of(weights.folder), weights.digest, weights.dtype)
-
-
-def open_weights(model: NamedModel, hub: Hub, stack: ExitStack) -> OpenWeights:
-    """Fetch or make the checkpoint of a model of any kind; `stack` removes what was made.
-
-    Raises SourceError where transformers could not load it, and what `hsa.apply` and opening a source raise.
-    """
-    tally = Tally()
     source: PathLike = model.source if find_id(model.source) else Path(model.source).expanduser()
     if model.patch is not None:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hsa-eval-"))) / "model"
-        apply(os.fspath(source), model.patch, output=folder, digest=False, sync=False)
-        source = folder
+        write = partial(_apply, os.fspath(source), model.patch)
+        return open_written_model(write, name, model.given, hub, stack)
+    return _open(source, name, model.given, hub)
+
+
+def open_written_model(write: Callable[[Path], object], name: str, given: str, hub: Hub, stack: ExitStack) -> OpenModel:
+    """A model that `write` writes as a checkpoint, once now and again each time it is loaded.
+
+    `given` is what a user would write for it. Of the checkpoint small files stay until `stack` removes them. Raises
+    SourceError where it cannot transcribe, and what `write` raises.
+
+    Example:
+        >>> write = lambda folder: hsa.apply("m1", "patch.safetensors", output=folder)  # doctest: +SKIP
+        >>> open_written_model(write, "merged", "m1+patch.safetensors", Hub(), stack).kind.head  # doctest: +SKIP
+        'seq2seq'
+    """
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY))) / "model"
+    write(folder)
+    model = _open(folder, name, given, hub)
+    for weights in folder.glob(f"*{SUFFIX}"):
+        weights.unlink()
+    return replace(model, write=write)
+
+
+def _apply(primary: str, patch: Path, folder: Path) -> None:
+    apply(primary, patch, output=folder, digest=False, sync=False)
+
+
+def _open(source: PathLike, name: str, given: str, hub: Hub) -> OpenModel:
+    if not find_id(source) and Path(source).is_dir():
+        kind_of(Path(source).resolve())  # a model that cannot transcribe says so before its weights are looked at
+    weights = open_weights(source, given, hub)
+    return OpenModel(name, given, weights.folder, kind_of(weights.folder), weights.digest, weights.dtype)
+
+
+def open_weights(source: PathLike, given: str, hub: Hub) -> OpenWeights:
+    """Fetch the checkpoint of a model of any kind, a directory or hub id, and read it once.
+
+    `given` is what a user wrote for it. Raises SourceError where transformers could not load it, and what opening a
+    source raises.
+    """
+    tally = Tally()
     if hub.is_adapter("model", source):
-        raise SourceError(f"{model.given} is an adapter, which is no model by itself; merge it with its base first")
+        raise SourceError(f"{given} is an adapter, which is no model by itself; merge it with its base first")
     with hub.open("model", source, tally, Needs("whole", None, assets=True)) as checkpoint:
         if checkpoint.kind not in ("safetensors", "pickle"):
             raise SourceError(
-                f"{model.given} is {checkpoint.kind} weights, which transformers does not load as a model; merge "
-                f"it first, or give a checkpoint directory"
+                f"{given} is {checkpoint.kind} weights, which transformers does not load as a model; merge it first, "
+                f"or give a checkpoint directory"
             )
         codes = sorted({tensor.code for tensor in checkpoint.tensors.values()})
         digest = _digest(checkpoint)

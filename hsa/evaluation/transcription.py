@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ KEPT_FEATURES = 1 << 30
 
 @dataclass(frozen=True)
 class Step:
-    """How far a run is: utterances and seconds of audio that this run has decoded, of those that it has to decode."""
+    """How far a run is: utterances and seconds of audio that this run has decoded, of those that it has to decode, and
+    the seconds since it began to decode, in which it loads models too."""
 
     model: str
     set: str
     done: int
     total: int
     audio_seconds: float
+    seconds: float
 
 
 EvaluationProgress = Callable[[Step], None]
@@ -60,7 +63,7 @@ class FeatureCache:
 class Transcription:
     """The work of a run: every model on every set. `texts` has what each model wrote, by set and id.
 
-    `decoded` counts the utterances that this run decoded, `seconds` the time that took.
+    `decoded` counts the utterances that this run decoded.
     """
 
     models: Sequence[OpenModel]
@@ -71,7 +74,6 @@ class Transcription:
     texts: dict[tuple[str, str], Mapping[str, str]] = field(default_factory=dict)
     decoded: int = 0
     audio_seconds: float = 0.0
-    seconds: float = 0.0
 
     def run(self) -> None:
         device = chosen_device(self.options.device)
@@ -79,18 +81,19 @@ class Transcription:
         kept = [[self._kept(model, data, device, by_key) for data in self.sets] for model in self.models]
         self._total = sum(len(each.missing) for each in by_key.values())
         cache = FeatureCache()
-        started = time.perf_counter()
+        self._started = time.perf_counter()
         for model, row in zip(self.models, kept, strict=True):
-            recognizer: Recognizer | None = None
-            for data, hypotheses in zip(self.sets, row, strict=True):
-                if hypotheses.missing:
-                    recognizer = recognizer or load_recognizer(model.folder, self.options)
-                    self._decode(model, data, hypotheses, recognizer, cache)
-                else:  # of a run that was killed after its last batch the file is still to be renamed
-                    with hypotheses.appending():
-                        pass
-                self.texts[model.name, data.name] = hypotheses.texts
-        self.seconds = time.perf_counter() - started
+            with ExitStack() as stack:
+                recognizer: Recognizer | None = None
+                for data, hypotheses in zip(self.sets, row, strict=True):
+                    if hypotheses.missing:
+                        if recognizer is None:
+                            recognizer = load_recognizer(stack.enter_context(model.checkpoint()), self.options)
+                        self._decode(model, data, hypotheses, recognizer, cache)
+                    else:  # of a run that was killed after its last batch the file is still to be renamed
+                        with hypotheses.appending():
+                            pass
+                    self.texts[model.name, data.name] = hypotheses.texts
 
     def _kept(self, model: OpenModel, data: PreparedSet, device: str, by_key: dict[str, Hypotheses]) -> Hypotheses:
         description = describe(model, data.digest, len(data.order), self.options, device)
@@ -115,4 +118,5 @@ class Transcription:
                 self.decoded += len(batch)
                 self.audio_seconds += sum(data.seconds[each.id] for each in batch)
                 if self.progress is not None:
-                    self.progress(Step(model.name, data.name, self.decoded, self._total, self.audio_seconds))
+                    seconds = time.perf_counter() - self._started
+                    self.progress(Step(model.name, data.name, self.decoded, self._total, self.audio_seconds, seconds))

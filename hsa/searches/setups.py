@@ -6,14 +6,14 @@ Worker processes and actors on other machines get one of these, and hold sources
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hsa.errors import SourceError
 from hsa.evaluation.decoding import chosen_device, load_recognizer
-from hsa.evaluation.models import OpenModel, OpenWeights, open_model, open_weights, parse_model
+from hsa.evaluation.model_kinds import kind_of
+from hsa.evaluation.models import OpenWeights, open_weights
 from hsa.evaluation.normalizers import normalizer
 from hsa.evaluation.prepared import AudioDigests, PreparedSet, prepare
 from hsa.evaluation.utterance import DataSet
@@ -26,6 +26,7 @@ from hsa.searches.resident_model import ANCHOR, ResidentModel
 from hsa.searches.sources import SearchSources
 from hsa.searches.space import MethodSpace
 from hsa.sources.hub.client import Hub
+from hsa.sources.hub.repository import find_id
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def open_files(sources: SearchSources, *, transcribing: bool = False) -> Files:
     Raises SourceError where transformers cannot load one, or one cannot transcribe where `transcribing` is asked.
     """
     hub = Hub()
-    with ExitStack() as stack:
-        opened = {number: _open(sources, number, hub, stack, transcribing=transcribing) for number in sources.numbers}
+    opened = {number: _open(sources.path(number), hub, transcribing=transcribing) for number in sources.numbers}
     return Files(
         {number: each.folder for number, each in opened.items()},
         {number: each.digest for number, each in opened.items()},
@@ -68,13 +68,14 @@ def open_files(sources: SearchSources, *, transcribing: bool = False) -> Files:
     )
 
 
-def _open(
-    sources: SearchSources, number: int, hub: Hub, stack: ExitStack, *, transcribing: bool
-) -> OpenModel | OpenWeights:
-    model = parse_model(sources.path(number))
+def _open(path: str, hub: Hub, *, transcribing: bool) -> OpenWeights:
+    place = path if find_id(path) else Path(path).expanduser()
+    if transcribing and isinstance(place, Path) and place.is_dir():
+        kind_of(place)  # a model that cannot transcribe says so before its weights are looked at
+    weights = open_weights(place, path, hub)
     if transcribing:
-        return open_model(model, sources.name_of(number), hub, stack)
-    return open_weights(model, hub, stack)
+        kind_of(weights.folder)
+    return weights
 
 
 @dataclass(frozen=True)

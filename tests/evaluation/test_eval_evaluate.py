@@ -109,6 +109,16 @@ def test_a_primary_with_its_patch_is_the_merge(shared_triple: dict[str, Path], t
     assert found.decoded == 6
 
 
+def test_a_relative_path_is_the_model_there(
+    models: dict[str, Path], tables: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluate(models["one"], tables, limit=2).models[0]
+    monkeypatch.chdir(models["one"].parent)
+    for path in ("one", "./one", Path("one")):
+        found = evaluate(path, tables, limit=2).models[0]
+        assert (found.name, found.scores) == ("one", expected.scores)
+
+
 def test_limit_takes_the_first_utterances_of_each_set(models: dict[str, Path], tables: list[str]) -> None:
     few = evaluate(models["one"], tables, limit=3)
     assert [(each.set, each.id) for each in few.models[0].utterances] == [
