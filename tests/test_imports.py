@@ -37,7 +37,7 @@ ARROWS = {
     "engine": ("outputs", "backends"),
     "actions": ("engine", "arguments"),
     "verification": ("actions",),
-    "sweeps": ("verification",),
+    "sweeps": ("evaluation",),
     "releases": ("verification",),
     "evaluation": ("views",),
     "searches": ("evaluation",),
@@ -246,6 +246,15 @@ def test_a_refused_merge_and_a_dry_run_need_no_heavy_library(shared_triple: dict
         watched = json.loads(done.stdout.splitlines()[-1])
         assert watched["end"] == []
         assert watched["code"] == (2 if "--k=-1" in more else 0)
+
+
+def test_a_sweep_that_is_not_evaluated_needs_no_heavy_library(shared_triple: dict[str, Path], tmp_path: Path) -> None:
+    _, *arguments = merge_arguments(shared_triple, tmp_path / "out", "--quiet", "--no-sync", "--lambda=0.1,0.5")
+    done = fresh(WATCHED_MERGE, "sweep", *arguments, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    watched = json.loads(done.stdout.splitlines()[-1])
+    assert watched["code"] == 0
+    assert watched["seen"]["first"] == watched["end"] == []
 
 
 def test_the_transformers_integration_imports_neither_transformers_nor_peft() -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hsa.actions.keywords import SWEEP
 from hsa.cli import options, printing
+from hsa.cli.decoding_progress import decoding_progress
+from hsa.cli.evaluation_options import SETS_HELP, Batch, Device, Language, Limit, Normalizer
 from hsa.cli.printing import size_text
 from hsa.errors import one_line
 from hsa.findings import Findings
 from hsa.methods.settings import Declared
+from hsa.option_names import keys_named, spelled
 from hsa.system.streams import print_stderr
 
 if TYPE_CHECKING:
+    from hsa.evaluation.transcription import EvaluationProgress, Step
     from hsa.sweeps.sweep import SweepReport
 
 
@@ -43,20 +47,46 @@ def sweep(
             rich_help_panel=options.MACHINE,
         ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--eval", metavar="SET", help=f"Show the WER of each point on it. {SETS_HELP}"),
+    ] = None,
+    normalizer: Normalizer = "auto",
+    limit: Limit = None,
+    language: Language = None,
+    device: Device = "auto",
+    batch: Batch = 16,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
     **values: Any,
 ) -> None:
-    """Merge with every combination of parameters, from one reading of the sources' targets."""
+    """Merge with every combination of parameters, from one reading of the sources' targets. With --eval, show and write
+    the word error rate of each."""
     from hsa.sweeps import grid
     from hsa.sweeps.sweep import sweep as run_sweep
 
     keywords = options.given_merge(ctx, values, SWEEP)
     lists = {each.name: grid.values(each, keywords[each.name]) for each in _axes() if each.name in keywords}
     bars = not (quiet or as_json)
-    with _noting_finished_points(), printing.progress(show=bars, label="sweeping") as step:
-        report = run_sweep(output=output, full=full, jobs=jobs, progress=step, **{**keywords, **lists})
+    with _noting_what_stays(evaluated=data is not None), spelled(keys_named({"data": "--eval"})), ExitStack() as stack:
+        merging = stack.enter_context(ExitStack())
+        step = merging.enter_context(printing.progress(show=bars, label="sweeping"))
+        decoded = stack.enter_context(decoding_progress(show=bars))
+        report = run_sweep(
+            output=output,
+            full=full,
+            jobs=jobs,
+            data=data,
+            normalizer=normalizer,
+            limit=limit,
+            language=language,
+            device=device,
+            batch=batch,
+            progress=step,
+            evaluation_progress=None if decoded is None else _ending(merging, decoded),
+            **{**keywords, **lists},
+        )
     printing.findings(Findings(report.notes, report.warnings), quiet=quiet)
     printing.result(
         report.as_dict() if as_json else _describe(report), quiet, done=f"the sweep {report.output} is whole"
@@ -67,15 +97,26 @@ def _axes() -> list[Declared]:
     return [each for each in SWEEP.declared_settings() if each.about.axis]
 
 
+def _ending(merging: ExitStack, decoded: EvaluationProgress) -> EvaluationProgress:
+    """A bar of decoding, before whose first step the bar of merging ends."""
+
+    def step(now: Step) -> None:
+        merging.close()
+        decoded(now)
+
+    return step
+
+
 @contextmanager
-def _noting_finished_points() -> Iterator[None]:
+def _noting_what_stays(*, evaluated: bool) -> Iterator[None]:
     """Say what stays when a signal ends a sweep."""
     try:
         yield
     except Exception:
         raise
     except BaseException:
-        print_stderr("hsa: note: points that were finished stay; run the sweep again to go on")
+        what = "points that were finished" + ", and transcripts of finished batches," * evaluated
+        print_stderr(f"hsa: note: {what} stay; run the sweep again to go on")
         raise
 
 
@@ -88,4 +129,12 @@ def _describe(report: SweepReport) -> str:
         f"  {size_text(report.bytes_read)} read, {size_text(report.bytes_written)} written in {report.seconds:.2f} s, "
         f"peak memory {size_text(report.peak_memory_bytes)}",
     ]
-    return "\n".join(map(one_line, lines))
+    text = "\n".join(map(one_line, lines))
+    if report.scores is None:
+        return text
+    found = report.scores.evaluation
+    took = "nothing to decode: every transcript was there"
+    if found.decoded:
+        took = f"{found.decoded} utterances decoded in {found.seconds:.0f} s on {found.device}"
+    files = one_line(f"written: {report.output}/wer.csv, evaluation/")
+    return "\n\n".join([text, report.scores.table, f"{took}\n{files}"])

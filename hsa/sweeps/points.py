@@ -74,6 +74,11 @@ class PointMaker:
             self._run_pass(part, None if progress is None else _PassProgress(progress, first, len(part), len(points)))
         self._write_index()
 
+    def entries_of(self, points: Sequence[GridPoint]) -> dict[str, SweepEntry]:
+        """The index entries of points that are there, by the points' names."""
+        places = {point.name: point.name if self.full else f"{point.name}{SUFFIX}" for point in points}
+        return {name: self.entries[place] for name, place in places.items()}
+
     def _skip_existing_points(self) -> list[GridPoint]:
         """Resume: list the points that an earlier run left whole, and return those that are still to be built."""
         self.entries = {entry.place: entry for entry in self.existing.other_entries(full=self.full)}

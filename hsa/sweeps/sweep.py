@@ -1,6 +1,7 @@
 """`hsa.sweep`: many merges of the same sources, which are opened and planned once, and an index of what is where.
 
 A sweep that was killed is resumed by running it again: `hsa.sweeps.resume` says which points are there already.
+`hsa.sweeps.evaluation` decodes speech with them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hsa.actions.keywords import SWEEP, Arguments, split
 from hsa.actions.patch import open_patch_sources
@@ -38,12 +39,23 @@ from hsa.system.signals import deferred
 from hsa.system.staging import StagingDirectory
 from hsa.system.types import Progress
 
+if TYPE_CHECKING:
+    from hsa.evaluation.prepared import GivenSet
+    from hsa.evaluation.run import EvaluationRun
+    from hsa.evaluation.transcription import EvaluationProgress
+    from hsa.sweeps.scores import SweepScores
+
+
+EVALUATION_DEFAULTS = {"normalizer": "auto", "limit": None, "language": None, "device": "auto", "batch": 16}
+"""Arguments that say how points are evaluated, with their defaults."""
+
 
 @dataclass(frozen=True)
 class SweepReport:
-    """A finished sweep. Sizes are bytes, `seconds` wall time; `made` and `skipped` are names of points, `entries` those
-    of the index, which also lists points of earlier sweeps to the same directory. `extents` say how much each point
-    that was made merges, `extent_range` how far they lie apart, where the method tells it."""
+    """A finished sweep. Sizes are bytes, `seconds` wall time without the evaluation; `made` and `skipped` are names of
+    points, `entries` those of the index, which also lists points of earlier sweeps to the same directory. `extents`
+    say how much each point that was made merges, `extent_range` how far they lie apart, where the method tells it.
+    `scores` are the word error rates of the grid's points, where they were evaluated."""
 
     output: Path
     seconds: float
@@ -57,6 +69,7 @@ class SweepReport:
     entries: tuple[SweepEntry, ...]
     extents: Mapping[str, Summary]
     extent_range: str | None
+    scores: SweepScores | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -78,6 +91,7 @@ class SweepReport:
             "skipped": list(self.skipped),
             "points": [entry.as_dict() for entry in self.entries],
             "extents": {name: extent.as_dict() for name, extent in self.extents.items()},
+            "scores": None if self.scores is None else self.scores.as_dict(),
             "notes": list(self.notes),
             "warnings": list(self.warnings),
         }
@@ -89,7 +103,14 @@ def sweep(
     *arguments: Any,
     full: bool = False,
     jobs: int | None = None,
+    data: GivenSet | Sequence[GivenSet] | None = None,
+    normalizer: str = "auto",
+    limit: int | None = None,
+    language: str | None = None,
+    device: str = "auto",
+    batch: int = 16,
     progress: Progress | None = None,
+    evaluation_progress: EvaluationProgress | None = None,
     **keywords: Any,
 ) -> SweepReport:
     """Merge with every combination of the given parameters, reading the targets of the sources once.
@@ -105,10 +126,20 @@ def sweep(
         full: write checkpoints.
         jobs: patches written in one pass, for each of which sources are read again, 128 unless told; or checkpoints
             written at a time, 1 unless told and at most as many as there are threads.
+        data: sets of speech as for `hsa.evaluate`: all points of the grid are decoded on them, and the models that are
+            merged, and `wer.csv` and `evaluation/` are written beside the index. Transcripts that stand there are not
+            made again.
+        normalizer: how texts are made comparable, as for `hsa.evaluate`.
+        limit: take the first so many utterances of each set.
+        language: the language spoken, a code such as `de`; without it a multilingual model detects it.
+        device: what to decode on: `auto`, `cpu`, `cuda` or `cuda:N`.
+        batch: utterances that are decoded at a time.
         progress: called now and then with bytes done and bytes in all.
+        evaluation_progress: called with a `Step` after each batch that is decoded.
 
     Raises what `hsa.merge` raises; with `strict`, no point of the pass in which there are warnings is written. Points
-    that were finished before an error stay.
+    that were finished before an error stay. With `data` also what `hsa.evaluate` raises; for bad sets, and for models
+    that do not transcribe, before the first point is written.
 
     Example:
         >>> report = hsa.sweep("whisper-small", "m1", "m2", "sweep", lam=[0.1, 0.3, 0.5])
@@ -116,32 +147,45 @@ def sweep(
     given = split(SWEEP, arguments, keywords)
     points = _points(given)
     check_flags(full=full)
-    check_functions(progress=progress)
+    check_functions(progress=progress, evaluation_progress=evaluation_progress)
+    how = {"normalizer": normalizer, "limit": limit, "language": language, "device": device, "batch": batch}
     request = Request(given.sources, given.output, _widest(points), given.ids, **given.options)
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or not 1 <= jobs <= PASS_POINTS):
         raise RequestError(f"{option('jobs')} must be a whole number from 1 to {PASS_POINTS}, got {shown(jobs)}")
     started, method = time.perf_counter(), method_named(given.method)
+    run = _prepared_sets(data, how)
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
         candidates = [point.settings for point in points]
         patches = has_patches(method, candidates)
         if patches:
-            patch_sources = open_patch_sources(candidates, request, tally, hub, stack, rows_only=not full)
+            patch_sources = open_patch_sources(
+                candidates, request, tally, hub, stack, rows_only=not full and run is None
+            )
         else:
             require_full(method, request.settings, full=full)
             patch_sources = open_whole_sources(candidates, request, tally, hub, stack)
         raise_if_strict(patch_sources.findings, strict=request.strict)
         directory = check_directory(request, patch_sources.sources)
+        evaluation = None
+        if run is not None:
+            from hsa.sweeps.evaluation import PointEvaluation
+
+            evaluation = PointEvaluation.of(run, request, patch_sources, directory, hub, stack)
         with deferred():
             staging = stack.enter_context(StagingDirectory(directory / SWEEP_STAGING, directory, sync=request.sync))
         existing = ExistingPoints(request, points, patch_sources, directory, tally)
         work = (PointMaker if patches else WholePointMaker)(existing, staging, memory, full=full, jobs=jobs)
         work.run(progress)
         memory.sample()
+        seconds = time.perf_counter() - started
+        scores = None
+        if evaluation is not None:
+            scores = evaluation.scores(points, work.entries_of(points), staging, evaluation_progress, full=full)
     extents = {point.name: work.extents[point.name] for point in points if point in work.made}
     return SweepReport(
         output=directory,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         bytes_read=tally.read,
         bytes_read_by_source=dict(tally.read_by),
         bytes_written=tally.written,
@@ -152,15 +196,31 @@ def sweep(
         entries=tuple(sorted(work.entries.values(), key=lambda entry: entry.order)),
         extents=extents,
         extent_range=method.summary_range(extents),
+        scores=scores,
         notes=(
             *hub.notes,
             *patch_sources.findings.notes,
             *existing.notes,
             *work.findings.notes,
             *((NO_DIGESTS,) if full and not request.digest else ()),
+            *(() if evaluation is None or scores is None else (*evaluation.notes, *scores.notes)),
         ),
         warnings=(*patch_sources.findings.warnings, *work.findings.warnings),
     )
+
+
+def _prepared_sets(data: GivenSet | Sequence[GivenSet] | None, how: Mapping[str, Any]) -> EvaluationRun | None:
+    """The sets to evaluate on, made ready; None without any. RequestError for options that nothing would follow."""
+    if data is None:
+        for name, default in EVALUATION_DEFAULTS.items():
+            if how[name] != default:
+                raise RequestError(f"{option(name)} is for evaluating the points; give {option('data')} a set too")
+        return None
+    from hsa.evaluation.options import DecodingOptions
+    from hsa.sweeps.evaluation import prepare_sets
+
+    options = DecodingOptions(how["language"], batch=how["batch"], device=how["device"])
+    return prepare_sets(data, options, how["normalizer"], how["limit"])
 
 
 def _points(arguments: Arguments) -> tuple[GridPoint, ...]:

@@ -18,6 +18,7 @@ from hsa.actions.run_options import OutputOptions, RunOptions
 from hsa.methods.all_settings import all_settings
 from hsa.methods.hsa import HsaSettings
 from hsa.methods.settings import declared
+from hsa.sweeps.sweep import EVALUATION_DEFAULTS
 
 Triple = dict[str, Path]
 SOURCES = ["base", "primary", "secondary", "output"]
@@ -26,6 +27,7 @@ SETTINGS = list(all_settings())
 OPTIONS = [field.name for field in fields(RunOptions)]
 NOT_IN_PATCHES = {"attention_scale", "non_attention_scale", "numerics", "load_dtype", "dtype"}
 OF_PATCHES = [name for name, each in all_settings().items() if each.about.patchable]
+EVALUATION = ["data", *EVALUATION_DEFAULTS]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ OF_PATCHES = [name for name, each in all_settings().items() if each.about.patcha
             hsa.sweep,
             OF_PATCHES,
             [name for name in OPTIONS if name not in ("backend", "device")],
-            ["full", "jobs", "progress"],
+            ["full", "jobs", *EVALUATION, "progress", "evaluation_progress"],
         ),
     ],
 )
