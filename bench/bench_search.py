@@ -119,7 +119,7 @@ def measure_search(setup: Setup, trials: int, threads: int, rounds: int, folder:
     study, looped = (program.runs["warm"][0].report for program in (search, loop))
     known = {each.name: each for each in candidates}
     texts = {each["name"]: each["texts"] for each in looped["found"]}
-    written = texts_of(study, dev, Transcripts(out))
+    written = texts_of(study, dev, Transcripts(out, study["request"]))
     note = differing(written, texts)
     shared = {"set": dev.names[0], "clips": len(dev.items), "candidates": len(candidates), "workers": 1}
     seconds, merging = (sum(each[key] for each in study["trials"]) for key in ("seconds", "merging"))

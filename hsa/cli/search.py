@@ -29,7 +29,7 @@ def _before() -> list[inspect.Parameter]:
 @options.declares(_before)
 def search(
     ctx: typer.Context,
-    output: Annotated[str, typer.Option(metavar="DIR", help="Directory for best/, the reports and study.db.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Directory for best/, the reports and the trials.")],
     dev: Annotated[list[str], typer.Option(metavar="SET", help="NAME=PATH or PATH to choose by; repeat.")],
     test: Annotated[
         list[str] | None, typer.Option(metavar="SET", help="Decoded once, after the search; repeat.")
@@ -79,9 +79,14 @@ def search(
         typer.Option(metavar="N", help="Of merging.", show_default="cores + 1", rich_help_panel=options.MACHINE),
     ] = None,
     workers: Annotated[
-        int,
-        typer.Option(metavar="N", help="Processes that score; actors with --ray.", rich_help_panel=options.MACHINE),
-    ] = 1,
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes that score; actors with --ray.",
+            show_default="1; what the cluster has room for",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None,
     ray: options.Ray = None,
     storage: Annotated[
         str | None,
@@ -171,6 +176,8 @@ def _steps(*, show: bool) -> Iterator[Any]:
 
 
 def _describe(study: Study) -> str:
+    from hsa.searches.databases import DATABASE
+
     best = study.best
     values = " / ".join(f"{100 * value:.2f} %" for value in best.values)
     lines = [
@@ -183,7 +190,8 @@ def _describe(study: Study) -> str:
     if study.savings is not None:
         spared = study.savings
         lines.append(f"          decodings spared: {spared.raced} by racing, {spared.equal} by equal weights")
-    lines.append("  files   best/, report.html, report.md, trials.csv, search.json, study.db")
+    own = ", study.db" if (study.output / DATABASE).exists() else ""
+    lines.append(f"  files   best/, report.html, report.md, trials.csv, search.json{own}")
     return "\n".join(map(one_line, lines))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hsa.errors import RequestError, shown
 from hsa.methods.registry import method_named
 from hsa.searches.candidates import Candidate
 from hsa.searches.sources import AVERAGE, SearchSources
@@ -15,7 +16,10 @@ AVERAGE_NAME = "average"
 
 
 def baselines(sources: SearchSources, spaces: Mapping[str, MethodSpace]) -> list[Candidate]:
-    """Base, every fine-tune, the plain average of the fine-tunes, and each method with its defaults."""
+    """Base, every fine-tune, the plain average of the fine-tunes, and each method with its defaults.
+
+    Raises RequestError where two have one name, by which the report tells them apart.
+    """
     found = [Candidate(sources.name_of(number), "model", source=number) for number in sources.numbers]
     if len(sources.models) >= method_named(AVERAGE).contract.least:
         found.append(Candidate(AVERAGE_NAME, "average", AVERAGE))
@@ -24,6 +28,13 @@ def baselines(sources: SearchSources, spaces: Mapping[str, MethodSpace]) -> list
         complete = method_named(space.method).Settings(**settings).complete
         if complete and not is_average(space):
             found.append(Candidate(f"{space.method} defaults", "default", space.method, settings))
+    names = [candidate.name for candidate in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise RequestError(
+                f"two models of the search would be named {shown(name)}; give each model once, and none of them that "
+                f"name, for example by another directory"
+            )
     return found
 
 

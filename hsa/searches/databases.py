@@ -20,7 +20,7 @@ PATIENCE = 10.0
 """Seconds that a run which joins a study waits for the one that is just beginning it."""
 
 MOST_RETRIES = 3
-"""How many runs may be lost with one trial until it is given up."""
+"""How often a trial is tried again whose run was lost."""
 
 
 def open_storage(url: str, *, shared: bool) -> Any:
@@ -28,15 +28,15 @@ def open_storage(url: str, *, shared: bool) -> Any:
     import optuna
     from sqlalchemy.exc import ArgumentError
 
-    if not shared:
-        return optuna.storages.RDBStorage(url)
     try:
-        return _shared_storage(_with_driver(url))
+        return _shared_storage(_with_driver(url)) if shared else optuna.storages.RDBStorage(url)
     except (ArgumentError, ValueError) as error:
         raise RequestError(
             f"{option('storage')} must be the URL of a database such as postgresql://user@host/name, got "
             f"{shown(without_password(url))}"
         ) from error
+    except RuntimeError as error:  # tables of another version of Optuna
+        raise RequestError(f"the storage {without_password(url)} cannot be used: {error}") from error
     except ImportError as error:
         raise RequestError(
             f"{option('storage')} {without_password(url)} needs a driver that is not installed: "
@@ -48,7 +48,7 @@ def _shared_storage(url: str) -> Any:
     """The storage of a database, in which another run may make the tables at the same time: the slower one of them
     fails, and finds them when it tries again."""
     import optuna
-    from sqlalchemy.exc import IntegrityError, ProgrammingError
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
     end = time.monotonic() + PATIENCE
     while True:
@@ -60,8 +60,9 @@ def _shared_storage(url: str) -> Any:
                 grace_period=GRACE,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MOST_RETRIES),
             )
-        except (IntegrityError, ProgrammingError):
-            if time.monotonic() > end:
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            is_made = not isinstance(error, OperationalError) or "already exists" in str(error)
+            if not is_made or time.monotonic() > end:
                 raise
         time.sleep(0.5)
 
@@ -89,7 +90,9 @@ def without_password(url: str) -> str:
     from sqlalchemy.exc import ArgumentError
 
     try:
-        return str(make_url(url).render_as_string(hide_password=True))
+        parsed = make_url(url)
+        hidden = {name: "***" for name in parsed.query if "pass" in name.lower()}
+        return str(parsed.update_query_dict(hidden).render_as_string(hide_password=True))
     except (ArgumentError, ValueError):
         _, at, after = url.rpartition("@")
         return f"...@{after}" if at else url
@@ -112,8 +115,11 @@ def storage_errors(url: str) -> Iterator[None]:
 
 
 def sqlite_url(folder: Path) -> str:
-    """The URL of the database in a directory. DestinationError where SQLAlchemy could not read it."""
+    """The URL of the database in a directory, as Optuna takes it, which replaces names in single braces.
+
+    DestinationError where SQLAlchemy could not read it.
+    """
     path = os.fspath(folder / DATABASE)
     if "?" in path:
         raise DestinationError(f"output {folder} has a ? in its path, which no database URL can hold; choose another")
-    return f"sqlite:///{path}"
+    return f"sqlite:///{path.replace('{', '{{').replace('}', '}}')}"

@@ -48,9 +48,9 @@ class Heartbeats:
         self._storage.record_heartbeat(trial)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; one that waits for a database which does not answer is left behind."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(timeout=5.0)
 
     def _send(self) -> None:
         while not self._ended.wait(self._interval):

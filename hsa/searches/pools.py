@@ -19,7 +19,7 @@ from hsa.searches.setups import Setup
 from hsa.searches.tasks import Task
 
 MOST_LOSSES = 3
-"""How many workers may be lost with one task, or before they are ready, until the search ends."""
+"""How many workers may be lost with one task until the search ends; and, for each worker, before any is ready."""
 
 Known = tuple[str, Any]
 """The digest of some weights, and the texts or the score of a model that has them."""
@@ -132,6 +132,7 @@ class WorkerPool(ABC, Generic[Handle]):
     """A pool of workers that are elsewhere. What a kind of worker does is said by the four abstract methods."""
 
     size: int
+    most_losses: int = MOST_LOSSES
     _workers: dict[Handle, _State] = field(default_factory=dict)
     _queue: deque[_Sent] = field(default_factory=deque)
     _results: list[tuple[int, Any]] = field(default_factory=list)
@@ -221,12 +222,17 @@ class WorkerPool(ABC, Generic[Handle]):
         state = self._workers.pop(worker)
         self.end_worker(worker)
         self._lost_unready += not state.ready
-        losses = self._lost_unready
         if state.sent is not None:
             state.sent.losses += 1
-            losses = max(losses, state.sent.losses)
             self._queue.appendleft(state.sent)
-        if losses >= MOST_LOSSES:
-            when = "before they were ready" if state.sent is None else "with one task"
-            raise MachineError(f"{losses} workers were lost {when}, the last one because {how}; finished trials stay")
+            if state.sent.losses >= self.most_losses:
+                raise MachineError(
+                    f"{state.sent.losses} workers were lost with one task, the last one because {how}; finished "
+                    f"trials stay"
+                )
+        elif self._lost_unready >= self.most_losses * self.size:
+            raise MachineError(
+                f"{self._lost_unready} workers were lost before they were ready, the last one because {how}; finished "
+                f"trials stay"
+            )
         self._workers[self.start_worker()] = _State()

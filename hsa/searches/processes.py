@@ -11,18 +11,18 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from hsa.errors import HsaError, RequestError
+from hsa.errors import HsaError, MachineError, RequestError
 from hsa.evaluation.decoding import gpus
 from hsa.option_names import Spelling, current_spelling, spelled
 from hsa.searches.pools import Event, Known, WorkerPool
 from hsa.searches.setups import OwnSetup, Setup, for_worker, use_threads
 from hsa.searches.tasks import Task
-from hsa.system.threads import usable_cores
+from hsa.system.threads import out_of_memory, usable_cores
 
 ENDING = 5.0
 """Seconds that a process which has closed its pipe gets to end."""
@@ -30,10 +30,11 @@ ENDING = 5.0
 
 @dataclass(frozen=True, eq=False)
 class _Process:
-    """A worker: its process and our end of the pipe to it."""
+    """A worker: its process, our end of the pipe to it, and the device that it computes on."""
 
     process: Any
     pipe: Connection
+    device: str
 
 
 class ProcessPool(WorkerPool[_Process]):
@@ -49,20 +50,26 @@ class ProcessPool(WorkerPool[_Process]):
         self._threads = max(1, usable_cores() // count)
         self._context = multiprocessing.get_context("spawn")
         self._spelling = current_spelling()
-        self._started = 0
+        self._devices = _devices(setup.options.decoding.device, count)
+        self._keeps_main = isinstance(setup, OwnSetup) and _is_of_main(setup.score)
         if isinstance(setup, OwnSetup):
-            _check_sendable(setup)
-        self.start()
+            _check_sendable(setup.score)
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
 
     def start_worker(self) -> _Process:
-        setup = for_worker(self._setup, self._threads, self._next_device())
+        device = self._devices.pop(0)
+        setup = for_worker(self._setup, self._threads, device)
         ours, theirs = self._context.Pipe()
         arguments = (setup, theirs, self._threads, self._spelling)
         process = self._context.Process(target=_work, args=arguments, daemon=True, name="hsa search worker")
-        with _without_main(keep=isinstance(setup, OwnSetup)):
+        with _without_main(keep=self._keeps_main):
             process.start()
         theirs.close()
-        return _Process(process, ours)
+        return _Process(process, ours, device)
 
     def send(self, worker: _Process, task: Task, learnt: Sequence[Known]) -> None:
         try:
@@ -84,6 +91,7 @@ class ProcessPool(WorkerPool[_Process]):
         worker.process.kill()
         worker.process.join()
         worker.pipe.close()
+        self._devices.append(worker.device)
 
     def _event(self, worker: _Process) -> Event[_Process]:
         try:
@@ -97,23 +105,29 @@ class ProcessPool(WorkerPool[_Process]):
         how = f"signal {-code} ended its process" if code and code < 0 else f"its process ended with exit code {code}"
         return Event(worker, "lost", how)
 
-    def _next_device(self) -> str:
-        """The device of the next worker: GPUs in turn where none is named."""
-        device = self._setup.options.decoding.device
-        count = gpus() if device in ("auto", "cuda") else 0
-        self._started += 1
-        return f"cuda:{(self._started - 1) % count}" if count else device
+
+def _devices(device: str, count: int) -> list[str]:
+    """The devices of so many workers: GPUs in turn where none is named."""
+    found = gpus() if device in ("auto", "cuda") else 0
+    return [f"cuda:{number % found}" if found else device for number in range(count)]
 
 
-def _check_sendable(setup: OwnSetup) -> None:
+def _is_of_main(score: Any) -> bool:
+    return getattr(score, "__module__", None) == "__main__"
+
+
+def _check_sendable(score: Any) -> None:
     """RequestError where the caller's function cannot be sent to another process."""
+    reason = "" if getattr(sys.modules["__main__"], "__file__", None) or not _is_of_main(score) else "it is in no file"
     try:
-        pickle.dumps(setup.score)
+        pickle.dumps(score)
     except Exception as error:  # pickle raises errors of many kinds
+        reason = str(error)
+    if reason:
         raise RequestError(
-            f"evaluate cannot be sent to worker processes: {error}; define it at the top of a module, or search with "
+            f"evaluate cannot be sent to worker processes: {reason}; define it at the top of a module, or search with "
             f"one worker"
-        ) from error
+        )
 
 
 @contextmanager
@@ -149,7 +163,8 @@ def _work(setup: Setup, pipe: Connection, threads: int, spelling: Spelling) -> N
         except (EOFError, BrokenPipeError):
             return
         except Exception as error:
-            pipe.send(("raised", portable(error)))
+            with suppress(OSError):
+                pipe.send(("raised", portable(error)))
 
 
 def _end_with_parent() -> None:
@@ -161,7 +176,9 @@ def _end_with_parent() -> None:
 
 
 def portable(error: Exception) -> Exception:
-    """An error that can be sent: those of hsa as they are, others as their text."""
+    """An error that can be sent: those of hsa as they are, those of the machine as one of hsa, others as their text."""
     if isinstance(error, HsaError):
         return error
+    if isinstance(error, (OSError, MemoryError)):
+        return MachineError(str(error) or out_of_memory())
     return RuntimeError(f"in a worker of the search:\n{''.join(traceback.format_exception(error))}")

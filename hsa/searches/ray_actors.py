@@ -6,11 +6,14 @@ share, or be ids on the Hub: each actor makes sure that its files are those that
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
+from hsa._version import __version__
 from hsa.errors import MachineError, RequestError
 from hsa.option_names import Spelling, current_spelling, option, spelled
 from hsa.searches.pools import Event, Known, WorkerPool
@@ -23,7 +26,13 @@ CORES = 4
 little faster."""
 
 PATIENCE = 600.0
-"""Seconds without a single actor after which a search ends. Clusters that grow by themselves need minutes for that."""
+"""Seconds without a single actor after which a search ends: a cluster may need minutes to replace a machine."""
+
+POLL = 0.05
+"""Seconds between two looks at what actors have done. Ray's own waiting would swallow a signal that ends the search."""
+
+MOST_LOSSES = 10
+"""How many actors may be lost with one task: machines that can be taken away are lost more often than processes."""
 
 
 @dataclass(eq=False)
@@ -57,7 +66,7 @@ class RayPool(WorkerPool[_Actor]):
     def __init__(self, ray: Any, setup: Setup, count: int | None) -> None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         count, self._share = shares(nodes, setup.options.decoding.device, count)
-        super().__init__(count)
+        super().__init__(count, most_losses=MOST_LOSSES)
         self._ray = ray
         self._setup = ray.put(_for_actors(setup, self._share))
         self._spelling = current_spelling()
@@ -68,7 +77,7 @@ class RayPool(WorkerPool[_Actor]):
     def start_worker(self) -> _Actor:
         how = {**self._share.options, "scheduling_strategy": "SPREAD", "max_restarts": 0}
         handle = self._class.options(**how).remote(self._setup, self._share.cores, self._spelling)
-        return _Actor(handle, handle.open.remote())
+        return _Actor(handle, handle.open.remote(versions()))
 
     def send(self, worker: _Actor, task: Task, learnt: Sequence[Known]) -> None:
         worker.reference = worker.handle.work.remote(task, list(learnt))
@@ -77,26 +86,27 @@ class RayPool(WorkerPool[_Actor]):
         by_reference = {worker.reference: worker for worker in workers if worker.reference is not None}
         end = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = PATIENCE if end is None else max(0.0, end - time.monotonic())
-            found, _ = self._ray.wait(list(by_reference), num_returns=1, timeout=min(left, 10.0))
+            found, _ = self._ray.wait(list(by_reference), num_returns=1, timeout=0)
             if found:
                 self._seen_alive = time.monotonic()
                 return [self._event(by_reference[reference]) for reference in found]
             self._require_an_actor()
             if end is not None and time.monotonic() >= end:
                 return []
+            time.sleep(POLL)
 
     def end_worker(self, worker: _Actor) -> None:
         self._ray.kill(worker.handle)
 
     def _event(self, worker: _Actor) -> Event[_Actor]:
         reference, worker.reference = worker.reference, None
-        errors = self._ray.exceptions
         try:
             what, value = self._ray.get(reference)
-        except (errors.ActorDiedError, errors.ActorUnavailableError, errors.NodeDiedError) as error:
-            lines = str(error).splitlines()
-            return Event(worker, "lost", f"Ray says: {lines[0] if lines else type(error).__name__}")
+        except self._ray.exceptions.RayError as error:  # tasks raise nothing: it is the actor, or what it runs on
+            if not self._ray.is_initialized():
+                raise MachineError(f"the Ray cluster is gone: {error}; finished trials stay") from error
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            return Event(worker, "lost", f"Ray says: {lines[-1] if lines else type(error).__name__}")
         return Event(worker, what, value)
 
     def _require_an_actor(self) -> None:
@@ -117,11 +127,12 @@ class ActorWorker:
         self._setup, self._threads, self._spelling = setup, threads, spelling
         self._evaluator: Any = None
 
-    def open(self) -> tuple[str, Any]:
-        """Check the files of this machine and load the evaluator: what the pool is told."""
+    def open(self, expected: Mapping[str, str]) -> tuple[str, Any]:
+        """Check versions and files of this machine and load the evaluator: what the pool is told."""
         use_threads(self._threads)
         with spelled(self._spelling):
             try:
+                check_versions(expected)
                 self._evaluator = self._setup.located().open()
             except Exception as error:
                 return "raised", portable(error)
@@ -136,6 +147,25 @@ class ActorWorker:
                 return "done", task.run(self._evaluator)
             except Exception as error:
                 return "raised", portable(error)
+
+
+def versions() -> dict[str, str]:
+    """Versions that scores depend on."""
+    return {"hsa": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def check_versions(expected: Mapping[str, str]) -> None:
+    """MachineError where this process has others: a machine may have joined the cluster since it was looked at.
+
+    Example:
+        >>> check_versions(versions())
+    """
+    for name, found in versions().items():
+        if found != expected[name]:
+            raise MachineError(
+                f"the node {socket.gethostname()} of the Ray cluster has {name} {found}, and the search runs with "
+                f"{expected[name]}; install one version on all nodes"
+            )
 
 
 def shares(nodes: Sequence[Mapping[str, float]], device: str, count: int | None) -> tuple[int, Share]:

@@ -89,7 +89,7 @@ def search(
     batch: int = 16,
     device: str = "auto",
     dtype: str = "auto",
-    workers: int = 1,
+    workers: int | None = None,
     ray: bool | str = False,
     storage: str | None = None,
     study: str = SEARCH,
@@ -124,8 +124,8 @@ def search(
         normalizer, limit, language, task, beams, max_tokens, batch, device, dtype: as for `hsa.evaluate`.
         confidence: of the intervals in the report.
         threads: worker threads of the merging.
-        workers: processes that score candidates, each with sources, model and features of its own in memory; with
-            `ray` the number of actors.
+        workers: processes that score candidates, 1 unless told, each with sources, model and features of its own in
+            memory; with `ray` the number of actors, as many as the cluster has room for unless told.
         ray: score on a cluster of Ray: True for the one that this machine belongs to, or a new one on it, or its
             address.
         storage: the URL of a database in which several runs, on several machines, share one search.
@@ -213,7 +213,7 @@ class _SearchRun:
         self._open_output(files)
         pool = self._pool(OwnSetup(self.sources, spaces, self.options, files, evaluate))
         spaces = self._with_layers(spaces, pool)
-        store = self._store(1, {"score": "evaluate"}, files)
+        store = self._store(1, {"score": "evaluate"}, files, pool)
         session = Session(self.sources, spaces, self.options, objective, pool, store, None, None, self.progress)
         with storage_errors(self.url):
             session.run()
@@ -227,17 +227,17 @@ class _SearchRun:
         check_sampler(self.options.sampler, list(spaces.values()), objective.kind)
         digests = AudioDigests()
         prepared = tuple(prepare(each, self.options.limit, digests) for each in dev_sets)
-        tested = [prepare(each, self.options.limit, digests) for each in test_sets]
+        tested = tuple(prepare(each, self.options.limit, digests) for each in test_sets)
         files = open_files(self.sources, transcribing=True)
-        setup = SpeechSetup(self.sources, spaces, self.options, objective, files, prepared)
+        setup = SpeechSetup(self.sources, spaces, self.options, objective, files, prepared, tested)
         dev = setup.dev_sets()
         if tested:
             check_references(tested, dev.normalize)
         self._open_output(files)
         pool = self._pool(setup)
         spaces = self._with_layers(spaces, pool)
-        store = self._store(len(dev.names) if objective.kind == "pareto" else 1, {"dev": dev.digest}, files)
-        transcripts = Transcripts(self.output)
+        store = self._store(len(dev.names) if objective.kind == "pareto" else 1, {"dev": dev.digest}, files, pool)
+        transcripts = Transcripts(self.output, self.request)
         session = Session(self.sources, spaces, self.options, objective, pool, store, dev, transcripts, self.progress)
         with storage_errors(self.url):
             session.run()
@@ -310,9 +310,12 @@ class _SearchRun:
     def url(self) -> str:
         return sqlite_url(self.output) if self.where.storage is None else self.where.storage
 
-    def _store(self, objectives: int, scored_by: Mapping[str, Any], files: Files) -> Store:
+    def _store(self, objectives: int, scored_by: Mapping[str, Any], files: Files, pool: Pool) -> Store:
+        given = self.options.as_dict()
+        device = pool.device.partition(":")[0]  # scores depend on its kind, not on how it was asked for
         self.request = {
-            **self.options.as_dict(),
+            **given,
+            "decoding": {**given["decoding"], "device": device},
             **scored_by,
             **({"trials": self.options.trials} if self.options.sampler == "grid" else {}),
             "sources": [[self.sources.name_of(number), files.digests[number]] for number in self.sources.numbers],

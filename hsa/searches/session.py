@@ -22,7 +22,7 @@ from hsa.searches.pools import Pool
 from hsa.searches.samplers import METHOD, SteadySampler, distributions, grid_points, quiet_optuna, suggest
 from hsa.searches.sources import SearchSources
 from hsa.searches.space import MethodSpace
-from hsa.searches.store import CANDIDATE, Store
+from hsa.searches.store import CANDIDATE, POINT, Store
 from hsa.searches.tasks import Score
 from hsa.searches.transcripts import Transcripts
 from hsa.searches.trials import Trial, best_of, make_trial
@@ -103,7 +103,8 @@ class Session:
             return []
         return [
             f"{self._taken} results came too late and do not count: no heartbeat of this run had reached the storage "
-            f"for {GRACE} seconds, and other runs had taken the trials over"
+            f"for {GRACE} seconds, and other runs had taken the trials over; was the machine suspended, or the "
+            f"database slow?"
         ]
 
     # --- baselines ------------------------------------------------------------------------------------------------
@@ -131,13 +132,12 @@ class Session:
 
     def _ask_baseline(self) -> Asked | None:
         study = self.store.baselines
-        if not self.store.waiting(study):
-            return None
-        handle = self.store.ask(study)
-        if CANDIDATE not in handle.user_attrs:  # another run was faster
-            self.store.discard(study, handle)
-            return None
-        return Asked(study, handle, Candidate.from_dict(handle.user_attrs[CANDIDATE]))
+        while self.store.waiting(study):
+            handle = self.store.ask(study)
+            if CANDIDATE in handle.user_attrs:
+                return Asked(study, handle, Candidate.from_dict(handle.user_attrs[CANDIDATE]))
+            self.store.discard(study, handle)  # another run was faster
+        return None
 
     def _tell_of_defaults(self) -> None:
         """Let the sampler begin with what the methods' defaults came to, where they lie in the space."""
@@ -157,12 +157,18 @@ class Session:
     def _ask(self, budget: int) -> Asked | None:
         """The next trial of the sampler; None where there are enough, or a grid has no further point."""
         study = self.store.search
-        if self.store.begun() >= budget or (self.options.sampler == "grid" and not self.store.waiting(study)):
-            return None
-        handle = self.store.ask(study)
-        if self.store.begun(handle.number) >= budget:  # another run was faster
-            self.store.discard(study, handle)
-            return None
+        while True:
+            if self.store.begun() >= budget or (self.options.sampler == "grid" and not self.store.waiting(study)):
+                return None
+            handle = self.store.ask(study)
+            is_stray = self.options.sampler == "grid" and POINT not in handle.user_attrs
+            if not (is_stray or self.store.is_doubled(handle) or self.store.begun(handle.number) >= budget):
+                return self._drawn(handle)
+            self.store.discard(study, handle)  # another run was faster
+
+    def _drawn(self, handle: Any) -> Asked:
+        """What to try in a trial: what it tried before its run was lost, or what the sampler draws now."""
+        study = self.store.search
         with quiet_optuna():
             method, drawn = suggest(handle, self.spaces, whole=self.options.sampler == "nsga2")
         if CANDIDATE in handle.user_attrs:

@@ -80,7 +80,7 @@ def _open(path: str, hub: Hub, *, transcribing: bool) -> OpenWeights:
 
 @dataclass(frozen=True)
 class SpeechSetup:
-    """A search by word errors. `prepared` are the dev sets; `located` also checks their audio.
+    """A search by word errors. `prepared` are the dev sets, `tested` the test sets; `located` also checks their audio.
 
     Example:
         >>> evaluator = setup.open()  # doctest: +SKIP
@@ -94,6 +94,7 @@ class SpeechSetup:
     objective: Objective
     files: Files
     prepared: tuple[PreparedSet, ...]
+    tested: tuple[PreparedSet, ...] = ()
 
     def dev_sets(self) -> DevSets:
         """The utterances in the order of decoding, with the function that normalises texts."""
@@ -113,7 +114,7 @@ class SpeechSetup:
 
     def located(self) -> SpeechSetup:
         digests = AudioDigests()
-        for each in self.prepared:
+        for each in (*self.prepared, *self.tested):
             again = prepare(DataSet(each.name, each.path, each.utterances, ()), None, digests)
             if again.digest != each.digest:
                 raise SourceError(

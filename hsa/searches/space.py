@@ -164,6 +164,10 @@ def with_layers(space: MethodSpace, ranges: Sequence[Layers], layer_of: Mapping[
         raise RequestError(
             f"by-layer leaves out layer {layers - 1} of method {space.method}; its layers are 0 to {layers - 1}"
         )
+    if not any(axis.setting in BY_LAYER for axis in space.axes):
+        raise RequestError(
+            f"method {space.method} draws no lambda or alpha, which {option('by_layer')} gives each range of layers"
+        )
     axes: list[Axis] = []
     for axis in space.axes:
         if axis.setting in BY_LAYER and not axis.choices and axis.model is None:

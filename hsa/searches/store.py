@@ -30,9 +30,12 @@ DEV, SOURCES = "dev", "sources"
 SEARCH = "search"
 """The name of a study where none is given."""
 
-REQUEST, QUEUED, CANDIDATE, RESULT, BASELINE = "request", "queued", "candidate", "result", "baseline"
-"""User attributes: of a study what was asked for, and whether its baselines wait; of a trial what it tries, what came
-of it, and which baseline it repeats, so that the sampler knows of that."""
+REQUEST, QUEUED = "request", "queued"
+"""User attributes of a study: what was asked for, and whether its baselines wait."""
+
+CANDIDATE, RESULT, BASELINE, POINT = "candidate", "result", "baseline", "point"
+"""User attributes of a trial: what it tries, what came of it, which baseline it repeats, so that the sampler knows of
+that, and which point of a grid it is."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,8 @@ class Store:
 
         waiting = {
             trial.user_attrs[CANDIDATE]["name"]
-            for trial in self.baselines.get_trials(deepcopy=False)
-            if CANDIDATE in trial.user_attrs and not _is_lost(trial)
+            for trial in _real(self.baselines.get_trials(deepcopy=False))
+            if CANDIDATE in trial.user_attrs
         }
         state = optuna.trial.TrialState.WAITING
         with quiet_optuna():
@@ -143,10 +146,11 @@ class Store:
 
     def queue_points(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Let the points of a grid wait to be tried, in their order, those that do not already."""
-        there = len([trial for trial in self.search.get_trials(deepcopy=False) if _is_real(trial)])
+        there = {trial.user_attrs.get(POINT) for trial in _real(self.search.get_trials(deepcopy=False))}
         with quiet_optuna():
-            for point in points[there:]:
-                self.search.enqueue_trial(dict(point))
+            for number, point in enumerate(points):
+                if number not in there:
+                    self.search.enqueue_trial(dict(point), user_attrs={POINT: number})
 
     def waiting(self, study: Any) -> bool:
         """Whether a trial of a study waits to be asked."""
@@ -171,8 +175,8 @@ class Store:
 
     def _kept(self, study: Any) -> list[Kept]:
         found = []
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state.is_finished() and _is_real(trial):
+        for trial in _real(study.get_trials(deepcopy=False)):
+            if trial.state.is_finished():
                 if trial._trial_id not in self._read:
                     self._read[trial._trial_id] = _read(trial)
                 found.append(self._read[trial._trial_id])
@@ -183,10 +187,16 @@ class Store:
         import optuna
 
         return sum(
-            _is_real(trial) and trial.state != optuna.trial.TrialState.WAITING
-            for trial in self.search.get_trials(deepcopy=False)
+            trial.state != optuna.trial.TrialState.WAITING
+            for trial in _real(self.search.get_trials(deepcopy=False))
             if below is None or trial.number < below
         )
+
+    def is_doubled(self, asked: Any) -> bool:
+        """Whether a trial is a point of a grid that another trial is already: two runs may let points wait at once."""
+        point = asked.user_attrs.get(POINT)
+        real = _real(self.search.get_trials(deepcopy=False))
+        return point is not None and asked.number not in {trial.number for trial in real}
 
     def tell_of_baseline(self, trial: Trial, drawn: Mapping[str, Any], distributions: Mapping[str, Any]) -> None:
         """Let the sampler know of a baseline that it could have drawn, once."""
@@ -234,9 +244,18 @@ class Store:
                     study.tell(asked, list(trial.values))
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
+        except ValueError:
+            if not self._is_finished(study, asked):
+                raise
+            return False
         finally:
             self._end_heartbeat(asked)
         return True
+
+    def _is_finished(self, study: Any, asked: Any) -> bool:
+        return any(
+            trial.number == asked.number and trial.state.is_finished() for trial in study.get_trials(deepcopy=False)
+        )
 
     def discard(self, study: Any, asked: Any) -> None:
         """End a trial that is not needed; it does not count."""
@@ -294,17 +313,21 @@ def _change(key: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str
     return f"{key} {shown(before)}, and now it is {shown(after)}"
 
 
-def _is_lost(trial: Any) -> bool:
-    """Whether a trial ended without a result: its run was lost, or it was not needed."""
-    if not trial.state.is_finished() or BASELINE in trial.user_attrs:
-        return False
-    result = trial.user_attrs.get(RESULT)
-    return result is None or (trial.state.name == "FAIL" and result["failure"] is None)
-
-
-def _is_real(trial: Any) -> bool:
-    """Whether a trial of the sampler counts."""
-    return BASELINE not in trial.user_attrs and not _is_lost(trial)
+def _real(trials: Sequence[Any]) -> list[Any]:
+    """The trials that count: without baselines that the sampler was told of, without those that ended without a result,
+    because their runs were lost or they were not needed, and each point of a grid once."""
+    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+    found: list[Any] = []
+    points: set[int] = set()
+    for trial in trials:
+        is_lost = trial.state.is_finished() and (RESULT not in trial.user_attrs or trial.number in retried)
+        point = trial.user_attrs.get(POINT)
+        if BASELINE in trial.user_attrs or is_lost or point in points:
+            continue
+        found.append(trial)
+        if point is not None:
+            points.add(point)
+    return found
 
 
 def _read(trial: Any) -> Kept:

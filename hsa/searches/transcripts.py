@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hsa.system import fsio
+from hsa.system.digests import digest_of
 
 TRANSCRIPTS = "transcripts"
 
+ABOUT = ("dev", "seed", "decoding")
+"""Of a request: the utterances, their order, and how they are decoded."""
+
 
 class Transcripts:
-    """What candidates wrote, one file for each digest of weights: `{"weights": ..., "texts": [...]}`.
+    """What candidates wrote, one file for each digest of weights: `{"key": ..., "weights": ..., "texts": [...]}`.
 
-    Texts are in the order of the search; a file is replaced by one with more of them.
+    `request` is that of the search: it says what texts depend on beside the weights. Texts are in the order of the
+    search; a file is replaced by one with more of them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, request: Mapping[str, Any]) -> None:
         self._folder = folder / TRANSCRIPTS
+        about = {name: request[name] for name in ABOUT}
+        self._key = digest_of(json.dumps(about, sort_keys=True).encode("utf-8"))
         with fsio.map_write_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
 
@@ -27,7 +35,8 @@ class Transcripts:
         if not weights or len(texts) <= len(self.get(weights)):
             return
         path = self._path(weights)
-        data = json.dumps({"weights": weights, "texts": list(texts)}, ensure_ascii=False)
+        document = {"key": self._key, "weights": weights, "texts": list(texts)}
+        data = json.dumps(document, ensure_ascii=False)
         part = path.with_suffix(".part")
         with fsio.map_write_errors(part):
             part.write_bytes(data.encode("utf-8", "surrogatepass"))
@@ -39,10 +48,10 @@ class Transcripts:
             document = json.loads(self._path(weights).read_bytes().decode("utf-8", "surrogatepass"))
         except (OSError, ValueError):
             return ()
-        if not isinstance(document, dict) or document.get("weights") != weights:
+        if not isinstance(document, dict) or [document.get(key) for key in ("key", "weights")] != [self._key, weights]:
             return ()
         texts = document.get("texts")
         return tuple(texts) if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else ()
 
     def _path(self, weights: str) -> Path:
-        return self._folder / f"{weights[:32]}.json"
+        return self._folder / f"{self._key[:8]}-{weights[:32]}.json"

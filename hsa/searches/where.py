@@ -24,24 +24,22 @@ class Where:
         False
     """
 
-    workers: int = 1
+    workers: int | None = None
     ray: bool | str = False
     storage: str | None = None
     study: str = SEARCH
 
     def __post_init__(self) -> None:
         workers = self.workers
-        if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= MOST_WORKERS:
+        is_number = isinstance(workers, int) and not isinstance(workers, bool) and 1 <= workers <= MOST_WORKERS
+        if workers is not None and not is_number:
             raise RequestError(
                 f"{option('workers')} must be a whole number from 1 to {MOST_WORKERS}, got {shown(workers)}"
             )
         if not isinstance(self.ray, bool):
             check_address(self.ray)
         if self.storage is not None and (not isinstance(self.storage, str) or "://" not in self.storage):
-            raise RequestError(
-                f"{option('storage')} must be the URL of a database such as postgresql://user@host/name, got "
-                f"{shown(self.storage)}"
-            )
+            raise RequestError(f"{option('storage')} must be the URL of a database such as postgresql://user@host/name")
         if not isinstance(self.study, str) or not self.study.strip() or len(self.study) > 200:
             raise RequestError(f"{option('study')} must be a name, got {shown(self.study)}")
         if self.storage is None and self.study != SEARCH:
@@ -54,8 +52,8 @@ def open_pool(setup: Setup, where: Where, stack: ExitStack) -> Pool:
         from hsa.searches.ray_actors import RayPool
 
         ray = stack.enter_context(connected(None if where.ray is True else where.ray))
-        return RayPool(ray, setup, where.workers if where.workers > 1 else None)
-    if where.workers > 1:
+        return RayPool(ray, setup, where.workers)
+    if where.workers is not None and where.workers > 1:
         from hsa.searches.processes import ProcessPool
 
         return ProcessPool(setup, where.workers)

@@ -27,7 +27,7 @@ from hsa.methods.registry import method_named
 from hsa.searches.candidates import Candidate, Result
 from hsa.searches.dev_sets import DevSets, Item
 from hsa.searches.space import space_of
-from hsa.searches.store import Transcripts
+from hsa.searches.transcripts import Transcripts
 from hsa.searches.trials import Trial, make_trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +161,7 @@ def test_the_loop_gets_what_the_search_scored() -> None:
 
 def test_transcripts_that_differ_are_counted_and_many_are_refused(tmp_path: Path) -> None:
     dev = dev_set(4)
-    kept = Transcripts(tmp_path)
+    kept = Transcripts(tmp_path, {"dev": "", "seed": 0, "decoding": {}})
     kept.put("w1", ["a", "b", "c", "d"])
     study = {
         "trials": [{"name": "one", "weights": "w1", "utterances": 2}, {"name": "two", "weights": "", "utterances": 0}]

@@ -271,7 +271,7 @@ def test_texts_are_cut_after_max_tokens(study: hsa.Study, case: Case, tmp_path: 
     """Every token of the models is eight words."""
     cut = run(case, tmp_path / "cut", max_tokens=5, trials=7)
     assert cut.request["decoding"]["max_tokens"] == 5
-    short, long = Transcripts(cut.output), Transcripts(study.output)
+    short, long = (Transcripts(each.output, each.request) for each in (cut, study))
     for one, other in zip(cut.trials, study.trials[:7], strict=True):
         assert one.name == other.name
         assert len(short.get(one.result.weights)) == 10
@@ -354,9 +354,7 @@ def test_a_candidate_whose_text_cannot_be_scored_fails_alone(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(case, tmp_path / "whole", trials=7, limit=2)
-    texts = json.loads(
-        (tmp_path / "whole" / "transcripts" / f"{whole.trials[1].result.weights[:32]}.json").read_text(encoding="utf-8")
-    )["texts"]
+    texts = Transcripts(whole.output, whole.request).get(whole.trials[1].result.weights)
     errors = DevSets.errors
 
     def refuses(self: DevSets, number: int, text: str) -> int:
@@ -434,6 +432,13 @@ def test_references_of_test_sets_are_looked_at_before_the_search(case: Case, tmp
     with pytest.raises(DataError, match="no reference of bad has a word once normalised"):
         run(case, tmp_path / "x", test=[str(table)])
     assert not (tmp_path / "x").exists()
+
+
+def test_models_are_told_apart_by_their_names(case: Case, tmp_path: Path) -> None:
+    shutil.copytree(case["sources"]["models"][0], tmp_path / "average")
+    sources = {**case["sources"], "models": [str(tmp_path / "average"), *case["sources"]["models"][1:]]}
+    with pytest.raises(RequestError, match="two models of the search would be named 'average'; give each model once"):
+        run({**case, "sources": sources}, tmp_path / "out")
 
 
 def test_no_trial_begins_after_the_time(case: Case, tmp_path: Path) -> None:

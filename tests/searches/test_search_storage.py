@@ -127,6 +127,43 @@ def test_a_result_that_comes_too_late_does_not_count(
     assert any("1 results came too late and do not count" in note for note in found.notes)
 
 
+def test_a_grid_that_two_runs_let_wait_at_once_is_tried_once(case: Case, tmp_path: Path) -> None:
+    """Two runs, each of which sees no point that waits, add all of them."""
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    given = {"sampler": "grid", "method": "task_arithmetic", "racing": False, "trials": 14}
+    given["space"] = ["weights=1", "lambda=0:1.2", "normalize=off"]
+    queue = store.Store.queue_points
+
+    def twice(self: store.Store, points: Any) -> None:
+        queue(self, points)
+        for number, point in enumerate(points):
+            self.search.enqueue_trial(dict(point), user_attrs={store.POINT: number})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.Store, "queue_points", twice)
+        found = run(case, tmp_path / "twice", storage=url, **given)
+    alone = run(case, tmp_path / "alone", **given)
+    assert [row[1:] for row in outcome(found)] == [row[1:] for row in outcome(alone)]
+    assert len({json.dumps(dict(trial.settings)) for trial in found.trials if trial.candidate.kind == "sampled"}) == 8
+
+
+def test_an_output_that_held_another_search_gives_it_no_transcripts(case: Case, tmp_path: Path) -> None:
+    """Weights that were scored in it before are decoded again: the utterances are others, or decoded otherwise."""
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    run(case, tmp_path / "out", storage=url, study="one", trials=7)
+    again = run(case, tmp_path / "out", storage=url, study="two", trials=7, seed=1, max_tokens=3)
+    fresh = run(case, tmp_path / "fresh", trials=7, seed=1, max_tokens=3)
+    assert outcome(again) == outcome(fresh)
+    assert [row.as_dict() for row in again.dev] == [row.as_dict() for row in fresh.dev]
+    assert again.savings == fresh.savings
+
+
+def test_an_output_may_have_braces_in_its_path(case: Case, tmp_path: Path) -> None:
+    found = run(case, tmp_path / "{a}", trials=7)
+    assert (tmp_path / "{a}" / "study.db").is_file()
+    assert outcome(run(case, tmp_path / "{a}", trials=7)) == outcome(found)
+
+
 def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(case: Case, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="cannot be used") as error:
         run(case, tmp_path / "a", storage="postgresql://me:secret@127.0.0.1:1/studies")
@@ -145,6 +182,7 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(case: Ca
         ("postgresql://me:secret@host/studies", "postgresql://me:***@host/studies"),
         ("postgresql://host/studies", "postgresql://host/studies"),
         ("x://me:secret@host:port/y", "...@host:port/y"),
+        ("postgresql://host/studies?user=me&password=secret", "postgresql://host/studies?user=me&password=***"),
     ],
 )
 def test_passwords_are_not_shown(url: str, shown: str) -> None:

@@ -17,7 +17,8 @@ from search_cases import NORMALIZER, write_models, write_speech
 
 import hsa
 from hsa.errors import MachineError, MismatchError, RequestError
-from hsa.searches.ray_actors import Share, shares
+from hsa.searches.processes import _devices, portable
+from hsa.searches.ray_actors import Share, check_versions, shares, versions
 from hsa.searches.session import SearchStep
 
 pytestmark = pytest.mark.long
@@ -179,6 +180,27 @@ def test_a_function_that_cannot_be_sent_is_refused(case: Case, tmp_path: Path) -
         own(case, tmp_path / "out", lambda model: 0.0)
 
 
+def test_errors_of_the_machine_are_one_line_in_a_worker_too() -> None:
+    assert str(portable(OSError(28, "No space left on device"))) == "[Errno 28] No space left on device"
+    assert isinstance(portable(MemoryError()), MachineError)
+    assert "out of memory" in str(portable(MemoryError()))
+
+
+def test_workers_get_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hsa.searches.processes.gpus", lambda: 2)
+    assert _devices("auto", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert _devices("cuda:1", 2) == ["cuda:1", "cuda:1"]
+    assert _devices("cpu", 2) == ["cpu", "cpu"]
+
+
+def test_a_node_with_other_versions_is_refused() -> None:
+    check_versions(versions())
+    with pytest.raises(
+        MachineError, match=r"has hsa .*, and the search runs with 9\.9; install one version on all nodes"
+    ):
+        check_versions({**versions(), "hsa": "9.9"})
+
+
 # --- what is refused, and shares of a cluster -----------------------------------------------------------------------
 
 
@@ -187,6 +209,10 @@ def test_a_function_that_cannot_be_sent_is_refused(case: Case, tmp_path: Path) -
     [
         ({"workers": 0}, "workers must be a whole number from 1 to 1024, got 0"),
         ({"workers": True}, "workers must be a whole number"),
+        (
+            {"by_layer": "0-1", "method": "linear", "space": None},
+            "method linear draws no lambda or alpha, which by_layer",
+        ),
         ({"ray": "nowhere"}, "ray takes HOST:PORT or ray://HOST:PORT, got 'nowhere'"),
         ({"storage": "postgres"}, "storage must be the URL of a database such as postgresql://user@host/name"),
         ({"study": "mine"}, "study names a search in a shared database; give storage too"),
