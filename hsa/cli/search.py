@@ -189,7 +189,9 @@ def _describe(study: Study) -> str:
     ]
     if study.savings is not None:
         spared = study.savings
-        lines.append(f"          decodings spared: {spared.raced} by racing, {spared.equal} by equal weights")
+        lines.append(
+            f"          utterances not decoded: {spared.raced} by racing, {spared.equal} of models with the same weights"
+        )
     own = ", study.db" if (study.output / DATABASE).exists() else ""
     lines.append(f"  files   best/, report.html, report.md, trials.csv, search.json{own}")
     return "\n".join(map(one_line, lines))

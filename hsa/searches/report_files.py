@@ -177,15 +177,18 @@ def _worst(study: Study) -> str:
 
 def _cost(study: Study) -> str:
     share = study.merging / study.seconds if study.seconds else 0.0
-    lines = [f"{len(study.trials)} models in {study.seconds:.0f} s, {100 * share:.1f} % of it outside of decoding."]
+    lines = [
+        f"{len(study.trials)} models took {study.seconds:.0f} s, added up over all workers; {100 * share:.1f} % of that was "
+        f"merging."
+    ]
     spared = study.savings
     if study.objective.kind == PARETO:
         lines.append("For a Pareto front no candidate is stopped early.")
     if spared is not None:
         whole = spared.decoded + spared.raced + spared.equal
         lines.append(
-            f"{spared.decoded} of {whole} decodings of an utterance were made: racing spared {spared.raced}, weights "
-            f"that were scored before {spared.equal}."
+            f"{spared.decoded} of {whole} utterances were decoded: racing skipped {spared.raced}, and {spared.equal} were "
+            f"known from models with the same weights."
         )
     return " ".join(lines)
 

@@ -286,5 +286,5 @@
   const spared = data.savings;
   const whole = spared ? spared.decoded + spared.raced + spared.equal : 0;
   byId("cost").textContent = `${trials.length} models in ${data.seconds.toFixed(0)} s, ${share.toFixed(1)} % of it outside of scoring.` +
-    (spared ? ` ${spared.decoded} of ${whole} decodings of an utterance were made: racing spared ${spared.raced}, weights that were scored before ${spared.equal}.` : "");
+    (spared ? ` ${spared.decoded} of ${whole} utterances were decoded: racing skipped ${spared.raced}, and ${spared.equal} were known from models with the same weights.` : "");
 })();
