@@ -190,7 +190,7 @@ def _describe(study: Study) -> str:
     if study.savings is not None:
         spared = study.savings
         lines.append(
-            f"          utterances not decoded: {spared.raced} by racing, {spared.equal} of models with the same weights"
+            f"          utterances not decoded: {spared.raced} by racing, {spared.equal} known from equal weights"
         )
     own = ", study.db" if (study.output / DATABASE).exists() else ""
     lines.append(f"  files   best/, report.html, report.md, trials.csv, search.json{own}")

@@ -178,8 +178,8 @@ def _worst(study: Study) -> str:
 def _cost(study: Study) -> str:
     share = study.merging / study.seconds if study.seconds else 0.0
     lines = [
-        f"{len(study.trials)} models took {study.seconds:.0f} s, added up over all workers; {100 * share:.1f} % of that was "
-        f"merging."
+        f"{len(study.trials)} models took {study.seconds:.0f} s, added up over all workers; {100 * share:.1f} % of that "
+        f"was merging."
     ]
     spared = study.savings
     if study.objective.kind == PARETO:
@@ -187,8 +187,8 @@ def _cost(study: Study) -> str:
     if spared is not None:
         whole = spared.decoded + spared.raced + spared.equal
         lines.append(
-            f"{spared.decoded} of {whole} utterances were decoded: racing skipped {spared.raced}, and {spared.equal} were "
-            f"known from models with the same weights."
+            f"{spared.decoded} of {whole} utterances were decoded: racing skipped {spared.raced}, and {spared.equal} "
+            f"were known from models with the same weights."
         )
     return " ".join(lines)
 
