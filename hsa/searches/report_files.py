@@ -178,7 +178,7 @@ def _worst(study: Study) -> str:
 def _cost(study: Study) -> str:
     share = study.merging / study.seconds if study.seconds else 0.0
     lines = [
-        f"{len(study.trials)} models took {study.seconds:.0f} s, added up over all workers; {100 * share:.1f} % of that "
+        f"{len(study.trials)} models took {study.seconds:.0f} s in all workers together; {100 * share:.1f} % of that "
         f"was merging."
     ]
     spared = study.savings
