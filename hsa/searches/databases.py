@@ -91,7 +91,7 @@ def without_password(url: str) -> str:
 
     try:
         parsed = make_url(url)
-        hidden = {name: "***" for name in parsed.query if "pass" in name.lower()}
+        hidden = {name: "..." for name in parsed.query if "pass" in name.lower()}
         return str(parsed.update_query_dict(hidden).render_as_string(hide_password=True))
     except (ArgumentError, ValueError):
         _, at, after = url.rpartition("@")

@@ -37,7 +37,7 @@ from hsa.searches.samplers import check_sampler
 from hsa.searches.session import SearchStep, Session
 from hsa.searches.setups import Files, OwnSetup, Setup, SpeechSetup, open_files
 from hsa.searches.sources import GivenSources, SearchSources, sources_of
-from hsa.searches.space import MethodSpace, parse_layers, parse_space, space_of, with_layers
+from hsa.searches.space import MethodSpace, check_layered, parse_layers, parse_space, space_of, with_layers
 from hsa.searches.store import SEARCH, Store
 from hsa.searches.study import Study, savings_of
 from hsa.searches.tasks import LayersOf, Score
@@ -268,7 +268,12 @@ class _SearchRun:
         given = parse_space(self.options.space, self.options.methods)
         for method in self.options.methods:
             self.sources.check(method)
-        return {method: space_of(method, len(self.sources.models), given[method]) for method in self.options.methods}
+        models = len(self.sources.models)
+        spaces = {method: space_of(method, models, given[method]) for method in self.options.methods}
+        if self.options.by_layer is not None:
+            for space in spaces.values():
+                check_layered(space)
+        return spaces
 
     def _with_layers(self, spaces: dict[str, MethodSpace], pool: Pool) -> dict[str, MethodSpace]:
         if self.options.by_layer is None:

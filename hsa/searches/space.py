@@ -154,6 +154,14 @@ def space_of(method: str, models: int, given: Mapping[str, Sequence[str]]) -> Me
     return MethodSpace(method, tuple(axes), fixed)
 
 
+def check_layered(space: MethodSpace) -> None:
+    """RequestError where a method draws nothing that could have a value for each range of layers."""
+    if not any(axis.setting in BY_LAYER for axis in space.axes):
+        raise RequestError(
+            f"method {space.method} draws no lambda or alpha, which {option('by_layer')} gives each range of layers"
+        )
+
+
 def with_layers(space: MethodSpace, ranges: Sequence[Layers], layer_of: Mapping[str, int]) -> MethodSpace:
     """The space with values of each range of layers for the settings that SA Merge has them for.
 
@@ -163,10 +171,6 @@ def with_layers(space: MethodSpace, ranges: Sequence[Layers], layer_of: Mapping[
     if not ranges or ranges[-1][1] < layers - 1:
         raise RequestError(
             f"by-layer leaves out layer {layers - 1} of method {space.method}; its layers are 0 to {layers - 1}"
-        )
-    if not any(axis.setting in BY_LAYER for axis in space.axes):
-        raise RequestError(
-            f"method {space.method} draws no lambda or alpha, which {option('by_layer')} gives each range of layers"
         )
     axes: list[Axis] = []
     for axis in space.axes:
