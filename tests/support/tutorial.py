@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,23 +27,39 @@ def commands(page: Path = PAGE) -> list[Command]:
         >>> commands()[0].text.split()[0]
         'hsa'
     """
+    blocks = _BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [command for block in blocks for command in _commands_of(block, page.name)]
+
+
+def _commands_of(block: str, name: str) -> list[Command]:
     found: list[Command] = []
-    for block in _BLOCK.findall(page.read_text(encoding="utf-8")):
-        lines = block.splitlines()
-        while lines:
-            line = lines.pop(0)
-            assert line.startswith("$ "), f"{page.name}: {line!r} follows no command"
-            words = [line.removeprefix("$ ")]
-            while words[-1].endswith("\\"):
-                words.append(lines.pop(0))
-            output = []
-            while lines and not lines[0].startswith("$ "):
-                output.append(lines.pop(0))
-            found.append(Command("\n".join(words), "\n".join(output)))
+    lines = block.splitlines()
+    while lines:
+        line = lines.pop(0)
+        assert line.startswith("$ "), f"{name}: {line!r} follows no command"
+        words = [line.removeprefix("$ ")]
+        while words[-1].endswith("\\"):
+            words.append(lines.pop(0))
+        output = []
+        while lines and not lines[0].startswith("$ "):
+            output.append(lines.pop(0))
+        found.append(Command("\n".join(words), "\n".join(output)))
     return found
 
 
-def without_times(text: str) -> list[str]:
-    """The lines of an output without what differs from run to run: durations, memory, and spaces at the ends."""
-    text = re.sub(r"\b[0-9]+(?:\.[0-9]+)? (?:s|ms|MiB|GiB|KiB)\b", "N", text)
-    return [line.rstrip() for line in text.strip().splitlines()]
+def renew(page: Path = PAGE) -> None:
+    """Run every command, in the working directory and with the environment of this process, and put what it prints into
+    the page. Run by `python tests/support/tutorial.py`, with MODELS and CLIPS set, when outputs have changed."""
+
+    def block(match: re.Match[str]) -> str:
+        lines = []
+        for command in _commands_of(match[1], page.name):
+            done = subprocess.run(["bash", "-euc", command.text], stdout=subprocess.PIPE, text=True, check=True)
+            lines += [f"$ {command.text}", *(line.rstrip() for line in done.stdout.strip("\n").splitlines())]
+        return "```console\n" + "\n".join(lines) + "\n```"
+
+    page.write_text(_BLOCK.sub(block, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    renew()
