@@ -57,7 +57,7 @@ class EntryReport:
 
 
 def build_or_verify(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) -> tuple[EntryReport, Row]:
-    """Build or verify one entry, and look at how it stands then."""
+    """Build or verify one entry, and look at its state afterwards."""
     path = planned.entry.path
     step = None if progress is None else lambda done, total: progress(path, done, total)
     bytes_read = peak_memory = 0

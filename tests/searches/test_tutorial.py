@@ -64,8 +64,8 @@ def _same_form(shown: str, printed: str, command: str) -> None:
     """The labels at the beginning of lines that the page shows are printed too; what a merge's record says depends on
     which merge is the best."""
     if command.startswith("hsa verify"):
-        assert shown.splitlines()[0].endswith("/search/best: sound")
-        assert printed.splitlines()[0].endswith("/search/best: sound")
+        assert shown.splitlines()[0].endswith("search/best: sound")
+        assert printed.splitlines()[0].endswith("search/best: sound")
         return
     found = {line.split()[0] for line in printed.splitlines() if line.split()}
     labels = {line.split()[0] for line in shown.splitlines() if line.startswith("  ") and line.split()}
