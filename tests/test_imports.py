@@ -84,6 +84,7 @@ ANYWHERE = {
         "hsa.sources.peft_adapter",
         "hsa.integrations.mergekit_method",
         "hsa.evaluation.decoding",
+        "hsa.evaluation.encoders",
         "hsa.evaluation.recognizers",
         "hsa.evaluation.transformers_calls",
         "hsa.searches.encoder_states",

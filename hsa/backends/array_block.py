@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
 
+from hsa.backends.kept_values import KeptValues
 from hsa.methods.base import BASE, Block
 from hsa.methods.tensors import TensorTask
-from hsa.system.dtypes import Array, Float32, widen
+from hsa.system.dtypes import Array, Arrays, Float32, widen
 
 TILE = 1 << 17
 """Elements of a block at most: a head of any Whisper size is one. Its scratch of several MiB exceeds a core's
@@ -49,7 +50,7 @@ class Scratch:
 
 class ArrayBlock(Block):
     """A block of arrays in memory. `views` are the tensors of all sources, in their element types, as matrices;
-    `shared`: several decisions use its task vectors."""
+    `shared`: several decisions use its task vectors. `values` is where computed values are kept, None for nowhere."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class ArrayBlock(Block):
         origin: int = 0,
         *,
         shared: bool = False,
+        values: KeptValues | None = None,
     ) -> None:
         self._scratch, self.task, self._views, self._origin = scratch, task, views, origin
         self._columns = next(iter(views.values())).shape[1]
@@ -67,6 +69,7 @@ class ArrayBlock(Block):
         self._place: Place = (slice(0), slice(0))
         self._computed: dict[object, Float32] = {}
         self._room = "room" if shared else "task vector"
+        self._values = values
 
     def move(self, group: int, place: Place) -> ArrayBlock:
         """Make it the block at a place of a group; what was computed of another block is forgotten."""
@@ -103,6 +106,11 @@ class ArrayBlock(Block):
 
     def room(self, role: str) -> Float32:
         return self._scratch.get((self._room, role), self.shape)
+
+    def kept(self, key: Hashable, make: Callable[[], Arrays]) -> Arrays:
+        if self._values is None:
+            return make()
+        return self._values.of((self.task.name, self.group, self.first, key), make)
 
     def spare(self) -> Float32:
         """The room of the first model that has one: memory for a result that is written last of all."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from hsa.backends.array_block import TILE, ArrayBlock, Scratch
 from hsa.backends.base import Merged, NotFinite, TaskBuffers, buffers_cost, changed_ranges, merge_one_by_one
+from hsa.backends.kept_values import KeptValues
 from hsa.backends.sampling import Sampler, sampler_of
 from hsa.errors import HsaError, SourceError
 from hsa.methods.base import BASE, Block, Method, NotFiniteSums
@@ -73,16 +74,24 @@ def _applying_a_record(task: TensorTask) -> Iterator[None]:
 
 
 class CpuWorker:
-    """One thread's scratch memory and the arithmetic of a method on it."""
+    """One thread's scratch memory and the arithmetic of a method on it. `values` are what the method keeps of sources
+    that stay in memory, None where they do not."""
 
-    def __init__(self, method: Method[Any, Any], settings: Settings, scratch: Scratch | None = None) -> None:
+    def __init__(
+        self,
+        method: Method[Any, Any],
+        settings: Settings,
+        scratch: Scratch | None = None,
+        values: KeptValues | None = None,
+    ) -> None:
         self.method, self.settings = method, settings
+        self._values = values
         self._scratch = scratch or Scratch()
         self._numerics: AbstractContextManager[None] = lapack.one_thread if "lapack" in method.libraries else _AS_IT_IS
 
     def with_settings(self, settings: Settings) -> CpuWorker:
         """The same worker for other settings, with the same memory: one of the two at a time."""
-        return CpuWorker(self.method, settings, self._scratch)
+        return CpuWorker(self.method, settings, self._scratch, self._values)
 
     def merge_all(self, jobs: Sequence[TaskBuffers]) -> list[Merged]:
         """Merge targets one after another."""
@@ -135,7 +144,7 @@ class CpuWorker:
         result = views[task.anchor] if in_place else out.view(STORAGE[task.out_code]).reshape(task.matrix)
         untouched = untouched_groups(self.method, task.partition.groups, decision)
         check = not (task.passes or self.method.checks_sources)
-        block = ArrayBlock(self._scratch, task, views)
+        block = ArrayBlock(self._scratch, task, views, values=self._values)
         for group in range(task.partition.groups):
             if group in untouched and in_place and sampler is None:
                 continue
@@ -188,7 +197,7 @@ class CpuWorker:
         self, task: TensorTask, sources: Mapping[str, Array], look: Callable[[Block], Any]
     ) -> list[list[Any]]:
         """What `look` gives of every block, by group."""
-        block = ArrayBlock(self._scratch, task, self._views(task, sources))
+        block = ArrayBlock(self._scratch, task, self._views(task, sources), values=self._values)
         return [
             [look(block.move(group, place)) for place in task.blocks(group, TILE)]
             for group in range(task.partition.groups)

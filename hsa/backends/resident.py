@@ -16,6 +16,7 @@ import torch
 
 from hsa.backends.base import NotFinite
 from hsa.backends.cpu import CpuWorker
+from hsa.backends.kept_values import KeptValues
 from hsa.errors import MachineError, NonFiniteError
 from hsa.methods.copied import COPIED
 from hsa.methods.settings import Settings
@@ -56,7 +57,8 @@ class CpuResident:
     def __init__(self, targets: Targets, data: TargetBytes, threads: int) -> None:
         self._targets, self._tasks = targets, targets.tasks
         self._data = [{role: data[role][task.name] for role in task.sources} for task in self._tasks]
-        self._workers = [CpuWorker(targets.method, targets.settings) for _ in range(threads)]
+        values = KeptValues()
+        self._workers = [CpuWorker(targets.method, targets.settings, None, values) for _ in range(threads)]
         self._measured: list[Any] = []
         self._bounds = ResultBounds(targets, [], [])
         self._lock = threading.Lock()  # the workers' memory is that of one call

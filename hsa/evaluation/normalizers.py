@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,18 @@ def _basic() -> Callable[[str], str]:
 
 
 def _english(spellings: dict[str, Any], model: Path | None) -> Callable[[str], str]:
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
     for word, spelling in spellings.items():
         if not isinstance(spelling, str):
             raise HeaderError(f"{model}/normalizer.json: {shown(word)} is {shown(spelling)}, expected a spelling")
-    return _checked(EnglishTextNormalizer(spellings))
+    return _english_normalizer(tuple(sorted(spellings.items())))
+
+
+@lru_cache(maxsize=4)
+def _english_normalizer(spellings: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
+    """Kept, for a search asks for it several times, and to make it takes transformers a second."""
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    return _checked(EnglishTextNormalizer(dict(spellings)))
 
 
 def _checked(function: Callable[[str], Any]) -> Callable[[str], str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa.errors import SourceError
+from hsa.evaluation.encoders import encode_one_by_one
 from hsa.evaluation.model_kinds import kind_of, language_code
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.transformers_calls import FROM_DISK, explained, quiet_transformers
@@ -162,6 +163,7 @@ class WhisperRecognizer(SpeechRecognizer):
                 f"{folder}: its feature extractor gives {self.extractor.feature_size} mel bands and its model takes "
                 f"{mels}; take preprocessor_config.json from the model that it was fine-tuned from"
             )
+        encode_one_by_one(model.get_encoder())
         wanted = options.max_tokens or WHISPER_NEW_TOKENS
         self._how["max_new_tokens"] = min(wanted, model.config.max_target_positions // 2)
         if kind.multilingual:

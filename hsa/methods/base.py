@@ -8,7 +8,7 @@ and verification are the engine's, so that a method is one file of this package.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -22,7 +22,7 @@ from hsa.methods.tensors import BASE as BASE
 from hsa.methods.tensors import CardText, Layout, Outcome, Summary, TensorRecord, TensorTask
 
 if TYPE_CHECKING:
-    from hsa.system.dtypes import Array, Float32
+    from hsa.system.dtypes import Array, Arrays, Float32
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,11 @@ class Block(ABC):
     @abstractmethod
     def wide(self) -> Array:
         """Uninitialised float64 memory of the block's shape; the same at every call."""
+
+    def kept(self, key: Hashable, make: Callable[[], Arrays]) -> Arrays:
+        """Arrays that depend on the sources of the block alone, whatever the settings. Where sources stay in memory for
+        many merges, those that an earlier merge made for this key may be given again: they must not be written to."""
+        return make()
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hsa.methods.subspace_method import SubspaceMethod, Subspaces, SubspaceSettings
-from hsa.methods.subspaces import Displacement, isotropic
+from hsa.methods.subspaces import Decompose, Displacement, isotropic
 from hsa.methods.tensors import TensorTask
 
 if TYPE_CHECKING:
@@ -53,5 +53,5 @@ class IsoC(SubspaceMethod[IsoCSettings]):
     def wanted(self, task: TensorTask, settings: IsoCSettings) -> Subspaces:
         return Subspaces(settings.of("lam", task), (min(task.matrix),))
 
-    def displacement(self, vectors: Sequence[Array], decision: Subspaces) -> Displacement:
-        return isotropic(vectors, decision.directions, decision.known)
+    def displacement(self, vectors: Sequence[Array], decision: Subspaces, decomposed: Decompose) -> Displacement:
+        return isotropic(vectors, decision.directions, decision.known, decomposed)

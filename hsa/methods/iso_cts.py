@@ -20,7 +20,7 @@ from hsa.methods.iso_c import CITATION, SOURCE
 from hsa.methods.model_method import Weights
 from hsa.methods.settings import setting
 from hsa.methods.subspace_method import SubspaceMethod, Subspaces, SubspaceSettings
-from hsa.methods.subspaces import Displacement, common_and_own, common_and_specific
+from hsa.methods.subspaces import Decompose, Displacement, common_and_own, common_and_specific
 from hsa.methods.tensors import TensorTask
 
 if TYPE_CHECKING:
@@ -62,5 +62,5 @@ class IsoCts(SubspaceMethod[IsoCtsSettings]):
         common, own = common_and_own(min(task.matrix), models, settings.of("common_share", task))
         return Subspaces(settings.of("lam", task), (common, *(own,) * models))
 
-    def displacement(self, vectors: Sequence[Array], decision: Subspaces) -> Displacement:
-        return common_and_specific(vectors, decision.directions, decision.known)
+    def displacement(self, vectors: Sequence[Array], decision: Subspaces, decomposed: Decompose) -> Displacement:
+        return common_and_specific(vectors, decision.directions, decision.known, decomposed)

@@ -17,10 +17,10 @@ from hsa.system.plugins import VARIABLE, modules_of
 
 # fmt: off
 TAKEN = frozenset((
-    "add_tag", "assets", "assets_from", "backend", "base", "card", "config", "debug", "device", "digest", "dry_run",
-    "full", "hash", "help", "ids", "jobs", "json", "max_shard_size", "method", "model", "model_id", "model_ids",
-    "models", "name", "output", "overwrite", "patch", "progress", "quiet", "settings", "sources", "strict",
-    "sync", "threads", "version",
+    "add_tag", "assets", "assets_from", "backend", "base", "batch", "card", "config", "debug", "device", "digest",
+    "dry_run", "eval", "full", "hash", "help", "ids", "jobs", "json", "language", "limit", "max_shard_size",
+    "method", "model", "model_id", "model_ids", "models", "name", "normalizer", "output", "overwrite", "patch",
+    "progress", "quiet", "settings", "sources", "strict", "sync", "threads", "version",
 ))
 # fmt: on
 """What no setting may be called, since calls and commands have arguments of these names."""

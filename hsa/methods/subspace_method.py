@@ -12,6 +12,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,11 +24,11 @@ from hsa.methods.coefficients import Coefficients
 from hsa.methods.json_fields import between, count, number
 from hsa.methods.model_method import Average, ModelMethod, ModelSettings, Weights, by_role, write_sum
 from hsa.methods.settings import MAX_FLOAT32, setting
-from hsa.methods.subspaces import Displacement, Known, Orthogonalize, work_bytes
+from hsa.methods.subspaces import Decompose, Displacement, Known, Orthogonalize, decompose, work_bytes
 from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
 
 if TYPE_CHECKING:
-    from hsa.system.dtypes import Array, Float32
+    from hsa.system.dtypes import Array, Arrays, Float32
 
 TOLERANCE = 1e-4
 """How far results may lie from those of another machine, relative to the norm of the tensor."""
@@ -98,6 +99,10 @@ class _Kept(threading.local):
         return kept if fits else None
 
 
+def _decomposed(block: Block, number: int, matrix: Array) -> Arrays:
+    return block.kept(f"decomposition {number}", lambda: decompose(matrix))
+
+
 S = TypeVar("S", bound=SubspaceSettings)
 
 
@@ -117,7 +122,7 @@ class SubspaceMethod(ModelMethod[S, Coefficients | Subspaces]):
         """The decision before anything is known of a matrix."""
 
     @abstractmethod
-    def displacement(self, vectors: Sequence[Array], decision: Subspaces) -> Displacement:
+    def displacement(self, vectors: Sequence[Array], decision: Subspaces, decomposed: Decompose) -> Displacement:
         """What is added to base at a lambda of 1, of the task vectors float32 [m, n]. ValueError where a recorded
         decision does not fit them."""
 
@@ -162,7 +167,7 @@ class SubspaceMethod(ModelMethod[S, Coefficients | Subspaces]):
         if not all(np.isfinite(vector).all() for vector in vectors):
             raise NotFiniteSums(block.group)
         try:
-            found = self.displacement(vectors, decision)
+            found = self.displacement(vectors, decision, partial(_decomposed, block))
         except np.linalg.LinAlgError as error:
             raise SourceError(
                 f"tensor {block.task.name}: its singular value decomposition failed ({error}); are the sources sound?"

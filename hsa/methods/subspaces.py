@@ -12,12 +12,12 @@ libraries with one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from hsa.system.dtypes import Array
+    from hsa.system.dtypes import Array, Arrays
 
 Orthogonalize = Literal["polar", "newton-schulz"]
 
@@ -32,6 +32,11 @@ START = 1.5
 
 RESIDUAL = 1e-6
 """The residual of Newton-Schulz at which it ends: the largest norm of a column of the Gram matrix minus identity."""
+
+
+Decompose = Callable[[int, "Array"], "Arrays"]
+"""Gives what `decompose` makes of a float64 matrix [m, n] of a merge that depends on the sources alone: the number of a
+model with its task vector, or 0 with the sum of all. Where it was made before it may be given again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +58,18 @@ class Directions:
         return int(self.left.shape[1])
 
 
-def directions(matrix: Array, count: int, *, largest: float | None = None, zeros: int | None = None) -> Directions:
+def directions(
+    matrix: Array,
+    count: int,
+    *,
+    largest: float | None = None,
+    zeros: int | None = None,
+    decomposed: Arrays | None = None,
+) -> Directions:
     """The first directions of a float64 matrix [m, n], at most `count`.
 
     Those with `s <= max(m, n) * EPS * s_1` count as zero; `largest` takes the place of `s_1`. Where `zeros` is given,
-    so many count as zero instead: ValueError where that cannot be.
+    so many count as zero instead: ValueError where that cannot be. `decomposed` is what `decompose` made of the matrix.
 
     Example:
         >>> import numpy as np
@@ -67,7 +79,8 @@ def directions(matrix: Array, count: int, *, largest: float | None = None, zeros
     """
     import numpy as np
 
-    left, values, right = _decompose(matrix)
+    left, values, right = decompose(matrix) if decomposed is None else decomposed
+    assert values is not None
     largest = float(values.max(initial=0.0)) if largest is None else largest
     kept = int(np.count_nonzero(values > max(matrix.shape) * EPS * largest))
     if zeros is not None:
@@ -77,13 +90,14 @@ def directions(matrix: Array, count: int, *, largest: float | None = None, zeros
     zeros, values = len(values) - kept, values[:kept]
     count = min(count, kept)
     if left is None:
+        assert right is not None
         left = (matrix @ right[:, :count]) / values[:count]
     elif right is None:
         right = (matrix.T @ left[:, :count]) / values[:count]
     return Directions(left[:, :count], right[:, :count], values, zeros)
 
 
-def _decompose(matrix: Array) -> tuple[Any, Array, Any]:
+def decompose(matrix: Array) -> Arrays:
     """Left singular vectors, singular values and right singular vectors, the largest first; None in the place of the
     vectors of the longer side where those of the shorter one were computed alone."""
     import numpy as np
@@ -233,12 +247,18 @@ class Known:
         return self.zeros[number]
 
 
+def _anew(number: int, matrix: Array) -> Arrays:
+    """A `Decompose` that keeps nothing."""
+    return decompose(matrix)
+
+
 def task_singular_vectors(
     vectors: Sequence[Array],
     counts: Sequence[int],
     beta: float | None = None,
     how: Orthogonalize = "polar",
     known: Known | None = None,
+    decomposed: Decompose = _anew,
 ) -> Displacement:
     """TSV-M of task vectors float32 [m, n]: the first directions of each, as many as `counts` says, concatenated.
 
@@ -248,7 +268,9 @@ def task_singular_vectors(
 
     parts, values = [], []
     for number, (vector, count) in enumerate(zip(vectors, counts, strict=True)):
-        part = directions(vector.astype(np.float64), count, zeros=None if known is None else known.of(number))
+        matrix = vector.astype(np.float64)
+        zeros = None if known is None else known.of(number)
+        part = directions(matrix, count, zeros=zeros, decomposed=decomposed(number, matrix))
         values.append((part.values if beta is None else boosted(part.values, beta))[: part.count])
         parts.append(part)
     left, left_replaced = _polar_of_parts([part.left for part in parts], how)
@@ -257,21 +279,27 @@ def task_singular_vectors(
     return _put_together(parts, left @ right.T, None, left_replaced + right_replaced)
 
 
-def isotropic(vectors: Sequence[Array], counts: Sequence[int], known: Known | None = None) -> Displacement:
+def isotropic(
+    vectors: Sequence[Array], counts: Sequence[int], known: Known | None = None, decomposed: Decompose = _anew
+) -> Displacement:
     """Iso-C of task vectors float32 [m, n]: their sum, with all singular values that do not count as zero replaced by
     their mean. `counts` is how many there are at most."""
     [most] = counts
-    part = directions(_sum(vectors), most, zeros=None if known is None else known.of(0))
+    total = _sum(vectors)
+    part = directions(total, most, zeros=None if known is None else known.of(0), decomposed=decomposed(0, total))
     scale = _mean(part.values) if known is None or known.scale is None else known.scale
     return _put_together([part], (part.left * scale) @ part.right.T, scale)
 
 
-def common_and_specific(vectors: Sequence[Array], counts: Sequence[int], known: Known | None = None) -> Displacement:
+def common_and_specific(
+    vectors: Sequence[Array], counts: Sequence[int], known: Known | None = None, decomposed: Decompose = _anew
+) -> Displacement:
     """Iso-CTS of task vectors float32 [m, n]: the first directions of their sum and the first of what each has beside
     those, concatenated, with the mean of their singular values. `counts` says how many of the sum, then of each."""
     import numpy as np
 
-    part = directions(_sum(vectors), counts[0], zeros=None if known is None else known.of(0))
+    total = _sum(vectors)
+    part = directions(total, counts[0], zeros=None if known is None else known.of(0), decomposed=decomposed(0, total))
     parts, common = [part], part.left
     for number, (vector, count) in enumerate(zip(vectors, counts[1:], strict=True), 1):
         beside = vector.astype(np.float64)

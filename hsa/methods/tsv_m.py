@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from hsa.methods.settings import setting
 from hsa.methods.subspace_method import SubspaceMethod, Subspaces, SubspaceSettings
-from hsa.methods.subspaces import Displacement, Orthogonalize, task_singular_vectors
+from hsa.methods.subspaces import Decompose, Displacement, Orthogonalize, task_singular_vectors
 from hsa.methods.tensors import TensorTask
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class TaskSingularVectors(SubspaceMethod[S]):
         beta = self.boost(task, settings)
         return Subspaces(settings.of("lam", task), counts, beta=beta, how=settings.orthogonalize)
 
-    def displacement(self, vectors: Sequence[Array], decision: Subspaces) -> Displacement:
-        return task_singular_vectors(vectors, decision.directions, decision.beta, decision.how, decision.known)
+    def displacement(self, vectors: Sequence[Array], decision: Subspaces, decomposed: Decompose) -> Displacement:
+        settings = decision.beta, decision.how, decision.known
+        return task_singular_vectors(vectors, decision.directions, *settings, decomposed)
 
 
 @dataclass(frozen=True)

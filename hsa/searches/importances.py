@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ def importances(study: Any, spaces: Mapping[str, MethodSpace]) -> dict[str, dict
 
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     found: dict[str, dict[str, float]] = {}
-    with quiet_optuna():
+    with quiet_optuna(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Target and region quantiles")  # few scores that differ
         for method, space in spaces.items():
             own = [trial for trial in complete if trial.params.get(METHOD, method) == method and trial.params]
             names = [axis.name for axis in space.axes if len({trial.params.get(axis.name) for trial in own}) > 1]

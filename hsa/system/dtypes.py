@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
+Arrays = tuple[Array | None, ...]
+"""Arrays that belong together, None in the place of one that is not there."""
 
 BITS: dict[str, int] = {
     "BOOL": 8,

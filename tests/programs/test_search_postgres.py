@@ -65,3 +65,20 @@ def test_two_runs_share_a_search_and_one_is_killed(tmp_path: Path) -> None:
     assert (tmp_path / "second" / best).read_bytes() == (tmp_path / "third" / best).read_bytes()
     for path in (tmp_path / "second").rglob("*"):
         assert not path.is_file() or b"secret" not in path.read_bytes(), path
+
+
+def test_a_server_that_does_not_answer_is_one_line_without_its_password(tmp_path: Path) -> None:
+    sources = write_models(tmp_path / "models")
+    dev = write_speech(tmp_path / "dev", sources, 2, 0)
+    with pytest.raises(hsa.MachineError, match=r"cannot be used: .*refused") as error:
+        hsa.search(
+            sources,
+            method="ties",
+            dev=[str(dev)],
+            trials=10,
+            normalizer=NORMALIZER,
+            output=tmp_path / "out",
+            storage="postgresql://me:secret@127.0.0.1:1/studies",
+            study="mine",
+        )
+    assert "secret" not in str(error.value)

@@ -165,9 +165,8 @@ def test_an_output_may_have_braces_in_its_path(case: Case, tmp_path: Path) -> No
 
 
 def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match="cannot be used") as error:
-        run(case, tmp_path / "a", storage="postgresql://me:secret@127.0.0.1:1/studies")
-    assert "secret" not in str(error.value)
+    with pytest.raises(MachineError, match=r"cannot be used: .*unable to open database file"):
+        run(case, tmp_path / "a", storage=f"sqlite:///{tmp_path / 'missing' / 'shared.db'}")
     with pytest.raises(RequestError, match=r"needs a driver that is not installed: .*pip install pymysql") as missing:
         run(case, tmp_path / "b", storage="mysql+pymysql://me:secret@127.0.0.1:1/studies")
     assert "secret" not in str(missing.value)
