@@ -1,8 +1,8 @@
 """Racing on one recorded list of settings: what it spares, and whether it ends with the same winner.
 
-The list of racing_settings.json is scored with and without racing, in one order and from one start: the baselines are
-scored before, and the best of them is what the first setting races against. Each way has a model of its own that knows
-nothing but that. The errors of all utterances, once known, then say what racing would have done in other orders.
+The settings of racing_settings.json are scored with and without racing, in the same order and after the same
+baselines; the first setting races against the best baseline. Each way has a model of its own, with nothing but the
+baselines cached. The complete errors then show, without decoding, what racing would do in other orders.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def measure_racing(setup: Setup, count: int, threads: int) -> list[dict[str, obj
     for way in (WITH, WITHOUT):
         evaluator = setup.evaluator(dev)
         for trial in start:
-            evaluator.learn(trial.result.weights, trial.result.texts)
+            evaluator.add_cached(trial.result.weights, trial.result.texts)
         started = time.perf_counter()
         ways[way] = list(trials_of(dev, evaluator, settings(count), start, race=way == WITH))
         seconds = time.perf_counter() - started
@@ -68,7 +68,7 @@ def trials_of(
 
 
 def gate(raced: Sequence[Trial], whole: Sequence[Trial]) -> None:
-    """A candidate that was stopped must have decoded the beginning of what is decoded without racing."""
+    """The texts of a stopped candidate must be the first of its texts without racing."""
     for one, other in zip(raced, whole, strict=True):
         if one.result.texts != other.result.texts[: len(one.result.texts)] or one.result.failure:
             raise SystemExit(f"correctness gate: {one.name} wrote other texts with racing than without, or failed")
@@ -119,8 +119,8 @@ def other_orders(dev: DevSets, start: Sequence[Trial], whole: Sequence[Trial], o
         won += _value(best_merge([*known, *raced])) == _value(best_merge([*known, *entries]))
         spared.append(savings_of(raced, len(dev.items)).raced / (len(dev.items) * len(entries)))
     return (
-        f"in {orders} other orders of settings and utterances, computed from the errors of these: as good a winner as "
-        f"without racing in {won}, {100 * min(spared):.0f} to {100 * max(spared):.0f} % of the decodings spared"
+        f"in {orders} random orders, simulated from these errors: as good a winner as without racing in {won}, "
+        f"{100 * min(spared):.0f} to {100 * max(spared):.0f} % of the utterances not decoded"
     )
 
 

@@ -39,14 +39,14 @@ def search(
     ] = DEFAULT_METHOD,
     trials: Annotated[int, typer.Option(metavar="N", help="Models to score, baselines included.")] = 60,
     time: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Ask for no trial after this long, such as 2h.")
+        str | None, typer.Option(metavar="TIME", help="Start no new trial after this time, such as 2h.")
     ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="tpe, cmaes, nsga2, random or grid.",
-            show_default="tpe; of pareto nsga2",
+            show_default="tpe; nsga2 for pareto",
         ),
     ] = None,
     objective: Annotated[
@@ -157,7 +157,7 @@ def _going_on() -> Iterator[None]:
     except Exception:
         raise
     except BaseException:
-        print_stderr("hsa: note: finished trials stay; run the search again to go on")
+        print_stderr("hsa: note: finished trials are kept; run the same command again to resume")
         raise
 
 
@@ -184,13 +184,13 @@ def _describe(study: Study) -> str:
         f"{study.output}",
         f"  best    {best.name}, method {best.method}: {values} ({study.objective.text})",
         *(f"          {row}" for row in map(_row, study.test or study.dev)),
-        f"  again   {study.command}",
-        f"  cost    {len(study.trials)} models in {study.seconds:.0f} s",
+        f"  command {study.command}",
+        f"  cost    {len(study.trials)} models in {study.seconds:.0f} s of trials",
     ]
     if study.savings is not None:
         spared = study.savings
         lines.append(
-            f"          utterances not decoded: {spared.raced} by racing, {spared.equal} known from equal weights"
+            f"          utterances not decoded: {spared.raced} by racing, {spared.equal} reused from equal weights"
         )
     own = ", study.db" if (study.output / DATABASE).exists() else ""
     lines.append(f"  files   best/, report.html, report.md, trials.csv, search.json{own}")

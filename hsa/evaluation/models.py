@@ -1,7 +1,7 @@
 """What a user names as a model to evaluate, and the directory that it is loaded from.
 
-`PRIMARY+PATCH.safetensors` becomes a checkpoint by `hsa.apply`, in a temporary directory, whenever it is loaded: of
-many patches one checkpoint at a time takes space on the disk.
+`PRIMARY+PATCH.safetensors` becomes a checkpoint by `hsa.apply`, in a temporary directory, whenever it is loaded. So
+only one checkpoint at a time takes space on the disk, however many patches there are.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class OpenModel:
     """A model that can be loaded: its name in tables, what the user wrote, its files and a digest of what it computes.
 
     `digest` is the BLAKE3 of its tensors' names, types, shapes and bytes, and of its configs and tokenizer files: two
-    copies of one model have one digest. `folder` has its small files, and its weights unless `write` is there, which
-    writes the checkpoint to a directory that does not exist yet.
+    copies of one model have one digest. `folder` has its small files, and its weights if `write` is None. Otherwise
+    `write` writes the checkpoint to a directory that does not exist yet.
     """
 
     name: str
@@ -132,7 +132,7 @@ def parse_model(model: PathLike) -> NamedModel:
 
 
 def names_of(models: Sequence[NamedModel]) -> list[str]:
-    """A short name for each model, each once: as many parts of their paths as that takes, else what was given."""
+    """Short unique names: the last one to three parts of each path, else what was given."""
     for parts in (1, 2, 3):
         names = [model.short(parts) for model in models]
         if len(set(names)) == len(names):
@@ -164,7 +164,7 @@ def open_model(model: NamedModel, name: str, hub: Hub, stack: ExitStack) -> Open
 def open_written_model(write: Callable[[Path], object], name: str, given: str, hub: Hub, stack: ExitStack) -> OpenModel:
     """A model that `write` writes as a checkpoint, once now and again each time it is loaded.
 
-    `given` is what a user would write for it. Of the checkpoint small files stay until `stack` removes them. Raises
+    `given` is what a user would write for it. Its small files are kept until `stack` removes them. Raises
     SourceError where it cannot transcribe, and what `write` raises.
 
     Example:

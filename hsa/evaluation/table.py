@@ -75,7 +75,7 @@ def _domains(console: Console, models: Sequence[ModelScores], domains: list[Scor
 
 def _differences(console: Console, models: Sequence[ModelScores], baseline: str, confidence: float) -> None:
     """How far the models are from the baseline, on each set and on all of them."""
-    print_line(console, f"\nWER minus that of {baseline}; * where the interval does not hold 0")
+    print_line(console, f"\nWER minus that of {baseline}; * where the interval excludes 0")
     table = new_table("set", "model", "difference", _level(confidence), "", right=("difference", _level(confidence)))
     sets = [each for each in models[0].scores if each.group == "set"]
     for group in [*sets, *(models[0].scores[:1] if len(sets) > 1 else ())]:

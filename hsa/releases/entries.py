@@ -1,9 +1,9 @@
 """Build or verify one entry of a release, and say what became of it.
 
-When does an entry that stands count as done? Headers, sizes and names of local sources prove nothing: another training
-run of the same model has the same ones. So the merge is computed again and every byte of every file compared. Where
-all sources are commits of the Hub, which cannot change, the files' own digests are enough against damage, and
-nothing is fetched again; against somebody who writes digests anew, `hsa verify --sources` is the answer.
+An existing entry is verified before it is skipped. Names, sizes and headers of local sources are not enough: another
+training run of the same model has the same ones. So the merge is computed again, and all files are compared byte by
+byte. If all sources are commits of the Hub, which cannot change, comparing the recorded digests is enough, and nothing is
+downloaded. `hsa verify --sources` also finds files whose recorded digests were forged.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def failed(
     peak_memory: int = 0,
     exit_code: int = 1,
 ) -> tuple[EntryReport, Row]:
-    """The report of an entry that could not be built or verified, and how it stands then; `state` is how it stood."""
+    """The report of an entry that could not be built or verified, and its state then; `state` is the one before."""
     if state == "missing":
         state = _state_after_failure(planned)
     report = EntryReport(planned.entry.path, "failed", problem, None, bytes_read, peak_memory, exit_code=exit_code)
@@ -115,7 +115,7 @@ def _overwrite_hint() -> str:
 
 
 def _state_after_failure(planned: PlannedEntry) -> EntryState:
-    """How an entry stands that was not there and could not be built: another run may have built it just now."""
+    """The state of an entry that was missing and could not be built: another run may have built it just now."""
     if not (planned.plan.output / PROVENANCE).is_file():
         return "missing"
     try:

@@ -1,13 +1,13 @@
 """Build the entries of a release as tasks of Ray, one task for each.
 
-A task may begin again on another node after its own is lost, even when it had ended and only its result was lost. That
-is safe for an output appears whole or not at all, and:
+Ray may run a task again after its node fails, even if the task was finished and only its result was lost. This is safe
+because an output appears whole or not at all, and:
 
-- What a killed process left beside the output is removed by the next, as always. A node that is lost may keep its lock
-  for a while, on a network filesystem until the lease ends. The task waits for it.
-- An entry that stands by then is planned again, so that it is verified instead of refused.
+- The next run removes what a killed process left beside the output. A failed node may hold its lock for a while, on a
+  network filesystem until the lease ends. The task waits for it.
+- If the entry exists by then, it is planned again, so that it is verified instead of refused.
 
-Objects of hsa travel pickled, so that a node without hsa can say so.
+Arguments are pickled explicitly, so that a node without hsa can report that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CPUS = 4
 A merge waits for the disk most of the time, so that more gain little."""
 
 RETRIES = 3
-"""How often an entry begins again after its node or process is lost. A bound, for an entry may be what kills them."""
+"""How often Ray repeats an entry after its node or process fails. Limited, because the entry may be the cause."""
 
 LOST_SECONDS = 120.0
 """How long to wait for the lock of a lost node. A server of NFS gives it up after 90 seconds."""

@@ -1,8 +1,8 @@
 """`hsa.release`: a recipe to a tree of checkpoints with an index.
 
-Everything is looked at before the first byte is written (`hsa.releases.plan`). Then each entry is built, or, where it
-stands already, verified (`hsa.releases.entries`), here or as a task of Ray (`hsa.releases.on_ray`); what fails is left
-as it was, and the next entry follows.
+Everything is checked before the first byte is written (`hsa.releases.plan`). Then each entry is built or, if it exists,
+verified (`hsa.releases.entries`), here or as a task of Ray (`hsa.releases.on_ray`). A failed entry is left unchanged,
+and the next one follows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = ["EntryReport", "ReleaseReport", "release"]
 
 @dataclass(frozen=True)
 class ReleaseReport:
-    """A finished release. Sizes are bytes, `seconds` wall time; `index_written` is false where the index stood already,
-    `index_problem` says why it could not be written."""
+    """A finished release. Sizes are bytes, `seconds` wall time; `index_written` is false if the index was there
+    already, `index_problem` says why it could not be written."""
 
     tree: Path
     entries: tuple[EntryReport, ...]
@@ -104,10 +104,11 @@ def release(
         ray: build the entries as tasks of Ray, several at a time: on the cluster at this address (`HOST:PORT`), or with
             True on the one that the environment names or that runs on this machine; where there is none, Ray is started
             on this machine. The sources and the tree must lie on a filesystem that all nodes share, and sources may be
-            hub ids. The tree is the same, byte for byte. `threads` are then those of each entry, for which it asks Ray
-            for as many CPUs: 4 by default, or all of the largest node where it has fewer.
+            hub ids. The tree is the same, byte for byte. `threads` is then per entry, and each entry asks Ray for as
+            many CPUs: 4 by default, or all of the largest node if it has fewer.
 
-    With `strict`, what headers tell stops the release; an entry whose merge warns is not written, and is a failure.
+    With `strict`, a warning that headers give stops the release before anything is written, and a warning that comes
+    later makes that entry fail.
 
     Returns the report; entries that failed are in it and stop nothing else. Raises RequestError, SourceError or
     MachineError before anything is written: for a bad recipe, merges that cannot be done, a disk too small.

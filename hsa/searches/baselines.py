@@ -32,8 +32,8 @@ def baselines(sources: SearchSources, spaces: Mapping[str, MethodSpace]) -> list
     for name in names:
         if names.count(name) > 1:
             raise RequestError(
-                f"two models of the search would be named {shown(name)}; give each model once, and none of them that "
-                f"name, for example by another directory"
+                f"two models of the search would be named {shown(name)} in its reports; give each model once, or "
+                f"rename its directory"
             )
     return found
 

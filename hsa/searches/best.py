@@ -98,8 +98,8 @@ def card_fields(
         }
         for row in rows
     ]
-    place = f" on {', '.join(dev)}, which flatters them there" if dev else ""
-    chosen = f"The settings are the best of {tried} candidates by the {objective}{place}."
+    place = f" on {', '.join(dev)}; scores on these sets are optimistic" if dev else ""
+    chosen = f"The settings were chosen from {tried} candidates by the {objective}{place}."
     inherited = "It inherits the limits, biases and licence terms of its sources."
     fields = {"limitations": f"No weight was trained for this checkpoint. {chosen} {inherited}"}
     if results:

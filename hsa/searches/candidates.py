@@ -46,17 +46,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a candidate.
+    """The result of scoring a candidate.
 
     Args:
         weights: digest of the model's tensors; equal for candidates that are one model.
         errors: word errors of each utterance in the order of the search, as far as they were counted.
         texts: what the model wrote for them; empty where that is kept elsewhere.
-        decoded: utterances that were decoded for it; the others were known from equal weights.
+        decoded: utterances that were decoded for it; the others were reused from equal weights.
         stopped: it lost the race, so that the remaining utterances were not decoded.
-        score: what a scoring function of the caller's own gave.
+        score: the value of the caller's own scoring function.
         failure: why it could not be scored.
-        seconds: how long it took, `merging` of it outside of decoding.
+        seconds: how long it took; `merging`: the part of it spent on computing the merge.
     """
 
     weights: str = ""

@@ -95,16 +95,16 @@ def worst_utterances(
     ordered = sorted(best, key=lambda score: (-score.words.errors, score.set, score.id))
     found = []
     for score in ordered[:count]:
-        rival = theirs[score.set, score.id]
+        other = theirs[score.set, score.id]
         found.append(
             WorstUtterance(
                 score.id,
                 score.set,
                 score.reference,
                 score.hypothesis,
-                rival.hypothesis,
+                other.hypothesis,
                 score.words.errors,
-                rival.words.errors,
+                other.words.errors,
             )
         )
     return tuple(found)

@@ -19,6 +19,9 @@ DATABASE = "study.db"
 PATIENCE = 10.0
 """Seconds that a run which joins a study waits for the one that is just beginning it."""
 
+ANSWER_SECONDS = 10
+"""How long a server may take to answer."""
+
 MOST_RETRIES = 3
 """How often a trial is tried again whose run was lost."""
 
@@ -55,7 +58,7 @@ def _shared_storage(url: str) -> Any:
         try:
             return optuna.storages.RDBStorage(
                 url,
-                engine_kwargs={"pool_pre_ping": True},  # a server closes connections that are not used for long
+                engine_kwargs={"pool_pre_ping": True, **_timeout(url)},  # servers close connections after a while
                 heartbeat_interval=INTERVAL,
                 grace_period=GRACE,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MOST_RETRIES),
@@ -65,6 +68,16 @@ def _shared_storage(url: str) -> Any:
             if not is_made or time.monotonic() > end:
                 raise
         time.sleep(0.5)
+
+
+def _timeout(url: str) -> dict[str, Any]:
+    """The arguments of SQLAlchemy that let a server which does not answer be an error after `ANSWER_SECONDS`, unless
+    the URL says how long to wait."""
+    from sqlalchemy.engine import make_url
+
+    parsed = make_url(url)
+    has_it = parsed.get_backend_name() in ("postgresql", "mysql") and "connect_timeout" not in parsed.query
+    return {"connect_args": {"connect_timeout": ANSWER_SECONDS}} if has_it else {}
 
 
 def _with_driver(url: str) -> str:

@@ -22,8 +22,8 @@ from hsa.searches.objectives import Objective
 from hsa.searches.racing import Race, next_test
 from hsa.searches.resident_model import ResidentModel, Weights
 
-Rival = Sequence[int]
-"""Errors of all utterances of the best candidate so far."""
+Incumbent = Sequence[int]
+"""Word errors of each utterance of the incumbent: the best complete trial so far."""
 
 
 class Evaluator(Protocol):
@@ -32,11 +32,11 @@ class Evaluator(Protocol):
     resident: ResidentModel
     device: str
 
-    def learn(self, weights: str, found: Any) -> None:
-        """What an earlier run has found of a model with these weights: its texts, or its score."""
+    def add_cached(self, weights: str, found: Any) -> None:
+        """Add what is known of a model with these weights, its texts or its score, so that it is not scored again."""
 
-    def evaluate(self, candidate: Candidate, rival: Rival | None) -> Result:
-        """The result of a candidate, stopped where it loses against the rival; None lets it be decoded whole."""
+    def evaluate(self, candidate: Candidate, incumbent: Incumbent | None) -> Result:
+        """The result of a candidate, stopped where it loses against the incumbent; None lets it be decoded whole."""
 
 
 class SpeechEvaluator:
@@ -59,12 +59,12 @@ class SpeechEvaluator:
         self._held: tuple[Candidate, Weights] | None = None
         self._known: dict[str, tuple[str, ...]] = {}
 
-    def learn(self, weights: str, texts: Sequence[str]) -> None:
+    def add_cached(self, weights: str, texts: Sequence[str]) -> None:
         """What a model with these weights wrote for the first utterances."""
         if len(texts) > len(self._known.get(weights, ())):
             self._known[weights] = tuple(texts)
 
-    def evaluate(self, candidate: Candidate, rival: Rival | None) -> Result:
+    def evaluate(self, candidate: Candidate, incumbent: Incumbent | None) -> Result:
         started = time.perf_counter()
         try:
             weights = self._put(candidate)
@@ -73,7 +73,7 @@ class SpeechEvaluator:
         except HsaError as error:
             return Result(failure=str(error), seconds=time.perf_counter() - started)
         merging = time.perf_counter() - started
-        race = None if rival is None else Race(self.dev, self._objective, rival)
+        race = None if incumbent is None else Race(self.dev, self._objective, incumbent)
         known = self._known.get(weights.whole, ())
         texts: list[str] = []
         errors: list[int] = []
@@ -94,7 +94,7 @@ class SpeechEvaluator:
                 due = next_test(last)
                 if stopped:
                     break
-        self.learn(weights.whole, texts)
+        self.add_cached(weights.whole, texts)
         return Result(
             weights.whole,
             tuple(errors),
@@ -106,8 +106,8 @@ class SpeechEvaluator:
         )
 
     def transcribe(self, candidate: Candidate, key: str, utterances: Sequence[Utterance]) -> tuple[str, ...]:
-        """What a candidate writes for a batch of utterances, which `key` tells from others. Raises what putting the
-        candidate into the model raises."""
+        """The transcripts of a batch of utterances by a candidate; `key` tells the batch from others. Raises what
+        putting the candidate into the model raises."""
         self._put(candidate)
         return tuple(self.decoder.transcribe(key, utterances))
 
@@ -146,10 +146,10 @@ class OwnEvaluator:
         self.resident, self.device, self._score = resident, device, score
         self._known: dict[str, float] = {}
 
-    def learn(self, weights: str, score: float) -> None:
+    def add_cached(self, weights: str, score: float) -> None:
         self._known[weights] = score
 
-    def evaluate(self, candidate: Candidate, rival: Rival | None) -> Result:
+    def evaluate(self, candidate: Candidate, incumbent: Incumbent | None) -> Result:
         started = time.perf_counter()
         try:
             weights = self.resident.put(candidate).whole

@@ -1,4 +1,4 @@
-"""What a search makes small: the mean of the sets' word error rates, the worst of them, one set's, or all."""
+"""The objective that a search minimises: the mean of the sets' word error rates, the worst, one set's, or all."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class Objective:
             return (max(rates.values()),)
         return (rates[self.name] if self.kind == "set" else sum(rates.values()) / len(rates),)
 
-    def shares(self, dev: DevSets, rival_rates: Mapping[str, float]) -> list[float]:
+    def shares(self, dev: DevSets, incumbent_rates: Mapping[str, float]) -> list[float]:
         """What one error of each utterance adds to the value, times the number of utterances that count.
 
         The mean of `shares * errors` over the utterances that count (whose share is above 0) is the value itself: the
-        word error rate of a set is the sum of its errors over a sum of words that is known. Of the worst set's rate it
-        is that of the set on which the rival is worst: who is worse than the rival there is worse in the worst.
+        word error rate of a set is the sum of its errors over a sum of words that is known. For `worst` only
+        the set counts on which the incumbent is worst: a candidate with a higher rate there has a higher worst rate.
         """
         words = dev.words
         if self.kind == "mean":
             weights = {name: 1.0 / (len(dev.names) * words[name]) for name in dev.names}
         else:
-            one = self.name if self.kind == "set" else max(rival_rates, key=lambda name: rival_rates[name])
+            one = self.name if self.kind == "set" else max(incumbent_rates, key=lambda name: incumbent_rates[name])
             weights = {name: 1.0 / words[name] if name == one else 0.0 for name in dev.names}
         count = sum(weights[item.set] > 0.0 for item in dev.items)
         return [count * weights[item.set] for item in dev.items]

@@ -43,7 +43,7 @@ class Pool(Protocol):
         Raises what a task raises, and MachineError where workers are lost again and again.
         """
 
-    def learn(self, known: Known) -> None:
+    def add_cached(self, known: Known) -> None:
         """Let all workers know what a model with some weights has come to, so that none scores these again."""
 
     def close(self) -> None:
@@ -88,8 +88,8 @@ class ThisProcess:
         number, task = self._waiting.popleft()
         return [(number, task.run(self._evaluator))]
 
-    def learn(self, known: Known) -> None:
-        self._evaluator.learn(*known)
+    def add_cached(self, known: Known) -> None:
+        self._evaluator.add_cached(*known)
 
     def close(self) -> None:
         self._waiting.clear()
@@ -120,11 +120,11 @@ class _Sent:
 
 @dataclass
 class _State:
-    """What the pool knows of a worker: its task, and how much of what was learnt it has been told."""
+    """What the pool knows of a worker: its task, and how many of the cached results it was sent."""
 
     sent: _Sent | None = None
     ready: bool = False
-    told: int = 0
+    sent_cached: int = 0
 
 
 @dataclass
@@ -136,7 +136,7 @@ class WorkerPool(ABC, Generic[Handle]):
     _workers: dict[Handle, _State] = field(default_factory=dict)
     _queue: deque[_Sent] = field(default_factory=deque)
     _results: list[tuple[int, Any]] = field(default_factory=list)
-    _learnt: list[Known] = field(default_factory=list)
+    _cached: list[Known] = field(default_factory=list)
     _numbers: Any = field(default_factory=itertools.count)
     _lost_unready: int = 0
     _device: str = ""
@@ -146,8 +146,8 @@ class WorkerPool(ABC, Generic[Handle]):
         """Begin a worker, which tells when it is ready."""
 
     @abstractmethod
-    def send(self, worker: Handle, task: Task, learnt: Sequence[Known]) -> None:
-        """Give a task to a worker that has none, and what it is to learn before."""
+    def send(self, worker: Handle, task: Task, cached: Sequence[Known]) -> None:
+        """Give a task to a worker that has none, with the cached results that it lacks."""
 
     @abstractmethod
     def events(self, workers: Sequence[Handle], timeout: float | None) -> list[Event[Handle]]:
@@ -184,8 +184,8 @@ class WorkerPool(ABC, Generic[Handle]):
         found, self._results = self._results, []
         return found
 
-    def learn(self, known: Known) -> None:
-        self._learnt.append(known)
+    def add_cached(self, known: Known) -> None:
+        self._cached.append(known)
 
     def close(self) -> None:
         for worker in self._workers:
@@ -196,8 +196,8 @@ class WorkerPool(ABC, Generic[Handle]):
         for worker, state in self._workers.items():
             if state.ready and state.sent is None and self._queue:
                 state.sent = self._queue.popleft()
-                self.send(worker, state.sent.task, self._learnt[state.told :])
-                state.told = len(self._learnt)
+                self.send(worker, state.sent.task, self._cached[state.sent_cached :])
+                state.sent_cached = len(self._cached)
 
     def _handle_events(self, timeout: float | None) -> None:
         for event in self.events(list(self._workers), timeout):
@@ -227,12 +227,12 @@ class WorkerPool(ABC, Generic[Handle]):
             self._queue.appendleft(state.sent)
             if state.sent.losses >= self.most_losses:
                 raise MachineError(
-                    f"{state.sent.losses} workers were lost with one task, the last one because {how}; finished "
-                    f"trials stay"
+                    f"{state.sent.losses} workers stopped while they worked on the same task; the last error: {how}; "
+                    f"finished trials are kept"
                 )
         elif self._lost_unready >= self.most_losses * self.size:
             raise MachineError(
-                f"{self._lost_unready} workers were lost before they were ready, the last one because {how}; finished "
-                f"trials stay"
+                f"{self._lost_unready} workers stopped before they were ready; the last error: {how}; finished trials "
+                f"are kept"
             )
         self._workers[self.start_worker()] = _State()

@@ -71,9 +71,9 @@ class ProcessPool(WorkerPool[_Process]):
         theirs.close()
         return _Process(process, ours, device)
 
-    def send(self, worker: _Process, task: Task, learnt: Sequence[Known]) -> None:
+    def send(self, worker: _Process, task: Task, cached: Sequence[Known]) -> None:
         try:
-            worker.pipe.send((learnt, task))
+            worker.pipe.send((cached, task))
         except OSError:  # it has ended, which the next events tell
             return
 
@@ -156,9 +156,9 @@ def _work(setup: Setup, pipe: Connection, threads: int, spelling: Spelling) -> N
             evaluator = setup.open()
             pipe.send(("ready", evaluator.device))
             while True:
-                learnt, task = pipe.recv()
-                for known in learnt:
-                    evaluator.learn(*known)
+                cached, task = pipe.recv()
+                for known in cached:
+                    evaluator.add_cached(*known)
                 pipe.send(("done", task.run(evaluator)))
         except (EOFError, BrokenPipeError):
             return

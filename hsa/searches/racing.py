@@ -37,21 +37,23 @@ def next_test(decoded: int) -> int:
 
 
 class Race:
-    """A candidate against a rival, of whom the errors of all utterances are known.
+    """A candidate against the best trial so far (the incumbent), whose errors of all utterances are known.
 
     Example:
-        >>> race = Race(dev, Objective("mean"), rival_errors)  # doctest: +SKIP
+        >>> race = Race(dev, Objective("mean"), incumbent_errors)  # doctest: +SKIP
         >>> race.is_lost(errors_of_the_first_block)  # doctest: +SKIP
         False
     """
 
-    def __init__(self, dev: DevSets, objective: Objective, rival: Sequence[int], threshold: float = THRESHOLD) -> None:
-        self._shares = objective.shares(dev, dev.rates(rival))
+    def __init__(
+        self, dev: DevSets, objective: Objective, incumbent: Sequence[int], threshold: float = THRESHOLD
+    ) -> None:
+        self._shares = objective.shares(dev, dev.rates(incumbent))
         self._threshold = threshold
-        self._study = _study(self._values(rival))
+        self._study = _study(self._values(incumbent))
 
     def is_lost(self, errors: Sequence[int]) -> bool:
-        """Whether a candidate with these errors of the first utterances is worse than the rival, by the test."""
+        """Whether a candidate with these errors of the first utterances is worse than the incumbent, by the test."""
         import optuna
 
         values = self._values(errors)

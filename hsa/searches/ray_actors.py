@@ -79,8 +79,8 @@ class RayPool(WorkerPool[_Actor]):
         handle = self._class.options(**how).remote(self._setup, self._share.cores, self._spelling)
         return _Actor(handle, handle.open.remote(versions()))
 
-    def send(self, worker: _Actor, task: Task, learnt: Sequence[Known]) -> None:
-        worker.reference = worker.handle.work.remote(task, list(learnt))
+    def send(self, worker: _Actor, task: Task, cached: Sequence[Known]) -> None:
+        worker.reference = worker.handle.work.remote(task, list(cached))
 
     def events(self, workers: Sequence[_Actor], timeout: float | None) -> list[Event[_Actor]]:
         by_reference = {worker.reference: worker for worker in workers if worker.reference is not None}
@@ -104,7 +104,7 @@ class RayPool(WorkerPool[_Actor]):
             what, value = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:  # tasks raise nothing: it is the actor, or what it runs on
             if not self._ray.is_initialized():
-                raise MachineError(f"the Ray cluster is gone: {error}; finished trials stay") from error
+                raise MachineError(f"the Ray cluster is gone: {error}; finished trials are kept") from error
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             return Event(worker, "lost", f"Ray says: {lines[-1] if lines else type(error).__name__}")
         return Event(worker, what, value)
@@ -116,7 +116,7 @@ class RayPool(WorkerPool[_Actor]):
         elif time.monotonic() - self._seen_alive > PATIENCE:
             raise MachineError(
                 f"no actor could be started in {PATIENCE:.0f} s: the Ray cluster has no machine with "
-                f"{self._share.cores} free cores and {self._share.gpus} free GPUs; finished trials stay"
+                f"{self._share.cores} free cores and {self._share.gpus} free GPUs; finished trials are kept"
             )
 
 
@@ -128,7 +128,7 @@ class ActorWorker:
         self._evaluator: Any = None
 
     def open(self, expected: Mapping[str, str]) -> tuple[str, Any]:
-        """Check versions and files of this machine and load the evaluator: what the pool is told."""
+        """Check versions and files of this machine and load the evaluator. Returns what the pool gets."""
         use_threads(self._threads)
         with spelled(self._spelling):
             try:
@@ -138,12 +138,12 @@ class ActorWorker:
                 return "raised", portable(error)
         return "ready", self._evaluator.device
 
-    def work(self, task: Task, learnt: Sequence[Known]) -> tuple[str, Any]:
-        """Do a task: what the pool is told."""
+    def work(self, task: Task, cached: Sequence[Known]) -> tuple[str, Any]:
+        """Do a task. Returns what the pool gets."""
         with spelled(self._spelling):
             try:
-                for known in learnt:
-                    self._evaluator.learn(*known)
+                for known in cached:
+                    self._evaluator.add_cached(*known)
                 return "done", task.run(self._evaluator)
             except Exception as error:
                 return "raised", portable(error)

@@ -73,7 +73,7 @@ def report(study: Study) -> str:
     parts = [
         "# Search of merges",
         f"Best by {study.objective.text}: **{escape(best.name)}**, method `{best.method}`, "
-        f"{_value(best, percent)}. Made again by",
+        f"{_value(best, percent)}. Command to reproduce it:",
         f"```\n{fence(study.command)}\n```",
         _bullets([*study.notes, *study.warnings]),
     ]
@@ -82,7 +82,7 @@ def report(study: Study) -> str:
     if study.dev:
         parts += [
             "## Dev sets",
-            "The settings were chosen on these sets, so the figures of the best candidate are flattering here.",
+            "The settings were chosen on these sets, so the figures of the best candidate are optimistic here.",
             _comparisons(study.dev),
         ]
     if study.objective.kind == PARETO:
@@ -104,7 +104,7 @@ def report(study: Study) -> str:
 def _comparison_text() -> str:
     return (
         "Decoded once, after the search. The difference is the best candidate's word error rate minus the model's, in "
-        "points, with the interval of a paired bootstrap; where that holds 0, no difference was shown."
+        "points, with the interval of a paired bootstrap; where that contains 0, no difference was shown."
     )
 
 

@@ -53,12 +53,11 @@ def quiet_optuna() -> Iterator[None]:
 
 
 class SteadySampler:
-    """One of Optuna's samplers, whose draws depend on the seed, the finished trials, and the trial's number and the
-    name of what is drawn.
+    """An Optuna sampler for searches that are killed and resumed.
 
-    Optuna draws the numbers of a trial one after another from one generator. Where a search is killed in between, some
-    of them are kept, and the next would be another than in a search that was not: so each gets a generator of its own.
-    In a search by one worker the number of a trial is that of the trials that were finished before.
+    Optuna draws the values of a trial one after another from one random generator. A search that is killed in the
+    middle of a trial would then continue with other values. So each draw gets a generator of its own, seeded with the
+    search's seed, the trial's number and the parameter's name. Values that are drawn jointly share one.
 
     Example:
         >>> study.sampler = SteadySampler("tpe", seed=0)  # doctest: +SKIP
@@ -109,8 +108,8 @@ def _sampler(name: str, state: int) -> Any:
 
 
 def suggest(trial: Any, spaces: Mapping[str, MethodSpace], *, whole: bool) -> tuple[str, dict[str, Any]]:
-    """Draw a method and a value for each of its axes. With `whole` those of all methods are drawn, for samplers that
-    take only spaces in which every trial has every number."""
+    """Draw a method and a value for each of its axes. With `whole` the parameters of all methods are drawn, for
+    samplers that need the same parameters in every trial."""
     names = list(spaces)
     method = str(trial.suggest_categorical(METHOD, names)) if len(names) > 1 else names[0]
     drawn: dict[str, Any] = {}

@@ -27,6 +27,7 @@ from hsa.searches.best import card_fields, merge_candidate
 from hsa.searches.comparisons import compare, worst_utterances
 from hsa.searches.databases import sqlite_url, storage_errors
 from hsa.searches.dev_sets import DevSets
+from hsa.searches.execution import Execution, open_pool
 from hsa.searches.importances import importances
 from hsa.searches.objectives import OWN, Objective, objective_of
 from hsa.searches.options import SearchOptions, search_options
@@ -45,7 +46,6 @@ from hsa.searches.test_sets import TestSets, failure_notes
 from hsa.searches.transcripts import Transcripts
 from hsa.searches.trials import Trial
 from hsa.searches.verdicts import best_baseline, data_notes, models_to_show, verdict_notes
-from hsa.searches.where import Where, open_pool
 from hsa.system import fsio
 from hsa.system.destinations import check_tree
 from hsa.system.types import PathLike
@@ -95,39 +95,40 @@ def search(
     study: str = SEARCH,
     progress: SearchProgress | None = None,
 ) -> Study:
-    """Search merges of these sources for the one with the fewest word errors on sets of one's own.
+    """Search for the merge of these sources with the lowest word error rate on your dev sets.
 
     Base, every fine-tune, their plain average and each method's defaults are scored first. Then the sampler draws a
     method and settings; each candidate is put into one loaded model, rounded as its checkpoint would be, and decoded.
     `output` gets `best/`, the checkpoint that `hsa merge` writes with the best settings, `study.db`, `trials.csv`,
     `search.json`, `report.md` and `report.html`. A search that was ended, even by kill -9, goes on when it is called
-    again with the same arguments; `trials`, `time`, `test`, `confidence`, `threads`, and where it runs, may change.
+    again with the same arguments. `trials` (not with the grid sampler), `time`, `test`, `confidence`, `threads`,
+    `workers` and `ray` may change; the kind of device may not.
 
     Args:
         sources: `{"base": B, "primary": M1, "secondary": M2}`, `{"base": B, "models": [M1, ...]}`, or a list of models:
             directories or ids on the Hub.
         output: the directory to write; made where it does not exist.
-        method: one or several, as a list or a text with commas, of which the search then chooses too.
+        method: one or several, as a list or a text with commas; the search then chooses the method too.
         dev: the sets to score candidates on: what `hsa.data` gives, or paths; NAME=PATH names a set.
         test: sets that are decoded once, after the search, with the best candidate and the baselines.
         evaluate: instead of `dev`, a function that gets the loaded model of each candidate and returns its score;
             lower is better. The model may be any that transformers loads.
         trials: models to score in all, baselines included.
-        time: stop asking for trials after this long: seconds, or a text such as `2h`.
+        time: start no new trial after this time: seconds, or a text such as `2h`. Baselines are always scored.
         sampler: tpe, cmaes, nsga2, random or grid; by default tpe, and nsga2 for the objective pareto.
         objective: mean (of the sets' word error rates), worst, pareto, or the name of a set.
         space: texts NAME=LOW:HIGH, NAME=VALUE or NAME=A,B, such as `ties.density=0.2:0.8`.
         by_layer: ranges of layers such as `0-3,4-7`, each with a lambda and alpha of its own.
         seed: of the sampler and of the order of utterances.
         racing: stop candidates that are worse than the best by a Wilcoxon signed-rank test; never with pareto.
-        soup: `greedy` also scores averages of the fine-tunes, each added while that does not make it worse.
+        soup: `greedy` also scores averages of the fine-tunes, each kept only if the score does not get worse.
         normalizer, limit, language, task, beams, max_tokens, batch, device, dtype: as for `hsa.evaluate`.
         confidence: of the intervals in the report.
         threads: worker threads of the merging.
-        workers: processes that score candidates, 1 unless told, each with sources, model and features of its own in
-            memory; with `ray` the number of actors, as many as the cluster has room for unless told.
-        ray: score on a cluster of Ray: True for the one that this machine belongs to, or a new one on it, or its
-            address.
+        workers: processes that score candidates, by default 1, each with sources, model and features of its own in
+            memory; with `ray` the number of actors, by default as many as fit.
+        ray: score on a Ray cluster: its address, or True for the one that `RAY_ADDRESS` names, else one that runs on
+            this machine, else a new one that is started here.
         storage: the URL of a database in which several runs, on several machines, share one search.
         study: the name of the search in that database.
         progress: called after every trial with a `SearchStep`.
@@ -159,13 +160,13 @@ def search(
     )
     if (dev is None) == (evaluate is None):
         raise RequestError(
-            f"give {option('dev')}, sets to score candidates on, or evaluate, a function that scores them"
+            f"give either {option('dev')}, the sets to score candidates on, or evaluate, a function that scores them"
         )
     if test is not None and dev is None:
-        raise RequestError(f"{option('test')} sets are decoded after a search by {option('dev')} sets; leave them out")
-    where = Where(workers, ray, storage, study)
+        raise RequestError(f"{option('test')} sets are decoded after a search on {option('dev')} sets: give those too")
+    execution = Execution(workers, ray, storage, study)
     with needed_for_search(), ExitStack() as stack:
-        run = _SearchRun(sources_of(sources), options, Path(output), where, stack, progress)
+        run = _SearchRun(sources_of(sources), options, Path(output), execution, stack, progress)
         if evaluate is not None:
             return run.by_own_score(evaluate)
         assert dev is not None
@@ -199,7 +200,7 @@ class _SearchRun:
     sources: SearchSources
     options: SearchOptions
     output: Path
-    where: Where
+    execution: Execution
     stack: ExitStack
     progress: SearchProgress | None
     request: dict[str, Any] = field(default_factory=dict)
@@ -254,10 +255,10 @@ class _SearchRun:
             if study.best.name in test_scores:
                 scores = test_scores
                 study = replace(study, test=compare(scores, study.best.name, self.options.confidence))
-        rival = best_baseline(study, scores)
-        if rival is not None:
-            worst = worst_utterances(scores[study.best.name], scores[rival.name], WORST_SHOWN)
-            study = replace(study, worst=worst, rival=rival.name)
+        baseline = best_baseline(study, scores)
+        if baseline is not None:
+            worst = worst_utterances(scores[study.best.name], scores[baseline.name], WORST_SHOWN)
+            study = replace(study, worst=worst, best_baseline=baseline.name)
         verdicts = verdict_notes(study, best_baseline(study, dev_scores), bool(tested))
         study = replace(study, notes=(*study.notes, *verdicts))
         return self._finish(study, dev.names, "test" if study.test else "dev")
@@ -307,13 +308,13 @@ class _SearchRun:
             return
 
     def _pool(self, setup: Setup) -> Pool:
-        pool = open_pool(setup, self.where, self.stack)
+        pool = open_pool(setup, self.execution, self.stack)
         self.stack.callback(pool.close)
         return pool
 
     @property
     def url(self) -> str:
-        return sqlite_url(self.output) if self.where.storage is None else self.where.storage
+        return sqlite_url(self.output) if self.execution.storage is None else self.execution.storage
 
     def _store(self, objectives: int, scored_by: Mapping[str, Any], files: Files, pool: Pool) -> Store:
         given = self.options.as_dict()
@@ -326,8 +327,8 @@ class _SearchRun:
             "sources": [[self.sources.name_of(number), files.digests[number]] for number in self.sources.numbers],
             "versions": {name: version(name) for name in ("torch", "transformers", "optuna")},
         }
-        shared = self.where.storage is not None
-        store = Store(self.url, objectives, self.request, name=self.where.study, shared=shared)
+        shared = self.execution.storage is not None
+        store = Store(self.url, objectives, self.request, name=self.execution.study, shared=shared)
         self.stack.callback(store.close)
         return store
 

@@ -27,8 +27,8 @@ from hsa.searches.tasks import Score
 from hsa.searches.transcripts import Transcripts
 from hsa.searches.trials import Trial, best_of, make_trial
 
-LEARNING = ("tpe", "cmaes")
-"""Samplers that learn from trials of one method alone."""
+MODEL_BASED = ("tpe", "cmaes")
+"""Samplers that model the scores of finished trials."""
 
 POLL = 1.0
 """Seconds between two looks at what other runs of a shared search do."""
@@ -89,8 +89,8 @@ class Session:
 
         self._work(self.store.search, lambda: None if is_late() else self._ask(budget), is_late)
 
-    def rival(self) -> tuple[int, ...] | None:
-        """The errors of the best so far, against which candidates race; None where they do not."""
+    def incumbent(self) -> tuple[int, ...] | None:
+        """The errors of the best trial so far, against which candidates race; None if they do not race."""
         if not self.options.racing or self.objective.kind == "pareto" or self.dev is None:
             return None
         best = best_of(self.trials)
@@ -102,9 +102,8 @@ class Session:
         if not self._taken:
             return []
         return [
-            f"{self._taken} results came too late and do not count: no heartbeat of this run had reached the storage "
-            f"for {GRACE} seconds, and other runs had taken the trials over; was the machine suspended, or the "
-            f"database slow?"
+            f"{self._taken} results were dropped: the database had received no heartbeat from this run for {GRACE} "
+            f"seconds, so other runs took over the trials; was the machine suspended, or is the database slow?"
         ]
 
     # --- baselines ------------------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ class Session:
             if all(candidate.name in by_name for candidate in candidates):
                 return [by_name[candidate.name] for candidate in candidates]
         missing = next(candidate.name for candidate in candidates if candidate.name not in by_name)
-        raise MachineError(f"{missing} could not be scored: every run that tried it was lost")
+        raise MachineError(f"{missing} could not be scored: every run that tried it stopped")
 
     def _ask_baseline(self) -> Asked | None:
         study = self.store.baselines
@@ -141,7 +140,7 @@ class Session:
 
     def _tell_of_defaults(self) -> None:
         """Let the sampler begin with what the methods' defaults came to, where they lie in the space."""
-        if self.options.sampler not in LEARNING:
+        if self.options.sampler not in MODEL_BASED:
             return
         by_name = {trial.name: trial for trial in self.trials}
         for space in self.spaces.values():
@@ -187,7 +186,7 @@ class Session:
         try:
             while True:
                 while len(under_way) < self.pool.size and (asked := ask()) is not None:
-                    under_way[self.pool.submit(Score(asked.candidate, self._rival_of(asked)))] = asked
+                    under_way[self.pool.submit(Score(asked.candidate, self._incumbent_of(asked)))] = asked
                 if under_way:
                     for number, result in self.pool.collect(POLL if self.store.shared else None):
                         self._tell(under_way.pop(number), result)
@@ -202,9 +201,9 @@ class Session:
             for asked in under_way.values():
                 self.store.give_back(asked.handle)
 
-    def _rival_of(self, asked: Asked) -> tuple[int, ...] | None:
-        """The rival of a trial; baselines are always decoded whole."""
-        return self.rival() if asked.candidate.kind == "sampled" else None
+    def _incumbent_of(self, asked: Asked) -> tuple[int, ...] | None:
+        """The incumbent of a trial; baselines are always decoded whole."""
+        return self.incumbent() if asked.candidate.kind == "sampled" else None
 
     def _tell(self, asked: Asked, result: Result) -> None:
         """Keep what came of a trial."""
@@ -227,7 +226,7 @@ class Session:
         new = [(study, each) for study, each in ordered if (study, each.number) not in self._seen]
         for study, each in new:
             self._seen[study, each.number] = self._make(each.candidate, each.result, each.drawn)
-            self._learn(each.result)
+            self._add_cached(each.result)
         found = [self._seen[study, each.number] for study, each in ordered]
         self.trials[:] = [
             trial if trial.number == number else replace(trial, number=number) for number, trial in enumerate(found, 1)
@@ -238,11 +237,11 @@ class Session:
                 last = self._seen[study, each.number]
                 self.progress(SearchStep(len(self.trials), total, best_of(self.trials), last))
 
-    def _learn(self, result: Result) -> None:
+    def _add_cached(self, result: Result) -> None:
         """Let the workers know what is kept, so that equal weights are not scored again."""
         if self.transcripts is not None:
             texts = self.transcripts.get(result.weights)
             if texts:
-                self.pool.learn((result.weights, texts))
+                self.pool.add_cached((result.weights, texts))
         elif result.score is not None:
-            self.pool.learn((result.weights, result.score))
+            self.pool.add_cached((result.weights, result.score))

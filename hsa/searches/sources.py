@@ -64,7 +64,9 @@ class SearchSources:
 def sources_of(given: GivenSources) -> SearchSources:
     """The sources that a caller gives. RequestError for anything else, and for fewer than one model."""
     if isinstance(given, (str, bytes, os.PathLike)):
-        raise RequestError(f"the sources are {shown(given)}; expected the models to merge as a list, or by their roles")
+        raise RequestError(
+            f"the sources are {shown(given)}; expected a list of models, or a mapping of roles to models"
+        )
     named = dict(given) if isinstance(given, Mapping) else {"models": given}
     base: Any = named.pop(BASE, None)
     models = _models(named)

@@ -158,7 +158,8 @@ def check_layered(space: MethodSpace) -> None:
     """RequestError where a method draws nothing that could have a value for each range of layers."""
     if not any(axis.setting in BY_LAYER for axis in space.axes):
         raise RequestError(
-            f"method {space.method} draws no lambda or alpha, which {option('by_layer')} gives each range of layers"
+            f"{option('by_layer')} gives each range of layers a lambda and alpha of its own, but the search draws "
+            f"neither for method {space.method}"
         )
 
 
@@ -170,7 +171,7 @@ def with_layers(space: MethodSpace, ranges: Sequence[Layers], layer_of: Mapping[
     layers = 1 + max(layer_of.values(), default=-1)
     if not ranges or ranges[-1][1] < layers - 1:
         raise RequestError(
-            f"by-layer leaves out layer {layers - 1} of method {space.method}; its layers are 0 to {layers - 1}"
+            f"the ranges of {option('by_layer')} must reach layer {layers - 1}, the last of method {space.method}"
         )
     axes: list[Axis] = []
     for axis in space.axes:

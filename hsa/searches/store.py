@@ -1,11 +1,10 @@
 """What a search keeps in Optuna's storage: `study.db` in its output, or a database that several machines share.
 
-A study named as the search has what the sampler drew, and one named `NAME baselines` the models that are scored before.
-Both have the candidate and its result with every trial. Baselines, and the points of a grid, wait in their study until
-somebody asks for them; a trial that a killed run left unfinished waits again.
+The study NAME holds the sampler's trials, the study `NAME baselines` the baselines. Every trial has its candidate and
+its result. Baselines and the points of a grid are queued. A trial that a killed run left unfinished is queued again.
 
-In a shared database every run sends heartbeats for the trials that it works on. Where they stop for GRACE seconds, the
-trial fails without a result, and another waits in its place.
+In a shared database every run sends heartbeats for the trials that it works on. If they stop for GRACE seconds, the
+trial is marked as failed, and another is queued in its place.
 """
 
 from __future__ import annotations
@@ -110,8 +109,8 @@ class Store:
             if self.shared:
                 where, another = "storage", option("study")
             raise RequestError(
-                f"the search in this {where} was begun with {_change(differing[0], earlier, now)}; give the same again "
-                f"to go on, or another {another}"
+                f"the search in this {where} was begun with {_change(differing[0], earlier, now)}; use the same again "
+                f"to resume it, or another {another} for a new search"
             )
 
     def _retry_unfinished(self) -> None:
@@ -145,7 +144,7 @@ class Store:
                 self.baselines.set_user_attr(QUEUED, True)
 
     def queue_points(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Let the points of a grid wait to be tried, in their order, those that do not already."""
+        """Queue the points of a grid that are not queued already, in their order."""
         there = {trial.user_attrs.get(POINT) for trial in _real(self.search.get_trials(deepcopy=False))}
         with quiet_optuna():
             for number, point in enumerate(points):
@@ -193,7 +192,7 @@ class Store:
         )
 
     def is_doubled(self, asked: Any) -> bool:
-        """Whether a trial is a point of a grid that another trial is already: two runs may let points wait at once."""
+        """Whether a trial is a point of a grid that another trial is already: two runs may queue points at once."""
         point = asked.user_attrs.get(POINT)
         real = _real(self.search.get_trials(deepcopy=False))
         return point is not None and asked.number not in {trial.number for trial in real}
@@ -226,8 +225,7 @@ class Store:
         return handle
 
     def tell(self, study: Any, asked: Any, trial: Trial) -> bool:
-        """Keep what came of a trial that was asked; False where it was taken from this run, which was slow to say that
-        it works on it."""
+        """Store the result of a trial. False if another run has taken the trial over."""
         import optuna
 
         states = optuna.trial.TrialState
@@ -266,7 +264,7 @@ class Store:
         self._end_heartbeat(asked)
 
     def give_back(self, asked: Any) -> None:
-        """Let a trial wait again that this run does not finish."""
+        """Queue a trial again that this run will not finish."""
         import optuna
 
         self._end_heartbeat(asked)
@@ -276,7 +274,7 @@ class Store:
             return
 
     def retry_lost(self, study: Any) -> None:
-        """Let trials wait again whose runs were lost."""
+        """Queue the trials of lost runs again."""
         import optuna
 
         if self._heartbeats is None:

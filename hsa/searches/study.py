@@ -35,18 +35,18 @@ class Study:
 
     Args:
         output: its directory.
-        objective: what was made small.
+        objective: what was minimised.
         trials: every model that was scored, the baselines first.
         dev, test: the best candidate, the baselines and the fine-tunes side by side, by set; `test` is empty without
-            test sets, `dev` where the caller scored.
+            test sets, `dev` with a score of your own.
         worst: utterances of which the best candidate gets the most words wrong.
         importance: by method, how much each number that was drawn matters, shares that sum to 1.
-        savings: what was not decoded; None where the caller scored.
-        seconds, merging: how long candidates took in all, and that outside of decoding.
+        savings: utterances that were not decoded; None with a score of your own.
+        seconds, merging: the time of all trials, summed over workers, and the part of it spent on merging.
         notes: plain sentences on what a user should know.
         warnings: of the merge that was written as the best.
         request: what was asked for, as it is kept with the trials.
-        rival: the best of what was scored before anything was drawn, by its name.
+        best_baseline: the name of the best baseline.
         confidence: of the intervals.
 
     Example:
@@ -69,7 +69,7 @@ class Study:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     request: Mapping[str, Any] = field(default_factory=dict)
-    rival: str | None = None
+    best_baseline: str | None = None
     confidence: float = 0.95
 
     @property
@@ -90,12 +90,12 @@ class Study:
 
     @property
     def front(self) -> tuple[Trial, ...]:
-        """The trials than which none is better on one set and no worse on all others."""
+        """The Pareto front: the non-dominated trials."""
         return tuple(front_of(self.trials)) if self.objective.kind == "pareto" else (self.best,)
 
     @property
     def command(self) -> str:
-        """What makes `best` again."""
+        """The command that reproduces `best`."""
         return command(self.sources, self.best.candidate, "merged")
 
     def merge(self, output: PathLike, **options: Any) -> MergeReport:
@@ -116,7 +116,7 @@ class Study:
             "dev": [row.as_dict() for row in self.dev],
             "test": [row.as_dict() for row in self.test],
             "worst": [row.as_dict() for row in self.worst],
-            "rival": self.rival,
+            "best_baseline": self.best_baseline,
             "confidence": self.confidence,
             "savings": None if self.savings is None else dict(vars(self.savings)),
             "seconds": round(self.seconds, 1),

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from hsa.evaluation.utterance import Utterance
 from hsa.searches.candidates import Candidate, Result
-from hsa.searches.evaluators import Evaluator, Rival, SpeechEvaluator
+from hsa.searches.evaluators import Evaluator, Incumbent, SpeechEvaluator
 
 
 class Task(Protocol):
@@ -19,22 +19,22 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """Score a candidate on the dev sets, stopped where it loses against the rival.
+    """Score a candidate on the dev sets, stopped where it loses against the incumbent.
 
     Example:
-        >>> pool.submit(Score(Candidate("ties defaults", "default", "ties"), rival=None))  # doctest: +SKIP
+        >>> pool.submit(Score(Candidate("ties defaults", "default", "ties"), incumbent=None))  # doctest: +SKIP
     """
 
     candidate: Candidate
-    rival: Rival | None
+    incumbent: Incumbent | None
 
     def run(self, evaluator: Evaluator) -> Result:
-        return evaluator.evaluate(self.candidate, self.rival)
+        return evaluator.evaluate(self.candidate, self.incumbent)
 
 
 @dataclass(frozen=True)
 class Transcribe:
-    """Write what a candidate hears in one batch of utterances; `key` tells the batch's set from others."""
+    """Transcribe one batch of utterances with a candidate; `key` tells the batch from others."""
 
     candidate: Candidate
     key: str

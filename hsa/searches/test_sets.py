@@ -20,7 +20,7 @@ from hsa.searches.trials import Trial
 from hsa.system import fsio
 
 BATCHES = 64
-"""Batches that are given to the workers together; what they write is kept when all of these are done."""
+"""Batches that are given to the workers together; their transcripts are stored when all of these are done."""
 
 
 class TestSets:

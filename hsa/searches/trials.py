@@ -21,8 +21,8 @@ class Trial:
         number: its place among all that were tried, from 1.
         candidate: what it is.
         state: `stopped` where it lost the race, `failed` where it could not be made or scored.
-        values: the objective, of a stopped one by the utterances that were decoded; empty where it failed.
-        rates: word error rates by dev set, as fractions; of a stopped one by the same utterances.
+        values: the objective; of a stopped trial over the utterances that were decoded; empty if it failed.
+        rates: word error rates by dev set, as fractions, over the same utterances.
         drawn: what the sampler drew, by the names in the study.
         result: the errors of each utterance, and what it cost.
 
@@ -54,7 +54,7 @@ class Trial:
 
     @property
     def value(self) -> float:
-        """What the objective is of it; of several values their mean."""
+        """The objective; the mean of its values if there are several."""
         return sum(self.values) / len(self.values)
 
     @property
@@ -102,7 +102,7 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
 
 
 def front_of(trials: Sequence[Trial]) -> list[Trial]:
-    """The complete trials than which none is better by one value and no worse by all others; of equals the first."""
+    """The non-dominated complete trials; of equal ones the first."""
     complete = [trial for trial in trials if trial.state == "complete"]
     front: list[Trial] = []
     for trial in sorted(complete, key=lambda each: (each.values, each.number)):

@@ -35,18 +35,18 @@ def data_notes(sets: Sequence[PreparedSet], dev: DevSets) -> list[str]:
     ]
 
 
-def verdict_notes(study: Study, rival: Trial | None, tested: bool) -> list[str]:
+def verdict_notes(study: Study, baseline: Trial | None, tested: bool) -> list[str]:
     """What a reader of the figures must know."""
     notes = []
     best = study.best
-    if rival is not None and rival.value < best.value:
+    if baseline is not None and baseline.value < best.value:
         notes.append(
-            f"{rival.name} scores better on the dev sets than every merge that was tried; no merge serves here"
+            f"{baseline.name} scores better on the dev sets than every merge that was tried; no merge was better"
         )
     if not study.test:
-        remedy = "" if tested else "; give test sets to see what it is worth"
+        remedy = "" if tested else "; give test sets for an estimate without this bias"
         notes.append(
-            f"the settings were chosen on the dev sets, so the best candidate's figures there are flattering{remedy}"
+            f"the settings were chosen on the dev sets, so the best candidate's figures there are optimistic{remedy}"
         )
     for name in dict.fromkeys(row.set for row in study.test):
         rows = [row for row in study.test if row.set == name and row.verdict == "no difference shown"]

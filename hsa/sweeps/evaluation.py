@@ -66,11 +66,10 @@ def prepare_sets(
 
 @dataclass(frozen=True)
 class PointEvaluation:
-    """An evaluation that waits for the points of a sweep.
+    """A prepared evaluation of the points of a sweep.
 
-    `kind` is what the points will be, and its folder has their small files. `folder` is where the evaluation goes,
-    `models` are the sources as far as they can be evaluated, `notes` say of the others why they cannot. `stack` holds
-    what is open for it.
+    `kind` is the kind of model of all points, with the folder of their small files. Results are written to `folder`.
+    `models` are the sources that can be evaluated; `notes` say why others cannot. `stack` closes what is open for it.
     """
 
     run: EvaluationRun
@@ -94,7 +93,7 @@ class PointEvaluation:
         hub: Hub,
         stack: ExitStack,
     ) -> PointEvaluation:
-        """Check that the points will transcribe, and that what is found may be written, before there is a point.
+        """Check, before any point is made, that the points can transcribe and that the results can be written.
 
         Raises SourceError where the merges would not transcribe, RequestError where they lack the language, DataError
         where no reference has a word, DestinationError where the directory holds files of others.

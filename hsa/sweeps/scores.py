@@ -113,7 +113,7 @@ class SweepScores:
         if constant:
             print_line(console, f"every point has {', '.join(f'{key} {_text(v)}' for key, v in constant.items())}")
         if found.baseline is not None:
-            print_line(console, "* marks a difference whose interval does not hold 0")
+            print_line(console, "* marks a difference whose interval excludes 0")
         for data in (*self.sets, *((None,) if len(self.sets) > 1 else ())):
             self._print(console, data)
         return buffer.getvalue().rstrip("\n")

@@ -271,7 +271,7 @@
     make("dl", { class: "sides" },
       make("dt", { text: "reference" }), make("dd", { text: row.reference }),
       make("dt", { text: `${data.best}, ${row.best_errors} errors` }), make("dd", {}, ...heard(row.best_pairs)),
-      make("dt", { text: `${data.rival}, ${row.other_errors} errors` }), make("dd", {}, ...heard(row.other_pairs))),
+      make("dt", { text: `${data.best_baseline}, ${row.other_errors} errors` }), make("dd", {}, ...heard(row.other_pairs))),
     ...(row.best_cut || row.other_cut ? [make("p", { class: "hint", text: "The rest is not shown." })] : []))));
 
   // --- in words --------------------------------------------------------------------------------------------------

@@ -57,9 +57,9 @@ def test_a_search_beside_the_loop(tmp_path: Path) -> None:
         ({"seconds": 251.0}, "took 0.50 of the loop's time, at most 0.5: **missed**."),
         (
             {"wer": 12.3},
-            "its best has 12.30 %, at most 12.25 %, where the interval of the loop's best ends: **missed**.",
+            "its best has 12.30 % (limit 12.25 %, the end of the interval of the loop's best): **missed**.",
         ),
-        ({"decoding": 175.0}, "at most 5.0 %: **missed**."),
+        ({"decoding": 175.0}, "(limit 5.0 %): **missed**"),
     ],
 )
 def test_each_limit_is_a_limit(changed: dict[str, float], said: str, tmp_path: Path) -> None:
@@ -69,7 +69,9 @@ def test_each_limit_is_a_limit(changed: dict[str, float], said: str, tmp_path: P
     assert text.count("missed") == 1
 
 
-@pytest.mark.parametrize(("other", "said"), [(7, "the same winner as decoding all: met."), (8, "another winner than")])
+@pytest.mark.parametrize(
+    ("other", "said"), [(7, "the same winner as decoding everything: met."), (8, "another winner than")]
+)
 def test_racing_with_and_without(other: int, said: str, tmp_path: Path) -> None:
     found = {"wer": 9.0, "wer_low": 6.5, "wer_high": 12.25, "equal": 0}
     ways = [
@@ -84,7 +86,7 @@ def test_racing_with_and_without(other: int, said: str, tmp_path: Path) -> None:
         "with racing", "100.0", "2.5 %", "900", "1500", "setting 7: ties", "9.00 (6.50 to 12.25)",
         "in 100 other orders",
     ]  # fmt: skip
-    assert f"racing took 0.40 of the time and ended with {said}" in text
+    assert f"racing took 0.40 of the time and found {said}" in text
     assert ("missed" in text) == (other == 8)
 
 
@@ -98,8 +100,8 @@ def test_workers(tmp_path: Path) -> None:
     text = block(tmp_path)
     assert cells(text, "one process")[1:] == ["1", "1", "1", "400.0", "6.00", "1.00"]
     assert cells(text, "two workers")[1:] == ["2", "1", "1", "240.0", "10.00", "1.67"]
-    assert "- two workers: 1.67 times the trials per minute, at least 1.6: met." in text
-    assert "- two Ray actors: 1.54 times the trials per minute, at least 1.6: **missed**." in text
+    assert "- two workers: 1.67 times the trials per minute of one process (at least 1.6): met." in text
+    assert "- two Ray actors: 1.54 times the trials per minute of one process (at least 1.6): **missed**." in text
 
 
 def test_each_case_has_its_own_newest_run(tmp_path: Path) -> None:

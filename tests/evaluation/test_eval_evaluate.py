@@ -299,7 +299,7 @@ def test_the_table_fits_80_columns_and_has_the_figures(
     for model in found.models:
         assert f"{model.name} {100 * model.wer:.2f} [" in text
     assert "all sets: 11 utterances" in text and "WER by domain" in text
-    assert "WER minus that of one; * where the interval does not hold 0" in text
+    assert "WER minus that of one; * where the interval excludes 0" in text
     difference = found["two"].scores[0].difference
     assert difference is not None and f"all sets two {100 * difference.wer:+.2f} [" in text
     assert repr(found).startswith("<hsa.Evaluation: WER one ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from postgres import postgres
 from search_cases import NORMALIZER, write_models, write_speech
 
 import hsa
+from hsa.searches import databases
 
 pytest.importorskip("optuna", reason="optuna is not installed: pip install 'hsa-merge[search]'")
 
@@ -67,18 +69,19 @@ def test_two_runs_share_a_search_and_one_is_killed(tmp_path: Path) -> None:
         assert not path.is_file() or b"secret" not in path.read_bytes(), path
 
 
-def test_a_server_that_does_not_answer_is_one_line_without_its_password(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listens", [False, True], ids=["nobody", "somebody who says nothing"])
+def test_a_server_that_does_not_answer_is_one_line_without_its_password(
+    listens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(databases, "ANSWER_SECONDS", 2)
     sources = write_models(tmp_path / "models")
     dev = write_speech(tmp_path / "dev", sources, 2, 0)
-    with pytest.raises(hsa.MachineError, match=r"cannot be used: .*refused") as error:
-        hsa.search(
-            sources,
-            method="ties",
-            dev=[str(dev)],
-            trials=10,
-            normalizer=NORMALIZER,
-            output=tmp_path / "out",
-            storage="postgresql://me:secret@127.0.0.1:1/studies",
-            study="mine",
-        )
+    arguments = {"method": "ties", "dev": [str(dev)], "trials": 10, "normalizer": NORMALIZER, "study": "mine"}
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()
+        storage = f"postgresql://me:secret@127.0.0.1:{server.getsockname()[1]}/studies"
+        with pytest.raises(hsa.MachineError, match=r"cannot be used: .*(refused|timeout)") as error:
+            hsa.search(sources, **arguments, output=tmp_path / "out", storage=storage)
     assert "secret" not in str(error.value)

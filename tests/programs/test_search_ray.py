@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +87,35 @@ def test_a_killed_node_loses_no_trial(case: Case, alone: hsa.Study, cluster: Any
     found = run(case, tmp_path / "out", ray=cluster.address, workers=3, progress=kill)
     assert outcome(found) == outcome(alone)
     assert len([each for each in cluster.list_all_nodes() if each is node]) == 0
+
+
+def test_a_signal_ends_the_search_and_the_next_one_goes_on(
+    case: Case, alone: hsa.Study, cluster: Any, tmp_path: Path
+) -> None:
+    words = ["--method=task_arithmetic", "--sampler=grid", *(f"--space={each}" for each in GRID)]
+    words += ["--no-racing", "--trials=16", f"--dev={case['dev']}", f"--test={case['test']}", "--batch=4"]
+    words += [f"--normalizer={NORMALIZER}", f"--base={case['sources']['base']}", f"--output={tmp_path / 'out'}"]
+    words += [*(f"--model={path}" for path in case["sources"]["models"]), "--ray", cluster.address]
+    command = [sys.executable, "-m", "hsa", "search", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    database = tmp_path / "out" / "study.db"
+    end = time.monotonic() + 300
+    while not (database.is_file() and _finished(database) >= 3) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "finished trials are kept; run the same command again to resume" in said
+    assert outcome(run(case, tmp_path / "out")) == outcome(alone)
+
+
+def _finished(database: Path) -> int:
+    """How many trials of a search are finished."""
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        try:
+            return int(connection.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()[0])
+        except sqlite3.OperationalError:  # it has no tables yet
+            return 0
 
 
 def test_a_score_of_ones_own_is_sent_to_the_actors(case: Case, cluster: Any, tmp_path: Path) -> None:

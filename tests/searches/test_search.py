@@ -242,7 +242,7 @@ def test_a_search_that_ends_between_two_draws_goes_on_to_the_same_study(
 )
 def test_another_search_in_the_same_output_is_refused(study: hsa.Study, case: Case, changes: Case, what: str) -> None:
     before = (study.output / "trials.csv").read_bytes()
-    with pytest.raises(RequestError, match=f"was begun with {what} .*give the same again to go on"):
+    with pytest.raises(RequestError, match=f"was begun with {what} .*use the same again to resume it"):
         run(case, study.output, **changes)
     assert (study.output / "trials.csv").read_bytes() == before
 
@@ -437,7 +437,9 @@ def test_references_of_test_sets_are_looked_at_before_the_search(case: Case, tmp
 def test_models_are_told_apart_by_their_names(case: Case, tmp_path: Path) -> None:
     shutil.copytree(case["sources"]["models"][0], tmp_path / "average")
     sources = {**case["sources"], "models": [str(tmp_path / "average"), *case["sources"]["models"][1:]]}
-    with pytest.raises(RequestError, match="two models of the search would be named 'average'; give each model once"):
+    with pytest.raises(
+        RequestError, match="two models of the search would be named 'average' in its reports; give each model once"
+    ):
         run({**case, "sources": sources}, tmp_path / "out")
 
 
@@ -449,7 +451,7 @@ def test_no_trial_begins_after_the_time(case: Case, tmp_path: Path) -> None:
 
 
 def test_a_search_needs_sets_or_a_score(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="give dev, sets to score candidates on, or evaluate"):
+    with pytest.raises(RequestError, match="give either dev, the sets to score candidates on, or evaluate"):
         hsa.search(case["sources"], output=tmp_path / "x")
     with pytest.raises(RequestError, match="method slerp merges 1 model, got 3"):
         run(case, tmp_path / "x", method="slerp")

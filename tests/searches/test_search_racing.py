@@ -51,17 +51,17 @@ def test_a_much_worse_candidate_is_stopped_early_and_a_better_one_never() -> Non
 
 def test_equal_errors_are_not_worse() -> None:
     dev = dev_sets(3, {"a": 60})
-    rival = errors_of(dev, 0.2, 4)
-    race = Race(dev, Objective("mean"), rival)
-    assert not any(race.is_lost(rival[:count]) for count in range(1, 61))
+    incumbent = errors_of(dev, 0.2, 4)
+    race = Race(dev, Objective("mean"), incumbent)
+    assert not any(race.is_lost(incumbent[:count]) for count in range(1, 61))
 
 
 def test_of_the_worst_set_only_its_utterances_count() -> None:
     dev = dev_sets(7, {"bad": 40, "good": 40})
-    rival = [item.words // 2 if item.set == "bad" else 0 for item in dev.items]
+    incumbent = [item.words // 2 if item.set == "bad" else 0 for item in dev.items]
     candidate = [0 if item.set == "bad" else item.words // 3 for item in dev.items]
-    assert not Race(dev, Objective("worst"), rival).is_lost(candidate)
-    assert Race(dev, Objective("set", "good"), rival).is_lost(candidate)
+    assert not Race(dev, Objective("worst"), incumbent).is_lost(candidate)
+    assert Race(dev, Objective("set", "good"), incumbent).is_lost(candidate)
 
 
 def test_racing_over_a_list_of_candidates_ends_with_the_same_winner() -> None:

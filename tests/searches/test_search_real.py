@@ -22,7 +22,8 @@ def test_a_search_over_real_models(real: Triple, clips: Path, tmp_path: Path) ->
         method=["hsa", "task_arithmetic"],
         dev=[f"clips={clips}"],
         trials=9,
-        limit=8,
+        limit=6,
+        max_tokens=64,
         normalizer="plain",
         output=tmp_path / "search",
     )
@@ -32,8 +33,8 @@ def test_a_search_over_real_models(real: Triple, clips: Path, tmp_path: Path) ->
     by_name = {trial.name: trial.value for trial in study.trials}
     assert by_name["primary"] < by_name["base"]
     assert study.best.value <= by_name["average"]
-    recognizer = load_recognizer(tmp_path / "search" / "best", DecodingOptions())
-    utterances = hsa.data(clips).utterances[:8]
+    recognizer = load_recognizer(tmp_path / "search" / "best", DecodingOptions(max_tokens=64))
+    utterances = hsa.data(clips).utterances[:6]
     texts = recognizer.transcribe(recognizer.features([read_audio(each, recognizer.rate) for each in utterances]))
     from hsa.evaluation.normalizers import plain
     from hsa.evaluation.scores import score_utterance, scores_of

@@ -112,7 +112,7 @@ def test_ranges_of_layers_follow_one_another(text: str) -> None:
 
 
 def test_ranges_leave_no_layer_out() -> None:
-    with pytest.raises(RequestError, match="leaves out layer 5"):
+    with pytest.raises(RequestError, match="must reach layer 5"):
         with_layers(space_of("ties", 2, {}), parse_layers("0-3"), {"a": 5})
 
 

@@ -124,7 +124,7 @@ def test_a_result_that_comes_too_late_does_not_count(
     found = run(case, tmp_path / "late", storage=url)
     assert len(taken) == 1
     assert [trial.name for trial in found.trials][7:] == ["trial 8", "trial 9", "trial 11"]
-    assert any("1 results came too late and do not count" in note for note in found.notes)
+    assert any("1 results were dropped" in note for note in found.notes)
 
 
 def test_a_grid_that_two_runs_let_wait_at_once_is_tried_once(case: Case, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_workers_score_by_a_function_of_ones_own(case: Case, tmp_path: Path) -> 
 
 def test_a_model_that_ends_every_worker_ends_the_search(case: Case, tmp_path: Path) -> None:
     with pytest.raises(
-        MachineError, match=r"3 workers were lost with one task, the last one because signal 9 ended its"
+        MachineError, match=r"3 workers stopped while they worked on the same task; the last error: signal 9 ended its"
     ):
         own(case, tmp_path / "out", kills)
     assert not multiprocessing.active_children()
@@ -211,7 +211,7 @@ def test_a_node_with_other_versions_is_refused() -> None:
         ({"workers": True}, "workers must be a whole number"),
         (
             {"by_layer": "0-1", "method": "linear", "space": None},
-            "method linear draws no lambda or alpha, which by_layer",
+            "by_layer gives each range of layers a lambda and alpha of its own, but the search draws neither for",
         ),
         ({"ray": "nowhere"}, "ray takes HOST:PORT or ray://HOST:PORT, got 'nowhere'"),
         ({"storage": "postgres"}, "storage must be the URL of a database such as postgresql://user@host/name"),

@@ -1,4 +1,4 @@
-"""Where a search runs: in this process, in several on this machine, on a Ray cluster; and where it keeps its trials."""
+"""How a search is executed: in this process, in several, or on a Ray cluster; and where it stores its trials."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
-class Where:
-    """Where a search runs. See `hsa.search` for what each is. Raises RequestError for a value that is none.
+class Execution:
+    """How a search is executed; see `hsa.search` for each field. Raises RequestError for an invalid value.
 
     Example:
-        >>> Where(workers=2).ray
+        >>> Execution(workers=2).ray
         False
     """
 
@@ -46,15 +46,15 @@ class Where:
             raise RequestError(f"{option('study')} names a search in a shared database; give {option('storage')} too")
 
 
-def open_pool(setup: Setup, where: Where, stack: ExitStack) -> Pool:
+def open_pool(setup: Setup, execution: Execution, stack: ExitStack) -> Pool:
     """What does the tasks of a search; `stack` leaves the cluster. Raises what opening the setup raises."""
-    if where.ray:
+    if execution.ray:
         from hsa.searches.ray_actors import RayPool
 
-        ray = stack.enter_context(connected(None if where.ray is True else where.ray))
-        return RayPool(ray, setup, where.workers)
-    if where.workers is not None and where.workers > 1:
+        ray = stack.enter_context(connected(None if execution.ray is True else execution.ray))
+        return RayPool(ray, setup, execution.workers)
+    if execution.workers is not None and execution.workers > 1:
         from hsa.searches.processes import ProcessPool
 
-        return ProcessPool(setup, where.workers)
+        return ProcessPool(setup, execution.workers)
     return ThisProcess(setup)
