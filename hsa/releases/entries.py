@@ -2,8 +2,8 @@
 
 An existing entry is verified before it is skipped. Names, sizes and headers of local sources are not enough: another
 training run of the same model has the same ones. So the merge is computed again, and all files are compared byte by
-byte. If all sources are commits of the Hub, which cannot change, comparing the recorded digests is enough, and nothing is
-downloaded. `hsa verify --sources` also finds files whose recorded digests were forged.
+byte. If all sources are commits of the Hub, which cannot change, comparing the recorded digests is enough, and nothing
+is downloaded. `hsa verify --sources` also finds files whose recorded digests were forged.
 """
 
 from __future__ import annotations

@@ -45,16 +45,16 @@ def test_a_search_beside_the_loop(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert cells(text, "the loop")[4:7] == ["16.7 %", "20.0 %", "512"]
     assert "**40 candidates, 60 clips of noisy, tiny.en:**" in text
-    assert "took 0.40 of the loop's time, at most 0.5: met." in text
-    assert "its best has 9.00 %, at most 12.25 %, where the interval of the loop's best ends: met." in text
-    assert "2.7 % of the time of its trials was not decoding and scoring (10.0 % of the whole program's" in text
+    assert "the search's time is 0.40 of the loop's (limit 0.5): met." in text
+    assert "its best has 9.00 % (limit 12.25 %, the end of the interval of the loop's best): met." in text
+    assert "2.7 % of the time of its trials is neither decoding nor scoring (limit 5.0 %): met; of the whole program" in text
     assert "missed" not in text
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"seconds": 251.0}, "took 0.50 of the loop's time, at most 0.5: **missed**."),
+        ({"seconds": 251.0}, "the search's time is 0.50 of the loop's (limit 0.5): **missed**."),
         (
             {"wer": 12.3},
             "its best has 12.30 % (limit 12.25 %, the end of the interval of the loop's best): **missed**.",
