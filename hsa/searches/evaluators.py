@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from hsa.errors import DataError, HsaError, MachineError, RequestError, shown
+from hsa.errors import DataError, HsaError, MachineError, RequestError, SourceError, shown
 from hsa.evaluation.decoding import Recognizer
 from hsa.evaluation.transcription import FeatureCache
 from hsa.evaluation.utterance import Utterance
@@ -80,13 +80,15 @@ class SpeechEvaluator:
         stopped, decoded, due = False, 0, 0
         for first, last in self.dev.blocks():
             block = list(known[first:last])
-            if len(block) < last - first:
-                block = self.decoder.transcribe(first, [item.utterance for item in self.dev.items[first:last]])
-                decoded += last - first
-            texts += block
             try:
+                if len(block) < last - first:
+                    block = self.decoder.transcribe(first, [item.utterance for item in self.dev.items[first:last]])
+                    decoded += last - first
+                texts += block
                 errors += [self.dev.errors(first + place, text) for place, text in enumerate(block)]
-            except DataError as error:  # a text that the normaliser cannot read
+            except (DataError, SourceError) as error:  # a text that the normaliser cannot read, or a broken merge
+                if candidate.source is not None and isinstance(error, SourceError):
+                    raise
                 seconds = time.perf_counter() - started
                 return Result(weights.whole, decoded=decoded, failure=str(error), seconds=seconds, merging=merging)
             if race is not None and due <= last < len(self.dev.items):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,8 @@ class SearchOptions:
         if self.soup is not None and self.soup not in SOUPS:
             raise RequestError(f"{option('soup')} must be {listed(SOUPS)}, got {shown(self.soup)}")
         if self.by_layer is not None:
+            if not isinstance(self.by_layer, str):
+                raise RequestError(f"{option('by_layer')} must be a text such as 0-3,4-7, got {shown(self.by_layer)}")
             parse_layers(self.by_layer)
         check_flags(racing=self.racing)
         check_confidence(self.confidence)
@@ -80,7 +82,7 @@ class SearchOptions:
 
 def search_options(method: str | Sequence[str], time: str | float | None, **values: Any) -> SearchOptions:
     """The options that a caller gives; methods may be one text with commas. Raises RequestError."""
-    names = method.split(",") if isinstance(method, str) else method
+    names = method.split(",") if isinstance(method, str) else _listed("method", method, "a name, or a list of names")
     methods = tuple(name.strip() if isinstance(name, str) else name for name in names)
     space = values.pop("space", None) or ()
     sampler = values.pop("sampler", None)
@@ -88,9 +90,15 @@ def search_options(method: str | Sequence[str], time: str | float | None, **valu
         methods=methods,
         sampler=(PARETO_SAMPLER if values.get("objective") == PARETO else SAMPLER) if sampler is None else sampler,
         time=None if time is None else seconds_of(time),
-        space=(space,) if isinstance(space, str) else tuple(space),
+        space=(space,) if isinstance(space, str) else _listed("space", space, "a text, or a list of texts"),
         **values,
     )
+
+
+def _listed(name: str, given: Any, expected: str) -> tuple[Any, ...]:
+    if not isinstance(given, Iterable):
+        raise RequestError(f"{option(name)} must be {expected}, got {shown(given)}")
+    return tuple(given)
 
 
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:

@@ -86,7 +86,7 @@ class RayPool(WorkerPool[_Actor]):
         by_reference = {worker.reference: worker for worker in workers if worker.reference is not None}
         end = None if timeout is None else time.monotonic() + timeout
         while True:
-            found, _ = self._ray.wait(list(by_reference), num_returns=1, timeout=0)
+            found = self._finished(list(by_reference))
             if found:
                 self._seen_alive = time.monotonic()
                 return [self._event(by_reference[reference]) for reference in found]
@@ -96,7 +96,16 @@ class RayPool(WorkerPool[_Actor]):
             time.sleep(POLL)
 
     def end_worker(self, worker: _Actor) -> None:
-        self._ray.kill(worker.handle)
+        if self._ray.is_initialized():
+            self._ray.kill(worker.handle)
+
+    def _finished(self, references: list[Any]) -> list[Any]:
+        """Those of the references whose result is there."""
+        try:
+            found, _ = self._ray.wait(references, num_returns=1, timeout=0)
+        except self._ray.exceptions.RayError as error:
+            raise MachineError(f"the Ray cluster is gone: {_last_line(error)}; finished trials are kept") from error
+        return list(found)
 
     def _event(self, worker: _Actor) -> Event[_Actor]:
         reference, worker.reference = worker.reference, None
@@ -104,9 +113,8 @@ class RayPool(WorkerPool[_Actor]):
             what, value = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:  # tasks raise nothing: it is the actor, or what it runs on
             if not self._ray.is_initialized():
-                raise MachineError(f"the Ray cluster is gone: {error}; finished trials are kept") from error
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            return Event(worker, "lost", f"Ray says: {lines[-1] if lines else type(error).__name__}")
+                raise MachineError(f"the Ray cluster is gone: {_last_line(error)}; finished trials are kept") from error
+            return Event(worker, "lost", f"Ray says: {_last_line(error)}")
         return Event(worker, what, value)
 
     def _require_an_actor(self) -> None:
@@ -118,6 +126,11 @@ class RayPool(WorkerPool[_Actor]):
                 f"no actor could be started in {PATIENCE:.0f} s: the Ray cluster has no machine with "
                 f"{self._share.cores} free cores and {self._share.gpus} free GPUs; finished trials are kept"
             )
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 class ActorWorker:

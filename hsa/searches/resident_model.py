@@ -7,7 +7,7 @@ model decodes what the written checkpoint holds, rounded values included.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from hsa.actions.merger.loaded_models import entries_of, without_tied_output
+from hsa.actions.merger.loaded_models import LoadedTensor, entries_of, without_tied_output
 from hsa.actions.merger.merger import Merger
 from hsa.actions.merger.shared_tensors import SharedTensors
-from hsa.backends.resident import bytes_of
-from hsa.errors import HsaWarning, MismatchError
+from hsa.backends.resident import CODE_OF, bytes_of
+from hsa.errors import HsaWarning, MismatchError, SourceError, shown
 from hsa.methods.base import BASE
 from hsa.methods.registry import method_named
 from hsa.methods.settings import declared
@@ -32,6 +32,15 @@ from hsa.sources.hub.needs import Needs
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import NAMES, Array
 from hsa.system.fsio import Tally
+
+RENAMED = (
+    (".parametrizations.weight.original0", ".weight_g"),
+    (".parametrizations.weight.original1", ".weight_v"),
+    ("LayerNorm.weight", "LayerNorm.gamma"),
+    ("LayerNorm.bias", "LayerNorm.beta"),
+)
+"""Parts of names in loaded models and in checkpoints, which transformers exchanges when it loads and saves.
+Source: transformers, conversion_mapping.py, "legacy"."""
 
 ANCHOR = 0
 """The number of the source whose names, config and element types are the output's."""
@@ -89,7 +98,7 @@ class ResidentModel:
         spaces: what is searched, by method; of a method outside of it plain merges can be put too.
         threads: worker threads of the merging, None for the usable cores and one more.
 
-    Raises what `hsa.Merger` raises.
+    Raises what `hsa.Merger` raises, and SourceError where the model has tensors that no source has.
 
     Example:
         >>> resident = ResidentModel(recognizer.model, sources, {"ties": space}, None)  # doctest: +SKIP
@@ -105,14 +114,16 @@ class ResidentModel:
         self._sources = dict(zip(sources.numbers, self._read(), strict=True))
         self._anchor = self._sources[ANCHOR]
         family = self._anchor.checkpoint.architecture
-        entries = without_tied_output(entries_of("model", model, family), family)
-        self._places = {entry.name: entry.tensor for entry in entries if entry.name in self._anchor.data}
+        entries = entries_of("model", model, family)
+        self._places = places_of(entries, without_tied_output(entries, family), self._anchor.data)
         encoder = _encoder_tensors(model)
         self._encoder = frozenset(name for name, tensor in self._places.items() if id(tensor) in encoder)
         self._stagings: dict[str, _Staging] = {}
         self._mergers: dict[str, Merger] = {}
         self._digests: dict[int, dict[str, str]] = {}
         self._held: dict[str, str] = {}
+        for method in spaces:
+            self.merger(method)  # what a method cannot merge is refused before anything is scored
 
     def merger(self, method: str) -> Merger:
         """The Merger of a method, with what its space fixes."""
@@ -193,6 +204,32 @@ class ResidentModel:
                 checkpoint.check_unchanged()
                 found.append(_Source(replace(checkpoint, shards=()), data))
         return found
+
+
+def places_of(
+    entries: Sequence[LoadedTensor], distinct: Sequence[LoadedTensor], stored: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a loaded model by the names of a checkpoint's tensors; `distinct` are the entries without those
+    that are another one under a second name.
+
+    transformers loads some tensors under other names than checkpoints have. SourceError for a tensor of numbers that
+    is in no checkpoint under a name that is known: it would keep the values of the model that was loaded.
+    """
+    places, found = {}, set()
+    for entry in entries:
+        if entry.name in stored:
+            found.add(id(entry.tensor))
+    for entry in distinct:
+        names = (entry.name, *(entry.name.replace(new, old) for new, old in RENAMED if new in entry.name))
+        name = next((name for name in names if name in stored), None)
+        if name is not None:
+            places[name] = entry.tensor
+        elif id(entry.tensor) not in found and getattr(entry.tensor, "dtype", None) in CODE_OF:
+            raise SourceError(
+                f"the model has a tensor {shown(entry.stored)} that no source has under this name, so that a search "
+                f"could not write it; load it with transformers, save it, and give the saved checkpoint"
+            )
+    return places
 
 
 def _encoder_tensors(model: Any) -> frozenset[int]:

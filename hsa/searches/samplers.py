@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -143,7 +144,11 @@ def grid_points(spaces: Mapping[str, MethodSpace], count: int) -> list[dict[str,
     """At most so many points, each method as many as another, as what `suggest` draws.
 
     The values of an axis lie evenly between its ends; the first axes get one more than the last where that fits.
+    Raises what `check_grid` raises.
     """
+    if count < 1:
+        return []
+    check_grid(list(spaces.values()), count)
     points: list[dict[str, Any]] = []
     for space in spaces.values():
         chosen = {METHOD: space.method} if len(spaces) > 1 else {}
@@ -153,6 +158,18 @@ def grid_points(spaces: Mapping[str, MethodSpace], count: int) -> list[dict[str,
         names = [axis.name for axis in space.axes]
         points += [{**chosen, **dict(zip(names, point, strict=True))} for point in itertools.product(*values)]
     return points
+
+
+def check_grid(spaces: Sequence[MethodSpace], count: int) -> None:
+    """RequestError where the choices of a method alone make more points than its share of `count`."""
+    share = count // len(spaces)
+    for space in spaces:
+        least = math.prod(len(axis.choices) or 1 for axis in space.axes)
+        if count > 0 and least > share:
+            raise RequestError(
+                f"the choices of method {space.method} make a grid of {least} points, and after the baselines "
+                f"{option('trials')} leaves {share} for each method; raise it, or give fewer choices"
+            )
 
 
 def _counts(space: MethodSpace, most: int) -> list[int]:

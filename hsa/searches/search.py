@@ -23,6 +23,7 @@ from hsa.evaluation.scores import UtteranceScore
 from hsa.evaluation.utterance import DataSet
 from hsa.methods.settings import DEFAULT_METHOD
 from hsa.option_names import option
+from hsa.searches.baselines import baselines
 from hsa.searches.best import card_fields, merge_candidate
 from hsa.searches.comparisons import compare, worst_utterances
 from hsa.searches.databases import sqlite_url, storage_errors
@@ -34,7 +35,7 @@ from hsa.searches.options import SearchOptions, search_options
 from hsa.searches.pools import Pool, run_all
 from hsa.searches.report_files import write_report_files
 from hsa.searches.resident_model import ANCHOR
-from hsa.searches.samplers import check_sampler
+from hsa.searches.samplers import check_grid, check_sampler
 from hsa.searches.session import SearchStep, Session
 from hsa.searches.setups import Files, OwnSetup, Setup, SpeechSetup, open_files
 from hsa.searches.sources import GivenSources, SearchSources, sources_of
@@ -209,7 +210,7 @@ class _SearchRun:
         """A search with a scoring function of the caller's own."""
         spaces = self._spaces()
         objective = Objective(OWN)
-        check_sampler(self.options.sampler, list(spaces.values()), OWN)
+        self._check_sampler(spaces, OWN)
         files = open_files(self.sources)
         self._open_output(files)
         pool = self._pool(OwnSetup(self.sources, spaces, self.options, files, evaluate))
@@ -225,7 +226,7 @@ class _SearchRun:
         """A search by word errors on dev sets."""
         objective = objective_of(self.options.objective, [each.name for each in dev_sets])
         spaces = self._spaces()
-        check_sampler(self.options.sampler, list(spaces.values()), objective.kind)
+        self._check_sampler(spaces, objective.kind)
         digests = AudioDigests()
         prepared = tuple(prepare(each, self.options.limit, digests) for each in dev_sets)
         tested = tuple(prepare(each, self.options.limit, digests) for each in test_sets)
@@ -275,6 +276,11 @@ class _SearchRun:
             for space in spaces.values():
                 check_layered(space)
         return spaces
+
+    def _check_sampler(self, spaces: dict[str, MethodSpace], objective: str) -> None:
+        check_sampler(self.options.sampler, list(spaces.values()), objective)
+        if self.options.sampler == "grid":
+            check_grid(list(spaces.values()), self.options.trials - len(baselines(self.sources, spaces)))
 
     def _with_layers(self, spaces: dict[str, MethodSpace], pool: Pool) -> dict[str, MethodSpace]:
         if self.options.by_layer is None:

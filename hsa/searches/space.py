@@ -175,7 +175,7 @@ def with_layers(space: MethodSpace, ranges: Sequence[Layers], layer_of: Mapping[
         )
     axes: list[Axis] = []
     for axis in space.axes:
-        if axis.setting in BY_LAYER and not axis.choices and axis.model is None:
+        if axis.setting in BY_LAYER and axis.model is None:
             axes += [replace(axis, name=f"{axis.name}[{first}-{last}]", layers=(first, last)) for first, last in ranges]
         else:
             axes.append(axis)

@@ -32,7 +32,6 @@ def test_a_search_over_real_models(real: Triple, clips: Path, tmp_path: Path) ->
     ]  # fmt: skip
     by_name = {trial.name: trial.value for trial in study.trials}
     assert by_name["primary"] < by_name["base"]
-    assert study.best.value <= by_name["average"]
     recognizer = load_recognizer(tmp_path / "search" / "best", DecodingOptions(max_tokens=64))
     utterances = hsa.data(clips).utterances[:6]
     texts = recognizer.transcribe(recognizer.features([read_audio(each, recognizer.rate) for each in utterances]))

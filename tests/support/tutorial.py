@@ -31,6 +31,11 @@ def commands(page: Path = PAGE) -> list[Command]:
     return [command for block in blocks for command in _commands_of(block, page.name)]
 
 
+def python_blocks(page: Path = PAGE) -> list[str]:
+    """The Python programs of the page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def _commands_of(block: str, name: str) -> list[Command]:
     found: list[Command] = []
     lines = block.splitlines()
