@@ -61,8 +61,8 @@ def beside_loop(rows: Sequence[Row]) -> list[str]:
             f"the search's time is {times:.2f} of the loop's (limit {MOST_OF_LOOP}): {met(times <= MOST_OF_LOOP)}",
             f"its best has {wer:.2f} % (limit {most:.2f} %, the end of the interval of the loop's best): "
             f"{met(wer <= most)}",
-            f"{share(outside)} of the time of its trials ({whole} of the whole program's, start and writing included) is "
-            f"neither decoding nor scoring (limit {share(MOST_OUTSIDE)}): {met(outside <= MOST_OUTSIDE)}",
+            f"{share(outside)} of the time of its trials ({whole} of the whole program's, start and writing included) "
+            f"is neither decoding nor scoring (limit {share(MOST_OUTSIDE)}): {met(outside <= MOST_OUTSIDE)}",
         )
         parts.append("\n".join(f"- {text}" for text in said))
     return parts
