@@ -17,7 +17,7 @@ pytestmark = pytest.mark.long
 
 SCRIPT = """
 import json, os, sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = {paths!r}
 import hsa
 from test_search_resume import score
 sources, arguments, calls = json.loads(sys.argv[1])
@@ -50,9 +50,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sampler", "method", "calls"),
     [
-        ("tpe", "task_arithmetic,ties", [19, 5, 4]),
-        ("cmaes", "task_arithmetic", [20, 6]),
-        ("nsga2", "task_arithmetic,ties", [21, 7]),
+        ("tpe", "task_arithmetic,ties", [19, 5]),
+        ("cmaes", "task_arithmetic", [20]),
+        ("nsga2", "task_arithmetic,ties", [21]),
         ("grid", "task_arithmetic", [9]),
     ],
 )
@@ -60,9 +60,10 @@ def test_a_killed_search_draws_the_same_settings(
     sampler: str, method: str, calls: list[int], sources: dict[str, Any], tmp_path: Path
 ) -> None:
     """Killed several times, after so many scores each, always beyond the trials that are drawn at random."""
-    arguments = {"sampler": sampler, "method": method, "trials": 40, "seed": 3}
+    arguments = {"sampler": sampler, "method": method, "trials": 34, "seed": 3}
     whole = hsa.search(sources, output=tmp_path / "whole", evaluate=score, **arguments)
-    script = SCRIPT.format(here=str(Path(__file__).parent))
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    script = SCRIPT.format(paths=paths)
     for count in calls:
         given = json.dumps([sources, {**arguments, "output": str(tmp_path / "killed")}, count])
         done = subprocess.run([sys.executable, "-c", script, given], check=False)
