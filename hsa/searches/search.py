@@ -23,6 +23,7 @@ from hsa.evaluation.scores import UtteranceScore
 from hsa.evaluation.utterance import DataSet
 from hsa.methods.settings import DEFAULT_METHOD
 from hsa.option_names import option
+from hsa.searches.baselines import baselines, check_soup_names
 from hsa.searches.best import card_fields, merge_candidate
 from hsa.searches.comparisons import compare, worst_utterances
 from hsa.searches.databases import sqlite_url, storage_errors
@@ -274,6 +275,9 @@ class _SearchRun:
         if self.options.by_layer is not None:
             for space in spaces.values():
                 check_layered(space)
+        baselines(self.sources, spaces)  # before anything is read, for what it refuses
+        if self.options.soup is not None:
+            check_soup_names(self.sources)
         return spaces
 
     def _with_layers(self, spaces: dict[str, MethodSpace], pool: Pool) -> dict[str, MethodSpace]:
