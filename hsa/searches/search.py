@@ -40,7 +40,7 @@ from hsa.searches.session import SearchStep, Session
 from hsa.searches.setups import Files, OwnSetup, Setup, SpeechSetup, open_files
 from hsa.searches.sources import GivenSources, SearchSources, sources_of
 from hsa.searches.space import MethodSpace, check_layered, parse_layers, parse_space, space_of, with_layers
-from hsa.searches.store import SEARCH, Store
+from hsa.searches.store import DEV, SEARCH, Store
 from hsa.searches.study import Study, savings_of
 from hsa.searches.tasks import LayersOf, Score
 from hsa.searches.test_sets import TestSets, failure_notes
@@ -53,6 +53,9 @@ from hsa.system.types import PathLike
 
 WORST_SHOWN = 20
 """Utterances that the report shows side by side."""
+
+LIBRARIES, READERS = ("torch", "transformers", "optuna"), ("soxr", "soundfile")
+"""What trials depend on, of another version of which they are not comparable; `READERS` read the audio."""
 
 BEST = "best"
 """The directory of the best candidate."""
@@ -238,7 +241,7 @@ class _SearchRun:
         self._open_output(files)
         pool = self._pool(setup)
         spaces = self._with_layers(spaces, pool)
-        store = self._store(len(dev.names) if objective.kind == "pareto" else 1, {"dev": dev.digest}, files, pool)
+        store = self._store(len(dev.names) if objective.kind == "pareto" else 1, {DEV: dev.digest}, files, pool)
         transcripts = Transcripts(self.output, self.request)
         session = Session(self.sources, spaces, self.options, objective, pool, store, dev, transcripts, self.progress)
         with storage_errors(self.url):
@@ -291,9 +294,9 @@ class _SearchRun:
         }
 
     def _anchor(self, files: Files) -> OpenModel:
-        """The first fine-tune, whose files the output has."""
+        """The first fine-tune, whose files the output has; by its digest its small files alone."""
         name, given = self.sources.name_of(ANCHOR), self.sources.path(ANCHOR)
-        return OpenModel(name, given, files.anchor, kind_of(files.anchor), files.digests[ANCHOR], files.dtype)
+        return OpenModel(name, given, files.anchor, kind_of(files.anchor), self.request["anchor"], files.dtype)
 
     def _open_output(self, files: Files) -> None:
         """Make the output, and hold it as the only run that does. DestinationError where that cannot be."""
@@ -329,7 +332,8 @@ class _SearchRun:
             **scored_by,
             **({"trials": self.options.trials} if self.options.sampler == "grid" else {}),
             "sources": [[self.sources.name_of(number), files.digests[number]] for number in self.sources.numbers],
-            "versions": {name: version(name) for name in ("torch", "transformers", "optuna")},
+            "versions": {name: version(name) for name in (*LIBRARIES, *(READERS if DEV in scored_by else ()))},
+            "anchor": files.anchor_files(),
         }
         shared = self.execution.storage is not None
         store = Store(self.url, objectives, self.request, name=self.execution.study, shared=shared)
