@@ -47,7 +47,10 @@ def test_a_search_beside_the_loop(tmp_path: Path) -> None:
     assert "**40 candidates, 60 clips of noisy, tiny.en:**" in text
     assert "the search's time is 0.40 of the loop's (limit 0.5): met." in text
     assert "its best has 9.00 % (limit 12.25 %, the end of the interval of the loop's best): met." in text
-    assert "2.7 % of the time of its trials is neither decoding nor scoring (limit 5.0 %): met; of the whole program" in text
+    assert (
+        "2.7 % of the time of its trials is neither decoding nor scoring (limit 5.0 %): met; of the whole program"
+        in text
+    )
     assert "missed" not in text
 
 
