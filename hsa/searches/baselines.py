@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,11 +16,15 @@ from hsa.searches.trials import Trial
 
 AVERAGE_NAME = "average"
 
+_RESERVED = re.compile(r"trial [1-9][0-9]*|soup .*", re.DOTALL)
+"""The names of what a search draws, and of its soups."""
+
 
 def baselines(sources: SearchSources, spaces: Mapping[str, MethodSpace]) -> list[Candidate]:
     """Base, every fine-tune, the plain average of the fine-tunes, and each method with its defaults.
 
-    Raises RequestError where two have one name, by which the report tells them apart.
+    Raises RequestError where two have one name, or a source has a name that is kept for a trial: all models of a search
+    are told apart by their names.
     """
     found = [Candidate(sources.name_of(number), "model", source=number) for number in sources.numbers]
     if len(sources.models) >= method_named(AVERAGE).contract.least:
@@ -29,13 +35,36 @@ def baselines(sources: SearchSources, spaces: Mapping[str, MethodSpace]) -> list
         if complete and not is_average(space):
             found.append(Candidate(f"{space.method} defaults", "default", space.method, settings))
     names = [candidate.name for candidate in found]
-    for name in names:
-        if names.count(name) > 1:
+    for candidate in found:
+        if names.count(candidate.name) > 1:
             raise RequestError(
-                f"two models of the search would be named {shown(name)} in its reports; give each model once, or "
-                f"rename its directory"
+                f"two models of the search would be named {shown(candidate.name)} in its reports; give each model "
+                f"once, or rename its directory"
+            )
+        if candidate.source is not None and _RESERVED.fullmatch(candidate.name):
+            raise RequestError(
+                f"a model of the search is named {shown(candidate.name)}, a name that the search gives to models of "
+                f"its own; rename its directory"
             )
     return found
+
+
+def check_soup_names(sources: SearchSources) -> None:
+    """RequestError where two soups of different models could have one name.
+
+    The name of a soup has those of its models with a + between them. Two such texts are equal only if one model's name
+    begins with another's and a +.
+
+    Example:
+        >>> check_soup_names(SearchSources(None, ("x/a", "x/a+b"), "", ("a", "a+b")))
+        Traceback (most recent call last):
+        hsa.errors.RequestError: soups of 'a' and of 'a+b' could have the same name; rename the directory of one
+    """
+    for one, other in itertools.permutations(sources.names, 2):
+        if other.startswith(f"{one}+"):
+            raise RequestError(
+                f"soups of {shown(one)} and of {shown(other)} could have the same name; rename the directory of one"
+            )
 
 
 def is_average(space: MethodSpace) -> bool:

@@ -14,6 +14,7 @@ from hsa.methods.hsa import SECONDARY
 from hsa.methods.registry import method_named
 from hsa.methods.settings import declared
 from hsa.option_names import command_line
+from hsa.outputs.card import MAX_MODEL_INDEX
 from hsa.outputs.report import MergeReport
 from hsa.searches.candidates import Candidate
 from hsa.searches.comparisons import Comparison
@@ -21,6 +22,12 @@ from hsa.searches.sources import SearchSources
 from hsa.system.types import PathLike
 
 TASK = "automatic-speech-recognition"
+
+CHOSEN = "The settings were chosen from "
+"""What the card of every best candidate says, and that of no other merge."""
+
+MOST_NAMED = 10
+"""Sets whose names the card lists in a sentence."""
 
 
 def merge_candidate(
@@ -85,12 +92,13 @@ def card_fields(
 ) -> dict[str, str]:
     """Fields of the card: the scores as the Hub's `model-index`, and how the settings were found.
 
-    `rows` are those of the best candidate, on the sets of `split` (test or dev).
+    `rows` are those of the best candidate, on the sets of `split` (test or dev). Of more scores than a card may hold it
+    has the first, and says of how many sets.
     """
     results = [
         {
             "task": {"type": TASK, "name": "Automatic Speech Recognition"},
-            "dataset": {"type": _slug(row.set), "name": row.set, "split": split},
+            "dataset": {"type": _slug(row.set), "name": _as_utf8(row.set), "split": split},
             "metrics": [
                 {"type": "wer", "value": round(100.0 * row.score.words.rate, 2), "name": "WER"},
                 {"type": "cer", "value": round(100.0 * row.score.characters.rate, 2), "name": "CER"},
@@ -98,13 +106,32 @@ def card_fields(
         }
         for row in rows
     ]
-    place = f" on {', '.join(dev)}; scores on these sets are optimistic" if dev else ""
-    chosen = f"The settings were chosen from {tried} candidates by the {objective}{place}."
+    place = f" on {_named(dev)}; scores on these sets are optimistic" if dev else ""
+    chosen = f"{CHOSEN}{tried} candidates by the {_as_utf8(objective)}{place}."
+    index, kept = _model_index(_as_utf8(name), results)
+    cut = f" It lists the scores on {kept} of {len(results)} sets." if kept < len(results) else ""
     inherited = "It inherits the limits, biases and licence terms of its sources."
-    fields = {"limitations": f"No weight was trained for this checkpoint. {chosen} {inherited}"}
-    if results:
-        fields["model_index"] = json.dumps([{"name": name, "results": results}], ensure_ascii=False)
-    return fields
+    text = f"No weight was trained for this checkpoint. {chosen}{cut} {inherited}"
+    return {"limitations": text, **({"model_index": index} if kept else {})}
+
+
+def _model_index(name: str, results: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
+    """The field of the card, with as many results as it may have, and how many these are."""
+    while True:
+        text = json.dumps([{"name": name, "results": results}], ensure_ascii=False)
+        if len(text) <= MAX_MODEL_INDEX or not results:
+            return text, len(results)
+        results = results[: len(results) * MAX_MODEL_INDEX // len(text)]
+
+
+def _named(sets: Sequence[str]) -> str:
+    more = f" and {len(sets) - MOST_NAMED} more sets" if len(sets) > MOST_NAMED else ""
+    return f"{', '.join(map(_as_utf8, sets[:MOST_NAMED]))}{more}"
+
+
+def _as_utf8(text: str) -> str:
+    """The text as valid UTF-8, as a card must be; names of files and directories need not be."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _slug(name: str) -> str:

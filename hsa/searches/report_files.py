@@ -25,13 +25,13 @@ _VERDICTS = {
     "no difference shown": "no difference shown",
 }
 
-TRIALS, RESULT, REPORT, PAGE = "trials.csv", "search.json", "report.md", "report.html"
+FILES = RESULT, TRIALS, REPORT, PAGE = "search.json", "trials.csv", "report.md", "report.html"
 
 
 def write_report_files(study: Study) -> None:
-    """Write all four, each whole or not at all. Raises MachineError."""
-    _write(study.output / TRIALS, _encoded(trials_csv(study)))
+    """Write all four, each whole or not at all, search.json first, which marks the others. Raises MachineError."""
     _write(study.output / RESULT, _encoded(json.dumps(study.as_dict(), indent=1, ensure_ascii=False) + "\n"))
+    _write(study.output / TRIALS, _encoded(trials_csv(study)))
     _write(study.output / REPORT, _encoded(report(study)))
     _write(study.output / PAGE, render(study))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa.arguments import check_functions, check_paths
-from hsa.errors import DestinationError, RequestError
+from hsa.errors import RequestError
 from hsa.evaluation.model_kinds import kind_of
 from hsa.evaluation.models import OpenModel
 from hsa.evaluation.normalized import check_references
@@ -23,7 +21,7 @@ from hsa.evaluation.scores import UtteranceScore
 from hsa.evaluation.utterance import DataSet
 from hsa.methods.settings import DEFAULT_METHOD
 from hsa.option_names import option
-from hsa.searches.baselines import baselines
+from hsa.searches.baselines import baselines, check_soup_names
 from hsa.searches.best import card_fields, merge_candidate
 from hsa.searches.comparisons import compare, worst_utterances
 from hsa.searches.databases import sqlite_url, storage_errors
@@ -32,6 +30,7 @@ from hsa.searches.execution import Execution, open_pool
 from hsa.searches.importances import importances
 from hsa.searches.objectives import OWN, Objective, objective_of
 from hsa.searches.options import SearchOptions, search_options
+from hsa.searches.outputs import BEST, check_best, check_reports, open_output
 from hsa.searches.pools import Pool, run_all
 from hsa.searches.report_files import write_report_files
 from hsa.searches.resident_model import ANCHOR
@@ -40,22 +39,22 @@ from hsa.searches.session import SearchStep, Session
 from hsa.searches.setups import Files, OwnSetup, Setup, SpeechSetup, open_files
 from hsa.searches.sources import GivenSources, SearchSources, sources_of
 from hsa.searches.space import MethodSpace, check_layered, parse_layers, parse_space, space_of, with_layers
-from hsa.searches.store import SEARCH, Store
+from hsa.searches.store import DEV, SEARCH, Store
 from hsa.searches.study import Study, savings_of
 from hsa.searches.tasks import LayersOf, Score
 from hsa.searches.test_sets import TestSets, failure_notes
 from hsa.searches.transcripts import Transcripts
 from hsa.searches.trials import Trial
+from hsa.searches.unchanged_sources import check_unchanged
 from hsa.searches.verdicts import best_baseline, data_notes, models_to_show, verdict_notes
 from hsa.system import fsio
-from hsa.system.destinations import check_tree
 from hsa.system.types import PathLike
 
 WORST_SHOWN = 20
 """Utterances that the report shows side by side."""
 
-BEST = "best"
-"""The directory of the best candidate."""
+LIBRARIES, READERS = ("torch", "transformers", "optuna"), ("soxr", "soundfile")
+"""What trials depend on, of another version of which they are not comparable; `READERS` read the audio."""
 
 SearchProgress = Callable[[SearchStep], None]
 """Called after every trial."""
@@ -212,7 +211,7 @@ class _SearchRun:
         objective = Objective(OWN)
         self._check_sampler(spaces, OWN)
         files = open_files(self.sources)
-        self._open_output(files)
+        self.output = open_output(self.output, list(files.folders.values()), self.stack)
         pool = self._pool(OwnSetup(self.sources, spaces, self.options, files, evaluate))
         spaces = self._with_layers(spaces, pool)
         store = self._store(1, {"score": "evaluate"}, files, pool)
@@ -220,7 +219,7 @@ class _SearchRun:
         with storage_errors(self.url):
             session.run()
             study = self._study(session, session.notes)
-        return self._finish(study, [], "")
+        return self._finish(study, [], "", files)
 
     def by_word_errors(self, dev_sets: list[DataSet], test_sets: list[DataSet]) -> Study:
         """A search by word errors on dev sets."""
@@ -235,10 +234,10 @@ class _SearchRun:
         dev = setup.dev_sets()
         if tested:
             check_references(tested, dev.normalize)
-        self._open_output(files)
+        self.output = open_output(self.output, list(files.folders.values()), self.stack)
         pool = self._pool(setup)
         spaces = self._with_layers(spaces, pool)
-        store = self._store(len(dev.names) if objective.kind == "pareto" else 1, {"dev": dev.digest}, files, pool)
+        store = self._store(len(dev.names) if objective.kind == "pareto" else 1, {DEV: dev.digest}, files, pool)
         transcripts = Transcripts(self.output, self.request)
         session = Session(self.sources, spaces, self.options, objective, pool, store, dev, transcripts, self.progress)
         with storage_errors(self.url):
@@ -262,7 +261,7 @@ class _SearchRun:
             study = replace(study, worst=worst, best_baseline=baseline.name)
         verdicts = verdict_notes(study, best_baseline(study, dev_scores), bool(tested))
         study = replace(study, notes=(*study.notes, *verdicts))
-        return self._finish(study, dev.names, "test" if study.test else "dev")
+        return self._finish(study, dev.names, "test" if study.test else "dev", files)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -275,6 +274,9 @@ class _SearchRun:
         if self.options.by_layer is not None:
             for space in spaces.values():
                 check_layered(space)
+        baselines(self.sources, spaces)  # before anything is read, for what it refuses
+        if self.options.soup is not None:
+            check_soup_names(self.sources)
         return spaces
 
     def _check_sampler(self, spaces: dict[str, MethodSpace], objective: str) -> None:
@@ -293,25 +295,9 @@ class _SearchRun:
         }
 
     def _anchor(self, files: Files) -> OpenModel:
-        """The first fine-tune, whose files the output has."""
+        """The first fine-tune, whose files the output has; by its digest its small files alone."""
         name, given = self.sources.name_of(ANCHOR), self.sources.path(ANCHOR)
-        return OpenModel(name, given, files.anchor, kind_of(files.anchor), files.digests[ANCHOR], files.dtype)
-
-    def _open_output(self, files: Files) -> None:
-        """Make the output, and hold it as the only run that does. DestinationError where that cannot be."""
-        self.output = check_tree(self.output, list(files.folders.values()))
-        with fsio.map_write_errors(self.output):
-            self.output.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.output / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self.stack.callback(os.close, fd)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DestinationError(
-                f"another search runs in {self.output}; wait for it to end, or give another {option('output')}"
-            ) from error
-        except OSError:  # a filesystem without locks
-            return
+        return OpenModel(name, given, files.anchor, kind_of(files.anchor), self.request["anchor"], files.dtype)
 
     def _pool(self, setup: Setup) -> Pool:
         pool = open_pool(setup, self.execution, self.stack)
@@ -331,7 +317,8 @@ class _SearchRun:
             **scored_by,
             **({"trials": self.options.trials} if self.options.sampler == "grid" else {}),
             "sources": [[self.sources.name_of(number), files.digests[number]] for number in self.sources.numbers],
-            "versions": {name: version(name) for name in ("torch", "transformers", "optuna")},
+            "versions": {name: version(name) for name in (*LIBRARIES, *(READERS if DEV in scored_by else ()))},
+            "anchor": files.anchor_files(),
         }
         shared = self.execution.storage is not None
         store = Store(self.url, objectives, self.request, name=self.execution.study, shared=shared)
@@ -353,15 +340,22 @@ class _SearchRun:
             confidence=self.options.confidence,
         )
 
-    def _finish(self, study: Study, dev: Sequence[str], split: str) -> Study:
-        """Write the best candidate and the reports."""
+    def _finish(self, study: Study, dev: Sequence[str], split: str, files: Files) -> Study:
+        """Write the reports, then the best candidate.
+
+        What was found is on the disk before a merge that may fail. `best/` is written only if the sources still are
+        what was scored: its card says that it has these scores.
+        """
+        check_reports(self.output)
+        write_report_files(study)
+        check_unchanged(self.sources, [files.digests[number] for number in self.sources.numbers])
+        check_best(self.output, list(files.folders.values()))
         rows = [row for row in (study.test or study.dev) if row.model == study.best.name]
         card = card_fields(study.output.name, rows, split, len(study.trials), dev, study.objective.text)
-        merged = merge_candidate(
-            self.sources, study.best.candidate, self.output / BEST, card, overwrite=(self.output / BEST).exists()
-        )
-        study = replace(study, warnings=merged.warnings)
-        write_report_files(study)
+        merged = merge_candidate(self.sources, study.best.candidate, self.output / BEST, card, overwrite=True)
+        if merged.warnings:
+            study = replace(study, warnings=merged.warnings)
+            write_report_files(study)
         return study
 
 

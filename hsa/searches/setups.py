@@ -13,7 +13,7 @@ from typing import Any
 from hsa.errors import SourceError
 from hsa.evaluation.decoding import chosen_device, load_recognizer
 from hsa.evaluation.model_kinds import kind_of
-from hsa.evaluation.models import OpenWeights, open_weights
+from hsa.evaluation.models import OpenWeights, open_weights, small_files
 from hsa.evaluation.normalizers import normalizer
 from hsa.evaluation.prepared import AudioDigests, PreparedSet, prepare
 from hsa.evaluation.utterance import DataSet
@@ -25,8 +25,11 @@ from hsa.searches.own_models import load_any_model
 from hsa.searches.resident_model import ANCHOR, ResidentModel
 from hsa.searches.sources import SearchSources
 from hsa.searches.space import MethodSpace
+from hsa.sources.checkpoint import read_config
 from hsa.sources.hub.client import Hub
 from hsa.sources.hub.repository import find_id
+from hsa.system.digests import digest_of
+from hsa.system.fsio import Tally
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class Files:
     @property
     def anchor(self) -> Path:
         return self.folders[ANCHOR]
+
+    def anchor_files(self) -> str:
+        """BLAKE3 of the anchor's small files and of the element types of its weights: what decides, beside weights and
+        options, how candidates are decoded."""
+        found = small_files(self.anchor, read_config("model", self.anchor, Tally()))
+        entries = [f"{name} {digest_of(data)}" for name, data in sorted(found.items())]
+        return digest_of("\n".join([self.dtype, *entries]).encode("utf-8", "surrogatepass"))
 
     def located(self, sources: SearchSources) -> Files:
         """The same on another machine. SourceError where a source has other weights or small files there."""

@@ -84,9 +84,14 @@ class Store:
         except optuna.exceptions.DuplicatedStudyError:
             study, self._joined = self._study(name), True
             self._wait_for(study, REQUEST)
-            if REQUEST in study.user_attrs:
-                self._refuse_other(json.loads(study.user_attrs[REQUEST]), json.loads(text))
-                return study
+        if self._joined and REQUEST in study.user_attrs:
+            self._refuse_other(json.loads(study.user_attrs[REQUEST]), json.loads(text))
+            return study
+        if self._joined and study.get_trials(deepcopy=False):
+            raise RequestError(
+                f"the database has a study named {shown(name)} that hsa search did not make; give another "
+                f"{option('study' if self.shared else 'output')}"
+            )
         study.set_user_attr(REQUEST, text)
         return study
 

@@ -14,6 +14,7 @@ from hsa.searches.comparisons import Comparison, WorstUtterance
 from hsa.searches.objectives import Objective
 from hsa.searches.sources import SearchSources
 from hsa.searches.trials import Trial, best_of, front_of
+from hsa.searches.unchanged_sources import check_unchanged
 from hsa.system.types import PathLike
 
 FORMAT = 1
@@ -99,7 +100,12 @@ class Study:
         return command(self.sources, self.best.candidate, "merged")
 
     def merge(self, output: PathLike, **options: Any) -> MergeReport:
-        """Write the best candidate as `hsa.merge` does, with options such as `overwrite`. Raises as `hsa.merge`."""
+        """Write the best candidate as `hsa.merge` does, with options such as `overwrite`.
+
+        The sources are read once more first. Raises as `hsa.merge`, and SourceChanged where they are no longer what
+        the search scored.
+        """
+        check_unchanged(self.sources, [digest for _, digest in self.request["sources"]])
         return merge_candidate(self.sources, self.best.candidate, output, **options)
 
     def as_dict(self) -> dict[str, Any]:

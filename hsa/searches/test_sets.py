@@ -18,6 +18,7 @@ from hsa.searches.pools import Pool, run_all
 from hsa.searches.tasks import Transcribe
 from hsa.searches.trials import Trial
 from hsa.system import fsio
+from hsa.system.digests import digest_of
 
 BATCHES = 64
 """Batches that are given to the workers together; their transcripts are stored when all of these are done."""
@@ -26,7 +27,7 @@ BATCHES = 64
 class TestSets:
     """Transcripts of models on sets, kept in `folder` under a key of weights, audio and decoding, as `hsa eval` does.
 
-    `anchor` is the model whose files the candidates are decoded with.
+    `anchor` is the model whose files the candidates are decoded with; its digest is that of its small files.
     """
 
     __test__ = False  # no class of tests, whatever its name says to pytest
@@ -77,7 +78,7 @@ class TestSets:
         return found
 
     def _texts(self, trial: Trial, data: PreparedSet) -> Mapping[str, str]:
-        model = replace(self._anchor, digest=trial.result.weights)
+        model = replace(self._anchor, digest=digest_of(f"{self._anchor.digest} {trial.result.weights}".encode("ascii")))
         description = describe(model, data.digest, len(data.order), self._options, self._pool.device)
         kept = Hypotheses(self._folder, plain_name(trial.name, data.name), description, data.order, self._options.batch)
         with kept.appending():

@@ -13,8 +13,9 @@ from hsa.system.digests import digest_of
 
 TRANSCRIPTS = "transcripts"
 
-ABOUT = ("dev", "seed", "decoding")
-"""Of a request: the utterances, their order, and how they are decoded."""
+ABOUT = ("dev", "seed", "decoding", "anchor", "versions")
+"""Of a request: the utterances and their audio, their order, how they are decoded, the small files of the model whose
+files all candidates are decoded with, and the versions of the libraries."""
 
 
 class Transcripts:

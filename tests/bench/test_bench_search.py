@@ -161,7 +161,7 @@ def test_the_loop_gets_what_the_search_scored() -> None:
 
 def test_transcripts_that_differ_are_counted_and_many_are_refused(tmp_path: Path) -> None:
     dev = dev_set(4)
-    kept = Transcripts(tmp_path, {"dev": "", "seed": 0, "decoding": {}})
+    kept = Transcripts(tmp_path, {"dev": "", "seed": 0, "decoding": {}, "anchor": "", "versions": {}})
     kept.put("w1", ["a", "b", "c", "d"])
     study = {
         "trials": [{"name": "one", "weights": "w1", "utterances": 2}, {"name": "two", "weights": "", "utterances": 0}]
