@@ -202,6 +202,19 @@ def test_what_is_written_is_what_was_found(models: dict[str, Path], tables: list
     assert {each["id"] for each in transcripts} == {f"clip_{number:03}.wav" for number in range(7)}
 
 
+def test_models_whose_trn_files_would_be_one_are_refused_before_decoding(
+    models: dict[str, Path], tables: list[str], tmp_path: Path
+) -> None:
+    pair = [Path(shutil.copytree(models["one"], tmp_path / name)) for name in ("a b", "a_b")]
+    steps: list[Step] = []
+    with pytest.raises(RequestError, match=r"trn files of 'a b' and 'a_b' would have one name, a_b\.hyp\.trn"):
+        evaluate(pair, tables, trn=tmp_path / "trn", output=tmp_path / "out", progress=steps.append)
+    assert not steps and not (tmp_path / "trn").exists() and not (tmp_path / "out").exists()
+    with pytest.raises(RequestError, match="'a b' and 'a_b'"):
+        evaluate(pair[1], tables, trn=tmp_path / "trn", baseline=pair[0])
+    assert evaluate(pair, tables, limit=1)["a b"].wer == evaluate(pair[1], tables, limit=1).models[0].wer
+
+
 def test_an_evaluated_model_is_not_decoded_again(models: dict[str, Path], tables: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = evaluate(models["one"], tables, output=out)
