@@ -137,6 +137,9 @@ def test_empty_references_are_dropped_and_counted(models: dict[str, Path], tmp_p
     assert found.models[0].scores[0].utterances == 2 and found.models[0].scores[0].dropped == 1
     assert "1 of 3 utterances have an empty reference once normalised and are not scored" in found.notes
     table.write_text("\n".join([lines[0], lines[2]]))
+    silent, whole = table, write_set(tmp_path / "whole", LENGTHS[:3])
+    with pytest.raises(DataError, match="no reference of silent has a word once normalised"):
+        evaluate(models["one"], [f"whole={whole}", f"silent={silent}"])
     with pytest.raises(DataError, match="no reference of set has a word once normalised"):
         evaluate(models["one"], table)
 
