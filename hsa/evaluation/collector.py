@@ -27,6 +27,18 @@ class Place(NamedTuple):
         return f"{self.file}: line {self.line}"
 
 
+class Audio(NamedTuple):
+    """An audio file as a manifest names it: its absolute path, the text in the manifest and that text's line.
+
+    `is_outside` says that the file lies outside of the manifest's folder.
+    """
+
+    path: Path
+    written: str
+    line: int
+    is_outside: bool
+
+
 class Collector:
     """Utterances of one set as they are read. Relative paths of audio are relative to `folder`.
 
@@ -35,7 +47,7 @@ class Collector:
     Example:
         >>> collector = Collector(Path("/data"))
         >>> place = Place(Path("/data/test.tsv"), 2)
-        >>> collector.add(place, collector.audio_path(place, "a.wav"), "Good morning.", written="a.wav")
+        >>> collector.add(place, collector.audio(place, "a.wav"), "Good morning.")
         >>> collector.finish("test", Path("/data/test.tsv")).utterances[0].audio
         PosixPath('/data/a.wav')
     """
@@ -56,28 +68,25 @@ class Collector:
         """Whether all utterances that are wanted have been added."""
         return self._limit is not None and len(self._utterances) >= self._limit
 
-    def audio_path(self, place: Place, written: str) -> Path:
-        """The absolute path of audio as a manifest writes it. One outside of the folder is counted for the notes."""
+    def audio(self, place: Place, written: str) -> Audio:
+        """The audio file that a manifest names at this place. DataError where the name is empty."""
         if not written:
             raise DataError(f"{place} names no audio file")
         path = os.path.join(self.folder, written)
         may_leave = written[0] == "/" or ".." in written
-        if may_leave and not os.path.normpath(path).startswith(self._inside):
-            self._outside += 1
-            self._first_outside = self._first_outside or f"{shown(written, 200)} at line {place.line}"
+        is_outside = may_leave and not os.path.normpath(path).startswith(self._inside)
         if path not in self._paths:
             if len(self._paths) >= PATHS_KEPT:
                 self._paths.clear()
             self._paths[path] = Path(path)
-        return self._paths[path]
+        return Audio(self._paths[path], written, place.line, is_outside)
 
     def add(
         self,
         place: Place,
-        audio: Path,
+        audio: Audio,
         text: str,
         *,
-        written: str,
         id: str | None = None,
         speaker: str | None = None,
         domain: str | None = None,
@@ -85,17 +94,21 @@ class Collector:
         end: float | None = None,
     ) -> None:
         """Add an utterance; its id, where none is given, is the path as written, with the times where there are any.
+        Utterances whose audio lies outside of the folder are counted for the notes.
 
         Raises DataError for an id that occurs twice, for times that are no part of a recording, and for too many.
         """
         check_times(place, start, end)
-        name = id or _default_id(written, start, end)
+        name = id or _default_id(audio.written, start, end)
         if name in self._ids:
             raise DataError(f"{place}: {_twice(name, id)}")
         if len(self._utterances) >= MAX_UTTERANCES:
             raise DataError(f"{place}: a set holds at most {MAX_UTTERANCES} utterances; split it into sets")
         self._ids.add(name)
-        self._utterances.append(Utterance(name, audio, text, speaker or None, domain or None, start, end))
+        self._utterances.append(Utterance(name, audio.path, text, speaker or None, domain or None, start, end))
+        if audio.is_outside:
+            self._outside += 1
+            self._first_outside = self._first_outside or f"{shown(audio.written, 200)} at line {audio.line}"
 
     def finish(self, name: str, path: Path) -> DataSet:
         """The set. Raises DataError where it is empty."""

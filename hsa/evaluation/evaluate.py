@@ -17,7 +17,7 @@ from hsa.evaluation.prepared import GivenSet, open_sets
 from hsa.evaluation.report import Evaluation
 from hsa.evaluation.run import EvaluationRun, check_installed, check_scoring
 from hsa.evaluation.transcription import EvaluationProgress
-from hsa.evaluation.trn import write_trn
+from hsa.evaluation.trn import check_trn_names, write_trn
 from hsa.option_names import option
 from hsa.sources.hub.client import Hub
 from hsa.system import fsio
@@ -81,10 +81,11 @@ def evaluate(
     check_installed()
     sets = open_sets(data, limit)
     folder = None if output is None else check_output(output, [each.folder for each in named if each.folder])
-    trn_folder = None if trn is None else _checked_trn(trn)
+    names = names_of(named)
+    trn_folder = None if trn is None else _checked_trn(trn, names)
     with ExitStack() as stack:
         hub = Hub(bars=progress is not None)
-        opened = _open(named, options, hub, stack)
+        opened = _open(named, names, options, hub, stack)
         run = EvaluationRun.of(sets, limit, options, normalizer, confidence)
         report = run.evaluate(opened, baseline_at, folder, progress, started, hub.notes)
     if trn_folder is not None:
@@ -112,18 +113,21 @@ def _named(models: PathLike | Sequence[PathLike], baseline: PathLike | None) -> 
     return [reference, *named], 0
 
 
-def _checked_trn(trn: PathLike) -> Path:
+def _checked_trn(trn: PathLike, names: Sequence[str]) -> Path:
     check_paths(trn=trn)
+    check_trn_names(names)
     folder = Path(trn).expanduser()
     if os.path.lexists(folder) and not folder.is_dir():
         raise DestinationError(f"{option('trn')} {folder} is not a directory; choose another")
     return folder
 
 
-def _open(named: Sequence[NamedModel], options: DecodingOptions, hub: Hub, stack: ExitStack) -> list[OpenModel]:
+def _open(
+    named: Sequence[NamedModel], names: Sequence[str], options: DecodingOptions, hub: Hub, stack: ExitStack
+) -> list[OpenModel]:
     """All models, so that one that cannot do what is asked says so before another has been decoded for an hour."""
     opened = []
-    for model, name in zip(named, names_of(named), strict=True):
+    for model, name in zip(named, names, strict=True):
         opened.append(open_model(model, name, hub, stack))
         opened[-1].kind.check(options)
     return opened

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hsa.errors import DataError, listed, shown
-from hsa.evaluation.collector import MAX_UTTERANCES, Collector, Place
+from hsa.evaluation.collector import MAX_UTTERANCES, Audio, Collector, Place
 from hsa.evaluation.lines import read_lines
 from hsa.evaluation.tables import seconds
 
@@ -22,11 +22,6 @@ _SPACES = re.compile(r"[ \t]+")
 
 WHOLE = "-1"
 """What Kaldi writes as the end of a segment that goes on to the end of the recording."""
-
-
-class _Recording(NamedTuple):
-    written: str
-    audio: Path
 
 
 class _Segment(NamedTuple):
@@ -65,9 +60,8 @@ def read_kaldi(folder: Path, *, limit: int | None = None) -> Collector:
             raise DataError(f"{place}: {shown(utterance, 200)} has no speaker in utt2spk")
         collector.add(
             place,
-            recording.audio,
+            recording,
             text,
-            written=recording.written,
             id=utterance,
             speaker=speakers[utterance] if speakers is not None else None,
             start=segment.start,
@@ -87,7 +81,7 @@ def _first_names(path: Path, limit: int) -> set[str]:
 
 def _note_unused(
     collector: Collector,
-    recordings: dict[str, _Recording],
+    recordings: dict[str, Audio],
     used: set[str],
     segments: dict[str, _Segment] | None,
     count: int,
@@ -107,8 +101,8 @@ def _segment(place: Place, utterance: str, segments: dict[str, _Segment] | None)
     return segments[utterance]
 
 
-def _recordings(path: Path, collector: Collector, wanted: Collection[str] | None) -> dict[str, _Recording]:
-    recordings: dict[str, _Recording] = {}
+def _recordings(path: Path, collector: Collector, wanted: Collection[str] | None) -> dict[str, Audio]:
+    recordings: dict[str, Audio] = {}
     for place, name, value in _entries(path, "a file"):
         if value.startswith("|") or value.endswith("|"):
             raise DataError(
@@ -118,7 +112,7 @@ def _recordings(path: Path, collector: Collector, wanted: Collection[str] | None
             continue
         if name in recordings:
             raise DataError(f"{place}: {shown(name, 200)} occurs a second time")
-        recordings[name] = _Recording(value, collector.audio_path(place, value))
+        recordings[name] = collector.audio(place, value)
     return recordings
 
 

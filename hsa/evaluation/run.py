@@ -84,7 +84,7 @@ class EvaluationRun:
         return cls(ready, options, normalizer, confidence)
 
     def check(self, kinds: Sequence[ModelKind]) -> None:
-        """DataError where no reference has a word once it is normalised as for these models, the baseline first."""
+        """DataError where no reference of a set has a word once normalised as for these models, the baseline first."""
         _, normalize = self._normalizer(kinds)
         check_references(self.sets, normalize)
 

@@ -7,10 +7,10 @@ the spaces between words.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from hsa.errors import DataError, shown
 from hsa.evaluation.bootstrap import check_confidence, check_seed, percentile_interval, resampled_sums
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hsa.evaluation.bootstrap import Integers
 
 Group = Literal["all", "set", "domain", "speaker"]
+GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,19 @@ class Difference:
 
     wer: float
     interval: Interval | None
+
+    @property
+    def reversed(self) -> Difference:
+        """The baseline's word error rate minus this model's.
+
+        Example:
+            >>> Difference(-0.25, Interval(-0.5, 0.0)).reversed
+            Difference(wer=0.25, interval=Interval(low=0.0, high=0.5))
+        """
+        interval = self.interval
+        return Difference(  # 0.0 - 0.0 is 0.0, where a minus sign would give -0.0
+            0.0 - self.wer, None if interval is None else Interval(0.0 - interval.high, 0.0 - interval.low)
+        )
 
 
 @dataclass(frozen=True)
@@ -197,8 +211,10 @@ def scores_of(
     confidence: float = 0.95,
     baseline: Sequence[UtteranceScore] | None = None,
     seed: int = 0,
+    groups: Collection[Group] = GROUPS,
 ) -> tuple[Score, ...]:
-    """Scores of all utterances, then of each set in order, and of each domain and speaker by name.
+    """Scores of all utterances, then of each set in order, and of each domain and speaker by name; of the kinds of
+    groups in `groups` alone, for the intervals of each group take time.
 
     Utterances of whose reference nothing is left are not scored, but counted (`Score.dropped`); a group that has no
     others is left out. Intervals are percentiles of 10,000 bootstrap resamples (fewer of more than 100,000 units): of
@@ -226,7 +242,7 @@ def scores_of(
     found = []
     for (group, name), members in _groups(ours, dict.fromkeys(score.set for score in utterances)).items():
         kept = [score for score in members if not score.is_empty]
-        if kept:
+        if kept and group in groups:
             others = None if theirs is None else [theirs[score.set, score.id] for score in kept]
             found.append(_score(group, name, kept, len(members) - len(kept), others, confidence, seed))
     return tuple(found)

@@ -210,9 +210,8 @@ def _no_constant(name: str) -> NoReturn:
 def _add(collector: Collector, place: Place, audio: str, text: str, row: Mapping[str, Any]) -> None:
     collector.add(
         place,
-        collector.audio_path(place, audio),
+        collector.audio(place, audio),
         text,
-        written=audio,
         id=_word(place, row, "id"),
         speaker=_word(place, row, "speaker"),
         domain=_word(place, row, "domain"),

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hsa.errors import DestinationError, HsaError, MachineError
+from hsa.errors import DestinationError, HsaError, MachineError, RequestError, shown
 from hsa.evaluation.scores import UtteranceScore
+from hsa.option_names import option
 from hsa.system.descriptors import reason
 from hsa.system.fsio import MACHINE_ERRNOS
 from hsa.system.staging import hidden_sibling
@@ -39,8 +40,8 @@ def write_trn(folder: PathLike, model_name: str, utterances: Sequence[UtteranceS
     """Write FOLDER/MODEL.ref.trn and MODEL.hyp.trn, one line an utterance: "text (speaker-set_id)".
 
     Texts are the normalised ones. Utterances of whose reference nothing is left are left out, as from the scores. In
-    `model_name` all but letters, digits, dots, hyphens and plus signs become underscores; give models other names
-    where that makes two the same. Files that exist are replaced, each at once. Raises DestinationError where they
+    `model_name` all but letters, digits, dots, hyphens and plus signs become underscores; `check_trn_names` refuses
+    names of which that makes one. Files that exist are replaced, each at once. Raises DestinationError where they
     cannot be written, MachineError where the disk is full or fails.
 
     Example:
@@ -50,7 +51,7 @@ def write_trn(folder: PathLike, model_name: str, utterances: Sequence[UtteranceS
     folder = Path(folder)
     kept = [score for score in utterances if not score.is_empty]
     names = _names(kept)
-    stem = _NO_FILE_NAME.sub("_", model_name).lstrip(".") or "model"
+    stem = _stem(model_name)
     files = (folder / f"{stem}.ref.trn", folder / f"{stem}.hyp.trn")
     texts = ([score.reference for score in kept], [score.hypothesis for score in kept])
     try:
@@ -60,6 +61,28 @@ def write_trn(folder: PathLike, model_name: str, utterances: Sequence[UtteranceS
     for file, lines in zip(files, texts, strict=True):
         _write(file, (f"{text.translate(MARKS)} ({name})\n" for text, name in zip(lines, names, strict=True)))
     return files
+
+
+def check_trn_names(model_names: Iterable[str]) -> None:
+    """RequestError where the files of two models would have one name, so that one would replace the other.
+
+    Example:
+        >>> check_trn_names(["merged", "primary"])
+    """
+    models: dict[str, str] = {}
+    for name in model_names:
+        stem = _stem(name)
+        if stem in models:
+            raise RequestError(
+                f"the trn files of {shown(models[stem], 200)} and {shown(name, 200)} would have one name, "
+                f"{stem}.hyp.trn; rename one of the models, or give each a run and a {option('trn')} of its own"
+            )
+        models[stem] = name
+
+
+def _stem(model_name: str) -> str:
+    """What the names of a model's files begin with."""
+    return _NO_FILE_NAME.sub("_", model_name).lstrip(".") or "model"
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:

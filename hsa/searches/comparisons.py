@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from hsa.evaluation.scores import Difference, Score, UtteranceScore, scores_of
+from hsa.evaluation.scores import Difference, Group, Score, UtteranceScore, scores_of
 
 Verdict = Literal["better", "worse", "no difference shown"]
+
+SETS: tuple[Group, ...] = ("set",)
+"""The groups that are compared."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Comparison:
             "model": self.model,
             "set": self.set,
             "utterances": self.score.utterances,
+            "dropped": self.score.dropped,
             "words": words.reference,
             "errors": words.errors,
             "wer": words.rate,
@@ -69,51 +73,48 @@ class WorstUtterance:
         return dict(vars(self))
 
 
-def compare(scores: Mapping[str, Sequence[UtteranceScore]], best: str, confidence: float) -> tuple[Comparison, ...]:
-    """Every model on every set, the best candidate first; `scores` are of the same utterances, by model."""
-    ours = _plain(scores[best])
-    rows = [Comparison(best, each.name, each, None) for each in scores_of(ours, confidence=confidence) if _is_set(each)]
-    for model, theirs in scores.items():
-        if model == best:
-            continue
-        other = _plain(theirs)
-        paired = scores_of(ours, confidence=confidence, baseline=other)
-        differences = {each.name: each.difference for each in paired if _is_set(each)}
-        rows += [
-            Comparison(model, each.name, each, differences[each.name])
-            for each in scores_of(other, confidence=confidence)
-            if _is_set(each)
-        ]
+def compare(
+    scores: Mapping[str, Sequence[UtteranceScore]],
+    best: str,
+    confidence: float,
+    dropped: Mapping[str, int] | None = None,
+) -> tuple[Comparison, ...]:
+    """Every model on every set, the best candidate first.
+
+    `scores` are of the same utterances, by model. `dropped` counts, by set, utterances that are not among them because
+    nothing is left of their references.
+    """
+    left_out = dropped or {}
+    rows = []
+    for model in dict.fromkeys([best, *scores]):
+        baseline = None if model == best else scores[best]
+        for score in scores_of(scores[model], confidence=confidence, baseline=baseline, groups=SETS):
+            difference = None if score.difference is None else score.difference.reversed
+            all_dropped = score.dropped + left_out.get(score.name, 0)
+            rows.append(Comparison(model, score.name, replace(score, dropped=all_dropped, difference=None), difference))
     return tuple(rows)
 
 
 def worst_utterances(
     best: Sequence[UtteranceScore], other: Sequence[UtteranceScore], count: int
 ) -> tuple[WorstUtterance, ...]:
-    """The utterances with the most errors of the best candidate, beside what the other model wrote."""
+    """The utterances with the most errors of the best candidate, beside what the other model wrote. Those of whose
+    reference nothing is left are no part of its score, and not among them."""
     theirs = {(score.set, score.id): score for score in other}
-    ordered = sorted(best, key=lambda score: (-score.words.errors, score.set, score.id))
+    scored = [score for score in best if not score.is_empty]
+    ordered = sorted(scored, key=lambda score: (-score.words.errors, score.set, score.id))
     found = []
     for score in ordered[:count]:
-        other = theirs[score.set, score.id]
+        compared = theirs[score.set, score.id]
         found.append(
             WorstUtterance(
                 score.id,
                 score.set,
                 score.reference,
                 score.hypothesis,
-                other.hypothesis,
+                compared.hypothesis,
                 score.words.errors,
-                other.words.errors,
+                compared.words.errors,
             )
         )
     return tuple(found)
-
-
-def _is_set(score: Score) -> bool:
-    return score.group == "set"
-
-
-def _plain(scores: Sequence[UtteranceScore]) -> list[UtteranceScore]:
-    """Without domains, of which nothing is said here."""
-    return [replace(score, domain=None) for score in scores]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hsa.errors import DestinationError, MachineError, RequestError, shown
 from hsa.option_names import option
 from hsa.searches.heartbeats import GRACE, INTERVAL
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 DATABASE = "study.db"
 
@@ -25,6 +29,25 @@ ANSWER_SECONDS = 10
 MOST_RETRIES = 3
 """How often a trial is tried again whose run was lost."""
 
+_FOR_MYSQL = {"pymysql": "pymysql", "mysqldb": "MySQLdb"}
+DRIVERS = {
+    "postgresql": {"psycopg": "psycopg", "psycopg2": "psycopg2"},
+    "mysql": _FOR_MYSQL,
+    "mariadb": _FOR_MYSQL,
+}
+"""SQLAlchemy's names of drivers, and the modules that these need, by the kind of database; the first one that is
+installed is taken. All know the argument connect_timeout."""
+
+ESCAPES = "write @ : / ? # and % of a password as %40 %3A %2F %3F %23 and %25"
+
+_PLAIN = re.compile(r"[\w./ -]*")
+"""A host, a database or a path that is taken for what it seems to be: it holds none of the characters that make it
+doubtful where a password ends."""
+
+_SCHEME = re.compile(r"[a-zA-Z][\w+]*://")
+_SECRET_NAME = re.compile("pass|pwd|secret|token", re.IGNORECASE)
+"""Arguments after the ? of a URL whose values are passwords."""
+
 
 def open_storage(url: str, *, shared: bool) -> Any:
     """Optuna's storage of a database. RequestError where the URL is none, or its driver is not installed."""
@@ -33,17 +56,18 @@ def open_storage(url: str, *, shared: bool) -> Any:
 
     try:
         return _shared_storage(_with_driver(url)) if shared else optuna.storages.RDBStorage(url)
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError):
         raise RequestError(
             f"{option('storage')} must be the URL of a database such as postgresql://user@host/name, got "
-            f"{shown(without_password(url))}"
-        ) from error
+            f"{shown(without_password(url))}; {ESCAPES}"
+        ) from None  # what went wrong may show a part of the password
     except RuntimeError as error:  # tables of another version of Optuna
         raise RequestError(f"the storage {without_password(url)} cannot be used: {error}") from error
     except ImportError as error:
         raise RequestError(
             f"{option('storage')} {without_password(url)} needs a driver that is not installed: "
-            f"{error.__cause__ or error}; for PostgreSQL pip install psycopg2-binary, for MySQL pip install pymysql"
+            f"{error.__cause__ or error}; for PostgreSQL pip install psycopg2-binary, for MySQL pip install pymysql, "
+            f"and name no other driver in the URL"
         ) from error
 
 
@@ -76,44 +100,68 @@ def _timeout(url: str) -> dict[str, Any]:
     from sqlalchemy.engine import make_url
 
     parsed = make_url(url)
-    has_it = parsed.get_backend_name() in ("postgresql", "mysql") and "connect_timeout" not in parsed.query
-    return {"connect_args": {"connect_timeout": ANSWER_SECONDS}} if has_it else {}
+    knows_it = parsed.get_driver_name() in DRIVERS.get(parsed.get_backend_name(), ())
+    if not knows_it or "connect_timeout" in parsed.query:
+        return {}
+    return {"connect_args": {"connect_timeout": ANSWER_SECONDS}}
 
 
 def _with_driver(url: str) -> str:
-    """The URL with a driver for PostgreSQL that is installed: which one SQLAlchemy takes depends on its version."""
+    """The URL with a driver that is installed, where it names none: which one SQLAlchemy takes depends on its version.
+    RequestError where an @ of the password was taken for the end of it."""
     from sqlalchemy.engine import make_url
 
     parsed = make_url(url)
-    if parsed.drivername == "postgresql":
-        driver = next((name for name in ("psycopg", "psycopg2") if find_spec(name)), None)
-        if driver is not None:
-            parsed = parsed.set(drivername=f"postgresql+{driver}")
+    if "@" in (parsed.host or ""):
+        raise RequestError(f"{option('storage')} {without_password(url)} has an @ in the name of its host; {ESCAPES}")
+    installed = (name for name, module in DRIVERS.get(parsed.drivername, {}).items() if find_spec(module))
+    driver = next(installed, None)
+    if driver is not None:
+        parsed = parsed.set(drivername=f"{parsed.drivername}+{driver}")
     return str(parsed.render_as_string(hide_password=False))
 
 
 def without_password(url: str) -> str:
-    """A database URL that may be shown.
+    """A database URL that may be shown: without its password, and without what stands after its ?. Where it is in doubt
+    which part is the password, only the kind of database is shown.
 
     Example:
-        >>> without_password("postgresql://me:secret@host/studies")
-        'postgresql://me:***@host/studies'
+        >>> without_password("postgresql://me:secret@host/studies?sslmode=require")
+        'postgresql://me:***@host/studies?...'
+        >>> without_password("postgresql://me:sec@ret@host/studies")
+        'postgresql://...'
     """
+    parsed = _unambiguous(url)
+    if parsed is not None:
+        text = str(parsed.set(query={}).render_as_string(hide_password=True))
+        return f"{text}?..." if parsed.query else text
+    if _PLAIN.fullmatch(url):
+        return url
+    scheme = _SCHEME.match(url)
+    return f"{scheme[0]}..." if scheme else "..."
+
+
+def _unambiguous(url: str) -> URL | None:
+    """The parts of a URL; None where it has none, or a part of a password may have been taken for another part."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
         parsed = make_url(url)
-        hidden = {name: "..." for name in parsed.query if "pass" in name.lower()}
-        return str(parsed.update_query_dict(hidden).render_as_string(hide_password=True))
     except (ArgumentError, ValueError):
-        _, at, after = url.rpartition("@")
-        return f"...@{after}" if at else url
+        return None
+    rest = url.partition("://")[2]
+    if parsed.get_backend_name() == "sqlite" and rest.startswith("/"):
+        return parsed  # the path of a file
+    host, database = (parsed.host or "").replace(":", ""), parsed.database or ""  # IPv6 has colons
+    is_plain = _PLAIN.fullmatch(host) and _PLAIN.fullmatch(database)
+    return parsed if is_plain and rest.count("@") == (parsed.username is not None) else None
 
 
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Say in one line that a storage cannot be used."""
+    """Say in one line that a storage cannot be used. What the driver says is left out where it may show a part of the
+    password."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -121,10 +169,24 @@ def storage_errors(url: str) -> Iterator[None]:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        problem = f"the storage {without_password(url)} cannot be used"
+        if not _may_be_shown(str(reason or error), url):
+            name = type(reason or error).__name__
+            raise MachineError(f"{problem}: {name}, whose text may show a part of the password; {ESCAPES}") from None
         lines = [line.strip() for line in str(reason or error).splitlines() if line.strip()]
-        raise MachineError(
-            f"the storage {without_password(url)} cannot be used: {lines[0] if lines else type(error).__name__}"
-        ) from error
+        raise MachineError(f"{problem}: {lines[0] if lines else type(error).__name__}") from error
+
+
+def _may_be_shown(text: str, url: str) -> bool:
+    """Whether what a driver says of a database holds no part of its password but what the rest of the URL holds too,
+    such as the user's name."""
+    parsed = _unambiguous(url)
+    if parsed is None:
+        return False
+    values = [value for name, found in parsed.normalized_query.items() if _SECRET_NAME.search(name) for value in found]
+    secrets = [str(secret) for secret in (parsed.password, *values) if secret]
+    known = without_password(url)
+    return not any(secret in text and secret not in known for secret in secrets)
 
 
 def sqlite_url(folder: Path) -> str:

@@ -108,7 +108,7 @@ class SpeechEvaluator:
         )
 
     def transcribe(self, candidate: Candidate, key: str, utterances: Sequence[Utterance]) -> tuple[str, ...]:
-        """The transcripts of a batch of utterances by a candidate; `key` tells the batch from others. Raises what
+        """The transcripts of a batch of utterances by a candidate; `key` names the set that they are of. Raises what
         putting the candidate into the model raises."""
         self._put(candidate)
         return tuple(self.decoder.transcribe(key, utterances))
@@ -136,8 +136,8 @@ class Decoder:
         self.states.begin_model(encoder)
 
     def transcribe(self, key: object, batch: Sequence[Utterance]) -> list[str]:
-        """The texts of a batch, which `key` tells from others."""
-        self.states.begin_batch((key, len(batch)))
+        """The texts of a batch of utterances. `key` tells them from utterances of other sets that have the same ids."""
+        self.states.begin_batch((key, tuple(each.id for each in batch)))
         return self.recognizer.transcribe(self._features.of(self.recognizer, str(key), batch))
 
 

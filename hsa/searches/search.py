@@ -232,8 +232,7 @@ class _SearchRun:
         files = open_files(self.sources, transcribing=True)
         setup = SpeechSetup(self.sources, spaces, self.options, objective, files, prepared, tested)
         dev = setup.dev_sets()
-        if tested:
-            check_references(tested, dev.normalize)
+        empty = check_references(tested, dev.normalize)
         self.output = open_output(self.output, list(files.folders.values()), self.stack)
         pool = self._pool(setup)
         spaces = self._with_layers(spaces, pool)
@@ -242,12 +241,12 @@ class _SearchRun:
         session = Session(self.sources, spaces, self.options, objective, pool, store, dev, transcripts, self.progress)
         with storage_errors(self.url):
             session.run()
-            notes = [*data_notes(prepared, dev), *(note for each in (*prepared, *tested) for note in each.notes)]
+            notes = [*data_notes("dev", prepared, dev.empty), *data_notes("test", tested, empty)]
             study = self._study(session, [*notes, *session.notes])
         study = replace(study, savings=savings_of(study.trials, len(dev.items)))
         shown = models_to_show(study)
         scores = dev_scores = _dev_scores(pool, dev, transcripts, shown)
-        study = replace(study, dev=compare(dev_scores, study.best.name, self.options.confidence))
+        study = replace(study, dev=compare(dev_scores, study.best.name, self.options.confidence, dev.empty))
         if tested:
             sets = TestSets(pool, self._anchor(files), tested, self.options.decoding, dev.normalize, self.output)
             test_scores, failures = sets.scores_of(shown)

@@ -34,7 +34,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Transcribe:
-    """Transcribe one batch of utterances with a candidate; `key` tells the batch from others."""
+    """Transcribe one batch of utterances with a candidate; `key` names the set that they are of."""
 
     candidate: Candidate
     key: str

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from hsa.errors import listed
 from hsa.evaluation.prepared import PreparedSet
-from hsa.searches.dev_sets import DevSets
 from hsa.searches.study import Study
 from hsa.searches.trials import Trial, best_of
 
@@ -26,13 +25,20 @@ def best_baseline(study: Study, scores: Container[str]) -> Trial | None:
     return best_of(others)
 
 
-def data_notes(sets: Sequence[PreparedSet], dev: DevSets) -> list[str]:
-    """How many utterances of each dev set were left out."""
-    return [
-        f"{dev.empty[each.name]} utterances of {each.name} have no words once normalised and were left out"
+def data_notes(kind: str, sets: Sequence[PreparedSet], empty: Mapping[str, int]) -> list[str]:
+    """What the readers of the dev or test sets noticed, and how many references of each are empty, by its name.
+
+    Example:
+        >>> data_notes("test", sets, {"noisy": 2})  # doctest: +SKIP
+        ['2 of 60 utterances of the test set noisy have an empty reference once normalised and are not scored']
+    """
+    counts = [
+        f"{empty[each.name]} of {len(each.utterances)} utterances of the {kind} set {each.name} have an empty "
+        f"reference once normalised and are not scored"
         for each in sets
-        if dev.empty[each.name]
+        if empty[each.name]
     ]
+    return [*counts, *(note for each in sets for note in each.notes)]
 
 
 def verdict_notes(study: Study, baseline: Trial | None, tested: bool) -> list[str]:

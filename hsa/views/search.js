@@ -227,7 +227,7 @@
       axis.append(text);
     }
     return make("figure", { data: { set: name } },
-      make("figcaption", {}, make("span", { text: name }), make("span", { class: "hint", text: ` ${rows[0].utterances} utterances, ${rows[0].words} words` })),
+      make("figcaption", {}, make("span", { text: name }), make("span", { class: "hint", text: ` ${rows[0].utterances} utterances, ${rows[0].words} words${rows[0].dropped ? `, ${rows[0].dropped} dropped` : ""}` })),
       make("div", { class: "dots differing" }, ...cells, make("span"), axis, make("span", { class: "hint", text: "%" })));
   };
   for (const place of document.querySelectorAll(".level")) place.textContent = `${Number((100 * data.confidence).toFixed(4))} %`;

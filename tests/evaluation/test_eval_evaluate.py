@@ -137,6 +137,9 @@ def test_empty_references_are_dropped_and_counted(models: dict[str, Path], tmp_p
     assert found.models[0].scores[0].utterances == 2 and found.models[0].scores[0].dropped == 1
     assert "1 of 3 utterances have an empty reference once normalised and are not scored" in found.notes
     table.write_text("\n".join([lines[0], lines[2]]))
+    silent, whole = table, write_set(tmp_path / "whole", LENGTHS[:3])
+    with pytest.raises(DataError, match="no reference of silent has a word once normalised"):
+        evaluate(models["one"], [f"whole={whole}", f"silent={silent}"])
     with pytest.raises(DataError, match="no reference of set has a word once normalised"):
         evaluate(models["one"], table)
 
@@ -200,6 +203,19 @@ def test_what_is_written_is_what_was_found(models: dict[str, Path], tables: list
     head, *transcripts = (json.loads(line) for line in hypotheses[0].read_text(encoding="utf-8").splitlines())
     assert head["key"].startswith(hypotheses[0].name.split(".")[-2])
     assert {each["id"] for each in transcripts} == {f"clip_{number:03}.wav" for number in range(7)}
+
+
+def test_models_whose_trn_files_would_be_one_are_refused_before_decoding(
+    models: dict[str, Path], tables: list[str], tmp_path: Path
+) -> None:
+    pair = [Path(shutil.copytree(models["one"], tmp_path / name)) for name in ("a b", "a_b")]
+    steps: list[Step] = []
+    with pytest.raises(RequestError, match=r"trn files of 'a b' and 'a_b' would have one name, a_b\.hyp\.trn"):
+        evaluate(pair, tables, trn=tmp_path / "trn", output=tmp_path / "out", progress=steps.append)
+    assert not steps and not (tmp_path / "trn").exists() and not (tmp_path / "out").exists()
+    with pytest.raises(RequestError, match="'a b' and 'a_b'"):
+        evaluate(pair[1], tables, trn=tmp_path / "trn", baseline=pair[0])
+    assert evaluate(pair, tables, limit=1)["a b"].wer == evaluate(pair[1], tables, limit=1).models[0].wer
 
 
 def test_an_evaluated_model_is_not_decoded_again(models: dict[str, Path], tables: list[str], tmp_path: Path) -> None:

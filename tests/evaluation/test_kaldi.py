@@ -57,6 +57,19 @@ def test_segments_are_parts_of_recordings(tmp_path: Path) -> None:
     )
 
 
+def test_utterances_whose_audio_lies_outside_are_counted(tmp_path: Path) -> None:
+    """Not recordings: some have no text and some have several segments."""
+    lines = "".join(f"u{place} /far/{place}.wav\n" for place in range(5))
+    whole = hsa.data(directory(tmp_path / "whole", wav_scp=lines, text="u1 one\nu3 two\n"))
+    outside = "utterances have their audio outside of"
+    assert whole.notes[-1] == f"2 of 2 {outside} {tmp_path / 'whole'}, first '/far/1.wav' at line 2"
+    segments = "".join(f"u{place} {'near' if place == 2 else 'far'} {place} {place + 1}\n" for place in range(5))
+    text = "".join(f"u{place} x\n" for place in range(5))
+    folder = directory(tmp_path / "parts", wav_scp="near a.wav\nfar ../b.wav\n", segments=segments, text=text)
+    assert hsa.data(folder).notes == (f"4 of 5 {outside} {folder}, first '../b.wav' at line 2",)
+    assert hsa.data(folder, limit=2).notes == (f"2 of 2 {outside} {folder}, first '../b.wav' at line 2",)
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from speech import errors_of, refusal, scored
 
-from hsa.errors import DestinationError
+from hsa.errors import DestinationError, RequestError
 from hsa.evaluation.scores import UtteranceScore, scores_of
-from hsa.evaluation.trn import write_trn
+from hsa.evaluation.trn import check_trn_names, write_trn
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "it's", "größer", "大きい", "o'clock", "well", "being")
 WORDS += ("of", "course")
@@ -74,6 +74,14 @@ def test_names_differ_whatever_the_ids_are(tmp_path: Path) -> None:
 def test_a_models_name_is_no_path(model: str, stem: str, tmp_path: Path) -> None:
     write_trn(tmp_path, model, [scored("a", "x", "x")])
     assert sorted(os.listdir(tmp_path)) == [f"{stem}.hyp.trn", f"{stem}.ref.trn"]
+
+
+@pytest.mark.parametrize("names", [("a b", "a_b"), ("x/y", "x_y"), ("", "model"), (".hidden", "hidden")])
+def test_models_whose_files_would_have_one_name_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
+    message = refusal(RequestError, check_trn_names, ["other", *names])
+    assert f"the trn files of {names[0]!r} and {names[1]!r} would have one name" in message
+    assert write_trn(tmp_path, names[0], []) == write_trn(tmp_path, names[1], [])
+    check_trn_names(["a", "b", "größer-1.5", "größer+1.5", "A"])
 
 
 def test_files_are_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:

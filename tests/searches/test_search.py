@@ -22,13 +22,19 @@ import hsa
 from hsa.errors import DataError, RequestError
 from hsa.evaluation.hypotheses import plain_name
 from hsa.evaluation.normalizers import plain
+from hsa.evaluation.options import DecodingOptions
+from hsa.evaluation.prepared import AudioDigests, prepare
+from hsa.methods.markdown import escape
 from hsa.methods.registry import methods
 from hsa.searches.candidates import Candidate
-from hsa.searches.dev_sets import DevSets
+from hsa.searches.dev_sets import DevSets, make_dev_sets
+from hsa.searches.evaluators import SpeechEvaluator
+from hsa.searches.objectives import Objective
 from hsa.searches.resident_model import ResidentModel
 from hsa.searches.samplers import grid_points
 from hsa.searches.sources import sources_of
 from hsa.searches.space import space_of
+from hsa.searches.tasks import Transcribe
 from hsa.searches.transcripts import Transcripts
 
 pytestmark = pytest.mark.long
@@ -81,7 +87,6 @@ def test_the_search_finds_more_than_the_baselines(study: hsa.Study) -> None:
 def test_scores_are_those_of_hsa_eval_on_the_written_checkpoint(study: hsa.Study, case: Case) -> None:
     from hsa.evaluation.audio import read_audio
     from hsa.evaluation.decoding import load_recognizer
-    from hsa.evaluation.options import DecodingOptions
     from hsa.evaluation.scores import score_utterance, scores_of
 
     recognizer = load_recognizer(study.output / "best", DecodingOptions())
@@ -434,6 +439,47 @@ def test_references_of_test_sets_are_looked_at_before_the_search(case: Case, tmp
     assert not (tmp_path / "x").exists()
 
 
+def changed_references(table: Path, name: str, changes: dict[int, str]) -> Path:
+    """A copy of a table beside it, in which some rows, counted from 0, have other references."""
+    head, *rows = table.read_text(encoding="utf-8").splitlines()
+    for number, text in changes.items():
+        rows[number] = f"{rows[number].partition(chr(9))[0]}\t{text}"
+    path = table.with_name(f"{name}.tsv")
+    path.write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_empty_references_are_left_out_and_counted(case: Case, tmp_path: Path) -> None:
+    """In dev sets and in test sets; models write many words for these utterances too."""
+    dev = changed_references(Path(case["dev"]), "dev-gaps", {2: "..."})
+    test = changed_references(Path(case["test"]), "test-gaps", {0: "...", 7: "!"})
+    found = run(case, tmp_path / "gaps", dev=[str(dev)], test=[str(test)], trials=7)
+    whole = hsa.search(
+        case["sources"], output=tmp_path / "whole", method=METHODS, dev=[case["dev"]], trials=7, normalizer=NORMALIZER
+    )
+    notes = [
+        "1 of 10 utterances of the dev set dev-gaps have an empty reference once normalised and are not scored",
+        "2 of 10 utterances of the test set test-gaps have an empty reference once normalised and are not scored",
+    ]
+    assert [note for note in found.notes if "empty reference" in note] == notes
+    report = (found.output / "report.md").read_text(encoding="utf-8")
+    assert all(f"- {escape(note)}" in report for note in notes)
+    assert not any("empty reference" in note for note in whole.notes)
+    document = json.loads((found.output / "search.json").read_text(encoding="utf-8"))
+    assert {(row["utterances"], row["dropped"]) for row in document["test"]} == {(8, 2)}
+    assert {(row["utterances"], row["dropped"]) for row in document["dev"]} == {(9, 1)}
+    assert {row.score.dropped for row in whole.dev} == {0}
+    assert len(found.worst) == 8 and all(each.reference for each in found.worst)
+    assert not {"clip_000.wav", "clip_007.wav"} & {each.id for each in found.worst}
+
+
+def test_a_test_set_without_a_reference_is_refused_beside_one_that_has_some(case: Case, tmp_path: Path) -> None:
+    silent = changed_references(Path(case["test"]), "silent", dict.fromkeys(range(10), "..."))
+    with pytest.raises(DataError, match="no reference of silent has a word once normalised"):
+        run(case, tmp_path / "x", test=[case["test"], str(silent)])
+    assert not (tmp_path / "x").exists()
+
+
 def test_models_are_told_apart_by_their_names(case: Case, tmp_path: Path) -> None:
     shutil.copytree(case["sources"]["models"][0], tmp_path / "average")
     sources = {**case["sources"], "models": [str(tmp_path / "average"), *case["sources"]["models"][1:]]}
@@ -519,7 +565,6 @@ def test_sources_are_in_memory_once(tmp_path: Path) -> None:
 def test_encoder_states_are_kept_while_the_decoder_alone_changes(case: Case, tmp_path: Path) -> None:
     from hsa.evaluation.audio import read_audio
     from hsa.evaluation.decoding import load_recognizer
-    from hsa.evaluation.options import DecodingOptions
     from hsa.searches.evaluators import Decoder
 
     given = sources_of(case["sources"])
@@ -549,3 +594,32 @@ def test_encoder_states_are_kept_while_the_decoder_alone_changes(case: Case, tmp
     of_one_model = encoded // 2  # the first two models are encoded, and the other two not
     assert of_one_model > 0
     assert decoder.states.spared == encoded == 2 * of_one_model
+
+
+def test_encoder_states_of_every_batch_of_a_set_are_kept(case: Case) -> None:
+    """Batches of one size, as a test set's are: the third model with one encoder encodes nothing."""
+    from hsa.evaluation.decoding import load_recognizer
+
+    given = sources_of(case["sources"])
+    space = space_of("task_arithmetic", 3, {"stack": ["decoder"]})
+    recognizer = load_recognizer(Path(given.models[0]), DecodingOptions())
+    resident = ResidentModel(recognizer.model, given, {"task_arithmetic": space}, 2)
+    data = prepare(hsa.data(case["test"], limit=8), None, AudioDigests())
+    encoded: list[int] = []
+    recognizer.model.get_encoder().layers[0].register_forward_pre_hook(lambda *_: encoded.append(1))
+    evaluator = SpeechEvaluator(resident, recognizer, make_dev_sets([data], plain, 4, 0), Objective("mean"), "cpu")
+    encodings, texts = [], []
+    for lam in (0.2, 0.6, 1.0):
+        candidate = Candidate("x", "sampled", "task_arithmetic", {"lam": lam, "stack": "decoder"})
+        encoded.clear()
+        texts.append(
+            [Transcribe(candidate, data.digest, data.order[at : at + 2]).run(evaluator) for at in (0, 2, 4, 6)]
+        )
+        encodings.append(len(encoded))
+    assert encodings[0] == encodings[1] >= 8
+    assert encodings[2] == 0
+    evaluator.decoder.begin_model("another encoder's digest")
+    assert [Transcribe(candidate, data.digest, data.order[at : at + 2]).run(evaluator) for at in (0, 2, 4, 6)] == texts[
+        2
+    ]
+    assert len(encoded) == encodings[0]

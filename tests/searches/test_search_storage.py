@@ -15,7 +15,7 @@ from search_cases import NORMALIZER, write_models, write_speech
 import hsa
 from hsa.errors import MachineError, RequestError
 from hsa.searches import databases, store
-from hsa.searches.databases import without_password
+from hsa.searches.databases import ANSWER_SECONDS, open_storage, storage_errors, without_password
 from hsa.searches.heartbeats import Heartbeats
 from hsa.searches.samplers import quiet_optuna
 
@@ -180,9 +180,102 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(case: Ca
     [
         ("postgresql://me:secret@host/studies", "postgresql://me:***@host/studies"),
         ("postgresql://host/studies", "postgresql://host/studies"),
-        ("x://me:secret@host:port/y", "...@host:port/y"),
-        ("postgresql://host/studies?user=me&password=secret", "postgresql://host/studies?password=...&user=me"),
+        ("postgresql://me:se?cr/et#s@[::1]:5432/studies", "postgresql://me:***@[::1]:5432/studies"),
+        ("postgresql://me:s%40cret@host/studies", "postgresql://me:***@host/studies"),
+        ("x://me:secret@host:port/y", "x://..."),
+        ("postgresql://me:secret", "postgresql://..."),
+        ("postgresql://host/studies?user=me&password=secret", "postgresql://host/studies?..."),
+        ("postgresql://host/studies?password=s&cret=x", "postgresql://host/studies?..."),
+        ("postgresql://me@host:port/db?password=secret", "postgresql://..."),
+        ("postgresql+psycopg2://me:s@cret@host/x", "postgresql+psycopg2://..."),
+        ("postgresql://me:s@cr/et@host/x", "postgresql://..."),
+        ("postgresql://me:s@cr?et@host/x", "postgresql://..."),
+        ("postgresql://m/e:secret@host/x", "postgresql://..."),
+        ("postgresql://host/me:secret", "postgresql://..."),
+        ("me:secret@host/x", "..."),
+        ("study.db", "study.db"),
+        ("sqlite:////data/me/study.db", "sqlite:////data/me/study.db"),
     ],
 )
 def test_passwords_are_not_shown(url: str, shown: str) -> None:
     assert without_password(url) == shown
+    assert "cret" not in shown
+
+
+def refusal_of(url: str) -> str:
+    """The message with which a storage is refused, whose traceback shows no other error."""
+    with pytest.raises((MachineError, RequestError)) as caught, storage_errors(url):
+        open_storage(url, shared=True)
+    cause = caught.value.__cause__
+    assert "cret" not in f"{caught.value}{'' if cause is None else cause}"
+    assert cause is not None or caught.value.__suppress_context__ or caught.value.__context__ is None
+    return str(caught.value)
+
+
+def test_an_at_sign_in_a_password_is_refused_before_a_host_is_looked_up() -> None:
+    message = refusal_of("postgresql+psycopg2://me:s@cret@127.0.0.1:1/x")
+    assert "has an @ in the name of its host" in message and "as %40" in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg2://me:s@cret.invalid/tail@127.0.0.1/x",
+        "postgresql+psycopg2://me:s@cret.invalid?tail@127.0.0.1/x",
+        "postgresql+psycopg2://127.0.0.1:1/x?password=secret&sslmode=secret",
+    ],
+)
+def test_what_a_driver_says_is_left_out_where_it_may_show_a_password(url: str) -> None:
+    """psycopg2 names the host that it cannot find, and the value that is no mode."""
+    assert "Error, whose text may show a part of the password" in refusal_of(url)
+
+
+def test_what_a_driver_says_of_a_name_that_is_the_password_too_is_shown() -> None:
+    message = refusal_of("postgresql+psycopg2://me:127.0.0.1@127.0.0.1:1/x")
+    assert 'connection to server at "127.0.0.1", port 1 failed' in message
+
+
+def test_a_number_of_a_port_that_is_none_is_a_url_that_is_none() -> None:
+    assert "must be the URL of a database" in refusal_of("postgresql://me:secret")
+
+
+@pytest.mark.parametrize(
+    ("url", "installed", "expected"),
+    [
+        ("mysql://host/x", ["pymysql"], "mysql+pymysql://host/x"),
+        ("mysql://host/x", ["MySQLdb"], "mysql+mysqldb://host/x"),
+        ("mysql://host/x", ["MySQLdb", "pymysql"], "mysql+pymysql://host/x"),
+        ("mariadb://host/x", ["pymysql"], "mariadb+pymysql://host/x"),
+        ("mysql+mysqldb://host/x", ["pymysql"], "mysql+mysqldb://host/x"),
+        ("postgresql+pg8000://host/x", ["psycopg"], "postgresql+pg8000://host/x"),
+        ("postgresql://host/x", ["psycopg"], "postgresql+psycopg://host/x"),
+    ],
+)
+def test_a_driver_that_is_installed_is_taken(
+    url: str, installed: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules without content stand for the drivers, which are looked for and not imported here."""
+    for module in installed:
+        (tmp_path / f"{module}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert databases._with_driver(url) == expected
+
+
+@pytest.mark.parametrize(
+    ("driver", "knows_it"),
+    [
+        ("postgresql+psycopg", True),
+        ("postgresql+psycopg2", True),
+        ("mysql+pymysql", True),
+        ("mysql+mysqldb", True),
+        ("mariadb+pymysql", True),
+        ("postgresql+pg8000", False),
+        ("postgresql+asyncpg", False),
+        ("mysql+mysqlconnector", False),
+        ("sqlite", False),
+    ],
+)
+def test_the_wait_for_an_answer_is_given_to_drivers_that_know_it(driver: str, knows_it: bool) -> None:
+    expected = {"connect_args": {"connect_timeout": ANSWER_SECONDS}} if knows_it else {}
+    assert databases._timeout(f"{driver}://host/x") == expected
+    assert databases._timeout(f"{driver}://host/x?connect_timeout=3") == {}
