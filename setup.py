@@ -69,6 +69,7 @@ setup(
             "optuna>=5,<6",
             "cmaes>=0.11,<1",
             "scipy>=1.11,<2",
+            "psycopg2-binary>=2.9,<3",
             "pytest-benchmark>=5,<6",
             "playwright>=1.49,<2",
             "mpmath>=1.3,<2",
