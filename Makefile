@@ -86,7 +86,7 @@ bench-full: $(READY)
 	$(BIN)/python bench/bench_methods.py
 	$(BIN)/python bench/bench_wer.py
 	$(BIN)/python bench/bench_wer_methods.py
-	$(BIN)/python bench/bench_search.py
+	$(BIN)/python bench/bench_search.py --workers
 	$(BIN)/python bench/report.py
 
 # COMMIT names the commit in the rows where there is no git.
