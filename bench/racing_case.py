@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from racing_settings import FILE
-from search_setup import BATCH, OBJECTIVE, Setup, TimedEvaluator, described, rates, row
+from search_setup import OBJECTIVE, Setup, TimedEvaluator, described, rates, row
 
 from hsa.searches.candidates import Candidate, Result
 from hsa.searches.dev_sets import DevSets
@@ -131,7 +131,7 @@ def race_known(dev: DevSets, start: Sequence[Trial], entries: Sequence[Trial]) -
         best = best_of(done)
         assert best is not None
         race, errors = Race(dev, OBJECTIVE, best.result.errors), trial.result.errors
-        lasts = range(BATCH, len(errors), BATCH)
+        lasts = [last for _, last in dev.blocks() if last < len(errors)]
         last = next((last for last in lasts if race.is_lost(errors[:last])), len(errors))
         done.append(_with_errors(trial, errors[:last], dev))
     return done[len(start) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,9 +40,12 @@ class DevSets:
         return {name: sum(item.words for item in self.items if item.set == name) for name in self.names}
 
     def blocks(self) -> list[tuple[int, int]]:
-        """First and last, not included, of the utterances that are decoded at a time."""
+        """First and last, not included, of the utterances that are decoded at a time: `block` of them, the first ones
+        in two halves, so that a candidate that is much worse is stopped early."""
         count = len(self.items)
-        return [(first, min(first + self.block, count)) for first in range(0, count, self.block)]
+        ends = [self.block // 2, *range(self.block, count, self.block), count]
+        edges = sorted({0, *(end for end in ends if end <= count)})
+        return list(itertools.pairwise(edges))
 
     def errors(self, number: int, text: str) -> int:
         """Word errors of what a model wrote for an utterance."""

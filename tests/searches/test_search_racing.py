@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -83,6 +84,21 @@ def test_racing_over_a_list_of_candidates_ends_with_the_same_winner() -> None:
                 best = number
         assert best == values.index(min(values)), seed
     assert spared > 20 * 40 * 120 // 3
+
+
+@pytest.mark.parametrize(
+    ("count", "block", "expected"),
+    [
+        (60, 16, [(0, 8), (8, 16), (16, 32), (32, 48), (48, 60)]),
+        (33, 16, [(0, 8), (8, 16), (16, 32), (32, 33)]),
+        (16, 16, [(0, 8), (8, 16)]),
+        (3, 16, [(0, 3)]),
+        (3, 1, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_the_first_block_is_decoded_in_two_halves(count: int, block: int, expected: list[tuple[int, int]]) -> None:
+    dev = dev_sets(0, {"a": count})
+    assert replace(dev, block=block).blocks() == expected
 
 
 @pytest.mark.parametrize("block", [1, 16, 100])
