@@ -104,6 +104,9 @@ class StagingDirectory:
                 parent.mkdir()
             except FileExistsError:
                 self._created_parents.pop()
+            except FileNotFoundError:  # another run has just removed what it had made above
+                self._created_parents.pop()
+                return
 
     def _remove_parents(self) -> None:
         for parent in reversed(self._created_parents):
@@ -122,6 +125,9 @@ class StagingDirectory:
                 created = True
             except FileExistsError:
                 created = False
+            except FileNotFoundError:  # a run that failed has just removed the directory above, which it had made
+                self._make_parents()
+                continue
             try:
                 fd = self._lock_staging(created=created)
             except FileNotFoundError:  # the run that held it has just ended

@@ -40,7 +40,7 @@ def test_the_command_says_what_it_found_and_goes_on(case: Case) -> None:
     assert first.returncode == 0, first.stderr
     lines = first.stdout.splitlines()
     assert lines[0] == str(output)
-    assert any(line.startswith("  again   hsa merge --method ") for line in lines)
+    assert any(line.startswith("  command hsa merge --method ") for line in lines)
     assert "the best candidate's figures there are optimistic" in first.stderr
     kept = sorted(path.name for path in output.iterdir())
     assert kept == [

@@ -19,6 +19,7 @@ from hsa.errors import DestinationError
 from hsa.system import fsio
 from hsa.system.manifest import PROVENANCE
 from hsa.system.publish import StagedOutput
+from hsa.system.staging import StagingDirectory
 
 Triple = dict[str, Path]
 
@@ -26,6 +27,7 @@ STAND = """
 import sys
 import hsa
 from hsa.system.publish import StagedOutput
+from hsa.system.staging import StagingDirectory
 publish = StagedOutput.publish
 def stand(self):
     print("standing", flush=True)
@@ -148,3 +150,26 @@ def test_a_destination_that_fills_during_the_run_is_left_alone(place: Path, over
         staging.publish()
     assert snapshot(place / "out") == before
     assert os.listdir(place) == ["out"]
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_directories_that_a_failing_run_removes_meanwhile_are_made_again(
+    levels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that fails removes the empty directories that it had made, which another run may have found there."""
+    destination = tmp_path.joinpath(*map(str, range(levels)), "out")
+    removals = [levels]
+
+    def made_and_removed(self: StagingDirectory) -> None:
+        make_parents(self)
+        if removals:
+            for parent in list(destination.parents)[: removals.pop()]:
+                parent.rmdir()
+
+    make_parents = StagingDirectory._make_parents
+    monkeypatch.setattr(StagingDirectory, "_make_parents", made_and_removed)
+    path = destination.parent / ".out.hsa-staging"
+    with StagingDirectory(path, destination, sync=False):
+        assert path.is_dir()
+    assert not removals
+    assert list(tmp_path.iterdir()) == []
