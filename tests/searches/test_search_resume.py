@@ -50,10 +50,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sampler", "method", "calls"),
     [
-        ("tpe", "task_arithmetic,ties", [19, 5]),
+        ("tpe", "task_arithmetic,ties", [21]),
         ("cmaes", "task_arithmetic", [20]),
         ("nsga2", "task_arithmetic,ties", [21]),
-        ("grid", "task_arithmetic", [9]),
     ],
 )
 def test_a_killed_search_draws_the_same_settings(
