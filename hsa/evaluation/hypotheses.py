@@ -7,7 +7,6 @@ A run that was killed goes on after the last whole batch, so that it decodes the
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -245,11 +244,5 @@ def _write(fd: int, data: bytes) -> None:
 
 
 def _lock(fd: int, path: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DestinationError(
-            f"another run writes {path}; wait for it to end, or give another {option('output')}"
-        ) from error
-    except OSError:  # a filesystem without locks
-        return
+    if not fsio.hold(fd):
+        raise DestinationError(f"another run writes {path}; wait for it to end, or give another {option('output')}")

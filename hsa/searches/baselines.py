@@ -23,8 +23,8 @@ _RESERVED = re.compile(r"trial [1-9][0-9]*|soup .*", re.DOTALL)
 def baselines(sources: SearchSources, spaces: Mapping[str, MethodSpace]) -> list[Candidate]:
     """Base, every fine-tune, the plain average of the fine-tunes, and each method with its defaults.
 
-    Raises RequestError where two have one name, or a source has a name that is kept for a trial: all models of a search
-    are told apart by their names.
+    Raises RequestError where two models have the same name, or a source has the name of a trial or a soup: reports and
+    stored scores identify models by name.
     """
     found = [Candidate(sources.name_of(number), "model", source=number) for number in sources.numbers]
     if len(sources.models) >= method_named(AVERAGE).contract.least:

@@ -122,8 +122,8 @@ def _with_driver(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """A database URL that may be shown: without its password, and without what stands after its ?. Where it is in doubt
-    which part is the password, only the kind of database is shown.
+    """A database URL that may be shown: without its password and its query. If it is unclear which part is the
+    password, only the kind of database is shown.
 
     Example:
         >>> without_password("postgresql://me:secret@host/studies?sslmode=require")
@@ -160,7 +160,7 @@ def _unambiguous(url: str) -> URL | None:
 
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Say in one line that a storage cannot be used. What the driver says is left out where it may show a part of the
+    """Say in one line that a storage cannot be used. The driver's message is left out if it may contain a part of the
     password."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -43,14 +42,10 @@ def open_output(output: PathLike, sources: Sequence[Path], stack: ExitStack) -> 
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     stack.callback(os.close, fd)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not fsio.hold(fd):
         raise DestinationError(
             f"another search runs in {folder}; wait for it to end, or give another {option('output')}"
-        ) from error
-    except OSError:  # a filesystem without locks
-        pass
+        )
     return folder
 
 

@@ -378,5 +378,19 @@ def _explain(error: OSError, path: Path, needed: int | None, remedy: str) -> str
     return text
 
 
+def hold(fd: int) -> bool:
+    """Lock an open file for this process until it is closed; False where another process holds it. A filesystem without
+    locks locks nothing."""
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)

@@ -226,7 +226,7 @@ def test_an_at_sign_in_a_password_is_refused_before_a_host_is_looked_up() -> Non
     ],
 )
 def test_what_a_driver_says_is_left_out_where_it_may_show_a_password(url: str) -> None:
-    """psycopg2 names the host that it cannot find, and the value that is no mode."""
+    """psycopg2 repeats an unknown host and an invalid sslmode in its message."""
     assert "Error, whose text may show a part of the password" in refusal_of(url)
 
 
