@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tracemalloc
-
 import numpy as np
 import pytest
+from peak_memory import with_peak
 from speech import scored
 
 from hsa.evaluation import bootstrap
@@ -61,11 +60,10 @@ def test_large_groups_get_fewer_resamples_in_bounded_memory(monkeypatch: pytest.
     monkeypatch.setattr(bootstrap, "FEWEST_RESAMPLES", 20)
     monkeypatch.setattr(bootstrap, "MAX_DRAWS", 1)
     units = some_units(2_000_000)
-    tracemalloc.start()
-    assert resampled_sums(units, 0).shape == (20, 5)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2 * units.nbytes + 4 * 8 * max(bootstrap.BLOCK, len(units))
+    bound = 2 * units.nbytes + 4 * 8 * max(bootstrap.BLOCK, len(units))
+    sums, peak = with_peak(lambda: resampled_sums(units, 0), bound)
+    assert sums.shape == (20, 5)
+    assert peak < bound
 
 
 def test_percentiles_are_numpys() -> None:

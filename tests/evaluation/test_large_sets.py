@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peak_memory import with_peak
 from speech_sets import RATE, noise, write_ctc, write_set
 
 import hsa
@@ -76,12 +76,10 @@ def test_a_limit_reads_no_line_after_its_rows(kind: str, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "kaldi"])
 def test_a_limit_bounds_the_memory(kind: str, tmp_path: Path) -> None:
     path = write_large(tmp_path, kind)
-    tracemalloc.start()
-    try:
-        assert len(hsa.data(path, limit=3).utterances) == 3
-        assert tracemalloc.get_traced_memory()[1] < 2_000_000
-    finally:
-        tracemalloc.stop()
+    bound = 2_000_000
+    data, peak = with_peak(lambda: hsa.data(path, limit=3), bound)
+    assert len(data.utterances) == 3
+    assert peak < bound
 
 
 def test_a_limit_of_a_kaldi_directory_takes_its_first_texts(tmp_path: Path) -> None:
