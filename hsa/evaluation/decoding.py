@@ -14,6 +14,7 @@ from hsa.errors import BackendUnavailable, RequestError, SourceError
 from hsa.evaluation.model_kinds import ModelKind, kind_of
 from hsa.evaluation.options import DecodingOptions
 from hsa.evaluation.recognizers import CtcRecognizer, SpeechRecognizer, WhisperRecognizer
+from hsa.evaluation.speculative import Drafts
 from hsa.evaluation.transformers_calls import FROM_DISK, explained, quiet_transformers
 from hsa.option_names import option
 from hsa.system.dtypes import Float32
@@ -39,8 +40,9 @@ class Recognizer(Protocol):
     def size_of(self, features: Any) -> int:
         """Bytes of memory that features take."""
 
-    def transcribe(self, features: Any) -> list[str]:
-        """The text of each utterance, all decoded as one batch, as the model writes it."""
+    def transcribe(self, features: Any, drafts: Sequence[Drafts] | None = None) -> list[str]:
+        """The text of each utterance, all decoded as one batch, as the model writes it. `drafts` are what other models
+        wrote for each utterance, which is faster for some models and changes no text; this model's text is added."""
 
 
 def load_recognizer(

@@ -23,6 +23,7 @@ from hsa.errors import SourceError
 from hsa.evaluation.encoders import encode_one_by_one
 from hsa.evaluation.model_kinds import kind_of, language_code
 from hsa.evaluation.options import DecodingOptions
+from hsa.evaluation.speculative import Drafts, generate_with_drafts
 from hsa.evaluation.transformers_calls import FROM_DISK, explained, quiet_transformers
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import Float32
@@ -81,14 +82,19 @@ class _Recognizer(ABC):
         """Bytes of memory that features take."""
         return sum(value.nbytes for part in features for value in part.inputs.values())
 
-    def transcribe(self, features: Sequence[Part]) -> list[str]:
-        """The text of each utterance of a batch, as the model writes it."""
+    def transcribe(self, features: Sequence[Part], drafts: Sequence[Drafts] | None = None) -> list[str]:
+        """The text of each utterance of a batch, as the model writes it.
+
+        `drafts` are what other models wrote for each; what this one writes is added. They make some models faster, and
+        change no text.
+        """
         import torch
 
         texts: dict[int, str] = {}
         with quiet_transformers(), explained(self.folder), torch.inference_mode():
             for part in features:
-                texts.update(zip(part.numbers, self.part_texts(part.inputs), strict=True))
+                known = None if drafts is None else [drafts[number] for number in part.numbers]
+                texts.update(zip(part.numbers, self.part_texts(part.inputs, known), strict=True))
         return [texts[number].strip() for number in range(len(texts))]
 
     def _moved(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +123,7 @@ class _Recognizer(ABC):
         return dict(found)
 
     @abstractmethod
-    def part_texts(self, inputs: dict[str, Any]) -> list[str]:
+    def part_texts(self, inputs: dict[str, Any], drafts: Sequence[Drafts] | None = None) -> list[str]:
         """The text of each utterance of a part, from its features."""
 
 
@@ -142,9 +148,14 @@ class SpeechRecognizer(_Recognizer):
             "max_length": None,  # transformers warns where both are set
         }
 
-    def part_texts(self, inputs: dict[str, Any]) -> list[str]:
-        tokens = self.model.generate(**self._moved(inputs), **self._how_of(inputs))
+    def part_texts(self, inputs: dict[str, Any], drafts: Sequence[Drafts] | None = None) -> list[str]:
+        tokens = self._generate(inputs, drafts)
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _generate(self, inputs: dict[str, Any], drafts: Sequence[Drafts] | None) -> list[list[int]]:
+        """The tokens of each utterance of a part."""
+        found: list[list[int]] = self.model.generate(**self._moved(inputs), **self._how_of(inputs)).tolist()
+        return found
 
     def _how_of(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """How these inputs are decoded, by the arguments of `generate`."""
@@ -180,8 +191,23 @@ class WhisperRecognizer(SpeechRecognizer):
             yield Part((number,), self._extract([audio[number]], **whole))
 
     def _how_of(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        is_long = "attention_mask" in inputs  # transformers cuts it at the timestamps that the model writes
-        return {**self._how, "return_timestamps": True} if is_long else self._how
+        return {**self._how, "return_timestamps": True} if _is_long(inputs) else self._how
+
+    def _generate(self, inputs: dict[str, Any], drafts: Sequence[Drafts] | None) -> list[list[int]]:
+        if drafts is None or _is_long(inputs) or not self._may_draft():
+            return super()._generate(inputs, None)
+        return generate_with_drafts(self.model, self._moved(inputs), self._how, drafts)
+
+    def _may_draft(self) -> bool:
+        """Whether drafts are known to change no text: greedy decoding in float32. On a GPU they are not tried yet."""
+        import torch
+
+        return self.options.beams == 1 and self.model.dtype == torch.float32 and self.model.device.type == "cpu"
+
+
+def _is_long(inputs: dict[str, Any]) -> bool:
+    """Whether this is audio of more than one window, which transformers cuts at timestamps that the model writes."""
+    return "attention_mask" in inputs
 
 
 class CtcRecognizer(_Recognizer):
@@ -195,7 +221,7 @@ class CtcRecognizer(_Recognizer):
         for number in sorted(set(range(len(audio))) - set(short)):
             yield Part((number,), {"samples": self._as_tensor(audio[number])})
 
-    def part_texts(self, inputs: dict[str, Any]) -> list[str]:
+    def part_texts(self, inputs: dict[str, Any], drafts: Sequence[Drafts] | None = None) -> list[str]:
         if "samples" in inputs:
             return list(self.tokenizer.batch_decode([self._long_tokens(inputs["samples"].numpy())]))
         tokens, lengths = self._tokens(inputs)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from hsa.errors import DataError, HsaError, MachineError, RequestError, SourceError, shown
 from hsa.evaluation.decoding import Recognizer
+from hsa.evaluation.speculative import Drafts
 from hsa.evaluation.transcription import FeatureCache
 from hsa.evaluation.utterance import Utterance
 from hsa.searches.candidates import Candidate, Result
@@ -124,11 +126,12 @@ class SpeechEvaluator:
 
 
 class Decoder:
-    """A recogniser with what it keeps between models: features, and encoder states where they stay."""
+    """A recogniser with what it keeps between models: features, encoder states where they stay, and texts as drafts."""
 
     def __init__(self, recognizer: Recognizer) -> None:
         self.recognizer = recognizer
         self._features = FeatureCache()
+        self._drafts: defaultdict[tuple[object, str], Drafts] = defaultdict(Drafts)
         self.states = EncoderStates(recognizer.model)
 
     def begin_model(self, encoder: str) -> None:
@@ -138,7 +141,8 @@ class Decoder:
     def transcribe(self, key: object, batch: Sequence[Utterance]) -> list[str]:
         """The texts of a batch of utterances. `key` tells them from utterances of other sets that have the same ids."""
         self.states.begin_batch((key, tuple(each.id for each in batch)))
-        return self.recognizer.transcribe(self._features.of(self.recognizer, str(key), batch))
+        features = self._features.of(self.recognizer, str(key), batch)
+        return self.recognizer.transcribe(features, [self._drafts[key, each.id] for each in batch])
 
 
 class OwnEvaluator:

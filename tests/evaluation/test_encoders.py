@@ -6,36 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from small_whisper import features as some_features
+from small_whisper import small_whisper
+from transformers import WhisperForConditionalGeneration
 
 from hsa.evaluation.encoders import encode_one_by_one
-
-FRAMES = 60
 
 
 @pytest.fixture
 def model() -> WhisperForConditionalGeneration:
-    torch.manual_seed(0)
-    config = WhisperConfig(
-        vocab_size=100,
-        num_mel_bins=8,
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_source_positions=FRAMES // 2,
-        max_target_positions=20,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=3,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )
-    return WhisperForConditionalGeneration(config).eval()
+    return small_whisper()
 
 
 def counted(encoder: Any) -> list[int]:
@@ -49,7 +29,7 @@ def counted(encoder: Any) -> list[int]:
 def test_each_utterance_is_encoded_alone_and_the_result_is_that_of_a_batch(
     model: WhisperForConditionalGeneration,
 ) -> None:
-    encoder, features = model.get_encoder(), torch.randn(5, 8, FRAMES)
+    encoder, features = model.get_encoder(), some_features(5)
     whole = encoder(features, output_hidden_states=True)
     sizes = counted(encoder)
     encode_one_by_one(encoder)
@@ -65,7 +45,7 @@ def test_each_utterance_is_encoded_alone_and_the_result_is_that_of_a_batch(
 
 @torch.inference_mode()
 def test_the_states_of_an_utterance_do_not_depend_on_its_batch(model: WhisperForConditionalGeneration) -> None:
-    encoder, features = model.get_encoder(), torch.randn(7, 8, FRAMES)
+    encoder, features = model.get_encoder(), some_features(7)
     encode_one_by_one(encoder)
     together = encoder(features).last_hidden_state
     for number in range(len(features)):
@@ -74,7 +54,7 @@ def test_the_states_of_an_utterance_do_not_depend_on_its_batch(model: WhisperFor
 
 @torch.inference_mode()
 def test_a_model_generates_the_same_tokens(model: WhisperForConditionalGeneration) -> None:
-    features = torch.randn(4, 8, FRAMES)
+    features = some_features(4)
     before = model.generate(features, max_new_tokens=8)
     sizes = counted(model.get_encoder())
     encode_one_by_one(model.get_encoder())

@@ -13,7 +13,10 @@ import torch
 from helpers import RATE, read_clips, read_tensors, word_edits
 
 import hsa
+from hsa.evaluation.decoding import load_recognizer
 from hsa.evaluation.normalizers import normalizer
+from hsa.evaluation.options import DecodingOptions
+from hsa.evaluation.speculative import Drafts
 
 Triple = dict[str, Path]
 CLIPS = 5
@@ -113,3 +116,18 @@ def test_speech_of_more_than_half_a_minute_is_decoded_window_by_window(
     (tmp_path / "long.tsv").write_text(f"file\ttext\nlong.flac\t{text}\n", encoding="utf-8")
     found = hsa.evaluate(real["secondary"], tmp_path / "long.tsv", device="cpu", normalizer="whisper")
     assert found.models[0].wer < 0.5, found.models[0].utterances
+
+
+def test_drafts_of_other_models_change_no_transcript(
+    models: dict[str, Path], plainly: dict[str, list[str]], clips: Path
+) -> None:
+    drafts = [Drafts() for _ in range(CLIPS)]
+    audio = [samples for _, _, samples in read_clips(clips)[:CLIPS]]
+    for name, path in models.items():
+        recognizer = load_recognizer(path, DecodingOptions(device="cpu"))
+        passes: list[int] = []
+        recognizer.model.get_decoder().register_forward_pre_hook(
+            lambda *_: passes.append(1)  # noqa: B023
+        )
+        assert recognizer.transcribe(recognizer.features(audio), drafts) == [text.strip() for text in plainly[name]]
+    assert len(passes) < max(len(each.continuation(())) for each in drafts)  # of the last model: fewer than its tokens
