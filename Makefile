@@ -7,10 +7,15 @@ READY := $(VENV)/ready
 INTEGRATIONS := .venv-integrations
 PYTHONS := .venv-pythons
 
-.PHONY: demo test test-all test-faults test-pythons test-interpret test-integrations parity test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
+.PHONY: demo docs test test-all test-faults test-pythons test-interpret test-integrations parity test-gpu fuzz compile-check lint types bench bench-full bench-speed bench-gpu report clean
 
 demo: $(READY)
 	$(BIN)/hsa demo
+
+# The documentation as a site, in site/index.html. Warnings, such as a broken link, are errors.
+docs: $(READY)
+	$(BIN)/python docs/cli_page.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # One process more than there are cores, for tests wait for disks, timers and processes that they start.
 # Threads of torch that wait for work would otherwise spin, which on busy cores doubles the time; and hsa, which the tests
@@ -101,7 +106,7 @@ report: $(READY)
 	$(BIN)/python bench/report.py
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) $(PYTHONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) $(PYTHONS) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): setup.py pyproject.toml constraints.txt hsa/_version.py
 	@echo "Installing hsa and what it needs (torch, transformers and the test tools, a few GB) into $(VENV)"

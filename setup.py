@@ -16,7 +16,7 @@ PACKAGES = ["hsa", "hsa.kernels", *(f"hsa.{name}" for name in find_packages(str(
 setup(
     name="hsa-merge",
     version=VERSION["__version__"],
-    description="Headwise Selective Attention merge for Whisper fine-tunes: streamed, exact, as fast as a copy",
+    description="Merge fine-tunes of speech models exactly, and find the merge that serves your data",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -73,6 +73,10 @@ setup(
             "pytest-benchmark>=5,<6",
             "playwright>=1.49,<2",
             "mpmath>=1.3,<2",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6,<10",
+            "mkdocstrings>=0.30,<2",
+            "mkdocstrings-python>=1.16,<3",
         ],
         "fuzz": [
             "atheris>=3,<4; python_version >= '3.11' and platform_system == 'Linux' and platform_machine == 'x86_64'"

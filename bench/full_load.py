@@ -1,8 +1,7 @@
 """The full-load baseline: three transformers models in memory, merged with plain torch operations, saved.
 
-This is what people run today, step by step in the order of SPEC section 1: it holds three models, a copy of
-base's parameters and every merged tensor at once. The benchmarks time it, and the tests hold
-`--numerics reference` to its bytes.
+This is what people run today, in the order of the formula's steps. It holds three models, a copy of base's parameters
+and every merged tensor at once. The benchmarks time it, and the tests hold `--numerics reference` to its bytes.
 
     python bench/full_load.py BASE PRIMARY SECONDARY OUTPUT [--k 0.6] [--lambda 0.5] [--alpha 0.2]
 """

@@ -1,17 +1,16 @@
-"""Writes the measured rows into the README as tables, and draws them.
+"""Write the measured rows into the documentation as tables, and draw them.
 
-    python bench/report.py [--results DIR] [--readme FILE] [--check]
+    python bench/report.py [--results DIR] [--docs DIR] [--check]
 
-Replaces what stands in the README, and in docs/methods.md and docs/search.md beside it, between <!-- report:NAME -->
-and <!-- /report:NAME --> for every NAME of BLOCKS, METHOD_BLOCKS and SEARCH_BLOCKS, and writes merge.png, kernels.png
-and wer.png beside the rows they show. Every figure comes from rows of the newest run of its case; what no row holds
-reads "not yet measured". --check writes nothing, and exits 1 if a document is stale.
+Each page of PAGES has blocks between <!-- report:NAME --> and <!-- /report:NAME -->, whose text is replaced. The
+pictures merge.png, kernels.png and wer.png go to the folder `images` beside the pages. Every figure comes from rows of
+the newest run of its case; what no row holds reads "not yet measured". --check writes nothing, and exits 1 if a page
+is stale.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +37,9 @@ from report_search import search_block
 from rows import RESULTS, ROOT, Row, newest
 
 from hsa.testing.whisper_config import SHAPES
+
+IMAGES = "images"
+"""The folder of the pictures, beside the pages."""
 
 ON_GPU = "hsa merge --backend triton"
 
@@ -70,7 +72,7 @@ def sweep_block(folder: Path, image: Image) -> list[str]:
 
 
 def sweep_verdicts(every: Sequence[Row]) -> list[str]:
-    """How each sweep stands to what PERFORMANCE.md allows, by the medians."""
+    """How each sweep compares with its limit, by the medians."""
     found = []
     for model in dict.fromkeys(map(of_shape, every)):
         medians = {row["case"]: number(row, "median_s") for row in every if of_shape(row) == model}
@@ -118,7 +120,7 @@ def milliseconds(row: Row | None) -> str:
 
 
 def gpu_table(every: Sequence[Row]) -> str:
-    """The cases that PERFORMANCE.md section 2 gives floors for."""
+    """The cases that have a floor."""
     columns = (("median_ms", ".4f"), ("floor_ms", ".4f"), ("times_eager", ".1f"), ("times_compile", ".1f"))
     lines = []
     for dtype in GPU_DTYPES:
@@ -231,7 +233,7 @@ def wer_block(folder: Path, image: Image) -> list[str]:
     return [*parts, image("wer", "Word error rates with their intervals")]
 
 
-# The README and the pictures --------------------------------------------------------------------------------
+# The pages and the pictures --------------------------------------------------------------------------------
 
 
 BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {
@@ -243,32 +245,28 @@ BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {
 }
 
 
-METHOD_BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {
-    "methods": methods_block,
-    "parity": parity_block,
-    "wer-methods": wer_methods_block,
+PAGES: dict[str, Mapping[str, Callable[[Path, Image], list[str]]]] = {
+    "benchmarks.md": BLOCKS,
+    "methods.md": {"methods": methods_block, "parity": parity_block, "wer-methods": wer_methods_block},
+    "search.md": {"search": search_block},
 }
-"""The blocks of docs/methods.md."""
-
-SEARCH_BLOCKS: dict[str, Callable[[Path, Image], list[str]]] = {"search": search_block}
-"""The blocks of docs/search.md."""
+"""The pages that have blocks, and what writes each block."""
 
 
 def rewrite(
-    readme: Path, folder: Path, blocks: Mapping[str, Callable[[Path, Image], list[str]]] = BLOCKS
+    page: Path, folder: Path, blocks: Mapping[str, Callable[[Path, Image], list[str]]]
 ) -> tuple[str, list[str]]:
-    """A document's new text, and the names of the blocks that differ from the old."""
+    """A page's new text, and the names of the blocks that differ from the old."""
 
     def image(name: str, what: str) -> str:
-        relative = Path(os.path.relpath(folder.resolve() / f"{name}.png", readme.resolve().parent))
-        return f"![{what}]({relative.as_posix()})"
+        return f"![{what}]({IMAGES}/{name}.png)"
 
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     stale = []
     for name, block in blocks.items():
         begins, ends = f"<!-- report:{name} -->", f"<!-- /report:{name} -->"
         if (text.count(begins), text.count(ends)) != (1, 1) or text.index(begins) > text.index(ends):
-            raise SystemExit(f"{readme}: expected {begins} once and {ends} once after it; put in what is missing")
+            raise SystemExit(f"{page}: expected {begins} once and {ends} once after it; put in what is missing")
         before, rest = text.split(begins)
         held, after = rest.split(ends)
         wanted = "\n" + "\n\n".join(block(folder, image)) + "\n"
@@ -278,38 +276,38 @@ def rewrite(
     return text, stale
 
 
-def draw(folder: Path) -> None:
-    """The PNGs of everything that has rows."""
+def draw(folder: Path, images: Path) -> None:
+    """Draw everything that has rows into the folder `images`."""
     import plots
+
+    images.mkdir(exist_ok=True)
 
     warm = [row for programs in merges(folder, "warm").values() for row in programs.values()]
     warm = [row for row in warm if row["program"] not in (FULL_SYNC, MERGEKIT_SYNC)]  # beside the same without
     if warm:
-        plots.draw_merge(folder / "merge.png", warm)
+        plots.draw_merge(images / "merge.png", warm)
     measured = [*kernels(folder, "cuda"), *kernels(folder, "cpu")]
     if measured:
-        plots.draw_kernels(folder / "kernels.png", measured)
+        plots.draw_kernels(images / "kernels.png", measured)
     models = wers(folder)
     if models:
-        plots.draw_wer(folder / "wer.png", models)
+        plots.draw_wer(images / "wer.png", models)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files and the PNGs")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file that holds the markers")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is stale")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     options = parser.parse_args(arguments)
-    docs = options.readme.parent / "docs"
-    pages = [(docs / "methods.md", METHOD_BLOCKS), (docs / "search.md", SEARCH_BLOCKS)]
-    documents = [(options.readme, BLOCKS), *(page for page in pages if page[0].is_file())]
+    documents = [(options.docs / name, blocks) for name, blocks in PAGES.items()]
     rewritten = [(path, *rewrite(path, options.results, blocks)) for path, blocks in documents]
     if options.check:
         for path, _, stale in rewritten:
             if stale:
                 print(f"{path}: stale: {', '.join(stale)}; run make report", file=sys.stderr)
         return int(any(stale for _, _, stale in rewritten))
-    draw(options.results)
+    draw(options.results, options.docs / IMAGES)
     for path, text, stale in rewritten:
         if stale:
             path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The report on merges from files: tables, ratios, and how they stand to what PERFORMANCE.md allows."""
+"""The report on merges from files: tables, ratios, and how they compare with their limits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def above_torch(programs: Programs, program: str = HSA) -> float | None:
 
 @dataclass(frozen=True)
 class Target:
-    """A limit of PERFORMANCE.md section 1: the figure must not be above `must`, and aims at `aim`."""
+    """A limit: the figure must not be above `must`, and aims at `aim`."""
 
     what: str
     figure: Callable[[Programs], float | None]

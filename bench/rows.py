@@ -94,7 +94,7 @@ def answer(*command: str) -> str:
 def _commit() -> str:
     """The commit, marked where files differ from it that are not themselves made of rows."""
     found = answer("git", "rev-parse", "--short", "HEAD")
-    changed = answer("git", "status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    changed = answer("git", "status", "--porcelain", "--", ".", ":!bench/results", ":!docs")
     return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
 
 

@@ -1,4 +1,4 @@
-"""Headwise Selective Attention merge for Whisper fine-tunes: streamed, exact, as fast as a copy.
+"""Merge fine-tunes of speech models exactly, and find the merge that serves your data.
 
 Importing this package imports neither torch nor triton nor transformers.
 """

@@ -14,7 +14,7 @@ from hsa.option_names import option
 
 
 def check_paths(**paths: Any) -> None:
-    """RequestError unless each is a text or a path object of one.
+    """Raise RequestError unless each path is a string, or a path-like object that gives one.
 
     Example:
         >>> check_paths(base="whisper-small", output=Path("merged"))
@@ -25,21 +25,22 @@ def check_paths(**paths: Any) -> None:
 
 
 def check_flags(**flags: Any) -> None:
-    """RequestError unless each is True or False: in Python a text such as "False" counts as true."""
+    """Raise RequestError unless each flag is True or False; a string such as "False" would count as true."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise RequestError(f"{option(name)} must be True or False, got {shown(flag)}")
 
 
 def check_functions(**functions: Any) -> None:
-    """RequestError unless each can be called, or is None."""
+    """Raise RequestError unless each function is callable or None."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise RequestError(f"{option(name)} must be a function, got {shown(function)}")
 
 
 def check_values(**values: Any) -> None:
-    """RequestError unless each is a list of values: no single one, and no text, whose letters it would be."""
+    """Raise RequestError unless each is a list of values. A single value is refused, and so is a string, which would be
+    read as a list of characters."""
     for name, value in values.items():
         if isinstance(value, (str, bytes, Mapping)) or not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
             raise RequestError(f"{option(name)} must be a list of values, got {shown(value)}")

@@ -1,20 +1,20 @@
 """Every error that hsa raises on purpose.
 
     HsaError                       exit code 2 unless said otherwise
-    ├── StrictError                a warning, which `strict` makes an error
+    ├── StrictError                a warning that `strict` turned into an error
     ├── RequestError               the request is bad: an option, a parameter, a destination
     │   ├── DestinationError       the output may not be written there
-    │   └── BackendUnavailable     a backend or device was asked for by name and cannot be had
+    │   └── BackendUnavailable     a backend or device requested by name is not available
     ├── SourceError                an input is bad
     │   ├── HeaderError            a safetensors header or an index is malformed
     │   ├── MismatchError          the sources do not fit together
     │   ├── NonFiniteError         NaN or Inf in a target tensor or in a result
-    │   ├── PatchError             a patch file that is none, damaged, or made for another primary
-    │   ├── ProvenanceError        hsa_merge.json of an output is missing, damaged, or not what it should be
+    │   ├── PatchError             a file is not a patch, is damaged, or was made for another primary
+    │   ├── ProvenanceError        hsa_merge.json of an output is missing, damaged, or not as expected
     │   └── SourceChanged          a source changed while it was read
     ├── DataError                  a set of utterances is bad: its manifest, a reference, a hypothesis
-    │   └── AudioError             audio is missing, is none, or has nothing to hear where the manifest says
-    └── MachineError               exit code 1: disk full, out of memory, input or output failed
+    │   └── AudioError             audio is missing, is not audio, or has no samples where the manifest says
+    └── MachineError               exit code 1: disk full, out of memory, or an I/O error
 
 A message is one line: what is wrong, where, what was expected, and what to do.
 """
@@ -53,7 +53,15 @@ __all__ = [
 
 
 class HsaError(Exception):
-    """Base class of every public error; `exit_code` is what the command line returns."""
+    """Base class of every public error; `exit_code` is what the command line returns.
+
+    Example:
+        >>> try:
+        ...     hsa.merge("not-there", "m1", "m2", "merged")
+        ... except hsa.HsaError as error:
+        ...     print(error.exit_code)
+        2
+    """
 
     exit_code = 2
 
@@ -62,7 +70,7 @@ class HsaError(Exception):
 
 
 class StrictError(HsaError):
-    """A warning, which `strict` makes an error; nothing was written."""
+    """A warning that `strict` turned into an error; nothing was written."""
 
 
 class RequestError(HsaError):
@@ -74,7 +82,7 @@ class DestinationError(RequestError):
 
 
 class BackendUnavailable(RequestError):
-    """A backend or device was asked for by name and this machine cannot give it."""
+    """A backend or device requested by name is not available on this machine."""
 
 
 class SourceError(HsaError):
@@ -94,7 +102,7 @@ class NonFiniteError(SourceError):
 
 
 class PatchError(SourceError):
-    """A patch file is none, is damaged, or was made for another primary."""
+    """A file that is not a patch, or a patch that is damaged or was made for another primary."""
 
 
 class ProvenanceError(SourceError):
@@ -106,21 +114,21 @@ class SourceChanged(SourceError):
 
 
 class DataError(HsaError):
-    """A bad set of utterances: its manifest, or what is to be scored of it."""
+    """A bad set of utterances: its manifest, a reference or a hypothesis."""
 
 
 class AudioError(DataError):
-    """Audio that is missing, is none, has no samples, or ends before the manifest says."""
+    """Audio that is missing, is not audio, has no samples, or ends earlier than the manifest says."""
 
 
 class MachineError(HsaError):
-    """The machine failed: disk full, out of memory, an input or output error."""
+    """The machine failed: disk full, out of memory, or an I/O error."""
 
     exit_code = 1
 
 
 class HsaWarning(UserWarning):
-    """What may be a mistake, in one line, where a Python call has no report to say it in.
+    """A possible mistake, in one line, issued by Python calls that have no report to put it in.
 
     Example:
         >>> import warnings
@@ -129,20 +137,20 @@ class HsaWarning(UserWarning):
 
 
 def warn(text: str) -> None:
-    """Give a HsaWarning, at the line of the caller of this package."""
+    """Issue an HsaWarning that points at the line that called this package."""
     frame: FrameType | None = sys._getframe(1)
-    level = 2  # of that frame, as warnings counts from this one
+    level = 2  # the level of that frame, as warnings counts from this one
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("hsa", "contextlib"):
         frame, level = frame.f_back, level + 1
     warnings.warn(one_line(text), HsaWarning, stacklevel=level)
 
 
 MAX_MESSAGE = 4000
-"""Characters of a message that are shown: a name in a file may be as long as the file."""
+"""The most characters of a message that are shown; a name read from a file may be as long as the file."""
 
 
 def one_line(text: str) -> str:
-    """The text with every control character escaped, so that names from files cannot forge lines; of a very long one
+    """Escape every control character of a text, so that names from files cannot forge lines. A very long text is cut to
     its two ends."""
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 2 :]}"
@@ -150,17 +158,17 @@ def one_line(text: str) -> str:
 
 
 MAX_SHOWN_DEPTH, MAX_SHOWN_ITEMS = 3, 6
-"""Containers inside one another, and items of each, that `shown` looks at."""
+"""The nesting depth, and the number of items in each container, that `shown` looks at."""
 
 MAX_SHOWN_BITS = 256
-"""Bits of a whole number that is still written out: the time for more grows with the square of them."""
+"""The most bits of an integer that `shown` writes out; the time for larger ones grows quadratically."""
 
 _SHORT = {("torch", "dtype"), ("torch", "device")}
-"""Modules and names of types, beside the plain ones, whose texts are short whatever the value is."""
+"""Types, by module and name, whose `str` is always short; the plain types are handled separately."""
 
 
 def is_text(value: str) -> bool:
-    """Whether a text can be written as UTF-8: not with half of a surrogate pair in it, as names of files may have.
+    """Whether a string can be encoded as UTF-8. File names may contain lone surrogates, which cannot.
 
     Example:
         >>> is_text("größe"), is_text("caf\\udce9")
@@ -174,10 +182,10 @@ def is_text(value: str) -> bool:
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """A value from a file or a caller for a message, in at most `limit` characters and bounded time.
+    """Format a value from a file or a caller for a message, in at most `limit` characters and bounded time.
 
     Unlike `repr`, it never walks a whole nested value, never writes out a huge number, and never calls the `__repr__`
-    of an object that is not a plain value. numpy's numbers are shown like Python's, a path like its text.
+    of an object that is not a plain value. numpy's numbers are shown like Python's, a path like its string.
 
     Example:
         >>> shown({"k": [1, 2]})
@@ -188,7 +196,7 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 def listed(texts: Iterable[str], last: str = "and") -> str:
-    """Texts as a list in a sentence.
+    """Join texts as a list in a sentence.
 
     Example:
         >>> listed(["base", "model1", "model2"])
@@ -199,7 +207,7 @@ def listed(texts: Iterable[str], last: str = "and") -> str:
 
 
 def _text(value: Any, limit: int, depth: int) -> str:
-    """The start of a value's repr, at least `limit` characters of it where it has so many."""
+    """The start of a value's repr: at least `limit` characters, or all of it if it is shorter."""
     if value is None or isinstance(value, bool):
         return repr(value)
     if isinstance(value, int):
@@ -233,7 +241,7 @@ def _items(value: Any, limit: int, depth: int) -> str:
 
 def _other(value: Any, limit: int, depth: int) -> str:
     kind = type(value)
-    numpy = sys.modules.get("numpy")  # it is imported where there is a value of its types
+    numpy = sys.modules.get("numpy")  # if a value has one of its types, it is imported
     if numpy is not None:
         for scalar, plain in ((numpy.bool_, bool), (numpy.integer, int), (numpy.floating, float)):
             if isinstance(value, scalar):

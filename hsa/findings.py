@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Findings:
-    """Notes, and warnings of what may be a mistake. Each is one line.
+    """Notes, and warnings of possible mistakes. Each is one line.
 
     Example:
         >>> Findings(("primary has no tokenizer",)) + Findings(warnings=("base and primary are equal",))
@@ -20,7 +20,7 @@ class Findings:
 
     @property
     def once(self) -> Findings:
-        """The same without repetitions."""
+        """The same findings without duplicates."""
         return Findings(tuple(dict.fromkeys(self.notes)), tuple(dict.fromkeys(self.warnings)))
 
     def __add__(self, other: Findings) -> Findings:
@@ -28,5 +28,5 @@ class Findings:
 
 
 def counted(warnings: Sequence[str]) -> str:
-    """How many warnings there are, to append to what a report says of itself; empty for none."""
+    """The number of warnings, to append to a report's summary of itself; empty if there are none."""
     return f"; {len(warnings)} warning{'s' * (len(warnings) > 1)}" if warnings else ""

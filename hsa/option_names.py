@@ -1,10 +1,10 @@
 """How a message names an option: as Python's argument, as the command line's option, or as a key of a YAML file.
 
 A message is written once, with `option("overwrite", True)` where it names an option. In Python that reads
-`overwrite=True`; inside `with spelled(command_line):`, in which `hsa` runs every command, it reads `--overwrite`.
+`overwrite=True`. Inside `with spelled(command_line):`, which wraps every `hsa` command, it reads `--overwrite`.
 
-The spelling belongs to the running context, so that a command in one thread does not change what another thread's
-Python errors say. Threads that hsa starts itself take it over by `with_current_spelling`.
+The spelling is a context variable, so a command in one thread does not change what Python errors in another thread say.
+Threads that hsa starts itself inherit it through `with_current_spelling`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 Spelling = Callable[[str, Any], str]
-"""From an argument's name in Python, and a value or None, to the text that a message shows."""
+"""Maps an argument's name in Python, and its value or None, to the text that a message shows."""
 
 LETTERS = {"lam": "lambda", "exclude": "except"}
-"""Names that differ outside Python, where `lambda` and `except` are no keywords."""
+"""Names that differ outside Python, where `lambda` and `except` are not keywords."""
 
 REPEATED = {"models": "model", "model_ids": "model-id", "weights": "weight"}
-"""Options that are given once for each entry of what is a list in Python."""
+"""Options that are repeated on the command line, once for each entry of a list in Python."""
 
 _OF_A_PLACE = re.compile(r"model[0-9]+_id")
-"""The id of a model that goes by its place, which the command line takes in the order of the models."""
+"""The id of a model that is named by its position; the command line takes such ids in the order of the models."""
 
 _A_PLACE = re.compile(r"model[0-9]+")
-"""A model that goes by its place, which has no option of its own."""
+"""A model that is named by its position, and has no option of its own."""
 
 NEGATED = {"digest": "--no-hash", "sync": "--no-sync", "energy": "--no-energy"}
 """Options that switch off what an argument switches on."""
 
 
 IN_PYTHON = {"sources": "the sources", "debug": "the error's __cause__"}
-"""What takes the place of an option that is no argument in Python."""
+"""Replacements for options that have no argument in Python."""
 
 
 def python(name: str, value: Any = None) -> str:
@@ -62,7 +62,7 @@ def command_line(name: str, value: Any = None) -> str:
 
 
 def as_keys(names: Collection[str]) -> Spelling:
-    """A spelling in which these names are keys of a YAML file (`dtype: float32`), and all others are as they were."""
+    """A spelling with these names as keys of a YAML file (`dtype: float32`); all others keep the current spelling."""
     outer = _spelling.get()
 
     def spelling(name: str, value: Any = None) -> str:
@@ -76,8 +76,7 @@ def as_keys(names: Collection[str]) -> Spelling:
 
 
 def keys_named(names: Mapping[str, str]) -> Spelling:
-    """A spelling in which the arguments among `names` are keys of a file that calls them so; all others are as they
-    were.
+    """A spelling with the arguments in `names` as the keys of a file; all others keep the current spelling.
 
     Example:
         >>> with spelled(keys_named({"weights": "weight"})):
@@ -96,7 +95,8 @@ def keys_named(names: Mapping[str, str]) -> Spelling:
 
 
 def renamed(names: Mapping[str, str], program: str) -> Spelling:
-    """The spelling of another command line: `names` gives its options; those that it lacks are named as `program`'s."""
+    """The spelling of another command line: `names` maps arguments to its options; all others are shown as
+    `program`'s."""
 
     def spelling(name: str, value: Any = None) -> str:
         if name not in names:
@@ -110,7 +110,7 @@ _spelling: ContextVar[Spelling] = ContextVar("hsa option names", default=python)
 
 
 def option(name: str, value: Any = None) -> str:
-    """The text by which a message names an option, given its name (and value) as an argument in Python.
+    """How a message names an option, given its name (and value) as an argument in Python.
 
     Example:
         >>> option("max_shard_size")
@@ -124,7 +124,7 @@ def option(name: str, value: Any = None) -> str:
 
 @contextmanager
 def spelled(spelling: Spelling) -> Iterator[None]:
-    """Spell options this way in the messages that the block makes."""
+    """Spell options this way in messages that are made inside the block."""
     token = _spelling.set(spelling)
     try:
         yield
@@ -133,13 +133,12 @@ def spelled(spelling: Spelling) -> Iterator[None]:
 
 
 def current_spelling() -> Spelling:
-    """How this thread's messages spell options, for a process that is to spell them alike: as the command line does, or
-    as Python."""
+    """The spelling of this thread's messages, `command_line` or `python`, for another process that has to use it."""
     return command_line if _spelling.get() is command_line else python
 
 
 def with_current_spelling(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """The function, for another thread: its messages spell options as this thread's messages do now."""
+    """Wrap a function for another thread, so that its messages spell options as this thread's messages do now."""
     spelling = _spelling.get()
 
     @wraps(function)

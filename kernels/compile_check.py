@@ -2,10 +2,10 @@
 
     python -m hsa.kernels.compile_check [--workers N]
 
-needs no GPU. Each kernel is compiled in the ten dtype mixes of `MIXES`, as `launch` would compile it, for
-CUDA 8.0, 9.0, 10.0 and AMD gfx942. Refused are spilled registers, stack or scratch memory, fused multiply-adds,
-flushed subnormals, and, where addresses are aligned, 2-byte global loads or stores of one element. The table gives
-registers a thread and bytes of shared memory a program. Exit code 1 when anything is refused.
+needs no GPU. Each kernel is compiled in the ten dtype mixes of `MIXES`, as `launch` would compile it, for CUDA 8.0,
+9.0, 10.0 and AMD gfx942. A kernel is refused for spilled registers, stack or scratch memory, fused multiply-adds,
+flushed subnormals, and, if addresses are aligned, 2-byte global loads or stores of one element. The table gives
+registers per thread and bytes of shared memory per program. The exit code is 1 if any kernel is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MIXES = {
 bfloat16; `to-*` are casts by --dtype into a new buffer."""
 
 NEW_BUFFER = ("float32", "float16", "bfloat16")
-"""Mixes that are compiled for a new buffer too, where unselected heads are copied."""
+"""Mixes that are also compiled for a new buffer, into which unselected heads are copied."""
 
 SCALED = ("float32", "float16", "bfloat16")
 UNALIGNED = ("float32", "float16", "float16-base")
@@ -115,7 +115,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel needs (registers a thread; bytes) and why it is refused."""
+    """What a compiled kernel needs (registers per thread; bytes of shared memory), and why it is refused."""
 
     case: Case
     rows: int
@@ -133,7 +133,7 @@ HEADING = f"{'target':11} {'kernel':6} {'mix':18} {'variant':29} rows x warps re
 
 
 def cases() -> Iterator[Case]:
-    """Everything to compile: for a target as such, and what is tuned otherwise for a device that was measured."""
+    """Everything to compile: each target in general, and cases with a tuning of their own for a measured device."""
     for target in TARGETS:
         for case in _cases(target):
             yield case
@@ -159,7 +159,7 @@ def _cases(target: str) -> Iterator[Case]:
 
 
 def compile_case(case: Case, **changed: object) -> Compiled:
-    """Compile one case and judge the code. changed: compiler options that differ from a launch's."""
+    """Compile one case and judge the code. `changed` are compiler options that differ from a launch's."""
     kernel = KERNELS[case.kernel]
     variant = case.variant
     tuned = case.tuning

@@ -1,9 +1,9 @@
 # ruff: noqa: N803, N806 -- constexprs of kernels are upper case
-"""The fused kernel: scores, selection and merge of any number of projections in one launch that reads a source once.
+"""The fused kernel: scores, selection and merge of any number of projections in one launch that reads each source once.
 
-What it takes, letters and formula as in `headwise`. Besides: members, int32 [n], the projections of the launch;
-released, int64 [G], what was decided of each; states, int32 [S], of the slabs; tickets, int32 [2]. These and its slots
-are 0 at the launch, and of no other launch meanwhile.
+Arguments, letters and formula are as in `headwise`. In addition: members, int32 [n], the projections of the launch;
+released, int64 [G], the decision on each of them; states, int32 [S], of the slabs; tickets, int32 [2]. released,
+states, tickets and the slots are 0 at the launch, and no other launch uses them meanwhile.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from hsa.kernels.primitives import (
 )
 
 MERGE = tl.constexpr(-(1 << 63))
-"""The bit of a released projection that is to be merged; the bit of a head says that it is selected."""
+"""The bit of a released projection that is to be merged; a head's own bit says that the head is selected."""
 
 REFUSE = tl.constexpr(1 << 62)
-"""The bit of a released projection that is not, for a score is not finite. So heads are at most 62."""
+"""The bit of a released projection that is not merged, because a score is not finite. So there are at most 62 heads."""
 
 DONE = tl.constexpr(1)
 LEFT = tl.constexpr(2)
-"""States of a slab: written (or rightly not), and left to whoever closes its projection."""
+"""States of a slab: done (written, or rightly not written), and left to the program that closes its projection."""
 
 STATES = tl.constexpr(512)
 """Slabs whose states are read at a time."""
@@ -51,8 +51,8 @@ STATES = tl.constexpr(512)
 
 @triton.jit
 def _decide(slots, geometry, scores, selected, released, keep, g, most, P: tl.constexpr):
-    """Wait for a projection's slots, at most `most` looks (0: without end); write its rows of scores and of selected
-    heads, and release it. Whoever does so again writes the same."""
+    """Wait for a projection's slots, for at most `most` looks (0: no limit), write its rows of scores and of selected
+    heads, and release it. This is idempotent: a second program writes the same values."""
     squared, ready = sum_of_slots(slots, geometry, g, P)
     looks = 1
     while (not ready) & ((looks < most) | (most == 0)):
@@ -77,15 +77,17 @@ def _settle(
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Write the merged slab of unit `i` (none if negative), which was held in halves, once its projection is released;
-    after `patience` looks leave it to whoever closes the projection, who reads its sources again."""
+    """Write the merged slab of unit `i` (none if negative), held in two halves, once its projection is released.
+
+    After `patience` looks it is left to the program that closes the projection, which reads its sources again.
+    """
     if i >= 0:
         unit = items + i.to(tl.int64) * 4
         g = tl.load(unit).to(tl.int64)
         head = tl.load(unit + 1).to(tl.int64)
         slab = tl.load(unit + 2)
         slot = tl.load(unit + 3)
-        # An atomic, for its answer is the same in all threads.
+        # An atomic, because its result is the same in all threads.
         release = tl.atomic_add(released + g, 0, sem="relaxed")
         looks = 1
         while (release == 0) & (looks < patience):
@@ -114,7 +116,7 @@ def _close(
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Release a projection if nobody has, and merge its slabs that were left. Every unit of it is drawn by now."""
+    """Release a projection if no program has, and merge its slabs that were left. By now all of its units are drawn."""
     release = tl.atomic_add(released + g, 0, sem="relaxed")
     if release == 0:
         _decide(slots, geometry, scores, selected, released, keep, g, 0, P)
@@ -149,20 +151,21 @@ def fused_kernel(
 ):  # fmt: skip
     """Score, select and merge in one launch of any number of programs.
 
-    Every source is read once; a second time what is copied or scaled of heads that are not selected, and what is left.
+    Every source is read once. Slabs of unselected heads that are copied or scaled, and slabs that were left, are read a
+    second time.
 
-    A program draws units one at a time. It scores a unit, and keeps what its slab becomes if its head is selected,
-    until it has scored HELD more: by then the projection is decided, as a rule, and the slab is written from there. The
-    first `deciders` programs to begin add up scores and select before they draw units.
+    A program draws units one at a time. It scores a unit, and holds the merged slab, in case the head is selected,
+    until it has scored HELD more. By then the projection is usually decided, and the slab is written from registers.
+    The first `deciders` programs to begin add up scores and select before they draw units.
 
-    Waiting has an end (`patience` looks for a decision, its square for sums), after which a slab is left. Programs that
-    find no more units to draw close the projections, one at a time, and read again what was left. They alone wait
-    without end, for units that are all in the hands of running programs, of which none waits without end for them. So
-    the launch ends whatever is resident, programs that run one after the other included.
+    Waiting is bounded: by `patience` looks for a decision, and by its square for sums. After that, a slab is left.
+    Programs that find no more units to draw close the projections, one at a time, and read again what was left. They
+    alone wait without a bound, for units that are all held by running programs, none of which waits without a bound for
+    them. So the launch cannot deadlock, whichever programs are resident, even if programs run one after the other.
 
-    Everything that programs tell each other is a single word, written and read by itself: no order between two words
-    matters. ALONE says that programs run one after the other: then whoever scores a projection's last unit decides it,
-    which would cost registers where others can.
+    Programs communicate only through single words, each written and read by itself, so that no order between two words
+    matters. ALONE says that programs run one after the other. Then the program that scores a projection's last unit
+    decides it, which would cost registers where other programs can decide.
     """
     role = tl.atomic_add(tickets + 1, 1, sem="relaxed")
     if role < deciders:
@@ -192,9 +195,9 @@ def fused_kernel(
         )  # fmt: skip
         w1 = tl.load(c1 + g)
         w2 = tl.load(c2 + g)
-        # All threads wait for the answer, and so they do while the sources are on their way.
+        # All threads wait for the result, so they do it while the loads of the sources are in flight.
         drawn = tl.atomic_add(tickets, 1, sem="relaxed")
-        # One half after the other: widened at once, they would not fit the registers.
+        # One half after the other: widened at once, they would not fit into the registers.
         b0, tv10, tv20 = widened(b0, m10, m20)
         low = squares(tv10, tv20, exists0, B, M1, M2)
         words0 = packed(merged(b0, tv10, tv20, w1, w2, scale, OUT, SCALED), OUT)
@@ -204,7 +207,7 @@ def fused_kernel(
         total = slab_sum(
             low, high, base, primary, secondary, geometry, status, g, head, slab, B, M1, M2, P, ROWS, ALIGNED, ONE_RUN
         )  # fmt: skip
-        # The slot was 0, so this stores; unlike an exchange it has no answer to wait for.
+        # The slot was 0, so this stores the value; unlike an exchange, it has no result to wait for.
         tl.atomic_or(slots + slot, encoded(total), sem="relaxed")
         if ALONE:
             entry = geometry + g * FIELDS

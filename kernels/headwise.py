@@ -1,7 +1,7 @@
 # ruff: noqa: N803, N806 -- constexprs of kernels are upper case
-"""Headwise Selective Attention merge on a GPU: the formula's parts, and the kernels that take two launches for it.
+"""Headwise Selective Attention merge on a GPU: the parts of the formula, and the kernels that merge in two launches.
 
-`fused` has the kernel that takes one; `launch` calls them.
+`fused` has the kernel that merges in one launch; `launch` calls them.
 
 Formula (float32, evaluated in this order, every operation rounded by itself):
 
@@ -14,20 +14,20 @@ Formula (float32, evaluated in this order, every operation rounded by itself):
 Source: Shankar, Wang, Eren, Alwan, "Compositional domain adaptation for automatic speech recognition with headwise
 selective attention merging", Computer Speech & Language, 2026, 102012.
 
-What every kernel takes, letters as in `primitives`:
+Arguments of every kernel, letters as in `primitives`:
 
     base, primary, secondary, out   int64 [G]     addresses of the projections' tensors, of dtypes B, M1, M2, OUT
     geometry                        int64 [G, 8]  see `primitives.FIELDS`
     items                           int32 [*, 4]  units of work: projection, head, slab, and the slab's slot
     slots                           int64 [S]     the sum of squares of every slab, see `encoded`
     scores                          float64 [G, P]  squared scores; selected: uint8 [G, P]; both 0 beyond H
-    status                          int32 [G, P]  what was found wrong in a head: the bits below; 0 at the launch
+    status                          int32 [G, P]  the faults found in a head: the bits below; 0 at the launch
     keep, c1, c2                    int32 [G], float32 [G], float32 [G]
 
-`score_kernel` also takes arrivals, int32 [G], 0 at the launch and of no other launch meanwhile.
+`score_kernel` also takes arrivals, int32 [G], 0 at the launch and used by no other launch meanwhile.
 
-Constexprs: P and ROWS; ALIGNED when every address of the launch is a multiple of 16 bytes and every geometry is as
-`primitives.tile` wants it; ONE_RUN as there; SCALED when scale is not 1; IN_PLACE when out is primary in every
+Constexprs: P and ROWS; ALIGNED if every address of the launch is a multiple of 16 bytes and every geometry meets the
+conditions in `primitives.tile`; ONE_RUN as there; SCALED if scale is not 1; IN_PLACE if out is primary in every
 projection.
 """
 
@@ -63,7 +63,7 @@ THERE = tl.constexpr(-(1 << 63))
 REST = tl.constexpr((1 << 63) - 1)
 
 SMALL = tl.constexpr(2.0**-110)
-"""Below this sum, squares that float32 cannot hold could make more than 2**-26 of it."""
+"""Below this sum, squares that underflow float32 could make up more than 2**-26 of it."""
 
 LARGE = tl.constexpr(1e37)
 """Above this sum, a square may have overflowed, or a source may not be finite."""
@@ -72,7 +72,7 @@ PART = tl.constexpr(16)
 """Tile rows that the careful sum takes at a time."""
 
 GROUPS = tl.constexpr(2)
-"""Parts of half a slab that are added up in float32 first: they lie in the same threads, and need no exchange."""
+"""Parts of half a slab that are first added up in float32: they are in the same threads, so no exchange is needed."""
 
 CHUNK = tl.constexpr(32)
 """Slabs of every head whose sums are read at a time."""
@@ -80,7 +80,7 @@ CHUNK = tl.constexpr(32)
 
 @triton.jit
 def encoded(total):
-    """A sum of squares (float64) as int64 that is not 0: the sign, which no sum has, says that it is there."""
+    """A sum of squares (float64) as a nonzero int64: the sign bit, which no sum uses, says that the sum is present."""
     return total.to(tl.int64, bitcast=True) | THERE
 
 
@@ -90,9 +90,10 @@ def _careful_sum(
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
     P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
-    """The sum of a slab whose squares leave the range of float32, and the status bits if a source is not finite.
+    """The sum of a slab whose squares leave the range of float32; sets the status bits if a source is not finite.
 
-    A loop over small parts: the path is rare, and as one tile its float64 would cost the common path registers.
+    It is a loop over small parts: the path is rare, and as one tile its float64 values would cost the common path
+    registers.
     """
     total = tl.zeros([], dtype=tl.float64)
     bits = tl.zeros([], dtype=tl.int32)
@@ -114,7 +115,7 @@ def _careful_sum(
 
 @triton.jit
 def squares(tv1, tv2, exists, B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr):
-    """Sums of the proxy's squares in half a slab, in float32, each of at most 16 elements that lie in one thread."""
+    """Sums of the proxy's squares in half a slab, in float32, each of at most 16 elements that are in one thread."""
     ROWS: tl.constexpr = tv1.shape[0]
     # The elements of one 16-byte load.
     WIDE: tl.constexpr = B.primitive_bitwidth + M1.primitive_bitwidth + M2.primitive_bitwidth > 48
@@ -130,7 +131,7 @@ def slab_sum(
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
     P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
-    """The sum of squares (float64) of a slab, from those of its halves, which float64 adds up."""
+    """The sum of squares (float64) of a slab, from those of its halves, which are added up in float64."""
     sums = low.to(tl.float64) + high.to(tl.float64)
     total = tl.sum(tl.reshape(sums, [sums.numel], can_reorder=True), axis=0)
     if ~((total >= SMALL) & (total <= LARGE)):
@@ -146,7 +147,7 @@ def begin_to_read(
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
-    """Begin to read a slab of ROWS from all three sources; the dtypes are theirs."""
+    """Begin to read a slab of ROWS tile rows from all three sources, in their own dtypes."""
     start, offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED, ONE_RUN)
     b = load(base, g, start, offsets, exists, B, ALIGNED, ONE_RUN)
     m1 = load(primary, g, start, offsets, exists, M1, ALIGNED, ONE_RUN)
@@ -163,7 +164,7 @@ def widened(b, m1, m2):
 
 @triton.jit
 def sum_of_slots(slots, geometry, g, P: tl.constexpr):
-    """Squared scores (float64 [P]) of a projection, summed in a fixed order, and whether every slot was there."""
+    """Squared scores (float64 [P]) of a projection, summed in a fixed order, and whether every slot was present."""
     entry = geometry + g * FIELDS
     heads = tl.load(entry + HEADS).to(tl.int32)
     slabs = tl.load(entry + SLABS).to(tl.int32)
@@ -174,7 +175,7 @@ def sum_of_slots(slots, geometry, g, P: tl.constexpr):
     lacking = tl.zeros([], dtype=tl.int32)
     for c in range(0, slabs, CHUNK):
         exists = (h[:, None] < heads) & (c + s[None, :] < slabs)
-        # Volatile: past the first-level cache, and again at every turn of a loop.
+        # Volatile: bypasses the L1 cache, and loads again in every iteration of a loop.
         bits = tl.load(first + h[:, None] * slabs + c + s[None, :], mask=exists, other=THERE, volatile=True)
         lacking |= greatest((bits >= 0).to(tl.int32))
         squared += tl.sum((bits & REST).to(tl.float64, bitcast=True), axis=1)
@@ -187,7 +188,7 @@ def apply_slab(
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Read one slab and write that of `out`. chosen: whether its head is selected."""
+    """Read one slab of the sources and write the same slab of `out`. chosen: whether its head is selected."""
     start, offsets, exists = tile(geometry, g, head, slab, ROWS, ALIGNED, ONE_RUN)
     worst = 0
     if chosen:
@@ -240,7 +241,8 @@ def score_kernel(
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr,
     P: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
-    """Squared scores of every head. A program owns one slab, the last of a projection also its row of scores."""
+    """Squared scores of every head. Each program owns one slab; a projection's last one also writes its row of
+    scores."""
     unit = items + tl.program_id(0).to(tl.int64) * 4
     g = tl.load(unit).to(tl.int64)
     head = tl.load(unit + 1).to(tl.int64)
@@ -277,9 +279,10 @@ def apply_kernel(
     B: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr, SCALED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Select and merge by scores that are known. A program owns one slab, the first of a head also its selection.
+    """Select and merge by known scores. Each program owns one slab; that of a head's first slab also stores its
+    selection.
 
-    A projection with a score that is not finite is left as it is, and those heads' status says SCORE_BIT.
+    A projection with a score that is not finite is left unchanged, and SCORE_BIT is set in the status of those heads.
     """
     unit = items + tl.program_id(0).to(tl.int64) * 4
     g = tl.load(unit).to(tl.int64)

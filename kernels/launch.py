@@ -1,11 +1,11 @@
 """Starting the kernels: one launch (`fused_merge`) or two (`score_heads`, then `apply_heads`).
 
 Every function works on a `Projections` that was built once, on the current stream of its device. All memory that a
-launch writes besides the outputs belongs to one stream's workspace, made on the first call there, so that later
-calls allocate nothing on the device and streams do not disturb each other. Two streams that write the same output
-tensors are the caller's to order.
+launch writes besides the outputs belongs to one stream's workspace, made on the first call there, so that later calls
+allocate nothing on the device and streams do not disturb each other. The caller has to order two streams that write the
+same output tensors.
 
-What is wrong with numbers is known only on the device: `faults` and `check` wait for it, nothing else does.
+NaN and Inf are found on the device: only `faults` and `check` wait for the result.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ CAUSES = {
 class KernelFault:
     """A head that holds NaN or Inf.
 
-    `where` is base, primary, secondary, score (its sum is not finite: as a source is not, or the task vectors overflow
-    float32, or the scores given were not) or result (a written value is not finite in the output's dtype).
+    `where` is base, primary, secondary, score or result. `score` means that the head's sum is not finite: because a
+    source is not, the task vectors overflow float32, or the given scores were not. `result` means that a written value
+    is not finite in the output's dtype.
     """
 
     projection: int
@@ -70,20 +71,21 @@ def fused_merge(
 ) -> tuple[Tensor, Tensor]:
     """Score, select and merge all projections in one launch (one for each of `projections.groups`).
 
-    On AMD in two: there Triton drops the `volatile` of a load, without which a program could wait for a word for ever.
+    On AMD it takes two: there Triton drops the `volatile` of a load, without which a program could wait forever.
 
     Args:
         keep: heads to keep of each projection, 0 to H, or one number for all; ties at the cut are all selected.
-            Like c1 and c2, a tensor [G] on the device (int32; float32) is used where it lies and is not checked.
+            Like c1 and c2, a tensor [G] on the device (int32; float32) is used directly; its values are not checked.
         c1, c2: weights of primary's and secondary's task vector in selected heads, rounded to float32.
         scale: factor of the displacement in every head, finite. At 1, unselected heads are primary's bits.
-        programs: how many programs to start, by default as tuned; no result depends on it.
+        programs: how many programs to start, by default as tuned; the results do not depend on it.
 
     Returns:
         squared scores, float64 [G, P], and the selection, bool [G, P]; 0 and False beyond a projection's heads
-        (P is `projections.padded_heads`). They are the stream's own and hold until its next call: clone to keep them.
+        (P is `projections.padded_heads`). They belong to the stream and are valid until its next call: clone them to
+        keep them.
 
-    A projection with a source that is not finite is not written, and no head of it selected: see `check`.
+    A projection with a source that is not finite is not written, and none of its heads is selected: see `check`.
 
     Raises KernelInputError, KernelTypeError. Source: see `headwise`.
     """
@@ -118,8 +120,8 @@ def fused_merge(
 def score_heads(projections: Projections) -> Tensor:
     """Squared scores of every head, float64 [G, P], 0 beyond a projection's heads; writes no output.
 
-    NaN or Inf where a source or a task vector is not finite: see `check`. The tensor is the stream's own and holds
-    until its next call: clone to keep it. Source: see `headwise`.
+    NaN or Inf if a source or a task vector is not finite: see `check`. The tensor belongs to the stream and is valid
+    until its next call: clone it to keep it. Source: see `headwise`.
     """
     with _on_device(projections):
         space = projections.workspace()
@@ -137,7 +139,7 @@ def apply_heads(
     *,
     scale: float = 1.0,
 ) -> Tensor:
-    """Select by scores that are known, and merge: `fused_merge` without its first read, for sweeps.
+    """Select by known scores, and merge: `fused_merge` without its first read, for sweeps.
 
     Args:
         scores: squared scores, float64 [G, P], contiguous, as `score_heads` returns them (a clone, or the stream's
@@ -145,9 +147,9 @@ def apply_heads(
         keep, c1, c2, scale: as for `fused_merge`.
 
     Returns:
-        the selection, bool [G, P], the stream's own until its next call.
+        the selection, bool [G, P], which belongs to the stream and is valid until its next call.
 
-    A projection with a score that is not finite is not written, and no head of it selected: see `check`.
+    A projection with a score that is not finite is not written, and none of its heads is selected: see `check`.
 
     Raises KernelInputError, KernelTypeError.
     """
@@ -253,8 +255,10 @@ def _resident(projections: Projections, group: LaunchGroup) -> int:
 
 
 def _patience(group: LaunchGroup, grid: int) -> int:
-    """How often a program looks for a decision before it leaves a slab: once where waiting is in vain, for programs run
-    one after the other, or hold too little of a projection."""
+    """How often a program looks for a decision before it leaves a slab.
+
+    It is once if waiting is pointless: if programs run one after the other, or hold too little of a projection.
+    """
     return 1 if interpreted() or group.most_slabs > grid * group.tuning.held else tuning.PATIENCE
 
 

@@ -1,9 +1,9 @@
 # ruff: noqa: N803 -- constexprs of kernels are upper case
-"""Jit helpers that more than one kernel uses: addresses of a tile, reads, writes, rounding, ranking.
+"""JIT helpers that several kernels use: addresses of a tile, reads, writes, rounding, ranking.
 
 Shape letters: G projections of a plan, H heads of a projection, P the padded length of a row of heads (the greatest H
 of the plan, rounded up to a power of two; `padded_heads` on the host), S slabs. A tile row is WIDTH contiguous
-elements; a slab is ROWS tile rows of one head, and is what one unit of work owns.
+elements. A slab is ROWS tile rows of one head, and is one unit of work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WIDTH = tl.constexpr(64)
 """Elements of a tile row."""
 
 FIELDS = tl.constexpr(8)
-"""Numbers a projection has in the geometry table, in this order: heads, tile rows of a head, width of a run, pitch
+"""Numbers per projection in the geometry table, in this order: heads, tile rows of a head, width of a run, pitch
 between runs, step between heads, slabs of a head, first slab of the projection, tile rows of a run."""
 
 HEADS = tl.constexpr(0)
@@ -28,28 +28,30 @@ FIRST = tl.constexpr(6)
 CHUNKS = tl.constexpr(7)
 
 NOT_FINITE = tl.constexpr(0x7F800000)
-"""Bits of float32 infinity: the magnitude bits of Inf and of every NaN are not below it."""
+"""Bits of float32 infinity: the magnitude bits of Inf and of every NaN are at least this."""
 
 
 @triton.jit
 def tile(geometry, g, head, slab, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr):
-    """Where one slab of a head lies: an element to start from (int64), offsets from it ([ROWS, WIDTH]) in elements, and
-    which of them exist (bool).
+    """The position of one slab of a head, and which of its elements exist.
+
+    Returns an element to start from (int64), offsets from it ([ROWS, WIDTH]) in elements, and whether each one exists
+    (bool).
 
     A head is a number of runs of `width` contiguous elements, `pitch` apart; heads begin `step` apart. Heads of
     consecutive output rows are one run each; heads of columns have a run for every row.
 
-    ALIGNED promises that WIDTH divides the width and 16 the pitch and the step. Then only whole tile rows can be
-    missing.
+    ALIGNED promises that WIDTH divides the width, and that 16 divides the pitch and the step. Then only whole tile rows
+    can be missing.
 
-    ONE_RUN promises that too, and that every head is one run: a slab is one piece of memory, whose offsets are known
-    when the kernel is compiled. Otherwise, where ALIGNED, the offsets of missing rows are those of the head's first
-    row, so that they can be read without a mask: AMD compiles every masked load to a branch, and waits for one before
-    it begins the next.
+    ONE_RUN promises that too, and that every head is one run: a slab is one piece of memory, whose offsets are known at
+    compile time. With ALIGNED alone, missing rows get the offsets of the head's first row, so that they can be read
+    without a mask. This is for AMD, where every masked load compiles to a branch that is waited for before the next
+    load begins.
     """
     entry = geometry + g * FIELDS
     step = tl.load(entry + STEP)
-    # 32 bits: the host refuses heads with more tile rows, and a 64-bit division is several times as long.
+    # 32 bits: the host refuses heads with more tile rows, and a 64-bit division takes several times as long.
     row = slab * ROWS + tl.arange(0, ROWS)
     exists = row < tl.load(entry + TILE_ROWS)
     lane = tl.arange(0, WIDTH)
@@ -79,7 +81,7 @@ def pointer(table, g, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The address of a projection's tensor, as a pointer to DTYPE. table: int64 [G]."""
     found = tl.load(table + g).to(tl.pointer_type(DTYPE))
     if ALIGNED:
-        # A loaded address says nothing of its alignment, and loads through it would be one element wide.
+        # The compiler does not know the alignment of a loaded address, and loads through it would be one element wide.
         found = tl.multiple_of(found, 16)
     return found
 
@@ -89,11 +91,11 @@ def load(
     table, g, start, offsets, exists,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
-    """Elements of a projection's tensor as they are; where none exists, anything."""
+    """Load elements of a projection's tensor as they are stored; elements that do not exist have arbitrary values."""
     places = pointer(table, g, DTYPE, ALIGNED) + start + offsets
     if ALIGNED and not ONE_RUN:
         return tl.load(places)
-    else:  # noqa: RET505 - the compiler reads on behind a return
+    else:  # noqa: RET505 - the compiler reads on after a return
         return tl.load(places, mask=exists)
 
 
@@ -102,20 +104,20 @@ def read(
     table, g, start, offsets, exists,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
-    """Elements of a projection's tensor widened to float32; where none exists, anything."""
+    """Load elements of a projection's tensor, widened to float32; elements that do not exist have arbitrary values."""
     return load(table, g, start, offsets, exists, DTYPE, ALIGNED, ONE_RUN).to(tl.float32)
 
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """float32 rounded once, to nearest even, to DTYPE.
+    """Round float32 once, to nearest even, to DTYPE.
 
-    To bfloat16 in integers: the interpreter truncates, and targets without the instruction differ in NaN.
+    bfloat16 is rounded in integers: the interpreter truncates, and targets without the instruction differ in NaN.
     """
     if tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        # The carry of a NaN's payload could end in a finite number.
+        # A carry from a NaN's payload could make it a finite number.
         nearest = tl.where(x == x, nearest, 0x7FC0)
         return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
@@ -123,39 +125,39 @@ def rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def magnitude(x):
-    """The magnitude bits (int32) of a tensor's greatest float32; not below NOT_FINITE if any is NaN or Inf."""
+    """The magnitude bits (int32) of a tensor's greatest float32; at least NOT_FINITE if any element is NaN or Inf."""
     return greatest(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
 
 
 @triton.jit
 def greatest(x):
-    """The greatest of a tile. Of all elements as they lie, for a maximum by rows moves many times as many."""
+    """The maximum of a tile, over all elements as they lie: a maximum by rows moves many times as many elements."""
     return tl.max(tl.reshape(x, [x.numel], can_reorder=True), axis=0)
 
 
 @triton.jit
 def write(table, g, start, offsets, exists, value, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Store what is of DTYPE; returns the magnitude bits of what was stored, widened."""
+    """Store values of DTYPE, and return the magnitude bits of what was stored, widened to float32."""
     tl.store(pointer(table, g, DTYPE, ALIGNED) + start + offsets, value, mask=exists)
     return magnitude(tl.where(exists, value.to(tl.float32), 0.0))
 
 
 @triton.jit
 def packed(value, DTYPE: tl.constexpr):
-    """A tile of DTYPE in words of 32 bits, so that two values of 16 bits take one register and not two."""
+    """Pack a tile of DTYPE into 32-bit words, so that two 16-bit values take one register instead of two."""
     if DTYPE.primitive_bitwidth == 32:
         return value
-    else:  # noqa: RET505 - the compiler reads on behind a return
+    else:  # noqa: RET505 - the compiler reads on after a return
         low, high = tl.split(tl.reshape(value.to(tl.uint16, bitcast=True), [value.shape[0], value.shape[1] // 2, 2]))
         return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
 
 
 @triton.jit
 def unpacked(words, DTYPE: tl.constexpr):
-    """The tile that `packed` took."""
+    """Undo `packed`."""
     if DTYPE.primitive_bitwidth == 32:
         return words
-    else:  # noqa: RET505 - the compiler reads on behind a return
+    else:  # noqa: RET505 - the compiler reads on after a return
         pairs = tl.join((words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16))
         return tl.reshape(pairs, [words.shape[0], words.shape[1] * 2]).to(DTYPE, bitcast=True)
 

@@ -25,7 +25,7 @@ ROLES = ("base", "primary", "secondary", "out")
 ALIGNMENT = 16
 MOST_HEADS = 62
 LEAST_PADDED_HEADS = 32
-"""A row of heads is padded to at least as many, so that models of different size share compiled kernels."""
+"""The least padded length of a row of heads, so that models of different sizes share compiled kernels."""
 
 
 class KernelInputError(ValueError):
@@ -58,7 +58,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Shape:
-    """A projection as heads of runs; all in elements."""
+    """The layout of a projection: heads that consist of runs. All sizes are in elements."""
 
     heads: int
     runs: int
@@ -85,8 +85,8 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class LaunchGroup:
-    """The projections that share a launch, see `headwise`: `members` int32 [n], and `items` int32 [S', 4], whose slabs
-    lie in the order of their slots. `most_slabs` has the projection of the most slabs."""
+    """The projections that share a launch, see `headwise`: `members` is int32 [n]; `items` is int32 [S', 4], with the
+    slabs in the order of their slots. `most_slabs` is the largest number of slabs in one projection."""
 
     variant: Variant
     tuning: Tuning
@@ -101,7 +101,7 @@ class Projections:
 
     Args:
         base, primary, secondary: G tensors each, [d_out, d_in] or [d], contiguous, all on one device (a GPU; the CPU
-            in Triton's interpreter), float32, float16 or bfloat16, each its own.
+            in Triton's interpreter), float32, float16 or bfloat16, each with its own dtype.
         out: G tensors to write, of the same shapes; by default primary itself, in place. An output may be the
             primary of its own projection, and must otherwise share no memory with any source or other output.
         heads: H of each projection, or one number for all; 1 to 62; divides the size of the head axis.
@@ -109,12 +109,12 @@ class Projections:
             (the weight of out_proj); of each projection, or one for all.
         tuned: how launches are cut; by default `tuning.choose`.
 
-    Projections that differ in dtypes, in being in place, or in alignment cannot share a compiled kernel: they are
-    merged in one launch for each combination that occurs, in a model usually one. Alignment is that of addresses
-    (16 bytes) and of shapes (heads of a multiple of 64 contiguous elements, as in every Whisper weight and bias);
-    the others take a slower kernel that loads single elements.
+    Projections that differ in dtypes, in being in place, or in alignment cannot share a compiled kernel: each
+    combination that occurs takes one launch. A model usually has one. Projections are aligned if their addresses are
+    (to 16 bytes) and their shapes are (heads of a multiple of 64 contiguous elements, as in every Whisper weight and
+    bias). The others take a slower kernel that loads single elements.
 
-    The tensors' storage is kept alive. A parameter whose `.data` is replaced later is not followed.
+    The tensors' storage is kept alive. If a parameter's `.data` is replaced later, the old data is still used.
 
     Raises KernelInputError, KernelTypeError.
     """
@@ -225,7 +225,7 @@ class Projections:
         handle = 0 if stream is None else stream.cuda_stream
         if handle not in self._workspaces:
             if stream is not None:
-                # The allocator must not give a table away while another stream than its own still reads it.
+                # The allocator must not reuse a table's memory while a stream other than its own still reads it.
                 for table in self._tables():
                     table.record_stream(stream)
             self._workspaces[handle] = Workspace(self)
@@ -244,9 +244,10 @@ class Projections:
 
 
 class Workspace:
-    """What one stream's launches write besides outputs, and the parameters they read; see `headwise` and `fused`.
+    """What one stream's launches write besides outputs, and the parameters that they read; see `headwise` and `fused`.
 
-    `zeroed` is what must be 0 when the fused kernel is launched, `zeroed_of_two` the part of it that the others need.
+    `zeroed` must be 0 when the fused kernel is launched; `zeroed_of_two` is the part of it that must be 0 for the
+    others.
     """
 
     def __init__(self, projections: Projections) -> None:
@@ -265,14 +266,14 @@ class Workspace:
         self._parameters: dict[str, tuple[bytes, Tensor]] = {}
 
     def upload(self, name: str, values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        """Numbers of the host, [G] on the device: copied only when they differ from the last ones of that name."""
+        """Copy numbers of the host to the device, [G], unless they equal the last ones of that name."""
         last, buffer = self._parameters.get(name, (b"", None))
         if buffer is None:
             buffer = torch.empty(len(values), dtype=dtype, device=self.zeroed.device)
         host = torch.tensor(values, dtype=dtype, device="cpu")
         bits = host.numpy().tobytes()
         if bits != last:
-            # From pageable memory the copy has left the source when it returns, without waiting for the stream.
+            # From pageable memory, the source has been read when the call returns, without waiting for the stream.
             buffer.copy_(host, non_blocking=True)
             self._parameters[name] = (bits, buffer)
         return buffer
@@ -290,7 +291,7 @@ def _units(g: int, fields: Sequence[int]) -> Tensor:
 
 
 def _tensors(role: str, tensors: object) -> tuple[Tensor, ...]:
-    """Aliases of a role's tensors, which keep their storage alive, each checked by itself."""
+    """Check each of a role's tensors by itself, and return aliases of them, which keep their storage alive."""
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise KernelTypeError(f"{role}: expected a sequence of tensors, found {type(tensors).__name__}")
     for g, tensor in enumerate(tensors):
@@ -326,7 +327,7 @@ def interpreted() -> bool:
 def inexact(major: int, version: str) -> str:
     """Why kernels of this version of Triton are not exact on NVIDIA devices of this major compute capability, or "".
 
-    Found in compiled code: before 3.7, multiplications and additions are fused for capability 10.0, options or not.
+    Found in compiled code: before 3.7, multiplications and additions are fused for capability 10.0 under any options.
     """
     if major >= 10 and tuple(map(int, version.split(".")[:2])) < (3, 7):
         return f"Triton {version} fuses multiply-adds on NVIDIA GPUs of compute capability 10 and above; 3.7 does not"
@@ -334,7 +335,7 @@ def inexact(major: int, version: str) -> str:
 
 
 def doubt(device: torch.device) -> str:
-    """`inexact` of a device, with the Triton that is imported."""
+    """`inexact` of a device, for the imported version of Triton."""
     if device.type != "cuda" or torch.version.hip is not None:
         return ""
     return inexact(torch.cuda.get_device_capability(device)[0], triton.__version__)

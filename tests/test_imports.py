@@ -86,6 +86,7 @@ ANYWHERE = {
         "hsa.evaluation.decoding",
         "hsa.evaluation.encoders",
         "hsa.evaluation.recognizers",
+        "hsa.evaluation.speculative",
         "hsa.evaluation.transformers_calls",
         "hsa.searches.encoder_states",
         "hsa.searches.own_models",
@@ -99,6 +100,7 @@ ANYWHERE = {
         "hsa.evaluation.decoding",
         "hsa.evaluation.model_kinds",
         "hsa.evaluation.recognizers",
+        "hsa.evaluation.speculative",
         "hsa.evaluation.transformers_calls",
         "hsa.searches.own_models",
     },
@@ -467,7 +469,7 @@ def test_the_folder_kernels_is_never_imported_by_its_bare_name() -> None:
     assert [where(i) for i in found] == []
 
 
-# --- size, and what CONTRIBUTING says of it all ---------------------------------------------------------------------
+# --- size, and what the page for contributors says -------------------------------------------------------------------
 
 MOST_LINES = 400
 REASON = "lines because"
@@ -480,8 +482,8 @@ def test_no_module_is_long_without_a_reason() -> None:
         assert text.count("\n") <= MOST_LINES or REASON in (ast.get_docstring(ast.parse(text)) or ""), path
 
 
-def test_contributing_names_modules_that_exist() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+def test_the_page_for_contributors_names_modules_that_exist() -> None:
+    text = (ROOT / "docs" / "contributing" / "index.md").read_text(encoding="utf-8")
     rooms = {row[0]: row[1] for row in re.findall(r"^\| (`[a-z_/]+/`.*?) \| (.*) \|$", text, re.MULTILINE)}
     named = {name.strip("/") for cell in rooms for name in re.findall(r"`([a-z_/]+)`", cell)}
     packages = {path.parent.relative_to(ROOT / "hsa").as_posix() for path in (ROOT / "hsa").rglob("*/__init__.py")}
@@ -492,7 +494,7 @@ def test_contributing_names_modules_that_exist() -> None:
         for name in re.findall(r"`([a-z_]+)`", about):
             assert any((place / f"{name}.py").is_file() for place in places), f"{cell} has no module {name}"
     for name in re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", text):
-        assert any((ROOT / place / name).is_file() for place in ("hsa", ".")), f"CONTRIBUTING names {name}"
+        assert any((ROOT / place / name).is_file() for place in ("hsa", ".")), f"the page names {name}"
 
 
 # --- the wheel and the sdist -----------------------------------------------------------------------------------------

@@ -162,5 +162,5 @@ def test_two_families_do_not_merge(murmurs: Triple, shared_triple: Triple, tmp_p
 
 
 def test_the_page_on_families_is_true(shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_page("add-an-architecture.md", [FAMILY], shared_triple, tmp_path, monkeypatch)
+    run_page("contributing/add-an-architecture.md", [FAMILY], shared_triple, tmp_path, monkeypatch)
     assert snapshot(tmp_path / "applied") == snapshot(tmp_path / "merged")

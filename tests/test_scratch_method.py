@@ -369,7 +369,7 @@ def test_a_release_with_the_method_is_built_and_then_verified(models: list[Path]
 
 
 def test_the_page_on_methods_is_true(shared_triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_page("add-a-method.md", [PLUGIN, MEASURING], shared_triple, tmp_path, monkeypatch)
+    run_page("contributing/add-a-method.md", [PLUGIN, MEASURING], shared_triple, tmp_path, monkeypatch)
     same_tensors(tmp_path / "merged", tmp_path / "from-python")
     same_tensors(tmp_path / "merged", tmp_path / "saved")
 

@@ -1,1 +1,1 @@
-"""The verbs over one output: merge, patch, apply; and merges of models that are in memory."""
+"""Operations that produce one output (merge, patch, apply), and merges of models in memory."""

@@ -51,8 +51,8 @@ from hsa.system.threads import default_threads
 from hsa.system.types import PathLike, Progress
 
 
-@declared_keywords(APPLY)
 @fsio.map_os_errors()
+@declared_keywords(APPLY)
 def apply(
     primary: PathLike,
     patch: PathLike,
@@ -62,7 +62,7 @@ def apply(
     progress: Progress | None = None,
     **keywords: Any,
 ) -> MergeReport:
-    """Make the output of a merge from primary and its patch: the very bytes that `hsa.merge` would have written.
+    """Make the output of a merge from primary and its patch: exactly the bytes that `hsa.merge` would have written.
 
     Args:
         primary: the checkpoint directory, or id on the Hub, that the patch was made with.
@@ -71,14 +71,14 @@ def apply(
         assets: directories to look in for tokenizer and processor files that the merge took from elsewhere than
             primary or its parent directory.
         {options}
-        progress: called now and then with bytes done and bytes in all.
+        progress: called now and then with the bytes done and the total.
 
     Returns the report of the merge, with the route `apply`.
 
-    Raises PatchError where the patch is damaged, was made for another primary, or says what no merge writes (rows with
-    NaN, heads or coefficients that do not follow from its parameters, other files); RequestError where primary and
-    patch are exchanged; SourceError where a small file of the merge cannot be found as it was; and what `hsa.merge`
-    raises. Nothing is left behind then.
+    Raises PatchError if the patch is damaged, was made for another primary, or contains what no merge writes (rows with
+    NaN, heads or coefficients that do not follow from its parameters, other files). Raises RequestError if primary and
+    patch are swapped, SourceError if a small file of the merge cannot be found unchanged, and what `hsa.merge` raises.
+    After an error, nothing is left behind.
 
     Example:
         >>> report = hsa.apply("m1", "sweep/encoder-qkv_k0.6_lambda0.3_alpha0.2.safetensors", output="best")
@@ -149,7 +149,7 @@ def apply_to(
 ) -> tuple[Record, Sequence[str]]:
     """Write the output of an open patch and its open primary, which was checked, with these small files.
 
-    Returns its record, and notes of what of an earlier output could not be removed.
+    Returns its record, and notes on what could not be removed of an earlier output.
     """
     contents = _tensors(patch, primary)
     files, index = pack(primary, contents, patch.record.parameters["max_shard_size"])
@@ -186,7 +186,7 @@ def _tensors(patch: Patch, primary: Checkpoint) -> dict[str, TensorContent]:
 
 
 def _task(target: TensorRecord, role: str, ref: TensorRef) -> TensorTask:
-    """A tensor that gets rows of a patch."""
+    """The task of a tensor that gets rows of a patch."""
     return TensorTask(
         name=target.canonical,
         place=target.place,
@@ -211,9 +211,9 @@ def _rows(patch: Patch) -> dict[str, PatchRows]:
 
 
 def check_primary(patch: Patch, primary: Checkpoint) -> None:
-    """PatchError unless primary is the one that the patch was made with: by its files' headers, then by its targets.
+    """Raise PatchError unless the patch was made with this primary: its files' headers are compared, then its targets.
 
-    MismatchError where primary does not hold what its config.json promises.
+    Raise MismatchError if primary does not contain what its config.json describes.
     """
     require_whole(primary)
     recorded = patch.record.sources[ANCHOR]
@@ -266,14 +266,14 @@ def _folder(path: PathLike) -> Path:
 def _small_files(
     patch: Patch, primary: Checkpoint, folders: Sequence[Path], tally: fsio.Tally
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The small files as the merge wrote them, found by their digests, and warnings of what contradicts the model.
+    """The small files as the merge wrote them, found by their digests, and warnings about what contradicts the model.
 
-    Raises SourceError for one that is not there, or cannot be loaded.
+    Raises SourceError for a file that is missing or cannot be loaded.
     """
     files: dict[str, bytes] = {}
     documents: dict[str, Any] = {}
     for name, digest in patch.contents.files.items():
-        parents = [primary.path.parent] if name in PROCESSOR_FILES else []  # configs are those of the model itself
+        parents = [primary.path.parent] if name in PROCESSOR_FILES else []  # configs come from the model itself
         for directory in (primary.path, *parents, *folders):
             if (directory / name).is_file():
                 role = "assets" if directory in folders else "primary"
@@ -299,7 +299,7 @@ def _small_files(
 
 
 def _check_order(primary: PathLike, patch: PathLike) -> None:
-    """RequestError where a patch is given as primary; PatchError where a directory is given as the patch."""
+    """Raise RequestError if a patch is given as primary; PatchError if a directory is given as the patch."""
     first, second = (Path(os.path.expanduser(os.fspath(path))) for path in (primary, patch))
     if first.is_file() and is_patch(first):
         both_are_patches = second.is_file() and is_patch(second)
@@ -310,7 +310,7 @@ def _check_order(primary: PathLike, patch: PathLike) -> None:
 
 
 def _directory_hint(directory: Path) -> str:
-    """What a directory holds that is given as a patch, and what to do."""
+    """A hint for a directory that is given as a patch: what it contains, and what to do."""
     if (directory / PROVENANCE).is_file():
         return ": an output of hsa, which is a whole checkpoint already"
     if (directory / CONFIG).is_file():

@@ -1,7 +1,7 @@
-"""The arguments of calls that merge: which are sources, which settings of a method, and which options of the run.
+"""The arguments of calls that merge: the sources, the settings of a method, and the options of the run.
 
-No call lists them. Their names come from the contracts and settings of the methods and from `run_options`; `signatures`
-makes of the same declarations what `help` and editors show.
+No call lists them itself. Their names come from the contracts and settings of the methods and from `run_options`. From
+the same declarations, `signatures` generates what `help` and editors show.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from hsa.sources.roles import Role
 from hsa.system.types import PathLike
 
 EVERY = frozenset(each.name for each in declared(RunOptions))
-"""The options of a run."""
+"""The names of all options of a run."""
 
 CONFIG_FILE = "config"
-"""The argument with a file of mergekit's."""
+"""The argument that takes a mergekit file."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a call takes.
+    """The arguments that a call takes.
 
     Args:
-        name: the function's, for messages.
-        sources: `positional` where it merges, so that it needs sources and an output; `named` where it also does
-            without sources, and takes them by name.
-        ids: it takes ids to record for the sources.
-        settings: which settings of methods it takes; `patchable` are those of which a patch can hold any value,
-            `candidates` those of them that leave the plan of a merge as it is, `planned` all others.
-        output: it writes an output where it merges.
-        config: it also takes a file of mergekit's in the place of sources, method and settings.
-        grid: settings which are axes take lists of values.
-        method: where sources are `named`, it takes the name of a method for them.
+        name: the function's name, for messages.
+        sources: `positional` for a call that merges and so needs sources and an output; `named` for a call that takes
+            sources by name and also works without them.
+        ids: whether it takes ids to record for the sources.
+        settings: which settings of methods it takes. `patchable` are those whose every value a patch can represent,
+            `candidates` those of them that do not change the plan of a merge, `planned` all others.
+        output: whether it writes an output, if it merges.
+        config: whether it also takes a mergekit file in place of sources, method and settings.
+        grid: whether settings that are axes take lists of values.
+        method: whether it takes the name of a method for `named` sources.
         options: the names of the options of a run that it takes.
-        helps: what it says itself of options, by name.
+        helps: its own help texts of options, by name.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Call:
         return takes[self.settings]
 
     def declared_options(self) -> tuple[Declared, ...]:
-        """The options of a run that the call takes, with what it says of them itself."""
+        """The options of a run that the call takes, with the call's own help texts."""
         return tuple(self._told(each) for each in declared(RunOptions) if each.name in self.options)
 
     def _told(self, each: Declared) -> Declared:
@@ -96,7 +96,7 @@ class Call:
         return each if text is None else replace(each, about=replace(each.about, help=text, python=None))
 
     def names(self) -> tuple[str, ...]:
-        """The names of all arguments, but for those that the function names itself."""
+        """The names of all arguments, except those that the function declares itself."""
         method = ("method",) if self.method or self.sources == "positional" else ()
         sources = {
             "positional": (*positional_names(self), *method, "models"),
@@ -146,8 +146,10 @@ RELEASE = Call(
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a call, by kind. `settings` and `options` hold only what was given; `output` is None
-    of a call that names it itself."""
+    """The arguments of a call, by kind.
+
+    `settings` and `options` hold only what was given; `output` is None for a call that declares that argument itself.
+    """
 
     method: str
     sources: Mapping[Role, PathLike]
@@ -159,8 +161,8 @@ class Arguments:
 
 @dataclass(frozen=True)
 class NamedArguments:
-    """The arguments of a call that does without sources: sources and ids by the names under which they are given, for
-    whose roles they have is known later. What is None is left out."""
+    """The arguments of a call that also works without sources. Sources and ids are kept by argument name, because their
+    roles are only known later. Arguments that are None are left out."""
 
     sources: Mapping[str, Any]
     ids: Mapping[str, Any]
@@ -168,7 +170,7 @@ class NamedArguments:
     options: Mapping[str, Any]
 
     def check_types(self) -> None:
-        """RequestError unless the sources are paths, and models and their ids lists."""
+        """Raise RequestError unless the sources are paths, and `models` and `model_ids` are lists."""
         models = self.sources.get("models", ())
         check_values(models=models)
         check_values(model_ids=self.ids.get("model_ids", ()))
@@ -179,16 +181,17 @@ class NamedArguments:
                     check_paths(**{name: path})
 
     def by_roles(self, contract: Contract) -> tuple[dict[Role, PathLike], dict[Role, str | None], list[str]]:
-        """The sources and the ids by the roles of a method, and the arguments that are none of its sources."""
+        """The sources and the ids by the roles of a method, and the names of arguments that belong to none of its
+        sources."""
         left = {**self.sources, **self.ids}
         sources, ids = take_sources(contract, left)
         return sources, ids, list(left)
 
 
 def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Arguments:
-    """Tell the arguments of a call that merges apart.
+    """Split the arguments of a merging call by kind.
 
-    Raises TypeError, as Python does, for an argument that no method takes or that is missing, and RequestError where
+    Raises TypeError, as Python does, for an argument that is missing or that no method takes. Raises RequestError if
     the method does not take the sources or a setting.
 
     Example:
@@ -221,12 +224,12 @@ def split(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
 
 
 def check_keywords(call: Call, keywords: Collection[str]) -> None:
-    """TypeError for the first keyword that the call does not take, whatever the method is."""
+    """Raise TypeError for the first keyword that the call does not take with any method."""
     _check_names(call, keywords)
 
 
 def split_named(call: Call, keywords: Mapping[str, Any], method: str = DEFAULT_METHOD) -> NamedArguments:
-    """Tell the arguments of a call apart that does without sources; the settings are those of a method."""
+    """Split, by kind, the arguments of a call that also works without sources; the settings are those of `method`."""
     given = {name: value for name, value in keywords.items() if not (call.method and name == "method")}
     _check_names(call, given)
     settings, options = _take_settings(call, method, _without_none(given)), _take_options(call, given)
@@ -248,19 +251,19 @@ def run_options(call: Call, keywords: Mapping[str, Any]) -> RunOptions:
 
 
 def candidate(name: str, options: Collection[str] = ()) -> Call:
-    """A call that merges what is in memory already with other settings."""
+    """A call that merges, with other settings, what is already in memory."""
     return Call(name, sources="none", ids=False, settings="candidates", options=frozenset(options))
 
 
 def axes(call: Call, owner: type[Settings]) -> tuple[str, ...]:
-    """The settings of a method that the call of a candidate takes by position: those that a sweep takes."""
+    """The settings of a method that a candidate's call takes by position: the axes of a sweep."""
     return tuple(each.name for each in call.settings_of(owner) if each.about.axis)
 
 
 def candidate_settings(
     call: Call, owner: type[Settings], positional: Sequence[Any], keywords: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All settings of a candidate by name, with defaults where they are not given.
+    """All settings of a candidate by name, with defaults for those that are not given.
 
     Raises TypeError for arguments that no method takes, and RequestError for settings of another method.
     """
@@ -276,8 +279,10 @@ def candidate_settings(
 
 @cache
 def _candidates(owner: Any) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The settings that candidates differ in with their defaults, and those of them that need no name; looked up once,
-    so that a candidate starts soon."""
+    """The settings in which candidates may differ, with their defaults, and the names of those that may be positional.
+
+    The result is cached, so that a candidate starts quickly.
+    """
     call = candidate("")
     return {each.name: each.default for each in call.settings_of(owner)}, axes(call, owner)
 
@@ -285,7 +290,7 @@ def _candidates(owner: Any) -> tuple[Mapping[str, Any], tuple[str, ...]]:
 def _by_position(
     call: Call, names: Sequence[str], positional: Sequence[Any], keywords: Collection[str]
 ) -> dict[str, Any]:
-    """Arguments without names by their names. Raises TypeError for too many, and for one that is given twice."""
+    """Positional arguments by their names. Raises TypeError for too many, and for one that is given twice."""
     if len(positional) > len(names):
         raise TypeError(f"{call.name}() takes at most {len(names)} positional arguments, {len(positional)} were given")
     given = dict(zip(names, positional, strict=False))
@@ -296,7 +301,7 @@ def _by_position(
 
 
 def _take_settings(call: Call, method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Take the settings of a method out of the arguments. RequestError for one of another method."""
+    """Remove the settings of a method from the arguments and return them. RequestError for one of another method."""
     own = call.settings_of(method_named(method).Settings)
     settings = {each.name: given.pop(each.name) for each in own if each.name in given}
     foreign = next((each.name for each in call.declared_settings() if each.name in given), None)
@@ -321,7 +326,7 @@ def _bind(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) ->
 
 
 def positional_names(call: Call) -> tuple[str, ...]:
-    """The arguments of a call that need no name: the sources of the default method, and the output."""
+    """The arguments of a call that may be positional: the sources of the default method, and the output."""
     return (*source_names(), "output") if call.output else source_names()
 
 
@@ -331,7 +336,7 @@ def _refuse_missing(call: Call, names: Sequence[str]) -> None:
 
 
 def _check_names(call: Call, given: Collection[str]) -> None:
-    """TypeError for the first argument that the call does not take whatever the method is."""
+    """Raise TypeError for the first argument that the call does not take with any method."""
     for name in given:
         of_a_model = call.ids and name.startswith("model") and name.endswith("_id")  # its role depends on the method
         if name not in call.names() and not of_a_model:

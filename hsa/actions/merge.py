@@ -58,8 +58,11 @@ class PreparedMerge:
 
 @dataclass(frozen=True)
 class WrittenMerge:
-    """A merge that was written to its destination. `doubts` are the warnings about the sources, `findings` all notes
-    and warnings; `notes` say what of an earlier output could not be removed."""
+    """A merge that was written to its destination.
+
+    `doubts` are the warnings about the sources, `findings` all notes and warnings; `notes` say what could not be
+    removed of an earlier output.
+    """
 
     record: Record
     outcomes: tuple[Outcome, ...]
@@ -73,23 +76,23 @@ def merge(*arguments: Any, progress: Progress | None = None, **keywords: Any) ->
     """Merge fine-tunes of one pretrained model into a complete checkpoint directory.
 
     Sources are Hugging Face checkpoint directories with safetensors or pickle weights, or ids on the Hub (`org/name`,
-    `org/name@revision`), which are fetched; what exists locally is a directory. Models may be directories with a LoRA
-    adapter of base; base and models other than the anchor may be OpenAI's own `.pt` files. Instead of all arguments but
-    `progress`, a `hsa.Request` may be given.
+    `org/name@revision`), which are fetched; a name that exists locally is a directory. Models may be directories with a
+    LoRA adapter of base. Base, and models other than the anchor, may be OpenAI's own `.pt` files. Instead of all
+    arguments but `progress`, a `hsa.Request` may be given.
 
     Args:
         {sources}
         output: the directory to write; it appears whole or not at all.
-        method: the name of the method. Each takes the settings of its own; those below are of all methods.
-        config: a file of mergekit's that says sources, method and settings (docs/mergekit.md).
+        method: the name of the method. Each method takes its own settings; those of all methods are listed below.
+        config: a mergekit file that gives sources, method and settings (docs/mergekit.md).
         {settings}
         {options}
-        progress: called now and then with bytes done and bytes in all.
+        progress: called now and then with the bytes done and the total.
 
     Returns the report, with heads, scores and margins per tensor.
 
-    Raises TypeError for arguments that there are not, and RequestError, SourceError, StrictError, MachineError or a
-    subclass (see `hsa.errors`); nothing is left behind then.
+    Raises TypeError for unknown arguments, and RequestError, SourceError, StrictError, MachineError or a subclass (see
+    `hsa.errors`). After an error, nothing is left behind.
     Source: Shankar et al., Computer Speech & Language, 2026, 102012.
 
     Example:
@@ -100,7 +103,7 @@ def merge(*arguments: Any, progress: Progress | None = None, **keywords: Any) ->
 
 @fsio.map_os_errors()
 def run_merge(request: Request, progress: Progress | None = None) -> MergeReport:
-    """Do what a request says; see `merge`."""
+    """Carry out a request; see `merge`."""
     check_functions(progress=progress)
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
@@ -145,12 +148,12 @@ def write_merge(
 ) -> WrittenMerge:
     """Compute a merge and put it at its destination, whole or not at all.
 
-    `early` are the findings so far: with `strict` nothing is written where there are warnings in the end. `step` gets
+    `early` are the findings so far. With `strict`, nothing is written if there are any warnings by the end. `step` gets
     the bytes done. Raises as `merge`.
     """
     plan, sources = prepared.plan, prepared.sources
     with ExitStack() as stack:
-        with deferred():  # a directory that was made must be known to the stack that removes it
+        with deferred():  # once the directory exists, the stack that removes it must know of it
             staging = stack.enter_context(
                 StagedOutput(prepared.destination, overwrite=request.overwrite, sync=request.sync)
             )
@@ -168,7 +171,7 @@ def write_merge(
                 memory,
                 step,
             )
-        except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
+        except SourceError:  # a source that is being written looks damaged: report the change, not the damage
             sources.check_unchanged()
             raise
         sources.check_unchanged()
@@ -188,11 +191,11 @@ def write_merge(
 
 @fsio.map_os_errors()
 def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
-    """The plan of a request: reads headers and small files, writes nothing.
+    """Plan a request: read headers and small files, and write nothing.
 
-    Of a source on the Hub no more than that is fetched either, primary included, except pickle weights and adapters,
-    and from a server that gives neither ranges nor sizes. With `occupied` an earlier output at the destination is
-    accepted, whatever it is: the caller decides about it.
+    No more than that is fetched of a source on the Hub, primary included. The exceptions are pickle weights and
+    adapters, and servers that give neither ranges nor sizes. With `occupied`, any earlier output at the destination is
+    accepted, and the caller decides what to do about it.
     """
     tally, hub = fsio.Tally(), Hub()
     with ExitStack() as stack:
@@ -225,7 +228,7 @@ def dry_run(request: Request, *, occupied: bool = False) -> PlanReport:
 
 
 def collect_small_files(request: Request, sources: Sources, plan: Plan, tally: fsio.Tally) -> small_files.Assets:
-    """The small files of the output, but for index, card and provenance."""
+    """Collect the small files of the output, except index, card and provenance."""
     owner = sources.anchor if plan.method.elementwise else sources.base or sources.anchor
     dtype = plan.output_dtype
     if request.config_from is not None and request.config_from != owner:
@@ -235,7 +238,7 @@ def collect_small_files(request: Request, sources: Sources, plan: Plan, tally: f
 
 
 def _dtype_of(source: Checkpoint) -> str | None:
-    """The element type of a model by its `config.json`; None where that does not say."""
+    """The element type of a model by its `config.json`; None if that does not give one."""
     names = (source.config.get(key) for key in ("dtype", "torch_dtype"))
     return next((name for name in names if isinstance(name, str)), None)
 
@@ -254,12 +257,12 @@ def _findings_before_reading(
 
 
 def _planned_findings(plan: Plan) -> Findings:
-    """What the settings of a merge tell together with its targets."""
+    """Findings on the settings of a merge together with its targets."""
     return plan.method.planned_findings(plan.targets, plan.settings)
 
 
 def _prepare(request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack) -> PreparedMerge:
-    """Open what a merge needs. Before anything large is fetched, whatever can be refused by headers is refused."""
+    """Open what a merge needs. A request that headers alone can refuse is refused before anything large is fetched."""
     if has_hub_ids(request):
         with ExitStack() as trial:
             _open(request, fsio.Tally(), hub, trial, headers_only=True)
@@ -279,7 +282,7 @@ def _open(
 
 
 def _check_config(request: Request, sources: Sources, tally: fsio.Tally) -> Findings:
-    """What the file of mergekit's that asks for a merge tells. RequestError where the models do not fit it."""
+    """Findings on a request's mergekit file, if it has one. Raises RequestError if the models do not fit the file."""
     if request.config is None:
         return Findings()
     from hsa.actions.mergekit_config.source_checks import check_sources
@@ -288,7 +291,7 @@ def _check_config(request: Request, sources: Sources, tally: fsio.Tally) -> Find
 
 
 def plan_merge(request: Request, sources: Sources, backend: Backend) -> Plan:
-    """The plan of a merge whose record can be read again. Raises as `make_plan`, and RequestError."""
+    """Plan a merge, and check that its record can be read back. Raises as `make_plan`, and RequestError."""
     plan = make_plan(request.settings, sources, request.shard_bytes)
     recording.check_record_size(
         plan, sources, request.output_settings(backend.name), (*small_files.names_for(sources), INDEX, CARD)

@@ -1,4 +1,4 @@
-"""`hsa.merge_patch`: a merge as its merged rows alone; and the sources opened for one patch or many."""
+"""`hsa.merge_patch`: write only the merged rows of a merge; and open the sources of one patch or many."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from hsa.system.types import PathLike, Progress
 
 @declared_keywords(MERGE_PATCH)
 def merge_patch(*arguments: Any, progress: Progress | None = None, **keywords: Any) -> MergeReport:
-    """Merge as `hsa.merge` does, and write the merged rows alone: a patch, from which `hsa.apply` makes the output.
+    """Merge as `hsa.merge` does, but write only the merged rows: a patch, from which `hsa.apply` makes the output.
 
-    What moves more than the merged heads (scales, casts, reference numerics) has no patch. Of the anchor only headers
-    and targets are read, as of the other sources.
+    Merges that change more than the merged heads (scales, casts, reference numerics) have no patch. Only headers and
+    targets are read, of the anchor as of the other sources.
 
     Args:
         {sources}
@@ -54,11 +54,11 @@ def merge_patch(*arguments: Any, progress: Progress | None = None, **keywords: A
         method: the name of the method.
         {settings}
         {options}
-        progress: called now and then with bytes done and bytes in all.
+        progress: called now and then with the bytes done and the total.
 
     Returns the report, with heads, scores and margins per tensor; its route is `patch file`.
 
-    Raises what `hsa.merge` raises; nothing is left behind then.
+    Raises what `hsa.merge` raises. After an error, nothing is left behind.
 
     Example:
         >>> report = hsa.merge_patch("whisper-small", "m1", "m2", "p.safetensors", k=0.6)
@@ -68,7 +68,7 @@ def merge_patch(*arguments: Any, progress: Progress | None = None, **keywords: A
 
 @fsio.map_os_errors()
 def run_patch(request: Request, progress: Progress | None = None) -> MergeReport:
-    """Do what a request says as a patch; see `merge_patch`."""
+    """Carry out a request as a patch; see `merge_patch`."""
     started = time.perf_counter()
     memory, tally, hub = PeakMemory(), fsio.Tally(), Hub(bars=progress is not None)
     with ExitStack() as stack:
@@ -117,7 +117,7 @@ def run_patch(request: Request, progress: Progress | None = None) -> MergeReport
 
 
 def record_of(patch: FinishedPatch) -> Record:
-    """The record that the merge of a finished patch has."""
+    """The record of a finished patch's merge."""
     return patch.contents.record
 
 
@@ -127,11 +127,11 @@ Structure = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class PatchSources:
-    """Sources open for patches.
+    """Open sources for patches.
 
-    `settings` are what a provenance says beside a merge's parameters, `small` the small files that a merge writes by
-    name, `findings` the notes and warnings of all this, `earlier_merges` those that the sources are outputs of,
-    `plans` the targets by the structure of settings.
+    `settings` is what a provenance records besides a merge's parameters. `small` holds the small files that a merge
+    writes, by name. `findings` are the notes and warnings about all this. `earlier_merges` are the merges whose outputs
+    the sources are. `plans` holds the targets by the structure of settings.
     """
 
     sources: Sources
@@ -162,7 +162,7 @@ def open_patch_sources(
     *,
     rows_only: bool = True,
 ) -> PatchSources:
-    """Open the sources of a request for patches with these parameters; primary whole unless `rows_only`.
+    """Open the sources of a request for patches with these parameters; primary is opened whole unless `rows_only`.
 
     Raises as `hsa.merge`.
     """
@@ -206,7 +206,7 @@ def _plan(candidates: Sequence[Settings], sources: Sources) -> dict[Structure, T
 
 
 def check_patch_destination(output: PathLike, sources: Sequence[Path], *, overwrite: bool) -> Path:
-    """Where a patch may be written, links resolved; DestinationError where it may not."""
+    """The path at which a patch may be written, links resolved. Raises DestinationError if it may not be."""
     path = Path(output)
     if path.suffix != SUFFIX:
         raise DestinationError(f"output {path} is no name of a patch: expected one that ends in {SUFFIX}")

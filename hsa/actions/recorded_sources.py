@@ -1,4 +1,4 @@
-"""Sources that are given for an output: those that its record names, whatever method merged them."""
+"""Match the sources given for an output with those that its record names, whatever method merged them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def recorded_sources(
 ) -> tuple[dict[Role, PathLike], dict[Role, str | None]]:
     """The sources of a call, and the ids for them, by the roles that the record of an output names.
 
-    Models in their order have the roles that the method gives them. RequestError, which names the recorded roles, where
-    a source is missing or is none of those that were merged.
+    Models given in order get the roles that the method gives them. Raises RequestError, which names the recorded roles,
+    if a source is missing or is not one of those that were merged.
     """
     sources, ids, left = given.by_roles(record.method.contract)
     roles = list(record.sources)
@@ -43,7 +43,7 @@ def _are(names: list[str]) -> str:
 
 
 def _hint(record: Record) -> str:
-    """How models without names of their own are given."""
+    """A hint on how to give models that have no names of their own."""
     named = {role.name for role in record.method.contract.named}
     others = [role for role in record.sources if role not in (record.base, *named)]
     return f"; give the models by {option('models')}, in this order" if others else ""

@@ -41,12 +41,12 @@ class Request(RunOptions):
     """By role, in the order that records and messages keep."""
     output: PathLike
     settings: Settings
-    """Of the class that the method declares."""
+    """An instance of the class that the method declares."""
     ids: Mapping[Role, str | None] | None = None
     config_from: Role | None = None
-    """Whose `config.json` and `generation_config.json` are the output's; None for those that the method takes."""
+    """The model whose `config.json` and `generation_config.json` the output gets; None for the method's choice."""
     config: ConfigRequest | None = None
-    """The file of mergekit's that asks for the merge, where one does."""
+    """The mergekit file that describes the merge, if there is one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +79,7 @@ class Request(RunOptions):
         return None if self.max_shard_size is None else parse_size(self.max_shard_size)
 
     def output_settings(self, backend: str) -> dict[str, Any]:
-        """What besides the merge's own parameters shapes the output, for its provenance."""
+        """The options that shape the output besides the merge's own parameters, for its provenance."""
         config_from = {} if self.config_from is None else {"config_from": self.config_from}
         return {
             "assets_from": self.assets_from,
@@ -91,7 +91,7 @@ class Request(RunOptions):
 
 
 def request_of(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Request:
-    """The request that the arguments of a call say; a single positional argument may be one itself."""
+    """The request that the arguments of a call describe; a single positional argument may be a request itself."""
     if positional and isinstance(positional[0], Request):
         if len(positional) > 1 or keywords:
             raise TypeError(f"{call.name}() takes a request alone, or what it holds as arguments")
@@ -104,7 +104,7 @@ def request_of(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any
 
 
 def _request_of_file(call: Call, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Request:
-    """The request that a file of mergekit's says, beside arguments that it leaves open."""
+    """The request that a mergekit file describes, together with the arguments that the file leaves open."""
     from hsa.actions.mergekit_config.arguments import placed, read_arguments
 
     if positional:
@@ -131,7 +131,7 @@ def _request_of_file(call: Call, positional: Sequence[Any], keywords: Mapping[st
 
 
 def _is_claim(claimed: object) -> bool:
-    """Whether it is a hub id, with or without a revision."""
+    """Whether a value is a hub id, with or without a revision."""
     if not isinstance(claimed, str):
         return False
     name, at, revision = claimed.partition("@")
@@ -139,7 +139,7 @@ def _is_claim(claimed: object) -> bool:
 
 
 def check_ids(ids: Mapping[Role, str | None]) -> None:
-    """RequestError unless the ids to record are hub ids, with or without a revision, or None."""
+    """Raise RequestError unless the ids to record are hub ids, with or without a revision, or None."""
     for role, claimed in ids.items():
         if claimed is not None and not _is_claim(claimed):
             form = "a hub id such as org/name or org/name@revision"
@@ -156,15 +156,15 @@ def open_sources(
     rows_only: bool = False,
     assets: Collection[Role] = (),
 ) -> Sources:
-    """The sources, open until the stack ends; of the anchor, too, no more than its targets where `rows_only`.
+    """Open the sources until the stack ends. With `rows_only`, the anchor too is opened for its targets alone.
 
-    The small files of the roles in `assets` are fetched beside those that the request needs. See `hsa.merge` for what
-    it raises.
+    The small files of the roles in `assets` are fetched in addition to those that the request needs. See `hsa.merge`
+    for what it raises.
     """
     ids = request.ids or {}
     adapter_roles = {role for role, path in request.sources.items() if hub.is_adapter(role, path)}
     opened: dict[Role, Checkpoint] = {}
-    for role, path in sorted(request.sources.items(), key=lambda item: item[0] != BASE):  # adapters stand on base
+    for role, path in sorted(request.sources.items(), key=lambda item: item[0] != BASE):  # adapters need base first
         needs = _needs(
             request, role, adapted=request.anchor in adapter_roles, headers_only=headers_only, rows_only=rows_only
         )
@@ -176,7 +176,8 @@ def open_sources(
 
 
 def _longer_names(sources: Sequence[Checkpoint]) -> dict[Role, Identity]:
-    """Names with the parent's for different directories that have one name, which a card could not tell apart."""
+    """Names that include the parent directory, for different directories of one name, which a card could not tell
+    apart."""
     return {
         source.role: Identity(name_with_parent(source.path))
         for source in sources
@@ -190,7 +191,8 @@ def has_hub_ids(request: Request) -> bool:
 
 
 def _needs(request: Request, role: Role, *, adapted: bool, headers_only: bool, rows_only: bool) -> Needs:
-    """What a merge needs of a source on the Hub; `adapted`: the anchor is an adapter, written with all of base."""
+    """What a merge needs of a source on the Hub. `adapted` says that the anchor is an adapter, so all of base is
+    written."""
     method, preset = method_named(request.settings.method), getattr(request.settings, "targets", None)
     everywhere = preset is None or method.needs_whole(request.settings, role) or (role == BASE and adapted)
     return Needs(

@@ -1,7 +1,7 @@
-"""What a run takes beside its sources and the settings of its method: each option is a field here and nowhere else.
+"""The options of a run besides its sources and its method's settings; each option is declared here and nowhere else.
 
-Options of the command line, Python's keywords and keys of recipes are made from these fields. Imports nothing heavy, so
-that help answers at once.
+Command-line options, Python keywords and recipe keys are generated from these fields. The module imports nothing heavy,
+so that help answers at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from hsa.system.threads import MOST_ALLOWED
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """What shapes the output beside the settings of the method. `{roles}` in a help text are those of the sources."""
+    """Options that shape the output besides the method's settings. `{roles}` in a help text stands for those of the
+    sources."""
 
     assets_from: Role = setting(
         None,
@@ -44,7 +45,7 @@ class OutputOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(OutputOptions):
-    """All options of a run: what shapes its output, and how it goes."""
+    """All options of a run: those that shape its output, and those that say how it runs."""
 
     backend: str = setting("auto", "auto, cpu or triton.", group="machine", metavar="NAME")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", group="machine", metavar="NAME")

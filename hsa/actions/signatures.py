@@ -1,4 +1,4 @@
-"""Signatures and documentation of calls, made from the declarations that their arguments come from."""
+"""Signatures and documentation of calls, generated from the declarations of their arguments."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ T = TypeVar("T")
 
 
 def declared_keywords(call: Call) -> Callable[[F], F]:
-    """Give a function with `**keywords` the signature of a call, its own keywords last, and its documentation where the
-    docstring says `{sources}`, `{settings}` or `{options}`."""
+    """Give a function with `**keywords` the signature and the documentation of a call.
+
+    The function's own keywords come last. The documentation goes where the docstring says `{sources}`, `{settings}` or
+    `{options}`.
+    """
 
     def decorate(function: F) -> F:
         own = inspect.signature(function).parameters.values()
@@ -47,7 +50,7 @@ def declared_keywords(call: Call) -> Callable[[F], F]:
 
 
 def documented(call: Call) -> Callable[[type[T]], type[T]]:
-    """Give a class whose arguments are those of a call its documentation, as `declared_keywords` does."""
+    """Give a class the documentation of the call whose arguments it takes, as `declared_keywords` does."""
 
     def decorate(owner: type[T]) -> type[T]:
         owner.__doc__ = _filled(owner.__doc__ or "", call)
@@ -63,7 +66,7 @@ def _filled(doc: str, call: Call) -> str:
 
 
 def parameters(call: Call) -> Iterator[inspect.Parameter]:
-    """The parameters of a call, but for those that its function names itself."""
+    """The parameters of a call, except those that its function declares itself."""
     if call.sources == "positional":
         yield from (_by_position(name, None, _kind_of_source(name)) for name in positional_names(call))
         yield _keyword("method", DEFAULT_METHOD, str)
@@ -78,7 +81,7 @@ def parameters(call: Call) -> Iterator[inspect.Parameter]:
     positional = axes(call, method_named(DEFAULT_METHOD).Settings) if call.settings == "candidates" else ()
     for each in call.declared_settings():
         kind: Any = each.type
-        if call.sources == "named":  # what it works on has values of its own
+        if call.sources == "named":  # the object that it works on has its own values
             yield _keyword(each.name, None, kind | None)
         elif each.name in positional:
             yield _by_position(each.name, each.default, kind)
@@ -130,7 +133,7 @@ def _setting_text(call: Call, each: Declared) -> str:
 
 
 def with_roles(text: str) -> str:
-    """A help text with the roles of the default method's sources in the place of `{roles}`."""
+    """A help text with the roles of the default method's sources in place of `{roles}`."""
     base, *models = source_names()
     return text.replace("{roles}", f"{', '.join(models)} or {base}")
 

@@ -1,4 +1,4 @@
-"""Sources among the arguments of a call: their names, and which role of a method each has."""
+"""The sources among the arguments of a call: their names, and the role of a method that each has."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hsa.system.types import PathLike
 
 
 def source_names() -> tuple[str, ...]:
-    """Base and the models of the default method by name."""
+    """The names of base and the models of the default method."""
     return (BASE, *(role.name for role in method_named(DEFAULT_METHOD).contract.named))
 
 
 def several_names() -> frozenset[str]:
-    """Those of them under which several models may be given."""
+    """Those of `source_names` under which several models may be given."""
     return frozenset(role.name for role in method_named(DEFAULT_METHOD).contract.named if role.several)
 
 
 def id_names() -> tuple[str, ...]:
-    """The arguments with an id to record for a source, by the roles of the default method."""
+    """The arguments that give an id to record for a source, by the roles of the default method."""
     return tuple(f"{name}_id" for name in source_names())
 
 
 def missing_sources(contract: Contract, given: Collection[str]) -> list[str]:
-    """The arguments for sources that a method needs and that are not among those given."""
+    """The arguments for sources that a method needs but that were not given."""
     needed = [BASE] if contract.base == "required" else []
     if "models" not in given:
         named = [role.name for role in contract.named]
@@ -40,7 +40,7 @@ def missing_sources(contract: Contract, given: Collection[str]) -> list[str]:
 
 
 def take_sources(contract: Contract, given: dict[str, Any]) -> tuple[dict[Role, Any], dict[Role, str | None]]:
-    """Take sources and ids out of the arguments, by role: base first, then the models in their order."""
+    """Remove sources and ids from the arguments, and return them by role: base first, then the models in order."""
     if given.get(BASE, "") is None and contract.base != "required":
         del given[BASE]
     base = {BASE: given.pop(BASE)} if BASE in given else {}
@@ -58,7 +58,7 @@ def take_sources(contract: Contract, given: dict[str, Any]) -> tuple[dict[Role, 
 
 
 def as_several(name: str, source: Any) -> Sequence[Any]:
-    """The sources that are given under one name. RequestError for an empty list."""
+    """The sources that are given under one name. Raises RequestError for an empty list."""
     if not isinstance(source, (list, tuple)):
         return [source]
     if not source:
@@ -67,7 +67,7 @@ def as_several(name: str, source: Any) -> Sequence[Any]:
 
 
 def _by_name(contract: Contract, names: Sequence[str], given: dict[str, Any]) -> dict[Role, Any]:
-    """The models that are given by these names, by role; under some names several models may be given."""
+    """The models that are given under these names, by role; some names take several models."""
     several = {role.name for role in contract.named if role.several}
     models: dict[Role, Any] = {}
     for name in names:
@@ -88,7 +88,7 @@ def _ids_of_several(contract: Contract, name: str, models: int, ids: Sequence[An
 
 
 def refuse_missing_base(method: str, missing: Sequence[str]) -> None:
-    """RequestError where base alone is missing, which some methods need and others do not."""
+    """Raise RequestError if only base is missing, which some methods need and others do not."""
     if list(missing) == [BASE]:
         raise RequestError(
             f"method {method} needs {option(BASE)}, the model that the others were trained from; give it"
@@ -96,7 +96,7 @@ def refuse_missing_base(method: str, missing: Sequence[str]) -> None:
 
 
 def _in_order(contract: Contract, named: Sequence[str], given: dict[str, Any]) -> dict[Role, PathLike]:
-    """The models that are given in their order, by role; `named` are those that are given by name too."""
+    """The models that are given in order, by role. `named` are those that are also given by name, which is an error."""
     if named:
         raise RequestError(
             f"{option('models')} and {option(named[0])} both say what is merged; give the models by "

@@ -1,6 +1,6 @@
-"""What a family of models is: the names of its tensors, its heads, its presets and its small files.
+"""The definition of a model family: the names of its tensors, its heads, its presets and its small files.
 
-A file with a family of your own imports from here; docs/add-an-architecture.md shows one.
+To define a family of your own in a file, import from here; docs/contributing/add-an-architecture.md shows an example.
 """
 
 from hsa.architectures.base import (

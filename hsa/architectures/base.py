@@ -1,4 +1,4 @@
-"""What describes every family of models: the names of its tensors, its stacks of layers, its heads and its presets."""
+"""The interface of a model family: the names of its tensors, its stacks of layers, its heads and its presets."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from hsa.errors import SourceError, shown
 
 Preset = Literal["encoder-qkv", "attention-qkv", "attention-all"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
-"""Each holds the targets of those before it."""
+"""Names of the presets in ascending order: each preset includes the targets of those before it."""
 
 MAX_COUNT = 10_000
-"""Heads or layers that a caller or a config.json may claim: work grows with them before any tensor is looked at."""
+"""Upper limit of the heads or layers that a caller or a config.json may claim. Work grows with these counts before any
+tensor is looked at."""
 MAX_NAME = 1000
-"""Characters of a name up to which a prefix is looked for: work goes by the square of their number."""
+"""The longest name, in characters, in which a prefix is searched for: the search takes quadratic time."""
 
 KINDS = ("q", "k", "v", "out")
-"""Projections of an attention block, in a reader's order."""
+"""Kinds of projections in an attention block, in display order."""
 
 Part = Literal["weight", "bias"]
 
 _LAYER = re.compile(r"(?:(?P<stack>[^.]+(?:\.[^.]+)*?)\.)?(?:layers?|h|blocks?)\.(?P<layer>0|[1-9][0-9]{0,5})\.")
 
 _AFTER = frozenset({"layer_norm", "norm", "final_layer_norm", "ln_f", "lm_head", "proj_out", "classifier", "projector"})
-"""Modules that stand after the layers of a stack."""
+"""Modules that come after the layers of a stack."""
 
 _WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_orig_module|module|_module|_forward_module|_\w+_wrapped_module)\.")
-"""What torch.compile, DataParallel, FSDP, activation checkpointing and their like put between the parts of a name."""
+"""Name components that torch.compile, DataParallel, FSDP, activation checkpointing and similar wrappers insert."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Partition:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor: its name as stored, its element type as safetensors calls it, its shape."""
+    """A tensor as a file header describes it: its name as stored, its element type in safetensors notation, its
+    shape."""
 
     name: str
     code: str
@@ -53,7 +55,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """What the canonical name of an attention projection means: where in the model the tensor lies.
+    """The meaning of the canonical name of an attention projection: the place of the tensor in the model.
 
     `stack` is a stack of layers such as `encoder`, `block` an attention block such as `self_attn`, `kind` one of
     `KINDS`. `presets` are the names of the presets that merge the tensor.
@@ -80,7 +82,8 @@ class TensorPlace:
 
     @property
     def has_heads(self) -> bool:
-        """Whether each head owns a part of it; all heads add to the bias of the output projection."""
+        """Whether each head owns a part of it. The bias of the output projection has no such parts: all heads add to
+        it."""
         return self.part == "weight" or self.head_axis == 0
 
 
@@ -88,8 +91,9 @@ class TensorPlace:
 class ExpectedTensor:
     """A tensor that the model of a `config.json` has: its canonical name and its shape.
 
-    `size_keys` names the config's key behind each dimension (None where every model of the family has the same),
-    `required_by` the key that makes the model have this tensor (None where every model of the family has it).
+    `size_keys` names the config key that gives each dimension (None where every model of the family has the same size).
+    `required_by` names the config key that makes the model have this tensor (None where every model of the family has
+    it).
     """
 
     name: str
@@ -110,7 +114,7 @@ class ModelCounts:
 class Tie:
     """An output projection that `config.json` may tie to the embedding, so that both are one matrix.
 
-    `size_keys` names the config's key behind each dimension of either.
+    `size_keys` names the config key that gives each dimension of the two tensors.
     """
 
     output: str
@@ -120,11 +124,12 @@ class Tie:
 
 @dataclass(frozen=True)
 class Features:
-    """The feature extractor of a family: its class in transformers, and what that takes for settings that are missing.
+    """The feature extractor of a family: its class in transformers, and the defaults of that class for missing
+    settings.
 
     `defaults` gives feature_size, sampling_rate, hop_length and chunk_length. `mel_bins` and `positions` are the keys
-    of `config.json` that say how many mel bins and encoder positions a model has; `frames_per_position` frames of
-    features become one position.
+    of `config.json` that give the number of mel bins and the number of encoder positions. `frames_per_position` frames
+    of features become one position.
     """
 
     extractor: str
@@ -136,12 +141,12 @@ class Features:
 
 @dataclass(frozen=True)
 class ModelClass:
-    """A class of transformers that loads checkpoints of a family, and what a model card says of such a model.
+    """A class of transformers that loads checkpoints of a family, and what a model card says about such a model.
 
-    `task` is one of the Hub's names of tasks (empty where none is known), `use` the same in words. `processor` is the
-    class of transformers that makes its input (empty where none is known), with the tokenizer where it `reads_tokens`
-    and the feature extractor where it `reads_features`. `custom_code`: it is loaded with code from the checkpoint's own
-    directory. `library` is the Hub's name of the library that loads it, empty where none is known.
+    `task` is the Hub's name of the task (empty if unknown), `use` the same in words. `processor` is the class of
+    transformers that prepares the input (empty if unknown). `reads_tokens` and `reads_features` say whether it includes
+    the tokenizer and the feature extractor. If `custom_code`, the class is loaded with code from the checkpoint's own
+    directory. `library` is the Hub's name of the library that loads it (empty if unknown).
     """
 
     name: str
@@ -156,16 +161,16 @@ class ModelClass:
 
 
 class Architecture(ABC):
-    """A family of models: what its tensors are called, and what its `config.json` says of them.
+    """A family of models: the names of its tensors, and the meaning of its `config.json`.
 
-    One file of this package holds one family: a subclass and an instance of it, which `registry` finds.
+    Each file of this package defines one family: a subclass and an instance of it, which `registry` finds.
 
-    `name` is how code calls the family, `title` how a reader does; `tags` are the Hub's. `model_types` are the values
-    of `model_type` in its configs. `prefix` begins the names of tensors as its model for a task saves them. Canonical
-    names lack it. `all_stacks` and `blocks` are its stacks of layers and its attention blocks, in a reader's order.
-    `first_target` is the canonical name of a tensor that every preset merges. `defaults` are the values that
-    transformers takes for keys that a config leaves out, `aliases` second names of keys, which win over the first
-    (`attribute_map` in transformers), `width` is the key of the size that its heads divide.
+    `name` identifies the family in code, `title` in text for readers; `tags` are its tags on the Hub. `model_types` are
+    its values of `model_type` in config.json. `prefix` begins the tensor names that its model for a task saves;
+    canonical names lack it. `all_stacks` and `blocks` are its stacks of layers and its attention blocks, in display
+    order. `first_target` is the canonical name of a tensor that every preset merges. `defaults` are the values that
+    transformers uses for keys that a config leaves out. `aliases` are alternative names of keys, which take precedence
+    (`attribute_map` in transformers). `width` is the key of the size that is divided among the heads.
     """
 
     name: str
@@ -182,21 +187,21 @@ class Architecture(ABC):
     tie: Tie | None = None
     features: Features | None = None
     has_heads: bool = True
-    """Whether it says which tensors are attention heads, so that methods which merge heads take its models."""
+    """Whether its attention heads are known, so that methods that merge heads accept its models."""
     lists_tensors: bool = True
-    """Whether `expected` lists the tensors of a model; where it does not, a checkpoint may hold any."""
+    """Whether `expected` lists the tensors of a model. If not, a checkpoint may contain any tensors."""
 
     @abstractmethod
     def knows(self, name: str) -> bool:
-        """Whether a canonical name is that of a tensor which some model of the family has."""
+        """Whether some model of the family has a tensor with this canonical name."""
 
     @abstractmethod
     def place(self, name: str) -> TensorPlace | None:
-        """The attention projection that a tensor's name means, with or without `prefix`; None for other tensors."""
+        """The attention projection that a tensor's name refers to, with or without `prefix`; None for other tensors."""
 
     def layer_of(self, name: str) -> tuple[str, int] | None:
-        """The stack and the number of the layer that any tensor lies in, by its canonical name; None outside of layers.
-        Where nothing stands before the layers, their stack is `model`.
+        """The stack and the layer number of a tensor, by its canonical name; None for tensors outside of layers. If the
+        name begins with the layers, the stack is `model`.
 
         Example:
             >>> from hsa.architectures.registry import named
@@ -207,21 +212,23 @@ class Architecture(ABC):
         return None if match is None else (match["stack"] or "model", int(match["layer"]))
 
     def tied_output(self, names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, str] | None:
-        """An output projection that may be stored beside the embedding to which `config.json` ties it, and the
-        embedding; None for families whose `tie` says so."""
+        """The names of an output projection and of the embedding to which `config.json` ties it, if both may be stored.
+        None for families that define `tie`."""
         return None
 
     def follows_layers(self, name: str) -> bool:
-        """Whether a tensor outside of layers comes after them, such as the last norm and the output projection."""
+        """Whether a tensor outside of layers comes after them, such as the last norm or the output projection."""
         return name.split(".")[-2:][0] in _AFTER
 
     @abstractmethod
     def group_of(self, name: str) -> tuple[str, str]:
-        """The stack of any tensor of a checkpoint and its kind in a reader's words, for sums over tensors."""
+        """The stack of any tensor of a checkpoint, and its kind in words for readers. Sums over tensors are grouped by
+        these."""
 
     @abstractmethod
     def layers_key_of(self, name: str) -> str | None:
-        """The key of config.json that counts the layers among which a tensor lies, by its canonical name; else None."""
+        """The key of config.json that counts the layers of a tensor's stack, by its canonical name; None outside of
+        layers."""
 
     @abstractmethod
     def model_class(self, config: Mapping[str, Any]) -> ModelClass:
@@ -237,11 +244,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def expected_targets(self, layers: Mapping[str, int], preset: Preset) -> Iterator[str]:
-        """Canonical names of the weights that a preset merges in a model with so many layers of each stack; biases may
-        be missing."""
+        """Canonical names of the weights that a preset merges in a model with this number of layers of each stack.
+        Biases may be missing, so they are not listed."""
 
     def kind(self, config: Mapping[str, Any]) -> str:
-        """What models must have in common to be merged, as messages call it: `a Whisper checkpoint`."""
+        """The property that merged models must share, in words for messages: `a Whisper checkpoint`."""
         return f"a {self.title} checkpoint"
 
     def embedding_of(self, names: Iterable[str]) -> str | None:
@@ -262,7 +269,7 @@ class Architecture(ABC):
         return f"{stack}_layers"
 
     def target(self, name: str, preset: Preset) -> TensorPlace | None:
-        """What the name of a tensor means where the preset merges it, else None."""
+        """The place that a tensor's name refers to if the preset merges the tensor, else None."""
         place = self.place(name)
         return place if place is not None and preset in place.presets else None
 
@@ -271,10 +278,10 @@ class Architecture(ABC):
         return plain(name).removeprefix(self.prefix)
 
     def plain_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """The plain name of each tensor of a checkpoint, by its name as stored; both begin with `prefix`, or neither.
+        """The plain name of each tensor of a checkpoint, by its name as stored. A leading `prefix` is kept.
 
-        A prefix that is no known wrapper's is removed where the rest is a name of the family's that no other tensor
-        has. A name that fits in no way is kept.
+        An unknown prefix is removed if the rest is a tensor name of the family that no other tensor has. Any other name
+        is kept.
 
         Example:
             >>> from hsa.architectures.registry import named
@@ -295,7 +302,8 @@ class Architecture(ABC):
         return plain_by_stored
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
-        """Whether the config ties the output projection to the embedding, as it does where it says nothing of it."""
+        """Whether the config ties the output projection to the embedding. That is the default if the config does not
+        say."""
         return self.tie is not None and bool(config.get("tie_word_embeddings", True))
 
     def counts(self, config: Mapping[str, Any], where: str) -> ModelCounts:
@@ -332,7 +340,7 @@ def plain(name: str) -> str:
 
 
 def not_of_families(config: Mapping[str, Any], where: str, families: Collection[Architecture]) -> SourceError:
-    """The error for a `config.json` whose `model_type` is that of none of these families."""
+    """The error for a `config.json` whose `model_type` belongs to none of these families."""
     titles = " or ".join(family.title for family in families)
     supported = [f"'{model_type}'" for family in families for model_type in sorted(family.model_types)]
     return SourceError(

@@ -1,7 +1,8 @@
-"""Checkpoints of any family without a file of its own: a Llama, a ViT. Methods that need no attention heads merge them.
+"""Checkpoints of any family without a file of its own, such as Llama or ViT. Only methods that need no attention heads
+merge them.
 
-Nothing is known of such a model but what its `config.json` and its tensor names say: which tensors it must have, and
-where its heads lie, is not.
+Such a model is known only by its `config.json` and its tensor names. Which tensors it must have, and where its heads
+are, is unknown.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from hsa.architectures.base import (
 from hsa.errors import shown
 
 _WRAPPED = "module."
-"""What DataParallel puts before every name. Elsewhere in a name it may be the model's own."""
+"""The prefix that DataParallel adds to every name. Elsewhere in a name, it may be the model's own."""
 
 _INNER = re.compile(r"(?<![^.])(_orig_mod|_orig_module|_module|_forward_module|_\w+_wrapped_module)\.")
-"""What torch.compile, FSDP and their like put between the parts of a name, which no model calls its own parts."""
+"""Name components that torch.compile, FSDP and similar wrappers insert. No model uses them for its own modules."""
 
 _EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight")
 """Embeddings of tokens, as the model families of transformers call them."""
@@ -40,11 +41,12 @@ _KINDS = (
     ("convolution", re.compile(r"conv")),
     ("output projection", re.compile(r"lm_head|classifier|(^|\.)(score|output|head)\.")),
 )
-"""Kinds of tensors in a reader's words, by parts of their names; the first that fits counts."""
+"""Kinds of tensors in words for readers, by parts of their names. The first pattern that matches counts."""
 
 
 class _Task(NamedTuple):
-    """What the ending of a class's name says: the Hub's task, the same in words, and what the model reads."""
+    """The meaning of a class name's ending: the Hub's task, the same in words, and the class that prepares the
+    input."""
 
     ending: str
     task: str
@@ -71,7 +73,7 @@ _UNKNOWN = _Task("", "", "Use", "")
 
 _CLASS = re.compile(r"[A-Z][A-Za-z0-9_]{0,99}")
 _TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-"""Names from a `config.json` that a card may hold as they are."""
+"""Patterns of names from a `config.json` that may appear unchanged on a model card."""
 
 
 class Generic(Architecture):
@@ -95,11 +97,11 @@ class Generic(Architecture):
         return True
 
     def place(self, name: str) -> TensorPlace | None:
-        """None: where the heads of such a model lie is not known."""
+        """Return None: the places of such a model's heads are unknown."""
         return None
 
     def group_of(self, name: str) -> tuple[str, str]:
-        """The stack of a tensor (`model` outside of layers), and its kind as far as its name tells.
+        """The stack of a tensor (`model` outside of layers), and its kind as far as its name shows it.
 
         Example:
             >>> GENERIC.group_of("model.layers.3.mlp.up_proj.weight")
@@ -120,18 +122,19 @@ class Generic(Architecture):
         return iter(())
 
     def counts(self, config: Mapping[str, Any], where: str) -> ModelCounts:
-        """No counts: keys of `config.json` mean what its own model takes them for."""
+        """Return no counts: the meaning of the keys of `config.json` depends on the model."""
         return ModelCounts({}, {})
 
     def kind(self, config: Mapping[str, Any]) -> str:
-        """Fine-tunes of one model have one `model_type`."""
+        """See `Architecture.kind`. Fine-tunes of one model have the same `model_type`."""
         return f"a checkpoint of model_type {shown(config.get('model_type'))}"
 
     def canonical(self, name: str) -> str:
         return _INNER.sub("", name).removeprefix(self.prefix)
 
     def plain_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """The name of each tensor without what wrappers added: no model calls its parts so, or all names begin so.
+        """The name of each tensor without the parts that wrappers added. A part is removed if no model uses it, or if
+        all names begin with it.
 
         Example:
             >>> GENERIC.plain_names(["module.lm_head.weight", "module.model.norm.weight"])
@@ -147,10 +150,10 @@ class Generic(Architecture):
         return next((name for name in names if _EMBEDDING.fullmatch(name)), None)
 
     def tied_output(self, names: Iterable[str], config: Mapping[str, Any]) -> tuple[str, str] | None:
-        """An output projection that is stored beside the embedding to which `config.json` ties it, and the embedding.
+        """The output projection and the embedding to which `config.json` ties it, if both are stored.
 
-        They are one tensor if they hold the same bytes. None where the config does not say that they are tied, for
-        classes differ in what they take for granted.
+        They are one tensor if they have the same bytes. None if the config does not say that they are tied, because the
+        defaults of model classes differ.
         """
         if config.get("tie_word_embeddings") is not True:
             return None
@@ -160,9 +163,9 @@ class Generic(Architecture):
         return None if output is None or embedding is None else (output, embedding)
 
     def model_class(self, config: Mapping[str, Any]) -> ModelClass:
-        """The class that `architectures` names, and what its name tells; `AutoModel` where there is none.
+        """The class that `architectures` names, and the task that its name implies; `AutoModel` if there is none.
 
-        Where the class is code in the checkpoint's directory (`auto_map`), the Auto class that leads to it.
+        If the class is code in the checkpoint's directory (`auto_map`), the Auto class that loads it.
 
         Example:
             >>> GENERIC.model_class({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}).task

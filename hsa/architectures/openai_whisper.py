@@ -61,7 +61,7 @@ _DIMS = {
 
 
 def from_openai(name: str) -> str | None:
-    """The canonical name of a tensor of OpenAI's own checkpoints; None for one that has no place in Hugging Face's.
+    """The canonical name of a tensor of OpenAI's own checkpoints; None if Hugging Face's model has no such tensor.
 
     Source: the module names of OpenAI's whisper/model.py and of transformers' modeling_whisper.py.
     """
@@ -81,7 +81,7 @@ def from_openai(name: str) -> str | None:
 
 
 def openai_config(dims: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a Hugging Face `config.json` would say of a model with OpenAI's `dims`.
+    """The Hugging Face `config.json` that corresponds to OpenAI's `dims`.
 
     Raises SourceError when one of them is missing or not a positive integer.
     """
@@ -91,5 +91,5 @@ def openai_config(dims: Mapping[str, Any], where: str) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SourceError(f"{where}: dims has {openai_key} = {shown(value, 40)}, expected a positive whole number")
         config[key] = value
-    config["encoder_ffn_dim"] = config["decoder_ffn_dim"] = 4 * config["d_model"]  # as its ResidualAttentionBlock
+    config["encoder_ffn_dim"] = config["decoder_ffn_dim"] = 4 * config["d_model"]  # as in its ResidualAttentionBlock
     return config

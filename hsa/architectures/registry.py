@@ -1,4 +1,4 @@
-"""The families of models that there are: one for each file of this package, and those of plugin files."""
+"""The known families of models: one for each file of this package, and those of plugin files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hsa.errors import RequestError, SourceError, listed, shown
 from hsa.system.plugins import modules_of
 
 DEFAULT = "whisper"
-"""The family where nothing says which: of state dicts without a config, of a release without a model yet."""
+"""The family used if nothing specifies one: for state dicts without a config, or a release that has no model yet."""
 
 NEEDED = ("name", "title", "tags", "model_types", "all_stacks", "blocks", "first_target", "width")
-"""What every family says of itself."""
+"""Attributes that every family must define."""
 
 
 def architectures() -> Mapping[str, Architecture]:
@@ -33,12 +33,12 @@ def architectures() -> Mapping[str, Architecture]:
 
 
 def _check_whole(family: Architecture, module: ModuleType) -> None:
-    """RequestError where a family lacks what hsa needs of it, so that its author learns so before any merge."""
+    """Raise RequestError if a family lacks a required attribute, so that its author learns this before any merge."""
     missing = [name for name in NEEDED if not hasattr(family, name)]
     if missing:
         raise RequestError(
             f"{module.__file__}: the family {type(family).__name__} has no {listed(missing)}; "
-            f"docs/add-an-architecture.md shows what a family says"
+            f"docs/contributing/add-an-architecture.md shows what a family says"
         )
 
 
@@ -52,17 +52,18 @@ def _check_new(family: Architecture, families: Mapping[str, Architecture]) -> No
 
 
 def named(name: str) -> Architecture:
-    """The family of this name, which must be there."""
+    """The family of this name, which must exist."""
     return architectures()[name]
 
 
 def default() -> Architecture:
-    """The family that is taken where nothing says which."""
+    """The family used if nothing specifies one."""
     return named(DEFAULT)
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The family of the model that a `config.json` describes, by its `model_type`; `generic` where that is of none.
+    """The family of the model that a `config.json` describes, by its `model_type`; `generic` if no family has that
+    type.
 
     Example:
         >>> architecture_of({"model_type": "llama"}).name
@@ -72,7 +73,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def architecture_of_names(names: Iterable[str]) -> Architecture:
-    """The family of a model of which nothing but its tensor names is known: the default where it knows one of them.
+    """The family of a model of which only the tensor names are known: the default if it knows one of them, else
+    `generic`.
 
     Example:
         >>> architecture_of_names(["model.encoder.conv1.weight"]).name
@@ -89,5 +91,5 @@ def with_heads() -> list[Architecture]:
 
 
 def not_with_heads(config: Mapping[str, Any], where: str) -> SourceError:
-    """The error for a `config.json` that is of no family whose heads are known; `where` names the source."""
+    """The error for a `config.json` of no family whose heads are known; `where` names the source."""
     return not_of_families(config, where, with_heads())

@@ -1,6 +1,6 @@
-"""Names and shapes of Whisper's tensors, and what they say: stack, layer, projection, and how heads lie.
+"""Names and shapes of Whisper's tensors, and the meaning of the names: stack, layer, projection, and layout of heads.
 
-No module outside `hsa.architectures` parses such names. Only the made-up checkpoints of `hsa.testing` write them again.
+No module outside `hsa.architectures` parses such names. Only the synthetic checkpoints of `hsa.testing` repeat them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SIZES = {
     "max_target_positions": 448,
     "vocab_size": 51865,
 }
-"""Sizes in a `config.json`, and what transformers takes where one is not given (its WhisperConfig)."""
+"""Sizes in a `config.json`, with the defaults of transformers' WhisperConfig."""
 
 _GENERATION = ModelClass(
     "WhisperForConditionalGeneration",
@@ -77,7 +77,7 @@ _OTHER_KINDS = (
 
 
 class Whisper(Architecture):
-    """OpenAI's Whisper as transformers has it: for speech recognition, or its encoder for audio classification.
+    """OpenAI's Whisper as implemented in transformers: for speech recognition, or its encoder for audio classification.
 
     Source: transformers' modeling_whisper.py and configuration_whisper.py.
     """
@@ -125,7 +125,8 @@ class Whisper(Architecture):
         return TensorPlace(bare, stack, int(match["layer"]), block, kind, part, presets)  # type: ignore[arg-type]
 
     def group_of(self, name: str) -> tuple[str, str]:
-        """Stacks: encoder, decoder, and output for what lies in neither. A name that is not Whisper's is `other`."""
+        """The stacks are encoder, decoder, and output for tensors in neither. A name that is not Whisper's has kind
+        `other`."""
         bare = self.canonical(name)
         stack, _, rest = bare.partition(".")
         if stack not in ("encoder", "decoder"):
@@ -140,7 +141,7 @@ class Whisper(Architecture):
         return stack, "other"
 
     def layers_key_of(self, name: str) -> str | None:
-        """The key that counts the layers among which a tensor lies.
+        """The key of config.json that counts the layers of a tensor's stack.
 
         Example:
             >>> WHISPER.layers_key_of("encoder.layers.3.fc1.bias")
@@ -158,7 +159,7 @@ class Whisper(Architecture):
                             yield f"{stack}.layers.{layer}.{block}.{kind}_proj.weight"
 
     def model_class(self, config: Mapping[str, Any]) -> ModelClass:
-        """The class for classification where the config's `architectures` says so, else that for speech recognition.
+        """The class for classification if the config's `architectures` names it, else the class for speech recognition.
 
         Example:
             >>> WHISPER.model_class({"architectures": ["WhisperForAudioClassification"]}).task
@@ -168,14 +169,14 @@ class Whisper(Architecture):
         return _CLASSIFICATION if isinstance(classes, list) and _CLASSIFICATION.name in classes else _GENERATION
 
     def stacks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The stacks of the model; one for classification has no decoder."""
+        """The stacks of the model. A model for classification has no decoder."""
         return self.all_stacks if self.model_class(config) is _GENERATION else ("encoder",)
 
     def expected(self, config: Mapping[str, Any], where: str) -> Iterator[ExpectedTensor]:
         """Every tensor that a model with this config saves.
 
-        An output projection of its own is among them where the config does not tie it to the embedding. Raises
-        SourceError where `counts` does, or when a size is not a positive whole number.
+        This includes an output projection of its own if the config does not tie it to the embedding. Raises SourceError
+        as `counts` does, or if a size is not a positive whole number.
 
         Example:
             >>> config = {"model_type": "whisper", "encoder_layers": 4, "decoder_layers": 4}
@@ -225,14 +226,14 @@ class Whisper(Architecture):
 
 @cache
 def _presets(stack: str, kind: str, part: str) -> frozenset[str]:
-    """The presets that merge a projection; the bias of `out_proj` belongs to no head, and none merges it."""
+    """The presets that merge a projection. No preset merges the bias of `out_proj`, which belongs to no head."""
     if kind == "out":
         return frozenset({"attention-all"} if part == "weight" else ())
     return frozenset({"attention-qkv", "attention-all", *(["encoder-qkv"] if stack == "encoder" else [])})
 
 
 def _classifier(config: Mapping[str, Any], width: int, layers: int, where: str) -> Iterator[ExpectedTensor]:
-    """What a model for classification has in the place of a decoder."""
+    """The tensors that a model for classification has instead of a decoder."""
     projection_size = _positive(config.get("classifier_proj_size", 256), "classifier_proj_size", where)
     id2label = config.get("id2label")
     labels = config.get("num_labels", len(id2label) if isinstance(id2label, dict) else 2)

@@ -13,26 +13,28 @@ from hsa.methods.tensors import TensorTask
 from hsa.system.dtypes import Array, Arrays, Float32, widen
 
 TILE = 1 << 17
-"""Elements of a block at most: a head of any Whisper size is one. Its scratch of several MiB exceeds a core's
-second-level cache, but threads hand Python's lock over four times as seldom as with blocks that fit: on two cores a
-merge of large-v3 tensors takes two thirds of the time."""
+"""The most elements of a block; a head of any Whisper size is one block. The scratch memory of several MiB exceeds a
+core's L2 cache, but threads switch the GIL a quarter as often as with blocks that fit. On two cores, a merge of
+large-v3 tensors takes two thirds of the time."""
 
 MAX_VIEWS = 64
-"""Views of scratch memory that are kept."""
+"""The most views of scratch memory that are cached."""
 
 Place = tuple[slice, slice]
 
 
 class Scratch:
-    """Buffers by what they are for, each made when it is first asked for, and made anew for a larger block. The views
-    of the shapes that were asked for are kept: a tensor has two or three."""
+    """Buffers by their use, each allocated when it is first requested, and again for a larger block.
+
+    Views are cached by shape; a tensor has two or three shapes.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[object, Array] = {}
         self._views: dict[tuple[object, tuple[int, int]], Array] = {}
 
     def get(self, use: object, shape: tuple[int, int], dtype: Any = np.float32) -> Array:
-        """Memory of a shape; the same for one use."""
+        """Memory of a shape; requests with the same `use` share it."""
         view = self._views.get((use, shape))
         return self._make(use, shape, dtype) if view is None else view
 
@@ -40,7 +42,7 @@ class Scratch:
         elements = shape[0] * shape[1]
         buffer = self._buffers.get(use)
         if buffer is None or buffer.size < elements:
-            self._views.clear()  # which would keep the smaller buffer
+            self._views.clear()  # they would keep the smaller buffer alive
             buffer = self._buffers[use] = np.empty(max(elements, TILE), dtype)
         if len(self._views) >= MAX_VIEWS:
             self._views.clear()
@@ -49,8 +51,11 @@ class Scratch:
 
 
 class ArrayBlock(Block):
-    """A block of arrays in memory. `views` are the tensors of all sources, in their element types, as matrices;
-    `shared`: several decisions use its task vectors. `values` is where computed values are kept, None for nowhere."""
+    """A block of arrays in memory.
+
+    `views` are the tensors of all sources as matrices, in their own element types. `shared` says that several decisions
+    use the block's task vectors. `values` caches computed values; None for no cache.
+    """
 
     def __init__(
         self,
@@ -72,7 +77,7 @@ class ArrayBlock(Block):
         self._values = values
 
     def move(self, group: int, place: Place) -> ArrayBlock:
-        """Make it the block at a place of a group; what was computed of another block is forgotten."""
+        """Move the block to a place in a group; what was computed for the previous place is forgotten."""
         rows, columns = place
         self.group, self._place = group, place
         self.first = self._origin + rows.start * self._columns + columns.start
@@ -99,7 +104,7 @@ class ArrayBlock(Block):
         if vector is None:
             out = self._scratch.get(key, self.shape)
             weights = self._computed.get(role)
-            if weights is None:  # widened in the memory of the vector, so that it needs no more
+            if weights is None:  # widened in the vector's own memory, to need no other
                 weights = widen(self.task.sources[role].code, self.raw(role), out)
             vector = self._computed[key] = np.subtract(weights, self.weights(BASE), out=out)
         return vector
@@ -113,7 +118,7 @@ class ArrayBlock(Block):
         return self._values.of((self.task.name, self.group, self.first, key), make)
 
     def spare(self) -> Float32:
-        """The room of the first model that has one: memory for a result that is written last of all."""
+        """The room of the first model that has one, used for a result that is written last."""
         return self.room(self.models[0])
 
     def wide(self) -> Array:

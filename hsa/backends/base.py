@@ -20,7 +20,8 @@ from hsa.system.dtypes import Array, size
 
 
 class NotFinite(Exception):
-    """NaN or Inf: in a source's tensor where `role` is given, else in the result; `job` is the place in the group."""
+    """NaN or Inf in the tensor of the source `role`, or in the result if that is None; `job` is the index in the
+    group."""
 
     def __init__(self, role: str | None, group: int | None, job: int = 0) -> None:
         super().__init__(role, group, job)
@@ -31,8 +32,8 @@ class NotFinite(Exception):
 class TaskBuffers:
     """A target to merge: the bytes of its tensor in each source, and of its result, one-dimensional uint8.
 
-    `out` is the anchor's array where the result replaces it. Where `recorded` is given, this decision is applied, and
-    the one that follows from the sources is reported. `copied` is a tensor that is equal in all sources.
+    `out` is the anchor's own array if the result overwrites it. If `recorded` is given, that decision is applied, while
+    the one that follows from the sources is reported. `copied` marks a tensor that is equal in all sources.
     """
 
     task: TensorTask
@@ -49,7 +50,7 @@ class TaskBuffers:
 @dataclass(frozen=True)
 class Merged:
     """A merged target: the decision that follows from the sources, the byte ranges that may differ from the anchor's,
-    and sums over a sample of its elements, where they were taken."""
+    and sums over a sample of its elements, if they were taken."""
 
     decision: Any
     changed: tuple[tuple[int, int], ...]
@@ -65,16 +66,18 @@ class Worker(Protocol):
     def slice(
         self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any
     ) -> DistanceSums | None:
-        """Compute a slice of a tensor into `out`; all uint8. A `recorded` decision is applied in place of the one that
-        follows from the sources, unless it is None. Returns the sums over its part of the sample, where there is any.
-        Raises NotFinite."""
+        """Compute a slice of a tensor into `out`; all arrays are uint8.
+
+        A `recorded` decision is applied instead of the one that follows from the sources, unless it is None. Returns
+        the sums over the slice's part of the sample, or None if it has none. Raises NotFinite.
+        """
 
     def measure_slice(self, piece: Computed, sources: Mapping[str, Array], number: int, so_far: Any) -> list[Any]:
-        """What one pass measures of the blocks of a slice. Raises NotFinite."""
+        """Measure the blocks of a slice in one pass. Raises NotFinite."""
 
 
 class Backend(Protocol):
-    """A place to compute: its name and device, how many bytes of targets a worker takes at a time, and workers."""
+    """A place to compute: its name and device, the bytes of targets that a worker takes at a time, and its workers."""
 
     name: str
     device: str
@@ -86,7 +89,7 @@ class Backend(Protocol):
         """Host memory for a tensor's bytes, uninitialised uint8."""
 
     def cost(self, task: TensorTask) -> int:
-        """Bytes of host memory that merging a target takes while it lasts."""
+        """Bytes of host memory that a target takes while it is merged."""
 
 
 def buffers_cost(task: TensorTask) -> int:
@@ -108,7 +111,7 @@ def merge_one_by_one(jobs: Sequence[TaskBuffers], merge: Callable[[TaskBuffers],
 
 
 def changed_ranges(task: TensorTask, untouched: frozenset[int]) -> tuple[tuple[int, int], ...]:
-    """Byte ranges of the output tensor that may differ from the anchor's bytes, in order and apart."""
+    """Byte ranges of the output tensor that may differ from the anchor's bytes, sorted and disjoint."""
     whole, groups = math.prod(task.shape) * size(task.out_code), task.partition.groups
     if task.out_code != task.stored.code or not untouched:
         return ((0, whole),)
@@ -122,7 +125,7 @@ def changed_ranges(task: TensorTask, untouched: frozenset[int]) -> tuple[tuple[i
 
 
 def runs(groups: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of neighbouring numbers, which are in order.
+    """The first and last number of each run of consecutive numbers in a sorted sequence.
 
     Example:
         >>> list(runs((0, 1, 2, 5)))

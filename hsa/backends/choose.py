@@ -1,4 +1,4 @@
-"""Which backend a merge runs on."""
+"""Choose the backend of a merge."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _NUMBERED = re.compile(r"cuda:[0-9]{1,3}")
 
 
 def resolve(name: str, device: str, settings: Settings, models: int) -> Backend:
-    """The backend of that name for a merge of so many models; only `auto` chooses, and a name that cannot be had is an
-    error.
+    """Return the backend of that name for a merge of this many models.
+
+    Only `auto` chooses; a backend requested by name that is not available is an error.
 
     Raises BackendUnavailable, or RequestError for an unknown name or numerics that a backend does not offer.
     """
@@ -63,7 +64,7 @@ def resolve(name: str, device: str, settings: Settings, models: int) -> Backend:
 
 
 def _sees_gpu() -> bool:
-    """Whether a GPU's device file is there and torch can use it: torch, if installed, is imported after the first."""
+    """Whether a GPU's device file exists and torch can use the GPU; torch is only imported if the file exists."""
     if not any(Path(file).exists() for file in GPU_FILES):
         return False
     try:

@@ -27,8 +27,8 @@ from hsa.system import lapack
 from hsa.system.dtypes import STORAGE, Array, Float32, all_finite, narrow, widen
 
 RUN = 1 << 18
-"""Elements of neighbouring groups that are computed at a time for patches: with two threads, operations on twice the
-elements of one head took two thirds of the time for each, and on the elements of twelve again as long as on one."""
+"""Elements of neighbouring groups that are computed together for patches. With two threads, operations on the elements
+of two heads took two thirds of the time per head; on those of twelve heads, as long per head as on one."""
 
 
 _AS_IT_IS: AbstractContextManager[None] = nullcontext()
@@ -36,8 +36,7 @@ _AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 @dataclass(frozen=True)
 class TouchedGroups:
-    """A decision whose touched groups are to be computed, and where they go: these groups' rows (columns) alone,
-    uint8."""
+    """A decision whose touched groups are computed, and the uint8 array for only these groups' rows (columns)."""
 
     decision: Any
     groups: tuple[int, ...]
@@ -63,8 +62,10 @@ class CpuBackend:
 
 @contextmanager
 def _applying_a_record(task: TensorTask) -> Iterator[None]:
-    """SourceError where a recorded decision cannot be applied: `from_dict` sees a record alone, and not the sources,
-    so a record may hold a decision that does not fit them."""
+    """Raise SourceError if a recorded decision cannot be applied.
+
+    `from_dict` sees only the record and not the sources, so a record may hold a decision that does not fit them.
+    """
     try:
         yield
     except (NotFinite, HsaError, MemoryError):
@@ -74,8 +75,10 @@ def _applying_a_record(task: TensorTask) -> Iterator[None]:
 
 
 class CpuWorker:
-    """One thread's scratch memory and the arithmetic of a method on it. `values` are what the method keeps of sources
-    that stay in memory, None where they do not."""
+    """One thread's scratch memory, and the arithmetic of a method on it.
+
+    `values` caches what the method computes from sources that stay in memory; None if they do not.
+    """
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class CpuWorker:
         self._numerics: AbstractContextManager[None] = lapack.one_thread if "lapack" in method.libraries else _AS_IT_IS
 
     def with_settings(self, settings: Settings) -> CpuWorker:
-        """The same worker for other settings, with the same memory: one of the two at a time."""
+        """A worker for other settings that shares this one's memory; use only one of the two at a time."""
         return CpuWorker(self.method, settings, self._scratch, self._values)
 
     def merge_all(self, jobs: Sequence[TaskBuffers]) -> list[Merged]:
@@ -113,12 +116,12 @@ class CpuWorker:
         return Merged(decision, changed_ranges(job.task, untouched), None if sampler is None else sampler.sums)
 
     def measure(self, task: TensorTask, sources: Mapping[str, Array]) -> Any:
-        """What the first pass measures of one tensor, whatever the settings. Buffers: uint8. Raises NotFinite."""
+        """Measure one tensor in the first pass, whatever the settings. Buffers: uint8. Raises NotFinite."""
         return self._pass(task, sources, 0, None) if task.passes else None
 
     def decide(self, task: TensorTask, measured: Any, sources: Mapping[str, Array]) -> Any:
-        """The decision for a tensor whose first pass is done; the other passes are made here. COPIED where
-        that was measured."""
+        """The decision for a tensor after its first pass; the remaining passes are made here. COPIED if that was
+        measured."""
         if measured is COPIED:
             return COPIED
         decision = self.method.decide(task, measured, self.settings, None)
@@ -196,7 +199,7 @@ class CpuWorker:
     def each_block(
         self, task: TensorTask, sources: Mapping[str, Array], look: Callable[[Block], Any]
     ) -> list[list[Any]]:
-        """What `look` gives of every block, by group."""
+        """Call `look` on every block, and return its results by group."""
         block = ArrayBlock(self._scratch, task, self._views(task, sources), values=self._values)
         return [
             [look(block.move(group, place)) for place in task.blocks(group, TILE)]
@@ -207,8 +210,11 @@ class CpuWorker:
     def each_part(
         self, piece: Computed, sources: Mapping[str, Array], look: Callable[[Block], Any], *, check: bool
     ) -> list[Any]:
-        """What `look` gives of every block of a slice, in order, whose sources are checked where asked. Buffers: uint8.
-        It may ask for a task vector again after it used its room. Raises NotFinite."""
+        """Call `look` on every block of a slice, in order, and return its results. Buffers: uint8.
+
+        With `check`, the sources of each block are checked first. `look` may request a task vector again after it used
+        its room. Raises NotFinite.
+        """
         block, given = self._part(piece, sources, shared=True), []
         for place in piece.task.part_blocks(piece.count, TILE):
             block.move(0, place)
@@ -221,8 +227,10 @@ class CpuWorker:
     def slice(
         self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any
     ) -> DistanceSums | None:
-        """Compute a slice of a tensor by a decision, or cast it. Buffers: uint8. Returns the sums over its part of the
-        sample, where there is any. Raises NotFinite."""
+        """Compute a slice of a tensor by a decision, or cast it. Buffers: uint8.
+
+        Returns the sums over the slice's part of the sample, or None if it has none. Raises NotFinite.
+        """
         if recorded is None:
             return self._slice(piece, sources, out, decision)
         with _applying_a_record(piece.task):
@@ -250,7 +258,7 @@ class CpuWorker:
 
     @np.errstate(all="ignore")
     def measure_slice(self, piece: Computed, sources: Mapping[str, Array], number: int, so_far: Any) -> list[Any]:
-        """What one pass measures of the blocks of a slice, in order. Buffers: uint8. Raises NotFinite."""
+        """Measure the blocks of a slice in one pass, in order. Buffers: uint8. Raises NotFinite."""
         block = self._part(piece, sources)
         places = piece.task.part_blocks(piece.count, TILE)
         return [self._look(block.move(0, place), number, so_far) for place in places]
@@ -262,7 +270,7 @@ class CpuWorker:
         return ArrayBlock(self._scratch, task, views, piece.first, shared=shared)
 
     def _look(self, block: ArrayBlock, number: int, so_far: Any) -> Any:
-        """What the method measures of a block in one pass, whose sources the first pass checks where it does not."""
+        """Measure a block in one pass. The first pass also checks the block's sources, unless the method does so."""
         if number == 0 and not self.method.checks_sources:
             _check_block(block, block.group)
         with self._numerics:
@@ -271,7 +279,8 @@ class CpuWorker:
     def _apply_block(
         self, block: ArrayBlock, decision: Any, out: Array, *, in_place: bool, sampler: Sampler | None = None
     ) -> None:
-        """Write the merged values of a block, rounded to the output's element type; `in_place` over the anchor's."""
+        """Write a block's merged values, rounded to the output's element type; `in_place` overwrites the anchor's
+        values."""
         code, last = block.task.out_code, self.method.writes_out_last
         if sampler is not None:
             sampler.take(block)  # before the anchor is overwritten
@@ -284,7 +293,7 @@ class CpuWorker:
             self._narrow(code, values, out)
 
     def _pass(self, task: TensorTask, sources: Mapping[str, Array], number: int, so_far: Any) -> Any:
-        """What one pass over a tensor measures."""
+        """Measure a tensor in one pass."""
 
         def look(block: Block) -> Any:
             assert isinstance(block, ArrayBlock)
@@ -296,7 +305,7 @@ class CpuWorker:
             raise NotFinite(self._damaged_source(task, sources, error.group), error.group) from None
 
     def _damaged_source(self, task: TensorTask, sources: Mapping[str, Array], group: int) -> str | None:
-        """Which source holds NaN or Inf in a group; None where the task vectors themselves overflow."""
+        """The source that holds NaN or Inf in a group; None if the task vectors themselves overflow."""
         for role, view in self._views(task, sources).items():
             code = task.sources[role].code
             if not all(all_finite(code, np.ascontiguousarray(view[place])) for place in task.blocks(group, TILE)):
@@ -343,14 +352,14 @@ def _part_shape(piece: Computed) -> tuple[int, int]:
 
 
 def _check_block(block: ArrayBlock, group: int | None) -> None:
-    """Raise NotFinite where a source of the block holds NaN or Inf; the models are named before base."""
+    """Raise NotFinite if a source of the block holds NaN or Inf; the models are checked before base."""
     for role in (*block.models, BASE):
         if role in block.task.sources and not all_finite(block.task.sources[role].code, block.raw(role)):
             raise NotFinite(role, group)
 
 
 def _group_runs(selections: Sequence[Collection[int]], groups: int, most: int) -> Iterator[tuple[int, int]]:
-    """First group and number of groups of runs that the same of these selections hold, at most `most` long."""
+    """Yield runs of at most `most` groups that are in the same selections: the first group and the number of groups."""
     first = 0
     while first < groups:
         touched = [first in selection for selection in selections]
@@ -367,5 +376,5 @@ def _shifted(span: slice, by: int) -> slice:
 
 
 def _group_not_finite(code: str, part: Array, count: int, axis: int) -> int:
-    """Which of the groups side by side in a part holds NaN or Inf."""
+    """The number of the first of a part's adjacent groups that holds NaN or Inf."""
     return next(n for n, group in enumerate(np.split(part, count, axis)) if not all_finite(code, group.copy()))

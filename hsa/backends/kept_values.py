@@ -1,4 +1,4 @@
-"""What methods have computed from sources that stay in memory, kept for the merges that follow."""
+"""A cache of what methods compute from sources that stay in memory, for later merges."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable, Hashable
 from hsa.system.dtypes import Arrays
 
 LIMIT = 256 << 20
-"""Bytes of arrays that are kept. What comes when they are full is computed at each merge: merges ask for the same
-values in the same order, so that to drop the oldest would be to keep none that is asked for again."""
+"""The most bytes of arrays in the cache. Once it is full, further values are computed at each merge, and nothing is
+evicted: merges request the same values in the same order, so evicting the oldest would lose each value before it is
+requested again."""
 
 
 class KeptValues:
-    """Arrays by what they were computed from, up to a number of bytes. Several threads may use it.
+    """A thread-safe cache of arrays by what they were computed from, up to a number of bytes.
 
     Example:
         >>> kept = KeptValues()
@@ -30,7 +31,7 @@ class KeptValues:
         self._lock = threading.Lock()
 
     def of(self, key: Hashable, make: Callable[[], Arrays]) -> Arrays:
-        """The arrays of a key: those that are kept, else new ones."""
+        """The arrays of a key, from the cache or newly made."""
         value = self._values.get(key)
         if value is not None:
             return value

@@ -42,12 +42,12 @@ class Resident(Protocol):
     """The targets of a merge in memory."""
 
     def measure(self) -> list[Any]:
-        """What the method measures of each target, whatever the settings. Raises NonFiniteError."""
+        """Measure each target, whatever the settings. Raises NonFiniteError."""
 
     def write(self, settings: Settings, out: Sequence[torch.Tensor]) -> None:
-        """Write each target, merged under these settings, whole into a tensor of its shape. `measure` comes first.
+        """Merge each target under these settings, and write it whole into a tensor of its shape. Call `measure` first.
 
-        Raises NonFiniteError, with nothing written; MachineError where writing stopped halfway.
+        Raises NonFiniteError, with nothing written; MachineError if writing stopped halfway.
         """
 
 
@@ -61,7 +61,7 @@ class CpuResident:
         self._workers = [CpuWorker(targets.method, targets.settings, None, values) for _ in range(threads)]
         self._measured: list[Any] = []
         self._bounds = ResultBounds(targets, [], [])
-        self._lock = threading.Lock()  # the workers' memory is that of one call
+        self._lock = threading.Lock()  # the workers' memory serves one call at a time
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def measure(self) -> list[Any]:
@@ -104,11 +104,11 @@ class CpuResident:
             self._each([number for number in range(len(self._tasks)) if number not in staged], one)
             for number, place in staged.items():
                 _copy_into(place, out[number].detach())
-            # What numpy wrote, autograd does not see by itself.
+            # Autograd does not notice by itself what numpy wrote.
             torch.autograd.graph.increment_version(list(out))
 
     def _each(self, numbers: Sequence[int], work: Callable[[int, CpuWorker], T]) -> list[T]:
-        """The work on these numbers of targets, spread over threads that each have a worker of their own."""
+        """Run the work on the targets with these numbers, in threads with a worker each, and return its results."""
         threads = len(self._workers)
 
         def share(first: int) -> list[tuple[int, T]]:
@@ -133,24 +133,31 @@ class CpuResident:
         return [done[number] for number in numbers]
 
     def _helpers(self) -> ThreadPoolExecutor:
-        """The threads beside the caller's: kept, for starting them would take longer than all else before the first
-        block of a candidate. A process that was forked has none of its parent's threads, and starts its own."""
+        """The pool of threads besides the caller's.
+
+        It is kept, because starting threads would take longer than everything else before the first block of a
+        candidate. A forked process has none of its parent's threads, and starts its own.
+        """
         if self._pool is None or self._pool[0] != os.getpid():
             self._pool = os.getpid(), ThreadPoolExecutor(len(self._workers) - 1)
         return self._pool[1]
 
 
 class ResultBounds:
-    """Which targets might overflow, by bounds on their merged values; `measured` and `largest`, the largest magnitudes
-    in the sources, are those of each target."""
+    """Finds the targets that might overflow, by bounds on their merged values.
+
+    `measured` and `largest` have one entry for each target; `largest` holds the largest magnitudes in its sources.
+    """
 
     def __init__(self, targets: Targets, measured: Sequence[Any], largest: Sequence[Mapping[str, float]]) -> None:
         self._method, self._tasks, self._measured, self._largest = targets.method, targets.tasks, measured, largest
         self._known: tuple[Any, list[int]] = (None, [])
 
     def overflow_risks(self, settings: Settings, places: Sequence[torch.Tensor]) -> list[int]:
-        """The numbers of the targets that might overflow in these places. They are known from the last call where the
-        dtypes and the settings that the bounds depend on are the same."""
+        """The numbers of the targets that might overflow in these places.
+
+        The last result is reused while the dtypes, and the settings that the bounds depend on, are the same.
+        """
         read, dtypes = self._method.bound_settings, list(map(_DTYPE, places))
         key = None if read is None else ([_own(getattr(settings, name)) for name in read], dtypes)
         known, risks = self._known
@@ -167,19 +174,22 @@ class ResultBounds:
 
 
 def _own(value: Any) -> Any:
-    """A setting's value that no caller can change."""
+    """A setting's value, as a copy if a caller could change it."""
     return dict(value) if isinstance(value, Mapping) else value
 
 
 def _may_overflow(bound: float | None, dtype: torch.dtype) -> bool:
-    """Whether a merged value could be beyond `dtype`, where `bound` is its largest magnitude before rounding (None
-    where that is not known); 1e-4 is more than all roundings take."""
+    """Whether a merged value could exceed the range of `dtype`.
+
+    `bound` is its largest magnitude before rounding, None if unknown. The margin of 1e-4 is more than all rounding
+    errors.
+    """
     return bound is None or not bound * (1 + 1e-4) <= _LARGEST[dtype]
 
 
 @contextmanager
 def write_errors() -> Iterator[None]:
-    """Around the writing itself: turns what stops it into a MachineError that says what the model holds now."""
+    """Turn an error during the writing into a MachineError that says what the model holds now."""
     try:
         yield
     except Exception as error:
@@ -190,12 +200,12 @@ def write_errors() -> Iterator[None]:
 
 
 def _empty_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous memory of the CPU for a result that goes into this tensor."""
+    """Contiguous CPU memory for a result that is copied into this tensor."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _copy_into(place: torch.Tensor, tensor: torch.Tensor) -> None:
-    with torch.inference_mode():  # which may also write to tensors that were made in it
+    with torch.inference_mode():  # this mode may also write to tensors that were created in it
         tensor.copy_(place)
 
 

@@ -1,9 +1,9 @@
 """Sums over a sample of a tensor's elements, taken while a merge has them in memory.
 
-Of every `STRIDE` runs of 1,024 elements, the first `RUNS` belong to the sample, by their place in the tensor. All
-elements of a tensor of less than one run do; of others the last elements, which are no whole run, are left out. What is
-in the sample does not depend on slices, blocks or threads. The runs of a sample lie together so that most blocks of a
-large tensor hold none.
+The tensor is divided into runs of 1,024 elements. Of every `STRIDE` runs, the first `RUNS` belong to the sample, by
+their position in the tensor. A tensor shorter than one run is sampled whole; otherwise an incomplete last run is left
+out. The sample does not depend on slices, blocks or threads. The runs of a sample are adjacent, so that most blocks of
+a large tensor hold none.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hsa.methods.tensors import BASE, UNIT, DistanceSums, TensorTask
 from hsa.system.dtypes import STORAGE, Array, Float32, widen
 
 STRIDE, RUNS = 512, 8
-"""Of so many runs, so many are in the sample."""
+"""Of every `STRIDE` runs, the first `RUNS` are in the sample."""
 
 
 class StoredBlock(Protocol):
-    """Elements of every source as they are stored, in the order of the tensor; `first` is the flat index of the
-    first."""
+    """Elements of every source as stored, in the order of the tensor; `first` is the flat index of the first
+    element."""
 
     @property
     def first(self) -> int: ...
@@ -101,7 +101,7 @@ class Sampler:
 
 
 def sampler_of(task: TensorTask) -> Sampler | None:
-    """What sums up a tensor that a merge computes; None for attention heads, which their methods measure themselves,
+    """The sampler of a tensor that a merge computes. None for attention heads, which their methods measure themselves,
     and for tensors that no record lists."""
     return Sampler(task, output=True) if task.merged and task.listed and task.layout != "heads" else None
 
@@ -118,7 +118,7 @@ def source_sums(task: TensorTask, raw: Mapping[str, Array]) -> DistanceSums | No
 
 
 def sampled(elements: Array, first: int) -> Array:
-    """The elements of a block that are in the sample [runs, length]; `first` is the flat index of its first.
+    """The elements of a block that are in the sample [runs, length]; `first` is the flat index of the first element.
 
     Example:
         >>> sampled(np.arange(513 * 1024), 0)[:, 0].tolist()

@@ -1,7 +1,7 @@
 """Reference numerics: the reference script's tensor operations, in torch on the CPU, one tensor at a time.
 
-The operations, their order, their element types and their operands' shapes are the script's, so that three
-checkpoints of one element type give its very bytes. Source: the released script of Shankar et al., Computer Speech &
+The operations, their order, their element types and the shapes of their operands are the script's. So three checkpoints
+of one element type give exactly the script's bytes. Source: the released script of Shankar et al., Computer Speech &
 Language, 2026, 102012.
 """
 
@@ -40,7 +40,7 @@ class ScriptBackend:
     group_bytes = 0
 
     def __init__(self) -> None:
-        # All arithmetic in one thread: malloc keeps what a thread freed for that thread, and each would keep its own.
+        # All arithmetic runs in one thread: malloc keeps freed memory per thread, so that each would keep its own.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hsa-script")
 
     def worker(self, method: Method[Any, Any], settings: Settings) -> ScriptWorker:
@@ -55,7 +55,7 @@ class ScriptBackend:
 
 
 class ScriptWorker:
-    """One thread's way to the arithmetic, which torch spreads over the cores."""
+    """One thread's access to the shared arithmetic thread; torch spreads the arithmetic over the cores."""
 
     def __init__(self, thread: Executor, settings: HsaSettings) -> None:
         self._thread, self._settings = thread, settings
@@ -151,7 +151,7 @@ def _first_head(task: TensorTask, tensor: torch.Tensor) -> int:
 
 
 def _load(task: TensorTask, role: str, raw: Array) -> torch.Tensor:
-    """A source's tensor, flat, as the script's loader would have it."""
+    """A source's tensor, flat, as the script's loader would load it."""
     assert task.load_codes is not None
     stored = torch.from_numpy(raw).view(getattr(torch, NAMES[task.sources[role].code]))
     return stored.to(getattr(torch, NAMES[task.load_codes[role]]))

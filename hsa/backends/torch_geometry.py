@@ -1,4 +1,4 @@
-"""The sums of `hsa.methods.geometry` over torch tensors, on whatever device holds them, in float64."""
+"""The sums of `hsa.methods.geometry` over torch tensors, on whichever device holds them, in float64."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from hsa.methods.tensors import TensorTask
 
 
 def target_geometry(task: TensorTask, base: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> Geometry:
-    """The geometry of one target in base and two models. Tensors: its shape, any float type, on one device.
+    """The geometry of one target in base and two models. Tensors: of the target's shape, any float type, on one device.
 
-    On the CPU one head is widened at a time, so that memory stays small beside the tensors; on a GPU all heads at once,
-    so that few kernels are launched. The task vectors are rounded to float32, as the merge rounds them.
+    On the CPU one head is widened at a time, to keep memory small; on a GPU all heads are widened at once, to launch
+    few kernels. The task vectors are rounded to float32, as the merge rounds them.
     """
     step = 1 if base.device.type == "cpu" else task.partition.groups
     parts = [

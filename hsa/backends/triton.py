@@ -1,8 +1,9 @@
-"""Exact numerics on a GPU: groups of targets go to the device, are merged in one launch, and what changed comes back.
+"""Exact numerics on a GPU: targets are copied to the device in groups, merged in one launch, and the changes copied
+back.
 
-Each worker has a stream of its own, and page-locked host memory that files are read into and results come back to,
-so that the copies of one worker run beside the kernels of another. Under Triton's interpreter (TRITON_INTERPRET=1,
-set before this module is imported) the same kernels run on the CPU, slowly, for tests.
+Each worker has a stream of its own, and page-locked host memory for what is read from files and for results, so that
+the copies of one worker overlap with the kernels of another. Under Triton's interpreter (TRITON_INTERPRET=1, set before
+this module is imported) the same kernels run on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ GROUP_BYTES = 16 << 20
 """Bytes of primary's targets that a worker takes at a time: enough work for a launch, and bounded memory."""
 
 KEPT_TABLES = 4
-"""Sets of output tensors whose tables a resident merger remembers, and keeps alive."""
+"""Sets of output tensors whose tables a resident merger caches, and thereby keeps alive."""
 
 _ROLE_OF = {role: role for role in ROLES}
 
@@ -50,7 +51,7 @@ _INTERPRETER = threading.Lock()
 class TritonBackend:
     """Exact numerics in Triton, on a CUDA or ROCm device or in the interpreter.
 
-    Raises BackendUnavailable when the device cannot be had; `device` is auto, cpu (the interpreter), cuda or cuda:N.
+    Raises BackendUnavailable if the device is not available; `device` is auto, cpu (the interpreter), cuda or cuda:N.
     """
 
     name = "triton"
@@ -84,7 +85,7 @@ class TritonWorker:
         self._differs = {PRIMARY: False, SECONDARY: False}
 
     def slice(self, piece: Computed, sources: Mapping[str, Array], out: Array, decision: Any, recorded: Any) -> None:
-        """Compute a slice of a tensor that is no target, on the CPU: it passes through its memory anyway."""
+        """Compute a slice of a tensor that is not a target, on the CPU, whose memory it passes through anyway."""
         self._cpu.slice(piece, sources, out, decision, recorded)
 
     def measure_slice(self, piece: Computed, sources: Mapping[str, Array], number: int, so_far: Any) -> list[Any]:
@@ -150,7 +151,7 @@ class TritonWorker:
         return host.to(self._device, non_blocking=True)
 
     def _download(self, job: TaskBuffers, tensor: torch.Tensor, merged: Merged) -> None:
-        """The ranges that changed, or everything where the output is no copy of primary yet."""
+        """Copy back the changed ranges, or everything if the output is not yet a copy of primary."""
         host, device = torch.from_numpy(job.out), tensor.view(-1).view(torch.uint8)
         if job.in_place and self._device.type == "cpu":
             return
@@ -181,9 +182,9 @@ class TritonResident:
         self._scores: torch.Tensor | None = None
         self._measured: list[HeadScores] = []
         self._bounds = ResultBounds(targets, [], [])
-        self._lock = threading.Lock()  # tables, buffers and workspaces are those of one write
+        self._lock = threading.Lock()  # tables, buffers and workspaces serve one write at a time
 
-    # Everything that is kept is made and written in inference mode, whatever mode a caller is in.
+    # All cached tensors are created and written in inference mode, whatever mode a caller is in.
     @torch.inference_mode()
     def measure(self) -> list[HeadScores]:
         with _INTERPRETER if interpreted() else nullcontext():
@@ -219,7 +220,7 @@ class TritonResident:
                 for place, tensor in zip(places, written, strict=True):
                     if place is not tensor:
                         place.copy_(tensor)
-                # What a kernel wrote, autograd does not see by itself.
+                # Autograd does not notice by itself what a kernel wrote.
                 torch.autograd.graph.increment_version(list(out))
 
     def _launch(self, projections: Projections, settings: HsaSettings) -> None:
@@ -237,14 +238,14 @@ class TritonResident:
             _raise_faults(projections, self._tasks)
 
     def _buffers(self, places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tensors of this device for results that go elsewhere, made once for each row of dtypes."""
+        """Tensors on this device for results that are copied elsewhere, allocated once for each sequence of dtypes."""
         dtypes = tuple(place.dtype for place in places)
         if dtypes not in self._results:
             self._results[dtypes] = [torch.empty(p.shape, dtype=p.dtype, device=self._device) for p in places]
         return self._results[dtypes]
 
     def _projections(self, out: list[torch.Tensor]) -> Projections:
-        """The tables for these outputs, kept for the last few sets of them."""
+        """The tables for these outputs, cached for the last few sets of outputs."""
         key = tuple((tensor.data_ptr(), tensor.dtype) for tensor in out)
         if key not in self._tables:
             while len(self._tables) >= KEPT_TABLES:
@@ -256,7 +257,7 @@ class TritonResident:
 def _make_projections(
     sources: Mapping[str, Sequence[torch.Tensor]], out: Sequence[torch.Tensor], tasks: Sequence[TensorTask]
 ) -> Projections:
-    """The tables of a launch. Raises BackendUnavailable for what the kernels have no room for, such as many heads."""
+    """The tables of a launch. Raises BackendUnavailable for what the kernels do not support, such as too many heads."""
     try:
         return Projections(
             sources[BASE],

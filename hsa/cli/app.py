@@ -120,7 +120,7 @@ def program() -> Any:
     app = typer.Typer(
         name=completion.PROGRAM,
         cls=usage.CommandGroup,
-        help="Headwise Selective Attention merge for Whisper fine-tunes: streamed, exact, as fast as a copy.",
+        help="Merge fine-tunes of speech models exactly, and find the merge that serves your data.",
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,

@@ -12,6 +12,7 @@ from hsa.cli import decoding_options, options, printing
 from hsa.cli.decoding_progress import decoding_progress
 from hsa.errors import one_line
 from hsa.findings import Findings
+from hsa.system.allocator import keep_freed_memory
 from hsa.system.streams import print_stderr
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def eval_(
     """Transcribe speech with models, and show word error rates with intervals and differences."""
     from hsa.evaluation.evaluate import evaluate
 
+    keep_freed_memory()
     with _noting_transcripts(output), decoding_progress(show=not (quiet or as_json)) as step:
         report = evaluate(
             models,

@@ -37,7 +37,8 @@ def _default_text(setting: Declared, text: str) -> str:
 def inspect(
     ctx: typer.Context,
     output: Annotated[
-        str | None, typer.Argument(metavar="OUT", help="A finished output; its provenance alone is read.")
+        str | None,
+        typer.Argument(metavar="OUT", help="A finished output; its files are verified, unless --no-verify."),
     ] = None,
     diff: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two outputs instead.")] = None,
     no_energy: Annotated[

@@ -25,7 +25,7 @@ ACTIONS = {"build": "build", "verify": "verify", "rebuild": "build anew", "refus
 @options.declares(after=lambda: list(options.run(RELEASE.declared_options())))
 def release(
     ctx: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; the README says what is in it.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file; docs/release.md says what is in it.")],
     output: Annotated[str, typer.Option(metavar="TREE", help="Directory of the tree, new or of an earlier run.")],
     ray: options.Ray = None,
     dry_run: options.DryRun = False,

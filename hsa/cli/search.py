@@ -14,6 +14,7 @@ from hsa.cli import decoding_options, options, printing
 from hsa.errors import one_line
 from hsa.findings import Findings
 from hsa.methods.settings import DEFAULT_METHOD
+from hsa.system.allocator import keep_freed_memory
 from hsa.system.streams import print_stderr, stderr_is_terminal
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def search(
 
     given = options.given(ctx, values)
     sources = {name: given[name] for name in (*source_names(), "models") if name in given}
+    keep_freed_memory()
     with _going_on(), _steps(show=not (quiet or as_json)) as step:
         found = run_search(
             sources,

@@ -18,6 +18,7 @@ from hsa.errors import one_line
 from hsa.findings import Findings
 from hsa.methods.settings import Declared
 from hsa.option_names import keys_named, spelled
+from hsa.system.allocator import keep_freed_memory
 from hsa.system.streams import print_stderr
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def sweep(
     keywords = options.given_merge(ctx, values, SWEEP)
     lists = {each.name: grid.values(each, keywords[each.name]) for each in _axes() if each.name in keywords}
     bars = not (quiet or as_json)
+    if data is not None:
+        keep_freed_memory()
     with _noting_what_stays(evaluated=data is not None), spelled(keys_named({"data": "--eval"})), ExitStack() as stack:
         merging = stack.enter_context(ExitStack())
         step = merging.enter_context(printing.progress(show=bars, label="sweeping"))

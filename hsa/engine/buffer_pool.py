@@ -1,4 +1,4 @@
-"""Memory that threads share: buffers that are used again, and a budget for computations under way."""
+"""Memory shared by threads: a pool of reusable buffers, and a budget for computations in progress."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hsa.backends.base import Backend
 from hsa.system.dtypes import Array
 
 BUDGET_BYTES = 80 << 20
-"""Memory of all computations under way: four targets of large-v3 in float32, whatever the number of threads."""
+"""Memory of all computations in progress: four float32 targets of large-v3, whatever the number of threads."""
 
 SPARE_BYTES = 48 << 20
 """Memory of buffers kept for reuse."""
 
 
 class BufferPool:
-    """Memory that threads share: buffers of given sizes, reused, and a budget of bytes for computations under way."""
+    """Memory shared by threads: reusable buffers by size, and a budget of bytes for computations in progress."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -27,7 +27,7 @@ class BufferPool:
         self._spare: list[Array] = []
 
     def buffer(self, nbytes: int) -> Array:
-        """An uninitialised buffer, reused where one of that size is spare."""
+        """Return an uninitialised buffer, reusing a spare one of that size if there is one."""
         with self._lock:
             for position, spare in enumerate(self._spare):
                 if spare.size == nbytes:
@@ -41,13 +41,13 @@ class BufferPool:
                 del self._spare[0]
 
     def give_back_all(self, buffers: Iterable[Array]) -> None:
-        """Take back these buffers; one that several sources share is taken back once."""
+        """Take back these buffers; a buffer that several sources share is taken back once."""
         for buffer in {id(buffer): buffer for buffer in buffers}.values():
             self.give_back(buffer)
 
     @contextmanager
     def reserve(self, cost: int) -> Iterator[None]:
-        """Wait until the computations under way leave room for one more; the largest runs alone."""
+        """Wait until the budget has room for one more computation; one that exceeds the budget runs alone."""
         self.take(cost)
         try:
             yield
@@ -55,13 +55,13 @@ class BufferPool:
             self.release(cost)
 
     def widen(self, budget: int) -> None:
-        """Let computations under way take so much memory, if that is more than they may take now."""
+        """Raise the budget to this many bytes, unless it is larger already."""
         with self._lock:
             self._budget = max(self._budget, budget)
             self._lock.notify_all()
 
     def take(self, cost: int) -> None:
-        """As `reserve`, until `release`."""
+        """Like `reserve`, but held until `release` is called."""
         with self._lock:
             while cost and self._in_use and self._in_use + cost > self._budget:
                 self._lock.wait()

@@ -1,4 +1,4 @@
-"""From the sources' bytes to computed bytes: reading, digesting and merging of targets and slices, thread by thread."""
+"""Compute output bytes from the sources' bytes: read, digest and merge targets and slices, in several threads."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Computation:
 
 
 class Calculator:
-    """What the threads of a run share: sources, method and settings, finished outcomes by name, and memory.
+    """The state shared by the threads of a run: sources, method and settings, finished outcomes by name, and memory.
 
-    `recorded` are decisions that are applied instead of those that follow from the sources, by canonical name.
+    `recorded` holds decisions by canonical name; they are applied instead of those that follow from the sources.
     """
 
     def __init__(
@@ -69,8 +69,11 @@ class Calculator:
         self.pool.give_back(buffer)
 
     def cost(self, tasks: Sequence[TensorTask]) -> int:
-        """Bytes of memory that computing these tensors at once takes. Where a method's own work takes most of it, the
-        budget is widened, so that every core computes one of the largest."""
+        """Bytes of memory needed to compute these tensors together.
+
+        If the method's own working memory is most of it, the budget is widened so that every core can compute one of
+        the largest.
+        """
         work = sum(self.method.work_bytes(task, self.settings) for task in tasks)
         cost = work + sum(map(self.backend.cost, tasks))
         if work:
@@ -78,7 +81,7 @@ class Calculator:
         return cost
 
     def ordered(self, targets: Sequence[TensorTask]) -> tuple[Outcome, ...]:
-        """The outcomes of these targets, which all were computed."""
+        """The outcomes of these targets, all of which have been computed."""
         return tuple(self.outcomes[task.name] for task in targets)
 
     def record(self, outcome: Outcome) -> None:
@@ -86,8 +89,10 @@ class Calculator:
             self.outcomes[outcome.task.name] = outcome
 
     def reserve(self, contents: Sequence[Computed]) -> Callable[[], None]:
-        """Wait for the memory that computing whole tensors takes, and give what releases it; or for that of the tensor
-        of which this is a slice, which is held until its last slice is computed."""
+        """Wait for the memory to compute these contents, and return a function that releases it.
+
+        A slice waits for the memory of its tensor, which is held until the tensor's last slice is computed.
+        """
         if not contents[0].whole:
             self.streamed(contents[0].task)
             return lambda: None
@@ -96,7 +101,7 @@ class Calculator:
         return lambda: self.pool.release(cost)
 
     def streamed(self, task: TensorTask) -> StreamedTensor:
-        """The tensor of which a slice is computed, within the budget of memory."""
+        """The tensor that a slice belongs to; its memory is reserved when it is first requested."""
         with self._lock:
             tensor = self._streamed.get(task.name)
             new = tensor is None
@@ -109,7 +114,7 @@ class Calculator:
         return tensor
 
     def finish(self, tensor: StreamedTensor, decision: Any) -> None:
-        """Record a tensor whose slices were all computed, and free its memory."""
+        """Record a tensor whose slices have all been computed, and free its memory."""
         task = tensor.task
         if tensor.facts is not None:
             changed = changed_ranges(task, frozenset({0}) if decision is COPIED else frozenset())
@@ -127,18 +132,20 @@ class Calculator:
                 self._sums.setdefault(piece.task.name, {})[piece.first] = sums
 
     def _sums_of(self, task: TensorTask) -> DistanceSums | None:
-        """The sums of a tensor whose slices were all computed."""
+        """The sums of a tensor whose slices have all been computed."""
         with self._lock:
             slices = self._sums.pop(task.name, {})
         return added(sums for _, sums in sorted(slices.items()))
 
     def abandon(self, tensor: StreamedTensor) -> None:
-        """Free the memory of a tensor that cannot be computed: another thread may wait for it, and must see that the
-        run failed."""
+        """Free the memory of a tensor that cannot be computed.
+
+        Another thread may be waiting for that memory, and has to wake up to see that the run failed.
+        """
         self.pool.release(tensor.free())
 
     def read(self, piece: Computed, roles: Collection[str] | None = None) -> dict[str, Array]:
-        """A slice of every source, or of these: uint8, in buffers of the pool."""
+        """Read a slice of every source, or of those in `roles`, into uint8 buffers of the pool."""
         buffers = {}
         for role, ref in piece.task.sources.items():
             if roles is None or role in roles:
@@ -154,7 +161,7 @@ def result_bytes(task: TensorTask) -> int:
 
 
 class ComputeThread:
-    """One thread's place at a calculator: its worker."""
+    """One thread's access to a calculator, with a worker of its own."""
 
     def __init__(self, calculator: Calculator) -> None:
         self._shared = calculator
@@ -195,7 +202,7 @@ class ComputeThread:
         return [Computation(job.out, result.changed) for job, result in zip(jobs, merged, strict=True)]
 
     def _job(self, task: TensorTask) -> TaskBuffers:
-        """Buffers for a target: the result replaces the anchor's bytes where it has their element type."""
+        """Allocate the buffers of a target; the result overwrites the anchor's bytes if it has their element type."""
         buffer = self._shared.pool.buffer
         sources = {role: buffer(ref.nbytes) for role, ref in task.sources.items()}
         out = sources[task.anchor]

@@ -1,4 +1,4 @@
-"""Takes the pieces of an output: writes them into files, past the page cache or through it, or onto a clone."""
+"""Consumers of an output's pieces: they write them with direct I/O, through the page cache, or onto a clone."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from hsa.system.ranges import Range
 from hsa.system.write_mode import WriteModeChooser
 
 DIRECT_PIECE = 4 << 20
-"""Bytes of a piece that is written past the page cache."""
+"""Bytes of a piece that is written with direct I/O, which bypasses the page cache."""
 
 CACHED_PIECE = 1 << 20
-"""Bytes of a piece that is written through it: small enough to be digested from a core's own cache."""
+"""Bytes of a piece that is written through the page cache: small enough to be digested from a core's own cache."""
 
 
 class PieceConsumer(Protocol):
-    """Takes the pieces of every file of a plan, from several threads; files go by their number in the plan."""
+    """Takes the pieces of a plan's files from several threads; files are identified by their number in the plan."""
 
     def begin(self, files: Sequence[OutputFile]) -> int:
-        """Be ready for these files; returns the bytes of a piece."""
+        """Prepare for these files, and return the bytes of a piece."""
         ...
 
     def has_copies(self, number: int) -> bool:
-        """Whether ranges copied from the anchor stand in the file already, so that they need not be assembled."""
+        """Whether a file already contains the ranges copied from the anchor, so that they need not be assembled."""
         ...
 
     def store(self, number: int, start: int, view: memoryview, changed: Sequence[Range]) -> None:
@@ -40,17 +40,17 @@ class PieceConsumer(Protocol):
         ...
 
     def finish(self) -> None:
-        """After the last piece: make them lasting."""
+        """Make the files durable; called after the last piece."""
         ...
 
     def close(self) -> None:
-        """Let go of the files, whatever happened."""
+        """Close the files, whether the run succeeded or not."""
         ...
 
 
 @dataclass
 class _OpenFile:
-    """An output file, open from its first piece until its last; `left` are the bytes that were not stored yet."""
+    """An output file, open from its first piece until its last; `left` counts the bytes not stored yet."""
 
     plan: OutputFile
     cloned: bool
@@ -60,10 +60,11 @@ class _OpenFile:
 
 
 class FileWriter:
-    """Writes into a staging directory. A file with the anchor's layout starts as a clone where blocks can be shared.
+    """Writes into a staging directory. A file with the anchor's layout starts as a clone if blocks can be shared.
 
-    Every file is made at once, so that a full disk shows before anything is computed. No more are open than threads
-    write to: pieces come in the order of the files, and a file is synced and closed after its last.
+    All files are created up front, so that a full disk is noticed before anything is computed. Only files that threads
+    are writing to are open: pieces come in the order of the files, and a file is synced and closed after its last
+    piece.
 
     Raises MachineError.
     """
@@ -127,9 +128,10 @@ class FileWriter:
         return self._staging.file(file.plan.name)
 
     def _create(self, file: OutputFile) -> bool:
-        """Make a file of its size, as a clone of the anchor's shard where blocks can be shared; whether it is one.
+        """Create a file of its full size; return whether it is a clone of the anchor's shard, as it is if blocks can be
+        shared.
 
-        The file is closed again: there may be more files than a process may have open.
+        The file is closed again, because there may be more files than a process may have open.
         """
         path = self._staging.file(file.name)
         if file.clone_of is not None:

@@ -1,4 +1,4 @@
-"""Slices of a tensor that are kept because the run needs them again."""
+"""A cache of a tensor's slices that the run needs again."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Buffers = Mapping[Role, Array]
 
 
 class KeptSlices:
-    """Slices that are kept, by their first element; from several threads, of which one at a time has a slice.
+    """A thread-safe cache of slices, by their first element; only one thread at a time uses a given slice.
 
-    A slice that is equal in all sources is kept once, up to `room` bytes of the tensor. What does not fit is not kept,
-    and has to be read again.
+    A slice that is equal in all sources is kept once, up to `room` bytes of the tensor. Slices that do not fit are not
+    kept and have to be read again.
     """
 
     def __init__(self, task: TensorTask, pool: BufferPool, room: int) -> None:
@@ -34,7 +34,7 @@ class KeptSlices:
             self._kept[piece.first] = buffers
 
     def keep_once(self, piece: Computed, buffers: Buffers) -> None:
-        """Keep a slice that is equal in all sources; what is not kept goes back to the pool."""
+        """Keep a slice that is equal in all sources; the buffers that are not kept go back to the pool."""
         buffer = buffers[self._task.anchor]
         with self._lock:
             fits = self.shared_bytes + buffer.nbytes <= self._room
@@ -44,11 +44,11 @@ class KeptSlices:
         self._pool.give_back_all(other for other in buffers.values() if not fits or other is not buffer)
 
     def look_at(self, piece: Computed) -> Buffers | None:
-        """A slice that stays kept; None where it is not kept."""
+        """Return a kept slice without removing it; None if it is not kept."""
         with self._lock:
             return self._kept.get(piece.first)
 
     def take(self, piece: Computed) -> Buffers | None:
-        """A slice that is the caller's from now on; None where it is not kept."""
+        """Remove a kept slice and hand it over to the caller; None if it is not kept."""
         with self._lock:
             return self._kept.pop(piece.first, None)

@@ -1,4 +1,4 @@
-"""One patch file while it is written: created with room for its header, given rows, and completed."""
+"""A patch file while it is written: created with space for its header, filled with rows, and completed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hsa.system.staging import StagingDirectory
 
 @dataclass(frozen=True)
 class FinishedPatch:
-    """A finished patch: its contents, outcomes in the order of the targets, and bytes."""
+    """A finished patch: its contents, outcomes in the order of the targets, and size in bytes."""
 
     contents: PatchContents
     outcomes: tuple[Outcome, ...]
@@ -31,7 +31,7 @@ class FinishedPatch:
 
 @dataclass
 class OpenPatch:
-    """A patch while it is written. `stop` is where the rows of the next target begin."""
+    """A patch while it is written. `stop` is the offset at which the rows of the next target begin."""
 
     path: Path
     contents: PatchContents
@@ -73,7 +73,7 @@ class OpenPatch:
             os.close(self.direct)
 
     def write(self, offset: int, view: memoryview) -> None:
-        """Write rows at their place, past the page cache where they begin and end at a page."""
+        """Write rows at an offset, with direct I/O if they begin and end at a page boundary."""
         with fsio.map_write_errors(self.path, len(view)):
             aligned = not (offset % fsio.ALIGNMENT or len(view) % fsio.ALIGNMENT)
             if self.direct is not None and aligned and fsio.write_direct(self.direct, view, offset, self.tally):
@@ -81,7 +81,7 @@ class OpenPatch:
             fsio.write_cached(self.fd, view, offset, self.tally, writeback=self.sync)
 
     def complete(self, norms: Mapping[str, Any]) -> FinishedPatch:
-        """Write the header, which is known after the last rows; `norms` are by canonical name."""
+        """Write the header, which is only known after the last rows. `norms` has canonical names as keys."""
         outcomes = [self.outcomes[task.name] for task in self.tasks]
         record = self.contents.record
         method, targets = record.method, tuple(map(TensorRecord.of, outcomes))
@@ -107,7 +107,7 @@ class OpenPatch:
 
 
 def expected_bytes(targets: Targets) -> int:
-    """Bytes of the rows of a patch, about: where no heads tie at the cut."""
+    """An estimate of the bytes of a patch's rows, assuming that no heads tie at the cut."""
     return sum(
         math.prod(task.shape)
         // task.partition.groups

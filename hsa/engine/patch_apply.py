@@ -1,4 +1,4 @@
-"""Putting the rows of a patch into the anchor's tensors, for the pipeline that copies everything else."""
+"""Write the rows of a patch into the anchor's tensors; the pipeline copies everything else."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PatchRows:
 
 
 class PatchApplier:
-    """What the threads of a run share: the anchor, the patch, its rows by canonical name, and their digests by the
-    tensor's name in the patch."""
+    """The state shared by the threads of a run: the anchor, the patch, its rows by canonical name, and their digests by
+    the tensor's name in the patch."""
 
     group_bytes = 0
 
@@ -43,7 +43,7 @@ class PatchApplier:
         return self
 
     def reserve(self, contents: Sequence[Computed]) -> Callable[[], None]:
-        """Nothing: what a thread holds is one tensor."""
+        """Reserve nothing: a thread holds only one tensor."""
         return lambda: None
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
@@ -78,7 +78,7 @@ class PatchApplier:
         )
 
     def give_back(self, buffer: Array) -> None:
-        """Nothing is kept for another tensor."""
+        """Do nothing: buffers are not reused for other tensors."""
 
     def _put_rows(self, task: TensorTask, data: Array) -> tuple[str, tuple[tuple[int, int], ...]]:
         from blake3 import blake3

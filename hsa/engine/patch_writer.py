@@ -1,6 +1,6 @@
-"""From sources to patch files, many candidates at once: the touched rows of each target go into every candidate's file.
+"""Write the patch files of many candidates in one pass: the touched rows of each target go into every candidate's file.
 
-Where a target's rows go in a file is known once the decisions of all targets before it are made.
+The offset of a target's rows in a file is known once all targets before it are decided.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PatchSpec:
 
 
 def check_patchable(settings: Settings, sources: Sources) -> None:
-    """RequestError where a patch cannot hold the merge; see `patch_obstacles`."""
+    """Raise RequestError if a patch cannot represent the merge; see `patch_obstacles`."""
     method, anchor = method_named(settings.method), sources.anchor_checkpoint
     for why in patch_obstacles(method, settings, anchor.role, anchor.kind):
         raise RequestError(f"a patch holds the rows of merged heads alone, and {why}; write a whole checkpoint")
@@ -53,10 +53,10 @@ def write_patches(
     memory: PeakMemory,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FinishedPatch]:
-    """Write a patch for every point into the staging directory, and fsync it where that one says so.
+    """Write a patch for every point into the staging directory, and fsync it if the directory is set to sync.
 
-    `parameters` and `files` are what a merge's provenance says beside the method's own settings, and the digests of the
-    small files that it would write. `progress` gets bytes done and in all. Raises as a merge does.
+    `parameters` is what a merge's provenance records besides the method's own settings. `files` are the digests of the
+    small files that the merge would write. `progress` gets the bytes done and the total. Raises as a merge does.
     """
     with ExitStack() as stack:
         writer = _PatchWriter()
@@ -77,7 +77,7 @@ def write_patches(
 
 
 class _PatchWriter:
-    """Puts rows into the patch files of candidates, which go by their numbers."""
+    """Writes rows into the candidates' patch files, which are numbered like the candidates."""
 
     def __init__(self) -> None:
         self.files: list[OpenPatch] = []
@@ -87,7 +87,7 @@ class _PatchWriter:
         self._lock = threading.Lock()
 
     def decided(self, decisions: Sequence[TargetDecision], norms: Any) -> None:
-        """Give the rows of a target their places in every file."""
+        """Assign the rows of a target their offsets in every file."""
         for each in decisions:
             file, name = self.files[each.candidate], each.outcome.task.name
             self.norms[name] = norms
@@ -104,6 +104,6 @@ class _PatchWriter:
 
 
 def _file_order(task: TensorTask) -> tuple[int, bool, int, int]:
-    """As `PatchContents.in_file_order`, of targets in the order of the anchor's files."""
+    """The sort key that gives `PatchContents.in_file_order` for targets in the order of the anchor's files."""
     ref = task.sources[task.anchor]
     return -BITS[task.out_code], len(task.shape) == 1, ref.shard, ref.offset

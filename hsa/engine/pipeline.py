@@ -1,11 +1,12 @@
-"""Plan to bytes: read, compute, digest and write, overlapped, in bounded memory.
+"""Execute a plan: read, compute, digest and write, overlapped, in bounded memory.
 
-The output is a row of pieces. Threads draw work in file order: first the targets that begin in a piece or soon after
-it, then the piece itself, which is assembled from copied ranges and computed tensors, digested in order, and written.
-A piece waits only for work that was drawn before it, and memory is reserved in the order of drawing: a tensor that
-threads share holds its memory until its last slice is computed, and what is drawn after it waits until that is done.
-So the threads cannot wait on one another in a circle, and no more than the tensors of the pieces in flight and of the
-next `AHEAD_BYTES` are in memory.
+The output is a sequence of pieces. Threads draw tasks in file order: first the targets that begin in a piece or soon
+after it, then the piece itself. A piece is assembled from copied ranges and computed tensors, digested in order, and
+written.
+
+The threads cannot deadlock: a piece waits only for tasks that were drawn before it, and memory is reserved in the order
+of drawing. A tensor that threads share keeps its memory until its last slice is computed, and tasks that are drawn
+after it wait until then. Memory holds at most the tensors of the pieces in flight and of the next `AHEAD_BYTES`.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from hsa.system.memory import PeakMemory
 from hsa.system.publish import StagedOutput
 
 AHEAD_BYTES = 32 << 20
-"""Bytes before a target's place at which its computing begins, so that no thread waits for it while others write."""
+"""How many bytes ahead of its position a target's computation begins, so that no thread waits while others write."""
 
 
 _Key = tuple[int, int]
-"""Of a computed segment: the number of its file, and its offset there."""
+"""The key of a computed segment: the number of its file, and its offset there."""
 
 
 class Hasher(Protocol):
-    """What this module uses of blake3."""
+    """The part of blake3's interface that this module uses."""
 
     def update(self, data: Any, /) -> Any: ...
 
@@ -45,7 +46,7 @@ class Hasher(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How a run goes about it: `threads` at work, whole-file digests, fsync."""
+    """The options of a run: the number of `threads`, whole-file digests, and fsync."""
 
     threads: int
     digest: bool = True
@@ -53,19 +54,20 @@ class Options:
 
 
 class SegmentThread(Protocol):
-    """One thread's place at a calculator."""
+    """One thread's access to a calculator."""
 
     def compute(self, contents: Sequence[Computed]) -> list[Computation]:
-        """Compute targets as a group, or one slice, whose memory is reserved.
+        """Compute a group of targets, or one slice; their memory is already reserved.
 
         Raises NonFiniteError, SourceChanged, MachineError.
         """
 
 
 class SegmentCalculator(Protocol):
-    """What computes the segments of a plan that are no copies: `compute.Calculator` or `patch_apply.PatchApplier`.
+    """Computes the segments of a plan that are not copies: `compute.Calculator` or `patch_apply.PatchApplier`.
 
-    `group_bytes` are the targets that a thread takes at once."""
+    `group_bytes` limits the targets that a thread takes at once.
+    """
 
     @property
     def group_bytes(self) -> int: ...
@@ -73,11 +75,13 @@ class SegmentCalculator(Protocol):
     def thread(self) -> SegmentThread: ...
 
     def reserve(self, contents: Sequence[Computed]) -> Callable[[], None]:
-        """Wait for the memory that computing these takes, and give what releases it. Called in the order of drawing,
-        by one thread at a time."""
+        """Wait for the memory to compute these contents, and return a function that releases it.
+
+        Called in the order of drawing, by one thread at a time.
+        """
 
     def give_back(self, buffer: Array) -> None:
-        """Take back the memory of a computation that was written."""
+        """Take back the memory of a computation that has been written."""
 
 
 @dataclass
@@ -101,7 +105,7 @@ class _FileProgress:
 
 @dataclass(frozen=True)
 class _Task:
-    """Compute segments, or (with none) assemble and write a piece."""
+    """A task: compute segments or, if there are none, assemble and write a piece."""
 
     file: _FileProgress
     number: int
@@ -112,7 +116,8 @@ class _Task:
 
 @dataclass
 class _ComputedSegment:
-    """A computed segment: its bytes, the ranges that differ from the anchor, and who still has to write it."""
+    """A computed segment: its bytes, the ranges that differ from the anchor, and how many pieces still have to write
+    it."""
 
     pieces_left: int
     data: Array | None = None
@@ -138,7 +143,7 @@ def execute(
     memory: PeakMemory,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, str]:
-    """Write the weights files into the staging directory. Returns the digest of each, empty without digests.
+    """Write the weights files into the staging directory. Returns the digest of each file; empty if digests are off.
 
     `progress` is called from this thread with the bytes done so far. Raises NonFiniteError, SourceChanged,
     MachineError; KeyboardInterrupt and the like stop the threads first.
@@ -156,7 +161,7 @@ def assemble(
     memory: PeakMemory,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, str]:
-    """Hand every piece of the weights files to a consumer, which writes it, or compares it; see `execute`."""
+    """Pass every piece of the weights files to a consumer, which writes or compares it; see `execute`."""
     try:
         return _PipelineRun(files, sources, calculator, consumer, options, memory).run(progress)
     finally:
@@ -206,10 +211,10 @@ class _PipelineRun:
         return _FileProgress(file, number, hasher, [segment.offset for segment in file.segments])
 
     def _all_tasks(self) -> Iterator[_Task]:
-        """Every task in file order, computations before the piece in which the first of their results begins.
+        """Every task in file order; computations come before the piece in which the first of their results begins.
 
-        Whole tensors come `AHEAD_BYTES` before it. Slices do not: they are most of a file that has any, and cost
-        no more than its pieces.
+        Whole tensors come `AHEAD_BYTES` earlier. Slices do not: they make up most of a file that has any, and cost no
+        more than its pieces.
         """
         for file in self.files:
             ahead = deque(segment for segment in file.plan.segments if isinstance(segment.content, Computed))
@@ -225,7 +230,7 @@ class _PipelineRun:
                 yield _Task(file, number, start, stop)
 
     def _draw_group(self, ahead: deque[Segment]) -> tuple[Segment, ...]:
-        """The next segment, and the whole tensors after it that the backend takes in the same go."""
+        """Take the next segment, and the whole tensors after it that the backend computes in the same group."""
         group = [ahead.popleft()]
         total = group[0].content.nbytes
         while ahead and _is_whole(group[0]) and _is_whole(ahead[0]):
@@ -299,12 +304,12 @@ def _contents(task: _Task) -> list[Computed]:
 
 
 def _is_whole(segment: Segment) -> bool:
-    """Whether a segment is a tensor that is computed at once."""
+    """Whether a segment is a tensor that is computed in one go."""
     return isinstance(segment.content, Computed) and segment.content.whole
 
 
 def _changed(used: Sequence[tuple[Segment, _ComputedSegment]], start: int, count: int) -> Ranges:
-    """The ranges of a piece that differ from the anchor's bytes, from the piece's own beginning."""
+    """The ranges of a piece that differ from the anchor's bytes, as offsets into the piece."""
     ranges = []
     for segment, result in used:
         for first, last in result.changed:

@@ -1,4 +1,4 @@
-"""Threads that draw work in order: what they share, how they wait, and how the first failure ends all."""
+"""Threads that draw work in order: their shared state, how they wait, and how the first failure stops them all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Stopped(Exception):
 
 
 class Schedule(Generic[T]):
-    """Work that threads draw one after another, in order.
+    """Work items that threads draw in order.
 
-    A thread may wait for work that was drawn before its own, and for no other, so that no circle of waiting threads can
-    arise. `changed` guards what the threads share, and is notified where something that others wait for is done.
+    A thread may only wait for work that was drawn before its own, so the threads cannot deadlock. `changed` guards the
+    shared state, and is notified when something that others wait for is done.
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,13 @@ class Schedule(Generic[T]):
         watch: Callable[[], None],
         reserve: Callable[[T], Callable[[], None]] | None = None,
     ) -> None:
-        """Have every item worked on. `work` is called once in each thread, and gives what does an item there; `watch`
-        is called now and then from this thread.
+        """Process every item, and raise the first failure.
 
-        `reserve` takes what an item needs of a shared budget before the next thread may draw, and gives what releases
-        it: who waits for room holds none that another needs. Raises the first failure.
+        `work` is called once in each thread, and returns the function that processes items there. `watch` is called now
+        and then from this thread.
+
+        `reserve` takes an item's share of a common budget before the next thread may draw, and returns a function that
+        releases it. So a thread that waits for room holds none that another thread needs.
         """
         self._items = items
 
@@ -72,12 +74,12 @@ class Schedule(Generic[T]):
             self.changed.notify_all()
 
     def check(self) -> None:
-        """Raise Stopped where another thread failed."""
+        """Raise Stopped if another thread failed."""
         if self.failure is not None:
             raise Stopped
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Wait until `ready`; the caller holds `changed`. Raises Stopped where another thread failed."""
+        """Wait until `ready()` is true; the caller holds `changed`. Raises Stopped if another thread failed."""
         while not ready():
             self.check()
             self.changed.wait()
@@ -94,4 +96,4 @@ class Schedule(Generic[T]):
 
 
 def _nothing() -> None:
-    """Nothing was reserved."""
+    """Release nothing, because nothing was reserved."""

@@ -1,4 +1,4 @@
-"""What is kept of a tensor's sources while its slices are read: their digests, and which hold equal values."""
+"""Facts about a tensor's sources, collected while its slices are read: their digests, and which hold equal values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hsa.system.dtypes import Array, size
 
 
 class SourceFacts:
-    """The facts of one tensor, from slices that threads add in any order."""
+    """Facts about the sources of one tensor; threads may add its slices in any order."""
 
     def __init__(self, task: TensorTask) -> None:
         self._task = task
@@ -24,7 +24,7 @@ class SourceFacts:
         self._lock = threading.Lock()
 
     def add(self, piece: Computed, buffers: Mapping[Role, Array]) -> None:
-        """Digest and compare a slice of every source: uint8. A slice that was added already is left out."""
+        """Digest and compare a slice of every source (uint8). A slice that was already added is ignored."""
         with self._lock:
             if piece.first in self._seen:
                 return
@@ -47,5 +47,5 @@ class SourceFacts:
         return all_equal(self._task, self.equal)
 
     def digests(self) -> dict[Role, str]:
-        """By role, the digest of the tensor, once all slices were added."""
+        """The digest of the tensor by role, once all slices have been added."""
         return {role: digest.hexdigest() for role, digest in self._digests.items()}

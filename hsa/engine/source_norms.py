@@ -1,4 +1,4 @@
-"""Sums of the sources' targets, from which distances are computed."""
+"""Sums over the sources' targets, from which distances are computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hsa.sources.source_set import Sources
 
 
 def source_norms(targets: Targets, tasks: Iterable[TensorTask], sources: Sources) -> Mapping[str, Any]:
-    """What the method measures for distances of some of its targets, by canonical name; one is in memory at a time."""
+    """The method's distance sums for some of its targets, by canonical name; one target is in memory at a time."""
     worker, method = CpuWorker(targets.method, targets.settings), targets.method
     norms = {}
     for task in tasks:

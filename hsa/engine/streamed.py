@@ -1,12 +1,13 @@
-"""Tensors that are computed in slices, which threads share: what was decided of each, and how they measure together.
+"""Tensors that several threads compute in slices: the decision for each tensor, and the shared work of measuring it.
 
-A thread that needs the decision of a tensor takes part in measuring it: it draws slices of the pass under way until
-none is left, and waits for the others. So all threads work on a large tensor, and none can wait for a slice that nobody
-has drawn. What the passes give does not depend on who measured what, for methods take their sums by `hsa.methods.sums`.
+A thread that needs a tensor's decision helps to measure it: it draws slices of the current pass until none is left,
+then waits for the other threads. So all threads work on a large tensor, and none can wait for a slice that nobody has
+drawn. The result of a pass does not depend on which thread measured which slice, because methods add up with
+`hsa.methods.sums`.
 
-Slices are kept from the first pass on, so that sources are read once: those of a tensor of up to KEPT_BYTES in all
-sources, and of any other those at its beginning that are equal in all sources, once for all of them, up to KEPT_BYTES.
-What is not kept is read again.
+Slices are kept from the first pass on, so that the sources are read once. All slices are kept of a tensor that takes up
+to KEPT_BYTES in all sources together. Of any other tensor, the leading slices that are equal in all sources are kept,
+one copy for all of them, up to KEPT_BYTES. All other slices are read again.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from hsa.planning.equal_sources import may_be_copied
 from hsa.planning.file_layout import Computed, pieces_of
 
 KEPT_BYTES = 128 << 20
-"""Bytes of a tensor that are kept in memory between the passes: in all sources, or in one where all are equal."""
+"""Bytes of a tensor that are kept in memory between passes: over all sources, or of one source where all are equal."""
 
 Read = Callable[[Computed], Buffers]
 """Reads a slice of every source."""
 
 
 class StreamedTensor:
-    """One tensor of which threads compute slices."""
+    """A tensor whose slices are computed by several threads."""
 
     def __init__(self, task: TensorTask, method: Method[Any, Any], settings: Settings, pool: BufferPool) -> None:
         self.task, self._method, self._settings, self._pool = task, method, settings, pool
@@ -56,12 +57,12 @@ class StreamedTensor:
 
     @property
     def keeps(self) -> bool:
-        """Whether slices of all sources are kept between the passes."""
+        """Whether slices of all sources are kept between passes."""
         return self.task.passes > 0 and self._bytes <= KEPT_BYTES
 
     @property
     def cost(self) -> int:
-        """Bytes of memory that the tensor takes at most until its last slice is computed."""
+        """The most bytes of memory that the tensor takes until its last slice is computed."""
         if self.keeps:
             return self._bytes
         return min(self.task.sources[self.task.anchor].nbytes, KEPT_BYTES) if self._may_be_copied else 0
@@ -71,7 +72,7 @@ class StreamedTensor:
         return sum(ref.nbytes for ref in self.task.sources.values())
 
     def decision(self, worker: Worker, read: Read) -> Any:
-        """What is decided of the tensor; takes part in measuring it until that is known.
+        """Return the decision for the tensor, and help to measure the tensor until it is known.
 
         Raises NotFinite, SourceChanged, MachineError.
         """
@@ -86,7 +87,7 @@ class StreamedTensor:
         return self._decision
 
     def take(self, piece: Computed) -> Buffers | None:
-        """The slice where it was kept, whose buffers are the caller's now; waits while another thread measures it."""
+        """Remove a kept slice and return it, or None; waits while another thread measures it."""
         with self._changed:
             while piece.first in self._measuring:
                 if self._failure is not None:
@@ -95,24 +96,27 @@ class StreamedTensor:
         return self._kept.take(piece)
 
     def finish(self) -> bool:
-        """Count a slice that was computed; whether it was the last."""
+        """Count a computed slice, and return whether it was the last."""
         with self._changed:
             self._left -= 1
             return self._left == 0
 
     def free(self) -> int:
-        """The bytes of memory to give back for the tensor: what it holds the first time, then nothing."""
+        """Return the bytes of memory to release for the tensor: all that it holds on the first call, 0 after that."""
         with self._changed:
             held, self._held = self._held, 0
             return held
 
     def _begin(self, number: int) -> None:
-        """Begin a pass; the caller holds the lock, or is the first."""
+        """Begin a pass; the caller holds the lock, or is the constructor."""
         self._number, self._next = number, 0
         self._results: list[list[Any]] = [[] for _ in self.pieces]
 
     def _draw(self) -> int | None:
-        """The next slice to measure; None where all is decided. Waits while others measure the last ones."""
+        """The number of the next slice to measure, or None once the tensor is decided.
+
+        Waits while other threads measure the last slices.
+        """
         with self._changed:
             while not self._decided:
                 if self._failure is not None:
@@ -148,11 +152,11 @@ class StreamedTensor:
 
     @property
     def _all_equal(self) -> bool:
-        """Whether all sources are equal in all slices that were looked at."""
+        """Whether all sources are equal in all slices seen so far."""
         return self.facts is not None and self.facts.all_equal
 
     def _keep(self, piece: Computed, buffers: Buffers) -> None:
-        """Keep a slice that was read and measured, where it is needed again and there is room."""
+        """Keep a slice that was read and measured, if it is needed again and there is room."""
         if self._number == 0 and self._may_be_copied and self._all_equal:
             self._kept.keep_once(piece, buffers)
         elif self.keeps or not self.task.passes:
@@ -161,14 +165,14 @@ class StreamedTensor:
             self._pool.give_back_all(buffers.values())
 
     def _surplus(self) -> int:
-        """What is held for slices that are equal in all sources and will not come; the caller holds the lock."""
+        """Give up the memory held for equal slices that will not come; return its bytes. The caller holds the lock."""
         if self.keeps or not self._held:
             return 0
         surplus, self._held = self._held - self._kept.shared_bytes, self._kept.shared_bytes
         return surplus
 
     def _end_pass(self) -> None:
-        """Decide by a finished pass, or by the first slice that differs; the caller holds the lock."""
+        """Decide after a finished pass, or at the first slice that differs; the caller holds the lock."""
         if self._decided:
             return
         if self._number == 0 and self._may_be_copied and self._all_equal:

@@ -1,8 +1,8 @@
-"""One pass over the targets for many settings at once: each is read and measured once, and computed for every one.
+"""One pass over the targets for many settings: each target is read and measured once, and computed for every setting.
 
-What becomes of the computed rows is a consumer's matter: `patch_writer` writes them into patch files, and a
-verification compares them with those of finished patches. What is in memory is the targets under
-way, within the budget of a merge, and a fixed share of rows for each thread.
+A consumer takes the computed rows: `patch_writer` writes them into patch files, and a verification compares them with
+those of finished patches. Memory holds the targets in progress, within the budget of a merge, and a fixed amount of
+rows for each thread.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ ROWS_BYTES = 12 << 20
 
 @dataclass(frozen=True)
 class Candidate:
-    """Targets under some settings, by number; `recorded` are decisions, by canonical name, that are applied instead of
-    those that follow from the sources."""
+    """A candidate by number: its targets under its settings.
+
+    `recorded` holds decisions by canonical name; they are applied instead of those that follow from the sources.
+    """
 
     number: int
     targets: Targets
@@ -44,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TargetDecision:
-    """What was decided of a target for one candidate: the outcome, what is applied, and the touched groups."""
+    """The decision on a target for one candidate: the outcome, the decision that is applied, and the touched groups."""
 
     candidate: int
     outcome: Outcome
@@ -63,8 +65,8 @@ class RowsConsumer(Protocol):
     """Takes the touched groups of every target, from several threads."""
 
     def decided(self, decisions: Sequence[TargetDecision], norms: Any) -> None:
-        """Take the decisions of a target for all its candidates; targets come in order. `norms` are what the method
-        measures for distances."""
+        """Take the decisions on a target for all its candidates; targets come in order. `norms` are the method's
+        distance sums."""
 
     def store(self, decision: TargetDecision, rows: Array) -> None:
         """Take the rows (columns) of the touched groups of a decision, one group after another: uint8."""
@@ -72,7 +74,7 @@ class RowsConsumer(Protocol):
 
 @dataclass(frozen=True)
 class _Job:
-    """A target, for the candidates that have it."""
+    """A target, and the candidates that include it."""
 
     number: int
     candidates: tuple[tuple[Candidate, TensorTask], ...]
@@ -83,7 +85,7 @@ class _Job:
 
 
 class TargetPass:
-    """The pass over the targets of some candidates, which have one method and the same sources."""
+    """A pass over the targets of candidates that share a method and the sources."""
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class TargetPass:
         consumer: RowsConsumer,
         order: Callable[[TensorTask], Any],
     ) -> None:
-        """`order` sorts the targets."""
+        """`order` is the sort key of the targets."""
         self._sources, self._consumer = sources, consumer
         self._backend = CpuBackend()
         self._pool = BufferPool(self._backend)
@@ -109,11 +111,11 @@ class TargetPass:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes that are read of the sources in all."""
+        """The total bytes that are read from the sources."""
         return sum(_cost(job) for job in self._jobs)
 
     def run(self, threads: int, watch: Callable[[], None]) -> None:
-        """Have every target computed for every candidate; `watch` is called now and then from this thread.
+        """Compute every target for every candidate; `watch` is called now and then from this thread.
 
         Raises NonFiniteError, SourceChanged, MachineError, and what the consumer raises.
         """
@@ -181,7 +183,7 @@ class TargetPass:
         return TargetDecision(candidate.number, Outcome(task, decision, (), digests, equal), applied, groups)
 
     def _hand_over(self, job: _Job, decisions: Sequence[TargetDecision], norms: Any) -> None:
-        """Give the decisions to the consumer, once those of all targets before this one were given."""
+        """Pass the decisions to the consumer, after those of all earlier targets."""
         with self._schedule.changed:
             self._schedule.wait(lambda: self._placed == job.number)
             self._consumer.decided(decisions, norms)
@@ -195,13 +197,13 @@ def _cost(job: _Job) -> int:
 
 
 class _RowMemory:
-    """A thread's memory for rows: whole pages, so that they can be written past the page cache."""
+    """A thread's memory for rows, in whole pages, so that they can be written with direct I/O."""
 
     def __init__(self) -> None:
         self._memory = allocate(ROWS_BYTES)
 
     def split(self, sizes: Sequence[int]) -> list[Array]:
-        """Apart arrays of these sizes, each from the start of a page; those of the last call are lost."""
+        """Return disjoint, page-aligned arrays of these sizes. The arrays of the previous call are no longer valid."""
         import numpy as np
 
         starts = [0, *accumulate(_pages(size) for size in sizes)]
@@ -212,12 +214,12 @@ class _RowMemory:
 
 
 def _pages(nbytes: int) -> int:
-    """Bytes of the pages that so many bytes take."""
+    """Round a number of bytes up to whole pages."""
     return -(-nbytes // fsio.ALIGNMENT) * fsio.ALIGNMENT
 
 
 def _groups(decisions: Sequence[TargetDecision]) -> Iterator[list[TargetDecision]]:
-    """Decisions whose rows fit into a thread's memory at a time, at least one."""
+    """Group decisions so that the rows of each group fit into a thread's memory; a group has at least one decision."""
     group: list[TargetDecision] = []
     filled = 0
     for each in decisions:

@@ -1,1 +1,1 @@
-"""How well a model transcribes: data, audio, normalisers, scores and their intervals."""
+"""Measures how well a model transcribes: data, audio, normalisers, scores and their intervals."""

@@ -1,6 +1,6 @@
 """Read the audio of an utterance: soundfile decodes it, channels are averaged, soxr resamples it.
 
-A file is read in blocks, so that hours of many channels take no more memory than what comes out.
+A file is read in blocks. Hours of many channels therefore take no more memory than the result.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Float32
 
 LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
-"""Samples per second that a file may have: a forged header of 1 would make a second of every sample."""
+"""Allowed sampling rates in Hz. A forged header with a rate of 1 would turn every sample into a second."""
 
 MAX_SECONDS = 6 * 3600
-"""Seconds of one utterance: at 16 kHz they take 1.4 GB."""
+"""Maximum seconds of one utterance: at 16 kHz they take 1.4 GB."""
 
 UNKNOWN_LENGTH = 1 << 62
-"""Samples that libsndfile gives where a header gives none."""
+"""The number of samples that libsndfile reports if the header has none."""
 
 MAX_OVERSHOOT = 0.5
-"""Seconds by which a segment may end after its file does, for times in manifests are rounded. Kaldi's
-extract-segments allows as much. What is read then ends with the file."""
+"""Seconds by which a segment may end after its file, because times in manifests are rounded. Kaldi's extract-segments
+allows as much. Reading then stops at the end of the file."""
 
 BLOCK = 1 << 20
-"""Samples, over all channels, that are read at once."""
+"""Samples read at once, over all channels."""
 
 
 def read_audio(utterance: Utterance, rate: int) -> Float32:
     """The audio of an utterance at `rate` samples per second: float32, one dimension, one channel.
 
-    Integers are scaled by soundfile to below 1 in magnitude; channels are averaged; soxr's HQ filter resamples, where
-    the file has another rate. Of a file with `start` or `end` only that part is read, and resampled by itself.
+    Integers are scaled by soundfile to below 1 in magnitude. Channels are averaged. If the file has another rate,
+    soxr's HQ filter resamples it. With `start` or `end`, only that part of the file is read, and it is resampled by
+    itself.
 
-    Raises AudioError for a file that is missing or no audio, for no samples, for NaN and infinity, and for times that
-    lie outside of the file; RequestError where soundfile or soxr is not installed.
+    Raises AudioError if a file is missing or is not audio, for zero samples, for NaN and infinity, and for times
+    outside the file; RequestError if soundfile or soxr is not installed.
 
     Example:
         >>> read_audio(Utterance("a", Path("a.flac"), ""), 16000).shape  # doctest: +SKIP
@@ -66,14 +67,14 @@ def read_audio(utterance: Utterance, rate: int) -> Float32:
 
 
 class AudioHeader(NamedTuple):
-    """Samples per second of a file, and how many samples it has of each channel."""
+    """The sampling rate of a file in Hz, and its number of samples per channel."""
 
     rate: int
     frames: int
 
 
 def read_header(utterance: Utterance) -> AudioHeader:
-    """What the header of an utterance's file says. AudioError for a file that is missing or no audio.
+    """Read the header of an utterance's file. AudioError if the file is missing or is not audio.
 
     Example:
         >>> read_header(Utterance("a", Path("a.flac"), ""))  # doctest: +SKIP
@@ -84,9 +85,9 @@ def read_header(utterance: Utterance) -> AudioHeader:
 
 
 def duration(utterance: Utterance, header: AudioHeader | None = None) -> float:
-    """Seconds of the audio of an utterance, from the header of its file, which may be known, and its times.
+    """The seconds of an utterance's audio, from its times and the header of its file. The header is read unless given.
 
-    Raises as `read_audio` does.
+    Raises the same errors as `read_audio`.
 
     Example:
         >>> duration(Utterance("a", Path("a.flac"), ""))  # doctest: +SKIP
@@ -97,7 +98,7 @@ def duration(utterance: Utterance, header: AudioHeader | None = None) -> float:
 
 
 def check_audio(utterances: Iterable[Utterance]) -> None:
-    """AudioError for the first utterance whose audio is missing or no regular file; none is opened.
+    """Raise AudioError for the first utterance whose audio file is missing or not a regular file; none is opened.
 
     Example:
         >>> check_audio(hsa.data("test.tsv").utterances)  # doctest: +SKIP
@@ -143,7 +144,7 @@ def _header(file: Any) -> AudioHeader:
 
 
 def _part(utterance: Utterance, header: AudioHeader) -> tuple[int, int]:
-    """The first sample of the utterance in its file and their number."""
+    """The offset of the utterance's first sample in its file, and its number of samples."""
     where, (rate, frames) = _named(utterance), header
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise AudioError(f"{where} has {rate} samples per second, expected {LOWEST_RATE} to {HIGHEST_RATE}")
@@ -168,7 +169,7 @@ def _part(utterance: Utterance, header: AudioHeader) -> tuple[int, int]:
 
 
 def _mixed_blocks(utterance: Utterance, file: Any, first: int, count: int) -> Iterator[Float32]:
-    """The samples of one part of a file, channels averaged."""
+    """Yield the samples of one part of a file, channels averaged."""
     import numpy as np
 
     if first:
@@ -183,13 +184,13 @@ def _mixed_blocks(utterance: Utterance, file: Any, first: int, count: int) -> It
             )
         left -= len(block)
         _check_finite(utterance, block)
-        with np.errstate(over="ignore"):  # `_joined` looks for infinity
+        with np.errstate(over="ignore"):  # `_joined` checks for infinity
             mixed = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
         yield mixed
 
 
 def _resampled(blocks: Iterable[Float32], source: int, target: int) -> Iterator[Float32]:
-    """The blocks at another rate."""
+    """Yield the blocks resampled to another rate."""
     with needed_for_evaluation("soxr"):
         import soxr
     import numpy as np
@@ -201,7 +202,7 @@ def _resampled(blocks: Iterable[Float32], source: int, target: int) -> Iterator[
 
 
 def _joined(utterance: Utterance, pieces: Iterable[Float32], most: int) -> Float32:
-    """The pieces, of at most `most` samples together, in one array; joining a list would hold all samples twice."""
+    """Join pieces of at most `most` samples together into one array. Joining a list would hold all samples twice."""
     import numpy as np
 
     audio = np.empty(most, dtype=np.float32)
@@ -223,7 +224,7 @@ def _check_finite(utterance: Utterance, samples: Float32) -> None:
 
 
 def check_rate(rate: int) -> None:
-    """RequestError unless a rate, in samples per second, is one that audio can be resampled to.
+    """Raise RequestError unless audio can be resampled to this rate, in samples per second.
 
     Example:
         >>> check_rate(16000)

@@ -12,10 +12,10 @@ from hsa.evaluation.tables import read_table
 
 
 def read_audio_folder(metadata: Path, *, limit: int | None = None) -> Collector:
-    """The utterances that a metadata file lists, whose audio lies beside it or in folders below; with a `limit` the
-    first so many.
+    """Read the utterances of a metadata file, whose audio is in the same folder or below. With a `limit`, only that
+    many are read.
 
-    Raises DataError as `read_table` does, also where there is no column file_name.
+    Raises the same DataError as `read_table`, also if there is no column file_name.
 
     Example:
         >>> read_audio_folder(Path("speech/metadata.csv"))  # doctest: +SKIP

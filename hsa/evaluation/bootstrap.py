@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
-"""How many times the units of a group are resampled."""
+"""The number of resamples of a group's units."""
 
 FEWEST_RESAMPLES = 1000
 
 MAX_DRAWS = 1_000_000_000
-"""Draws of all resamples of a group together, which take about 20 s. Groups of more than 100,000 units get fewer
-resamples, but not fewer than FEWEST_RESAMPLES; their intervals are narrow anyway."""
+"""Maximum draws of all resamples of a group together; they take about 20 s. Groups of more than 100,000 units get fewer
+resamples, but never fewer than FEWEST_RESAMPLES. Their intervals are narrow anyway."""
 
 BLOCK = 1 << 20
-"""Draws that are in memory at once: 24 MB."""
+"""Draws in memory at once: 24 MB."""
 
 
 def check_confidence(confidence: float) -> None:
-    """RequestError unless a confidence lies between 0 and 1.
+    """Raise RequestError unless a confidence lies between 0 and 1.
 
     Example:
         >>> check_confidence(0.95)
@@ -41,7 +41,7 @@ def check_confidence(confidence: float) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """RequestError unless a seed of resamples is a whole number of at least 0.
+    """Raise RequestError unless a seed of resamples is a whole number of at least 0.
 
     Example:
         >>> check_seed(0)
@@ -51,7 +51,7 @@ def check_seed(seed: int) -> None:
 
 
 def number_of_resamples(units: int) -> int:
-    """How many resamples a group of so many units gets.
+    """The number of resamples for a group of this many units.
 
     Example:
         >>> number_of_resamples(60), number_of_resamples(500_000)
@@ -63,8 +63,8 @@ def number_of_resamples(units: int) -> int:
 def resampled_sums(units: Integers, seed: int) -> Floats:
     """Sums of each column over resamples of the rows, drawn with replacement.
 
-    `units` is int64 [units, columns], the result float64 [resamples, columns] with whole numbers in it. The draws are
-    those of numpy's Generator(PCG64(seed)).integers and depend on `seed` and the number of units alone, so that columns
+    `units` is int64 [units, columns]. The result is float64 [resamples, columns] and contains whole numbers. The draws
+    are those of numpy's Generator(PCG64(seed)).integers. They depend only on `seed` and the number of units, so columns
     of two models on the same units are resampled together.
 
     Example:
@@ -89,7 +89,7 @@ def resampled_sums(units: Integers, seed: int) -> Floats:
 
 
 def percentile_interval(values: Floats, confidence: float) -> tuple[float, float]:
-    """The middle part of the values that holds `confidence` of them, with linear interpolation between values.
+    """The central part of the values that contains the share `confidence` of them, interpolated linearly.
 
     Example:
         >>> import numpy as np

@@ -1,4 +1,4 @@
-"""Turn what a manifest says of each utterance into a checked set: paths, ids, times and notes."""
+"""Turn the entries of a manifest into a checked set of utterances: paths, ids, times and notes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hsa.errors import DataError, is_text, shown
 from hsa.evaluation.utterance import DataSet, Utterance
 
 MAX_UTTERANCES = 2_000_000
-"""Utterances of a set: at half a kilobyte each they take a gigabyte."""
+"""Maximum utterances of a set: at half a kilobyte each they take a gigabyte."""
 
 PATHS_KEPT = 1024
-"""Paths that are kept while a manifest is read, so that utterances of one recording share theirs."""
+"""Paths cached while a manifest is read, so that utterances of one recording share one path object."""
 
 
 class Place(NamedTuple):
-    """Where in a manifest something stands."""
+    """A position in a manifest."""
 
     file: Path
     line: int
@@ -28,9 +28,9 @@ class Place(NamedTuple):
 
 
 class Audio(NamedTuple):
-    """An audio file as a manifest names it: its absolute path, the text in the manifest and that text's line.
+    """An audio file as a manifest names it: its absolute path, its text in the manifest, and the line of that text.
 
-    `is_outside` says that the file lies outside of the manifest's folder.
+    `is_outside` says that the file is outside the manifest's folder.
     """
 
     path: Path
@@ -40,9 +40,9 @@ class Audio(NamedTuple):
 
 
 class Collector:
-    """Utterances of one set as they are read. Relative paths of audio are relative to `folder`.
+    """Collects the utterances of one set as they are read. Relative audio paths are relative to `folder`.
 
-    `limit` is how many are wanted: a reader stops where `is_full` says so.
+    `limit` is the number of utterances wanted. A reader stops once `is_full` is true.
 
     Example:
         >>> collector = Collector(Path("/data"))
@@ -65,11 +65,11 @@ class Collector:
 
     @property
     def is_full(self) -> bool:
-        """Whether all utterances that are wanted have been added."""
+        """Whether the wanted number of utterances has been added."""
         return self._limit is not None and len(self._utterances) >= self._limit
 
     def audio(self, place: Place, written: str) -> Audio:
-        """The audio file that a manifest names at this place. DataError where the name is empty."""
+        """The audio file that a manifest names at this place. DataError if the name is empty."""
         if not written:
             raise DataError(f"{place} names no audio file")
         path = os.path.join(self.folder, written)
@@ -93,10 +93,10 @@ class Collector:
         start: float | None = None,
         end: float | None = None,
     ) -> None:
-        """Add an utterance; its id, where none is given, is the path as written, with the times where there are any.
-        Utterances whose audio lies outside of the folder are counted for the notes.
+        """Add an utterance. The default id is the path as written, with the times if there are any. Utterances whose
+        audio is outside the folder are counted for the notes.
 
-        Raises DataError for an id that occurs twice, for times that are no part of a recording, and for too many.
+        Raises DataError for a duplicate id, for times that do not form a valid range, and for too many utterances.
         """
         check_times(place, start, end)
         name = id or _default_id(audio.written, start, end)
@@ -111,7 +111,7 @@ class Collector:
             self._first_outside = self._first_outside or f"{shown(audio.written, 200)} at line {audio.line}"
 
     def finish(self, name: str, path: Path) -> DataSet:
-        """The set. Raises DataError where it is empty."""
+        """Return the set. Raises DataError if it is empty."""
         if not self._utterances:
             raise DataError(f"{path} holds no utterance; expected at least one with its audio and its text")
         if self._outside:
@@ -135,7 +135,7 @@ def _twice(name: str, given: str | None) -> str:
 
 
 def check_times(place: Place | str, start: float | None, end: float | None) -> None:
-    """DataError unless the times, in seconds, are finite, not negative and in order.
+    """Raise DataError unless the times, in seconds, are finite, not negative and in order.
 
     Example:
         >>> check_times("line 2", 0.5, 1.25)
@@ -148,7 +148,7 @@ def check_times(place: Place | str, start: float | None, end: float | None) -> N
 
 
 def check_text(place: Place, value: str, what: str) -> str:
-    """The value; DataError where it is no text that can be written again: NUL, or half of a surrogate pair.
+    """Return the value. DataError if it contains NUL or an unpaired surrogate, which cannot be written again.
 
     Example:
         >>> check_text(Place(Path("a.jsonl"), 1), "Grüße", "text")

@@ -24,7 +24,7 @@ from hsa.system.types import PathLike
 __all__ = ["DataSet", "Utterance", "data", "parse_set"]
 
 _Read = Callable[[int | None], Collector]
-"""Reads a manifest, or its first utterances."""
+"""Reads a manifest, or only its first utterances."""
 
 _NAME = re.compile(r"[^/\0]{1,100}")
 
@@ -32,18 +32,20 @@ _NAME = re.compile(r"[^/\0]{1,100}")
 def data(path: PathLike, *, name: str | None = None, limit: int | None = None) -> DataSet:
     """Read a set of utterances with their references; no audio is opened.
 
-    `path` is a table (.tsv, .csv, .jsonl) with a column file, path or audio and one named text, sentence or transcript,
-    and optional ones id, speaker, domain, start and end (seconds); or a directory: Kaldi's (wav.scp, text, optional
-    segments and utt2spk), one with metadata.csv or metadata.jsonl, or one with transcripts.tsv (file, text). Relative
-    paths of audio are relative to the table or the directory. `name` is by default that of the table without its
-    ending, or that of the directory. With a `limit` the first so many utterances are read; what follows them is not
-    looked at, so that a few rows of a huge table take little time and memory.
+    `path` is a table or a directory. A table (.tsv, .csv, .jsonl) has a column file, path, audio or file_name, and one
+    named text, sentence, transcript or transcription. The columns id, speaker, domain, start and end (seconds) are
+    optional. A directory is Kaldi's (wav.scp, text, optional segments and utt2spk), one with metadata.csv or
+    metadata.jsonl, or one with transcripts.tsv (file, text). Relative audio paths are relative to the table or the
+    directory.
 
-    Raises DataError, which names file and line, RequestError for a bad argument and MachineError where reading fails.
+    `name` defaults to that of the table without its ending, or that of the directory. With a `limit`, only that many
+    utterances are read and the rest is not looked at. A few rows of a huge table then take little time and memory.
+
+    Raises DataError, which names file and line, RequestError for a bad argument and MachineError if reading fails.
 
     Example:
-        >>> hsa.data("test.tsv").utterances[0].text  # doctest: +SKIP
-        'Good morning.'
+        >>> hsa.data("test.tsv").utterances[0].id
+        'clip_000.wav'
     """
     check_paths(data=path)
     manifest = Path(os.path.abspath(path))
@@ -54,7 +56,7 @@ def data(path: PathLike, *, name: str | None = None, limit: int | None = None) -
 
 
 def check_limit(limit: int | None) -> None:
-    """RequestError unless a number of utterances is None or at least 1.
+    """Raise RequestError unless a number of utterances is None or at least 1.
 
     Example:
         >>> check_limit(3)
@@ -64,8 +66,8 @@ def check_limit(limit: int | None) -> None:
 
 
 def parse_set(argument: str, limit: int | None = None) -> DataSet:
-    """The set that `NAME=PATH` or `PATH` names on the command line, or its first `limit` utterances. A path with = in
-    its first part is written ./a=b.
+    """Read the set that `NAME=PATH` or `PATH` names on the command line, or its first `limit` utterances. A path whose
+    first part contains = is written ./a=b.
 
     Example:
         >>> parse_set("noisy=data/test.tsv").name  # doctest: +SKIP
@@ -89,7 +91,7 @@ def _checked_name(name: str) -> str:
 
 
 def _reader(manifest: Path) -> tuple[_Read, str]:
-    """What reads a manifest, and the name of its set."""
+    """The reader for a manifest, and the name of its set."""
     mode = _mode(manifest)
     if stat.S_ISDIR(mode):
         return _directory_reader(manifest), manifest.name or "data"

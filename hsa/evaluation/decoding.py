@@ -1,7 +1,7 @@
-"""Recognise speech with a checkpoint: what `hsa eval` and `hsa search` transcribe with.
+"""Recognise speech with a checkpoint, for `hsa eval` and `hsa search`.
 
-A recogniser holds one loaded model. Its features depend on the audio and the family alone, so that they are computed
-once for many models; a search writes other weights into `recognizer.model` between two calls.
+A recogniser has one loaded model. Its features depend only on the audio and the model family, so they are computed once
+for many models. A search writes other weights into `recognizer.model` between two calls.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Recognizer(Protocol):
     """A loaded model that transcribes.
 
-    `rate` is the sampling rate in Hz that it hears at, `features_key` equal for models whose features are equal,
-    `model` the torch module, into which other weights may be written between two calls.
+    `rate` is the sampling rate in Hz that it expects. `features_key` is equal for models whose features are equal.
+    `model` is the torch module, into which other weights may be written between two calls.
     """
 
     rate: int
@@ -35,28 +35,30 @@ class Recognizer(Protocol):
     model: Any
 
     def features(self, audio: Sequence[Float32]) -> Any:
-        """What the model hears of some utterances, float32 [samples] each; computed once and kept for other models."""
+        """Compute the features of some utterances, float32 [samples] each. They can be kept for other models."""
 
     def size_of(self, features: Any) -> int:
-        """Bytes of memory that features take."""
+        """The size of features in bytes."""
 
     def transcribe(self, features: Any, drafts: Sequence[Drafts] | None = None) -> list[str]:
-        """The text of each utterance, all decoded as one batch, as the model writes it. `drafts` are what other models
-        wrote for each utterance, which is faster for some models and changes no text; this model's text is added."""
+        """Return the text of each utterance as the model writes it. All utterances are decoded as one batch.
+
+        `drafts` are the texts of other models for each utterance, and this model's text is added to them. They make
+        some models faster and change no text."""
 
 
 def load_recognizer(
     model: Path | torch.nn.Module, options: DecodingOptions, *, files: Path | None = None
 ) -> Recognizer:
-    """Load a checkpoint directory to transcribe with; a loaded module is taken as it is, with `files` beside it.
+    """Load a checkpoint directory to transcribe with, or use a loaded module with the small files in `files`.
 
     Args:
         model: a directory, or a model of transformers.
         options: how to decode.
         files: the directory with the tokenizer and the feature extractor of a loaded model.
 
-    Raises SourceError for a model that cannot transcribe, RequestError for options that it does not have,
-    BackendUnavailable for a device that is not there, MachineError where memory runs out.
+    Raises SourceError for a model that cannot transcribe, RequestError for options that it does not support,
+    BackendUnavailable for a missing device, MachineError if memory runs out.
 
     Example:
         >>> recognizer = load_recognizer(Path("merged"), DecodingOptions())
@@ -76,7 +78,7 @@ def load_recognizer(
 
 
 def chosen_device(name: str) -> str:
-    """`cpu` or a GPU by its number, of what `device` says. BackendUnavailable where there is no such GPU."""
+    """Resolve `device` to `cpu` or a numbered GPU. BackendUnavailable if there is no such GPU."""
     if name == "cpu":
         return name
     count = gpus()
@@ -90,14 +92,14 @@ def chosen_device(name: str) -> str:
 
 
 def gpus() -> int:
-    """How many GPUs torch sees."""
+    """The number of GPUs that torch sees."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def load_model(folder: Path, kind: ModelKind, device: str, dtype: str) -> Any:
-    """The model of a directory, ready to be used. SourceError where its weights lack a part of it."""
+    """Load the model of a directory, ready for use. SourceError if its weights are incomplete."""
     import torch
     import transformers
 
@@ -105,7 +107,7 @@ def load_model(folder: Path, kind: ModelKind, device: str, dtype: str) -> Any:
     wanted = wanted if wanted == "auto" else getattr(torch, wanted)
     owner = getattr(transformers, kind.architecture)
     config = owner.config_class.from_pretrained(folder, **FROM_DISK)
-    config._attn_implementation = None  # a config may name one on the Hub, whose code transformers would fetch and run
+    config._attn_implementation = None  # a config may name one on the Hub; transformers would run its code
     model, info = owner.from_pretrained(folder, config=config, dtype=wanted, output_loading_info=True, **FROM_DISK)
     missing = sorted(info["missing_keys"])
     if missing:

@@ -1,8 +1,8 @@
 """Run a Whisper's encoder on one utterance at a time on the CPU.
 
-A Whisper hears 30 s of every utterance. What the encoder computes for a batch of them does not fit into the caches of a
-processor: with Whisper tiny on two cores a batch of 16 takes one and a half times as long as 16 batches of one. Alone,
-an utterance also has the same encoder states whatever is decoded beside it.
+A Whisper hears 30 s of every utterance. The encoder's intermediate results for a batch do not fit into the caches of a
+processor: with Whisper tiny on two cores, a batch of 16 takes one and a half times as long as 16 batches of one.
+Encoded alone, an utterance also has the same encoder states whatever else is in its batch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 
 def encode_one_by_one(encoder: Any) -> None:
-    """Let an encoder of transformers give each utterance of a batch to its layers alone where the batch is on the CPU.
+    """Make a transformers encoder process each utterance of a batch separately if the batch is on the CPU.
 
-    Every tensor that the encoder is called with has the utterances along its first axis.
+    The first axis of every tensor passed to the encoder must be the utterances.
     """
     forward = encoder.forward
 
@@ -34,7 +34,7 @@ def encode_one_by_one(encoder: Any) -> None:
 
 
 def _utterances(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
-    """How many utterances a call has on the CPU."""
+    """The number of utterances of a call if they are on the CPU."""
     tensors = [value for value in (*arguments, *keywords.values()) if _is_tensor(value)]
     return len(tensors[0]) if tensors and tensors[0].device.type == "cpu" else 0
 
@@ -50,7 +50,7 @@ def _part(value: Any, number: int) -> Any:
 
 
 def _joined(values: list[Any]) -> Any:
-    """The values of all utterances as one: tensors side by side, tuples of them by their places."""
+    """Join the values of all utterances: tensors are concatenated, tuples are joined item by item."""
     import torch
 
     if isinstance(values[0], torch.Tensor):

@@ -1,4 +1,4 @@
-"""Say in one line that a library of the extra `eval` is not installed."""
+"""A one-line error for a library of the extra `eval` that is not installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hsa.errors import RequestError
 
 @contextmanager
 def needed_for_evaluation(library: str) -> Iterator[None]:
-    """RequestError where an import inside the block fails because the library is not installed.
+    """Raise RequestError if an import inside the block fails because the library is not installed.
 
     Example:
         >>> with needed_for_evaluation("soundfile"):

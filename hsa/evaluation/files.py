@@ -1,4 +1,4 @@
-"""Open files that a manifest or a user names: regular files alone, so that no pipe or device makes it wait."""
+"""Open files that a manifest or a user names. Only regular files are opened, as a pipe or a device could block."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hsa.system.types import PathLike
 
 
 def open_regular(path: PathLike, what: str, error: type[HsaError] = DataError) -> int:
-    """A descriptor of a regular file for reading, which the caller closes.
+    """Open a regular file for reading and return its descriptor, which the caller closes.
 
-    Raises `error` where there is no such file or it is something else, MachineError where the machine fails.
+    Raises `error` if there is no such file or it is not a regular file, and MachineError if the machine fails.
 
     Example:
         >>> os.close(open_regular("/etc/hostname", "a manifest"))
@@ -34,7 +34,7 @@ def open_regular(path: PathLike, what: str, error: type[HsaError] = DataError) -
 
 
 def kind_of(mode: int) -> str:
-    """What a file is that is no regular one, from its mode.
+    """The kind of a file that is not a regular file, from its mode.
 
     Example:
         >>> kind_of(os.stat("/dev/null").st_mode)

@@ -1,8 +1,8 @@
-"""Transcripts that are kept: JSON lines, one file for each model and set, found again by a key.
+"""Transcripts on disk: JSON lines, one file for each model and set, found again by a key.
 
-The first line is an object that says what the transcripts depend on, and the key, which is its BLAKE3. Batches are
-appended to `NAME.jsonl.partial`, which is renamed when the last one is written: a file without `.partial` is complete.
-A run that was killed goes on after the last whole batch, so that it decodes the batches of an uninterrupted run.
+The first line is an object with everything that determines the transcripts, and the key, which is its BLAKE3. Batches
+are appended to `NAME.jsonl.partial`, which is renamed when the last one is written: a file without `.partial` is
+complete. A run that was killed resumes after the last whole batch, so its batches are those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMAT = 1
 FOLDER = "hypotheses"
 PARTIAL = ".partial"
 KEY_SHOWN = 16
-"""Digits of the key in the name of a file: enough to tell the files of one directory apart."""
+"""Digits of the key in a file name: enough to tell the files of one directory apart."""
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ _UNPLAIN = re.compile(r"[^A-Za-z0-9_.+-]+")
 
 @dataclass(frozen=True)
 class Transcript:
-    """What a model wrote for one utterance, as it wrote it."""
+    """The unmodified text that a model wrote for one utterance."""
 
     id: str
     text: str
@@ -50,9 +50,10 @@ class Transcript:
 def describe(
     model: OpenModel, set_digest: str, utterances: int, options: DecodingOptions, device: str
 ) -> dict[str, Any]:
-    """What the transcripts of a model and a set depend on, without names and references, which they do not.
+    """Everything that determines the transcripts of a model and a set. Names and references have no effect and are left
+    out.
 
-    The batch is left out where it has no say.
+    The batch size is left out if it has no effect.
     """
     return {
         "format": FORMAT,
@@ -71,7 +72,7 @@ def describe(
 
 
 def is_exact(model: OpenModel, options: DecodingOptions, device: str) -> bool:
-    """Whether transcripts are the same whatever the batch size: greedy decoding in float32 on a CPU.
+    """Whether the transcripts do not depend on the batch size: greedy decoding in float32 on a CPU.
 
     Example:
         >>> is_exact(model, DecodingOptions(beams=5), "cpu")  # doctest: +SKIP
@@ -92,9 +93,9 @@ def key_of(description: Mapping[str, Any]) -> str:
 
 
 class Hypotheses:
-    """The transcripts of one model and one set, kept in `folder`, or in memory alone where that is None.
+    """The transcripts of one model and one set, kept in `folder`, or only in memory if it is None.
 
-    `order` are the utterances in the order of decoding, `batch` how many are decoded at a time.
+    `order` lists the utterances in the order of decoding. `batch` is the number of utterances decoded at a time.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Hypotheses:
 
     @contextmanager
     def appending(self) -> Iterator[Hypotheses]:
-        """Take the file to write, as the only run that does. DestinationError where another holds it."""
+        """Open the file for writing and lock it. DestinationError if another run holds the lock."""
         if self._folder is None or self._is_whole:
             yield self
             return
@@ -147,7 +148,7 @@ class Hypotheses:
                 _write(self._fd, b"".join(each.line() for each in transcripts))
 
     def _load(self) -> None:
-        """What an earlier run has kept under the same key, whatever it called the model and the set."""
+        """Load the transcripts of an earlier run with the same key, whatever its names for the model and the set."""
         if self._folder is None:
             return
         ending = f".{self.key[:KEY_SHOWN]}.jsonl"
@@ -160,8 +161,8 @@ class Hypotheses:
                     self._is_whole = len(texts) == len(self._order) and not name.endswith(PARTIAL)
 
     def _read(self, data: bytes) -> dict[str, str]:
-        """The transcripts of whole batches in a file; none where its first line is another key's."""
-        head, *lines = data.split(b"\n")[:-1] or [b""]  # what follows the last line break was cut off
+        """The transcripts of whole batches in a file; none if its first line belongs to another key."""
+        head, *lines = data.split(b"\n")[:-1] or [b""]  # an unfinished last line is dropped
         if head + b"\n" != _line(self._head):
             return {}
         texts: dict[str, str] = {}
@@ -176,7 +177,7 @@ class Hypotheses:
         return texts
 
     def _begin(self, fd: int) -> None:
-        """Cut off what follows the transcripts that are known; write those that the file does not begin with."""
+        """Truncate the file after the known transcripts. Rewrite them if the file does not begin with them."""
         lines = [_line(self._head), *(Transcript(*item).line() for item in self.texts.items())]
         known = b"".join(lines)
         if os.pread(fd, len(known), 0) != known:
@@ -187,7 +188,7 @@ class Hypotheses:
 
 
 class Rest(Sequence[T]):
-    """What follows the first items of a sequence, as a view: a slice of it copies no more than the slice.
+    """A view of a sequence without its first items. Slicing it copies no more than the slice.
 
     Example:
         >>> Rest("abcdef", 2)[:3]
@@ -214,7 +215,7 @@ class Rest(Sequence[T]):
 
 
 def plain_name(*names: str) -> str:
-    """A name of a file made of names of models and sets.
+    """A file name made from the names of models and sets.
 
     Example:
         >>> plain_name("org/model", "noisy test")
@@ -228,7 +229,7 @@ def _line(document: Mapping[str, Any]) -> bytes:
 
 
 def _text_of(line: bytes, id: str) -> str | None:
-    """The text of a line that is that utterance's; None for anything else."""
+    """The text of a line that belongs to this utterance; None for any other line."""
     try:
         document = json.loads(line)
     except ValueError:

@@ -1,6 +1,6 @@
-"""Read a Kaldi data directory: wav.scp and text, and segments and utt2spk where there are any.
+"""Read a Kaldi data directory: wav.scp and text, and segments and utt2spk if they exist.
 
-Of wav.scp only names of files are read. Kaldi also runs commands from it; here a command is refused and never run.
+Only file names are read from wav.scp. Kaldi also runs commands from it; here a command is refused and never run.
 Source: https://kaldi-asr.org/doc/data_prep.html
 """
 
@@ -21,7 +21,7 @@ from hsa.evaluation.tables import seconds
 _SPACES = re.compile(r"[ \t]+")
 
 WHOLE = "-1"
-"""What Kaldi writes as the end of a segment that goes on to the end of the recording."""
+"""The end that Kaldi writes for a segment that extends to the end of the recording."""
 
 
 class _Segment(NamedTuple):
@@ -32,13 +32,13 @@ class _Segment(NamedTuple):
 
 
 def read_kaldi(folder: Path, *, limit: int | None = None) -> Collector:
-    """The utterances of a Kaldi data directory, in the order of its file text.
+    """Read the utterances of a Kaldi data directory, in the order of its file text.
 
-    Recordings and segments without a text are left out and counted in the notes. With a `limit` the first so many
-    utterances are read; what the other files say of more is not kept, and nothing is counted.
+    Recordings and segments without a text are left out and counted in the notes. With a `limit`, only that many
+    utterances are read. Entries of other utterances are then neither kept nor counted.
 
-    Raises DataError, which names file and line: a command in wav.scp, a text without audio, an utterance without a
-    speaker where there is utt2spk.
+    Raises DataError, which names file and line, for a command in wav.scp, a text without audio, or an utterance that is
+    missing from an existing utt2spk.
 
     Example:
         >>> read_kaldi(Path("data/test")).finish("test", Path("data/test"))  # doctest: +SKIP
@@ -146,7 +146,7 @@ def _speakers(path: Path, wanted: Collection[str] | None) -> dict[str, str]:
 
 
 def _entries(path: Path, what: str, *, may_be_empty: bool = False) -> Iterator[tuple[Place, str, str]]:
-    """The first field of each line and the rest of it."""
+    """Yield the first field of each line and the rest of the line."""
     for number, line in read_lines(path):
         if number > MAX_UTTERANCES:
             raise DataError(f"{path} has more than {MAX_UTTERANCES} lines, expected fewer; split it into sets")
@@ -159,11 +159,11 @@ def _entries(path: Path, what: str, *, may_be_empty: bool = False) -> Iterator[t
 
 
 FILES = ("wav.scp", "text")
-"""What a Kaldi directory must have."""
+"""The files that a Kaldi directory must have."""
 
 
 def check_files(folder: Path) -> None:
-    """DataError where a directory with wav.scp lacks what belongs to it."""
+    """Raise DataError if a directory with wav.scp lacks a required file."""
     lacking = [name for name in FILES if not os.path.lexists(folder / name)]
     if lacking:
         raise DataError(f"{folder} has no file {listed(lacking)}, expected {listed(FILES)} in a Kaldi directory")

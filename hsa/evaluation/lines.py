@@ -1,4 +1,4 @@
-"""Read the lines of a text file that may be anything: UTF-8 alone, in bounded memory, with the number of each line."""
+"""Read the lines of an untrusted text file: only UTF-8, in bounded memory, with the number of each line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from hsa.evaluation.files import open_regular
 from hsa.system.descriptors import reason
 
 MAX_LINE = 1 << 20
-"""Bytes of a line: an hour of speech has 60 KB of text."""
+"""Maximum bytes of a line: an hour of speech has 60 KB of text."""
 
 MAX_FILE = 4 << 30
-"""Bytes of a manifest: twenty times what a million utterances take."""
+"""Maximum bytes of a manifest: twenty times the size for a million utterances."""
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The number, from 1, and the text of each line, with the end of the line as it is in the file.
+    """Yield the number, from 1, and the text of each line, with its line ending as in the file.
 
-    A byte-order mark of UTF-8 is left out. Raises DataError for a line that is no UTF-8, is too long or holds a NUL
-    byte, and for a file that is too large; MachineError where reading fails.
+    A UTF-8 byte-order mark is removed. Raises DataError for a line that is not UTF-8, is too long or contains a NUL
+    byte, and for a file that is too large; MachineError if reading fails.
 
     Example:
         >>> for number, line in read_lines(Path("text")): ...  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Tell from the small files of a checkpoint whether it can transcribe, and how: nothing heavy is imported."""
+"""Determine from the small files of a checkpoint whether and how it can transcribe, without heavy imports."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ SEQ2SEQ = (
     "Speech2TextForConditionalGeneration",
     "SpeechEncoderDecoderModel",
 )
-"""Classes of transformers that generate a text from features of speech alone, without a prompt."""
+"""Classes of transformers that generate a text from speech features alone, without a prompt."""
 CTC = "ForCTC"
-"""How the names of classes with a CTC head end."""
+"""The suffix of class names with a CTC head."""
 
 MULTILINGUAL_VOCABULARY = 51865
-"""Tokens of the smallest multilingual Whisper; English-only ones have 51864. Source: openai/whisper, model.py."""
+"""Vocabulary size of the smallest multilingual Whisper; English-only ones have 51864. Source: openai/whisper,
+model.py."""
 
 
 @dataclass(frozen=True)
 class ModelKind:
-    """A model that transcribes: its class in transformers, how it is decoded, and what it understands.
+    """A model that transcribes: its class in transformers, how it is decoded, and which languages it supports.
 
-    `multilingual` is None where the files do not say; `languages` are the codes of a multilingual Whisper.
+    `multilingual` is None if the files do not say; `languages` are the codes of a multilingual Whisper.
     """
 
     folder: Path
@@ -52,11 +53,11 @@ class ModelKind:
 
     @property
     def english(self) -> bool:
-        """Whether it is a Whisper for English alone."""
+        """Whether it is an English-only Whisper."""
         return self.whisper and self.multilingual is False
 
     def check(self, options: DecodingOptions) -> None:
-        """RequestError for a task, a language or a beam search that the model does not have."""
+        """Raise RequestError for a task, a language or a beam search that the model does not support."""
         task, language = options.task, options.language
         if options.beams > 1 and self.head == "ctc":
             raise RequestError(
@@ -80,7 +81,7 @@ class ModelKind:
 
 
 def language_code(language: str) -> str:
-    """The code of a language, which may be given by its English name too; what neither is stays as it is.
+    """The code of a language given by its code or its English name. Unknown names are returned unchanged.
 
     Example:
         >>> language_code("German"), language_code("de"), language_code("xx")
@@ -93,12 +94,13 @@ def language_code(language: str) -> str:
 
 
 def kind_of(folder: Path) -> ModelKind:
-    """The kind of a checkpoint directory. SourceError where it cannot transcribe, or lacks the files that this needs.
+    """The kind of a checkpoint directory. SourceError if it cannot transcribe, or lacks files that this requires.
 
     Example:
         >>> kind_of(Path("whisper-tiny")).head
         'seq2seq'
     """
+    folder = folder.resolve()  # files of a source must be in the resolved directory
     config = read_config("model", folder, Tally())
     architecture, head = _architecture(folder, config)
     lacking = []
@@ -123,7 +125,7 @@ def kind_of(folder: Path) -> ModelKind:
 
 
 def _architecture(folder: Path, config: Mapping[str, Any]) -> tuple[str, Head]:
-    """The class of the model and its head. SourceError for one that writes no text of speech."""
+    """The class of the model and its head. SourceError for a model that does not transcribe speech."""
     stated = config.get("architectures")
     names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
     for name in names:

@@ -1,4 +1,4 @@
-"""The scores of one model, and a score as a row of scores.csv."""
+"""The scores of one model, and the row of a score in scores.csv."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ COLUMNS = (
     "difference_low",
     "difference_high",
 )
-"""Of a score, in scores.csv and scores.json. Rates are shares: 0.05 is 5 %. `words` and `characters` are those of the
-references, `difference` is the word error rate minus the baseline's."""
+"""The columns of a score in scores.csv and scores.json. Rates are fractions: 0.05 is 5 %. `words` and `characters`
+count those of the references. `difference` is the word error rate minus the baseline's."""
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """The scores of one model: of all utterances first, then of each set, domain and speaker.
+    """The scores of one model: first of all utterances, then of each set, domain and speaker.
 
     `utterances` are the scores of each utterance, in the order of the sets.
 
@@ -57,16 +57,16 @@ class ModelScores:
 
     @property
     def wer(self) -> float:
-        """Word error rate over all sets, as a share."""
+        """Word error rate over all sets, as a fraction."""
         return self.scores[0].words.rate
 
     @property
     def cer(self) -> float:
-        """Character error rate over all sets, as a share."""
+        """Character error rate over all sets, as a fraction."""
         return self.scores[0].characters.rate
 
     def score(self, group: Group, name: str) -> Score:
-        """The score of a set, a domain or a speaker. RequestError where there is none of that name."""
+        """The score of a set, a domain or a speaker. RequestError if none has that name."""
         found = {each.name: each for each in self.scores if each.group == group}
         if name not in found:
             names = listed(map(shown, found)) if found else "none"
@@ -78,7 +78,7 @@ class ModelScores:
 
 
 def score_row(score: Score) -> dict[str, Any]:
-    """A score by the names of its columns.
+    """A score as a mapping from column names to values.
 
     Example:
         >>> score_row(score)["wer"]  # doctest: +SKIP

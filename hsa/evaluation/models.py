@@ -1,7 +1,7 @@
-"""What a user names as a model to evaluate, and the directory that it is loaded from.
+"""Resolves the models that a user names to the directories from which they are loaded.
 
-`PRIMARY+PATCH.safetensors` becomes a checkpoint by `hsa.apply`, in a temporary directory, whenever it is loaded. So
-only one checkpoint at a time takes space on the disk, however many patches there are.
+`PRIMARY+PATCH.safetensors` becomes a checkpoint by `hsa.apply`, in a temporary directory, each time it is loaded. Only
+one such checkpoint at a time takes disk space, however many patches there are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hsa.system.types import PathLike
 
 NORMALIZER = "normalizer.json"
 TEMPORARY = "hsa-eval-"
-"""How the names of temporary directories with models begin."""
+"""The prefix of temporary directories with models."""
 
 SLICE = 8 << 20
 """Bytes of a tensor that are hashed at a time."""
@@ -44,7 +44,7 @@ _SHA = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model as it was given: a directory or hub id, and the patch that is put on it."""
+    """A model as given: a directory or hub id, and the patch to apply to it."""
 
     source: str
     patch: Path | None
@@ -55,17 +55,17 @@ class NamedModel:
 
     @property
     def folder(self) -> Path | None:
-        """Its directory; None for a hub id."""
+        """The model's directory; None for a hub id."""
         return None if find_id(self.source) else Path(self.source).expanduser()
 
     @property
     def place(self) -> tuple[str, str | None]:
-        """Equal for two spellings of one model."""
+        """The resolved location, which is equal for two spellings of one model."""
         source = self.source if find_id(self.source) else os.path.realpath(os.path.expanduser(self.source))
         return source, None if self.patch is None else os.path.realpath(self.patch)
 
     def short(self, parts: int) -> str:
-        """Its name in tables: the last `parts` parts of its path."""
+        """The name in tables: the last `parts` parts of the path."""
         source = self.source if find_id(self.source) else os.path.abspath(os.path.expanduser(self.source))
         last = "/".join([part for part in source.split("/") if part][-parts:]) or "/"
         return last if self.patch is None else f"{last}+{self.patch.name.removesuffix(SUFFIX)}"
@@ -73,11 +73,12 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that can be loaded: its name in tables, what the user wrote, its files and a digest of what it computes.
+    """A model that can be loaded: its name in tables, the user's text, its files, and a digest of all that it computes
+    from.
 
-    `digest` is the BLAKE3 of its tensors' names, types, shapes and bytes, and of its configs and tokenizer files: two
-    copies of one model have one digest. `folder` has its small files, and its weights if `write` is None. Otherwise
-    `write` writes the checkpoint to a directory that does not exist yet.
+    `digest` is the BLAKE3 of its tensors' names, types, shapes and bytes, and of its configs and tokenizer files, so
+    two copies of one model have the same digest. `folder` has its small files, and also its weights if `write` is None.
+    Otherwise `write` writes the checkpoint to a directory that does not exist yet.
     """
 
     name: str
@@ -93,7 +94,7 @@ class OpenModel:
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path]:
-        """The directory to load it from, which may be gone after the block.
+        """The directory to load the model from. It may no longer exist after the block.
 
         Example:
             >>> with model.checkpoint() as folder:  # doctest: +SKIP
@@ -109,7 +110,7 @@ class OpenModel:
 
 
 def parse_model(model: PathLike) -> NamedModel:
-    """The model that an argument names. RequestError for an empty one, or one that is only a patch.
+    """Parse a model argument. RequestError if it is empty or names only a patch.
 
     Example:
         >>> parse_model("m1+sweep/k0.6.safetensors").patch
@@ -132,7 +133,7 @@ def parse_model(model: PathLike) -> NamedModel:
 
 
 def names_of(models: Sequence[NamedModel]) -> list[str]:
-    """Short unique names: the last one to three parts of each path, else what was given."""
+    """Short unique names: the last one to three parts of each path, or else the text given."""
     for parts in (1, 2, 3):
         names = [model.short(parts) for model in models]
         if len(set(names)) == len(names):
@@ -142,7 +143,7 @@ def names_of(models: Sequence[NamedModel]) -> list[str]:
 
 @dataclass(frozen=True)
 class OpenWeights:
-    """A checkpoint that transformers can load: its directory, the digest of OpenModel, and its element types."""
+    """A checkpoint that transformers can load: its directory, the digest for OpenModel, and its dtypes."""
 
     folder: Path
     digest: str
@@ -150,9 +151,9 @@ class OpenWeights:
 
 
 def open_model(model: NamedModel, name: str, hub: Hub, stack: ExitStack) -> OpenModel:
-    """Fetch or make what a model is loaded from; `stack` removes what was made.
+    """Fetch or create the files from which a model is loaded; `stack` removes the created ones.
 
-    Raises SourceError where it cannot transcribe, and what `hsa.apply` and opening a source raise.
+    Raises SourceError if it cannot transcribe, and the errors of `hsa.apply` and of opening a source.
     """
     source: PathLike = model.source if find_id(model.source) else Path(model.source).expanduser()
     if model.patch is not None:
@@ -162,10 +163,10 @@ def open_model(model: NamedModel, name: str, hub: Hub, stack: ExitStack) -> Open
 
 
 def open_written_model(write: Callable[[Path], object], name: str, given: str, hub: Hub, stack: ExitStack) -> OpenModel:
-    """A model that `write` writes as a checkpoint, once now and again each time it is loaded.
+    """Open a model whose checkpoint `write` writes: once now, and again each time it is loaded.
 
-    `given` is what a user would write for it. Its small files are kept until `stack` removes them. Raises
-    SourceError where it cannot transcribe, and what `write` raises.
+    `given` is the text that a user would write for it. Its small files are kept until `stack` removes them. Raises
+    SourceError if it cannot transcribe, and the errors of `write`.
 
     Example:
         >>> write = lambda folder: hsa.apply("m1", "patch.safetensors", output=folder)  # doctest: +SKIP
@@ -186,7 +187,7 @@ def _apply(primary: str, patch: Path, folder: Path) -> None:
 
 def _open(source: PathLike, name: str, given: str, hub: Hub) -> OpenModel:
     if not find_id(source) and Path(source).is_dir():
-        kind_of(Path(source).resolve())  # a model that cannot transcribe says so before its weights are looked at
+        kind_of(Path(source))  # a model that cannot transcribe fails before its weights are read
     weights = open_weights(source, given, hub)
     return OpenModel(name, given, weights.folder, kind_of(weights.folder), weights.digest, weights.dtype)
 
@@ -194,8 +195,8 @@ def _open(source: PathLike, name: str, given: str, hub: Hub) -> OpenModel:
 def open_weights(source: PathLike, given: str, hub: Hub) -> OpenWeights:
     """Fetch the checkpoint of a model of any kind, a directory or hub id, and read it once.
 
-    `given` is what a user wrote for it. Raises SourceError where transformers could not load it, and what opening a
-    source raises.
+    `given` is the text that a user wrote for it. Raises SourceError if transformers could not load it, and the errors
+    of opening a source.
     """
     tally = Tally()
     if hub.is_adapter("model", source):
@@ -212,7 +213,7 @@ def open_weights(source: PathLike, given: str, hub: Hub) -> OpenWeights:
 
 
 def _digest(checkpoint: Checkpoint) -> str:
-    """BLAKE3 of all that decides what a checkpoint transcribes."""
+    """BLAKE3 of everything that determines a checkpoint's transcripts."""
     digest = blake3()
     for name, data in sorted(small_files(checkpoint.path, checkpoint.config).items()):
         digest.update(f"{name}\n{len(data)}\n".encode())
@@ -228,7 +229,7 @@ def _digest(checkpoint: Checkpoint) -> str:
 
 
 def small_files(folder: Path, config: Mapping[str, object]) -> dict[str, bytes]:
-    """Configs, tokenizer and feature extractor files of a directory, by name."""
+    """The configs, tokenizer and feature extractor files of a directory, by name."""
 
     def names() -> Iterator[str]:
         yield from (CONFIG, GENERATION_CONFIG)

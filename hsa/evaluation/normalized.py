@@ -1,4 +1,4 @@
-"""Normalise the texts of utterances, and say whose text it was that cannot be."""
+"""Normalise the texts of utterances, and name the source of a text that cannot be normalised."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Normalize = Callable[[str], str]
 
 
 def normalized_reference(utterance: Utterance, set_name: str, normalize: Normalize) -> str:
-    """The reference once normalised, with one space between words. DataError, which names the utterance, where it
-    cannot be.
+    """Return the normalised reference, with one space between words. DataError, which names the utterance, if it cannot
+    be normalised.
 
     Example:
         >>> normalized_reference(Utterance("a", Path("/a.wav"), "Good  morning!"), "test", normalizer("plain"))
@@ -26,7 +26,7 @@ def normalized_reference(utterance: Utterance, set_name: str, normalize: Normali
 
 
 def normalized_hypothesis(text: str, utterance: Utterance, set_name: str, normalize: Normalize) -> str:
-    """The same of what a model wrote for an utterance.
+    """Return the normalised text that a model wrote for an utterance, like `normalized_reference`.
 
     Example:
         >>> utterance = Utterance("a", Path("/a.wav"), "Good morning!")
@@ -37,10 +37,10 @@ def normalized_hypothesis(text: str, utterance: Utterance, set_name: str, normal
 
 
 def check_references(sets: Sequence[PreparedSet], normalize: Normalize) -> dict[str, int]:
-    """How many references of each set have no word once normalised, by the set's name.
+    """Count the references of each set that have no word after normalisation, by the set's name.
 
-    Raises DataError, before hours are spent on decoding, where a reference cannot be normalised, and where no
-    reference of a set has a word: such a set has no score.
+    Raises DataError, before hours are spent on decoding, if a reference cannot be normalised. Also raises it if no
+    reference of a set has a word, because such a set has no score.
 
     Example:
         >>> check_references(sets, normalizer("plain"))  # doctest: +SKIP
@@ -61,8 +61,8 @@ def check_references(sets: Sequence[PreparedSet], normalize: Normalize) -> dict[
 
 @contextmanager
 def naming_model(name: str, *, are_kept: bool) -> Iterator[None]:
-    """Name the model in a DataError of its texts. `are_kept` says that its transcripts are in a directory, so that
-    another run need not decode again.
+    """Name the model in a DataError about its texts. `are_kept` says that its transcripts are in a directory, so
+    another run need not decode them again.
 
     Example:
         >>> with naming_model("merged", are_kept=True):

@@ -17,12 +17,12 @@ from hsa.system.strict_json import MAX_JSON, load_json
 NORMALIZERS = ("auto", "whisper", "basic", "plain", "none")
 
 MAX_UNCLOSED = 1000
-"""Brackets without their closing ones, for each of which Whisper's normalisers read the rest of the text."""
+"""Maximum unclosed brackets. For each of them, Whisper's normalisers read the rest of the text."""
 
 _ENGLISH = ("en", "english", "<|en|>")
 
 _ENGLISH_VOCABULARY = 51864
-"""Tokens of a Whisper that knows English alone; one of many languages has more. Source: openai/whisper, model.py."""
+"""Vocabulary size of an English-only Whisper; multilingual ones have more. Source: openai/whisper, model.py."""
 
 _APOSTROPHES = re.compile("[\u2018\u2019\u02bc\uff07]")
 
@@ -30,13 +30,13 @@ _APOSTROPHES = re.compile("[\u2018\u2019\u02bc\uff07]")
 def normalizer(name: str = "auto", *, language: str | None = None, model: Path | None = None) -> Callable[[str], str]:
     """The function that normalises references and hypotheses.
 
-    `whisper`: for English transformers' EnglishTextNormalizer with the spellings in the model's normalizer.json, for
-    other languages BasicTextNormalizer. `basic`: BasicTextNormalizer. `plain`: lower case; all but letters, digits and
-    apostrophes become spaces. `none`: texts stay as they are. `auto`: whisper for a Whisper model, else plain.
+    `whisper`: for English, transformers' EnglishTextNormalizer with the spellings in the model's normalizer.json; for
+    other languages, BasicTextNormalizer. `basic`: BasicTextNormalizer. `plain`: lower case; all but letters, digits and
+    apostrophes become spaces. `none`: texts stay unchanged. `auto`: whisper for a Whisper model, else plain.
 
-    `language` is a code or a name such as "en" or "english". Without one it is what the model's generation config
-    says; a Whisper that knows many languages and names none there is not taken to be English. `model` is the directory
-    of a checkpoint; where it has no normalizer.json, British and American spellings stay different words.
+    `language` is a code or a name such as "en" or "english". By default it is taken from the model's generation config.
+    A multilingual Whisper whose config names no language is not treated as English. `model` is the directory of a
+    checkpoint. If it has no normalizer.json, British and American spellings remain different words.
 
     Raises RequestError for an unknown name, HeaderError for a damaged normalizer.json. The function raises DataError
     for a text that transformers cannot normalise.
@@ -59,8 +59,8 @@ def normalizer(name: str = "auto", *, language: str | None = None, model: Path |
 
 
 def plain(text: str) -> str:
-    """Lower case; all but letters, digits and apostrophes become spaces. Marks that combine with a letter stay with it;
-    composed and decomposed letters, and typographic and typewriter apostrophes, become the same.
+    """Convert to lower case and replace all but letters, digits and apostrophes by spaces. Combining marks stay with
+    their letters. Composed and decomposed letters become equal, and so do typographic and typewriter apostrophes.
 
     Example:
         >>> plain("Uh, the visitors’ well-known CAFÉ")
@@ -97,15 +97,15 @@ def _english(spellings: dict[str, Any], model: Path | None) -> Callable[[str], s
 
 @lru_cache(maxsize=4)
 def _english_normalizer(spellings: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
-    """Kept, for a search asks for it several times, and to make it takes transformers a second."""
+    """Cached, because a search requests it several times and transformers takes a second to create it."""
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     return _checked(EnglishTextNormalizer(dict(spellings)))
 
 
 def _checked(function: Callable[[str], Any]) -> Callable[[str], str]:
-    """A normaliser of transformers, which takes time that grows with the square of unclosed brackets and of spaces in a
-    row, and fails on numbers of thousands of digits."""
+    """Guard a normaliser of transformers. Its time grows with the square of unclosed brackets and of consecutive
+    spaces, and it fails on numbers of thousands of digits."""
 
     def normalize(text: str) -> str:
         text = " ".join(text.split())
@@ -116,7 +116,7 @@ def _checked(function: Callable[[str], Any]) -> Callable[[str], str]:
             )
         try:
             return str(function(text))
-        except Exception as error:  # of any kind: the text may be anything, and the code is not ours
+        except Exception as error:  # of any kind: the text is untrusted, and the code is not ours
             raise DataError(
                 f"the text {shown(text)} cannot be normalised: {error}; choose another {option('normalizer')}"
             ) from error
@@ -125,13 +125,13 @@ def _checked(function: Callable[[str], Any]) -> Callable[[str], str]:
 
 
 def _unclosed(text: str, opening: str, closing: str) -> int:
-    """How many brackets come after the last closing one."""
+    """The number of opening brackets after the last closing one."""
     last = max(text.rfind(bracket) for bracket in closing)
     return sum(text.count(bracket, last + 1) for bracket in opening)
 
 
 def _json_of(model: Path | None, name: str) -> dict[str, Any]:
-    """A small JSON file of a model; empty where there is none."""
+    """A small JSON file of a model; empty if there is none."""
     if model is None or not (model / name).exists():
         return {}
     with open(open_regular(model / name, "a JSON file", HeaderError), "rb") as file:

@@ -12,7 +12,7 @@ from hsa.option_names import option
 TASKS = ("transcribe", "translate")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MOST_AT_ONCE = 4096
-"""Utterances in a batch, beams, and tokens of an utterance, that a caller may ask for."""
+"""Maximum utterances in a batch, beams, and tokens of an utterance that a caller may request."""
 
 _DEVICE = re.compile(r"auto|cpu|cuda|cuda:[0-9]{1,3}")
 
@@ -23,14 +23,13 @@ class DecodingOptions:
 
     Args:
         language: a code such as `de` or a name such as `german`; None lets a multilingual model detect it.
-        task: `transcribe`, or `translate` into English, of models that can.
+        task: `transcribe`, or `translate` into English if the model can.
         beams: width of the beam search; 1 is greedy decoding.
-        batch: utterances that are decoded at a time.
-        device: `auto` (a GPU where torch sees one), `cpu`, `cuda` or `cuda:N`.
+        batch: number of utterances decoded at a time.
+        device: `auto` (a GPU if torch sees one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on a CPU, the checkpoint's own on a GPU), `float32`, `float16` or `bfloat16`.
-        max_tokens: tokens after which a sequence-to-sequence model stops an utterance, or a window of a long one, if
-            it has not ended by then; None is 224 for a Whisper, and what their own config says, at least 448, for
-            others.
+        max_tokens: maximum tokens that a sequence-to-sequence model writes for an utterance, or for a window of a
+            long one. None is 224 for a Whisper, and the limit in their own config, at least 448, for other models.
 
     Raises RequestError for any other value.
 

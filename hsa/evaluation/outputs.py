@@ -1,4 +1,4 @@
-"""Write what an evaluation found: scores.csv, scores.json and report.html. Each appears whole or not at all."""
+"""Write the results of an evaluation: scores.csv, scores.json and report.html. Each file is written atomically."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ JSON, CSV, PAGE = "scores.json", "scores.csv", "report.html"
 EVALUATION_STAGING = f".eval{STAGING}"
 
 _START = f'{{\n "kind": "{KIND}",'.encode()
-"""What scores.json begins with, by which a run tells an earlier one's files from others of these names."""
+"""The first bytes of scores.json, by which a run recognizes an earlier run's files among files of these names."""
 
 
 def check_output(output: PathLike, sources: Sequence[Path]) -> Path:
-    """The directory of an evaluation with its links resolved. It may hold anything but files of these names that
-    another program wrote; DestinationError where it may not be written.
+    """The directory of an evaluation with its links resolved. It may contain anything except files of these names that
+    another program wrote; DestinationError if it may not be written.
 
     Example:
         >>> check_output("evaluation", [Path("merged")])  # doctest: +SKIP
@@ -53,7 +53,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def write_scores(report: Evaluation, folder: Path) -> None:
-    """Write the three files, scores.json first. Raises MachineError, and DestinationError where another run writes
+    """Write the three files, scores.json first. Raises MachineError, and DestinationError if another run is writing
     there.
 
     Example:
@@ -68,7 +68,7 @@ def write_scores(report: Evaluation, folder: Path) -> None:
 
 
 def scores_json(report: Evaluation) -> bytes:
-    """The bytes of scores.json: the same whenever the same is evaluated, resumed or not."""
+    """The bytes of scores.json. They depend only on what is evaluated, not on whether the run was resumed."""
     return (json.dumps(report.scores_dict(), indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
 

@@ -12,15 +12,15 @@ from hsa.evaluation.word_pairs import word_pairs
 from hsa.views.page import fill
 
 SHOWN = 200
-"""Utterances that a page shows at least, where there are as many: the worst ones of each model, and those on which it
+"""Utterances that a page shows at least, if there are that many: the worst ones of each model, and those on which it
 differs most from the baseline."""
 
 LEAST_OF_A_MODEL = 10
-"""Utterances of each of these two kinds that are shown of every model, however many models there are."""
+"""Utterances of each of these two kinds that are shown for every model, however many models there are."""
 
 
 def render(report: Evaluation) -> bytes:
-    """The page: the file's bytes.
+    """Render the page as the bytes of its file.
 
     Example:
         >>> Path("report.html").write_bytes(render(report))  # doctest: +SKIP
@@ -29,7 +29,7 @@ def render(report: Evaluation) -> bytes:
 
 
 def document(report: Evaluation) -> dict[str, Any]:
-    """What the page is made from."""
+    """The data of the page."""
     places = worst(report)
     return {
         **report.scores_dict(),
@@ -40,7 +40,7 @@ def document(report: Evaluation) -> dict[str, Any]:
 
 
 def worst(report: Evaluation) -> list[int]:
-    """The places of the utterances that the page shows, those with the most errors of any model first."""
+    """The indices of the utterances that the page shows, sorted by the most errors of any model."""
     share = max(LEAST_OF_A_MODEL, SHOWN // (2 * len(report.models)))
     base = None if report.baseline is None else report[report.baseline]
     chosen: set[int] = set()
@@ -59,7 +59,7 @@ def _errors(model: ModelScores) -> dict[int, int]:
 
 
 def _most(counts: dict[int, int], number: int) -> list[int]:
-    """The places with the highest counts above 0."""
+    """The indices with the highest counts above 0."""
     return [place for place in sorted(counts, key=lambda each: (-counts[each], each))[:number] if counts[place]]
 
 
@@ -76,7 +76,7 @@ def _utterance(report: Evaluation, place: int) -> dict[str, Any]:
 
 
 def _heard(score: UtteranceScore) -> dict[str, Any]:
-    """What a model heard, as pairs of the reference's words and its own."""
+    """A model's transcript, as pairs of the reference's words and its own."""
     pairs, cut = word_pairs(score.reference, score.hypothesis)
     words = score.words
     return {"errors": [words.substitutions, words.deletions, words.insertions], "pairs": pairs, "cut": cut}

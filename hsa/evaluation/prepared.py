@@ -1,4 +1,4 @@
-"""A set made ready: how long its audio is, what its transcripts depend on, and the order of decoding."""
+"""A prepared set: the length of its audio, a digest of the transcripts' inputs, and the order of decoding."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from hsa.system.types import PathLike
 _READ = 1 << 20
 
 GivenSet = DataSet | PathLike
-"""A set as a caller names it: read already, a path, or the text NAME=PATH."""
+"""A set as a caller gives it: already read, a path, or the text NAME=PATH."""
 
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """The utterances to evaluate of a set.
+    """The utterances of a set that are evaluated.
 
-    `seconds` are those of each utterance's audio by its id, `digest` the BLAKE3 of ids, audio bytes and times, `order`
-    the utterances with the longest first: a batch then holds utterances of like length, and what takes too much
-    memory fails at once.
+    `seconds` maps each utterance's id to the length of its audio. `digest` is the BLAKE3 of ids, audio bytes and times.
+    `order` lists the longest utterances first: a batch then has utterances of similar length, and a batch that needs
+    too much memory fails at once.
     """
 
     name: str
@@ -44,7 +44,7 @@ class PreparedSet:
 
 
 def open_sets(given: GivenSet | Sequence[GivenSet], limit: int | None = None) -> list[DataSet]:
-    """Read every set, or the first `limit` utterances of each. RequestError where there is none, or two have one name.
+    """Read every set, or the first `limit` utterances of each. RequestError if there are none, or two have one name.
 
     Example:
         >>> [each.name for each in open_sets(["noisy=test.tsv", "clean"])]
@@ -74,20 +74,20 @@ def _open(given: GivenSet, limit: int | None) -> DataSet:
 
 
 class AudioDigests:
-    """BLAKE3 of audio files, and what their headers say, each read once for all sets."""
+    """The BLAKE3 digests and headers of audio files, each read once for all sets."""
 
     def __init__(self) -> None:
         self._known: dict[Path, str] = {}
         self._headers: dict[Path, AudioHeader] = {}
 
     def seconds(self, utterance: Utterance) -> float:
-        """How long the audio of an utterance is. AudioError where that cannot be known."""
+        """The length of an utterance's audio in seconds. AudioError if it cannot be determined."""
         if utterance.audio not in self._headers:
             self._headers[utterance.audio] = read_header(utterance)
         return duration(utterance, self._headers[utterance.audio])
 
     def of(self, path: Path) -> str:
-        """AudioError where the file cannot be read."""
+        """The digest of a file. AudioError if the file cannot be read."""
         if path not in self._known:
             digest = blake3()
             fd = open_regular(path, "an audio file", AudioError)
@@ -101,7 +101,7 @@ class AudioDigests:
 
 
 def prepare(data: DataSet, limit: int | None, digests: AudioDigests) -> PreparedSet:
-    """Look at the audio of a set, or of its first `limit` utterances. Raises AudioError."""
+    """Read the audio headers and digests of a set, or of its first `limit` utterances. Raises AudioError."""
     utterances = data.utterances[:limit]
     check_audio(utterances)
     seconds = {each.id: digests.seconds(each) for each in utterances}
@@ -109,7 +109,7 @@ def prepare(data: DataSet, limit: int | None, digests: AudioDigests) -> Prepared
         data.name,
         data.path,
         utterances,
-        tuple(sorted(utterances, key=lambda each: -seconds[each.id])),  # sorted keeps the manifest's order of equals
+        tuple(sorted(utterances, key=lambda each: -seconds[each.id])),  # stable: equals keep the manifest's order
         seconds,
         _digest(utterances, digests),
         data.notes,
@@ -117,7 +117,7 @@ def prepare(data: DataSet, limit: int | None, digests: AudioDigests) -> Prepared
 
 
 def _digest(utterances: Sequence[Utterance], digests: AudioDigests) -> str:
-    """BLAKE3 of a line of JSON for each utterance, without the end of the last line."""
+    """BLAKE3 of one JSON line for each utterance, without a final line break."""
     digest = blake3()
     for number, each in enumerate(utterances):
         line = json.dumps([each.id, digests.of(each.audio), each.start, each.end])
@@ -126,7 +126,7 @@ def _digest(utterances: Sequence[Utterance], digests: AudioDigests) -> str:
 
 
 def sets_text(sets: Sequence[PreparedSet]) -> str:
-    """Sets in a few words.
+    """A short description of sets.
 
     Example:
         >>> sets_text(sets)  # doctest: +SKIP

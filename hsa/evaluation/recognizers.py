@@ -1,12 +1,12 @@
 """Recognisers of Whisper, of other sequence-to-sequence models, and of models with a CTC head.
 
-Padding changes what some models hear, also where they are given an attention mask: convolutions that are normalised
-over time (Moonshine; wav2vec2 with `feat_extract_norm` "group") hear it. A Whisper hears 30 s of every utterance, so
-that nothing changes there, and models of MASKED ignore the padding. The utterances of all others are decoded together
-where they are equally long, else one by one.
+Padding changes the results of some models even with an attention mask, because convolutions that are normalised over
+time include it (Moonshine; wav2vec2 with `feat_extract_norm` "group"). A Whisper always hears 30 s, so it is not
+affected, and models of MASKED ignore the padding. With all other models, utterances of equal length are decoded
+together, and the rest one by one.
 
-Longer audio is decoded alone: by a Whisper with transformers' long-form decoding, by a CTC model in windows that
-overlap, as transformers' pipeline does it; other sequence-to-sequence models hear it whole.
+Longer audio is decoded alone: by a Whisper with transformers' long-form decoding, by a CTC model in overlapping
+windows, as in transformers' pipeline. Other sequence-to-sequence models hear it whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hsa.errors import SourceError
 from hsa.evaluation.encoders import encode_one_by_one
 from hsa.evaluation.model_kinds import kind_of, language_code
 from hsa.evaluation.options import DecodingOptions
-from hsa.evaluation.speculative import Drafts, generate_with_drafts
+from hsa.evaluation.speculative import Drafts, generate_with_drafts, may_draft
 from hsa.evaluation.transformers_calls import FROM_DISK, explained, quiet_transformers
 from hsa.system.digests import digest_of
 from hsa.system.dtypes import Float32
@@ -32,30 +32,31 @@ WHISPER_NEW_TOKENS = 224
 """Half of Whisper's text context, where OpenAI's own decoding stops a segment. Source: openai/whisper, decoding.py."""
 
 OTHER_NEW_TOKENS = 448
-"""Tokens of an utterance of another sequence-to-sequence model, unless its own config says more."""
+"""Maximum tokens of an utterance for other sequence-to-sequence models, unless their own config allows more."""
 
 LEAST_SECONDS = 0.1
-"""Shorter audio is padded with silence for a CTC model, whose convolutions need some hundred samples."""
+"""Minimum seconds for a CTC model, whose convolutions need some hundred samples. Shorter audio is padded with
+silence."""
 
 WINDOW_SECONDS, STRIDE_SECONDS = 30, 5
-"""Longer audio reaches a CTC model in windows of 30 s. The 5 s that a window shares with its neighbour on each side are
-heard and not written: a sixth of the window, as in transformers' pipeline."""
+"""Longer audio is given to a CTC model in windows of 30 s. The 5 s that a window shares with its neighbour on each side
+are heard but not written: a sixth of the window, as in transformers' pipeline."""
 
 
 MASKED = ("Wav2Vec2ForCTC", "HubertForCTC", "WavLMForCTC")
-"""Classes that ignore what their attention mask says is padding, where their convolutions are normalised by frame."""
+"""Classes that ignore the padding given by their attention mask, if their convolutions are normalised by frame."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is decoded at a time: which utterances of a batch, and their features by the model's names for them."""
+    """Utterances that are decoded together: their indices in the batch, and the model's inputs by argument name."""
 
     numbers: tuple[int, ...]
     inputs: Any
 
 
 class _Recognizer(ABC):
-    """What all have in common. `part_text` decodes one part."""
+    """The base class of all recognisers. `part_texts` decodes one part."""
 
     def __init__(self, model: Any, folder: Path, options: DecodingOptions) -> None:
         from transformers import AutoFeatureExtractor, AutoTokenizer
@@ -79,14 +80,14 @@ class _Recognizer(ABC):
             return tuple(self._parts(audio))
 
     def size_of(self, features: Sequence[Part]) -> int:
-        """Bytes of memory that features take."""
+        """The size of features in bytes."""
         return sum(value.nbytes for part in features for value in part.inputs.values())
 
     def transcribe(self, features: Sequence[Part], drafts: Sequence[Drafts] | None = None) -> list[str]:
         """The text of each utterance of a batch, as the model writes it.
 
-        `drafts` are what other models wrote for each; what this one writes is added. They make some models faster, and
-        change no text.
+        `drafts` are the texts of other models for each utterance; this model's text is added. They make some models
+        faster, and change no text.
         """
         import torch
 
@@ -98,7 +99,7 @@ class _Recognizer(ABC):
         return [texts[number].strip() for number in range(len(texts))]
 
     def _moved(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Features on the model's device, in its type."""
+        """Move features to the model's device and dtype."""
         device, dtype = self.model.device, self.model.dtype
         return {
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
@@ -106,7 +107,7 @@ class _Recognizer(ABC):
         }
 
     def _may_pad(self) -> bool:
-        """Whether padding is known to change nothing, because the model is told where it is."""
+        """Whether padding is known to have no effect, because the model gets a mask for it."""
         return (
             type(self.model).__name__ in MASKED
             and getattr(self.model.config, "feat_extract_norm", None) == "layer"
@@ -128,7 +129,7 @@ class _Recognizer(ABC):
 
 
 def _equally_long(audio: Sequence[Float32]) -> list[list[int]]:
-    """The numbers of utterances that need no padding beside one another."""
+    """Group the indices of utterances that have equal length and need no padding together."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, samples in enumerate(audio):
         by_length[len(samples)].append(number)
@@ -145,7 +146,7 @@ class SpeechRecognizer(_Recognizer):
             "num_beams": options.beams,
             "do_sample": False,
             "max_new_tokens": options.max_tokens or max(stated, OTHER_NEW_TOKENS),
-            "max_length": None,  # transformers warns where both are set
+            "max_length": None,  # transformers warns if both are set
         }
 
     def part_texts(self, inputs: dict[str, Any], drafts: Sequence[Drafts] | None = None) -> list[str]:
@@ -158,7 +159,7 @@ class SpeechRecognizer(_Recognizer):
         return found
 
     def _how_of(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """How these inputs are decoded, by the arguments of `generate`."""
+        """The arguments of `generate` for these inputs."""
         return self._how
 
 
@@ -194,19 +195,15 @@ class WhisperRecognizer(SpeechRecognizer):
         return {**self._how, "return_timestamps": True} if _is_long(inputs) else self._how
 
     def _generate(self, inputs: dict[str, Any], drafts: Sequence[Drafts] | None) -> list[list[int]]:
-        if drafts is None or _is_long(inputs) or not self._may_draft():
+        if drafts is None or _is_long(inputs) or self.options.beams > 1:
+            return super()._generate(inputs, None)
+        if not may_draft(self.model, self.tokenizer.all_special_ids):
             return super()._generate(inputs, None)
         return generate_with_drafts(self.model, self._moved(inputs), self._how, drafts)
 
-    def _may_draft(self) -> bool:
-        """Whether drafts are known to change no text: greedy decoding in float32. On a GPU they are not tried yet."""
-        import torch
-
-        return self.options.beams == 1 and self.model.dtype == torch.float32 and self.model.device.type == "cpu"
-
 
 def _is_long(inputs: dict[str, Any]) -> bool:
-    """Whether this is audio of more than one window, which transformers cuts at timestamps that the model writes."""
+    """Whether the audio is longer than one window. transformers then cuts it at timestamps that the model writes."""
     return "attention_mask" in inputs
 
 
@@ -228,7 +225,7 @@ class CtcRecognizer(_Recognizer):
         return list(self.tokenizer.batch_decode([row[:length] for row, length in zip(tokens, lengths, strict=True)]))
 
     def _tokens(self, inputs: dict[str, Any]) -> tuple[list[list[int]], list[int]]:
-        """The likeliest token of each frame, and how many frames of each utterance are not padding."""
+        """The likeliest token of each frame, and the number of frames of each utterance without padding."""
         tokens = self.model(**self._moved(inputs)).logits.argmax(-1)
         mask = inputs.get("attention_mask")
         if mask is None or not self._may_pad():
@@ -237,9 +234,9 @@ class CtcRecognizer(_Recognizer):
         return tokens.tolist(), [int(length) for length in lengths]
 
     def _long_tokens(self, samples: Float32) -> list[int]:
-        """The tokens of audio that is heard in windows: of each what it does not share, of the first its start and of
-        the last its end too."""
-        ratio = int(getattr(self.model.config, "inputs_to_logits_ratio", 1))  # samples of a frame; 1 says nothing
+        """The tokens of audio that is heard in windows. Each window contributes the part that it does not share. The
+        first also contributes its start, and the last its end."""
+        ratio = int(getattr(self.model.config, "inputs_to_logits_ratio", 1))  # samples of a frame; 1 is unknown
         window, stride = (round(seconds * self.rate / ratio) * ratio for seconds in (WINDOW_SECONDS, STRIDE_SECONDS))
         tokens: list[int] = []
         for start in range(0, max(1, len(samples) - 2 * stride), window - 2 * stride):

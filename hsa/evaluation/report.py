@@ -1,4 +1,4 @@
-"""What an evaluation found: the scores of each model, and what they were measured on and with."""
+"""The result of an evaluation: the scores of each model, and the data and options of the measurement."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ FORMAT = 1
 class Evaluation:
     """A finished evaluation.
 
-    `models` are in the order given; a baseline that is none of them comes first. `normalizer` is the one that was used,
-    which `auto` is not. `decoded` counts the utterances that this run decoded, `audio_seconds` how long they are and
-    `seconds` the wall time of the run; transcripts of earlier runs in `output` were read. `notes` concern
-    the figures, `run_notes` this run alone.
+    `models` are in the order given; a baseline that is not among them comes first. `normalizer` is the one that was
+    used, never `auto`. `decoded` counts the utterances that this run decoded, `audio_seconds` is their length, and
+    `seconds` the wall time of the run. Transcripts of earlier runs in `output` were reused. `notes` concern the
+    figures, `run_notes` only this run.
 
     Example:
-        >>> found = hsa.evaluate(["primary", "merged"], "test.tsv", baseline="primary")  # doctest: +SKIP
-        >>> found["merged"].scores[0].difference.interval  # doctest: +SKIP
-        Interval(low=-0.068, high=-0.004)
+        >>> found = hsa.evaluate(["m1", "merged"], "test.tsv", baseline="m1")
+        >>> [model.name for model in found.models], found["merged"].scores[0].difference.interval
+        (['m1', 'merged'], Interval(low=..., high=...))
     """
 
     models: tuple[ModelScores, ...]
@@ -46,7 +46,7 @@ class Evaluation:
     run_notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ModelScores:
-        """The scores of a model by its name. RequestError where there is none of that name."""
+        """The scores of a model by its name. RequestError if there is no such model."""
         for each in self.models:
             if each.name == name:
                 return each
@@ -70,7 +70,7 @@ class Evaluation:
         )
 
     def scores_dict(self) -> dict[str, Any]:
-        """What stands in scores.json: nothing in it depends on when and in how many runs it was measured."""
+        """The content of scores.json. It does not depend on when or in how many runs it was measured."""
         return {
             "kind": KIND,
             "format": FORMAT,
@@ -84,7 +84,7 @@ class Evaluation:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa eval --json` prints: scores.json, and what this run did."""
+        """The content that `hsa eval --json` prints: scores.json, and facts about this run."""
         run = {
             "output": None if self.output is None else str(self.output),
             "decoded": self.decoded,

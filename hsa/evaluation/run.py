@@ -1,4 +1,4 @@
-"""A run over sets that are made ready: decode models and score what they write. `hsa eval` and `hsa sweep` share it."""
+"""A run over prepared sets: decode models and score their transcripts. `hsa eval` and `hsa sweep` share it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from hsa.option_names import option
 from hsa.system import fsio
 
 MOST_NAMED = 4
-"""Models that a note names."""
+"""Maximum models that a note names."""
 
 
 def check_scoring(normalizer: str, limit: int | None, confidence: float) -> None:
-    """RequestError for a normaliser that is none, a limit below 1, or a confidence that is none.
+    """Raise RequestError for an unknown normaliser, a limit below 1, or an invalid confidence.
 
     Example:
         >>> check_scoring("auto", None, 0.95)
@@ -45,7 +45,7 @@ def check_scoring(normalizer: str, limit: int | None, confidence: float) -> None
 
 
 def check_installed() -> None:
-    """RequestError where a library of the extra is missing, before any audio is looked at.
+    """Raise RequestError if a library of the extra is missing, before any audio is read.
 
     Example:
         >>> check_installed()
@@ -60,7 +60,7 @@ def check_installed() -> None:
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """Sets made ready, and how models are decoded and scored on them. `normalizer` may be `auto`.
+    """Prepared sets, and the settings for decoding and scoring models on them. `normalizer` may be `auto`.
 
     Example:
         >>> run = EvaluationRun.of(open_sets("test.tsv"), None, DecodingOptions(), "auto", 0.95)  # doctest: +SKIP
@@ -78,13 +78,14 @@ class EvaluationRun:
     def of(
         cls, sets: Sequence[DataSet], limit: int | None, options: DecodingOptions, normalizer: str, confidence: float
     ) -> EvaluationRun:
-        """Look at the audio of sets, of each the first `limit` utterances. Raises AudioError."""
+        """Read the audio headers of sets, or of the first `limit` utterances of each. Raises AudioError."""
         digests = AudioDigests()
         ready = tuple(prepare(each, limit, digests) for each in sets)
         return cls(ready, options, normalizer, confidence)
 
     def check(self, kinds: Sequence[ModelKind]) -> None:
-        """DataError where no reference of a set has a word once normalised as for these models, the baseline first."""
+        """Raise DataError if a set has no reference with a word, once normalised as for these models (baseline
+        first)."""
         _, normalize = self._normalizer(kinds)
         check_references(self.sets, normalize)
 
@@ -99,10 +100,11 @@ class EvaluationRun:
     ) -> Evaluation:
         """Decode models and score them.
 
-        `baseline_at` is the place of the model from which differences are taken. Transcripts are kept in `folder`,
-        which may be new. `started` is when the run began, by `time.perf_counter`; `run_notes` are its own.
+        `baseline_at` is the index of the model from which differences are taken. Transcripts are kept in `folder`,
+        which may be new. `started` is the start time of the run, by `time.perf_counter`. `run_notes` are notes about
+        this run.
 
-        Raises DataError as `check`, and what loading and decoding raise.
+        Raises the same DataError as `check`, and the errors of loading and decoding.
         """
         started = time.perf_counter() if started is None else started
         ordered = [*([] if baseline_at is None else [models[baseline_at]]), *models]
@@ -132,9 +134,9 @@ class EvaluationRun:
         )
 
     def _normalizer(self, kinds: Sequence[ModelKind]) -> tuple[str, Callable[[str], str]]:
-        """One normaliser for all models, whose scores could not be compared otherwise, and its name.
+        """The normaliser for all models, and its name. With several normalisers, scores could not be compared.
 
-        The normalizer.json and language that count are the first Whisper's, else the first model's.
+        The normalizer.json and language of the first Whisper are used, or else those of the first model.
         """
         speller = next((each for each in kinds if each.whisper), kinds[0])
         name = self.normalizer

@@ -1,7 +1,7 @@
 """Word and character error rates of utterances and groups of them, with intervals and differences from a baseline.
 
-jiwer counts the errors, with the least number of them in all. Words are what lies between spaces; characters include
-the spaces between words.
+jiwer counts the errors and finds their smallest possible number. Words are separated by spaces. Characters include the
+spaces between words.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 
 @dataclass(frozen=True, slots=True)
 class ErrorCounts:
-    """Errors in words or in characters; `reference` is how many of them the references have.
+    """Errors in words or in characters; `reference` is the number of words or characters in the references.
 
     Example:
         >>> counts = ErrorCounts(substitutions=1, deletions=0, insertions=1, reference=8)
@@ -46,7 +46,7 @@ class ErrorCounts:
 
     @property
     def rate(self) -> float:
-        """Errors over the length of the reference; insertions may take it above 1. NaN without a reference."""
+        """Errors over the length of the reference. Insertions may raise it above 1. NaN without a reference."""
         return self.errors / self.reference if self.reference else math.nan
 
     def __add__(self, other: ErrorCounts) -> ErrorCounts:
@@ -62,7 +62,7 @@ class ErrorCounts:
 class UtteranceScore:
     """The errors of one utterance. `reference` and `hypothesis` are the normalised texts that were compared.
 
-    `is_empty` says that nothing is left of the reference: `scores_of` leaves such utterances out and counts them.
+    `is_empty` says that the normalised reference is empty: `scores_of` leaves such utterances out and counts them.
     """
 
     id: str
@@ -89,9 +89,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """Word error rate of this model minus the baseline's: below 0 this model is better.
+    """Word error rate of this model minus the baseline's: if it is below 0, this model is better.
 
-    `interval` is None where the group has one utterance alone, of which nothing can be drawn.
+    `interval` is None if the group has only one utterance, from which nothing can be resampled.
     """
 
     wer: float
@@ -106,7 +106,7 @@ class Difference:
             Difference(wer=0.25, interval=Interval(low=0.0, high=0.5))
         """
         interval = self.interval
-        return Difference(  # 0.0 - 0.0 is 0.0, where a minus sign would give -0.0
+        return Difference(  # unlike a minus sign, this gives 0.0 and not -0.0
             0.0 - self.wer, None if interval is None else Interval(0.0 - interval.high, 0.0 - interval.low)
         )
 
@@ -115,9 +115,8 @@ class Difference:
 class Score:
     """Error rates of one group of utterances: of all, of a set, a domain or a speaker.
 
-    `utterances` were scored; `dropped` more were not, because nothing is left of their references. Intervals are None
-    where the group has one utterance alone. They were drawn over `speakers` speakers, or over utterances where that
-    is 0.
+    `utterances` were scored; `dropped` more were not, because their normalised references are empty. Intervals are None
+    if the group has only one utterance. They were drawn over `speakers` speakers, or over utterances if that is 0.
     """
 
     group: Group
@@ -138,10 +137,10 @@ class Score:
 def score_utterance(
     utterance: Utterance, hypothesis: str, *, set_name: str, normalize: Callable[[str], str]
 ) -> UtteranceScore:
-    """Count the errors of a hypothesis. Both texts are normalised first, and one space left between words.
+    """Count the errors of a hypothesis. Both texts are normalised first, with one space between words.
 
-    Raises DataError, which names the utterance, for a text that cannot be normalised, and RequestError where jiwer is
-    not installed.
+    Raises DataError, which names the utterance, for a text that cannot be normalised, and RequestError if jiwer is not
+    installed.
 
     Example:
         >>> utterance = Utterance("a", Path("/a.wav"), "Good morning, all.")
@@ -157,13 +156,13 @@ def score_utterance(
 
 
 def error_counts(reference: str, hypothesis: str) -> tuple[ErrorCounts, ErrorCounts]:
-    """The errors in words and in characters of a text that is normalised.
+    """The errors in words and in characters of a normalised text.
 
     Example:
         >>> error_counts("a b", "a c")[0].errors
         1
     """
-    if not reference:  # jiwer refuses it
+    if not reference:  # jiwer rejects an empty reference
         return ErrorCounts(0, 0, len(hypothesis.split()), 0), ErrorCounts(0, 0, len(hypothesis), 0)
     jiwer = _jiwer()
     words = jiwer.process_words(reference, hypothesis)
@@ -177,8 +176,8 @@ def _counts(found: Any) -> ErrorCounts:
 
 
 def alignment(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
-    """Words of two normalised texts side by side: equal, substitute, delete or insert, then the reference's word and
-    the hypothesis's, of which a deletion lacks the latter and an insertion the former ("").
+    """Align the words of two normalised texts: equal, substitute, delete or insert, then the reference's word and the
+    hypothesis's. The missing word of a deletion or an insertion is "".
 
     Example:
         >>> alignment("a b c", "a d")
@@ -213,18 +212,17 @@ def scores_of(
     seed: int = 0,
     groups: Collection[Group] = GROUPS,
 ) -> tuple[Score, ...]:
-    """Scores of all utterances, then of each set in order, and of each domain and speaker by name; of the kinds of
-    groups in `groups` alone, for the intervals of each group take time.
+    """Scores of all utterances, then of each set in order, and of each domain and speaker by name. Only the kinds in
+    `groups` are scored, because the intervals of each group take time.
 
-    Utterances of whose reference nothing is left are not scored, but counted (`Score.dropped`); a group that has no
-    others is left out. Intervals are percentiles of 10,000 bootstrap resamples (fewer of more than 100,000 units): of
-    speakers where every utterance of the group has one and there are two or more, of utterances otherwise. A speaker
-    who is named in several sets is one speaker. `baseline` are the scores of another model on the same utterances;
-    both are resampled together, and `difference` is this model minus that. The order of the utterances makes no
-    difference beyond the order of the sets.
+    Utterances with an empty normalised reference are counted (`Score.dropped`) but not scored; a group without others
+    is left out. Intervals are percentiles of 10,000 bootstrap resamples (fewer for more than 100,000 units). Speakers
+    are resampled if every utterance of the group has one and there are at least two, else utterances. A speaker named
+    in several sets is one speaker. `baseline` are the scores of another model on the same utterances; both are
+    resampled together, and `difference` is this model minus that. The order of utterances within a set has no effect.
 
-    Raises DataError where nothing is left to score, where an utterance occurs twice, and where the baseline was scored
-    on others; RequestError for a confidence or a seed that is none.
+    Raises DataError if nothing is left to score, an utterance occurs twice, or the baseline was scored on other
+    utterances; RequestError for an invalid confidence or seed.
 
     Example:
         >>> scores_of([score])[0].words.rate  # doctest: +SKIP
@@ -335,7 +333,7 @@ def _total(counts: Iterable[ErrorCounts]) -> ErrorCounts:
 
 
 class _Intervals(NamedTuple):
-    """Of the word error rate, of the character error rate, and of the difference in word error rate."""
+    """The intervals of the word error rate, of the character error rate, and of the difference in word error rate."""
 
     wer: Interval | None = None
     cer: Interval | None = None
@@ -360,7 +358,7 @@ def _intervals(
 
 
 def _speakers(members: list[UtteranceScore]) -> dict[str, int]:
-    """Places of the speakers; empty unless all are known and there are two or more."""
+    """The indices of the speakers; empty unless all are known and there are at least two."""
     names = {score.speaker: None for score in members}
     if None in names or len(names) < 2:
         return {}
@@ -368,7 +366,7 @@ def _speakers(members: list[UtteranceScore]) -> dict[str, int]:
 
 
 def _units(members: list[UtteranceScore], baseline: list[UtteranceScore], speakers: dict[str, int]) -> Integers:
-    """What is drawn, int64 [units, 5]: word errors, words, character errors, characters, the baseline's word errors."""
+    """The resampled units, int64 [units, 5]: word errors, words, character errors, characters, baseline word errors."""
     import numpy as np
 
     counts = np.array(

@@ -1,4 +1,4 @@
-"""The scores of an evaluation as text: a table for each set, and one of domains where there are any."""
+"""The scores of an evaluation as text: a table for each set, and one of domains if there are any."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COUNTS = ("sub", "del", "ins")
 MOST_DOMAINS, MOST_IN_DOMAINS = 12, 6
-"""Domains that get a row, and models that get a column beside them; of more the files tell."""
+"""Maximum domains with a row, and maximum models with a column. The files contain all of them."""
 
 
 def render(
@@ -27,7 +27,7 @@ def render(
     confidence: float,
     baseline: str | None,
 ) -> str:
-    """The tables for stdout as it is now: its width, its letters, colours on a terminal alone.
+    """Render the tables for the current stdout: its width, its characters, and colours only on a terminal.
 
     Example:
         >>> print(found.table)  # of hsa.evaluate, which calls this  # doctest: +SKIP
@@ -74,7 +74,7 @@ def _domains(console: Console, models: Sequence[ModelScores], domains: list[Scor
 
 
 def _differences(console: Console, models: Sequence[ModelScores], baseline: str, confidence: float) -> None:
-    """How far the models are from the baseline, on each set and on all of them."""
+    """The differences of the models from the baseline, on each set and on all of them."""
     print_line(console, f"\nWER minus that of {baseline}; * where the interval excludes 0")
     table = new_table("set", "model", "difference", _level(confidence), "", right=("difference", _level(confidence)))
     sets = [each for each in models[0].scores if each.group == "set"]

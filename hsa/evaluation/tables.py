@@ -1,6 +1,6 @@
 """Read tables of utterances: .tsv, .csv and .jsonl, with a column for the audio and one for the text.
 
-Cells of .tsv are taken as they are, quotation marks included, as Common Voice writes them; .csv is RFC 4180.
+Cells of .tsv are read literally, including quotation marks, as Common Voice writes them; .csv is RFC 4180.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 """Names of the tables of an audio folder."""
 
 MAX_ROW_LINES = 1000
-"""Lines of one row of a .csv, whose quoted cells may hold ends of lines."""
+"""Maximum lines of one row of a .csv, whose quoted cells may contain line breaks."""
 
 MAX_COLUMNS = 1000
-"""Columns of a table."""
+"""Maximum columns of a table."""
 
 
 TRANSCRIPTS = "transcripts.tsv"
-"""A table whose columns are file and text; it may lack their names."""
+"""A table with the columns file and text. Its header row is optional."""
 
 
 def read_table(path: Path, audio: Sequence[str] = AUDIO, *, limit: int | None = None) -> Collector:
-    """The utterances of a table, by the ending of its name; `audio` are the names that the column of audio may have.
-    With a `limit` the first so many are read, and nothing after them.
+    """Read the utterances of a table, whose format is that of its file ending. `audio` are the accepted names of the
+    audio column. With a `limit`, only that many utterances are read.
 
-    A table of two columns may lack their names, where its first row names a file that exists; the notes say so.
+    A table of two columns may lack a header row if its first row names an existing file; the notes then say so.
 
-    Raises DataError, which names the line, for a table that lacks a column or has it twice, and for a bad row.
+    Raises DataError, which names the line, if a column is missing or duplicate, and for a bad row.
 
     Example:
         >>> read_table(Path("test.tsv")).finish("test", Path("test.tsv"))  # doctest: +SKIP
@@ -67,8 +67,8 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the number of their first line."""
-    last = 0  # the last line of the row before
+    """Yield rows with the number of their first line."""
+    last = 0  # the last line of the previous row
     now = 0
 
     def lines() -> Iterator[str]:
@@ -119,7 +119,7 @@ def _add_rows(
 
 
 def _is_headless(collector: Collector, path: Path, cells: list[str], column_names: set[str]) -> bool:
-    """Whether a table begins with an utterance: two cells, neither a column's name, the first an existing file."""
+    """Whether a table has no header row: two cells, neither a column's name, the first an existing file."""
     if len(cells) != 2 or column_names or path.name in METADATA:
         return False
     return path.name == TRANSCRIPTS or os.path.isfile(os.path.join(collector.folder, cells[0]))
@@ -138,7 +138,7 @@ def _columns(place: Place, names: list[str], audio_names: Sequence[str]) -> dict
 
 
 def _only(place: Place, names: Sequence[str], allowed: Sequence[str]) -> int:
-    """The place of the one column that has one of these names."""
+    """The index of the only column that has one of these names."""
     found = [number for number, name in enumerate(names) if name in allowed]
     if len(found) != 1:
         which = (
@@ -171,7 +171,7 @@ def _add_objects(collector: Collector, path: Path, audio_names: Sequence[str]) -
         for name in (audio, text):
             if not isinstance(row.get(name), str):
                 raise DataError(f"{place}: {name} is {shown(row.get(name))}, expected a text")
-        if "\\u" in line:  # only an escape can put NUL or half of a surrogate pair into it
+        if "\\u" in line:  # only an escape can add NUL or an unpaired surrogate
             for name in (audio, text, *OPTIONAL):
                 if isinstance(row.get(name), str):
                     check_text(place, row[name], name)
@@ -230,7 +230,7 @@ def _word(place: Place, row: Mapping[str, Any], name: str) -> str | None:
 
 
 def seconds(place: Place, name: str, value: object) -> float | None:
-    """Seconds from a number or its text; None where there is none. Raises DataError for anything else.
+    """Parse seconds from a number or its text; None if there is none. Raises DataError for anything else.
 
     Example:
         >>> seconds(Place(Path("a.tsv"), 2), "start", "1.25")
@@ -244,6 +244,6 @@ def seconds(place: Place, name: str, value: object) -> float | None:
         except (ValueError, OverflowError):
             pass
         else:
-            if not isinstance(value, str) or "_" not in value:  # as Python writes thousands
+            if not isinstance(value, str) or "_" not in value:  # Python would accept 1_000
                 return number
     raise DataError(f"{place}: {name} is {shown(value)}, expected seconds such as 1.25")

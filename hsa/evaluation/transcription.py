@@ -1,4 +1,4 @@
-"""Transcribe sets with models, one model in memory at a time, and keep what they write."""
+"""Transcribe sets with models, one model in memory at a time, and store the transcripts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hsa.evaluation.prepared import PreparedSet
 from hsa.evaluation.utterance import Utterance
 
 KEPT_FEATURES = 1 << 30
-"""Bytes of features that are kept for the models that follow: those of about 1100 utterances of a Whisper."""
+"""Maximum bytes of features that are cached for later models: those of about 1100 utterances of a Whisper."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """How far a run is: utterances and seconds of audio that this run has decoded, of those that it has to decode, and
-    the seconds since it began to decode, in which it loads models too."""
+    """The progress of a run: the utterances decoded and to decode, and the seconds of audio decoded. `seconds` is the
+    time since decoding began, including the time to load models."""
 
     model: str
     set: str
@@ -36,18 +36,18 @@ class Step:
 
 
 EvaluationProgress = Callable[[Step], None]
-"""Called after every batch."""
+"""A callback after every batch."""
 
 
 class FeatureCache:
-    """Features by the family of models and the utterances of a batch, up to a number of bytes."""
+    """Caches features by model family and the utterances of a batch, up to a number of bytes."""
 
     def __init__(self, limit: int = KEPT_FEATURES) -> None:
         self._limit, self._held = limit, 0
         self._kept: OrderedDict[tuple[str, str, tuple[str, ...]], Any] = OrderedDict()
 
     def of(self, recognizer: Recognizer, name: str, batch: Sequence[Utterance]) -> Any:
-        """The features of a batch of the set of this name: kept ones, else computed from its audio."""
+        """The features of a batch of the set with this name, from the cache or computed from its audio."""
         key = (recognizer.features_key, name, tuple(each.id for each in batch))
         if key not in self._kept:
             features = recognizer.features([read_audio(each, recognizer.rate) for each in batch])
@@ -61,7 +61,7 @@ class FeatureCache:
 
 @dataclass
 class Transcription:
-    """The work of a run: every model on every set. `texts` has what each model wrote, by set and id.
+    """The work of a run: every model on every set. `texts` maps set and id to each model's text.
 
     `decoded` counts the utterances that this run decoded.
     """
@@ -90,7 +90,7 @@ class Transcription:
                         if recognizer is None:
                             recognizer = load_recognizer(stack.enter_context(model.checkpoint()), self.options)
                         self._decode(model, data, hypotheses, recognizer, cache)
-                    else:  # of a run that was killed after its last batch the file is still to be renamed
+                    else:  # if a run was killed after its last batch, this renames its file
                         with hypotheses.appending():
                             pass
                     self.texts[model.name, data.name] = hypotheses.texts

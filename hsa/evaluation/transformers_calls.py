@@ -1,4 +1,4 @@
-"""Call transformers quietly, and say in one line what it could not do."""
+"""Call transformers quietly, and report its failures in one line."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from hsa.errors import HsaError, MachineError, SourceError
 from hsa.option_names import option
 
 FROM_DISK: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""How transformers reads a directory: it fetches nothing, and refuses code that a config names instead of asking."""
+"""Arguments with which transformers reads a directory. It fetches nothing, and refuses code that a config names instead
+of asking."""
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""What torch says in errors of no class of their own where memory runs out."""
+"""Texts in torch's generic errors that mean that memory has run out."""
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without warnings and progress bars of transformers, which is as talkative as before afterwards."""
+    """Suppress warnings and progress bars of transformers inside the block."""
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -35,7 +36,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Say in one line what torch and transformers could not do with a model."""
+    """Report failures of torch and transformers with a model in one line."""
     import torch
 
     try:
@@ -44,7 +45,7 @@ def explained(folder: Path) -> Iterator[None]:
         raise MachineError(f"out of memory with {folder}; lower {option('batch')}, or free some") from error
     except HsaError:
         raise
-    except Exception as error:  # of any kind: files may hold anything, and the tokenizers' library raises bare ones
+    except Exception as error:  # of any kind: files are untrusted, and tokenizers raises bare exceptions
         if any(text in str(error) for text in OUT_OF_MEMORY):
             raise MachineError(f"out of memory with {folder}; lower {option('batch')}, or free some") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]

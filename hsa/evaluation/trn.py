@@ -3,8 +3,8 @@
     sclite -s -e utf-8 -i spu_id -r MODEL.ref.trn trn -h MODEL.hyp.trn trn
 
 sclite gives a substitution the weight 4 and a deletion or an insertion 3, and counts the errors of the cheapest
-alignment. That can be more errors than the least number, which is what error rates here count: where almost every word
-of an utterance is wrong, it may prefer a deletion and an insertion to substitutions.
+alignment. That can be more errors than the smallest number, which the error rates here count. If almost every word of
+an utterance is wrong, sclite may prefer a deletion and an insertion to substitutions.
 Source: https://github.com/usnistgov/SCTK, doc/infmts.htm
 """
 
@@ -26,10 +26,10 @@ from hsa.system.staging import hidden_sibling
 from hsa.system.types import PathLike
 
 UNKNOWN = "unknown"
-"""The speaker of utterances that have none."""
+"""The speaker of utterances that have no speaker."""
 
 MARKS = str.maketrans("(){};@*", "（）｛｝；＠＊")  # noqa: RUF001
-"""Characters that mean something in a trn file, and the wide ones that are written for them: it has no escapes."""
+"""Special characters of a trn file, and the wide characters that replace them: the format has no escapes."""
 
 _MACHINE = {*MACHINE_ERRNOS, errno.ENOSPC, errno.EDQUOT}
 _NO_ID = re.compile(r"[\s(){};@*\x00-\x1f\x7f]")
@@ -37,12 +37,12 @@ _NO_FILE_NAME = re.compile(r"[^\w.+-]")
 
 
 def write_trn(folder: PathLike, model_name: str, utterances: Sequence[UtteranceScore]) -> tuple[Path, Path]:
-    """Write FOLDER/MODEL.ref.trn and MODEL.hyp.trn, one line an utterance: "text (speaker-set_id)".
+    """Write FOLDER/MODEL.ref.trn and MODEL.hyp.trn, one line per utterance: "text (speaker-set_id)".
 
-    Texts are the normalised ones. Utterances of whose reference nothing is left are left out, as from the scores. In
-    `model_name` all but letters, digits, dots, hyphens and plus signs become underscores; `check_trn_names` refuses
-    names of which that makes one. Files that exist are replaced, each at once. Raises DestinationError where they
-    cannot be written, MachineError where the disk is full or fails.
+    Texts are the normalised ones. Utterances with an empty normalised reference are left out, as from the scores. In
+    `model_name`, all but letters, digits, dots, hyphens and plus signs become underscores; `check_trn_names` rejects
+    names that become equal. Existing files are replaced atomically. Raises DestinationError if they cannot be written,
+    MachineError if the disk is full or fails.
 
     Example:
         >>> write_trn("trn", "merged", scores)  # doctest: +SKIP
@@ -64,7 +64,7 @@ def write_trn(folder: PathLike, model_name: str, utterances: Sequence[UtteranceS
 
 
 def check_trn_names(model_names: Iterable[str]) -> None:
-    """RequestError where the files of two models would have one name, so that one would replace the other.
+    """Raise RequestError if the files of two models would have the same name, so that one would replace the other.
 
     Example:
         >>> check_trn_names(["merged", "primary"])
@@ -81,7 +81,7 @@ def check_trn_names(model_names: Iterable[str]) -> None:
 
 
 def _stem(model_name: str) -> str:
-    """What the names of a model's files begin with."""
+    """The prefix of the names of a model's files."""
     return _NO_FILE_NAME.sub("_", model_name).lstrip(".") or "model"
 
 
@@ -105,10 +105,9 @@ def _problem(path: Path, error: OSError) -> HsaError:
 
 
 def _names(scores: Iterable[UtteranceScore]) -> list[str]:
-    """A name for each utterance that differs from all others, also in lower case. sclite takes what is before the first
-    hyphen as the speaker."""
+    """A unique name for each utterance, ignoring case. sclite takes the part before the first hyphen as the speaker."""
     names: list[str] = []
-    numbers: dict[str, int] = {}  # the last one that was tried of a name that occurs again
+    numbers: dict[str, int] = {}  # the last suffix tried for a repeated name
     for score in scores:
         speaker = _NO_ID.sub("_", score.speaker or UNKNOWN).replace("-", "_")
         plain = name = f"{speaker}-{_NO_ID.sub('_', f'{score.set}_{score.id}')}"

@@ -1,4 +1,4 @@
-"""What a set of speech is: utterances with their references, as the readers of manifests give them."""
+"""A set of speech: utterances with their references, as the readers of manifests return them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One reference and the audio that it belongs to.
+    """One reference and its audio.
 
-    `id` is unique in its set, `audio` an absolute path, `text` the reference as written. `start` and `end` are seconds
-    in the file: without them the audio is the whole file.
+    `id` is unique in its set, `audio` is an absolute path, and `text` is the reference as written. `start` and `end`
+    are seconds in the file. Without them, the audio is the whole file.
 
     Example:
         >>> Utterance("utt_000", Path("/clips/utt_000.flac"), "Good morning.").speaker is None
@@ -29,7 +29,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class DataSet:
-    """The utterances of one manifest, in its order. `notes` are plain sentences on what the reader noticed.
+    """The utterances of one manifest, in its order. `notes` are plain sentences about the reader's observations.
 
     Example:
         >>> DataSet("test", Path("/clips"), (), ()).name

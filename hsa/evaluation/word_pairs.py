@@ -1,4 +1,4 @@
-"""The words of a reference and of what a model wrote, side by side, as the pages of reports show them."""
+"""The words of a reference and of a model's text side by side, as shown on report pages."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 from hsa.evaluation.scores import alignment
 
 MOST_WORDS = 300
-"""Pairs of words of an utterance that are shown. An hour of speech has nine thousand."""
+"""Maximum pairs of words shown per utterance. An hour of speech has nine thousand."""
 
 _OPERATIONS = {"equal": "=", "substitute": "s", "delete": "d", "insert": "i"}
 
 
 class WordPairs(NamedTuple):
-    """`pairs` are lists of an operation (=, s, d or i), the reference's word and the model's; `cut` counts those that
-    are left out."""
+    """`pairs` are lists of an operation (=, s, d or i), the reference's word and the model's. `cut` counts the pairs
+    that are left out."""
 
     pairs: list[list[str]]
     cut: int
@@ -23,7 +23,7 @@ class WordPairs(NamedTuple):
 def word_pairs(reference: str, hypothesis: str) -> WordPairs:
     """The first words of two normalised texts side by side, at most `MOST_WORDS` pairs.
 
-    Raises RequestError where jiwer is not installed.
+    Raises RequestError if jiwer is not installed.
 
     Example:
         >>> word_pairs("a b c", "a d").pairs

@@ -1,1 +1,1 @@
-"""What can be said of heads and task vectors before a merge, and of an output afterwards."""
+"""Inspection of heads and task vectors before a merge, and of an output afterwards."""

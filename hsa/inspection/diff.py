@@ -1,4 +1,4 @@
-"""`hsa inspect --diff A B`: how two outputs differ, by their provenance, their files and their weights."""
+"""`hsa inspect --diff A B`: the differences between two outputs in provenance, files and weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hsa.system.fsio import SourceFile, Tally
 from hsa.system.manifest import PROVENANCE
 
 STEP = 1 << 20
-"""Bytes of each file that are compared at a time."""
+"""The number of bytes of each file that are compared at a time."""
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class HeadsDiff:
-    """One tensor that both outputs merged: the heads of each, and the largest relative difference of their scores."""
+    """A tensor that both outputs merged: the selected heads of each, and the largest relative difference of scores."""
 
     name: str
     place: TensorPlace
@@ -47,7 +47,7 @@ class HeadsDiff:
 
     @property
     def jaccard(self) -> float | None:
-        """Intersection over union; None where neither selects a head."""
+        """Intersection over union of the selected heads; None if neither output selects a head."""
         return jaccard(self.first, self.second)
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,13 +63,13 @@ class HeadsDiff:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two outputs, A and B.
+    """The comparison of two outputs, A and B.
 
-    `parameters` and `program` hold the values that differ, as pairs. `sources` says per role under which ids, and
-    whether both were made from the same target bytes; an id is None where one has no source of that role. `heads` is
-    None unless both were made by a method that selects heads. `files` is one of same, different, only a, only b,
-    missing, for each file that either provenance lists, by the bytes that are there now. `weights` is None where one of
-    the two has none.
+    `parameters` and `program` hold the values that differ, as pairs. `sources` holds for each role the two ids, and
+    whether both outputs were made from the same target bytes; an id is None if its output has no source of that role.
+    `heads` is None unless both outputs were made by a method that selects heads. `files` maps each file that either
+    provenance lists to one of same, different, only a, only b, missing, by the bytes on disk. `weights` is None if one
+    of the outputs has no weights.
     """
 
     first: str
@@ -91,23 +91,23 @@ class Comparison:
 
     @property
     def agreeing_tensors(self) -> int:
-        """How many tensors have the same heads in both."""
+        """The number of tensors with the same selected heads in both."""
         return sum(each.same for each in self._heads)
 
     @property
     def jaccard(self) -> float | None:
-        """Heads that both merged over heads that either did, tensors of both only; None where there is none."""
+        """Intersection over union of the selected heads, over the tensors that both merged; None if there are none."""
         both = sum(len(set(each.first) & set(each.second)) for each in self._heads)
         either = sum(len(set(each.first) | set(each.second)) for each in self._heads)
         return both / either if either else None
 
     @property
     def identical(self) -> bool:
-        """Whether every file of both, provenance included, holds the same bytes."""
+        """Whether every file, including the provenance, has the same bytes in both."""
         return set(self.files.values()) == {"same"}
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa inspect --diff --json` prints."""
+        """The comparison as `hsa inspect --diff --json` prints it."""
         return {
             "format": FORMAT,
             "version": __version__,
@@ -133,8 +133,9 @@ class Comparison:
 def compare(first: PathLike, second: PathLike, progress: Progress | None = None) -> Comparison:
     """Compare two outputs of `hsa.merge`, A and B, in bounded memory.
 
-    `progress` is called now and then with bytes done and bytes in all. Raises ProvenanceError where one is no output of
-    hsa or its provenance is damaged, SourceError and its subclasses where its weights are malformed, MachineError.
+    `progress` is called now and then with the bytes done and the total bytes. Raises ProvenanceError if one of them is
+    no output of hsa or its provenance is damaged, SourceError and its subclasses if its weights are malformed,
+    MachineError.
     """
     folders = (Path(first).expanduser(), Path(second).expanduser())
     a, b = (provenance.load(folder) for folder in folders)
@@ -184,7 +185,7 @@ def compare(first: PathLike, second: PathLike, progress: Progress | None = None)
 
 
 def _parameters(one: Provenance, other: Provenance) -> dict[str, Any]:
-    """The parameters of an output, and its method where one of the two methods is not told by them."""
+    """The parameters of an output, with its method unless both methods select heads."""
     told = one.record.method.selects_heads and other.record.method.selects_heads
     return {**({} if told else {"method": one.record.method.name}), **one.record.parameters}
 
@@ -225,7 +226,7 @@ def _compare_heads(a: Provenance, b: Provenance) -> dict[str, HeadsDiff]:
 
 
 def _score_difference(one: TensorRecord, other: TensorRecord) -> float | None:
-    """The largest relative difference of two heads' scores; None where the numbers of heads differ."""
+    """The largest relative difference between two scores of the same head; None if the numbers of heads differ."""
     if one.heads != other.heads:
         return None
     pairs = zip(one.scores, other.scores, strict=True)
@@ -236,7 +237,8 @@ def _score_difference(one: TensorRecord, other: TensorRecord) -> float | None:
 
 
 def _files(provenance: Provenance, folder: Path) -> Iterator[str]:
-    """What a provenance lists, and itself. The names are a file's: none may lead out of the directory."""
+    """The files that a provenance lists, and the provenance itself. Names that would lead out of the directory are
+    refused, because they come from a file."""
     for name in provenance.files:
         if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
             raise ProvenanceError(

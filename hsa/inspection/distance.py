@@ -1,4 +1,4 @@
-"""The distance of two outputs' weights, streamed slice by slice: bytes compared, norms in float64."""
+"""The distance between two outputs' weights, streamed in slices: bytes are compared, and norms are in float64."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from hsa.system.dtypes import ARITHMETIC, BITS, STORAGE, Array, size, widen
 from hsa.system.fsio import Tally
 
 STEP = 1 << 18
-"""Elements of each tensor that are compared at a time."""
+"""The number of elements of each tensor that are compared at a time."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Squared L2 norms over a group of tensors, in float64: of B - A and of A; tensors with equal bytes, and all."""
+    """Squared L2 norms of B - A and of A over a group of tensors, in float64, with the number of tensors with equal
+    bytes and of all."""
 
     change: float
     whole: float
@@ -31,7 +32,7 @@ class Distance:
 
     @property
     def relative(self) -> float | None:
-        """|B - A| / |A|; None where A is zero and B is not."""
+        """|B - A| / |A|; None if A is zero and B is not."""
         if self.change == 0.0:
             return 0.0
         return math.sqrt(self.change / self.whole) if self.whole > 0.0 else None
@@ -56,9 +57,10 @@ class Distance:
 
 @dataclass(frozen=True)
 class WeightDistances:
-    """The weights of two outputs: distances by stack, by stack and kind, and of targets and the rest.
+    """The distances between the weights of two outputs: by stack, by stack and kind, and for targets and the rest.
 
-    `incomparable` are tensors of both without a distance (other shapes, no numbers, NaN or Inf) whose bytes differ.
+    `incomparable` are tensors of both whose bytes differ and that have no distance (different shapes, not numeric, or
+    with NaN or Inf).
     """
 
     whole: Distance
@@ -86,9 +88,9 @@ class WeightDistances:
 def compare_weights(
     folders: tuple[Path, Path], targets: set[str], tally: Tally, step: Callable[[int], None]
 ) -> WeightDistances:
-    """Every tensor of both outputs. `targets` are canonical names. Raises SourceError, MachineError."""
+    """Compare every tensor of both outputs. `targets` are canonical names. Raises SourceError, MachineError."""
     with ExitStack() as stack:
-        # a role is but a label in messages and tallies here
+        # roles are only labels in messages and tallies here
         a, b = (
             stack.enter_context(open_checkpoint(label, folder, tally))
             for label, folder in zip(("a", "b"), folders, strict=True)
@@ -126,7 +128,7 @@ def compare_weights(
 def _distance(
     a: Checkpoint, b: Checkpoint, name: str, buffers: Buffers, step: Callable[[int], None]
 ) -> Distance | None:
-    """The distance of one tensor; None where it has none and the bytes differ."""
+    """The distance of one tensor; None if it has no distance and its bytes differ."""
     one, other = a.tensors[name], b.tensors[name]
     if one.shape != other.shape:
         return None
@@ -156,7 +158,7 @@ def _distance(
         elif not equal:
             return None
     if equal and not all(map(math.isfinite, whole)):
-        return Distance(0.0, 0.0, 1, 1)  # NaN and Inf have no norm, yet equal bytes are no distance apart
+        return Distance(0.0, 0.0, 1, 1)  # NaN and Inf have no norm, but equal bytes have distance 0
     if not all(map(math.isfinite, (*whole, *change))):
         return None
     return Distance(math.fsum(change), math.fsum(whole), int(equal), 1)

@@ -1,4 +1,4 @@
-"""Inspect an output by its provenance alone: no source and no weights are read."""
+"""Inspect an output by its provenance alone, without reading sources or weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ ROOTS = (
 
 
 def recorded_config(record: Provenance, directory: Path) -> HsaSettings:
-    """The parameters of the merge. Raises ProvenanceError where they, or the tensors, are none that a merge has."""
+    """The parameters of the merge. Raises ProvenanceError if the parameters or the tensors are not valid for a
+    merge."""
     where = directory / PROVENANCE
     if not record.record.targets:
         raise ProvenanceError(f"{where} records no merged tensor; it is no provenance that hsa wrote")
@@ -47,12 +48,13 @@ def recorded_config(record: Provenance, directory: Path) -> HsaSettings:
 
 
 def changed_config(config: HsaSettings, values: Mapping[str, PerTensor]) -> HsaSettings:
-    """The config with other values of `k`, `lam` or `alpha`. Raises RequestError for those out of range."""
+    """The config with other values of `k`, `lam` or `alpha`. Raises RequestError for values out of range."""
     return replace(config, **values) if values else config  # type: ignore[arg-type]
 
 
 def _layers(config: HsaSettings, records: Sequence[TensorRecord]) -> dict[str, int]:
-    """L of each stack: a merge is refused unless every layer that the config promises has its targets."""
+    """The number of layers L of each stack. It follows from the targets, because a merge is refused unless every layer
+    of the config has its targets."""
     layers: dict[str, int] = {}
     for target in records:
         stack = target.projection.stack
@@ -63,7 +65,7 @@ def _layers(config: HsaSettings, records: Sequence[TensorRecord]) -> dict[str, i
 def inspect_provenance(
     record: Provenance, directory: Path, config: HsaSettings, shown_config: HsaSettings, tally: Tally
 ) -> Inspection:
-    """The inspection of an output: recorded with `config`, shown with `asked`."""
+    """The inspection of an output that was recorded with `config` and is shown with `shown_config`."""
     layers = _layers(config, record.record.targets)
     tensors = [_recorded_tensor(each, layers, config, shown_config) for each in record.record.targets]
     notes = [NO_SOURCES.format(listed(record.record.sources))]
@@ -128,7 +130,7 @@ def _recorded_tensor(
 def _record_differences(
     records: Sequence[TensorRecord], config: HsaSettings, layers: Mapping[str, int]
 ) -> Iterator[str]:
-    """What in a record does not follow from its own parameters: nothing, in a record that hsa wrote."""
+    """Values of a record that do not follow from its own parameters; none, in a record that hsa wrote."""
     for target in records:
         name, p = target.canonical, target.projection
         keep = keep_count(config.of("k", name), target.heads)
@@ -142,7 +144,7 @@ def _record_differences(
 
 
 def parameters_of(record: Provenance, shown_config: HsaSettings) -> dict[str, object]:
-    """The recorded parameters, those of the shown selection in their places."""
+    """The recorded parameters, with those of the shown selection replaced."""
     structural = {each.key for each in declared(HsaSettings) if each.about.structural}
     shown_values = {key: value for key, value in summary(shown_config.as_dict()).items() if key not in structural}
     return {**record.record.parameters, **shown_values}

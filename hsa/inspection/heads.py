@@ -1,4 +1,4 @@
-"""Inspections of heads, as HSA selects them, by their sources."""
+"""Inspection of the heads that HSA selects, from their sources."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hsa.system.fsio import Tally
 from hsa.system.types import PathLike, Progress
 
 HSA = "hsa"
-"""The method whose scores are shown, those of reference numerics too, which are the same but for rounding."""
+"""The method whose scores are shown, also for reference numerics, which differ only in rounding."""
 
 
 def inspect_heads(
@@ -42,7 +42,7 @@ def inspect_heads(
     energy: bool,
     progress: Progress | None,
 ) -> Inspection:
-    """Scores, selection and task vectors of the heads of open sources, held against an output where there is one."""
+    """Scores, selection and task vectors of the heads of the sources, compared with an output if there is one."""
     config.check_models(len(paths) - 1)
     tally, hub, method = Tally(), Hub(bars=progress is not None), method_named(HSA)
     remote = remote_roles(paths)
@@ -105,7 +105,7 @@ def inspect_heads(
 
 
 def _mean_notes(sources: Sources) -> Iterator[str]:
-    """What tv2 stands for where there are more than two models."""
+    """A note on the meaning of tv2 if there are more than two models."""
     if len(sources.models) > 2:
         yield (
             f"tv2 is the weighted mean of the task vectors of {listed(sources.models[1:])}, and a score adds the "
@@ -114,7 +114,7 @@ def _mean_notes(sources: Sources) -> Iterator[str]:
 
 
 def _merge_findings(targets: Targets, measured: Mapping[str, TargetMeasures]) -> Findings:
-    """What a merge of the same sources with the same parameters would say of them."""
+    """The findings that a merge of the same sources with the same parameters would report."""
     outcomes = []
     for task in targets.tasks:
         measures = measured[task.name]
@@ -142,7 +142,7 @@ def _inspect_target(
     selection = select(measures.squared, keep)
     squared: tuple[float, ...] | None = measures.squared
     scores, selected, margin = selection.scores, selection.selected, selection.margin
-    if recorded is not None and config.numerics == "reference":  # its scores are torch's own, and so is its choice
+    if recorded is not None and config.numerics == "reference":  # its scores and its selection come from torch
         squared, scores = None, recorded.scores
         selected, margin = recorded.selected, recorded.margin
         if keep != recorded.keep:
@@ -172,7 +172,7 @@ def _inspect_target(
 def _check_sources(
     record: Provenance, directory: Path, targets: Sequence[TensorTask], measured: Mapping[str, TargetMeasures]
 ) -> None:
-    """MismatchError unless these are the target bytes that the output was made from."""
+    """Raise MismatchError unless these are the target bytes that the output was made from."""
     for role in record.record.sources:
         lines = []
         for target in targets:
@@ -192,7 +192,7 @@ def _selection_differences(
     measured: Mapping[str, TargetMeasures],
     config: HsaSettings,
 ) -> Iterator[str]:
-    """Recorded heads that the sources do not give; only exact numerics can be repeated here."""
+    """Recorded selections that do not follow from the sources; only exact numerics can be repeated here."""
     if config.numerics == "reference":
         return
     for target in targets:
@@ -216,7 +216,7 @@ def _energies(
     buffers: Buffers,
     step: Callable[[int], None],
 ) -> tuple[Energy, ...]:
-    """The energies of the models; `geometries` are those of the targets by canonical name."""
+    """The energies of the models; `geometries` holds those of the targets, by canonical name."""
     outside = measure_other_tensors(sources, geometries, buffers, step)
     energies = []
     for number, role in enumerate(sources.models):

@@ -1,4 +1,4 @@
-"""`hsa.inspect`: what a merge of sources would do and why, or what a finished output says of itself."""
+"""`hsa.inspect`: what a merge of sources would do and why, or what a finished output records."""
 
 from __future__ import annotations
 
@@ -37,32 +37,39 @@ __all__ = ["Agreement", "Energy", "Geometry", "Inspection", "ModelInspection", "
 def inspect(
     output: PathLike | None = None, *, energy: bool = True, progress: Progress | None = None, **keywords: Any
 ) -> Inspection | ModelInspection:
-    """What a merge does and why: of sources, of a finished output, or of both.
+    """Inspect what a merge does and why, from its sources, its finished output, or both.
 
-    Of HSA an `Inspection`: scores, selection, margins and task vectors of every head. Of a method that merges whole
-    models a `ModelInspection`: norms and cosines of task vectors, sign conflicts, what is kept, and coefficients.
+    For HSA, returns an `Inspection`: scores, selection, margins and task vectors of every head. For a method that
+    merges whole models, returns a `ModelInspection`: norms and cosines of task vectors, sign conflicts, the shares that
+    are kept, and coefficients.
 
-    Sources are given all or none, as for `hsa.merge`, or `models` in their order. With `output` they must be what it
-    was made from, and tell what a provenance does not hold: cosines, norms, relative sizes. Settings are by default
-    the output's own, or those of `hsa.merge`; what shapes the plan of a merge cannot be another than the output's, and
-    of a merge of whole models no setting can. A base may be given to methods that take none, to show task vectors.
+    Give all sources or none, by role as for `hsa.merge`, or as `models` in their order. With `output`, they must be the
+    sources that it was made from. They add what a provenance does not contain: cosines, norms, relative sizes. The
+    default settings are the output's own, or those of `hsa.merge`. Settings that shape the plan of a merge cannot
+    differ from the output's; for a merge of whole models, no setting can. Methods that take no base accept one here, to
+    show task vectors.
 
     Args:
-        output: a directory that `hsa.merge` wrote; alone, nothing but its provenance is read.
+        output: a directory that `hsa.merge` wrote; without sources, only its provenance is read.
         {sources}
-        method: the method of merging, by default HSA or the output's own.
+        method: the merge method, by default HSA or the output's own.
         {settings}
         {options}
-        energy: of HSA: read the whole of local sources for the share of each task vector inside the targets. Of sources
-            on the Hub only targets are fetched, and it is left out.
-        progress: called now and then with bytes done and bytes in all.
+        energy: for HSA, read local sources whole to find the share of each task vector inside the targets. It is left
+            out for sources on the Hub, of which only targets are fetched.
+        progress: called now and then with the bytes done and the total bytes.
 
-    What is decided is decided as by `hsa.merge`, bit for bit; HSA's scores are those of exact numerics. Memory holds
-    one target at a time, or slices of some tensors and what a merge keeps of them between its passes. The warnings
-    say whatever a merge of the sources would warn of, by their values and adapters and by the parameters, and why a
-    merge would refuse them where their config.json and tensors differ.
+    Decisions are those of `hsa.merge`, bit for bit; HSA's scores are those of exact numerics. Memory holds one target
+    at a time, or slices of some tensors and the data that a merge keeps between its passes. The warnings are those that
+    a merge of the sources would give for their values, their adapters and the parameters. A further warning says why a
+    merge would refuse the sources if a config.json does not match the tensors.
 
-    Raises RequestError, SourceError, MachineError or a subclass; MismatchError where the sources are not the output's.
+    Raises RequestError, SourceError, MachineError or a subclass; MismatchError if the sources are not the output's.
+
+    Example:
+        >>> found = hsa.inspect("merged")
+        >>> found.origin, found.parameters["k"]
+        ('output', 0.6)
     """
     check_keywords(INSPECT, keywords)
     check_flags(energy=energy)
@@ -78,7 +85,7 @@ def inspect(
 
 
 def shows_heads(output: PathLike | None, method: str | None) -> bool:
-    """Whether an inspection of an output, or by a method, shows heads. Raises RequestError and ProvenanceError."""
+    """Whether an inspection of an output or for a method shows heads. Raises RequestError and ProvenanceError."""
     return _method(method, None if output is None else _load(output)).selects_heads
 
 
@@ -89,7 +96,7 @@ def _load(output: PathLike) -> RecordedMerge:
 
 
 def _method(name: str | None, recorded: RecordedMerge | None) -> Method[Any, Any]:
-    """The method of the output, or the one that is named."""
+    """The method of the output, or else the one with this name."""
     if recorded is None:
         return method_named(DEFAULT_METHOD if name is None else name)
     own = recorded.provenance.record.method
@@ -141,7 +148,8 @@ def _models(
 
 
 def _sources_of(method: Method[Any, Any], given: NamedArguments) -> Mapping[Role, PathLike]:
-    """The sources that are given without an output, by the roles of a method; with a base that it has no use for."""
+    """The sources that are given without an output, by the roles of a method. A base is accepted even if the method
+    takes none."""
     contract = method.contract
     paths, _, left = given.by_roles(contract)
     together = listed(map(option, missing_sources(contract, ())))

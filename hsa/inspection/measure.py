@@ -1,7 +1,7 @@
-"""From open sources to scores, geometry and energies, one tensor at a time in buffers that are used again.
+"""Compute scores, geometry and energies from open sources, one tensor at a time in reused buffers.
 
-Scores are the CPU backend's own, so that they are the merge's bit for bit. What a merge does not compute (cosines,
-norms, energies) is summed in float64, in a fixed order.
+Scores come from the CPU backend, so they equal those of a merge bit for bit. Quantities that a merge does not compute
+(cosines, norms, energies) are summed in float64, in a fixed order.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import ARITHMETIC, STORAGE, Array, size, widen
 
 Step = Callable[[int], None]
-"""Called with bytes read since the last call."""
+"""A callback that is called with the bytes read since its last call."""
 
 
 @dataclass(frozen=True)
 class TargetMeasures:
-    """One target: squared scores, geometry, whether each model's task vector moved, the digest of its bytes by role,
-    and which sources hold the same values in it."""
+    """The measures of one target: squared scores, geometry, whether each model's task vector is nonzero, the digest of
+    its bytes by role, and the pairs of sources with the same values."""
 
     squared: tuple[float, ...]
     geometry: AnyGeometry
@@ -44,13 +44,14 @@ class TargetMeasures:
 
 
 class Buffers:
-    """Memory for the bytes of one tensor of each source, grown to the largest and kept; `nbytes` is what it holds."""
+    """Reusable memory for the bytes of one tensor of each source. It grows to the largest tensor; `nbytes` is its
+    size."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, Array] = {}
 
     def take(self, key: str, nbytes: int) -> Array:
-        """An uninitialised uint8 array of that length; the last one of that key is overwritten."""
+        """An uninitialized uint8 array of that length. It reuses the memory of the last array of the same key."""
         array = self._arrays.get(key)
         if array is None or array.size < nbytes:
             self._arrays.pop(key, None)
@@ -63,7 +64,7 @@ class Buffers:
 
 
 def measure(sources: Sources, targets: Targets, buffers: Buffers, step: Step) -> Iterator[TargetMeasures]:
-    """Each target in order, read, scored and measured. Raises NonFiniteError, SourceChanged, MachineError."""
+    """Read, score and measure each target in order. Raises NonFiniteError, SourceChanged, MachineError."""
     worker = CpuBackend().worker(targets.method, targets.settings)
     for task in targets.tasks:
         raw: dict[Role, Array] = {}
@@ -95,7 +96,8 @@ def geometry(task: TensorTask, raw: Mapping[Role, Array]) -> AnyGeometry:
 
 @dataclass
 class OtherTensors:
-    """Squared L2 norms of a task vector outside the targets, by stack and kind, and the tensors that have none."""
+    """Squared L2 norms of a task vector outside the targets, by stack and kind, and the skipped tensors, which have no
+    norm."""
 
     groups: dict[str, float]
     skipped: list[str]
@@ -104,7 +106,7 @@ class OtherTensors:
 def measure_other_tensors(
     sources: Sources, inside: Container[str], buffers: Buffers, step: Step
 ) -> dict[Role, OtherTensors]:
-    """Stream every tensor whose canonical name is not `inside` the targets, in slices, base once for all fine-tunes.
+    """Stream every tensor whose canonical name is not in `inside`, in slices. Base is read once for all fine-tunes.
 
     Raises SourceChanged, MachineError.
     """
@@ -134,7 +136,7 @@ def measure_other_tensors(
 
 
 def bytes_of_other_tensors(sources: Sources, targets: Sequence[TensorTask]) -> int:
-    """About how many bytes `elsewhere` reads, for a progress bar."""
+    """The approximate number of bytes that `measure_other_tensors` reads, for a progress bar."""
     inside = {task.name for task in targets}
     return sum(ref.nbytes for source in sources for name, ref in source.tensors.items() if name not in inside)
 
@@ -142,7 +144,7 @@ def bytes_of_other_tensors(sources: Sources, targets: Sequence[TensorTask]) -> i
 def _squared_norms(
     sources: Sources, name: str, base: TensorRef, roles: Sequence[Role], buffers: Buffers, step: Step
 ) -> dict[Role, float]:
-    """Squared norm of each task vector of one tensor; NaN or Inf where the tensor holds any."""
+    """The squared norm of each task vector of one tensor; NaN or Inf if the tensor holds any."""
     parts: dict[Role, list[float]] = {role: [] for role in roles}
     total = math.prod(base.shape)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -157,7 +159,7 @@ def _squared_norms(
 
 
 def _read(sources: Sources, role: Role, ref: TensorRef, first: int, count: int, buffers: Buffers, step: Step) -> Array:
-    """Elements of a tensor in float64."""
+    """Read elements of a tensor as float64."""
     raw = buffers.take(role, count * size(ref.code))
     sources.of(role).read_into(ref, raw.data, first * size(ref.code))
     step(raw.size)

@@ -1,8 +1,8 @@
-"""One pass over every tensor that a merge of whole models computes: decided as the merge decides it, then summed up.
+"""One pass over every tensor that a merge of whole models computes: find the merge's decision, then sum up the tensor.
 
-Threads draw slices in order, as in a merge. Where a method measures a tensor before it decides, the engine's own
-`StreamedTensor` does, so that thresholds and coefficients are the merge's bit for bit. In memory are the slices under
-way and the tensors that the engine keeps between its passes.
+Threads draw slices in order, as in a merge. If a method measures a tensor before it decides, the engine's own
+`StreamedTensor` does this too, so that thresholds and coefficients equal those of the merge bit for bit. Memory holds
+the slices in progress and the tensors that the engine keeps between its passes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import Array
 
 STREAMED = ("flat", "rows", "columns")
-"""Layouts whose decisions follow from sums over slices."""
+"""The layouts whose decisions follow from sums over slices."""
 
 
 @dataclass(frozen=True)
 class InspectedTensor:
-    """A tensor to measure: the merge's task, and base's tensor. `decides`: its decision is found, not left open."""
+    """A tensor to measure: the merge's task, and base's tensor. `decides` is false if its decision is left open."""
 
     task: TensorTask
     base: TensorRef | None
@@ -44,18 +44,19 @@ class InspectedTensor:
 
     @classmethod
     def of(cls, method: Method[Any, Any], task: TensorTask, base: TensorRef | None) -> InspectedTensor:
-        """A decision that takes more than sums over slices, such as a decomposition, is left open."""
+        """The tensor of a task. Its decision is left open if it takes more than sums over slices, such as a
+        decomposition."""
         decides = method.elementwise and task.layout in STREAMED
         return cls(task if decides else replace(task, layout="flat", passes=0), base, decides)
 
     @property
     def whole(self) -> bool:
-        """Whether it is read at once."""
+        """Whether the tensor is read as a whole."""
         return is_whole(self.task)
 
     @property
     def shown(self) -> TensorTask:
-        """The task with base among its sources, also where the method does not use it."""
+        """The task with base among its sources, even if the method does not use it."""
         if self.base is None or BASE in self.task.sources:
             return self.task
         return replace(self.task, sources={BASE: self.base, **self.task.sources})
@@ -68,7 +69,7 @@ class InspectedTensor:
 
 @dataclass(frozen=True)
 class TensorFindings:
-    """What was found of a tensor: its outcome, whose decision is None where it was left open, and its sums."""
+    """The findings about a tensor: its outcome, whose decision is None if it was left open, and its sums."""
 
     outcome: Outcome
     sums: TensorSums
@@ -76,7 +77,7 @@ class TensorFindings:
 
 @dataclass
 class _Progress:
-    """A tensor while threads measure it: by the first element of a slice, what was found there."""
+    """The state of a tensor while threads measure it. `parts` holds the sums of each slice by its first element."""
 
     target: InspectedTensor
     left: int
@@ -85,7 +86,7 @@ class _Progress:
 
 
 class ModelPass:
-    """The pass over some tensors of open sources: of those that are merged, and of base where the method uses none."""
+    """The pass over tensors of open sources. It reads base even if the method does not use it."""
 
     def __init__(self, sources: Sources, method: Method[Any, Any], settings: Settings) -> None:
         self._sources, self._method, self._settings = sources, method, settings
@@ -98,9 +99,9 @@ class ModelPass:
     def run(
         self, targets: Sequence[InspectedTensor], threads: int, progress: Callable[[int], None]
     ) -> list[TensorFindings]:
-        """The findings of each target, in their order. `progress` is called with bytes done so far.
+        """The findings of each target, in the order of the targets. `progress` is called with the bytes done so far.
 
-        Raises NonFiniteError, SourceChanged, MachineError, and RequestError where a method can decide nothing.
+        Raises NonFiniteError, SourceChanged, MachineError, and RequestError if a method cannot decide.
         """
         slices = []
         for target in targets:
@@ -152,7 +153,7 @@ class ModelPass:
     def _sum_up(
         self, target: InspectedTensor, piece: Computed, worker: Any, decision: Any, buffers: Mapping[str, Array]
     ) -> None:
-        """Sum up a slice; its buffers are given back."""
+        """Sum up a slice and return its buffers to the pool."""
         shown = replace(piece, task=target.shown)
         added = shown.task.sources.keys() - piece.task.sources.keys()
         every = {**self._calculator.read(shown, added), **buffers}
@@ -163,7 +164,7 @@ class ModelPass:
             self._under_way[piece.task.name].parts[piece.first] = parts
 
     def _finish(self, own: _Progress) -> None:
-        """Gather what was found of a tensor, all of whose slices were measured."""
+        """Combine the sums of a tensor once all its slices are measured."""
         target, task = own.target, own.target.task
         outcome = self._calculator.outcomes[task.name] if task.passes else self._outcome(own)
         decision = outcome.decision
@@ -178,7 +179,7 @@ class ModelPass:
             del self._under_way[task.name]
 
     def _outcome(self, own: _Progress) -> Outcome:
-        """What a merge makes of a tensor that it does not measure."""
+        """The outcome of a merge for a tensor that it does not measure."""
         target, task, facts = own.target, own.target.task, own.facts
         decision = None
         if may_be_copied(task, self._method, self._settings) and facts.all_equal:
@@ -189,7 +190,8 @@ class ModelPass:
 
 
 def _distance_sums(task: TensorTask, vectors: VectorSums) -> DistanceSums | None:
-    """The sums over all elements, as a merge takes them of a sample; None of a tensor that is merged without base."""
+    """The sums over all elements, in the form in which a merge takes them over a sample; None for a tensor that is
+    merged without base."""
     if BASE not in task.sources or vectors.base is None:
         return None
     numbers = task.numbers

@@ -1,4 +1,4 @@
-"""The report of an inspection of whole models: frozen values, and the one dictionary that every view is drawn from."""
+"""The report of an inspection of whole models: immutable values, and the dictionary from which every view is made."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hsa.sources.roles import Role
 FORMAT = 1
 
 ATTENTION = {"self_attn": "self-attention", "encoder_attn": "cross-attention"}
-"""Attention blocks in a reader's words; others are called by their own names."""
+"""Readable names of attention blocks; other blocks keep their own names."""
 
 BY_MODULE = ("attention", "feed-forward")
-"""Kinds of tensors whose modules are told apart, where the family does not know their heads."""
+"""Kinds of tensors that are listed by module, if the family does not know their heads."""
 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a tensor lies: its stack, its layer there (None outside of layers), and its kind in a reader's words.
+    """The position of a tensor: its stack, its layer (None outside of layers), and the readable name of its kind.
 
-    `group` is the coarser kind, as in sums over the whole model.
+    `group` is the coarser kind that is used in sums over the whole model.
     """
 
     stack: str
@@ -37,7 +37,7 @@ class Spot:
 
 
 def spot_of(architecture: Architecture, name: str) -> Spot:
-    """Where the tensor of a canonical name lies.
+    """The position of the tensor with a canonical name.
 
     Example:
         >>> from hsa.architectures.registry import named
@@ -56,8 +56,8 @@ def spot_of(architecture: Architecture, name: str) -> Spot:
 
 @dataclass(frozen=True)
 class Group:
-    """Sums over some tensors, of which `copied` are equal in all sources. `vectors` and `kept` are None where they are
-    not known of any."""
+    """Sums over some tensors, of which `copied` are equal in all sources. `vectors` and `kept` are None if they are not
+    known for any tensor."""
 
     tensors: int = 0
     copied: int = 0
@@ -67,7 +67,7 @@ class Group:
 
     @classmethod
     def of(cls, tensors: Iterable[TensorVectors]) -> Group:
-        """The sums over these tensors, in their order."""
+        """Sum over these tensors, in their order."""
         count = copied = elements = 0
         vectors: VectorSums | None = None
         kept: KeptSums | None = None
@@ -80,7 +80,7 @@ class Group:
         return cls(count, copied, elements, vectors, kept)
 
     def as_dict(self, models: tuple[Role, ...], *, based: bool) -> dict[str, Any]:
-        """The numbers as JSON values. `based`: the vectors are task vectors, which have signs to compare."""
+        """The numbers as JSON values. With `based`, the vectors are task vectors, whose signs can be compared."""
         return {
             "tensors": self.tensors,
             "copied": self.copied,
@@ -92,10 +92,11 @@ class Group:
 
 @dataclass(frozen=True)
 class TensorVectors:
-    """One tensor that is merged, by its name in the anchor.
+    """A merged tensor, by its name in the anchor.
 
-    `decision` is what a merge records of it, None where it was left open; `coefficients` are the decided ones by role.
-    `angle` is that between base and the only model, in radians. `recorded` is the decision of an output's provenance.
+    `decision` is the decision as a merge records it, None if it was left open. `coefficients` are the decided
+    coefficients by role. `angle` is the angle between base and the only model, in radians. `recorded` is the decision
+    in an output's provenance.
     """
 
     name: str
@@ -115,7 +116,7 @@ class TensorVectors:
         return math.prod(self.shape)
 
     def as_dict(self, models: tuple[Role, ...], *, based: bool) -> dict[str, Any]:
-        """What `--json` prints of it; `based` as in `Group.as_dict`."""
+        """The tensor as `--json` prints it; `based` as in `Group.as_dict`."""
         return {
             "stack": self.spot.stack,
             "layer": self.spot.layer,
@@ -132,11 +133,17 @@ class TensorVectors:
 
 @dataclass(frozen=True)
 class ModelInspection:
-    """What there is to know of a merge of whole models, of sources or of a finished output.
+    """The inspection of a merge of whole models, from sources or from a finished output.
 
-    `origin` is `sources`, `output`, or `output and sources`; `method` is the name of the method, `models` are the roles
-    of the merged models in order. `based`: a base was given, so that vectors are task vectors; without one they are the
-    models themselves. `tensors` is keyed by tensor name as the anchor stores it; `bytes_read` counts all that was read.
+    `origin` is `sources`, `output`, or `output and sources`. `method` is the name of the method, and `models` are the
+    roles of the merged models in order. `based` says whether a base was given. The vectors are then task vectors;
+    without a base they are the models themselves. `tensors` is keyed by the anchor's tensor names. `bytes_read` counts
+    all bytes that were read.
+
+    Example:
+        >>> found = hsa.inspect(method="ties", base="whisper-small", models=["m1", "m2"])
+        >>> found.method, found.models
+        ('ties', ('model1', 'model2'))
     """
 
     title: str
@@ -162,7 +169,7 @@ class ModelInspection:
         return one_line(f"<hsa.ModelInspection of {self.title}: {what}{counted(self.warnings)}>")
 
     def groups(self, key: Callable[[Spot], Any]) -> dict[Any, Group]:
-        """Sums over the tensors with one value of `key`, in the order in which these appear.
+        """Sums over the tensors with the same value of `key`, in the order in which the values first appear.
 
         Example:
             >>> found.groups(lambda spot: spot.kind)["feed-forward fc1"].vectors.conflict  # doctest: +SKIP
@@ -175,7 +182,7 @@ class ModelInspection:
 
     @property
     def coefficients(self) -> dict[Role, tuple[float, float, float]]:
-        """The least, the mean and the greatest of the tensors' decided coefficients, by role; a tensor counts once."""
+        """The minimum, mean and maximum of the decided coefficients by role; each tensor has the same weight."""
         by_role: dict[Role, list[float]] = {}
         for tensor in self.tensors.values():
             for role, value in tensor.coefficients.items():
@@ -184,11 +191,11 @@ class ModelInspection:
 
     @property
     def angles(self) -> tuple[float, ...]:
-        """Of one model: the angles between base's tensors and its own, in radians, where neither is zero."""
+        """For one model, the angles between base's tensors and its own, in radians, where neither is zero."""
         return tuple(each.angle for each in self.tensors.values() if each.angle is not None)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa inspect --json` prints; numbers are float64 and read back exactly."""
+        """The inspection as `hsa inspect --json` prints it. Numbers are float64 and parse back exactly."""
 
         def entry(group: Group) -> dict[str, Any]:
             return group.as_dict(self.models, based=self.based)
@@ -226,7 +233,7 @@ class ModelInspection:
 
 
 def vectors_dict(sums: VectorSums | None, models: tuple[Role, ...], *, based: bool) -> dict[str, Any]:
-    """Norms, cosines and conflicts as JSON values; None for what is not known."""
+    """Norms, cosines and conflicts as JSON values; None for unknown values."""
     if sums is None:
         return dict.fromkeys(("base_norm", "norms", "relative", "moved", "cosines", "conflicts"))
     numbers = range(len(models))
@@ -242,7 +249,7 @@ def vectors_dict(sums: VectorSums | None, models: tuple[Role, ...], *, based: bo
 
 
 def kept_dict(sums: KeptSums | None, models: tuple[Role, ...]) -> dict[str, Any] | None:
-    """What is kept of each model, as JSON values; None for what is not known."""
+    """The kept shares of each model as JSON values; None for unknown values."""
     if sums is None:
         return None
     return {
@@ -258,12 +265,16 @@ def kept_dict(sums: KeptSums | None, models: tuple[Role, ...]) -> dict[str, Any]
 
 
 ORDER = ("convolution", "embedding", "self-attention", "cross-attention", "attention", "feed-forward", "norm")
-"""Kinds of tensors in a reader's order; others come last."""
+"""Kinds of tensors in the order of reports; others come last."""
 
 
 def in_model_order(tensors: Iterable[TensorVectors], architecture: Architecture) -> dict[str, TensorVectors]:
-    """By stack, what stands before the layers, each layer, then what comes after; in each by kind and then by name, so
-    that sums over tensors do not depend on the order of files."""
+    """The tensors by name, in model order: by stack, and in each stack the tensors before the layers, each layer, and
+    those after.
+
+    Within each of these, they are sorted by kind and then by name, so that sums over tensors do not depend on the order
+    of files.
+    """
     stacks = {stack: number for number, stack in enumerate(architecture.all_stacks)}
 
     def sort_key(tensor: TensorVectors) -> tuple[int, int, int, int, str]:

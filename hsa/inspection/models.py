@@ -1,4 +1,4 @@
-"""Inspections of merges of whole models: of their sources, of a finished output, or of both."""
+"""Inspection of merges of whole models, from their sources, a finished output, or both."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ONE_MODEL = "cosines of task vectors and sign conflicts need two models"
 
 @dataclass(frozen=True)
 class RecordedMerge:
-    """An output, and what its provenance says of it."""
+    """An output and its provenance."""
 
     directory: Path
     provenance: Provenance
@@ -61,9 +61,9 @@ def inspect_sources(
     threads: int | None,
     progress: Progress | None,
 ) -> ModelInspection:
-    """Measure sources as a merge of them would; `output` is a merge that they must be the sources of.
+    """Measure sources as a merge of them would. If `output` is given, it must have been made from them.
 
-    Raises as `hsa.inspect` does.
+    Raises the errors of `hsa.inspect`.
     """
     settings.require()
     settings.check_models(sum(role != BASE for role in paths))
@@ -110,7 +110,7 @@ def inspect_sources(
 
 
 def inspect_record(output: RecordedMerge) -> ModelInspection:
-    """What the provenance of an output says of its merge; no source and no weights are read."""
+    """Inspect an output by its provenance alone, without reading sources or weights."""
     record = output.provenance.record
     models = tuple(role for role in record.sources if role != record.base)
     tensors = [_recorded(record.method, target, models, record.architecture) for target in record.targets]
@@ -132,7 +132,7 @@ def inspect_record(output: RecordedMerge) -> ModelInspection:
 
 
 def _finder(method: Method[Any, Any], settings: Settings, sources: Sources) -> TaskFinder:
-    """Makes the tasks of the merge: without base, where the method has no use for one."""
+    """The finder of the merge's tasks, without base if the method takes none."""
     if sources.base is not None and method.contract.base == "none":
         models = {role: source for role, source in sources.by_role.items() if role != sources.base}
         sources = replace(sources, by_role=models, base=None)
@@ -140,7 +140,7 @@ def _finder(method: Method[Any, Any], settings: Settings, sources: Sources) -> T
 
 
 def _targets(method: Method[Any, Any], tasks: Sequence[TensorTask], sources: Sources) -> Iterator[InspectedTensor]:
-    """The tensors to measure: all that are merged, but for those that base lacks where the method does without."""
+    """The tensors to measure: all merged tensors, except those without a matching tensor in a given base."""
     for task in tasks:
         base = None if sources.base is None else sources.base_checkpoint.tensors.get(task.name)
         if base is not None and (base.shape != task.shape or base.code not in ARITHMETIC):
@@ -157,7 +157,7 @@ def _notes(
     *,
     recorded: bool,
 ) -> Iterator[str]:
-    """What cannot be shown, and why."""
+    """Notes on what cannot be shown, and why."""
     use = method.contract.base
     if sources.base is None:
         remedy = "which changes nothing of the merge" if use == "none" else f"with which {method.name} merges those"
@@ -247,8 +247,10 @@ def _recorded(
 
 
 def _differences(output: RecordedMerge, method: Method[Any, Any], outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """How recorded decisions differ from those that the sources give. MismatchError where these are not the tensors
-    that the output was made from."""
+    """Differences between the recorded decisions and those that follow from the sources.
+
+    Raises MismatchError if the sources' tensors are not those that the output was made from.
+    """
     record = output.provenance.record
     for role in record.sources:
         lines = []

@@ -1,4 +1,4 @@
-"""What inspections of heads and of whole models share: sources are opened, named, and held to what a merge refuses."""
+"""What inspections of heads and of whole models share: opening and naming sources, and the checks of a merge."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def open_checked(
     stack: ExitStack,
     check: Callable[[Sources], object],
 ) -> Sources:
-    """The sources, open until the stack ends: of the Hub, the targets of a preset, or whole models without one.
+    """Open the sources until the stack closes. From the Hub, fetch the targets of a preset, or whole models without
+    one.
 
-    Whatever `check` refuses by their headers is refused before anything large is fetched.
+    `check` runs on the headers first, so that bad sources are refused before anything large is fetched.
     """
     if remote_roles(paths):
         with ExitStack() as trial:
@@ -39,7 +40,7 @@ def open_checked(
 
 
 def remote_roles(paths: Mapping[Role, PathLike]) -> list[Role]:
-    """The sources that lie on the Hub."""
+    """The roles of the sources on the Hub."""
     return [role for role, path in paths.items() if find_id(path)]
 
 
@@ -57,13 +58,13 @@ def _open(
     def open_source(role: Role, base: Checkpoint | None = None) -> Checkpoint:
         return stack.enter_context(hub.open(role, paths[role], tally, needs, None, base))
 
-    base = open_source(BASE) if BASE in paths else None  # adapters stand on it
+    base = open_source(BASE) if BASE in paths else None  # adapters are applied to it
     models = [open_source(role, base) for role in paths if role != BASE]
     return Sources.of_checkpoints(models if base is None else [base, *models])
 
 
 def identity_of(source: Checkpoint) -> dict[str, object]:
-    """Who a source is, for reports."""
+    """The identity of a source, for reports."""
     return {
         "id": source.identity.id,
         "revision": source.identity.revision,
@@ -73,7 +74,7 @@ def identity_of(source: Checkpoint) -> dict[str, object]:
 
 
 def refusal_findings(settings: Settings, sources: Sources) -> Findings:
-    """A warning where a merge would refuse the sources because a config.json and the tensors differ."""
+    """A warning if a merge would refuse the sources because a config.json does not match the tensors."""
     try:
         check_structure(settings, sources)
     except MismatchError as error:

@@ -1,4 +1,4 @@
-"""The report of an inspection: frozen values, and the one dictionary that every view is drawn from."""
+"""The report of an inspection: immutable values, and the dictionary from which every view is made."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hsa.sources.roles import Role
 
 FORMAT = 1
 AGREEING = ("q", "k", "v")
-"""Projections whose heads are compared within a layer; `out_proj` splits its columns, another axis."""
+"""Projections whose heads are compared within a layer. `out_proj` is left out, because its heads are columns."""
 
 
 @dataclass(frozen=True)
 class RecordedSelection:
-    """What an output's provenance says of a tensor: how many heads were to be merged, and which were merged."""
+    """The recorded selection of a tensor: how many heads were to be merged, and which were merged."""
 
     keep: int
     selected: tuple[int, ...]
@@ -36,9 +36,9 @@ class RecordedSelection:
 class TensorInspection:
     """One target tensor: its place, its parameters, every head's score, and the selection at its `k`.
 
-    `scores` are L2 norms; `squared` are the squared scores that heads are compared by, None where only a provenance
-    file was read, which holds the norms alone. `coefficient` is lambda_i in float64. `geometry` needs the
-    sources, `recorded` an output.
+    `scores` are L2 norms. `squared` are the squared scores, by which heads are compared; it is None if only a
+    provenance was read, which holds only the norms. `coefficient` is lambda_i in float64. `geometry` is known only with
+    sources, `recorded` only with an output.
     """
 
     name: str
@@ -61,13 +61,13 @@ class TensorInspection:
 
     @property
     def label(self) -> str:
-        """Short name of the row of heat maps that the tensor lies in, such as `encoder self_attn q_proj weight`."""
+        """The short name of the tensor's row of heat maps, such as `encoder self_attn q_proj weight`."""
         p = self.projection
         return f"{p.stack} {p.block} {p.module} {p.part}"
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Each head's place by score, 1 for the highest; equal scores share a place."""
+        """Each head's rank by score, 1 for the highest; equal scores share a rank."""
         by = self.scores if self.squared is None else self.squared
         return tuple(1 + sum(other > own for other in by) for own in by)
 
@@ -100,10 +100,11 @@ class TensorInspection:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far q, k and v of one attention block choose the same heads, weights and biases each by themselves.
+    """The agreement of q, k and v of one attention block on the selected heads; weights and biases are separate.
 
-    `jaccard` is the size of the intersection of all over that of their union, `pairs` the same two by two; None where
-    no head is selected at all. `expected_common` is how many heads would be common if each had drawn as many at random.
+    `jaccard` is the size of the intersection of all over that of their union, and `pairs` is the same for each pair;
+    None if no head is selected at all. `expected_common` is the expected number of common heads if each had drawn as
+    many heads at random.
     """
 
     stack: str
@@ -145,11 +146,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Energy:
-    """Where one fine-tune's task vector lies: squared L2 norms in float64, of the whole model.
+    """The distribution of one fine-tune's task vector over the whole model: squared L2 norms in float64.
 
-    `inside` lies in the target tensors, `selected` in their selected heads. `groups` splits `total` by stack and kind
-    of tensor. `skipped` are tensors that cannot be subtracted: missing from base, of another shape or element type, or
-    holding NaN or Inf.
+    `inside` is the part in the target tensors, and `selected` the part in their selected heads. `groups` splits `total`
+    by stack and kind of tensor. `skipped` are tensors that cannot be subtracted: missing from base, of another shape or
+    element type, or holding NaN or Inf.
     """
 
     role: Role
@@ -160,7 +161,7 @@ class Energy:
     skipped: tuple[str, ...]
 
     def share(self, part: float) -> float | None:
-        """A part of the whole; None where the task vector is zero."""
+        """The share of a part in the total; None if the task vector is zero."""
         return part / self.total if self.total > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -176,11 +177,16 @@ class Energy:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What there is to know of a merge's heads, of sources or of a finished output.
+    """The inspection of a merge's heads, from sources or from a finished output.
 
-    `origin` is `sources`, `output`, or `output and sources`; `parameters` are those of the selection shown, under their
-    command-line names; `sources` says who each source is. `tensors` is keyed by tensor name as primary stores it.
-    `energy` is None where it was not asked for or cannot be had; `bytes_read` counts all that was read of files.
+    `origin` is `sources`, `output`, or `output and sources`. `parameters` are those of the shown selection, under their
+    command-line names. `sources` holds the identity of each source. `tensors` is keyed by primary's tensor names.
+    `energy` is None if it was not requested or is not available. `bytes_read` counts all bytes that were read.
+
+    Example:
+        >>> found = hsa.inspect(base="whisper-small", primary="m1", secondary="m2")
+        >>> found.tensors["model.encoder.layers.0.self_attn.q_proj.weight"].selected
+        (0, 2)
     """
 
     title: str
@@ -210,7 +216,7 @@ class Inspection:
 
     @property
     def narrowest(self) -> TensorInspection | None:
-        """The tensor with the smallest margin; None where no tensor has one."""
+        """The tensor with the smallest margin; None if no tensor has a margin."""
         return narrowest(self.tensors.values())
 
     @property
@@ -218,7 +224,7 @@ class Inspection:
         return tuple(agreements(self.tensors.values()))
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa inspect --json` prints; numbers are float64 and read back exactly."""
+        """The inspection as `hsa inspect --json` prints it. Numbers are float64 and parse back exactly."""
         narrowest = self.narrowest
         return {
             "format": FORMAT,
@@ -245,13 +251,14 @@ class Inspection:
 
 
 def jaccard(*sets: Sequence[int]) -> float | None:
-    """Size of the intersection over that of the union; None where the union is empty."""
+    """The size of the intersection over that of the union; None if the union is empty."""
     union = set().union(*sets)
     return len(set.intersection(*map(set, sets))) / len(union) if union else None
 
 
 def agreements(tensors: Iterable[TensorInspection]) -> Iterator[Agreement]:
-    """One for each block of each layer, weights and biases apart, where at least two of q, k and v are targets."""
+    """The agreement of each block of each layer, separately for weights and biases, if at least two of q, k and v are
+    targets."""
     blocks: dict[tuple[str, int, str, str], dict[str, TensorInspection]] = {}
     for tensor in tensors:
         p = tensor.projection
@@ -268,7 +275,7 @@ def agreements(tensors: Iterable[TensorInspection]) -> Iterator[Agreement]:
 
 
 def in_order(tensors: Iterable[TensorInspection], architecture: Architecture) -> dict[str, TensorInspection]:
-    """By name, as a reader wants them: by stack, such as the encoder first, then by block, layer, kind and part."""
+    """The tensors by name, in reading order: by stack in the family's order, then by block, layer, kind and part."""
     stacks, blocks = architecture.all_stacks, architecture.blocks
 
     def sort_key(tensor: TensorInspection) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
-"""Sums over tensors of task vectors: norms and products, sign conflicts, and what a method keeps of each.
+"""Sums over tensors of task vectors: norms and products, sign conflicts, and the part that a method keeps of each.
 
-Products of float32 elements are exact in float64, and are added as `hsa.methods.gram` says, so that nothing depends on
-slices or threads. Counts are whole numbers.
+Products of float32 elements are exact in float64. They are added in the order of `hsa.methods.gram`, so results do not
+depend on slices or threads. Counts are integers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ C = TypeVar("C", bound="Counted")
 
 
 class Counted:
-    """The base class of what is added up over tensors: dataclasses of numbers, of tuples of them, and of None."""
+    """The base class of sums over tensors: dataclasses whose fields are numbers, tuples of numbers, or None."""
 
     def plus(self: C, other: C) -> C:
-        """The sum of both; what one of them does not know, the sum does not know either."""
+        """The sum of both, field by field; a field that is None in one of them is None in the sum."""
         mine, others = ([getattr(each, field.name) for field in fields(each)] for each in (self, other))  # type: ignore[arg-type]
         return type(self)(*map(_plus, mine, others))
 
@@ -43,11 +43,12 @@ def _plus(one: Any, two: Any) -> Any:
 
 @dataclass(frozen=True)
 class VectorSums(Counted):
-    """Of the vectors of N models, which are task vectors or, without a base, the models themselves.
+    """Sums over the vectors of N models, which are task vectors or, without a base, the models themselves.
 
-    `base` is |B|^2, None without a base. `products` are those of every two vectors [N (N + 1) / 2], in the order of
-    `pairs_of`. `moved` counts the elements of each that are not 0 [N]. `shared` counts the elements that are not 0 in
-    two vectors or more, `disagreeing` those of them in which not all of these have one sign.
+    `base` is |B|^2, None without a base. `products` are the products of all pairs of vectors [N (N + 1) / 2], in the
+    order of `pairs_of`. `moved` counts the nonzero elements of each vector [N]. `shared` counts the elements that are
+    nonzero in at least two vectors, and `disagreeing` counts those of them that do not have the same sign in all of
+    these vectors.
     """
 
     base: float | None
@@ -66,34 +67,34 @@ class VectorSums(Counted):
         return self.products[pairs_of(len(self.moved)).index((min(one, two), max(one, two)))]
 
     def cosine(self, one: int, two: int) -> float | None:
-        """The cosine of two vectors; None where one of them is zero."""
+        """The cosine of two vectors; None if one of them is zero."""
         squares = self.squares
         if one == two:
             return 1.0 if squares[one] > 0.0 else None
         return cosine(squares[one], squares[two], self.product(one, two))
 
     def apart(self, one: int, two: int) -> float | None:
-        """The distance between two vectors, relative to the norm of the second; None where that is zero."""
+        """The distance between two vectors, relative to the norm of the second; None if that norm is zero."""
         squares = self.squares
         return ratio(max(0.0, squares[one] + squares[two] - 2.0 * self.product(one, two)), squares[two])
 
     def relative(self, number: int) -> float | None:
-        """The norm of a task vector over base's; None without a base, and where that is zero."""
+        """The norm of a task vector over base's norm; None without a base, or if base's norm is zero."""
         return None if self.base is None else ratio(self.squares[number], self.base)
 
     @property
     def conflict(self) -> float | None:
-        """The share of shared elements in which signs disagree; None where no element is shared."""
+        """The share of shared elements in which signs disagree; None if no element is shared."""
         return self.disagreeing / self.shared if self.shared else None
 
 
 @dataclass(frozen=True)
 class KeptSums(Counted):
-    """What a method keeps of the task vectors of N models, of the tensors in which it decides on that.
+    """Sums over what a method keeps of the task vectors of N models, in tensors where it decides this.
 
-    `elements` are those of each model [N], and `kept` those that are kept. `squares` and `kept_squares` are the sums of
-    their squares; `kept_moved` are the kept elements that are not 0, and `agreeing` those of them that have the elected
-    sign (None where the models do not vote). All but the first two are None where they come from a record.
+    `elements` counts the elements of each model [N], and `kept` those that are kept. `squares` and `kept_squares` are
+    the sums of their squares. `kept_moved` counts the kept elements that are nonzero, and `agreeing` those of them that
+    have the elected sign (None if the models do not vote). All but the first two are None if they come from a record.
     """
 
     elements: tuple[int, ...]
@@ -104,24 +105,24 @@ class KeptSums(Counted):
     agreeing: tuple[int, ...] | None = None
 
     def share(self, number: int) -> float | None:
-        """The share of a model's elements that is kept; None where there are none."""
+        """The share of a model's elements that is kept; None if it has no elements."""
         return self.kept[number] / self.elements[number] if self.elements[number] else None
 
     def energy(self, number: int) -> float | None:
-        """The share of a task vector's squared norm that is kept; None where it is not known or the vector is zero."""
+        """The share of a task vector's squared norm that is kept; None if it is not known or the vector is zero."""
         if self.squares is None or self.kept_squares is None or not self.squares[number] > 0.0:
             return None
         return min(1.0, self.kept_squares[number] / self.squares[number])
 
     def agreement(self, number: int) -> float | None:
-        """The share of a model's kept elements that have the elected sign, of those that are not 0."""
+        """The share of a model's kept nonzero elements that have the elected sign."""
         if self.agreeing is None or self.kept_moved is None or not self.kept_moved[number]:
             return None
         return self.agreeing[number] / self.kept_moved[number]
 
 
 class BlockKept(NamedTuple):
-    """Of one model in one block: counts, and sums of squares by flat blocks of 1,024 elements, float64."""
+    """The kept part of one model in one block: counts, and float64 sums of squares by flat blocks of 1,024 elements."""
 
     kept: int
     moved: int
@@ -129,9 +130,9 @@ class BlockKept(NamedTuple):
 
 
 class BlockSums(NamedTuple):
-    """What is seen of one block: sums by flat blocks of 1,024 elements, float64 [pairs, blocks], and counts.
+    """The sums of one block: float64 [pairs, blocks] by flat blocks of 1,024 elements, and counts.
 
-    `base` is of base alone, or of base and of the only model; None without a base.
+    `base` holds the products of base alone, or of base and the only model; None without a base.
     """
 
     elements: int
@@ -146,8 +147,8 @@ class BlockSums(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorSums:
-    """The sums of one tensor. `angle` is that between base and the only model, in radians; None of several models, and
-    where one of them is zero."""
+    """The sums of one tensor. `angle` is the angle between base and the only model, in radians; None for several
+    models, or if base or the model is zero."""
 
     vectors: VectorSums
     kept: KeptSums | None
@@ -155,7 +156,8 @@ class TensorSums:
 
 
 def block_sums(method: Method[Any, Any], decision: Any, *, masks: bool) -> Callable[[Block], BlockSums]:
-    """What sums up a block whose task has a base or none. `masks`: what the method keeps by its decision, too."""
+    """Return the function that sums up a block, with or without a base. With `masks`, it also sums up what the method
+    keeps by its decision."""
 
     def sums_of(block: Block) -> BlockSums:
         based = BASE in block.task.sources
@@ -176,7 +178,8 @@ def block_sums(method: Method[Any, Any], decision: Any, *, masks: bool) -> Calla
 
 
 def _signs(vectors: Sequence[Float32]) -> tuple[tuple[int, ...], int, int]:
-    """How many elements of each vector are not 0, and how many in two or more, with one sign or with both."""
+    """Count the nonzero elements of each vector, the elements that are nonzero in at least two vectors, and those that
+    have both signs."""
     several = np.zeros(vectors[0].shape, np.uint8)
     up, down = np.zeros(vectors[0].shape, np.bool_), np.zeros(vectors[0].shape, np.bool_)
     moved = []
@@ -190,14 +193,15 @@ def _signs(vectors: Sequence[Float32]) -> tuple[tuple[int, ...], int, int]:
 
 
 def _products(vectors: Sequence[Float32], moved: bool) -> Array:
-    """The products of every two vectors by flat blocks [pairs, blocks]: zeros, unformed, where none has `moved`."""
+    """The products of all pairs of vectors by flat blocks [pairs, blocks]. Without `moved` they are zero and are not
+    computed."""
     if moved:
         return row_products(vectors)[:, 0]
     return np.zeros((len(pairs_of(len(vectors))), -(-vectors[0].size // UNIT)))
 
 
 def _kept(block: Block, place: int, products: Array, mask: Array | None) -> BlockKept:
-    """What is kept of a model by its place; where all is, its squares are those among the products."""
+    """The kept part of the model at a place. If all is kept, its squares are taken from the products."""
     vector = block.task_vector(block.models[place]).reshape(1, -1)
     if mask is None:
         squares = products[pairs_of(len(block.models)).index((place, place))]
@@ -209,8 +213,11 @@ def _kept(block: Block, place: int, products: Array, mask: Array | None) -> Bloc
 
 
 def gather(blocks: Sequence[BlockSums], places: Sequence[int], models: int, *, base: bool, masks: bool) -> TensorSums:
-    """The sums of a tensor from those of its blocks in order. `places` are the numbers of its models among so many,
-    whose vectors count as zero where they lack the tensor. `base`: there is one. `masks`: the method drops elements."""
+    """Combine the sums of a tensor's blocks, in order.
+
+    `places` are the numbers of the tensor's models among all `models`; a model without the tensor counts as a zero
+    vector. `base` says whether there is a base, and `masks` whether the method drops elements.
+    """
     own = pairs_of(len(places))
     numbers = {(places[i], places[j]): n for n, (i, j) in enumerate(own)}
     sums = [total(block.products[n] for block in blocks) for n in range(len(own))]
@@ -227,7 +234,7 @@ def gather(blocks: Sequence[BlockSums], places: Sequence[int], models: int, *, b
 
 
 def _spread(parts: Sequence[Sequence[int]], places: Sequence[int], models: int) -> tuple[int, ...]:
-    """The sum of each model's parts, 0 for a model that has none."""
+    """The sum of each model's parts, 0 for a model without parts."""
     by_place = dict(zip(places, map(sum, parts), strict=True))
     return tuple(by_place.get(number, 0) for number in range(models))
 
@@ -251,16 +258,16 @@ def _gather_kept(
 
 
 def _angle(products: Sequence[float]) -> float | None:
-    """The angle between two vectors by their squared norms and their product."""
+    """The angle between two vectors, from their squared norms and their product; None unless all three are given."""
     found = cosine(products[0], products[2], products[1]) if len(products) == 3 else None
     return None if found is None else math.acos(found)
 
 
 def is_finite(sums: TensorSums) -> bool:
-    """Whether no source, and no task vector, holds NaN or Inf."""
+    """Whether all sources and task vectors are finite."""
     return all(map(math.isfinite, (*sums.vectors.products, sums.vectors.base or 0.0)))
 
 
 def drops(decision: Any) -> bool:
-    """Whether a method is asked what it keeps of a tensor: not of one that is copied."""
+    """Whether to ask a method what it keeps of a tensor: only if it has a decision and the tensor is not copied."""
     return decision is not None and decision is not COPIED

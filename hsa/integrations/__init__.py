@@ -1,1 +1,1 @@
-"""Other programs' ways in: each module is thin, optional, and imported by nothing else."""
+"""Adapters for other programs. Each module is thin and optional, and no other part of the package imports it."""

@@ -1,4 +1,4 @@
-"""mergekit with this package's merge as one of its methods.
+"""Run mergekit with this package's merge as one of its methods.
 
     merge_method: hsa
     base_model: whisper-small
@@ -9,13 +9,14 @@
         parameters: {role: secondary}
     parameters: {k: 0.6, lambda: 0.5, alpha: 0.2, targets: encoder-qkv}
 
-mergekit finds no methods outside itself, so `hsa mergekit CONFIG OUT [mergekit's own options]` registers this one and
-then calls mergekit's own command. For every method of mergekit it mends the definition of Whisper, which as released
-fits no Whisper model, and adds small files that mergekit leaves out. The output is staged: whole or not at all.
+mergekit does not discover methods from other packages. So `hsa mergekit CONFIG OUT [mergekit's own options]` registers
+this method and then calls mergekit's own command. For every method of mergekit, it patches the definition of Whisper,
+which as released fits no Whisper model, and adds small files that mergekit leaves out. The output is written
+atomically.
 
-Further secondaries are listed in their order, each with a `weight` among its parameters where it is not 1.
+Further secondaries are listed in their order, each with a `weight` among its parameters unless it is 1.
 
-In a program of your own, call `register()` before mergekit's `run_merge`.
+In your own program, call `register()` before mergekit's `run_merge`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from hsa.system.streams import stderr_is_terminal
 INSTALL = 'pip install "hsa-merge[mergekit]"'
 NARROW = ("float16", "bfloat16")
 SMALL_FILES = ("generation_config.json", "processor_config.json")
-"""What mergekit loses: the first where the donor has no tokenizer.json, the second always."""
+"""Files that mergekit leaves out: the first if the donor has no tokenizer.json, the second always."""
 
 CARD = "README.md"
 
@@ -55,7 +56,7 @@ _merging: Merging | None = None
 
 @dataclass
 class MergekitResult:
-    """A finished run: where, what the user should know, and for `hsa` how much was merged."""
+    """A finished run: the output, the notes and warnings for the user, and for method `hsa` how much was merged."""
 
     output: Path
     extent: Extent | None = None
@@ -64,19 +65,19 @@ class MergekitResult:
 
 
 def register() -> None:
-    """Make `merge_method: hsa` known to the mergekit of this process, and mend its Whisper. Twice is as good as once.
+    """Register `merge_method: hsa` with the mergekit of this process, and patch its definition of Whisper. Idempotent.
 
-    Raises RequestError when mergekit is not installed, or is one whose interface is not known here.
+    Raises RequestError if mergekit is not installed, or if its interface is not supported.
     """
     _register()
 
 
 def mend() -> None:
-    """Mend what mergekit gets wrong here, in the mergekit of this process.
+    """Patch two bugs in the mergekit of this process.
 
-    Its definition of Whisper lacks the dot behind the decoder's prefix, without which no tensor is found. Its model
-    card asks the Hub about every model whose path has at most one slash, also about a directory on this machine: after
-    the whole merge, and in vain where there is no network.
+    Its definition of Whisper lacks the dot after the decoder's prefix, so no tensor is found. Its model card queries
+    the Hub for every model whose path has at most one slash, even for a local directory. This happens after the whole
+    merge, and fails without a network.
     """
     from mergekit import card
     from mergekit.architecture.json_definitions import NAME_TO_ARCH
@@ -91,15 +92,15 @@ def mend() -> None:
 
 
 def _is_on_the_hub(original: Callable[[str], bool], path: str) -> bool:
-    """Whether a card should link a model to the Hub: never one that exists on this machine."""
+    """Whether a card should link a model to the Hub; never for a model that exists on this machine."""
     return not os.path.exists(path) and original(path)
 
 
 def run(arguments: Sequence[str]) -> MergekitResult:
     """Run mergekit's own command line: CONFIG, OUT and its options, in any order.
 
-    Raises RequestError, DestinationError, SourceError, MismatchError, NonFiniteError, MachineError; there is no output
-    then.
+    Raises RequestError, DestinationError, SourceError, MismatchError, NonFiniteError, MachineError. After an error,
+    there is no output.
     """
     merging = _register()
     merging.forget()
@@ -110,7 +111,7 @@ def run(arguments: Sequence[str]) -> MergekitResult:
     recipe = read(config, merging)
     destination = _destination(context.params["out_path"], recipe)
     _less_noise(context)
-    with deferred():  # a directory that was made must be known to the block that removes it
+    with deferred():  # a signal must not come between creating the directory and entering the block that removes it
         staging = StagedOutput(destination, overwrite=False, sync=True)
     with staging:
         with plainly(), context:
@@ -148,7 +149,7 @@ def _register() -> Merging:
 
 
 def _less_noise(context: Any) -> None:
-    """No progress bars where nobody watches, unless asked for."""
+    """Turn off progress bars if stderr is not a terminal, unless the user chose."""
     chosen = getattr(context.get_parameter_source("quiet"), "name", "")
     if chosen == "DEFAULT" and not stderr_is_terminal():
         context.params["quiet"] = True
@@ -186,10 +187,10 @@ def _cast_warnings(recipe: MergekitRecipe) -> Iterator[str]:
 def _complete(
     staging: StagedOutput, recipe: MergekitRecipe, merging: Merging, cache: str | None, result: MergekitResult
 ) -> None:
-    """Put right what mergekit leaves out or gets wrong beside the weights.
+    """Add and correct the small files that mergekit leaves out or gets wrong.
 
-    With `hsa` the small files are primary's, else base's, as `hsa merge` has them; with other methods what is missing
-    comes from the donor (base, else the first model), else from the next model that has it.
+    With `hsa`, the small files come from primary, or else from base, as in `hsa merge`. With other methods, missing
+    files come from the donor (base, or else the first model), or else from the next model that has them.
     """
     models = [recipe.roles["primary"], recipe.roles["base"]] if recipe.is_hsa else list(recipe.models)
     folders: list[tuple[Any, Path]] = []
@@ -219,7 +220,8 @@ def _complete(
 
 
 def _with_dtype(text: str, dtype: str) -> str:
-    """The weights are primary's type and mergekit's config.json base's, which loading would cast them to."""
+    """The config.json with `dtype`, the type of the weights, which is primary's. mergekit writes base's type, to which
+    loading would cast the weights."""
     document = json.loads(text)
     keys = [key for key in ("dtype", "torch_dtype") if key in document] or ["dtype"]
     if all(document.get(key) == dtype for key in keys):
@@ -235,7 +237,8 @@ def _edit(path: Path, change: Callable[[str], str]) -> None:
 
 
 def _settle(staging: StagedOutput) -> None:
-    """Ordinary modes, where safetensors' writer leaves 0600, and everything on disk before it is published."""
+    """Set ordinary file modes, since safetensors' writer leaves 0600, and sync everything to disk before it is
+    published."""
     mask = os.umask(0o022)
     os.umask(mask)
     files = [path for path in staging.path.rglob("*") if path.is_file()]

@@ -1,6 +1,6 @@
 """The merge method `hsa` for mergekit: the models' roles, one tensor's arithmetic, and the object that mergekit calls.
 
-mergekit takes objects that merge a group of tensors: one tensor of every model, in the models' order.
+mergekit calls objects that merge a group of tensors: the same tensor of every model, in the models' order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {each.key: each.default for each in declared(HsaSetti
 
 
 def config_of(parameters: Mapping[str, Any], weights: Sequence[float] = ()) -> HsaSettings:
-    """The parameters under mergekit's names, checked; `weights` are those of the secondaries, where they are given.
+    """Check the parameters under mergekit's names; `weights` are those of the secondaries, if given.
 
     Raises RequestError.
     """
@@ -49,7 +49,7 @@ def config_of(parameters: Mapping[str, Any], weights: Sequence[float] = ()) -> H
 
 
 class Merging:
-    """Merges tensor by tensor, and remembers what it merged. The models are mergekit's references."""
+    """Merges tensor by tensor, and keeps the outcomes. Models are identified by mergekit's references."""
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
@@ -57,14 +57,13 @@ class Merging:
         self._configs: dict[Any, Mapping[str, Any]] = {}
 
     def forget(self) -> None:
-        """Begin anew: another run, with files that may have changed."""
+        """Reset the state for another run, since files may have changed."""
         self.outcomes.clear()
         self.shares.clear()
         self._configs.clear()
 
     def config(self, role: str, model: Any) -> Mapping[str, Any]:
-        """A model's config.json. Raises SourceError where it cannot be read or is of no family that hsa
-        supports."""
+        """A model's config.json. Raises SourceError if it cannot be read or its family is not supported."""
         if model not in self._configs:
             if not (hasattr(model, "config") and hasattr(model, "model")):
                 raise RequestError(
@@ -72,7 +71,7 @@ class Merging:
                     f"no checkpoint (a {type(model).__name__}); use hsa.Merger for tensors in memory"
                 )
             place = Path(model.model.path)
-            if place.is_dir() and not (place / CONFIG).is_file():  # transformers may guess one from the path's name
+            if place.is_dir() and not (place / CONFIG).is_file():  # transformers may guess a config from the path
                 raise SourceError(f"{role}: {place} has no {CONFIG}, which says how many heads and layers there are")
             try:
                 config: Mapping[str, Any] = model.config().to_dict()
@@ -90,11 +89,12 @@ class Merging:
     def tensor(
         self, name: str | None, config: HsaSettings, models: Mapping[Role, Any], tensors: Mapping[Any, torch.Tensor]
     ) -> torch.Tensor:
-        """One tensor of the output: merged where it is a target, else primary's own.
+        """One tensor of the output: merged if it is a target, else primary's own.
 
         Args:
-            name: of the output's tensor.
-            models: by role, base first; `tensors` holds each model's tensor of that name, of one shape, anywhere.
+            name: the name of the output's tensor.
+            models: the models by role, base first. `tensors` holds each model's tensor of that name; all have the same
+                shape, and may be on any device.
 
         Returns a tensor of primary's dtype, on primary's device. Raises RequestError, SourceError, MismatchError,
         NonFiniteError.
@@ -150,7 +150,7 @@ def _not_finite(error: NotFinite, name: str, sources: Sources, code: str) -> Non
 
 
 def register(merging: Merging) -> None:
-    """Give the installed mergekit the method. Raises RequestError where it has no interface for it."""
+    """Register the method with the installed mergekit. Raises RequestError if it has no interface for methods."""
     try:
         from mergekit import merge_methods
 
@@ -195,7 +195,7 @@ def _group_method(merging: Merging) -> Any:
         def _execute(
             self, groups: Any, parameters: Any, options: Any, *, input_dtypes: Any, out_dtype: Any = None
         ) -> tuple[torch.Tensor, ...]:
-            """Without widening all inputs to one dtype: the result has primary's."""
+            """Merge the groups without promoting all inputs to one dtype; results have primary's dtype."""
             results = []
             for group, values, dtype in zip(groups, parameters, input_dtypes, strict=True):
                 cast_first = dtype != promoted_dtype(group)

@@ -1,4 +1,4 @@
-"""A YAML file for mergekit, read and checked as far as merge method `hsa` is concerned, before mergekit starts."""
+"""Read a YAML file for mergekit, and check everything about merge method `hsa` in it before mergekit starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hsa.sources.roles import Role
 
 @dataclass(frozen=True)
 class MergekitRecipe:
-    """A YAML file: its text and mapping, and the models in it (mergekit's references), base first."""
+    """A YAML file: its text, its mapping, and its models (mergekit's references), base first."""
 
     text: str
     document: Mapping[str, Any]
@@ -37,7 +37,7 @@ class MergekitRecipe:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """mergekit's errors as this package's: the command line shows them in one line."""
+    """Turn mergekit's errors into this package's, which the command line shows on one line."""
     try:
         yield
     except (HsaError, MemoryError):
@@ -45,7 +45,7 @@ def plainly() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        if hasattr(error, "format_message"):  # of click
+        if hasattr(error, "format_message"):  # an error of click
             raise RequestError(f"mergekit: {error.format_message()}") from error
         text = " ".join(str(error).split())
         kind = MachineError if "IoError" in text else RequestError  # safetensors' own name for a failed write
@@ -53,8 +53,10 @@ def plainly() -> Iterator[None]:
 
 
 def read(path: Path, merging: Merging) -> MergekitRecipe:
-    """The YAML file, checked as far as this package's method is concerned: mergekit itself ignores what it does not
-    know, and would write half an output before it found the rest."""
+    """Read the YAML file, and check everything about this package's method in it.
+
+    mergekit itself ignores unknown keys, and would write half an output before it found other errors.
+    """
     import yaml
 
     try:
@@ -83,7 +85,7 @@ def _reference(value: Any) -> Any:
 
 
 def _mentioned(document: Any) -> Iterator[Any]:
-    """Every model of a document: base first, then in the order written."""
+    """Every model of a document: base first, then in the order of the document."""
     if isinstance(document, dict):
         for key in ("base_model", "model"):
             if isinstance(document.get(key), (str, dict)):
@@ -99,7 +101,7 @@ def _mentioned(document: Any) -> Iterator[Any]:
 
 
 def _check(document: Mapping[str, Any]) -> dict[Role, Any]:
-    """The roles of the models. Raises RequestError for what a merge with `hsa` cannot mean."""
+    """The models by role. Raises RequestError for anything that is not valid in a merge with `hsa`."""
     for key in ("slices", "modules"):
         if document.get(key) is not None:
             raise RequestError(f"merge_method {METHOD} merges whole models: list them under models, not under {key}")
@@ -130,7 +132,7 @@ def _check(document: Mapping[str, Any]) -> dict[Role, Any]:
 
 
 def _weights(entry: Mapping[str, Any]) -> list[float]:
-    """Every weight that a model may have. RequestError for what is none."""
+    """Every weight that a model may have. Raises RequestError for invalid weights."""
     about = next(each.about for each in declared(HsaSettings) if each.name == "weights")
     values = [_number(value) for value in _values(_parameters_of(entry).get("weight", []))]
     for value in values:
@@ -169,7 +171,7 @@ def _check_parameters(parameters: Any) -> None:
 
 
 def _values(setting: Any) -> Iterator[Any]:
-    """Every value that a setting may take: mergekit has gradients and filters."""
+    """Every value that a setting may take, since mergekit has gradients and filters."""
     if isinstance(setting, list):
         for part in setting:
             yield from _values(part)
@@ -180,7 +182,7 @@ def _values(setting: Any) -> Iterator[Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 1e-1 as text, mergekit as a number."""
+    """The value as a number if it is one: YAML parses 1e-1 as text, but mergekit as a number."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

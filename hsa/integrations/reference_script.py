@@ -1,12 +1,12 @@
-"""Run this package's merge by the reference script's command line: only the program's name changes.
+"""Run this package's merge with the reference script's command line: only the program's name changes.
 
     python -m hsa.integrations.reference_script --pretrained-model B --model1 M1 --model2 M2 --out-path OUT
         [--lambda 0.5 | --lambdas 0.0,0.1,...] [--alpha 0.2] [--k-percent 0.6] [--processor-source model1] ...
 
-By default it repeats the script's own numerics: the tensors are the script's, bit for bit, but streamed, and as whole
-checkpoints with card and provenance. Several lambdas go to one sub-directory each. Every run is planned and checked
-before the first is started. An earlier output of this program is replaced, as the script replaces its own; anything
-else in the way is refused.
+By default it uses the script's own numerics: the tensors equal the script's bit for bit. They are streamed, and written
+as complete checkpoints with card and provenance. With several lambdas, each gets its own sub-directory. All runs are
+planned and checked before the first one starts. An earlier output of this program is replaced, as the script replaces
+its own; any other existing output is refused.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ OPTIONS = {
     "threads": "--threads",
     "debug": "--debug",
 }
-"""The options by which messages name this package's arguments."""
+"""The script's options for this package's arguments, for use in messages."""
 
 PROCESSOR_SOURCES: dict[str, Role] = {"model1": "primary", "model2": "secondary", "pretrained": "base"}
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a bad command line as every other bad request is reported: in one line."""
+    """Reports a bad command line like any other bad request: on one line."""
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message}. See: {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The script's options under the script's names and defaults, and a few of this package's."""
+    """The parser of the script's options, with the script's names and defaults, and of a few of this package's."""
     script = _Parser(
         prog="python -m hsa.integrations.reference_script",
         description="Headwise Selective Attention merge with the reference script's command line.",
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def lambdas(options: argparse.Namespace) -> list[float]:
-    """The lambdas to merge with, in the order given. Raises RequestError for what is no number."""
+    """The lambdas to merge with, in the order given. Raises RequestError for values that are not numbers."""
     if not options.lambdas:
         return [0.5 if options.lam is None else options.lam]
     texts = [text.strip() for text in options.lambdas.split(",") if text.strip()]
@@ -107,7 +107,7 @@ def lambdas(options: argparse.Namespace) -> list[float]:
 
 
 def directory_name(lam: float, alpha: float) -> str:
-    """`lamda_5_alpha_0p2` for 0.5 and 0.2: ten times lambda where that is whole, else its decimals with `p`."""
+    """`lamda_5_alpha_0p2` for 0.5 and 0.2: ten times lambda if that is an integer, else its decimals with `p`."""
     tenths = lam * 10.0
     if math.isclose(tenths, round(tenths), rel_tol=0.0, abs_tol=1e-8):
         return f"lamda_{round(tenths)}_alpha_{_decimals(alpha)}"
@@ -119,7 +119,7 @@ def _decimals(value: float) -> str:
 
 
 def requests(options: argparse.Namespace) -> list[Request]:
-    """One request for each lambda. Raises RequestError when a value is out of range, or two outputs share a name."""
+    """One request for each lambda. Raises RequestError if a value is out of range, or if two outputs share a name."""
     values = lambdas(options)
     exact = options.numerics == "exact"
     configs = [

@@ -1,6 +1,6 @@
-"""Merge into a loaded Whisper model of transformers, in place, such as the one a Trainer has trained.
+"""Merge into a loaded Whisper model of transformers, in place; for example, into the model that a Trainer has trained.
 
-Imports neither transformers nor peft: a model is known by its attributes.
+Imports neither transformers nor peft: a model is recognized by its attributes.
 """
 
 from __future__ import annotations
@@ -52,18 +52,19 @@ def hsa_merge_(
         targets: `encoder-qkv`, `attention-qkv` or `attention-all`.
         attention_scale: factor on the task vectors of the targets.
         {options}
-        again: merge a model that this function has merged before. Without it such a model is refused as long as it
-            holds merged values: a cell of a notebook that is run twice would merge the merged model again.
+        again: merge a model that this function has merged before. By default such a model is refused as long as it
+            holds merged values, because a notebook cell that is run twice would merge the merged model again.
 
-    The values are those of `hsa.merge` with exact numerics for the model as it stands, bit for bit. Parameters stay the
-    same objects and keep `requires_grad`, so that an optimizer goes on with them. After an error the model is as it
-    was (see `hsa.Merger.apply_`). Memory for a copy of the targets of every source is needed while it lasts. To try
-    several parameters, use `hsa.Merger`, which always starts from the sources.
+    The values equal those of `hsa.merge` with exact numerics for the current model, bit for bit. Parameters remain the
+    same objects and keep `requires_grad`, so that an optimizer can continue with them. After an error, the model is
+    unchanged (see `hsa.Merger.apply_`). The call needs memory for a copy of the targets of every source. To try several
+    parameters, use `hsa.Merger`, which always starts from the sources.
 
     Raises:
-        RequestError: the model is no loaded Whisper model, holds adapters, quantised or offloaded targets, or targets
-            that share memory with each other or another parameter; it was merged already; base or secondary shares
-            memory with the model's targets, or base with secondary on all targets; a parameter is out of range.
+        RequestError: the model is no loaded Whisper model, or holds adapters, quantised or offloaded targets, or
+            targets that share memory with each other or with another parameter; it was merged already; base or
+            secondary shares memory with the model's targets, or base with secondary on all targets; a parameter is out
+            of range.
         SourceError, MismatchError, NonFiniteError, BackendUnavailable: as for `hsa.Merger`.
 
     Example:
@@ -100,7 +101,7 @@ def hsa_merge_(
 
 
 def _model_targets(model: torch.nn.Module, architecture: Architecture, preset: Preset) -> dict[str, LoadedTensor]:
-    """The model's targets by canonical name, after what can be wrong with the model alone."""
+    """The model's targets by canonical name. Raises RequestError if the model itself is not suitable."""
     layers = architecture.counts(config_of(model), "model").layers
     entries = entries_of("model", model, architecture)
     model_targets = targets_of("model", model, entries, architecture, preset)
@@ -118,7 +119,7 @@ def _model_targets(model: torch.nn.Module, architecture: Architecture, preset: P
 
 
 def _architecture_of(model: torch.nn.Module) -> Architecture:
-    """The family of a loaded model, by the `model_type` of its config."""
+    """The family of a loaded model, found by the `model_type` of its config."""
     families = with_heads()
     titles = " or ".join(family.title for family in families)
     if not isinstance(model, torch.nn.Module):
@@ -143,7 +144,7 @@ def _check_sources(
     architecture: Architecture,
     preset: Preset,
 ) -> None:
-    """Refuse a source that shares memory with the model's targets, and two that are one."""
+    """Refuse a source that shares memory with the model's targets, and a base that is the same as another source."""
     loaded = {
         role: targets_of(role, source, entries_of(role, source, architecture), architecture, preset)
         for role, source in sources.items()
@@ -169,7 +170,7 @@ def _check_sources(
 def _are_same_source(
     sources: Mapping[str, ModelSource], role: str, loaded: Mapping[str, Mapping[str, LoadedTensor]]
 ) -> bool:
-    """Whether base and another source are one directory, or share the memory of every target."""
+    """Whether base and another source are the same directory, or share the memory of every target."""
     base, other = sources[BASE], sources[role]
     if isinstance(base, (str, os.PathLike)) and isinstance(other, (str, os.PathLike)):
         return os.path.exists(base) and os.path.exists(other) and os.path.samefile(base, other)
@@ -181,7 +182,7 @@ def _are_same_source(
 
 
 def _refuse_merged(model: torch.nn.Module, model_targets: Mapping[str, LoadedTensor]) -> None:
-    """Refuse a model that still has values which `hsa_merge_` wrote: they would count as primary's."""
+    """Refuse a model that still has values written by `hsa_merge_`, because they would be treated as primary's."""
     stored = find_marked(model, model_targets)
     if stored is not None:
         raise RequestError(

@@ -1,6 +1,6 @@
-"""What a merge computes: its parameters, the selection of heads, and the sums behind it.
+"""Merge methods: their settings, the selection of heads, and the sums behind their decisions.
 
-A file with a method of your own imports from here; docs/add-a-method.md shows one.
+To define a method of your own in a file, import from here; docs/contributing/add-a-method.md shows an example.
 """
 
 from hsa.findings import Findings

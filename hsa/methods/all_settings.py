@@ -1,4 +1,4 @@
-"""The settings of all methods together: for options and keys that stand beside each other, and for records of any."""
+"""The settings of all methods together: for combined lists of options and keys, and for records of any method."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from hsa.methods.settings import DEFAULT_METHOD, Declared, SettingInfo, declared
 
 
 def all_settings(wanted: Callable[[SettingInfo], bool] = lambda about: True) -> Mapping[str, Declared]:
-    """The settings of every method by their names in Python; where methods share a name, the default method's.
+    """The settings of every method by their names in Python. If methods share a name, the default method's setting
+    counts.
 
-    Those that are not `wanted` are left out, and what another method declares under the name may take their place.
+    If a setting is not `wanted`, another method's setting of the same name may take its place.
     """
     by_name: dict[str, Declared] = {}
     for method in (method_named(DEFAULT_METHOD), *methods().values()):
@@ -23,7 +24,7 @@ def all_settings(wanted: Callable[[SettingInfo], bool] = lambda about: True) -> 
 
 
 def summary(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a record's parameters those that say in one line how the merge was made.
+    """The parameters of a record that say in one line how the merge was made.
 
     Example:
         >>> summary({"k": 0.6, "targets": "encoder-qkv", "backend": "cpu"})

@@ -1,6 +1,6 @@
-"""Angles between vectors by their Gram matrix, and the coefficients of points on the arc between two of them.
+"""Angles between vectors from their Gram matrix, and the coefficients of points on the arc between two of them.
 
-Decisions are made with Python's `math` alone, on numbers in float64, so that they repeat.
+Decisions use only Python's `math`, on float64 numbers, so that they are reproducible.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def norm_product(gram: Gram, one: int, two: int) -> float:
 
 
 def clamped(cosine: float) -> float:
-    """A cosine that rounding took out of [-1, 1], taken back."""
+    """A cosine, clamped to [-1, 1] because rounding may take it out of that range."""
     return max(-1.0, min(1.0, cosine))
 
 
 def combined_norm(factors: Sequence[float], gram: Sequence[Sequence[float]]) -> float:
-    """The norm of the sum of vectors times factors; 0 where rounding leaves less.
+    """The norm of the sum of vectors times factors; 0 where rounding makes its square negative.
 
     Example:
         >>> combined_norm([1.0, -1.0], ((4.0, 2.0), (2.0, 4.0)))
@@ -46,8 +46,8 @@ def on_the_line(t: float) -> tuple[float, float]:
 
 
 def on_the_arc(cosine: float, t: float) -> tuple[float, float]:
-    """The coefficients of spherical interpolation between two vectors at an angle of that cosine, which is not 1 or -1:
-    `sin((1 - t) o) / sin(o)` and `sin(t o) / sin(o)`.
+    """The coefficients of spherical interpolation between two vectors: `sin((1 - t) o) / sin(o)` and
+    `sin(t o) / sin(o)`. `cosine` is that of the angle `o` between them, and is neither 1 nor -1.
 
     Example:
         >>> [round(each, 4) for each in on_the_arc(0.0, 0.5)]

@@ -1,8 +1,7 @@
-"""What a merge method is: the sources it takes, its settings, and how it measures, decides and applies.
+"""The interface of a merge method: its sources, its settings, and how it measures, decides and applies.
 
-A method looks at a tensor block by block and measures sums; decides from them, for each tensor, by plain values that
-the provenance records; and applies the decision element by element. Reading, slicing, threads, element types, patches
-and verification are the engine's, so that a method is one file of this package.
+A method measures sums of a tensor block by block, decides on plain values for each tensor, and applies the decision
+element by element. The engine does everything else, so a method is one file of this package.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelRole:
-    """A model that a method tells apart by name, such as HSA's primary: the role, and one sentence for help.
+    """A model that a method distinguishes by name, such as HSA's primary: its role, and one sentence of help.
 
-    Where `several` models may be given under the name, those after the first have roles by their place.
+    If `several` models may be given under the name, those after the first get their roles by position.
     """
 
     name: str
@@ -39,15 +38,15 @@ class ModelRole:
 
 @dataclass(frozen=True)
 class Contract:
-    """The sources that a method takes.
+    """The sources that a method accepts.
 
     Args:
         base: whether it needs the base model, can use it, or has no use for it.
         least, most: how many models it merges, base not counted.
-        named: models with roles of their own, in order; the others are `model1`, `model2` and so on, by their place.
-            Only the last of them may stand for several models.
+        named: models with roles of their own, in order. The others are `model1`, `model2` and so on, by position. Only
+            the last named role may stand for several models.
 
-    The first model is the anchor: its names, config, small files, shards and element types are the output's.
+    The first model is the anchor: the output takes its tensor names, config, small files, shards and element types.
     """
 
     base: Literal["required", "optional", "none"] = "optional"
@@ -56,7 +55,7 @@ class Contract:
     named: tuple[ModelRole, ...] = ()
 
     def roles(self, count: int) -> tuple[str, ...]:
-        """The roles of so many models, in the order in which they are given.
+        """The roles of `count` models, in the order in which they are given.
 
         Example:
             >>> Contract(named=(ModelRole("primary", "The anchor."),)).roles(3)
@@ -65,7 +64,7 @@ class Contract:
         return tuple(self.named[n].name if n < len(self.named) else f"model{n + 1}" for n in range(count))
 
     def roles_of(self, name: str, count: int) -> tuple[str, ...]:
-        """The roles of so many models that are given under one name.
+        """The roles of `count` models that are given under one name.
 
         Example:
             >>> Contract(named=(ModelRole("primary", ""), ModelRole("secondary", "", several=True))).roles_of(
@@ -77,7 +76,7 @@ class Contract:
         return self.roles(first + count)[first:]
 
     def check(self, method: str, *, base: bool, models: int) -> None:
-        """RequestError unless this is a base, or none, and a number of models that the method takes."""
+        """Raise RequestError unless the method accepts this number of models, with or without a base as given."""
         if self.base == "required" and not base:
             raise RequestError(f"method {method} needs base, the model that the others were trained from; give it")
         if self.base == "none" and base:
@@ -89,12 +88,13 @@ class Contract:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What a method does with a tensor.
+    """How a method treats a tensor.
 
-    `keep`: the anchor's values, in the output's element type. `merge`: computed from the tensors of `roles` (all
-    sources where it is None), cut into blocks as `layout` says, after `passes` passes of measuring. The record lists a
-    merged tensor with its decision where it is `listed`. `needed_by` says what needs the tensor in all these roles, for
-    the error where it is missing or has another shape; where it is empty, such a tensor stays the anchor's.
+    `keep`: take the anchor's values, in the output's element type. `merge`: compute the values from the tensors of
+    `roles` (all sources if None), in blocks cut by `layout`, after `passes` measuring passes. If `listed`, the record
+    contains the merged tensor with its decision. `needed_by` says what needs the tensor in all these roles; the error
+    quotes it if the tensor is missing or has another shape. If `needed_by` is empty, such a tensor keeps the anchor's
+    values.
     """
 
     kind: Literal["keep", "merge"]
@@ -113,13 +113,13 @@ KEEP = Treatment("keep")
 
 
 class Block(ABC):
-    """One block of a tensor, cut by the treatment's layout (`hsa.methods.tensors.Layout`). Where the groups are heads,
-    some rows and columns of one of them, or of neighbouring ones that are treated alike.
+    """One block of a tensor, cut by the treatment's layout (`hsa.methods.tensors.Layout`). If the groups are heads, a
+    block has some rows and columns of one head, or of neighbouring heads that are treated alike.
 
-    Arrays are float32 [rows, columns]. They are the worker's memory, valid until the next block. `weights` must not be
-    written to. `task_vector` may be overwritten in `measure`; in `apply` several decisions may share it, so that what
-    is made from it goes into its `room`. numpy's warnings of overflow and the like are off: results are checked.
-    `first` is the flat index of the block's first element in the tensor.
+    Arrays are float32 [rows, columns]. They are the worker's memory and valid only until the next block. `weights` is
+    read-only. `task_vector` may be overwritten in `measure`. In `apply`, several decisions may share it, so values
+    computed from it must be written to its `room`. numpy's warnings about overflow and the like are off, because
+    results are checked. `first` is the flat index of the block's first element in the tensor.
     """
 
     task: TensorTask
@@ -132,20 +132,20 @@ class Block(ABC):
 
     @abstractmethod
     def task_vector(self, role: str) -> Float32:
-        """What a model changed: its weights minus base's, rounded to float32; computed once for a block."""
+        """The change that a model made: its weights minus base's, rounded to float32. It is computed once per block."""
 
     @abstractmethod
     def room(self, role: str) -> Float32:
-        """In `apply`: memory of the block's shape for a value that is made from the task vector of a model. It may be
-        that task vector's own memory: write it by one elementwise operation, and do not ask for the vector again."""
+        """In `apply`: memory of the block's shape for a value computed from a model's task vector. It may be the task
+        vector's own memory. Write it with one elementwise operation, and do not ask for the task vector again."""
 
     @abstractmethod
     def wide(self) -> Array:
-        """Uninitialised float64 memory of the block's shape; the same at every call."""
+        """Uninitialised float64 memory of the block's shape. Every call returns the same memory."""
 
     def kept(self, key: Hashable, make: Callable[[], Arrays]) -> Arrays:
-        """Arrays that depend on the sources of the block alone, whatever the settings. Where sources stay in memory for
-        many merges, those that an earlier merge made for this key may be given again: they must not be written to."""
+        """Arrays that depend only on the sources of the block, not on the settings. They are read-only: if the sources
+        stay in memory for many merges, the arrays of an earlier merge for this key may be returned."""
         return make()
 
     @property
@@ -155,7 +155,7 @@ class Block(ABC):
 
 
 class NotFiniteSums(Exception):
-    """Raised by `gather` where the sums of a group are not finite: a source holds NaN or Inf there."""
+    """Raised by `gather` if the sums of a group are not finite, because a source contains NaN or Inf there."""
 
     def __init__(self, group: int) -> None:
         super().__init__(group)
@@ -167,9 +167,9 @@ D = TypeVar("D")
 
 
 class Method(ABC, Generic[S, D]):
-    """A merge method. Subclass it in a file of this package, and it is found by its `name`.
+    """A merge method. A subclass in a file of this package is found by its `name`.
 
-    `version` is raised when the same settings give other bytes. `source` is the paper or program it comes from.
+    `version` is increased when the same settings give other bytes. `source` is the paper or program that it comes from.
 
     Example:
         >>> class Mean(Method[Settings, None]):  # the mean of all models
@@ -182,7 +182,7 @@ class Method(ABC, Generic[S, D]):
     version: ClassVar[int] = 1
     title: ClassVar[str]
     known_as: ClassVar[str] = ""
-    """What the index of a release says its models are composed with, where that is not the title."""
+    """The name of the method in the index of a release, if it is not the title."""
     formula: ClassVar[str] = ""
     source: ClassVar[str] = ""
     citation: ClassVar[str] = ""
@@ -192,55 +192,56 @@ class Method(ABC, Generic[S, D]):
     contract: ClassVar[Contract] = Contract()
     Settings: ClassVar[type[Any]]
     libraries: ClassVar[tuple[str, ...]] = ()
-    """Packages that the bytes of an output depend on, besides numpy; the record names their versions. `lapack` stands
-    for the library behind numpy's linear algebra, which then runs with one thread, so that results repeat."""
+    """Packages besides numpy that the bytes of an output depend on. The record names their versions. `lapack` stands
+    for the library behind numpy's linear algebra, which then runs with one thread so that results are reproducible."""
     elementwise: ClassVar[bool] = True
-    """Whether measure, decide and apply say all. Other methods work on whole tensors, by a backend's own code."""
+    """Whether measure, decide and apply define the method completely. Other methods work on whole tensors, by a
+    backend's own code."""
     writes_out_last: ClassVar[bool] = False
-    """Whether `apply` writes `out` by its last operation alone, elementwise, so that `out` may be the memory of a room
-    or of the anchor's own tensor. Saves a copy."""
+    """Whether `apply` writes `out` only in its last operation, elementwise. Then `out` may be the memory of a room or
+    of the anchor's own tensor, which saves a copy."""
     needs_heads: ClassVar[bool] = False
-    """Whether it merges attention heads, and so takes only models of the families whose heads are known."""
+    """Whether it merges attention heads, and so accepts only models of families whose heads are known."""
     selects_heads: ClassVar[bool] = False
     """Whether its decisions say which attention heads are merged, and by which scores, as `inspect` shows them."""
     gpu_models: ClassVar[int | None] = None
-    """Of how many models a GPU merges by kernels of the method's own; None where it has none."""
+    """The number of models that a GPU merges with the method's own kernels; None if it has no kernels."""
     tolerance: ClassVar[float] = 0.0
-    """How far the values of a tensor that is computed whole may lie from those of another machine, relative to the
-    tensor's norm: 0 where every machine gives the same bytes."""
+    """For tensors that are computed whole: the largest difference from another machine's values, relative to the
+    tensor's norm. 0 if every machine gives the same bytes."""
     approximate: ClassVar[tuple[str, ...]] = ()
-    """Keys of recorded decisions whose numbers may differ between machines by as much, relative to themselves."""
+    """Keys of recorded decisions whose numbers may differ between machines by `tolerance`, relative to themselves."""
     checks_sources: ClassVar[bool] = False
-    """Whether `gather` finds sources that are not finite by the sums, so that the engine need not look for them."""
+    """Whether `gather` detects non-finite sources by the sums, so that the engine need not search for them."""
 
     bound_settings: ClassVar[tuple[str, ...] | None] = None
-    """The settings that `largest_result` reads, so that candidates which share them share the bounds; None where a
-    bound is worked out for each candidate."""
+    """The settings that `largest_result` reads. Candidates with equal values of them share the bounds. None if a bound
+    is computed for each candidate."""
 
     def copies_equal(self, settings: S) -> bool:
-        """Whether a tensor that is equal in all sources is copied instead of computed. It reads structural settings
-        alone."""
+        """Whether a tensor that is equal in all sources is copied instead of computed. It reads only structural
+        settings."""
         return False
 
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: S) -> Treatment:
-        """What is done with a tensor; by default every floating-point tensor is merged. `info.name` is canonical."""
+        """How a tensor is treated. By default every floating-point tensor is merged. `info.name` is canonical."""
         return Treatment("merge") if info.code in ("F32", "F16", "BF16") else KEEP
 
     def needs_whole(self, settings: S, role: str) -> bool:
-        """Whether more of a source than the targets of a preset is read, for methods whose settings have a preset."""
+        """Whether a source is read beyond the targets of a preset. For methods whose settings have a preset."""
         return True
 
     def measure(self, block: Block, number: int, so_far: D | None) -> Any:
-        """Sums over one block, in pass `number`; `so_far` is what was decided after the pass before."""
+        """Measure sums over one block in pass `number`. `so_far` is the decision after the previous pass."""
         raise NotImplementedError(f"method {self.name} measures nothing")
 
     def gather(self, task: TensorTask, sums: Sequence[Sequence[Any]]) -> Any:
-        """What a pass measured of a tensor, from the sums of each group's blocks in order: what `decide` needs, small
-        enough to be kept for other settings. Raises NotFiniteSums."""
+        """Combine the sums of each group's blocks, in order, into the measurement of a tensor that `decide` needs. It
+        is small enough to be kept for other settings. Raises NotFiniteSums."""
         return sums
 
     def decide(self, task: TensorTask, measured: Any, settings: S, so_far: D | None) -> D:
-        """The decision for a tensor. `measured` is what `gather` gave, None for a tensor without passes."""
+        """The decision for a tensor. `measured` is the result of `gather`, or None for a tensor without passes."""
         return None  # type: ignore[return-value]
 
     @abstractmethod
@@ -248,7 +249,7 @@ class Method(ABC, Generic[S, D]):
         """Write the merged values of a block into `out`, float32 of the block's shape."""
 
     def untouched(self, groups: int, decision: D) -> frozenset[int]:
-        """The groups of a target, of so many, that stay the anchor's values."""
+        """The groups of a target that keep the anchor's values. `groups` is the number of its groups."""
         return frozenset()
 
     def as_dict(self, decision: D) -> dict[str, Any]:
@@ -256,30 +257,31 @@ class Method(ABC, Generic[S, D]):
         return {}
 
     def from_dict(self, entry: Mapping[str, Any], groups: int, settings: S) -> D:
-        """The decision for a tensor of so many groups that `as_dict` recorded. Raises KeyError, TypeError or ValueError
-        where it is none."""
+        """The decision that `as_dict` recorded for a tensor of `groups` groups. Raises KeyError, TypeError or
+        ValueError if the entry is no decision."""
         return None  # type: ignore[return-value]
 
     def applied(self, recorded: D, decision: D) -> D:
-        """What is applied where a record holds one decision and the sources give another: what is recorded. Where the
-        record holds too little for that, such as a digest, it is the other, whose digest is compared."""
+        """The decision to apply if the sources give another than the record: the recorded one. If the record contains
+        too little to apply, such as a digest, the decision of the sources is applied, and its digest is compared."""
         return recorded
 
     @property
     def records_decisions(self) -> bool:
-        """Whether `from_dict` gives decisions back; where it does not, whoever needs them decides again."""
+        """Whether `from_dict` restores decisions. If not, code that needs them must decide again."""
         return type(self).from_dict is not Method.from_dict
 
     def longest(self, task: TensorTask, number: float) -> D:
-        """A decision that `as_dict` writes as long as any for this tensor; `number` is written with the most digits."""
+        """A decision whose `as_dict` is at least as long as any other for this tensor. `number` has the most digits."""
         return None  # type: ignore[return-value]
 
     def patch_obstacles(self, settings: S) -> Iterator[str]:
-        """Why a patch, which holds touched groups alone, cannot hold a merge; nothing where it can."""
+        """The reasons why a patch, which contains only touched groups, cannot hold a merge. Yields nothing if it
+        can."""
         yield f"method {self.name} changes whole tensors"
 
     def measure_distances(self, block: Block) -> Any:
-        """For patches: sums over one block that `distances` needs."""
+        """For patches: the sums over one block that `distances` needs."""
         raise NotImplementedError(f"method {self.name} has no patches")
 
     def distance_sums(self, task: TensorTask, sums: Sequence[Sequence[Any]]) -> Any:
@@ -287,75 +289,78 @@ class Method(ABC, Generic[S, D]):
         raise NotImplementedError(f"method {self.name} has no patches")
 
     def distances(self, targets: Sequence[tuple[TensorRecord, Any]]) -> dict[str, dict[str, float | None]]:
-        """For patches: how far merged targets lie from each model, by stack (and of `all`) and role:
-        |merged - model| / |model|, None where there is no such ratio. Each target comes with its `distance_sums`."""
+        """For patches: the distance of merged targets from each model, by stack (and for `all`) and role:
+        |merged - model| / |model|, or None if this ratio is undefined. Each target comes with its `distance_sums`."""
         raise NotImplementedError(f"method {self.name} has no patches")
 
     def kept(self, block: Block, decision: D) -> Iterator[Array | None] | None:
-        """For inspections: which elements of each model's task vector are kept, one model after another: bool of the
-        block's shape, valid until the next, or None for all. None at all where nothing is dropped."""
+        """For inspections: the kept elements of each model's task vector, one bool array of the block's shape per
+        model, valid until the next. An array is None if all elements are kept. The result is None if the method drops
+        nothing."""
         return None
 
     def agreeing(self, block: Block, decision: D) -> Iterator[Array] | None:
-        """The same of the elements that have the elected sign, where the models vote on it."""
+        """The elements with the elected sign, in the form of `kept`; None if the models do not vote on the sign."""
         return None
 
     def kept_counts(self, decision: D) -> tuple[int, ...] | None:
-        """How many elements of each model's task vector are kept, where the decision says so."""
+        """The number of kept elements of each model's task vector; None if the decision does not say."""
         return None
 
     def coefficients_of(self, decision: D, models: Sequence[str]) -> dict[str, float]:
-        """The decided coefficients of a tensor by role, of base too where it has one; nothing where there are none."""
+        """The decided coefficients of a tensor by role, including base's if it has one; empty if there are none."""
         return {}
 
     def touched_count(self, task: TensorTask, settings: S) -> int:
-        """For patches: about how many groups of a target will be touched."""
+        """For patches: the approximate number of groups of a target that will be touched."""
         return task.partition.groups
 
     def largest_result(
         self, task: TensorTask, measured: Any, settings: S, largest: Mapping[str, float]
     ) -> float | None:
-        """A bound on the magnitude of a tensor's merged values, by the largest magnitudes in the sources; None where it
-        is not known. A tensor that might overflow is computed beside its place before it is written there."""
+        """A bound on the magnitude of a tensor's merged values, from the largest magnitudes in the sources; None if it
+        is unknown. A tensor that might overflow is computed in separate memory before it is written to its place."""
         return None
 
     def work_bytes(self, task: TensorTask, settings: S) -> int:
-        """Bytes of memory that computing a tensor takes beside its bytes in the sources and in the output, where that
-        is more than some blocks of it."""
+        """Bytes of memory for computing a tensor, besides its bytes in the sources and in the output. 0 if a few blocks
+        of it suffice."""
         return 0
 
-    # --- what is said of a merge ---------------------------------------------------------------------------------
+    # --- reports on a merge --------------------------------------------------------------------------------------
 
     def formula_with(self, parameters: Mapping[str, Any]) -> str:
         """The formula of a merge with these parameters; `formula` is that of the defaults."""
         return self.formula
 
     def settings_findings(self, candidates: Sequence[S]) -> Findings:
-        """What the settings of one merge, or of several, tell by themselves."""
+        """Findings that follow from the settings alone, of one merge or of several."""
         return Findings()
 
     def planned_findings(self, tasks: Sequence[TensorTask], settings: S) -> Findings:
-        """What settings tell together with the targets, before any tensor is read."""
+        """Findings that follow from the settings and the targets, before any tensor is read."""
         return Findings()
 
     def source_findings(self, outcomes: Sequence[Outcome]) -> Findings:
-        """What the values of the sources tell, whatever the settings; warnings make a merge doubtful."""
+        """Findings that follow from the values of the sources, whatever the settings. Warnings mean a doubtful
+        merge."""
         return source_warnings.source_findings(outcomes)
 
     def result_findings(self, outcomes: Sequence[Outcome]) -> Findings:
-        """What a finished merge tells, such as that it changes nothing. A sweep says which of its points it is."""
+        """Findings about a finished merge, such as that it changes nothing. A sweep names the point that they are
+        about."""
         return source_warnings.change_findings(outcomes)
 
     def decision_findings(self, outcomes: Sequence[Outcome]) -> Findings:
-        """What single decisions tell, such as that one was close. A sweep says it once for all points."""
+        """Findings about single decisions, such as that one was close. A sweep reports them once for all points."""
         return Findings()
 
     def planned_summary(self, tasks: Sequence[TensorTask], settings: S) -> Summary:
-        """How much a merge will merge, as far as the settings tell."""
+        """How much a merge will merge, as far as the settings show it."""
         return TensorCount(len(tasks), planned=True)
 
     def planned_entry(self, task: TensorTask, settings: S) -> dict[str, Any]:
-        """What a dry run says of one target, as far as the settings tell: JSON values."""
+        """The entry of a dry run for one target, as far as the settings determine it: JSON values."""
         return {}
 
     def summary(self, outcomes: Sequence[Outcome]) -> Summary:
@@ -363,34 +368,33 @@ class Method(ABC, Generic[S, D]):
         return TensorCount.of(outcomes)
 
     def recorded_summary(self, records: Sequence[TensorRecord]) -> Summary:
-        """How much a merge merged, as far as its record tells."""
+        """How much a merge merged, as far as its record shows it."""
         return TensorCount.of_records(records)
 
     def summary_range(self, summaries: Mapping[str, Summary]) -> str | None:
-        """How far the finished merges of a sweep lie apart, by the names of their points, in one line; None where there
-        is nothing to say."""
+        """One line on how much the merges of a sweep differ, from their summaries by point. None if there is none."""
         return None
 
     def hint(self, settings: S, summary: Summary) -> str | None:
-        """What would merge more, for a user of the defaults; None where there is nothing to say."""
+        """A hint at settings that would merge more, for users of the defaults; None if there is none."""
         return None
 
     def card_text(
         self, parameters: Mapping[str, Any], records: Sequence[TensorRecord], architecture: Architecture
     ) -> CardText:
-        """What the card says of a merge with these parameters."""
+        """The model card's text about a merge with these parameters."""
         formula = f": `{self.formula_with(parameters)}`" if self.formula else ""
         source = f" Source: {self.source}." if self.source else ""
         return CardText(f"{self.title}{formula}.{source}")
 
     def comparison_notes(self, records: Sequence[TensorRecord]) -> Iterator[str]:
-        """What a comparison of an output with its sources says of its decisions, such as which were close."""
+        """Notes on decisions for a comparison of an output with its sources, such as which decisions were close."""
         yield from ()
 
     def models_decided(self, decision: D) -> int | None:
-        """Of how many models a recorded decision is; None where it does not say."""
+        """The number of models that a recorded decision is for; None if it does not say."""
         return None
 
     def record_faults(self, record: TensorRecord, settings: S, layers: int) -> Iterator[str]:
-        """How a recorded decision contradicts the settings, or itself; `layers` are those of its stack, 0 outside."""
+        """Contradictions of a recorded decision to the settings or itself. `layers` counts those of its stack, or 0."""
         return iter(())

@@ -52,7 +52,7 @@ class BreadcrumbsSettings(MaskedSettings):
 
 
 def ranks_between(task: TensorTask, settings: BreadcrumbsSettings, elements: int) -> tuple[Ranks | None, ...]:
-    """Which magnitudes of each model are kept, by density and gamma."""
+    """The ranks of the magnitudes that are kept of each model, by density and gamma."""
     ranks: list[Ranks | None] = []
     for density, gamma in zip(settings.each("density", task), settings.each("gamma", task), strict=True):
         keep = int(density * elements)

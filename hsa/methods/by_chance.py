@@ -1,6 +1,6 @@
-"""Methods that keep elements by chance, by random words that depend on the seed, the model, the tensor and the element.
+"""Methods that keep elements at random. The random words depend on the seed, the model, the tensor and the element.
 
-Where the kept elements are rescaled, a first pass sums magnitudes, and a second those of the kept elements.
+If the kept elements are rescaled, a first pass sums all magnitudes, and a second those of the kept elements.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class ChanceSettings(MaskedSettings):
 
 @dataclass(frozen=True)
 class Drawn(MaskDecision):
-    """The decision for a tensor: the seed, and with which probability elements of each model are kept.
+    """The decision for a tensor: the seed, and the probability with which elements of each model are kept.
 
-    `spreads` is by how much the probability differs with an element's rank, for methods that say so. `sums` are the
-    magnitudes' sums of the task vectors after the first of two passes; empty where they are not needed.
+    `spreads` says how much the probability varies with an element's rank, for methods in which it does. `sums` are the
+    sums of the task vectors' magnitudes after the first of two passes; empty if they are not needed.
     """
 
     seed: int
@@ -61,17 +61,18 @@ S = TypeVar("S", bound=ChanceSettings)
 
 
 class ChanceMethod(MaskedMethod[S, Drawn], Generic[S]):
-    """The base class. A method says by `mask` which elements are kept."""
+    """The base class. A subclass defines by `mask` which elements are kept."""
 
     ranked: ClassVar[bool] = False
     """Whether the probability differs with an element's rank."""
 
     @abstractmethod
     def mask(self, block: Block, decision: Drawn, place: int, vector: Float32, key: Key) -> Array:
-        """Which elements of a model's task vector are kept, of which some are: bool of the block's shape."""
+        """The elements of a model's task vector that are kept: bool of the block's shape. Called only for probabilities
+        between 0 and 1, both excluded."""
 
     def spreads(self, task: TensorTask, settings: S) -> tuple[float, ...]:
-        """By how much each model's probability differs with rank; empty where it does not."""
+        """How much each model's probability varies with rank; empty if it does not."""
         return ()
 
     def keep(self, block: Block, decision: Drawn, place: int, vector: Float32, scratch: Scratch) -> Array | None:

@@ -1,7 +1,7 @@
-"""Methods that keep elements by their magnitude: those between two thresholds, which are found exactly in two passes.
+"""Methods that keep elements whose magnitude lies between two thresholds, which two passes find exactly.
 
-The first pass counts magnitudes by the upper 16 bits, the second by the lower 16 bits of those in the bin of a
-threshold; see `thresholds`. All elements that tie with a threshold are kept. Where the kept elements are rescaled, a
+The first pass counts magnitudes by their upper 16 bits. The second counts those in the bin of a threshold by their
+lower 16 bits; see `thresholds`. All elements that tie with a threshold are kept. If the kept elements are rescaled, a
 third pass sums magnitudes.
 """
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 
 class Ranks(NamedTuple):
-    """Which magnitudes of a task vector are kept: from the `first`-th largest to the `last`-th, counted from 1. Where
-    `last` is 0 none is."""
+    """The magnitudes of a task vector that are kept: from the `first`-th largest to the `last`-th, counted from 1. If
+    `last` is 0, none is kept."""
 
     first: int
     last: int
 
 
 class Range(NamedTuple):
-    """The magnitudes that are kept, both ends included; nothing where `low` is None, no upper end where `high` is.
-    `kept` is the number of elements."""
+    """The range of magnitudes that are kept, both ends included. If `low` is None, nothing is kept; if `high` is None,
+    there is no upper end. `kept` is the number of elements."""
 
     low: float | None
     high: float | None
@@ -48,8 +48,8 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Trimmed(MaskDecision):
-    """The decision for a tensor: the range of magnitudes that is kept of each model. Where it is `unscaled`, the
-    factors are still to be found, by a third pass."""
+    """The decision for a tensor: the range of magnitudes that is kept of each model. If it is `unscaled`, a third pass
+    has yet to find the factors."""
 
     ranges: tuple[Range, ...]
     unscaled: bool = False
@@ -65,7 +65,7 @@ class Trimmed(MaskDecision):
 
 @dataclass(frozen=True)
 class ThresholdBins:
-    """After the first pass: the bins in which the thresholds of each model lie, and its counts."""
+    """The state after the first pass: the ranks that are kept of each model, and the places of its thresholds."""
 
     ranks: tuple[Ranks | None, ...]
     places: tuple[tuple[Place, ...], ...]
@@ -75,14 +75,14 @@ S = TypeVar("S", bound=MaskedSettings)
 
 
 class ThresholdMethod(MaskedMethod[S, Trimmed], Generic[S]):
-    """The base class. A method says by `ranks` what is kept."""
+    """The base class. A subclass defines by `ranks` which elements are kept."""
 
     drops_largest: ClassVar[bool] = False
     """Whether a range of magnitudes may end below the largest."""
 
     @abstractmethod
     def ranks(self, task: TensorTask, settings: S, elements: int) -> tuple[Ranks | None, ...]:
-        """Which magnitudes of each model are kept; None where all are."""
+        """The ranks of the magnitudes that are kept of each model; None if all are kept."""
 
     def measure(self, block: Block, number: int, so_far: ThresholdBins | Trimmed | None) -> list[Any]:
         if so_far is None:
@@ -171,7 +171,7 @@ class ThresholdMethod(MaskedMethod[S, Trimmed], Generic[S]):
 
 
 def zero_notes(names: Sequence[str]) -> Iterator[str]:
-    """A note of the tensors of which a density keeps no element."""
+    """A note on the tensors of which a density keeps no element."""
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield (
@@ -185,7 +185,7 @@ def _magnitude(value: Any) -> float | None:
 
 
 def _magnitudes(block: Block, role: str) -> Float32:
-    """The magnitudes of a task vector, in its place."""
+    """The magnitudes of a task vector, computed in place."""
     import numpy as np
 
     vector = block.task_vector(role)
@@ -193,14 +193,14 @@ def _magnitudes(block: Block, role: str) -> Float32:
 
 
 def _inside(block: Block, role: str, places: Sequence[Place]) -> dict[int, Counts]:
-    """By the bins of the places, the counts of the lower halves in them."""
+    """The counts of lower halves in the bins of the places, by bin."""
     bins = {place.bin for place in places}
     magnitudes = _magnitudes(block, role) if bins else None
     return {bin: thresholds.lower_counts(magnitudes, bin, block.wide()) for bin in bins if magnitudes is not None}
 
 
 def _gathered(parts: Sequence[Any]) -> Any:
-    """What a pass measured of one model's task vector, from the blocks' parts."""
+    """The combined measurement of one model's task vector in a pass, from the parts of the blocks."""
     if isinstance(parts[0], Counts):
         return thresholds.merged(parts)
     if isinstance(parts[0], dict):
@@ -217,7 +217,7 @@ def _places(ranks: Ranks | None, counts: Counts) -> tuple[Place, ...]:
 
 
 def _range(elements: int, ranks: Ranks | None, places: Sequence[Place], inside: Mapping[int, Counts]) -> Range:
-    """The magnitudes that are kept of a model, and how many there are."""
+    """The range of magnitudes that are kept of a model, with their number."""
     if ranks is None:
         return Range(0.0, None, elements)
     if not places:

@@ -27,7 +27,7 @@ class Coefficients:
 
 
 class LinearCombination(ModelMethod[S, Coefficients]):
-    """The base class: `B + sum of a_i * d_i` where `on_base` and there is a base, else the sum of `a_i * M_i`. A method
+    """The base class: `B + sum of a_i * d_i` if `on_base` and there is a base, else the sum of `a_i * M_i`. A subclass
     overrides `decision`."""
 
     on_base: bool = True

@@ -1,6 +1,6 @@
-"""The decision for a tensor that is equal in all sources: the anchor's values are copied, whatever the method is.
+"""The decision to copy: a tensor that is equal in all sources keeps the anchor's values, whatever the method is.
 
-Who holds a decision asks here instead of the method, which never sees this one.
+Code that handles decisions calls these functions instead of the method, which never sees this decision.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Copied:
-    """The decision to copy; there is one."""
+    """The decision to copy, a singleton."""
 
     def __repr__(self) -> str:
         return "COPIED"
@@ -31,11 +31,11 @@ def decision_dict(method: Any, decision: Any) -> dict[str, Any]:
 
 
 def decision_from(method: Any, entry: Mapping[str, Any], groups: int, settings: Any) -> Any:
-    """The decision that the provenance records. Raises as `Method.from_dict`."""
+    """The decision that the provenance records. Raises the same errors as `Method.from_dict`."""
     return COPIED if entry == _ENTRY else method.from_dict(entry, groups, settings)
 
 
 def untouched_groups(method: Any, groups: int, decision: Any) -> frozenset[int]:
-    """The groups of a tensor, of so many, that stay the anchor's values."""
+    """The groups of a tensor that keep the anchor's values. `groups` is the number of its groups."""
     untouched: frozenset[int] = frozenset(range(groups)) if decision is COPIED else method.untouched(groups, decision)
     return untouched

@@ -1,4 +1,4 @@
-"""DARE: keep each element of a task vector by chance, rescale the others, and add up.
+"""DARE: keep each element of a task vector at random, rescale the kept elements, and add up.
 
     keep each element of d_i with probability density, times the rescaling factor
     B + lambda * sum of w_i * d_i, over the sum of w_i with `normalize`

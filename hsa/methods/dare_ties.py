@@ -1,5 +1,5 @@
-"""DARE with the vote of TIES: keep each element of a task vector by chance, rescale the others, elect a sign
-for every element, and merge what agrees with it.
+"""DARE with the vote of TIES: keep each element of a task vector at random, rescale the kept elements, elect a sign for
+every element, and merge what agrees with it.
 
     keep and rescale as `dare_linear` does
     B + lambda * sum of w_i * d_i over the models that agree, over the sum of their w_i with `normalize`

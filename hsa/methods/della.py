@@ -1,5 +1,5 @@
-"""DELLA with the vote of TIES: keep each element of a task vector by chance, the more likely the larger it is in its
-row, rescale the others, elect a sign for every element, and merge what agrees with it.
+"""DELLA with the vote of TIES: keep each element of a task vector at random, with a higher probability for elements
+that are larger in their row. Rescale the kept elements, elect a sign for every element, and merge what agrees with it.
 
     keep and rescale as `della_linear` does
     B + lambda * sum of w_i * d_i over the models that agree, over the sum of their w_i with `normalize`

@@ -1,11 +1,12 @@
-"""DELLA: keep each element of a task vector by chance, the more likely the larger it is in its row, make up for the
-dropped ones, and add up.
+"""DELLA: keep each element of a task vector at random, with a higher probability for elements that are larger in their
+row. Compensate for the dropped elements, and add up.
 
     keep each element of d_i with probability density - epsilon + 2 * epsilon * r, times the rescaling factor
     B + lambda * sum of w_i * d_i, over the sum of w_i with `normalize`
 
-`r` is the rank of an element's magnitude among those along axis 1 (of a vector: among all), from 0 for the smallest to
-1; of equal ones the later is the larger; 0.5 where there is one element. Density 1 keeps everything.
+`r` is the rank of an element's magnitude among those along axis 1 (in a vector: among all), from 0 for the smallest to
+1 for the largest. Of equal magnitudes, the later one ranks higher. A single element has rank 0.5. Density 1 keeps
+everything.
 
 Source: Deep, Bhardwaj, Poria, DELLA-Merging: reducing interference in model merging through magnitude-based sampling,
 2024, arXiv 2406.11617.
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
 
 PLACE_BITS = 33
-"""Bits of a place in a row; those of a magnitude lie above."""
+"""The number of low bits of a sort key that hold the place in a row. The bits of the magnitude are above them."""
 
 SHORT = 256
-"""Rows of fewer elements are filled all at once, longer ones each by itself, which takes a third of the time for each
-element but some for each row."""
+"""Rows of fewer elements are filled all at once, longer ones one by one. Filling one by one takes a third of the time
+for each element, but a fixed time for each row."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class DellaLinearSettings(ChanceSettings):
 
 
 def check_spread(density: float, epsilon: float, where: str) -> None:
-    """RequestError unless density - epsilon and density + epsilon are probabilities; `where` follows in the message."""
+    """Raise RequestError unless density - epsilon and density + epsilon are probabilities. `where` follows the values
+    in the message."""
     if 0.0 < density < 1.0 and not (density - epsilon > 0.0 and density + epsilon < 1.0):
         raise RequestError(
             f"{option('density')} {density:g} and {option('epsilon')} {epsilon:g}{where} give probabilities from "
@@ -120,7 +122,7 @@ class DellaLinear(ChanceMethod[DellaLinearSettings]):
     def largest_result(
         self, task: TensorTask, measured: Any, settings: DellaLinearSettings, largest: Mapping[str, float]
     ) -> float | None:
-        self.spreads(task, settings)  # refused here, before anything is written
+        self.spreads(task, settings)  # raises here, before anything is written
         return super().largest_result(task, measured, settings, largest)
 
     def mask(self, block: Block, decision: Drawn, place: int, vector: Float32, key: Key) -> Array:
@@ -146,11 +148,11 @@ def limits_by_rank(length: int, density: float, epsilon: float) -> Array:
 def limits_of(vectors: Float32, limits: Array, room: Array) -> Array:
     """The limit of every element, by the rank of its magnitude along the last axis.
 
-    Magnitudes are sorted as whole numbers that hold 31 bits of them above their place, so that of equal ones the later
-    is the larger.
+    Magnitudes are sorted as whole numbers that hold their 31 bits above their place. So of equal magnitudes, the later
+    one ranks higher.
 
     Args:
-        vectors: of any layout and three axes.
+        vectors: three axes, of any memory layout.
         limits: uint32, one for each rank.
         room: 64 bits for each element, which are overwritten.
 

@@ -1,6 +1,6 @@
-"""What there is to say of a method by its declarations alone: what `hsa methods` prints, as JSON values.
+"""Descriptions of methods from their declarations alone: the output of `hsa methods`, as JSON values.
 
-Whatever a method's file declares is found here by itself: no other module lists methods or their settings.
+Everything that a method's file declares is found automatically: no other module lists methods or their settings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from hsa.methods.settings import MAX_FLOAT32, Declared, Settings, declared
 
 
 def describe(method: AnyMethod) -> dict[str, Any]:
-    """A method, with what it computes, the sources and settings that it takes, and which commands take it.
+    """A description of a method: what it computes, the sources and settings that it accepts, and the commands that
+    accept it.
 
     Example:
         >>> from hsa.methods.registry import method_named
@@ -98,7 +99,7 @@ def default_text(each: Declared) -> str:
 
 
 def range_text(each: Declared) -> str:
-    """The values that a setting may have, in words; empty where its help says it.
+    """The values that a setting may have, in words; empty if its help lists them.
 
     Example:
         >>> from hsa.methods.hsa import HsaSettings
@@ -124,7 +125,7 @@ def range_text(each: Declared) -> str:
 
 
 def _commands(method: AnyMethod) -> dict[str, Any]:
-    """Which commands take the method: where a patch cannot hold its merges, why."""
+    """The commands that accept the method. If a patch cannot hold its merges, the reason is included."""
     obstacle = next(method.patch_obstacles(method.Settings()), None)
     return {
         "merge": True,

@@ -13,7 +13,7 @@ from hsa.methods.tensors import BASE, DistanceSums, Outcome
 
 @dataclass(frozen=True)
 class ModelDistances:
-    """How the models of a merge lie to base and to each other, over all target tensors.
+    """The distances of a merge's models from base and from each other, over all target tensors.
 
     `models` are their roles in order [N], `base` is |B|^2, `squares` are the |tv|^2 of their task vectors [N];
     `products` and `differences` are tv_i . tv_j and |tv_i - tv_j|^2 of each pair.
@@ -42,8 +42,9 @@ class ModelDistances:
 
 @dataclass(frozen=True)
 class MergeDistances:
-    """The same of the output, where it was computed: its squared distances from the origin, which is base or without
-    one the first model, and from each model [N]. `with_base` says which. `sampled`: from a sample of the elements."""
+    """The distances of a merge's sources, and of its output if it was computed. The origin is base, or the first model
+    if there is no base; `with_base` says which. `moved` is the squared distance of the output from the origin, and
+    `from_models` are its squared distances from each model [N]. `sampled`: from a sample of the elements."""
 
     sources: ModelDistances
     with_base: bool
@@ -53,7 +54,8 @@ class MergeDistances:
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome]) -> MergeDistances | None:
-        """Of the tensors that base has too, where there is one; None where no sums were taken."""
+        """The distances of a merge. If there is a base, only the tensors that base has count. None if no sums were
+        taken."""
         with_base = any(BASE in outcome.task.sources for outcome in outcomes)
         known = [
             (outcome, outcome.sums)
@@ -85,14 +87,14 @@ class MergeDistances:
 
     @property
     def relative(self) -> float | None:
-        """How far the output lies from the origin, relative to the origin's norm; None where it was not computed, and
-        where the origin is zero."""
+        """The distance of the output from the origin, relative to the origin's norm; None if the output was not
+        computed or the origin is zero."""
         return None if self.moved is None else ratio(self.moved, self.sources.base)
 
     @property
     def change(self) -> float | None:
-        """How far the output lies from the first model, relative to that model's task vector; None without a base or an
-        output, and where the task vector is zero."""
+        """The distance of the output from the first model, relative to that model's task vector; None without a base or
+        an output, or if the task vector is zero."""
         if self.moved is None or not self.with_base:
             return None
         return ratio(self.from_models[0], self.sources.squares[0])

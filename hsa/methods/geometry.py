@@ -21,12 +21,12 @@ FLOAT32_SAFE = (1e-24, 1e36)
 """Range of a sum of squares in which float32 neither overflowed nor lost squares that matter."""
 
 CANCELLATION = 1e-3
-"""Where `|tv1 - tv2|^2` is below this share of `|tv1|^2 + |tv2|^2`, it is summed by itself: the difference of the other
-sums would have few correct digits."""
+"""If `|tv1 - tv2|^2` is below this share of `|tv1|^2 + |tv2|^2`, it is summed by itself: computed from the other sums,
+it would have few correct digits."""
 
 Sums = tuple[float, ...]
-"""Over some elements: |B|^2, |tv|^2 of each model, and of each pair of models tv_i . tv_j, then |tv_i - tv_j|^2 of each
-pair. Of two models that is |B|^2, |tv1|^2, |tv2|^2, tv1 . tv2 and |tv1 - tv2|^2."""
+"""Sums over some elements: |B|^2, then |tv|^2 of each model, then tv_i . tv_j of each pair of models, then
+|tv_i - tv_j|^2 of each pair. For two models: |B|^2, |tv1|^2, |tv2|^2, tv1 . tv2 and |tv1 - tv2|^2."""
 
 Pair = tuple[int, int]
 """Two models by their numbers from 0, the smaller first."""
@@ -36,8 +36,8 @@ Pair = tuple[int, int]
 class Geometry:
     """Squared L2 norms of one tensor, head by head: of base, tv1, tv2 and tv1 - tv2, and the products tv1 . tv2.
 
-    Every tuple has one float64 number for each head [H]. Where more than two models are merged, tv2 is the weighted
-    mean of all task vectors but the first; see `ModelGeometry.blended`.
+    Every tuple has one float64 number for each head [H]. If more than two models are merged, tv2 is the weighted mean
+    of all task vectors except the first; see `ModelGeometry.blended`.
     """
 
     base: tuple[float, ...]
@@ -52,11 +52,11 @@ class Geometry:
         return cls(*zip(*(tuple(map(math.fsum, zip(*tiles, strict=True))) for tiles in heads), strict=True))
 
     def blended(self, shares: Sequence[float]) -> Geometry:
-        """See `ModelGeometry.blended`: of two models, this one."""
+        """See `ModelGeometry.blended`. For two models, the result is this geometry."""
         return self
 
     def between(self, pair: Pair) -> Geometry:
-        """See `ModelGeometry.between`: of two models, this one."""
+        """See `ModelGeometry.between`. For two models, the result is this geometry."""
         return self
 
     @property
@@ -114,8 +114,9 @@ class ModelGeometry:
     def blended(self, shares: Sequence[float]) -> Geometry:
         """The geometry of the first task vector, and of the mean of all others weighted by their shares.
 
-        Shares that sum to one give these norms by the distances between the task vectors, without the rounding errors
-        of large numbers that cancel: |sum s_j v_j|^2 is the sum of s_j |v_j|^2 less that of s_j s_k |v_j - v_k|^2.
+        Because the shares sum to one, the norms follow from the distances between the task vectors, without the
+        rounding errors of large numbers that cancel: |sum s_j v_j|^2 is the sum of s_j |v_j|^2 minus that of s_j s_k
+        |v_j - v_k|^2.
 
         Example:
             >>> sums = (1.0, 9.0, 4.0, 4.0, 6.0, 0.0, 0.0, 1.0, 13.0, 8.0)
@@ -147,7 +148,7 @@ AnyGeometry = Geometry | ModelGeometry
 
 
 def geometry_of(heads: Sequence[Sequence[Sums]], models: int) -> AnyGeometry:
-    """The geometry of a tensor in so many models, from the sums of each head's tiles."""
+    """The geometry of a tensor in `models` models, from the sums of each head's tiles."""
     if models == 2:
         return Geometry.of(heads)
     base, *rest = zip(*(tuple(map(math.fsum, zip(*tiles, strict=True))) for tiles in heads), strict=True)
@@ -191,8 +192,8 @@ def _pair_sums(tv1: Array, one: float, tv2: Array, two: float) -> tuple[float, f
 def dot(x: Array, y: Array, *, wide: bool = False) -> float:
     """The sum of x * y over arrays [rows, columns] of one float type, in a fixed order.
 
-    A square (`x is y`) is right whatever the size of finite elements. For other products of float32 the caller says by
-    `wide` that float64 is needed.
+    A square (`x is y`) is accurate for finite elements of any size. For other products of float32, the caller requests
+    float64 by `wide`.
     """
     import numpy as np
 
@@ -239,7 +240,7 @@ class Norms:
 
     @classmethod
     def of(cls, heads: Sequence[Sequence[Sums]], models: int) -> Norms:
-        """The norms of a tensor in so many models, from what `squares_of` gives of each head's blocks."""
+        """The norms of a tensor in `models` models, from the results of `squares_of` for each head's blocks."""
         blocks = [block for head in heads for block in head]
         pairs = enumerate(combinations(range(models), 2), models)
         return cls(

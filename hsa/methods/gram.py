@@ -1,8 +1,9 @@
-"""Gram matrices: the products of every two sources of a tensor, in float64 and in one order.
+"""Gram matrices: the products of every two sources of a tensor, in float64 and in a fixed order.
 
-The products of float32 elements are exact in float64. They are added as `hsa.methods.sums` says, so that a matrix does
-not depend on how a tensor is cut: each row in blocks of 1,024 elements from its own start. Products down a column are
-added in pairs of neighbouring rows, then pairs of pairs, as if the rows were filled with zeros up to a power of two.
+The products of float32 elements are exact in float64. They are added in the order of `hsa.methods.sums`, so a matrix
+does not depend on how a tensor is cut. Each row is summed in blocks of 1,024 elements from its own start. Products down
+a column are added in pairs of neighbouring rows, then in pairs of pairs, as if the rows were padded with zeros to a
+power of two.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ Gram = tuple[tuple[float, ...], ...]
 """The products of every two vectors [N][N]."""
 
 CHUNK = 1 << 18
-"""Elements of all vectors that are widened at a time: 2 MiB of a thread's memory. Half of them take a fifth more time,
-for the calls of numpy; twice as many save a tenth."""
+"""The number of elements of all vectors that are widened at a time: 2 MiB of a thread's memory. Half as many take a
+fifth more time, because of numpy's call overhead. Twice as many save a tenth."""
 
 
 class _Memory(threading.local):
-    """A thread's memory for widened vectors and their products: fresh memory would cost more than the sums."""
+    """A thread's buffers for widened vectors and their products. Allocating fresh memory would cost more than the
+    sums."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Array] = {}
 
     def array(self, use: str, shape: tuple[int, ...]) -> Array:
-        """Uninitialised float64 of a shape; the same memory for one use."""
+        """Uninitialised float64 memory of a shape. Calls for the same use return the same memory."""
         import numpy as np
 
         size = math.prod(shape)
@@ -47,8 +49,8 @@ _memory = _Memory()
 
 
 class RowRun(NamedTuple):
-    """Sums over neighbouring rows, of which there is a power of two, and the first is a multiple of their number: the
-    sums of every two vectors, float64 [pairs, columns]."""
+    """The sums over a run of neighbouring rows: the products of every two vectors, float64 [pairs, columns]. The number
+    of rows is a power of two, and the first row's number is a multiple of it."""
 
     first: int
     length: int
@@ -56,7 +58,7 @@ class RowRun(NamedTuple):
 
 
 def pairs_of(count: int) -> list[tuple[int, int]]:
-    """Every two of so many vectors, each with itself too, in the order in which their products are kept.
+    """Every pair of `count` vectors, also each with itself, in the order in which their products are stored.
 
     Example:
         >>> pairs_of(2)
@@ -66,7 +68,7 @@ def pairs_of(count: int) -> list[tuple[int, int]]:
 
 
 def gram_of(entries: Sequence[float], count: int) -> Gram:
-    """The matrix of so many vectors from its entries in the order of `pairs_of`.
+    """The matrix of `count` vectors from its entries in the order of `pairs_of`.
 
     Example:
         >>> gram_of([4.0, 2.0, 9.0], 2)
@@ -129,7 +131,7 @@ def _block_products(vectors: Sequence[Float32]) -> Array:
         if rest:
             each[whole, :, :, :rest] = vector[:, :, whole * lanes :]
             each[whole, :, :, rest:] = 0.0
-    # Products are exact, and each sum goes from one number of a lane to the next.
+    # Products are exact, and each sum adds the numbers of a lane one after another.
     columns = wide.reshape(*wide.shape[:2], -1)
     products = _memory.array("products", (len(pairs), columns.shape[2]))
     for (i, j), out in zip(pairs, products, strict=True):
@@ -138,7 +140,7 @@ def _block_products(vectors: Sequence[Float32]) -> Array:
 
 
 def totals(parts: Array) -> Array:
-    """The sums of blocks' sums, float64 [..., blocks], one added after another."""
+    """The sums of the blocks' sums, float64 [..., blocks], added one after another."""
     import numpy as np
 
     result: Array = np.zeros(parts.shape[:-1])
@@ -148,8 +150,8 @@ def totals(parts: Array) -> Array:
 
 
 def column_products(vectors: Sequence[Float32], first: int) -> list[RowRun]:
-    """The products of every two vectors, float32 [rows, columns], down each column; `first` is the number of the first
-    row in its tensor. `merged_runs` puts the runs of a tensor together."""
+    """The products of every two vectors, float32 [rows, columns], down each column. `first` is the number of the first
+    row in its tensor. `merged_runs` combines the runs of a tensor."""
     runs, row, rows = [], 0, len(vectors[0])
     while row < rows:
         length = _largest_run(first + row, rows - row)
@@ -159,7 +161,7 @@ def column_products(vectors: Sequence[Float32], first: int) -> list[RowRun]:
 
 
 def _largest_run(first: int, rows: int) -> int:
-    """The most rows that a run may have which begins at `first`."""
+    """The largest number of rows of a run that begins at row `first`."""
     most = 1 << (rows.bit_length() - 1)
     return min(most, first & -first) if first else most
 

@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=ModelSettings)
 
 Axis = Literal["rows", "columns"]
-"""Whether vectors lie along the last axis of a tensor or along its first."""
+"""Whether vectors run along the last axis of a tensor or along its first."""
 
 
 class GramCombination(LinearCombination[S]):
-    """The base class of methods with one Gram matrix for a tensor: of the task vectors where there is a base, else of
-    the models. A method overrides `coefficients`."""
+    """The base class of methods with one Gram matrix for a tensor: of the task vectors if there is a base, else of the
+    models. A subclass overrides `coefficients`."""
 
     def plan(self, info: TensorInfo, place: TensorPlace | None, settings: S) -> Treatment:
         return Treatment("merge", passes=1)
 
     def vectors(self, block: Block) -> list[Float32]:
-        """What the matrix is of: float32 arrays of the block's shape."""
+        """The vectors of the matrix: float32 arrays of the block's shape."""
         vector = block.task_vector if BASE in block.task.sources else block.weights
         return [vector(role) for role in block.models]
 
     def vector_count(self, task: TensorTask) -> int:
-        """How many they are."""
+        """The number of vectors of the matrix."""
         return len(task.numbers)
 
     def measure(self, block: Block, number: int, so_far: Coefficients | None) -> Any:
@@ -60,13 +60,13 @@ class GramCombination(LinearCombination[S]):
 
     @abstractmethod
     def coefficients(self, task: TensorTask, gram: Gram, settings: S) -> Sequence[float]:
-        """The coefficient of each vector, in float64. RequestError where there are none."""
+        """The coefficient of each vector, in float64. Raises RequestError if there are none."""
 
 
 @dataclass(frozen=True)
 class GroupCoefficients:
-    """The coefficients of a tensor that has them for each of its rows or columns, float32 [groups, models]. A record
-    holds the BLAKE3 digest of their bytes alone; `values` is None where the decision comes from one."""
+    """The coefficients of a tensor that has them for each row or column, float32 [groups, models]. A record contains
+    only the BLAKE3 digest of their bytes, so `values` is None if the decision comes from a record."""
 
     groups: int
     models: int
@@ -87,7 +87,7 @@ Decision = Coefficients | GroupCoefficients
 
 
 class GroupedCombination(GramCombination[S]):
-    """The base class of methods that may have a Gram matrix for each vector along an axis. A method overrides `axis`,
+    """The base class of methods that may have a Gram matrix for each vector along an axis. A subclass overrides `axis`,
     `coefficients` and `group_coefficients`."""
 
     def plan(self, info: TensorInfo, place: TensorPlace | None, settings: S) -> Treatment:
@@ -101,8 +101,8 @@ class GroupedCombination(GramCombination[S]):
 
     @abstractmethod
     def group_coefficients(self, task: TensorTask, entries: Array, settings: S) -> Array:
-        """The coefficients of each group, float64 [groups, models], by the entries of its Gram matrix, float64 [pairs,
-        groups]."""
+        """The coefficients of each group, float64 [groups, models], from the entries of its Gram matrix, float64
+        [pairs, groups]."""
 
     def measure(self, block: Block, number: int, so_far: Any) -> Any:
         task, vectors = block.task, self.vectors(block)
@@ -137,7 +137,7 @@ class GroupedCombination(GramCombination[S]):
         add_up(_scaled(block, decision.values), out, block.weights(BASE) if BASE in block.task.sources else None)
 
     def coefficients_of(self, decision: Any, models: Sequence[str]) -> dict[str, float]:
-        """Those of a tensor, or the means of those of its groups; a record does not hold the latter."""
+        """The coefficients of a tensor, or the means of those of its groups. A record does not contain the latter."""
         if not isinstance(decision, GroupCoefficients):
             return super().coefficients_of(decision, models)
         if decision.values is None:
@@ -202,8 +202,8 @@ def _scaled(block: Block, values: Array) -> Iterator[Float32]:
 
 
 def add_up(terms: Iterator[Float32], out: Float32, base: Float32 | None) -> None:
-    """Write the sum of two terms or more into `out`, each added to those before, then to base. Terms are overwritten;
-    `out` is written by the last operation alone."""
+    """Write the sum of two terms or more into `out`. The terms are added one after another, then the sum is added to
+    base, if there is one. Terms are overwritten. `out` is written only by the last operation."""
     import numpy as np
 
     result, pending = next(terms), next(terms)

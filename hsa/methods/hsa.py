@@ -1,6 +1,6 @@
 """Headwise Selective Attention (HSA): blends the task vectors of fine-tunes in the heads where they are largest.
 
-For each target tensor by itself, with `B` the base and `tv1`, `tv2` the task vectors of primary and secondary:
+For each target tensor separately, with `B` the base and `tv1`, `tv2` the task vectors of primary and secondary:
 
     proxy = |tv1| + |tv2|;  score[h] = L2 norm of proxy over head h;  the k * H heads with the largest scores are merged
     lambda_i = lambda ** (alpha * (i + 1) / L)   in layer i of L
@@ -8,8 +8,8 @@ For each target tensor by itself, with `B` the base and `tv1`, `tv2` the task ve
     other heads:   B + attention_scale * tv1
     other tensors: B + non_attention_scale * tv1
 
-With further secondaries, of weights w, the proxy is the sum of |tv| of all models, and 1 - lambda_i is shared among the
-secondaries: sum of (1 - lambda_i) * w_j / (sum of w) * tv_j. That is this program's extension, not the paper's.
+With several secondaries, with weights w, the proxy is the sum of |tv| of all models, and 1 - lambda_i is divided among
+the secondaries: sum of (1 - lambda_i) * w_j / (sum of w) * tv_j. That is this program's extension, not the paper's.
 
 Source: Shankar, Wang, Eren, Alwan, Compositional domain adaptation for automatic speech recognition with headwise
 selective attention merging, Computer Speech & Language, 2026, 102012.
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
 
 PRIMARY, SECONDARY = "primary", "secondary"
 ROLES = (BASE, PRIMARY, SECONDARY)
-"""The sources of an HSA merge of two fine-tunes: the base, and these in the order of the formula."""
+"""The sources of an HSA merge of two fine-tunes: the base, then the models in the order of the formula."""
 
 TARGET = Treatment("merge", layout="heads", passes=1)
 BlockSums = tuple["Array", "Sums", tuple[bool, ...]]
-"""Of one block: the squares of the proxy summed down its columns in float64, the sums of `geometry`, and whether each
-task vector has a nonzero element."""
+"""The sums of one block: the squares of the proxy, summed down its columns in float64; the sums of `geometry`; and
+whether each task vector has a nonzero element."""
 
 MAX_SHARE = 1e10
-"""No secondary's share is as large: see `hsa_formula.CANCELLING`."""
+"""Upper limit of the magnitude of a secondary's share, which none reaches: see `hsa_formula.CANCELLING`."""
 
 _USE_EXACT = "give one secondary, or use numerics 'exact'"
 
@@ -63,11 +63,15 @@ LoadDtype = Literal["auto", "float32"]
 class HsaSettings(Settings):
     """Settings of an HSA merge.
 
-    `k`, `lam` and `alpha` are numbers, or mappings from target tensor name (with or without the leading `model.`) to
-    number, which must then name every target. `k` above 1 is a percentage. `num_heads` and `num_layers` override what
-    the config files say, for both stacks. `weights` has a number for each secondary, and may not sum to 0.
+    `k`, `lam` and `alpha` are numbers, or mappings from target tensor names (with or without the leading `model.`) to
+    numbers. A mapping must name every target. A `k` above 1 is a percentage. `num_heads` and `num_layers` override the
+    config files, for both stacks. `weights` has one number for each secondary, and their sum must not be 0.
 
     Raises RequestError when a value is out of range or not finite, or when options exclude each other.
+
+    Example:
+        >>> HsaSettings(lam=0.3).lam
+        0.3
     """
 
     k: PerTensor = setting(
@@ -184,7 +188,8 @@ class HsaSettings(Settings):
             normalized(weights)
 
     def check_models(self, count: int) -> None:
-        """RequestError where there are more models than reference numerics merge, or other secondaries than weights."""
+        """Raise RequestError if reference numerics cannot merge so many models, or if a list of weights has another
+        length than the number of secondaries."""
         if self.numerics == "reference" and count > 2:
             raise RequestError(
                 f"numerics 'reference' repeats the reference script, which merges 2 models, got {count}; {_USE_EXACT}"
@@ -197,7 +202,7 @@ class HsaSettings(Settings):
             )
 
     def each(self, name: str, task: TensorTask) -> tuple[float, ...]:
-        """See `Settings.each`; `weights` are those of the secondaries, the models but the first."""
+        """See `Settings.each`. `weights` are those of the secondaries: all models except the first."""
         if name != "weights":
             return super().each(name, task)
         self.check_models(task.models_given)
@@ -208,11 +213,11 @@ class HsaSettings(Settings):
 
     @property
     def method(self) -> str:  # type: ignore[override]
-        """`hsa_script` with reference numerics: the same formula by other operations is another method."""
+        """`hsa_script` with reference numerics: the same formula with other operations counts as another method."""
         return "hsa" if self.numerics == "exact" else "hsa_script"
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings under their names in records; `load_dtype` is None where it means nothing."""
+        """The settings under their names in records. `load_dtype` is None if it does not apply."""
         values = super().as_dict()
         return values if self.numerics == "reference" else {**values, "load_dtype": None}
 
@@ -322,8 +327,8 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
     def largest_result(
         self, task: TensorTask, measured: HeadScores, settings: HsaSettings, largest: Mapping[str, float]
     ) -> float:
-        """A head's score is at least the sum of |tv| over the models, for each of its elements, and a merged value is
-        base plus the scale times at most that, where no share is above 1."""
+        """Each element's sum of |tv| over the models is at most its head's score. A merged value is base plus at most
+        the scale times that sum, if no share is above 1."""
         largest_share = max(1.0, *map(abs, shares_of(task, settings)))
         return largest[BASE] + abs(settings.attention_scale) * largest_share * measured.largest
 
@@ -380,5 +385,5 @@ class Hsa(HsaReports["HsaDecision | ScaleDecision"]):
 
 
 def scaled(needed_by: str) -> Treatment:
-    """What is done with a tensor that is no target and moves along primary's task vector."""
+    """The treatment of a tensor that is no target but moves along primary's task vector."""
     return Treatment("merge", roles=(BASE, PRIMARY), listed=False, needed_by=needed_by)

@@ -1,4 +1,4 @@
-"""What a model card says of an HSA merge: the method in words, the merged heads, tags, and the paper."""
+"""The text about an HSA merge on a model card: the method in words, the merged heads, tags, and the paper."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def card_text(parameters: Mapping[str, Any], records: Sequence[TensorRecord], ar
 
 
 def method_text(parameters: Mapping[str, Any], models: int = 2) -> str:
-    """The method with its formula, by the settings of the merge and the number of models."""
+    """The method with its formula, for the settings of the merge and the number of models."""
     if parameters["attention_scale"] == parameters["non_attention_scale"] == 1.0:
         rest = "Everything else stays primary's."
     else:

@@ -1,4 +1,4 @@
-"""Whether a recorded decision of HSA follows from its settings, and fits together."""
+"""Check that a recorded decision of HSA follows from its settings, and is consistent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from hsa.methods.hsa_formula import keep_count, layer_coefficient, normalized
 from hsa.methods.tensors import TensorRecord
 
 MARGIN_ERROR = 1e-12
-"""A margin is taken from squared scores, and the roots that the provenance holds are rounded."""
+"""Tolerance for margins: a margin is computed from squared scores, but the provenance contains their rounded roots."""
 
 
 def decision_faults(target: TensorRecord, settings: Any, layers: int) -> Iterator[str]:
-    """Whether coefficient and selection of a target follow from the settings; `layers` are those of its stack."""
+    """Check that coefficient and selection of a target follow from the settings. `layers` counts the layers of its
+    stack."""
     assert target.place is not None
     name, decision = target.canonical, target.decision
     try:
@@ -35,8 +36,8 @@ def decision_faults(target: TensorRecord, settings: Any, layers: int) -> Iterato
 
 
 def _share_faults(target: TensorRecord, settings: Any, layers: int) -> Iterator[str]:
-    """Whether what each secondary has of the blend follows from the weights. Where `num_layers` is given, lists over
-    layers are not looked at: how many layers the model has is known from its weights alone."""
+    """Check that each secondary's share of the blend follows from the weights. If `num_layers` is given, lists over
+    layers are not checked: the number of layers that the model has is known only from its tensors."""
     assert target.place is not None
     count = len(target.decision.shares)
     weights = settings.weights if values.is_per_model(settings.weights) else (settings.weights,) * count
@@ -57,8 +58,8 @@ def _share_faults(target: TensorRecord, settings: Any, layers: int) -> Iterator[
 
 
 def _selection_faults(name: str, decision: Any) -> Iterator[str]:
-    """Whether heads, scores, keep and margin fit together. Scores are rounded roots, so that two which are equal here
-    may have differed: of those at the cut, any may be in."""
+    """Check that heads, scores, keep and margin are consistent. Scores are rounded roots, so two scores that are equal
+    here may have differed: any of the heads at the cut may be selected."""
     selected, scores, keep = decision.selection.merged, decision.scores, decision.keep
     kept = [scores[head] for head in decision.selected]
     dropped = [score for head, score in enumerate(scores) if head not in selected]

@@ -1,4 +1,4 @@
-"""What HSA measures of a target and decides of it: the scores of its heads, the merged ones, and the coefficients."""
+"""HSA's measurement of a target and its decision: the scores of its heads, the merged heads, and the coefficients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hsa.methods.tensors import TensorTask
 
 @dataclass(frozen=True)
 class HeadScores:
-    """What is measured of a target: the squared scores of its heads, whether any element of each model's task vector is
-    nonzero, and how the task vectors lie to each other."""
+    """The measurement of a target: the squared scores of its heads, whether any element of each model's task vector is
+    nonzero, and the geometry of the task vectors."""
 
     squared: tuple[float, ...]
     differ: tuple[bool, ...]
@@ -38,13 +38,13 @@ class HeadScores:
         return math.sqrt(max(self.squared))
 
     def select(self, keep: int) -> Selection:
-        """The selection of so many heads; made once for each number, since candidates often share it."""
+        """The selection of `keep` heads. It is cached for each number, because candidates often share it."""
         if keep not in self._selections:
             self._selections[keep] = select(self.squared, keep)
         return self._selections[keep]
 
     def blended(self, shares: tuple[float, ...]) -> Geometry:
-        """The geometry of primary and the weighted mean of the secondaries; worked out once for each shares."""
+        """The geometry of primary and the weighted mean of the secondaries, cached for each set of shares."""
         if shares not in self._blends:
             self._blends[shares] = self.geometry.blended(shares)
         return self._blends[shares]
@@ -52,10 +52,10 @@ class HeadScores:
 
 @dataclass(frozen=True)
 class HsaDecision:
-    """What is merged in one target.
+    """The decision for one target.
 
-    `keep` is how many heads were to be, `coefficient` lambda_i in float64. `coefficients` are those of the task
-    vectors in the order of the models, each rounded to float32: lambda_i, and 1 - lambda_i times each secondary's
+    `keep` is the number of heads to merge, `coefficient` is lambda_i in float64. `coefficients` are those of the task
+    vectors in the order of the models, each rounded to float32: lambda_i, then 1 - lambda_i times each secondary's
     share. `scale` is the factor on the task vectors. `selected` are the merged heads.
     """
 
@@ -65,9 +65,9 @@ class HsaDecision:
     scale: float
     selection: Selection
     measured: HeadScores | None = None
-    """What was measured; None where the decision comes from a record."""
+    """The measurement; None if the decision comes from a record."""
     shares: tuple[float, ...] = SOLE
-    """What each secondary has of the blend, in float64: its weight over the sum of their weights."""
+    """Each secondary's share of the blend, in float64: its weight over the sum of their weights."""
 
     @property
     def selected(self) -> tuple[int, ...]:
@@ -83,15 +83,15 @@ class HsaDecision:
 
     @property
     def geometry(self) -> Geometry:
-        """How primary's task vector and the weighted mean of the secondaries' lie to each other. Only of a target that
-        was measured."""
+        """The geometry of primary's task vector and the weighted mean of the secondaries' task vectors. Only for a
+        target that was measured."""
         assert self.measured is not None
         return self.measured.blended(self.shares)
 
 
 @dataclass(frozen=True)
 class ScaleDecision:
-    """A tensor that is no target: B + scale * tv1."""
+    """The decision for a tensor that is no target: B + scale * tv1."""
 
     scale: float
 

@@ -1,8 +1,8 @@
-"""How far merged targets lie from the models: relative L2 by stack, from sums of squares taken once.
+"""The distances of merged targets from the models: relative L2 by stack, from sums of squares that are taken once.
 
-In a selected head `merged - M_k` is the sum of `c_i * (M_i - M_k)` over the other models, for coefficients that sum to
-1; in other heads `merged` is primary. So the sums over elements are taken once for some models, whatever the
-parameters, and are those of the formula's values before they are rounded. With D_ij for |M_i - M_j|^2,
+In a selected head, `merged - M_k` is the sum of `c_i * (M_i - M_k)` over the other models, for coefficients that sum to
+1. In other heads, `merged` is primary. So the sums over elements are taken once for a set of models, whatever the
+parameters. The distances are those of the formula's values before they are rounded. With D_ij for |M_i - M_j|^2,
 `|merged - M_k|^2` is the sum of `c_i^2 * D_ik` and of `c_i * c_j * (D_ik + D_jk - D_ij)` over pairs i < j.
 """
 
@@ -16,7 +16,7 @@ from hsa.methods.tensors import TensorRecord
 
 
 def by_stack(targets: Iterable[tuple[TensorRecord, Norms]], roles: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """The distances from the models with these roles by stack, and of `all`."""
+    """The distances from the models with these roles by stack, and for `all`."""
     sums: dict[str, list[float]] = {}
     for target, norms in targets:
         decision, stack = target.decision, "" if target.place is None else target.place.stack

@@ -1,7 +1,7 @@
-"""How much a merge merges: what secondary weighs, in how many heads, and how far the output moves.
+"""How much a merge merges: the weight of secondary, the number of heads, and how far the output moves.
 
-Where there are several secondaries, secondary is their weighted mean here: merged heads are those of a merge with a
-fine-tune that has this mean for its task vector, so that all figures stay exact.
+If there are several secondaries, `secondary` means their weighted mean here. Merged heads are those of a merge with one
+fine-tune whose task vector is this mean, so all figures stay exact.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Cut = tuple[str, float]
 class Extent:
     """Sizes over all target tensors of a merge, in the formula's exact values before they are rounded.
 
-    `weights` are the least and the greatest weight of secondary in merged heads, None where no head is merged.
-    `narrowest` is the cut with the smallest margin, None where no tensor has one. `primary` and `secondary` are
-    |tv1| / |B| and |tv2| / |B|, `cosine` is that of the task vectors, and `change` is |output - primary| / |tv1|; None
-    where a divisor is zero, or where the sources were not read. `secondaries` is how many there are; of more than one
-    tv2 is the weighted mean.
+    `weights` are the least and the greatest weight of secondary in merged heads, None if no head is merged. `narrowest`
+    is the cut with the smallest margin, None if no tensor has one. `primary` and `secondary` are |tv1| / |B| and
+    |tv2| / |B|, `cosine` is that of the task vectors, and `change` is |output - primary| / |tv1|. Each of these is None
+    if its divisor is zero, or if the sources were not read. `secondaries` is the number of secondaries; if there are
+    several, tv2 is their weighted mean.
 
     Example:
         >>> extent = Extent(20, 80, 120, (0.034, 0.129), None, 0.0102, 0.0102, 0.22, 0.098)
@@ -80,7 +80,7 @@ class Extent:
 
     @classmethod
     def of_records(cls, records: Sequence[TensorRecord]) -> Extent:
-        """The extent of a merge as far as records tell: they hold no norms."""
+        """The extent of a merge as far as records show it: they contain no norms."""
         return cls(
             len(records),
             *count_heads(records),
@@ -101,7 +101,7 @@ class Extent:
 
     @property
     def details(self) -> str:
-        """What it comes to."""
+        """The result in words, the same as `text`."""
         return self.text
 
     @property
@@ -116,16 +116,16 @@ class Extent:
         )
 
     def counts(self) -> dict[str, Any]:
-        """What every report and index says of it."""
+        """The counts for every report and index."""
         return {"selected_heads": self.merged_heads, "total_heads": self.total_heads}
 
     def margins(self) -> dict[str, Any]:
-        """How narrow the closest choice of heads was."""
+        """The margin of the closest choice of heads, and its tensor."""
         name, margin = self.narrowest or (None, None)
         return {"min_margin": margin, "min_margin_tensor": name}
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it besides."""
+        """The further values that `--json` prints."""
         return {
             "secondary_weight": weight_dict(self.weights),
             "change": self.change,
@@ -135,7 +135,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class PlannedExtent:
-    """How much a merge will merge where no heads tie at the cut.
+    """How much a merge will merge if no heads tie at the cut.
 
     Example:
         >>> PlannedExtent(20, 80, 120, (0.034, 0.129)).headline
@@ -172,7 +172,7 @@ class PlannedExtent:
 
     @property
     def details(self) -> str:
-        """What it comes to."""
+        """The result in words, the same as `text`."""
         return self.text
 
     @property
@@ -181,15 +181,15 @@ class PlannedExtent:
         return weight_text(self.weights, self.heads_to_merge, self.total_heads, self.secondaries)
 
     def counts(self) -> dict[str, Any]:
-        """What every report says of it."""
+        """The counts for every report."""
         return {"heads_to_merge": self.heads_to_merge, "total_heads": self.total_heads}
 
     def margins(self) -> dict[str, Any]:
-        """Nothing: no head is chosen yet."""
+        """Return nothing: no head is chosen yet."""
         return {}
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it besides."""
+        """The further values that `--json` prints."""
         return {"secondary_weight": weight_dict(self.weights)}
 
 
@@ -200,7 +200,7 @@ def weight_range(counts: Iterable[tuple[float, int]]) -> WeightRange | None:
 
 
 def weight_text(weights: WeightRange | None, heads: int, total: int, secondaries: int = 1) -> str:
-    """`secondary weighs 3 to 13 % in 80 of 120 heads`."""
+    """The text about secondary's weight: `secondary weighs 3 to 13 % in 80 of 120 heads`."""
     if weights is None:
         return f"none of {total} heads is merged"
     return f"{_weighing(secondaries)} {_range(weights)} % in {heads} of {total} heads"
@@ -217,10 +217,11 @@ def weight_dict(weights: WeightRange | None) -> dict[str, float] | None:
 
 
 def merge_more_hint(settings: Any, weights: WeightRange | None, secondaries: int = 1) -> str | None:
-    """With HSA's defaults, which let secondary weigh little: what would merge more. None with other settings.
+    """A hint at settings that would merge more, for HSA's defaults, which let secondary weigh little. None for other
+    settings.
 
-    With base 0.5 and alpha 0.2, lambda_i is 0.5 ** (0.2 * x), where x grows to 1 with the layer; so other values of
-    lambda and alpha are powers of it.
+    With the defaults lambda 0.5 and alpha 0.2, lambda_i is 0.5 ** (0.2 * x), where x grows to 1 with the layer. Other
+    values of lambda and alpha give powers of this lambda_i.
     """
     defaults = type(settings)()
     if weights is None or (settings.k, settings.lam, settings.alpha) != (defaults.k, defaults.lam, defaults.alpha):
@@ -234,7 +235,7 @@ def merge_more_hint(settings: Any, weights: WeightRange | None, secondaries: int
 
 
 def change_range(extents: Mapping[str, Extent]) -> str | None:
-    """How much the named merges change that change primary the least and the most; None where it is not known."""
+    """One line with the least and the greatest change of primary among the named merges; None if no change is known."""
     changes = {name: extent.change for name, extent in extents.items() if extent.change is not None}
     if not changes:
         return None
@@ -256,13 +257,13 @@ def _weighing(secondaries: int) -> str:
 
 
 def _range(weights: WeightRange) -> str:
-    """A range in percent, in whole ones from 1 % on."""
+    """A range in percent, rounded to whole percents from 1 % on."""
     least, greatest = (percent(weight) if weight < 0.01 else f"{100 * weight:.0f}" for weight in weights)
     return least if least == greatest else f"{least} to {greatest}"
 
 
 def _powers(weights: WeightRange, exponent: float) -> WeightRange:
-    """The weights where every lambda_i is raised to a power."""
+    """The range of weights after every lambda_i is raised to a power."""
     least, greatest = (1.0 - (1.0 - weight) ** exponent for weight in weights)
     return least, greatest
 

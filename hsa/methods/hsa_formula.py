@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Array
 
 FOLD = 64
-"""Columns of squares left for the exact sum, where the width is a multiple of it."""
+"""The number of column sums that are left for the exact sum, if the width is a multiple of it."""
 
 SOLE = (1.0,)
-"""The shares of the secondaries where there is one."""
+"""The shares of the secondaries if there is only one."""
 
 CANCELLING = 1e-9
-"""Weights whose sum is smaller than this share of their magnitudes' sum cancel: what is left is a rounding error."""
+"""Weights cancel if their sum is at most this share of their magnitudes' sum: what is left is a rounding error."""
 
 _PAIR = struct.Struct("2f")
 
 
 def keep_count(k: float, heads: int) -> int:
-    """How many heads are merged of `heads`: max(1, round half to even of k * heads); none at k = 0."""
+    """The number of `heads` that are merged: max(1, k * heads rounded half to even); none at k = 0."""
     share = k / 100.0 if k > 1.0 else k
     if share <= 0.0:
         return 0
@@ -43,15 +43,15 @@ def layer_coefficient(lam: float, alpha: float, layer: int, layers: int) -> floa
 
 
 def settings_of(task: TensorTask, settings: Settings) -> tuple[int, float]:
-    """How many heads are to be merged in a target, and lambda_i."""
+    """The number of heads to merge in a target, and lambda_i."""
     assert task.place is not None
     k, lam, alpha = (settings.of(name, task.name) for name in ("k", "lam", "alpha"))
     return keep_count(k, task.partition.groups), layer_coefficient(lam, alpha, task.place.layer, task.layers)
 
 
 def all_settings_of(tasks: Sequence[TensorTask], settings: Any) -> list[tuple[int, tuple[float, float]]]:
-    """For each target how many heads are to be merged, and lambda_i and 1 - lambda_i as float32: worked out once for
-    the targets of a layer that have as many heads, unless a setting is given per tensor."""
+    """For each target: the number of heads to merge, and lambda_i and 1 - lambda_i as float32. These are computed once
+    for the targets of a layer with the same number of heads, unless a setting is given per tensor."""
     alone = any(settings.per_tensor())
     known: dict[tuple[Any, ...], tuple[int, tuple[float, float]]] = {}
     planned = []
@@ -66,12 +66,12 @@ def all_settings_of(tasks: Sequence[TensorTask], settings: Any) -> list[tuple[in
 
 
 def shares_of(task: TensorTask, settings: Settings) -> tuple[float, ...]:
-    """What each secondary has of the blend in a target: its weight over the sum of their weights, in float64."""
+    """Each secondary's share of the blend in a target: its weight over the sum of their weights, in float64."""
     return SOLE if len(task.numbers) <= 2 else normalized(settings.each("weights", task))
 
 
 def normalized(weights: Sequence[float], where: str = "") -> tuple[float, ...]:
-    """The weights over their sum. RequestError where they sum to 0.
+    """The weights over their sum. Raises RequestError if they sum to 0.
 
     Example:
         >>> normalized([3.0, 1.0])
@@ -103,8 +103,8 @@ def rounded_pair(coefficient: float) -> tuple[float, float]:
 def squared_score(blocks: Sequence[Array]) -> float:
     """The squared score of a head, from the sums of squares down the columns of its blocks: float64 [columns] each.
 
-    The sums are added in the order of the blocks, and what is left is added exactly, so that a score depends on nothing
-    but the inputs. NaN where a sum is not finite. The arrays are overwritten.
+    The sums of the blocks are added in order, and the numbers that are left are added exactly, so a score depends only
+    on the inputs. NaN if a sum is not finite. The arrays are overwritten.
     """
     import numpy as np
 

@@ -1,6 +1,7 @@
-"""What HSA says of a merge: its part of notes, warnings, reports and model cards.
+"""HSA's reports on a merge: its part of notes, warnings, reports and model cards.
 
-`hsa_warnings`, `hsa_extent` and `hsa_card` hold the words and the figures; here they answer what `Method` asks.
+`hsa_warnings`, `hsa_extent` and `hsa_card` contain the words and the figures. This class calls them for the reporting
+methods of `Method`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ D = TypeVar("D")
 
 
 class HsaReports(Method[Any, D]):
-    """The part of HSA that speaks; the settings are HsaSettings."""
+    """HSA's implementation of the reporting methods of `Method`. The settings are HsaSettings."""
 
     known_as = "Headwise Selective Attention merge"
     citation = hsa_card.PAPER

@@ -1,4 +1,4 @@
-"""HSA by the operations of the paper's released script: reference numerics, to reproduce published checkpoints.
+"""HSA with the operations of the paper's released script: reference numerics, to reproduce published checkpoints.
 
 The script works on whole tensors in torch, computes every tensor of the model, and writes base's names, config and
 element types. Source: the released script of Shankar et al., Computer Speech & Language, 2026, 102012.
@@ -44,7 +44,7 @@ class HsaScript(Hsa):
     libraries = ("torch",)
 
     def treatment(self, info: TensorInfo, place: TensorPlace | None, settings: HsaSettings) -> Treatment:
-        """The targets, and every other tensor by primary's task vector alone."""
+        """Merge the targets, and compute every other tensor from primary's task vector alone."""
         return TARGET if place is not None and settings.targets in place.presets else SCALED
 
     def needs_whole(self, settings: HsaSettings, role: str) -> bool:

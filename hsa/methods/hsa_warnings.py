@@ -1,6 +1,6 @@
-"""Warns of settings of HSA, of heads that were chosen by a narrow margin, and of merges that change next to nothing.
+"""Warnings about HSA's settings, heads that were chosen by a narrow margin, and merges that change next to nothing.
 
-What the sources tell by themselves is in `source_warnings`, for which HSA sums up every target by its heads.
+Warnings that depend only on the sources are in `source_warnings`. For them, HSA sums every target by its heads.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hsa.methods.tensors import BASE, Outcome, TensorRecord
 from hsa.option_names import option
 
 LEAST_PLAUSIBLE_PERCENTAGE = 10
-"""A `k` above 1 and below this is a warning: so few percent of a model's 6 to 20 heads are one head or two."""
+"""A `k` above 1 and below this causes a warning: so few percent of a model's 6 to 20 heads are one head or two."""
 
 MAX_NAMED = 3
-"""Values that one message names."""
+"""The number of values that one message names."""
 
 
 def percentage_findings(values: Iterable[PerTensor]) -> Findings:
-    """What is said of values of `k` above 1: a note, and below `LEAST_PLAUSIBLE_PERCENTAGE` a warning.
+    """Findings for values of `k` above 1: a note, or below `LEAST_PLAUSIBLE_PERCENTAGE` a warning.
 
     Example:
         >>> percentage_findings([0.6, 60]).notes
@@ -43,21 +43,21 @@ def percentage_findings(values: Iterable[PerTensor]) -> Findings:
 
 
 def no_weight_findings(extent: PlannedExtent, attention_scale: float) -> Findings:
-    """A warning where the settings alone give secondary no weight; `change_findings` judges a finished merge."""
+    """A warning if the settings alone give secondary no weight; `change_findings` judges a finished merge."""
     if attention_scale != 1.0 or (extent.weights is not None and extent.weights[1] > 0.0):
         return Findings()
     return Findings(warnings=(f"the merge changes nothing: {_why_nothing_changes(extent)}",))
 
 
 def value_findings(outcomes: Sequence[Outcome]) -> Findings:
-    """What the values of the sources' target tensors tell, whatever the settings of the merge."""
+    """Findings about the values of the sources' target tensors, whatever the settings of the merge."""
     if not outcomes:
         return Findings()
     return source_warnings.value_findings(_equal_sources(outcomes), _distances(outcomes), ATTENTION, len(outcomes))
 
 
 def change_findings(outcomes: Sequence[Outcome]) -> Findings:
-    """A warning where a finished merge changes next to nothing, and not because two sources are equal."""
+    """A warning if a finished merge changes next to nothing, unless two sources are equal."""
     extent = Extent.of(outcomes)
     if extent.change is None or extent.change >= NO_CHANGE or _equal_sources(outcomes):
         return Findings()
@@ -97,7 +97,8 @@ def _models(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
 
 
 def _equal_sources(outcomes: Sequence[Outcome]) -> list[RolePair]:
-    """The pairs of sources that hold the same values in every target; of several equal ones, the first and each."""
+    """The pairs of sources with the same values in every target. Of several equal sources, the first is paired with
+    each."""
     models = _models(outcomes)
     still = {
         (BASE, role): not any(outcome.decision.measured.differ[number] for outcome in outcomes)
@@ -110,7 +111,7 @@ def _equal_sources(outcomes: Sequence[Outcome]) -> list[RolePair]:
 
 
 def _distances(outcomes: Sequence[Outcome]) -> ModelDistances:
-    """How the models lie to base and to each other, over all targets."""
+    """The distances of the models from base and from each other, over all targets."""
     models = _models(outcomes)
     geometries = [outcome.decision.measured.geometry for outcome in outcomes]
     pairs = {pair: [each.between(pair) for each in geometries] for pair in combinations(range(len(models)), 2)}

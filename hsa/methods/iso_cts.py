@@ -1,8 +1,8 @@
-"""Iso-CTS: common directions of all task vectors, and directions of each beside them, all with one singular value.
+"""Iso-CTS: common directions of all task vectors, and further directions of each, all with one singular value.
 
 `c` directions come from the sum of the task vectors: `c = r - N * round((r - int(f * r)) / N)`, where `r` is the
-smaller side of the matrix, `N` the number of models and `f` the share of common directions. The first `(r - c) / N`
-come from what each task vector has beside these. All of them are made orthogonal as in TSV-M:
+smaller side of the matrix, `N` the number of models and `f` the share of common directions. From the rest of each task
+vector without these, the first `(r - c) / N` directions are taken. All of them are made orthogonal as in TSV-M:
 
     B + lambda * mean(S) * U V'
 

@@ -1,4 +1,4 @@
-"""Reads the values of JSON documents: each function gives a value of its type, and raises where there is another."""
+"""Read the values of JSON documents: each function returns a value of its type, and raises for any other value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from hsa.errors import shown
 
 MAX_COUNT = 1 << 63
-"""Whole numbers are below this."""
+"""Whole numbers must be below this."""
 
 
 def mapping(value: Any) -> dict[str, Any]:

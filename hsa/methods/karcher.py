@@ -1,13 +1,13 @@
-"""Karcher mean: the point on the sphere that is the mean of the models' directions along its surface, times their mean
-norm. Each tensor is one vector; there is no base and no weights.
+"""Karcher mean: the mean of the models' directions along the surface of the sphere, times their mean norm. Each tensor
+is one vector. There is no base and there are no weights.
 
 With `u_i` the directions of the models longer than `tol`, start at their normalized mean `u`, and repeat
 
     o_i = acos(<u, u_i>);  T = mean of o_i / sin(o_i) * (u_i - cos(o_i) * u);  r = |T|
     u <- cos(r) * u + sin(r) * T / r
 
-until `r` is below `tol`, at most `max_iter` times. All points lie in the span of the models, so that their coefficients
-are iterated by the Gram matrix, and the tensors are read once.
+until `r` is below `tol`, at most `max_iter` times. All points lie in the span of the models. So their coefficients are
+iterated by the Gram matrix, and the tensors are read only once.
 
 Source: Karcher, Riemannian center of mass and mollifier smoothing, 1977; mergekit 0.1.5, method karcher.
 """
@@ -27,7 +27,7 @@ from hsa.methods.settings import MAX_FLOAT32, setting
 from hsa.methods.tensors import TensorTask
 
 OPPOSITE = 1e-6
-"""An angle this near to a half turn leads nowhere: rounding decides the direction."""
+"""An angle this close to a half turn is skipped, because rounding would decide its direction."""
 
 
 @dataclass(frozen=True)

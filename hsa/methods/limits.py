@@ -1,4 +1,4 @@
-"""Which part of a model is merged: patterns of names, ranges of layers and a stack, as settings have them."""
+"""The settings that limit a merge to a part of the model: patterns of names, ranges of layers, and a stack."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from hsa.errors import RequestError, shown
 _RANGES = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*")
 
 MOST_PATTERNS = 100
-"""Patterns that one setting may have; each is held against every tensor's name."""
+"""The most patterns that one setting may have. Each is matched against every tensor's name."""
 
 
 def patterns(name: str, value: Any) -> tuple[str, ...]:
-    """Shell patterns of canonical tensor names, of which one alone may be given as a text. RequestError for others.
+    """Shell patterns of canonical tensor names. A single pattern may be given as a text. Raises RequestError for
+    others.
 
     Example:
         >>> patterns("only", "encoder.*")
@@ -32,7 +33,7 @@ def patterns(name: str, value: Any) -> tuple[str, ...]:
 
 
 def layer_ranges(name: str, value: Any) -> str | None:
-    """Numbers and ranges of layers, counted from 0, first and last included: `4-11`, `0,3`. RequestError for others.
+    """Numbers and ranges of layers, counted from 0, both ends included: `4-11`, `0,3`. Raises RequestError for others.
 
     Example:
         >>> layer_ranges("layers", " 4-11")
@@ -51,7 +52,7 @@ def layer_ranges(name: str, value: Any) -> str | None:
 
 
 def stack_name(name: str, value: Any) -> str | None:
-    """The name of a stack of layers, such as `encoder`. RequestError for anything but a text."""
+    """The name of a stack of layers, such as `encoder`. Raises RequestError for anything but a text."""
     if value is not None and not (isinstance(value, str) and value):
         raise RequestError(f"{name} must be the name of a stack of layers such as 'encoder', got {shown(value)}")
     text: str | None = value

@@ -1,4 +1,4 @@
-"""Markdown for model cards: tables and lists, and texts from users and files that stand in it as plain words."""
+"""Markdown for model cards: tables, lists, and texts from users and files as plain words."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def escape(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Text from users and files for a code span, in a table too."""
+    """Text from users and files for a code span, also inside a table."""
     return "".join(c if c.isprintable() and c not in "`|" else "?" for c in text)
 
 
 def fence(text: str) -> str:
-    """Text from users for a fenced block, which it cannot end."""
+    """Text from users for a fenced block, made safe so that it cannot end the block."""
     return "".join(c for c in text if c.isprintable() or c == "\n").replace("```", "'''").strip()

@@ -1,7 +1,7 @@
-"""Methods that keep some elements of each task vector and drop the others: what they have in common.
+"""Methods that keep some elements of each task vector and drop the others: their common part.
 
-Their settings, how the kept elements are rescaled, and what the record holds. How elements are chosen is in
-`by_threshold` and `by_chance`, how the masked task vectors are combined in `votes`.
+This module has their settings, the rescaling of kept elements, and the contents of the record. Elements are chosen in
+`by_threshold` and `by_chance`, and the masked task vectors are combined in `votes`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
 
 NONE, L1, DENSITY = WAYS = ("none", "l1", "density")
-"""How the kept elements are rescaled: not at all; so that the sum of magnitudes stays; or by one over the density."""
+"""How the kept elements are rescaled. `none`: not at all. `l1`: to preserve the sum of magnitudes. `density`: by one
+over the density."""
 
 RESCALED = {
     NONE: ("", ""),
     L1: ("f_i * ", ", f_i = sum(|M_i - B|) / sum(|kept part|)"),
     DENSITY: ("f_i * ", ", f_i = 1 / density"),
 }
-"""The same in a formula: the factor, and what it is."""
+"""The rescaling in a formula: the factor, and its definition."""
 
 SMALLEST_MAGNITUDES = 1e-7
-"""Task vectors whose magnitudes add up to less, all of them or the kept ones, are not rescaled."""
+"""Task vectors are not rescaled if the sum of all their magnitudes, or of the kept ones, is below this."""
 
 
 DENSITY_LIMITS: dict[str, Any] = {"low": 0.0, "high": 1.0, "per_model": True, "axis": True}
-"""What the setting `density` is in every method: a share for each model, or one for all."""
+"""The setting `density` in every method: a share for each model, or one for all."""
 
 FACTOR: dict[str, Any] = {"low": -MAX_FLOAT32, "high": MAX_FLOAT32, "scheduled": True, "axis": True}
-"""The same of `lambda`."""
+"""The setting `lambda` in every method."""
 
 LAMBDA = "Factor on the merged task vector."
 NORMALIZE = "Divide by the sum of the weights."
@@ -62,7 +63,7 @@ def formula_of(kept_part: tuple[str, str], *, votes: bool, normalize: bool, resc
 
 
 def elected(summed: str) -> str:
-    """How a formula says which models a vote leaves, by the sum whose signs are elected.
+    """The part of a formula that says which models a vote keeps. `summed` is the sum whose signs are elected.
 
     Example:
         >>> elected("sum(M_i - B)")
@@ -72,7 +73,7 @@ def elected(summed: str) -> str:
 
 
 def rescale_form(name: str, value: Any) -> str:
-    """A way to rescale the kept elements. True and False, as mergekit has it, mean `l1` and `none`."""
+    """A way to rescale the kept elements. True and False, as in mergekit, mean `l1` and `none`."""
     value = (L1 if value else NONE) if isinstance(value, bool) else value
     if not isinstance(value, str) or value not in WAYS:
         raise RequestError(f"{name} must be one of {', '.join(WAYS)}, or True or False, got {shown(value)}")
@@ -94,10 +95,10 @@ S = TypeVar("S", bound="MaskedSettings")
 
 @dataclass(frozen=True)
 class MaskedSettings(WeightedSettings):
-    """Settings of methods that mask. A method's own class declares defaults and ranges of its own."""
+    """Settings of methods that mask. A subclass declares its own defaults and ranges."""
 
     search_passes: ClassVar[int]
-    """The passes in which a method finds the elements to keep."""
+    """The number of passes in which a method finds the elements to keep."""
 
     density: Weights = setting(1.0, "Share of each task vector that is kept.", **DENSITY_LIMITS)
     lam: Weights = setting(1.0, LAMBDA, **FACTOR)
@@ -106,19 +107,20 @@ class MaskedSettings(WeightedSettings):
 
     @property
     def passes(self) -> int:
-        """The passes over a tensor before it is merged. Where nothing is dropped there is nothing to measure."""
+        """The number of passes over a tensor before it is merged. If nothing is dropped, there is nothing to
+        measure."""
         return 0 if smallest(self.density) >= 1.0 else self.search_passes + self.rescale_passes
 
     @property
     def rescale_passes(self) -> int:
-        """The passes for the sums of magnitudes."""
+        """The number of passes for the sums of magnitudes."""
         return int(self.rescale == L1)
 
     def structure(self) -> tuple[Any, ...]:
         return (*super().structure(), self.passes)
 
     def serves(self, other: Settings) -> bool:
-        """A plan with more passes than are needed serves too: they measure nothing then."""
+        """A plan with more passes than needed is valid too: the extra passes measure nothing."""
         if not isinstance(other, MaskedSettings) or type(other) is not type(self):
             return False
         return other.structure()[:-1] == self.structure()[:-1] and other.passes <= self.passes
@@ -132,12 +134,12 @@ K = TypeVar("K", bound="MaskDecision")
 
 @dataclass(frozen=True)
 class MaskDecision:
-    """The decision for a tensor: how its task vectors are combined. Subclasses say what is kept of them."""
+    """The decision for a tensor: how its task vectors are combined. Subclasses add which of their elements are kept."""
 
     blend: Blend
 
     def rescaled(self: K, factors: Sequence[float]) -> K:
-        """The same with these factors on the models' kept elements."""
+        """The same decision with these factors on the models' kept elements."""
         return replace(self, blend=replace(self.blend, factors=tuple(factors)))
 
     @property
@@ -146,12 +148,12 @@ class MaskDecision:
 
 
 class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
-    """The base class. A method says whether it `votes`; what is kept, subclasses of this one say."""
+    """The base class. A method sets `votes`. Subclasses of this class define which elements are kept."""
 
     contract = Contract(base="required", least=1, most=8)
     votes: ClassVar[bool]
     kept_part: ClassVar[tuple[str, str]]
-    """The kept part of a task vector as a formula has it, and what that is."""
+    """The kept part of a task vector in a formula, and its definition."""
     layout: ClassVar[Layout] = "flat"
 
     def formula_with(self, parameters: Mapping[str, Any]) -> str:
@@ -160,8 +162,8 @@ class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
 
     @abstractmethod
     def keep(self, block: Block, decision: K, place: int, vector: Float32, scratch: Scratch) -> Array | None:
-        """Which elements of a model's task vector are kept, bool of the block's shape; None where all are. It may use
-        all of the scratch, and the result may lie in it."""
+        """The elements of a model's task vector that are kept, bool of the block's shape; None if all are kept. It may
+        use all of the scratch memory, and the result may be a part of it."""
 
     def plan(self, info: TensorInfo, place: TensorPlace | None, settings: S) -> Treatment:
         return Treatment("merge", layout=self.layout, passes=settings.passes)
@@ -191,7 +193,7 @@ class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
         return agreeing(block, decision.blend.ballots, self._keep(block, decision))  # type: ignore[arg-type]
 
     def blend(self, task: TensorTask, settings: S) -> Blend:
-        """How a tensor's task vectors are combined, as far as the settings tell."""
+        """How a tensor's task vectors are combined, as far as the settings determine it."""
         densities = settings.each("density", task)
         inverse = settings.rescale == DENSITY
         factors = tuple(1.0 / each if inverse and each > 0.0 else 1.0 for each in densities)
@@ -211,20 +213,20 @@ class MaskedMethod(ModelMethod[S, Any], Generic[S, K]):
         return {"weights": list(blend.weights), "rescale": list(blend.factors), "lambda": blend.lam}
 
     def read_blend(self, entry: Mapping[str, Any], settings: S) -> Blend:
-        """The part of a recorded decision that all these methods have."""
+        """The part of a recorded decision that all these methods share."""
         weights, factors = tuple(map(number, entry["weights"])), tuple(map(positive, entry["rescale"]))
         if len(weights) != len(factors) or not 1 <= len(weights) <= self.contract.most:
             raise ValueError(f"{len(weights)} weights and {len(factors)} factors do not fit")
         return Blend(weights, factors, between(entry["lambda"], -MAX_FLOAT32, MAX_FLOAT32), settings.normalize)
 
     def longest_blend(self, task: TensorTask, number: float) -> Blend:
-        """One that takes as much room in the record as any."""
+        """A blend that takes as much room in the record as any other."""
         each = (number,) * len(task.numbers)
         return Blend(each, each, number, True)
 
 
 def positive(value: Any) -> float:
-    """A number above 0 that a float32 holds; ValueError for anything else."""
+    """A number above 0 that fits into a float32; ValueError for anything else."""
     if between(value, 0.0, MAX_FLOAT32) == 0.0:
         raise ValueError("expected a factor above 0, found 0")
     return float(value)
@@ -240,7 +242,7 @@ def magnitude_sums(block: Block, vector: Float32) -> Array:
 
 
 def kept_sums(block: Block, vector: Float32, mask: Array | None) -> Array:
-    """The same of the kept elements. The task vector is overwritten."""
+    """The sums of the kept elements' magnitudes, as in `magnitude_sums`. The task vector is overwritten."""
     import numpy as np
 
     if mask is not None:
@@ -250,5 +252,5 @@ def kept_sums(block: Block, vector: Float32, mask: Array | None) -> Array:
 
 
 def factor_of(whole: float, kept: float) -> float:
-    """The factor that keeps the sum of magnitudes; 1 where one of the sums is too small to tell."""
+    """The factor that preserves the sum of magnitudes; 1 if one of the sums is too small to divide by."""
     return 1.0 if min(whole, kept) < SMALLEST_MAGNITUDES else whole / kept

@@ -1,4 +1,4 @@
-"""How much a merge of whole tensors merges, and how far it moves the output."""
+"""How much a merge of whole tensors merges, and how far the output moves."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SAMPLE_TEXT = "(estimated from a sample of the elements)"
 
 @dataclass(frozen=True)
 class TensorCount:
-    """How much a merge of whole tensors merges, or, where it is `planned`, will merge. `copied` counts those that are
-    equal in all sources. `distances` say how far the output moved, where it was computed.
+    """How much a merge of whole tensors merges, or will merge if it is `planned`. `copied` counts the tensors that are
+    equal in all sources. `distances` says how far the output moved, if it was computed.
 
     Example:
         >>> TensorCount(12).text
@@ -33,13 +33,13 @@ class TensorCount:
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome]) -> TensorCount:
-        """Of a finished merge."""
+        """The count of a finished merge."""
         copied = sum(outcome.decision is COPIED for outcome in outcomes)
         return cls(len(outcomes), copied=copied, distances=MergeDistances.of(outcomes))
 
     @classmethod
     def of_records(cls, records: Sequence[TensorRecord]) -> TensorCount:
-        """As far as records tell: they hold no norms."""
+        """The count as far as records show it: they contain no norms."""
         return cls(len(records), copied=sum(record.decision is COPIED for record in records))
 
     @property

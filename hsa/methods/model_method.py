@@ -1,7 +1,7 @@
 """Methods that merge whole models: every tensor of floating-point numbers, of any number of fine-tunes.
 
-Here stands what all of them have in common: which tensors they take, weights of models, what is done with running
-statistics, and coefficients as the record holds them.
+This module has their common part: which tensors they merge, the weights of models, the treatment of running statistics,
+and coefficients as the record contains them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 OnMismatch = Literal["first", "error", "skip-model"]
 
 FLOATING = ("F32", "F16", "BF16")
-"""Element types, as safetensors calls them, that a merge computes with."""
+"""Element types that a merge computes with, in safetensors notation."""
 
 RUNNING = (".running_mean", ".running_var")
-"""Ends of the names of BatchNorm's statistics, which are averages over data and no trained weights."""
+"""Suffixes of the names of BatchNorm's statistics, which are averages over data, not trained weights."""
 
 
 @dataclass(frozen=True)
 class ModelSettings(Settings):
-    """Settings that every method has which merges whole models."""
+    """Settings of every method that merges whole models."""
 
     on_mismatch: OnMismatch = setting(
         "first",
@@ -89,8 +89,8 @@ D = TypeVar("D")
 class ModelMethod(Method[S, Any], Generic[S, D]):
     """The base class of methods that merge whole models.
 
-    A method says by `plan` how a tensor is cut and measured, and overrides `decision`, `combine`, and where it records
-    its decisions `entry`, `read_entry` and `longest_decision`.
+    A subclass defines by `plan` how a tensor is cut and measured, and overrides `decision` and `combine`. If it records
+    its decisions, it also overrides `entry`, `read_entry` and `longest_decision`.
     """
 
     writes_out_last = True
@@ -113,7 +113,7 @@ class ModelMethod(Method[S, Any], Generic[S, D]):
 
     @abstractmethod
     def read_entry(self, entry: Mapping[str, Any], settings: S) -> D:
-        """The decision that `entry` gave. Raises KeyError, TypeError or ValueError where it is none."""
+        """The decision that `entry` recorded. Raises KeyError, TypeError or ValueError if the entry is no decision."""
 
     @abstractmethod
     def longest_decision(self, task: TensorTask, number: float) -> D:
@@ -166,13 +166,14 @@ def is_running(name: str) -> bool:
 
 
 def by_role(models: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:
-    """A number for each role; nothing where there are not as many, as of a tensor that some models lack."""
+    """The numbers by role. Empty if there are fewer or more numbers than roles, as for a tensor that some models
+    lack."""
     return dict(zip(models, numbers, strict=True)) if len(models) == len(numbers) else {}
 
 
 def average_of(task: TensorTask, settings: ModelSettings) -> Average:
-    """The mean of the models by their weights; all alike where there are none, or where they do not sum to more than
-    zero."""
+    """The mean of the models by their weights, of which negative ones count as 0. All models weigh the same if there
+    are no weights, or none above 0."""
     weights = settings.each("weights", task) if isinstance(settings, WeightedSettings) else ()
     positive = [max(weight, 0.0) for weight in weights]
     whole = math.fsum(positive)
@@ -181,7 +182,7 @@ def average_of(task: TensorTask, settings: ModelSettings) -> Average:
 
 
 def rounded(coefficients: Sequence[float]) -> tuple[float, ...]:
-    """Coefficients in float64, each rounded to float32. ValueError where one is not finite then."""
+    """Coefficients in float64, each rounded to float32. Raises ValueError if one is not finite as a float32."""
     if not all(abs(each) <= MAX_FLOAT32 for each in coefficients):
         raise ValueError(f"a coefficient is beyond float32: {list(coefficients)}")
     import numpy as np
@@ -192,8 +193,8 @@ def rounded(coefficients: Sequence[float]) -> tuple[float, ...]:
 def write_sum(block: Block, coefficients: Sequence[float], out: Float32, *, on_base: bool) -> None:
     """Write `B + (a_1 * d_1 + a_2 * d_2 + ...)` into `out`, or without a base `a_1 * M_1 + a_2 * M_2 + ...`.
 
-    Every product and every sum is rounded to float32, in the order of the models. `out` is written by the last
-    operation alone, so it may be the memory of a room of the block's.
+    Every product and every sum is rounded to float32, in the order of the models. `out` is written only by the last
+    operation, so it may be the memory of one of the block's rooms.
     """
     import numpy as np
 

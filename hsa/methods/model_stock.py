@@ -1,9 +1,10 @@
-"""Model Stock: between base and the mean of the models, the nearer to base the less the models agree.
+"""Model Stock: a point between base and the mean of the models, closer to base the less the models agree.
 
     t * mean(M_i) + (1 - t) * B        with t = N * c / (1 + (N - 1) * c)
 
-and `c` the mean cosine between two task vectors, over all pairs; of the whole tensor, or with `filter_wise` of each row
-by itself. Where the divisor of `t` is nearly 0, task vectors oppose each other as far as they can, and `t` is 0.
+and `c` the mean cosine between two task vectors, over all pairs. The cosines are those of the whole tensor, or with
+`filter_wise` of each row separately. If the divisor of `t` is nearly 0, the task vectors oppose each other as far as
+they can, and `t` is 0.
 
 Source: Jang, Yun, Han, Model Stock: All we need is just a few fine-tuned models, ECCV 2024, arXiv 2403.19522.
 """
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Array
 
 SMALLEST_PRODUCT = 1e-6
-"""Products of two norms below this count as this, as in mergekit."""
+"""A product of two norms below this counts as this value, as in mergekit."""
 
 SMALLEST_DIVISOR = 1e-6
-"""Below this the divisor of t counts as 0, and so does t, as in mergekit."""
+"""If the divisor of t is below this, it counts as 0, and t is 0, as in mergekit."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ModelStockSettings(ModelSettings):
 
 
 class ModelStock(GroupedCombination[ModelStockSettings]):
-    """The mean of the models, drawn to base by how far they disagree.
+    """The mean of the models, pulled towards base by how much they disagree.
 
     Example:
         >>> hsa.merge(method="model_stock", base="b", models=["m1", "m2"], output="merged")  # doctest: +SKIP
@@ -82,9 +83,9 @@ class ModelStock(GroupedCombination[ModelStockSettings]):
 
 
 def share_of_mean(entries: Array, count: int) -> Array:
-    """`t` of each group, float64 [groups], by the entries of its Gram matrix, float64 [pairs, groups].
+    """`t` of each group, float64 [groups], from the entries of its Gram matrix, float64 [pairs, groups].
 
-    Additions, products, divisions and square roots alone: each is rounded as Python rounds it.
+    Uses only additions, products, divisions and square roots. Each is rounded as Python rounds it.
 
     Example:
         >>> import numpy as np

@@ -27,7 +27,7 @@ from hsa.methods.weights import shares
 from hsa.option_names import option
 
 ROUNDING = 2.0**-24
-"""A sum of directions that is shorter than this share of them is made of float32's rounding."""
+"""A sum of directions shorter than this share of the sum of their lengths is only float32 rounding error."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MultislerpSettings(WeightedSettings):
 
 
 class Multislerp(GramCombination[MultislerpSettings]):
-    """The weighted mean of directions, as long as the vectors are in the mean.
+    """The weighted mean of directions, with the weighted mean length of the vectors.
 
     Example:
         >>> hsa.merge(method="multislerp", base="b", models=["m1", "m2", "m3"], output="merged")  # doctest: +SKIP

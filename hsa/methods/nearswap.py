@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Float32
 
 NEAREST = 1e-6
-"""Values nearer to each other than this count as this far apart."""
+"""Values closer to each other than this are treated as this far apart."""
 
 
 @dataclass(frozen=True)

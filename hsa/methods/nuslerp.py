@@ -2,8 +2,8 @@
 
     B + sin((1 - t) * o) / sin(o) * d_1 + sin(t * o) / sin(o) * d_2        with t = w_2 / (w_1 + w_2)
 
-and `o` the angle between `d_1` and `d_2`. Parallel and opposite vectors are interpolated linearly. A tensor is one
-vector, or with `flatten` off one vector for each row, or each column, interpolated by itself.
+and `o` the angle between `d_1` and `d_2`. Parallel and opposite vectors are interpolated linearly. Each tensor is one
+vector. With `flatten` off, each row or each column is a vector that is interpolated separately.
 
 Source: mergekit 0.1.5, method nuslerp.
 """
@@ -30,14 +30,14 @@ SMALLEST_SUM = 1e-6
 """Weights whose sum is nearer to 0 than this give t = 0.5, as in mergekit."""
 
 SHORTEST = 1e-7
-"""Vectors shorter than this count as that long where the cosine is formed, as in mergekit."""
+"""Vectors shorter than this are treated as this long when the cosine is computed, as in mergekit."""
 
 COLLINEAR = 1e-8
-"""Where the sine of the angle is below this, interpolation is linear, as in mergekit."""
+"""If the sine of the angle is below this, interpolation is linear, as in mergekit."""
 
 NO_ANGLE = 2.0**-46
-"""And where the cosine is this near to 1 or -1: sums in float64 leave no angle there, and the arc between opposite
-vectors would multiply their rounding by 1e8."""
+"""Interpolation is also linear if the cosine is this close to 1 or -1. Sums in float64 leave no angle there, and the
+arc between opposite vectors would multiply their rounding errors by 1e8."""
 
 
 @dataclass(frozen=True)

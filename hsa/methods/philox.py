@@ -1,10 +1,10 @@
-"""Random masks without state, from Philox 4x32-10: any slice of a tensor's mask can be made again, anywhere.
+"""Stateless random masks from Philox 4x32-10: any slice of a tensor's mask can be recomputed anywhere.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the library Random123).
 
-The key of a tensor is the first 8 bytes, as two little-endian words, of BLAKE3 over the seed (uint64, little-endian),
-the model's number (uint32, little-endian) and the tensor's canonical name in UTF-8. The element with the flat index
-`i` has the word `i % 4` of the four that the generator makes of the counter `i // 4`.
+The key of a tensor is made from BLAKE3 over the seed (uint64, little-endian), the model's number (uint32,
+little-endian) and the tensor's canonical name in UTF-8: the first 8 bytes, as two little-endian words. The element with
+the flat index `i` gets word `i % 4` of the four words that the generator makes from the counter `i // 4`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 
 COUNTERS = 1 << 13
-"""Counters that are computed at a time: their six arrays of 64 KiB stay in a core's second-level cache."""
+"""The number of counters that are computed at a time: six arrays of 64 KiB, which stay in a core's second-level
+cache."""
 
 
 class Key(NamedTuple):
@@ -91,8 +92,8 @@ def kept(first: int, count: int, key: Key, limit: int) -> Array:
 
 
 def _lanes(start: int, count: int, key: Key) -> Iterator[tuple[slice, tuple[Array, Array, Array, Array]]]:
-    """For runs of `count` counters from `start` on: their place among them, and the four words of each, as uint64. The
-    arrays are overwritten by the next run."""
+    """For runs of the `count` counters from `start` on: the slice of the run, and the four words of each counter, as
+    uint64. The next run overwrites the arrays."""
     import numpy as np
 
     length = min(count, COUNTERS)
@@ -103,12 +104,11 @@ def _lanes(start: int, count: int, key: Key) -> Iterator[tuple[slice, tuple[Arra
 
 
 def _rounds(start: int, key: Key, rooms: list[Array]) -> tuple[Array, Array, Array, Array]:
-    """The four words of each counter from `start` on, as many as the rooms are long.
+    """The four words of each counter from `start` on, for as many counters as the rooms have elements.
 
-    A round makes of (c0, c1, c2, c3) with the products `one = m0 * c0` and `two = m1 * c2` of 64 bits the words
-    (high two ^ c1 ^ k0, low two, high one ^ c3 ^ k1, low one). Here c1 and c3 stand in the upper half of their
-    elements, so that a product needs one exclusive or and one shift to become a word, and one shift to give up its
-    lower half.
+    A round replaces (c0, c1, c2, c3). With the 64-bit products `one = m0 * c0` and `two = m1 * c2`, the new words are
+    (high two ^ c1 ^ k0, low two, high one ^ c3 ^ k1, low one). Here c1 and c3 are stored in the upper half of their
+    elements. So one exclusive or and one shift turn a product into a word, and one shift extracts its lower half.
     """
     import numpy as np
 

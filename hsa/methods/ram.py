@@ -1,4 +1,4 @@
-"""Reinforced Agent Merging (RAM): what one model alone changed stays whole, what several changed is averaged.
+"""Reinforced Agent Merging (RAM): keep whole what only one model changed, and average what several changed.
 
     a model moved an element where |d_i| > epsilon
     B + the mean of d_i over the models that moved the element; B where none did
@@ -40,7 +40,7 @@ class RamSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class Moved:
-    """The decision for a tensor: by more than what an element counts as moved."""
+    """The decision for a tensor: an element counts as moved if it changed by more than `epsilon`."""
 
     epsilon: float
 
@@ -97,7 +97,7 @@ class Ram(ModelMethod[RamSettings, Moved]):
     def largest_result(
         self, task: TensorTask, measured: Any, settings: RamSettings, largest: Mapping[str, float]
     ) -> float | None:
-        """An average of task vectors is at most the largest of them; the sum before it is at most theirs."""
+        """An average of task vectors is at most the largest of them, and the sum before it at most the sum of all."""
         base = largest[BASE]
         return base + sum(magnitude + base for role, magnitude in largest.items() if role != BASE)
 
@@ -112,7 +112,8 @@ class Ram(ModelMethod[RamSettings, Moved]):
 
 
 def moved(vector: Float32, epsilon: float, scratch: Scratch) -> Array:
-    """Which elements of a task vector a model moved: bool of its shape, in the scratch, whose floats it needs."""
+    """The elements of a task vector that a model moved: bool of its shape, in the scratch, whose floats are
+    overwritten."""
     import numpy as np
 
     return np.greater(np.abs(vector, out=scratch.floats), np.float32(epsilon), out=scratch.flags(0))

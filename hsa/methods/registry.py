@@ -1,4 +1,4 @@
-"""The merge methods: every one that a module of this package defines, and those of plugins, by name."""
+"""The merge methods by name: those that modules of this package define, and those of plugins."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TAKEN = frozenset((
     "progress", "quiet", "settings", "sources", "strict", "sync", "threads", "version",
 ))
 # fmt: on
-"""What no setting may be called, since calls and commands have arguments of these names."""
+"""Names that no setting may have, because calls and commands have arguments of these names."""
 
 AnyMethod = Method[Any, Any]
 
@@ -39,7 +39,7 @@ def methods() -> Mapping[str, AnyMethod]:
 
 
 def method_named(name: str) -> AnyMethod:
-    """The method of that name; RequestError, which lists the names, where there is none."""
+    """The method of that name. If there is none, raises RequestError, which lists the names."""
     known = methods()
     if not isinstance(name, str) or name not in known:
         raise RequestError(
@@ -66,7 +66,7 @@ def _methods(modules: tuple[ModuleType, ...]) -> Mapping[str, AnyMethod]:
 
 
 def _check_whole(method: type[AnyMethod], module: ModuleType) -> None:
-    """RequestError where a method lacks what hsa needs of it, so that its author learns so before any merge."""
+    """Raise RequestError if a method lacks a required attribute, so that its author learns this before any merge."""
     wrong = next(_lacking(method), None)
     if wrong:
         raise RequestError(f"{module.__file__}: the method {method.__name__} {wrong}")
@@ -75,7 +75,7 @@ def _check_whole(method: type[AnyMethod], module: ModuleType) -> None:
 def _lacking(method: type[AnyMethod]) -> Iterator[str]:
     missing = [name for name in ("name", "title", "Settings") if not hasattr(method, name)]
     if missing:
-        yield f"has no {listed(missing)}; docs/add-a-method.md shows what a method says"
+        yield f"has no {listed(missing)}; docs/contributing/add-a-method.md shows what a method says"
         return
     if isinstance(own := getattr(method.Settings, "method", ""), str) and own != method.name:
         yield f"is named {shown(method.name)}; say method = {shown(method.name)} in its Settings too"

@@ -5,8 +5,9 @@
     B + sum of a_i * d_i over the models that agree, over the sum of their a_i (of 1e-6 at least)
     elsewhere: B
 
-`a_i` is the mean over the tensor of `d_i ** 2`, 0 where not selected, divided by the sum of all; 1 / N where that sum
-is below 1e-6. A model agrees where its `d_i` has the sign of the sum over all models, plus where that sum is 0.
+`a_i` is the mean of `d_i ** 2` over the tensor, with 0 for elements that are not selected, divided by the sum of these
+means. If that sum is below 1e-6, `a_i` is 1 / N. A model agrees where its `d_i` has the sign of the sum over all
+models, which is plus where that sum is 0.
 
 Source: Wan, Zhong, Yang, Chen, Quan, FuseChat: knowledge fusion of chat models, 2024, arXiv 2408.07990.
 """
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
 
 SMALLEST_SUM = 1e-6
-"""Mean squares whose sum is below this say nothing: all models have the same share then. The shares of agreeing models
-count as this much at least."""
+"""If the sum of the mean squares is below this, all models have the same share. The sum of agreeing models' shares
+counts as at least this much."""
 
 MOST = 1.0 + 2.0**-40
-"""Shares are below this: one may come out as 1."""
+"""Upper limit of shares, slightly above 1: a share may come out as 1."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class SceSettings(ModelSettings):
 
     @property
     def passes(self) -> int:
-        """The passes over a tensor before it is merged: for the threshold and the shares."""
+        """The number of passes over a tensor before it is merged: for the threshold and the shares."""
         return 1 if smallest(self.select_topk) >= 1.0 else 3
 
     def structure(self) -> tuple[Any, ...]:
         return (*super().structure(), self.passes)
 
     def serves(self, other: Settings) -> bool:
-        """A plan with three passes serves where one is needed."""
+        """A plan with three passes is valid too if only one is needed."""
         if not isinstance(other, SceSettings):
             return False
         return other.structure()[:-1] == self.structure()[:-1] and other.passes <= self.passes
@@ -79,8 +80,8 @@ class SceSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class Selected:
-    """The decision for a tensor: the smallest variance that is selected (0 where every element is, None where none is),
-    how many elements that are, and the models' shares."""
+    """The decision for a tensor: the smallest variance that is selected (0 if all elements are selected, None if none
+    is), the number of selected elements, and the models' shares."""
 
     threshold: float | None
     kept: int
@@ -88,14 +89,14 @@ class Selected:
 
     @cached_property
     def inverses(self) -> tuple[float, ...]:
-        """One over the agreeing models' shares, for each set of models."""
+        """One over the sum of the agreeing models' shares, for each set of models."""
         return tuple(1.0 / max(math.fsum(shares), SMALLEST_SUM) for shares in subsets(self.shares))
 
 
 @dataclass(frozen=True)
 class VarianceBin:
-    """After the first of three passes: the bin of the threshold, None where there is none; `everything` is selected
-    then, or nothing."""
+    """The state after the first of three passes: the bin of the threshold. If there is no threshold, the bin is None,
+    and `everything` says whether all elements or none are selected."""
 
     place: Place | None
     everything: bool = False
@@ -137,7 +138,8 @@ class Sce(ModelMethod[SceSettings, Any]):
         return Treatment("merge", passes=settings.passes)
 
     def measure(self, block: Block, number: int, so_far: VarianceBin | Selected | None) -> Any:
-        """Counts of the variance, counts inside a bin of it, and sums of squares; with one pass the last alone."""
+        """Measure counts of the variance, then counts inside a bin of it, then sums of squares. With one pass, only the
+        last."""
         if isinstance(so_far, Selected):
             mask = selection(block, so_far.threshold)
             return [squares(block, role, mask) for role in block.models]
@@ -208,7 +210,7 @@ class Sce(ModelMethod[SceSettings, Any]):
     def largest_result(
         self, task: TensorTask, measured: Any, settings: SceSettings, largest: Mapping[str, float]
     ) -> float | None:
-        """A mean of task vectors is at most the largest of them, and the sum before it at most theirs."""
+        """A mean of task vectors is at most the largest of them, and the sum before it at most the sum of all."""
         base = largest[BASE]
         return base + math.fsum(magnitude + base for role, magnitude in largest.items() if role != BASE)
 
@@ -227,7 +229,8 @@ class Sce(ModelMethod[SceSettings, Any]):
 
 
 def variance_bin(counts: Counts, differing: int, select_topk: float) -> VarianceBin:
-    """Where the threshold of a tensor's variance lies, of which so many elements are not 0."""
+    """The bin of the threshold of a tensor's variance. `differing` is the number of elements with a variance above
+    0."""
     rank = int(select_topk * differing)
     if select_topk >= 1.0 or rank == 0:
         return VarianceBin(None, everything=select_topk >= 1.0)
@@ -264,7 +267,7 @@ def nonzero(variance: Float32) -> int:
 
 
 def selection(block: Block, threshold: float | None) -> Array | None:
-    """Which elements are selected: bool of the block's shape, None where all are."""
+    """The elements that are selected: bool of the block's shape, None if all are selected."""
     import numpy as np
 
     if threshold == 0.0:

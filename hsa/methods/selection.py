@@ -1,4 +1,4 @@
-"""Selects the heads of a tensor by their scores, and counts them over tensors."""
+"""Select the heads of a tensor by their scores, and count them over tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ TIE_RISK = 1e-5
 
 
 MAX_SCORE = 1e150
-"""No score that is read from a file may be as large, so that its square is finite in float64. The L2 norm of a tensor
-of float32 numbers is far below."""
+"""Upper limit of scores that are read from a file, so that their squares are finite in float64. The L2 norm of a tensor
+of float32 numbers is far below it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Selection:
     selected: tuple[int, ...]
     margin: float | None
     recorded: tuple[float, ...] | None = None
-    """The scores by a record, of which the squares are rounded; None where they were measured."""
+    """The scores of a record, whose squares are rounded; None if the scores were measured."""
 
     @cached_property
     def scores(self) -> tuple[float, ...]:
@@ -42,7 +42,8 @@ class Selection:
 
 
 def select(squared: Sequence[float], keep: int) -> Selection:
-    """Select the heads whose squared score is not below the `keep`-th largest; ties at the cut are all in."""
+    """Select the heads whose squared score is at least the `keep`-th largest. All heads that tie at the cut are
+    selected."""
     ranked = sorted(squared, reverse=True)
     if keep == 0:
         return Selection(tuple(squared), (), None)
@@ -51,7 +52,7 @@ def select(squared: Sequence[float], keep: int) -> Selection:
 
 
 def selection_of(squared: Sequence[float], selected: tuple[int, ...]) -> Selection:
-    """The selection with its margin, for heads that are selected already."""
+    """The selection with its margin, for heads that are already selected."""
     merged = set(selected)
     dropped = [score for head, score in enumerate(squared) if head not in merged]
     margin = None

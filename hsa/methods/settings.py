@@ -1,7 +1,7 @@
 """Settings of a method, each declared once: a field of a frozen dataclass, with its limits, its help and its uses.
 
 The command line's options, Python's keywords, keys of recipes, axes of sweeps, ranges of searches, the table on the
-card and the pages of the documentation are made from these fields; no other module lists them.
+card and the pages of the documentation are generated from these fields. No other module lists them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PerTensor = float | Mapping[str, float]
 """A number, or one for each target tensor by its name, with or without the leading `model.`."""
 
 MAX_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
-"""The largest float32: the arithmetic of a merge is float32's."""
+"""The largest float32, because merges compute in float32."""
 
 DEFAULT_METHOD = "hsa"
 """The method of a merge that names none."""
@@ -45,7 +45,7 @@ _LIMIT: dict[str, Any] = {
     "default_text": "",
     "repeated": True,
 }
-"""What the settings have in common that limit a merge to a part of the model."""
+"""The common part of the settings that limit a merge to a part of the model."""
 
 Group = Literal["common", "sources", "numerics", "output", "machine"]
 """The heading under which help shows an option."""
@@ -53,32 +53,33 @@ Group = Literal["common", "sources", "numerics", "output", "machine"]
 
 @dataclass(frozen=True)
 class SettingInfo:
-    """What is known of one setting beside its name and default.
+    """The description of a setting, besides its name and default.
 
     Args:
         help: one sentence for the command line, the reference and the card.
-        python: the same for Python's reference, where the command line's option says the opposite or has other values.
+        python: the same for Python's reference, if the command line's option has the opposite meaning or other values.
         low, high: limits of a number, both included.
         whole: it is a whole number, or None for "not given".
         choices: it is one of these texts.
         per_tensor: it may also be a mapping from the names of target tensors to numbers.
         scheduled: it may also be a mapping, a list over layers, or a list with filters (`hsa.methods.values`).
         per_model: it is a scheduled value for each model, or one for all.
-        entries: what the entries of a list for each model are for.
+        entries: what each entry of a per-model list is for.
         repeated: the command line's option is given once for each entry of a list.
-        form: checks a value that is no number, given what to call it, and gives it in its one form.
-        patchable: a patch can hold a merge with any value of it, and so can a sweep.
-        structural: the plan of a merge depends on it (which tensors are merged, what is written), so that candidates
-            which share a plan share it.
+        form: a function that checks a value that is not a number, and returns it in its normal form. It also gets the
+            value's name for messages.
+        patchable: a patch, and so a sweep, can hold a merge with any value of it.
+        structural: the plan of a merge depends on it (which tensors are merged, what is written). So candidates that
+            share a plan have the same value.
         axis: a sweep may take several values of it.
-        summary: the line that says how a merge was made names it, as it does every axis.
-        search: the range that a search draws from; None for what is not searched.
+        summary: the line that says how a merge was made includes it, as it includes every axis.
+        search: the range that a search draws from; None if it is not searched.
         search_log: a search draws its logarithm evenly, so that small values are as likely as large ones.
         group: where help shows the option.
         metavar: what help calls the value.
         default_text: what help shows as the default, where that is not the default's own text.
-        silent: records leave it out where it has its default.
-        required: a merge must give it; its default is None, for not given yet.
+        silent: records leave it out if it has its default.
+        required: a merge must give it; its default None means that it is not given yet.
     """
 
     help: str
@@ -107,7 +108,7 @@ class SettingInfo:
 
     @property
     def varies(self) -> bool:
-        """Whether it may have other values for other tensors, by more than their names."""
+        """Whether its value may vary between tensors by more than a mapping from their names."""
         return self.scheduled or self.per_model
 
 
@@ -135,12 +136,13 @@ class Declared:
 
     @property
     def key(self) -> str:
-        """Its name in records, recipes and on the command line, where `lambda` is no keyword."""
+        """Its name in records, in recipes and on the command line, where `lambda` is allowed because it is no
+        keyword."""
         return LETTERS.get(self.name, self.name)
 
 
 def declared(owner: type[Any]) -> tuple[Declared, ...]:
-    """The settings that a dataclass declares, in the order of its fields, those for keywords alone last."""
+    """The settings that a dataclass declares, in the order of its fields, with keyword-only settings last."""
     hashable: Any = owner
     return _declared(hashable)
 
@@ -158,7 +160,7 @@ S = TypeVar("S", bound="Settings")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one merge, checked when they are made. A method's own class adds its fields.
+    """The settings of one merge, checked on creation. The class of a method adds its own fields.
 
     Raises RequestError where a value is out of range or not finite.
     """
@@ -214,18 +216,19 @@ class Settings:
 
     @classmethod
     def from_dict(cls: type[S], parameters: Mapping[str, Any]) -> S:
-        """The settings whose `as_dict` gave these parameters; others among them are left aside.
+        """The settings whose `as_dict` gave these parameters. Other parameters are ignored.
 
-        A parameter that is missing has its default, so that records of earlier versions of a method can be read. Raises
-        RequestError where one is out of range.
+        A missing parameter has its default, so that records of earlier versions of a method can be read. Raises
+        RequestError if a value is out of range.
         """
         given = {each.name: parameters[each.key] for each in declared(cls) if each.key in parameters}
         with spelled(as_keys(parameters)):
             return cls(**given)
 
     def of(self, name: str, tensor: str | TensorTask) -> float:
-        """The value of a setting for a target tensor: a task, or its canonical name (no leading `model.`), which does
-        for settings that lists over layers cannot be given for. RequestError where it has none."""
+        """The value of a setting for a target tensor. The tensor is a task, or a canonical name (without the leading
+        `model.`), which suffices for settings that cannot be lists over layers. Raises RequestError if there is no
+        value for it."""
         value: Any = getattr(self, name)
         if not isinstance(value, (Mapping, tuple)):
             return float(value)
@@ -261,8 +264,8 @@ class Settings:
                 yield from ((each.name, mapping) for mapping in values.tensors_of(value))
 
     def limits(self, name: str, layer: tuple[str, int] | None) -> bool:
-        """Whether a tensor may be merged by the limits of `only`, `exclude`, `layers` and `stack`; `layer` is its stack
-        and its number there, None outside."""
+        """Whether `only`, `exclude`, `layers` and `stack` allow a tensor to be merged. `layer` is its stack and its
+        layer number, None outside of layers."""
         if self.only and not any(fnmatchcase(name, pattern) for pattern in self.only):
             return False
         if any(fnmatchcase(name, pattern) for pattern in self.exclude):
@@ -277,7 +280,8 @@ class Settings:
         return bool(self.only or self.exclude or self.layers is not None or self.stack is not None)
 
     def check_models(self, count: int) -> None:
-        """RequestError where settings do not fit so many models, as far as that can be told without their tensors."""
+        """Raise RequestError if the settings do not fit this number of models, as far as that is known without their
+        tensors."""
 
     def structure(self) -> tuple[Any, ...]:
         """The values that a plan depends on; settings with equal structure share a plan."""
@@ -285,11 +289,11 @@ class Settings:
 
     @property
     def complete(self) -> bool:
-        """Whether every setting is given that a merge needs."""
+        """Whether every setting that a merge needs is given."""
         return not any(self._lacking())
 
     def require(self) -> None:
-        """RequestError where a setting is not given that a merge needs."""
+        """Raise RequestError if a setting that a merge needs is not given."""
         for each in self._lacking():
             raise RequestError(f"method {self.method} needs {option(each.name)}; give it: {each.about.help}")
 
@@ -297,16 +301,16 @@ class Settings:
         return (each for each in declared(type(self)) if each.about.required and getattr(self, each.name) is None)
 
     def serves(self, other: Settings) -> bool:
-        """Whether a plan for these settings holds for others too."""
+        """Whether a plan for these settings is also valid for others."""
         return type(other) is type(self) and other.structure() == self.structure()
 
     def for_all_candidates(self: S) -> S:
-        """Settings whose plan serves every candidate with the same structural settings, as a `Merger` makes it."""
+        """Settings for the plan of a `Merger`, which is valid for every candidate with the same structural settings."""
         return self
 
 
 def check_value(each: Declared, value: Any) -> Any:
-    """A value that the setting may have, in its one form. RequestError for others."""
+    """The value in its normal form, if the setting may have it. Raises RequestError for others."""
     about, name = each.about, option(each.name)
     if about.form is not None:
         return about.form(name, value)
@@ -332,7 +336,7 @@ def _check_within(name: str, value: Any, about: SettingInfo) -> None:
 
 
 def _checked_schedule(name: str, value: Any, about: SettingInfo) -> Any:
-    """A scheduled value, or one for each model, with tuples for its lists."""
+    """A scheduled value, or one for each model, with its lists turned into tuples."""
 
     def within(what: str, number: Any) -> None:
         _check_within(what, number, about)
@@ -349,7 +353,8 @@ def _checked_schedule(name: str, value: Any, about: SettingInfo) -> Any:
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """RequestError unless a value is a number within limits, both included; `name` is what the message calls it."""
+    """Raise RequestError unless a value is a number within the limits, both included. `name` is its name in the
+    message."""
     limits = (
         f"in [{low:g}, {high:g}]" if high < MAX_FLOAT32 else "finite" if low < 0 else f"finite and at least {low:g}"
     )
@@ -362,7 +367,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """RequestError unless a value is one of these texts."""
+    """Raise RequestError unless a value is one of these texts."""
     if not isinstance(value, str) or value not in allowed:
         raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
@@ -383,7 +388,7 @@ def _where(tensor: str | TensorTask) -> values.Where:
 
 
 def _plain(each: Declared, value: Any) -> Any:
-    """A value as records hold it: numbers as floats, mappings in the order of their names, lists for tuples."""
+    """A value as records contain it: numbers as floats, mappings sorted by name, lists for tuples."""
     if each.about.form is not None:
         return list(value) if isinstance(value, tuple) else value
     if isinstance(value, (Mapping, tuple)):

@@ -2,7 +2,7 @@
 
     sin((1 - t) * o) / sin(o) * B + sin(t * o) / sin(o) * M        with o the angle between B and M
 
-Nearly parallel and nearly opposite tensors, and those of which one is zero, are interpolated linearly: (1 - t) B + t M.
+Interpolation is linear, (1 - t) B + t M, if the tensors are nearly parallel or nearly opposite, or if one is zero.
 Fine-tunes of one model are nearly parallel in most tensors.
 
 Source: Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; the threshold is mergekit's.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Float32
 
 NEARLY_PARALLEL = 0.9995
-"""Where the cosine is beyond this, interpolation is linear."""
+"""If the magnitude of the cosine is above this, interpolation is linear."""
 
 
 @dataclass(frozen=True)

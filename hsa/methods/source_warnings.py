@@ -1,9 +1,9 @@
-"""Warns of sources that can be merged but do not belong together, and of merges that change next to nothing.
+"""Warnings about sources that can be merged but do not belong together, and about merges that change next to nothing.
 
-Such a merge writes a sound checkpoint of no use, so it is a warning, whatever the method. The thresholds lie
-between what was measured of sound and of mistaken sources. Real ones: three fine-tunes of whisper-tiny by two or three.
-`d` is |M1 - M2|, `t` the task vector of the fine-tune that is nearer to the other. Of attention (encoder-qkv,
-attention-qkv), in float16, with float16 and bfloat16 copies of each:
+Such a merge writes a valid but useless checkpoint, so it causes a warning, whatever the method. The thresholds lie
+between measurements of sound and of mistaken sources. The real sources were three fine-tunes of whisper-tiny, in merges
+of two or three. `d` is |M1 - M2|, `t` the task vector of the fine-tune that is nearer to the other. The figures for
+attention (encoder-qkv, attention-qkv), in float16, with float16 and bfloat16 copies of each:
 
 | sources | tv / B | cosine | d / t |
 |---|---|---|---|
@@ -14,7 +14,7 @@ attention-qkv), in float16, with float16 and bfloat16 copies of each:
 | random base of equal shapes | 1.4 to 2.2 | 1.00 | below 0.02 |
 | random secondary, or primary | 1.1 to 1.4 of it | 0.01 | 1.0 |
 
-The same models, all tensors of which are merged:
+The same models, with all tensors merged:
 
 | sources | tv / B | cosine | d / t |
 |---|---|---|---|
@@ -22,8 +22,8 @@ The same models, all tensors of which are merged:
 | base and a fine-tune exchanged, any pair | 0.0014 to 0.0017 | 0.55 to 0.61 | 0.83 to 0.91 |
 | a third fine-tune as base, any of three | 0.0016 to 0.0017 | 0.43 to 0.55 | 0.92 to 1.05 |
 
-So there is less room between sound and mistaken ones than there is for attention; the thresholds leave out one of the
-last row, and warn of none of the first. Of more than two fine-tunes, each pair is measured as here.
+So the gap between sound and mistaken sources is smaller than for attention. The thresholds miss one case of the last
+row, and warn about none of the first. For more than two fine-tunes, each pair is measured as here.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from hsa.option_names import option
 RolePair = tuple[str, str]
 
 UNRELATED = 0.5
-"""|tv| / |B| from which a fine-tune is none of this base. Two independent models are at least 1.0 apart."""
+"""|tv| / |B| from which a fine-tune does not belong to this base. Two independent models are at least 1.0 apart."""
 
 
 class TooClose(NamedTuple):
-    """When two fine-tunes share more than two of one base do: from a `cosine` of their task vectors on, and below a
-    `ratio` d / t, for a small fine-tune lies near to a large one whatever their angle. `usual` are the cosines that
-    were measured of fine-tunes of one base."""
+    """Limits for two fine-tunes that share more than two of one base do: the cosine of their task vectors is at least
+    `cosine`, and d / t is below `ratio`. Both are needed, because a small fine-tune is near to a large one at any
+    angle. `usual` is the range of cosines that was measured for fine-tunes of one base."""
 
     cosine: float
     ratio: float
@@ -57,17 +57,17 @@ class TooClose(NamedTuple):
 
 
 ATTENTION = TooClose(0.39, 1.1, "0.2 to 0.33")
-"""Of attention heads."""
+"""Limits for attention heads."""
 
 WHOLE_MODELS = TooClose(0.47, 1.0, "0.28 to 0.4")
-"""Of all tensors that a method merges."""
+"""Limits for all tensors that a method merges."""
 
 NO_CHANGE = 1e-4
 """|output - M1| / |tv1| below which a merge changes next to nothing. HSA's defaults give 0.1."""
 
 
 def source_findings(outcomes: Sequence[Outcome]) -> Findings:
-    """What the values of the sources tell, whatever the method and the settings."""
+    """Findings about the values of the sources, whatever the method and the settings."""
     equal = equal_sources(outcomes)
     found = MergeDistances.of(outcomes) if outcomes else None
     distances = found.sources if found is not None and found.with_base else None
@@ -75,8 +75,8 @@ def source_findings(outcomes: Sequence[Outcome]) -> Findings:
 
 
 def change_findings(outcomes: Sequence[Outcome]) -> Findings:
-    """A warning where the output of a finished merge is next to base or to one of the models, and not because two
-    sources are equal."""
+    """A warning if the output of a finished merge is next to base or to one of the models, unless two sources are
+    equal."""
     found = MergeDistances.of(outcomes) if outcomes else None
     if found is None or found.moved is None or equal_sources(outcomes):
         return Findings()
@@ -102,15 +102,16 @@ def change_findings(outcomes: Sequence[Outcome]) -> Findings:
 def value_findings(
     equal: Sequence[RolePair], distances: ModelDistances | None, too_close: TooClose, tensors: int
 ) -> Findings:
-    """What is told of sources of which these pairs are equal on all of so many target tensors, and of their distances,
-    None where there is no base or they were not measured."""
+    """Findings about the values of the sources. The pairs `equal` hold the same values in all target tensors, whose
+    number is `tensors`. `distances` is None if there is no base or they were not measured."""
     unrelated = [] if distances is None else list(_unrelated_fine_tunes(distances))
     exchanged = [] if equal or unrelated or distances is None else _exchanged_sources(distances, too_close)
     return Findings(warnings=(*(_equal_sources_warning(pair, tensors) for pair in equal), *unrelated, *exchanged))
 
 
 def equal_sources(outcomes: Sequence[Outcome]) -> list[RolePair]:
-    """The pairs of sources that hold the same values in every target; of several equal ones, the first and each."""
+    """The pairs of sources with the same values in every target. Of several equal sources, the first is paired with
+    each."""
     if not outcomes:
         return []
     found = frozenset.intersection(*(outcome.equal for outcome in outcomes))
@@ -118,7 +119,7 @@ def equal_sources(outcomes: Sequence[Outcome]) -> list[RolePair]:
 
 
 def first_and_each(equal: Iterator[RolePair]) -> list[RolePair]:
-    """Of pairs in order, those that do not follow from the ones before.
+    """The pairs that do not follow from the pairs before them.
 
     Example:
         >>> first_and_each(iter([("base", "model1"), ("base", "model2"), ("model1", "model2")]))
@@ -170,8 +171,8 @@ def _unrelated_fine_tunes(distances: ModelDistances) -> Iterator[str]:
 
 
 def _exchanged_sources(distances: ModelDistances, too_close: TooClose) -> Iterator[str]:
-    """A fine-tune that is nearer to another than to base, or nearly so. A mistake about base brings all of them near to
-    each other, so that the nearest pair alone is named."""
+    """A warning if a fine-tune is nearer to another than to base, or nearly so. A wrong base brings all fine-tunes near
+    to each other, so only the nearest pair is named."""
     models, squares = distances.models, distances.squares
     near: list[tuple[float, str]] = []
     for first, second in combinations(range(len(models)), 2):

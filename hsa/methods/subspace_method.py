@@ -1,8 +1,8 @@
-"""What the subspace methods have in common: which tensors are matrices, what is recorded of each, and how they run.
+"""The common part of the subspace methods: which tensors are matrices, what is recorded of each, and how they run.
 
-A matrix is computed whole, by one thread, in two passes. The first finds sources that are not finite; the second makes
-the displacement, which says what was decided, and is kept until `apply` adds it to base. Every other tensor becomes
-base plus the mean of the task vectors.
+A matrix is computed whole, by one thread, in two passes. The first detects sources that are not finite. The second
+computes the displacement, from which the decision follows, and keeps it until `apply` adds it to base. Every other
+tensor becomes base plus the mean of the task vectors.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Arrays, Float32
 
 TOLERANCE = 1e-4
-"""How far results may lie from those of another machine, relative to the norm of the tensor."""
+"""The largest difference of results from those of another machine, relative to the norm of the tensor."""
 
 EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias", "lm_head", "proj_out")
-"""Modules that are embeddings, or output projections over a vocabulary, which often share a matrix with one; beside
-those with `embed` in their names."""
+"""Modules, besides those with `embed` in their names, that are embeddings, or output projections over a vocabulary. The
+latter often share a matrix with an embedding."""
 
 PASSES = 2
 
 MOST_NAMED = 3
-"""Tensors that a note names."""
+"""The number of tensors that a note names."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class SubspaceSettings(ModelSettings):
 class Subspaces:
     """The decision for a matrix.
 
-    `directions` are those taken of each matrix that is decomposed, `zeros` those of each that count as zero, `scale` is
-    the singular value that all have in the result. Before the second pass `directions` are those wanted, and `zeros`
-    and `scale` are not known. The rest follows from the settings.
+    `directions` is the number of directions that are taken of each decomposed matrix, and `zeros` the number of those
+    that count as zero. `scale` is the singular value that all have in the result. Before the second pass, `directions`
+    are the wanted numbers, and `zeros` and `scale` are unknown. The rest follows from the settings.
     """
 
     lam: float
@@ -78,12 +78,12 @@ class Subspaces:
 
     @property
     def known(self) -> Known | None:
-        """What need not be found out any more."""
+        """The values that need not be computed again."""
         return None if self.zeros is None else Known(self.zeros, self.scale)
 
 
 class _Kept(threading.local):
-    """The last displacement of a thread, from the second pass until it is applied."""
+    """The last displacement of a thread, kept from the second pass until it is applied."""
 
     task: TensorTask | None = None
     decision: Subspaces | None = None
@@ -93,7 +93,7 @@ class _Kept(threading.local):
         self.task, self.decision, self.displacement = task, decision, displacement
 
     def take(self, task: TensorTask, decision: Subspaces) -> Float32 | None:
-        """The displacement, if it is the one for this decision; it is kept no longer."""
+        """Return the displacement if it is the one for this decision. It is not kept any longer."""
         kept, fits = self.displacement, self.task is task and self.decision == decision
         self.task = self.decision = self.displacement = None
         return kept if fits else None
@@ -119,12 +119,12 @@ class SubspaceMethod(ModelMethod[S, Coefficients | Subspaces]):
 
     @abstractmethod
     def wanted(self, task: TensorTask, settings: S) -> Subspaces:
-        """The decision before anything is known of a matrix."""
+        """The decision before the matrix is measured."""
 
     @abstractmethod
     def displacement(self, vectors: Sequence[Array], decision: Subspaces, decomposed: Decompose) -> Displacement:
-        """What is added to base at a lambda of 1, of the task vectors float32 [m, n]. ValueError where a recorded
-        decision does not fit them."""
+        """The matrix that is added to base at a lambda of 1, from the task vectors float32 [m, n]. Raises ValueError if
+        a recorded decision does not fit them."""
 
     def plan(self, info: TensorInfo, place: TensorPlace | None, settings: S) -> Treatment:
         return Treatment("merge", "whole", PASSES) if is_matrix(info) else Treatment("merge")
@@ -160,7 +160,7 @@ class SubspaceMethod(ModelMethod[S, Coefficients | Subspaces]):
         np.add(block.weights(BASE), displacement, out=out)
 
     def _compute(self, block: Block, decision: Subspaces) -> tuple[Subspaces, Float32]:
-        """The decision with all that was found out, and what is added to base."""
+        """The decision with all computed values, and the displacement that is added to base."""
         import numpy as np
 
         vectors = [block.task_vector(role) for role in block.models]
@@ -227,7 +227,7 @@ class SubspaceMethod(ModelMethod[S, Coefficients | Subspaces]):
             if taken + zeros > rank:
                 yield f"takes {taken} directions and has {zeros} zeros, of {rank} in all"
 
-    # --- what is said of a merge -------------------------------------------------------------------------------------
+    # --- reports on a merge ------------------------------------------------------------------------------------------
 
     def work_bytes(self, task: TensorTask, settings: S) -> int:
         if task.layout != "whole":
@@ -298,7 +298,7 @@ def is_matrix(info: TensorInfo) -> bool:
 
 
 def _untouched(names: Iterable[str]) -> Iterator[str]:
-    """A note that names the first of the matrices of which no direction is taken, if there are any."""
+    """A note on the matrices of which no direction is taken, if there are any. It names the first of them."""
     first, more = [*islice(every := iter(names), MOST_NAMED)], sum(1 for _ in every)
     if first:
         others = f" and {more} more" if more else ""

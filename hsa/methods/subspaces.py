@@ -1,12 +1,12 @@
-"""Singular value decompositions for the subspace methods: directions of task vectors, polar factors, what they make.
+"""Singular value decompositions for the subspace methods: directions, polar factors, and the displacements from them.
 
 A decomposition comes from the Gram matrix of the smaller side in float64: `A'A = W S^2 W'`, `U = A W / S`. Squaring
-halves the digits, and float64 has enough: what counts as zero ends at `max(m, n) * 2**-23` of the largest singular
-value, so the relative error of the smallest that is kept stays below 1e-6. Matrices of up to `SMALL` rows and columns,
-where zero begins lower, are decomposed themselves.
+halves the number of correct digits, and float64 has enough: singular values up to `max(m, n) * 2**-23` of the largest
+count as zero, so the relative error of the smallest that is kept stays below 1e-6. Matrices of up to `SMALL` rows and
+columns, for which this limit is lower, are decomposed directly.
 
-Results depend on numpy's LAPACK and on the number of its threads: a backend runs methods that name `lapack` among their
-libraries with one.
+Results depend on numpy's LAPACK and on the number of its threads. So a backend uses one thread for methods that name
+`lapack` among their libraries.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ EPS = 2.0**-23
 """The spacing of float32 numbers at 1. Task vectors are float32, so no direction is known better than by this."""
 
 SMALL = 256
-"""Rows and columns up to which a matrix is decomposed itself, not its Gram matrix."""
+"""The most rows and columns of a matrix that is decomposed directly, without its Gram matrix."""
 
 START = 1.5
-"""The largest singular value that Newton-Schulz begins with at most; it converges from below the root of 3."""
+"""Upper limit of the largest singular value with which Newton-Schulz begins. It converges from below the root of 3."""
 
 RESIDUAL = 1e-6
-"""The residual of Newton-Schulz at which it ends: the largest norm of a column of the Gram matrix minus identity."""
+"""The residual at which Newton-Schulz ends: the largest norm of a column of the Gram matrix minus identity."""
 
 
 Decompose = Callable[[int, "Array"], "Arrays"]
-"""Gives what `decompose` makes of a float64 matrix [m, n] of a merge that depends on the sources alone: the number of a
-model with its task vector, or 0 with the sum of all. Where it was made before it may be given again."""
+"""A function that returns the result of `decompose` for a float64 matrix [m, n] that depends only on the sources. The
+number identifies the matrix: that of a model for its task vector, or 0 for the sum of all. An earlier result may be
+returned again."""
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
     """Singular triples of a matrix [m, n], the largest first, in float64.
 
-    `values` are the singular values that do not count as zero; `zeros` is how many do. `left` [m, q] and `right` [n, q]
-    are the singular vectors of the first q of them.
+    `values` are the singular values that do not count as zero, and `zeros` counts those that do. `left` [m, q] and
+    `right` [n, q] are the singular vectors of the first q `values`.
     """
 
     left: Array
@@ -54,7 +55,7 @@ class Directions:
 
     @property
     def count(self) -> int:
-        """How many of them have their vectors here."""
+        """The number of directions whose vectors are included."""
         return int(self.left.shape[1])
 
 
@@ -68,8 +69,9 @@ def directions(
 ) -> Directions:
     """The first directions of a float64 matrix [m, n], at most `count`.
 
-    Those with `s <= max(m, n) * EPS * s_1` count as zero; `largest` takes the place of `s_1`. Where `zeros` is given,
-    so many count as zero instead: ValueError where that cannot be. `decomposed` is what `decompose` made of the matrix.
+    Singular values with `s <= max(m, n) * EPS * s_1` count as zero; `largest` replaces `s_1`. If `zeros` is given, that
+    many count as zero instead, and ValueError is raised if that is impossible. `decomposed` is the result of
+    `decompose` for the matrix.
 
     Example:
         >>> import numpy as np
@@ -98,8 +100,8 @@ def directions(
 
 
 def decompose(matrix: Array) -> Arrays:
-    """Left singular vectors, singular values and right singular vectors, the largest first; None in the place of the
-    vectors of the longer side where those of the shorter one were computed alone."""
+    """Left singular vectors, singular values and right singular vectors, the largest first. If only the vectors of the
+    shorter side were computed, those of the longer side are None."""
     import numpy as np
 
     rows, columns = matrix.shape
@@ -113,7 +115,7 @@ def decompose(matrix: Array) -> Arrays:
 
 
 def largest_singular_value(matrix: Array) -> float:
-    """`s_1` of a float64 matrix; 0 of an empty one."""
+    """The largest singular value `s_1` of a float64 matrix; 0 for an empty one."""
     import numpy as np
 
     if not matrix.size:
@@ -143,10 +145,10 @@ def polar_factor(matrix: Array) -> Array:
 
 
 def newton_schulz(matrix: Array, bound: float) -> Array | None:
-    """The polar factor of a float64 matrix by the Newton-Schulz iteration; None where it has not converged.
+    """The polar factor of a float64 matrix by the Newton-Schulz iteration; None if it did not converge.
 
-    `X <- X (3 - X'X) / 2`, or `(3 - XX') X / 2` where there are more columns than rows. `bound` is at least the largest
-    singular value. It is given fewer steps than a singular value takes that counts as zero.
+    `X <- X (3 - X'X) / 2`, or `(3 - XX') X / 2` if there are more columns than rows. `bound` is at least the largest
+    singular value. The iteration has fewer steps than a singular value that counts as zero would need.
     """
     import numpy as np
 
@@ -169,8 +171,8 @@ def newton_schulz(matrix: Array, bound: float) -> Array | None:
 
 
 def _steps(longer: int) -> int:
-    """Steps of Newton-Schulz: two fewer than the largest singular value takes that counts as zero. One fewer might be
-    enough for it, for a residual is spread over the columns."""
+    """The number of Newton-Schulz steps: two fewer than the largest singular value that counts as zero would need. One
+    fewer might suffice for it, because a residual is spread over the columns."""
     x, steps = START * longer * EPS, -2
     while abs(1.0 - x * x) > RESIDUAL:
         x, steps = x * (3.0 - x * x) / 2.0, steps + 1
@@ -184,12 +186,12 @@ def _gram(matrix: Array) -> Array:
     return gram
 
 
-# --- what the methods make of them ---------------------------------------------------------------------------------
+# --- displacements of the methods ----------------------------------------------------------------------------------
 
 
 def boosted(values: Array, beta: float) -> Array:
-    """Singular values, largest first, with those after the first at which their running sum reaches `beta` of the whole
-    raised to it.
+    """Singular values, largest first, of which the small ones are raised. All values after the first one at which the
+    running sum reaches `beta` of the total are raised to that one.
 
     Example:
         >>> import numpy as np
@@ -207,9 +209,10 @@ def boosted(values: Array, beta: float) -> Array:
 
 
 def common_and_own(rank: int, models: int, common_share: float) -> tuple[int, int]:
-    """How many directions Iso-CTS takes of the sum of the task vectors, and of each of them, `rank` in all.
+    """The number of directions that Iso-CTS takes of the sum of the task vectors, and of each of them, `rank` in all.
 
-    The models' part is rounded to a multiple of their number (half to even), down where up would exceed `rank`.
+    The models' part is rounded to a multiple of their number (half to even), but down if rounding up would exceed
+    `rank`.
 
     Example:
         >>> common_and_own(768, 3, 0.8)
@@ -221,11 +224,11 @@ def common_and_own(rank: int, models: int, common_share: float) -> tuple[int, in
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
-    """What a method adds to base at a lambda of 1, float64 [m, n], and how it came to it.
+    """The matrix that a method adds to base at a lambda of 1, float64 [m, n], and how it was computed.
 
-    `taken` and `zeros` are the directions that were taken of each matrix that was decomposed, and those that counted as
-    zero. `scale` is the mean of the spectrum where all directions have it. `replaced` counts the polar factors for
-    which Newton-Schulz had not converged.
+    `taken` and `zeros` count, for each decomposed matrix, the directions that were taken and those that count as zero.
+    `scale` is the mean of the spectrum, if all directions have it. `replaced` counts the polar factors for which
+    Newton-Schulz did not converge.
     """
 
     matrix: Array
@@ -237,18 +240,18 @@ class Displacement:
 
 @dataclass(frozen=True)
 class Known:
-    """What a record says of a matrix, so that it is not found out: its `zeros` and its `scale`."""
+    """Values of a matrix that a record contains, so that they are not computed again: its `zeros` and its `scale`."""
 
     zeros: tuple[int, ...]
     scale: float | None
 
     def of(self, number: int) -> int:
-        """The zeros of a matrix that was decomposed. IndexError where there are fewer."""
+        """The zeros of a decomposed matrix. Raises IndexError if there are fewer matrices."""
         return self.zeros[number]
 
 
 def _anew(number: int, matrix: Array) -> Arrays:
-    """A `Decompose` that keeps nothing."""
+    """A `Decompose` that caches nothing."""
     return decompose(matrix)
 
 
@@ -260,9 +263,9 @@ def task_singular_vectors(
     known: Known | None = None,
     decomposed: Decompose = _anew,
 ) -> Displacement:
-    """TSV-M of task vectors float32 [m, n]: the first directions of each, as many as `counts` says, concatenated.
+    """TSV-M of task vectors float32 [m, n]: the first directions of each, concatenated. `counts` says how many of each.
 
-    Singular values are `boosted` by `beta` before, unless it is None.
+    Unless `beta` is None, the singular values are first `boosted` by it.
     """
     import numpy as np
 
@@ -283,7 +286,7 @@ def isotropic(
     vectors: Sequence[Array], counts: Sequence[int], known: Known | None = None, decomposed: Decompose = _anew
 ) -> Displacement:
     """Iso-C of task vectors float32 [m, n]: their sum, with all singular values that do not count as zero replaced by
-    their mean. `counts` is how many there are at most."""
+    their mean. `counts` contains one number: the most directions that are taken."""
     [most] = counts
     total = _sum(vectors)
     part = directions(total, most, zeros=None if known is None else known.of(0), decomposed=decomposed(0, total))
@@ -294,8 +297,8 @@ def isotropic(
 def common_and_specific(
     vectors: Sequence[Array], counts: Sequence[int], known: Known | None = None, decomposed: Decompose = _anew
 ) -> Displacement:
-    """Iso-CTS of task vectors float32 [m, n]: the first directions of their sum and the first of what each has beside
-    those, concatenated, with the mean of their singular values. `counts` says how many of the sum, then of each."""
+    """Iso-CTS of task vectors float32 [m, n]: the first directions of their sum, and the first directions of the rest
+    of each, concatenated, with the mean of their singular values. `counts` says how many of the sum, then of each."""
     import numpy as np
 
     total = _sum(vectors)
@@ -323,8 +326,8 @@ def _put_together(
 
 
 def _polar_of_parts(parts: Sequence[Array], how: Orthogonalize) -> tuple[Array, bool]:
-    """The polar factor of matrices side by side, each with orthonormal columns, and whether Newton-Schulz, if that was
-    asked for, had to be replaced."""
+    """The polar factor of matrices side by side, each with orthonormal columns. The flag says whether Newton-Schulz was
+    requested and had to be replaced."""
     import numpy as np
 
     matrix = np.concatenate(parts, axis=1)
@@ -347,8 +350,8 @@ def _mean(values: Array) -> float:
 
 
 def work_bytes(rows: int, columns: int, models: int, taken: int) -> int:
-    """Bytes of memory, about, that a matrix takes while it is merged with so many directions in all: float32 copies of
-    what is read and written, the matrix in float64, singular vectors three times over, and the workspace of LAPACK."""
+    """The approximate bytes of memory for merging a matrix with `taken` directions in all: float32 copies of what is
+    read and written, the matrix in float64, three copies of the singular vectors, and the workspace of LAPACK."""
     elements, short = rows * columns, min(rows, columns)
     float32 = (models + 3) * elements * 4
     vectors = 3 * (rows + columns) * taken * 8

@@ -1,10 +1,10 @@
-"""Sums that decide something: in float64, in one order, whatever the blocks and slices and threads of a run are.
+"""Sums that decisions depend on: in float64 and in a fixed order, whatever the blocks, slices and threads of a run are.
 
-A tensor is summed in flat blocks of 1,024 elements from its first element on; the last is filled with zeros. A block
-has 64 lanes, and its element e is in lane e mod 64. The 16 elements of a lane are added one after another; then the
-halves of the 64 sums are added, then the halves of what is left, down to one number. The blocks' sums are added one
-after another. Every processor, a GPU too, can add in that order at full speed, and nothing depends on the width of its
-registers.
+A tensor is summed in flat blocks of 1,024 elements from its first element on; the last block is padded with zeros. A
+block has 64 lanes, and element e is in lane e mod 64. The 16 elements of a lane are added one after another. Then the
+two halves of the 64 sums are added, then the two halves of the result, and so on down to one number. The blocks' sums
+are added one after another. Every processor, including a GPU, can add in this order at full speed, and the result does
+not depend on the width of its registers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Array
 
 LANES = 64
-"""Numbers of a block that are added side by side."""
+"""The number of sums of a block that are formed in parallel."""
 
 
 def block_sums(values: Array) -> Array:
@@ -54,7 +54,8 @@ def _sums_of_rows(blocks: Array) -> Array:
 
 
 def halved(values: Array) -> Array:
-    """The sum over the first axis by halves, whose length is a power of two. `values`: float64; it is overwritten."""
+    """The sum over the first axis, by adding halves. Its length is a power of two. `values`: float64; it is
+    overwritten."""
     import numpy as np
 
     length = len(values)
@@ -66,7 +67,7 @@ def halved(values: Array) -> Array:
 
 
 def total(parts: Iterable[Array]) -> float:
-    """The sum of blocks' sums, which come in the order of the tensor: one added after another.
+    """The sum of the blocks' sums, added one after another in the order of the tensor.
 
     Example:
         >>> import numpy as np

@@ -1,4 +1,4 @@
-"""Tensors of a merge: one to be computed, what came of it, and how records hold it; and what is said of all of them."""
+"""The tensors of a merge as tasks to compute, as outcomes and in records; and the texts about all of them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Layout = Literal["flat", "rows", "columns", "whole", "heads"]
 """How a tensor is cut into blocks of float32 [rows, columns].
 
 - `flat`: as one row [1, n] in the order of its elements. Blocks begin at multiples of 1,024 elements.
-- `rows`: whole rows, of which one is what lies at an index of the first axis. Blocks begin at multiples of 1,024
-  elements too; a vector is one row.
+- `rows`: whole rows. A row is the slice at one index of the first axis; a vector is one row. Blocks begin at multiples
+  of 1,024 elements too.
 - `columns`: the same blocks, for methods that decide for each column.
 - `whole`: one block, the tensor as a matrix; a vector is one column.
 - `heads`: each attention head is a group by itself.
 """
 
 UNIT = 1024
-"""Elements of which blocks are multiples, but for heads and for the last of a tensor."""
+"""Blocks have a multiple of this number of elements, except for heads and for the last block of a tensor."""
 
 
 class LayerSpan(NamedTuple):
-    """Where a tensor lies in a stack of layers: the stack, the number of its layer, and how many there are."""
+    """The place of a tensor in a stack of layers: the stack, the number of its layer, and the number of layers."""
 
     stack: str
     layer: int
@@ -37,15 +37,15 @@ class LayerSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorTask:
-    """A tensor to be computed: what it is, how it is split into groups, and what it is in each source.
+    """A tensor to be computed: its properties, how it is split into groups, and its counterpart in each source.
 
-    `layers` counts the layers of its stack (0 where it lies in none). `sources` maps roles to the tensor there, base
+    `layers` counts the layers of its stack (0 outside of any stack). `sources` maps roles to the tensor there: base
     first, then the models in their order. `out_code` is the element type of the result, `output_name` its name in the
-    output. A tensor that is not `merged` is the anchor's in another element type; one that is not `listed` is in no
-    record. `load_codes` are the element types that each source is cast to before any arithmetic; None for none.
-    `layout` says how it is cut into blocks. `numbers` are the positions of its models among the `models_given`, of
-    which it may lack some. `span` is its layer, None outside of any, where `follows_layers` says whether it comes after
-    them; `depth` says how far down the layers it lies, from 0.0 to 1.0, and is 0.0 outside of them, as in mergekit.
+    output. If not `merged`, the tensor is the anchor's in another element type. If not `listed`, it is in no record.
+    `load_codes` are the element types that the sources are cast to before any arithmetic; None for no cast. `layout`
+    says how it is cut into blocks. `numbers` are the positions of its models among the `models_given`; some models may
+    lack the tensor. `span` is its layer, None outside of layers; then `follows_layers` says whether it comes after
+    them. `depth` says how far down the layers it lies, from 0.0 to 1.0, and is 0.0 outside of them, as in mergekit.
     """
 
     name: str
@@ -81,7 +81,7 @@ class TensorTask:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the arrays that a block is cut from: see `Layout`."""
+        """Rows and columns of the matrix that blocks are cut from: see `Layout`."""
         total = math.prod(self.shape)
         if self.layout == "flat":
             return 1, total
@@ -92,7 +92,7 @@ class TensorTask:
 
     @property
     def step(self) -> int:
-        """Elements of which slices and blocks of the tensor are multiples."""
+        """The number of elements that slices and blocks of the tensor are multiples of."""
         if not self.by_rows:
             return UNIT
         columns = self.matrix[1]
@@ -104,7 +104,8 @@ class TensorTask:
         return self.matrix[self.partition.axis] // self.partition.groups
 
     def blocks(self, group: int, elements: int, count: int = 1) -> Iterator[tuple[slice, slice]]:
-        """Row and column ranges that cover `count` groups from one on, each of at most about `elements` elements."""
+        """Row and column ranges that cover `count` groups from `group` on, each of at most about `elements`
+        elements."""
         rows, columns = self.matrix
         if self.layout == "whole":
             yield slice(0, rows), slice(0, columns)
@@ -116,7 +117,7 @@ class TensorTask:
             yield from self._head_blocks(group, elements, count)
 
     def part_blocks(self, total: int, elements: int) -> Iterator[tuple[slice, slice]]:
-        """The same for so many elements of a flat tensor, or of whole rows."""
+        """The ranges for `total` elements of a flat tensor, or of whole rows; see `blocks`."""
         per_block = max(1, elements // self.step) * self.step
         if self.layout == "flat":
             for first in range(0, total, per_block):
@@ -142,9 +143,10 @@ class TensorTask:
 
 @dataclass(frozen=True)
 class DistanceSums:
-    """Sums over so many elements of a tensor, all or a sample of them: `origin` is the squared norm of base, or without
-    one of the anchor. `products` are those of every two distances from there, of the models and then, where there is
-    one, of the `output`, before it is rounded to its element type; in the order of `hsa.methods.gram.pairs_of`."""
+    """Sums over `elements` elements of a tensor, all or a sample of them. `origin` is the squared norm of base, or of
+    the anchor if there is no base. `products` are those of every two distances from there, in the order of
+    `hsa.methods.gram.pairs_of`: the distances of the models, and then, if `output`, that of the output before it is
+    rounded to its element type."""
 
     elements: int
     origin: float
@@ -154,9 +156,9 @@ class DistanceSums:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target that was merged: the decision, the byte ranges of the result that may differ from the anchor's, the
-    digest of the tensor in each source (`hsa.planning.tensor_digests`), the pairs of sources that hold the same values
-    in it, and the sums over its elements, where they were taken."""
+    """A merged target: the decision, the byte ranges of the result that may differ from the anchor's, the digest of the
+    tensor in each source (`hsa.planning.tensor_digests`), the pairs of sources with the same values in it, and the sums
+    over its elements, if they were taken."""
 
     task: TensorTask
     decision: Any
@@ -168,10 +170,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A merged tensor as records and reports hold it: its name in the output, its canonical name, what that means, its
-    shape and element type, how many groups (heads) it has, and what was decided.
+    """A merged tensor in records and reports: its name in the output, its canonical name, the place that this name
+    means, its shape and element type, its number of groups (heads), and the decision.
 
     Attributes of the decision are attributes of the record: `record.selected` is `record.decision.selected`.
+
+    Example:
+        >>> report = hsa.merge("whisper-small", "m1", "m2", "merged")
+        >>> record = report.tensors["model.encoder.layers.0.self_attn.q_proj.weight"]
+        >>> record.code, record.selected
+        ('F32', (0, 2))
     """
 
     name: str
@@ -218,37 +226,38 @@ class Summary(Protocol):
 
     @property
     def counted(self) -> str:
-        """How many of what, in a few words."""
+        """The count with its unit, in a few words."""
 
     @property
     def headline(self) -> str:
-        """The same, and in how many tensors."""
+        """The count, and the number of tensors."""
 
     @property
     def details(self) -> str:
-        """What it comes to, to be read after the headline; empty where there is no more to say."""
+        """The result of the merge, to be read after the headline; empty if there is no more to say."""
 
     @property
     def text(self) -> str:
-        """One line for people that stands alone: what it comes to. The headline, where there is no more to say."""
+        """One line for people that is complete in itself: the result of the merge, or the headline if there is no more
+        to say."""
 
     def counts(self) -> dict[str, Any]:
-        """The numbers behind `counted` that every report and every index of outputs says."""
+        """The numbers behind `counted`, for every report and every index of outputs."""
 
     def margins(self) -> dict[str, Any]:
-        """How narrow the closest decision was, for reports and indexes of sweeps."""
+        """The margin of the closest decision, for reports and indexes of sweeps."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it, beside what it prints of every merge."""
+        """The values that `--json` prints, besides those of every merge."""
 
 
 @dataclass(frozen=True)
 class CardText:
     """What a method says on a model card: Markdown.
 
-    `method` is the paragraph under Method; `sections` are headings with their text, such as the merged heads. `merge`
-    is what the title calls the merge; where it is empty, the title names the method. `decisions` is what the provenance
-    holds of each tensor.
+    `method` is the paragraph under the heading Method; `sections` are headings with their text, such as the merged
+    heads. `merge` is the title's name for the merge; if it is empty, the title names the method. `decisions` says what
+    the provenance contains for each tensor.
     """
 
     method: str

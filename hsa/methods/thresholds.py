@@ -1,8 +1,8 @@
-"""The k-th largest magnitude of a tensor that is seen block by block, exactly, by counting bit patterns.
+"""The exact k-th largest magnitude of a tensor that is read block by block, found by counting bit patterns.
 
-Magnitudes of float32 are in the order of their bits. A first pass counts the upper 16 bits of each, which says in
-which of these 32,768 bins the k-th largest lies, and which of that bin's elements it is. A second pass counts the lower
-16 bits of the elements in that bin. Counts of blocks are added up in any order.
+Magnitudes of float32 are in the order of their bits. A first pass counts the upper 16 bits of each. The counts give the
+bin, out of 32,768, that contains the k-th largest magnitude, and its rank in that bin. A second pass counts the lower
+16 bits of the elements in that bin. Counts of blocks may be added in any order.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
 
 HALF = 1 << 16
-"""How many patterns 16 bits have."""
+"""The number of patterns of 16 bits."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many elements lie in each bin that is not empty: `bins` in ascending order, and as many `counts`."""
+    """The number of elements in each bin that is not empty: `bins` in ascending order, and their `counts`."""
 
     bins: Array
     counts: Array
@@ -38,7 +38,7 @@ class Counts:
         return int(self.counts.sum())
 
     def at_least(self, bin: int) -> int:
-        """How many elements lie in a bin and in those above it."""
+        """The number of elements in a bin and in those above it."""
         import numpy as np
 
         return int(self.counts[np.searchsorted(self.bins, bin) :].sum())
@@ -46,8 +46,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the k-th largest lies: its bin, that it is the `rank`-th largest in it, from 1, and how many elements lie
-    `above` that bin."""
+    """The place of the k-th largest element: its bin, its `rank` among the largest in that bin, from 1, and the number
+    of elements `above` that bin."""
 
     bin: int
     rank: int
@@ -55,7 +55,7 @@ class Place:
 
 
 def upper_counts(magnitudes: Float32, room: Array) -> Counts:
-    """How many magnitudes there are by their upper 16 bits.
+    """The number of magnitudes for each pattern of their upper 16 bits.
 
     Args:
         magnitudes: contiguous, of any shape; +0 and above, no NaN.
@@ -69,7 +69,8 @@ def upper_counts(magnitudes: Float32, room: Array) -> Counts:
 
 
 def lower_counts(magnitudes: Float32, upper: int, room: Array) -> Counts:
-    """How many magnitudes whose upper 16 bits are `upper` there are by their lower 16 bits; see `upper_counts`."""
+    """The number of magnitudes for each pattern of their lower 16 bits, among those whose upper 16 bits are `upper`;
+    see `upper_counts`."""
     import numpy as np
 
     bits = magnitudes.reshape(-1).view(np.uint32)
@@ -91,7 +92,7 @@ def merged(parts: Iterable[Counts]) -> Counts:
 
 
 def locate(counts: Counts, rank: int) -> Place:
-    """Where the `rank`-th largest lies, from 1 to the number of elements.
+    """The place of the `rank`-th largest element; ranks go from 1 to the number of elements.
 
     Example:
         >>> import numpy as np

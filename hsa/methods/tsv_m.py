@@ -1,7 +1,8 @@
-"""TSV-M: the first singular directions of every task vector, concatenated after they are made orthogonal.
+"""TSV-M: the first singular directions of every task vector, concatenated and made orthogonal.
 
-Of each `d_i = U_i S_i V_i'` the first `share * r` directions are taken, `r` being the smaller side of the matrix. The
-`U_i` side by side, and the `V_i`, are each replaced by their polar factor, the nearest matrix with orthogonal columns:
+From each `d_i = U_i S_i V_i'`, the first `share * r` directions are taken, where `r` is the smaller side of the matrix.
+The `U_i` side by side are replaced by their polar factor, the nearest matrix with orthogonal columns, and so are the
+`V_i`:
 
     B + lambda * U S V'
 
@@ -48,7 +49,7 @@ class TsvSettings(SubspaceSettings):
     )
 
     def count(self, task: TensorTask) -> int:
-        """How many directions of each model are taken of a matrix."""
+        """The number of directions of a matrix that are taken from each model."""
         rank, models = min(task.matrix), len(task.numbers)
         return rank // models if self.share is None else int(self.share * rank)
 
@@ -61,7 +62,7 @@ class TaskSingularVectors(SubspaceMethod[S]):
 
     @abstractmethod
     def boost(self, task: TensorTask, settings: S) -> float | None:
-        """By which share of their sum singular values are raised; None for none."""
+        """The share of their sum after which singular values are raised; None if they are not raised."""
 
     def wanted(self, task: TensorTask, settings: S) -> Subspaces:
         counts = (settings.count(task),) * len(task.numbers)

@@ -1,7 +1,7 @@
 """Boosted TSV-M, experimental: TSV-M of task vectors whose small singular values were raised.
 
-Of each task vector the singular values after the point where their running sum reaches `beta` of the whole are raised
-to the value at that point, before the first directions are taken as in TSV-M.
+In each task vector, the singular values after the point where their running sum reaches `beta` of the whole are raised
+to the value at that point. Then the first directions are taken as in TSV-M.
 
 Source: after the description in Carvalho et al., Exploring the potential and limitations of model merging for
 multi-domain adaptation in ASR, 2026, arXiv 2603.05354. It was not compared with the authors' program.

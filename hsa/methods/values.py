@@ -3,17 +3,17 @@
 A *scheduled* value is one of
 
 - a number, for all tensors;
-- a mapping from tensor names, with or without the leading `model.`, to numbers, which names every merged tensor;
-- a list of numbers over the layers: the first is that of the first layer, the last that of the last, and between them
-  the values are interpolated. Tensors outside of layers take the first;
-- a list of `{"filter": PART, "value": VALUE}`, of which the first whose part stands in the tensor's name gives the
-  value; a part with `*`, `?` or `[` is a shell pattern of the whole name. Beside or instead of the filter an entry may
-  name a stack of layers, `"stack": "encoder"`, and the first and the last of them, `"layers": [4, 11]` (None for all
-  from the first on); its values then run over these layers, and tensors before or after all layers belong to the first
-  or the last. A bare value as the last entry serves all others.
+- a mapping from tensor names, with or without the leading `model.`, to numbers. It must name every merged tensor;
+- a list of numbers over the layers. The first number is for the first layer, the last for the last layer, and values
+  between them are interpolated. Tensors outside of layers take the first number;
+- a list of `{"filter": PART, "value": VALUE}`. The first entry whose part occurs in the tensor's name gives the value.
+  A part with `*`, `?` or `[` is a shell pattern of the whole name. Besides or instead of the filter, an entry may name
+  a stack of layers, `"stack": "encoder"`, and its first and last layer, `"layers": [4, 11]` (a last layer of None means
+  all from the first on). Its values then run over these layers, and tensors before or after all layers belong to the
+  first or the last. A bare value as the last entry is for all other tensors.
 
-A value *for each model* is one scheduled value for all models, or a list of them, one a model. Lists over layers are
-then written inside such a list. The forms are those of mergekit's configuration files.
+A value *for each model* is one scheduled value for all models, or a list with one scheduled value per model. Lists over
+layers are then written inside such a list. The forms are those of mergekit's configuration files.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Value = Any
 
 
 class Where(NamedTuple):
-    """Where a tensor stands: its canonical name; how far down its stack of layers, from 0.0 to 1.0; its name in the
-    output, in which filters are looked for too; its stack, layer, and how many there are, None outside of layers; and
-    whether it comes after them then."""
+    """The place of a tensor: its canonical name; its depth in its stack of layers, from 0.0 to 1.0; its name in the
+    output, in which filters are looked for too; its stack, layer and number of layers, None outside of layers; and,
+    outside of layers, whether it comes after them."""
 
     name: str
     depth: float = 0.0
@@ -45,7 +45,7 @@ def is_list(value: object) -> bool:
 
 
 def is_filter(entry: object) -> bool:
-    """Whether an entry of a list says for which tensors it is."""
+    """Whether an entry of a list is for certain tensors only."""
     return isinstance(entry, Mapping) and "value" in entry
 
 
@@ -55,7 +55,7 @@ def is_filtered(value: object) -> bool:
 
 
 def is_per_model(value: object) -> bool:
-    """Whether a value for each model is a list of them, and not one for all models."""
+    """Whether a value for each model is a list with one value per model, not one value for all."""
     return is_list(value) and not is_filtered(value)
 
 
@@ -72,14 +72,14 @@ def follows_layers(value: Value) -> bool:
 
 
 def frozen(value: Value) -> Value:
-    """The value with tuples for its lists, which nobody can change."""
+    """The value with its lists turned into tuples, which cannot be changed."""
     if is_filter(value):
         return {key: frozen(each) for key, each in value.items()}
     return tuple(map(frozen, value)) if is_list(value) else value
 
 
 def plain(value: Value) -> Any:
-    """The value as JSON holds it: numbers as floats, mappings of tensors in the order of their names."""
+    """The value as JSON contains it: numbers as floats, mappings of tensors sorted by name."""
     if is_list(value):
         return [plain(each) for each in value]
     if is_filter(value):
@@ -90,7 +90,7 @@ def plain(value: Value) -> Any:
 
 
 def _condition(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """For which tensors an entry is, as JSON holds it."""
+    """The conditions of an entry on its tensors, as JSON contains them."""
     found = {key: entry[key] for key in ("filter", "stack", "layers") if entry.get(key) is not None}
     return {key: list(each) if is_list(each) else each for key, each in found.items()}
 
@@ -107,7 +107,8 @@ def tensors_of(value: Value) -> Iterator[Mapping[str, float]]:
 
 
 def check(name: str, value: Value, check_number: Callable[[str, Any], None]) -> None:
-    """RequestError unless it is a scheduled value; `check_number` checks one number, given what to call it."""
+    """Raise RequestError unless it is a scheduled value. `check_number` checks one number, given its name for
+    messages."""
     if is_filter(value):
         raise RequestError(f"{name} is one entry with a filter; give a list of them, [{shown(value)}]")
     if isinstance(value, Mapping):
@@ -169,7 +170,8 @@ def _check_tensors(name: str, values: Mapping[Any, Any], check_number: Callable[
 
 
 def at(name: str, value: Value, where: Where) -> float:
-    """A scheduled value for one tensor; `name` is what messages call the setting. RequestError where it has none.
+    """The number of a scheduled value for one tensor. `name` is the setting's name in messages. Raises RequestError if
+    there is no number for it.
 
     Example:
         >>> at("density", (0.0, 1.0), Where("encoder.layers.1.fc1.weight", 0.25))
@@ -195,7 +197,7 @@ def at(name: str, value: Value, where: Where) -> float:
 
 
 def is_for(entry: Mapping[str, Any], where: Where) -> bool:
-    """Whether an entry of a list is for a tensor."""
+    """Whether an entry of a list applies to a tensor."""
     part, stack, layers = (entry.get(key) for key in ("filter", "stack", "layers"))
     if part is not None and not any(matches(part, name) for name in (where.name, where.stored)):
         return False
@@ -205,12 +207,12 @@ def is_for(entry: Mapping[str, Any], where: Where) -> bool:
 
 
 def matches(part: str, name: str) -> bool:
-    """Whether a filter is for the tensor of that name."""
+    """Whether a filter matches a tensor name."""
     return fnmatchcase(name, part) if any(letter in part for letter in "*?[") else part in name
 
 
 def _is_in(stack: str, where: Where) -> bool:
-    """Whether a tensor belongs to a stack, outside of its layers too."""
+    """Whether a tensor belongs to a stack, even outside of its layers."""
     return f".{where.name}".find(f".{stack}.") >= 0 if where.span is None else where.span[0].split(".")[-1] == stack
 
 

@@ -1,7 +1,7 @@
 """How masked task vectors are combined: by a weighted sum, or by a vote on the sign of every element.
 
-With the kept elements of each task vector `d_i`, 0 where they are dropped, weights `w_i` and factors `f_i` that rescale
-for dropped elements:
+`d_i` is the task vector of a model, with 0 for dropped elements, `w_i` is its weight, and `f_i` is the factor that
+rescales for dropped elements:
 
     sum:   B + sum of a_i * d_i,  a_i = lambda * w_i / W * f_i; W is the sum of the weights with `normalize`, else 1
     vote:  B + lambda / W * sum of x_i over the models that agree,  x_i = w_i * f_i * d_i; a model agrees where its x_i
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from hsa.system.dtypes import Array, Float32
 
 CANCELLED = 2.0**-24
-"""Weights of agreeing models cancel where their sum is at most this share of their magnitudes' sum: a float32 cannot
-tell it from 0. They are not divided by it then."""
+"""Weights of agreeing models cancel if their sum is at most this share of their magnitudes' sum, which a float32 cannot
+tell from 0. Then the result is not divided by their sum."""
 
 
 class Scratch:
-    """Memory of a block, in the float64 room of `Block.wide`: float32 numbers and three arrays of bytes."""
+    """Temporary memory of a block, in the float64 memory of `Block.wide`: float32 numbers and three arrays of bytes."""
 
     def __init__(self, block: Block) -> None:
         import numpy as np
@@ -56,8 +56,8 @@ class Scratch:
 
 
 Keep = Callable[[int, "Float32", Scratch], "Array | None"]
-"""The place of a model and its task vector in a block: which elements are kept, bool, or None where all are. It may use
-all of the scratch, and the result may lie in it."""
+"""A function of the place of a model, its task vector in a block, and the scratch. It returns the elements that are
+kept, as bool, or None if all are. It may use all of the scratch, and the result may be a part of it."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Blend:
 
     @cached_property
     def shares(self) -> tuple[float, ...]:
-        """What the sum over the agreeing models is multiplied by: one number for each set of them, by `write_vote`'s
-        number of it; or one for all."""
+        """The factors on the sum over the agreeing models: one for each set of models, in the order of `subsets`; or
+        one for all."""
         if not self.normalize:
             return (self.lam,)
         return tuple(map(self._share, subsets(self.weights)))
@@ -96,15 +96,15 @@ class Blend:
         return self.lam / whole if abs(whole) > CANCELLED * math.fsum(map(abs, weights)) else self.lam
 
     def bound(self, magnitudes: Sequence[float], *, votes: bool) -> float:
-        """A bound on the merged task vector, by bounds on those of the models."""
+        """A bound on the merged task vector, from bounds on those of the models."""
         coefficients = self.ballots if votes else self.summands
         whole = math.fsum(abs(a) * each for a, each in zip(coefficients, magnitudes, strict=True))
         return max(map(abs, self.shares)) * whole if votes else whole
 
 
 def subsets(values: Sequence[float]) -> Iterator[tuple[float, ...]]:
-    """Every set of the models, as the values of those in it. The number of a set has a bit for each model, of which the
-    first model's is the highest.
+    """Every set of the models, as the values of those in it. The number of a set has one bit for each model; the first
+    model's bit is the highest.
 
     Example:
         >>> list(subsets([1.0, 2.0]))
@@ -124,7 +124,7 @@ def write_masked_sum(block: Block, coefficients: Sequence[float], keep: Keep, ou
 
 
 def write_vote(block: Block, coefficients: Sequence[float], shares: Sequence[float], keep: Keep, out: Float32) -> None:
-    """Write base plus what the agreeing models come to, times the share of their set. `out` is written last."""
+    """Write base plus the sum over the agreeing models, times the share of their set. `out` is written last."""
     scratch = Scratch(block)
     ballots = masked(block, coefficients, keep, scratch)
     elect(ballots, scratch.floats)
@@ -159,8 +159,8 @@ def elect(ballots: Sequence[Float32], signs: Float32) -> None:
 
 
 def agreeing(block: Block, coefficients: Sequence[float], keep: Keep) -> Iterator[Array]:
-    """Which elements of each model agree with the elected sign, one model after another: bool of the block's shape, in
-    the same memory. The models' rooms are overwritten."""
+    """The elements of each model that agree with the elected sign: one bool array of the block's shape per model, all
+    in the same memory. The models' rooms are overwritten."""
     import numpy as np
 
     scratch = Scratch(block)
@@ -171,9 +171,9 @@ def agreeing(block: Block, coefficients: Sequence[float], keep: Keep) -> Iterato
 
 
 def aligned(ballot: Float32, signs: Array) -> Array:
-    """The bits of a ballot as whole numbers, int32 in its memory, its sign flipped where `signs` holds that of minus.
+    """The bits of a ballot as int32 whole numbers, in its own memory. Its sign is flipped where `signs` contains minus.
 
-    It agrees where it is above 0; the bits of others are not above 0 as whole numbers either.
+    An element agrees if its number is above 0. Elements that do not agree have numbers of 0 or below.
     """
     import numpy as np
 
@@ -190,10 +190,10 @@ def write_agreeing(
     out: Float32,
     coefficients: Sequence[float] = (),
 ) -> None:
-    """Write base plus the sum of the ballots whose sign is that in the scratch's floats, each times its coefficient of
-    at least 0, if there are any, and all times the share of their set.
+    """Write base plus the sum of the ballots whose sign is that in the scratch's floats, times the share of their set.
+    If there are `coefficients`, each at least 0, they are the factors of the ballots in this sum.
 
-    The signs of the ballots are flipped where minus is elected (`aligned`), that of the sum is flipped back.
+    The signs of the ballots are flipped where minus is elected (`aligned`), and that of the sum is flipped back.
     """
     import numpy as np
 

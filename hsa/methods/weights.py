@@ -9,7 +9,7 @@ from hsa.errors import RequestError
 from hsa.option_names import option
 
 SMALLEST_SUM = 1e-8
-"""Weights whose sum is nearer to 0 than this are not divided by it. mergekit has this number for task arithmetic."""
+"""Weights are not divided by their sum if it is closer to 0 than this. mergekit has this number for task arithmetic."""
 
 
 def divisor(weights: Sequence[float]) -> float:
@@ -24,8 +24,8 @@ def divisor(weights: Sequence[float]) -> float:
 
 
 def shares(weights: Sequence[float], tensor: str, switch: str) -> tuple[float, ...]:
-    """The weights over their sum. RequestError, which names the tensor and the setting that switches the division off,
-    where they sum to 0.
+    """The weights over their sum. If they sum to 0, raises RequestError, which names the tensor and the setting that
+    switches the division off.
 
     Example:
         >>> shares((3.0, 1.0), "encoder.conv1.weight", "normalize")

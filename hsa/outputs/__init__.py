@@ -1,1 +1,1 @@
-"""What lies beside the weights: records, patch files, indexes, model cards, small files and reports."""
+"""The files beside the weights: records, patch files, indexes, model cards, small files and reports."""

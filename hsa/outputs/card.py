@@ -1,4 +1,4 @@
-"""The model card of an output: Hub metadata, the method with its exact parameters, and what it merged."""
+"""The model card of an output: Hub metadata, the method with its exact parameters, and the merged models."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ FIELDS = (
     "citation",
     "model_index",
 )
-"""What `--card FIELD=VALUE` may set; `language` may hold several, separated by commas, and `model_index` is the Hub's
-list of measured results as JSON, as `hsa search` writes it."""
+"""The fields that `--card FIELD=VALUE` may set. `language` may hold several, separated by commas. `model_index` is the
+Hub's list of measured results as JSON, as `hsa search` writes it."""
 
 MAX_MODEL_INDEX = 1 << 18
-"""Characters of a `model_index`: those of some hundred sets."""
+"""Maximum length of a `model_index` in characters: enough for about a hundred sets."""
 
 
 def parse_fields(pairs: Iterable[str]) -> dict[str, str]:
-    """`FIELD=VALUE` strings as a mapping; RequestError for an unknown field or a missing `=`."""
+    """Parse `FIELD=VALUE` strings into a mapping; RequestError for an unknown field or a missing `=`."""
     fields: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -52,7 +52,7 @@ def parse_fields(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
-    """The fields, when every name is known; RequestError otherwise."""
+    """Return the fields if every name is known; RequestError otherwise."""
     for name, value in fields.items():
         if not isinstance(value, str) or not value.strip():
             raise RequestError(f"card field {name} must be a text that says something, got {shown(value)}")
@@ -67,7 +67,7 @@ def check_fields(fields: Mapping[str, str]) -> dict[str, str]:
 
 
 def model_index_of(text: str) -> list[dict[str, Any]]:
-    """The measured results in a card field, as the Hub's schema has them. RequestError for anything else.
+    """Parse the measured results in a card field, in the Hub's schema. RequestError for anything else.
 
     Example:
         >>> model_index_of('[{"name": "merged", "results": []}]')
@@ -89,8 +89,10 @@ def model_index_of(text: str) -> list[dict[str, Any]]:
 
 
 def render(record: Record, files: Collection[str], config: Mapping[str, Any]) -> bytes:
-    """The card's bytes. `files` are the output's file names, `config` is what its `config.json` says; the card's fields
-    are among the record's parameters."""
+    """Render the card as bytes.
+
+    `files` are the output's file names, and `config` is the content of its `config.json`. The card's fields are among
+    the record's parameters."""
     model = record.architecture.model_class(config)
     fields: Mapping[str, str] = record.parameters["card"]
     extra: dict[str, Any] = {}
@@ -108,7 +110,7 @@ def render(record: Record, files: Collection[str], config: Mapping[str, Any]) ->
 
 
 def unlinked(record: Record) -> tuple[Role, ...]:
-    """The sources that the card does not link to the Hub, because only a directory's name is known of them."""
+    """The sources that the card does not link to the Hub, because only their directory names are known."""
     return tuple(role for role, source in record.sources.items() if not is_hub_id(source.identity.id))
 
 
@@ -121,12 +123,13 @@ def metadata(
     *,
     library: str = "transformers",
 ) -> str:
-    """The block of YAML that a card begins with, for a merge of these Hub ids; source: the Hub's model card schema.
+    """The YAML block at the start of a card, for a merge of these Hub ids; source: the Hub's model card schema.
 
-    `task` is one of the Hub's names of tasks, `family_tags` are those of the models' family, `method_tags`
-    those of the merge method, `library` is what loads the model. What is empty is left out.
+    `task` is one of the Hub's task names and `library` is the library that loads the model. `family_tags` are the tags
+    of the model family, `method_tags` those of the merge method. Empty values are left out.
 
-    Written by YAML's own library: huggingface_hub's would take longer to import than a small model to merge.
+    The block is written by the YAML library itself. Importing huggingface_hub's writer would take longer than merging a
+    small model.
     """
     import yaml
 
@@ -205,7 +208,7 @@ the limits, biases and licence terms of {listed(_called(record, list(record.sour
 
 
 def _called(record: Record, roles: Sequence[Role]) -> list[str]:
-    """What sentences call sources: by role where the method names all of its models, else by who they are."""
+    """The names of the sources in sentences: roles where the method names all of its models, else identities."""
     names = {role.name for role in record.method.contract.named}
     if names.issuperset(_models(record)):
         return list(roles)
@@ -213,7 +216,7 @@ def _called(record: Record, roles: Sequence[Role]) -> list[str]:
 
 
 def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The table of settings; one that has a default and no value means nothing in this merge."""
+    """The table of settings. A setting that has a default but no value has no effect in this merge and is omitted."""
     defaulted = {each.key for each in all_settings().values() if each.default is not None}
     shown = {
         name: value
@@ -224,7 +227,7 @@ def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _loading(files: Collection[str], model: ModelClass) -> str:
-    """How to load the output with what is in it: some models need features and tokens, others one of them."""
+    """How to load the output with the files it has. Some models need both features and tokens, others only one."""
     parts = []
     if model.reads_tokens:
         parts.append(("tokenizer", any(name in TOKENS or is_vocabulary(name) for name in files)))
@@ -270,7 +273,7 @@ def _value(value: Any, name: str) -> str:
 
 
 def _file_text(file: str, text: CardText, family: Architecture) -> str:
-    """What is in a file of the output."""
+    """The description of a file of the output."""
     if file == PROVENANCE:
         return f"provenance: sources, parameters, {text.decisions} and digests"
     if file in _FILE_TEXT:

@@ -1,7 +1,7 @@
-"""Warns where a source is itself an output of hsa, or was merged from another source already.
+"""Warns where a source is itself an output of hsa, or was already merged from another source.
 
-A record is `hsa_merge.json`. It names the sources of the earlier merge, with a digest over the target tensors of
-each. A source without a record, or with one that is damaged, counts as a model that hsa did not write.
+The record of a merge is `hsa_merge.json`. It names the sources of the earlier merge, with a digest over the target
+tensors of each. A source whose record is missing or damaged counts as a model that hsa did not write.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from hsa.system.manifest import PROVENANCE
 
 @dataclass(frozen=True)
 class EarlierMerge:
-    """How a source was merged, by its own record: the preset of target tensors, where its method has presets, and its
-    sources."""
+    """How a source was merged, according to its own record: its sources, and the preset of target tensors where the
+    method has presets."""
 
     preset: str | None
     sources: Mapping[Role, SourceRecord]
 
 
 EarlierMerges = Mapping[Role, EarlierMerge]
-"""The sources of a merge that are outputs of hsa."""
+"""The earlier merges, by role, of the sources that are outputs of hsa."""
 
 
 def read_earlier_merges(sources: Iterable[Checkpoint]) -> dict[Role, EarlierMerge]:
-    """What the records in the folders of open sources say. Each is read whole, within the bounds of `provenance`."""
+    """Read the records in the folders of open sources. Each is read whole, within the bounds of `provenance`."""
     earlier: dict[Role, EarlierMerge] = {}
     for source in sources:
         with suppress(HsaError):
@@ -46,7 +46,7 @@ def read_earlier_merges(sources: Iterable[Checkpoint]) -> dict[Role, EarlierMerg
 
 
 def merged_base_findings(earlier: EarlierMerges, sources: Sources) -> Findings:
-    """A warning where base is an output of hsa."""
+    """A warning if base is an output of hsa."""
     if BASE not in earlier:
         return Findings()
     return Findings(
@@ -62,8 +62,8 @@ def repeated_merge_findings(
 ) -> Findings:
     """Warnings where a model was merged from another source of this merge.
 
-    A common base is as it should be, and so is a merge with a further fine-tune. `digest` gives the digest over the
-    target tensors of a source; it is called only where a record has one for the same preset.
+    A common base is expected, and so is a merge with a further fine-tune. `digest` returns the digest over the target
+    tensors of a source. It is called only where a record has one for the same preset.
     """
     return Findings(warnings=tuple(_merged_before(earlier, sources, settings, digest)))
 
@@ -94,7 +94,7 @@ def _merged_before(
 
 
 def _to_merge_more(role: Role, settings: Settings) -> str:
-    """Which settings to change instead: those that a search tries."""
+    """Advice on which settings to change instead: those that a search tries."""
     names = [each.key for each in declared(type(settings)) if each.about.search is not None]
     return f", and to merge more of {role} another {listed(names, 'or')}" if names else ""
 
@@ -102,9 +102,10 @@ def _to_merge_more(role: Role, settings: Settings) -> str:
 def _earlier_role(
     earlier_merge: EarlierMerge, source: Checkpoint, preset: str | None, digest: Callable[[Role], str]
 ) -> Role | None:
-    """The role that a source had in an earlier merge; None for none.
+    """The role that a source had in an earlier merge, or None if it had none.
 
-    Digests are comparable where both merges have the same target tensors. Otherwise only names on the Hub are compared.
+    Digests are comparable only if both merges have the same target tensors. Otherwise only names on the Hub are
+    compared.
     """
     for role, record in earlier_merge.sources.items():
         if earlier_merge.preset == preset:

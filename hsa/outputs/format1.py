@@ -1,6 +1,7 @@
-"""Records of format 1, which hsa 0.1.0 wrote: of HSA merges of Whisper models alone.
+"""Records of format 1, which hsa 0.1.0 wrote for HSA merges of Whisper models only.
 
-They are read, verified and applied. None is written, but to be compared with one that is being verified.
+They are read, verified and applied. They are no longer written, except to compare one with a record that is being
+verified.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from hsa.methods.settings import Settings
 from hsa.methods.tensors import TensorRecord
 
 ARCHITECTURE = "whisper"
-"""The family of every model."""
+"""The architecture family of every model."""
 
 ANCHOR, VERSION = "primary", 1
 """The anchor's role, and the version of the method."""
 
 
 def method_of(parameters: Mapping[str, Any]) -> str:
-    """The method of a merge: reference numerics are one of their own now."""
+    """The method of a merge. Reference numerics are now a method of their own."""
     return "hsa_script" if parameters.get("numerics") == "reference" else "hsa"
 
 
 def document_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of format 1 as a JSON document, made from that of format 2."""
+    """Convert the JSON document of a record from format 2 to format 1."""
     targets = {}
     for name, entry in document["targets"].items():
         targets[name] = {
@@ -49,7 +50,7 @@ def roles() -> tuple[str, ...]:
 
 
 def parse_target(name: str, entry: Any, settings: Settings) -> TensorRecord:
-    """A merged tensor. Raises KeyError, TypeError or ValueError where it does not say what it must."""
+    """Parse a merged tensor. Raises KeyError, TypeError or ValueError if an entry is missing or invalid."""
     entry, family = mapping(entry), named(ARCHITECTURE)
     place = family.place(name)
     if place is None:

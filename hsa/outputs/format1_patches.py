@@ -1,4 +1,4 @@
-"""Patches of format 1, which hsa 0.1.0 wrote: their decisions lie in two tensors beside the rows.
+"""Patches of format 1, which hsa 0.1.0 wrote: their decisions are stored in two tensors beside the rows.
 
 hsa.selected   uint8 [heads of all targets]         1 where a head is selected
 hsa.scores     float64 [heads of all targets]       squared saliency scores
@@ -27,11 +27,11 @@ from hsa.sources.safetensors import TensorEntry
 SCORES, SELECTED = "hsa.scores", "hsa.selected"
 
 Read = Callable[[TensorEntry], bytes]
-"""Gives the bytes of a tensor of the file."""
+"""Returns the bytes of a tensor of the file."""
 
 
 def record_document(record: Record) -> dict[str, Any]:
-    """What the document of a patch says of its record."""
+    """The part of a patch's document that describes its record."""
     targets = {
         target.name: [target.partition.groups, target.decision.keep, target.decision.coefficient]
         for target in record.targets
@@ -40,15 +40,15 @@ def record_document(record: Record) -> dict[str, Any]:
 
 
 def extra_tensors(targets: Sequence[TensorRecord]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, element type and shape of the tensors that hold the decisions."""
+    """The name, dtype and shape of the tensors that store the decisions."""
     total = sum(target.partition.groups for target in targets)
     return [(SCORES, "U8", (total, 8)), (SELECTED, "U8", (total,))]
 
 
 def parse_record(document: Mapping[str, Any], entries: Mapping[str, TensorEntry], read: Read) -> Record:
-    """The record in the document of a patch, with the decisions that its tensors hold.
+    """Parse the record in the document of a patch, with the decisions stored in its tensors.
 
-    Raises KeyError, TypeError, ValueError or AttributeError where they do not say what they must.
+    Raises KeyError, TypeError, ValueError or AttributeError if an entry is missing or invalid.
     """
     record = parse_whole_record({**document, "targets": {}})
     targets = document["targets"]
@@ -73,7 +73,7 @@ def parse_record(document: Mapping[str, Any], entries: Mapping[str, TensorEntry]
 
 
 def _decided(target: TensorRecord, squared: tuple[float, ...], flags: bytes) -> TensorRecord:
-    """A target with its decision; `target.decision` is how many heads were to be merged, and lambda_i."""
+    """A target with its decision. `target.decision` is the number of heads to merge, and lambda_i."""
     keep, coefficient = target.decision
     selected = tuple(head for head, flag in enumerate(flags) if flag)
     if select(squared, keep).selected != selected:

@@ -1,6 +1,7 @@
-"""Warns of what names, configs and records of the sources tell, whatever the method of the merge.
+"""Warnings from the names, configs and records of the sources, whatever the method of the merge.
 
-What their values tell, and what a merge of them comes to, the method says (`Method.source_findings` and its like).
+Warnings about the values of the sources and about the result of the merge come from the method
+(`Method.source_findings` and similar).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hsa.sources.source_set import Sources
 
 
 def header_findings(sources: Sources, earlier: EarlierMerges) -> Findings:
-    """What headers, configs, names and the sources' own records tell, before any tensor is read."""
+    """Findings from headers, configs, names and the sources' own records, before any tensor is read."""
     return (
         Findings(tuple(_names_with_parent(sources)), tuple(_uninformative_names(sources)))
         + adapter_findings(sources)
@@ -30,21 +31,22 @@ def header_findings(sources: Sources, earlier: EarlierMerges) -> Findings:
 
 
 def adapter_findings(sources: Sources) -> Findings:
-    """What the configs of adapters tell; part of `header_findings`."""
+    """Findings from the configs of adapters; part of `header_findings`."""
     return Findings(warnings=tuple(_foreign_adapters(sources)))
 
 
 def source_findings(
     outcomes: Sequence[Outcome], sources: Sources, earlier: EarlierMerges, settings: Settings
 ) -> Findings:
-    """What a finished merge tells of its sources: their values, and whether they were merged with each other before."""
+    """Findings of a finished merge about its sources: their values, and whether they were merged with each other
+    before."""
     return method_named(settings.method).source_findings(outcomes) + repeated_merge_findings(
         earlier, sources, settings, lambda role: target_digest(role, outcomes)
     )
 
 
 def raise_if_strict(findings: Findings, *, strict: bool) -> None:
-    """StrictError where there are warnings and `strict` makes them errors."""
+    """Raise StrictError if there are warnings and `strict` makes them errors."""
     if strict and findings.warnings:
         count = len(findings.warnings)
         what = "a warning is an error" if count == 1 else f"{count} warnings are errors"
@@ -54,7 +56,8 @@ def raise_if_strict(findings: Findings, *, strict: bool) -> None:
 
 
 def _foreign_adapters(sources: Sources) -> Iterator[str]:
-    """Adapters that say they were trained on another base; directory names say nothing."""
+    """Warnings about adapters whose configs say that they were trained on another base. Only Hub ids are compared, not
+    directory names."""
     if sources.base is None:
         return
     base = sources.base_checkpoint.identity.id
@@ -70,7 +73,7 @@ def _foreign_adapters(sources: Sources) -> Iterator[str]:
 
 
 def _uninformative_names(sources: Sources) -> Iterator[str]:
-    """Names that say nothing even with their parent's, or that two sources share."""
+    """Warnings about names that are uninformative even with their parent's, or that two sources share."""
     for source in sources:
         if is_generic_name(source.identity.id):
             yield (
@@ -87,7 +90,7 @@ def _uninformative_names(sources: Sources) -> Iterator[str]:
 
 
 def _names_with_parent(sources: Sources) -> Iterator[str]:
-    """Names to which the parent's was added."""
+    """Notes on names to which the parent directory's name was added."""
     for source in sources:
         if _has_parent_name(source):
             yield (

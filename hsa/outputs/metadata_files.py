@@ -24,9 +24,9 @@ def write_metadata_files(
     digest: bool,
     tally: fsio.Tally,
 ) -> None:
-    """Write the small files, the card, and last the provenance, which holds the digest of all others.
+    """Write the small files, the card, and last the provenance, which contains the digests of all other files.
 
-    `weights` are the weights files that stand already, with their digests (None where left out).
+    `weights` are the weights files that are already written, with their digests (None where left out).
     """
     for name, data in metadata_files(record, small_files, weights, digest=digest):
         staging.write(name, data, tally)
@@ -35,7 +35,7 @@ def write_metadata_files(
 def metadata_files(
     record: Record, small_files: Mapping[str, bytes], weights: Mapping[str, str | None], *, digest: bool
 ) -> Iterator[tuple[str, bytes]]:
-    """What `write_metadata_files` writes, in its order: name and bytes."""
+    """The files that `write_metadata_files` writes, in its order: name and bytes."""
     from hsa.outputs import card
 
     config = json.loads(small_files[CONFIG])

@@ -1,4 +1,4 @@
-"""Checks what shapes an output besides the parameters of the merge."""
+"""Checks the settings that shape an output besides the parameters of the merge."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def check_settings(
     card: Mapping[str, str] | None,
     config_from: Role | None = None,
 ) -> None:
-    """RequestError unless what shapes an output besides the merge's own parameters is what a merge can be told.
+    """Raise RequestError unless the settings that shape an output, besides the merge's own parameters, are valid.
 
-    `roles` are those of the merge's sources, of which `assets_from` is one, and `config_from` where it is given.
+    `roles` are those of the merge's sources. `assets_from` must be one of them, and so must `config_from` where it is
+    given.
     """
     known = tuple(roles)
     if not isinstance(assets_from, str) or assets_from not in known:

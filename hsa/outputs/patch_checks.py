@@ -1,7 +1,7 @@
-"""Checks what a patch says of itself, as far as that is possible without the sources.
+"""Checks the document of a patch, as far as that is possible without the sources.
 
-Its digests are checked where it is opened and read; but whoever rewrites a patch can compute them again. Here the
-document is compared with the parameters in it, by the checks that `hsa verify` makes of the record of an output.
+Its digests are checked when it is opened and read, but anyone who rewrites a patch can recompute them. Here the
+document is compared with the parameters in it, by the checks that `hsa verify` applies to the record of an output.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from hsa.sources.checkpoint import Checkpoint
 
 
 def patch_faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[str]:
-    """One line for everything that no patch of hsa says, the most telling first; nothing for a sound one.
+    """One line for each statement that hsa never writes in a patch, the most telling first; nothing for a sound patch.
 
-    With `primary`, names, shapes, element types, heads and layers are compared with its own. Rows are not read.
+    With `primary`, names, shapes, dtypes, heads and layers are compared with those of `primary`. Rows are not read.
 
     Example:
         >>> with ExitStack() as stack:  # doctest: +SKIP
@@ -30,7 +30,7 @@ def patch_faults(patch: Patch, primary: Checkpoint | None = None) -> Iterator[st
     yield from setting_faults(record)
     try:
         settings = settings_of_record(record)
-    except HsaError:  # which the line above has named
+    except HsaError:  # setting_faults above has reported it
         return
     with spelled(as_keys(record.parameters)):
         kind = record.sources[record.anchor].kind

@@ -1,15 +1,15 @@
-"""Patch files: the touched rows of one merge, and what it takes to make the merge's output from them and the anchor.
+"""Patch files: the touched rows of one merge, and all that is needed to make its output from them and the anchor.
 
-A patch is a safetensors file. Each target stands in it under the anchor's own name for it, as the rows (where heads are
-groups of columns, the columns) of its touched groups alone:
+A patch is a safetensors file. Each target is stored under the anchor's own name for it. Only the rows of its touched
+groups are stored, or the columns where heads are groups of columns:
 
     matrices   [groups touched, group_size, d_in]       groups of rows, such as the heads of q, k and v
                [d_out, groups touched, group_size]      groups of columns, such as the heads of out_proj
     vectors    [groups touched, group_size]
 
-Metadata `hsa_patch` holds a JSON document: the merge's record with all decisions, the small files that the merge writes
-with their digests, how far the merged targets lie from the models, a digest over all tensors, and last a digest of the
-document itself.
+The metadata entry `hsa_patch` is a JSON document. It contains the merge's record with all decisions, the small files
+that the merge writes with their digests, and the distances of the merged targets from the models. A digest over all
+tensors follows, and last a digest of the document itself.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ from hsa.system.strict_json import MAX_MARKS, count_marks, load_json
 KEY = "hsa_patch"
 
 MAX_TARGETS, MAX_GROUPS = 4096, 1 << 17
-"""Targets of a patch, and groups of all of them: several times what large-v3 has. A file of holes may promise more."""
+"""Maximum targets of a patch, and maximum groups of all of them: several times those of large-v3. A sparse file may
+declare more."""
 
 Distances = Mapping[str, Mapping[str, float | None]]
-"""How far merged targets lie from the models, by stack (and of `all`) and role: |merged - model| / |model|. None where
-there is no such ratio."""
+"""The distances of merged targets from the models, by stack (and for `all`) and role: |merged - model| / |model|. None
+where this ratio is undefined."""
 
 
 class OtherPatchFormat(PatchError):
-    """A patch of another version of the format: none of this version's to judge."""
+    """A patch in another version of the format, which this version cannot check."""
 
 
 @dataclass(frozen=True)
 class PatchContents:
-    """What a patch's document says.
+    """The contents of a patch's document.
 
     `files` maps the small files that the merge writes to their digests; `tensors` is the digest over all tensors of the
     patch.
@@ -84,30 +85,30 @@ class PatchContents:
         return document
 
     def touched(self, target: TensorRecord) -> tuple[int, ...]:
-        """The groups of a target whose rows the patch holds."""
+        """The groups of a target whose rows are in the patch."""
         untouched = self.record.method.untouched(target.partition.groups, target.decision)
         return tuple(group for group in range(target.partition.groups) if group not in untouched)
 
     def in_file_order(self) -> tuple[TensorRecord, ...]:
-        """Matrices before vectors and wide elements before narrow ones: so the matrices of every Whisper size begin at
-        multiples of a page, and can be written past the page cache."""
+        """The targets in file order: matrices before vectors, and wide elements before narrow ones. The matrices of
+        every Whisper size then begin at multiples of a page and can be written without the page cache."""
         return tuple(sorted(self.targets, key=lambda t: (-BITS[t.code], len(t.shape) == 1)))
 
 
 def rows_shape(target: TensorRecord, count: int) -> tuple[int, ...]:
-    """Shape of the rows of `count` groups."""
+    """The shape of the rows of `count` groups."""
     if target.partition.axis == 1:
         return (target.shape[0], count, target.group_size)
     return (count, target.group_size, *target.shape[1:])
 
 
 def rows_bytes(target: TensorRecord, count: int) -> int:
-    """Bytes of the rows of `count` groups."""
+    """The number of bytes in the rows of `count` groups."""
     return math.prod(rows_shape(target, count)) * BITS[target.code] // 8
 
 
 def tensor_entries(contents: PatchContents, counts: Mapping[str, int]) -> tuple[TensorEntry, ...]:
-    """The tensors of a patch in the order of the file; `counts` gives the number of touched groups by target."""
+    """The tensors of a patch in file order; `counts` gives the number of touched groups by target."""
     tensors: list[tuple[str, str, tuple[int, ...]]] = [
         (target.name, target.code, rows_shape(target, counts[target.name])) for target in contents.in_file_order()
     ]
@@ -122,10 +123,10 @@ def tensor_entries(contents: PatchContents, counts: Mapping[str, int]) -> tuple[
 
 
 def header_size(contents: PatchContents) -> int:
-    """Bytes to leave for the header before the decisions are known: a multiple of a page. The decisions in `contents`
-    are the longest that there can be.
+    """The number of bytes to reserve for the header before the decisions are known: a multiple of a page.
 
-    Raises RequestError where the patch would be larger than `parse_contents` accepts.
+    The decisions in `contents` are the longest possible. Raises RequestError if the patch would be larger than
+    `parse_contents` accepts.
     """
     groups = sum(target.partition.groups for target in contents.targets)
     if len(contents.targets) > MAX_TARGETS or groups > MAX_GROUPS:
@@ -165,10 +166,10 @@ def _text(document: Mapping[str, Any]) -> str:
 
 
 def parse_contents(header: Header, where: str, read: format1_patches.Read) -> PatchContents:
-    """What the document in a patch's checked header says, held to the tensors beside it.
+    """Parse the document in a patch's checked header and check it against the tensors of the file.
 
-    `read` gives the bytes of a tensor of the file. Raises PatchError where the file is no patch, of another version, or
-    damaged.
+    `read` returns the bytes of a tensor of the file. Raises PatchError if the file is not a patch, has another version,
+    or is damaged.
     """
     document = _document(header, where)
     if len(header.entries) > MAX_TARGETS + 2:
@@ -211,7 +212,7 @@ def parse_contents(header: Header, where: str, read: format1_patches.Read) -> Pa
 
 
 def _document(header: Header, where: str) -> dict[str, Any]:
-    """The document of a patch, whose digest is right. Raises PatchError."""
+    """Parse the document of a patch and check its digest. Raises PatchError."""
     written = header.metadata.get(KEY)
     if written is None:
         raise PatchError(f"{where} is no patch: its header has no {KEY}; expected a file that hsa wrote as a patch")
@@ -253,7 +254,7 @@ def _contents(document: Mapping[str, Any], record: Record) -> PatchContents:
 
 
 def _distances(entry: Any, models: Sequence[str]) -> dict[str, float | None]:
-    """The distances of one stack; in format 1 they stand in the order of the models, without their roles."""
+    """The distances of one stack. In format 1 they are listed in the order of the models, without their roles."""
     by_role = dict(zip(models, entry, strict=True)) if isinstance(entry, list) else mapping(entry)
     sound = all(value is None or (isinstance(value, float) and 0 <= value < math.inf) for value in by_role.values())
     if list(by_role) != list(models) or not sound:
@@ -264,13 +265,13 @@ def _distances(entry: Any, models: Sequence[str]) -> dict[str, float | None]:
 
 
 def source_names(record: Record) -> str:
-    """Who the sources were, for messages."""
+    """The identities of the sources, for messages."""
     return ", ".join(source.identity.named(role) for role, source in record.sources.items())
 
 
 def patch_obstacles(method: Method[Any, Any], settings: Settings, anchor: str, anchor_kind: str) -> Iterator[str]:
-    """Why more than touched groups differ from the anchor, so that a patch cannot hold the merge; nothing where it
-    can."""
+    """The reasons why more than the touched groups differ from the anchor, so that a patch cannot represent the merge.
+    Empty if it can."""
     yield from method.patch_obstacles(settings)
     if settings.dtype != "auto":
         yield f"{option('dtype')} casts every tensor"

@@ -24,12 +24,12 @@ from hsa.system.fsio import SourceFile
 from hsa.system.types import PathLike
 
 READ_BYTES = 4 << 20
-"""Bytes of a tensor that are digested at a time."""
+"""Bytes of a tensor that are hashed at a time."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """An open patch: its contents, and the places of its tensors."""
+    """An open patch: its contents, and the offsets of its tensors."""
 
     source: fsio.SourceFile
     header: Header
@@ -45,11 +45,12 @@ class Patch:
         return {entry.name: entry for entry in self.header.entries}
 
     def start(self, name: str) -> int:
-        """The byte of the file where a tensor begins."""
+        """The byte offset of a tensor in the file."""
         return len(self.header.raw) + self.entries[name].start
 
     def check_tensors(self, rows: Mapping[str, str]) -> None:
-        """PatchError unless the digests of the rows, by tensor, and of what else it holds are those of its document."""
+        """Raise PatchError unless the digests of all tensors match the document. `rows` gives the digests that are
+        known already, by tensor."""
         digests = dict(rows)
         for entry in self.header.entries:
             if entry.name not in digests:
@@ -62,7 +63,7 @@ class Patch:
             )
 
     def check_rows(self, progress: Callable[[int], None] = lambda count: None) -> None:
-        """Read every row once. PatchError where one holds NaN or Inf, or where digests are not those of the document.
+        """Read every row once. Raises PatchError if one contains NaN or Inf, or if digests differ from the document's.
 
         `progress` is called with the number of bytes read since the last call. Raises MachineError, SourceChanged.
         """
@@ -90,7 +91,7 @@ class Patch:
 
 def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
     """Open a patch, and check its header and its decisions. Raises PatchError, SourceError, HeaderError."""
-    place = Path(os.path.expanduser(os.fspath(path)))  # which raises nothing where there is no such user
+    place = Path(os.path.expanduser(os.fspath(path)))  # unlike Path.expanduser, this does not raise for an unknown user
     source = fsio.SourceFile(place, "patch", tally)
     stack.callback(source.close)
     header = read_header(source)
@@ -105,7 +106,7 @@ def open_patch(path: PathLike, tally: fsio.Tally, stack: ExitStack) -> Patch:
 def digest_range(
     source: fsio.SourceFile, start: int, count: int, look: Callable[[memoryview, int], None] | None = None
 ) -> str:
-    """BLAKE3 of a range of a file, read in pieces; `look` gets each piece and where in the range it begins."""
+    """BLAKE3 of a range of a file, read in pieces; `look` is called with each piece and its offset in the range."""
     from blake3 import blake3
 
     hasher, buffer = blake3(), bytearray(min(count, READ_BYTES))
@@ -119,7 +120,7 @@ def digest_range(
 
 
 def not_finite_rows(patch: SourceFile, name: str, head: int) -> PatchError:
-    """The error for a patch whose rows of a head are not all finite."""
+    """The error for a patch in which the rows of a head are not all finite."""
     return PatchError(
         f"patch {patch.path}: its rows of {name}, head {head} hold NaN or Inf, which no merge writes; make the patch "
         f"again"
@@ -130,7 +131,7 @@ SUFFIX = ".safetensors"
 
 
 def is_patch(path: Path) -> bool:
-    """Whether a file's header says that it is a patch, whatever else may be wrong with it."""
+    """Whether a file's header identifies it as a patch, whatever else may be wrong with it."""
     with suppress(HsaError):
         source = fsio.SourceFile(path, "patch", fsio.Tally())
         try:

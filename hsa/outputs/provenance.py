@@ -1,7 +1,7 @@
-"""`hsa_merge.json`: what an output was made from, how, what was decided, and digests of every file.
+"""`hsa_merge.json`: the sources of an output, how it was made, the decisions, and digests of every file.
 
-Nothing in it depends on when or where the merge ran: the same inputs give the same bytes. The card is rendered from
-the same record, so that whoever holds a record can write both again.
+Nothing in it depends on when or where the merge ran: the same inputs give the same bytes. The card is rendered from the
+same record, so both files can be written again from a record.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from hsa.system.types import parse_size
 
 @dataclass(frozen=True)
 class Provenance:
-    """A provenance file that was read: its record, the digest of every other file (None where left out), its own."""
+    """A provenance file that was read: its record, the digest of every other file (None where left out), and its own
+    digest."""
 
     record: Record
     files: Mapping[str, str | None]
@@ -42,8 +43,7 @@ class Provenance:
 def load(directory: Path) -> Provenance:
     """Read and check the provenance of an output.
 
-    Raises ProvenanceError when there is none, when a byte of it is not what was written, or when it does not say what
-    it must.
+    Raises ProvenanceError if it is missing, if any byte of it was changed, or if an entry is missing or invalid.
     """
     return loads(manifest.read_bytes(directory), str(directory / PROVENANCE))
 
@@ -59,7 +59,7 @@ def loads(data: bytes, where: str) -> Provenance:
 
 
 def parse_record(document: Mapping[str, Any]) -> Record:
-    """The record in a document. Raises KeyError, TypeError or ValueError where it does not say what it must."""
+    """Parse the record in a document. Raises KeyError, TypeError or ValueError if an entry is missing or invalid."""
     format_, parameters = document["format"], mapping(document["parameters"])
     method, version = _method(document)
     settings = _settings(method, version, parameters)
@@ -103,7 +103,7 @@ def _method(document: Mapping[str, Any]) -> tuple[Method[Any, Any], int]:
 
 
 def _origin(document: Mapping[str, Any]) -> tuple[Architecture, str, str | None]:
-    """The family of the models, and the roles of the anchor and of base."""
+    """The family of the models, and the roles of the anchor and base."""
     if document["format"] == 1:
         return named(format1.ARCHITECTURE), format1.ANCHOR, format1.roles()[0]
     base = None if document["base"] is None else text(document["base"])
@@ -134,9 +134,9 @@ def _sources(document: Mapping[str, Any], method: Method[Any, Any], base: str | 
 
 
 def _settings(method: Method[Any, Any], version: int, parameters: Mapping[str, Any]) -> Settings:
-    """The settings of a record, which the card and a merge made again rely on, held to what must stand beside them.
+    """Parse and validate the settings of a record, on which the card and a repeated merge rely.
 
-    An earlier version of a method may have had fewer settings; those have their defaults.
+    An earlier version of a method may have had fewer settings. The missing ones get their defaults.
     """
     recorded = (each.key for each in declared(method.Settings) if not each.about.silent)
     expected = tuple(recorded) if version == method.version else ()
@@ -183,7 +183,7 @@ def _sound_target(
 
 
 def changed_keys(document: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ, or that one of two documents has alone."""
+    """The keys that differ in value, or that only one of the two documents has."""
     absent = object()
     return [key for key in {**expected, **document} if document.get(key, absent) != expected.get(key, absent)]
 

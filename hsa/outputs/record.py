@@ -1,6 +1,6 @@
-"""What a record says of a merge: who its sources were, how it was made, and what was decided for each tensor.
+"""The record of a merge: who its sources were, how it was made, and what was decided for each tensor.
 
-The provenance of an output and the header of a patch are both written from a record, and the card too.
+The provenance of an output, the header of a patch, and the card are all written from a record.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from hsa.system import manifest
 from hsa.system.manifest import BLANK_DIGEST, DIGEST, FORMAT, document_digest, render
 
 SETTINGS = ("assets_from", "backend", "card", "max_shard_size")
-"""What stands among a record's parameters besides those of the method."""
+"""The parameters of a record that are not settings of the method."""
 
 OPTIONAL_SETTINGS = ("config_from",)
-"""What may stand among them."""
+"""Further such parameters that a record may have."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """All that the provenance says but the digests of the files.
+    """The content of the provenance, except the digests of the files.
 
-    `parameters` are the method's settings (`Settings.as_dict`) and what besides them shaped the output. `version` is
-    that of the method when it was written, `architecture` the family of the models. `anchor` and `base` are roles.
-    `format` is the version of the record's format.
+    `parameters` are the method's settings (`Settings.as_dict`) and the other settings that shaped the output. `version`
+    is the version of the method that wrote the record, and `format` the version of the record's format. `architecture`
+    is the family of the models. `anchor` and `base` are roles.
     """
 
     program: Mapping[str, str]
@@ -49,12 +49,12 @@ class Record:
 
     @property
     def models(self) -> int:
-        """How many models were merged, base not counted."""
+        """The number of merged models, not counting base."""
         return len(self.sources) - (self.base is not None)
 
     @property
     def settings(self) -> Settings:
-        """The method's settings. Raises RequestError where the parameters are none."""
+        """The method's settings. Raises RequestError if the parameters are invalid."""
         settings: Settings = self.method.Settings.from_dict(self.parameters)
         return settings
 
@@ -84,11 +84,11 @@ class Record:
         }
 
     def with_targets(self, targets: Iterable[TensorRecord]) -> Record:
-        """The same record of other targets."""
+        """The same record with other targets."""
         return replace(self, targets=tuple(targets))
 
     def check_fits(self, names: Iterable[str], groups: int | None = None) -> None:
-        """RequestError where the record, with files of these names, would be too large to be read again."""
+        """Raise RequestError if the record, with files of these names, would be too large to be read again."""
         files = {name: {"blake3": BLANK_DIGEST} for name in names}
         total = sum(target.partition.groups for target in self.targets) if groups is None else groups
         manifest.check_fits({**self.as_dict(), "files": files, DIGEST: BLANK_DIGEST}, total)

@@ -1,6 +1,6 @@
-"""Checks what a record says of its own merge: whether targets, groups and decisions follow from its parameters.
+"""Checks a record against itself: whether targets, groups and decisions follow from its parameters.
 
-Nothing here raises for a damaged record: each check yields a line for everything that is not as it must be."""
+Nothing here raises for a damaged record. Each check yields one line for every fault."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hsa.sources.tensor_places import TensorRef
 
 
 def settings_of_record(record: Record) -> Settings:
-    """The settings of the method; RequestError where the parameters are none."""
+    """The settings of the method; RequestError if the parameters are invalid."""
     try:
         return record.settings
     except RequestError:
@@ -35,7 +35,7 @@ def settings_of_record(record: Record) -> Settings:
 
 
 def setting_faults(record: Record) -> Iterator[str]:
-    """Whether the parameters are those that hsa records, no more and no others."""
+    """The faults where the parameters differ from those that hsa records, including missing and unknown ones."""
     try:
         settings = settings_of_record(record)
         with spelled(as_keys(record.parameters)):
@@ -73,13 +73,13 @@ def setting_faults(record: Record) -> Iterator[str]:
 def listed_treatment(
     method: Method[Any, Any], settings: Settings, name: str, ref: TensorRef, family: Architecture
 ) -> Treatment | None:
-    """What a method does with a tensor of these weights where its record lists it, else None."""
+    """The treatment of a tensor of these weights if the method's record lists it, else None."""
     treatment = treatment_of(method, settings, TensorInfo(name, ref.code, ref.shape), family)
     return treatment if treatment.kind == "merge" and treatment.listed else None
 
 
 def target_faults(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
-    """Whether the targets of the record are those of these weights, and follow from its parameters."""
+    """The faults where the record's targets are not those of these weights, or do not follow from its parameters."""
     family, method = checkpoint.architecture, record.method
     try:
         settings = settings_of_record(record)
@@ -115,9 +115,10 @@ def target_faults(record: Record, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def target_faults_without_weights(record: Record) -> Iterator[str]:
-    """Whether the targets of a record follow from its parameters, where no weights are at hand.
+    """The faults where the record's targets do not follow from its parameters, when no weights are available.
 
-    How many heads and layers a stack has is taken from the targets: every layer has some, and all the same heads.
+    The numbers of heads and layers of a stack are taken from the targets. Every layer must have targets, all with the
+    same number of heads.
     """
     try:
         settings = settings_of_record(record)
@@ -132,7 +133,7 @@ def target_faults_without_weights(record: Record) -> Iterator[str]:
             layers[stack] = max(layers.get(stack, 0), target.place.layer + 1)
             heads.setdefault(stack, target.heads)
     recorded = {target.canonical for target in record.targets}
-    if sum(layers.values()) > len(recorded):  # before names are made of a number that may be anything
+    if sum(layers.values()) > len(recorded):  # checked first: names are made from this number
         yield f"its targets lie in {sum(layers.values())} layers, and there are {len(recorded)} of them"
         return
     yield from _preset_faults(record, settings, record.architecture, layers)
@@ -153,7 +154,7 @@ def target_faults_without_weights(record: Record) -> Iterator[str]:
 def _preset_faults(
     record: Record, settings: Settings, family: Architecture, layers: Mapping[str, int]
 ) -> Iterator[str]:
-    """Whether the targets are those of a preset, where the method has one."""
+    """The faults where the targets are not those of a preset, if the method has presets."""
     preset = getattr(settings, "targets", None)
     if preset is None or settings.limited:
         return
@@ -179,7 +180,7 @@ def _per_tensor_faults(settings: Settings, recorded: set[str]) -> Iterator[str]:
 
 
 def _storage_faults(target: TensorRecord, ref: TensorRef) -> Iterator[str]:
-    """Whether a target of a record is the tensor that is stored."""
+    """The faults where a target of a record differs from the stored tensor."""
     if (target.name, target.shape, target.code) != (ref.name, ref.shape, ref.code):
         yield (
             f"target {target.name} is listed with shape {shown(list(target.shape))} and dtype {shown(target.code)}; "
@@ -190,7 +191,7 @@ def _storage_faults(target: TensorRecord, ref: TensorRef) -> Iterator[str]:
 def _decision_faults(
     target: TensorRecord, method: Method[Any, Any], settings: Settings, counts: ModelCounts, treatment: Treatment
 ) -> Iterator[str]:
-    """Whether groups and decision of a target follow from the settings."""
+    """The faults where groups or decision of a target do not follow from the settings."""
     place, expected, layers = target.place, Partition(), 0
     if place is not None:
         layers = getattr(settings, "num_layers", None) or counts.layers.get(place.stack, 0)

@@ -1,4 +1,5 @@
-"""Makes the record of a merge from its plan and outcomes: who the sources were, what was merged, and digests."""
+"""Makes the record of a merge from its plan and outcomes: the identities of the sources, the merged tensors, and
+digests."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ PROGRAM = {"name": "hsa-merge", "version": __version__}
 
 
 def make_record(plan: Plan, sources: Sources, outcomes: Sequence[Outcome], parameters: Mapping[str, Any]) -> Record:
-    """The record of a finished merge; `parameters` are what besides the method's settings shaped the output."""
+    """Make the record of a finished merge; `parameters` shaped the output besides the method's settings."""
     digests = {source.role: target_digest(source.role, outcomes) for source in sources}
     return new_record(plan.method, plan.settings, sources, parameters, map(TensorRecord.of, outcomes), digests)
 
@@ -39,7 +40,7 @@ def new_record(
     targets: Iterable[TensorRecord],
     digests: Mapping[str, str] | None = None,
 ) -> Record:
-    """A record of these targets; `digests` are over the target tensors of each source, blank where not known yet."""
+    """Make a record of these targets; `digests` are over the target tensors of each source, blank while unknown."""
     return Record(
         dict(PROGRAM),
         libraries(method.libraries),
@@ -58,7 +59,7 @@ def new_record(
 
 
 def longest_records(method: Method[Any, Any], tasks: Iterable[TensorTask]) -> Iterator[TensorRecord]:
-    """Records of targets before they are merged, as long as they can become."""
+    """The longest possible records of targets that are not merged yet."""
     for task in tasks:
         yield TensorRecord(
             task.output_name,
@@ -72,7 +73,7 @@ def longest_records(method: Method[Any, Any], tasks: Iterable[TensorTask]) -> It
 
 
 def check_record_size(plan: Plan, sources: Sources, parameters: Mapping[str, Any], small_files: Iterable[str]) -> None:
-    """RequestError where the provenance of a planned merge could be too large to be read again.
+    """Raise RequestError if the provenance of a planned merge could be too large to be read again.
 
     `small_files` are the names of the files that may lie beside the weights.
     """
@@ -89,9 +90,9 @@ def source_record(source: Checkpoint, targets: str) -> SourceRecord:
 
 
 def target_digest(role: Role, outcomes: Sequence[Outcome]) -> str:
-    """BLAKE3 over the target tensors of one source: name, element type, shape and digest of each, by name.
+    """BLAKE3 over the target tensors of one source: name, dtype, shape and digest of each, by name.
 
-    It follows from these tensors alone: not from the shards of the source, the slices of a merge or other sources.
+    It depends on these tensors alone, not on the shards of the source, the slices of a merge or other sources.
     """
     lines = []
     for outcome in outcomes:
@@ -102,7 +103,7 @@ def target_digest(role: Role, outcomes: Sequence[Outcome]) -> str:
 
 
 def tensors_digest(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> str:
-    """BLAKE3 over tensors given by name, element type, shape and digest, in the order of names."""
+    """BLAKE3 over tensors given by name, dtype, shape and digest, sorted by name."""
     lines = [
         json.dumps([name, code, list(shape), digest], separators=(",", ":")) for name, code, shape, digest in tensors
     ]
@@ -110,7 +111,8 @@ def tensors_digest(tensors: Sequence[tuple[str, str, Sequence[int], str]]) -> st
 
 
 def libraries(extra: Iterable[str] = ()) -> dict[str, str]:
-    """Versions of what the bytes of an output depend on; `extra` is what a method needs (`Method.libraries`)."""
+    """The versions of the libraries that determine the bytes of an output. `extra` are those that a method needs
+    (`Method.libraries`)."""
     names = ["numpy", "blake3", "huggingface_hub", *extra]
     versions = {name: lapack.description() if name == "lapack" else version(name) for name in sorted(names)}
     return {"python": platform.python_version(), **versions}

@@ -1,4 +1,4 @@
-"""The files over a release tree by which it is known, and what its index says of an output."""
+"""The files that identify a release tree, and the facts in its index about an output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from hsa.outputs.provenance import Provenance
 
 README, INDEX = "README.md", "index.json"
-"""The files of a tree's index, which no group may be named after."""
+"""The files of a tree's index. No group may have one of these names."""
 
 KIND, FORMAT = "hsa-release", 1
 
@@ -18,7 +18,7 @@ _START = f'{{\n "kind": "{KIND}",'.encode()
 
 
 def is_release(directory: Path) -> bool:
-    """Whether a directory holds the index of a release."""
+    """Whether a directory contains the index of a release."""
     place = directory / INDEX
     with suppress(OSError):
         return place.is_file() and not place.is_symlink() and is_index(place)
@@ -26,13 +26,13 @@ def is_release(directory: Path) -> bool:
 
 
 def is_index(path: Path) -> bool:
-    """By its first bytes: it has no limit, for a tree may have any number of entries."""
+    """Whether a file is an index, by its first bytes. The whole is not read: a tree may have any number of entries."""
     with path.open("rb") as file:
         return file.read(len(_START)) == _START
 
 
 def entry_facts(provenance: Provenance) -> dict[str, Any]:
-    """What the index says of an entry that is complete, by its provenance."""
+    """The index facts about a complete entry, from its provenance."""
     record = provenance.record
     extent = record.method.recorded_summary(record.targets)
     return {

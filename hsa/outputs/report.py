@@ -1,4 +1,4 @@
-"""The reports that `hsa.merge` and its dry run return, and what a finished computation warns of."""
+"""The reports that `hsa.merge` and its dry run return, and the warnings of a finished computation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,17 @@ NO_DIGESTS = (
 class MergeReport:
     """A finished merge.
 
-    Sizes are bytes, `seconds` wall time. `bytes_read_by_source` splits `bytes_read` by role: of all but the anchor only
-    headers, configs and targets are read where nothing else is needed. `bytes_fetched` came from the Hub: bytes of
-    files that were received now, 0 for local sources and for what the caches hold. `tensors` is keyed by tensor name as
-    the anchor stores it. `extent` says how much was merged; with HSA also how the task vectors lie. `unlinked` are the
-    sources that the card does not link to the Hub, for want of a hub id. `doubtful` says that the sources hardly belong
-    together: that they are exchanged, given twice, unrelated or merged already, as `warnings` tell.
+    Sizes are bytes, `seconds` wall time. `bytes_read_by_source` splits `bytes_read` by role. From sources other than
+    the anchor, only headers, configs and targets are read where nothing else is needed. `bytes_fetched` counts the
+    bytes received now from the Hub: 0 for local sources and for cached files. `tensors` is keyed by tensor name as the
+    anchor stores it. `extent` says how much was merged and, with HSA, how the task vectors relate. `unlinked` are the
+    sources that the card does not link to the Hub because they have no hub id. `doubtful` says that the sources hardly
+    belong together: they are swapped, given twice, unrelated or merged already, as `warnings` explain.
+
+    Example:
+        >>> report = hsa.merge("whisper-small", "m1", "m2", "merged")
+        >>> report.output.name, report.backend
+        ('merged', 'cpu')
     """
 
     output: Path
@@ -59,27 +64,27 @@ class MergeReport:
 
     @property
     def selected_heads(self) -> int | None:
-        """How many heads were merged; None where the method merges whole tensors."""
+        """The number of merged heads; None if the method merges whole tensors."""
         return self.extent.counts().get("selected_heads")
 
     @property
     def total_heads(self) -> int | None:
-        """How many heads the targets have; None where the method merges whole tensors."""
+        """The number of heads of the targets; None if the method merges whole tensors."""
         return self.extent.counts().get("total_heads")
 
     @property
     def hint(self) -> str | None:
-        """With the method's defaults: what would merge more. None with doubtful sources, which no setting mends."""
+        """With the method's defaults: what would merge more. None with doubtful sources, which no setting can fix."""
         return None if self.doubtful else method_named(self.settings.method).hint(self.settings, self.extent)
 
     @property
     def narrowest(self) -> TensorRecord | None:
-        """The tensor with the smallest margin; None where no tensor has one."""
+        """The tensor with the smallest margin; None if no tensor has one."""
         name = self.extent.margins().get("min_margin_tensor")
         return None if name is None else self.tensors[name]
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa merge --json` prints."""
+        """The content that `hsa merge --json` prints."""
         return {
             "output": str(self.output),
             "seconds": self.seconds,
@@ -105,11 +110,11 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What a merge would do: nothing was read but headers and small files, and nothing written.
+    """The effect of a planned merge. Only headers and small files were read, and nothing was written.
 
-    Sizes are bytes; those to write leave out the model card and the provenance, which are made at the end.
-    `bytes_fetched` came from the Hub for this plan, `bytes_to_fetch` are what the merge would fetch of weights.
-    `doubtful` says that base is itself an output of hsa.
+    Sizes are bytes. The bytes to write exclude the model card and the provenance, which are made at the end.
+    `bytes_fetched` came from the Hub for this plan; `bytes_to_fetch` is the size of the weights that the merge would
+    fetch. `doubtful` says that base is itself an output of hsa.
     """
 
     output: Path
@@ -143,22 +148,22 @@ class PlanReport:
 
     @property
     def extent(self) -> Summary:
-        """How much will be merged, as far as the settings tell."""
+        """How much will be merged, as far as the settings determine it."""
         return self.method.planned_summary(self.targets, self.settings)
 
     @property
     def heads_to_merge(self) -> int | None:
-        """How many heads will be merged where none tie at the cut; None where the method merges whole tensors."""
+        """The number of heads to merge if none tie at the cut; None if the method merges whole tensors."""
         return self.extent.counts().get("heads_to_merge")
 
     @property
     def total_heads(self) -> int | None:
-        """How many heads the targets have; None where the method merges whole tensors."""
+        """The number of heads of the targets; None if the method merges whole tensors."""
         return self.extent.counts().get("total_heads")
 
     @property
     def text(self) -> str:
-        """How much will be merged, in one line for people."""
+        """How much will be merged, as one readable line."""
         return self.extent.text
 
     @property
@@ -167,7 +172,7 @@ class PlanReport:
         return None if self.doubtful else self.method.hint(self.settings, self.extent)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa merge --dry-run --json` prints."""
+        """The content that `hsa merge --dry-run --json` prints."""
         return {
             "dry_run": True,
             "output": str(self.output),
@@ -192,5 +197,5 @@ class PlanReport:
 
 
 def outcome_findings(method: AnyMethod, outcomes: Sequence[Outcome]) -> Findings:
-    """Notes and warnings that only the finished computation can give, besides those of the sources."""
+    """The notes and warnings that need the finished computation, except those about the sources."""
     return method.result_findings(outcomes) + method.decision_findings(outcomes)

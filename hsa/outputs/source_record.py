@@ -1,4 +1,4 @@
-"""Who a source of a merge was, as records hold it."""
+"""The identity of a merge's source, as stored in records."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SourceFileRecord:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """Who a source was: identity, form of its weights, files, and a digest over its target tensors."""
+    """A source in a record: identity, form of its weights, files, and a digest over its target tensors."""
 
     identity: Identity
     kind: str
@@ -43,7 +43,7 @@ class SourceRecord:
 
 
 def parse_source(entry: Any) -> SourceRecord:
-    """The record of a source. Raises KeyError, TypeError or ValueError where it does not say what it must."""
+    """Parse the record of a source. Raises KeyError, TypeError or ValueError if an entry is missing or invalid."""
     entry = mapping(entry)
     revision, kind = entry["revision"], text(entry.get("format", "safetensors"))
     if kind not in get_args(CheckpointKind):
@@ -62,7 +62,7 @@ def parse_source(entry: Any) -> SourceRecord:
 
 
 def hex_digest(value: Any) -> str:
-    """A BLAKE3 digest as text; ValueError for anything else."""
+    """Return a BLAKE3 digest as text; ValueError for anything else."""
     if len(text(value)) != 64 or not set(value) <= HEX:
         raise ValueError(f"expected a digest of 64 hexadecimal digits, found {shown(value)}")
     return str(value)

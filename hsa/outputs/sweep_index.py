@@ -1,6 +1,6 @@
-"""The index of a sweep's directory: what is where, with the heads selected and how far from the fine-tunes it lies.
+"""The index of a sweep's directory: its points, with their selected heads and their distances from the fine-tunes.
 
-It is written from what stands in the directory, and never read for it.
+It is written from the files in the directory. A sweep never reads it to learn what is there.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from hsa.system.staging import REPLACED, STAGING
 JSON, CSV = "index.json", "index.csv"
 KIND = "hsa-sweep"
 _START = f'{{\n "kind": "{KIND}",'.encode()
-"""What an index begins with, so that a sweep can tell its own from another file of that name."""
+"""The first bytes of an index, by which a sweep recognizes its own among files of that name."""
 
 
 @dataclass(frozen=True)
 class SweepEntry:
-    """One point: its file or directory in the sweep's, its values, heads and distances.
+    """One point: its file or directory within the sweep's directory, its values, heads and distances.
 
-    `values` are those of the grid's axes, by their names in records. `counts` and `margins` are what the method says of
-    the merge. `rows_bytes` are those of the merged rows, `selected` the groups (heads) of each target that are merged;
-    `blake3` is the digest of a patch's tensors, or of a checkpoint's provenance. `distances` are relative L2 changes of
-    the targets, by stack and of `all`.
+    `values` are those of the grid's axes, by their names in records. `counts` and `margins` describe the merge as the
+    method reports it. `rows_bytes` is the size of the merged rows, and `selected` lists the merged groups (heads) of
+    each target. `blake3` is the digest of a patch's tensors, or of a checkpoint's provenance. `distances` are relative
+    L2 changes of the targets, by stack and for `all`.
     """
 
     place: str
@@ -81,8 +81,10 @@ class SweepEntry:
         return (self.values.get("method", ""), *self.values.values(), self.place)
 
     def as_dict(self) -> dict[str, Any]:
-        """The entry as JSON. A name that is none in Python comes last: earlier versions wrote it there, and `verify`
-        compares an index byte by byte."""
+        """The entry as JSON.
+
+        Keys that are Python keywords come last. Earlier versions wrote them there, and `verify` compares an index byte
+        by byte."""
         last = {key: value for key, value in self.values.items() if key in LETTERS.values()}
         document = {"place": self.place, **{key: value for key, value in self.values.items() if key not in last}}
         distances = {
@@ -102,7 +104,7 @@ class SweepEntry:
 
 
 def _merged(record: Record, target: TensorRecord) -> tuple[int, ...]:
-    """The groups of a target that are not the anchor's."""
+    """The groups of a target that differ from the anchor's."""
     groups = target.partition.groups
     return tuple(sorted(set(range(groups)) - untouched_groups(record.method, groups, target.decision)))
 
@@ -110,11 +112,11 @@ def _merged(record: Record, target: TensorRecord) -> tuple[int, ...]:
 def render(
     entries: Iterable[SweepEntry], sources: Mapping[Role, SourceRecord], architecture: Architecture
 ) -> dict[str, bytes]:
-    """Both index files. Nothing in them depends on when, where or in which order the points were made."""
+    """Render both index files. Nothing in them depends on when, where or in which order the points were made."""
     ordered = sorted(entries, key=lambda entry: entry.order)
     source_records = {role: source.as_dict() for role, source in sources.items()}
     for each in source_records.values():
-        del each["targets_blake3"]  # it differs from preset to preset, and stands in every point
+        del each["targets_blake3"]  # it depends on the preset, and every point contains it
     document = {"kind": KIND, "sources": source_records, "points": [entry.as_dict() for entry in ordered]}
     text = json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
     roles = dict.fromkeys(role for entry in ordered for by_role in entry.distances.values() for role in by_role)
@@ -143,7 +145,7 @@ def is_index(path: Path) -> bool:
 
 
 def is_point(path: Path) -> bool:
-    """Whether a directory entry is what a sweep left that was killed before its index: a point, or one being made."""
+    """Whether a directory entry was left by a sweep killed before it wrote its index: a point, or one in progress."""
     starts = name_starts()
     if path.name.startswith(tuple(f".{start}" for start in starts)):
         return path.name.endswith((STAGING, REPLACED))
@@ -153,14 +155,14 @@ def is_point(path: Path) -> bool:
 
 
 def holds_points(directory: Path) -> bool:
-    """Whether a directory is a sweep's: it holds the index of one, or a point."""
+    """Whether a directory belongs to a sweep: it contains the index of one, or a point."""
     with suppress(OSError):
         return is_index(directory / JSON) or any(map(is_point, sorted(directory.iterdir())))
     return False
 
 
 def point_of(record: Record) -> GridPoint:
-    """The grid point with a record's parameters. Raises RequestError where they are those of none."""
+    """The grid point with a record's parameters. Raises RequestError if they do not describe a point."""
     settings = settings_of_record(record)
     if any(settings.per_tensor()):
         raise RequestError("its parameters are given per tensor")

@@ -14,13 +14,13 @@ from hsa.methods.tensors import TensorTask
 from hsa.system.dtypes import STORAGE, Array, narrow, widen
 
 PIECE = 1 << 14
-"""Elements that are compared at a time: different models differ in the first of them."""
+"""The number of elements that are compared at a time. Different models differ in the first of these pieces."""
 
 
 def equal_pairs(task: TensorTask, raw: Mapping[str, Array]) -> frozenset[tuple[str, str]]:
     """The pairs of sources whose tensors hold the same values. `raw` holds the tensors' bytes, uint8, by role.
 
-    A float32 tensor and one in float16 or bfloat16 count as the same where the one rounds to the other.
+    A float32 tensor and one in float16 or bfloat16 count as equal if the float32 values round to the others.
     """
     alike = _same_bytes(task, raw)
     classes = list(dict.fromkeys(alike.values()))
@@ -38,8 +38,8 @@ def equal_pairs(task: TensorTask, raw: Mapping[str, Array]) -> frozenset[tuple[s
 
 
 def _same_bytes(task: TensorTask, raw: Mapping[str, Array]) -> dict[str, str]:
-    """For each source the first one that holds the same bytes in the same element type, so that eight equal sources
-    are compared seven times and not once for each pair."""
+    """For each source, the first one with the same bytes in the same element type. So eight equal sources take seven
+    comparisons, not one for each pair."""
     first: dict[str, str] = {}
     for role in raw:
         code = task.sources[role].code
@@ -49,13 +49,13 @@ def _same_bytes(task: TensorTask, raw: Mapping[str, Array]) -> dict[str, str]:
 
 
 def may_be_copied(task: TensorTask, method: Method[Any, Any], settings: Settings) -> bool:
-    """Whether a tensor is copied where it is equal in all sources, which have to be compared for that."""
+    """Whether a tensor is copied if it is equal in all sources. To find out, the sources must be compared."""
     one_code = len({ref.code for ref in task.sources.values()}) == 1
     return task.merged and task.listed and task.layout != "heads" and one_code and method.copies_equal(settings)
 
 
 def all_equal(task: TensorTask, pairs: frozenset[tuple[str, str]]) -> bool:
-    """Whether these pairs of equal sources are all pairs that there are."""
+    """Whether these pairs of equal sources are all possible pairs."""
     roles = len(task.sources)
     return len(pairs) == roles * (roles - 1) // 2
 
@@ -69,7 +69,7 @@ def _equal(first: str, one: Array, second: str, two: Array) -> bool:
 
 
 def _equal_piece(first: str, first_values: Array, second: str, second_values: Array) -> bool:
-    """Whether pieces hold equal values; the first is float32 where only one of them is."""
+    """Whether two pieces have equal values. If only one of them is float32, it is the first."""
     if first == second:
         return bool(np.array_equal(first_values.view(np.uint8), second_values.view(np.uint8)))
     if first == "F32":

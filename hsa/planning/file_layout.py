@@ -1,4 +1,4 @@
-"""What the weights files of an output are made of, byte for byte, and how tensors are spread over them."""
+"""The layout of an output's weights files, byte for byte, and how tensors are distributed over them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from hsa.system.dtypes import BITS, size
 from hsa.system.strict_json import MAX_MARKS, count_marks
 
 SLICE_ELEMENTS = 1 << 18
-"""Elements of a streamed tensor that are in memory at a time."""
+"""The number of elements of a streamed tensor that are in memory at a time."""
 
 MAX_WHOLE = 24 << 20
-"""Bytes of a tensor in all sources and of its result, up to which one thread computes it at once. Larger ones are cut
-into slices that threads share."""
+"""The most bytes of a tensor, in all sources and in its result, that one thread computes at once. Larger tensors are
+cut into slices that threads share."""
 
 SHARD_BYTES = 5 * 10**9
-"""Tensor bytes of a file where no source has safetensors files whose layout could be kept."""
+"""The most tensor bytes of a file if no source has safetensors files whose layout could be kept."""
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes that the plan knows already: a header."""
+    """Bytes that the plan already contains: a header."""
 
     data: bytes
 
@@ -71,7 +71,7 @@ class Computed:
 
     @property
     def whole(self) -> bool:
-        """Whether this is a tensor that is held whole, as every target is that fits into memory."""
+        """Whether this is a tensor that is in memory as a whole, like every target that fits."""
         return is_whole(self.task)
 
     def reads(self) -> Iterator[tuple[str, int]]:
@@ -83,7 +83,7 @@ Content = Bytes | Copy | Computed
 
 
 def is_whole(task: TensorTask) -> bool:
-    """Whether a tensor is computed at once by one thread: heads and matrices always, and listed ones that are small."""
+    """Whether one thread computes a tensor at once: always for heads and matrices, and for small tensors if listed."""
     if task.layout in ("heads", "whole"):
         return task.passes > 0 or task.listed
     return task.listed and whole_bytes(task) <= MAX_WHOLE
@@ -96,7 +96,7 @@ def whole_bytes(task: TensorTask) -> int:
 
 
 def pieces_of(task: TensorTask) -> tuple[Computed, ...]:
-    """The pieces of a tensor that is computed: one, or slices of it that stream through memory."""
+    """The pieces of a computed tensor: one, or slices that stream through memory."""
     total = math.prod(task.shape)
     if is_whole(task):
         return (Computed(task, 0, total),)
@@ -134,8 +134,8 @@ class Segment:
 class OutputFile:
     """A weights file: its segments, in order and without holes.
 
-    `clone_of` is the number of the anchor's shard whose bytes stand at the same places, so that the file may start
-    as a clone of it; None where the layout differs.
+    `clone_of` is the number of the anchor's shard that has its bytes at the same places, so that the file may start as
+    a clone of it; None if the layout differs.
     """
 
     name: str
@@ -152,9 +152,9 @@ def pack(
 ) -> tuple[tuple[OutputFile, ...], bytes | None]:
     """Spread tensors over files: `owner`'s own shard layout, or shards of at most `max_shard_size` bytes.
 
-    An owner without safetensors files of its own takes `base`'s layout, or shards of at most SHARD_BYTES.
-    Returns the files and the index, None for a single file. `contents` is keyed by canonical name. Raises RequestError
-    where their headers or the index would be larger than what is read of a checkpoint.
+    An owner without safetensors files of its own takes `base`'s layout, or shards of at most SHARD_BYTES. Returns the
+    files and the index, which is None for a single file. `contents` is keyed by canonical name. Raises RequestError if
+    the headers or the index would exceed the limits for reading a checkpoint.
     """
     files, index = _spread(owner, contents, max_shard_size, base)
     _check_readable(files, index, len(contents))
@@ -215,14 +215,14 @@ def _own_layout(
         (ref := owner.tensors.get(name)) is not None and ref.nbytes == content.nbytes
         for name, content in contents.items()
     ) and {content.name for content in contents.values()} == {*document["weight_map"]}
-    loadable = isinstance(document.get("metadata"), dict)  # transformers does without none
+    loadable = isinstance(document.get("metadata"), dict)  # transformers does not load an index without it
     return files, owner.index if unchanged and loadable else _index(groups)
 
 
 def _borrowed_layout(
     base: Checkpoint, owner: Checkpoint, contents: Mapping[str, TensorContent]
 ) -> tuple[tuple[OutputFile, ...], bytes | None]:
-    """Each tensor in the file where `base` keeps it; what `base` does not have, in its last file."""
+    """Put each tensor into the file where `base` has it, and tensors that `base` lacks into its last file."""
     last = len(base.shards) - 1
     places = {name: base.tensors[name].shard if name in base.tensors else last for name in contents}
     groups = {
@@ -252,13 +252,13 @@ def _file(name: str, contents: list[TensorContent], owner: Checkpoint, shard: in
                 segments.append(Segment(offset, piece))
                 offset += piece.nbytes
     computed = [segment.content for segment in segments if isinstance(segment.content, Computed)]
-    if any(content.task.anchor != owner.role for content in computed):  # nothing of the owner's bytes stays
+    if any(content.task.anchor != owner.role for content in computed):  # none of the owner's bytes remain
         clone_of = None
     return OutputFile(name, offset, tuple(segments), clone_of)
 
 
 def _entries(contents: list[TensorContent]) -> tuple[TensorEntry, ...]:
-    """The tensors one after another."""
+    """The entries of the tensors, laid out one after another."""
     stops = tuple(accumulate(content.nbytes for content in contents))
     return tuple(
         TensorEntry(content.name, content.code, content.shape, stop - content.nbytes, stop)

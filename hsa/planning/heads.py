@@ -12,11 +12,11 @@ from hsa.option_names import option
 from hsa.sources.checkpoint import Checkpoint
 
 MAX_NAMED = 3
-"""Methods that a message names."""
+"""The number of methods that a message names."""
 
 
 def require_heads(method: Method[Any, Any], checkpoint: Checkpoint) -> None:
-    """SourceError, which names the families with heads, where a method that merges heads gets another model."""
+    """Raise SourceError, which names the families with heads, if a method that merges heads gets another model."""
     if not method.needs_heads or checkpoint.architecture.has_heads:
         return
     error = not_with_heads(checkpoint.config, f"{checkpoint.role} {checkpoint.path}")

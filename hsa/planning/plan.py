@@ -1,7 +1,7 @@
-"""From settings and headers to an immutable plan: what is merged, and what every output byte is made of.
+"""Turn settings and headers into an immutable plan: what is merged, and the contents of every output byte.
 
-Reads no tensor data, except that reference numerics compare a stored output projection with the embedding. The dry
-run, the error messages and the tests all come from the plan.
+No tensor data is read, except that reference numerics compare a stored output projection with the embedding. The dry
+run, the error messages and the tests all use the plan.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hsa.system.dtypes import ARITHMETIC, NAMES
 Route = Literal["patch", "rewrite"]
 
 MOST_SHAPES = 5
-"""Tensors of other shapes that notes name for each source."""
+"""The number of tensors with other shapes that notes name for each source."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Plan:
     `targets` are the tensors that are merged and listed in the record. `route` is `patch` when the output is the
     anchor's files with target ranges overwritten, `rewrite` when every tensor streams through. `weight_bytes_read`
     counts tensor data per source. `output_dtype` is the element type that the written config.json must name, or None to
-    leave it as it stands.
+    leave it unchanged.
     """
 
     method: Method[Any, Any]
@@ -66,8 +66,9 @@ class Plan:
 def make_plan(settings: Settings, sources: Sources, max_shard_size: int | None = None) -> Plan:
     """Check that the sources fit together and lay out the output.
 
-    Raises MismatchError (tensor, each source's value; the anchor's tensors and its config.json), SourceError (no
-    target, an element type that cannot be merged) or RequestError (settings per tensor that fit no target).
+    Raises MismatchError if a tensor differs between sources (it names each source's value), or if the anchor's tensors
+    do not fit its config.json. Raises SourceError if there is no target or an element type cannot be merged, and
+    RequestError if settings per tensor fit no target.
     """
     method = method_named(settings.method)
     finder = TaskFinder(method, settings, sources)
@@ -104,18 +105,18 @@ def make_plan(settings: Settings, sources: Sources, max_shard_size: int | None =
 
 
 MOST_NAMED = 5
-"""Tensors that a note names."""
+"""The number of tensors that a note names."""
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names of many."""
+    """The first of many names, and the number of the others."""
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_structure(settings: Settings, sources: Sources) -> None:
-    """MismatchError unless the anchor, and base too where the output takes its config.json, holds what that promises,
-    and all configs name the same heads."""
+    """Raise MismatchError unless a checkpoint contains what its config.json promises, and all configs name the same
+    heads. The anchor is checked, and also base if the output takes base's config.json."""
     structure.require_whole(sources.anchor_checkpoint)
     if not method_named(settings.method).elementwise:
         structure.require_whole(sources.base_checkpoint)
@@ -124,8 +125,8 @@ def check_structure(settings: Settings, sources: Sources) -> None:
 
 
 def check_heads(sources: Sources) -> None:
-    """MismatchError where the config.json of the anchor has other heads than base's, of any stack: no tensor's shape
-    tells how many heads there are, and with another number the same weights compute something else."""
+    """Raise MismatchError if the anchor's config.json has other heads than base's, in any stack. No tensor's shape
+    shows the number of heads, and with another number the same weights compute something else."""
     family, anchor, base = sources.architecture, sources.anchor_checkpoint, sources.base_checkpoint
     own, other = (family.counts(source.config, source.role).heads for source in (anchor, base))
     for stack in family.stacks(anchor.config):
@@ -138,7 +139,7 @@ def check_heads(sources: Sources) -> None:
 
 
 def _other_content(name: str, stored: str, finder: TaskFinder) -> TensorContent:
-    """A tensor that the record does not list: the anchor's bytes, cast or computed where asked."""
+    """A tensor that the record does not list: the anchor's bytes, cast or computed if the settings require it."""
     anchor = finder.sources.anchor_checkpoint
     ref = anchor.tensors[name]
     code = finder.out_code(ref.code)
@@ -216,7 +217,7 @@ def _notes(
 
 
 def mismatch_notes(finder: TaskFinder) -> Iterator[str]:
-    """What is said of tensors that not all sources have alike."""
+    """Notes on tensors that differ between the sources."""
     if finder.skipped:
         yield (
             f"{len(finder.skipped)} tensors stay {finder.sources.anchor}'s, for another source lacks them or has them "

@@ -15,9 +15,9 @@ WHOLE = "F32"
 
 
 def refuse_quantized(sources: Sources, method: str, is_merged: Callable[[TensorInfo], bool]) -> None:
-    """SourceError, by name, for a quantised weight that a method would merge if it were stored whole.
+    """Raise SourceError for a quantised weight that a method would merge if it were not quantised. The error names it.
 
-    `is_merged` says whether the method merges a tensor that is described so.
+    `is_merged` says whether the method merges a tensor with such a description.
     """
     for source in sources:
         for name, how in quantized(source).items():

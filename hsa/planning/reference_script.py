@@ -1,7 +1,7 @@
-"""Plans reference numerics: what the reference script would load, keep and write.
+"""Plan reference numerics: what the reference script would load, keep and write.
 
-Names, head and layer counts and the output's element type are base's; each source is cast to the element type
-that the script's loader would have given it; every tensor goes through the arithmetic.
+Names, head and layer counts and the output's element type are base's. Each source is cast to the element type that the
+script's loader would have given it. Every tensor goes through the arithmetic.
 Source: the released script of Shankar et al., Computer Speech & Language, 2026, 102012, and the loading rules of
 transformers 4 and 5.
 """
@@ -20,7 +20,7 @@ from hsa.system.dtypes import ARITHMETIC
 
 
 def output_names(sources: Sources) -> dict[str, str]:
-    """Canonical and stored names of the output: base's, as transformers saves them, tied tensors once."""
+    """Canonical and stored names of the output: base's, as transformers saves them, with tied tensors only once."""
     base, family = sources.base_checkpoint, sources.architecture
     output = None if family.tie is None else family.tie.output
     untied = _is_untied(base)
@@ -68,7 +68,7 @@ def other_content(name: str, stored: str, finder: TaskFinder) -> TensorContent:
 
 
 def _is_untied(source: Checkpoint) -> bool:
-    """Whether transformers would keep the output projection apart from the embedding."""
+    """Whether transformers would keep the output projection separate from the embedding."""
     tie = source.architecture.tie
     if tie is None:
         return False

@@ -17,11 +17,11 @@ from hsa.system.dtypes import ARITHMETIC, CODES
 
 
 def load_codes(settings: Settings, sources: Sources) -> Mapping[str, str]:
-    """The element type each source is cast to before any arithmetic.
+    """The element type that each source is cast to before any arithmetic.
 
-    `auto`: what its config.json names (`dtype`, else `torch_dtype`), else the first floating tensor by name of
-    its first shard, as transformers 5 does. `float32`: that, as transformers 4 does. RequestError for a source that the
-    script could not load.
+    `auto`: the type that its config.json names (`dtype`, else `torch_dtype`), else that of the first floating-point
+    tensor by name in its first shard, as transformers 5 does. `float32`: that type, as transformers 4 does. Raises
+    RequestError for a source that the script could not load.
     """
     for source in sources:
         if source.kind in ("openai", "adapter"):

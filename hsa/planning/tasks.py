@@ -1,4 +1,4 @@
-"""Which tensors a method computes, and from what: the sources' tensors held against one another, as tasks."""
+"""Find the tensors that a method computes: compare the tensors of the sources, and make tasks of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import ARITHMETIC, CODES
 
 MAX_TARGET = 16 << 20
-"""Bytes of a target tensor, which is held whole in every source, and as a result: twice what large-v3 has."""
+"""The most bytes of a target tensor, which is in memory whole for every source and as a result: twice what large-v3
+has."""
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -31,7 +32,7 @@ COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", 
 class Targets:
     """The tensors that a method merges and records, in the order of the anchor's files, and the settings.
 
-    `tasks` depend on the structure of the settings alone (see `Settings.structure`), so that candidates share them.
+    `tasks` depend only on the structure of the settings (see `Settings.structure`), so candidates share them.
     """
 
     method: Method[Any, Any]
@@ -48,15 +49,15 @@ class Targets:
 
 
 def check_candidate(planned: Settings, settings: Settings, tasks: Sequence[TensorTask]) -> None:
-    """ValueError where a plan made for some settings does not hold for others; RequestError as `check_names`."""
+    """Raise ValueError if a plan for some settings is not valid for others, and RequestError as `check_names`."""
     if not planned.serves(settings):
         raise ValueError("these settings need a plan of their own")
     check_names(settings, tasks)
 
 
 def check_names(settings: Settings, tasks: Sequence[TensorTask]) -> None:
-    """RequestError where a setting is given for a tensor that is no target, or not for one that is, or for another
-    number of models than are merged."""
+    """Raise RequestError if a setting is given for a tensor that is no target, has no value for a target, or has values
+    for another number of models than are merged."""
     if any(settings.per_tensor()):
         refuse_unknown_names(settings, {task.name for task in tasks})
     for each in declared(type(settings)):
@@ -71,7 +72,7 @@ def check_names(settings: Settings, tasks: Sequence[TensorTask]) -> None:
 
 
 def refuse_unknown_names(settings: Settings, names: Collection[str]) -> None:
-    """RequestError where a setting is given for a tensor whose canonical name is not among these."""
+    """Raise RequestError if a setting is given for a tensor whose canonical name is not among these."""
     for name, values in settings.per_tensor():
         unknown = [key for key in values if key.removeprefix("model.") not in names]
         if unknown:
@@ -81,8 +82,8 @@ def refuse_unknown_names(settings: Settings, names: Collection[str]) -> None:
 
 
 def _depth(span: LayerSpan | None) -> float:
-    """How far down the layers of its stack a tensor lies, as mergekit has it: 0.0 outside of layers, 1.0 in a stack of
-    one layer."""
+    """How far down the layers of its stack a tensor lies, as in mergekit: 0.0 outside of layers, 1.0 in a stack of one
+    layer."""
     if span is None:
         return 0.0
     return span.layer / (span.layers - 1) if span.layers > 1 else 1.0
@@ -91,8 +92,8 @@ def _depth(span: LayerSpan | None) -> float:
 def find_targets(method: Method[Any, Any], settings: Settings, sources: Sources) -> Targets:
     """The targets of a merge, checked to agree in the sources.
 
-    Raises MismatchError (tensor, each source's value), SourceError (no target, an element type that cannot be merged)
-    or RequestError (settings per tensor that fit no target).
+    Raises MismatchError if a tensor differs between sources (it names each source's value), SourceError if there is no
+    target or an element type cannot be merged, and RequestError if settings per tensor fit no target.
     """
     return Targets(method, settings, tuple(task for task in TaskFinder(method, settings, sources).targets()))
 
@@ -117,7 +118,7 @@ class TaskFinder:
 
     def targets(self) -> list[TensorTask]:
         """Every task that is listed in the record, in the order of the anchor's files; at least one."""
-        if not self.method.needs_heads:  # whose targets are looked at one by one
+        if not self.method.needs_heads:  # methods that need heads check each target instead
             refuse_quantized(self.sources, self.method.name, self._is_merged)
         names: dict[str, tuple[TensorPlace | None, Treatment]] = {}
         for source in self.sources:
@@ -140,15 +141,15 @@ class TaskFinder:
         return merged
 
     def treatment(self, name: str, ref: TensorRef) -> Treatment:
-        """What the method does with a tensor of that canonical name."""
+        """How the method treats a tensor of that canonical name."""
         return treatment_of(self.method, self.settings, TensorInfo(name, ref.code, ref.shape), self.family)
 
     def _is_merged(self, info: TensorInfo) -> bool:
         return treatment_of(self.method, self.settings, info, self.family).kind == "merge"
 
     def task(self, name: str, place: TensorPlace | None, treatment: Treatment) -> TensorTask | None:
-        """One task, checked to agree in its sources. None where they disagree and the method can do without it, and for
-        a tensor without elements."""
+        """One task, checked to agree in its sources. None if they disagree and the method can do without the tensor, or
+        if the tensor has no elements."""
         roles = treatment.roles or self.sources.roles
         refs = {role: ref for role in roles if (ref := self.sources.of(role).tensors.get(name)) is not None}
         if treatment.by_heads:
@@ -186,8 +187,8 @@ class TaskFinder:
         )
 
     def _fitting(self, name: str, refs: Mapping[str, TensorRef], roles: Sequence[str]) -> dict[str, TensorRef] | None:
-        """The tensors of the sources that a merge of whole tensors takes: all, or those that agree with the anchor's.
-        None where the anchor's stays."""
+        """The tensors that a merge of whole tensors uses: those of all sources, or of the sources that agree with the
+        anchor. None if the anchor's tensor is kept."""
         anchor, base = self.sources.anchor, self.sources.base
         if anchor not in refs:
             return None
@@ -214,7 +215,7 @@ class TaskFinder:
         return None
 
     def _span(self, name: str) -> LayerSpan | None:
-        """The layer of a tensor. A stack has as many layers as the anchor holds tensors of."""
+        """The layer of a tensor. The number of layers of a stack comes from the names of the anchor's tensors."""
         place = self.family.layer_of(name)
         if place is None:
             return None
@@ -321,7 +322,8 @@ class TaskFinder:
         )
 
     def _check_complete(self, names: set[str]) -> None:
-        """Every layer that the anchor's config promises must have its targets: a merge of half a model is no model."""
+        """Raise MismatchError if a layer that the anchor's config promises lacks targets: half a model is no valid
+        result."""
         anchor, family = self.sources.anchor_checkpoint, self.family
         layers = family.counts(anchor.config, anchor.role).layers
         for stack in family.stacks(anchor.config):

@@ -1,10 +1,10 @@
 """The digest of one tensor of a source, as records hold it.
 
-It follows from the tensor alone, and not from how a program reads it: neither from slices nor from other sources.
+It depends only on the tensor, not on how a program reads it: neither on slices nor on other sources.
 
 - A tensor that is merged head by head: BLAKE3 of its bytes.
-- Any other: the same where it has at most DIGEST_ELEMENTS elements, else BLAKE3 over the digests of its consecutive
-  chunks of so many elements: 64 hexadecimal digits each, one a line.
+- Any other: the same if it has at most DIGEST_ELEMENTS elements, else BLAKE3 over the digests of its consecutive chunks
+  of that many elements: 64 hexadecimal digits each, one a line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from hsa.system.digests import ChunkedDigest, digest_in_chunks, digest_of
 from hsa.system.dtypes import Array, size
 
 DIGEST_ELEMENTS = 1 << 18
-"""Elements of a chunk. A constant of the files' format: with another, no output could be held against its sources."""
+"""The number of elements of a chunk. It is part of the file format: with another, no output could be verified against
+its sources."""
 
 
 def tensor_digest(task: TensorTask, role: Role, data: Array) -> str:
@@ -26,7 +27,7 @@ def tensor_digest(task: TensorTask, role: Role, data: Array) -> str:
 
 
 def digest_by_ranges(task: TensorTask, role: Role, digest: Callable[[int, int], str]) -> str:
-    """The digest of a source's tensor of which `digest(start, count)` gives BLAKE3 of a range of its bytes."""
+    """The digest of a source's tensor. `digest(start, count)` returns BLAKE3 of a range of its bytes."""
     return digest_in_chunks(task.sources[role].nbytes, _chunk_bytes(task, role), digest)
 
 

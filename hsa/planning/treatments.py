@@ -1,4 +1,4 @@
-"""What is done with a tensor: what its method says, within the part of the model that the settings limit it to."""
+"""How a tensor is treated: as its method says, within the part of the model that the settings limit the merge to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hsa.methods.settings import Settings
 def treatment_of(
     method: Method[Any, Any], settings: Settings, info: TensorInfo, architecture: Architecture
 ) -> Treatment:
-    """What a method does with a tensor, within the part of the model that the settings limit it to. `info.name` is
+    """How a method treats a tensor, within the part of the model that the settings limit the merge to. `info.name` is
     canonical."""
     if settings.limited and not settings.limits(info.name, architecture.layer_of(info.name)):
         return KEEP

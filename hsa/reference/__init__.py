@@ -1,4 +1,4 @@
-"""The formula in plain torch: the oracle, which imports nothing of the packages that it judges."""
+"""The formulas in plain torch: the oracle of the tests. It imports nothing from the packages that it checks."""
 
 from hsa.reference.hsa import MergedTensor as MergedTensor
 from hsa.reference.hsa import head_scores as head_scores

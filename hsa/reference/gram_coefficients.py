@@ -1,8 +1,8 @@
 """Coefficients of linear combinations from a Gram matrix, in plain torch and Python.
 
-The Gram matrix of a tensor is ``G_ij = <v_i, v_j>``, where the vectors ``v_i`` are task vectors, or the models where a
-method uses no base. An entry is a float64 sum of products, which are exact where the vectors are float32, in the order
-that `sums` states. Coefficients are computed in float64 by Python's ``math``.
+The Gram matrix of a tensor is ``G_ij = <v_i, v_j>``. The vectors ``v_i`` are task vectors, or the models if a method
+uses no base. An entry is a float64 sum of products, added in the order that `sums` states; the products are exact if
+the vectors are float32. Coefficients are computed in float64 by Python's ``math``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 Gram = list[list[float]]
-"""The products of every two vectors [N][N]."""
+"""The products of all pairs of vectors [N][N]."""
 
 Coefficients = list[float]
 """One factor for each vector [N]."""
@@ -23,7 +23,7 @@ Coefficients = list[float]
 
 
 def gram_matrices(vectors: Sequence[Tensor], sums: Callable[[Tensor], Tensor]) -> list[Gram]:
-    """The Gram matrix of each group, where ``sums`` adds the products over each group: [groups]."""
+    """The Gram matrix of each group [groups]; ``sums`` adds the products over each group."""
     wide = [vector.double() for vector in vectors]
     count = len(wide)
     entries = {(i, j): sums(wide[i] * wide[j]).tolist() for i in range(count) for j in range(i, count)}
@@ -35,7 +35,7 @@ def gram_matrices(vectors: Sequence[Tensor], sums: Callable[[Tensor], Tensor]) -
 
 
 def norm_product(gram: Gram, i: int, j: int) -> float:
-    """``|v_i| * |v_j|``, exact where both are equally long."""
+    """``|v_i| * |v_j|``, exact if both have the same length."""
     return math.sqrt(gram[i][i] * gram[j][j])
 
 
@@ -44,7 +44,8 @@ def clamped(cosine: float) -> float:
 
 
 def linear_coefficients(weights: Sequence[float], normalize: bool) -> Coefficients:
-    """``w_i / sum w``, or ``w_i``. Raises ValueError where weights to be normalized sum to less than 1e-8."""
+    """``w_i / sum w`` with ``normalize``, else ``w_i``. Raises ValueError if the sum of weights to normalize is below
+    1e-8 in absolute value."""
     if not normalize:
         return list(weights)
     whole = math.fsum(weights)
@@ -54,7 +55,7 @@ def linear_coefficients(weights: Sequence[float], normalize: bool) -> Coefficien
 
 
 def task_arithmetic_coefficients(weights: Sequence[float], lam: float, normalize: bool) -> Coefficients:
-    """``lam * w_i``, over ``sum w`` with normalize; a sum below 1e-8 counts as 1."""
+    """``lam * w_i``, divided by ``sum w`` with ``normalize``; a sum below 1e-8 in absolute value counts as 1."""
     whole = math.fsum(weights) if normalize else 1.0
     if abs(whole) < 1e-8:
         whole = 1.0
@@ -62,7 +63,8 @@ def task_arithmetic_coefficients(weights: Sequence[float], lam: float, normalize
 
 
 def slerp_coefficients(gram: Gram, t: float) -> Coefficients:
-    """Along the arc between two vectors; on the straight line where one is zero, or their cosine exceeds 0.9995."""
+    """Interpolation along the arc between two vectors, or along the straight line if one of them is zero or their
+    cosine exceeds 0.9995."""
     product = norm_product(gram, 0, 1)
     if product == 0.0:
         return [1.0 - t, t]
@@ -73,18 +75,18 @@ def slerp_coefficients(gram: Gram, t: float) -> Coefficients:
 
 
 def on_the_arc(cosine: float, t: float) -> Coefficients:
-    """``sin((1 - t) o) / sin(o)`` and ``sin(t o) / sin(o)`` with ``o`` the angle."""
+    """``sin((1 - t) o) / sin(o)`` and ``sin(t o) / sin(o)``, where ``o`` is the angle."""
     angle = math.acos(cosine)
     sine = math.sin(angle)
     return [math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine]
 
 
 def nuslerp_coefficients(gram: Gram, weights: Sequence[float]) -> Coefficients:
-    """Along the arc, on the straight line where ``abs(sin o) < 1e-8``. A vector shorter than 1e-7 counts as that long
-    where the cosine is formed, so that a zero vector lies at a right angle to all.
+    """Interpolation along the arc, or along the straight line if ``abs(sin o) < 1e-8``.
 
-    Where the cosine is within 2**-46 of 1 or -1, rounding leaves no angle, and the line is taken too: between opposite
-    vectors the arc would multiply that rounding by 1e8.
+    For the cosine, a vector shorter than 1e-7 counts as 1e-7 long, so that a zero vector is orthogonal to all others.
+    If the cosine is within 2**-46 of 1 or -1, rounding leaves no angle, and the straight line is used too: between
+    opposite vectors, the arc would multiply the rounding error by 1e8.
     """
     whole = math.fsum(weights)
     t = 0.5 if abs(whole) < 1e-6 else weights[1] / whole
@@ -96,10 +98,11 @@ def nuslerp_coefficients(gram: Gram, weights: Sequence[float]) -> Coefficients:
 
 
 def multislerp_coefficients(gram: Gram, weights: Sequence[float], normalize_weights: bool, eps: float) -> Coefficients:
-    """The direction of ``m = sum w_i u_i`` with ``u_i = v_i / (|v_i| + eps)``, as long as ``sum w_i |v_i|``.
+    """The direction of ``m = sum w_i u_i`` with ``u_i = v_i / (|v_i| + eps)``, scaled to length ``sum w_i |v_i|``.
 
-    Where ``m`` is shorter than eps, or than float32 could tell from zero, two vectors are combined by their weights,
-    and so are zero vectors. Raises ValueError where there are more, or where weights to be normalized sum to 0.
+    If ``m`` is shorter than eps, or too short for float32 to distinguish from zero, two vectors are combined by their
+    weights; more than two raise ValueError. If all vectors are zero, the weights are returned. Raises ValueError also
+    if weights to normalize sum to 0.
     """
     weights = linear_coefficients(weights, normalize_weights)
     count = range(len(weights))
@@ -118,7 +121,7 @@ def multislerp_coefficients(gram: Gram, weights: Sequence[float], normalize_weig
 
 
 def combined_length(factors: Sequence[float], gram: Gram) -> float:
-    """The norm of ``sum factors_i v_i``; rounding below zero counts as 0."""
+    """The norm of ``sum factors_i v_i``; a square that rounding makes negative counts as 0."""
     square = 0.0
     for i in range(len(factors)):
         for j in range(len(factors)):
@@ -127,10 +130,11 @@ def combined_length(factors: Sequence[float], gram: Gram) -> float:
 
 
 def karcher_coefficients(gram: Gram, max_iter: int, tol: float) -> Coefficients:
-    """The Karcher mean of the directions of the vectors longer than tol, as long as all are on average.
+    """The Karcher mean of the directions of the vectors longer than tol, scaled to the mean length of all vectors.
 
-    The mean stays in the span of the directions, so its coefficients in them are iterated. Directions closer to it than
-    tol, and those opposite to it up to rounding, where no direction leads, are left out of a step.
+    The mean stays in the span of the directions, so the iteration works on its coefficients. A step leaves out
+    directions that are closer to the mean than tol, and directions opposite to it up to rounding, to which there is no
+    unique path.
     """
     norms = [math.sqrt(row[i]) for i, row in enumerate(gram)]
     chosen = [i for i, norm in enumerate(norms) if norm > tol]
@@ -176,9 +180,9 @@ def tangent_at(mean: Sequence[float], cosines: Gram, share: float, tol: float) -
 
 
 def model_stock_coefficients(gram: Gram) -> Coefficients:
-    """``t / N`` for each, with ``t = N c / (1 + (N - 1) c)`` and ``c`` the mean cosine of the pairs.
+    """``t / N`` for each, with ``t = N c / (1 + (N - 1) c)``, where ``c`` is the mean cosine of the pairs.
 
-    Where that divisor is below 1e-6, ``t`` is 0: task vectors that oppose each other so much leave the base.
+    If that divisor is below 1e-6, ``t`` is 0: task vectors that oppose each other this much leave the base unchanged.
     """
     count = len(gram)
     cosine, pairs = 0.0, 0

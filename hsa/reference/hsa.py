@@ -1,11 +1,11 @@
 """The HSA merge in plain torch: the specification in code.
 
 Source: Shankar, Wang, Eren, Alwan, "Compositional domain adaptation for automatic speech recognition with
-headwise selective attention merging", Computer Speech & Language, 2026, 102012. More than one secondary is this
-package's extension.
+headwise selective attention merging", Computer Speech & Language, 2026, 102012. Several secondaries are an extension of
+this package.
 
 With base ``B``, primary ``M1``, secondary ``M2`` and the task vectors ``tv1 = M1 - B``, ``tv2 = M2 - B``,
-each target tensor is merged by itself:
+each target tensor is merged independently:
 
 1. ``proxy = |tv1| + |tv2|``, elementwise.
 2. ``score[h]`` is the L2 norm of ``proxy`` over the elements of head ``h``.
@@ -17,10 +17,10 @@ each target tensor is merged by itself:
 With several secondaries ``M2 ... MN`` and their weights ``w``, ``proxy = |tv1| + |tv2| + ... + |tvN|``, and
 ``(1 - lambda_i) * tv2`` becomes the sum of ``(1 - lambda_i) * w_j / (w_2 + ... + w_N) * tv_j``.
 
-Every function evaluates this either in float32, which gives the bytes that ``--numerics exact`` promises, or
-in float64, which gives the value that float32 results are measured against. It is slow and whole on purpose:
-no blocks, no buffers, and nothing shared with the backends that it judges. Arguments are trusted: ranges and
-finiteness are checked at the public edge of the package.
+Every function evaluates this either in float32, which gives the bytes that ``--numerics exact`` promises, or in
+float64, which gives the value that float32 results are measured against. The code is deliberately slow and simple: it
+uses no blocks and no buffers, and shares nothing with the backends that it checks. Arguments are trusted: ranges and
+finiteness are checked in the package's public functions.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MergedTensor:
 def keep_count(k: float, heads: int) -> int:
     """Number of heads to keep of ``heads``: ``max(1, round_half_even(k * heads))``, and 0 for ``k = 0``.
 
-    ``k`` is a share in [0, 1], or a percentage in (1, 100]. Ties at the cut can select more heads than this.
+    ``k`` is a share in [0, 1], or a percentage in (1, 100]. Ties at the cutoff can select more heads than this.
     """
     if k == 0:
         return 0
@@ -78,9 +78,9 @@ def head_scores(
     """Squared saliency scores: ``score[h] ** 2 = sum of (|M1 - B| + |M2 - B| + ...) ** 2`` over head ``h``.
 
     Args:
-        base, primary, secondary: one shape, floating, dtypes may differ. ``[rows, columns]`` for a weight,
-            ``[rows]`` for a bias. ``secondary`` may be a list of several.
-        heads: H, which divides the size of ``head_axis``.
+        base, primary, secondary: floating tensors of the same shape; dtypes may differ. ``[rows, columns]`` for a
+            weight, ``[rows]`` for a bias. ``secondary`` may be a list of several.
+        heads: H, which must divide the size of ``head_axis``.
         head_axis: 0 where a head is a run of rows (q, k, v and their biases), 1 where it is a run of columns
             (the weight of ``out_proj``).
         dtype: precision of the proxy, float32 or float64. Its squares are summed in float64 either way.
@@ -104,7 +104,7 @@ def head_scores(
 def select_heads(squared: Tensor, k: float) -> Tensor:
     """Bool [H]: which heads are blended, given squared scores ``[H]`` and the share ``k`` of `keep_count`.
 
-    A head is selected when its score is not below the ``keep``-th largest, so all ties at the cut are.
+    A head is selected when its score is not below the ``keep``-th largest, so all ties at the cutoff are selected.
     """
     keep = keep_count(k, squared.numel())
     if keep == 0:
@@ -117,7 +117,7 @@ def margin(squared: Tensor, k: float) -> float | None:
     """How clear the selection is: ``(kept - dropped) / kept``, in (0, 1].
 
     ``kept`` is the lowest squared score among the selected heads, ``dropped`` the highest among the others.
-    None where all heads are selected, or none is: then there is no cut.
+    None if all heads are selected or none is, because then there is no cutoff.
     """
     selected = select_heads(squared, k)
     if selected.all() or not selected.any():
@@ -146,20 +146,20 @@ def merge_tensor(
 ) -> MergedTensor:
     """Merge one target tensor.
 
-    Selected heads: ``B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)``, or with several secondaries
-    their mean by ``weights`` in the place of ``tv2``. Other heads: ``B + attention_scale * tv1``, which at scale 1 is
-    primary itself, unchanged.
+    Selected heads become ``B + attention_scale * (lambda_i * tv1 + (1 - lambda_i) * tv2)``. With several secondaries,
+    the mean of their task vectors, weighted by ``weights``, replaces ``tv2``. Other heads become
+    ``B + attention_scale * tv1``, which at scale 1 is primary itself, unchanged.
 
     Args:
         base, primary, secondary, heads, head_axis: as for `head_scores`.
         k: as for `keep_count`.
         lam, alpha, layer, layers: as for `layer_coefficient`; layer and stack are those of this tensor.
         attention_scale: any finite number.
-        weights: one for each secondary, 1 each by default; they do not sum to 0.
+        weights: one for each secondary, 1 each by default; their sum must not be 0.
         out_dtype: dtype of the result, by default primary's.
-        dtype: float32 evaluates in float32 from coefficients that were computed in float64, each operation
-            rounded by itself, and rounds once (nearest even) to ``out_dtype``. float64 evaluates all of it,
-            the selection included, in float64 and returns that: ``out_dtype`` has no effect.
+        dtype: float32 evaluates in float32, rounding after each operation, with coefficients computed in float64, and
+            rounds once (nearest even) to ``out_dtype``. float64 evaluates everything in float64, including the
+            selection, and returns float64; ``out_dtype`` has no effect.
     """
     squared = head_scores(base, primary, secondary, heads=heads, head_axis=head_axis, dtype=dtype)
     selected = select_heads(squared, k)
@@ -192,10 +192,10 @@ def merge_other(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What is not merged: ``B + scale * tv1``, any shape; precision and output dtype as for `merge_tensor`.
+    """A tensor that is not merged: ``B + scale * tv1``, any shape; precision and output dtype as for `merge_tensor`.
 
-    At scale 1 this is primary itself, not ``B + (M1 - B)``, which rounds. Without a cast it is the very
-    tensor that was passed, not a copy.
+    At scale 1 this is primary itself, not ``B + (M1 - B)``, which rounds. Without a cast, the given tensor is returned,
+    not a copy.
     """
     final_dtype = _result_dtype(primary, out_dtype, dtype)
     if scale == 1:
@@ -206,12 +206,12 @@ def merge_other(
 
 
 def _listed(secondary: Tensor | list[Tensor]) -> list[Tensor]:
-    """The secondaries, of which one may be given without a list."""
+    """The secondaries as a list; a single one may be given without a list."""
     return [secondary] if isinstance(secondary, Tensor) else list(secondary)
 
 
 def _displaced(base: Tensor, displacement: Tensor, scale: float) -> Tensor:
-    """``base + scale * displacement``, the scale rounded to the tensors' dtype."""
+    """``base + scale * displacement``, with the scale rounded to the tensors' dtype."""
     if scale == 1:
         return base + displacement
     return base + torch.tensor(scale, dtype=base.dtype) * displacement
@@ -224,6 +224,6 @@ def _result_dtype(primary: Tensor, out_dtype: torch.dtype | None, dtype: torch.d
 
 
 def _element_mask(selected: Tensor, shape: torch.Size, head_axis: int) -> Tensor:
-    """Bool [H] to a bool that broadcasts to ``shape``: each head's flag over its run of ``head_axis``."""
+    """Expand a bool [H] to a bool that broadcasts to ``shape``: each head's flag covers its run of ``head_axis``."""
     flags = selected.repeat_interleave(shape[head_axis] // selected.numel())
     return flags.view([-1 if axis == head_axis else 1 for axis in range(len(shape))])

@@ -1,16 +1,16 @@
 """Merges that are linear combinations, in plain torch: the specification in code.
 
-Every result is ``B + sum_i a_i d_i`` with the task vectors ``d_i = M_i - B``, or ``sum_i a_i M_i`` where no base is
-used; the methods differ in the coefficients ``a_i``. `gram_coefficients` computes them, in float64.
+Every result is ``B + sum_i a_i d_i`` with the task vectors ``d_i = M_i - B``, or ``sum_i a_i M_i`` if no base is used.
+The methods differ only in the coefficients ``a_i``, which `gram_coefficients` computes in float64.
 
-Task vectors are float32 differences, and each coefficient is rounded once to float32. ``acc = a_1 v_1``, then
-``acc + a_i v_i`` in the order of the models, then ``B + acc``, all in float32, and one rounding to the element type of
-the result. With ``dtype=torch.float64`` all of it is evaluated in float64 and returned so. It is slow and whole on
-purpose, and shares nothing with the code that it judges. Arguments are trusted.
+Task vectors are float32 differences, and each coefficient is rounded once to float32. The sum is ``acc = a_1 v_1``,
+then ``acc + a_i v_i`` in the order of the models, then ``B + acc``, all in float32, with one rounding to the element
+type of the result. With ``dtype=torch.float64``, everything is evaluated and returned in float64. The code is
+deliberately slow and simple, and shares nothing with the code that it checks. Arguments are trusted.
 
 Each method is a function ``(base, models, *, its parameters, out_dtype=None, dtype=torch.float32) -> Tensor``.
-``base`` and ``models`` are floating tensors of one shape, element types may differ; the result has the element type
-of the first model unless ``out_dtype`` says otherwise.
+``base`` and ``models`` are floating tensors of the same shape; element types may differ. The result has the element
+type of the first model unless ``out_dtype`` is given.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hsa.reference.gram_coefficients import (
 from hsa.reference.sums import added_blocks, block_sums, column_sums
 
 Cut = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-"""How a tensor is arranged as a matrix of vectors, and how products are summed over each of them."""
+"""Two functions: one arranges a tensor as a matrix of vectors, the other sums products over each vector."""
 
 
 def linear(
@@ -46,7 +46,7 @@ def linear(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``sum w_i M_i``, over ``sum w`` with normalize; ``base`` is None. Weights are 1 by default.
+    """``sum w_i M_i``, divided by ``sum w`` with ``normalize``; ``base`` is None. Weights are 1 by default.
 
     Source: Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482.
     """
@@ -64,7 +64,9 @@ def task_arithmetic(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``B + lam * sum w_i d_i``, over ``sum w`` with normalize. Weights are 1 by default and may be negative.
+    """``B + lam * sum w_i d_i``, the sum divided by ``sum w`` with ``normalize``.
+
+    Weights are 1 by default and may be negative.
 
     Source: Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089.
     """
@@ -81,7 +83,7 @@ def slerp(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Spherical interpolation from ``base`` (t = 0) to the one model (t = 1), both as vectors.
+    """Spherical interpolation from ``base`` (t = 0) to the only model (t = 1), both as vectors.
 
     Source: Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985.
     """
@@ -103,10 +105,10 @@ def nuslerp(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Spherical interpolation between the task vectors of two models, or between the models where there is no base.
+    """Spherical interpolation between the task vectors of two models, or between the models if there is no base.
 
-    ``flatten``: the tensor is one vector. Otherwise the vectors lie along its last axis, with ``row_wise`` along its
-    first, and each pair of them is interpolated by itself.
+    With ``flatten``, the tensor is one vector. Otherwise the vectors run along its last axis, or along its first axis
+    with ``row_wise``, and each pair of vectors is interpolated separately.
 
     Source: mergekit.
     """
@@ -167,9 +169,9 @@ def model_stock(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``t * mean(M_i) + (1 - t) * B``, of at least two models; ``t`` from the angles between their task vectors.
+    """``t * mean(M_i) + (1 - t) * B`` of at least two models, with ``t`` from the angles between their task vectors.
 
-    ``filter_wise``: for each vector along the last axis by itself.
+    With ``filter_wise``, each vector along the last axis is merged separately.
 
     Source: Jang, Yun, Han, Model Stock: All we need is just a few fine-tuned models, ECCV 2024, arXiv 2403.19522.
     """
@@ -193,7 +195,7 @@ def combined(
 ) -> Tensor:
     """``base + sum a_i v_i`` in the precision of the vectors, rounded to ``final``; ``coefficients`` [groups][N].
 
-    ``arrange`` gives a vector the shape of its groups: they are rows, or (`_columns`) columns.
+    ``arrange`` reshapes a vector into its groups, which are rows, or columns (`_columns`).
     """
     shape, dtype = vectors[0].shape, vectors[0].dtype
     by_vector = torch.tensor(coefficients, dtype=dtype).T
@@ -211,7 +213,7 @@ def _widened(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _vectors(base: Tensor | None, models: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-    """Base and the task vectors, or None and the models."""
+    """Base and the task vectors, or None and the models if there is no base."""
     wide = _widened(models, dtype)
     if base is None:
         return None, wide

@@ -15,13 +15,14 @@ from hsa.reference.sums import total
 PerModel = float | Sequence[float]
 Rescale = bool | Literal["density"]
 Keep = Callable[[Tensor, int, float], Tensor]
-"""Task vector, place of its model, density below 1: bool of its shape, which elements are kept."""
+"""A function of a task vector, the index of its model and a density below 1. It returns the mask of kept elements, a
+bool tensor of the vector's shape."""
 
 LEAST_WEIGHT_SUM, LEAST_SUM, CANCELLED = 1e-8, 1e-7, 2.0**-24
 
 
 class MaskedVectors(NamedTuple):
-    """The task vectors, which elements of each are kept, and the factor on each."""
+    """The task vectors, the mask of kept elements of each, and the factor on each."""
 
     deltas: list[Tensor]
     masks: list[Tensor]
@@ -44,7 +45,7 @@ def masked(
 
 
 def rescaling(d: Tensor, mask: Tensor, density: float, rescale: Rescale) -> float:
-    """The factor that makes up for the elements that are not kept."""
+    """The factor that compensates for the dropped elements."""
     if rescale == "density":
         return 1 / density if density > 0 else 1.0
     if not rescale:
@@ -54,12 +55,12 @@ def rescaling(d: Tensor, mask: Tensor, density: float, rescale: Rescale) -> floa
 
 
 def largest() -> Keep:
-    """The ``int(density * n)`` largest magnitudes."""
+    """Keep the ``int(density * n)`` largest magnitudes."""
     return lambda d, model, share: at_least_nth(d, int(share * d.numel()))
 
 
 def between_outliers(gamma: Sequence[float]) -> Keep:
-    """The ``int(density * n)`` largest magnitudes after the outliers."""
+    """Keep the ``int(density * n)`` largest magnitudes below the outliers."""
 
     def keep(d: Tensor, model: int, share: float) -> Tensor:
         count = int(share * d.numel())
@@ -74,7 +75,7 @@ def between_outliers(gamma: Sequence[float]) -> Keep:
 
 
 def at_random(seed: int, name: str, numbers: Sequence[int] | None) -> Keep:
-    """Each element with the same probability."""
+    """Keep each element with the same probability."""
 
     def keep(d: Tensor, model: int, share: float) -> Tensor:
         number = model if numbers is None else numbers[model]
@@ -84,7 +85,7 @@ def at_random(seed: int, name: str, numbers: Sequence[int] | None) -> Keep:
 
 
 def by_rank(epsilon: Sequence[float], seed: int, name: str, numbers: Sequence[int] | None) -> Keep:
-    """Each element with a probability by the rank of its magnitude along axis 1."""
+    """Keep each element with a probability that depends on the rank of its magnitude along axis 1."""
 
     def keep(d: Tensor, model: int, share: float) -> Tensor:
         if share <= 0 or d.numel() == 0:
@@ -103,7 +104,7 @@ def by_rank(epsilon: Sequence[float], seed: int, name: str, numbers: Sequence[in
 
 
 def at_least_nth(values: Tensor, n: int) -> Tensor:
-    """Bool: where a magnitude is at least the ``n``-th largest; nowhere where ``n`` is 0."""
+    """Bool: whether each magnitude is at least the ``n``-th largest; False everywhere if ``n`` is 0."""
     if n == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     magnitudes = values.abs()
@@ -122,7 +123,7 @@ def summed(vectors: MaskedVectors, weights: Sequence[float] | None, normalize: b
 
 
 def voted(vectors: MaskedVectors, weights: Sequence[float] | None, normalize: bool, lam: float) -> Tensor:
-    """The weighted sum of what has the elected sign in masked task vectors."""
+    """The weighted sum of the elements of masked task vectors that have the elected sign."""
     weights = [1.0] * len(vectors.deltas) if weights is None else weights
     ballots = terms(vectors, [w * f for w, f in zip(weights, vectors.factors, strict=True)])
     agree = agreeing(ballots)
@@ -137,19 +138,19 @@ def voted(vectors: MaskedVectors, weights: Sequence[float] | None, normalize: bo
 
 
 def terms(vectors: MaskedVectors, coefficients: Sequence[float]) -> list[Tensor]:
-    """The kept elements of each task vector times its coefficient, 0 elsewhere."""
+    """The kept elements of each task vector, multiplied by its coefficient; 0 elsewhere."""
     scalars = [rounded(each, vectors.deltas[0].dtype) for each in coefficients]
     return [where(mask, a * d) for d, mask, a in zip(vectors.deltas, vectors.masks, scalars, strict=True)]
 
 
 def agreeing(ballots: Sequence[Tensor]) -> list[Tensor]:
-    """Bool for each: where it has the sign of the sum of all; plus is elected where that is zero."""
+    """Bool for each: whether its elements have the sign of the sum of all. Where the sum is zero, plus is elected."""
     elected = in_order(ballots) >= 0
     return [torch.where(elected, x > 0, x < 0) for x in ballots]
 
 
 def by_subset(masks: Sequence[Tensor], value: Callable[[list[int]], float], dtype: torch.dtype) -> Tensor:
-    """For each element the value of the subset of models whose mask is true there, rounded to ``dtype``."""
+    """For each element, the value of the subset of models whose mask is true there, rounded to ``dtype``."""
     models = range(len(masks))
     subsets = [[i for i in models if number >> i & 1] for number in range(1 << len(masks))]
     index = torch.zeros(masks[0].shape, dtype=torch.int64)
@@ -159,7 +160,7 @@ def by_subset(masks: Sequence[Tensor], value: Callable[[list[int]], float], dtyp
 
 
 def in_order(addends: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors, one after another."""
+    """The sum of tensors, added one after another."""
     acc = addends[0]
     for addend in addends[1:]:
         acc = acc + addend
@@ -202,7 +203,7 @@ def each(values: PerModel, models: Sequence[Tensor]) -> Sequence[float]:
 
 
 def result_dtype(models: Sequence[Tensor], out_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
-    """The first model's dtype unless another is asked for; float64 where the arithmetic is."""
+    """The first model's dtype unless another is given; float64 if the arithmetic is float64."""
     if dtype == torch.float64:
         return torch.float64
     return models[0].dtype if out_dtype is None else out_dtype

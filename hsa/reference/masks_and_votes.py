@@ -1,26 +1,28 @@
 """Methods that mask task vectors and let the models vote on signs, in plain torch: the specification in code.
 
 With the base ``B``, models ``M_i``, their weights ``w_i`` and the task vectors ``d_i = M_i - B``, each method keeps
-some elements of each ``d_i``, sets the others to zero, puts the task vectors together to ``D`` and returns ``B + D``:
+some elements of each ``d_i``, sets the others to zero, combines the task vectors to ``D`` and returns ``B + D``. There
+are two ways to combine them:
 
 - by a sum: ``D = sum of a_i * d_i`` with ``a_i = lambda * w_i / W * f_i``, where ``W`` is the sum of the weights with
-  ``normalize``, and 1 without it or where that sum is below 1e-8;
-- by a vote: with ``x_i = w_i * f_i * d_i`` the elected sign is that of ``sum x_i``, plus where it is zero. A model
-  agrees where its ``x_i`` has that sign, and ``D = lambda / W * sum of x_i over the agreeing``, where ``W`` is the sum
-  of their weights with ``normalize``, and 1 without it or where their weights cancel.
+  ``normalize``, and 1 without it or if that sum is below 1e-8;
+- by a vote: with ``x_i = w_i * f_i * d_i``, the elected sign is that of ``sum x_i``, or plus where the sum is zero. A
+  model agrees where its ``x_i`` has that sign, and ``D = lambda / W * sum of x_i over the agreeing``, where ``W`` is
+  the sum of their weights with ``normalize``, and 1 without it or where their weights cancel.
 
-``f_i`` is a factor that makes up for dropped elements: ``sum |d_i| / sum |kept d_i|`` with ``rescale`` True (1 where
+``f_i`` is a factor that compensates for dropped elements: ``sum |d_i| / sum |kept d_i|`` with ``rescale`` True (1 if
 either sum is below 1e-7), one over the density with ``"density"``, and 1 with False.
 
-Every function evaluates this in float32, operation after operation in the order written, or in float64. Factors and
-coefficients are formed in float64 and rounded once. Sums over a tensor are float64 in a fixed order: 64 lanes inside
+Every function evaluates this in float32, operation by operation in the order written, or in float64. Factors and
+coefficients are computed in float64 and rounded once. Sums over a tensor are float64 in a fixed order: 64 lanes inside
 each 1,024 elements, then halves of lanes, then block after block. Thresholds keep all elements that tie with the last
-kept one. Arguments are trusted. Nothing is shared with the code that this judges.
+kept one. Arguments are trusted. Nothing is shared with the code that this module checks.
 
-Arguments of all: ``base`` and ``models`` are floating tensors of one shape, whose dtypes may differ; ``weights`` one
-number for each model, by default 1; ``density``, ``gamma`` and ``epsilon`` one number, or one for each model;
-``seed``, ``name`` and ``numbers`` as `philox.key_of` takes them, ``numbers`` by default 0, 1, ...; ``out_dtype`` that
-of the result, by default the first model's; ``dtype`` that of the arithmetic, where float64 is also the result's.
+All functions share these arguments. ``base`` and ``models`` are floating tensors of the same shape, whose dtypes may
+differ. ``weights`` has one number for each model, by default 1. ``density``, ``gamma`` and ``epsilon`` are one number,
+or one for each model. ``seed``, ``name`` and ``numbers`` are as in `philox.key_of`; ``numbers`` is 0, 1, ... by
+default. ``out_dtype`` is the dtype of the result, by default the first model's. ``dtype`` is the dtype of the
+arithmetic; float64 is then also the result's.
 """
 
 from __future__ import annotations
@@ -174,9 +176,10 @@ def della_linear(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Keep each element with the probability ``density - epsilon + 2 * epsilon * r``, then sum. ``r`` is the rank of
-    its magnitude among those along axis 1 (of a vector: among all), from 0 for the smallest to 1; of equal ones the
-    later is the larger; 0.5 where there is one element.
+    """Keep each element with the probability ``density - epsilon + 2 * epsilon * r``, then sum.
+
+    ``r`` is the rank of its magnitude along axis 1 (for a vector, among all elements), from 0 for the smallest to 1 for
+    the largest. Among equal magnitudes, the later one ranks higher. If there is only one element, ``r`` is 0.5.
 
     Source: Deep, Bhardwaj, Poria, "DELLA-Merging", 2024, arXiv 2406.11617.
     """
@@ -215,11 +218,12 @@ def sce(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Select, calculate, erase: where the variance over the models is among the ``int(select_topk * nonzero)``
-    largest, the mean of the task vectors that have the elected sign, weighted by their mean squares; 0 elsewhere.
+    """Select, calculate, erase: merge the elements with the largest variances over the models.
 
-    The variance is formed in float64 and rounded to ``dtype``, ``nonzero`` counts where that is not 0. The elected sign
-    is that of the sum of the task vectors. The weights are all equal where their sum is below 1e-6.
+    Where the variance is among the ``int(select_topk * nonzero)`` largest, the merged task vector is the mean of the
+    task vectors that have the elected sign, weighted by their mean squares; elsewhere it is 0. The variance is computed
+    in float64 and rounded to ``dtype``; ``nonzero`` is the number of elements where it is not 0. The elected sign is
+    that of the sum of the task vectors. If the sum of the weights is below 1e-6, all weights are equal.
 
     Source: Wan et al., "FuseChat", 2024, arXiv 2408.07990.
     """
@@ -247,7 +251,8 @@ def ram(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Where one model alone moved by more than ``epsilon``, its task vector; where several did, the mean of theirs.
+    """Merge by who moved: where only one model moved by more than ``epsilon``, its task vector; where several did, the
+    mean of their task vectors.
 
     Source: Yuan et al., "Behavior Knowledge Merge in Reinforced Agentic Models", 2026, arXiv 2601.13572.
     """

@@ -1,11 +1,11 @@
-"""Random masks in plain torch, from Philox 4x32-10: a random word for each element of a tensor, without any state.
+"""Random masks in plain torch, from the stateless generator Philox 4x32-10: a random word for each tensor element.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the library Random123).
 
-The key of a tensor is the first 8 bytes, as two little-endian words, of BLAKE3 over the seed (uint64, little-endian),
-the model's number (uint32, little-endian) and the tensor's canonical name in UTF-8. The element with the flat index
-``i`` has the word ``i % 4`` of the four that the generator makes of the counter ``i // 4``. It is kept with
-probability ``p`` where its word is below ``floor(p * 2**32)``.
+The key of a tensor is the first 8 bytes of a BLAKE3 digest, as two little-endian words. The digest is over the seed
+(uint64, little-endian), the model's number (uint32, little-endian) and the tensor's canonical name in UTF-8. For the
+counter ``i // 4``, the generator makes four words; the element with the flat index ``i`` has word ``i % 4`` of them. An
+element with probability ``p`` is kept if its word is below ``floor(p * 2**32)``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
     """Four random words for each counter.
 
     Args:
-        counter: int64 [n, 4], each element a word in [0, 2**32); the first is the lowest.
+        counter: int64 [n, 4], each element a word in [0, 2**32), lowest word first.
         key: two words.
 
     Returns:
@@ -42,7 +42,8 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def key_of(seed: int, number: int, name: str) -> tuple[int, int]:
-    """The key for one tensor of one model: ``seed`` below 2**64, ``number`` the model's place among all, from 0."""
+    """The key for one tensor of one model. ``seed`` is below 2**64; ``number`` is the model's index among all models,
+    from 0."""
     from blake3 import blake3
 
     digest = blake3(struct.pack("<QI", seed, number) + name.encode("utf-8")).digest()
@@ -51,7 +52,7 @@ def key_of(seed: int, number: int, name: str) -> tuple[int, int]:
 
 
 def words(first: int, count: int, key: tuple[int, int]) -> Tensor:
-    """int64 [count]: the words of the elements from the flat index ``first`` on."""
+    """The words of ``count`` elements, starting at the flat index ``first``: int64 [count]."""
     counters = torch.arange(first // 4, (first + count + 3) // 4, dtype=torch.int64)
     zeros = torch.zeros_like(counters)
     counter = torch.stack((counters & WORD, counters >> 32, zeros, zeros), dim=1)
@@ -59,7 +60,7 @@ def words(first: int, count: int, key: tuple[int, int]) -> Tensor:
 
 
 def kept(probability: float, shape: torch.Size, *, seed: int, number: int, name: str) -> Tensor:
-    """Bool of a tensor's shape: which elements are kept with a probability in [0, 1]."""
+    """The mask of elements that are kept with a probability in [0, 1]: bool of a tensor's shape."""
     limit = math.floor(probability * 2.0**32)
     return (words(0, shape.numel(), key_of(seed, number, name)) < limit).reshape(shape)
 

@@ -3,16 +3,16 @@
 Sources: Gargiulo et al., "Task Singular Vectors", CVPR 2025, arXiv 2412.00081 (`tsv_m`); arXiv 2603.05354
 (`tsv_m_boosted`); Marczak et al., "No Task Left Behind", arXiv 2502.04959 (`iso_c`, `iso_cts`).
 
-With base ``B`` and models ``M_i``, each matrix ``[m, n]`` of a linear layer is merged by itself. ``d_i = M_i - B``,
-``r = min(m, n)``, ``d = U S V'`` is a singular value decomposition with singular values ``s_1 >= s_2 >= ...``. Any
-other tensor (a vector, a convolution, an embedding) becomes ``B + lambda * mean(d_i)``.
+With base ``B`` and models ``M_i``, each matrix ``[m, n]`` of a linear layer is merged independently. Here
+``d_i = M_i - B``, ``r = min(m, n)``, and ``d = U S V'`` is a singular value decomposition with singular values
+``s_1 >= s_2 >= ...``. Any other tensor (a vector, a convolution, an embedding) becomes ``B + lambda * mean(d_i)``.
 
-Task vectors are float32, as in every method, and so are ``B + D`` and the mean; what lies between (decompositions,
-products, sums over models) is float64. With ``dtype=torch.float64`` all of it is.
+Task vectors are float32, as in every method, and so are ``B + D`` and the mean. The steps between them (decompositions,
+products, sums over models) are float64. With ``dtype=torch.float64``, everything is float64.
 
-A direction counts as zero where ``s <= max(m, n) * eps * s_1``, ``eps`` being float32's: its singular vectors are
-arbitrary. Such directions are dropped, from task vectors before anything is made of their vectors, and from a matrix
-whose polar factor is formed.
+A direction counts as zero if ``s <= max(m, n) * eps * s_1``, with the ``eps`` of float32; its singular vectors are
+arbitrary. Such directions are dropped: from task vectors before their singular vectors are used, and from a matrix
+before its polar factor is computed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ EPS = 2.0**-23
 """The spacing of float32 numbers at 1."""
 
 EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias", "lm_head", "proj_out")
-"""Modules that are embeddings, or output projections that often share their matrix with one, beside those with `embed`
-in their names."""
+"""Names of modules that are embeddings, or output projections that often share their matrix with an embedding.
+Modules with `embed` in their names are embeddings too."""
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """Singular triples, the largest first: ``left`` [m, q], ``values`` [q], ``right`` [n, q]; and how many directions
-    of the matrix counted as zero."""
+    """Singular triples, the largest first: ``left`` [m, q], ``values`` [q], ``right`` [n, q]. ``dropped`` is the number
+    of directions of the matrix that counted as zero."""
 
     left: Tensor
     values: Tensor
@@ -46,8 +46,8 @@ class Directions:
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is the weight matrix of a linear layer: it has two axes, its name (if it has one) ends in a
-    weight, and its module is no embedding."""
+    """Whether a tensor is the weight matrix of a linear layer: it has two axes, the last part of its name (if any)
+    starts with `weight`, and its module is no embedding."""
     *_, module, last = "", "", *name.split(".")
     linear = last.startswith("weight") and "embed" not in module and module not in EMBEDDINGS
     return len(shape) == 2 and (not name or linear)
@@ -64,13 +64,16 @@ def directions(matrix: Tensor, largest: float | None = None) -> Directions:
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """The polar factor ``U V'`` of ``U S V'``, without directions that count as zero; of the matrix's shape."""
+    """The polar factor ``U V'`` of ``U S V'``, without directions that count as zero. It has the matrix's shape."""
     parts = directions(matrix)
     return parts.left @ parts.right.T
 
 
 def boosted(values: Tensor, beta: float) -> Tensor:
-    """Singular values, those after the first at which the running sum reaches ``beta`` of the whole raised to it."""
+    """Raise small singular values.
+
+    At some singular value, the running sum reaches ``beta`` of the total. All values after it are set to it.
+    """
     if not values.numel():
         return values
     running = values.cumsum(0)
@@ -79,7 +82,7 @@ def boosted(values: Tensor, beta: float) -> Tensor:
 
 
 def assembled(parts: Sequence[Directions], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Directions side by side, left and right singular vectors each replaced by their polar factor."""
+    """Concatenate directions, and replace the left and the right singular vectors by their polar factors."""
     left = torch.cat([part.left for part in parts], 1) if parts else torch.zeros(shape[0], 0, dtype=torch.float64)
     right = torch.cat([part.right for part in parts], 1) if parts else torch.zeros(shape[1], 0, dtype=torch.float64)
     values = torch.cat([part.values for part in parts]) if parts else torch.zeros(0, dtype=torch.float64)
@@ -96,14 +99,14 @@ def tsv_m(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``B + lam * U S V'``: of each ``d_i`` the first ``int(share * r)`` directions, concatenated.
+    """``B + lam * U S V'``: the first ``int(share * r)`` directions of each ``d_i``, concatenated.
 
     Args:
-        base, models: one shape, floating; dtypes may differ.
+        base, models: floating tensors of the same shape; dtypes may differ.
         lam: lambda.
-        share: of the directions of each model, 0 to 1; None for ``1 / N``.
-        name: the tensor's canonical name, which says whether it is an embedding; none for a matrix.
-        out_dtype: dtype of the result, by default the first model's; none with ``dtype=torch.float64``.
+        share: the share of directions taken from each model, 0 to 1; None for ``1 / N``.
+        name: the tensor's canonical name, which says whether it is an embedding. Without a name it is a matrix.
+        out_dtype: dtype of the result, by default the first model's; without effect for ``dtype=torch.float64``.
         dtype: float32, or float64 for the value that results are measured against.
     """
     combine = _task_singular_vectors(base, models, lam, share, lambda values: values)
@@ -121,7 +124,7 @@ def tsv_m_boosted(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """As `tsv_m`, of singular values that were `boosted` by ``beta`` before the first directions are taken."""
+    """As `tsv_m`, but the singular values are `boosted` by ``beta`` before the first directions are taken."""
     combine = _task_singular_vectors(base, models, lam, share, lambda values: boosted(values, beta))
     return _merged(base, models, lam, combine, name, out_dtype, dtype)
 
@@ -140,7 +143,7 @@ def _task_singular_vectors(
 
 
 def kept_of_each(rank: int, models: int, share: float | None) -> int:
-    """How many directions of each task vector TSV-M takes, of ``rank``: the smaller side of the matrix."""
+    """The number of directions that TSV-M takes from each task vector. ``rank`` is the smaller side of the matrix."""
     return rank // models if share is None else int(share * rank)
 
 
@@ -153,7 +156,7 @@ def iso_c(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``B + lam * mean(S) * U V'`` of ``sum d_i = U S V'``; arguments as for `tsv_m`."""
+    """``B + lam * mean(S) * U V'`` with ``sum d_i = U S V'``; arguments as for `tsv_m`."""
 
     def combine(vectors: list[Tensor]) -> Tensor:
         common = directions(sum(vectors[1:], vectors[0]))
@@ -172,10 +175,11 @@ def iso_cts(
     out_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``B + lam * mean(S) * U V'``: directions of ``sum d_i`` and of what each ``d_i`` has beside them, concatenated.
+    """``B + lam * mean(S) * U V'`` of two concatenated sets of directions: the common ones, which are those of
+    ``sum d_i``, and those of the rest of each ``d_i`` outside the span of the common ones.
 
     ``common_share`` (f) is the share of directions that come from the sum, 0 to 1; other arguments as for `tsv_m`. A
-    direction of ``d_i`` beside the common ones counts as zero by the largest singular value of ``d_i`` itself.
+    direction of such a rest counts as zero relative to the largest singular value of ``d_i`` itself.
     """
 
     def combine(vectors: list[Tensor]) -> Tensor:
@@ -193,9 +197,10 @@ def iso_cts(
 
 
 def common_and_own(rank: int, models: int, common_share: float) -> tuple[int, int]:
-    """How many directions Iso-CTS takes of the sum and of each model, ``rank`` in all.
+    """The numbers of directions that Iso-CTS takes from the sum and from each model, ``rank`` in total.
 
-    The models' part is rounded to a multiple of their number (half to even), down where up would exceed ``rank``.
+    The models' part is rounded to a multiple of their number (half to even), or rounded down if rounding up would
+    exceed ``rank``.
     """
     left_over = rank - int(common_share * rank)
     of_each = min(round(left_over / models), rank // models)
@@ -215,7 +220,8 @@ def _merged(
     out_dtype: torch.dtype | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``B + D``, with ``D`` by ``combine`` of float64 task vectors for a matrix, else ``lam * mean(d_i)``."""
+    """``B + D``. For a matrix, ``combine`` computes ``D`` from float64 task vectors; otherwise it is
+    ``lam * mean(d_i)``."""
     wide = base.to(dtype)
     vectors = [model.to(dtype) - wide for model in models]
     if is_matrix(name, base.shape):

@@ -10,7 +10,7 @@ LANES = 64
 
 
 def block_sums(values: Tensor) -> Tensor:
-    """Float64 [..., n] to [..., ceil(n / 1024)]: each block of 1,024, the last padded with zeros, is summed.
+    """Sum each block of 1,024 values, the last padded with zeros: float64 [..., n] to [..., ceil(n / 1024)].
 
     Element e of a block is in lane e mod 64. The elements of a lane are added one after another, then halves of lanes.
     """
@@ -29,7 +29,7 @@ def block_sums(values: Tensor) -> Tensor:
 
 
 def added_blocks(parts: Tensor) -> Tensor:
-    """Float64 [..., k] to [...]: the sums added one after another, from 0."""
+    """Add the sums one after another, starting from 0: float64 [..., k] to [...]."""
     result = torch.zeros(parts.shape[:-1], dtype=torch.float64)
     for each in range(parts.shape[-1]):
         result += parts[..., each]
@@ -37,7 +37,7 @@ def added_blocks(parts: Tensor) -> Tensor:
 
 
 def column_sums(values: Tensor) -> Tensor:
-    """Float64 [rows, columns] to [columns]: neighbouring rows are added in pairs, again and again; missing rows are
+    """Add neighbouring rows in pairs until one row is left: float64 [rows, columns] to [columns]. Missing rows are
     zeros."""
     while len(values) > 1:
         if len(values) % 2:

@@ -1,1 +1,1 @@
-"""A tree of outputs, made from a recipe."""
+"""Releases: a tree of outputs that is built from a recipe."""

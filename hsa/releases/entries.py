@@ -1,9 +1,9 @@
-"""Build or verify one entry of a release, and say what became of it.
+"""Build or verify one entry of a release, and report the result.
 
 An existing entry is verified before it is skipped. Names, sizes and headers of local sources are not enough: another
-training run of the same model has the same ones. So the merge is computed again, and all files are compared byte by
-byte. If all sources are commits of the Hub, which cannot change, comparing the recorded digests is enough, and nothing
-is downloaded. `hsa verify --sources` also finds files whose recorded digests were forged.
+training run of the same model has the same ones. So the merge is recomputed, and all files are compared byte by byte.
+If all sources are commits of the Hub, which cannot change, comparing the recorded digests is enough, and nothing is
+downloaded. `hsa verify --sources` also finds files whose recorded digests were forged.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class EntryReport:
-    """What became of an entry; `problem` says why it failed, `merge` is the report of one that was built, and
-    `notes` are of one that was verified. `exit_code` is 2 where only `strict` refused it, and 1 for other failures."""
+    """The result of an entry. `problem` says why it failed, `merge` is the report of a built entry, and `notes` are
+    those of a verified entry. `exit_code` is 2 if only `strict` refused the entry, and 1 for other failures."""
 
     path: str
     result: Literal["built", "verified", "failed"]
@@ -57,7 +57,7 @@ class EntryReport:
 
 
 def build_or_verify(planned: PlannedEntry, progress: Progress | None, *, overwrite: bool) -> tuple[EntryReport, Row]:
-    """Build or verify one entry, and look at its state afterwards."""
+    """Build or verify one entry, and return its report and its state afterwards."""
     path = planned.entry.path
     step = None if progress is None else lambda done, total: progress(path, done, total)
     bytes_read = peak_memory = 0
@@ -103,7 +103,8 @@ def failed(
     peak_memory: int = 0,
     exit_code: int = 1,
 ) -> tuple[EntryReport, Row]:
-    """The report of an entry that could not be built or verified, and its state then; `state` is the one before."""
+    """The report of an entry that could not be built or verified, and its state afterwards; `state` is the one
+    before."""
     if state == "missing":
         state = _state_after_failure(planned)
     report = EntryReport(planned.entry.path, "failed", problem, None, bytes_read, peak_memory, exit_code=exit_code)
@@ -115,12 +116,12 @@ def _overwrite_hint() -> str:
 
 
 def _state_after_failure(planned: PlannedEntry) -> EntryState:
-    """The state of an entry that was missing and could not be built: another run may have built it just now."""
+    """The state of an entry that was missing and could not be built; another run may have built it meanwhile."""
     if not (planned.plan.output / PROVENANCE).is_file():
         return "missing"
     try:
         return state_of(planned.plan.output, planned.request)[0]
-    except HsaError:  # its sources cannot be opened any more
+    except HsaError:  # its sources can no longer be opened
         return "other"
 
 
@@ -132,8 +133,8 @@ def _describe_problems(state: EntryState, report: VerifyReport) -> str:
 
 
 def _sources_to_compare(planned: PlannedEntry) -> dict[str, Any]:
-    """The sources to compute the merge from again, with the ids that the recipe gives them; none where all are commits
-    of the Hub, which cannot change."""
+    """The sources for recomputing the merge, with the ids from the recipe; none if all are commits of the Hub, which
+    cannot change."""
     sources, ids = planned.request.sources, planned.request.ids or {}
     provenance = load_provenance(planned.plan.output)
     recorded = provenance.record.sources

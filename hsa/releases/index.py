@@ -1,7 +1,7 @@
-"""The index over a release tree: `README.md`, which the Hub shows, and `index.json`, for programs.
+"""The index of a release tree: `README.md`, which the Hub shows, and `index.json`, for programs.
 
-Both are made from the recipe and from the provenance of what stands in the tree, and from nothing else: no time, no
-path of this machine, no message of a run. So the same tree has the same index, however many runs made it.
+Both are made only from the recipe and from the provenance of the outputs in the tree: no time, no path of this machine,
+no message of a run. So the same tree has the same index, however many runs made it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from hsa.system.staging import STAGING, StagingDirectory, hidden_sibling
 
 MARKER = "<!-- Written by hsa release, which writes it anew: change the recipe, not this file. -->"
 PATIENCE = 10.0
-"""Seconds to wait for another run that writes the index of the same tree."""
+"""Seconds to wait for another run that is writing the index of the same tree."""
 
 MAX_LINE = 1 << 16
-"""Bytes of a line of a README that are in memory at a time, while the marker is looked for."""
+"""The most bytes of a README line in memory at a time, while searching for the marker."""
 
 
 EntryState = Literal["complete", "missing", "other", "damaged"]
-"""Of an entry in the tree: as the recipe says; not there; made otherwise than the recipe says; not whole."""
+"""The state of an entry in the tree: as the recipe says; not there; built differently from the recipe; damaged."""
 
 _STATE_TEXT = {
     "missing": "not built yet",
@@ -51,7 +51,7 @@ _STATE_TEXT = {
 
 @dataclass(frozen=True)
 class Row:
-    """An entry, how it stands, and its provenance where it is complete."""
+    """An entry, its state, and its provenance if it is complete."""
 
     entry: RecipeEntry
     state: EntryState
@@ -71,7 +71,7 @@ def render(recipe: Recipe, rows: Sequence[Row]) -> dict[str, bytes]:
 
 
 def check_place(tree: Path) -> None:
-    """DestinationError where the tree holds a README.md or index.json that is not an earlier index."""
+    """Raise DestinationError if the tree holds a README.md or index.json that is not an earlier index."""
     for name, is_own in ((README, _is_readme), (INDEX, is_index)):
         path = tree / name
         if not (path.is_symlink() or path.exists()):
@@ -84,9 +84,9 @@ def check_place(tree: Path) -> None:
 
 
 def write(tree: Path, files: Mapping[str, bytes], *, sync: bool) -> bool:
-    """Put each file into place in one step, where it is not there already; returns whether anything was written.
+    """Replace each file atomically, unless all are current. Return whether anything was written.
 
-    Raises MachineError, or DestinationError when another run does not let go of the index.
+    Raises MachineError, or DestinationError if another run does not release the index.
     """
     check_place(tree)
     staging_path = hidden_sibling(tree / "index", STAGING)
@@ -99,10 +99,10 @@ def write(tree: Path, files: Mapping[str, bytes], *, sync: bool) -> bool:
             staging = StagingDirectory(staging_path, tree / INDEX, sync=sync)
             break
         except DestinationError:
-            if time.monotonic() > deadline or not staging_path.is_dir():  # a file of that name goes by no waiting
+            if time.monotonic() > deadline or not staging_path.is_dir():  # waiting does not remove a file of that name
                 raise
             time.sleep(0.05)
-    with staging:  # which clears what a killed run left there
+    with staging:  # clears what a killed run left there
         if is_current:
             return False
         for name, data in files.items():
@@ -163,12 +163,12 @@ def _method(row: Row) -> AnyMethod:
 
 
 def _citation(row: Row) -> str:
-    """What to cite for a complete entry; empty for nothing."""
+    """The citation for a complete entry; empty if there is none."""
     return row.entry.card.get("citation", _method(row).citation)
 
 
 def _heads(row: Row) -> str:
-    """How many heads a complete entry merged; empty where its method merges whole tensors."""
+    """The number of heads that a complete entry merged; empty if its method merges whole tensors."""
     assert row.provenance is not None
     counts = entry_facts(row.provenance)
     return f"{counts['selected_heads']} of {counts['total_heads']}" if "selected_heads" in counts else ""
@@ -182,7 +182,7 @@ same as this page to programs."""
 
 
 def _table(rows: Sequence[Row], citations: Sequence[str]) -> str:
-    """The models of a group, with a column for every role and every number that one of them has."""
+    """The table of a group's models, with a column for every role and every number that any of them has."""
     records = [row.provenance.record for row in rows if row.provenance is not None]
     roles = tuple(dict.fromkeys(role for record in records for role in record.sources))
     numbers = [name for record in records for name, value in summary(record.parameters).items() if _is_number(value)]
@@ -209,7 +209,7 @@ def _cells(
 
 
 def _source(identity: Identity) -> str:
-    """A link where the identity is a repository on the Hub: its name holds nothing then that a link would mind."""
+    """The identity as text, and as a link for a repository on the Hub, whose name needs no escaping in a link."""
     revision = identity.revision
     text = f"`{code(identity.id)}`" + (f" at `{code(revision[:12])}`" if revision else "")
     if not is_hub_id(identity.id):
@@ -219,7 +219,7 @@ def _source(identity: Identity) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a parameter is a number, or numbers per tensor."""
+    """Whether a parameter is a number or has numbers per tensor."""
     return isinstance(value, (int, float, dict)) and not isinstance(value, bool)
 
 

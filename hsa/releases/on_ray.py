@@ -1,13 +1,13 @@
-"""Build the entries of a release as tasks of Ray, one task for each.
+"""Build the entries of a release as Ray tasks, one task per entry.
 
-Ray may run a task again after its node fails, even if the task was finished and only its result was lost. This is safe
-because an output appears whole or not at all, and:
+Ray may run a task again after its node fails, even if the task was finished and only its result was lost. Tasks are
+idempotent, because outputs are written atomically, and:
 
-- The next run removes what a killed process left beside the output. A failed node may hold its lock for a while, on a
-  network filesystem until the lease ends. The task waits for it.
+- The next run removes what a killed process left beside the output. A failed node may hold its lock for a while; on a
+  network filesystem, until the lease ends. The task waits for the lock.
 - If the entry exists by then, it is planned again, so that it is verified instead of refused.
 
-Arguments are pickled explicitly, so that a node without hsa can report that.
+Arguments are pickled explicitly, so that a node without hsa can report that hsa is missing.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from hsa.system.ray_cluster import check_address, check_version, connected, impo
 from hsa.system.staging import lock
 
 CPUS = 4
-"""CPUs that a task asks for and threads that it uses, unless `threads` says otherwise; fewer where no node has so many.
-A merge waits for the disk most of the time, so that more gain little."""
+"""The default number of CPUs that a task requests and of threads that it uses; fewer if no node has that many. A merge
+mostly waits for the disk, so more CPUs gain little."""
 
 RETRIES = 3
 """How often Ray repeats an entry after its node or process fails. Limited, because the entry may be the cause."""
@@ -49,17 +49,18 @@ CANCEL_SECONDS = 10.0
 """How long tasks have to clean up when the release is interrupted."""
 
 WATCH_SECONDS = 0.05
-"""Between two looks at the tasks."""
+"""Seconds between two checks of the tasks."""
 
 _Result = tuple[EntryReport, Row]
 
 _Returned = tuple[EntryReport, EntryState, bytes | None]
-"""What a task returns: the report, the state of the entry, and the bytes of its provenance where it is complete. A
-provenance that is read holds objects of its process, such as the family of the models, which pickling would copy."""
+"""The result of a task: the report, the state of the entry, and the bytes of its provenance if it is complete. The
+parsed provenance is not returned, because it holds objects of its process, such as the model family, which pickling
+would copy."""
 
 
 def check(ray: bool | str) -> None:
-    """RequestError where `ray` is neither True nor an address, or Ray is not installed."""
+    """Raise RequestError if `ray` is neither True nor an address, or if Ray is not installed."""
     if not (ray is True or isinstance(ray, str)):
         raise RequestError(f"{option('ray')} must be True, False or an address HOST:PORT, got {shown(ray)}")
     check_address(_address(ray))
@@ -69,9 +70,9 @@ def check(ray: bool | str) -> None:
 def build_all(
     release_plan: ReleasePlan, ray: bool | str, *, overwrite: bool, watch: Callable[[EntryReport], None] | None
 ) -> list[_Result]:
-    """Build or verify all entries on a cluster; their reports and rows in the order of the recipe.
+    """Build or verify all entries on a cluster. Return their reports and rows in the order of the recipe.
 
-    Raises RequestError where no node has what an entry needs, MachineError where the cluster does not answer or has
+    Raises RequestError if no node has the resources of an entry, MachineError if the cluster does not answer or has
     another version of hsa.
     """
     with connected(_address(ray)) as module:
@@ -115,7 +116,7 @@ class _Tasks:
                 if watch is not None:
                     watch(results[place][0])
             if not ready:
-                time.sleep(WATCH_SECONDS)  # where a signal can end it, which inside Ray becomes another error
+                time.sleep(WATCH_SECONDS)  # outside Ray, which would turn a signal into another error
         return [results[place] for place in range(len(planned))]
 
     def _result(self, task: Any, planned: PlannedEntry) -> _Result:
@@ -125,7 +126,7 @@ class _Tasks:
         except errors.RayTaskError as error:
             if isinstance(error.cause, HsaError):
                 return failed(planned, str(error.cause), planned.state)
-            raise error.cause from error  # a defect, which ends a release without Ray too
+            raise error.cause from error  # a bug, which also ends a release without Ray
         except errors.RayError as error:
             text = " ".join(str(error).split()) or type(error).__name__
             problem = f"its node or its process was lost {RETRIES + 1} times, the last time so: {text:.300}"
@@ -133,8 +134,8 @@ class _Tasks:
         return report, _row(planned, state, record)
 
     def cancel(self) -> None:
-        """End the tasks that run, which then remove what they have begun, and drop the others."""
-        with suppress(Exception):  # where the cluster is gone, its tasks are
+        """Cancel all tasks. Running tasks remove their incomplete output."""
+        with suppress(Exception):  # if the cluster is gone, so are its tasks
             for task in self._pending:
                 self._ray.cancel(task)
             if self._pending:
@@ -150,9 +151,10 @@ def _row(planned: PlannedEntry, state: EntryState, record: bytes | None) -> Row:
 
 
 def _placed(ray: ModuleType, planned: PlannedEntry) -> PlannedEntry:
-    """The entry with the threads and the backend of its task. RequestError or MachineError where no node can run it."""
+    """The entry with the threads and the backend of its task. Raises RequestError or MachineError if no node can run
+    it."""
     request = planned.request
-    cpus = int(largest_node(ray, "CPU"))  # 0 where nodes start on demand: whether they are large enough is not known
+    cpus = int(largest_node(ray, "CPU"))  # 0 if nodes start on demand: their size is not known
     if request.threads is not None and 0 < cpus < request.threads:
         raise RequestError(
             f"each entry asks Ray for {request.threads} CPUs, and no node of the cluster has more than {cpus}; give "
@@ -181,9 +183,9 @@ def _uses_gpu(planned: PlannedEntry) -> bool:
 
 
 def _build_there(version: str, data: bytes, tree: str, overwrite: bool) -> _Returned:
-    """Build or verify an entry, on the node of the task."""
+    """Build or verify an entry on the node of the task."""
     check_version(version)
-    methods()  # with those of plugins, whose settings the plan may hold
+    methods()  # loads the plugins, whose settings the plan may contain
     planned: PlannedEntry = pickle.loads(data)
     destination = planned.plan.output
     _wait_for_lost_run(destination)
@@ -192,7 +194,7 @@ def _build_there(version: str, data: bytes, tree: str, overwrite: bool) -> _Retu
 
 
 def _build_or_verify_again(planned: PlannedEntry, tree: Path, *, overwrite: bool) -> _Result:
-    """Build or verify an entry, which is planned again where it stands by now."""
+    """Build or verify an entry. An entry that was missing and exists by now is planned again."""
     if planned.action == "build" and (planned.plan.output / PROVENANCE).is_file():
         try:
             planned = plan_entry(planned.entry, planned.request, tree, overwrite=overwrite)
@@ -202,12 +204,13 @@ def _build_or_verify_again(planned: PlannedEntry, tree: Path, *, overwrite: bool
 
 
 def _wait_for_lost_run(destination: Path) -> None:
-    """Wait while another run holds the output's staging directory, which may be this entry's on a node that is lost."""
+    """Wait while another run holds the lock on the output's staging directory. It may be an earlier run of this task on
+    a lost node."""
     end = time.monotonic() + LOST_SECONDS
     while time.monotonic() < end:
         try:
             held = lock(staging_path(destination), created=False)
-        except OSError:  # it is not there, or the run will say what is wrong
+        except OSError:  # it does not exist, or the run will report what is wrong
             return
         if held is not None:
             os.close(held)

@@ -1,7 +1,7 @@
-"""Plan a release: check every merge of a recipe before the first byte is written, and what is in the tree already.
+"""Plan a release: check every merge of a recipe, and what the tree already holds, before the first byte is written.
 
-An entry that is there is judged by its record alone, where parameters, settings, card fields and sources agree as
-far as headers tell; a run proves it (see `hsa.releases.release`).
+An existing entry is judged by its record alone: its parameters, settings, card fields and sources must agree, as far as
+headers show. A run then verifies it (see `hsa.releases.release`).
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from hsa.system.types import PathLike
 Action = Literal["build", "verify", "rebuild", "refuse"]
 
 ROOM_FOR_METADATA = 1 << 20
-"""Bytes to keep free for an entry's card and provenance, whose sizes are known at the end alone."""
+"""Bytes to keep free for an entry's card and provenance, whose sizes are known only at the end."""
 
 MAX_NAMED = 5
-"""Problems that one message names."""
+"""The most problems that one message names."""
 
 
 @dataclass(frozen=True)
 class PlannedEntry:
-    """What is to become of an entry: `state` is how it stands now by its record, `why` what differs or is wrong.
+    """The planned action for an entry. `state` is its current state by its record; `why` says what differs or is wrong.
 
-    `replaced` are the bytes that go when it is built again, `remedy` what to do where `overwrite` does not help.
+    `replaced` is the number of bytes that a rebuild frees. `remedy` says what to do if `overwrite` does not help.
     """
 
     entry: RecipeEntry
@@ -71,9 +71,9 @@ class PlannedEntry:
 
 @dataclass(frozen=True)
 class ReleasePlan:
-    """What a release would do: nothing was read but headers and small files, and nothing written.
+    """The plan of a release. For it, only headers and small files were read, and nothing was written.
 
-    `short` says where the disk has too little room; a release is refused then. Sizes are bytes.
+    `short` names the disks with too little space, for which a release is refused. Sizes are in bytes.
     """
 
     recipe: Recipe
@@ -95,7 +95,7 @@ class ReleasePlan:
         return sum(planned.plan.bytes_to_fetch for planned in self.building)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa release --dry-run --json` prints."""
+        """The plan as `hsa release --dry-run --json` prints it."""
         return {
             "dry_run": True,
             "tree": str(self.tree),
@@ -109,10 +109,10 @@ class ReleasePlan:
 
 @fsio.map_os_errors()
 def plan_release(recipe: PathLike, output: PathLike, **keywords: Any) -> ReleasePlan:
-    """What `release` would do with the same arguments; reads headers and small files, writes nothing.
+    """Plan what `release` would do with the same arguments. Reads only headers and small files, and writes nothing.
 
-    Raises RequestError for a bad recipe, or naming every merge that cannot be done (MachineError where the machine or
-    the network is to blame for all of them).
+    Raises RequestError for a bad recipe, or for merges that cannot be done, all of which it names. If the machine or
+    the network is the cause for all of them, raises MachineError instead.
     """
     overwrite = run_options(RELEASE, keywords).overwrite
     options = {name: value for name, value in keywords.items() if name != "overwrite"}
@@ -140,10 +140,10 @@ def plan_release(recipe: PathLike, output: PathLike, **keywords: Any) -> Release
 
 
 def plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: bool) -> PlannedEntry:
-    """What is to become of one entry. Raises HsaError where it cannot be done."""
+    """Plan one entry. Raises HsaError if its merge cannot be done."""
     check_tree(tree, _local_paths(request))
     with spelled(as_keys(keys())):
-        dry_run_report = dry_run(request, occupied=True)  # whatever stands there, look at the rest
+        dry_run_report = dry_run(request, occupied=True)  # an existing output does not stop the other checks
     destination = dry_run_report.output
     if not (destination / PROVENANCE).is_file():
         check_replaceable(destination, overwrite=True)
@@ -162,13 +162,13 @@ def plan_entry(entry: RecipeEntry, request: Request, tree: Path, *, overwrite: b
 
 
 def _local_paths(request: Request) -> list[Path]:
-    """The sources that are no hub ids, with their links resolved."""
+    """The sources that are not hub ids, with their links resolved."""
     paths = [Path(path).expanduser() for path in request.sources.values() if find_id(path) is None]
     return [Path(os.path.realpath(path)) for path in paths]
 
 
 def state_of(destination: Path, request: Request) -> tuple[EntryState, str]:
-    """The state of an output by its own record, and what differs from the recipe."""
+    """The state of an output by its own record, and its differences from the recipe."""
     try:
         provenance = load_provenance(destination)
     except HsaError as error:
@@ -194,7 +194,7 @@ def _other_method(expected: str, recorded: str) -> Iterator[str]:
 
 
 def _other_parameters(expected: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterator[str]:
-    """What shaped the output otherwise; the backend does not, for all write the same bytes."""
+    """The parameters that make the output differ. The backend is ignored, because all backends write the same bytes."""
     for key in sorted({*expected, *recorded} - {"backend", "card"}):
         if expected.get(key) != recorded.get(key):
             yield f"{key} is {shown(recorded.get(key), 60)}, the recipe says {shown(expected.get(key), 60)}"
@@ -207,7 +207,7 @@ def _other_parameters(expected: Mapping[str, Any], recorded: Mapping[str, Any]) 
 
 
 def _other_sources(expected: Mapping[Role, SourceRecord], recorded: Mapping[Role, SourceRecord]) -> Iterator[str]:
-    """As far as headers tell."""
+    """The differences between the recorded sources and the recipe's, as far as headers show."""
     if set(expected) != set(recorded):
         yield f"it was merged from {listed(recorded)}, the recipe has {listed(expected)}"
         return
@@ -225,7 +225,7 @@ def _name(source: SourceRecord) -> str:
 
 
 def _planning_error(recipe: Recipe, problems: Sequence[tuple[RecipeEntry, HsaError]]) -> HsaError:
-    """One error that names all merges that cannot be done."""
+    """One error for all merges that cannot be done."""
     texts = [f"{entry.path} (line {entry.line}): {error}" for entry, error in problems[:MAX_NAMED]]
     more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
     machine = all(isinstance(error, MachineError) for _, error in problems)
@@ -236,7 +236,7 @@ def _planning_error(recipe: Recipe, problems: Sequence[tuple[RecipeEntry, HsaErr
 
 
 def _check_no_overlap(recipe: Recipe, entries: Sequence[PlannedEntry]) -> None:
-    """Links in the tree may lead two entries to one place."""
+    """Raise RequestError if links in the tree lead two entries to the same place."""
     outputs: dict[Path, RecipeEntry] = {}
     for planned in entries:
         output = planned.plan.output
@@ -250,14 +250,15 @@ def _check_no_overlap(recipe: Recipe, entries: Sequence[PlannedEntry]) -> None:
 
 
 def _disk_shortages(entries: Sequence[PlannedEntry]) -> Iterator[str]:
-    """Disks without room for all that is to be written; an output that is replaced goes when the new one stands."""
+    """The disks without enough space for everything to write. A replaced output is removed only after the new one is
+    complete."""
     used: dict[int, int] = {}
     peak: dict[int, int] = {}
     directories: dict[int, Path] = {}
     building = [planned for planned in entries if planned.action in ("build", "rebuild")]
     fetched = max((planned.plan.bytes_to_fetch for planned in building), default=0)
     caches = {_device(cache, directories) for cache in cache_directories()} if fetched else set()
-    if len(caches) == 1:  # merges may share sources, so that only what one of them fetches is certain
+    if len(caches) == 1:  # merges may share sources, so only the largest download of one merge is certain
         used = dict.fromkeys(caches, fetched)
         peak = dict(used)
     for planned in building:
@@ -272,7 +273,7 @@ def _disk_shortages(entries: Sequence[PlannedEntry]) -> Iterator[str]:
 
 
 def _device(path: Path, directories: dict[int, Path]) -> int:
-    """The device of the nearest directory that exists, which `places` keeps."""
+    """The device of the nearest existing directory, which is added to `directories`."""
     directory = next(parent for parent in (path, *path.parents) if parent.exists())
     device = directory.stat().st_dev
     directories.setdefault(device, directory)

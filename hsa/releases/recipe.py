@@ -1,18 +1,18 @@
-"""A release recipe: YAML that says which merges make up a tree, checked whole before anything is looked at.
+"""A release recipe: YAML that lists the merges of a tree. It is checked as a whole before any source is opened.
 
     title: ...                        # of the tree's index; may be left out
-    defaults: {k: 0.6, card: {...}}   # whatever a merge may say, but its name
+    defaults: {k: 0.6, card: {...}}   # any key of a merge, except its name
     merges:
       - name: ...                     # the tree's directory <group>/<name>
         group: ...
         base, primary, ...: ...       # directories, or hub ids; the last may be a list of them
         models: [...]                 # instead of primary and the others; the first is the anchor
-        method: ...                   # hsa unless told
+        method: ...                   # hsa by default
         k, lambda, dtype, ...         # as on the command line of `hsa merge`, with underscores
         card: {role: ...}             # fields of the model card
 
-What a merge says wins over the defaults, card fields one by one; `null` takes a default back. A relative path counts
-from the recipe's own directory, never from where the program was started.
+A merge's own keys override the defaults, card fields one by one; `null` removes a default. A relative path is relative
+to the recipe's own directory, never to the working directory.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from hsa.system.strict_yaml import Value, parse
 from hsa.system.types import PathLike
 
 MAX_BYTES = 256 << 10
-"""The largest recipe: several hundred merges."""
+"""The size of the largest recipe, which is enough for several hundred merges."""
 
 MERGE_OF_A_RECIPE = Call("merge", options=frozenset(each.name for each in declared(OutputOptions)))
-"""What a merge says in a recipe: all but the output, and how the run goes."""
+"""The arguments of a merge in a recipe: all except the output and the options of the run."""
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
 
 @dataclass(frozen=True)
 class RecipeEntry:
-    """One merge of a recipe, and the line where it begins. `task` is the merge with `path` for its output."""
+    """One merge of a recipe, and the line where it begins. `task` is the merge with `path` as its output."""
 
     group: str
     name: str
@@ -62,7 +62,7 @@ class RecipeEntry:
 
     @property
     def path(self) -> str:
-        """The place in the tree."""
+        """The path in the tree."""
         return f"{self.group}/{self.name}"
 
     @property
@@ -76,7 +76,7 @@ class RecipeEntry:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `where` is what messages call it."""
+    """A checked recipe. `where` is its name in messages."""
 
     where: str
     title: str | None
@@ -84,17 +84,17 @@ class Recipe:
 
 
 def keys() -> tuple[str, ...]:
-    """What a merge of a recipe says in its file, where `hsa merge` has an option."""
+    """The keys of a merge in a recipe that correspond to options of `hsa merge`."""
     return tuple(LETTERS.get(name, name) for name in MERGE_OF_A_RECIPE.names() if name != "output")
 
 
 def shared_keys() -> tuple[str, ...]:
-    """What defaults may say."""
+    """The keys that defaults may contain."""
     return ("group", *keys())
 
 
 def load(path: PathLike) -> Recipe:
-    """Read and check a recipe; RequestError or SourceError says what is wrong in which line. Opens no source."""
+    """Read and check a recipe, without opening any source. Raises RequestError or SourceError with the faulty line."""
     where = Path(path)
     source = SourceFile(where, "recipe", Tally())
     try:
@@ -107,7 +107,7 @@ def load(path: PathLike) -> Recipe:
 
 
 def loads(data: bytes, where: str, folder: Path) -> Recipe:
-    """The recipe in the bytes of a file; relative paths count from `folder`. See `load`."""
+    """The recipe in the bytes of a file; relative paths are relative to `folder`. See `load`."""
     document = _mapping(parse(data, where), where, "the recipe")
     _check_keys(document, ("title", "defaults", "merges"), where, "the recipe")
     defaults = _mapping(document["defaults"], where, "defaults") if "defaults" in document else {}
@@ -137,14 +137,15 @@ def _entry(value: Value, defaults: Mapping[str, Value], where: str, folder: Path
         raise RequestError(f"{where}:{value.line}: {label} has no {key}; name a directory or a hub id")
     keywords = _keywords(values, where, label, folder)
     card_fields = {"release_group": names["group"], **_card(defaults, own, where)}
-    keywords["card"] = {name: card_fields[name] for name in FIELDS if name in card_fields}  # as provenance keeps them
+    keywords["card"] = {name: card_fields[name] for name in FIELDS if name in card_fields}  # in provenance order
     with _placed(values, value.line, where, label):
         task = request_of(MERGE_OF_A_RECIPE, (), {**keywords, "output": Path(names["group"], names["name"])})
     return RecipeEntry(names["group"], names["name"], value.line, task)
 
 
 def _values(defaults: Mapping[str, Value], own: Mapping[str, Value]) -> dict[str, Value]:
-    """What holds for a merge, but for its card. Models by name and models in their order take each other's place."""
+    """The effective values of a merge, without its card. Models given by name and models given as a list replace each
+    other."""
     named = {name for name in source_names() if name != BASE}
     replaced = named if "models" in own else {"models"} if named & own.keys() else set()
     kept = {key: each for key, each in defaults.items() if key not in replaced}
@@ -171,12 +172,12 @@ def _keywords(values: Mapping[str, Value], where: str, label: str, folder: Path)
 
 @contextmanager
 def _placed(values: Mapping[str, Value], line: int, where: str, label: str) -> Iterator[None]:
-    """Say in which line what a request refuses stands, and name arguments as the recipe's keys."""
+    """Add the line to a RequestError raised inside, and let its message name arguments by the recipe's keys."""
     try:
         with spelled(as_keys(keys())):
             yield
     except RequestError as error:
-        parameter = str(error).partition(" ")[0]  # the message begins with the parameter that it is about
+        parameter = str(error).partition(" ")[0]  # the message begins with the parameter's name
         line = values[parameter].line if parameter in values else line
         raise RequestError(f"{where}:{line}: {label}: {error}") from error
 
@@ -192,7 +193,7 @@ def _card(defaults: Mapping[str, Value], own: Mapping[str, Value], where: str) -
 
 
 def _source(value: Value, where: str, what: str, folder: Path) -> PathLike:
-    """A path from the recipe's directory, or a hub id: what exists there is a path."""
+    """A path relative to the recipe's directory, or a hub id. A path that exists takes precedence."""
     text = _text(value, where, what)
     try:
         path = folder / Path(text).expanduser()
@@ -224,7 +225,8 @@ def _component(value: Value, where: str, what: str) -> str:
 
 
 def _check_places(entries: Iterable[RecipeEntry], where: str) -> None:
-    """No two merges at one place, nor at places that are one where capital letters do not count."""
+    """Raise RequestError if two merges have the same path, or paths that differ only in case, which are the same on
+    some filesystems."""
     groups: dict[str, RecipeEntry] = {}
     entries_by_path: dict[str, RecipeEntry] = {}
     for entry in entries:

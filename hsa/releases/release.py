@@ -1,8 +1,8 @@
-"""`hsa.release`: a recipe to a tree of checkpoints with an index.
+"""`hsa.release`: build a tree of checkpoints with an index from a recipe.
 
 Everything is checked before the first byte is written (`hsa.releases.plan`). Then each entry is built or, if it exists,
-verified (`hsa.releases.entries`), here or as a task of Ray (`hsa.releases.on_ray`). A failed entry is left unchanged,
-and the next one follows.
+verified (`hsa.releases.entries`), in this process or as a Ray task (`hsa.releases.on_ray`). A failed entry is left
+unchanged, and the release continues with the next one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,15 @@ __all__ = ["EntryReport", "ReleaseReport", "release"]
 
 @dataclass(frozen=True)
 class ReleaseReport:
-    """A finished release. Sizes are bytes, `seconds` wall time; `index_written` is false if the index was there
-    already, `index_problem` says why it could not be written."""
+    """A finished release. Sizes are in bytes; `seconds` is wall time.
+
+    `index_written` is false if the index was already current; `index_problem` says why it could not be written.
+
+    Example:
+        >>> report = hsa.release("recipe.yaml", output="tree")
+        >>> report.index_written, report.index_problem
+        (True, None)
+    """
 
     tree: Path
     entries: tuple[EntryReport, ...]
@@ -55,7 +62,7 @@ class ReleaseReport:
 
     @property
     def exit_code(self) -> int:
-        """What the command line returns: 2 where warnings that `strict` made errors are all that went wrong."""
+        """The exit code of the command line: 2 if all failures are warnings that `strict` turned into errors."""
         codes = [entry.exit_code for entry in self.failed] + ([1] if self.index_problem is not None else [])
         return min(codes, default=0)
 
@@ -63,7 +70,7 @@ class ReleaseReport:
         return sum(entry.result == result for entry in self.entries)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa release --json` prints."""
+        """The report as `hsa release --json` prints it."""
         merges = [entry.merge for entry in self.entries if entry.merge is not None]
         return {
             "tree": str(self.tree),
@@ -93,25 +100,30 @@ def release(
     ray: bool | str = False,
     **keywords: Any,
 ) -> ReleaseReport:
-    """Build the tree of a recipe: `output/<group>/<name>` for each merge, and an index over them.
+    """Build the tree of a recipe: `output/<group>/<name>` for each merge, and an index of them.
 
     Args:
-        recipe: a YAML file; see `hsa.releases.recipe` and the README.
-        output: the directory of the tree, new or of an earlier run. What the recipe does not name is left alone.
+        recipe: a YAML file; see `hsa.releases.recipe` and docs/release.md.
+        output: the directory of the tree, new or of an earlier run. Files that the recipe does not name are left alone.
         {options}
-        progress: called now and then with an entry's path, bytes done and bytes in all; not with `ray`.
-        watch: called with what became of each entry, as soon as it has ended.
-        ray: build the entries as tasks of Ray, several at a time: on the cluster at this address (`HOST:PORT`), or with
-            True on the one that the environment names or that runs on this machine; where there is none, Ray is started
-            on this machine. The sources and the tree must lie on a filesystem that all nodes share, and sources may be
-            hub ids. The tree is the same, byte for byte. `threads` is then per entry, and each entry asks Ray for as
-            many CPUs: 4 by default, or all of the largest node if it has fewer.
+        progress: called now and then with an entry's path, the bytes done and the total bytes; not with `ray`.
+        watch: called with the report of each entry as soon as the entry has ended.
+        ray: build the entries as Ray tasks, several at a time, on the cluster at this address (`HOST:PORT`). With True,
+            use the cluster that the environment names or that runs on this machine; if there is none, start Ray on this
+            machine. The sources and the tree must be on a filesystem that all nodes share; sources may also be hub ids.
+            The tree is the same, byte for byte. `threads` is then per entry, and each entry requests that many CPUs
+            from Ray: 4 by default, or all of the largest node if it has fewer.
 
-    With `strict`, a warning that headers give stops the release before anything is written, and a warning that comes
-    later makes that entry fail.
+    With `strict`, a warning that headers cause stops the release before anything is written, and a later warning makes
+    its entry fail.
 
-    Returns the report; entries that failed are in it and stop nothing else. Raises RequestError, SourceError or
-    MachineError before anything is written: for a bad recipe, merges that cannot be done, a disk too small.
+    Returns the report. A failed entry is reported there and does not stop the others. Raises RequestError, SourceError
+    or MachineError before anything is written: for a bad recipe, merges that cannot be done, or too little disk space.
+
+    Example:
+        >>> report = hsa.release("recipe.yaml", output="tree")
+        >>> len(report.entries)
+        1
     """
     started = time.perf_counter()
     check_paths(recipe=recipe, output=output)
@@ -137,7 +149,7 @@ def release(
 
 
 def _write_index(release_plan: ReleasePlan, rows: Sequence[Row], *, sync: bool) -> tuple[bool, str | None]:
-    """Write the index, unless nothing stands in the tree at all; whether it was written, and what went wrong."""
+    """Write the index, unless the tree is empty. Return whether it was written, and what went wrong."""
     if all(row.provenance is None for row in rows) and not os.path.lexists(release_plan.tree / INDEX):
         return False, None
     try:

@@ -1,1 +1,2 @@
-"""Search for the merge that recognises a user's own speech best: methods and settings, tried by word error rate."""
+"""Search for the merge that best recognises a user's own speech: methods and settings are compared by word error
+rate."""

@@ -1,4 +1,4 @@
-"""What every search scores before it draws anything: the sources, their average, each method's defaults, and soups."""
+"""The candidates that every search scores before it samples: sources, their average, method defaults, and soups."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hsa.searches.trials import Trial
 AVERAGE_NAME = "average"
 
 _RESERVED = re.compile(r"trial [1-9][0-9]*|soup .*", re.DOTALL)
-"""The names of what a search draws, and of its soups."""
+"""The names of sampled trials and of soups, which no source may have."""
 
 
 def baselines(sources: SearchSources, spaces: Mapping[str, MethodSpace]) -> list[Candidate]:
     """Base, every fine-tune, the plain average of the fine-tunes, and each method with its defaults.
 
-    Raises RequestError where two models have the same name, or a source has the name of a trial or a soup: reports and
-    stored scores identify models by name.
+    Raises RequestError if two models have the same name, or a source has the name of a trial or a soup, because reports
+    and stored scores identify models by name.
     """
     found = [Candidate(sources.name_of(number), "model", source=number) for number in sources.numbers]
     if len(sources.models) >= method_named(AVERAGE).contract.least:
@@ -50,10 +50,10 @@ def baselines(sources: SearchSources, spaces: Mapping[str, MethodSpace]) -> list
 
 
 def check_soup_names(sources: SearchSources) -> None:
-    """RequestError where two soups of different models could have one name.
+    """Raise RequestError if two soups of different models could have the same name.
 
-    The name of a soup has those of its models with a + between them. Two such texts are equal only if one model's name
-    begins with another's and a +.
+    The name of a soup joins the names of its models by +. Two such names can be equal only if one model's name begins
+    with another's and a +.
 
     Example:
         >>> check_soup_names(SearchSources(None, ("x/a", "x/a+b"), "", ("a", "a+b")))
@@ -68,21 +68,21 @@ def check_soup_names(sources: SearchSources) -> None:
 
 
 def is_average(space: MethodSpace) -> bool:
-    """Whether the defaults of a method are the plain average, which is scored anyway."""
+    """Whether the defaults of a method equal the plain average, which is scored anyway."""
     return space.method == AVERAGE and not space.fixed
 
 
 def default_name(space: MethodSpace) -> str:
-    """The name of the baseline that a method's defaults are."""
+    """The name of the baseline with a method's defaults."""
     return AVERAGE_NAME if is_average(space) else f"{space.method} defaults"
 
 
 @dataclass
 class GreedySoup:
-    """The greedy soup of Wortsman et al., ICML 2022, arXiv 2203.05482: models by their scores, the best first, each
-    added to the average where that does not make it worse.
+    """The greedy soup of Wortsman et al., ICML 2022, arXiv 2203.05482. Models are added to the average in the order of
+    their scores, best first. Each is kept only if the score does not get worse.
 
-    `candidates` gives the averages to score; `take` must be told of each before the next.
+    `candidates` yields the averages to score. `take` must be called with the trial of each before the next.
     """
 
     sources: SearchSources
@@ -92,7 +92,7 @@ class GreedySoup:
     tried: list[int] = field(default_factory=list)
 
     def candidates(self) -> Iterator[Candidate]:
-        """The averages to score, one after another."""
+        """Yield the averages to score, one after another."""
         alone = [trial for trial in self.scored if trial.candidate.source is not None and trial.state == "complete"]
         ordered = sorted((t for t in alone if (t.candidate.source or 0) >= 0), key=lambda trial: trial.value)
         if not ordered:
@@ -105,7 +105,7 @@ class GreedySoup:
             yield Candidate(f"soup {names}", "soup", AVERAGE, {"weights": weights})
 
     def take(self, trial: Trial) -> None:
-        """Keep the model that was added last where the average is no worse with it."""
+        """Keep the last added model if the average is no worse with it."""
         if trial.state == "complete" and trial.value <= self.value:
             self.kept, self.value = self.tried, trial.value
 

@@ -1,4 +1,4 @@
-"""The best candidate as a checkpoint: what `hsa merge` writes with its settings, and a card that says its scores."""
+"""The best candidate as a checkpoint: the output of `hsa merge` with its settings, and a card with its scores."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from hsa.system.types import PathLike
 TASK = "automatic-speech-recognition"
 
 CHOSEN = "The settings were chosen from "
-"""What the card of every best candidate says, and that of no other merge."""
+"""A text in the card of every best candidate, and in that of no other merge."""
 
 MOST_NAMED = 10
-"""Sets whose names the card lists in a sentence."""
+"""Maximum sets whose names the card lists in a sentence."""
 
 
 def merge_candidate(
@@ -37,7 +37,7 @@ def merge_candidate(
     card: Mapping[str, str] | None = None,
     **options: Any,
 ) -> MergeReport:
-    """Write a candidate as `hsa.merge` does. Raises what that raises."""
+    """Write a candidate like `hsa.merge`. Raises the same errors."""
     assert candidate.method is not None
     arguments = {**sources.arguments(candidate.method), **candidate.settings, **options}
     if card:
@@ -46,7 +46,7 @@ def merge_candidate(
 
 
 def command(sources: SearchSources, candidate: Candidate, output: str) -> str:
-    """The command that makes the merge again, or a call of Python where settings have no form on the command line.
+    """The command that repeats the merge, or a Python call if some settings cannot be given on the command line.
 
     Example:
         >>> command(SearchSources(None, ("m1", "m2"), "", ("m1", "m2")), Candidate("x", "soup", "linear"), "merged")
@@ -66,7 +66,7 @@ def command(sources: SearchSources, candidate: Candidate, output: str) -> str:
 
 
 def _options(candidate: Candidate, models: int) -> list[str] | None:
-    """The settings as options of the command line; None where one is given by tensors or layers."""
+    """The settings as command-line options; None if one is given by tensors or layers."""
     words: list[str] = []
     for each in declared(method_named(candidate.method or "").Settings):
         if each.name not in candidate.settings:
@@ -92,8 +92,8 @@ def card_fields(
 ) -> dict[str, str]:
     """Fields of the card: the scores as the Hub's `model-index`, and how the settings were found.
 
-    `rows` are those of the best candidate, on the sets of `split` (test or dev). Of more scores than a card may hold it
-    has the first, and says of how many sets.
+    `rows` are those of the best candidate, on the sets of `split` (test or dev). If there are more scores than a card
+    may have, it lists the first ones and says on how many sets.
     """
     results = [
         {
@@ -116,7 +116,7 @@ def card_fields(
 
 
 def _model_index(name: str, results: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
-    """The field of the card, with as many results as it may have, and how many these are."""
+    """The field of the card with as many results as it may have, and their number."""
     while True:
         text = json.dumps([{"name": name, "results": results}], ensure_ascii=False)
         if len(text) <= MAX_MODEL_INDEX or not results:
@@ -130,11 +130,11 @@ def _named(sets: Sequence[str]) -> str:
 
 
 def _as_utf8(text: str) -> str:
-    """The text as valid UTF-8, as a card must be; names of files and directories need not be."""
+    """The text as valid UTF-8, as a card requires. Names of files and directories may not be valid UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _slug(name: str) -> str:
-    """A set's name as the Hub's name of a data set."""
+    """A set's name in the form of a data set name on the Hub."""
     plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
     return plain.strip("-.") or "data"

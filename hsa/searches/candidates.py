@@ -1,4 +1,4 @@
-"""What a search tries, and what came of it: values that JSON holds, so that other processes may do the work."""
+"""Candidates and results of a search. They consist of JSON values, so other processes can do the work."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Kind = Literal["model", "average", "default", "soup", "sampled"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to score: one of the sources as it is (`source` is its number, -1 for base), or a merge.
+    """A model to score: an unchanged source (`source` is its number, -1 for base), or a merge.
 
-    `settings` are Python's keywords of the merge beside its sources, JSON values.
+    `settings` are the Python keywords of the merge besides its sources, as JSON values.
 
     Example:
         >>> Candidate("ties defaults", "default", method="ties").is_merge
@@ -49,14 +49,14 @@ class Result:
     """The result of scoring a candidate.
 
     Args:
-        weights: digest of the model's tensors; equal for candidates that are one model.
+        weights: digest of the model's tensors; equal for candidates that are the same model.
         errors: word errors of each utterance in the order of the search, as far as they were counted.
-        texts: what the model wrote for them; empty where that is kept elsewhere.
-        decoded: utterances that were decoded for it; the others were reused from equal weights.
-        stopped: it lost the race, so that the remaining utterances were not decoded.
+        texts: the model's texts for them; empty if they are stored elsewhere.
+        decoded: number of utterances decoded for it; the others were reused from equal weights.
+        stopped: whether it lost the race, so that the remaining utterances were not decoded.
         score: the value of the caller's own scoring function.
-        failure: why it could not be scored.
-        seconds: how long it took; `merging`: the part of it spent on computing the merge.
+        failure: the reason why it could not be scored.
+        seconds: the time it took; `merging`: the part of it spent on computing the merge.
     """
 
     weights: str = ""
@@ -70,7 +70,7 @@ class Result:
     merging: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the texts, which are long."""
+        """The result as JSON values, without the texts, which are long."""
         return {
             "weights": self.weights,
             "errors": list(self.errors),

@@ -1,4 +1,4 @@
-"""Models side by side on a set: word error rates with intervals, and how far the best candidate lies from each."""
+"""Models side by side on a set: word error rates with intervals, and their differences from the best candidate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SETS: tuple[Group, ...] = ("set",)
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model on a set, and the best candidate's word error rate minus its (`difference`, None of the best itself).
+    """A model on a set. `difference` is the best candidate's word error rate minus the model's, None for the best
+    itself.
 
     Example:
         >>> row.model, row.set, row.verdict  # doctest: +SKIP
@@ -30,7 +31,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict | None:
-        """What the interval of the difference shows of the best candidate; None of the best itself."""
+        """The conclusion about the best candidate from the interval of the difference; None for the best itself."""
         if self.difference is None:
             return None
         interval = self.difference.interval
@@ -59,7 +60,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class WorstUtterance:
-    """An utterance of which the best candidate gets many words wrong, and what another model makes of it."""
+    """An utterance with many word errors of the best candidate, and another model's text for it."""
 
     id: str
     set: str
@@ -79,10 +80,10 @@ def compare(
     confidence: float,
     dropped: Mapping[str, int] | None = None,
 ) -> tuple[Comparison, ...]:
-    """Every model on every set, the best candidate first.
+    """Compare every model on every set, the best candidate first.
 
-    `scores` are of the same utterances, by model. `dropped` counts, by set, utterances that are not among them because
-    nothing is left of their references.
+    `scores` are of the same utterances, by model. `dropped` counts, by set, the utterances that are not among them
+    because their normalised references are empty.
     """
     left_out = dropped or {}
     rows = []
@@ -98,8 +99,8 @@ def compare(
 def worst_utterances(
     best: Sequence[UtteranceScore], other: Sequence[UtteranceScore], count: int
 ) -> tuple[WorstUtterance, ...]:
-    """The utterances with the most errors of the best candidate, beside what the other model wrote. Those of whose
-    reference nothing is left are no part of its score, and not among them."""
+    """The utterances with the most errors of the best candidate, with the other model's text. Those with an empty
+    normalised reference do not count towards its score and are left out."""
     theirs = {(score.set, score.id): score for score in other}
     scored = [score for score in best if not score.is_empty]
     ordered = sorted(scored, key=lambda score: (-score.words.errors, score.set, score.id))

@@ -1,4 +1,4 @@
-"""The databases that Optuna keeps studies in: the file of an output, or one that several machines share."""
+"""The databases in which Optuna stores studies: the file of an output, or one that several machines share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 DATABASE = "study.db"
 
 PATIENCE = 10.0
-"""Seconds that a run which joins a study waits for the one that is just beginning it."""
+"""Seconds that a run waits when it joins a study that another run is just creating."""
 
 ANSWER_SECONDS = 10
-"""How long a server may take to answer."""
+"""Seconds that a server may take to answer."""
 
 MOST_RETRIES = 3
-"""How often a trial is tried again whose run was lost."""
+"""Maximum retries of a trial whose run was lost."""
 
 _FOR_MYSQL = {"pymysql": "pymysql", "mysqldb": "MySQLdb"}
 DRIVERS = {
@@ -35,22 +35,21 @@ DRIVERS = {
     "mysql": _FOR_MYSQL,
     "mariadb": _FOR_MYSQL,
 }
-"""SQLAlchemy's names of drivers, and the modules that these need, by the kind of database; the first one that is
-installed is taken. All know the argument connect_timeout."""
+"""SQLAlchemy's driver names, by the kind of database, with the modules that they need. The first installed one is used.
+All accept the argument connect_timeout."""
 
 ESCAPES = "write @ : / ? # and % of a password as %40 %3A %2F %3F %23 and %25"
 
 _PLAIN = re.compile(r"[\w./ -]*")
-"""A host, a database or a path that is taken for what it seems to be: it holds none of the characters that make it
-doubtful where a password ends."""
+"""A host, a database or a path that can be trusted. No character in it makes the end of a password unclear."""
 
 _SCHEME = re.compile(r"[a-zA-Z][\w+]*://")
 _SECRET_NAME = re.compile("pass|pwd|secret|token", re.IGNORECASE)
-"""Arguments after the ? of a URL whose values are passwords."""
+"""URL arguments after the ? whose values are passwords."""
 
 
 def open_storage(url: str, *, shared: bool) -> Any:
-    """Optuna's storage of a database. RequestError where the URL is none, or its driver is not installed."""
+    """Open Optuna's storage of a database. RequestError if the URL is invalid, or its driver is not installed."""
     import optuna
     from sqlalchemy.exc import ArgumentError
 
@@ -60,7 +59,7 @@ def open_storage(url: str, *, shared: bool) -> Any:
         raise RequestError(
             f"{option('storage')} must be the URL of a database such as postgresql://user@host/name, got "
             f"{shown(without_password(url))}; {ESCAPES}"
-        ) from None  # what went wrong may show a part of the password
+        ) from None  # the cause may show a part of the password
     except RuntimeError as error:  # tables of another version of Optuna
         raise RequestError(f"the storage {without_password(url)} cannot be used: {error}") from error
     except ImportError as error:
@@ -72,8 +71,8 @@ def open_storage(url: str, *, shared: bool) -> Any:
 
 
 def _shared_storage(url: str) -> Any:
-    """The storage of a database, in which another run may make the tables at the same time: the slower one of them
-    fails, and finds them when it tries again."""
+    """Open the storage of a shared database. If another run creates the tables at the same time, the slower run fails
+    and finds them when it tries again."""
     import optuna
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
@@ -95,8 +94,8 @@ def _shared_storage(url: str) -> Any:
 
 
 def _timeout(url: str) -> dict[str, Any]:
-    """The arguments of SQLAlchemy that let a server which does not answer be an error after `ANSWER_SECONDS`, unless
-    the URL says how long to wait."""
+    """The arguments of SQLAlchemy that turn a missing answer into an error after `ANSWER_SECONDS`, unless the URL sets
+    a timeout."""
     from sqlalchemy.engine import make_url
 
     parsed = make_url(url)
@@ -107,8 +106,8 @@ def _timeout(url: str) -> dict[str, Any]:
 
 
 def _with_driver(url: str) -> str:
-    """The URL with a driver that is installed, where it names none: which one SQLAlchemy takes depends on its version.
-    RequestError where an @ of the password was taken for the end of it."""
+    """Add an installed driver to a URL that names none, because SQLAlchemy's default depends on its version.
+    RequestError if an @ of the password was taken for its end."""
     from sqlalchemy.engine import make_url
 
     parsed = make_url(url)
@@ -122,8 +121,8 @@ def _with_driver(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """A database URL that may be shown: without its password and its query. If it is unclear which part is the
-    password, only the kind of database is shown.
+    """A database URL that may be shown: without its password and its query. If the password cannot be identified for
+    certain, only the kind of database is shown.
 
     Example:
         >>> without_password("postgresql://me:secret@host/studies?sslmode=require")
@@ -142,7 +141,8 @@ def without_password(url: str) -> str:
 
 
 def _unambiguous(url: str) -> URL | None:
-    """The parts of a URL; None where it has none, or a part of a password may have been taken for another part."""
+    """The parts of a URL; None if it cannot be parsed, or if a part of a password may have been taken for another
+    part."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -160,7 +160,7 @@ def _unambiguous(url: str) -> URL | None:
 
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Say in one line that a storage cannot be used. The driver's message is left out if it may contain a part of the
+    """Report an unusable storage in one line. The driver's message is left out if it may contain a part of the
     password."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
@@ -178,8 +178,8 @@ def storage_errors(url: str) -> Iterator[None]:
 
 
 def _may_be_shown(text: str, url: str) -> bool:
-    """Whether what a driver says of a database holds no part of its password but what the rest of the URL holds too,
-    such as the user's name."""
+    """Whether a driver's message may be shown. It must not contain a secret that the shown URL does not contain too,
+    for example because it equals the user's name."""
     parsed = _unambiguous(url)
     if parsed is None:
         return False
@@ -190,9 +190,9 @@ def _may_be_shown(text: str, url: str) -> bool:
 
 
 def sqlite_url(folder: Path) -> str:
-    """The URL of the database in a directory, as Optuna takes it, which replaces names in single braces.
+    """The URL of the database in a directory. It is escaped for Optuna, which replaces names in single braces.
 
-    DestinationError where SQLAlchemy could not read it.
+    DestinationError if SQLAlchemy could not read it.
     """
     path = os.fspath(folder / DATABASE)
     if "?" in path:

@@ -1,4 +1,4 @@
-"""The utterances that candidates are scored on: all sets in one shuffled order, in blocks, with their references."""
+"""The utterances on which candidates are scored: all sets in one shuffled order, in blocks, with their references."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hsa.system.digests import digest_of
 
 @dataclass(frozen=True)
 class Item:
-    """An utterance of a set; `words` counts those of its normalised reference."""
+    """An utterance of a set; `words` is the number of words in its normalised reference."""
 
     set: str
     utterance: Utterance
@@ -25,7 +25,7 @@ class Item:
 
 @dataclass(frozen=True)
 class DevSets:
-    """Utterances of all sets in the order of decoding. `empty` counts those of each set without a reference."""
+    """Utterances of all sets in the order of decoding. `empty` counts those of each set with an empty reference."""
 
     names: tuple[str, ...]
     items: tuple[Item, ...]
@@ -36,19 +36,19 @@ class DevSets:
 
     @property
     def words(self) -> dict[str, int]:
-        """Words in the references of each set."""
+        """The number of words in the references of each set."""
         return {name: sum(item.words for item in self.items if item.set == name) for name in self.names}
 
     def blocks(self) -> list[tuple[int, int]]:
-        """First and last, not included, of the utterances that are decoded at a time: `block` of them, the first ones
-        in two halves, so that a candidate that is much worse is stopped early."""
+        """The half-open ranges of utterances that are decoded at a time: `block` of them each. The first block is split
+        into two halves, so that a much worse candidate is stopped early."""
         count = len(self.items)
         ends = [self.block // 2, *range(self.block, count, self.block), count]
         edges = sorted({0, *(end for end in ends if end <= count)})
         return list(itertools.pairwise(edges))
 
     def errors(self, number: int, text: str) -> int:
-        """Word errors of what a model wrote for an utterance."""
+        """The word errors of a model's text for an utterance."""
         return self.scored(number, text).words.errors
 
     def scored(self, number: int, text: str) -> UtteranceScore:
@@ -56,7 +56,7 @@ class DevSets:
         return score_utterance(item.utterance, text, set_name=item.set, normalize=self.normalize)
 
     def rates(self, errors: Sequence[int]) -> dict[str, float]:
-        """The word error rate of each set by the errors of the first utterances; 0 of a set that has none of them."""
+        """The word error rate of each set, from the errors of the first utterances; 0 for a set without any of them."""
         seen = list(zip(self.items, errors, strict=False))
         found = {}
         for name in self.names:
@@ -66,7 +66,7 @@ class DevSets:
 
 
 def make_dev_sets(sets: Sequence[PreparedSet], normalize: Callable[[str], str], block: int, seed: int) -> DevSets:
-    """All utterances that have a reference, in an order that depends on the seed and their ids alone.
+    """Make dev sets of all utterances that have a reference. Their order depends only on the seed and their ids.
 
     Raises DataError for a set without a reference, and for a reference that cannot be normalised.
     """

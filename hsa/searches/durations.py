@@ -1,4 +1,4 @@
-"""Durations as a command line has them: 90s, 30m, 2h, or 1h30m."""
+"""Durations in command-line notation: 90s, 30m, 2h, or 1h30m."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DURATION = re.compile(r"(?:(?P<h>\d{1,4})h)?(?:(?P<m>\d{1,6})m)?(?:(?P<s>\d{1,8
 
 
 def seconds_of(duration: str | float) -> float:
-    """Seconds of a duration; a number is seconds. RequestError for anything else, and for nothing at all.
+    """The seconds of a duration; a number is in seconds. RequestError for anything else, and for an empty text.
 
     Example:
         >>> seconds_of("1h30m")

@@ -1,4 +1,4 @@
-"""Encoder states that are kept while candidates change the decoder alone."""
+"""A cache of encoder states, for candidates that change only the decoder."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 LIMIT = 1 << 30
-"""Bytes of inputs and states that are kept."""
+"""Maximum bytes of cached inputs and states."""
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What an encoder was given, and what it made of it."""
+    """The inputs of an encoder call, and the resulting states."""
 
     inputs: tuple[Any, ...]
     states: Any
 
 
 class EncoderStates:
-    """Stands before the encoder of a model, and answers for it where the same weights were given the same input.
+    """Wraps the encoder of a model, and returns cached states if the same weights get the same input again.
 
-    States are kept from the second model in a row that has one encoder: where every candidate has another, none are.
+    States are cached from the second consecutive model with the same encoder. If every candidate has a different
+    encoder, none are cached.
     """
 
     def __init__(self, model: Any, limit: int = LIMIT) -> None:
@@ -37,13 +38,13 @@ class EncoderStates:
             encoder.forward = self._encode
 
     def begin_model(self, weights: str) -> None:
-        """The model has these encoder weights from now on."""
+        """Set the digest of the encoder weights that the model has from now on."""
         self._keeps = weights == self._weights
         if not self._keeps:
             self._kept, self._bytes, self._weights = {}, 0, weights
 
     def begin_batch(self, batch: Hashable) -> None:
-        """The next calls are for this batch of utterances."""
+        """Set the batch of utterances of the next calls."""
         self._batch, self._calls = batch, 0
 
     def _encode(self, *arguments: Any, **keywords: Any) -> Any:
@@ -64,7 +65,7 @@ class EncoderStates:
 
 
 def _copy(states: Any) -> Any:
-    """The same tensors in an object of their own: generating puts expanded ones in its place."""
+    """A new object with the same tensors, because generation replaces the tensors in the object by expanded ones."""
     return type(states)(**states) if hasattr(states, "keys") else states
 
 

@@ -1,7 +1,7 @@
-"""Score a candidate: put it into the loaded model, decode block by block, and stop where it has lost the race.
+"""Score a candidate: put it into the loaded model, decode block by block, and stop once it has lost the race.
 
-An evaluator holds all that is heavy. Candidates and results are plain values, so that each worker of a search has an
-evaluator of its own.
+An evaluator has all the large objects. Candidates and results are plain values, so each worker of a search can have its
+own evaluator.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from hsa.searches.racing import Race, next_test
 from hsa.searches.resident_model import ResidentModel, Weights
 
 Incumbent = Sequence[int]
-"""Word errors of each utterance of the incumbent: the best complete trial so far."""
+"""The word errors of each utterance of the incumbent, which is the best complete trial so far."""
 
 
 class Evaluator(Protocol):
-    """Scores candidates, one at a time. `resident` holds them, on `device` (`cpu`, `cuda:0`, ...)."""
+    """Scores candidates, one at a time. `resident` is the model that they are put into, on `device` (`cpu`, `cuda:0`,
+    ...)."""
 
     resident: ResidentModel
     device: str
 
     def add_cached(self, weights: str, found: Any) -> None:
-        """Add what is known of a model with these weights, its texts or its score, so that it is not scored again."""
+        """Add known results of a model with these weights, its texts or its score, so that it is not scored again."""
 
     def evaluate(self, candidate: Candidate, incumbent: Incumbent | None) -> Result:
-        """The result of a candidate, stopped where it loses against the incumbent; None lets it be decoded whole."""
+        """Score a candidate. It is stopped if it loses against the incumbent; with None it is decoded completely."""
 
 
 class SpeechEvaluator:
@@ -62,7 +63,7 @@ class SpeechEvaluator:
         self._known: dict[str, tuple[str, ...]] = {}
 
     def add_cached(self, weights: str, texts: Sequence[str]) -> None:
-        """What a model with these weights wrote for the first utterances."""
+        """Add the texts of a model with these weights for the first utterances."""
         if len(texts) > len(self._known.get(weights, ())):
             self._known[weights] = tuple(texts)
 
@@ -88,7 +89,7 @@ class SpeechEvaluator:
                     decoded += last - first
                 texts += block
                 errors += [self.dev.errors(first + place, text) for place, text in enumerate(block)]
-            except (DataError, SourceError) as error:  # a text that the normaliser cannot read, or a broken merge
+            except (DataError, SourceError) as error:  # a text that cannot be normalised, or a broken merge
                 if candidate.source is not None and isinstance(error, SourceError):
                     raise
                 seconds = time.perf_counter() - started
@@ -110,13 +111,13 @@ class SpeechEvaluator:
         )
 
     def transcribe(self, candidate: Candidate, key: str, utterances: Sequence[Utterance]) -> tuple[str, ...]:
-        """The transcripts of a batch of utterances by a candidate; `key` names the set that they are of. Raises what
-        putting the candidate into the model raises."""
+        """Transcribe a batch of utterances with a candidate; `key` names their set. Raises the errors of putting the
+        candidate into the model."""
         self._put(candidate)
         return tuple(self.decoder.transcribe(key, utterances))
 
     def _put(self, candidate: Candidate) -> Weights:
-        """Let the model hold a candidate; nothing is done where it does already."""
+        """Put a candidate into the model unless it is already there."""
         if self._held is None or self._held[0] != candidate:
             self._held = None
             weights = self.resident.put(candidate)
@@ -126,7 +127,7 @@ class SpeechEvaluator:
 
 
 class Decoder:
-    """A recogniser with what it keeps between models: features, encoder states where they stay, and texts as drafts."""
+    """A recogniser with its caches across models: features, states of an unchanged encoder, and texts as drafts."""
 
     def __init__(self, recognizer: Recognizer) -> None:
         self.recognizer = recognizer
@@ -135,18 +136,19 @@ class Decoder:
         self.states = EncoderStates(recognizer.model)
 
     def begin_model(self, encoder: str) -> None:
-        """The model has an encoder with this digest from now on."""
+        """Set the digest of the encoder that the model has from now on."""
         self.states.begin_model(encoder)
 
     def transcribe(self, key: object, batch: Sequence[Utterance]) -> list[str]:
-        """The texts of a batch of utterances. `key` tells them from utterances of other sets that have the same ids."""
+        """Transcribe a batch of utterances. `key` distinguishes them from utterances of other sets with the same
+        ids."""
         self.states.begin_batch((key, tuple(each.id for each in batch)))
         features = self._features.of(self.recognizer, str(key), batch)
         return self.recognizer.transcribe(features, [self._drafts[key, each.id] for each in batch])
 
 
 class OwnEvaluator:
-    """Scores candidates by a function of the caller's own, which gets the loaded model; lower is better."""
+    """Scores candidates by the caller's own function, which gets the loaded model; lower is better."""
 
     def __init__(self, resident: ResidentModel, score: Callable[[Any], float], device: str) -> None:
         self.resident, self.device, self._score = resident, device, score

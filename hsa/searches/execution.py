@@ -1,4 +1,4 @@
-"""How a search is executed: in this process, in several, or on a Ray cluster; and where it stores its trials."""
+"""How a search is executed: in one process, in several, or on a Ray cluster; and where it stores its trials."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Execution:
 
 
 def open_pool(setup: Setup, execution: Execution, stack: ExitStack) -> Pool:
-    """What does the tasks of a search; `stack` leaves the cluster. Raises what opening the setup raises."""
+    """Open the pool that runs the tasks of a search; `stack` leaves the cluster. Raises the errors of opening the
+    setup."""
     if execution.ray:
         from hsa.searches.ray_actors import RayPool
 

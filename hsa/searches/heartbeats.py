@@ -1,6 +1,7 @@
-"""Heartbeats: how a run of a shared search says that it still works on a trial.
+"""Heartbeats, by which a run of a shared search shows that it is still working on a trial.
 
-Optuna sends them in `Study.optimize`; a search asks and tells by itself, and so sends them itself, from a thread.
+Optuna sends them in `Study.optimize`. A search calls `ask` and `tell` itself, so it also sends heartbeats itself, from
+a thread.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ INTERVAL = 10
 """Seconds between two heartbeats."""
 
 GRACE = 40
-"""Seconds without a heartbeat after which a trial's run is taken to be lost."""
+"""Seconds without a heartbeat after which the run of a trial is considered lost."""
 
 
 class Heartbeats:
-    """Sends heartbeats for the trials that this run works on, by their ids in the storage, every `interval` seconds.
+    """Sends heartbeats for the trials of this run, by their ids in the storage, every `interval` seconds.
 
     Example:
         >>> heartbeats = Heartbeats(storage, INTERVAL)  # doctest: +SKIP
@@ -33,13 +34,13 @@ class Heartbeats:
         self._thread.start()
 
     def begin(self, trial: int) -> None:
-        """Send heartbeats for a trial from now on."""
+        """Start sending heartbeats for a trial."""
         with self._lock:
             self._trials.add(trial)
         self.beat(trial)
 
     def end(self, trial: int) -> None:
-        """Send none for this trial any more."""
+        """Stop sending heartbeats for a trial."""
         with self._lock:
             self._trials.discard(trial)
 
@@ -48,7 +49,7 @@ class Heartbeats:
         self._storage.record_heartbeat(trial)
 
     def close(self) -> None:
-        """End the thread; one that waits for a database which does not answer is left behind."""
+        """End the thread. It is abandoned if it is waiting for a database that does not answer."""
         self._ended.set()
         self._thread.join(timeout=5.0)
 
@@ -59,5 +60,5 @@ class Heartbeats:
             for trial in trials:
                 try:
                     self.beat(trial)
-                except Exception:  # the storage is away for now; what is kept next says so where it stays away
+                except Exception:  # the storage is unreachable; if that lasts, the next write reports it
                     break

@@ -1,4 +1,4 @@
-"""How much each number that was drawn matters, by Optuna's PED-ANOVA over the trials of a method."""
+"""The importance of each drawn number, by Optuna's PED-ANOVA over the trials of a method."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hsa.searches.samplers import METHOD, quiet_optuna
 from hsa.searches.space import MethodSpace
 
 LEAST = 4
-"""Trials of a method from which something can be told."""
+"""Minimum trials of a method for an estimate."""
 
 
 def importances(study: Any, spaces: Mapping[str, MethodSpace]) -> dict[str, dict[str, float]]:
-    """Shares that sum to 1 for each method with enough trials; `study` is Optuna's, of one objective or several."""
+    """Shares that sum to 1, for each method with enough trials. `study` is Optuna's, with one or several objectives."""
     import optuna
 
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     found: dict[str, dict[str, float]] = {}
     with quiet_optuna(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Target and region quantiles")  # few scores that differ
+        warnings.filterwarnings("ignore", message="Target and region quantiles")  # few distinct scores
         for method, space in spaces.items():
             own = [trial for trial in complete if trial.params.get(METHOD, method) == method and trial.params]
             names = [axis.name for axis in space.axes if len({trial.params.get(axis.name) for trial in own}) > 1]
@@ -36,7 +36,7 @@ def importances(study: Any, spaces: Mapping[str, MethodSpace]) -> dict[str, dict
 
 
 def _of_one_value(trial: Any, names: list[str]) -> Any:
-    """The trial with these numbers alone, and the mean of its values."""
+    """The trial with only these numbers, and the mean of its values."""
     import optuna
 
     return optuna.trial.create_trial(

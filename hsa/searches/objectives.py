@@ -1,4 +1,4 @@
-"""The objective that a search minimises: the mean of the sets' word error rates, the worst, one set's, or all."""
+"""The objective that a search minimises: the mean or the worst of the sets' word error rates, one set's, or all."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from hsa.searches.dev_sets import DevSets
 PARETO = "pareto"
 KINDS = ("mean", "worst", PARETO)
 OWN = "own"
-"""The objective of a search with a scoring function of the caller's own."""
+"""The objective of a search with the caller's own scoring function."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """`kind` is mean, worst, pareto or own, or `set` for the set of this name alone."""
+    """`kind` is mean, worst, pareto, own, or `set` for the single set with this name."""
 
     kind: str
     name: str = ""
 
     @property
     def text(self) -> str:
-        """What the objective is, in words.
+        """The objective in words.
 
         Example:
             >>> Objective("worst").text
@@ -39,7 +39,7 @@ class Objective:
         return texts.get(self.kind, f"WER of {self.name}")
 
     def values(self, rates: Mapping[str, float]) -> tuple[float, ...]:
-        """The values to make small, by the word error rates of the sets."""
+        """The values to minimise, from the word error rates of the sets."""
         if self.kind == "pareto":
             return tuple(rates.values())
         if self.kind == "worst":
@@ -47,11 +47,11 @@ class Objective:
         return (rates[self.name] if self.kind == "set" else sum(rates.values()) / len(rates),)
 
     def shares(self, dev: DevSets, incumbent_rates: Mapping[str, float]) -> list[float]:
-        """What one error of each utterance adds to the value, times the number of utterances that count.
+        """The contribution of one error of each utterance to the value, times the number of utterances that count.
 
-        The mean of `shares * errors` over the utterances that count (whose share is above 0) is the value itself: the
-        word error rate of a set is the sum of its errors over a sum of words that is known. For `worst` only
-        the set counts on which the incumbent is worst: a candidate with a higher rate there has a higher worst rate.
+        The mean of `shares * errors` over the utterances that count (with a share above 0) is the value itself, because
+        the word error rate of a set is the sum of its errors over a known sum of words. For `worst`, only the set
+        counts on which the incumbent is worst: a candidate with a higher rate there has a higher worst rate.
         """
         words = dev.words
         if self.kind == "mean":
@@ -64,7 +64,7 @@ class Objective:
 
 
 def objective_of(text: str, sets: Sequence[str]) -> Objective:
-    """The objective that a text names. RequestError for one that is neither a kind nor a set.
+    """Parse the name of an objective. RequestError if it is neither a kind nor a set.
 
     Example:
         >>> objective_of("noisy", ["clean", "noisy"])

@@ -1,4 +1,4 @@
-"""What a search is told beside its sources and its data."""
+"""The options of a search besides its sources and its data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hsa.searches.objectives import PARETO
 from hsa.searches.space import parse_layers
 
 SAMPLER, PARETO_SAMPLER = "tpe", "nsga2"
-"""The sampler where none is named: of a search for one value, and for a Pareto front."""
+"""The default samplers: of a search for one value, and for a Pareto front."""
 
 SOUPS = ("greedy",)
 MOST_TRIALS = 100_000
@@ -26,9 +26,9 @@ MOST_TRIALS = 100_000
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to search. See `hsa.search` for what each is.
+    """The options of a search. See `hsa.search` for their meaning.
 
-    Raises RequestError for a value that is none.
+    Raises RequestError for an invalid value.
 
     Example:
         >>> SearchOptions(methods=("ties", "linear"), trials=40).sampler
@@ -70,7 +70,7 @@ class SearchOptions:
         check_confidence(self.confidence)
 
     def as_dict(self) -> dict[str, Any]:
-        """What must stay the same in a search that goes on; trials, time and threads may change."""
+        """The options that must stay the same when a search is resumed; trials, time and threads may change."""
         names = ("sampler", "objective", "by_layer", "seed", "racing", "soup", "normalizer", "limit")
         return {
             "methods": list(self.methods),
@@ -81,7 +81,7 @@ class SearchOptions:
 
 
 def search_options(method: str | Sequence[str], time: str | float | None, **values: Any) -> SearchOptions:
-    """The options that a caller gives; methods may be one text with commas. Raises RequestError."""
+    """Make options from a caller's arguments; methods may be one text with commas. Raises RequestError."""
     names = method.split(",") if isinstance(method, str) else _listed("method", method, "a name, or a list of names")
     methods = tuple(name.strip() if isinstance(name, str) else name for name in names)
     space = values.pop("space", None) or ()

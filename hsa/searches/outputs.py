@@ -1,4 +1,4 @@
-"""The output of a search: that nothing of others is replaced in it, and that one run at a time writes it."""
+"""The output of a search. Files of other programs are not replaced, and only one run at a time writes it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from hsa.system.manifest import PROVENANCE
 from hsa.system.types import PathLike
 
 BEST, LOCK = "best", ".lock"
-"""The directory of the best candidate, and the file that the run holds which writes to an output."""
+"""The directory of the best candidate, and the file that is locked by the run that writes to an output."""
 
 _START = b'{\n "format": 1,\n "objective": {\n'
-"""What search.json begins with, by which a search tells the files of an earlier one from others of these names."""
+"""The first bytes of search.json, by which a search recognizes an earlier search's files among files of these names."""
 
 
 def open_output(output: PathLike, sources: Sequence[Path], stack: ExitStack) -> Path:
-    """Make the output of a search, and hold it until `stack` is closed as the only run that writes to it.
+    """Create and lock the output of a search. The lock is held until `stack` is closed, so only one run writes to it.
 
-    Returns the directory, links resolved. Raises DestinationError where it may not be written, where it holds files of
-    others that the search would replace, and where another search holds it; MachineError.
+    Returns the directory with links resolved. Raises DestinationError if it may not be written, if it has other
+    programs' files that the search would replace, or if another search has locked it; MachineError.
 
     Example:
         >>> with ExitStack() as stack:  # doctest: +SKIP
@@ -50,9 +50,9 @@ def open_output(output: PathLike, sources: Sequence[Path], stack: ExitStack) -> 
 
 
 def check_replaced(folder: Path, sources: Sequence[Path]) -> None:
-    """DestinationError where a search would replace what no search wrote: a report, or `best/`.
+    """Raise DestinationError if a search would replace a report or a `best/` that no search wrote.
 
-    The reports are those of a search if search.json is, which is written before the others and before `best/`.
+    The reports belong to a search if search.json does, which is written before the others and before `best/`.
     """
     for name in (TRANSCRIPTS, HYPOTHESES):
         if fsio.exists(folder / name) and not (folder / name).is_dir():
@@ -62,7 +62,7 @@ def check_replaced(folder: Path, sources: Sequence[Path]) -> None:
 
 
 def check_reports(folder: Path) -> None:
-    """DestinationError where a file has the name of a report and no search wrote it."""
+    """Raise DestinationError if a file has the name of a report but no search wrote it."""
     present = [folder / name for name in FILES if fsio.exists(folder / name)]
     for path in present:
         if path.is_symlink() or not path.is_file():
@@ -72,7 +72,7 @@ def check_reports(folder: Path) -> None:
 
 
 def check_best(folder: Path, sources: Sequence[Path]) -> None:
-    """DestinationError where `best/` cannot be replaced, or where no search wrote it."""
+    """Raise DestinationError if `best/` cannot be replaced, or if no search wrote it."""
     best = folder / BEST
     if fsio.exists(best) and not best.is_dir():
         raise _foreign(best)

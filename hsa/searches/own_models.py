@@ -1,4 +1,4 @@
-"""Load a model of any family of transformers, for a scoring function of the caller's own."""
+"""Load a model of any transformers family, for the caller's own scoring function."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hsa.system.fsio import Tally
 
 
 def load_any_model(folder: Path, device: str, dtype: str) -> Any:
-    """The model of a checkpoint directory, of the class that its config names.
+    """Load the model of a checkpoint directory, of the class that its config names.
 
-    Raises SourceError where transformers has no such class, or the checkpoint lacks a part of it.
+    Raises SourceError if transformers has no such class, or the checkpoint is incomplete.
 
     Example:
         >>> load_any_model(Path("llama"), "cpu", "auto")  # doctest: +SKIP

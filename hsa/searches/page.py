@@ -1,4 +1,4 @@
-"""The page report.html of a search: history, settings against score, the front, baselines with intervals, the worst
+"""The page report.html of a search: history, settings against score, the front, baselines with intervals, and the worst
 utterances."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from hsa.views.page import fill
 
 
 def render(study: Study) -> bytes:
-    """The page: the file's bytes.
+    """Render the page as the bytes of its file.
 
     Example:
         >>> Path("report.html").write_bytes(render(study))  # doctest: +SKIP
@@ -20,7 +20,7 @@ def render(study: Study) -> bytes:
 
 
 def document(study: Study) -> dict[str, Any]:
-    """What the page is made from: all of a study, and the worst utterances word beside word."""
+    """The data of the page: all of a study, and the worst utterances aligned word by word."""
     found = study.as_dict()
     for row in found["worst"]:
         for side in ("best", "other"):

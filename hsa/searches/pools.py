@@ -1,6 +1,6 @@
-"""Where the tasks of a search are done: in this process, or by workers that are dispatched here.
+"""Executors for the tasks of a search: this process, or workers that get their tasks from here.
 
-A worker that is lost, by the end of its process or of its machine, loses no task: another gets it.
+If a worker is lost because its process or its machine stops, its task is not lost: another worker gets it.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from hsa.searches.setups import Setup
 from hsa.searches.tasks import Task
 
 MOST_LOSSES = 3
-"""How many workers may be lost with one task until the search ends; and, for each worker, before any is ready."""
+"""Number of workers lost with one task at which the search ends; also, per worker, those lost before any is ready."""
 
 Known = tuple[str, Any]
-"""The digest of some weights, and the texts or the score of a model that has them."""
+"""The digest of some weights, and the texts or the score of a model with these weights."""
 
 
 class Pool(Protocol):
-    """Does tasks, `size` of them at a time, on devices of one kind (`cpu`, `cuda:0`, ...)."""
+    """Executes tasks, `size` of them at a time, on devices of one kind (`cpu`, `cuda:0`, ...)."""
 
     size: int
 
     @property
     def device(self) -> str:
-        """What the workers compute on; known as soon as one is ready, for which this waits."""
+        """The device of the workers. It is known once a worker is ready, and this waits for one."""
 
     def submit(self, task: Task) -> int:
-        """Let a task be done; the number that its result is given with."""
+        """Submit a task. Returns the number under which its result is returned."""
 
     def collect(self, timeout: float | None = None) -> list[tuple[int, Any]]:
-        """Results by the numbers of their tasks: at least one, unless none is left or `timeout` seconds have passed.
+        """Results by the numbers of their tasks: at least one, unless no task is left or `timeout` seconds have passed.
 
-        Raises what a task raises, and MachineError where workers are lost again and again.
+        Raises the errors of tasks, and MachineError if workers are lost repeatedly.
         """
 
     def add_cached(self, known: Known) -> None:
-        """Let all workers know what a model with some weights has come to, so that none scores these again."""
+        """Share the known result of some weights with all workers, so that none scores them again."""
 
     def close(self) -> None:
-        """End all workers; what they do is lost."""
+        """End all workers; their current work is lost."""
 
 
 def run_all(pool: Pool, tasks: Sequence[Task]) -> list[Any]:
-    """The results of tasks, in their order. Raises as `Pool.collect`."""
+    """The results of tasks, in their order. Raises the same errors as `Pool.collect`."""
     numbers = [pool.submit(task) for task in tasks]
     results: dict[int, Any] = {}
     while len(results) < len(numbers):
@@ -60,7 +60,7 @@ def run_all(pool: Pool, tasks: Sequence[Task]) -> list[Any]:
 
 
 class ThisProcess:
-    """Does one task after another in this process. Raises what opening the setup raises.
+    """Executes one task after another in this process. Raises the errors of opening the setup.
 
     Example:
         >>> pool = ThisProcess(setup)  # doctest: +SKIP
@@ -96,13 +96,13 @@ class ThisProcess:
 
 
 Handle = TypeVar("Handle")
-"""What a kind of worker is known by."""
+"""The identifier of a kind of worker."""
 
 
 @dataclass(frozen=True)
 class Event(Generic[Handle]):
-    """What became of a worker: it is `ready` (`value` is its device), has `done` its task (the result), its task has
-    `raised` (the exception), or it is `lost` (a text that says how)."""
+    """An event of a worker. It is `ready` (`value` is its device), has `done` its task (the result), its task has
+    `raised` (the exception), or it is `lost` (a text with the reason)."""
 
     worker: Handle
     what: Literal["ready", "done", "raised", "lost"]
@@ -111,7 +111,7 @@ class Event(Generic[Handle]):
 
 @dataclass
 class _Sent:
-    """A task under way, and how many workers were lost with it."""
+    """A task in progress, and the number of workers lost with it."""
 
     number: int
     task: Task
@@ -120,7 +120,7 @@ class _Sent:
 
 @dataclass
 class _State:
-    """What the pool knows of a worker: its task, and how many of the cached results it was sent."""
+    """The pool's state of a worker: its task, and the number of cached results sent to it."""
 
     sent: _Sent | None = None
     ready: bool = False
@@ -129,7 +129,7 @@ class _State:
 
 @dataclass
 class WorkerPool(ABC, Generic[Handle]):
-    """A pool of workers that are elsewhere. What a kind of worker does is said by the four abstract methods."""
+    """A pool of workers outside this process. The four abstract methods define a kind of worker."""
 
     size: int
     most_losses: int = MOST_LOSSES
@@ -143,22 +143,22 @@ class WorkerPool(ABC, Generic[Handle]):
 
     @abstractmethod
     def start_worker(self) -> Handle:
-        """Begin a worker, which tells when it is ready."""
+        """Start a worker, which reports when it is ready."""
 
     @abstractmethod
     def send(self, worker: Handle, task: Task, cached: Sequence[Known]) -> None:
-        """Give a task to a worker that has none, with the cached results that it lacks."""
+        """Send a task to an idle worker, with the cached results that it lacks."""
 
     @abstractmethod
     def events(self, workers: Sequence[Handle], timeout: float | None) -> list[Event[Handle]]:
-        """What became of workers: at least one event, unless `timeout` seconds have passed."""
+        """The events of workers: at least one, unless `timeout` seconds have passed."""
 
     @abstractmethod
     def end_worker(self, worker: Handle) -> None:
-        """End a worker, whatever it does."""
+        """End a worker, even in the middle of a task."""
 
     def start(self) -> None:
-        """Begin all workers."""
+        """Start all workers."""
         while len(self._workers) < self.size:
             self._workers[self.start_worker()] = _State()
 
@@ -218,7 +218,7 @@ class WorkerPool(ABC, Generic[Handle]):
             state.sent = None
 
     def _replace(self, worker: Handle, how: str) -> None:
-        """Begin another worker in the place of one that is lost, and let its task be done first."""
+        """Start a new worker in place of a lost one, and put its task at the front of the queue."""
         state = self._workers.pop(worker)
         self.end_worker(worker)
         self._lost_unready += not state.ready

@@ -1,4 +1,4 @@
-"""Workers of a search that are processes on this machine: each holds sources, model and features of its own."""
+"""Workers of a search that are processes on this machine, each with its own sources, model and features."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from hsa.option_names import Spelling, current_spelling, spelled
 from hsa.searches.pools import Event, Known, WorkerPool
 from hsa.searches.setups import OwnSetup, Setup, for_worker, use_threads
 from hsa.searches.tasks import Task
+from hsa.system.allocator import keep_freed_memory
 from hsa.system.threads import out_of_memory, usable_cores
 
 ENDING = 5.0
-"""Seconds that a process which has closed its pipe gets to end."""
+"""Seconds that a process may take to end after it has closed its pipe."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Process:
-    """A worker: its process, our end of the pipe to it, and the device that it computes on."""
+    """A worker: its process, this side's end of the pipe to it, and its device."""
 
     process: Any
     pipe: Connection
@@ -38,7 +39,7 @@ class _Process:
 
 
 class ProcessPool(WorkerPool[_Process]):
-    """Workers on this machine, `count` of them, which share its cores; on GPUs one after another gets the next one.
+    """Workers on this machine, `count` of them, which share its cores. GPUs are assigned to them in turn.
 
     Example:
         >>> pool = ProcessPool(setup, 2)  # doctest: +SKIP
@@ -74,7 +75,7 @@ class ProcessPool(WorkerPool[_Process]):
     def send(self, worker: _Process, task: Task, cached: Sequence[Known]) -> None:
         try:
             worker.pipe.send((cached, task))
-        except OSError:  # it has ended, which the next events tell
+        except OSError:  # it has ended; the next events report that
             return
 
     def events(self, workers: Sequence[_Process], timeout: float | None) -> list[Event[_Process]]:
@@ -107,7 +108,7 @@ class ProcessPool(WorkerPool[_Process]):
 
 
 def _devices(device: str, count: int) -> list[str]:
-    """The devices of so many workers: GPUs in turn where none is named."""
+    """The devices of `count` workers: GPUs in turn if no single one is named."""
     found = gpus() if device in ("auto", "cuda") else 0
     return [f"cuda:{number % found}" if found else device for number in range(count)]
 
@@ -117,7 +118,7 @@ def _is_of_main(score: Any) -> bool:
 
 
 def _check_sendable(score: Any) -> None:
-    """RequestError where the caller's function cannot be sent to another process."""
+    """Raise RequestError if the caller's function cannot be sent to another process."""
     reason = "" if getattr(sys.modules["__main__"], "__file__", None) or not _is_of_main(score) else "it is in no file"
     try:
         pickle.dumps(score)
@@ -132,8 +133,8 @@ def _check_sendable(score: Any) -> None:
 
 @contextmanager
 def _without_main(*, keep: bool) -> Iterator[None]:
-    """Let new processes not run the caller's script again, which they need not know: a script then needs no
-    `if __name__ == "__main__"`. A function of the caller's own may be defined there, and then is kept."""
+    """Prevent new processes from running the caller's script again, so that it needs no `if __name__ == "__main__"`.
+    With `keep` they run it, as the caller's function is defined there."""
     main = sys.modules["__main__"]
     if not keep:
         sys.modules["__main__"] = types.ModuleType("__main__")
@@ -147,10 +148,11 @@ def _without_main(*, keep: bool) -> Iterator[None]:
 
 
 def _work(setup: Setup, pipe: Connection, threads: int, spelling: Spelling) -> None:
-    """Load what the setup says, then do tasks until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the search ends us
+    """Load the evaluator of the setup, then run tasks until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the search ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     use_threads(threads)
+    keep_freed_memory()
     with spelled(spelling):
         try:
             evaluator = setup.open()
@@ -176,7 +178,8 @@ def _end_with_parent() -> None:
 
 
 def portable(error: Exception) -> Exception:
-    """An error that can be sent: those of hsa as they are, those of the machine as one of hsa, others as their text."""
+    """Convert an error so that it can be sent. Errors of hsa stay as they are, those of the machine become one of hsa,
+    and others become their text."""
     if isinstance(error, HsaError):
         return error
     if isinstance(error, (OSError, MemoryError)):

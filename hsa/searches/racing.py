@@ -1,8 +1,8 @@
 """Stop candidates that are worse than the best so far, by Optuna's Wilcoxon signed-rank test on utterances.
 
-A word error rate is a ratio of sums, and the test takes one value for each utterance: its errors, times what one error
-adds to the objective (`Objective.shares`). The mean of these values is the objective, so a candidate whose values are
-larger is worse by the objective. Where sets differ in their words, errors in a small set weigh more, as they do there.
+A word error rate is a ratio of sums, but the test needs one value per utterance: its errors, times the contribution of
+one error to the objective (`Objective.shares`). The mean of these values is the objective, so a candidate with larger
+values is worse by the objective. If sets differ in their number of words, errors in a small set weigh more in both.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ THRESHOLD = 0.05
 
 
 TESTED_WHOLE = 64
-"""Blocks of which each is followed by a test."""
+"""Number of blocks after each of which there is a test."""
 
 
 def next_test(decoded: int) -> int:
-    """How many utterances must be decoded until a candidate is tested again.
+    """The number of utterances that must be decoded before a candidate is tested again.
 
-    A test takes time that grows with the utterances decoded so far. With one after every block, a candidate on a large
-    dev set would take time that grows with the square of the set, so after `TESTED_WHOLE` blocks a test waits until as
-    many of them again as one in `TESTED_WHOLE` have been decoded.
+    The time of a test grows with the number of utterances decoded so far. With a test after every block, the total time
+    would grow with the square of the dev set. After `TESTED_WHOLE` blocks, a test therefore waits until the number of
+    decoded utterances has grown by a share of 1 / `TESTED_WHOLE`.
 
     Example:
         >>> next_test(16), next_test(64_000)
@@ -37,7 +37,7 @@ def next_test(decoded: int) -> int:
 
 
 class Race:
-    """A candidate against the best trial so far (the incumbent), whose errors of all utterances are known.
+    """A candidate against the incumbent, which is the best trial so far and has known errors for all utterances.
 
     Example:
         >>> race = Race(dev, Objective("mean"), incumbent_errors)  # doctest: +SKIP
@@ -53,7 +53,7 @@ class Race:
         self._study = _study(self._values(incumbent))
 
     def is_lost(self, errors: Sequence[int]) -> bool:
-        """Whether a candidate with these errors of the first utterances is worse than the incumbent, by the test."""
+        """Whether the test finds a candidate with these errors of the first utterances worse than the incumbent."""
         import optuna
 
         values = self._values(errors)
@@ -69,7 +69,7 @@ class Race:
 
 
 def _study(values: Mapping[int, float]) -> Any:
-    """A study in memory whose best trial has these values, as the pruner wants it."""
+    """An in-memory study whose best trial has these values, as the pruner requires."""
     import optuna
 
     with quiet_optuna():

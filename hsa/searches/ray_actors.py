@@ -1,7 +1,7 @@
-"""Workers of a search that are actors of Ray, one for each GPU of a cluster, or for some cores.
+"""Workers of a search that are Ray actors, one for each GPU of a cluster, or for some cores.
 
-An actor holds sources, model and features of its own. Sources and audio must lie on a filesystem that all machines
-share, or be ids on the Hub: each actor makes sure that its files are those that the search began with.
+An actor has its own sources, model and features. Sources and audio must be on a filesystem that all machines share, or
+be ids on the Hub. Each actor checks that its files are those with which the search began.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from hsa._version import __version__
@@ -20,24 +20,26 @@ from hsa.searches.pools import Event, Known, WorkerPool
 from hsa.searches.processes import portable
 from hsa.searches.setups import Setup, for_worker, use_threads
 from hsa.searches.tasks import Task
+from hsa.system.allocator import keep_freed_memory
 
 CORES = 4
-"""Cores of an actor that computes on them, where the machines have so many: more make decoding of short utterances
-little faster."""
+"""Cores of an actor that computes on the CPU, if the machines have that many. More cores hardly speed up decoding of
+short utterances."""
 
 PATIENCE = 600.0
-"""Seconds without a single actor after which a search ends: a cluster may need minutes to replace a machine."""
+"""Seconds without any ready actor after which a search ends: a cluster may need minutes to replace a machine."""
 
 POLL = 0.05
-"""Seconds between two looks at what actors have done. Ray's own waiting would swallow a signal that ends the search."""
+"""Seconds between two polls of the actors. Ray's own waiting would swallow a signal that ends the search."""
 
 MOST_LOSSES = 10
-"""How many actors may be lost with one task: machines that can be taken away are lost more often than processes."""
+"""Number of actors lost with one task at which the search ends. Preemptible machines are lost more often than
+processes."""
 
 
 @dataclass(eq=False)
 class _Actor:
-    """A worker: Ray's handle, and what it is doing now, as Ray's reference to the result."""
+    """A worker: Ray's handle, and Ray's reference to the result of its current work."""
 
     handle: Any
     reference: Any
@@ -45,7 +47,7 @@ class _Actor:
 
 @dataclass(frozen=True)
 class Share:
-    """What an actor asks Ray for."""
+    """The resources that an actor requests from Ray."""
 
     cores: int
     gpus: int
@@ -56,7 +58,7 @@ class Share:
 
 
 class RayPool(WorkerPool[_Actor]):
-    """Actors on a cluster that is connected; `count` of them, or as many as the cluster has room for.
+    """Actors on a connected cluster: `count` of them, or as many as the cluster has room for.
 
     Example:
         >>> with connected(None) as ray:  # doctest: +SKIP
@@ -100,7 +102,7 @@ class RayPool(WorkerPool[_Actor]):
             self._ray.kill(worker.handle)
 
     def _finished(self, references: list[Any]) -> list[Any]:
-        """Those of the references whose result is there."""
+        """The references whose results are available."""
         try:
             found, _ = self._ray.wait(references, num_returns=1, timeout=0)
         except self._ray.exceptions.RayError as error:
@@ -111,14 +113,14 @@ class RayPool(WorkerPool[_Actor]):
         reference, worker.reference = worker.reference, None
         try:
             what, value = self._ray.get(reference)
-        except self._ray.exceptions.RayError as error:  # tasks raise nothing: it is the actor, or what it runs on
+        except self._ray.exceptions.RayError as error:  # tasks raise nothing: the actor or its machine failed
             if not self._ray.is_initialized():
                 raise MachineError(f"the Ray cluster is gone: {_last_line(error)}; finished trials are kept") from error
             return Event(worker, "lost", f"Ray says: {_last_line(error)}")
         return Event(worker, what, value)
 
     def _require_an_actor(self) -> None:
-        """MachineError where no actor has been ready for long: the cluster has no room for one."""
+        """Raise MachineError if no actor has been ready for long: the cluster has no room for one."""
         if any(state.ready for state in self._workers.values()):
             self._seen_alive = time.monotonic()
         elif time.monotonic() - self._seen_alive > PATIENCE:
@@ -134,15 +136,16 @@ def _last_line(error: Exception) -> str:
 
 
 class ActorWorker:
-    """What runs on another machine: an evaluator that is loaded there, and does tasks."""
+    """The actor on another machine: it loads an evaluator there and runs tasks."""
 
     def __init__(self, setup: Setup, threads: int, spelling: Spelling) -> None:
         self._setup, self._threads, self._spelling = setup, threads, spelling
         self._evaluator: Any = None
 
     def open(self, expected: Mapping[str, str]) -> tuple[str, Any]:
-        """Check versions and files of this machine and load the evaluator. Returns what the pool gets."""
+        """Check versions and files of this machine and load the evaluator. Returns the message to the pool."""
         use_threads(self._threads)
+        keep_freed_memory()
         with spelled(self._spelling):
             try:
                 check_versions(expected)
@@ -152,7 +155,7 @@ class ActorWorker:
         return "ready", self._evaluator.device
 
     def work(self, task: Task, cached: Sequence[Known]) -> tuple[str, Any]:
-        """Do a task. Returns what the pool gets."""
+        """Run a task. Returns the message to the pool."""
         with spelled(self._spelling):
             try:
                 for known in cached:
@@ -163,12 +166,18 @@ class ActorWorker:
 
 
 def versions() -> dict[str, str]:
-    """Versions that scores depend on."""
-    return {"hsa": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    """The library versions on which scores depend; those of the extra `search` are `none` if it is not installed."""
+    found = {"hsa": __version__}
+    for name in ("torch", "transformers", "soxr", "soundfile"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def check_versions(expected: Mapping[str, str]) -> None:
-    """MachineError where this process has others: a machine may have joined the cluster since it was looked at.
+    """Raise MachineError if this process has other versions: a machine may have joined the cluster after its check.
 
     Example:
         >>> check_versions(versions())
@@ -182,9 +191,10 @@ def check_versions(expected: Mapping[str, str]) -> None:
 
 
 def shares(nodes: Sequence[Mapping[str, float]], device: str, count: int | None) -> tuple[int, Share]:
-    """How many actors a cluster gets, and what each asks for. `nodes` are the resources of its machines by their names.
+    """The number of actors for a cluster, and the resources that each requests. `nodes` are the resources of its
+    machines by their names.
 
-    RequestError where the cluster has less than is asked for.
+    RequestError if the cluster has less than requested.
 
     Example:
         >>> shares([{"CPU": 8.0}, {"CPU": 2.0}], "cpu", 2)
@@ -213,5 +223,5 @@ def _require(found: int, what: str, count: int | None) -> None:
 
 
 def _for_actors(setup: Setup, share: Share) -> Setup:
-    """The setup of every actor: Ray shows an actor its own GPU alone, which is number 0 there."""
+    """The setup of every actor. Ray shows an actor only its own GPU, which has number 0 there."""
     return for_worker(setup, share.cores, "cuda" if share.gpus else "cpu")

@@ -1,4 +1,4 @@
-"""What a search writes beside `best/`: trials.csv, search.json, report.md and report.html."""
+"""The files that a search writes besides `best/`: trials.csv, search.json, report.md and report.html."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILES = RESULT, TRIALS, REPORT, PAGE = "search.json", "trials.csv", "report.md",
 
 
 def write_report_files(study: Study) -> None:
-    """Write all four, each whole or not at all, search.json first, which marks the others. Raises MachineError."""
+    """Write all four files, each atomically. search.json is written first and marks the others. Raises MachineError."""
     _write(study.output / RESULT, _encoded(json.dumps(study.as_dict(), indent=1, ensure_ascii=False) + "\n"))
     _write(study.output / TRIALS, _encoded(trials_csv(study)))
     _write(study.output / REPORT, _encoded(report(study)))
@@ -48,7 +48,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def trials_csv(study: Study) -> str:
-    """A row for each trial: its scores, what it cost, and what was drawn."""
+    """A row for each trial: its scores, its cost, and the drawn values."""
     sets = sorted({name for trial in study.trials for name in trial.rates})
     drawn = sorted({name for trial in study.trials for name in trial.drawn})
     head = ["number", "name", "method", "state", "objective", *(f"wer {name}" for name in sets)]

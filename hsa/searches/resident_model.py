@@ -1,7 +1,8 @@
-"""One loaded model that holds each candidate in turn, from sources that stay in memory. Nothing is written to disk.
+"""One loaded model that gets the weights of each candidate in turn, from sources that stay in memory. Nothing is
+written to disk.
 
-A merge is computed into tensors of the output's element types, as `hsa.merge` writes them, and copied from there: the
-model decodes what the written checkpoint holds, rounded values included.
+A merge is computed into tensors of the output's dtypes, as `hsa.merge` writes them, and copied from there. The model
+therefore decodes with the same rounded values as the written checkpoint.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ RENAMED = (
     ("LayerNorm.weight", "LayerNorm.gamma"),
     ("LayerNorm.bias", "LayerNorm.beta"),
 )
-"""Parts of names in loaded models and in checkpoints, which transformers exchanges when it loads and saves.
-Source: transformers, conversion_mapping.py, "legacy"."""
+"""Name parts in loaded models and in checkpoints, which transformers converts when it loads and saves. Source:
+transformers, conversion_mapping.py, "legacy"."""
 
 ANCHOR = 0
-"""The number of the source whose names, config and element types are the output's."""
+"""The number of the source that determines names, config and dtypes of the output."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Digests of what a model holds: of all its tensors, and of those of its encoder."""
+    """Digests of the weights in a model: of all its tensors, and of those of its encoder."""
 
     whole: str
     encoder: str
@@ -56,19 +57,19 @@ class Weights:
 
 @dataclass
 class _Source:
-    """A source in memory: what its tensors are, and their bytes by canonical name."""
+    """A source in memory: the metadata of its tensors, and their bytes by canonical name."""
 
     checkpoint: Checkpoint
     data: Mapping[str, Array]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, which shares the bytes: it must not be written to."""
+        """A tensor that shares the bytes and must not be modified."""
         ref = self.checkpoint.tensors[name]
         return torch.from_numpy(self.data[name]).view(getattr(torch, NAMES[ref.code])).reshape(ref.shape)
 
 
 class _Staging:
-    """A merge in the output's element types, by the anchor's names; tensors that no merge writes are the anchor's."""
+    """A merge in the output's dtypes, by the anchor's names. Tensors that no merge writes are the anchor's."""
 
     def __init__(self, anchor: _Source, dtype: str) -> None:
         self._anchor = anchor
@@ -80,8 +81,8 @@ class _Staging:
         self._written: frozenset[str] = frozenset()
 
     def merge(self, merger: Merger, settings: Mapping[str, Any]) -> None:
-        """Hold a merge with these settings. Raises what `apply_` raises; then the anchor's values, or an earlier
-        merge's, are there."""
+        """Compute a merge with these settings. Raises the errors of `apply_`. The tensors then have the anchor's
+        values, or an earlier merge's."""
         targets = frozenset(task.name for task in merger.targets)
         for name in self._written - targets:
             self.tensors[self.stored[name]].copy_(self._anchor.tensor(name))
@@ -95,10 +96,10 @@ class ResidentModel:
     Args:
         model: the model to write into, loaded from the anchor.
         sources: base and the fine-tunes.
-        spaces: what is searched, by method; of a method outside of it plain merges can be put too.
+        spaces: the search space of each method; plain merges of other methods can be put too.
         threads: worker threads of the merging, None for the usable cores and one more.
 
-    Raises what `hsa.Merger` raises, and SourceError where the model has tensors that no source has.
+        Raises the errors of `hsa.Merger`, and SourceError if the model has tensors that no source has.
 
     Example:
         >>> resident = ResidentModel(recognizer.model, sources, {"ties": space}, None)  # doctest: +SKIP
@@ -123,10 +124,10 @@ class ResidentModel:
         self._digests: dict[int, dict[str, str]] = {}
         self._held: dict[str, str] = {}
         for method in spaces:
-            self.merger(method)  # what a method cannot merge is refused before anything is scored
+            self.merger(method)  # raises before anything is scored if a method cannot merge them
 
     def merger(self, method: str) -> Merger:
-        """The Merger of a method, with what its space fixes."""
+        """The Merger of a method, with the settings that its space fixes."""
         if method not in self._mergers:
             space = self._spaces.get(method)
             planned = {} if space is None else space.planned
@@ -137,7 +138,7 @@ class ResidentModel:
         return self._mergers[method]
 
     def layers_of(self, method: str) -> dict[str, int]:
-        """The layer of each target of a method that lies in one, by canonical name."""
+        """The layer of each target of a method that belongs to a layer, by canonical name."""
         found = {}
         for task in self.merger(method).targets:
             if task.place is not None:
@@ -147,7 +148,8 @@ class ResidentModel:
         return found
 
     def put(self, candidate: Candidate) -> Weights:
-        """Let the model hold a candidate. Raises RequestError, MismatchError or NonFiniteError where it cannot."""
+        """Put a candidate into the model. Raises RequestError, MismatchError or NonFiniteError if that is
+        impossible."""
         if candidate.method is None:
             assert candidate.source is not None
             return self._write(*self._source(candidate.source))
@@ -156,7 +158,7 @@ class ResidentModel:
         settings = {name: value for name, value in candidate.settings.items() if not is_planned(known[name])}
         staging = self._staging(str(candidate.settings.get("dtype", "auto")))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", HsaWarning)  # the report of the written merge has them
+            warnings.simplefilter("ignore", HsaWarning)  # reported when the merge is written
             staging.merge(merger, settings)
         tensors = {name: staging.tensors[stored] for name, stored in staging.stored.items()}
         return self._write(tensors, {name: _digest(tensor) for name, tensor in tensors.items()})
@@ -167,7 +169,7 @@ class ResidentModel:
         return self._stagings[dtype]
 
     def _source(self, number: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The tensors of a source as it is, and their digests."""
+        """The tensors of an unmerged source, and their digests."""
         source = self._sources[number]
         for name in self._places:
             shape = None if name not in source.data else source.checkpoint.tensors[name].shape
@@ -183,7 +185,7 @@ class ResidentModel:
         return tensors, self._digests[number]
 
     def _write(self, tensors: Mapping[str, torch.Tensor], digests: Mapping[str, str]) -> Weights:
-        """Copy what differs from what the model holds."""
+        """Copy the tensors that differ from those in the model."""
         with torch.inference_mode():
             for name, place in self._places.items():
                 if self._held.get(name) != digests[name]:
@@ -193,7 +195,7 @@ class ResidentModel:
         return Weights(_digest_of_names(digests, digests), _digest_of_names(self._encoder, digests))
 
     def _read(self) -> list[_Source]:
-        """The whole sources."""
+        """Read all sources completely."""
         hub, found = Hub(), []
         with ExitStack() as stack:
             for number in self._given.numbers:
@@ -209,11 +211,11 @@ class ResidentModel:
 def places_of(
     entries: Sequence[LoadedTensor], distinct: Sequence[LoadedTensor], stored: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a loaded model by the names of a checkpoint's tensors; `distinct` are the entries without those
-    that are another one under a second name.
+    """The tensors of a loaded model by the names of a checkpoint's tensors. `distinct` are the entries without those
+    that are a second name of another entry.
 
-    transformers loads some tensors under other names than checkpoints have. SourceError for a tensor of numbers that
-    is in no checkpoint under a name that is known: it would keep the values of the model that was loaded.
+    transformers loads some tensors under other names than checkpoints have. SourceError for a numeric tensor without a
+    known name in a checkpoint: it would keep the values of the loaded model.
     """
     places, found = {}, set()
     for entry in entries:
@@ -233,7 +235,7 @@ def places_of(
 
 
 def _encoder_tensors(model: Any) -> frozenset[int]:
-    """The identities of an encoder's tensors; none of a model that has no encoder and decoder."""
+    """The identities of an encoder's tensors; empty if the model is not an encoder-decoder model."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return frozenset()
     encoder = model.get_encoder()
@@ -241,7 +243,7 @@ def _encoder_tensors(model: Any) -> frozenset[int]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    """BLAKE3 of a tensor's element type and bytes."""
+    """BLAKE3 of a tensor's dtype and bytes."""
     return f"{tensor.dtype}:{digest_of(bytes_of(tensor.contiguous()))}"
 
 

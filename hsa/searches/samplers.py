@@ -1,4 +1,4 @@
-"""Optuna's samplers, each value with a seed of its own, and a grid over the spaces of several methods."""
+"""Optuna's samplers with a separate seed for each value, and a grid over the spaces of several methods."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hsa.system.digests import digest_of
 SAMPLERS = ("tpe", "cmaes", "nsga2", "random", "grid")
 
 POPULATION = 12
-"""Trials of a generation of NSGA-II: a search has some dozens of trials, and Optuna's 50 would be one generation."""
+"""Trials of a generation of NSGA-II: a search has a few dozen trials, and Optuna's 50 would be one generation."""
 
 METHOD = "method"
-"""The name of the choice among methods in a study."""
+"""The parameter name of the choice among methods in a study."""
 
 
 def check_sampler(name: str, spaces: Sequence[MethodSpace], objective: str) -> None:
-    """RequestError for a sampler that there is not, or that cannot search these spaces."""
+    """Raise RequestError for a sampler that does not exist, or that cannot search these spaces."""
     if name not in SAMPLERS:
         raise RequestError(f"{option('sampler')} must be {listed(SAMPLERS, 'or')}, got {shown(name)}")
     if name == "cmaes":
@@ -38,8 +38,8 @@ def check_sampler(name: str, spaces: Sequence[MethodSpace], objective: str) -> N
 
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Without Optuna's messages on studies, and its warnings that a part of it is experimental, or that heartbeats are
-    not its own: searches send them themselves."""
+    """Suppress Optuna's messages about studies, and its warnings about experimental features and about heartbeats,
+    which searches send themselves."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -57,8 +57,8 @@ class SteadySampler:
     """An Optuna sampler for searches that are killed and resumed.
 
     Optuna draws the values of a trial one after another from one random generator. A search that is killed in the
-    middle of a trial would then continue with other values. So each draw gets a generator of its own, seeded with the
-    search's seed, the trial's number and the parameter's name. Values that are drawn jointly share one.
+    middle of a trial would then continue with other values. Each draw therefore gets its own generator, seeded with the
+    search's seed, the trial's number and the parameter's name. Jointly drawn values share one.
 
     Example:
         >>> study.sampler = SteadySampler("tpe", seed=0)  # doctest: +SKIP
@@ -73,7 +73,7 @@ class SteadySampler:
         return _sampler(self._name, int(digest_of(key)[:8], 16))
 
     def _of(self, trial: Any) -> Any:
-        """The sampler of the numbers of a trial that are drawn together."""
+        """The sampler for the jointly drawn numbers of a trial."""
         if self._together[0] != trial.number:
             self._together = trial.number, self._sampler(trial, "")
         return self._together[1]
@@ -82,7 +82,7 @@ class SteadySampler:
         return self._of(trial).infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
-        """The numbers that are drawn together; Optuna asks for all of them at once."""
+        """The jointly drawn numbers, which Optuna requests all at once."""
         return self._of(trial).sample_relative(study, trial, search_space)
 
     def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
@@ -109,7 +109,7 @@ def _sampler(name: str, state: int) -> Any:
 
 
 def suggest(trial: Any, spaces: Mapping[str, MethodSpace], *, whole: bool) -> tuple[str, dict[str, Any]]:
-    """Draw a method and a value for each of its axes. With `whole` the parameters of all methods are drawn, for
+    """Draw a method and a value for each of its axes. With `whole`, the parameters of all methods are drawn, for
     samplers that need the same parameters in every trial."""
     names = list(spaces)
     method = str(trial.suggest_categorical(METHOD, names)) if len(names) > 1 else names[0]
@@ -126,7 +126,7 @@ def suggest(trial: Any, spaces: Mapping[str, MethodSpace], *, whole: bool) -> tu
 
 
 def distributions(space: MethodSpace, methods: Sequence[str]) -> dict[str, Any]:
-    """Optuna's distributions of what `suggest` draws for a method."""
+    """Optuna's distributions of the values that `suggest` draws for a method."""
     import optuna
 
     found: dict[str, Any] = {}
@@ -141,10 +141,10 @@ def distributions(space: MethodSpace, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def grid_points(spaces: Mapping[str, MethodSpace], count: int) -> list[dict[str, Any]]:
-    """At most so many points, each method as many as another, as what `suggest` draws.
+    """At most `count` points, the same maximum for each method, in the form of `suggest`'s values.
 
-    The values of an axis lie evenly between its ends; the first axes get one more than the last where that fits.
-    Raises what `check_grid` raises.
+    The values of an axis are evenly spaced between its ends; the first axes get one more than the last if possible.
+    Raises the errors of `check_grid`.
     """
     if count < 1:
         return []
@@ -161,7 +161,7 @@ def grid_points(spaces: Mapping[str, MethodSpace], count: int) -> list[dict[str,
 
 
 def check_grid(spaces: Sequence[MethodSpace], count: int) -> None:
-    """RequestError where the choices of a method alone make more points than its share of `count`."""
+    """Raise RequestError if the choices of a method alone make more points than its share of `count`."""
     share = count // len(spaces)
     for space in spaces:
         least = math.prod(len(axis.choices) or 1 for axis in space.axes)
@@ -173,7 +173,7 @@ def check_grid(spaces: Sequence[MethodSpace], count: int) -> None:
 
 
 def _counts(space: MethodSpace, most: int) -> list[int]:
-    """How many values each axis of a grid has."""
+    """The number of values on each axis of a grid."""
     counts = [len(axis.choices) or 1 for axis in space.axes]
     grown = True
     while grown:

@@ -1,4 +1,4 @@
-"""`hsa.search`: find the merge that recognises one's own speech best."""
+"""`hsa.search`: find the merge that best recognises one's own speech."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from hsa.system import fsio
 from hsa.system.types import PathLike
 
 WORST_SHOWN = 20
-"""Utterances that the report shows side by side."""
+"""Maximum utterances that the report shows side by side."""
 
 LIBRARIES, READERS = ("torch", "transformers", "optuna"), ("soxr", "soundfile")
-"""What trials depend on, of another version of which they are not comparable; `READERS` read the audio."""
+"""Libraries on which trials depend; trials of other versions are not comparable. `READERS` read the audio."""
 
 SearchProgress = Callable[[SearchStep], None]
-"""Called after every trial."""
+"""A callback after every trial."""
 
 
 @fsio.map_os_errors()
@@ -98,37 +98,37 @@ def search(
     """Search for the merge of these sources with the lowest word error rate on your dev sets.
 
     Base, every fine-tune, their plain average and each method's defaults are scored first. Then the sampler draws a
-    method and settings; each candidate is put into one loaded model, rounded as its checkpoint would be, and decoded.
+    method and settings. Each candidate is put into one loaded model, rounded as its checkpoint would be, and decoded.
     `output` gets `best/`, the checkpoint that `hsa merge` writes with the best settings, `study.db`, `trials.csv`,
-    `search.json`, `report.md` and `report.html`. A search that was ended, even by kill -9, goes on when it is called
+    `search.json`, `report.md` and `report.html`. A search that was ended, even by kill -9, resumes when it is called
     again with the same arguments. `trials` (not with the grid sampler), `time`, `test`, `confidence`, `threads`,
     `workers` and `ray` may change; the kind of device may not.
 
     Args:
         sources: `{"base": B, "primary": M1, "secondary": M2}`, `{"base": B, "models": [M1, ...]}`, or a list of models:
             directories or ids on the Hub.
-        output: the directory to write; made where it does not exist.
-        method: one or several, as a list or a text with commas; the search then chooses the method too.
-        dev: the sets to score candidates on: what `hsa.data` gives, or paths; NAME=PATH names a set.
+        output: the directory to write; it is created if it does not exist.
+        method: one or several, as a list or a text with commas. With several, the search also chooses the method.
+        dev: the sets on which candidates are scored: results of `hsa.data`, or paths; NAME=PATH names a set.
         test: sets that are decoded once, after the search, with the best candidate and the baselines.
         evaluate: instead of `dev`, a function that gets the loaded model of each candidate and returns its score;
             lower is better. The model may be any that transformers loads.
-        trials: models to score in all, baselines included.
+        trials: total number of models to score, baselines included.
         time: start no new trial after this time: seconds, or a text such as `2h`. Baselines are always scored.
         sampler: tpe, cmaes, nsga2, random or grid; by default tpe, and nsga2 for the objective pareto.
         objective: mean (of the sets' word error rates), worst, pareto, or the name of a set.
         space: texts NAME=LOW:HIGH, NAME=VALUE or NAME=A,B, such as `ties.density=0.2:0.8`.
-        by_layer: ranges of layers such as `0-3,4-7`, each with a lambda and alpha of its own.
+        by_layer: ranges of layers such as `0-3,4-7`, each with its own lambda and alpha.
         seed: of the sampler and of the order of utterances.
         racing: stop candidates that are worse than the best by a Wilcoxon signed-rank test; never with pareto.
         soup: `greedy` also scores averages of the fine-tunes, each kept only if the score does not get worse.
         normalizer, limit, language, task, beams, max_tokens, batch, device, dtype: as for `hsa.evaluate`.
         confidence: of the intervals in the report.
         threads: worker threads of the merging.
-        workers: processes that score candidates, by default 1, each with sources, model and features of its own in
+        workers: processes that score candidates, by default 1, each with its own sources, model and features in
             memory; with `ray` the number of actors, by default as many as fit.
-        ray: score on a Ray cluster: its address, or True for the one that `RAY_ADDRESS` names, else one that runs on
-            this machine, else a new one that is started here.
+        ray: score on a Ray cluster: its address, or True. True uses the cluster that `RAY_ADDRESS` names, else one
+            that runs on this machine, else a new one that is started here.
         storage: the URL of a database in which several runs, on several machines, share one search.
         study: the name of the search in that database.
         progress: called after every trial with a `SearchStep`.
@@ -136,7 +136,10 @@ def search(
     Returns the study. Raises RequestError, SourceError, DataError or MachineError, or a subclass of one.
 
     Example:
-        >>> study = hsa.search({"base": "b", "primary": "m1", "secondary": "m2"}, dev=["dev.tsv"], output="search")
+        >>> sources = {"base": "whisper-small", "primary": "m1", "secondary": "m2"}
+        >>> study = hsa.search(sources, dev=["dev.tsv"], trials=8, output="search")
+        >>> study.best.name
+        'average'
     """
     check_functions(evaluate=evaluate, progress=progress)
     check_paths(output=output)
@@ -175,7 +178,7 @@ def search(
 
 @contextmanager
 def needed_for_search() -> Iterator[None]:
-    """RequestError where Optuna or what it needs is not installed.
+    """Raise RequestError if Optuna or one of its dependencies is not installed.
 
     Example:
         >>> with needed_for_search():
@@ -195,7 +198,7 @@ def needed_for_search() -> Iterator[None]:
 
 @dataclass
 class _SearchRun:
-    """One call of `search`: what is open for it, and its steps."""
+    """One call of `search`: its open resources and its steps."""
 
     sources: SearchSources
     options: SearchOptions
@@ -206,7 +209,7 @@ class _SearchRun:
     request: dict[str, Any] = field(default_factory=dict)
 
     def by_own_score(self, evaluate: Callable[[Any], float]) -> Study:
-        """A search with a scoring function of the caller's own."""
+        """Search with the caller's own scoring function."""
         spaces = self._spaces()
         objective = Objective(OWN)
         self._check_sampler(spaces, OWN)
@@ -222,7 +225,7 @@ class _SearchRun:
         return self._finish(study, [], "", files)
 
     def by_word_errors(self, dev_sets: list[DataSet], test_sets: list[DataSet]) -> Study:
-        """A search by word errors on dev sets."""
+        """Search by word errors on dev sets."""
         objective = objective_of(self.options.objective, [each.name for each in dev_sets])
         spaces = self._spaces()
         self._check_sampler(spaces, objective.kind)
@@ -273,7 +276,7 @@ class _SearchRun:
         if self.options.by_layer is not None:
             for space in spaces.values():
                 check_layered(space)
-        baselines(self.sources, spaces)  # before anything is read, for what it refuses
+        baselines(self.sources, spaces)  # called before anything is read, for its checks
         if self.options.soup is not None:
             check_soup_names(self.sources)
         return spaces
@@ -294,7 +297,7 @@ class _SearchRun:
         }
 
     def _anchor(self, files: Files) -> OpenModel:
-        """The first fine-tune, whose files the output has; by its digest its small files alone."""
+        """The first fine-tune, whose files the output gets. Its digest is that of its small files only."""
         name, given = self.sources.name_of(ANCHOR), self.sources.path(ANCHOR)
         return OpenModel(name, given, files.anchor, kind_of(files.anchor), self.request["anchor"], files.dtype)
 
@@ -309,7 +312,7 @@ class _SearchRun:
 
     def _store(self, objectives: int, scored_by: Mapping[str, Any], files: Files, pool: Pool) -> Store:
         given = self.options.as_dict()
-        device = pool.device.partition(":")[0]  # scores depend on its kind, not on how it was asked for
+        device = pool.device.partition(":")[0]  # scores depend on its kind, not on its spelling
         self.request = {
             **given,
             "decoding": {**given["decoding"], "device": device},
@@ -342,8 +345,8 @@ class _SearchRun:
     def _finish(self, study: Study, dev: Sequence[str], split: str, files: Files) -> Study:
         """Write the reports, then the best candidate.
 
-        What was found is on the disk before a merge that may fail. `best/` is written only if the sources still are
-        what was scored: its card says that it has these scores.
+        The results are on disk before a merge that may fail. `best/` is written only if the sources are still those
+        that were scored, because its card states these scores.
         """
         check_reports(self.output)
         write_report_files(study)
@@ -361,7 +364,7 @@ class _SearchRun:
 def _dev_scores(
     pool: Pool, dev: DevSets, transcripts: Transcripts, trials: Sequence[Trial]
 ) -> dict[str, list[UtteranceScore]]:
-    """What complete trials scored on every utterance, by their names; decoded again where transcripts are not here."""
+    """The scores of complete trials on every utterance, by name. Missing transcripts are decoded again."""
     gone = [trial for trial in trials if len(transcripts.get(trial.result.weights)) < len(dev.items)]
     for result in run_all(pool, [Score(trial.candidate, None) for trial in gone]):
         transcripts.put(result.weights, result.texts)

@@ -1,6 +1,6 @@
-"""The search itself: baselines first, then trials by ask and tell, as many at a time as the pool does.
+"""The search itself: baselines first, then trials by ask and tell, as many at a time as the pool can run.
 
-What is finished is read from the storage, where other runs of a shared search keep theirs too.
+Finished trials are read from the storage, where other runs of a shared search also store theirs.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MODEL_BASED = ("tpe", "cmaes")
 """Samplers that model the scores of finished trials."""
 
 POLL = 1.0
-"""Seconds between two looks at what other runs of a shared search do."""
+"""Seconds between two polls of the other runs of a shared search."""
 
 
 @dataclass(frozen=True)
 class SearchStep:
-    """How far a search is: trials that are finished, of how many, and the best so far."""
+    """The progress of a search: the number of finished trials, the total, the best so far and the last."""
 
     finished: int
     trials: int
@@ -46,7 +46,7 @@ class SearchStep:
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial that was asked: Optuna's handle and study, and what to try."""
+    """A trial that was asked for: Optuna's study and handle, and its candidate."""
 
     study: Any
     handle: Any
@@ -55,7 +55,7 @@ class Asked:
 
 @dataclass
 class Session:
-    """One search. `dev` and `transcripts` are None where a scoring function of the caller's own is used."""
+    """One search. `dev` and `transcripts` are None with the caller's own scoring function."""
 
     sources: SearchSources
     spaces: Mapping[str, MethodSpace]
@@ -73,8 +73,8 @@ class Session:
     _taken: int = 0
 
     def run(self) -> None:
-        """Score the baselines and search until enough trials are finished or time is up. Raises what scoring raises;
-        whatever was finished before is kept then."""
+        """Score the baselines and search until enough trials are finished or time is up. Raises the errors of scoring;
+        earlier results are then kept."""
         started = time.monotonic()
         self._refresh(quiet=True)
         self._score_baselines()
@@ -98,7 +98,7 @@ class Session:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of how the search went."""
+        """Notes to the user about how the search went."""
         if not self._taken:
             return []
         return [
@@ -117,7 +117,7 @@ class Session:
                 soup.take(trial)
 
     def _score(self, candidates: Sequence[Candidate], *, first: bool = False) -> list[Trial]:
-        """Score models without a race, as far as that has not been done by an earlier run or another one."""
+        """Score models without a race, unless an earlier run or another one has done so."""
         self._before += candidates
         for _ in range(MOST_RETRIES):
             self.store.queue_baselines(candidates, first=first)
@@ -139,7 +139,7 @@ class Session:
         return None
 
     def _tell_of_defaults(self) -> None:
-        """Let the sampler begin with what the methods' defaults came to, where they lie in the space."""
+        """Tell the sampler the results of the methods' defaults, if they are within the space."""
         if self.options.sampler not in MODEL_BASED:
             return
         by_name = {trial.name: trial for trial in self.trials}
@@ -154,7 +154,7 @@ class Session:
     # --- trials ---------------------------------------------------------------------------------------------------
 
     def _ask(self, budget: int) -> Asked | None:
-        """The next trial of the sampler; None where there are enough, or a grid has no further point."""
+        """The next trial of the sampler; None if there are enough, or a grid has no further point."""
         study = self.store.search
         while True:
             if self.store.begun() >= budget or (self.options.sampler == "grid" and not self.store.waiting(study)):
@@ -166,7 +166,7 @@ class Session:
             self.store.discard(study, handle)  # another run was faster
 
     def _drawn(self, handle: Any) -> Asked:
-        """What to try in a trial: what it tried before its run was lost, or what the sampler draws now."""
+        """The candidate of a trial: the one it had before its run was lost, or one that the sampler draws now."""
         study = self.store.search
         with quiet_optuna():
             method, drawn = suggest(handle, self.spaces, whole=self.options.sampler == "nsga2")
@@ -180,8 +180,8 @@ class Session:
     # --- one trial after another, or several at a time ------------------------------------------------------------
 
     def _work(self, study: Any, ask: Callable[[], Asked | None], is_late: Callable[[], bool] = lambda: False) -> None:
-        """Score what `ask` gives until it gives nothing more, and no run works on a trial of the study unless it is
-        late."""
+        """Score the trials that `ask` returns until it returns None. Then wait, unless time is up, until no other run
+        is working on a trial of the study."""
         under_way: dict[int, Asked] = {}
         try:
             while True:
@@ -206,7 +206,7 @@ class Session:
         return self.incumbent() if asked.candidate.kind == "sampled" else None
 
     def _tell(self, asked: Asked, result: Result) -> None:
-        """Keep what came of a trial."""
+        """Store the result of a trial."""
         if self.transcripts is not None:
             self.transcripts.put(result.weights, result.texts)
         trial = self._make(asked.candidate, result, {})
@@ -219,7 +219,7 @@ class Session:
         return make_trial(len(self.trials) + 1, candidate, result, self.objective, self.dev, drawn)
 
     def _refresh(self, *, quiet: bool = False) -> None:
-        """Read what is finished: the baselines in their order, then trials by their numbers."""
+        """Read the finished trials: the baselines in their order, then the others by number."""
         kept = {each.candidate.name: ("baselines", each) for each in reversed(self.store.kept_baselines())}
         ordered = [kept[candidate.name] for candidate in self._before if candidate.name in kept]
         ordered += [("search", each) for each in self.store.kept_trials()]
@@ -238,7 +238,7 @@ class Session:
                 self.progress(SearchStep(len(self.trials), total, best_of(self.trials), last))
 
     def _add_cached(self, result: Result) -> None:
-        """Let the workers know what is kept, so that equal weights are not scored again."""
+        """Share stored results with the workers, so that equal weights are not scored again."""
         if self.transcripts is not None:
             texts = self.transcripts.get(result.weights)
             if texts:

@@ -1,6 +1,6 @@
-"""What a process needs to know to score the candidates of a search: values from which it loads an evaluator.
+"""The data that a process needs to score the candidates of a search: values from which it loads an evaluator.
 
-Worker processes and actors on other machines get one of these, and hold sources, model and features themselves.
+Worker processes and actors on other machines get one of these, and load sources, model and features themselves.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from hsa.system.fsio import Tally
 
 @dataclass(frozen=True)
 class Files:
-    """The sources of a search on this machine, by their numbers: directories, and digests of weights and small files;
-    `dtype` are the element types of the anchor, the source whose files the output has."""
+    """The sources of a search on this machine, by their numbers: directories, and digests of weights and small files.
+    `dtype` names the dtypes of the anchor, the source whose files the output gets."""
 
     folders: Mapping[int, Path]
     digests: Mapping[int, str]
@@ -46,14 +46,14 @@ class Files:
         return self.folders[ANCHOR]
 
     def anchor_files(self) -> str:
-        """BLAKE3 of the anchor's small files and of the element types of its weights: what decides, beside weights and
-        options, how candidates are decoded."""
+        """BLAKE3 of the anchor's small files and of the dtypes of its weights. Besides weights and options, these
+        determine how candidates are decoded."""
         found = small_files(self.anchor, read_config("model", self.anchor, Tally()))
         entries = [f"{name} {digest_of(data)}" for name, data in sorted(found.items())]
         return digest_of("\n".join([self.dtype, *entries]).encode("utf-8", "surrogatepass"))
 
     def located(self, sources: SearchSources) -> Files:
-        """The same on another machine. SourceError where a source has other weights or small files there."""
+        """The same files on another machine. SourceError if a source has other weights or small files there."""
         found = open_files(sources)
         for number in sources.numbers:
             if found.digests[number] != self.digests[number]:
@@ -67,7 +67,7 @@ class Files:
 def open_files(sources: SearchSources, *, transcribing: bool = False) -> Files:
     """Fetch all sources and read them once.
 
-    Raises SourceError where transformers cannot load one, or one cannot transcribe where `transcribing` is asked.
+    Raises SourceError if transformers cannot load one, or, with `transcribing`, if one cannot transcribe.
     """
     hub = Hub()
     opened = {number: _open(sources.path(number), hub, transcribing=transcribing) for number in sources.numbers}
@@ -81,7 +81,7 @@ def open_files(sources: SearchSources, *, transcribing: bool = False) -> Files:
 def _open(path: str, hub: Hub, *, transcribing: bool) -> OpenWeights:
     place = path if find_id(path) else Path(path).expanduser()
     if transcribing and isinstance(place, Path) and place.is_dir():
-        kind_of(place)  # a model that cannot transcribe says so before its weights are looked at
+        kind_of(place)  # a model that cannot transcribe fails before its weights are read
     weights = open_weights(place, path, hub)
     if transcribing:
         kind_of(weights.folder)
@@ -111,7 +111,7 @@ class SpeechSetup:
         return make_dev_sets(self.prepared, self.normalizer(), self.options.decoding.batch, self.options.seed)
 
     def normalizer(self) -> Callable[[str], str]:
-        """The function that normalises references and what models write."""
+        """The function that normalises references and transcripts."""
         decoding = self.options.decoding
         language = "en" if decoding.task == "translate" else decoding.language
         return normalizer(self.options.normalizer, language=language, model=self.files.anchor)
@@ -136,7 +136,7 @@ class SpeechSetup:
 
 @dataclass(frozen=True)
 class OwnSetup:
-    """A search by a function of the caller's own, which gets the loaded model."""
+    """A search by the caller's own function, which gets the loaded model."""
 
     sources: SearchSources
     spaces: Mapping[str, MethodSpace]
@@ -159,14 +159,14 @@ Setup = SpeechSetup | OwnSetup
 
 
 def for_worker(setup: Setup, threads: int, device: str) -> Setup:
-    """The setup of one worker: threads of its merging, unless the caller named them, and its device."""
+    """The setup of one worker: its device, and its merging threads unless the caller set them."""
     options = setup.options
     decoding = replace(options.decoding, device=device)
     return replace(setup, options=replace(options, threads=options.threads or threads, decoding=decoding))
 
 
 def use_threads(count: int) -> None:
-    """Let torch compute with so many threads in this process."""
+    """Set the number of threads that torch uses in this process."""
     import torch
 
     torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""The models that a search merges: base and fine-tunes, named alike for every method."""
+"""The models that a search merges: base and fine-tunes, with the same names for every method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GivenSources = Mapping[str, Any] | Sequence[PathLike]
 
 @dataclass(frozen=True)
 class SearchSources:
-    """Base, where there is one, and the fine-tunes in their order; of all of them the names that tables show."""
+    """Base, if there is one, and the fine-tunes in their order, with the names that tables show."""
 
     base: str | None
     models: tuple[str, ...]
@@ -33,7 +33,7 @@ class SearchSources:
     names: tuple[str, ...]
 
     def arguments(self, method: str) -> dict[str, Any]:
-        """The sources as the keywords of a merge by this method, base where it takes one.
+        """The sources as the keywords of a merge by this method, with base if the method takes one.
 
         Example:
             >>> SearchSources("b", ("m1", "m2"), "b", ("m1", "m2")).arguments("linear")
@@ -43,7 +43,7 @@ class SearchSources:
         return {**({BASE: self.base} if takes_base else {}), "models": list(self.models)}
 
     def check(self, method: str) -> None:
-        """RequestError where a method does not take so many models, or needs a base."""
+        """Raise RequestError if a method does not take this number of models, or needs a base."""
         method_named(method).contract.check(method, base="base" in self.arguments(method), models=len(self.models))
 
     def name_of(self, number: int) -> str:
@@ -62,7 +62,7 @@ class SearchSources:
 
 
 def sources_of(given: GivenSources) -> SearchSources:
-    """The sources that a caller gives. RequestError for anything else, and for fewer than one model."""
+    """Parse a caller's sources. RequestError for anything else, and for fewer than one model."""
     if isinstance(given, (str, bytes, os.PathLike)):
         raise RequestError(
             f"the sources are {shown(given)}; expected a list of models, or a mapping of roles to models"

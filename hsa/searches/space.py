@@ -1,7 +1,7 @@
-"""What a search draws: the numbers of each method's settings, their ranges, and settings that a user fixes.
+"""The search space: the numbers of each method's settings, their ranges, and the settings that a user fixes.
 
-The ranges are those that the settings of the methods declare. `NAME=LOW:HIGH` gives another one, `NAME=VALUE` fixes a
-setting, `NAME=A,B,C` lets the search choose. NAME is `ties.density`, or `density` for every method that has it.
+The methods' settings declare the ranges. `NAME=LOW:HIGH` gives another range, `NAME=VALUE` fixes a setting, and
+`NAME=A,B,C` lets the search choose. NAME is `ties.density`, or `density` for every method that has it.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from hsa.methods.settings import Declared, check_value, declared
 from hsa.option_names import LETTERS, option
 
 DIGITS = 4
-"""Significant digits of a number that is drawn: a command that repeats a merge can be read."""
+"""Significant digits of a drawn number, so that the command that repeats a merge is readable."""
 
 BY_LAYER = ("lam", "alpha")
-"""The settings that each range of layers has for itself, as in SA Merge."""
+"""The settings that have separate values for each range of layers, as in SA Merge."""
 
 Layers = tuple[int, int]
-"""The first and the last layer of a range, both in it."""
+"""The first and the last layer of a range, both inclusive."""
 
 Values = float | str | bool | int
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A number, or one of some choices, that a search draws.
+    """A number, or a choice, that a search draws.
 
-    `name` is its name in the study. It is a value of `setting`: of the model of this number, or of these layers alone.
+    `name` is its name in the study. It is a value of `setting`, either for the model with this number or only for these
+    layers.
     """
 
     name: str
@@ -46,13 +47,13 @@ class Axis:
     layers: Layers | None = None
 
     def rounded(self, value: Any) -> Any:
-        """A drawn number with few digits, within the range."""
+        """Round a drawn number to few digits, within the range."""
         if self.choices:
             return value
         return min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
 
     def grid(self, count: int) -> list[Any]:
-        """So many values from the lowest to the highest, or all choices."""
+        """`count` values from the lowest to the highest, or all choices."""
         if self.choices:
             return list(self.choices)
         if count == 1:
@@ -65,7 +66,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class MethodSpace:
-    """What is drawn for one method, and which of its settings are fixed.
+    """The drawn values of one method, and its fixed settings.
 
     `layer_of` gives the layer of each target of a method whose settings are given per tensor; `layers` counts them.
     """
@@ -78,11 +79,11 @@ class MethodSpace:
 
     @property
     def planned(self) -> dict[str, Any]:
-        """The fixed settings that a Merger is made with."""
+        """The fixed settings with which a Merger is created."""
         return {name: value for name, value in self.fixed.items() if is_planned(_declared(self.method)[name])}
 
     def settings(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
-        """Python's keywords of a merge, from what was drawn by the names of the axes."""
+        """The Python keywords of a merge, from the drawn values by axis name."""
         found: dict[str, Any] = dict(self.fixed)
         for axis in self.axes:
             value = axis.rounded(drawn[axis.name])
@@ -96,7 +97,7 @@ class MethodSpace:
         return {name: self._by_layer(name, value) if name in by_layer else value for name, value in found.items()}
 
     def defaults(self) -> dict[str, float | str] | None:
-        """What the method's own defaults are on the axes, by their names; None where one lies outside of its range."""
+        """The method's own defaults as axis values by name; None if one is outside its range."""
         drawn: dict[str, Any] = {}
         for axis in self.axes:
             each = _declared(self.method)[axis.setting]
@@ -111,7 +112,7 @@ class MethodSpace:
         return drawn
 
     def _by_layer(self, name: str, entries: Sequence[Mapping[str, Any]]) -> Any:
-        """Values of ranges of layers as the setting takes them: by the names of tensors, or by layers."""
+        """The values of layer ranges in the form of the setting: by tensor names, or by layers."""
         if not _declared(self.method)[name].about.scheduled:
             return {
                 tensor: next(each["value"] for each in entries if each["layers"][0] <= layer <= each["layers"][1])
@@ -127,9 +128,9 @@ def is_planned(each: Declared) -> bool:
 
 
 def space_of(method: str, models: int, given: Mapping[str, Sequence[str]]) -> MethodSpace:
-    """The space of a method for so many models; `given` are the texts of `--space` by the setting's name.
+    """The space of a method for this number of models. `given` are the texts of `--space` by the setting's name.
 
-    Raises RequestError for what the setting cannot be.
+    Raises RequestError for values that the setting cannot have.
     """
     known = _declared(method)
     axes: list[Axis] = []
@@ -155,7 +156,7 @@ def space_of(method: str, models: int, given: Mapping[str, Sequence[str]]) -> Me
 
 
 def check_layered(space: MethodSpace) -> None:
-    """RequestError where a method draws nothing that could have a value for each range of layers."""
+    """Raise RequestError if a method draws nothing that could have a value for each range of layers."""
     if not any(axis.setting in BY_LAYER for axis in space.axes):
         raise RequestError(
             f"{option('by_layer')} gives each range of layers a lambda and alpha of its own, but the search draws "
@@ -164,9 +165,9 @@ def check_layered(space: MethodSpace) -> None:
 
 
 def with_layers(space: MethodSpace, ranges: Sequence[Layers], layer_of: Mapping[str, int]) -> MethodSpace:
-    """The space with values of each range of layers for the settings that SA Merge has them for.
+    """The space with a value for each range of layers, for the settings that have these in SA Merge.
 
-    Raises RequestError where the ranges leave a layer out.
+    Raises RequestError if the ranges leave out a layer.
     """
     layers = 1 + max(layer_of.values(), default=-1)
     if not ranges or ranges[-1][1] < layers - 1:
@@ -183,7 +184,7 @@ def with_layers(space: MethodSpace, ranges: Sequence[Layers], layer_of: Mapping[
 
 
 def parse_layers(text: str) -> tuple[Layers, ...]:
-    """Ranges of layers that follow one another, `0-3,4-7`. RequestError for others.
+    """Parse consecutive ranges of layers, `0-3,4-7`. RequestError for others.
 
     Example:
         >>> parse_layers("0-3,4-7")
@@ -203,7 +204,7 @@ def parse_layers(text: str) -> tuple[Layers, ...]:
 
 
 def parse_space(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """What `--space` says, by method and the setting's name in Python. RequestError where nothing has that name."""
+    """Parse `--space`, by method and the setting's name in Python. RequestError if no setting has that name."""
     found: dict[str, dict[str, list[str]]] = {method: {} for method in methods}
     for text in texts:
         name, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
@@ -234,17 +235,17 @@ def _declared(method: str) -> dict[str, Declared]:
 
 
 def _for_models(axis: Axis, each: Declared, models: int) -> list[Axis]:
-    """The axis, or one for each model, where the setting has a value for each."""
+    """The axis, or one for each model if the setting has a value for each."""
     if not each.about.per_model or each.name != "weights":
         return [axis]
     count = models - 1 if each.about.entries == SECONDARY else models
     if each.about.entries == SECONDARY and count == 1:
-        return []  # one secondary has all of what secondaries share
+        return []  # a single secondary has the whole share
     return [replace(axis, name=f"{axis.name.rstrip('s')}{number + 1}", model=number) for number in range(count)]
 
 
 def _read(method: str, each: Declared, text: str) -> tuple[Axis | None, Any]:
-    """An axis, or the value that is fixed."""
+    """An axis, or the fixed value."""
     name = f"{method}.{each.key}"
     low, colon, high = text.partition(":")
     if colon:
@@ -280,7 +281,7 @@ def _number(name: str, text: str) -> float:
 
 
 def _value(name: str, each: Declared, text: str) -> Any:
-    """A value of a setting from its text. RequestError where it can have no such value."""
+    """Parse a value of a setting. RequestError if it cannot have this value."""
     value: Any = text
     if isinstance(each.default, bool):
         switches = {"on": True, "true": True, "off": False, "false": False}

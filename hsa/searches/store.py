@@ -1,10 +1,11 @@
-"""What a search keeps in Optuna's storage: `study.db` in its output, or a database that several machines share.
+"""The trials of a search in Optuna's storage: `study.db` in its output, or a database that several machines share.
 
-The study NAME holds the sampler's trials, the study `NAME baselines` the baselines. Every trial has its candidate and
-its result. Baselines and the points of a grid are queued. A trial that a killed run left unfinished is queued again.
+The study NAME contains the sampler's trials, the study `NAME baselines` the baselines. Every trial has its candidate
+and its result. Baselines and the points of a grid are queued. A trial that a killed run left unfinished is queued
+again.
 
-In a shared database every run sends heartbeats for the trials that it works on. If they stop for GRACE seconds, the
-trial is marked as failed, and another is queued in its place.
+In a shared database, every run sends heartbeats for its trials. If they stop for GRACE seconds, the trial is marked as
+failed, and another is queued in its place.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from hsa.searches.samplers import quiet_optuna
 from hsa.searches.trials import Trial
 
 DEV, SOURCES = "dev", "sources"
-"""Parts of a request that stand for what they are made of by digests."""
+"""Parts of a request that are digests of their content."""
 
 SEARCH = "search"
-"""The name of a study where none is given."""
+"""The default name of a study."""
 
 REQUEST, QUEUED = "request", "queued"
-"""User attributes of a study: what was asked for, and whether its baselines wait."""
+"""User attributes of a study: the request, and whether its baselines are queued."""
 
 CANDIDATE, RESULT, BASELINE, POINT = "candidate", "result", "baseline", "point"
-"""User attributes of a trial: what it tries, what came of it, which baseline it repeats, so that the sampler knows of
-that, and which point of a grid it is."""
+"""User attributes of a trial: its candidate, its result, the baseline that it repeats for the sampler, and the number
+of its grid point."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A finished trial as it is kept: its number in its study, candidate, result, and what was drawn."""
+    """A finished trial as stored: its number in its study, candidate, result, and the drawn values."""
 
     number: int
     candidate: Candidate
@@ -48,9 +49,9 @@ class Kept:
 
 
 class Store:
-    """The studies of one search; `shared` where other runs may take part.
+    """The studies of one search; `shared` if other runs may take part.
 
-    Raises RequestError where they were begun with another request, MachineError where the storage fails.
+    Raises RequestError if they were begun with another request, MachineError if the storage fails.
 
     Example:
         >>> store = Store(sqlite_url(output), objectives=1, request=request)  # doctest: +SKIP
@@ -62,7 +63,7 @@ class Store:
     ) -> None:
         self.shared, self._objectives = shared, objectives
         self._joined = False
-        self._read: dict[int, Kept] = {}  # by the trial's id: what is finished does not change
+        self._read: dict[int, Kept] = {}  # by the trial's id: finished trials do not change
         with quiet_optuna(), storage_errors(url):
             self.storage = open_storage(url, shared=shared)
             self.search = self._begin(name, request)
@@ -75,7 +76,7 @@ class Store:
     # --- beginning ------------------------------------------------------------------------------------------------
 
     def _begin(self, name: str, request: Mapping[str, Any]) -> Any:
-        """The study of the search: a new one, or one that was begun with the same request."""
+        """Create the study of the search, or load one that was begun with the same request."""
         import optuna
 
         text = json.dumps(request)
@@ -102,7 +103,7 @@ class Store:
         return optuna.create_study(storage=self.storage, study_name=name, directions=directions, load_if_exists=load)
 
     def _wait_for(self, study: Any, attribute: str) -> None:
-        """Wait until the run that begins the study has set an attribute, or is taken to be lost."""
+        """Wait until the run that creates the study has set an attribute, or is considered lost."""
         end = time.monotonic() + (PATIENCE if self.shared and self._joined else 0.0)
         while attribute not in study.user_attrs and time.monotonic() < end:
             time.sleep(0.1)
@@ -119,7 +120,7 @@ class Store:
             )
 
     def _retry_unfinished(self) -> None:
-        """Let trials that an earlier run left unfinished wait again: no other run takes part."""
+        """Queue the trials again that an earlier run left unfinished. No other run takes part."""
         import optuna
 
         for study in (self.baselines, self.search):
@@ -129,7 +130,8 @@ class Store:
     # --- what waits -----------------------------------------------------------------------------------------------
 
     def queue_baselines(self, candidates: Sequence[Candidate], *, first: bool = False) -> None:
-        """Let candidates wait to be scored, those that do not already; `first` of those that every run begins with."""
+        """Queue candidates that are not queued already. `first` says that they are those with which every run
+        begins."""
         if first:
             self._wait_for(self.baselines, QUEUED)
         import optuna
@@ -157,13 +159,13 @@ class Store:
                     self.search.enqueue_trial(dict(point), user_attrs={POINT: number})
 
     def waiting(self, study: Any) -> bool:
-        """Whether a trial of a study waits to be asked."""
+        """Whether a trial of a study is queued."""
         import optuna
 
         return bool(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
 
     def running(self, study: Any) -> bool:
-        """Whether a trial of a study is asked and not finished, by this run or by another."""
+        """Whether a trial of a study is in progress, in this run or in another."""
         import optuna
 
         return bool(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)))
@@ -174,7 +176,7 @@ class Store:
         return self._kept(self.baselines)
 
     def kept_trials(self) -> list[Kept]:
-        """The finished trials of the sampler, without the baselines that it was told of."""
+        """The finished trials of the sampler, without the baselines that it was told."""
         return self._kept(self.search)
 
     def _kept(self, study: Any) -> list[Kept]:
@@ -187,7 +189,8 @@ class Store:
         return found
 
     def begun(self, below: int | None = None) -> int:
-        """How many trials of the sampler are asked or finished, of those whose number is below."""
+        """The number of the sampler's trials that are in progress or finished, optionally only those numbered below
+        `below`."""
         import optuna
 
         return sum(
@@ -197,13 +200,13 @@ class Store:
         )
 
     def is_doubled(self, asked: Any) -> bool:
-        """Whether a trial is a point of a grid that another trial is already: two runs may queue points at once."""
+        """Whether a trial repeats a grid point of another trial: two runs may queue points at once."""
         point = asked.user_attrs.get(POINT)
         real = _real(self.search.get_trials(deepcopy=False))
         return point is not None and asked.number not in {trial.number for trial in real}
 
     def tell_of_baseline(self, trial: Trial, drawn: Mapping[str, Any], distributions: Mapping[str, Any]) -> None:
-        """Let the sampler know of a baseline that it could have drawn, once."""
+        """Tell the sampler, once, the result of a baseline that it could have drawn."""
         import optuna
 
         known = {each.user_attrs.get(BASELINE) for each in self.search.get_trials(deepcopy=False)}
@@ -222,7 +225,7 @@ class Store:
     # --- one trial ------------------------------------------------------------------------------------------------
 
     def ask(self, study: Any) -> Any:
-        """A trial that waits, or a new one; other runs are told that it is worked on."""
+        """Take a queued trial or a new one, and announce to other runs that this run works on it."""
         with quiet_optuna():
             handle = study.ask()
         if self._heartbeats is not None:
@@ -275,7 +278,7 @@ class Store:
         self._end_heartbeat(asked)
         try:
             self.storage.set_trial_state_values(asked._trial_id, optuna.trial.TrialState.WAITING)
-        except optuna.exceptions.UpdateFinishedTrialError:  # it was taken from this run
+        except optuna.exceptions.UpdateFinishedTrialError:  # another run has taken it over
             return
 
     def retry_lost(self, study: Any) -> None:
@@ -286,7 +289,7 @@ class Store:
             return
         with quiet_optuna():
             for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-                if trial._trial_id not in self._watched:  # a run that was lost before its first heartbeat has sent none
+                if trial._trial_id not in self._watched:  # for runs that were lost before their first heartbeat
                     self._watched.add(trial._trial_id)
                     self._heartbeats.beat(trial._trial_id)
             optuna.storages.fail_stale_trials(study)
@@ -303,7 +306,7 @@ class Store:
 
 
 def _change(key: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What of a request has changed, in words."""
+    """Describe a changed part of a request."""
     if key == DEV:
         return "dev sets of other audio, ids or references"
     before, after = earlier.get(key), now.get(key)
@@ -317,8 +320,8 @@ def _change(key: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str
 
 
 def _real(trials: Sequence[Any]) -> list[Any]:
-    """The trials that count: without baselines that the sampler was told of, without those that ended without a result,
-    because their runs were lost or they were not needed, and each point of a grid once."""
+    """The trials that count. Baselines that the sampler was told are left out. So are trials that ended without a
+    result, because their runs were lost or they were not needed. Each point of a grid counts once."""
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
     found: list[Any] = []
     points: set[int] = set()

@@ -1,4 +1,4 @@
-"""What a search gives: the best candidate, all trials, and the best beside the baselines."""
+"""The result of a search: the best candidate, all trials, and the comparison of the best with the baselines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Savings:
-    """Utterances of the dev sets that were decoded, and those that were not: because a candidate lost its race
+    """Utterances of the dev sets that were decoded, and those that were skipped: because a candidate lost its race
     (`raced`), or because its weights equal an earlier one's (`equal`)."""
 
     decoded: int
@@ -36,24 +36,25 @@ class Study:
 
     Args:
         output: its directory.
-        objective: what was minimised.
-        trials: every model that was scored, the baselines first.
+        objective: the minimised objective.
+        trials: every scored model, the baselines first.
         dev, test: the best candidate, the baselines and the fine-tunes side by side, by set; `test` is empty without
             test sets, `dev` with a score of your own.
-        worst: utterances of which the best candidate gets the most words wrong.
-        importance: by method, how much each number that was drawn matters, shares that sum to 1.
+        worst: the utterances with the most word errors of the best candidate.
+        importance: by method, the importance of each drawn number as a share; shares sum to 1.
         savings: utterances that were not decoded; None with a score of your own.
         seconds, merging: the time of all trials, summed over workers, and the part of it spent on merging.
-        notes: plain sentences on what a user should know.
+        notes: plain sentences that a user should know.
         warnings: of the merge that was written as the best.
-        request: what was asked for, as it is kept with the trials.
+        request: the arguments that are stored with the trials.
         best_baseline: the name of the best baseline.
         confidence: of the intervals.
 
     Example:
-        >>> study = hsa.search(sources, method="ties", dev=["dev.tsv"], output="search")  # doctest: +SKIP
-        >>> study.best.settings, study.best.wer  # doctest: +SKIP
-        ({'density': 0.41, 'lam': 1.3}, 0.081)
+        >>> sources = {"base": "whisper-small", "models": ["m1", "m2"]}
+        >>> study = hsa.search(sources, method="linear", dev=["dev.tsv"], trials=6, output="search")
+        >>> len(study.trials), study.best in study.trials
+        (6, True)
     """
 
     output: Path
@@ -75,7 +76,7 @@ class Study:
 
     @property
     def best(self) -> Trial:
-        """The merge with the smallest objective; of a Pareto search that with the smallest mean of its sets."""
+        """The merge with the smallest objective; for a Pareto search, with the smallest mean of its sets."""
         found = best_merge(self.trials)
         if found is None:
             reasons = [trial.result.failure for trial in self.trials if trial.candidate.is_merge]
@@ -86,7 +87,7 @@ class Study:
 
     @property
     def baselines(self) -> tuple[Trial, ...]:
-        """What was scored before anything was drawn."""
+        """The models that were scored before anything was drawn."""
         return tuple(trial for trial in self.trials if trial.candidate.kind != "sampled")
 
     @property
@@ -102,14 +103,14 @@ class Study:
     def merge(self, output: PathLike, **options: Any) -> MergeReport:
         """Write the best candidate as `hsa.merge` does, with options such as `overwrite`.
 
-        The sources are read once more first. Raises as `hsa.merge`, and SourceChanged where they are no longer what
-        the search scored.
+        The sources are read once more first. Raises the errors of `hsa.merge`, and SourceChanged if they differ from
+        those that the search scored.
         """
         check_unchanged(self.sources, [digest for _, digest in self.request["sources"]])
         return merge_candidate(self.sources, self.best.candidate, output, **options)
 
     def as_dict(self) -> dict[str, Any]:
-        """All that a report needs, as JSON."""
+        """The data of a report, as JSON."""
         return {
             "format": FORMAT,
             "objective": {"kind": self.objective.kind, "name": self.objective.name, "text": self.objective.text},
@@ -138,7 +139,7 @@ def best_merge(trials: Sequence[Trial]) -> Trial | None:
 
 
 def savings_of(trials: Sequence[Trial], utterances: int) -> Savings:
-    """What racing and equal weights spared, of so many utterances a candidate."""
+    """The decoding saved by racing and equal weights, with `utterances` per candidate."""
     scored = [trial.result for trial in trials if trial.state != "failed"]
     decoded = sum(result.decoded for result in scored)
     raced = sum(utterances - len(result.errors) for result in scored)

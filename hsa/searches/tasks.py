@@ -1,4 +1,4 @@
-"""What a search asks of a process that holds its models. Tasks are values, so that they can be sent elsewhere."""
+"""The tasks that a search sends to a process with loaded models. Tasks are values, so they can be sent elsewhere."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hsa.searches.evaluators import Evaluator, Incumbent, SpeechEvaluator
 
 
 class Task(Protocol):
-    """A piece of work; `run` does it with what a process holds."""
+    """A piece of work; `run` executes it with the evaluator of a process."""
 
     def run(self, evaluator: Evaluator) -> Any:
-        """What the task gives, a value that can be sent to another process."""
+        """Return the task's result, a value that can be sent to another process."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Score a candidate on the dev sets, stopped where it loses against the incumbent.
+    """Score a candidate on the dev sets. It is stopped if it loses against the incumbent.
 
     Example:
         >>> pool.submit(Score(Candidate("ties defaults", "default", "ties"), incumbent=None))  # doctest: +SKIP
@@ -34,7 +34,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Transcribe:
-    """Transcribe one batch of utterances with a candidate; `key` names the set that they are of."""
+    """Transcribe one batch of utterances with a candidate; `key` names their set."""
 
     candidate: Candidate
     key: str
@@ -47,7 +47,7 @@ class Transcribe:
 
 @dataclass(frozen=True)
 class LayersOf:
-    """The layer of each target of a method that lies in one, by canonical name."""
+    """The layer of each target of a method that belongs to a layer, by canonical name."""
 
     method: str
 

@@ -21,16 +21,16 @@ from hsa.system import fsio
 from hsa.system.digests import digest_of
 
 BATCHES = 64
-"""Batches that are given to the workers together; their transcripts are stored when all of these are done."""
+"""Maximum batches that are given to the workers together. Their transcripts are stored when all of them are done."""
 
 
 class TestSets:
-    """Transcripts of models on sets, kept in `folder` under a key of weights, audio and decoding, as `hsa eval` does.
+    """Transcripts of models on sets, stored in `folder` under a key of weights, audio and decoding, as by `hsa eval`.
 
-    `anchor` is the model whose files the candidates are decoded with; its digest is that of its small files.
+    `anchor` is the model whose files are used to decode the candidates. Its digest is that of its small files.
     """
 
-    __test__ = False  # no class of tests, whatever its name says to pytest
+    __test__ = False  # tells pytest that this is not a test class
 
     def __init__(
         self,
@@ -48,9 +48,9 @@ class TestSets:
             self._folder.mkdir(exist_ok=True)
 
     def scores_of(self, trials: Sequence[Trial]) -> tuple[dict[str, list[UtteranceScore]], dict[str, str]]:
-        """The scores of each complete trial's model by its name; and, by name, why the others have none.
+        """The scores of each complete trial's model, by name, and the reasons why other models have none, by name.
 
-        A model has none where the normaliser cannot read what it wrote. Raises what decoding raises.
+        A model has none if its texts cannot be normalised. Raises the errors of decoding.
         """
         found: dict[str, list[UtteranceScore]] = {}
         failures: dict[str, str] = {}
@@ -66,7 +66,7 @@ class TestSets:
     def scores(self, trial: Trial) -> list[UtteranceScore]:
         """The scores of a complete trial's model on every utterance of all sets, in the sets' order.
 
-        Raises DataError for a text that cannot be normalised, which names the utterance, and what decoding raises.
+        Raises DataError, which names the utterance, for a text that cannot be normalised, and the errors of decoding.
         """
         found: list[UtteranceScore] = []
         for each in self._sets:
@@ -83,7 +83,7 @@ class TestSets:
         kept = Hypotheses(self._folder, plain_name(trial.name, data.name), description, data.order, self._options.batch)
         with kept.appending():
             while kept.missing:
-                # One worker keeps each batch as it is written; several need some batches to share.
+                # With one worker, each batch is stored at once; several workers need several batches to share.
                 count = BATCHES if self._pool.size > 1 else 1
                 batches = _batches(kept.missing[: count * self._options.batch], self._options.batch)
                 tasks = [Transcribe(trial.candidate, data.digest, batch) for batch in batches]
@@ -98,7 +98,7 @@ def _batches(utterances: Sequence[Utterance], size: int) -> list[tuple[Utterance
 
 
 def failure_notes(best: str, failures: Mapping[str, str]) -> list[str]:
-    """Which models are not compared on the test sets, and why, by what `TestSets.scores_of` gives.
+    """Notes on the models that are not compared on the test sets, with the reasons from `TestSets.scores_of`.
 
     Example:
         >>> failure_notes("trial 9", {"base": "what it wrote for utterance 'a' of set 'test': ..."})

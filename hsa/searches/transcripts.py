@@ -1,4 +1,4 @@
-"""What candidates of a search wrote for its dev sets, kept in its output."""
+"""The candidates' transcripts of the dev sets of a search, stored in its output."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hsa.system.digests import digest_of
 TRANSCRIPTS = "transcripts"
 
 ABOUT = ("dev", "seed", "decoding", "anchor", "versions")
-"""Of a request: the utterances and their audio, their order, how they are decoded, the small files of the model whose
-files all candidates are decoded with, and the versions of the libraries."""
+"""The parts of a request that determine texts besides the weights: the utterances and their audio, their order, the
+decoding options, the small files with which all candidates are decoded, and the versions of the libraries."""
 
 
 class Transcripts:
-    """What candidates wrote, one file for each digest of weights: `{"key": ..., "weights": ..., "texts": [...]}`.
+    """The texts of candidates, one file for each digest of weights: `{"key": ..., "weights": ..., "texts": [...]}`.
 
-    `request` is that of the search: it says what texts depend on beside the weights. Texts are in the order of the
-    search; a file is replaced by one with more of them.
+    `request` is that of the search. Its parts in `ABOUT` determine the texts besides the weights. Texts are in the
+    order of the search. A file is only replaced by one with more of them.
     """
 
     def __init__(self, folder: Path, request: Mapping[str, Any]) -> None:
@@ -44,7 +44,7 @@ class Transcripts:
             os.replace(part, path)
 
     def get(self, weights: str) -> tuple[str, ...]:
-        """The texts of the model with these weights; none where they are not known."""
+        """The texts of the model with these weights; empty if they are unknown."""
         try:
             document = json.loads(self._path(weights).read_bytes().decode("utf-8", "surrogatepass"))
         except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Trials as a search reports them: a candidate, what came of it, and its scores."""
+"""Trials as a search reports them: a candidate, its result, and its scores."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ class Trial:
     """A model that was scored on the dev sets.
 
     Args:
-        number: its place among all that were tried, from 1.
-        candidate: what it is.
-        state: `stopped` where it lost the race, `failed` where it could not be made or scored.
-        values: the objective; of a stopped trial over the utterances that were decoded; empty if it failed.
+        number: its position among all trials, from 1.
+        candidate: the model that was scored.
+        state: `stopped` if it lost the race, `failed` if it could not be made or scored.
+        values: the objective; for a stopped trial, over the decoded utterances; empty if it failed.
         rates: word error rates by dev set, as fractions, over the same utterances.
-        drawn: what the sampler drew, by the names in the study.
-        result: the errors of each utterance, and what it cost.
+        drawn: the values that the sampler drew, by their names in the study.
+        result: the errors of each utterance, and the cost.
 
     Example:
-        >>> study.best.settings, study.best.wer  # doctest: +SKIP
-        ({'density': 0.41, 'lam': 1.3, 'weights': [0.9, 1.0, 0.5]}, 0.081)
+        >>> sources = {"base": "whisper-small", "models": ["m1", "m2"]}
+        >>> study = hsa.search(sources, method="linear", dev=["dev.tsv"], trials=6, output="search")
+        >>> study.trials[0].name, study.trials[0].settings
+        ('whisper-small', {})
     """
 
     number: int
@@ -49,7 +51,7 @@ class Trial:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Keywords of `hsa.merge` beside the sources, `method` and `output`."""
+        """Keywords of `hsa.merge` besides the sources, `method` and `output`."""
         return self.candidate.settings
 
     @property
@@ -59,7 +61,7 @@ class Trial:
 
     @property
     def wer(self) -> float:
-        """The objective as a word error rate, a fraction: 0.05 is 5 %; of a Pareto search the mean of the sets."""
+        """The objective as a word error rate, a fraction: 0.05 is 5 %. For a Pareto search, the mean of the sets."""
         return self.value
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def make_trial(
     dev: DevSets | None,
     drawn: Mapping[str, Any] | None = None,
 ) -> Trial:
-    """A trial with its scores."""
+    """Make a trial with its scores."""
     if result.failure is not None:
         return Trial(number, candidate, "failed", (), {}, result, drawn or {})
     if objective.kind == OWN or dev is None:
@@ -96,13 +98,13 @@ def make_trial(
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """The complete trial with the smallest value, the first of several; None where there is none."""
+    """The complete trial with the smallest value, the first if several are equal; None if there is none."""
     complete = [trial for trial in trials if trial.state == "complete"]
     return min(complete, key=lambda trial: trial.value, default=None)
 
 
 def front_of(trials: Sequence[Trial]) -> list[Trial]:
-    """The non-dominated complete trials; of equal ones the first."""
+    """The non-dominated complete trials; of equal ones, only the first."""
     complete = [trial for trial in trials if trial.state == "complete"]
     front: list[Trial] = []
     for trial in sorted(complete, key=lambda each: (each.values, each.number)):

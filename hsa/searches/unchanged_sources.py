@@ -1,4 +1,4 @@
-"""Whether the sources of a search still are what its trials were scored with."""
+"""Checks that the sources of a search are still those with which its trials were scored."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hsa.system import fsio
 def check_unchanged(sources: SearchSources, digests: Iterable[str]) -> None:
     """Read all sources again, and compare them with digests, given in the order of the sources' numbers.
 
-    The digests are those of `open_weights`. Raises SourceChanged where a source has other weights or small files now,
-    or cannot be read any more.
+    The digests are those of `open_weights`. Raises SourceChanged if a source now has other weights or small files, or
+    can no longer be read.
 
     Example:
         >>> check_unchanged(sources, [digest for _, digest in study.request["sources"]])  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""What a reader of a search's figures must know: which models are compared, and what the comparison shows."""
+"""The conclusions for readers of a search's report: the models to compare, and notes on the comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hsa.searches.trials import Trial, best_of
 
 
 def models_to_show(study: Study) -> list[Trial]:
-    """The best candidate and the baselines, each model once, as far as they could be scored."""
+    """The best candidate and the baselines, each model once, if they could be scored."""
     found = {study.best.name: study.best}
     for trial in study.baselines:
         if trial.state == "complete":
@@ -20,13 +20,13 @@ def models_to_show(study: Study) -> list[Trial]:
 
 
 def best_baseline(study: Study, scores: Container[str]) -> Trial | None:
-    """The best of what was scored before anything was drawn and is among `scores`, the best candidate not counted."""
+    """The best baseline among `scores`, other than the best candidate. None if there is none."""
     others = [trial for trial in study.baselines if trial.name != study.best.name and trial.name in scores]
     return best_of(others)
 
 
 def data_notes(kind: str, sets: Sequence[PreparedSet], empty: Mapping[str, int]) -> list[str]:
-    """What the readers of the dev or test sets noticed, and how many references of each are empty, by its name.
+    """Notes of the readers of the dev or test sets, and the number of empty references of each set, by its name.
 
     Example:
         >>> data_notes("test", sets, {"noisy": 2})  # doctest: +SKIP
@@ -42,7 +42,7 @@ def data_notes(kind: str, sets: Sequence[PreparedSet], empty: Mapping[str, int])
 
 
 def verdict_notes(study: Study, baseline: Trial | None, tested: bool) -> list[str]:
-    """What a reader of the figures must know."""
+    """Notes that a reader of the figures must know."""
     notes = []
     best = study.best
     if baseline is not None and baseline.value < best.value:

@@ -1,1 +1,1 @@
-"""From what a user names to tensors that can be read: directories, pickles, adapters, OpenAI's files."""
+"""Open what a user names as a source, and read its tensors: directories, pickles, adapters, OpenAI's files."""

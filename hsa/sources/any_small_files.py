@@ -1,7 +1,7 @@
-"""Small files of models whose family hsa does not know: they are copied as they are.
+"""Copy the small files of models whose family hsa does not know, unchanged.
 
-What such a model reads beside its weights depends on its class: a tokenizer of one of many kinds, a processor of images
-or of sound, chat templates, code of its own. Files that belong together come from one source.
+The files that such a model needs beside its weights depend on its class: a tokenizer of one of many kinds, an image or
+audio processor, chat templates, its own code. Files that belong together come from one source.
 """
 
 from __future__ import annotations
@@ -28,49 +28,49 @@ from hsa.sources.source_folder import entry_names
 
 _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm")
 VOCABULARIES = (TOKENIZER_JSON, VOCABULARY, "vocab.txt", *_MODELS)
-"""Files of which one makes a tokenizer."""
+"""Vocabulary files; any one of them is enough for a tokenizer."""
 
 TOKENIZER = (*TOKENIZER_FILES, "vocab.txt", *_MODELS, "bpe.codes", "chat_template.jinja", "chat_template.json")
 """Files of a tokenizer, in the order in which they are written."""
 
 PROCESSORS = (PREPROCESSOR, PROCESSOR, "video_preprocessor_config.json")
-"""Files of processors of images and sound."""
+"""Processor files for images and sound."""
 
 NAMES = (*TOKENIZER, *PROCESSORS)
-"""Files that go by one name in all models."""
+"""Files with the same name in all models."""
 
 _TOKENIZER_ENDINGS = (".model", ".tiktoken", ".spm")
-"""Endings of vocabularies under other names, which are taken from a model's own directory alone."""
+"""Suffixes of vocabularies under other names. These are only taken from a model's own directory."""
 
 _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([-_.][A-Za-z0-9._-]{1,40})?")
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""Names of files that are taken by their ending."""
+"""Pattern for the names of files that are selected by suffix."""
 
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _RELATIVE_IMPORT = re.compile(
     r"^[ \t]*(?:from[ \t]+\.(\w{1,100})[ \t]+import\b|import[ \t]+\.(\w{1,100})\b)", re.MULTILINE
 )
-"""How code of a model imports a file beside it; source: transformers' dynamic_module_utils."""
+"""How model code imports a file in the same directory; source: transformers' dynamic_module_utils."""
 
 MAX_CODE_FILES = 64
-"""Files of code that are followed from the one that a config names."""
+"""The most code files that are followed from the one that a config names."""
 
 MAX_TOKENIZER = 64 << 20
-"""Bytes of a file of a tokenizer: twice what the largest published ones have."""
+"""The largest tokenizer file in bytes: twice the size of the largest published ones."""
 
 MAX_BYTES = 128 << 20
-"""Bytes of all small files of an output, which are held at once."""
+"""The most bytes of all small files of an output; they are in memory at the same time."""
 
 MAX_FILES = 128
-"""Small files of an output."""
+"""The most small files of an output."""
 
 
 class AnySelectedFiles(SelectedFiles):
-    """Small files of any model: what a file says is known only where it is as Whisper's would be."""
+    """Small files of any model. Parsed content is kept only for files in Whisper's format."""
 
     def read(self, folder: AssetFolder, name: str) -> tuple[bytes, Any]:
-        """The bytes of a folder's file, and its parsed content; None where that is not known."""
+        """Return the bytes of a folder's file and its parsed content, None if the content's format is unknown."""
         path = folder.directory / name
         if path not in self._read:
             data = read_whole(folder.role, folder.directory, name, self.tally, limit_of(name))
@@ -78,7 +78,7 @@ class AnySelectedFiles(SelectedFiles):
         return self._read[path]
 
     def take(self, folder: AssetFolder, names: Iterable[str]) -> None:
-        """Read these files of a folder; SourceError where one is damaged, or where they are too many or too large."""
+        """Read these files of a folder. Raises SourceError if one is damaged, or if they are too many or too large."""
         for name in names:
             super().take(folder, [name])
             held = sum(map(len, self.files.values()))
@@ -91,17 +91,17 @@ class AnySelectedFiles(SelectedFiles):
 
 
 def limit_of(name: str) -> int:
-    """Bytes of a small file that are read at most."""
+    """Return the most bytes that are read of a small file with this name."""
     return MAX_TOKENIZER if name in TOKENIZER or name.endswith(_TOKENIZER_ENDINGS) else MAX_TEXT
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a tokenizer can be made of a file of that name."""
+    """Whether a tokenizer can be built from a file of that name."""
     return name in VOCABULARIES or (name.endswith(_TOKENIZER_ENDINGS) and _PLAIN.fullmatch(name) is not None)
 
 
 def is_licence(name: str) -> bool:
-    """Whether a file of that name says under what terms a model may be used.
+    """Whether a file of that name states the terms under which a model may be used.
 
     Example:
         >>> is_licence("LICENSE"), is_licence("LICENSE.md"), is_licence("license_plates.json")
@@ -111,7 +111,7 @@ def is_licence(name: str) -> bool:
 
 
 def describe(name: str) -> str:
-    """What is in a small file of that name, for the card.
+    """Describe the content of a small file with that name, for the card.
 
     Example:
         >>> describe("modeling_mine.py")
@@ -127,7 +127,7 @@ def describe(name: str) -> str:
 
 
 def wanted(names: Collection[str], config: Mapping[str, Any]) -> list[str]:
-    """The small files among the names of a repository's files that an output may take."""
+    """Return those of a repository's file names that are small files an output may take."""
     code = "auto_map" in config
     return [
         name
@@ -141,9 +141,10 @@ def _is_code(name: str) -> bool:
 
 
 def choose(selection: SelectedFiles, folders: Sequence[AssetFolder], owner: Checkpoint) -> AssetFolder | None:
-    """Take the tokenizer and the processors, each whole from the first folder that has it, the owner's licence, and the
-    code that configs name. `folders` are the directory that assets come from, the one above it, and base's. Returns the
-    folder of the tokenizer.
+    """Take the tokenizer, the processors, the owner's licence, and the code that configs name.
+
+    The tokenizer and the processors each come whole from the first folder that has them. `folders` are the directory
+    that assets come from, the one above it, and base's. Returns the folder of the tokenizer.
     """
     tokenizer = _choose_tokenizer(selection, folders)
     processors = _choose(selection, folders, "processor", PROCESSORS)
@@ -190,7 +191,7 @@ def _choose(
 def _take_code(
     selection: SelectedFiles, own: AssetFolder, config: Mapping[str, Any], others: Sequence[AssetFolder]
 ) -> None:
-    """Take the code that `auto_map` of the config, and of files that were taken, names, and what it imports."""
+    """Take the code files that `auto_map` names in the config and in files already taken, and what they import."""
     configs = [(own, config)]
     for name in (TOKENIZER_CONFIG, PREPROCESSOR, PROCESSOR):
         document = selection.documents.get(name)
@@ -213,7 +214,10 @@ def _take_code(
 
 
 def _modules(document: Mapping[str, Any]) -> Iterator[str]:
-    """The modules that `auto_map` names; one of another repository (`org/name--module.Class`) is fetched from there."""
+    """The modules that `auto_map` names.
+
+    Modules of another repository (`org/name--module.Class`) are skipped, since they are fetched from there.
+    """
     auto_map = document.get("auto_map")
     values = list(auto_map.values()) if isinstance(auto_map, Mapping) else []
     for value in values:
@@ -224,7 +228,7 @@ def _modules(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _follow(selection: SelectedFiles, folder: AssetFolder, module: str, taken: list[str], absent: list[str]) -> None:
-    """Take a module's file and those that it imports from beside it."""
+    """Take a module's file and the files that it imports from the same directory, recursively."""
     waiting = [module]
     while waiting and len(taken) < MAX_CODE_FILES:
         name = f"{waiting.pop()}.py"

@@ -1,4 +1,4 @@
-"""Open a checkpoint for reading: a local Hugging Face directory, its tensors and where their bytes lie."""
+"""Open a checkpoint for reading: a local Hugging Face directory, its tensors and the places of their bytes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_TEXT = 16 << 20
-"""Bytes; the largest config, index or tokenizer file that is read. All of an output's are held at once."""
+"""The largest config, index or tokenizer file that is read, in bytes. All those of an output are in memory at once."""
 MAX_TENSORS = 1 << 14
-"""Tensors of a checkpoint: ten times as many as large-v3 has."""
+"""The most tensors of a checkpoint: ten times as many as in large-v3."""
 MAX_STEPS = 1 << 19
-"""Instructions and records of the pickles of a checkpoint: nine times as many as large-v3 takes, read in a second."""
+"""The most instructions and records in a checkpoint's pickles: nine times large-v3's, and read in a second."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are stored: the name of a single file, of an index of shards, and the suffix of either's files."""
+    """How weights are stored: the names of a single weights file and of a shard index, and the suffix of both."""
 
     weights: str
     index: str
@@ -53,12 +53,12 @@ class Format:
 SAFETENSORS = Format(WEIGHTS, INDEX, ".safetensors")
 PICKLES = Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
 WHOLE_WEIGHTS = (SAFETENSORS.weights, SAFETENSORS.index, PICKLES.weights, PICKLES.index)
-"""Files of which one says that a whole model's weights are there, first the ones that are preferred."""
+"""Files that show that a whole model's weights are there. Any one is enough; the preferred ones come first."""
 
 
 @dataclass(frozen=True)
 class PartialWeights:
-    """A weights file of which some ranges were fetched: where they lie, and which they are."""
+    """A weights file of which only some ranges were fetched: its path and those ranges."""
 
     path: Path
     ranges: tuple[Range, ...]
@@ -68,13 +68,14 @@ class PartialWeights:
 class Checkpoint:
     """An open checkpoint; `tensors` maps canonical names (no `model.`) to places. Close it, or use `with`.
 
-    Nothing changes it once it is open: a copy with other fields (`dataclasses.replace`) reads from the same files.
+    It is immutable once open. A copy with other fields (`dataclasses.replace`) reads from the same files.
 
-    A name that transformers would not find is read without what a wrapper added to it: `renamed` maps the canonical
-    names of such tensors to their names in the file, while their TensorRef has the name to write.
-    `architecture` is the family of the model, by its config.
-    `path` is a directory, or OpenAI's file; `config_from` the directory of its `config.json` where that is another one.
-    `notes` say what a user should know of how it was read; `trained_on` is what an adapter's config calls its base.
+    A wrapper may store a tensor under a name that transformers would not find. Such a name is read without the
+    wrapper's addition. `renamed` maps the canonical names of such tensors to their names in the file, and their
+    TensorRef has the name to write.
+    `architecture` is the model's family, according to its config.
+    `path` is a directory, or OpenAI's file; `config_from` is the directory of its `config.json` if that is another one.
+    `notes` are messages to the user on how it was read; `trained_on` is the base that an adapter's config names.
     """
 
     role: Role
@@ -94,18 +95,18 @@ class Checkpoint:
 
     @property
     def embedding(self) -> TensorRef | None:
-        """The embedding of tokens, where the model has one."""
+        """The token embedding, if the model has one."""
         name = self.architecture.embedding_of(self.tensors)
         return None if name is None else self.tensors[name]
 
     @property
     def untied_output(self) -> TensorRef | None:
-        """The output projection, where it is stored apart from the embedding."""
+        """The output projection, if it is stored separately from the embedding."""
         tie = self.architecture.tie
         return None if tie is None else self.tensors.get(tie.output)
 
     def is_tied(self, name: str) -> bool:
-        """Whether the tensor of this canonical name stands for embedding and output projection both."""
+        """Whether the tensor of this canonical name is both the embedding and the output projection."""
         tie = self.architecture.tie
         if tie is not None:
             return name in (tie.output, tie.embedding) and self.untied_output is None
@@ -126,7 +127,7 @@ class Checkpoint:
         return f"{self.role} {path}"
 
     def close(self) -> None:
-        """Close the weights files; again has no effect. Copies that differ in other fields share them."""
+        """Close the weights files. Idempotent. Copies that differ in other fields share the files."""
         for shard in self.shards:
             shard.source.close()
 
@@ -149,9 +150,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint directory: check its index, open its shards, check their headers. Reads no tensor data.
 
-    `claimed` is the identity to record (`org/name` or `org/name@revision`). `parts` gives weights files that lie
-    elsewhere and in part, by name: reading what was not fetched raises SourceError. `names` are the files of the
-    source where the directory holds only some of them. Raises SourceError, HeaderError.
+    `claimed` is the identity to record (`org/name` or `org/name@revision`). `parts` maps the names of partly fetched
+    weights files to their places; reading a range that was not fetched raises SourceError. `names` are the source's
+    file names, given if the directory holds only some of the files. Raises SourceError, HeaderError.
     """
     directory = _directory(role, path)
     parts = parts or {}
@@ -194,7 +195,7 @@ def _open_shards(
     parts: Mapping[str, PartialWeights],
     opened: ExitStack,
 ) -> tuple[Shard, ...]:
-    """The weights files of a directory, open until the stack ends. HeaderError where they are too large together."""
+    """Open a directory's weights files until the stack ends. HeaderError if their headers are too large together."""
     shards: list[Shard] = []
     totals = [0, 0, 0, 0]
     for name in weights.names:
@@ -206,8 +207,8 @@ def _open_shards(
 
 
 def _check_size(where: str, header: Header, totals: list[int], *, pickled: bool) -> None:
-    """The limits of one header, held for all shards together; HeaderError beyond. `totals`, to which this shard's are
-    added, counts bytes, marks, tensors and steps."""
+    """Apply the limits of one header to all shards together; HeaderError beyond them. Adds this shard's bytes, marks,
+    tensors and steps to `totals`."""
     totals[0] += len(header.raw) - 8
     totals[1] += 0 if pickled else count_marks(header.raw[8:])
     totals[2] += len(header.entries)
@@ -225,15 +226,15 @@ def _check_size(where: str, header: Header, totals: list[int], *, pickled: bool)
 
 
 def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: PartialWeights | None = None) -> Shard:
-    """Open one weights file of a directory and check its header: a pickle's by its name, else safetensors.
+    """Open one weights file of a directory and check its header. Its name decides: a pickle, else safetensors.
 
-    `part` is where the file lies instead, and which ranges of it.
+    `part` gives the file's place and its ranges if it was fetched in part.
     """
     if part is None:
         resolve_inside(role, directory, name)
         source = SourceFile(
             directory / name, role, tally
-        )  # by its own name, also where the hub's cache links to a digest
+        )  # opened by its own name, even where the hub's cache links to a digest
     else:
         source = SourceFile(part.path, role, tally, part.ranges)
     try:
@@ -247,10 +248,10 @@ def open_shard(role: Role, directory: Path, name: str, tally: Tally, part: Parti
 
 
 def resolve_inside(role: str, directory: Path, name: str) -> Path:
-    """The real path of a file of a source; SourceError when a link leads out of the directory.
+    """Return the real path of a source's file; SourceError if a link leads out of the directory.
 
-    The hub's cache keeps a snapshot's files as links into the repository's own `blobs`, and these may be links into the
-    `blobs` that all its repositories share; both are let through.
+    In the hub's cache, a snapshot's files are links into the repository's own `blobs`. These may in turn be links into
+    the `blobs` that all its repositories share. Both are allowed.
     """
     allowed = [directory]
     if is_snapshot(directory):
@@ -268,8 +269,7 @@ def resolve_inside(role: str, directory: Path, name: str) -> Path:
 
 
 def read_whole(role: str, directory: Path, name: str, tally: Tally, limit: int = MAX_TEXT) -> bytes:
-    """The bytes of a small file of a source, read whole; SourceError when it cannot be read or is larger than `limit`
-    bytes."""
+    """Read a small file of a source whole; SourceError if it cannot be read or is larger than `limit` bytes."""
     source = SourceFile(resolve_inside(role, directory, name), role, tally)
     try:
         if source.size > limit:
@@ -300,7 +300,7 @@ def _directory(role: str, path: str | os.PathLike[str]) -> Path:
 
 
 def _suggestion(path: Path) -> str:
-    """What may be meant by a path that does not exist: a directory of nearly that name beside it, or a hub id."""
+    """Suggest what a path that does not exist may mean: a directory with a similar name beside it, or a hub id."""
     text = ""
     with suppress(OSError, ValueError):
         siblings = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
@@ -321,7 +321,7 @@ def _exists(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _WeightsFiles:
-    """The weights files of a directory, and what their index says; `index` and `shard_of` are None without one."""
+    """The weights files of a directory and its index; `index` and `shard_of` are None if there is no index."""
 
     names: tuple[str, ...]
     suffix: str
@@ -331,7 +331,7 @@ class _WeightsFiles:
 
 
 def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str, PartialWeights]) -> _WeightsFiles:
-    """Which files hold the weights: safetensors wherever there are any. Refuses bad names before any is opened."""
+    """Find the weights files; safetensors are preferred. Refuses bad names before any file is opened."""
     for weights_format in (SAFETENSORS, PICKLES):
         if weights_format.weights in parts or _exists(directory / weights_format.weights):
             return _WeightsFiles((weights_format.weights,), weights_format.suffix, weights_format.index)
@@ -345,14 +345,14 @@ def _weights_files(role: str, directory: Path, tally: Tally, parts: Mapping[str,
 
 
 def read_config(role: str, directory: Path, tally: Tally) -> Mapping[str, Any]:
-    """What the `config.json` of a checkpoint directory says. Raises SourceError, HeaderError."""
+    """Read the `config.json` of a checkpoint directory. Raises SourceError, HeaderError."""
     if not _exists(directory / CONFIG):
         raise SourceError(f"{role}: {directory} has no {CONFIG}, which says what model it is")
     return load_json(read_whole(role, directory, CONFIG, tally), f"{role}: {directory / CONFIG}", "config")
 
 
 def weight_map(text: bytes, where: str) -> Mapping[str, str]:
-    """The shard of each tensor by an index's own text; HeaderError when it is malformed."""
+    """Map each tensor to its shard, from an index's text; HeaderError if it is malformed."""
     shard_of = load_json(text, where, "index").get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise HeaderError(f"{where}: expected a weight_map from tensor names to file names")
@@ -368,7 +368,7 @@ def is_shard_name(name: str, suffix: str = SAFETENSORS.suffix) -> bool:
 def _check_shards(
     role: str, directory: Path, names: tuple[str, ...], form: Format, parts: Mapping[str, PartialWeights]
 ) -> None:
-    """Refuse every bad name before anything is opened."""
+    """Refuse every bad shard name before any file is opened."""
     for name in names:
         if not is_shard_name(name, form.suffix):
             raise SourceError(

@@ -1,4 +1,4 @@
-"""Refuse Git LFS pointers: three lines of text in the place of a large file that git-lfs did not fetch.
+"""Refuse Git LFS pointers: three lines of text in place of a large file that git-lfs did not fetch.
 
 Source: the pointer specification of Git LFS (docs/spec.md of git-lfs/git-lfs).
 """
@@ -9,11 +9,11 @@ from hsa.errors import HeaderError
 
 _START = b"version https://git-lfs.github.com/spec/v1"
 _LEAST = len(b"version ")
-"""Bytes that are enough to tell: read as the length of a safetensors header, they exceed every file."""
+"""Enough bytes to recognise a pointer: read as the length of a safetensors header, they exceed any file's size."""
 
 
 def refuse_pointer(head: bytes, where: str) -> None:
-    """HeaderError if a file that begins with these bytes, of which there should be at least 8, is a Git LFS pointer.
+    """Raise HeaderError if these first bytes of a file, at least 8, are those of a Git LFS pointer.
 
     Example:
         >>> refuse_pointer(b"version https://git-lfs.github.com/spec/v1", "base: model.safetensors")

@@ -1,4 +1,4 @@
-"""The identity of a source: a model on the Hub, or a directory by a name that tells it from others."""
+"""The identity of a source: a model on the Hub, or a directory with a name that distinguishes it from others."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _HUB_SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[^/]+)/?"
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a source says it is: a hub id or the directory's own name, and a revision where one is known."""
+    """The identity of a source: a hub id or the directory's own name, and the revision if it is known."""
 
     id: str
     revision: str | None = None
 
     def named(self, role: str) -> str:
-        """The source in a message: its role, and its name where that says more.
+        """Name the source in a message: its role, and its name if that says more.
 
         Example:
             >>> Identity("org/children").named("primary"), Identity("primary").named("primary")
@@ -35,12 +35,12 @@ class Identity:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether this is the name of a model on the Hub, `org/name`; a name without an owner is that of a directory."""
+    """Whether this is the name of a model on the Hub, `org/name`. A name without an owner is a directory's."""
     return _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
 def escaped_name(name: str) -> str:
-    """A file's name as text that any file can hold: bytes that are not UTF-8 are written as `\\xe9`.
+    """Return a file's name as text that any file can hold: bytes that are not UTF-8 are written as `\\xe9`.
 
     Example:
         >>> escaped_name(os.fsdecode(b"caf\\xe9"))
@@ -50,9 +50,9 @@ def escaped_name(name: str) -> str:
 
 
 def identify(directory: Path, claimed: str | None) -> Identity:
-    """The identity to record: what is claimed, else the hub snapshot's id, else the directory's own name.
+    """Return the identity to record: the claimed one, else the hub snapshot's id, else the directory's own name.
 
-    Where that name is generic, such as checkpoint-1000, its parent's is added: see `name_with_parent`.
+    A generic name, such as checkpoint-1000, is extended by its parent's: see `name_with_parent`.
     """
     if claimed:
         name, _, revision = claimed.partition("@")
@@ -64,14 +64,14 @@ def identify(directory: Path, claimed: str | None) -> Identity:
 
 
 def is_generic_name(name: str) -> bool:
-    """Whether a directory or file of this name could be any model: checkpoint-1000, best, final, output, model, ..."""
+    """Whether this name of a directory or file is generic: checkpoint-1000, best, final, output, model, ..."""
     return _GENERIC_NAME.fullmatch(name) is not None
 
 
 def name_with_parent(path: Path) -> str:
-    """The name with that of the nearest parent that is not generic, two levels up at most: `checkpoint-1000 in run-a`.
+    """Add the name of the nearest parent that is not generic, at most two levels up: `checkpoint-1000 in run-a`.
 
-    A name with spaces is no hub id. The user's home and the root stay out of it.
+    The spaces show that the result is no hub id. The names of the user's home and of the root are not used.
     """
     home = Path(os.path.expanduser("~"))  # not Path.home(), which fails where there is none
     for parent in path.parents[:2]:

@@ -1,11 +1,13 @@
 """Read a LoRA adapter, as peft saves it, on top of base: adapted weights are computed as they are read.
 
-An adapted weight is `W + scale * (B @ A)`, with `W` base's weight [d_out, d_in], `A` [r, d_in] and `B` [d_out, r] the
-adapter's, and `scale` lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`). Of a convolution they are [d_out, d_in,
-width], [r, d_in, width] and [d_out, r, 1], and are taken as matrices of d_in * width columns, as in peft's Conv1d. The
-product is summed over the ranks in order, in float32, one operation at a time, and the sum with `W` is rounded once to
-base's dtype. So an element depends on nothing but its own inputs: not on the range that is read, nor on the number of
-threads, as it would with BLAS.
+An adapted weight is `W + scale * (B @ A)`. `W` is base's weight [d_out, d_in]; `A` [r, d_in] and `B` [d_out, r] are the
+adapter's. `scale` is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`. For a convolution, the shapes are
+[d_out, d_in, width], [r, d_in, width] and [d_out, r, 1]; they are read as matrices of d_in * width columns, as in
+peft's Conv1d.
+
+The product is summed over the ranks in order, in float32, one operation at a time. Its sum with `W` is rounded once to
+base's dtype. So the result is deterministic: an element depends only on its own inputs. It does not depend on the range
+that is read, nor on the number of threads, as it would with BLAS.
 
 Source: Hu et al., LoRA, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski, arXiv 2312.03732.
 """
@@ -34,9 +36,9 @@ from hsa.system.strict_json import load_json
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BLOCK_ELEMENTS = 1 << 15
-"""Elements of an adapted weight that are computed at a time: with its scratch, within a core's second-level cache."""
+"""Elements of an adapted weight that are computed at a time. With scratch, they fit a core's second-level cache."""
 MAX_MATRIX = 16 << 20
-"""Bytes of `A` or `B`, which are held whole by every thread: rank 800 on the widest weight of large-v3."""
+"""The largest `A` or `B` in bytes, since every thread holds both whole: rank 800 on large-v3's widest weight."""
 MAX_ALPHA = float(np.finfo(np.float32).max)
 
 FOLD_FIRST = "fold it into its base with peft first (PeftModel.merge_and_unload, then save_pretrained) and give that"
@@ -46,15 +48,16 @@ _PAIR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>A|B)\.we
 _LORA = re.compile(
     r"(?P<module>.+)\.(lora_[AB](\.(?P<adapter>[^.]+))?\.weight|lora_embedding_[AB](\.(?P<embedding_adapter>[^.]+))?)"
 )
-"""A tensor of LoRA, with the adapter's name in it where it is not as peft saves it."""
+"""Pattern for the names of LoRA tensors. Some contain the adapter's name, which peft leaves out when it saves."""
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-"""Values that leave the arithmetic plain, of settings that are not simply off. Other ways to initialise change base."""
+"""Values that leave the arithmetic plain, for settings where these are not just empty or false. Other ways to
+initialise change base."""
 
 _BY_PEFT = {"alpha_pattern", "bias", "modules_to_save", "rank_pattern", "use_dora"}
-"""Settings beyond plain arithmetic that leave base as it was: peft folds such an adapter in."""
+"""Settings beyond plain arithmetic that leave base unchanged: peft folds such an adapter in."""
 
 _WITHOUT_EFFECT = {
     "auto_mapping",
@@ -76,7 +79,7 @@ _WITHOUT_EFFECT = {
     "task_type",
     "use_rslora",
 }
-"""Settings that say how an adapter was trained or what it is named, and those that are read here."""
+"""Settings on how an adapter was trained or what it is named, and those that this module reads."""
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -132,7 +135,7 @@ class LoraCheckpoint(Checkpoint):
             return np.add(weight, total, out=total)
 
     def _fold(self, tensor: TensorRef, first: int, last: int, down: Float32, up: Float32) -> Array:
-        """The bytes of rows `first` to `last` of an adapted weight, one-dimensional uint8."""
+        """Compute rows `first` to `last` of an adapted weight, as one-dimensional uint8 bytes."""
         columns = math.prod(tensor.shape[1:])
         width = columns * size(tensor.code)
         out = np.empty((last - first) * width, np.uint8)
@@ -148,7 +151,7 @@ class LoraCheckpoint(Checkpoint):
         return out
 
     def _matrix(self, ref: TensorRef, first: int, last: int) -> Float32:
-        """Rows `first` to `last` of `A` or `B`, widened to float32."""
+        """Read rows `first` to `last` of `A` or `B`, widened to float32."""
         columns = math.prod(ref.shape[1:])
         raw = np.empty((last - first) * columns * size(ref.code), np.uint8)
         self.shards[0].source.read_into(raw.data, ref.offset + first * columns * size(ref.code))
@@ -159,12 +162,14 @@ class LoraCheckpoint(Checkpoint):
 def open_adapter(
     role: Role, path: str | os.PathLike[str], tally: Tally, base: Checkpoint | None, claimed: str | None = None
 ) -> LoraCheckpoint | PeftCheckpoint:
-    """Open a LoRA adapter on top of `base`, which must stay open as long. Reads no tensor data; what is more than plain
-    LoRA is left to peft, at the first read.
+    """Open a LoRA adapter on top of `base`, which must stay open as long. Reads no tensor data.
 
-    `claimed` is the identity to record. Raises RequestError for an adapter as base, for one as the anchor on a file of
-    OpenAI's, which has no config.json for the output, or with what cannot be folded in; SourceError, MismatchError
-    where it is damaged or does not fit base.
+    An adapter that is more than plain LoRA is left to peft, which runs at the first read. `claimed` is the identity to
+    record.
+
+    Raises RequestError for an adapter as base, for one that cannot be folded in, and for one as the anchor on a file of
+    OpenAI's, which has no config.json for the output. Raises SourceError or MismatchError if the adapter is damaged or
+    does not fit base.
     """
     directory = Path(path).expanduser().resolve()
     where = f"{role}: {directory}"
@@ -228,7 +233,7 @@ def _setting_for_peft(config: Mapping[str, Any], where: str) -> str | None:
 
 
 def _scaling(config: Mapping[str, Any], where: str) -> tuple[int, float]:
-    """Rank and scale of an adapter; SourceError where they are no such numbers."""
+    """Return rank and scale of an adapter; SourceError if they are not valid numbers."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_MATRIX:
         raise SourceError(f"{where} has r = {shown(rank, 40)}, expected a positive whole number")
@@ -238,7 +243,7 @@ def _scaling(config: Mapping[str, Any], where: str) -> tuple[int, float]:
 
 
 def _check_entries(where: str, shard: Shard, base: Checkpoint) -> None:
-    """Refuse an adapter's file that holds nothing, names that peft does not read, and LoRA on what base ties."""
+    """Refuse an adapter's file without data, with names that peft does not read, or with LoRA on what base ties."""
     if not shard.header.entries:
         raise SourceError(f"{where} holds no tensor; the adapter is empty; {_GATHER}")
     for entry in shard.header.entries:
@@ -264,7 +269,7 @@ def _check_entries(where: str, shard: Shard, base: Checkpoint) -> None:
 
 
 def _pairs(role: Role, shard: Shard, base: Checkpoint, rank: int) -> dict[str, tuple[TensorRef, TensorRef]]:
-    """Every tensor of the adapter's file, as pairs that fit a weight of base."""
+    """Return all tensors of the adapter's file as pairs, each of which fits a weight of base."""
     where = f"{role}: {shard.source.path}"
     matrices_of: dict[str, dict[str, TensorRef]] = {}
     for entry in shard.header.entries:
@@ -306,7 +311,7 @@ def _pairs(role: Role, shard: Shard, base: Checkpoint, rank: int) -> dict[str, t
 
 
 def _check_shapes(where: str, name: str, weight: TensorRef, pair: tuple[TensorRef, TensorRef], rank: int) -> None:
-    """Refuse matrices that do not make a weight of this shape, by what is wrong: the adapter's rank, or base."""
+    """Refuse matrices that do not produce a weight of this shape; the message blames the adapter's rank, or base."""
     (down_rank, *rest), (rows, *columns) = (list(matrix.shape) or [0] for matrix in pair)
     shapes = f"lora_A {list(pair[0].shape)} and lora_B {list(pair[1].shape)}"
     up_rank = columns[0] if columns else 0

@@ -19,7 +19,7 @@ def open_source(
     claimed: str | None = None,
     base: Checkpoint | None = None,
 ) -> Checkpoint:
-    """Open a source; `base`, open, is what an adapter stands on. Reads no tensor data but what may be tied.
+    """Open a source. An adapter needs `base`, which must be open. Reads no tensor data except what may be tied.
 
     `claimed` is the identity to record (`org/name` or `org/name@revision`). Raises RequestError, SourceError or a
     subclass: see `open_checkpoint`, `open_openai_file`, `open_adapter`.

@@ -1,7 +1,7 @@
 """Open OpenAI's own Whisper checkpoints: one `.pt` file of dimensions and tensors, under OpenAI's names.
 
-They serve as any source but the anchor: such a file has no `config.json`, tokenizer or feature extractor, so an output
-could not be made complete from it.
+They can have any role but the anchor's: such a file has no `config.json`, tokenizer or feature extractor, so the output
+would be incomplete.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ DIMS_KEY = "dims"
 
 
 def is_openai_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a source is given as a file of OpenAI's: its name ends in .pt, and it is no directory."""
+    """Whether a source is given as one of OpenAI's files: its name ends in .pt, and it is not a directory."""
     return os.fspath(path).endswith(SUFFIX) and not os.path.isdir(os.path.expanduser(path))
 
 
 def open_openai_file(role: Role, path: str | os.PathLike[str], tally: Tally, claimed: str | None = None) -> Checkpoint:
-    """Open a file of OpenAI's as a checkpoint with Hugging Face's names. Reads no tensor data.
+    """Open one of OpenAI's files as a checkpoint with Hugging Face's names. Reads no tensor data.
 
     `claimed` is the identity to record. Raises RequestError for the anchor, SourceError, HeaderError.
     """

@@ -1,7 +1,7 @@
-"""Read an adapter that is more than plain LoRA: peft merges it into base when the first of its tensors is read.
+"""Read an adapter that is more than plain LoRA: peft merges it into base when its first tensor is read.
 
-That takes base and adapter as models in memory, unlike everything else that is read here. What peft leaves as it is
-comes from base's file; what it changes is kept.
+This loads base and adapter into memory as models, unlike everything else that is read here. Tensors that peft leaves
+unchanged are read from base's file; changed tensors are kept in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INSTALL = 'pip install "hsa-merge[integrations]"'
 
 
 def require_peft(reason: str, otherwise: str) -> None:
-    """Raises RequestError where peft is not installed: `reason` says what needs it, `otherwise` what to do without."""
+    """Raise RequestError if peft is not installed: `reason` says what needs it, `otherwise` what to do without it."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -35,14 +35,14 @@ def require_peft(reason: str, otherwise: str) -> None:
 
 
 class _FoldedTensors:
-    """The bytes of the tensors that differ from base's, by canonical name: made once, when a thread first asks."""
+    """The bytes of the tensors that differ from base's, by canonical name. The first thread that asks computes them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._changed: Mapping[str, memoryview] | None = None
 
     def get(self, name: str, fold: Callable[[], Mapping[str, memoryview]]) -> memoryview | None:
-        """A tensor's bytes, None where they are base's; the first call makes all of them with `fold`."""
+        """Return a tensor's bytes, or None if they are base's. The first call computes all of them with `fold`."""
         with self._lock:
             if self._changed is None:
                 self._changed = fold()
@@ -133,7 +133,7 @@ class PeftCheckpoint(Checkpoint):
                 expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
                 model_names = set(adapted.state_dict())
                 state: Mapping[str, Any] = adapted.merge_and_unload(safe_merge=True).state_dict()
-            except Exception as error:  # whatever three libraries raise about files that do not fit
+            except Exception as error:  # three libraries may raise anything about files that do not fit
                 text = " ".join(str(error).split())
                 raise SourceError(
                     f"{self.role}: {self.path} could not be folded into base {self.base.path} by peft "
@@ -143,8 +143,9 @@ class PeftCheckpoint(Checkpoint):
         return state
 
     def _check_placed(self, expected: Collection[str], model_names: Collection[str]) -> None:
-        """MismatchError unless the adapter's file holds what the adapted model needs, `expected`, and nothing that has
-        no place in it. peft leaves what it does not find as it was, and what it cannot place aside."""
+        """Check that the adapter's file holds what the adapted model needs, `expected`, and nothing without a place in
+        the model; MismatchError otherwise. peft itself leaves missing tensors unchanged and ignores what it cannot
+        place."""
         stored = {entry.name for entry in self.shards[0].header.entries}
         missing, unplaced = sorted(set(expected) - stored), sorted(stored - set(expected) - set(model_names))
         if missing or unplaced:
@@ -158,7 +159,7 @@ class PeftCheckpoint(Checkpoint):
 
 
 def _without_aliases(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without the tensors that are an earlier one under another name."""
+    """Return a state dict without aliases: tensors that are an earlier one under another name."""
     kept = {}
     places = set()
     for name, tensor in state.items():
@@ -171,7 +172,7 @@ def _without_aliases(state: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and warnings of transformers and peft."""
+    """Suppress progress bars and warnings of transformers and peft."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

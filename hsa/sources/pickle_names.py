@@ -1,8 +1,8 @@
-"""The names that a pickle of tensors may use, and a description of what each would build; nothing is called.
+"""The names that a pickle of tensors may use, and a description of the value each would build. Nothing is called.
 
-Of calls that build plain tensors all arguments are checked. What `torch.load` with `weights_only` would build beside
-them (`torch.Size`, sets, sparse tensors) becomes an `OpaqueValue`: messages can say what was found, and nothing can be
-done with it.
+All arguments of calls that build plain tensors are checked. Other values that `torch.load` with `weights_only` would
+build (`torch.Size`, sets, sparse tensors) become an `OpaqueValue`: messages can name it, and nothing else can be done
+with it.
 
 Source: torch/_weights_only_unpickler.py, torch/_utils.py, torch/_tensor.py.
 """
@@ -68,13 +68,14 @@ OPAQUE: Mapping[str, str] = {
     "builtins.set": "set",
     "builtins.complex": "complex",
 }
-"""What weights_only calls beside the constructors of plain tensors, and what comes of it: none of it can be merged."""
+"""Other functions that weights_only calls, beside constructors of plain tensors, and the kind of value that each
+returns. No such value can be merged."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The bytes of tensors: the record `data/<key>` of the archive, of `count` elements, or bytes where it has no
-    dtype."""
+    """The bytes of tensors: the record `data/<key>` of the archive. It has `count` elements, or `count` bytes if it has
+    no dtype."""
 
     dtype: str
     key: str
@@ -85,8 +86,8 @@ class Storage:
 class PickledTensor:
     """A tensor as a pickle describes it; `offset` and `strides` count elements. Without a storage it has no data.
 
-    `kind` is the class that torch would make: `Tensor` or `Parameter`. `viewed` says that its numbers are those of the
-    storage conjugated or negated.
+    `kind` is the class that torch would make: `Tensor` or `Parameter`. If `viewed`, its numbers are those of the
+    storage, conjugated or negated.
     """
 
     dtype: str
@@ -99,7 +100,7 @@ class PickledTensor:
 
     @cached_property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie one after the other, the last dimension's closest."""
+        """Whether its elements are stored one after the other, in row-major order."""
         expected = 1
         for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if length != 1 and stride != expected:
@@ -110,24 +111,24 @@ class PickledTensor:
 
 @dataclass(frozen=True)
 class OpaqueValue:
-    """A value that is neither a tensor nor a plain one that lies in one place: a word for it is all that is kept."""
+    """A value that is neither a tensor nor a plain value that appears only once. Only a word for it is kept."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class Global:
-    """The name of a class or function, of those that are known."""
+    """The name of a known class or function."""
 
     name: str
 
 
 class Malformed(Exception):
-    """What is wrong with the instruction that is being read."""
+    """The instruction that is being read is malformed; the text says how."""
 
 
 def class_name(value: Any) -> str:
-    """What a value of a pickle is, for messages: the name of the class that Python or torch would make of it."""
+    """Name a pickle's value for messages: the class that Python or torch would make of it."""
     if isinstance(value, (PickledTensor, OpaqueValue)):
         return value.kind
     return value.name.rpartition(".")[2] if isinstance(value, Global) else type(value).__name__
@@ -141,7 +142,7 @@ def is_allowed(name: str) -> bool:
 
 
 def call(function: Any, arguments: Any) -> Any:
-    """What a call describes. Raises Malformed where it is none, or not with the arguments that torch gives it."""
+    """Describe the result of a call. Raises Malformed for an invalid call, or for other arguments than torch gives."""
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         raise Malformed(f"it calls {class_name(function)}")
     if function.name in OPAQUE:
@@ -152,7 +153,8 @@ def call(function: Any, arguments: Any) -> Any:
 
 
 def persistent_storage(identity: Any) -> Storage:
-    """The storage of a persistent id: `("storage", class, key, location, number of elements)`. Raises Malformed."""
+    """Return the storage of a persistent id, `("storage", class, key, location, number of elements)`. Raises
+    Malformed."""
     if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
         raise Malformed("it refers to something that is no storage")
     _, kind, key, location, count = identity
@@ -171,14 +173,14 @@ def _ordered_dict(*arguments: Any) -> OrderedDict[Any, Any]:
 
 
 def _tensor(*arguments: Any) -> PickledTensor:
-    """Of a storage, its element type: `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`, with
-    flags of a view after that."""
+    """Describe `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`, optionally followed by flags
+    of a view. The element type is the storage's."""
     _require(len(arguments) in (6, 7) and isinstance(arguments[0], Storage), _NO_TENSOR)
     return _checked_tensor(arguments[0].dtype, *arguments)
 
 
 def _tensor_of_dtype(*arguments: Any) -> PickledTensor:
-    """The same with an element type of its own before the flags."""
+    """As `_tensor`, with an explicit element type before the flags."""
     _require(len(arguments) in (7, 8) and isinstance(arguments[0], Storage), _NO_TENSOR)
     return _checked_tensor(_dtype(arguments[6]), *arguments[:6], *arguments[7:])
 
@@ -190,7 +192,7 @@ def _tensor_on_meta(*arguments: Any) -> PickledTensor:
 
 
 def _parameter(*arguments: Any) -> PickledTensor:
-    """`_rebuild_parameter(data, requires_grad, hooks)`, with attributes after that, which are left aside."""
+    """Describe `_rebuild_parameter(data, requires_grad, hooks)`. Attributes after these are ignored."""
     _require(len(arguments) in (3, 4) and isinstance(arguments[0], PickledTensor), _NO_TENSOR)
     data, requires_grad, hooks = arguments[:3]
     _require(isinstance(requires_grad, bool) and isinstance(hooks, OrderedDict) and not hooks, _NO_TENSOR)
@@ -198,7 +200,8 @@ def _parameter(*arguments: Any) -> PickledTensor:
 
 
 def _tensor_with_attributes(*arguments: Any) -> PickledTensor | OpaqueValue:
-    """`_rebuild_from_type_v2(function, type, arguments, attributes)`: buffers have some; they are left aside."""
+    """Describe `_rebuild_from_type_v2(function, type, arguments, attributes)`. Buffers have attributes, which are
+    ignored."""
     _require(len(arguments) == 4 and isinstance(arguments[2], tuple), _NO_TENSOR)
     function, tensor_class, tensor_arguments, _ = arguments
     if function != Global(_TENSOR) or tensor_class != Global(_TENSOR_CLASS):
@@ -244,7 +247,7 @@ ARGUMENTS = {
     "torch.per_channel_symmetric",
     "torch.per_channel_affine_float_qparams",
 }
-"""Names that are given to a call and never called."""
+"""Names that are passed to a call and never called."""
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -1,14 +1,14 @@
 """Read the description of tensors in a file of `torch.save` from its pickle, without unpickling it.
 
-A pickle is a program for a small stack machine. The one here knows the instructions that `torch.save` writes for
-tensors and plain containers (pickle protocol 2). It imports nothing and calls nothing: the name of a function is a
-word, and a call of one that builds tensors becomes a `Tensor`, which says where its bytes lie. So no pickle can run
-code, and what it takes to read one is bounded by its length:
+A pickle is a program for a small stack machine. The machine in this module knows the instructions that `torch.save`
+writes for tensors and plain containers (pickle protocol 2). It imports nothing and calls nothing: a function's name is
+only a word, and a call of one that builds tensors becomes a `Tensor`, which says where its bytes are. So no pickle can
+run code, and the cost of reading one is bounded by its length:
 
 - at most `MAX_OPCODES` instructions, each in bounded time;
-- no value grows: a container lies in one place alone. Where the memo gives it a second time, as shared or recursive
-  structures do, an `OpaqueValue` takes its place. Nothing that walks the result can walk more than was read;
-- keys of dictionaries are texts and small whole numbers, whose hashes cost what their bytes in the file do.
+- no value grows: each container appears in only one place. Where the memo returns it a second time, as in shared or
+  recursive structures, an `OpaqueValue` takes its place. So nothing that walks the result can walk more than was read;
+- keys of dictionaries are texts and small integers, so hashing a key costs no more than its bytes in the file.
 
 Source: pickletools of the standard library; torch/_weights_only_unpickler.py, torch/serialization.py.
 """
@@ -27,19 +27,19 @@ from hsa.sources.pickle_names import Global, Malformed, OpaqueValue, call, class
 REMEDY = "save the model as safetensors (save_pretrained does) and give that"
 
 MAX_OPCODES = 1 << 18
-"""Instructions of a pickle: five times what large-v3 takes. A pickle of one mebibyte could have a million."""
+"""The most instructions of a pickle: five times what large-v3 takes. A pickle of one mebibyte could have a million."""
 
 MAX_DEPTH = 64
-"""Containers that are begun and not ended."""
+"""The most containers that are begun and not ended."""
 
 _LONGEST = 8
-"""Bytes of a whole number: sizes of files have no more."""
+"""The most bytes of an integer: file sizes have no more."""
 
 _LONGEST_NAME = 1000
-"""Bytes of the name of a class or function."""
+"""The most bytes in the name of a class or function."""
 
 _DAMAGED = (IndexError, KeyError, struct.error, UnicodeDecodeError)
-"""What reading beyond the pickle's end, its stack or its memo raises, or a text that is none."""
+"""Raised by reads beyond the end of the pickle, its stack or its memo, and by invalid text."""
 
 
 class _ForeignGlobal(Exception):
@@ -47,12 +47,13 @@ class _ForeignGlobal(Exception):
 
 
 def read(data: bytes, where: str) -> tuple[Any, int]:
-    """The value that a pickle describes, of dicts, lists, tuples, texts, numbers, `PickledTensor` and `OpaqueValue`;
-    and how many instructions it has.
+    """Return the value that a pickle describes, and the number of its instructions.
 
-    `data` is the record `data.pkl` of an archive of `torch.save`; bytes after the pickle's end are left aside. Raises
-    SourceError, which begins with `where`, for a pickle that names anything but tensors and plain containers, that is
-    malformed, or that has more than `MAX_OPCODES` instructions.
+    The value consists of dicts, lists, tuples, texts, numbers, `PickledTensor` and `OpaqueValue`. `data` is the record
+    `data.pkl` of a `torch.save` archive; bytes after the pickle's end are ignored.
+
+    Raises SourceError if the pickle names anything but tensors and plain containers, is malformed, or has more than
+    `MAX_OPCODES` instructions. The message begins with `where`.
 
     Example:
         >>> read(b"\\x80\\x02}X\\x01\\0\\0\\0aK\\x03s.", "here")
@@ -98,7 +99,7 @@ class _Machine:
         raise Malformed(f"it has more than {MAX_OPCODES} instructions, five times those of whisper-large-v3")
 
     def take(self, count: int) -> bytes:
-        """The next bytes, as many as are asked for."""
+        """Return the next `count` bytes."""
         data = self.data[self.position : self.position + count]
         if len(data) < count:
             raise Malformed(f"it ends {count - len(data)} bytes too soon")
@@ -120,7 +121,7 @@ class _Machine:
         self.stack.append(value)
 
     def pop(self) -> Any:
-        """The topmost value above the last mark."""
+        """Pop the topmost value above the last mark."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise Malformed("it takes a value where none is left")
         return self.stack.pop()
@@ -219,7 +220,7 @@ class _Machine:
         self.push(call(function, arguments))
 
     def build(self) -> None:
-        """Attributes of an OrderedDict (`_metadata` of a state dict), which are left aside."""
+        """Ignore the attributes of an OrderedDict (`_metadata` of a state dict)."""
         state, target = self.pop(), self.top()
         if isinstance(target, OpaqueValue):
             return
@@ -227,7 +228,7 @@ class _Machine:
             raise Malformed(f"it sets attributes of {class_name(target)}")
 
     def persistent(self) -> None:
-        """The storage that its class, key, place and number of elements say."""
+        """Push the storage that a persistent id describes by class, key, place and number of elements."""
         self.push(persistent_storage(self.pop()))
 
 

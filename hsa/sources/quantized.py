@@ -1,7 +1,7 @@
-"""Find weights that are stored quantised: whole numbers or tiny floats whose scales lie in other tensors.
+"""Find weights that are stored quantised: integers or tiny floats whose scales are in other tensors.
 
-A merge of them as they stand would mix scales of one model with weights of another. They are known by their element
-types and by the tensors beside them. Source: the layouts that bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8 and
+Merging them directly would mix the scales of one model with the weights of another. They are recognised by their
+element types and by companion tensors. Source: the layouts that bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8 and
 MXFP4 checkpoints have on the Hub, as transformers 5 reads them.
 """
 
@@ -24,16 +24,16 @@ _COMPANIONS = (
     *("weight_scale", "weight_scales", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_shape"),
     *("weight_g_idx", "weight_global_scale", "input_scale", "input_global_scale", "quant_state", "quant_map", "absmax"),
 )
-"""Names of tensors in the module of a quantised weight."""
+"""Names of companion tensors in the module of a quantised weight."""
 
 _OF_WEIGHT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
-"""Names below the weight's own, of bitsandbytes."""
+"""Names of bitsandbytes' companion tensors, below the weight's own name."""
 
 _QUANTIZED_NAMES = ("qweight", "weight_packed", "W_q")
 
 
 def quantized(checkpoint: Checkpoint) -> dict[str, str]:
-    """The quantised weights of a checkpoint by canonical name, each with how it is stored, for messages.
+    """Return a checkpoint's quantised weights by canonical name, each with a word on its storage for messages.
 
     Example:
         >>> # a weight of 8 bits, with the scales that bitsandbytes keeps

@@ -1,4 +1,4 @@
-"""The roles of a merge's sources: what each is to the merge, and how messages, options and records name it."""
+"""The roles of a merge's sources, which also name them in messages, options and records."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ BASE: Role = "base"
 """The pretrained model that the merged models were trained from."""
 
 ANCHOR: Role = "primary"
-"""The anchor of methods that name their models: its tensor names, config, small files, shards and dtypes are the
-output's."""
+"""The anchor for methods that name their models. The output takes its tensor names, config, small files, shards and
+dtypes from it."""
 
 FIRST_MODEL: Role = "model1"
-"""The anchor of other methods, which number their models."""
+"""The anchor for other methods, which number their models."""
 
 
 def is_anchor(role: Role) -> bool:

@@ -1,4 +1,4 @@
-"""Read and write the header of a safetensors file; it is checked whole before any tensor is read.
+"""Read and write the header of a safetensors file. The whole header is checked before any tensor is read.
 
 Format: 8 bytes of little-endian header length, that many bytes of JSON, then the data without holes.
 Source: the format description of the safetensors library.
@@ -23,13 +23,13 @@ from hsa.system.fsio import SourceFile
 from hsa.system.strict_json import MAX_JSON, load_json
 
 MAX_HEADER = MAX_JSON
-"""Bytes of a header."""
+"""The largest header in bytes."""
 
 METADATA = "__metadata__"
-"""The one name in a header that is no tensor's."""
+"""The one name in a header that is not a tensor's."""
 
 MAX_RANK = 64
-"""Dimensions; numpy's own limit."""
+"""The most dimensions of a tensor; numpy's own limit."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's header. `raw` is the length and the JSON as they stand in the file; data begins after it. `steps` is
-    what it took to read a pickle instead: its instructions and the records of its archive."""
+    """A file's header. `raw` is its length and JSON as stored in the file; data begins after it. If the file is a
+    pickle instead, `steps` counts the instructions and archive records that were read."""
 
     raw: bytes
     entries: tuple[TensorEntry, ...]
@@ -81,7 +81,7 @@ def read_header(source: SourceFile) -> Header:
 
 
 def parse(text: bytes, data_size: int, where: str) -> tuple[tuple[TensorEntry, ...], Mapping[str, str]]:
-    """Entries in order of their offsets, and the metadata, of a header's JSON; HeaderError when malformed."""
+    """Parse a header's JSON into entries in order of offset, and metadata; HeaderError if it is malformed."""
     document = load_json(text, where, "header")
     metadata = document.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -103,7 +103,7 @@ def parse(text: bytes, data_size: int, where: str) -> tuple[tuple[TensorEntry, .
 
 
 def serialize(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """A header, length included, padded with spaces so that the data is 8-byte aligned."""
+    """Serialize a header, length included, padded with spaces so that the data is 8-byte aligned."""
     document: dict[str, Any] = {METADATA: dict(metadata)}
     for entry in entries:
         document[entry.name] = {

@@ -1,4 +1,4 @@
-"""Small files that were taken so far for an output, and the folders in which they are looked for."""
+"""The small files selected for an output so far, and the folders that are searched for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hsa.system.fsio import Tally, exists
 
 @dataclass(frozen=True)
 class AssetFolder:
-    """A directory in which small files are looked for: whose it is, and what messages call it."""
+    """A directory that is searched for small files: the role of its source, and its name in messages."""
 
     role: str
     directory: Path
@@ -30,7 +30,7 @@ class AssetFolder:
 
 @dataclass
 class SelectedFiles:
-    """Small files taken so far: their bytes and what they say, by name, and what the user should know of them."""
+    """The small files selected so far: bytes and parsed content by name, and messages to the user."""
 
     tally: Tally
     files: dict[str, bytes] = field(default_factory=dict)
@@ -40,13 +40,13 @@ class SelectedFiles:
     _read: dict[Path, tuple[bytes, Any]] = field(default_factory=dict)
 
     def take(self, folder: AssetFolder, names: Iterable[str]) -> None:
-        """Read these files of a folder; SourceError where one cannot be loaded."""
+        """Read these files of a folder; SourceError if one cannot be loaded."""
         for name in names:
             if name not in self.files:
                 self.files[name], self.documents[name] = self.read(folder, name)
 
     def read(self, folder: AssetFolder, name: str) -> tuple[bytes, Any]:
-        """The bytes of a folder's file and its parsed content, read once."""
+        """Return the bytes of a folder's file and its parsed content. A file is read only once."""
         path = folder.directory / name
         if path not in self._read:
             data = read_whole(folder.role, folder.directory, name, self.tally)

@@ -1,7 +1,7 @@
 """Check the small files beside the weights: whether they can be loaded, and whether they fit the model.
 
-What keeps transformers, tokenizers or faster-whisper from loading a file is an error. What they load although it
-contradicts the model is told: a merge warns of it, and `hsa verify` notes it.
+A file that transformers, tokenizers or faster-whisper cannot load is an error. A file that they load although it
+contradicts the model is only reported: a merge warns of it, and `hsa verify` notes it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
 CHECKED_FILES = (GENERATION_CONFIG, PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES)
 
 MAX_VOCABULARY_MARKS = 1 << 19
-"""Brackets, braces and commas of a file with a vocabulary. Whisper's tokenizer.json has 100,000, or twice as many where
+"""The most brackets, braces and commas of a vocabulary file. Whisper's tokenizer.json has 100,000, or twice as many if
 merges are written as pairs."""
 
 _WHAT = {
@@ -49,24 +49,24 @@ _WHAT = {
 }
 _VOCABULARIES = (TOKENIZER_JSON, VOCABULARY, ADDED_TOKENS)
 _KEPT = ("model", "vocab", "added_tokens", "id")
-"""Names in the files with a vocabulary whose values are looked at: the others take no memory."""
+"""Names in vocabulary files whose values are checked. The other values take no memory."""
 
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
-"""Classes that take whatever the files hold, less the ending Fast."""
+"""Classes, without the suffix Fast, that accept any tokenizer files."""
 
 MAX_NAMED = 8
-"""Keys that a message names."""
+"""The most keys that a message names."""
 
 MAX_NUMBER = 1 << 31
-"""Larger numbers mean nothing here, and are not calculated with."""
+"""Larger numbers are meaningless here, and are not used in calculations."""
 
 _NO_MERGE = re.compile(rb"^(?!\Z)(?!#version)(?![^ \n]+ [^ \n]+$)", re.MULTILINE)
-"""The start of a line of merges.txt that is not two tokens with a space between; tokenizers refuses it."""
+"""The start of a line of merges.txt that is not two tokens separated by a space; tokenizers refuses it."""
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """A map from tokens to ids, of which only this is kept: how many there are, and the largest (-1 of none)."""
+    """A summary of a map from tokens to ids: the number of tokens, and the largest id (-1 if there is none)."""
 
     count: int
     largest: int
@@ -74,8 +74,8 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the small files must fit: the feature extractor of the family, mel bins, frames of features, rows of the
-    embedding; None for what is unknown. `title` is what a reader calls the family."""
+    """The sizes that the small files must fit: the family's feature extractor, mel bins, frames of features, rows of
+    the embedding. Unknown ones are None. `title` is the family's name for readers."""
 
     title: str
     features: Features | None
@@ -85,7 +85,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelSizes:
-        """By a checkpoint's `config.json`, and by its embedding [vocabulary, width] where there is one."""
+        """Return the sizes given by a checkpoint's `config.json`, and by its embedding [vocabulary, width] if any."""
         architecture, embedding = checkpoint.architecture, checkpoint.embedding
         config = {**architecture.defaults, **checkpoint.config}
         features = architecture.features
@@ -101,9 +101,9 @@ class ModelSizes:
 
 
 def read_small_file(name: str, data: bytes, where: str) -> Any:
-    """What one of `CHECKED_FILES` says, as far as it is looked at; of merges.txt whether it ends in a blank line.
+    """Parse one of `CHECKED_FILES` and keep what is checked; for merges.txt, whether it ends in a blank line.
 
-    `where` names source and path in messages. Raises SourceError where the file cannot be loaded.
+    `where` names source and path in messages. Raises SourceError if the file cannot be loaded.
 
     Example:
         >>> read_small_file("vocab.json", b'{"a": 0, "b": 1}', "base: vocab.json")
@@ -124,8 +124,10 @@ def read_small_file(name: str, data: bytes, where: str) -> Any:
 
 
 def read_any_small_file(name: str, data: bytes, where: str) -> Any:
-    """What a small file of a model of any family says, where it is one of `CHECKED_FILES` and is like Whisper's; else
-    None, for its model may read it otherwise. Raises SourceError where it is no JSON though its name says so.
+    """Parse a small file of a model of any family, if it is one of `CHECKED_FILES` and in Whisper's format.
+
+    Returns None otherwise, since its model may read it differently. Raises SourceError if the file is not JSON although
+    its name says so.
 
     Example:
         >>> read_any_small_file("vocab.json", b'{"eng": {"a": 0}}', "base: vocab.json") is None
@@ -140,7 +142,8 @@ def read_any_small_file(name: str, data: bytes, where: str) -> Any:
 
 
 def contradictions(documents: Mapping[str, Any], sizes: ModelSizes) -> Iterator[str]:
-    """Where small files, as `read_small_file` gave them by name, contradict the model or one another."""
+    """Yield the contradictions of small files with the model or one another. `documents` maps names to the results of
+    `read_small_file`."""
     features = {name: extractor for name in (PREPROCESSOR, PROCESSOR) if (extractor := features_of(documents, name))}
     for name, extractor in features.items():
         if sizes.features is not None:
@@ -168,8 +171,8 @@ def contradictions(documents: Mapping[str, Any], sizes: ModelSizes) -> Iterator[
 
 
 def features_of(documents: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """The feature extractor in `preprocessor_config.json`, or the one that transformers 5 keeps in
-    `processor_config.json`; None where there is none."""
+    """Return the feature extractor in `preprocessor_config.json`, or the one in `processor_config.json`, where
+    transformers 5 keeps it; None if there is none."""
     document = documents.get(name)
     if name == PREPROCESSOR or document is None:
         return document
@@ -184,7 +187,7 @@ def _condense(pairs: list[tuple[str, Any]]) -> Any:
 
 
 def _problem(name: str, document: Any) -> str | None:
-    """What keeps a JSON file from being loaded."""
+    """Return the reason why a JSON file cannot be loaded, or None."""
     if name in (VOCABULARY, ADDED_TOKENS):
         if not isinstance(document, TokenIds):
             return "must map tokens to whole numbers"
@@ -250,7 +253,7 @@ def _check_features(name: str, features: Mapping[str, Any], sizes: ModelSizes, e
 
 
 def _largest_id(name: str, document: Any) -> int:
-    """The largest token id that a file names; -1 where it names none."""
+    """Return the largest token id in a file; -1 if it names none."""
     if isinstance(document, TokenIds):
         return document.largest
     if name == TOKENIZER_CONFIG:
@@ -271,7 +274,7 @@ def _token_id(value: Any) -> int:
 
 
 def _check_tokenizer_classes(documents: Mapping[str, Any]) -> Iterator[str]:
-    """A processor_config.json that names another tokenizer class than the tokenizer's own config."""
+    """Report a processor_config.json that names another tokenizer class than the tokenizer's own config."""
     processor, tokenizer = documents.get(PROCESSOR) or {}, documents.get(TOKENIZER_CONFIG) or {}
     nested = processor.get("tokenizer")
     in_processor = processor.get("tokenizer_class") or (

@@ -1,6 +1,6 @@
 """Choose the small files beside the weights: configs, tokenizer and processor files, and the source of each.
 
-A tokenizer, a feature extractor and a processor each come from one source whole: their files refer to one another, and
+Tokenizer, feature extractor and processor each come whole from one source: their files refer to one another, and
 programs differ in which of them they read.
 """
 
@@ -41,8 +41,8 @@ SMALL_FILES = (CONFIG, GENERATION_CONFIG, *PROCESSOR_FILES)
 
 
 def names_for(sources: Sources) -> tuple[str, ...]:
-    """Every small file that a merge of these sources may write, by name; of a family whose files are not known, of
-    which the owner's directory is looked at, those that lie there."""
+    """Return the names of all small files that a merge of these sources may write. For a family whose files are not
+    known, these include the suitable files in the owner's directory."""
     if sources.architecture.lists_tensors:
         return SMALL_FILES
     anchor = sources.anchor_checkpoint
@@ -87,13 +87,13 @@ GENERATION_SETTINGS: Mapping[str, Any] = {
     "top_p": 1.0,
     "typical_p": 1.0,
 }
-"""Settings that transformers takes from `config.json` when `generation_config.json` is missing, and what they are
-where neither gives them (its GenerationConfig)."""
+"""Settings that transformers takes from `config.json` if `generation_config.json` is missing. The values are its
+defaults if neither file gives them (its GenerationConfig)."""
 
 
 @dataclass(frozen=True)
 class Assets:
-    """File name to bytes, in the order written, with what the user should know about them."""
+    """The small files by name, as bytes in the order of writing, with notes and warnings for the user."""
 
     files: Mapping[str, bytes]
     notes: tuple[str, ...]
@@ -103,12 +103,12 @@ class Assets:
 def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None, tally: Tally) -> Assets:
     """Read every small file of the output, and check that it can be loaded.
 
-    `config.json` is the owner's, with its dtype replaced where `dtype` is given; `generation_config.json` the owner's,
+    `config.json` is the owner's, with its dtype replaced if `dtype` is given. `generation_config.json` is the owner's,
     else base's unless the owner's `config.json` has other generation settings. Tokenizer, feature extractor and
-    processor each come whole from `assets_from`, else from its parent directory, else from base. Notes say what does
-    not come from `assets_from` or is left out, warnings what contradicts the model.
+    processor each come whole from `assets_from`, else from its parent directory, else from base. Notes name what does
+    not come from `assets_from` or is left out. Warnings name what contradicts the model.
 
-    Raises SourceError where a file that would be taken cannot be loaded.
+    Raises SourceError if a selected file cannot be loaded.
     """
     requested = sources.of(assets_from)
     known = requested.architecture.lists_tensors
@@ -135,8 +135,8 @@ def collect(sources: Sources, owner: Role, assets_from: Role, dtype: str | None,
 def choose_processor(selection: SelectedFiles, folders: Sequence[AssetFolder], processor: str) -> AssetFolder | None:
     """Take tokenizer, feature extractor and processor, each whole from the first folder that has it.
 
-    `processor` is the class of transformers that needs them, for the warning where they are missing. Returns the folder
-    of the tokenizer.
+    `processor` is the transformers class that needs them, for the warning if they are missing. Returns the folder of
+    the tokenizer.
     """
     features = _choose_features(selection, folders)
     tokenizer = _choose_tokenizer(selection, folders)
@@ -150,7 +150,7 @@ def choose_processor(selection: SelectedFiles, folders: Sequence[AssetFolder], p
 
 
 def _choose_tokenizer(selection: SelectedFiles, folders: Sequence[AssetFolder]) -> AssetFolder | None:
-    """Files of an incomplete tokenizer are left out, for they say nothing without its vocabulary."""
+    """Take the tokenizer's files. Those of an incomplete one are left out: they are useless without its vocabulary."""
     for folder in folders:
         present = folder.holds(TOKENIZER_FILES)
         if TOKENIZER_JSON in present or {VOCABULARY, MERGES} <= set(present):
@@ -169,8 +169,8 @@ def _choose_tokenizer(selection: SelectedFiles, folders: Sequence[AssetFolder]) 
 
 
 def _choose_features(selection: SelectedFiles, folders: Sequence[AssetFolder]) -> AssetFolder | None:
-    """Feature extractor and processor; transformers 5 keeps the former in the file of the latter, which then wins over
-    `preprocessor_config.json`."""
+    """Take feature extractor and processor. transformers 5 keeps the extractor in the processor's file, which then
+    takes precedence over `preprocessor_config.json`."""
     extractor_folder: AssetFolder | None = None
     nested = False
     earlier: list[AssetFolder] = []
@@ -216,7 +216,7 @@ def _choose_processor_config(
     others: Sequence[AssetFolder],
     folders: Sequence[AssetFolder],
 ) -> None:
-    """Another folder's processor, unless it holds a feature extractor too: that would win over the one chosen."""
+    """Take another folder's processor, unless it holds a feature extractor: that would override the chosen one."""
     for folder in others:
         if not folder.has(PROCESSOR):
             continue
@@ -261,7 +261,7 @@ def _choose_generation_config(selection: SelectedFiles, sources: Sources, owner:
 
 
 def _overridden(config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[str]:
-    """Generation settings of a `config.json` that a `generation_config.json` would change."""
+    """Return the generation settings of a `config.json` that a `generation_config.json` would override."""
     return [
         key
         for key, default in GENERATION_SETTINGS.items()
@@ -270,7 +270,7 @@ def _overridden(config: Mapping[str, Any], generation: Mapping[str, Any]) -> lis
 
 
 def _other_vocabulary(sources: Sources, owner: Role, tokenizer: AssetFolder) -> list[str]:
-    """A tokenizer whose own model has another number of tokens than the one whose weights are written."""
+    """Warn of a tokenizer whose own model has another number of tokens than the model whose weights are written."""
     rows = {}
     for source in (sources.of(owner), *(each for each in sources if each.path == tokenizer.directory)):
         embedding = source.embedding
@@ -298,9 +298,9 @@ def _config(source: Checkpoint, dtype: str | None, tally: Tally) -> bytes:
     if all(config.get(key) == dtype for key in keys):
         return raw
     config.update(dict.fromkeys(keys, dtype))
-    for key, part in config.items():  # of models that are made of several
+    for key, part in config.items():  # sub-configs of composite models
         if isinstance(part, dict) and key.endswith("_config"):
             config[key] = {**part, **dict.fromkeys((each for each in _DTYPE_KEYS if each in part), dtype)}
     text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-    load_json(text, f"output: {CONFIG} of {source.role} with another dtype", "config")  # what is written is read again
+    load_json(text, f"output: {CONFIG} of {source.role} with another dtype", "config")  # validates what is written
     return text

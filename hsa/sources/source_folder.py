@@ -1,4 +1,4 @@
-"""Messages on what a source's folder holds instead of weights, or beside the ones that are read."""
+"""Messages about what a source's folder holds instead of weights, or beside the weights that are read."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from hsa.errors import shown
 
 _TRAINING = re.compile(r"checkpoint-([0-9]{1,18})")
-"""Folders of training steps, as transformers' Trainer names them."""
+"""Pattern for folders of training checkpoints, as transformers' Trainer names them."""
 
 _SHARD = re.compile(r"(pytorch_)?model-[0-9]{5}-of-[0-9]{5}\.(safetensors|bin)")
 MAX_NAMED = 4
-"""Entries of a folder that a message names."""
+"""The most entries of a folder that a message names."""
 
 
 def describe_missing_weights(directory: Path, weights_names: Sequence[str]) -> str:
-    """What to say of a directory that holds none of these weights files, and what to do.
+    """Describe a directory that holds none of these weights files, and say what to do.
 
     Example:
         >>> # run/checkpoint-500 and run/checkpoint-1000 hold weights
@@ -45,10 +45,10 @@ def describe_missing_weights(directory: Path, weights_names: Sequence[str]) -> s
 
 
 def notes_on_unread_weights(role: str, names: Collection[str], whole: str, index: str, adapter: str) -> Iterator[str]:
-    """Notes on weights that are not read although they lie beside the ones that are.
+    """Yield notes on weights that are in the folder but are not read.
 
-    `names` are the entries of the folder. `whole` and `index` are the names of a single weights file and of an index of
-    shards in the format that is read, `adapter` that of an adapter's config. The weights that are read are the ones
+    `names` are the entries of the folder. `whole` and `index` are the names of a single weights file and of a shard
+    index in the format that is read; `adapter` is the name of an adapter's config. The weights that are read are those
     that transformers reads.
     """
     if whole in names and index in names:
@@ -65,13 +65,13 @@ def notes_on_unread_weights(role: str, names: Collection[str], whole: str, index
 
 
 def _in_pairs(names: Sequence[str]) -> str:
-    """Names in pairs, as they belong together, and the last alone."""
+    """Join names in pairs, since they belong together; an odd last name stays alone."""
     pairs = [" and ".join(names[first : first + 2]) for first in range(0, len(names), 2)]
     return f"{', '.join(pairs[:-1])}, and {pairs[-1]}" if pairs[1:] else pairs[0]
 
 
 def entry_names(directory: Path) -> list[str]:
-    """The entries of a directory; none where it cannot be listed, though files in it may still be read by name."""
+    """List a directory. Returns nothing if it cannot be listed; its files may still be readable by name."""
     try:
         return os.listdir(directory)
     except OSError:
@@ -79,7 +79,7 @@ def entry_names(directory: Path) -> list[str]:
 
 
 def newest_training_checkpoint(files: Collection[str], weights_names: Collection[str]) -> str | None:
-    """The training checkpoint with the largest number of those that hold one of these weights files.
+    """Return the training checkpoint with the largest number, among those that hold one of these weights files.
 
     `files` are paths below a folder, such as `checkpoint-500/model.safetensors`.
     """

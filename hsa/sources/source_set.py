@@ -19,8 +19,8 @@ from hsa.system.dtypes import ARITHMETIC
 class Sources:
     """The open checkpoints of a merge: base, where there is one, then the models in the order given.
 
-    `anchor` is the role of the model whose tensor names, config, small files, shards and dtypes are the output's;
-    `base` is that of the pretrained model, None for a merge without one.
+    `anchor` is the role of the model that gives the output its tensor names, config, small files, shards and dtypes.
+    `base` is the role of the pretrained model, None for a merge without one.
     """
 
     by_role: Mapping[Role, Checkpoint]
@@ -53,7 +53,7 @@ class Sources:
 
     @property
     def models(self) -> tuple[Role, ...]:
-        """The roles of the models that are merged, which are all but base."""
+        """The roles of the merged models: all but base."""
         return tuple(role for role in self.by_role if role != self.base)
 
     @property
@@ -70,13 +70,13 @@ class Sources:
 
     @property
     def base_checkpoint(self) -> Checkpoint:
-        """The open base. Only for merges with a base: LookupError otherwise."""
+        """The open base. Raises LookupError for a merge without a base."""
         if self.base is None:
             raise LookupError("the merge has no base")
         return self.by_role[self.base]
 
     def with_identities(self, identities: Mapping[Role, Identity]) -> Sources:
-        """The same sources, of which those that are named here are called otherwise."""
+        """Return the same sources, with these identities in place of their own."""
         changed = {role: replace(self.by_role[role], identity=identity) for role, identity in identities.items()}
         return replace(self, by_role={**self.by_role, **changed})
 
@@ -90,7 +90,7 @@ class Sources:
             source.check_unchanged()
 
     def base_of(self, name: str, anchor: TensorRef, needed_by: str) -> TensorRef:
-        """Base's tensor where the arithmetic needs it; MismatchError when it is missing or has another shape."""
+        """Return base's tensor, which the arithmetic needs; MismatchError if it is missing or has another shape."""
         base = self.base_checkpoint.tensors.get(name)
         if base is None:
             raise MismatchError(f"tensor {anchor.name} is missing from {self.base}, and {needed_by} needs it")

@@ -25,24 +25,24 @@ _OWN_CONFIG = (
 DEQUANTIZE = "give the checkpoint as it was before it was quantized"
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Element types that transformers reads as the weights they stand for."""
+"""Element types that transformers reads directly as weights."""
 _ADAPTER = (".lora_", ".base_layer.")
 _QUANTIZED = ("_scale", ".scale", "_scale_inv", ".scales", "_zero_point", ".zero_point", ".SCB", "_format", ".qweight")
 
 
 @dataclass(frozen=True)
 class StructureFault:
-    """One way in which tensors and config.json differ: what was found and expected, and what to do."""
+    """One difference between tensors and config.json: what was found and expected, and what to do."""
 
     what: str
     remedy: str
 
 
 def faults(checkpoint: Checkpoint) -> Iterator[StructureFault]:
-    """Everything that would keep transformers from loading this checkpoint whole, the most telling first.
+    """Yield everything that would keep transformers from loading the whole checkpoint, the most telling fault first.
 
-    Names count as `Architecture.plain_names` reads them. Missing tensors, and tensors without a place, are one fault
-    each.
+    Names are read as `Architecture.plain_names` reads them. All missing tensors together are one fault, and so are all
+    tensors without a place.
 
     Example:
         >>> from hsa.sources.checkpoint import open_checkpoint
@@ -58,7 +58,7 @@ def faults(checkpoint: Checkpoint) -> Iterator[StructureFault]:
             yield from _faults_of_any(tensors)
             return
         yield from _contradictions(architecture, config)
-        if layers > len(tensors):  # before names are made of a number that may be anything
+        if layers > len(tensors):  # checked before names are generated from an arbitrary number
             yield StructureFault(
                 f"config.json promises {layers} layers, and there are {len(tensors)} tensors in all", CONTRADICTORY
             )
@@ -69,7 +69,7 @@ def faults(checkpoint: Checkpoint) -> Iterator[StructureFault]:
 
 
 def _faults_of_any(tensors: Mapping[str, TensorRef]) -> Iterator[StructureFault]:
-    """What can be wrong with a model of which nothing says which tensors it must have."""
+    """Yield the faults of a model whose required tensors are not known."""
     adapters = [ref.name for ref in tensors.values() if any(part in ref.name for part in _ADAPTER)]
     if not tensors:
         yield StructureFault("it holds no tensor", INCOMPLETE)
@@ -85,8 +85,8 @@ def require_whole(checkpoint: Checkpoint) -> None:
 
 
 def require_shapes(checkpoint: Checkpoint, lender: str | None = None) -> None:
-    """Raise MismatchError where a tensor that is there has another shape than config.json gives it; the others may be
-    missing, as from a state dict of targets alone. `lender` is the source whose config it is, where it is another's."""
+    """Raise MismatchError if a tensor has another shape than config.json gives it. Missing tensors are allowed, as in a
+    state dict of targets alone. `lender` is the source that the config comes from, if it is another one."""
     architecture = checkpoint.architecture
     for entry in architecture.expected(checkpoint.config, f"{checkpoint.role} {checkpoint.path}"):
         ref = checkpoint.tensors.get(entry.name)
@@ -97,9 +97,9 @@ def require_shapes(checkpoint: Checkpoint, lender: str | None = None) -> None:
 
 
 def wrapped_name(checkpoint: Checkpoint, name: str) -> str | None:
-    """A stored name without a place in the model that holds all parts of `name` in order; None if there is none.
+    """Return a stored name without a place in the model that holds all parts of `name` in order; None if there is none.
 
-    Such a name is what a wrapper leaves behind: `model.encoder.shard.layers.0.fc1.bias` for
+    Such a name results from a wrapper: `model.encoder.shard.layers.0.fc1.bias` for
     `model.encoder.layers.0.fc1.bias`.
     """
     knows = checkpoint.architecture.knows
@@ -107,7 +107,8 @@ def wrapped_name(checkpoint: Checkpoint, name: str) -> str | None:
 
 
 def _contradictions(architecture: Architecture, config: Mapping[str, Any]) -> Iterator[StructureFault]:
-    """What config.json says twice, or in a type that transformers refuses, and heads that do not divide the width."""
+    """Yield contradictions within config.json, types that transformers refuses, and heads that do not divide the
+    width."""
     tied = config.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
         yield StructureFault(
@@ -239,7 +240,7 @@ def _similar_name(name: str, refs: Sequence[TensorRef]) -> str | None:
 
 
 def _config_value(architecture: Architecture, key: str, config: Mapping[str, Any]) -> str:
-    """What config.json says of a key; the default where it says nothing."""
+    """Describe the value of a key in config.json, or its default if config.json does not set it."""
     if key == "id2label":
         return "num_labels, id2label"
     return f"{key} {shown(config.get(key, architecture.defaults.get(key)))}"

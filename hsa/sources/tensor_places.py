@@ -1,4 +1,4 @@
-"""Map the entries of a checkpoint's weights files to tensors: the canonical name and the place of each."""
+"""Map the entries of a checkpoint's weights files to tensors: the canonical name and place of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FETCH_AGAIN = "save the checkpoint again, or fetch all its files again"
 
 @dataclass(frozen=True)
 class TensorRef(TensorInfo):
-    """One tensor of a checkpoint: its name as written, element type, shape, and absolute place in a shard."""
+    """One tensor of a checkpoint: its name to write, element type, shape, and absolute place in a shard."""
 
     shard: int
     offset: int
@@ -26,9 +26,9 @@ class TensorRef(TensorInfo):
 
 @dataclass(frozen=True)
 class Shard:
-    """One weights file: its plain name, the open file, the checked header, and the byte its offsets count from.
+    """One weights file: its plain name, the open file, the checked header, and the byte that offsets count from.
 
-    Of a file that torch.save wrote, the header is the description of its tensors.
+    For a file that torch.save wrote, the header is the description of its tensors.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Places:
-    """Tensors by canonical name; the names in the files of those that are read under another; what should be known."""
+    """The tensors by canonical name, the stored names of renamed tensors, and notes for the user."""
 
     tensors: Mapping[str, TensorRef]
     renamed: Mapping[str, str]
@@ -56,15 +56,16 @@ def place_tensors(
     *,
     shares_bytes: bool,
 ) -> Places:
-    """The tensors of a checkpoint whose shards are open.
+    """Locate the tensors of a checkpoint whose shards are open.
 
-    `index` is the path of its index and `shard_of` what that says, None where there is none. `shares_bytes`: in files
-    of torch.save, two names may stand for the same bytes.
+    `index` is the path of its index. `shard_of` is the content of the index, None if there is no index. With
+    `shares_bytes`, for files of torch.save, two names may refer to the same bytes.
 
-    Names are read as `Architecture.plain_names` reads them. An embedding that is stored under the name of the output
-    projection alone, to which config.json ties it, is the embedding, as for transformers. Raises MismatchError where an
-    index and the shards disagree, or two entries are one tensor of the model, HeaderError for a name that no
-    safetensors file can hold.
+    Names are read as `Architecture.plain_names` reads them. The embedding may be stored only under the name of the
+    output projection to which config.json ties it. As in transformers, such a tensor is the embedding.
+
+    Raises MismatchError if an index and the shards disagree, or if two entries are one tensor of the model. Raises
+    HeaderError for a name that no safetensors file can hold.
     """
     stored: dict[str, str] = {}
     tensors: dict[str, TensorRef] = {}
@@ -110,7 +111,7 @@ def place_tensors(
 
 
 def _check_name(name: str, where: str) -> None:
-    """HeaderError for a tensor that no safetensors file could hold under its name."""
+    """Raise HeaderError for a tensor name that no safetensors file can hold."""
     if name == METADATA or not is_text(name):
         raise HeaderError(
             f"{where}: a tensor is named {shown(name)}, which no safetensors file can hold: expected a text in Unicode "
@@ -128,8 +129,8 @@ def _note_renamed(role: str, tensors: Mapping[str, TensorRef], renamed: Mapping[
 
 
 def _check_absent(role: str, index: Path, absent: Mapping[str, str], tied: set[str]) -> Iterator[str]:
-    """Refuse an index that lists what no shard holds, `absent` by name, but for a tensor that is `tied` by config.json
-    to one that is held."""
+    """Refuse an index that lists tensors that no shard holds, `absent` by name. A tensor is allowed to be absent if
+    config.json ties it to a stored one, as those in `tied`."""
     for name, shard in absent.items():
         if name not in tied:
             raise MismatchError(
@@ -143,7 +144,7 @@ def _check_absent(role: str, index: Path, absent: Mapping[str, str], tied: set[s
 
 
 def _tie(role: str, tie: Tie, tensors: dict[str, TensorRef], *, shares_bytes: bool) -> Iterator[str]:
-    """Leave one name of an embedding to which the output projection is tied, as transformers does when it saves."""
+    """Keep only one name of an embedding that is tied to the output projection, as transformers does when it saves."""
     output, embedding = tensors.get(tie.output), tensors.get(tie.embedding)
     if output is not None and embedding is None:
         tensors[tie.embedding] = tensors.pop(tie.output)
@@ -157,7 +158,7 @@ def _tie(role: str, tie: Tie, tensors: dict[str, TensorRef], *, shares_bytes: bo
 
 
 def _leave_out_aliases(role: str, tensors: dict[str, TensorRef]) -> Iterator[str]:
-    """Leave one name of tensors that are one in a file of torch.save, as transformers does when it saves."""
+    """Keep only one name of tensors that are the same in a file of torch.save, as transformers does when it saves."""
     names: dict[tuple[int, int, tuple[int, ...], str], str] = {}
     for name, ref in [*tensors.items()]:
         first = names.setdefault((ref.shard, ref.offset, ref.shape, ref.code), name)

@@ -1,4 +1,4 @@
-"""Find an output projection that is the embedding once more, so that a merge computes and writes it once."""
+"""Find an output projection that duplicates the embedding, so that a merge computes and writes it once."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def same_bytes(checkpoint: Checkpoint, one: TensorRef, two: TensorRef) -> bool:
 
 
 def without_tied_copy(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint without the output projection that is the embedding once more.
+    """Return the checkpoint without an output projection that duplicates the embedding.
 
-    That is where `config.json` ties the two, the family declares no `tie` of its own, and both are stored, with the
-    same bytes. transformers leaves the projection out when it saves, and ties it when it loads. Of a source whose
-    headers alone were fetched, the bytes are taken to be the same. Closes the checkpoint where it cannot be read.
+    This applies if `config.json` ties the two, the family declares no `tie` of its own, and both are stored with the
+    same bytes. transformers leaves the projection out when it saves, and ties it when it loads. If only the headers of
+    a source were fetched, the bytes are assumed to be the same. Closes the checkpoint if it cannot be read.
     """
     pair = checkpoint.architecture.tied_output(checkpoint.tensors, checkpoint.config)
     if pair is None:
@@ -55,6 +55,6 @@ def without_tied_copy(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _is_readable(checkpoint: Checkpoint, ref: TensorRef) -> bool:
-    """Whether a tensor's bytes are there: of a model on the Hub, no more than its header may have been fetched."""
+    """Whether a tensor's bytes are available. For a model on the Hub, only its header may have been fetched."""
     ranges = checkpoint.shards[ref.shard].source.readable
     return ranges is None or covers(ranges, ref.offset, ref.offset + ref.nbytes)

@@ -1,8 +1,8 @@
-"""Read weights that `torch.save` wrote as safetensors are read: where in the file each tensor's bytes lie.
+"""Read weights that `torch.save` wrote as safetensors are read: by the place of each tensor's bytes in the file.
 
-Such a file is a zip archive: every storage an uncompressed record, and `data.pkl`, a pickle that says what they are.
-The archive is checked record by record before the pickle is looked at. The pickle is never unpickled: `pickle_reader`
-reads what it says. The bytes themselves are read later, range by range, where they are needed.
+Such a file is a zip archive. Every storage is an uncompressed record, and the pickle `data.pkl` describes the tensors.
+The archive is checked record by record before the pickle is read. The pickle is never unpickled: `pickle_reader` reads
+its description. The tensors' bytes are read later, range by range, where they are needed.
 
 Source: the notes on serialization semantics of torch's documentation; the zip format's application note.
 """
@@ -28,12 +28,12 @@ from hsa.system.fsio import SourceFile
 _AGAIN = "the file is damaged, copy it again"
 
 MAX_PICKLE = 1 << 20
-"""Bytes of an archive that are read at once: its directory, or the description of its tensors, which takes up to a
-hundred times its size once it is read. Those of large-v3 have a sixth of it."""
+"""The most bytes of an archive that are read at once: its directory, or the description of its tensors. The latter
+takes up to a hundred times its size in memory. Those of large-v3 have a sixth of the limit."""
 
 _LOCAL_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = 30
-"""Bytes of a zip record's own header before its name."""
+"""Bytes of a zip record's own header, up to its name."""
 
 _CODES = {
     "bool": "BOOL",
@@ -48,13 +48,13 @@ _CODES = {
     "float64": "F64",
 }
 _BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, EOFError, struct.error)
-"""What the zip reader raises for an archive that is none."""
+"""Raised by the zip reader for an invalid archive."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A checked file: the bytes of its `data.pkl`, the values that it describes (see `pickle_reader`), the first byte
-    and size of every record of tensor data by its key, and how many instructions and records were read."""
+    """A checked file: the bytes of its `data.pkl` and the values that it describes (see `pickle_reader`). `records`
+    has the offset and size of each record of tensor data by key; `steps` counts the instructions and records read."""
 
     raw: bytes
     content: Any
@@ -63,9 +63,9 @@ class Archive:
 
 
 def read_state_dict(source: SourceFile) -> Header:
-    """The tensors of an open file that holds a state dict and nothing else; offsets count from the file's first byte.
+    """Return the tensors of an open file that holds a state dict and nothing else. Offsets count from the file's start.
 
-    Raises HeaderError for a damaged archive, SourceError for a pickle that is refused or no state dict.
+    Raises HeaderError for a damaged archive, SourceError for a pickle that is refused or is not a state dict.
     """
     archive = read_archive(source)
     tensors = tensor_entries(archive.content, archive, f"{source.label}: {source.path}")
@@ -73,7 +73,7 @@ def read_state_dict(source: SourceFile) -> Header:
 
 
 def read_archive(source: SourceFile) -> Archive:
-    """Check the archive of an open file and load its description; see `read_state_dict` for what it raises."""
+    """Check the archive of an open file and read its description; raises what `read_state_dict` raises."""
     where = f"{source.label}: {source.path}"
     head = source.read(min(source.size, 8))
     refuse_pointer(head, where)
@@ -103,10 +103,10 @@ def read_archive(source: SourceFile) -> Archive:
 
 
 def tensor_entries(tensors: Any, archive: Archive, where: str) -> tuple[TensorEntry, ...]:
-    """The tensors of a state dict of the archive, in the order of their first bytes in the file.
+    """Return the tensors of a state dict of the archive, in order of offset.
 
-    Two tensors may share bytes, as tied weights do. Raises SourceError for what is no plain tensor, HeaderError for
-    one that lies outside its record.
+    Two tensors may share bytes, as tied weights do. Raises SourceError for a value that is not a plain tensor,
+    HeaderError for a tensor that lies outside its record.
     """
     if not isinstance(tensors, dict):
         raise SourceError(f"{where}: expected a state dict, found {class_name(tensors)}; {REMEDY}")
@@ -122,7 +122,7 @@ def tensor_entries(tensors: Any, archive: Archive, where: str) -> tuple[TensorEn
 
 
 class _SourceStream(io.RawIOBase):
-    """An open source as the file object that zipfile expects; refuses to read too much in one go."""
+    """An open source as the file object that zipfile expects; it refuses to read too much at once."""
 
     def __init__(self, source: SourceFile) -> None:
         self._source, self._position = source, 0
@@ -157,7 +157,7 @@ class _SourceStream(io.RawIOBase):
 
 
 def _records(source: SourceFile, where: str) -> dict[str, tuple[int, int]]:
-    """First byte and size of every record by name: each stored as it is, within the file, and apart from the others."""
+    """Return offset and size of every record by name. Records must be uncompressed, within the file, and disjoint."""
     try:
         with zipfile.ZipFile(_SourceStream(source)) as archive:
             infos = archive.infolist()

@@ -1,1 +1,1 @@
-"""Many merges of one triple, over a grid of parameters."""
+"""Many merges of the same sources, over a grid of parameters."""

@@ -1,7 +1,7 @@
 """Evaluate the points of a sweep, and the models that it merges, on sets of speech, as `hsa eval` does.
 
-All that can be refused is refused before the first point is written. A patch becomes a checkpoint in a temporary
-directory when its turn comes, and the next one takes its place.
+Every check that can fail early runs before the first point is written. Each patch in turn is applied to a checkpoint in
+a temporary directory, where it replaces the one before.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from hsa.system.staging import StagingDirectory
 from hsa.system.threads import default_threads
 
 FOLDER, CSV = "evaluation", "wer.csv"
-"""What a sweep's directory holds beside its points and their index once they were evaluated."""
+"""The results of an evaluation in a sweep's directory, in addition to the points and their index."""
 
 CONFIDENCE = 0.95
 _START = b"model,place,"
-"""What wer.csv begins with, by which a sweep tells its own from another file of that name."""
+"""The first bytes of wer.csv, by which a sweep recognizes its own file."""
 
 
 def prepare_sets(
     data: GivenSet | Sequence[GivenSet], options: DecodingOptions, normalizer: str, limit: int | None
 ) -> EvaluationRun:
-    """The sets of an evaluation made ready, before any source is opened.
+    """Prepare the sets of an evaluation, before any source is opened.
 
-    Raises RequestError for bad arguments, a device that is not there and a library that is missing, DataError for a bad
-    set and AudioError for bad audio.
+    Raises RequestError for bad arguments, a missing device or a missing library, DataError for a bad set, and
+    AudioError for bad audio.
 
     Example:
         >>> prepare_sets("test.tsv", DecodingOptions(), "auto", None).sets[0].name  # doctest: +SKIP
@@ -68,8 +68,9 @@ def prepare_sets(
 class PointEvaluation:
     """A prepared evaluation of the points of a sweep.
 
-    `kind` is the kind of model of all points, with the folder of their small files. Results are written to `folder`.
-    `models` are the sources that can be evaluated; `notes` say why others cannot. `stack` closes what is open for it.
+    `kind` is the model kind of all points, with the folder of their small files. Results are written to `folder`.
+    `models` are the sources that can be evaluated; `notes` say why the others cannot. `stack` closes everything that is
+    opened for the evaluation.
     """
 
     run: EvaluationRun
@@ -95,8 +96,8 @@ class PointEvaluation:
     ) -> PointEvaluation:
         """Check, before any point is made, that the points can transcribe and that the results can be written.
 
-        Raises SourceError where the merges would not transcribe, RequestError where they lack the language, DataError
-        where no reference has a word, DestinationError where the directory holds files of others.
+        Raises SourceError if the merges would not transcribe, RequestError if they do not support the language,
+        DataError if no reference has a word, DestinationError if the directory holds files that hsa did not write.
         """
         kind = _kind_of_points(sources, request, stack)
         replace(kind, folder=sources.sources.anchor_checkpoint.path).check(run.options)
@@ -125,9 +126,9 @@ class PointEvaluation:
         *,
         full: bool,
     ) -> SweepScores:
-        """Decode the models and the points that now stand in the directory, and write what is found beside them.
+        """Decode the models and the finished points, and write the results into the sweep's directory.
 
-        `entries` are those of the index, by the name of the point.
+        `entries` are the index entries, by the name of the point.
         """
         started = time.perf_counter()
         models = [*self.models, *(self._checkpoint(point) if full else self._patch(point) for point in points)]
@@ -154,7 +155,7 @@ class PointEvaluation:
         return self.directory / f"{point.name}{SUFFIX}"
 
     def _apply(self, point: GridPoint, folder: Path) -> None:
-        """Write the checkpoint of a patch, with the anchor and the small files that this run has open."""
+        """Apply a patch to this run's open anchor, and write the checkpoint with this run's small files."""
         options = Options(self.request.threads or default_threads(), digest=False, sync=False)
         tally = fsio.Tally()
         with ExitStack() as stack:
@@ -164,7 +165,7 @@ class PointEvaluation:
 
 
 def _kind_of_points(sources: PatchSources, request: Request, stack: ExitStack) -> ModelKind:
-    """What kind of model the points will be, by the small files that each of them gets."""
+    """The model kind of the points, read from the small files that each of them gets."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY)))
     for name, data in sources.small.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

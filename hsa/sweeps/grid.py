@@ -16,14 +16,14 @@ from hsa.outputs.grid_point import LONGEST_NAME, GridPoint, axes
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?")
 DIGITS = 20
-"""Orders of magnitude on either side of the point; more would not fit into the name of a file."""
+"""The most digits on either side of the decimal point; more would not fit into a file name."""
 
 MOST_POINTS = 10_000
-"""Points of a grid at most; more are a mistyped step."""
+"""The most points of a grid; a larger number is assumed to be a mistyped step."""
 
 
 def values(axis: Declared, text: str) -> tuple[Any, ...]:
-    """The values of an axis that a text says: texts with commas between them, or numbers; see `numbers`.
+    """The values of an axis from text: texts separated by commas, or numbers; see `numbers`.
 
     Example:
         >>> [values(axis, "0.1,0.3") for axis in axes(HsaSettings) if axis.name == "lam"]
@@ -35,8 +35,8 @@ def values(axis: Declared, text: str) -> tuple[Any, ...]:
 def numbers(name: str, text: str) -> tuple[float, ...]:
     """The numbers of `0.1,0.3` or `0:1:0.1` (start, stop, step, both ends included); `name` is an argument of a sweep.
 
-    Ranges are counted in decimal arithmetic: `0:1:0.1` holds 0.3, not 0.30000000000000004. Raises RequestError, also
-    where the steps do not meet the stop: the last value would be left out silently.
+    Ranges are computed in decimal arithmetic: `0:1:0.1` contains 0.3, not 0.30000000000000004. Raises RequestError,
+    also if the steps do not end exactly at the stop, which would silently omit the last value.
 
     Example:
         >>> numbers("lam", "0:1:0.25")
@@ -58,8 +58,9 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
 
 
 def _steps(name: str, text: str, limit: int, start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
-    """The values from start to stop; RequestError where they are more than `room` or do not meet the stop."""
-    with localcontext(Context(prec=4 * DIGITS)):  # exact for all numbers that `_decimal` lets through
+    """The values from start to stop. Raises RequestError if there are more than `limit`, or if the steps do not end
+    exactly at the stop."""
+    with localcontext(Context(prec=4 * DIGITS)):  # exact for all numbers that `_decimal` accepts
         count = int((stop - start) / step) + 1
         if count > limit:
             raise RequestError(f"{name} {shown(text)} has over {MOST_POINTS} values; is the step right?")
@@ -76,7 +77,7 @@ def _steps(name: str, text: str, limit: int, start: Decimal, stop: Decimal, step
 def _decimal(name: str, text: str, whole: str) -> Decimal:
     if not _NUMBER.fullmatch(text.strip()):
         raise RequestError(f"{name} takes numbers such as 0.1,0.3 or start:stop:step, got {shown(whole)}")
-    value = Decimal(text.strip()) + 0  # no minus before a zero
+    value = Decimal(text.strip()) + 0  # turns -0 into 0
     if value and not -DIGITS < value.adjusted() < DIGITS:
         raise RequestError(
             f"{name} takes numbers of at most {DIGITS} digits before and after the point, got {shown(text, 40)}"
@@ -87,10 +88,10 @@ def _decimal(name: str, text: str, whole: str) -> Decimal:
 def points(
     owner: type[Settings], values: Mapping[str, Sequence[Any]], others: Mapping[str, Any] | None = None
 ) -> tuple[GridPoint, ...]:
-    """Every combination of the axes' values, each once, in the order of the values given.
+    """Every combination of the axes' values, without repeats, in the order of the given values.
 
-    `values` are lists by the name of an axis, which has its default where it is not given; `others` are the settings
-    that all points share. Raises RequestError for too many points or none, and for a setting that is missing.
+    `values` are lists by axis name; an axis that is not given has its default. `others` are the settings that all
+    points share. Raises RequestError for too many points or none, and for a missing setting.
 
     Example:
         >>> [point.settings.lam for point in points(HsaSettings, {"lam": [0.1, 0.5]})]

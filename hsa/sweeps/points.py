@@ -1,4 +1,4 @@
-"""Make the points of a sweep that are missing: as patches that are published or applied, or each as a merge."""
+"""Build the missing points of a sweep: as patches, which are published or applied, or as separate merges."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from hsa.system.threads import default_threads
 from hsa.system.types import Progress
 
 PASS_POINTS = 128
-"""Patches that are written in one pass over the targets: each keeps two files open."""
+"""The most patches that are written in one pass over the targets; each keeps two files open."""
 
 SPARE_FILES = 64
-"""Open files that a sweep leaves for everything but its points."""
+"""Open files that a sweep reserves for everything other than its points."""
 
 
 class PointMaker:
-    """Builds the missing points: as patches in the staging directory, which are then published, or applied."""
+    """Builds the missing points as patches in the staging directory, and then publishes or applies them."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class PointMaker:
         self._write_index()
 
     def entries_of(self, points: Sequence[GridPoint]) -> dict[str, SweepEntry]:
-        """The index entries of points that are there, by the points' names."""
+        """The index entries of finished points, by the points' names."""
         places = {point.name: point.name if self.full else f"{point.name}{SUFFIX}" for point in points}
         return {name: self.entries[place] for name, place in places.items()}
 
     def _skip_existing_points(self) -> list[GridPoint]:
-        """Resume: list the points that an earlier run left whole, and return those that are still to be built."""
+        """Resume an earlier run: add its complete points to the index, and return the points that must be built."""
         self.entries = {entry.place: entry for entry in self.existing.other_entries(full=self.full)}
         missing = []
         for point in self.existing.points:
@@ -115,7 +115,7 @@ class PointMaker:
         self._each(self._publish, points)
 
     def _each(self, work: Callable[[GridPoint], None], points: Sequence[GridPoint]) -> None:
-        """Do something for each point, for as many at a time as there are jobs."""
+        """Call `work` for each point, with up to `jobs` calls at a time."""
         if self.jobs > 1:
             with ThreadPoolExecutor(self.jobs) as pool:
                 try:
@@ -128,7 +128,7 @@ class PointMaker:
                 work(point)
 
     def _publish(self, point: GridPoint) -> None:
-        """Move a patch from the staging directory into place, or apply it there; add the point to the index."""
+        """Move a patch from the staging directory into place, or apply it at its place. Add the point to the index."""
         name = f"{point.name}{SUFFIX}"
         notes: Sequence[str] = ()
         with ExitStack() as stack:
@@ -161,7 +161,7 @@ class PointMaker:
             self.staging.publish_file(name, path)
 
     def _check_space(self, points: Sequence[GridPoint]) -> None:
-        """MachineError where the points cannot fit on the disk."""
+        """Raise MachineError if the points do not fit on the disk."""
         sources = self.patch_sources.sources
         patches = points[: self.size] if self.full else points
         needed = sum(expected_bytes(self.patch_sources.targets(point.settings)) for point in patches)
@@ -179,7 +179,7 @@ class PointMaker:
 
 
 class WholePointMaker(PointMaker):
-    """Merges the missing points one by one, where the method has no patches."""
+    """Builds the missing points as separate merges, for methods that have no patches."""
 
     def _run_pass(self, points: Sequence[GridPoint], progress: _PassProgress | None) -> None:
         sources = self.patch_sources
@@ -215,7 +215,7 @@ class WholePointMaker(PointMaker):
 def _findings_of_pass(
     points: Sequence[GridPoint], outcomes: Sequence[Sequence[Outcome]], patch_sources: PatchSources
 ) -> Findings:
-    """What there is to say of the points of one pass."""
+    """The findings about the points of one pass."""
     findings = Findings()
     doubtful = []
     for point, point_outcomes in zip(points, outcomes, strict=True):
@@ -234,7 +234,7 @@ def _findings_of_pass(
 
 
 def _max_open_files() -> int:
-    """How many more files this process may open, with some to spare for everything else; at least two."""
+    """The number of files that this process may open for points, after a reserve for everything else; at least two."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -243,7 +243,7 @@ def _max_open_files() -> int:
 
 @dataclass(frozen=True)
 class _PassProgress:
-    """The progress of one pass as a part of the whole sweep's, in bytes of all points as if they were equal."""
+    """The progress of one pass as part of the whole sweep, in bytes, as if all points had equal sizes."""
 
     progress: Progress
     before: int

@@ -1,7 +1,8 @@
-"""Resume a sweep: which points an earlier run, killed or finished, left whole in the directory.
+"""Resume a sweep: find the points that an earlier run, killed or finished, completed in the directory.
 
-`sweep` asks `ExistingPoints` for each point of its grid. A whole point that this run would make the same way is
-skipped. A damaged point is rebuilt. A point made with other settings is replaced with `overwrite`, else refused.
+`sweep` asks `ExistingPoints` for each point of its grid. A complete point that this run would build in the same way is
+skipped. A damaged point is rebuilt. A point built with other settings is replaced with `overwrite`, and refused
+otherwise.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def check_directory(request: Request, sources: Sources) -> Path:
 
 @dataclass
 class ExistingPoints:
-    """The points in a sweep's directory, checked one by one; `notes` name damaged ones."""
+    """The points in a sweep's directory, checked one by one; `notes` name the damaged ones."""
 
     request: Request
     points: Sequence[GridPoint]
@@ -81,10 +82,11 @@ class ExistingPoints:
     _norms: dict[str, Norms] = field(default_factory=dict)
 
     def patch(self, point: GridPoint) -> SweepEntry | None:
-        """The index entry of a point whose patch is whole and what this run would write; None where it must be built.
+        """The index entry of a point, if its patch is complete and this run would write the same; None if it must be
+        built.
 
-        Every byte is read. Raises DestinationError for what is no patch, or was made with other settings and may not
-        be overwritten.
+        Every byte is read. Raises DestinationError for a file that is no patch, or that was made with other settings
+        and may not be overwritten.
         """
         path = self.directory / f"{point.name}{SUFFIX}"
         if not fsio.exists(path):
@@ -106,31 +108,31 @@ class ExistingPoints:
                 raise DestinationError(
                     f"{path} is no patch of hsa, or too damaged to tell ({error}); move it away"
                 ) from error
-            self.notes.append(f"{path.name} is damaged and made anew: {error}")
+            self.notes.append(f"{path.name} is damaged and is rebuilt: {error}")
             return None
 
     def checkpoint(self, point: GridPoint) -> SweepEntry | None:
-        """The same of a point whose checkpoint is there; its merge is computed again and every byte compared."""
+        """The same for a point with a checkpoint. Its merge is recomputed and every byte is compared."""
         path = self.directory / point.name
         if not fsio.exists(path):
             return None
         self._check_kind(path, path.is_dir() and fsio.exists(path / PROVENANCE))
         entry = self._check_checkpoint(point, path)
-        if entry is None:  # before anything is computed
+        if entry is None:  # refuse before anything is computed
             check_replaceable(path, overwrite=True)
         return entry
 
     def _check_checkpoint(self, point: GridPoint, path: Path) -> SweepEntry | None:
         try:
             provenance = load_provenance(path)
-        except ProvenanceError:  # it lists no files that could be replaced, which the caller says
+        except ProvenanceError:  # without a file list it cannot be replaced, which the caller reports
             return None
         differences = self._differences(point, provenance.record)
         if not differences:
             problems = verify(path, threads=self.request.threads).problems
             damage = [problem for problem in problems if problem.file in provenance.files]
             if damage:
-                self.notes.append(f"{path.name} is damaged and made anew: {damage[0].file}: {damage[0].what}")
+                self.notes.append(f"{path.name} is damaged and is rebuilt: {damage[0].file}: {damage[0].what}")
                 return None
             if problems:
                 differences.append("list of files")
@@ -142,7 +144,7 @@ class ExistingPoints:
         return SweepEntry.of(point, path.name, provenance.record, provenance.digest, distances_of_stacks)
 
     def _follows_from_sources(self, path: Path, provenance: Provenance) -> bool:
-        """Whether the merge computed again gives every byte of a checkpoint, which was verified without its sources."""
+        """Whether every byte of a checkpoint matches the recomputed merge. It was already verified without sources."""
         source_paths = SourcePaths(self.request.sources, self.request.ids or {})
         threads = self.request.threads or default_threads()
         context = VerifyContext(threads, fsio.Tally(), PeakMemory(), Problems(), [])
@@ -150,9 +152,9 @@ class ExistingPoints:
         return not context.problems.all()
 
     def other_entries(self, *, full: bool) -> list[SweepEntry]:
-        """Entries of points that are not in this sweep's grid; their records are read, not their bytes.
+        """The index entries of points that are not in this sweep's grid. Only their records are read, not their rows.
 
-        Raises DestinationError where their sources are others.
+        Raises DestinationError if they were made from other sources.
         """
         entries: list[SweepEntry] = []
         own_names = {point.name if full else f"{point.name}{SUFFIX}" for point in self.points}
@@ -190,7 +192,8 @@ class ExistingPoints:
             raise DestinationError(f"{path} stands there and is no point of a sweep; move it away")
 
     def _must_rebuild(self, path: Path, differences: list[str]) -> bool:
-        """Whether a point must be built again because of what differs; DestinationError without `overwrite`."""
+        """Whether a point must be rebuilt because of these differences. Raises DestinationError for any without
+        `overwrite`."""
         if differences and not self.request.overwrite:
             raise DestinationError(
                 f"{path} stands there and was made otherwise: its {', '.join(differences)} differ; choose another "
@@ -199,7 +202,7 @@ class ExistingPoints:
         return bool(differences)
 
     def _differences(self, point: GridPoint, record: Record) -> list[str]:
-        """Which of program, libraries, parameters and sources are not those of this run."""
+        """The parts of a record that differ from this run: program, libraries, method version, parameters, sources."""
         pairs: tuple[tuple[str, object, object], ...] = (
             ("program", dict(record.program), PROGRAM),
             ("libraries", dict(record.libraries), libraries(record.method.libraries)),
@@ -210,7 +213,7 @@ class ExistingPoints:
         return [name for name, recorded, expected in pairs if recorded != expected]
 
     def source_records(self, point: GridPoint) -> dict[Role, SourceRecord]:
-        """The records of the sources, with the digests of a point's targets; each target is read for it once."""
+        """The records of the sources, with the digests of a point's targets. Each target is read only once per run."""
         tasks = self.patch_sources.targets(self._settings_like(point)).tasks
         records = {}
         for source in self.patch_sources.sources:
@@ -225,12 +228,12 @@ class ExistingPoints:
         return records
 
     def _settings_like(self, point: GridPoint) -> Any:
-        """This run's settings with the targets of a point, which an earlier run may have made."""
+        """This run's settings with the targets of a point, which may come from an earlier run."""
         chosen = [axis.name for axis in axes(type(point.settings)) if axis.about.choices]
         return replace(self.request.settings, **{name: getattr(point.settings, name) for name in chosen})
 
     def _distances(self, point: GridPoint, record: Record) -> Distances:
-        """How far a checkpoint lies from the models; nothing where the method has no patches, which would say it."""
+        """The distances of a checkpoint from the models; empty for methods without patches, which list none."""
         if not has_patches(record.method, [point.settings]):
             return {}
         names = {target.canonical for target in record.targets}
@@ -242,7 +245,7 @@ class ExistingPoints:
 
 
 def _source_digest(source: Checkpoint, task: TensorTask) -> str:
-    """The digest of a target's bytes in a source, as records hold it."""
+    """The digest of a target's bytes in a source, in the form of records."""
     ref = task.sources[source.role]
     file = source.shards[ref.shard].source
     return digest_by_ranges(task, source.role, lambda start, count: digest_range(file, ref.offset + start, count))

@@ -1,4 +1,4 @@
-"""The word error rates of a sweep: beside every point of its grid, and beside the models that it merges."""
+"""The word error rates of a sweep: for every point of its grid, and for the models that it merges."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RATES = ("wer", "wer_low", "wer_high", "difference", "difference_low", "difference_high")
-"""Columns of a row for all sets, and for each with its name before them."""
+"""The columns of a row over all sets. Each set has the same columns, prefixed with its name."""
 
 
 @dataclass(frozen=True)
 class SweepScores:
     """The word error rates of a sweep's points.
 
-    `evaluation` is what `hsa.evaluate` finds for the sources, by their roles, and for the `points` of the grid, by
-    their names. Differences are from the anchor, the model that a merge changes. `entries` are those of the index.
+    `evaluation` is the result of `hsa.evaluate`, with the sources under their roles and the `points` of the grid under
+    their names. Differences are relative to the anchor, the model that a merge changes. `entries` are the index
+    entries.
 
     Example:
         >>> report = hsa.sweep("whisper-small", "m1", "m2", "sweep", lam=[0.1, 0.3], data="dev.tsv")  # doctest: +SKIP
@@ -43,11 +44,11 @@ class SweepScores:
     entries: Mapping[str, SweepEntry]
 
     def __getitem__(self, name: str) -> ModelScores:
-        """The scores of a point by its name, or of a model by its role. RequestError where there is none."""
+        """The scores of a point by its name, or of a model by its role. Raises RequestError if there is none."""
         return self.evaluation[name]
 
     def best(self, data: str | None = None) -> tuple[str, ...]:
-        """The names of the points with the lowest word error rate on a set, or on all sets; several where they tie."""
+        """The names of the points with the lowest word error rate on a set, or on all sets; several if they tie."""
         rates = {point.name: _score(self[point.name], data).words.rate for point in self.points}
         lowest = min(rates.values())
         return tuple(name for name, rate in rates.items() if rate == lowest)
@@ -59,7 +60,7 @@ class SweepScores:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What there is to say of the rates."""
+        """Notes on the rates."""
         chosen = (
             f"the best of {len(self.points)} points looks better than it is on the speech that chose it; report its "
             f"rate on other speech"
@@ -68,8 +69,8 @@ class SweepScores:
         return (*found.run_notes, *found.notes, *((chosen,) if len(self.points) > 1 else ()))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each model and point: its values of the axes, its word error rates on all sets and on each, and
-        how they differ from the anchor's. What there is not is None."""
+        """A row for each model and point: its axis values, its word error rates on all sets and on each set, and their
+        differences from the anchor's. Missing values are None."""
         keys = dict.fromkeys(key for point in self.points for key in point.values)
         points = {point.name: point for point in self.points}
         rows = []
@@ -85,7 +86,7 @@ class SweepScores:
         return rows
 
     def csv(self) -> bytes:
-        """The rows as wer.csv, beside the index, has them: RFC 4180, UTF-8."""
+        """The rows in the format of wer.csv: RFC 4180, UTF-8."""
         rows = self.rows()
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
@@ -94,7 +95,7 @@ class SweepScores:
         return text.getvalue().encode("utf-8", "backslashreplace")
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa sweep --json` prints of scores."""
+        """The scores as `hsa sweep --json` prints them."""
         return {
             "rows": self.rows(),
             "best": list(self.best()),
@@ -107,7 +108,7 @@ class SweepScores:
         """The scores as text, as `hsa sweep` prints them: a table for each set, with the best points marked."""
         found = self.evaluation
         buffer = TextBuffer(sys.stdout)
-        console = console_on(buffer, wide=True)  # whatever the width: a broken name of a column helps nobody
+        console = console_on(buffer, wide=True)  # at any width, so that no column name is wrapped
         print_line(console, f"{sets_text(found.sets)}; normalizer {found.normalizer}; rates in %")
         constant = {key: next(iter(values)) for key, values in self._values().items() if len(values) == 1}
         if constant:
@@ -119,7 +120,7 @@ class SweepScores:
         return buffer.getvalue().rstrip("\n")
 
     def _values(self) -> dict[str, dict[Any, None]]:
-        """The values of each axis, in the order in which the grid has them."""
+        """The values of each axis, in the order of the grid."""
         values: dict[str, dict[Any, None]] = {}
         for point in self.points:
             for key, value in point.values.items():
@@ -154,7 +155,7 @@ def _score(model: ModelScores, data: str | None) -> Score:
 
 
 def _difference(score: Score) -> Iterator[str]:
-    """How far a score is from the baseline's, its interval, and a mark where that does not contain 0."""
+    """The difference of a score from the baseline's, its interval, and a mark if the interval excludes 0."""
     found = score.difference
     if found is not None:
         interval = found.interval

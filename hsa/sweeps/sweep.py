@@ -1,7 +1,7 @@
-"""`hsa.sweep`: many merges of the same sources, which are opened and planned once, and an index of what is where.
+"""`hsa.sweep`: many merges of the same sources, which are opened and planned once, and an index of the results.
 
-A sweep that was killed is resumed by running it again: `hsa.sweeps.resume` says which points are there already.
-`hsa.sweeps.evaluation` decodes speech with them.
+Running a killed sweep again resumes it: `hsa.sweeps.resume` finds the points that exist already.
+`hsa.sweeps.evaluation` decodes speech with the points.
 """
 
 from __future__ import annotations
@@ -47,15 +47,22 @@ if TYPE_CHECKING:
 
 
 EVALUATION_DEFAULTS = {"normalizer": "auto", "limit": None, "language": None, "device": "auto", "batch": 16}
-"""Arguments that say how points are evaluated, with their defaults."""
+"""The arguments for evaluating points, with their defaults."""
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """A finished sweep. Sizes are bytes, `seconds` wall time without the evaluation; `made` and `skipped` are names of
-    points, `entries` those of the index, which also lists points of earlier sweeps to the same directory. `extents`
-    say how much each point that was made merges, `extent_range` how far they lie apart, where the method tells it.
-    `scores` are the word error rates of the grid's points, where they were evaluated."""
+    """A finished sweep. Sizes are in bytes; `seconds` is wall time without the evaluation.
+
+    `made` and `skipped` are names of points. `entries` are the index entries, which include points of earlier sweeps to
+    the same directory. `extents` say how much each new point merges, and `extent_range` gives their range, if the
+    method reports it. `scores` are the word error rates of the grid's points, if they were evaluated.
+
+    Example:
+        >>> report = hsa.sweep("whisper-small", "m1", "m2", "sweep", lam=[0.1, 0.5])
+        >>> report.made
+        ('encoder-qkv_k0.6_lambda0.1_alpha0.2', 'encoder-qkv_k0.6_lambda0.5_alpha0.2')
+    """
 
     output: Path
     seconds: float
@@ -78,7 +85,7 @@ class SweepReport:
         return one_line(f"<hsa.SweepReport of {self.output}: {made}{counted(self.warnings)}>")
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa sweep --json` prints."""
+        """The report as `hsa sweep --json` prints it."""
         return {
             "output": str(self.output),
             "seconds": self.seconds,
@@ -97,8 +104,8 @@ class SweepReport:
         }
 
 
-@declared_keywords(SWEEP)
 @fsio.map_os_errors()
+@declared_keywords(SWEEP)
 def sweep(
     *arguments: Any,
     full: bool = False,
@@ -117,29 +124,28 @@ def sweep(
 
     Args:
         {sources}
-        output: the directory to write: a patch for every point (`hsa.apply` makes checkpoints of them), or with `full`
-            a checkpoint directory for every point, and `index.json` and `index.csv`. Points that stand there already
-            are verified and skipped. A method that has no patches needs `full`.
+        output: the directory to write: a patch for every point (`hsa.apply` turns it into a checkpoint), or with `full`
+            a checkpoint directory for every point; and `index.json` and `index.csv`. Points that exist already are
+            verified and skipped. A method that has no patches needs `full`.
         method: the name of the method.
         {settings}
         {options}
-        full: write checkpoints.
-        jobs: patches written in one pass, for each of which sources are read again, 128 unless told; or checkpoints
-            written at a time, 1 unless told and at most as many as there are threads.
-        data: sets of speech as for `hsa.evaluate`: all points of the grid are decoded on them, and the models that are
-            merged, and `wer.csv` and `evaluation/` are written beside the index. Transcripts that stand there are not
-            made again.
+        full: write checkpoints instead of patches.
+        jobs: the number of patches written in one pass, 128 by default; each pass reads the sources again. With `full`,
+            the number of checkpoints written at a time, 1 by default and at most the number of threads.
+        data: sets of speech as for `hsa.evaluate`. All points of the grid and the merged models are decoded on them,
+            and `wer.csv` and `evaluation/` are written beside the index. Existing transcripts are reused.
         normalizer: how texts are made comparable, as for `hsa.evaluate`.
-        limit: take the first so many utterances of each set.
-        language: the language spoken, a code such as `de`; without it a multilingual model detects it.
-        device: what to decode on: `auto`, `cpu`, `cuda` or `cuda:N`.
-        batch: utterances that are decoded at a time.
-        progress: called now and then with bytes done and bytes in all.
-        evaluation_progress: called with a `Step` after each batch that is decoded.
+        limit: use only the first `limit` utterances of each set.
+        language: the spoken language, as a code such as `de`; without it a multilingual model detects the language.
+        device: the device to decode on: `auto`, `cpu`, `cuda` or `cuda:N`.
+        batch: the number of utterances decoded at a time.
+        progress: called now and then with the bytes done and the total bytes.
+        evaluation_progress: called with a `Step` after each decoded batch.
 
-    Raises what `hsa.merge` raises; with `strict`, no point of the pass in which there are warnings is written. Points
-    that were finished before an error stay. With `data` also what `hsa.evaluate` raises; for bad sets, and for models
-    that do not transcribe, before the first point is written.
+    Raises the errors of `hsa.merge`. With `strict`, warnings in a pass stop the sweep before any point of that pass is
+    written. Points that were finished before an error stay. With `data`, also raises the errors of `hsa.evaluate`. Bad
+    sets, and models that do not transcribe, are reported before the first point is written.
 
     Example:
         >>> report = hsa.sweep("whisper-small", "m1", "m2", "sweep", lam=[0.1, 0.3, 0.5])
@@ -210,7 +216,7 @@ def sweep(
 
 
 def _prepared_sets(data: GivenSet | Sequence[GivenSet] | None, how: Mapping[str, Any]) -> EvaluationRun | None:
-    """The sets to evaluate on, made ready; None without any. RequestError for options that nothing would follow."""
+    """The prepared sets to evaluate on; None if none are given. Raises RequestError for options that need sets."""
     if data is None:
         for name, default in EVALUATION_DEFAULTS.items():
             if how[name] != default:
@@ -224,7 +230,7 @@ def _prepared_sets(data: GivenSet | Sequence[GivenSet] | None, how: Mapping[str,
 
 
 def _points(arguments: Arguments) -> tuple[GridPoint, ...]:
-    """The points of the grid. RequestError unless the axes have lists of values, none of them per tensor."""
+    """The points of the grid. Raises RequestError unless each axis has a list of values, and for values per tensor."""
     owner = method_named(arguments.method).Settings
     values = {axis.name: arguments.settings[axis.name] for axis in axes(owner) if axis.name in arguments.settings}
     check_values(**values)
@@ -239,7 +245,8 @@ def _points(arguments: Arguments) -> tuple[GridPoint, ...]:
 
 
 def _widest(points: Sequence[GridPoint]) -> Any:
-    """The settings of the point with the most targets: each choice of an axis holds the targets of those before it."""
+    """The settings of the point with the most targets. Each choice of an axis includes the targets of the choices
+    before it."""
 
     def width(point: GridPoint) -> list[int]:
         chosen = [axis for axis in axes(type(point.settings)) if axis.about.choices]

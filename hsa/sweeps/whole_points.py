@@ -1,4 +1,4 @@
-"""Points of methods that have no patches: each is a merge of its own, on sources that are opened and planned once."""
+"""Points of methods that have no patches: each is a separate merge of sources that are opened and planned once."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from hsa.system.memory import PeakMemory
 
 @dataclass(frozen=True)
 class WholeSources(PatchSources):
-    """Sources open for whole merges; `merges` are the plans by the structure of settings."""
+    """Open sources for whole merges; `merges` holds one plan for each structure of settings."""
 
     backend: Backend
     assets: Assets
     merges: dict[Structure, Plan]
 
     def plan(self, settings: Settings) -> Plan:
-        """The plan of a point; it is made once for each structure of settings."""
+        """The plan of a point, shared by all settings with the same structure."""
         return self.merges[settings.structure()].with_settings(settings)
 
 
 def has_patches(method: Method[Any, Any], candidates: Sequence[Settings]) -> bool:
-    """Whether patches can hold the merges of these settings."""
+    """Whether merges with these settings can be stored as patches."""
     return not any(why for settings in candidates for why in method.patch_obstacles(settings))
 
 
 def require_full(method: Method[Any, Any], settings: Settings, *, full: bool) -> None:
-    """RequestError where a sweep is to write patches, and the method has none."""
+    """Raise RequestError if a sweep should write patches, but the method has none."""
     if not full:
         why = next(iter(method.patch_obstacles(settings)))
         raise RequestError(f"a sweep writes patches, and {why}; give {option('full', True)} to write checkpoints")
@@ -57,7 +57,7 @@ def require_full(method: Method[Any, Any], settings: Settings, *, full: bool) ->
 def open_whole_sources(
     candidates: Sequence[Settings], request: Request, tally: fsio.Tally, hub: Hub, stack: ExitStack
 ) -> WholeSources:
-    """Open the sources of a request for merges with these settings. Raises as `hsa.merge`."""
+    """Open the sources of a request for merges with these settings. Raises the errors of `hsa.merge`."""
     backend = resolve(request.backend, request.device, request.settings, request.models)
     if has_hub_ids(request):
         with ExitStack() as trial:
@@ -92,7 +92,7 @@ def merge_point(
     memory: PeakMemory,
     step: Callable[[int], None] | None,
 ) -> WrittenMerge:
-    """Merge with the settings of a point. Raises as `hsa.merge`."""
+    """Merge with the settings of a point. Raises the errors of `hsa.merge`."""
     own = replace(request, settings=settings, threads=threads, overwrite=True)
     prepared = PreparedMerge(
         sources.sources, sources.plan(settings), sources.backend, destination, sources.earlier_merges
@@ -103,7 +103,7 @@ def merge_point(
 def _plan(
     candidates: Sequence[Settings], request: Request, sources: Sources, backend: Backend
 ) -> dict[Structure, Plan]:
-    """The plans of candidates, one for each structure of their settings."""
+    """The plans of the candidates, one for each structure of settings."""
     plans: dict[Structure, Plan] = {}
     for settings in candidates:
         structure = settings.structure()

@@ -1,1 +1,1 @@
-"""The machine, and nothing of models: files, directories, memory, threads, signals and text formats."""
+"""The machine, independent of models: files, directories, memory, threads, signals and text formats."""

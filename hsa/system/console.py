@@ -20,7 +20,7 @@ from hsa.system.streams import flush_stdout, print_stderr, protect_streams, unpr
 from hsa.system.threads import out_of_memory
 
 GRACE = 3.0
-"""Seconds in which a second signal does not disturb the cleaning up after the first: wrappers send each twice."""
+"""Seconds in which a second signal does not disturb the cleanup after the first: wrappers send each signal twice."""
 
 _terminated = -GRACE
 
@@ -34,12 +34,14 @@ class Terminated(BaseException):
 
 
 def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
-    """Do a command's work and return its exit code: that of the work, 1 (machine), 2 (request or input), 130 or
-    128 + signal. `debug` adds the traceback to an error. Where the work ended well and stdout did not take what it
-    printed, the code is 1 and the message says what is finished.
+    """Do a command's work and return its exit code.
 
-    While the work lasts, signals that end a process end the work; then their handlers are again what they were. In any
-    thread but the main one, which alone may have handlers, signals stay as they are.
+    The code is that of the work, 1 (machine), 2 (request or input), 130 or 128 + signal. `debug` adds the traceback to
+    an error. If the work succeeded but stdout did not accept its output, the code is 1 and the message says what is
+    finished.
+
+    Signals that end a process end the work; the previous handlers are restored afterwards. Only the main thread may
+    have handlers, so in any other thread signals are left alone.
     """
     previous = _handle_signals()
     try:
@@ -74,8 +76,8 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
 def exit_with(work: Callable[[], int]) -> NoReturn:
     """End the process with the exit code of `work`, which is guarded.
 
-    The handlers stay after it, and are switched off at the end: Python lets go of its handlers before it ends, and a
-    late signal would change the exit code.
+    The handlers stay installed after the work, and are disabled at the very end. Python removes its handlers before it
+    ends, and a late signal would then change the exit code.
     """
     protect_streams()
     _handle_signals()
@@ -90,9 +92,9 @@ def exit_with(work: Callable[[], int]) -> NoReturn:
 
 
 def _handle_signals() -> dict[signal.Signals, Any]:
-    """Let signals that end a process raise Terminated; returns the previous handlers, by signal.
+    """Make signals that end a process raise Terminated; returns the previous handlers, by signal.
 
-    What is ignored, as under nohup, stays so, and so does a handler that was not set from Python.
+    Ignored signals, as under nohup, stay ignored. A handler that was not set from Python stays, too.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -104,7 +106,7 @@ def _handle_signals() -> dict[signal.Signals, Any]:
 
 
 def fail(message: str, code: int, *, debug: bool = False) -> int:
-    """Print the line of an error, and return the exit code."""
+    """Print an error as one line, and return the exit code."""
     if debug:
         print_stderr(traceback.format_exc().rstrip())
     print_stderr(f"hsa: error: {one_line(message)}")

@@ -1,7 +1,7 @@
 """Share a bounded number of file descriptors between all sources, and name the limit when too many files are open.
 
-A source with thousands of shards has no more than `MAX_OPEN` of them open. The one that was read longest ago is closed
-for the next, and opened again when it is wanted; its reader then checks that it is the same file.
+A source with thousands of shards has at most `MAX_OPEN` of them open. The least recently read file is closed to make
+room for the next, and reopened when it is needed; its reader then checks that it is the same file.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 MAX_OPEN = 128
-"""Files of sources that are open while nobody reads them: twenty times what large-v3's three sources have."""
+"""The most source files that stay open while nobody reads them: twenty times what large-v3's three sources have."""
 
 TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 def reason(error: OSError) -> str:
-    """What the system says of an error; of too many open files also which limit was met and how to raise it.
+    """Return the system's text for an error. If too many files are open, also name the limit and how to raise it.
 
     Example:
         >>> reason(OSError(errno.ENOENT, "No such file or directory"))
@@ -39,7 +39,7 @@ def reason(error: OSError) -> str:
 
 
 def import_problem(error: ImportError) -> str | None:
-    """What to say of a library that could not be loaded because too many files are open; None of any other reason."""
+    """Explain a failed import of a library if too many files are open; None for any other reason."""
     for code in TOO_MANY:
         if os.strerror(code) in str(error):
             return f"a library cannot be loaded: {reason(OSError(code, os.strerror(code)))}"
@@ -47,12 +47,12 @@ def import_problem(error: ImportError) -> str | None:
 
 
 def open_file(path: str | os.PathLike[str], flags: int, mode: int = 0o777) -> int:
-    """os.open, which closes a source's file that nobody reads where too many are open."""
+    """Call os.open; if too many files are open, close source files that nobody reads."""
     return _closing_idle_files(lambda: os.open(path, flags | os.O_CLOEXEC, mode))
 
 
 def list_directory(directory: int) -> list[str]:
-    """os.listdir of an open directory, which takes a second descriptor for a while; see `open_file`."""
+    """Call os.listdir on an open directory, which takes a second descriptor for a while; see `open_file`."""
     return _closing_idle_files(lambda: os.listdir(directory))
 
 
@@ -66,9 +66,9 @@ def _closing_idle_files(call: Callable[[], _T]) -> _T:
 
 
 class ReopenableFile:
-    """A file for reading, whose descriptor may be closed while nobody uses it.
+    """A file for reading, whose descriptor may be closed while it is not in use.
 
-    `check` is called with the status of the file each time it is opened, and raises where it is another file.
+    `check` is called with the file's status each time it is opened, and raises if it is another file.
     """
 
     def __init__(self, path: Path, check: Callable[[os.stat_result], None]) -> None:
@@ -78,7 +78,7 @@ class ReopenableFile:
 
     @contextmanager
     def descriptor(self) -> Iterator[int]:
-        """The open file, which stays open inside the block. Raises OSError, and what `check` raises."""
+        """The open file's descriptor, valid inside the block. Raises OSError, and what `check` raises."""
         fd = _POOL.take(self)
         try:
             yield fd
@@ -86,7 +86,7 @@ class ReopenableFile:
             _POOL.give_back(self)
 
     def status(self) -> os.stat_result | None:
-        """The status of the file that is open, None while none is."""
+        """The status of the open file, None while it is closed."""
         return _POOL.status(self)
 
     def close(self) -> None:
@@ -127,11 +127,11 @@ class _Pool:
             if file.fd is not None:
                 fd, file.fd = file.fd, None
                 self._open -= 1
-                with suppress(OSError):  # nothing was written that a failure could lose, and the descriptor is gone
+                with suppress(OSError):  # nothing was written, so nothing can be lost, and the descriptor is gone
                     os.close(fd)
 
     def release_one(self) -> bool:
-        """Close the idle file that was used longest ago; False where none is idle."""
+        """Close the least recently used idle file; False if none is idle."""
         with self._lock:
             oldest = next(iter(self._idle), None)
             if oldest is not None:
@@ -139,7 +139,7 @@ class _Pool:
             return oldest is not None
 
     def _open_again(self, file: ReopenableFile) -> None:
-        fd = open_file(file.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make it wait
+        fd = open_file(file.path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not block
         try:
             file.check(os.fstat(fd))
         except BaseException:

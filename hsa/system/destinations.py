@@ -21,12 +21,12 @@ from hsa.system.staging import NAME_MAX, REPLACED, STAGING
 def check_destination(
     output: str | os.PathLike[str], sources: Iterable[Path], *, overwrite: bool, adding: bool = False
 ) -> Path:
-    """The destination with its links resolved; DestinationError where nothing may be written.
+    """Return the destination with its links resolved; DestinationError if nothing may be written there.
 
-    Refused always: a root, home or mount point, a directory that is, contains or lies in a source, and a place inside
+    Always refused: a root, home or mount point; a directory that is, contains or lies in a source; and a place inside
     an earlier output. Refused without `overwrite`: anything but an empty directory. Refused with it: anything but an
-    empty directory or an earlier output, all of which its record lists and this user may remove. With `adding` an
-    earlier output may be anything: what becomes of it is decided later.
+    empty directory, or an earlier output whose record lists all its files and which this user may remove. With
+    `adding`, any earlier output is accepted: what happens to it is decided later.
     """
     if not os.fspath(output):
         raise DestinationError("output is an empty path; name a directory of its own for the output")
@@ -64,10 +64,10 @@ def _refuse(destination: Path, label: str, sources: Iterable[Path], *, overwrite
 
 
 def check_tree(output: str | os.PathLike[str], sources: Iterable[Path]) -> Path:
-    """The root of several outputs with its links resolved, which may hold anything; DestinationError where not.
+    """Return the root of several outputs with its links resolved; DestinationError if it is refused.
 
-    Refused: the root, a home or what holds one, a file, a directory that is, contains or lies in a source, and an
-    earlier output or a place inside one.
+    The root may contain anything. Refused: the root of the filesystem, a home or a directory that contains one, a file,
+    a directory that is, contains or lies in a source, an earlier output, and a place inside one.
     """
     if not os.fspath(output):
         raise DestinationError("output is an empty path; name a directory of its own for the tree")
@@ -107,7 +107,7 @@ def _homes() -> tuple[set[Path], set[Path]]:
     """This user's home directories (by HOME and by the user database), and everybody's."""
     own: set[str] = set()
     everyones: set[str] = set()
-    with suppress(RuntimeError):  # a user that no database knows, without HOME
+    with suppress(RuntimeError):  # a user without HOME and without an entry in the database
         own.add(str(Path.home()))
     with suppress(ImportError, OSError, KeyError):
         import pwd
@@ -119,7 +119,10 @@ def _homes() -> tuple[set[Path], set[Path]]:
 
 
 def _is_mount(path: Path) -> bool:
-    """Also where the mounted directory lies on the same device, as with a bind mount, which stat(2) cannot tell."""
+    """Whether this is a mount point, even if the mounted directory is on the same device, as with a bind mount.
+
+    stat(2) cannot detect such a mount.
+    """
     if path.is_mount():
         return True
     try:
@@ -132,9 +135,9 @@ def _is_mount(path: Path) -> bool:
 
 
 def path_overlap(destination: Path, source: Path) -> str | None:
-    """How the two paths overlap: `is`, `contains` or `lies in`, or None where they are apart.
+    """How the two paths overlap: `is`, `contains` or `lies in`, or None if they do not.
 
-    By path and by inode, for a bind mount gives one directory two paths.
+    Compares both paths and inodes, since a bind mount gives one directory two paths.
     """
     if destination == source or _inodes(destination) & _inodes(source):
         return "is"
@@ -146,7 +149,7 @@ def path_overlap(destination: Path, source: Path) -> str | None:
 
 
 def _inodes(*paths: Path) -> set[tuple[int, int]]:
-    """Device and inode of each of the paths that exist."""
+    """Return device and inode of each of the paths that exist."""
     inodes = set()
     for path in paths:
         with suppress(OSError):
@@ -157,9 +160,9 @@ def _inodes(*paths: Path) -> set[tuple[int, int]]:
 
 
 def refuse_inside_output(place: Path, label: str) -> None:
-    """DestinationError where a place lies inside an earlier output, at any depth. Links are resolved already.
+    """Raise DestinationError if a place is inside an earlier output, at any depth. Links are already resolved.
 
-    An output lists its files: what is added to it makes `hsa verify` fail, and `--overwrite` refuse.
+    An output lists its files: a file added to it makes `hsa verify` fail and `--overwrite` refuse.
     """
     for parent in place.parents:
         if (parent / PROVENANCE).is_file():
@@ -170,9 +173,9 @@ def refuse_inside_output(place: Path, label: str) -> None:
 
 
 def check_replaceable(destination: Path, *, overwrite: bool, label: str | None = None) -> frozenset[str]:
-    """The names in a directory that may be replaced by an output: none, or with `overwrite` those of an earlier output.
+    """Return the names in a directory that an output may replace: none, or with `overwrite` an earlier output's.
 
-    Raises DestinationError where anything else stands there, or where this user may not remove it; OSError.
+    Raises DestinationError if anything else is there, or if this user may not remove it. Raises OSError.
     """
     label = label or f"output {destination}"
     if not fsio.exists(destination):
@@ -216,10 +219,10 @@ def _first_names(names: list[str]) -> str:
 
 
 def unlisted(directory: Path, names: Iterable[str]) -> list[str]:
-    """Those of the names in an earlier output that its record does not list, each with what it is unless a file.
+    """Return the names in an earlier output that its record does not list, each with its kind unless it is a file.
 
-    A directory, a link or a device is never listed, whatever its name: an output has none. Raises ProvenanceError
-    where the record cannot be read.
+    A directory, link or device is never listed, whatever its name, since an output has none. Raises ProvenanceError if
+    the record cannot be read.
     """
     recorded, present, surplus = listed_files(directory), set(names), []
     for name in sorted(present):
@@ -233,7 +236,7 @@ def unlisted(directory: Path, names: Iterable[str]) -> list[str]:
 
 
 def _is_spelling(directory: Path, name: str, listed: Iterable[str], status: os.stat_result) -> bool:
-    """Whether a file is one that is listed under another spelling, on a filesystem that does not tell them apart."""
+    """Whether a file is a listed one under another spelling, on a filesystem that does not distinguish the two."""
     for recorded in listed:
         if _normalized(recorded) == _normalized(name):
             with suppress(OSError):
@@ -246,8 +249,8 @@ def _normalized(name: str) -> str:
 
 
 def _refuse_protected(destination: Path, names: Iterable[str], label: str) -> None:
-    """DestinationError where this user may not remove an earlier output: its own mode, another owner, a sticky bit."""
-    if os.statvfs(destination).f_flag & os.ST_RDONLY:  # which making the staging directory says better
+    """Raise DestinationError if this user may not remove an earlier output: its mode, another owner, a sticky bit."""
+    if os.statvfs(destination).f_flag & os.ST_RDONLY:  # creating the staging directory gives the better message
         return
     status = destination.stat()
     effective = {"effective_ids": True} if os.access in os.supports_effective_ids else {}

@@ -1,4 +1,4 @@
-"""BLAKE3 of bytes: in memory at once, or in parts that come in any order."""
+"""BLAKE3 of bytes, in memory at once or in parts that arrive in any order."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 
 def digest_of(data: Any) -> str:
-    """64 hexadecimal digits for anything with a buffer of bytes. Source: the BLAKE3 specification."""
+    """Return 64 hexadecimal digits for any object with a buffer of bytes. Source: the BLAKE3 specification."""
     from blake3 import blake3
 
     return blake3(data).hexdigest()
 
 
 def digest_in_chunks(nbytes: int, chunk: int, digest: Callable[[int, int], str]) -> str:
-    """The digest of `nbytes` bytes of which `digest(start, count)` gives the digest of a range.
+    """Return the digest of `nbytes` bytes, where `digest(start, count)` is the digest of a range.
 
-    That of all bytes where they fit into one chunk of `chunk` bytes; else BLAKE3 over the digests of the consecutive
-    chunks, one a line.
+    If all bytes fit into one chunk of `chunk` bytes, it is their digest. Otherwise it is BLAKE3 over the digests of the
+    consecutive chunks, one per line.
 
     Example:
         >>> data = b"abcde"
@@ -34,10 +34,10 @@ def digest_in_chunks(nbytes: int, chunk: int, digest: Callable[[int, int], str])
 
 
 class ChunkedDigest:
-    """`digest_in_chunks` of bytes that come in parts, in any order and from several threads.
+    """`digest_in_chunks` of bytes that arrive in parts, in any order and from several threads.
 
-    Each byte is digested once, as it comes. Only a part that continues a chunk is copied, where it comes before the
-    part in front of it.
+    Each byte is digested once, as it arrives. A part is copied only if it continues a chunk and arrives before the part
+    in front of it.
     """
 
     def __init__(self, nbytes: int, chunk: int) -> None:
@@ -47,7 +47,7 @@ class ChunkedDigest:
         self._lock = threading.Lock()
 
     def add(self, start: int, data: Any) -> None:
-        """Take the bytes of a buffer, which stand from byte `start` on; no byte may come twice."""
+        """Add the bytes of a buffer, which begin at byte `start`; no byte may be added twice."""
         view = memoryview(data).cast("B")
         stop = start + len(view)
         for number in range(start // self._chunk, -(-stop // self._chunk)):
@@ -56,7 +56,7 @@ class ChunkedDigest:
             self._add(number, low - first, view[low - start : high - start])
 
     def hexdigest(self) -> str:
-        """The digest, once every byte was added. Raises KeyError before."""
+        """Return the digest, once every byte was added. Raises KeyError before that."""
         return digest_in_chunks(self._nbytes, self._chunk, lambda start, _: self._digests[start // self._chunk])
 
     def _add(self, number: int, start: int, part: memoryview) -> None:
@@ -70,7 +70,7 @@ class ChunkedDigest:
 
 
 class _OpenChunk:
-    """A chunk of which bytes are missing: the digest of its first bytes, and parts that lie behind missing ones."""
+    """An incomplete chunk: the digest of its first bytes, and the parts that lie behind missing ones."""
 
     def __init__(self) -> None:
         from blake3 import blake3
@@ -81,7 +81,7 @@ class _OpenChunk:
         self._lock = threading.Lock()
 
     def add(self, start: int, part: memoryview) -> int:
-        """Take a part; how many bytes are digested now."""
+        """Add a part; returns how many bytes this call has digested."""
         with self._lock:
             if start != self._digested:
                 self._early[start] = bytes(part)

@@ -1,6 +1,6 @@
 """Element types of safetensors files, and the conversions between them and float32 in numpy.
 
-numpy has no bfloat16, so its bits travel as uint16 and are widened and rounded in integer arithmetic.
+numpy has no bfloat16, so its bits are stored as uint16, and are widened and rounded in integer arithmetic.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Arrays = tuple[Array | None, ...]
-"""Arrays that belong together, None in the place of one that is not there."""
+"""Arrays that belong together, None in place of a missing one."""
 
 BITS: dict[str, int] = {
     "BOOL": 8,
@@ -81,10 +81,10 @@ def widen(code: str, raw: Array, out: Float32) -> Float32:
 
 
 def _widen_half(raw: Array, out: Float32) -> None:
-    """float16 to float32, several times as fast as numpy's own conversion, which handles one element at a time.
+    """Widen float16 to float32, several times faster than numpy's own conversion of one element at a time.
 
-    Sign and magnitude move to their places in float32, whose exponent then wants 112 more: multiplying by
-    2**112 is exact for normal and subnormal numbers. A buffer with infinities or NaN goes through numpy.
+    Sign and magnitude move to their places in float32, whose exponent must then be 112 larger. Multiplying by 2**112 is
+    exact for normal and subnormal numbers. A buffer with infinities or NaN goes through numpy.
     """
     if not all_finite("F16", raw):
         np.copyto(out, raw)
@@ -100,7 +100,7 @@ def narrow(code: str, values: Float32, out: Array, bits: npt.NDArray[np.uint32])
     """Round float32 to `code` once, to nearest even, into `out` (storage of `code`).
 
     `values` is overwritten for float16 and bfloat16. Magnitudes beyond the range become infinities, which the caller
-    looks for; a NaN stays some NaN.
+    must check for. A NaN stays a NaN, perhaps another one.
     """
     if code == "F32":
         np.copyto(out, values)
@@ -120,11 +120,11 @@ def narrow(code: str, values: Float32, out: Array, bits: npt.NDArray[np.uint32])
 
 
 def _narrow_half(values: Float32, out: Array, bits: npt.NDArray[np.uint32]) -> None:
-    """float32 to float16, twice as fast as numpy's own conversion, which handles one element at a time.
+    """Narrow float32 to float16, twice as fast as numpy's own conversion of one element at a time.
 
-    Normal numbers are rounded by adding half of the last place, less one where that place is even, to their bits.
-    Adding 0.5 to a magnitude below 2**-14, the least normal one, rounds it to a multiple of 2**-24, which float16
-    counts in. What rounds to infinity, infinities and NaN go through numpy.
+    Normal numbers are rounded in integer arithmetic on their bits: half of the last place is added, less one if that
+    place is even. Adding 0.5 to a magnitude below 2**-14, the smallest normal one, rounds it to a multiple of 2**-24,
+    the unit of float16 in that range. Numbers that round to infinity, infinities and NaN go through numpy.
     """
     if values.size and not (values.max() < _ROUNDS_TO_INFINITY and values.min() > -_ROUNDS_TO_INFINITY):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -151,7 +151,7 @@ def largest_magnitude(code: str, raw: Array) -> float:
     """The largest absolute value of finite elements; `raw` holds the storage of an arithmetic element type."""
     if code == "F32":
         return float(max(raw.max(), -raw.min()))
-    bits = np.asarray((raw.view(np.uint16) & 0x7FFF).max())  # magnitudes are in the order of their bits
+    bits = np.asarray((raw.view(np.uint16) & 0x7FFF).max())  # magnitudes sort like their bits
     return float(widen(code, bits.view(STORAGE[code]), np.empty((), np.float32)))
 
 
@@ -161,13 +161,13 @@ def all_finite(code: str, raw: Array) -> bool:
         return bool(np.isfinite(raw).all())
     if not raw.size:
         return True
-    # Infinity and NaN are the largest of the positive numbers and, with the bit of the sign, of all.
+    # As bits, infinity and NaN are the largest positive numbers and, with the sign bit, the largest numbers of all.
     infinity = 0x7C00 if code == "F16" else 0x7F80
     return bool(raw.view(np.int16).max() < infinity and raw.view(np.uint16).max() < 0x8000 | infinity)
 
 
 def first_not_finite(code: str, values: Array) -> int:
-    """The first of the elements that is not finite, among which there is one."""
+    """Return the index of the first element that is not finite; there must be one."""
     low, high = 0, values.size
     while high - low > 1:
         middle = (low + high) // 2

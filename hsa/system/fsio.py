@@ -1,6 +1,6 @@
 """Every system call that a merge makes on a file, in one place: counted, complete, and with plain errors.
 
-Reads and writes go on until the whole range is done. An OSError becomes a SourceError, a SourceChanged or a
+Reads and writes continue until the whole range is done. An OSError becomes a SourceError, a SourceChanged or a
 MachineError that names the file; nothing else in the package touches weights.
 """
 
@@ -27,22 +27,22 @@ SYNC_FILE_RANGE_WRITE = 2
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 ALIGNMENT = 4096
-"""Bytes; file offset, length and address of a direct write are multiples of it."""
+"""The alignment in bytes of a direct write's file offset, length and address."""
 
 CACHED_STEP = 64 << 10
-"""Bytes of one write through the page cache. Larger ones make the kernel look for larger runs of free memory, which
+"""Bytes of one write through the page cache. Larger writes make the kernel look for larger runs of free memory, which
 took up to four times as long on a machine whose memory was in use."""
 
 _NO_SUPPORT = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTTY}
 MACHINE_ERRNOS = {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
-"""Errors of an open that are the machine's, and not the file's."""
+"""Errors of an open that come from the machine, not from the file."""
 
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
-"""What lstat answers where no file can be."""
+"""Errors of lstat where no file can exist."""
 
 
 class Tally:
-    """Bytes read and written so far, over all threads; those read by the label of their source as well."""
+    """Bytes read and written so far, over all threads. Bytes read are also counted by the label of their source."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,7 +65,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What must stay equal while a source is read."""
+    """The properties of a file that must not change while a source is read."""
 
     device: int
     inode: int
@@ -78,14 +78,14 @@ class Fingerprint:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def with_times_of(self, other: Fingerprint) -> Fingerprint:
-        """This one with the other's times."""
+        """Return this fingerprint with the other's times."""
         return replace(self, modified_ns=other.modified_ns, changed_ns=other.changed_ns)
 
 
 class SourceFile:
-    """A file open for reading, and what it was when it was opened.
+    """A file open for reading, and its fingerprint from when it was first opened.
 
-    `readable` are the ranges that may be read, None for all: elsewhere a file that was fetched in part has holes.
+    `readable` are the ranges that may be read, None for all. Elsewhere, a partly fetched file has holes.
     """
 
     def __init__(self, path: Path, label: str, tally: Tally, readable: Sequence[Range] | None = None) -> None:
@@ -101,7 +101,7 @@ class SourceFile:
             raise kind(f"{label}: cannot open {path}: {reason(error)}") from error
 
     def _remember_or_compare(self, status: os.stat_result) -> None:
-        """Remember the file when it is first opened, and compare it whenever it is opened again."""
+        """Store the file's fingerprint when it is first opened, and compare it whenever it is reopened."""
         if self._fingerprint is not None:
             self._compare(Fingerprint.of(status))
             return
@@ -116,8 +116,8 @@ class SourceFile:
 
     @contextmanager
     def descriptor(self) -> Iterator[int]:
-        """The file, open for reading inside the block; SourceChanged where it is not what was opened first, ValueError
-        after `close`."""
+        """The descriptor, open for reading inside the block. SourceChanged if it is not the file that was opened first,
+        ValueError after `close`."""
         if self._closed:
             raise ValueError(f"{self.label}: {self.path} is closed")
         try:
@@ -131,7 +131,7 @@ class SourceFile:
         return self.fingerprint.size
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` (bytes) from `offset`; SourceChanged when the file ends before."""
+        """Fill `view` (bytes) from `offset`; SourceChanged if the file ends before."""
         if self.readable is not None and not covers(self.readable, offset, offset + len(view)):
             raise SourceError(
                 f"{self.label}: {len(view)} bytes at {offset} of {self.path} were not fetched and are wanted now; "
@@ -160,9 +160,9 @@ class SourceFile:
         return bytes(buffer)
 
     def check_unchanged(self) -> None:
-        """SourceChanged when the file, or what its path leads to, is no longer what was opened.
+        """Raise SourceChanged if the file, or the target of its path, is no longer what was opened.
 
-        To a file that is held in part, other runs may add what this one does not read.
+        The times of a partly fetched file may change: other runs may add ranges that this run does not read.
         """
         try:
             status = self._file.status()
@@ -187,7 +187,7 @@ class SourceFile:
 
 
 def create(path: Path, size: int) -> int:
-    """Create a file of `size` bytes with the umask's ordinary mode and reserve its blocks: a full disk shows here."""
+    """Create a file of `size` bytes with the umask's ordinary mode and reserve its blocks, to detect a full disk."""
     with map_write_errors(path, size):
         fd = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -200,7 +200,7 @@ def create(path: Path, size: int) -> int:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """fallocate(2), not posix_fallocate(3), which writes every block where the filesystem cannot reserve."""
+    """Call fallocate(2), not posix_fallocate(3), which writes every block if the filesystem cannot reserve."""
     call: Callable[..., int] | None = getattr(_libc(), "fallocate", None)
     code = errno.EINTR if call is not None else errno.ENOSYS
     while call is not None and code == errno.EINTR:  # ctypes does not repeat an interrupted call, as os does
@@ -208,18 +208,18 @@ def _reserve(fd: int, size: int) -> None:
             return
         code = ctypes.get_errno()
     if code not in _NO_SUPPORT:
-        os.ftruncate(fd, 0)  # give back what was reserved, so that the message tells what is free
+        os.ftruncate(fd, 0)  # release what was reserved, so that the message shows how much is free
         raise OSError(code, os.strerror(code))
     os.ftruncate(fd, size)
 
 
 def reopen(path: Path) -> int:
-    """A file that `create` made, open for reading and writing again; OSError as it comes."""
+    """Reopen a file that `create` made, for reading and writing. Raises OSError unchanged."""
     return open_file(path, os.O_RDWR)
 
 
 def reopen_direct(path: Path) -> int | None:
-    """The file open for writes past the page cache, or None where the filesystem has no such thing."""
+    """Open the file for writes that bypass the page cache; None if the filesystem does not support them."""
     direct = getattr(os, "O_DIRECT", 0)
     if not direct:
         return None
@@ -230,7 +230,7 @@ def reopen_direct(path: Path) -> int | None:
 
 
 def write_all(fd: int, view: memoryview, offset: int, tally: Tally, step: int = sys.maxsize) -> None:
-    """Write the whole of `view` at `offset`, at most `step` bytes a call; OSError as it comes."""
+    """Write the whole of `view` at `offset`, at most `step` bytes per call. Raises OSError unchanged."""
     done = 0
     while done < len(view):
         done += os.pwritev(fd, [view[done : done + step]], offset + done)
@@ -238,7 +238,7 @@ def write_all(fd: int, view: memoryview, offset: int, tally: Tally, step: int = 
 
 
 def write_direct(fd: int, view: memoryview, offset: int, tally: Tally) -> bool:
-    """Write the whole of `view` to a file of `reopen_direct`; False where the filesystem wants another alignment."""
+    """Write the whole of `view` to a file of `reopen_direct`; False if the filesystem needs another alignment."""
     try:
         write_all(fd, view, offset, tally)
     except OSError as error:
@@ -249,21 +249,21 @@ def write_direct(fd: int, view: memoryview, offset: int, tally: Tally) -> bool:
 
 
 def write_cached(fd: int, view: memoryview, offset: int, tally: Tally, *, writeback: bool) -> None:
-    """Write the whole of `view` through the page cache; with `writeback` the kernel is to begin taking it to disk."""
+    """Write the whole of `view` through the page cache; with `writeback`, ask the kernel to start writing to disk."""
     write_all(fd, view, offset, tally, CACHED_STEP)
     if writeback:
         start_writeback(fd, offset, len(view))
 
 
 def start_writeback(fd: int, offset: int, count: int) -> None:
-    """Ask the kernel to begin writing a range to disk; a hint, so failure says nothing."""
+    """Ask the kernel to start writing a range to disk. It is only a hint, so failures are ignored."""
     call = getattr(_libc(), "sync_file_range", None)
     if call is not None:
         call(fd, ctypes.c_int64(offset), ctypes.c_int64(count), SYNC_FILE_RANGE_WRITE)
 
 
 def clone(source: int, destination: int) -> bool:
-    """Make `destination` share the blocks of `source`; False where the filesystem cannot."""
+    """Make `destination` share the blocks of `source`; False if the filesystem cannot."""
     import fcntl
 
     try:
@@ -292,7 +292,7 @@ def rename(source: Path, destination: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two directory entries in one step; False where the filesystem cannot."""
+    """Swap two directory entries atomically; False if the filesystem cannot."""
     call: Callable[..., int] | None = getattr(_libc(), "renameat2", None)
     if call is None:
         return False
@@ -305,11 +305,11 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 CHOOSE_ANOTHER = "choose a destination that you may write to"
-"""What to do about a directory that cannot be written, unless a caller knows better."""
+"""The remedy for a directory that cannot be written, unless a caller knows a better one."""
 
 
 def is_overlay(path: Path) -> bool:
-    """Whether a path lies on an overlay filesystem, by the kernel's table of mounts; False where there is none."""
+    """Whether a path is on an overlay filesystem, according to the kernel's mount table; False if there is none."""
     try:
         device = path.stat().st_dev
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
@@ -322,7 +322,7 @@ def is_overlay(path: Path) -> bool:
 
 @contextmanager
 def map_write_errors(path: Path, needed: int | None = None, remedy: str = CHOOSE_ANOTHER) -> Iterator[None]:
-    """Turn an OSError inside into a MachineError: what was needed, what there is, and what to do (`remedy`)."""
+    """Turn an OSError inside the block into a MachineError: what was needed, what is available, and the `remedy`."""
     try:
         yield
     except OSError as error:
@@ -331,7 +331,7 @@ def map_write_errors(path: Path, needed: int | None = None, remedy: str = CHOOSE
 
 @contextmanager
 def map_os_errors() -> Iterator[None]:
-    """Turn an OSError that nothing else has caught into a MachineError: for the edge of the package."""
+    """Turn an OSError that nothing else has caught into a MachineError, at the edge of the package."""
     try:
         yield
     except OSError as error:
@@ -346,7 +346,7 @@ def map_os_errors() -> Iterator[None]:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether something stands there, a link that leads nowhere included; OSError where that cannot be told."""
+    """Whether a path exists, as a link without a target does too; OSError if that cannot be determined."""
     try:
         os.lstat(path)
     except ValueError:  # a name with a NUL in it
@@ -379,8 +379,8 @@ def _explain(error: OSError, path: Path, needed: int | None, remedy: str) -> str
 
 
 def hold(fd: int) -> bool:
-    """Lock an open file for this process until it is closed; False where another process holds it. A filesystem without
-    locks locks nothing."""
+    """Lock an open file for this process until it is closed; False if another process holds the lock. On a filesystem
+    without locks, nothing is locked."""
     import fcntl
 
     try:

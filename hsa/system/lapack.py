@@ -1,6 +1,6 @@
-"""numpy's linear algebra: which library it is, and running it with one thread, so that results repeat.
+"""Identify the library behind numpy's linear algebra, and run it with one thread, so that results are deterministic.
 
-A BLAS adds in another order with another number of threads, and on another kind of processor.
+A BLAS adds in a different order with another number of threads, and on another kind of processor.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 class _OneThread:
     """A context in which BLAS has one thread.
 
-    Most libraries have a number of threads for the whole process: the first thread that enters remembers it, and the
-    last that leaves sets it back. Those with OpenMP have one for each thread, which sets back its own.
+    Most libraries have one thread count for the whole process: the first thread that enters saves it, and the last one
+    that leaves restores it. Libraries with OpenMP have one count per thread, and each thread restores its own.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class _OneThread:
 
 
 one_thread = _OneThread()
-"""A context in which numpy's linear algebra runs with one thread each; several threads may be in it at once.
+"""A context in which numpy's linear algebra runs with one thread per caller; several threads may be in it at once.
 
 Example:
     >>> import numpy as np
@@ -58,7 +58,7 @@ Example:
 
 
 def description() -> str:
-    """The library behind numpy's linear algebra, with its version and the processor's kind that it computes for.
+    """Name the library behind numpy's linear algebra, its version, and the kind of processor that it computes for.
 
     Example:
         >>> description()  # doctest: +SKIP
@@ -75,7 +75,7 @@ def description() -> str:
 
 @cache
 def _libraries() -> tuple[Any, ...]:
-    """What controls the threads of numpy's BLAS: one library as a rule."""
+    """Return the controllers of numpy's BLAS threads, usually of one library."""
     import numpy  # noqa: F401  (its BLAS must be loaded)
     from threadpoolctl import ThreadpoolController
 
@@ -84,13 +84,13 @@ def _libraries() -> tuple[Any, ...]:
 
 
 def _has_own(library: Any) -> bool:
-    """Whether each thread has a number of its own in a library."""
+    """Whether a library has a separate thread count for each thread."""
     return getattr(library, "threading_layer", None) == "openmp"
 
 
 def _set_threads(library: Any, threads: int) -> None:
-    """From version 3.8 on, threadpoolctl lets one thread at a time control a library, and ignores what others set
-    without a word. Those inside of `one_thread` take turns, so each may."""
+    """Set a library's thread count. From version 3.8 on, threadpoolctl lets only one thread at a time control a library
+    and silently ignores the others. Threads inside `one_thread` take turns, so each of them may."""
     release = getattr(library, "clear_controlling_thread", None)
     if release is not None:
         release(force=True)

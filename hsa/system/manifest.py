@@ -1,7 +1,6 @@
 """Read and write `hsa_merge.json` as a file: its bytes, its own digest, and the names of the files that it lists.
 
-What the record in it means is `hsa.outputs.provenance`'s subject. Here is what must be known before an output is
-replaced.
+`hsa.outputs.provenance` defines what the record means. This module has what must be known before an output is replaced.
 """
 
 from __future__ import annotations
@@ -23,26 +22,26 @@ FORMAT = 2
 """The version of the format that is written."""
 
 FORMATS = (1, 2)
-"""Those that are read."""
+"""The versions of the format that are read."""
 
 DIGEST = "digest"
 
 MAX_PROVENANCE = 8 << 20
-"""Bytes; the largest provenance that is read. Of large-v3 with every attention tensor merged it has under 1 MB."""
+"""The largest provenance file that is read, in bytes. With all attention tensors merged, large-v3's is under 1 MB."""
 
 MAX_PROVENANCE_MARKS = 1 << 19
-"""Brackets, braces and commas of one: each head has two, for its score and where it is selected. Files just under both
-limits take at most 230 MiB and 5 s to read and check (measured, 2 cores)."""
+"""The most brackets, braces and commas of a provenance file: each head has two, for its score and where it is selected.
+Files just under both limits take at most 230 MiB and 5 s to read and check (measured, 2 cores)."""
 
 BLANK_DIGEST = "0" * 64
-"""Stands for a digest that is not known yet, at its length."""
+"""A placeholder for a digest that is not known yet, of the same length."""
 
 LONGEST_NUMBER = 1.2345678901234567e-100
-"""Stands for a number that is not known yet: none is written with more digits."""
+"""A placeholder for a number that is not known yet: no number is written with more digits."""
 
 
 def read_bytes(directory: Path) -> bytes:
-    """The bytes of an output's provenance; ProvenanceError where there is none, or a larger one than is read."""
+    """Read an output's provenance file; ProvenanceError if it is missing, or too large to be read."""
     path = directory / PROVENANCE
     if not path.is_file():
         raise ProvenanceError(f"{directory} holds no {PROVENANCE}; expected an output of hsa")
@@ -56,9 +55,9 @@ def read_bytes(directory: Path) -> bytes:
 
 
 def parse(text: bytes, where: str) -> dict[str, Any]:
-    """The document in the bytes of a provenance file, its digest and its way of writing checked.
+    """Parse the bytes of a provenance file, and check its digest and formatting.
 
-    Raises ProvenanceError for a document of another format, and where any byte is not what was written.
+    Raises ProvenanceError for a document of another format, and if any byte is not what was written.
     """
     try:
         document = load_json(text, where, "provenance", MAX_PROVENANCE_MARKS)
@@ -76,9 +75,9 @@ def parse(text: bytes, where: str) -> dict[str, Any]:
 
 
 def listed_files(directory: Path) -> frozenset[str]:
-    """The names of the files of an output by its own record, the record's file included.
+    """Return the names of an output's files by its own record, including the record's own file.
 
-    Raises ProvenanceError where there is no record, or one that is damaged or of another version: it lists nothing.
+    Raises ProvenanceError if the record is missing, damaged or of another version: such a record lists nothing.
     """
     path = directory / PROVENANCE
     files = parse(read_bytes(directory), str(path)).get("files")
@@ -88,9 +87,9 @@ def listed_files(directory: Path) -> frozenset[str]:
 
 
 def check_fits(document: Mapping[str, Any], heads: int) -> None:
-    """RequestError where a document would be larger than what `parse` reads, before anything is computed.
+    """Raise RequestError if a document would be larger than `parse` accepts, before anything is computed.
 
-    Its length is bounded from above, by the line breaks and spaces that `render` puts at each mark.
+    Its length is an upper bound, from the line breaks and spaces that `render` puts at each mark.
     """
     text = b"" if heads > MAX_PROVENANCE_MARKS // 2 else json.dumps(document, separators=(",", ":")).encode("ascii")
     mark_count = max(count_marks(text), 2 * heads)
@@ -104,7 +103,7 @@ def check_fits(document: Mapping[str, Any], heads: int) -> None:
 
 
 def check_digest(document: Mapping[str, Any], where: str) -> None:
-    """ProvenanceError unless the document's own digest is right."""
+    """Raise ProvenanceError unless the document's own digest is right."""
     try:
         expected = document_digest(document)
     except (ValueError, RecursionError) as error:
@@ -117,12 +116,12 @@ def check_digest(document: Mapping[str, Any], where: str) -> None:
 
 
 def render(document: Mapping[str, Any]) -> bytes:
-    """The one way the document is written, so that a reader can tell any other bytes from it."""
+    """Serialize the document in its only valid form, so that a reader can detect any other bytes."""
     return (json.dumps(document, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
 
 def document_digest(document: Mapping[str, Any]) -> str:
-    """BLAKE3 of the document's canonical form (sorted keys, no spaces), its own digest left out."""
+    """Return BLAKE3 of the document's canonical form (sorted keys, no spaces), without its own digest."""
     rest = {key: value for key, value in document.items() if key != DIGEST}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return digest_of(text.encode("ascii"))

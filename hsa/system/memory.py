@@ -1,6 +1,6 @@
 """Sample the peak memory of this process and its children: RssAnon plus RssShmem.
 
-Pages of mapped files are left out, for the kernel can drop them at any time. Source: proc(5).
+Pages of mapped files are left out, since the kernel can drop them at any time. Source: proc(5).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _FIELDS = (b"RssAnon:", b"RssShmem:")
 
 
 class PeakMemory:
-    """The highest sum seen so far, in bytes; 0 where the system does not tell."""
+    """The highest sum seen so far, in bytes; 0 if the system does not report it."""
 
     def __init__(self, interval: float = 0.02) -> None:
         self.peak = 0
@@ -22,7 +22,7 @@ class PeakMemory:
         self.sample()
 
     def sample(self) -> None:
-        """Look once, unless the last look was a moment ago."""
+        """Take a sample, unless the last one was taken a moment ago."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + self._interval
@@ -32,7 +32,7 @@ class PeakMemory:
 def resident_bytes(pid: int) -> int:
     """RssAnon plus RssShmem of a process in bytes; 0 when it is gone."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()  # a process may have any bytes for a name
+        lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()  # a process name may contain any bytes
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(_FIELDS))

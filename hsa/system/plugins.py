@@ -1,4 +1,4 @@
-"""The modules where registries look for their entries: those of a package, and Python files named in HSA_PLUGINS."""
+"""The modules in which registries look for entries: those of a package, and the Python files named in HSA_PLUGINS."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from types import ModuleType
 from hsa.errors import RequestError
 
 VARIABLE = "HSA_PLUGINS"
-"""The environment variable with the paths of plugin files, with `os.pathsep` between them."""
+"""The environment variable with the paths of plugin files, separated by `os.pathsep`."""
 
 
 def modules_of(package: str) -> tuple[ModuleType, ...]:
-    """The modules of a package of hsa by name, then the plugin files in the order of `HSA_PLUGINS`.
+    """Return the modules of a package of hsa, sorted by name, then the plugin files in the order of `HSA_PLUGINS`.
 
     Raises RequestError for a plugin file that cannot be loaded.
     """
@@ -34,7 +34,7 @@ def _modules_in(package: str) -> tuple[ModuleType, ...]:
 
 @cache
 def _load(path: str) -> ModuleType:
-    """The module of a Python file, which is run once in a process."""
+    """Load a Python file as a module. It runs only once per process."""
     digest = sha256(os.fsencode(path)).hexdigest()[:16]  # the same in every process, so that its objects can be pickled
     name = f"_hsa_plugin_{os.path.splitext(os.path.basename(path))[0]}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -44,7 +44,7 @@ def _load(path: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever a user's file raises, and an `exit()` of it
+    except (Exception, SystemExit) as error:  # a user's file may raise anything, or call `exit()`
         del sys.modules[name]
         text = " ".join(str(error).split())
         raise RequestError(

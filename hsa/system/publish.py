@@ -35,17 +35,17 @@ def _replaced_path(destination: Path) -> Path:
 
 
 class StagedOutput(StagingDirectory):
-    """A locked staging directory. `publish` puts it into place; leaving the block otherwise removes it.
+    """A locked staging directory. `publish` puts it into place; leaving the block without it removes the directory.
 
-    Raises DestinationError when another run holds the lock, MachineError when the disk fails. After `publish`, `notes`
-    say what of an earlier output could not be removed.
+    Raises DestinationError if another run holds the lock, MachineError if the disk fails. After `publish`, `notes` say
+    what could not be removed of an earlier output.
     """
 
     def __init__(self, destination: Path, *, overwrite: bool, sync: bool) -> None:
         self.notes: list[str] = []
         super().__init__(staging_path(destination), destination, sync=sync)
         self.overwrite = overwrite
-        try:  # again, for another run may have ended, or a killed one's old output may be back
+        try:  # check again: another run may have ended, or a killed run's old output may be back
             if check_replaceable(self.destination, overwrite=self.overwrite):
                 self._check_movable()
         except BaseException:
@@ -53,7 +53,7 @@ class StagedOutput(StagingDirectory):
             raise
 
     def publish(self) -> None:
-        """Put the staged directory at the destination in one step, and make that lasting."""
+        """Move the staged directory to the destination atomically, and make the move durable."""
         with fsio.map_write_errors(self.destination):
             if self.sync:
                 fsio.sync_directory(self.path)
@@ -68,14 +68,14 @@ class StagedOutput(StagingDirectory):
                     fsio.rename(self.destination, self.path)
                     raise
         self.closed = True
-        with suppress(OSError):  # the output stands, and nothing was written through this descriptor
+        with suppress(OSError):  # the output is in place, and nothing was written through this descriptor
             os.close(self._lock)
 
     def _check_movable(self) -> None:
-        """DestinationError where the earlier output can be neither renamed nor swapped, before anything is computed.
+        """Raise DestinationError if the earlier output can be neither renamed nor swapped, before anything is computed.
 
-        On an overlay filesystem alone, which says so of a rename onto a directory that is not empty: one that fails on
-        every filesystem.
+        Only overlay filesystems are checked. The probe is a rename onto a directory that is not empty: it fails on
+        every filesystem, but an overlay names this problem.
         """
         if not fsio.is_overlay(self.destination):
             return
@@ -90,7 +90,7 @@ class StagedOutput(StagingDirectory):
                     raise DestinationError(f"output {self.destination} cannot be replaced: {CANNOT_MOVE}") from error
 
     def _recover(self) -> None:
-        """Finish what a killed replacement left: put the old output back, or remove it when the new one stands."""
+        """Finish a replacement that was killed: restore the old output, or remove it if the new one is in place."""
         replaced = _replaced_path(self.destination)
         if not fsio.exists(replaced):
             return
@@ -104,7 +104,7 @@ class StagedOutput(StagingDirectory):
             return
         try:
             old = lock(replaced, created=True)
-            if old is None:  # a run that is just ending still removes it
+            if old is None:  # another run is just ending and still removes it
                 return
             try:
                 names = list_directory(old)
@@ -118,11 +118,11 @@ class StagedOutput(StagingDirectory):
             self._note_left(replaced, error)
 
     def _replace(self, names: Collection[str]) -> None:
-        """Swap the new directory with the earlier output, then remove that one, which holds these names.
+        """Swap the new directory with the earlier output, then remove the latter, which holds these names.
 
-        Where the filesystem cannot swap, the old output is renamed first. Whatever interrupts this, the old
-        one is removed only when the new one stands, and is put back when nothing does, or when the disk fails
-        to keep the swap.
+        If the filesystem cannot swap, the old output is renamed first. However this is interrupted, the old output is
+        removed only if the new one is in place. It is restored if nothing is in place, or if the disk fails to keep
+        the swap.
         """
         old = lock(self.destination, created=True)
         if old is None:
@@ -144,7 +144,7 @@ class StagedOutput(StagingDirectory):
         finally:
             try:
                 self._remove_or_restore(old, replaced, names)
-            except BaseException:  # an interrupt in the middle of a long removal: finish it
+            except BaseException:  # an interrupt during a long removal: finish it
                 self._remove_or_restore(old, replaced, names)
                 raise
             finally:
@@ -164,7 +164,7 @@ class StagedOutput(StagingDirectory):
             raise
 
     def _remove_or_restore(self, old: int, replaced: Path, names: Collection[str]) -> None:
-        """Remove the old output from where it was moved to, or put it back when nothing stands in its place."""
+        """Remove the old output from where it was moved to, or restore it if nothing is in its place."""
         leftover = next((place for place in (self.path, replaced) if is_directory_at(old, place)), None)
         if leftover is None:
             return
@@ -173,7 +173,7 @@ class StagedOutput(StagingDirectory):
             return
         try:
             self._remove(old, leftover, names)
-        except OSError as error:  # the new output stands, so that this run did what it was asked to
+        except OSError as error:  # the new output is in place, so this run did what it was asked to
             with suppress(OSError):
                 if leftover != replaced and not fsio.exists(replaced):
                     fsio.rename(leftover, replaced)
@@ -181,9 +181,9 @@ class StagedOutput(StagingDirectory):
             self._note_left(leftover, error)
 
     def _remove(self, old: int, place: Path, names: Collection[str]) -> None:
-        """Remove the files of these names from an output that was moved to `place`, its record last, and its directory.
+        """Remove an output that was moved to `place`: the files of these names, its record last, and its directory.
 
-        What came there meanwhile keeps it: OSError.
+        A file that was added there meanwhile keeps the directory: OSError.
         """
         present = set(list_directory(old))
         for name in sorted(present & set(names) - {PROVENANCE}):
@@ -192,7 +192,7 @@ class StagedOutput(StagingDirectory):
             raise OSError(errno.ENOTEMPTY, f"it holds {min(present - set(names))}, which its record does not list")
         if PROVENANCE in present:
             if self.sync:
-                with suppress(OSError):  # lest a crash leave files without the record that lists them
+                with suppress(OSError):  # so that a crash does not leave files without the record that lists them
                     os.fsync(old)
             os.unlink(PROVENANCE, dir_fd=old)
         place.rmdir()

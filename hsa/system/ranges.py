@@ -1,4 +1,4 @@
-"""Arithmetic on byte ranges, each a start and a stop: union, difference, and fewer ranges that cover several."""
+"""Arithmetic on byte ranges, each a start and a stop: union, difference, and merging ranges across small gaps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Range = tuple[int, int]
 
 
 def union(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """The same bytes as disjoint ranges in order, none empty and none touching the next."""
+    """Return the same bytes as disjoint ranges in order. No range is empty or touches the next."""
     disjoint: list[Range] = []
     for start, stop in sorted(r for r in ranges if r[0] < r[1]):
         if disjoint and start <= disjoint[-1][1]:
@@ -21,7 +21,7 @@ def union(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def covers(ranges: Sequence[Range], start: int, stop: int) -> bool:
-    """Whether every byte from `start` to `stop` lies in `ranges`, which is a union."""
+    """Whether `ranges`, which is a union, contains every byte from `start` to `stop`."""
     if start >= stop:
         return True
     index = bisect_right(ranges, start, key=lambda r: r[0]) - 1
@@ -46,8 +46,8 @@ def subtract(ranges: Iterable[Range], removed: Sequence[Range]) -> tuple[Range, 
 
 
 def coalesce(ranges: Iterable[Range], gap: int, budget: int) -> tuple[Range, ...]:
-    """Fewer ranges that hold these and some bytes between: gaps of at most `gap` bytes are bridged, the smallest first,
-    as long as all that are bridged have at most `budget` bytes together."""
+    """Merge ranges by bridging gaps of at most `gap` bytes, the smallest first, and at most `budget` bytes of gaps in
+    all."""
     disjoint = union(ranges)
     gaps = sorted((after[0] - before[1], number) for number, (before, after) in enumerate(pairwise(disjoint)))
     bridges: list[Range] = []
@@ -60,5 +60,5 @@ def coalesce(ranges: Iterable[Range], gap: int, budget: int) -> tuple[Range, ...
 
 
 def total(ranges: Iterable[Range]) -> int:
-    """Bytes in disjoint ranges."""
+    """Return the number of bytes in disjoint ranges."""
     return sum(stop - start for start, stop in ranges)

@@ -1,6 +1,6 @@
-"""Work on a cluster of Ray: connect to it, check its nodes, and say what went wrong in one line.
+"""Connect to a Ray cluster, check its nodes, and report problems in one line.
 
-Nothing here knows what is run. Ray is imported where it is used alone.
+This module is independent of the work that runs there. Ray is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from hsa.option_names import option
 from hsa.system.plugins import VARIABLE as PLUGINS
 
 ADDRESS = re.compile(r"(?:ray://)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s/:\[\]]+):(?P<port>[0-9]{1,5})")
-"""Where a cluster can be reached."""
+"""Pattern for the address of a cluster."""
 
 WORDS = ("auto", "local")
-"""What Ray takes in the place of an address: a cluster that runs already, or one of its own on this machine."""
+"""Words that Ray accepts in place of an address: a cluster that already runs, or a new one on this machine."""
 
 ANSWER_SECONDS = 10.0
-"""How long an address may take to answer. Ray itself would try for minutes."""
+"""The time in which an address must answer. Ray itself would try for minutes."""
 
 NODE_SECONDS = 120.0
-"""How long a node may take to start a worker, whose version is then compared. A node that is slower is not refused:
+"""The time in which a node must start a worker, so that its version can be compared. A slower node is not refused:
 each task compares again."""
 
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""How a client of gRPC begins: with the preface of HTTP/2 and empty settings. A server answers with its own."""
+"""The first bytes of a gRPC client: the preface of HTTP/2 and empty settings. A server answers with its own."""
 
 _SETTINGS = 4
-"""The kind of a frame of HTTP/2 that holds settings; it stands in the fourth byte."""
+"""The type of an HTTP/2 frame that holds settings; it is the frame's fourth byte."""
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
-"""No usage statistics, and no question about them, unless the environment asks for them."""
+"""Disables usage statistics, and the question about them, unless the environment asks for them."""
 
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[ModuleType]:
     """The module `ray`, connected to a cluster until the block ends.
 
-    Without an address that is the cluster that the environment names (`RAY_ADDRESS`) or one that runs on this machine;
-    where there is none, Ray is started on this machine and stopped at the end. A program that has called `ray.init`
-    keeps its connection, which is used. Every node must have the version of hsa that runs here.
+    Without an address, it is the cluster that the environment names (`RAY_ADDRESS`) or one that runs on this machine.
+    If there is none, Ray is started on this machine and stopped at the end. If the program has called `ray.init`, its
+    connection is used and kept. Every node must have the version of hsa that runs here.
 
     Args:
         address: `HOST:PORT` of a cluster, or `ray://HOST:PORT` of its client server; or None.
 
-    Raises RequestError where Ray is not installed or the address is none, and MachineError where nothing answers within
-    about 10 seconds, where Ray cannot be started, or where a node has no hsa or another version of it.
+    Raises RequestError if Ray is not installed or the address is invalid. Raises MachineError if nothing answers within
+    about 10 seconds, if Ray cannot be started, or if a node has no hsa or another version of it.
 
     Example:
         >>> with connected("head:6379") as ray:
@@ -82,15 +82,15 @@ def connected(address: str | None = None) -> Iterator[ModuleType]:
 
 
 def check_address(address: str | None) -> None:
-    """RequestError unless it is an address of a cluster, or None."""
+    """Raise RequestError unless it is the address of a cluster, or None."""
     if address is None or (isinstance(address, str) and (address in WORDS or ADDRESS.fullmatch(address))):
         return
     raise RequestError(f"{option('ray')} takes HOST:PORT or ray://HOST:PORT, got {shown(address)}")
 
 
 def check_version(version: str) -> None:
-    """MachineError unless this process runs that version of hsa. A task calls it first, with the version of the
-    process that sent it, for a node may have joined since `check_nodes`."""
+    """Raise MachineError unless this process runs that version of hsa. A task calls it first, with the version of the
+    sending process, since a node may have joined after `check_nodes`."""
     if version != __version__:
         raise MachineError(
             f"the node {socket.gethostname()} of the Ray cluster has hsa {__version__}, and {version} runs here; "
@@ -99,10 +99,10 @@ def check_version(version: str) -> None:
 
 
 def check_nodes(ray: ModuleType) -> None:
-    """MachineError where a node that runs tasks has no hsa, or another version than this process."""
+    """Raise MachineError if a node that runs tasks has no hsa, or another version than this process."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def version_there() -> str | None:  # a function inside a function travels by value: the node may have no hsa
+    def version_there() -> str | None:  # a nested function is pickled by value: the node may have no hsa
         try:
             from hsa._version import __version__
         except ImportError:
@@ -131,17 +131,17 @@ def check_nodes(ray: ModuleType) -> None:
 
 
 def largest_node(ray: ModuleType, resource: str) -> float:
-    """The most CPUs or GPUs (`resource` is `CPU` or `GPU`) that one node of the cluster has, in use or not."""
+    """Return the most CPUs or GPUs (`resource` is `CPU` or `GPU`) that one node of the cluster has, in use or not."""
     return max((float(node["Resources"].get(resource, 0.0)) for node in ray.nodes() if node["Alive"]), default=0.0)
 
 
 def _working_nodes(ray: ModuleType) -> list[dict[str, object]]:
-    """The nodes that run tasks: a head often has no CPU to give."""
+    """Return the nodes that run tasks: a head often has no CPU to offer."""
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
 def imported() -> ModuleType:
-    """The module `ray`. RequestError where it is not installed."""
+    """Return the module `ray`; RequestError if it is not installed."""
     try:
         import ray
     except ImportError as error:
@@ -153,7 +153,7 @@ def imported() -> ModuleType:
 
 
 def _refuse_another(ray: ModuleType, address: str | None) -> None:
-    """RequestError where the program is connected to another cluster than is asked for."""
+    """Raise RequestError if the program is connected to another cluster than the requested one."""
     if address is None or address in WORDS:
         return
     there = str(ray.get_runtime_context().gcs_address)
@@ -165,7 +165,7 @@ def _refuse_another(ray: ModuleType, address: str | None) -> None:
 
 
 def _refuse_silent(address: str | None) -> None:
-    """MachineError where no server of gRPC, such as Ray's, answers at an address. Ray itself would try for minutes and
+    """Raise MachineError if no gRPC server, such as Ray's, answers at an address. Ray itself would try for minutes and
     then end the process."""
     place = ADDRESS.fullmatch(address or "")
     if place is None:
@@ -181,7 +181,7 @@ def _refuse_silent(address: str | None) -> None:
 
 
 def _greet(host: str, port: int) -> None:
-    """OSError unless a server of gRPC answers within `ANSWER_SECONDS`; with TLS, unless any server does."""
+    """Raise OSError unless a gRPC server answers within `ANSWER_SECONDS`. With TLS, any server's answer is enough."""
     with socket.create_connection((host, port), ANSWER_SECONDS) as connection:
         if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
             return
@@ -192,8 +192,8 @@ def _greet(host: str, port: int) -> None:
 
 
 def _connect(ray: ModuleType, address: str | None, named: str | None) -> None:
-    """Connect, or start Ray here. What Ray changes in this process is put back: its handler of SIGTERM, and variables
-    that keep it quiet."""
+    """Connect, or start Ray here. Ray's changes to this process are undone: its SIGTERM handler, and the variables that
+    keep it quiet."""
     carried = _carried_variables()
     added = {name: value for name, value in _QUIET.items() if name not in os.environ}
     main = threading.current_thread() is threading.main_thread()
@@ -207,7 +207,7 @@ def _connect(ray: ModuleType, address: str | None, named: str | None) -> None:
             log_to_driver=False,
             runtime_env={"env_vars": carried} if carried else None,
         )
-    except SystemExit:  # of Ray's handler, which is in force until Ray has started
+    except SystemExit:  # from Ray's handler, which is active until Ray has started
         if callable(handler):
             handler(signal.SIGTERM, None)
         raise
@@ -224,8 +224,8 @@ def _connect(ray: ModuleType, address: str | None, named: str | None) -> None:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Keep from stdout what Ray prints there of nodes that are lost, whatever `log_to_driver` says. It has a switch for
-    that, which its debugger uses, and no public one."""
+    """Suppress Ray's messages about lost nodes on stdout, whatever `log_to_driver` says. Ray has no public switch for
+    that, only one that its debugger uses."""
     worker = sys.modules["ray._private.worker"]
     enabled = getattr(worker, "_worker_logs_enabled", True)
     setattr(worker, "_worker_logs_enabled", False)  # noqa: B010
@@ -236,10 +236,10 @@ def _silenced() -> Iterator[None]:
 
 
 def _carried_variables() -> dict[str, str]:
-    """Variables that workers get, so that they import the same modules and the same plugins as this process."""
+    """Return the variables that workers get, so that they import the same modules and plugins as this process."""
     carried = {}
     if path := os.environ.get("PYTHONPATH"):
-        carried["PYTHONPATH"] = f"{path}{os.pathsep}${{PYTHONPATH}}"  # before that of the node
+        carried["PYTHONPATH"] = f"{path}{os.pathsep}${{PYTHONPATH}}"  # ahead of the node's own
     if plugins := os.environ.get(PLUGINS):
         files = (os.path.realpath(os.path.expanduser(each)) for each in plugins.split(os.pathsep) if each)
         carried[PLUGINS] = os.pathsep.join(files)

@@ -1,4 +1,4 @@
-"""Defer the signals that end a run, while ending would leave something behind."""
+"""Defer the signals that end a run while an interruption would leave something behind."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Until the block ends, note ending signals instead of handling them; then handle the first.
+    """Record ending signals inside the block instead of handling them, then handle the first.
 
-    Handlers are swapped, not masked, for any thread of the process may be the one that a signal reaches. Only the
-    main thread runs handlers, so elsewhere this does nothing.
+    Handlers are swapped, and signals are not masked, since a signal may reach any thread of the process. Only the main
+    thread runs handlers, so in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

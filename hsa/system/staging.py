@@ -1,6 +1,6 @@
 """A locked, hidden directory in which files are written before they are moved to their destination.
 
-A run that is killed leaves at most such a directory, which the next run recognises by its name, locks and clears.
+A killed run leaves at most such a directory. The next run recognises it by its name, locks and clears it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NAME_MAX = 255
 W = TypeVar("W", bound="StagingDirectory")
 
 STAGING, REPLACED = ".hsa-staging", ".hsa-replaced"
-"""Suffixes of the hidden names beside a destination: where its files are made, and where the old ones wait."""
+"""Suffixes of the hidden names beside a destination: for new files while they are made, and for old ones meanwhile."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def hidden_sibling(destination: Path, suffix: str) -> Path:
-    """A hidden name beside the destination, or a digest of one that would be too long."""
+    """Return a hidden name beside the destination; a digest replaces a name that would be too long."""
     name = f".{destination.name}{suffix}"
     if len(os.fsencode(name)) > NAME_MAX:
         name = f".{sha256(os.fsencode(destination.name)).hexdigest()}{suffix}"
@@ -39,9 +39,9 @@ def hidden_sibling(destination: Path, suffix: str) -> Path:
 
 
 class StagingDirectory:
-    """The locked directory `path`, for what will stand at `destination`. Leaving the block removes it.
+    """The locked directory `path`, for the future content of `destination`. Leaving the block removes it.
 
-    Raises DestinationError when another run holds the lock, MachineError when the disk fails.
+    Raises DestinationError if another run holds the lock, MachineError if the disk fails.
     """
 
     def __init__(self, path: Path, destination: Path, *, sync: bool) -> None:
@@ -82,19 +82,19 @@ class StagingDirectory:
             os.close(fd)
 
     def publish_file(self, name: str, place: Path) -> None:
-        """Put a finished file at its place, in one step; an older one there is replaced. Lasting when `sync`."""
+        """Move a finished file to its place atomically; an older one there is replaced. Durable if `sync`."""
         with fsio.map_write_errors(place):
             fsio.rename(self.file(name), place)
             self.sync_entries(place.parent)
 
     def sync_entries(self, directory: Path) -> None:
-        """Make the entries of a directory, and its own where this run made it, last."""
+        """Make the entries of a directory durable, and the directory's own entry if this run created it."""
         if self.sync:
             for parent in {directory, *(path.parent for path in self._created_parents)}:
                 fsio.sync_directory(parent)
 
     def _recover(self) -> None:
-        """Finish what a killed run left beside the directory that is now locked and fresh."""
+        """Finish what a killed run left beside the directory, which is now locked and fresh."""
 
     def _make_parents(self) -> None:
         missing = [parent for parent in self.path.parents if not parent.exists()]
@@ -104,7 +104,7 @@ class StagingDirectory:
                 parent.mkdir()
             except FileExistsError:
                 self._created_parents.pop()
-            except FileNotFoundError:  # another run has just removed what it had made above
+            except FileNotFoundError:  # another run has just removed the parent that it had made
                 self._created_parents.pop()
                 return
 
@@ -125,7 +125,7 @@ class StagingDirectory:
                 created = True
             except FileExistsError:
                 created = False
-            except FileNotFoundError:  # a run that failed has just removed the directory above, which it had made
+            except FileNotFoundError:  # a failed run has just removed the parent that it had made
                 self._make_parents()
                 continue
             try:
@@ -133,7 +133,7 @@ class StagingDirectory:
             except FileNotFoundError:  # the run that held it has just ended
                 continue
             except OSError:
-                if created:  # it could not even be opened, so that nothing later can remove it through a descriptor
+                if created:  # it could not be opened, so nothing can remove it later through a descriptor
                     with suppress(OSError):
                         self.path.rmdir()
                 raise
@@ -142,7 +142,7 @@ class StagingDirectory:
         raise MachineError(f"{self.path} keeps changing under this run; choose another output")
 
     def _remove_orphan(self) -> None:
-        """Remove the staging directory when an interrupt left it without anybody who holds it."""
+        """Remove the staging directory if an interrupt left it unlocked."""
         with suppress(OSError):
             fd = lock(self.path, created=False)
             if fd is not None:
@@ -153,7 +153,7 @@ class StagingDirectory:
                     os.close(fd)
 
     def _lock_staging(self, *, created: bool) -> int | None:
-        """The staging directory locked, where this run made it; None when a leftover was removed, or is gone by now."""
+        """Lock the staging directory if this run made it; None if a leftover was removed or is already gone."""
         if not stat.S_ISDIR(self.path.lstat().st_mode):
             raise DestinationError(f"{self.path} is in the way and is no staging directory of hsa; move it away")
         fd = lock(self.path, created=created)
@@ -175,7 +175,7 @@ class StagingDirectory:
         return None
 
     def _remove_leftover(self, fd: int) -> None:
-        """Remove a killed run's directory, so that a fresh one has this run's owner and mode; it is locked."""
+        """Remove a killed run's directory, which is locked, so that a fresh one has this run's owner and mode."""
         try:
             remove_contents(fd)
             self.path.rmdir()
@@ -187,7 +187,7 @@ class StagingDirectory:
             ) from error
 
     def _discard(self) -> None:
-        """Remove the staging directory, unless an interrupt came when it had already become the destination."""
+        """Remove the staging directory, unless an interrupt came after it had become the destination."""
         self.closed = True
         try:
             if is_directory_at(self._lock, self.path):
@@ -203,9 +203,9 @@ class StagingDirectory:
 
 
 def lock(path: Path, *, created: bool) -> int | None:
-    """The directory open and locked, or None when somebody else holds it.
+    """Open and lock the directory; None if somebody else holds the lock.
 
-    On a filesystem without locks, the one that `created` the directory holds it.
+    On a filesystem without locks, the caller that `created` the directory holds it.
     """
     fd = open_file(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -231,7 +231,7 @@ def is_directory_at(fd: int, path: Path) -> bool:
 
 
 def remove_contents(fd: int) -> None:
-    """Remove everything in the directory that is open as `fd`, following no link."""
+    """Remove everything in the directory that is open as `fd`, without following links."""
     for name in list_directory(fd):
         if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
             inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)

@@ -1,8 +1,8 @@
-"""Print to the standard streams of a command without failing where they are closed or full.
+"""Print to the standard streams of a command without failing if they are closed or full.
 
-`print_stderr` prints if it can. `print_stdout` keeps for `unprinted` what stdout does not take, and the command then
-ends with exit code 1 and a message that names what is finished. A reader that stops early (`| head -1`) and a closed
-stdout lose nothing but text for people: only JSON counts as lost there.
+`print_stderr` ignores failures. `print_stdout` records for `unprinted` what stdout does not accept; the command then
+ends with exit code 1 and a message that names what is finished. If a reader stops early (`| head -1`) or stdout is
+closed, text for people is not counted as lost; JSON is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _unprinted: ContextVar[list[str] | None] = ContextVar("hsa text that could not b
 
 
 class NullStream(io.StringIO):
-    """Takes the place of a stream that was closed before the program started, and forgets what it is given."""
+    """Replaces a stream that was closed before the program started, and discards what it is given."""
 
     def write(self, text: str) -> int:
         return len(text)
@@ -46,10 +46,10 @@ class LenientStream:
 
 
 def protect_streams() -> None:
-    """Make this process's standard streams safe: for a program's own start, not for a library's.
+    """Make this process's standard streams safe. This is for the start of a program, not of a library.
 
-    Descriptors 0 to 2 that are closed lead to /dev/null afterwards, so that no data file gets one of these numbers and
-    is written to by whatever prints. stdout escapes letters that its encoding lacks.
+    Closed descriptors 0 to 2 are opened on /dev/null. Otherwise a data file could get one of these numbers, and
+    whatever prints would write into it. stdout escapes letters that its encoding lacks.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -62,7 +62,7 @@ def protect_streams() -> None:
 
 
 def flush_stdout() -> None:
-    """Send to /dev/null what stdout does not take, so that Python's own end does not try again and fail."""
+    """Flush stdout, and redirect it to /dev/null if that fails. Otherwise Python would try again at exit and fail."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -81,16 +81,16 @@ def stderr_is_terminal() -> bool:
 
 
 def print_stderr(text: str) -> None:
-    """Print to stderr, if it takes it."""
+    """Print to stderr, and ignore failures."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             _print(sys.stderr, text)
 
 
 def print_stdout(text: str, *, done: str = "", needed: bool = False) -> None:
-    """Print to stdout. What it does not take is noted for `unprinted`, with `done`: what is finished all the same.
+    """Print to stdout. Text that it does not accept is recorded for `unprinted`, with `done`: what is finished anyway.
 
-    With `needed`, as for JSON, a closed stdout and a reader that went away count too.
+    With `needed`, as for JSON, a closed stdout and a reader that has gone count as failures too.
     """
     try:
         if sys.stdout is None or isinstance(sys.stdout, NullStream):
@@ -117,7 +117,7 @@ def _print(stream: IO[str], text: str) -> None:
 
 @contextmanager
 def unprinted() -> Iterator[list[str]]:
-    """The messages about what `print_stdout` could not print while the block lasted."""
+    """The messages about what `print_stdout` could not print inside the block."""
     messages: list[str] = []
     token = _unprinted.set(messages)
     try:

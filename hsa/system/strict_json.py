@@ -12,17 +12,17 @@ from typing import Any
 from hsa.errors import HeaderError, shown
 
 MAX_JSON = 8 << 20
-"""Bytes of a header, or of any JSON that is parsed: fifty times what large-v3 takes. The safetensors library accepts
-100 MB, which takes gigabytes once it is parsed."""
+"""The largest header, or other JSON, that is parsed, in bytes: fifty times what large-v3 takes. The safetensors library
+accepts 100 MB, which takes gigabytes once it is parsed."""
 
 
 MAX_MARKS = 1 << 17
-"""Brackets, braces and commas of a JSON text, of which every value needs one: they bound what parsing it takes, a few
-hundred bytes each at most. A header of large-v3 has ten thousand."""
+"""The most brackets, braces and commas of a JSON text. Every value needs one, so they bound the memory for parsing: a
+few hundred bytes each at most. A header of large-v3 has ten thousand."""
 
 
 MAX_DEPTH = 64
-"""Levels of a JSON document; what is nested deeper could be read and not be written again."""
+"""The most levels of a JSON document. A deeper one could be read but not be written again."""
 
 
 _MARKS_OF_ORDER = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -32,7 +32,7 @@ _NO_NUMBER = re.compile(rb'"([^"\\]{1,80})"\s*:\s*-?(?:NaN|Infinity)')
 
 
 def load_json(text: bytes, where: str, what: str, max_marks: int = MAX_MARKS) -> dict[str, Any]:
-    """A JSON object from UTF-8 bytes: no repeated names, no NaN; HeaderError says where it is malformed."""
+    """Parse a JSON object from UTF-8 bytes, without repeated names or NaN; HeaderError says where it is malformed."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
@@ -75,10 +75,10 @@ def parse_json(
     max_bytes: int,
     max_marks: int,
 ) -> Any:
-    """Any JSON value from UTF-8 bytes, in which `make_object` turns the pairs of each object into what is kept of
-    it, and `make_int` and `make_float` the digits of numbers.
+    """Parse any JSON value from UTF-8 bytes.
 
-    Raises HeaderError for NaN, a byte-order mark, more bytes or marks than allowed, and where it is malformed.
+    `make_object` turns the pairs of each object into the value to keep; `make_int` and `make_float` do so for the
+    digits of numbers. Raises HeaderError for NaN, a byte-order mark, too many bytes or marks, and malformed text.
     """
 
     def constant(name: str) -> None:
@@ -115,7 +115,7 @@ def _malformed(where: str, what: str, error: Exception) -> HeaderError:
 
 
 def refuse_byte_order_mark(text: bytes, where: str, expected: str = "valid JSON") -> None:
-    """HeaderError if a text begins with a byte-order mark, with which transformers does not read it either."""
+    """Raise HeaderError if a text begins with a byte-order mark; transformers does not read such a text either."""
     if text.startswith(_MARKS_OF_ORDER):
         raise HeaderError(
             f"{where} is not {expected}: it begins with a byte-order mark, as some Windows programs write it, and "
@@ -124,7 +124,7 @@ def refuse_byte_order_mark(text: bytes, where: str, expected: str = "valid JSON"
 
 
 def count_marks(text: bytes) -> int:
-    """Brackets, braces and commas of a JSON text, those within strings too."""
+    """Count the brackets, braces and commas of a JSON text, including those within strings."""
     return text.count(b"{") + text.count(b"[") + text.count(b",")
 
 

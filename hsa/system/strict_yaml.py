@@ -1,8 +1,8 @@
 """Read YAML strictly: plain values with their lines, no objects, and no aliases that expand to gigabytes.
 
-One document of mappings, lists and scalars. Refused, with the line: anchors and aliases (a few lines of them can stand
-for gigabytes), tags, repeated keys, keys that are no text, dates, deep nesting, numbers of many
-digits, and numbers to the base of 60 (`12:30`).
+The input is one document of mappings, lists and scalars. Refused, with the line: anchors and aliases (a few lines of
+them can expand to gigabytes), tags, repeated keys, keys that are not text, dates, deep nesting, numbers of many digits,
+and base-60 numbers (`12:30`).
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import yaml
 from hsa.errors import RequestError, is_text, shown
 
 MAX_DEPTH = 16
-"""Mappings and lists inside one another."""
+"""The most levels of nested mappings and lists."""
 
 MAX_VALUES = 20_000
-"""Keys, values and containers of a document: those of six hundred merges, which take half a second to read."""
+"""The most keys, values and containers of a document: those of six hundred merges, which take half a second to read."""
 
 MAX_NUMBER = 100
-"""Characters of a number. Python takes time that grows with their square, and raises ValueError beyond 4300 digits."""
+"""The most characters of a number. Python's time grows with their square, and beyond 4300 digits it raises
+ValueError."""
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-"""A number in YAML 1.2 and to everybody's eyes, which the YAML 1.1 of this library takes for a text."""
+"""A number in YAML 1.2 and to every reader, which this library's YAML 1.1 takes for text."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value and the line it stands on, counted from 1; in a mapping the line of its key."""
+    """A value and its line, counted from 1; in a mapping, the line of its key."""
 
     line: int
     content: str | int | float | bool | tuple[Value, ...] | Mapping[str, Value] | None
@@ -48,7 +49,7 @@ class Value:
 
 
 def parse(data: bytes, where: str) -> Value:
-    """The document in the bytes of a file that messages call `where`; RequestError says what is wrong in which line."""
+    """Parse the bytes of a file that messages call `where`; RequestError says what is wrong in which line."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,7 +71,7 @@ def parse(data: bytes, where: str) -> Value:
 
 
 def _check_events(text: str, where: str) -> None:
-    """Before anything is built: the parser below keeps its own stack, so that no input can make it recurse."""
+    """Check the events before anything is built. Their parser keeps its own stack, so no input can make it recurse."""
     depth = documents = 0
     values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""The number of threads that a merge uses by default, and running work in them."""
+"""Choose the default number of threads for a merge, and run work in threads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ EXTRA_THREADS = 1
 """Threads beyond the cores: while one waits for the disk, another computes."""
 
 MAX_THREADS = 8
-"""More wait on the disk and hold memory without finishing sooner."""
+"""The most threads by default. More would wait on the disk and hold memory without finishing sooner."""
 
 MOST_ALLOWED = 256
-"""Threads that a caller may ask for."""
+"""The most threads that a caller may ask for."""
 
 WATCH_SECONDS = 0.02
-"""Between two looks at threads that work."""
+"""Seconds between two checks on running threads."""
 
 
 def usable_cores() -> int:
-    """The cores this process may use."""
+    """Return the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
@@ -31,29 +31,29 @@ def usable_cores() -> int:
 
 
 def default_threads() -> int:
-    """The cores this process may use and one more, at most 8."""
+    """Return the number of cores that this process may use plus one, at most 8."""
     return min(usable_cores() + EXTRA_THREADS, MAX_THREADS)
 
 
 def check_threads(threads: int | None) -> None:
-    """RequestError unless it is a number of threads, or None."""
+    """Raise RequestError unless it is a valid number of threads, or None."""
     is_integer = isinstance(threads, int) and not isinstance(threads, bool)
     if threads is not None and not (is_integer and 1 <= threads <= MOST_ALLOWED):
         raise RequestError(f"{option('threads')} must be a whole number from 1 to {MOST_ALLOWED}, got {shown(threads)}")
 
 
 def out_of_memory() -> str:
-    """What a message says where memory ran out."""
+    """Return the message for running out of memory."""
     return f"out of memory; give {option('threads', 1)}, or free some"
 
 
 def supervise(
     count: int, work: Callable[[], None], stop: Callable[[BaseException], None], watch: Callable[[], None]
 ) -> None:
-    """Run `work` in `count` threads until all have ended; meanwhile `watch` is called from this one, again and again.
+    """Run `work` in `count` threads until all have ended. Meanwhile, this thread calls `watch` repeatedly.
 
-    `work` raises nothing. When this thread is interrupted, or `watch` raises, `stop` gets the error, must make the
-    threads end, and the error goes on when they have. MachineError where they cannot be started.
+    `work` must not raise. If this thread is interrupted or `watch` raises, `stop` gets the error and must make the
+    threads end; the error is raised again once they have ended. MachineError if they cannot be started.
     """
     threads = [threading.Thread(target=with_current_spelling(work), daemon=True) for _ in range(count)]
     try:

@@ -13,7 +13,7 @@ from hsa.option_names import option
 PathLike = str | os.PathLike[str]
 
 Progress = Callable[[int, int], None]
-"""Called now and then with bytes done and bytes in all."""
+"""Called now and then with the bytes done and the total bytes."""
 
 _UNITS = {
     "": 1,
@@ -30,14 +30,14 @@ _UNITS = {
 
 
 SIZE_DIGITS = 40
-"""Characters of a size: more than any disk needs, few enough to compute with at once."""
+"""The most characters of a size: more than any disk needs, few enough to compute with at once."""
 
 
 _SIZE = re.compile(rf"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>{'|'.join(_UNITS)})")
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of a size such as 5GB (10**9), 500MiB (2**20) or 1000000; RequestError otherwise."""
+    """Return the bytes of a size such as 5GB (10**9), 500MiB (2**20) or 1000000; RequestError otherwise."""
     match = _SIZE.fullmatch(size.strip().upper()) if isinstance(size, str) and len(size) <= SIZE_DIGITS else None
     value = int(Decimal(match["number"]) * _UNITS[match["unit"]]) if match else 0
     if isinstance(size, int) and not isinstance(size, bool):

@@ -1,8 +1,8 @@
 """Choose the faster of two ways to write: past the page cache, or through it.
 
-With fsync the disk sets the pace, so direct writes are best wherever there are any. Without it a slow disk is best left
-to the page cache, while a fast one takes bytes sooner than the kernel finds free pages for them, and the cache slows
-down once it holds as much as it may. So both are timed while they write, and the faster one writes on.
+With fsync the disk sets the pace, so direct writes are best where they are available. Without fsync, a slow disk is
+best left to the page cache. A fast disk accepts bytes sooner than the kernel finds free pages for them, and the cache
+slows down once it is full. So both modes are timed while they write, and the faster one is used from then on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 WriteMode = Literal["direct", "cached"]
 
 WINDOW_BYTES = 64 << 20
-"""What is written before the speed of a mode is taken."""
+"""Bytes that are written before the speed of a mode is measured."""
 
 RECHECK_WINDOWS = 32
 """Windows in one mode after which the other one is tried again: a trial costs at most a few percent."""
@@ -51,7 +51,7 @@ class _Timing:
 
 @dataclass
 class WriteModeChooser:
-    """Chooses the mode of every write of a run; shared by its threads. `clock` gives seconds."""
+    """Chooses the mode of every write of a run; its threads share it. `clock` returns seconds."""
 
     clock: Callable[[], float] = time.monotonic
     current: WriteMode = "direct"

@@ -1,1 +1,1 @@
-"""Whisper-shaped checkpoints with made-up numbers, and the demo."""
+"""Synthetic checkpoints, tests for merge methods, and the demo."""

@@ -1,7 +1,7 @@
-"""Holds a merge method to its formula in plain torch: drawn models, settings, slices, threads and shards.
+"""Compare a merge method with its formula in plain torch, for random models, settings, slices, threads and shards.
 
-For the methods of hsa a test of every one of them does this; the author of a method in a file of his own calls
-`check_method` (docs/add-a-method.md).
+The tests of hsa do this for each of its own methods. Authors of other methods call `check_method`
+(docs/contributing/add-a-method.md).
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Oracle = Callable[..., "Tensor | None"]
-"""The formula: `oracle(name, base, models, **settings)` gives the merged tensor, float32, or None where the first
-model's stays. `name` has no leading `model.`; `base` is None for a merge without one; tensors are float32. A setting
-that was drawn is a number for this tensor, or a list with one for each model; others have their defaults. Raises
-ValueError for what cannot be merged."""
+"""The formula: `oracle(name, base, models, **settings)` returns the merged float32 tensor, or None if the first model's
+tensor is kept. `name` has no leading `model.`; `base` is None for a merge without a base; tensors are float32. A drawn
+setting is a number for this tensor, or a list with one number for each model; other settings have their defaults.
+Raises ValueError if the merge must be refused."""
 
 MOST = 5
-"""Models of the largest merge that is drawn."""
+"""The number of models of the largest merge that is drawn."""
 
 MOST_REFUSED = 30
-"""Drawn merges that the oracle refuses too before another is not tried."""
+"""The most drawn merges that may be refused, by the merge and by the oracle, before a check gives up."""
 
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a method is held to.
+    """The expected behaviour of a method.
 
     Args:
-        oracle: its formula, see `Oracle`.
-        choices: values that settings are drawn from, where their declared range does not do.
-        family: the models to merge: `whisper` for methods that merge attention projections.
-        one_dtype: all sources have one element type, and the oracle gets the tensors in it.
-        numbered: the oracle takes `numbers` too, the places from 0 of the models that a tensor is merged of, on which
-            their random masks hang.
+        oracle: the method's formula, see `Oracle`.
+        choices: values to draw settings from, if their declared range is not suitable.
+        family: the family of the models to merge: `whisper` for methods that merge attention projections.
+        one_dtype: all sources have the same element type, and the oracle receives the tensors in it.
+        numbered: the oracle also takes `numbers`, the indices from 0 of the models that a tensor is merged from. Random
+            masks depend on them.
     """
 
     oracle: Oracle
@@ -69,7 +69,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Trial:
-    """One drawn merge: its models, whether base is given, settings, the output's element type, and where it lies."""
+    """One drawn merge: its models, whether base is given, settings, the output's element type, and the output."""
 
     method: AnyMethod
     models: DrawnModels
@@ -80,7 +80,7 @@ class Trial:
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The sources as `hsa.merge` and `hsa.verify` take them."""
+        """The sources as arguments of `hsa.merge` and `hsa.verify`."""
         return {"models": list(self.models.models), **({"base": self.models.base} if self.based else {})}
 
     def __str__(self) -> str:
@@ -90,22 +90,23 @@ class Trial:
 
 
 def counts(method: AnyMethod) -> range:
-    """The numbers of models that its contract allows, up to 5."""
+    """The numbers of models that the method's contract allows, up to 5."""
     return range(method.contract.least, min(method.contract.most, MOST) + 1)
 
 
 def check_method(method: str, oracle: Oracle, folder: str | Path, *, trials: int = 2, **about: Any) -> None:
-    """Merge drawn models by a method for every number of models that it takes up to 5, and compare with the formula.
+    """Merge drawn models with a method, for every number of models that it accepts up to 5, and compare the results
+    with its formula.
 
     Args:
-        method: its name.
+        method: the name of the method.
         oracle: the formula, see `Oracle`.
         folder: an empty directory to write models and merges into.
-        trials: merges for each number of models.
+        trials: the number of merges for each number of models.
         about: further fields of `Expectation`.
 
-    Raises AssertionError, which names settings and tensor, where a merge differs from the formula or `hsa.verify` finds
-    a problem.
+    Raises AssertionError, which names settings and tensor, if a merge differs from the formula or `hsa.verify` finds a
+    problem.
 
     Example:
         >>> check_method("maximum", lambda name, base, models, factor=1.0: ..., "folder")  # doctest: +SKIP
@@ -116,7 +117,7 @@ def check_method(method: str, oracle: Oracle, folder: str | Path, *, trials: int
 
 
 def check_count(method: str, count: int, expectation: Expectation, folder: Path, *, trials: int = 2) -> list[Trial]:
-    """The same for one number of models. What is drawn depends on method and number alone."""
+    """The same as `check_method`, for one number of models. The draws depend only on the method and this number."""
     own, draw = method_named(method), random.Random(f"{method} {count}")
     family, one_dtype = expectation.family, expectation.one_dtype
     done: list[Trial] = []
@@ -142,8 +143,7 @@ def _on_mismatch(draw: random.Random) -> Drawn:
 
 
 def merged_names(trial: Trial) -> list[str]:
-    """The canonical names of the tensors that a method of whole models computes; none where there are mismatches that
-    it refuses."""
+    """The canonical names of the tensors that a method of whole models computes; none if it refuses mismatches."""
     if not issubclass(trial.method.Settings, ModelSettings) or trial.settings.get("on_mismatch") == "error":
         return []
     held = trial.models.tensors[trial.models.models[0]]
@@ -153,8 +153,11 @@ def merged_names(trial: Trial) -> list[str]:
 
 
 def fitting(trial: Trial, stored: str) -> list[int] | None:
-    """The places from 0 of the models that a tensor of the first one is merged of: all, or where tensors do not fit it,
-    what `on_mismatch` says; None where the first model's stays. ValueError where it says to refuse."""
+    """The indices from 0 of the models that a tensor of the first model is merged from; None if it is kept.
+
+    These are all models if their tensors match. Otherwise they depend on `on_mismatch`; raises ValueError if it is
+    `error`.
+    """
     every, paths = trial.models.tensors, trial.models.models
     shape = every[paths[0]][stored].shape
 
@@ -173,7 +176,8 @@ def fitting(trial: Trial, stored: str) -> list[int] | None:
 
 
 def _check(trial: Trial, expectation: Expectation, draw: random.Random) -> bool:
-    """Whether the merge could be made; then it is what the oracle gives, and verify accepts it."""
+    """Whether the merge was made. Asserts that it equals the oracle's result and that verify accepts it, or that the
+    oracle refuses it too."""
     output = draw.choice(("5GB", "3KB", "20KB"))
     try:
         wanted = expected(trial, expectation)
@@ -205,7 +209,7 @@ def _check(trial: Trial, expectation: Expectation, draw: random.Random) -> bool:
 
 
 def expected(trial: Trial, expectation: Expectation) -> dict[str, Tensor]:
-    """What the oracle makes of every tensor, in the element type of the output. ValueError where it refuses one."""
+    """The oracle's result for every tensor, in the element type of the output. Raises ValueError if it refuses one."""
     import torch
 
     every, paths = trial.models.tensors, trial.models.models
@@ -232,12 +236,12 @@ def expected(trial: Trial, expectation: Expectation) -> dict[str, Tensor]:
 
 
 def _copied(trial: Trial, base: Tensor | None, tensors: Sequence[Tensor]) -> bool:
-    """Whether a tensor has the same bytes in all sources, and the method copies such tensors."""
+    """Whether a tensor has the same bytes in all sources and the method copies such tensors."""
     others = [*tensors[1:], *([] if base is None else [base])]
     same_bytes = all(raw_bytes(other) == raw_bytes(tensors[0]) and other.dtype == tensors[0].dtype for other in others)
     try:
         return same_bytes and trial.method.copies_equal(trial.method.Settings(**trial.settings))
-    except HsaError:  # settings that no merge takes: the formula must refuse them too
+    except HsaError:  # invalid settings, which the formula must refuse too
         return False
 
 
@@ -246,15 +250,15 @@ def _finite(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def stored(output: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name."""
+    """The tensors of a checkpoint, by name."""
     from safetensors.torch import load_file
 
     return {name: tensor for path in output.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def merged_in_memory(trial: Trial, threads: int) -> dict[str, Tensor]:
-    """The same merge by `hsa.Merger`, which gives the tensors that a method merges; none where it says to use
-    `hsa.merge`."""
+    """The tensors of the same merge made with `hsa.Merger`, which returns only merged tensors; empty if it requires
+    `hsa.merge` for these settings."""
     from hsa.actions.merger.merger import Merger
 
     of_all = {
@@ -275,7 +279,7 @@ def merged_in_memory(trial: Trial, threads: int) -> dict[str, Tensor]:
 
 
 def same(trial: Trial, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """AssertionError unless these are the tensors: their bytes, or what lies within the method's tolerance."""
+    """Assert that these are the wanted tensors: with equal bytes, or within the method's tolerance."""
     assert found.keys() == wanted.keys(), f"{trial}: {sorted(found.keys() ^ wanted.keys())} differ"
     for name, tensor in wanted.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), f"{trial}: {name}"
@@ -290,19 +294,19 @@ def same(trial: Trial, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 
 
 def _is_approximate(trial: Trial, name: str, tensor: Tensor) -> bool:
-    """Whether another machine may round the tensor otherwise."""
+    """Whether another machine may round the tensor differently."""
     return trial.method.tolerance > 0.0 and _treatment(trial, name, tensor).layout == "whole"
 
 
 def _treatment(trial: Trial, name: str, tensor: Tensor) -> Treatment:
-    """What the method does with a tensor."""
+    """The method's treatment of a tensor."""
     code = CODES[str(tensor.dtype).removeprefix("torch.")]
     info = TensorInfo(name.removeprefix("model."), code, tuple(tensor.shape))
     return trial.method.treatment(info, None, trial.method.Settings(**trial.settings))
 
 
 def verified(trial: Trial, threads: int) -> None:
-    """AssertionError unless `hsa.verify` makes the output again from its sources."""
+    """Assert that `hsa.verify` reproduces the output from its sources."""
     report = verify(trial.output, **trial.sources, threads=threads)
     assert report.ok, f"{trial}: {[problem.what for problem in report.problems]}"
     assert report.bytes_follow and report.decisions_follow is not False, f"{trial}: {report}"
@@ -311,7 +315,7 @@ def verified(trial: Trial, threads: int) -> None:
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor: signed zeros count."""
+    """The bytes of a tensor, in which signed zeros differ."""
     import torch
 
     data: bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -320,7 +324,8 @@ def raw_bytes(tensor: Tensor) -> bytes:
 
 @contextmanager
 def sliced(draw: random.Random) -> Iterator[None]:
-    """Cut tensors into slices and blocks of drawn sizes, held or read again between passes, while the block lasts."""
+    """Context in which tensors are cut into slices and blocks of drawn sizes, and are cached or read again between
+    passes."""
     slices = draw.choice((1024, 2048, 3072, 1 << 18))
     drawn = (
         (file_layout, "SLICE_ELEMENTS", slices),

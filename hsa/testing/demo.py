@@ -23,7 +23,7 @@ LOUD = tuple(
 
 
 NEEDED = 150_000_000
-"""Bytes of the triple and the merge, in float16, with some to spare."""
+"""The size in bytes of the triple and the merge in float16, with a reserve."""
 
 
 class DemoFailed(HsaError):
@@ -35,8 +35,8 @@ class DemoFailed(HsaError):
 def run_demo(keep: Path | None = None) -> None:
     """Build a triple, merge it, check the result, and print what was merged.
 
-    Everything lies in a temporary directory, or in `keep` (new or empty). Raises DemoFailed when the output
-    differs from the oracle, from what was planted, or does not load.
+    All files are in a temporary directory, or in `keep` (new or empty). Raises DemoFailed if the output differs from
+    the oracle or from the planted heads, or does not load.
     """
     if keep is not None:
         if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
@@ -86,7 +86,8 @@ def _run(folder: Path) -> None:
 
 
 def head_map(report: MergeReport) -> str:
-    """Rows of layers, a block of heads for each of the q, k and v weights of the encoder."""
+    """The selected heads as text: a row for each layer, with a block of heads for each of the encoder's q, k and v
+    weights."""
     weights = {
         (tensor.projection.layer, tensor.projection.kind): tensor
         for tensor in report.tensors.values()

@@ -1,7 +1,8 @@
-"""Small checkpoints that are awkward to merge, drawn at random: what a test of any merge method is run on.
+"""Small random checkpoints with edge cases, on which any merge method is tested.
 
-Their tensors have one element, none, one axis and three, few values, none that changed, all changed alike, and more
-elements than a slice; their element types and shards differ from source to source.
+Their tensors have no elements, one element, or more elements than a slice, and one axis or three. Some have few
+distinct values, some are unchanged, and some change equally in all elements. Element types and shards differ between
+the sources.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 Family = Literal["generic", "whisper"]
 Kind = Literal["free", "sparse", "few values", "even", "zero", "same"]
-"""How a tensor changes from base to a fine-tune: by normal numbers; by these in some elements; by numbers of which many
-have one magnitude; by one number in all elements; not at all, in the source's element type; the same bytes in all."""
+"""How a tensor changes from base to a fine-tune, in the order of the names: by normal numbers; by normal numbers in
+some elements; by numbers of which many have the same magnitude; by one number in all elements; not at all, but in the
+source's element type; not at all, with the same bytes in all sources."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -62,7 +64,7 @@ GENERIC: dict[str, tuple[tuple[int, ...], Kind]] = {
     "frozen.weight": ((8, 7), "zero"),
     "same.weight": ((9, 5), "same"),
 }
-"""The tensors of the family `generic`, with their shapes and how they change. `zeros.weight` is 0 in all sources."""
+"""The tensors of the family `generic`, with their shapes and kinds of change. `zeros.weight` is 0 in all sources."""
 
 MISMATCHED = ("embed_tokens.weight", "layers.0.fc.weight", "layers.1.norm.running_mean", "long")
 """Tensors of the family `generic` that a source may lack, or have in another shape."""
@@ -80,7 +82,8 @@ _WHISPER_KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class DrawnModels:
-    """A base and its fine-tunes: directories, and the tensors in them by stored name, in the order of the models."""
+    """A base and its fine-tunes, in the order of the models: their directories, and the tensors of each by stored
+    name."""
 
     family: Family
     base: Path
@@ -97,10 +100,10 @@ def draw_models(
     one_dtype: bool = False,
     mismatched: bool = False,
 ) -> DrawnModels:
-    """Write a base and so many fine-tunes of it into `folder`, with element types and shards drawn for each.
+    """Write a base and `count` fine-tunes of it into `folder`, with element types and shards drawn for each.
 
-    With `one_dtype` all sources have one element type, as methods need that repeat another program's arithmetic. With
-    `mismatched` one of them lacks some of MISMATCHED, or has them in another shape.
+    With `one_dtype`, all sources have the same element type, which is required by methods that repeat another program's
+    arithmetic. With `mismatched`, one source lacks some of MISMATCHED, or has them in another shape.
 
     Example:
         >>> draw_models(Path("folder"), 2, random.Random(0)).models  # doctest: +SKIP
@@ -133,7 +136,7 @@ def draw_models(
 
 
 def _misfit(held: dict[str, Tensor], name: str, draw: random.Random) -> None:
-    """Take a tensor away, or give it more rows."""
+    """Remove a tensor, or give it more rows."""
     tensor = held.pop(name)
     if draw.random() < 0.5:
         held[name] = tensor.repeat(2, *[1] * (tensor.dim() - 1))
@@ -146,7 +149,7 @@ def _kind(family: Family, name: str) -> Kind:
 
 
 def _generic(generator: Generator) -> dict[str, Tensor]:
-    """Base's tensors, float32, of numbers that every element type holds."""
+    """Base's tensors: float32, with numbers that every element type represents exactly."""
     import torch
 
     made = {name: torch.randn(shape, generator=generator) for name, (shape, _) in GENERIC.items()}
@@ -164,14 +167,14 @@ def _whisper(folder: Path) -> dict[str, Tensor]:
 
 
 def _change(kind: Kind, shape: tuple[int, ...], number: int, generator: Generator) -> Tensor:
-    """The task vector of a model, float32; base is number 0 and has none."""
+    """The task vector of a model, float32. Base is number 0; its task vector is zero."""
     import torch
 
     if not number or kind in ("zero", "same"):
         return torch.zeros(shape)
     normal = 0.02 * torch.randn(shape, generator=generator)
     if kind == "even" or math.prod(shape) == 1:
-        return torch.full(shape, 2.0**-6 * number)  # in one direction: opposite ones cancel
+        return torch.full(shape, 2.0**-6 * number)  # the same direction for all models: opposite ones cancel
     if kind == "few values":
         return normal.sign().mul(2.0**-7)
     if kind == "sparse":
@@ -181,7 +184,7 @@ def _change(kind: Kind, shape: tuple[int, ...], number: int, generator: Generato
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], dtype: str, shards: int, family: Family) -> None:
-    """A checkpoint's directory: config and weights, dealt out over so many files."""
+    """Write a checkpoint directory: config, and weights distributed over `shards` files."""
     from safetensors.torch import save_file
 
     path.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""Settings of a merge method, drawn at random from what it declares: every choice, the ends of ranges, and between; by
-layer, by a part of names, by tensor and by model."""
+"""Random settings of a merge method, drawn from its declared choices and ranges: choices, the ends of ranges and values
+between them. Values may vary by layer, by a part of names, by tensor and by model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hsa.methods.settings import Declared, declared
 Drawn = dict[str, Any]
 
 FILTER = "fc"
-"""The part of a name by which a drawn list with filters tells tensors apart."""
+"""The part of a name that drawn lists with filters match."""
 
 LARGE = 1000.0
-"""Ends of ranges beyond this, such as float32's, are not drawn: sums would overflow."""
+"""Ends of ranges beyond this, such as the largest float32, are not drawn, because sums would overflow."""
 
 _LAYER = re.compile(r"(?P<stack>.*?)layers\.(?P<layer>\d+)\.")
 
@@ -32,10 +32,10 @@ def draw_settings(
     choices: Mapping[str, Sequence[Any]] | None = None,
     merged: Sequence[str] = (),
 ) -> Drawn:
-    """Settings by name for a merge of so many models; about every third keeps its default.
+    """Draw settings by name for a merge of `models` models; about a third of them keep their defaults.
 
-    `choices` are values to draw a setting from in place of its declared range. `merged` are the tensors that the merge
-    computes, by canonical name; where they are given, a number for each of them is drawn too.
+    `choices` are values to draw a setting from instead of its declared range. `merged` are the canonical names of the
+    tensors that the merge computes. If they are given, settings with one number for each tensor are drawn too.
 
     Example:
         >>> draw_settings(method_named("ties"), 2, random.Random(3))  # doctest: +SKIP
@@ -53,14 +53,14 @@ def draw_settings(
 def resolved(
     method: AnyMethod, drawn: Drawn, name: str, models: int, *, depth: float = 0.0, numbers: Sequence[int] | None = None
 ) -> Drawn:
-    """The drawn settings for one tensor: a number each, or one for each model where the setting is given by model.
+    """The drawn settings for one tensor: a number for each setting, or a list with one number for each model.
 
     Args:
-        method, drawn: as `draw_settings` took and gave them.
+        method, drawn: the argument and the result of `draw_settings`.
         name: the tensor's canonical name.
-        models: how many models there are.
-        depth: how far down its layers the tensor lies, see `depth_of`.
-        numbers: the places of the models that the tensor is merged of, where it is not merged of all.
+        models: the number of models.
+        depth: the tensor's relative depth, see `depth_of`.
+        numbers: the indices of the models that the tensor is merged from, if not from all.
     """
     found: Drawn = {}
     for each in declared(method.Settings):
@@ -77,8 +77,9 @@ def resolved(
 
 
 def depth_of(name: str, names: Sequence[str]) -> float:
-    """How far down the layers of its stack a tensor lies, from 0 to 1, among tensors of these canonical names: 1 in a
-    stack of one layer, 0 outside of layers.
+    """The relative depth of a tensor in the layers of its stack, from 0 to 1, among tensors with these canonical names.
+
+    It is 1 in a stack of one layer, and 0 outside of layers.
 
     Example:
         >>> depth_of("layers.1.fc.bias", ["layers.0.fc.bias", "layers.1.fc.bias", "layers.2.fc.bias"])
@@ -112,8 +113,10 @@ def _value(each: Declared, models: int, draw: random.Random, merged: Sequence[st
 
 
 def _scheduled(each: Declared, draw: random.Random, merged: Sequence[str], *, by_model: bool = False) -> Any:
-    """A number, or where the setting may vary, a list with a filter, a list over layers or a number for each tensor. A
-    bare list of numbers means something else where a list is `by_model`."""
+    """A number, or if the setting may vary, a list with a filter, a list over layers or a number for each tensor.
+
+    With `by_model`, no list over layers is drawn, because a plain list of numbers would be one for each model.
+    """
     form = draw.random() if each.about.varies else 1.0
     if form < 0.2:
         return [{"filter": FILTER, "value": _over_layers(each, draw)}, _number(each, draw)]
@@ -150,12 +153,12 @@ def _is_by_model(value: Any) -> bool:
 
 
 def _is_filtered(value: Any) -> bool:
-    """Whether a list begins with an entry for a part of names; one by model may begin with numbers by tensor."""
+    """Whether a value is a list that begins with a filter; a list by model may begin with a mapping by tensor."""
     return isinstance(value, list) and isinstance(value[0], Mapping) and "filter" in value[0]
 
 
 def _at(value: Any, name: str, depth: float) -> Any:
-    """A value for the tensor of that name, so far down its layers."""
+    """A setting's value for the tensor of that name, at a relative depth."""
     if isinstance(value, Mapping):
         return value[name]
     if _is_filtered(value):

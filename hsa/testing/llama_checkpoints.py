@@ -1,8 +1,8 @@
-"""Write Llama-shaped checkpoints with made-up numbers, for tests of models that are of no family with heads.
+"""Write synthetic Llama-shaped checkpoints, for tests of models from families without heads.
 
-A written directory holds what a published Llama does (weights, `config.json`, `generation_config.json`, a tokenizer
-with a chat template, a licence), loads offline with transformers, and says nothing sensible. The same arguments
-give the same bytes on every run and every machine. Needs numpy alone; a model is held in memory whole.
+A written directory holds the files of a published Llama (weights, `config.json`, `generation_config.json`, a tokenizer
+with a chat template, a licence) and loads offline with transformers, but the model generates only noise. The same
+arguments give the same bytes on every run and every machine. Needs only numpy; a whole model is held in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hsa.testing.whisper_config import DTYPES, WEIGHT_STD, DType, byte_symbols, 
 
 _SPECIAL = {"<s>": 256, "</s>": 257, "<unk>": 258}
 TOKENIZER_VOCAB_SIZE = 256 + len(_SPECIAL)
-"""Tokens of the byte-level tokenizer that is written."""
+"""The number of tokens of the byte-level tokenizer that is written."""
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 LICENCE = "Made-up numbers: use them as you like.\n"
@@ -29,7 +29,7 @@ LICENCE = "Made-up numbers: use them as you like.\n"
 class LlamaShape:
     """The dimensions of a Llama, named as in its `config.json`; the defaults are small and mostly odd.
 
-    Where it is `tied`, the output projection is the embedding, and is not stored.
+    With `tied`, the output projection is the embedding and is not stored.
     """
 
     hidden_size: int = 20
@@ -80,13 +80,13 @@ def write_llama(
     shards: int = 1,
     small_files: bool = True,
 ) -> Path:
-    """Write one Llama and return its directory, which is made.
+    """Create the directory of one Llama, and return it.
 
-    Weights are uniform around 0 (norms around 1) with a standard deviation of 0.02. The model of role "base" is a
-    function of the seed; any other is that base plus a task vector of its own, of standard deviation `delta`. Values
-    are made in float32 and rounded once. Tensors are dealt out over `shards` files, in order.
+    Weights are uniform around 0 (norms around 1) with a standard deviation of 0.02. The model with role "base" depends
+    only on the seed. Any other model is that base plus its own task vector, with standard deviation `delta`. Values are
+    computed in float32 and rounded once. Tensors are distributed over `shards` files, in order.
 
-    Raises ValueError for an unknown dtype, FileExistsError where the directory exists.
+    Raises ValueError for an unknown dtype, FileExistsError if the directory exists.
 
     Example:
         >>> write_llama("llama", LlamaShape(tied=True), dtype="bfloat16", shards=2)  # doctest: +SKIP
@@ -120,12 +120,12 @@ def write_llamas(
     shape: LlamaShape | None = None,
     **options: Any,
 ) -> dict[str, Path]:
-    """Write `root/ROLE` for each role, which share a base, and return the directories by role; see `write_llama`."""
+    """Write `root/ROLE` for each role, all with the same base. Return the directories by role; see `write_llama`."""
     return {role: write_llama(Path(root) / role, shape, role=role, **options) for role in roles}
 
 
 def config_of(shape: LlamaShape, dtype: DType) -> dict[str, Any]:
-    """What the `config.json` of such a Llama says."""
+    """The contents of `config.json` for this shape and dtype."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "bos_token_id": _SPECIAL["<s>"],

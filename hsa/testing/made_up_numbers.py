@@ -1,7 +1,7 @@
-"""The numbers of made-up weights and task vectors, the same on every run and every machine.
+"""Deterministic synthetic weights and task vectors: the same on every run and every machine.
 
-They come from the raw output of a bit generator, whose stream numpy keeps fixed across its versions, by float32
-operations that round the same everywhere.
+They are computed from the raw output of a bit generator, whose stream numpy keeps fixed across its versions, with
+float32 operations that round the same everywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 
 
 def bit_stream(seed: int, purpose: str, name: str) -> np.random.SFC64:
-    """A stream of its own for each (seed, purpose, tensor), so that neither order nor sharding matters."""
+    """A separate stream for each (seed, purpose, tensor), so that neither order nor sharding matters."""
     digest = hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=16).digest()
     return np.random.SFC64(int.from_bytes(digest, "little"))
 
@@ -36,9 +36,9 @@ def noise(generator: np.random.SFC64, count: int, std: float) -> Floats:
 def _head_gains(tensor: WhisperTensor, seed: int, role: str, loud: Collection[int], loud_factor: float) -> Floats:
     """A factor between 0.5 and 1.5 for each head's delta, times `loud_factor` in the loud heads.
 
-    Noise of one strength gives the heads of a wide model almost equal saliency scores, and a selection that
-    depends on rounding. So the heads' strengths are spaced evenly, in an order that both fine-tunes share, and
-    each fine-tune moves them by less than half a step.
+    With uniform noise, the heads of a wide model would have almost equal saliency scores, and their selection would
+    depend on rounding. So the heads' strengths are evenly spaced, in an order that both fine-tunes share, and each
+    fine-tune shifts them by less than half a step.
     """
     order = bit_stream(seed, "rank", tensor.name).random_raw(tensor.heads)
     rank = np.argsort(np.argsort(order, kind="stable"), kind="stable")
@@ -71,7 +71,7 @@ class TaskVector:
 
 
 def encode(values: Floats, dtype: str) -> NDArray[Any]:
-    """Rounds float32 once, to nearest even; bfloat16 comes as its uint16 bit patterns. Finite values only."""
+    """Round float32 values once, to nearest even. bfloat16 is returned as uint16 bit patterns. Finite values only."""
     if dtype == "float32":
         return values
     if dtype == "float16":

@@ -1,10 +1,10 @@
-"""Write Whisper-shaped checkpoints with made-up numbers, for the demo, the tests and the benchmarks.
+"""Write synthetic Whisper-shaped checkpoints, for the demo, the tests and the benchmarks.
 
-A written directory holds everything a published Whisper checkpoint does (weights, `config.json`,
-`generation_config.json`, tokenizer and feature extractor), loads offline with transformers, and transcribes
-nothing sensible. The same arguments give the same bytes on every run and every machine.
+A written directory holds everything that a published Whisper checkpoint does (weights, `config.json`,
+`generation_config.json`, tokenizer and feature extractor) and loads offline with transformers, but its transcriptions
+are meaningless. The same arguments give the same bytes on every run and every machine.
 
-Needs numpy alone. Memory stays at a few MB per thread, whatever the shape.
+Needs only numpy. Memory stays at a few MB per thread, whatever the shape.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _PlacedTensor:
 
 @dataclass(frozen=True)
 class _ShardLayout:
-    """Where each tensor lies: headers (with length prefix) and sizes by file, tensors in file order."""
+    """The layout of tensors in files: headers (with length prefix) and sizes by file, and tensors in file order."""
 
     headers: dict[str, bytes]
     sizes: dict[str, int]
@@ -79,7 +79,8 @@ class _ShardLayout:
 
 
 def _split(tensors: Iterable[WhisperTensor], itemsize: int, limit: int | None) -> list[list[WhisperTensor]]:
-    """Shards as transformers cuts a model: a tensor above the limit has its own, others fill up in order."""
+    """Split tensors into shards as transformers does: a tensor above the limit gets its own shard, and the others fill
+    shards in order."""
     shards: list[list[WhisperTensor]] = []
     current: list[WhisperTensor] = []
     used = 0
@@ -142,7 +143,7 @@ def _pwrite_all(descriptor: int, view: memoryview, offset: int) -> None:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What the values depend on, besides tensor and role."""
+    """The parameters of the values, apart from tensor and role."""
 
     dtype: str
     seed: int
@@ -156,11 +157,11 @@ class _Numbers:
 
 
 def _write_tensor(placed: _PlacedTensor, descriptors: Mapping[str, int], numbers: _Numbers) -> None:
-    """Writes one tensor into each role's open file; base's numbers are drawn once for all of them."""
+    """Write one tensor into each role's open file. Base's numbers are drawn once for all roles."""
     tensor = placed.tensor
     base_generator = bit_stream(numbers.seed, "base", tensor.name)
     deltas = {role: numbers.delta_of(tensor, role) for role in descriptors if role != "base"}
-    # An even number of rows, so that no block ends within a raw number and the block size changes no value.
+    # An even number of rows: no block ends within a raw number, so the values do not depend on the block size.
     step = max(2, _BLOCK_ELEMENTS // tensor.row_elements // 2 * 2)
     row_bytes = tensor.row_elements * DTYPES[numbers.dtype][1]
     for first in range(0, tensor.rows, step):
@@ -178,7 +179,7 @@ def _write_tensor(placed: _PlacedTensor, descriptors: Mapping[str, int], numbers
 
 
 def _write_weights(directories: Mapping[str, Path], layout: _ShardLayout, numbers: _Numbers) -> None:
-    """Writes the weights of several roles side by side, tensors in parallel."""
+    """Write the weights of several roles together, with tensors in parallel."""
     with ExitStack() as stack:
         descriptors: dict[str, dict[str, int]] = {file: {} for file in layout.headers}
         for role, directory in directories.items():
@@ -235,7 +236,7 @@ def _write_roles(
     numbers = _Numbers(dtype, seed, delta, _loud_by_projection(shape, loud_heads), loud_factor)
     architecture = "WhisperForConditionalGeneration" if prefix else "WhisperModel"
     for directory in directories.values():
-        # Shards of another layout beside the new ones would make a checkpoint of two models.
+        # Old shards with another layout next to the new ones would mix two models in one checkpoint.
         if any(directory.glob("model*.safetensors*")):
             raise FileExistsError(f"{directory} already holds weights, expected a directory without")
     for directory in directories.values():
@@ -259,25 +260,25 @@ def write_checkpoint(
     prefix: str = "model.",
     processor: bool = True,
 ) -> Path:
-    """Writes one synthetic checkpoint and returns its directory.
+    """Write one synthetic checkpoint and return its directory.
 
-    Weights are uniform around 0 (layer norm weights around 1) with a standard deviation of 0.02. The base is
-    a function of the seed alone; "primary" and "secondary" are that base plus a delta of their own, so the
-    three roles written with the same arguments form a triple. Values are made in float32 and rounded once.
+    Weights are uniform around 0 (layer norm weights around 1) with a standard deviation of 0.02. The base depends only
+    on the seed. "primary" and "secondary" are that base plus their own deltas, so the three roles written with the same
+    arguments form a triple. Values are computed in float32 and rounded once.
 
     Args:
-        directory: made if it does not exist; must hold no weights yet.
+        directory: created if it does not exist; must not hold weights yet.
         shape: the model's dimensions.
         dtype: the dtype of every tensor in the file.
-        role: which of the triple to write.
-        seed: of the base and of both deltas.
-        delta: standard deviation of the delta; heads vary between half and one and a half times that.
-        loud_heads: heads of self-attention projections, weight and bias, whose delta is `loud_factor` larger.
+        role: which model of the triple to write.
+        seed: the seed of the base and of both deltas.
+        delta: standard deviation of the delta; heads vary between 0.5 and 1.5 times this.
+        loud_heads: heads of self-attention projections whose delta, in weight and bias, is `loud_factor` times larger.
         loud_factor: see `loud_heads`.
-        max_shard_bytes: tensor bytes a file may hold before another is begun; None writes a single file.
-        prefix: "model." as WhisperForConditionalGeneration saves names, "" as WhisperModel does. The numbers
+        max_shard_bytes: the most tensor bytes in one file before the next is started; None writes a single file.
+        prefix: the prefix of names: "model." as in WhisperForConditionalGeneration, "" as in WhisperModel. The numbers
             are the same.
-        processor: whether to write tokenizer and feature extractor too.
+        processor: whether to write the tokenizer and the feature extractor too.
 
     Raises:
         ValueError: an argument is out of its range, or a loud head does not exist.
@@ -315,10 +316,10 @@ def write_triple(
     processor: bool = True,
     more: Sequence[str] = (),
 ) -> dict[str, Path]:
-    """Writes `root/base`, `root/primary` and `root/secondary` and returns the three directories by role.
+    """Write `root/base`, `root/primary` and `root/secondary`, and return the three directories by role.
 
-    The files equal those of three `write_checkpoint` calls, byte for byte; base's numbers are drawn once for
-    all three. `more` are names of further fine-tunes of the same base. Other arguments, and errors, are those of
+    The files equal those of three `write_checkpoint` calls, byte for byte, but base's numbers are drawn only once.
+    `more` are names of further fine-tunes of the same base. The other arguments and the errors are those of
     `write_checkpoint`.
     """
     directories: dict[str, Path] = {role: Path(root) / role for role in (*_ROLES, *more)}

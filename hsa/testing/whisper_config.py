@@ -1,6 +1,6 @@
-"""The shapes of made-up Whisper models, and the small files of their checkpoints: configs and a tokenizer.
+"""The shapes of synthetic Whisper models, and the small files of their checkpoints: configs and a tokenizer.
 
-The tokenizer is byte-level, so that no vocabulary need be shipped.
+The tokenizer is byte-level, so no vocabulary needs to be shipped.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class WhisperShape:
 
 
 def _published(d_model: int, layers: int, **changes: int) -> WhisperShape:
-    """A published size: heads are 64 wide and the feed-forward layer is four times the width."""
+    """The shape of a published size: heads are 64 wide, and the feed-forward layer is four times the width."""
     dimensions = {
         "encoder_layers": layers,
         "decoder_layers": layers,
@@ -110,7 +110,8 @@ MINIATURE = WhisperShape(
     max_source_positions=50,
     max_target_positions=8,
 )
-"""large-v3 with as many tensors and heads, and next to no elements: what is left is the work per tensor and head."""
+"""large-v3 with the same numbers of tensors and heads but very few elements, so that only the work per tensor and per
+head remains."""
 
 
 def write_config(
@@ -120,12 +121,12 @@ def write_config(
     *,
     architecture: str = "WhisperForConditionalGeneration",
 ) -> None:
-    """Writes `config.json` and `generation_config.json`, with the token ids of `write_processor`'s tokenizer.
+    """Write `config.json` and `generation_config.json`, with the token ids of `write_processor`'s tokenizer.
 
     Args:
-        directory: made if it does not exist.
-        shape: the dimensions; its vocabulary must hold the tokenizer's.
-        dtype: what the weights are saved as.
+        directory: created if it does not exist.
+        shape: the dimensions; the vocabulary must be at least as large as the tokenizer's.
+        dtype: the dtype of the saved weights.
         architecture: the transformers class that would have saved the checkpoint.
 
     Raises:
@@ -195,7 +196,7 @@ def _is_visible(byte: int) -> bool:
 
 
 def _symbol(byte: int) -> str:
-    """The character that stands for a byte in byte-level vocabularies: itself, or one from U+0100 on."""
+    """The character that represents a byte in byte-level vocabularies: the same one, or one from U+0100 on."""
     if _is_visible(byte):
         return chr(byte)
     return chr(256 + sum(not _is_visible(smaller) for smaller in range(byte)))
@@ -207,18 +208,18 @@ def byte_symbols() -> list[str]:
 
 
 def write_processor(directory: str | os.PathLike[str], shape: WhisperShape | None = None) -> None:
-    """Writes a byte-level tokenizer and a feature extractor that `WhisperProcessor.from_pretrained` loads.
+    """Write a byte-level tokenizer and a feature extractor that `WhisperProcessor.from_pretrained` loads.
 
     The tokenizer has a token for each byte (no merges) and Whisper's special tokens for four languages,
     without the timestamps.
 
     Args:
-        directory: made if it does not exist.
-        shape: gives the feature extractor's mel bins, its window of 0.02 s per source position and the
-            tokenizer's longest input; without it those of the published 80-bin models (30 s, 448 tokens).
+        directory: created if it does not exist.
+        shape: determines the feature extractor's mel bins, its window of 0.02 s per source position and the tokenizer's
+            longest input. Without it, these are those of the published 80-bin models (30 s, 448 tokens).
 
     Raises:
-        ValueError: the source positions are no whole number of seconds.
+        ValueError: the source positions are not a whole number of seconds.
     """
     shape = shape or SHAPES["tiny"]
     seconds, rest = divmod(shape.max_source_positions, 50)

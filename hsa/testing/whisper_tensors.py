@@ -1,4 +1,4 @@
-"""List the tensors of a made-up Whisper model: names, shapes and heads, in the order of its state dict."""
+"""List the tensors of a synthetic Whisper model: names, shapes and heads, in the order of its state dict."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hsa.testing.whisper_config import WhisperShape
 
 @dataclass(frozen=True)
 class WhisperTensor:
-    """A tensor of the model. Its `heads` (0: it has none) are groups of equal size along `head_axis`.
+    """A tensor of the model. Its `heads` are groups of equal size along `head_axis`; 0 for a tensor without heads.
 
-    `projection` is (stack, layer, kind) where heads may be loud.
+    `projection` is (stack, layer, kind) if its heads may be loud.
     """
 
     name: str
@@ -91,6 +91,6 @@ def whisper_tensors(shape: WhisperShape) -> Iterator[WhisperTensor]:
 def tensor_shapes(shape: WhisperShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of a saved WhisperForConditionalGeneration, in the order of its state dict.
 
-    Names start with `model.`; the output projection is tied to the token embedding and so is absent.
+    Names start with `model.`. The output projection is tied to the token embedding, so it is absent.
     """
     return {tensor.name: tensor.shape for tensor in whisper_tensors(shape)}

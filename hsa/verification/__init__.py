@@ -1,1 +1,1 @@
-"""Whether an output, a patch, a sweep or a release is what it says it is."""
+"""Verification of outputs, patches, sweeps and releases against their own records and their sources."""

@@ -1,4 +1,4 @@
-"""Directories of a sweep or a release: the reports of their members joined, and index files compared."""
+"""What sweeps and releases share in verification: joining the reports of members, and comparing index files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hsa.verification.output_checks import STEP
 from hsa.verification.report import VerifyReport
 
 Verify = Callable[[Path, SourcePaths | None], VerifyReport]
-"""How a member is verified."""
+"""The function that verifies a member."""
 
 
 def add_member_report(name: str, report: VerifyReport, context: VerifyContext) -> None:
@@ -29,7 +29,7 @@ def add_member_report(name: str, report: VerifyReport, context: VerifyContext) -
 
 
 def open_index(directory: Path, name: str, context: VerifyContext, stack: ExitStack) -> SourceFile | None:
-    """A file of an index, open until the stack ends; None where it cannot be read, which is a problem then."""
+    """Open an index file until the stack closes. If it cannot be read, add a problem and return None."""
     path = directory / name
     try:
         if path.is_symlink():
@@ -45,13 +45,14 @@ def open_index(directory: Path, name: str, context: VerifyContext, stack: ExitSt
 
 
 def read_in_pieces(source: SourceFile) -> Iterator[bytes]:
-    """The bytes of an index, which may be of any size, in pieces."""
+    """The bytes of an index in pieces, since it may be of any size."""
     for start in range(0, source.size, STEP):
         yield source.read(min(STEP, source.size - start), start)
 
 
 def compare_index(source: SourceFile, expected: bytes) -> str | None:
-    """Where an index differs from what it should be; None where it does not. It is never in memory whole."""
+    """The first difference between an index and its expected bytes; None if there is none. The index is read in
+    pieces, never as a whole."""
     start = 0
     for piece in read_in_pieces(source):
         expected_piece = expected[start : start + len(piece)]

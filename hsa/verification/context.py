@@ -1,4 +1,4 @@
-"""What the parts of a verification share: its sources, counters and problems."""
+"""The state that the parts of a verification share: sources, counters and problems."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hsa.system.types import PathLike
 from hsa.verification.problems import Problems
 
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""A callback that is called with the bytes done and the total bytes."""
 
 
 @dataclass(frozen=True)
 class SourcePaths:
-    """Where the sources are that an output is compared with, and the ids that the user says they have."""
+    """The paths of the sources that an output is compared with, and their ids as given by the user."""
 
     by_role: Mapping[Role, PathLike]
     ids: Mapping[Role, str | None]
@@ -25,7 +25,7 @@ class SourcePaths:
 
 @dataclass(frozen=True)
 class VerifyContext:
-    """Number of threads, counters, problems and notes so far, and the caller's progress callback."""
+    """The number of threads, counters, the problems and notes so far, and the caller's progress callback."""
 
     threads: int
     tally: Tally

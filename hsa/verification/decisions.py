@@ -1,4 +1,4 @@
-"""The two questions of a comparison with the sources, and how recorded decisions are compared."""
+"""The two answers of a comparison with the sources, and the comparison of recorded decisions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from hsa.methods.tensors import Outcome, TensorRecord, TensorTask
 
 @dataclass(frozen=True)
 class Answers:
-    """Whether the bytes of the weights follow from the recorded decisions, and whether the decisions follow from the
-    sources.
+    """Whether the bytes of the weights follow from the recorded decisions, and the decisions from the sources.
 
     Example:
         >>> Answers.all([Answers(True, True), Answers(True, False)])
@@ -28,13 +27,13 @@ class Answers:
 
     @classmethod
     def all(cls, answers: Iterable[Answers]) -> Answers:
-        """The answers for several outputs together."""
+        """The combined answers for several outputs."""
         each = list(answers)
         return cls(all(one.bytes_follow for one in each), all(one.decisions_follow for one in each))
 
 
 def recorded_decisions(targets: Iterable[TensorRecord], tasks: Iterable[TensorTask]) -> dict[str, Any]:
-    """The recorded decisions for those tasks that are the recorded tensors, by canonical name."""
+    """The recorded decisions for the tasks that match a recorded tensor, by canonical name."""
     by_name = {target.canonical: target for target in targets}
     return {
         task.name: by_name[task.name].decision
@@ -44,15 +43,16 @@ def recorded_decisions(targets: Iterable[TensorRecord], tasks: Iterable[TensorTa
 
 
 def is_recorded(target: TensorRecord, task: TensorTask) -> bool:
-    """Whether a record names the tensor that the sources and the settings give."""
+    """Whether a recorded tensor is the one that follows from the sources and the settings."""
     recorded = target.name, target.shape, target.code, target.partition
     return recorded == (task.output_name, task.shape, task.out_code, task.partition)
 
 
 def other_decision(method: Method[Any, Any], recorded: Any, decision: Any) -> str | None:
-    """How a recorded decision differs from the one that follows from the sources; None where it does not.
+    """The difference between a recorded decision and the one that follows from the sources; None if there is none.
 
-    They are compared as the record writes them; numbers that differ between machines, up to the method's tolerance.
+    They are compared in the form in which the record stores them. Numbers that differ between machines are compared
+    within the method's tolerance.
     """
     before, after = decision_dict(method, recorded), decision_dict(method, decision)
     for key in after:

@@ -1,4 +1,4 @@
-"""How far tensors lie from what was computed again, for methods whose results differ between machines in rounding."""
+"""Distances between stored and recomputed tensors, for methods whose rounding differs between machines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from hsa.system.dtypes import STORAGE, Array, size, widen
 
 @dataclass
 class _Sums:
-    """Of one tensor: sums of squares over its parts, of differences and of expected values; and the bytes of elements
-    that two parts share, by their numbers, as (place, found, expected)."""
+    """The sums of squares of one tensor's differences and of its expected values, one entry for each part.
+
+    `edges` holds the bytes of elements that lie in two parts, by element number, as (place, found, expected).
+    """
 
     differences: list[float] = field(default_factory=list)
     expected: list[float] = field(default_factory=list)
@@ -27,7 +29,7 @@ class _Sums:
         self.expected.append(expected)
 
     def add_edge(self, code: str, low: int, found: Array, expected: Array) -> None:
-        """Keep some bytes of an element that other parts have the rest of; take it once all are there."""
+        """Keep some bytes of an element whose other bytes lie in other parts. Add the element once it is complete."""
         number, place = divmod(low, size(code))
         parts = self.edges[number]
         parts.append((place, found.tobytes(), expected.tobytes()))
@@ -39,14 +41,14 @@ class _Sums:
 
 
 class TensorDistances:
-    """Takes the parts of tensors from several threads, in any order."""
+    """Collects the parts of tensors. Several threads may add parts, in any order."""
 
     def __init__(self) -> None:
         self._sums: dict[int, _Sums] = defaultdict(_Sums)
         self._lock = threading.Lock()
 
     def add(self, segment: Segment, start: int, found: Array, expected: Array) -> None:
-        """Take a part of a computed tensor, from its byte `start` on: uint8, as found and as computed again."""
+        """Add a part of a computed tensor, from byte offset `start` on: uint8, as found and as recomputed."""
         assert isinstance(segment.content, Computed)
         code = segment.content.task.out_code
         width, stop = size(code), start + len(found)
@@ -65,8 +67,10 @@ class TensorDistances:
                     own.add_edge(code, low, *(side[low - start : high - start] for side in (found, expected)))
 
     def distance(self, segment: Segment) -> float:
-        """The norm of the differences over the norm of what was computed again; 0 where nothing differs, inf where
-        that is all zeros or something is not finite."""
+        """The norm of the differences over the norm of the recomputed tensor.
+
+        0 if nothing differs; inf if the recomputed tensor is all zeros or something is not finite.
+        """
         sums = self._sums[id(segment)]
         apart, norm = math.fsum(sums.differences), math.fsum(sums.expected)
         if apart == 0.0:

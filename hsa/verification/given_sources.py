@@ -1,4 +1,4 @@
-"""The sources that a verification is given, by the roles of the record that it finds."""
+"""The sources that are given to a verification, assigned to the roles of the record that it finds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from hsa.verification.context import SourcePaths
 from hsa.verification.report import ReportKind
 
 FindSources = Callable[[Path, ReportKind], SourcePaths | None]
-"""The sources to compare what is at a path with; None where there are none."""
+"""A function that returns the sources to compare with what is at a path, or None if there are none."""
 
 
 def check_given(given: NamedArguments) -> None:
-    """RequestError where the sources and ids are none, whatever was merged."""
+    """Raise RequestError for sources and ids that would be invalid for any merge."""
     given.check_types()
     if given.ids and not given.sources:
         raise RequestError(f"ids are compared with those of the sources; give {option('sources')} too")
@@ -38,9 +38,9 @@ def check_given(given: NamedArguments) -> None:
 
 
 def find_sources(given: NamedArguments) -> FindSources:
-    """How the sources of a call are told apart: by the record of what is at the path.
+    """Return a function that assigns the given sources to roles, by the record of what is at a path.
 
-    Where no record can be read, they keep the names under which they are given: nothing is compared then.
+    If no record can be read, they keep the names under which they were given, and nothing is compared.
     """
 
     def find(path: Path, kind: ReportKind) -> SourcePaths | None:
@@ -53,8 +53,10 @@ def find_sources(given: NamedArguments) -> FindSources:
 
 
 def _records(path: Path, kind: ReportKind) -> Iterator[Record]:
-    """The record of an output or a patch, and of the points of a sweep those that can be read. A release has none: each
-    of its outputs has sources of its own."""
+    """The record of an output or a patch, or the readable records of a sweep's points.
+
+    A release has none, because each of its outputs has its own sources.
+    """
     if kind == "sweep":
         for place in sorted(path.iterdir()):
             if place.name.startswith(name_starts()) and not place.is_symlink():
@@ -64,7 +66,7 @@ def _records(path: Path, kind: ReportKind) -> Iterator[Record]:
 
 
 def _record_at(path: Path) -> Iterator[Record]:
-    """The record at a path; nothing where it cannot be read, which the verification says."""
+    """The record at a path; nothing if it cannot be read, which the verification reports."""
     try:
         if path.is_dir():
             if (path / PROVENANCE).is_file():

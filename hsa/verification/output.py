@@ -1,4 +1,5 @@
-"""Verify an output directory: its files against its provenance, its parts against one another, and its sources."""
+"""Verify an output directory: its files against its provenance, its parts against one another, and all of it against
+its sources."""
 
 from __future__ import annotations
 
@@ -54,14 +55,15 @@ from hsa.verification.run_in_threads import run_in_threads
 from hsa.verification.unlisted_files import is_read_by_loaders
 
 LARGE = 64 << 20
-"""Bytes of a file from which on several threads digest it."""
+"""Files of at least this many bytes are digested by several threads."""
 
 LABEL = "output"
-"""What messages call the checkpoint that is verified, in the place of a source's role."""
+"""The name of the verified checkpoint in messages, in place of a source's role."""
 
 
 def verify_output(directory: Path, source_paths: SourcePaths | None, context: VerifyContext) -> VerifyResult:
-    """Check an output's directory, links resolved; with sources, merge them again and compare every byte."""
+    """Check an output's directory, whose path has its links resolved. With sources, merge them again and compare every
+    byte."""
     provenance = _load_provenance(directory, context.problems)
     names = [] if provenance is None else list(_readable_files(directory, provenance, context.problems))
     _check_unlisted_files(directory, provenance, context)
@@ -101,7 +103,7 @@ def _load_provenance(directory: Path, problems: Problems) -> Provenance | None:
 
 
 def _fault_of_file(directory: Path, name: str) -> str | None:
-    """What is wrong with a file before it is opened; None for a regular file, or a link that the Hub's cache made."""
+    """The fault of a file that shows before it is opened; None for a regular file, or a link in the Hub's cache."""
     try:
         mode = os.lstat(directory / name).st_mode
     except OSError as error:
@@ -118,7 +120,7 @@ def _fault_of_file(directory: Path, name: str) -> str | None:
 
 
 def _readable_files(directory: Path, provenance: Provenance, problems: Problems) -> Iterator[str]:
-    """The files of the provenance that can be read."""
+    """The files listed in the provenance that can be read; the others are added to the problems."""
     for name in provenance.files:
         if name != os.path.basename(name) or name in ("", ".", "..", PROVENANCE) or "\0" in name:
             problems.add(PROVENANCE, f"lists the file {shown(name)}; expected the plain name of another file")
@@ -131,7 +133,7 @@ def _readable_files(directory: Path, provenance: Provenance, problems: Problems)
 
 
 def _check_unlisted_files(directory: Path, provenance: Provenance | None, context: VerifyContext) -> None:
-    """Files that the provenance does not list: a problem where a loader would read one, else a note."""
+    """Report files that the provenance does not list: a problem if a loader would read the file, else a note."""
     if provenance is None:
         return
     listed = {PROVENANCE, *provenance.files}
@@ -150,7 +152,7 @@ def _check_unlisted_files(directory: Path, provenance: Provenance | None, contex
 
 
 class _OutputVerification:
-    """The checks that read weights, spread over threads: digests of files, and finite targets."""
+    """The checks that read weights, spread over threads: file digests, and whether targets are finite."""
 
     def __init__(self, directory: Path, provenance: Provenance | None, context: VerifyContext) -> None:
         self.directory, self.provenance, self.context = directory, provenance, context
@@ -220,7 +222,7 @@ class _OutputVerification:
             )
 
     def _open_checkpoint(self, stack: ExitStack) -> Checkpoint | None:
-        """The output as a checkpoint, when its headers, index and config are sound."""
+        """Open the output as a checkpoint; None unless its headers, index and config are sound."""
         directory, problems = self.directory, self.problems
         single, index = (exists(directory / name) for name in (WEIGHTS, INDEX))
         if not single and not index:
@@ -247,7 +249,7 @@ class _OutputVerification:
         return checkpoint
 
     def _documents(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        """What the small files say, by name; those that cannot be loaded are problems."""
+        """The parsed small files, by name. Files that cannot be loaded are added to the problems."""
         documents: dict[str, Any] = {}
         record = None if self.provenance is None else self.provenance.record
         families = [owner.architecture for owner in (checkpoint, record) if owner is not None]

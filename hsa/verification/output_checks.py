@@ -1,6 +1,6 @@
 """Checks of an output's tensors against its config and its provenance.
 
-Nothing here raises for a damaged output: each check yields a line for each fault.
+A damaged output raises no exception here: each check yields one line for each fault.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hsa.sources.tensor_places import TensorRef
 from hsa.system.dtypes import ARITHMETIC, STORAGE, all_finite, first_not_finite
 
 STEP = 1 << 20
-"""Bytes of an output that are in memory at a time, for each thread."""
+"""Bytes of an output that each thread holds in memory at a time."""
 
 
 def structure_faults(checkpoint: Checkpoint) -> Iterator[str]:
-    """How the tensors differ from those that the config promises, in names, shapes and element types."""
+    """Differences between the tensors and those that the config promises: names, shapes and element types."""
     for name, stored in itertools.islice(checkpoint.renamed.items(), 1):
         yield f"{len(checkpoint.renamed)} tensors have names that no loader finds, such as {stored:.300} for {name}"
     yield from (fault.what for fault in structure.faults(checkpoint))
@@ -34,11 +34,13 @@ def structure_faults(checkpoint: Checkpoint) -> Iterator[str]:
 def merged_tensors(
     checkpoint: Checkpoint, record: Record | None
 ) -> Iterator[tuple[TensorRef, TensorPlace | None, int]]:
-    """The tensors that a merge made or could have made, with their place and number of heads: those that the method
-    lists; every attention projection where no record says."""
+    """The tensors that a merge made or could have made, each with its place and number of heads.
+
+    These are the tensors that the method lists, or every attention projection if there is no usable record.
+    """
     family, settings = checkpoint.architecture, None
     if record is not None:
-        with suppress(HsaError):  # which the checks of the record have named
+        with suppress(HsaError):  # the checks of the record have reported it already
             settings = settings_of_record(record)
     heads = family.counts(checkpoint.config, checkpoint.role).heads
     own = getattr(settings, "num_heads", None)
@@ -53,7 +55,8 @@ def merged_tensors(
 
 
 def finite_faults(checkpoint: Checkpoint, place: TensorPlace | None, ref: TensorRef, heads: int) -> Iterator[str]:
-    """A line where a target tensor holds NaN or Inf; it names the head of the first."""
+    """A line if a target tensor holds NaN or Inf, with the head of the first such element, or if its dtype is not one
+    that merges compute with."""
     if ref.code not in ARITHMETIC:
         yield f"target tensor {ref.name} has dtype {ref.code}, expected one of {', '.join(ARITHMETIC)}"
         return
@@ -70,7 +73,7 @@ def finite_faults(checkpoint: Checkpoint, place: TensorPlace | None, ref: Tensor
 
 
 def head_text(projection: TensorPlace, shape: tuple[int, ...], heads: int, element: int) -> str:
-    """`, head N`: the head that owns an element; nothing where the tensor cannot be split into so many."""
+    """`, head N` with the head that owns an element; empty if the tensor cannot be split into that many heads."""
     if len(shape) <= projection.head_axis or shape[projection.head_axis] % heads or heads > shape[projection.head_axis]:
         return ""
     index = np.unravel_index(element, shape)[projection.head_axis]

@@ -1,4 +1,4 @@
-"""Verify a patch: its digests, its rows, and its document against its parameters; with sources, its merge again."""
+"""Verify a patch: its digests, its rows, and its document against its parameters. With sources, recompute its merge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hsa.verification.report import VerifyResult
 
 
 def verify_patch(path: Path, source_paths: SourcePaths | None, context: VerifyContext) -> VerifyResult:
-    """Check a patch file, links resolved; with sources, compute its merge again and compare every byte."""
+    """Check a patch file, whose path has its links resolved. With sources, recompute its merge and compare every
+    byte."""
     with ExitStack() as stack:
         patch = open_checked(path, context, stack)
         if patch is None:
@@ -29,7 +30,7 @@ def verify_patch(path: Path, source_paths: SourcePaths | None, context: VerifyCo
 
 
 def open_checked(path: Path, context: VerifyContext, stack: ExitStack) -> Patch | None:
-    """Open a patch and read it whole; its problems go to the context. None where its document cannot be read."""
+    """Open a patch, read it whole and add its problems to the context. Return None if its document cannot be read."""
     patch = None
     try:
         patch = open_patch(path, context.tally, stack)

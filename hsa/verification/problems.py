@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from hsa.errors import one_line
 
 MAX_PROBLEMS = 1000
-"""Problems that a report names; a larger number of them tells nothing more."""
+"""The most problems that a report lists; more would not help anyone."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it must be: the file of the output, or the role of a source, and what was found."""
+    """One problem: the output's file or the source's role, and what is wrong with it."""
 
     file: str
     what: str
 
 
 class Problems:
-    """Problems found so far, by any thread, each text on one line."""
+    """The problems found so far, each on one line. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

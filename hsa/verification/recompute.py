@@ -1,7 +1,7 @@
-"""Compute a merge again from its sources and compare every byte with the output, instead of writing it.
+"""Recompute a merge from its sources and compare every byte with the output, instead of writing it.
 
-The parameters come from the output's provenance; plan and pipeline are those of a merge, so that memory stays bounded
-the same way.
+The parameters come from the output's provenance. The plan and the pipeline are those of a merge, so memory is bounded
+in the same way.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from hsa.verification.source_checks import (
 
 @dataclass
 class _ByteDifference:
-    """Where a tensor of the output is not what the sources give: how often, and the first place."""
+    """The bytes of one output tensor that differ from the recomputed ones: their count, and the first of them."""
 
     segment: Segment
     count: int
@@ -64,10 +64,11 @@ class _ByteDifference:
 
 
 class ByteComparer:
-    """Takes the pieces of a merge as a writer would, and compares each with the file; one piece a thread in memory.
+    """Receives the pieces of a merge in place of a writer, and compares each with the file.
 
-    `tolerance` is how far tensors that are computed whole may lie from what is computed here, relative to their norms
-    (`Method.tolerance`); `near` are the distances of those that differ by no more, by the file's and the tensor's name.
+    Each thread holds one piece in memory. Tensors that are computed whole may differ from the recomputed ones by
+    `tolerance`, relative to their norms (`Method.tolerance`). `near` holds the distances of the tensors that differ
+    within it, by file name and tensor name.
     """
 
     def __init__(self, directory: Path, tally: Tally, problems: Problems, tolerance: float = 0.0) -> None:
@@ -129,8 +130,11 @@ class ByteComparer:
                 source.close()
 
     def report(self, *, other_sources: bool) -> bool:
-        """Add a problem for each tensor that differs by more than the tolerance; one a file where the sources are not
-        the recorded ones. Whether every file is there, as large as it should be, and no tensor differs so much."""
+        """Add a problem for each tensor that differs beyond the tolerance, or one per file if the sources are not the
+        recorded ones.
+
+        Return whether every file exists with the expected size and no tensor differs beyond the tolerance.
+        """
         differing = False
         for file, differences in zip(self._files, self._differences, strict=True):
             ordered = sorted(self._far(file, differences.values()), key=lambda d: d.offset)
@@ -152,7 +156,7 @@ class ByteComparer:
         return self._tolerance > 0.0 and isinstance(content, Computed) and content.task.layout == "whole"
 
     def _far(self, file: OutputFile, differences: Iterable[_ByteDifference]) -> Iterator[_ByteDifference]:
-        """The differences that are beyond the tolerance; the others are put down in `near`."""
+        """The differences beyond the tolerance; the others are recorded in `near`."""
         for difference in differences:
             if self._is_approximate(difference.segment):
                 distance = self._distances.distance(difference.segment)
@@ -216,10 +220,12 @@ def _describe(difference: _ByteDifference) -> str:
 def recompute(
     directory: Path, provenance: Provenance, source_paths: SourcePaths, context: VerifyContext
 ) -> Answers | None:
-    """Merge the sources again and compare: the bytes with those that the recorded decisions give, and the decisions
-    with those that the sources give. None where that could not be done.
+    """Merge the sources again and compare bytes and decisions.
 
-    Raises SourceError where a source cannot be opened, MachineError, SourceChanged.
+    Bytes are compared with those that follow from the recorded decisions, and decisions with those that follow from
+    the sources. Return None if that could not be done.
+
+    Raises SourceError if a source cannot be opened, MachineError, SourceChanged.
     """
     record = provenance.record
     unlike_roles = other_roles(record, source_paths)
@@ -247,7 +253,7 @@ def recompute(
 
 
 def _request(directory: Path, provenance: Provenance, source_paths: SourcePaths) -> Request:
-    """What the merge was told, by its provenance."""
+    """The request of the merge, rebuilt from its provenance."""
     parameters = provenance.record.parameters
     return Request(
         sources=source_paths.by_role,
@@ -278,7 +284,7 @@ def _compare(
     options = Options(context.threads, digest=request.digest, sync=False)
     try:
         digests = assemble(plan.files, sources.by_role, calculator, comparer, options, context.memory, step)
-    except SourceError:  # a file that is being written looks damaged: say what happened, not what it looks like
+    except SourceError:  # a file that is being written looks damaged: report the change instead
         sources.check_unchanged()
         raise
     sources.check_unchanged()
@@ -310,7 +316,7 @@ def _compare(
 
 
 def _near_notes(near: Mapping[str, Mapping[str, float]], tolerance: float) -> Iterator[str]:
-    """What is said of tensors that differ by rounding alone."""
+    """Notes on tensors that differ only by rounding."""
     distances = {name: distance for of_file in near.values() for name, distance in of_file.items()}
     if distances:
         farthest = max(distances, key=lambda name: distances[name])
@@ -322,8 +328,11 @@ def _near_notes(near: Mapping[str, Mapping[str, float]], tolerance: float) -> It
 
 
 def _as_recorded(record: Record, written: Record, recorded: Mapping[str, Any]) -> Record:
-    """A record made again, with what is no question of its bytes taken from the one that was written: who wrote it, in
-    which format, and the decisions, which were compared already."""
+    """The recomputed record, with some fields replaced by those of the written record.
+
+    These are the fields that do not affect the bytes: the program and libraries that wrote it, and its format. The
+    decisions are replaced too, because they were compared already.
+    """
     targets = tuple(
         replace(target, decision=recorded.get(target.canonical, target.decision)) for target in record.targets
     )
@@ -338,7 +347,7 @@ def _as_recorded(record: Record, written: Record, recorded: Mapping[str, Any]) -
 
 
 def _version_hint(record: Record) -> str:
-    """Why the card of another version may differ, and what to do."""
+    """A hint that the card of another version may differ, and what to do; empty for the same version."""
     versions = other_versions(record)
     if versions is None:
         return ""
@@ -357,7 +366,7 @@ def _compare_small(directory: Path, name: str, data: bytes, context: VerifyConte
 
 
 def first_difference(written: bytes, expected: bytes) -> str | None:
-    """Where a small file differs from what it should be; None where it does not."""
+    """The first difference between a small file and its expected bytes; None if there is none."""
     if written == expected:
         return None
     pairs = enumerate(zip(written, expected, strict=False))
@@ -366,7 +375,7 @@ def first_difference(written: bytes, expected: bytes) -> str | None:
 
 
 def _compare_provenance(provenance: Provenance, data: bytes, directory: Path, context: VerifyContext) -> None:
-    """By content, so that what differs is named."""
+    """Compare the provenance by content, so that problems name the keys that differ."""
     expected = parse_provenance(data, "the provenance made again")
     before, after = provenance.record.as_dict(), expected.record.as_dict()
     unlike_keys = changed_keys(before, after)

@@ -1,4 +1,4 @@
-"""Compute patches again from their sources and compare them row by row; each target is read and scored once for all."""
+"""Recompute patches from their sources and compare them row by row; each target is read and scored once for all."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from hsa.verification.decisions import Answers, is_recorded, other_decision, rec
 from hsa.verification.source_checks import MAX_NAMED, check_targets, comparison_notes, open_recorded, other_roles
 
 DISTANCE_ERROR = 1e-9
-"""Relative; two machines may add the squares of a tile in another order."""
+"""The relative tolerance of distances: two machines may add the squares of a tile in different orders."""
 
 
 @dataclass
 class _PatchDifferences:
-    """A patch, its targets as the sources give them, and what differs so far."""
+    """A patch, its targets as derived from the sources, and the differences found so far."""
 
     patch: Patch
     targets: Targets
@@ -54,26 +54,28 @@ class _PatchDifferences:
 
     @cached_property
     def recorded_targets(self) -> dict[str, TensorRecord]:
-        """What the patch records of its targets, by canonical name."""
+        """The patch's target records, by canonical name."""
         return {target.canonical: target for target in self.patch.contents.targets}
 
     @property
     def needless_targets(self) -> bool:
-        """Whether the patch records targets that the sources do not give."""
+        """Whether the patch records targets that do not follow from the sources."""
         return not self.recorded_targets.keys() <= {task.name for task in self.targets.tasks}
 
     @cached_property
     def recorded(self) -> dict[str, Any]:
-        """The decisions that the patch records for targets which are what the sources give, by canonical name."""
+        """The recorded decisions for targets that match the sources, by canonical name."""
         return recorded_decisions(self.patch.contents.targets, self.targets.tasks)
 
 
 def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, context: VerifyContext) -> Answers | None:
-    """Compute the merges of these patches again and compare: the rows with those that the recorded decisions give, and
-    the decisions with those that the sources give. None where that could not be done for all.
+    """Recompute the merges of these patches and compare rows and decisions.
 
-    Problems are of the patch's file name, or of a source's role. Raises SourceError where a source cannot be opened,
-    MachineError, SourceChanged.
+    Rows are compared with those that follow from the recorded decisions, and decisions with those that follow from the
+    sources. Return None if some patch could not be compared.
+
+    Problems are reported under the patch's file name or a source's role. Raises SourceError if a source cannot be
+    opened, MachineError, SourceChanged.
     """
     first = patches[0].record
     unlike_roles = other_roles(first, source_paths)
@@ -108,7 +110,8 @@ def recompute_patches(patches: Sequence[Patch], source_paths: SourcePaths, conte
 
 
 def _source_identities(patch: Patch) -> dict[Role, tuple[object, ...]]:
-    """What two patches of the same sources have in common; the targets digested differ from preset to preset."""
+    """The facts that two patches of the same sources share. Target digests are left out, since they depend on the
+    preset."""
 
     def about(source: SourceRecord) -> tuple[object, ...]:
         return source.identity, source.kind, dict(source.files)
@@ -117,13 +120,14 @@ def _source_identities(patch: Patch) -> dict[Role, tuple[object, ...]]:
 
 
 def _request(patches: Sequence[Patch], source_paths: SourcePaths) -> Request:
-    """A request for the sources, with the settings of the patch that needs the most tensors of them."""
+    """The request for the sources, with the settings of the patch that needs the most of their tensors."""
     settings: Any = max((settings_of_record(patch.record) for patch in patches), key=_breadth)
     return Request(sources=source_paths.by_role, output="", settings=settings, ids=source_paths.ids)
 
 
 def _breadth(settings: Settings) -> int:
-    """The place of the settings' preset among the presets, which grow; without one every tensor is needed."""
+    """The position of the settings' preset among the presets, which are ordered from small to large. Without a preset,
+    every tensor is needed."""
     preset = getattr(settings, "targets", None)
     return len(PRESETS) if preset is None else PRESETS.index(preset)
 
@@ -161,8 +165,11 @@ def _compare_small_files(patch: Patch, sources: Sources, context: VerifyContext)
 
 
 class _RowComparer:
-    """Compares what the sources give with what patches hold: the decisions with the recorded ones, and the rows that
-    follow from the recorded decisions with the rows. Each target is read once for all patches."""
+    """Compares patches with their sources.
+
+    The recomputed decisions are compared with the recorded ones. The rows that follow from the recorded decisions are
+    compared with the stored rows. Each target is read once for all patches.
+    """
 
     def __init__(self, patches: Sequence[_PatchDifferences], sources: Sources, context: VerifyContext) -> None:
         self.patches, self.sources, self.context = patches, sources, context
@@ -203,7 +210,7 @@ class _RowComparer:
             lines.append(f"target tensor {task.stored.name}{what}")
 
     def _finish(self, differences: _PatchDifferences) -> None:
-        """Add the problems of a patch whose targets are all compared."""
+        """Add the problems of a patch once all its targets have been compared."""
         problems, patch, name = self.context.problems, differences.patch, differences.name
         outcomes = [differences.outcomes[task.name] for task in differences.targets.tasks]
         digests = {role: target_digest(role, outcomes) for role in self.sources.roles}
@@ -232,8 +239,8 @@ def _is_close(recorded: float | None, expected: float | None) -> bool:
 
 
 def _other_decision(differences: _PatchDifferences, task: TensorTask, decision: Any) -> str | None:
-    """How the recorded decision for a target differs from the one that follows from the sources; None where it does
-    not."""
+    """The difference between a target's recorded decision and the one that follows from the sources; None if there is
+    none."""
     target = differences.recorded_targets.get(task.name)
     if target is None:
         return " is missing"
@@ -243,7 +250,7 @@ def _other_decision(differences: _PatchDifferences, task: TensorTask, decision: 
 
 
 def _other_rows(patch: Patch, task: TensorTask, groups: Sequence[int], rows: Array) -> str | None:
-    """How the rows of a target differ from those that its recorded heads give; None where they do not."""
+    """The difference between a target's rows and those that follow from its recorded heads; None if there is none."""
     written = np.empty(rows.size, np.uint8)
     patch.source.read_into(written.data, patch.start(task.stored.name))
     differs = written != rows

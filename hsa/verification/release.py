@@ -1,4 +1,4 @@
-"""Verify the directory of a release: each output, and what index.json says of it."""
+"""Verify the directory of a release: each output, and its entry in index.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from hsa.verification.report import VerifyResult
 def verify_release(
     directory: Path, source_paths: SourcePaths | None, context: VerifyContext, verify: Verify
 ) -> VerifyResult:
-    """Check each output of a release by `verify`, and what index.json says of it. Raises RequestError with sources."""
+    """Check each output of a release with `verify`, and its entry in index.json. Raises RequestError if given
+    sources."""
     if source_paths is not None:
         raise RequestError(
             f"{directory} is a release, each output of which has sources of its own: run hsa release with its recipe "
@@ -42,7 +43,7 @@ def verify_release(
         report = verify(directory / path, None)
         reports.append(report)
         add_member_report(path, report, context)
-        with suppress(HsaError):  # which its own verification has named
+        with suppress(HsaError):  # the output's own verification has reported it already
             _compare_entry(path, entry, load_provenance(directory / path), context)
     unlisted = sorted(set(_outputs(directory)) - paths)
     if unlisted:
@@ -54,7 +55,7 @@ def verify_release(
 
 
 def _index_entries(directory: Path, context: VerifyContext) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and content of each entry of index.json, each once."""
+    """The path and content of each entry of index.json; repeated paths are skipped."""
     paths: set[str] = set()
     with ExitStack() as stack:
         source = open_index(directory, INDEX, context, stack)
@@ -74,9 +75,10 @@ def _index_entries(directory: Path, context: VerifyContext) -> Iterator[tuple[st
 
 
 def _entry_texts(source: SourceFile) -> Iterator[bytes]:
-    """The JSON of each entry: the index may be of any size, and is written with an indent of one space a level.
+    """The JSON of each entry. The index is read in pieces, since it may be of any size.
 
-    Raises ValueError where it is not, or where an entry is larger than any that hsa writes.
+    hsa writes it with an indent of one space per level. Raises ValueError if it is laid out otherwise, or if an entry
+    is larger than any that hsa writes.
     """
     rest, ended, size = b"", False, 0
     entry_lines: list[bytes] = []
@@ -109,7 +111,7 @@ def _compare_entry(path: str, entry: Mapping[str, Any], provenance: Provenance, 
 
 
 def _outputs(directory: Path) -> Iterator[str]:
-    """Places of the outputs of a release, at most two levels down."""
+    """Relative paths of the outputs of a release, at most two levels down."""
     with suppress(OSError):
         for depth in ("*", "*/*"):
             for place in sorted(directory.glob(f"{depth}/{PROVENANCE}")):

@@ -16,14 +16,21 @@ ReportKind = Literal["output", "patch", "sweep", "release"]
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What came of a verification.
+    """The result of a verification.
 
-    `kind` says what was verified: an `output`, a `patch`, or the directory of a `sweep` or of a `release`, whose
-    `members` are the reports of what is in it. `record` is the provenance, None where it cannot be read, and of
-    directories; `files` counts the files whose bytes were read; `problems` is empty for what is sound, those of members
-    included; `notes` say what should be known besides. `sources_compared`: the merge was computed again and compared;
-    then `bytes_follow` says whether the bytes of the weights follow from the recorded decisions, and `decisions_follow`
-    whether these follow from the sources. Both are None otherwise.
+    `kind` says what was verified: an `output`, a `patch`, or the directory of a `sweep` or a `release`, whose `members`
+    are the reports of its points or outputs. `record` is the provenance. It is None if it cannot be read, and for
+    directories of sweeps and releases. `files` counts the files whose bytes were read. `problems` includes those of the
+    members, and is empty if everything is sound. `notes` are further remarks for the user.
+
+    `sources_compared` says whether the merge was recomputed and compared. If it was, `bytes_follow` says whether the
+    bytes of the weights follow from the recorded decisions, and `decisions_follow` whether these decisions follow from
+    the sources. Otherwise both are None.
+
+    Example:
+        >>> report = hsa.verify("merged", base="whisper-small", primary="m1", secondary="m2")
+        >>> report.ok, report.bytes_follow
+        (True, True)
     """
 
     output: Path
@@ -61,7 +68,7 @@ class VerifyReport:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """What `hsa verify --json` prints."""
+        """The report as `hsa verify --json` prints it."""
         record = self.record
         about: dict[str, Any] = {"parameters": None, "sources": None, "target_tensors": None}
         about |= {"selected_heads": None, "total_heads": None}
@@ -95,7 +102,7 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What the verification of one kind of thing gives beside problems and notes; see VerifyReport."""
+    """The result of verifying one kind of target, without problems and notes; see VerifyReport."""
 
     record: Record | None
     files: int

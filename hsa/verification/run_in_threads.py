@@ -1,4 +1,4 @@
-"""Run the tasks of a verification in threads, while memory is sampled and progress is told."""
+"""Run the tasks of a verification in threads, while sampling memory and reporting progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hsa.option_names import with_current_spelling
 from hsa.verification.context import VerifyContext
 
 INTERVAL = 0.02
-"""Seconds between two samples of memory and two calls of progress."""
+"""Seconds between two memory samples, and between two progress calls."""
 
 
 def run_in_threads(
@@ -19,9 +19,9 @@ def run_in_threads(
     stop: threading.Event,
     progress: Callable[[], tuple[int, int]],
 ) -> None:
-    """Run every task; `progress` gives bytes done and bytes in all. Raises the first error of a task.
+    """Run every task and raise the first error of any. `progress` returns the bytes done and the total bytes.
 
-    `stop` is set at the end, and after an error, so that tasks that look at it end soon.
+    `stop` is set at the end and after an error, so that tasks that check it end soon.
     """
     with ThreadPoolExecutor(context.threads) as pool:
         pending: set[Future[None]] = {pool.submit(with_current_spelling(task)) for task in tasks}

@@ -24,7 +24,7 @@ from hsa.verification.context import SourcePaths, VerifyContext
 from hsa.verification.problems import Problems
 
 MAX_NAMED = 8
-"""Differences of one kind that are named."""
+"""The most differences of one kind that are named."""
 
 
 def open_recorded(
@@ -37,14 +37,14 @@ def open_recorded(
     rows_only: bool = False,
     assets: Collection[Role] = (),
 ) -> Sources | None:
-    """The sources of a request, if they have the files and names of a record; else None, and problems that say so.
+    """Open the sources of a request if they have the recorded files; otherwise add problems and return None.
 
-    Of the anchor no more than its targets is fetched where `rows_only`; of the roles in `assets` the small files too.
-    Raises SourceError where one cannot be opened.
+    With `rows_only`, only the targets of the anchor are fetched, and for the roles in `assets` also the small files.
+    Raises SourceError if a source cannot be opened.
     """
     hub = Hub(bars=context.progress is not None)
     open_them = partial(open_sources, request, rows_only=rows_only, assets=assets)
-    if has_hub_ids(request):  # headers first: other sources need not be fetched whole
+    if has_hub_ids(request):  # headers first, so that wrong sources are not fetched whole
         with ExitStack() as trial:
             headers = open_them(Tally(), hub, trial, headers_only=True)
             if not _are_recorded(headers, record.sources, context.problems):
@@ -59,7 +59,7 @@ def open_recorded(
 
 
 def _are_recorded(sources: Sources, recorded: Mapping[Role, SourceRecord], problems: Problems) -> bool:
-    """Whether the sources have the recorded files, by size and header; names those that do not."""
+    """Whether the sources have the recorded files, by size and header; add a problem for each that does not."""
     same = True
     for source in sources:
         for what in _source_differences(source, recorded[source.role]):
@@ -87,8 +87,8 @@ def _source_differences(source: Checkpoint, recorded: SourceRecord) -> Iterator[
 def _check_names(sources: Sources, record: Record, source_paths: SourcePaths, context: VerifyContext) -> None:
     """Compare the recorded ids with those of the sources.
 
-    Bytes do not say what a model is called. An id that is known, since the source came from the Hub or the user gave
-    the id, must be the recorded one; the name of a directory proves nothing, and a note tells what was not checked.
+    Bytes do not contain a model's name. An id is known if the source came from the Hub or the user gave the id; it must
+    then equal the recorded one. The name of a directory proves nothing, so a note lists what was not checked.
     """
     unchecked = []
     for source in sources:
@@ -113,14 +113,15 @@ def _name(identity: Identity) -> str:
 
 
 def other_roles(record: Record, source_paths: SourcePaths) -> str | None:
-    """Why the sources given cannot be those of a record: it names others; None where it does not."""
+    """The reason why the given sources cannot be those of a record: their roles differ. None if the roles match."""
     if set(record.sources) == set(source_paths.by_role):
         return None
     return f"was merged from {listed(record.sources)}, and was not compared with {listed(source_paths.by_role)}"
 
 
 def check_targets(record: Record, digests: Mapping[Role, str], problems: Problems) -> bool:
-    """Whether the sources, whose target tensors have these digests, have the recorded ones; names those without."""
+    """Whether these digests of the sources' target tensors are the recorded ones; add a problem for each that
+    differs."""
     same = True
     for role, source in record.sources.items():
         digest, recorded = digests[role], source.targets
@@ -131,7 +132,7 @@ def check_targets(record: Record, digests: Mapping[Role, str], problems: Problem
 
 
 def other_versions(record: Record) -> str | None:
-    """The versions that a record names and that are not those here; None where all are."""
+    """The recorded versions that differ from those of this installation; None if all agree."""
     method = f"method {record.method.name}"
     own = {**PROGRAM, **recording.libraries(record.method.libraries), method: record.method.version}
     recorded = {**record.program, **record.libraries, method: record.version}
@@ -140,7 +141,7 @@ def other_versions(record: Record) -> str | None:
 
 
 def comparison_notes(record: Record) -> Iterator[str]:
-    """Notes of a comparison with the sources: other versions, and what the method says of its decisions."""
+    """Notes on a comparison with the sources: other versions, and the method's own notes on its decisions."""
     versions = other_versions(record)
     if versions is not None:
         yield f"its record says that it was written with {versions}; no digest proves that"

@@ -1,4 +1,4 @@
-"""Verify the directory of a sweep: each point, and what the index says of them."""
+"""Verify the directory of a sweep: each point, and the index."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from hsa.verification.output import LABEL
 from hsa.verification.report import VerifyResult
 
 _FROM = "_from_"
-"""Ends the name of a column of index.csv that holds distances; what is before it is the stack."""
+"""The separator in names of distance columns of index.csv: `STACK_from_ROLE`."""
 
 OPEN_PATCHES = 64
-"""Patches that are open at a time while they are compared with their sources."""
+"""The number of patches that are open at a time while they are compared with their sources."""
 
 
 def verify_sweep(
     directory: Path, source_paths: SourcePaths | None, context: VerifyContext, verify: Verify
 ) -> VerifyResult:
-    """Check each point of a sweep by `verify`, and both index files against the points."""
+    """Check each point of a sweep with `verify`, and both index files against the points."""
     names = _point_names(directory, context)
     reports, entries, records, patches = [], [], [], []
     listed_distances = _listed_distances(directory, context)
@@ -63,7 +63,7 @@ def verify_sweep(
 
 
 def _point_names(directory: Path, context: VerifyContext) -> list[str]:
-    """The names of the points; what else is there is a note."""
+    """The names of the points; other entries are noted, and links are problems."""
     names, ignored, starts = [], [], name_starts()
     try:
         files = sorted(os.scandir(directory), key=lambda entry: entry.name)
@@ -88,7 +88,8 @@ def _point_names(directory: Path, context: VerifyContext) -> list[str]:
 def _entry(
     path: Path, record: Record, listed_distances: Mapping[str, Distances], context: VerifyContext
 ) -> SweepEntry | None:
-    """What the index must say of a point. The distances of a checkpoint need its sources, and are taken as listed."""
+    """The expected index entry of a point. A checkpoint's distances could only be computed from its sources, so they
+    are taken from the index."""
     try:
         point = point_of(record)
         if point.name != path.name.removesuffix(SUFFIX):
@@ -106,7 +107,7 @@ def _entry(
 
 
 def _compare_sources(records: Sequence[tuple[str, Record]], context: VerifyContext) -> None:
-    """All points of a sweep have the same sources, and those of one preset the same target tensors."""
+    """Check that all points of a sweep have the same sources, and those of one preset the same target tensors."""
     first: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {}
     for name, record in records:
         for preset in ("", str(record.parameters.get("targets"))):
@@ -122,7 +123,7 @@ def _compare_sources(records: Sequence[tuple[str, Record]], context: VerifyConte
 
 
 def _together(answers: Sequence[Answers | None]) -> Answers | None:
-    """The answers for all points; None where one was not compared, or none is there."""
+    """The combined answers for all points; None if one was not compared, or if there are no points."""
     given = [each for each in answers if each is not None]
     return Answers.all(given) if given and len(given) == len(answers) else None
 
@@ -134,14 +135,14 @@ def _recompute(patches: Sequence[Path], source_paths: SourcePaths, context: Veri
         with ExitStack() as stack:
             group: list[Patch] = []
             for path in patches[first : first + OPEN_PATCHES]:
-                with suppress(SourceError):  # which its own verification has named
+                with suppress(SourceError):  # the patch's own verification has reported it already
                     group.append(open_patch(path, context.tally, stack))
             if group:
                 yield recompute_patches(group, source_paths, context)
 
 
 def _listed_distances(directory: Path, context: VerifyContext) -> dict[str, Distances]:
-    """The distances that index.csv lists, by place; nothing of rows that are malformed."""
+    """The distances that index.csv lists, by place. Reading stops at the first malformed row."""
     by_place: dict[str, Distances] = {}
     with suppress(HsaError, UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError):
         text = read_whole(LABEL, directory, sweep_index.CSV, context.tally).decode("utf-8")
@@ -186,7 +187,7 @@ def _compare_index(
 
 
 def _listed_places(directory: Path, context: VerifyContext) -> Iterator[str]:
-    """The places that index.csv lists; none where it cannot be read, which its comparison tells."""
+    """The places that index.csv lists; none if it cannot be read, which the comparison of the index reports."""
     with suppress(HsaError, UnicodeDecodeError, csv.Error):
         text = read_whole(LABEL, directory, sweep_index.CSV, context.tally).decode("utf-8")
         for row in csv.DictReader(io.StringIO(text)):

@@ -1,4 +1,5 @@
-"""Which files a loader reads from a model's directory: beside an output, the merge must have written those."""
+"""The files that a loader reads from a model's directory. In an output, all of them must have been written by the
+merge."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ _WEIGHTS = (
     ".ggml",
     ".index.json",
 )
-"""Endings of weights, and of their indexes, that some loader of Whisper models takes where it finds them."""
+"""Suffixes of weights and of their indexes that some loader of Whisper models reads if it finds them."""
 
 _CODE = (".py", ".jinja", ".model", ".tiktoken")
-"""Endings of code and templates that transformers loads, and of tokenizers in other formats."""
+"""Suffixes of code and templates that transformers loads, and of tokenizers in other formats."""
 
 _CONFIGS = "generation|preprocessor|processor|tokenizer|adapter|video_preprocessor|image_processor|feature_extractor"
 _SETTINGS = re.compile(
@@ -28,14 +29,14 @@ _SETTINGS = re.compile(
     r"|(?:adapter|tokenizer|vocab|merges|normalizer|special_tokens|added_tokens|chat_template)[^/]*\.(?:json|txt)",
     re.ASCII,
 )
-"""Names of configs and tokenizer files; transformers also takes those with a version in them (`config.4.0.0.json`)."""
+"""Names of configs and tokenizer files. transformers also reads names with a version (`config.4.0.0.json`)."""
 
 _FOLDERS = ("additional_chat_templates", "custom_generate")
-"""Directories that transformers looks into. It reads none of the others in a model's directory."""
+"""Directories that transformers looks into. It ignores all others in a model's directory."""
 
 
 def is_read_by_loaders(name: str) -> bool:
-    """Whether a loader would read this file or directory if it lies in the directory of a model.
+    """Whether a loader would read a file or directory of this name in a model's directory.
 
     Example:
         >>> is_read_by_loaders("tokenizer.json"), is_read_by_loaders("wer.json")

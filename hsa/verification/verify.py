@@ -1,4 +1,4 @@
-"""`hsa.verify`: whether what hsa wrote is what it was, is sound, and follows from its sources."""
+"""`hsa.verify`: check that what hsa wrote is unchanged and sound, and that it follows from its sources."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from hsa.verification.sweep import verify_sweep
 __all__ = ["Problem", "VerifyReport", "verify"]
 
 ATTEMPTS = 3
-"""How often a verification is begun where the output is replaced while it is read."""
+"""How often a verification is started if the output is replaced while it is read."""
 
 PATIENCE = 1.0
 """Seconds to wait for an output that is just being replaced, on a filesystem that cannot swap two directories."""
@@ -46,29 +46,30 @@ PATIENCE = 1.0
 EXPECTED = "give an output, a patch, or the directory of a sweep or of a release"
 
 
-@declared_keywords(VERIFY)
 @map_os_errors()
+@declared_keywords(VERIFY)
 def verify(output: PathLike, *, progress: Progress | None = None, **keywords: Any) -> VerifyReport:
-    """Check what hsa wrote, and with its sources compute the merge again and compare bytes.
+    """Verify what hsa wrote. With its sources, recompute the merge and compare every byte.
 
-    Without sources: every file against the digests of the provenance, headers, index, names and shapes against
-    `config.json`, every target tensor finite, and the provenance's targets and heads against weights and parameters. Of
-    a patch, the same of its rows and its document. With sources: every byte against what they give.
+    Without sources, four things are checked: every file against the digests of the provenance; headers, index, names
+    and shapes against `config.json`; that every target tensor is finite; and the targets and heads of the provenance
+    against weights and parameters. For a patch, its rows and its document are checked the same way. With sources, every
+    byte is also compared with the recomputed merge.
 
-    Sources are given all or none, as for `hsa.merge`, or `models` in their order; the record says by which method they
-    were merged, and from what. A release takes none, for each of its outputs has its own. Ids are those that the record
-    must have for sources that are directories.
+    Give all sources or none, by role as for `hsa.merge`, or as `models` in their order. The record names the method and
+    the sources of the merge. A release takes no sources, because each of its outputs has its own. Ids are compared with
+    the recorded ids of sources that are directories.
 
     Args:
-        output: an output's directory, a patch file, or the directory of a sweep or of a release, each member of which
-            is verified. Only what lies there is read; of the Hub's cache those files that its links lead to.
+        output: an output's directory, a patch file, or the directory of a sweep or a release, whose members are all
+            verified. Only files in it are read. In the Hub's cache, its links are followed.
         {sources}
         {options}
-        progress: called now and then with bytes done and bytes in all.
+        progress: called now and then with the bytes done and the total bytes.
 
-    Returns the report: a damaged output is no exception. Raises RequestError (nothing there, or nothing of hsa, some
-    sources and not all, or others than the record names), SourceError (a source cannot be opened), SourceChanged (the
-    output is replaced again and again), MachineError (reading failed).
+    Returns the report, also for a damaged output. Raises RequestError (nothing is there, or hsa did not write it, or
+    the sources are incomplete or not those that the record names), SourceError (a source cannot be opened),
+    SourceChanged (the output is replaced again and again), MachineError (reading failed).
 
     Example:
         >>> report = hsa.verify("merged")
@@ -85,7 +86,7 @@ def verify(output: PathLike, *, progress: Progress | None = None, **keywords: An
 
 
 def _verify_until_whole(path: Path, sources: FindSources, threads: int, progress: Progress | None) -> VerifyReport:
-    """The report of what is at a path, begun again where it is replaced meanwhile."""
+    """Verify what is at a path, and start again if it is replaced meanwhile."""
     for attempt in range(ATTEMPTS):
         report = _verify_unless_replaced(path, sources, threads, progress)
         if report is not None:
@@ -97,7 +98,7 @@ def _verify_until_whole(path: Path, sources: FindSources, threads: int, progress
 
 
 def _resolve(output: PathLike) -> Path:
-    """Where the output is, links resolved. RequestError where nothing is."""
+    """The output's path with links resolved. Raises RequestError if nothing is there."""
     text = os.fspath(output)
     if isinstance(text, str) and not text:
         raise RequestError(f"output is an empty path; {EXPECTED}")
@@ -111,7 +112,7 @@ def _resolve(output: PathLike) -> Path:
 def _verify_unless_replaced(
     path: Path, sources: FindSources, threads: int, progress: Progress | None
 ) -> VerifyReport | None:
-    """The report of what is at a path; None where it was replaced meanwhile."""
+    """The report on what is at a path; None if it was replaced meanwhile."""
     failure: HsaError | None = None
     with _kept_open(path) as inode:
         try:
@@ -127,7 +128,8 @@ def _verify_unless_replaced(
 
 @contextmanager
 def _kept_open(path: Path) -> Iterator[tuple[int, int]]:
-    """Device and inode of what is at a path; kept open, so that no other file gets the same ones."""
+    """Yield the device and inode of what is at a path, and keep it open, so that no other file can get the same
+    inode."""
     try:
         fd = open_file(path, getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK))
     except OSError as error:
@@ -142,7 +144,7 @@ def _kept_open(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _is_replaced(path: Path, inode: tuple[int, int]) -> bool:
-    """Whether something else is at the path now. SourceChanged where nothing is there for `PATIENCE` seconds."""
+    """Whether something else is at the path now. Raises SourceChanged if nothing is there for `PATIENCE` seconds."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -185,7 +187,7 @@ def _verify(path: Path, sources: FindSources, threads: int, progress: Progress |
 
 
 def _kind(path: Path) -> ReportKind:
-    """What is at a path. RequestError where hsa did not write it."""
+    """The kind of what is at a path. Raises RequestError if hsa did not write it."""
     if not path.is_dir():
         if path.is_file() and (is_patch(path) or _is_truncated(path)):
             return "patch"
@@ -205,7 +207,7 @@ def _kind(path: Path) -> ReportKind:
 
 
 def _is_truncated(path: Path) -> bool:
-    """Whether a file with a patch's name has no header that can be read, as after a broken copy."""
+    """Whether a file with a patch's suffix has no readable header, as after an interrupted copy."""
     if path.suffix != SUFFIX:
         return False
     try:

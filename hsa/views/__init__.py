@@ -1,1 +1,1 @@
-"""An inspection as tables, CSV, pictures and a page."""
+"""Views of an inspection: tables, CSV, pictures and a page."""

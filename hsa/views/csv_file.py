@@ -1,4 +1,4 @@
-"""An inspection as CSV: one row for each head of each tensor. Floats are written so that they read back exactly."""
+"""An inspection as CSV: one row for each head of each tensor. Floats are written so that they parse back exactly."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ COLUMNS = (
     "tv1_relative",
     "tv2_relative",
 )
-"""`selected` is 1 or 0. Empty: not known; `squared_score` and what follows `selected` need the sources."""
+"""`selected` is 1 or 0. Empty cells are unknown. `squared_score` and the columns after `selected` need the sources."""
 
 _GEOMETRY = COLUMNS[COLUMNS.index("cosine") :]
 
 
 def render(inspection: Inspection) -> bytes:
-    """The file's bytes: RFC 4180 with a header, UTF-8."""
+    """The bytes of the file: RFC 4180 with a header, UTF-8."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
@@ -63,5 +63,5 @@ def _rows(tensor: TensorInspection) -> list[list[object]]:
 
 
 def cell(value: object) -> object:
-    """A value as it stands in a row: empty where there is none, and floats so that they read back exactly."""
+    """A value as a cell of a row: empty for None, and floats in a form that parses back exactly."""
     return "" if value is None else repr(value) if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""Check and write the files of an inspection: CSV, pictures and pages. A file appears whole or not at all."""
+"""Check and write the files of an inspection: CSV, pictures and pages. Files are written atomically."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PathLike = str | os.PathLike[str]
 
 
 def check_file(path: PathLike, protected: Sequence[PathLike], *, overwrite: bool) -> Path:
-    """The absolute path of a file to write. `protected` are sources and outputs, into which nothing is written.
+    """Return the absolute path of a file to write. Nothing is written into `protected`, the sources and outputs.
 
-    Raises DestinationError when it exists (without `overwrite`) or is no file, when its directory is missing, or when
-    it lies in a source or an output.
+    Raises DestinationError if the path exists (without `overwrite`) or is no file, if its directory is missing, or if
+    it is inside a source or an output.
     """
     expanded = Path(path).expanduser()
     try:
@@ -48,7 +48,8 @@ def check_file(path: PathLike, protected: Sequence[PathLike], *, overwrite: bool
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole: beside its place first, then renamed. Raises MachineError."""
+    """Write a file atomically: to a temporary file in the same directory, which is then renamed. Raises
+    MachineError."""
     with fsio.map_write_errors(path, len(data)):
         fd, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
         try:

@@ -1,4 +1,4 @@
-"""An inspection of whole models as CSV: one row for each tensor. Floats are written so that they read back exactly."""
+"""An inspection of whole models as CSV: one row for each tensor. Floats are written so that they parse back exactly."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hsa.views.csv_file import cell
 PLACE = ("tensor", "stack", "layer", "kind", "elements", "copied", "base_norm", "shared", "disagreeing", "conflict")
 
 OF_MODELS = ("norm", "relative", "moved", "kept", "kept_energy", "agreeing", "coefficient")
-"""Columns that each model has; their names begin with its role."""
+"""The columns of each model; their names begin with its role."""
 
 
 def render(inspection: ModelInspection) -> bytes:
-    """The file's bytes: RFC 4180 with a header, UTF-8. Empty cells: not known, or not decided by the method."""
+    """The bytes of the file: RFC 4180 with a header, UTF-8. Empty cells are unknown, or not decided by the method."""
     text, models = io.StringIO(newline=""), inspection.models
     writer = csv.writer(text)
     pairs = [f"cosine_{one}_{two}" for one, two in combinations(models, 2)]

@@ -1,4 +1,4 @@
-"""An inspection of whole models as text: what each model moved and keeps, cosines, and where signs conflict."""
+"""An inspection of whole models as text: how far each model moved, its kept share, cosines, and sign conflicts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MOST_COSINES = 4
-"""Models whose cosines two by two fit into a narrow table."""
+"""The most models whose pairwise cosines fit into a narrow table."""
 
 APART = "apart: distance between two models, relative to the norm of the second"
-"""What takes the place of cosines where there is no base: those of models of one base are 1.000 to three digits."""
+"""The legend of the column that replaces cosines if there is no base. The cosines of models of one base would all be
+1.000 to three digits."""
 
 MOST_CONFLICTS = 3
-"""Places of the most conflicts that are named."""
+"""The number of places with the most conflicts that are named."""
 
 
 def print_models(console: Console, view: ModelInspection, *, wide: bool) -> None:
-    """Print it; `wide`: by layer too, and by single kinds of tensors."""
+    """Print an inspection. With `wide`, also by layer, and by single kinds of tensors."""
     whole = view.whole
     which = "all" if whole.copied == whole.tensors else f"{whole.copied} of them"
     copied = f", {which} equal in all sources and copied" if whole.copied else ""
@@ -54,7 +55,7 @@ def _layer(spot: Spot) -> str:
 
 
 def _models(console: Console, view: ModelInspection, *, wide: bool) -> None:
-    """A row for each model: its norm, what is kept of it, its coefficients, and its cosine with the others."""
+    """Print a row for each model: its norm, its kept share, its coefficients, and its cosines with the others."""
     sums, kept, coefficients = view.whole.vectors, view.whole.kept, view.coefficients
     several = sums is not None and len(view.models) > 1
     norms = ("norm", "of base") if view.based else ("norm",)
@@ -97,7 +98,7 @@ def _models(console: Console, view: ModelInspection, *, wide: bool) -> None:
 
 
 def _legend(kept: KeptSums) -> str:
-    """What the columns of what is kept mean."""
+    """The legend of the columns about kept elements."""
     texts = ["kept: share of the elements"]
     if kept.squares is not None:
         texts.append("energy: of the squared norm")
@@ -120,7 +121,7 @@ def _likeness_text(view: ModelInspection, value: float | None) -> str:
 
 
 def _likeness_columns(view: ModelInspection, *, wide: bool) -> list[str]:
-    """The columns of cosines or distances: with every model before, or the mean of all where these are too many."""
+    """The columns of cosines or distances: one for each preceding model, or only the mean if there are too many."""
     word = _likeness_word(view)
     many = len(view.models) > MOST_COSINES and not wide
     return [f"mean {word}"] if many else [f"{word} {place}" for place in range(1, len(view.models))]
@@ -132,7 +133,7 @@ def _spread(least_mean_greatest: tuple[float, float, float]) -> str:
 
 
 def _groups(console: Console, view: ModelInspection, name: str, groups: dict[str, Group], *, wide: bool) -> None:
-    """Means over the models by kind of tensor or by layer."""
+    """Print means over the models, by kind of tensor or by layer."""
     whole = view.whole
     several = len(view.models) > 1
     columns, likeness_column = ["tensors"] if wide else [], "cosine" if view.based else "apart"
@@ -166,7 +167,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _conflicts(console: Console, view: ModelInspection) -> None:
-    """Where signs conflict most."""
+    """Print the places where signs conflict most."""
     if not view.based or len(view.models) < 2 or view.whole.vectors is None:
         return
     cells = view.groups(lambda spot: f"{spot.stack} {_layer(spot)}, {spot.kind}")

@@ -1,9 +1,10 @@
-"""One page that needs nothing else: of an inspection, heat maps that answer to controls; of an evaluation, tables.
+"""A self-contained HTML page: interactive heat maps of an inspection, or tables of an evaluation.
 
-Of heads, their selection follows sliders; of whole models, a choice says what the cells show.
+For heads, sliders change the selection. For whole models, a menu chooses what the cells show.
 
-The page's policy lets nothing be loaded and no script run but its own, by digest. What came from files stands in it as
-JSON, without any character that could end its element, and reaches the document as text alone.
+The page's Content Security Policy blocks all loading, and all scripts except its own, which it names by digest. Data
+from files is embedded as JSON, without any character that could end its element, and is inserted into the document only
+as text.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ TITLES: Mapping[str, str] = {
     "page": "Heads of a merge",
     "search": "Search of merges",
 }
-"""The pages by the names of their files, and what stands in the title bar until their scripts say more."""
+"""The pages by the names of their files, with the titles that they have until their scripts set others."""
 
 _HERE = Path(__file__).parent
 _ESCAPED = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
 
 def render(inspection: Inspection | ModelInspection) -> bytes:
-    """The page of an inspection: the file's bytes."""
+    """The page of an inspection, as the bytes of its file."""
     return fill("page" if isinstance(inspection, Inspection) else "models", inspection.as_dict())
 
 
 def fill(name: str, document: Mapping[str, Any]) -> bytes:
-    """The page NAME over a document: the file's bytes, ASCII but for the page's own text. Floats read back exactly.
+    """The page NAME with a document embedded, as the bytes of its file.
 
-    NAME.html is the body of the page, without its scripts, and NAME.js its own script. frame.html is what stands around
-    the body on every page.
+    The bytes are ASCII except for the page's own text. Floats parse back exactly. NAME.html is the body of the page
+    without its scripts, and NAME.js is its own script. frame.html surrounds the body on every page.
 
     Example:
         >>> fill("models", inspection.as_dict())[:15]  # doctest: +SKIP
@@ -59,10 +60,10 @@ def fill(name: str, document: Mapping[str, Any]) -> bytes:
         "SCRIPT": script,
         "DATA": data.translate(_ESCAPED),
     }
-    pieces = frame.replace("@BODY@", body).split("@")  # one pass: no document that is put in is looked at again
+    pieces = frame.replace("@BODY@", body).split("@")  # one pass, so that inserted text is not searched again
     return "".join(parts.get(piece, piece) for piece in pieces).encode("utf-8")
 
 
 def _digest(text: str) -> str:
-    """A source expression for exactly this inline text. Source: Content Security Policy level 3."""
+    """The CSP source expression for exactly this inline text. Source: Content Security Policy level 3."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}"

@@ -1,7 +1,7 @@
 """An inspection as PNG files, one for each attention block: heat maps of layers by heads, with the merged heads framed.
 
-A page holds the projections of one block side by side, scores above and cosines below. So its height follows the
-number of layers alone, and every page of any Whisper fits a screen or a sheet of paper.
+A page shows the projections of one block side by side, with scores above and cosines below. Its height depends only on
+the number of layers, so every page of any Whisper model fits a screen or a sheet of paper.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
 
 DPI = 150
 MAX_PIXELS = 12_000
-"""The longest edge of a page: of a model with very many layers or heads the resolution is lowered."""
+"""The longest edge of a page in pixels. For a model with very many layers or heads, the resolution is lowered."""
 
 CELL = 0.2
-"""Inches of a head in a panel, and of a layer."""
+"""The size of a head, and of a layer, in a panel, in inches."""
 
 BESIDE, ABOVE = 0.9, 1.1
-"""Inches of a panel's labels beside and above its cells."""
+"""The space for a panel's labels beside and above its cells, in inches."""
 
 
 def render(inspection: Inspection) -> dict[str, bytes]:
-    """The bytes of each page by its name: the first block's is empty, as most merges have one block alone.
+    """The bytes of each page by its name. The name of the first block's page is empty, since most merges have only one
+    block.
 
-    They are the same for the same inspection and matplotlib. Raises RequestError without matplotlib.
+    The bytes are deterministic for one version of matplotlib. Raises RequestError without matplotlib.
     """
     check_installed()
     pages = _pages(inspection)
@@ -42,7 +43,8 @@ def render(inspection: Inspection) -> dict[str, bytes]:
 
 
 def _pages(inspection: Inspection) -> dict[str, dict[str, list[TensorInspection]]]:
-    """Tensors by page and panel, in order of layers: a page for each block, a panel for each projection's part."""
+    """The tensors by page and panel, in order of layers: a page for each block, and a panel for the weights or the
+    biases of each projection."""
     pages: dict[str, dict[str, list[TensorInspection]]] = {}
     for part in ("weight", "bias"):
         for tensor in inspection.tensors.values():
@@ -70,7 +72,7 @@ def _page(inspection: Inspection, name: str, panels: dict[str, list[TensorInspec
     )
     grid = figure.subplots(len(rows), len(panels), squeeze=False, width_ratios=[max(6, count) for count in heads])
     for axes, quantity in zip(grid, rows, strict=True):
-        for part in ("weight", "bias"):  # the scores of biases are an order of magnitude below those of weights
+        for part in ("weight", "bias"):  # separate scales: scores of biases are an order of magnitude smaller
             chosen = [place for place, title in enumerate(panels) if title.endswith(part)]
             if not chosen:
                 continue
@@ -90,7 +92,7 @@ def _page(inspection: Inspection, name: str, panels: dict[str, list[TensorInspec
 
 
 def check_installed() -> None:
-    """RequestError where matplotlib cannot be imported."""
+    """Raise RequestError if matplotlib cannot be imported."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -150,5 +152,5 @@ def _panel(
 
 
 def _ticks(count: int) -> range:
-    """Which of so many rows or columns are labelled: all of a few, every second or fourth of many."""
+    """The labelled ones of `count` rows or columns: all of a few, every second or fourth of many."""
     return range(0, count, 1 if count <= 12 else 2 if count <= 24 else 4)

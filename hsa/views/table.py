@@ -1,6 +1,6 @@
-"""Inspections and comparisons as text: rich tables that fit a terminal, whole heads and whole words in every row.
+"""Inspections and comparisons as text: rich tables that fit a terminal, without breaking head maps or words.
 
-Nothing in them is read as markup. With `wide` every column is shown, however wide the table is then.
+Nothing in them is interpreted as markup. With `wide`, every column is shown, however wide the table becomes.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BESIDE_HEADS = 53
-"""Columns that the narrow table of tensors needs beside its heads."""
+"""The width of the narrow table of tensors without its head maps, in characters."""
 
 BESIDE_BOTH = 52
-"""Columns that the narrow table of two outputs' tensors needs beside their heads."""
+"""The width of the narrow table of two outputs' tensors without its head maps, in characters."""
 
 
 def render(view: Inspection | ModelInspection | Comparison, *, wide: bool = False) -> str:
-    """The text for stdout as it is now: its width, its letters, colours on a terminal alone.
+    """The text for the current stdout, with its width and encoding, and with colours only on a terminal.
 
-    `wide`: every column, however wide that is.
+    With `wide`, every column is shown, however wide the table becomes.
     """
     buffer = TextBuffer(sys.stdout)
     console = console_on(buffer, wide=wide)
@@ -109,7 +109,7 @@ def _tensors(console: Console, view: Inspection, *, wide: bool) -> None:
 
 
 def head_map(tensor: TensorInspection, width: int) -> str:
-    """One character a head, or a word for it where there is no room for the whole row."""
+    """One character per head, or a hint if the whole row does not fit."""
     selected = set(tensor.selected)
     if tensor.heads > width:
         return "see --wide"
@@ -117,7 +117,7 @@ def head_map(tensor: TensorInspection, width: int) -> str:
 
 
 def _means(tensor: TensorInspection) -> list[str]:
-    """Mean cosine over selected and other heads, and the whole tensor's relative sizes."""
+    """The mean cosines over selected and over other heads, and the whole tensor's relative sizes."""
     if tensor.geometry is None:
         return ["", "", "", ""]
     selected = set(tensor.selected)
@@ -229,7 +229,7 @@ def _heads(console: Console, heads: Mapping[str, HeadsDiff], view: Comparison, *
 
 
 def _compared_head_map(diff: HeadsDiff, width: int) -> str:
-    """One character a head of two outputs, or a word for it where there is no room for the whole row."""
+    """One character per head of two outputs, or a hint if the whole row does not fit."""
     if diff.heads > width:
         return "see --wide"
     signs = {(True, True): "#", (True, False): "A", (False, True): "B", (False, False): "."}
@@ -237,7 +237,7 @@ def _compared_head_map(diff: HeadsDiff, width: int) -> str:
 
 
 def _short_name(place: TensorPlace) -> str:
-    """A target tensor's place in the model, shorter than its name."""
+    """A short description of a target tensor's place in the model."""
     return f"{place.stack} {place.layer} {place.block} {place.kind} {place.part}"
 
 

@@ -1,6 +1,6 @@
-"""Text for stdout: a console as wide as a terminal, tables that break no word, and numbers in words.
+"""Text for stdout: a console as wide as the terminal, tables that break no words, and formatted numbers.
 
-Nothing in it is read as markup.
+Nothing in it is interpreted as markup.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PIPED_WIDTH = 80
-"""Columns where the output is no terminal."""
+"""The width in columns if the output is not a terminal."""
 
 UNLIMITED = 100_000
-"""Columns of a wide table: more than any has."""
+"""The width limit of a wide table in columns, larger than any table."""
 
 
 class TextBuffer(io.StringIO):
-    """Text that is kept, and looks to rich like this stream: a terminal or none, with its encoding."""
+    """A text buffer that looks to rich like a given stream: a terminal or not, with its encoding."""
 
     def __init__(self, stream: IO[str] | None) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class TextBuffer(io.StringIO):
 
 
 def console_on(out: IO[str], *, wide: bool) -> Console:
-    """A console that writes there; `wide`: whatever the width of a line is."""
+    """A console that writes to `out`; with `wide`, lines have no width limit."""
     from rich.console import Console
 
     width = None if out.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
@@ -70,13 +70,13 @@ def add_row(table: Table, *values: Any) -> None:
 
 
 def print_line(console: Console, text: str) -> None:
-    """A line of text, wrapped between words at the console's width."""
+    """Print a line of text, wrapped between words at the console's width."""
     lead = "\n" if text.startswith("\n") else ""
     console.print(lead + one_line(text.removeprefix("\n")), markup=False)
 
 
 def parameter_text(value: Any) -> str:
-    """The value of a parameter; a dash where there is none."""
+    """The value of a parameter as text; a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, dict):
@@ -88,14 +88,14 @@ def parameter_text(value: Any) -> str:
 
 
 def print_sources(console: Console, sources: Mapping[str, Mapping[str, Any]]) -> None:
-    """A line for each source: its role, who it is, and the digest of its targets where a record names that."""
+    """Print a line for each source: its role, its identity, and the digest of its targets if a record contains it."""
     for role, source in sources.items():
         revision = f"@{source['revision']}" if source.get("revision") else ""
         print_line(console, f"{role:<10}{source['id']}{revision}" + _digest(source))
 
 
 def print_files(console: Console, files: Mapping[str, str | None] | None) -> None:
-    """A line of the files of an output, where there is one."""
+    """Print a line about the files of an output, if there is an output."""
     if files is not None:
         hashed = sum(digest is not None for digest in files.values())
         print_line(console, f"files: {len(files)} recorded, {hashed} with a digest: {', '.join(files)}")
@@ -106,10 +106,10 @@ def _digest(source: Any) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in a form of Python's; a dash where there is none."""
+    """A number in a Python format; a dash for None."""
     return "-" if value is None else format(value, form)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share in percent; a dash where there is none."""
+    """A share in percent; a dash for None."""
     return "-" if value is None else f"{100 * value:.{digits}f} %"

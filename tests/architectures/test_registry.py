@@ -145,7 +145,7 @@ def test_a_family_that_lacks_something_is_refused_by_name(tmp_path: Path, monkey
     text = PLUGIN.read_text().replace("    name = ", "    called = ").replace("    width = ", "    size = ")
     path.write_text(text)
     monkeypatch.setenv(VARIABLE, str(path))
-    with pytest.raises(RequestError, match=r"bare\.py: the family Murmur has no name and width; docs/add-an-arch"):
+    with pytest.raises(RequestError, match=r"bare\.py: the family Murmur has no name and width; docs/contributing/"):
         registry.architectures()
 
 

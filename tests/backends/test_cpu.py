@@ -205,7 +205,7 @@ def test_permuting_the_heads_permutes_the_result(case: Case, random: Any) -> Non
 @pytest.mark.parametrize("delta", [1e-25, 1e-12, 1e-3, 1.0, 1e15, 1e30])
 @pytest.mark.parametrize("kind", NAMES)
 def test_score_error_against_float64(delta: float, kind: str) -> None:
-    """Base is as small as its task vectors, so that the differences themselves lose little; SPEC section 2."""
+    """Base is as small as its task vectors, so that the differences themselves lose little."""
     case = draw(shape_of(kind, 3, 64, 320), 3, delta=delta, base=delta, kind=kind)
     _, merged = run(case)
     wide = reference.head_scores(

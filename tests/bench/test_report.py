@@ -1,4 +1,4 @@
-"""The report: figures by hand from sample rows, one run in each ratio, honest gaps, and a README that can be stale."""
+"""The report: figures by hand from sample rows, one run in each ratio, honest gaps, and pages that can be stale."""
 
 from __future__ import annotations
 
@@ -69,11 +69,14 @@ def wer_row(variant: str, wer: float, **changes: object) -> Row:
 
 
 @pytest.fixture
-def readme(tmp_path: Path) -> Path:
-    path = tmp_path / "README.md"
-    marked = "".join(f"\n<!-- report:{name} -->\nold\n<!-- /report:{name} -->\n" for name in report.BLOCKS)
-    path.write_text(BEFORE + marked + AFTER, encoding="utf-8")
-    return path
+def page(tmp_path: Path) -> Path:
+    """The page of benchmarks, beside the others."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name, blocks in report.PAGES.items():
+        marked = "".join(f"\n<!-- report:{block} -->\nold\n<!-- /report:{block} -->\n" for block in blocks)
+        (docs / name).write_text(BEFORE + marked + AFTER, encoding="utf-8")
+    return docs / "benchmarks.md"
 
 
 @pytest.fixture
@@ -84,9 +87,9 @@ def results(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(readme: Path, results: Path) -> Callable[..., int]:
+def call(page: Path, results: Path) -> Callable[..., int]:
     def run(*options: str) -> int:
-        return report.main([f"--results={results}", f"--readme={readme}", *options])
+        return report.main([f"--results={results}", f"--docs={page.parent}", *options])
 
     return run
 
@@ -228,13 +231,13 @@ def parity_row(comparison: str, case: str, between: float, **changes: object) ->
 
 
 def test_distances_from_mergekit(results: Path) -> None:
-    assert report.METHOD_BLOCKS["parity"](results, no_image) == ["Distances from mergekit are not yet measured."]
+    assert report.PAGES["methods.md"]["parity"](results, no_image) == ["Distances from mergekit are not yet measured."]
     files = [parity_row("files", "whispers", 2e-8), parity_row("files", "llamas", 3e-8)]
     wide = {"method": "nuslerp", "ours": 2e-8, "theirs": 3.1e-6, "formulas": 0, "most": 6e-6, "reason": "rounding"}
     functions = [parity_row("functions", "3 models", 1.25e-7), parity_row("functions", "2 models", 3e-6, **wide)]
     rows.append("parity", [*files, *functions], results)
     rows.append("parity", [parity_row("files", "whispers", 9e-8, run="2026-11-01T10:00:00Z")], results)
-    text = "\n\n".join(report.METHOD_BLOCKS["parity"](results, no_image))
+    text = "\n\n".join(report.PAGES["methods.md"]["parity"](results, no_image))
     assert "| method | whispers | llamas | at most |" in text
     assert "| ties | 2.0e-08 | 3.0e-08 | 3.0e-07 |" in text
     assert "| ties | 3 models | 1.2e-07 | 3.0e-07 |  |  |  |" in text
@@ -362,7 +365,7 @@ def test_an_interval_that_begins_at_zero_is_drawn_from_there(tmp_path: Path) -> 
     assert (tmp_path / "zero").read_bytes() != (tmp_path / "missing").read_bytes()
 
 
-# The README and the pictures ---------------------------------------------------------------------------------
+# The pages and the pictures ---------------------------------------------------------------------------------
 
 
 def size_of(png: Path) -> tuple[int, int]:
@@ -388,57 +391,57 @@ def everything(results: Path) -> None:
 
 
 def test_a_second_run_changes_nothing(
-    call: Callable[..., int], readme: Path, results: Path, capsys: pytest.CaptureFixture[str]
+    call: Callable[..., int], page: Path, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     everything(results)
     assert call("--check") == 1
     assert "stale: merge, sweep, kernels-gpu, kernels-cpu, wer" in capsys.readouterr().err
     assert call() == 0
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.startswith(BEFORE) and text.endswith(AFTER) and "old\n" not in text
     for name in ("merge", "kernels", "wer"):
-        assert text.count(f"](bench/results/{name}.png)") == 1
-        width, height = size_of(results / f"{name}.png")
+        assert text.count(f"](images/{name}.png)") == 1
+        width, height = size_of(page.parent / "images" / f"{name}.png")
         assert width == 1600 and 300 < height < 1000
-    drawn = {path: path.read_bytes() for path in results.glob("*.png")}
+    drawn = {path: path.read_bytes() for path in page.parent.glob("**/*.png")}
     assert len(drawn) == 3
     assert call() == 0
-    assert readme.read_text(encoding="utf-8") == text
-    assert {path: path.read_bytes() for path in results.glob("*.png")} == drawn
+    assert page.read_text(encoding="utf-8") == text
+    assert {path: path.read_bytes() for path in page.parent.glob("**/*.png")} == drawn
     assert call("--check") == 0
 
 
 def test_new_rows_make_stale_only_what_shows_them(
-    call: Callable[..., int], readme: Path, results: Path, capsys: pytest.CaptureFixture[str]
+    call: Callable[..., int], page: Path, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call() == 0
     rows.append("wer", [wer_row("primary", 12.5)], results)
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     capsys.readouterr()
     assert call("--check") == 1
-    assert capsys.readouterr().err == f"{readme}: stale: wer; run make report\n"
-    assert readme.read_text(encoding="utf-8") == text
-    assert list(results.glob("*.png")) == []
+    assert capsys.readouterr().err == f"{page}: stale: wer; run make report\n"
+    assert page.read_text(encoding="utf-8") == text
+    assert list(page.parent.glob("**/*.png")) == []
 
 
 @pytest.mark.parametrize("marker", ["<!-- report:sweep -->", "<!-- /report:kernels-cpu -->"])
-def test_a_missing_marker_is_named(call: Callable[..., int], readme: Path, results: Path, marker: str) -> None:
+def test_a_missing_marker_is_named(call: Callable[..., int], page: Path, results: Path, marker: str) -> None:
     rows.append("merge", merge_run(), results)
-    text = readme.read_text(encoding="utf-8").replace(marker, "")
-    readme.write_text(text, encoding="utf-8")
+    text = page.read_text(encoding="utf-8").replace(marker, "")
+    page.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit, match=re.escape(marker)) as raised:
         call()
     assert raised.value.code not in (0, None)
-    assert readme.read_text(encoding="utf-8") == text
-    assert list(results.glob("*.png")) == []
+    assert page.read_text(encoding="utf-8") == text
+    assert list(page.parent.glob("**/*.png")) == []
 
 
-def test_hostile_text_stays_in_its_cell(call: Callable[..., int], readme: Path, results: Path) -> None:
+def test_hostile_text_stays_in_its_cell(call: Callable[..., int], page: Path, results: Path) -> None:
     name = "a|b\nc\\|d <!-- /report:merge --> `e`"
     rows.append("merge", [merge_row(name, 5, 80, machine=name)], results)
     assert call() == 0
     escaped = r"a\|b c\\\|d &lt;!-- /report:merge --> \`e\`"
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert f"| {escaped} | 5 | 5.00 |" in text
     assert f"Measured on {escaped}, Some CPU" in text
     assert call("--check") == 0
@@ -456,7 +459,7 @@ def test_a_file_without_runs_is_refused(results: Path) -> None:
         block("merge", results)
 
 
-def test_the_readme_is_what_the_rows_say() -> None:
+def test_the_pages_are_what_the_rows_say() -> None:
     """Whoever adds rows or edits a table by hand must run `make report`."""
     done = subprocess.run([sys.executable, report.__file__, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

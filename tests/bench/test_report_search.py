@@ -29,7 +29,7 @@ def search_rows(seconds: float = 200.0, wer: float = 9.0, decoding: float = 180.
 
 
 def block(results: Path) -> str:
-    return "\n\n".join(report.SEARCH_BLOCKS["search"](results, no_image))
+    return "\n\n".join(report.PAGES["search.md"]["search"](results, no_image))
 
 
 def test_nothing_measured(tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ from small_whisper import features, small_whisper
 from transformers import WhisperForConditionalGeneration
 
 from hsa.evaluation import speculative
-from hsa.evaluation.speculative import Drafts, SpeculativeForward, forward_replaced, generate_with_drafts, up_to_end
+from hsa.evaluation.speculative import (
+    Drafts,
+    SpeculativeForward,
+    generate_with_drafts,
+    may_draft,
+    replaced_forward,
+    up_to_end,
+)
 
 END, PAD = 9, 0
 COUNT = 12
@@ -174,21 +181,80 @@ def test_positions_end_where_the_models_do() -> None:
     assert texts(with_drafts(owner, drafts)) == texts(plainly(owner))
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"return_timestamps": True},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"eos_token_id": [END, 5]},
+        {"eos_token_id": None},
+        {"pad_token_id": 77},
+    ],
+)
+def test_a_model_with_rules_that_are_not_known_here_gets_no_drafts(rules: dict[str, object]) -> None:
+    owner = model()
+    assert may_draft(owner, [END, PAD])
+    for name, value in rules.items():
+        setattr(owner.generation_config, name, value)
+    assert not may_draft(owner, [END, PAD])
+
+
+def test_a_model_that_rounds_more_gets_no_drafts() -> None:
+    assert not may_draft(model().bfloat16(), [END, PAD])
+
+
+def test_logits_that_take_too_much_memory_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = model()
+    expected = plainly(owner)
+    drafts = drafts_of(expected)
+    monkeypatch.setattr(speculative, "MOST_BYTES", 4 * 100 * COUNT * 10)
+    passes = counted_passes(owner)
+    assert texts(with_drafts(owner, drafts)) == texts(expected)
+    assert passes[0] == (COUNT, 1), "decoded without drafts"
+
+
+def test_another_window_of_the_audio_is_noticed() -> None:
+    """`generate` begins again with the prompt, here for utterances in which the model has written timestamps."""
+    owner = model()
+    drafts = drafts_of(plainly(owner))
+    forward = SpeculativeForward(owner.forward, drafts, 14, 14, END)
+    states = owner.get_encoder()(features(COUNT))
+    prompt = torch.full((COUNT, 1), 3)
+    first = forward(decoder_input_ids=prompt, encoder_outputs=states).logits[:, -1].argmax(-1)
+    with pytest.raises(speculative._OtherWindowError):
+        forward(decoder_input_ids=prompt, encoder_outputs=states)
+    with pytest.raises(speculative._OtherWindowError):
+        ids = torch.cat([prompt, first[:, None]], 1)[1:]
+        forward(decoder_input_ids=ids, encoder_outputs=states)
+
+
+def test_texts_with_timestamps_are_those_of_generate() -> None:
+    """Whisper's `generate` cuts windows at two tokens of time in a row, which some merges write unasked."""
+    for first_time in (20, 40, 60, 80):
+        owner = model()
+        owner.generation_config.no_timestamps_token_id = first_time
+        expected = plainly(owner)
+        drafts = drafts_of(plainly(changed(model(), 0.002)))
+        assert texts(with_drafts(owner, drafts)) == texts(expected)
+        assert texts(with_drafts(owner, drafts)) == texts(expected)
+
+
 def test_other_calls_reach_the_model() -> None:
     """Such as the one by which `generate` detects the language."""
-    forward = SpeculativeForward(lambda **keywords: keywords, [Drafts(), Drafts()], 5, [END])
+    forward = SpeculativeForward(lambda **keywords: keywords, [Drafts(), Drafts()], 5, 5, END)
     ids = torch.tensor([[3], [3]])
     assert forward(input_features=None, decoder_input_ids=ids) == {"input_features": None, "decoder_input_ids": ids}
 
 
 def test_the_models_forward_is_put_back() -> None:
     owner = model()
-    with pytest.raises(ZeroDivisionError), forward_replaced(owner, lambda **_: 1 / 0):
+    with pytest.raises(ZeroDivisionError), replaced_forward(owner, lambda **_: 1 / 0):
         owner(decoder_input_ids=None)
     assert "forward" not in owner.__dict__
     own = owner.forward
     owner.forward = own  # somebody has put one there already
-    with forward_replaced(owner, lambda **_: 5):
+    with replaced_forward(owner, lambda **_: 5):
         assert owner(decoder_input_ids=None) == 5
     assert owner.__dict__["forward"] is own
 
@@ -200,7 +266,7 @@ def test_drafts_that_were_written_most_often_are_kept() -> None:
         drafts.add((200, END))
     assert drafts.continuation(()) == (200, END)
     assert sum(drafts.continuation((number,)) == (END,) for number in range(100)) == 100
-    assert len(drafts._counts) == speculative.KEPT
+    assert len(drafts) == speculative.KEPT
 
 
 @pytest.mark.parametrize(

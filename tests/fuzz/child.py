@@ -28,6 +28,9 @@ TIMEOUT = 20
 """Seconds that one input may take, instrumented, on a busy machine."""
 PARTIAL = ("weights", "zip")
 """Targets whose first seed is too small to be a whole model."""
+SHARED = 1.5
+"""How much longer an input may take where tests run beside one another: they share caches and memory."""
+
 INSTRUMENTED = 10.0
 """Times as long that code may take under atheris's instrumentation."""
 ROOM = 3 << 30
@@ -53,7 +56,7 @@ def replay(place: Path, files: list[Path]) -> None:
         target = TARGETS[file.parent.name]
         if file.parent.name != last:
             last = file.parent.name
-            arena.guard.measure(lambda target=target, data=sound[last]: target.run(arena, data))
+            arena.guard.measure(lambda target=target, data=sound[last]: target.run(arena, data), SHARED)
         faulthandler.dump_traceback_later(TIMEOUT, exit=True)
         started, began = time.monotonic(), cpu_seconds()
         try:

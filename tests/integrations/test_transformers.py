@@ -200,9 +200,9 @@ def test_the_example_trains_merges_and_saves(shared_triple: Triple, trainer: str
     assert raw_bytes(kept[TARGET]) != raw_bytes(expected[TARGET])
 
 
-def test_the_readme_shows_the_example() -> None:
+def test_the_page_of_python_shows_the_example() -> None:
     _, _, code = EXAMPLE.read_text(encoding="utf-8").split('"""', 2)
-    assert f"```python\n{code.strip()}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"```python\n{code.strip()}\n```" in (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     body = code.partition("def train_and_merge")[2].splitlines()[1:]
     assert len(body) <= 10
 

@@ -224,7 +224,7 @@ def test_a_merge_of_no_head_says_so() -> None:
 def test_kept_is_not_said_of_heads() -> None:
     """Merged heads are called merged or selected; what is kept is primary's."""
     root = Path(hsa.__file__).parents[1]
-    texts = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "hsa").rglob("*.py")]
+    texts = [root / "README.md", *(root / "docs").rglob("*.md"), *(root / "hsa").rglob("*.py")]
     texts += [path for suffix in ("html", "js") for path in (root / "hsa").rglob(f"*.{suffix}")]
     said = re.compile(r"\bheads? (were to be |are |is )?kept\b|\bkept heads?\b", re.IGNORECASE)
     assert len(texts) > 100

@@ -31,7 +31,7 @@ SECTIONS = [
     "Limitations",
     "Citation",
 ]
-"""SPEC section 3, in this order."""
+"""What the metadata of a card holds, in this order."""
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -139,10 +139,14 @@ def test_the_shipped_recipe_is_sound() -> None:
         assert {"role", "adaptation_context", "source_artifact", "citation", "license"} <= set(entry.card)
 
 
-def test_the_recipe_in_the_readme_is_sound() -> None:
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    (block,) = [part for part in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "merges:" in part]
+def test_the_recipe_of_the_documentation_is_sound() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "release.md").read_text(encoding="utf-8")
+    block, other = [part for part in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "merges:" in part]
     (entry,) = read(block).entries
+    assert [each.path for each in read(f"title: t\n{other}").entries] == [
+        "scaling/small-ties",
+        "scaling/small-hsa-of-three",
+    ]
     assert entry.path == "scaling/tiny-hsa"
     assert entry.task.sources == {
         "base": "openai/whisper-tiny",

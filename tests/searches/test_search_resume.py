@@ -89,12 +89,12 @@ def test_a_candidate_that_cannot_be_decoded_is_a_failed_trial(
     whole = hsa.search(sources, output=tmp_path / "whole", **arguments)
     calls = 0
 
-    def breaks(self: Any, inputs: Any) -> list[str]:
+    def breaks(self: Any, inputs: Any, drafts: Any = None) -> list[str]:
         nonlocal calls
         calls += 1
         if calls == at:
             raise RuntimeError("numbers that no model can have")
-        return part_texts(self, inputs)
+        return part_texts(self, inputs, drafts)
 
     part_texts = WhisperRecognizer.part_texts
     monkeypatch.setattr(WhisperRecognizer, "part_texts", breaks)

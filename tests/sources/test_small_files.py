@@ -26,7 +26,7 @@ PROCESSOR_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-"""SPEC section 3."""
+"""Files of a Whisper's processor."""
 
 TRAINING_STATE = (
     "optimizer.pt",

@@ -29,7 +29,7 @@ def canonical(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def is_target(name: str, preset: str) -> bool:
-    """SPEC section 1, the table of presets."""
+    """Whether a preset of targets names a tensor."""
     match = ATTENTION.fullmatch(bare(name))
     if match is None:
         return False

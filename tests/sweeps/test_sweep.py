@@ -173,7 +173,7 @@ def test_a_damaged_point_is_made_anew(shared_triple: Triple, full: bool, tmp_pat
         (out / name).unlink()
     report = sweep(shared_triple, out, full=full)
     assert report.made == (POINTS[3], POINTS[5])
-    assert "is damaged and made anew" in " ".join(report.notes)
+    assert "is damaged and is rebuilt" in " ".join(report.notes)
     assert snapshot(out) == expected
 
 

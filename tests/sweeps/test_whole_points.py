@@ -83,7 +83,7 @@ def test_finished_points_are_verified_and_skipped(models: list[Path], tmp_path: 
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     mended = swept(models, place, [1.0, 2.0])
     assert mended.made == ("maximum_factor1", "maximum_factor2") and mended.skipped == ()
-    assert any("maximum_factor1 is damaged and made anew" in note for note in mended.notes)
+    assert any("maximum_factor1 is damaged and is rebuilt" in note for note in mended.notes)
     assert weights.read_bytes() == whole
     assert [entry.place for entry in mended.entries] == ["maximum_factor0.5", "maximum_factor1", "maximum_factor2"]
 

@@ -1,4 +1,4 @@
-"""A file of mergekit's as the arguments of a merge, beside options that the file leaves open."""
+"""Convert a mergekit file, and options that the file leaves open, into the arguments of a merge."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from hsa.system.types import PathLike
 
 
 def read_arguments(path: PathLike, given: Mapping[str, Any]) -> tuple[ConfigRequest, dict[str, Any]]:
-    """The request of a file, and the arguments of `hsa.merge` that say the same, together with those given beside it.
+    """The request of a file, and the equivalent arguments of `hsa.merge`, together with those given beside the file.
 
-    Raises what `load` does, and RequestError where the file names a method that is not here, or where an argument is
-    given that the file settles.
+    Raises what `load` does. Raises RequestError if the file names a method that this package lacks, or if an argument
+    is given that the file determines.
     """
     config = load(path)
     _refuse_settled(config, given)
@@ -55,7 +55,7 @@ def _dtype(config: ConfigRequest) -> dict[str, Any]:
 
 
 def _strictly(config: ConfigRequest) -> dict[str, Any]:
-    """Tensors that differ in shape stop the merge, as they stop mergekit."""
+    """The setting that makes tensors of different shapes an error, as they are in mergekit."""
     settings = declared(methods()[config.method].Settings)
     return {"on_mismatch": "error"} if any(each.name == "on_mismatch" for each in settings) else {}
 
@@ -81,7 +81,7 @@ def _refuse_settled(config: ConfigRequest, given: Mapping[str, Any]) -> None:
 
 @contextmanager
 def placed(config: ConfigRequest) -> Iterator[None]:
-    """Name settings as the file does in messages, and say in which line they stand."""
+    """In messages, name settings as the file does, and say which line they are on."""
     names = {each.python: each.name for each in METHODS[config.method].parameters}
     try:
         with spelled(keys_named(names)):

@@ -1,4 +1,4 @@
-"""A merge that a file of mergekit's asks for, in the terms of this package. Imports no YAML."""
+"""A merge that a mergekit file describes, in this package's terms. Imports no YAML parser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ModelName:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a document, perhaps with a LoRA adapter. Two are one where all their texts are equal, as in mergekit.
+    """A model of a document, perhaps with a LoRA adapter. As in mergekit, two are equal if all their strings are.
 
     Example:
         >>> str(Model(ModelName("org/tiny", "v1"), ModelName("adapters/children")))
@@ -40,7 +40,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ConfigRequest:
-    """A merge that a file of mergekit's asks for.
+    """A merge that a mergekit file describes.
 
     Args:
         where: what messages call the file.
@@ -48,16 +48,16 @@ class ConfigRequest:
         base: the model that task vectors are taken from; None where the method has none, or takes base_model as one of
             its models.
         models: those that are merged, in mergekit's order.
-        settings: values of the method's settings under their names in Python, each a number, a flag, a text, or a list
-            over layers or of filters; settings that a model has each for itself are lists, one entry a model.
-        places: where in the file each setting stands, for messages.
-        dtype: of the output; `auto` where the file says none.
+        settings: values of the method's settings by their names in Python. Each is a number, a flag, a string, or a
+            list over layers or of filters. Settings that each model has for itself are lists, one entry per model.
+        places: where in the file each setting is, for messages.
+        dtype: of the output; `auto` if the file gives none.
         config_from: the model whose config.json and generation_config.json are the output's.
         tokenizer_from: the model whose tokenizer is the output's.
-        same_vocabulary: the file makes the output's vocabulary of several tokenizers, which is possible here where all
-            are the same.
-        layers: the layers that slices count in a stack of that name, or in the only one (None), which the models must
-            have.
+        same_vocabulary: whether the file builds the output's vocabulary from several tokenizers, which is possible here
+            if all of them are the same.
+        layers: the number of layers in the slices, by the name of the stack, or None for the only one; the models must
+            have as many.
         modules: the names of the file's modules, if it has any.
         findings: notes, and warnings of what mergekit ignores in the file.
     """

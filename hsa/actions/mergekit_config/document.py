@@ -1,7 +1,7 @@
-"""The structure of mergekit's YAML: models, slices and modules, with their parameters not yet looked at.
+"""The structure of mergekit's YAML: models, slices and modules, whose parameters are not yet interpreted.
 
-mergekit turns every file into modules of slices of sources, and so does this: `models` are one slice of all layers,
-`slices` and `models` without `modules` are one module. Keys that mergekit ignores are ignored too, with a warning.
+Like mergekit, this turns every file into modules of slices of sources: `models` are one slice of all layers, and
+`slices` or `models` without `modules` are one module. Keys that mergekit ignores are ignored too, with a warning.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SLICE_KEYS = ("sources", "base_model", "residual_weight", "parameters")
 MODULE_KEYS = ("slices", "models", "parameters")
 
 MAX_LAYERS = 10_000
-"""Layers that a range may end at: work grows with them before any model is looked at."""
+"""The largest end of a layer range: work grows with it before any model is looked at."""
 
 Parameters = Mapping[str, Node]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model of a slice. `layers` is the range of its layers, from the first to before the last; None for all."""
+    """A model of a slice. `layers` is the range of its layers, without its end; None for all layers."""
 
     node: Node
     model: Model
@@ -50,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Slice:
-    """What consecutive layers of the output are made of."""
+    """The sources of consecutive layers of the output."""
 
     node: Node
     sources: tuple[Source, ...]
@@ -59,7 +59,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Module:
-    """What a stack of layers of the output is made of; `name` is None where the file has no modules."""
+    """The slices of a stack of layers of the output; `name` is None if the file has no modules."""
 
     node: Node
     name: str | None
@@ -69,7 +69,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Document:
-    """A file of mergekit's. `keys` are all its keys with their values."""
+    """A mergekit file. `keys` are all its keys with their values."""
 
     node: Node
     keys: Mapping[str, Node]
@@ -91,7 +91,7 @@ class Document:
 
 
 def read_document(node: Node) -> Document:
-    """The structure of a document. RequestError where it is none that mergekit would take."""
+    """The structure of a document. Raises RequestError if mergekit would not accept it."""
     keys = node.mapping()
     warnings = list(_unknown(node, keys, KEYS))
     method = given(keys, "merge_method")
@@ -106,7 +106,7 @@ def read_document(node: Node) -> Document:
 
 
 def read_model(node: Node) -> Model:
-    """A model as mergekit writes it: `PATH`, `PATH@REVISION`, each with `+ADAPTER` behind it, or a mapping of them."""
+    """A model as mergekit writes it: `PATH` or `PATH@REVISION`, optionally with `+ADAPTER` behind it, or a mapping."""
     if not isinstance(node.value.content, Mapping):
         parts = node.text("a directory or a hub id").split("+")
         if len(parts) > 2:
@@ -241,7 +241,7 @@ def _parameters(keys: Mapping[str, Node]) -> Parameters:
 
 
 def _unknown(node: Node, keys: Mapping[str, Node], known: Iterable[str], ignored: Iterable[str] = ()) -> Iterator[str]:
-    """Warnings of keys that mergekit ignores."""
+    """Warnings about keys that mergekit ignores."""
     for key, each in keys.items():
         if key in known and key not in ignored:
             continue

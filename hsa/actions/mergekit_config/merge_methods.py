@@ -9,19 +9,18 @@ from hsa.methods.hsa import HsaSettings
 from hsa.methods.settings import declared
 
 Kind = Literal["number", "flag", "whole", "text", "any"]
-"""What the values of a parameter are; `any` of those that no method has."""
+"""The type of a parameter's values; `any` for parameters that no method has."""
 
 Scope = Literal["shared", "input", "non_base"]
-"""Of which models mergekit reads a parameter: `shared` stands above all models, `input` at each model, `non_base` at
-each but base."""
+"""Where mergekit reads a parameter: `shared` above all models, `input` at each model, `non_base` at each but base."""
 
 
 @dataclass(frozen=True)
 class Parameter:
     """A parameter of a method in mergekit.
 
-    `setting` is the name, in Python, of the setting that has this meaning here, where it has another name.
-    `has_effect` is False where no value of it changes a merged tensor. `default` is mergekit's.
+    `setting` is the Python name of the setting with this meaning here, if the name differs. `has_effect` is False if no
+    value of the parameter changes a merged tensor. `default` is mergekit's.
     """
 
     name: str
@@ -42,9 +41,9 @@ class Parameter:
 class MergekitMethod:
     """The models and the parameters of a method in mergekit.
 
-    `base` says what base_model is: `counts` as one of the models, `required`, or `optional`. `least` and `most` count
-    the models, base among them where it counts or is required, and not where it is optional. `has_roles`: its models
-    have roles (`role: primary`), are merged whole, and the first of them gives config and tokenizer.
+    `base` says what base_model is: `counts` as one of the models, `required`, or `optional`. `least` and `most` limit
+    the number of models; base is included if it counts or is required, but not if it is optional. `has_roles` says that
+    the models have roles (`role: primary`) and are merged whole, and that the first of them gives config and tokenizer.
     """
 
     name: str
@@ -145,7 +144,7 @@ _METHODS = (
 )
 
 METHODS = {each.name: each for each in _METHODS}
-"""The methods that both have, by name; `hsa` is in mergekit where `hsa mergekit` runs it."""
+"""The methods that both packages have, by name; mergekit has `hsa` when `hsa mergekit` runs it."""
 
 NOT_HERE = ("arcee_fusion", "passthrough", "ramplus_tl")
-"""Methods that mergekit alone has."""
+"""Methods that only mergekit has."""

@@ -9,7 +9,7 @@ from hsa.errors import RequestError, shown
 from hsa.system.strict_yaml import Value
 
 RUN_MERGEKIT = "run mergekit itself on the file: hsa mergekit CONFIG.yml OUT"
-"""What to do with what this package's engine does not do."""
+"""The advice for what this package's engine does not do."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Node:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it is null, or a text, list or mapping without anything in it, which mergekit takes for null."""
+        """Whether it is null, or an empty string, list or mapping, which mergekit treats as null."""
         content = self.value.content
         return content is None or (isinstance(content, (str, tuple, Mapping)) and not content)
 
     @property
     def place(self) -> str:
-        """The line and the keys, as messages begin with them."""
+        """The line and the keys, with which messages begin."""
         return f"{self.where}:{self.value.line}: {self.path or 'the document'}"
 
     def error(self, text: str) -> RequestError:
-        """An error about this value; `text` goes on after its name."""
+        """An error about this value; `text` continues the sentence after the value's name."""
         return RequestError(f"{self.place} {text}")
 
     def shown(self) -> str:
@@ -53,20 +53,20 @@ class Node:
         return "a list" if isinstance(content, tuple) else shown(content)
 
     def mapping(self, of: str = "keys to values") -> dict[str, Node]:
-        """The entries of a mapping by their keys; RequestError where it is none."""
+        """The entries of a mapping by their keys. Raises RequestError if the value is not a mapping."""
         if not isinstance(self.value.content, Mapping):
             raise self.error(f"must be a mapping of {of}, got {self.shown()}")
         return {key: self._child(key, value) for key, value in self.value.content.items()}
 
     def items(self, of: str) -> Iterator[Node]:
-        """The entries of a list; RequestError where it is none."""
+        """The entries of a list. Raises RequestError if the value is not a list."""
         if not isinstance(self.value.content, tuple):
             raise self.error(f"must be a list of {of}, got {self.shown()}")
         for number, value in enumerate(self.value.content):
             yield Node(self.where, f"{self.path}[{number}]", value)
 
     def text(self, what: str) -> str:
-        """A text with anything in it; RequestError for other values."""
+        """The value as a string that is not blank. Raises RequestError for other values."""
         content = self.value.content
         if not isinstance(content, str) or not content.strip():
             hint = "; put it in quotes" if isinstance(content, (bool, int, float)) else ""

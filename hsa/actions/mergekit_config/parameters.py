@@ -1,9 +1,9 @@
-"""The values of mergekit's parameters, and what they become where several scopes set one.
+"""The values of mergekit's parameters, and how the values of several scopes are combined.
 
-A value is a scalar, a list of scalars over the layers, or a list of `{filter, value}`, of which the first whose filter
-is part of the tensor's name counts. mergekit looks for a parameter of a model in the model's own parameters, then in
-those of its slice, of its module and of the whole file, and takes mergekit's default where none has a value for the
-tensor. The result is one value in the forms that settings take here.
+A value is a scalar, a list of scalars over the layers, or a list of `{filter, value}`. In the last form, the first
+entry whose filter is part of the tensor's name applies. mergekit looks up a parameter of a model in the model's own
+parameters, then in those of its slice, of its module and of the whole file. mergekit's default applies if none of them
+has a value for the tensor. The result is one value in the forms that settings take here.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ _FLAGS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
     **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
 }
-"""Texts that mergekit takes for flags, in small letters."""
+"""Strings that mergekit accepts as flags, in lower case."""
 
 _PATTERN = frozenset("*?[")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A value for the tensors whose names hold `filter`; None for all. `values` are one scalar, or one or more over the
-    layers where it `varies`."""
+    """A value for the tensors whose names contain `filter`, or for all tensors if that is None.
+
+    `values` is one scalar or, if the case `varies`, one or more scalars over the layers.
+    """
 
     filter: str | None
     values: tuple[Scalar, ...]
@@ -42,7 +44,7 @@ class Case:
 
     @property
     def plain(self) -> Any:
-        """The value in the form of a setting: a number where all its values are one, else a list over the layers."""
+        """The value in the form of a setting: a number if all its values are equal, else a list over the layers."""
         return self.values[0] if self.is_constant else self.values
 
 
@@ -61,7 +63,7 @@ class ScopedParameter:
 
 
 def read_parameter(node: Node, kind: Kind) -> ScopedParameter:
-    """A parameter's value of that kind. RequestError where mergekit would not take it."""
+    """Read a parameter's value of that kind. Raises RequestError if mergekit would not accept it."""
     content = node.value.content
     if isinstance(content, Mapping):
         entries = [node]
@@ -76,7 +78,7 @@ def read_parameter(node: Node, kind: Kind) -> ScopedParameter:
 
 
 def check_form(node: Node) -> None:
-    """RequestError unless a value is one that some parameter could have."""
+    """Raise RequestError unless a value is one that some parameter could have."""
     read_parameter(node, "any")
 
 
@@ -101,7 +103,7 @@ def _filtered(node: Node, entries: Sequence[Node], kind: Kind) -> ScopedParamete
 
 
 def _case(entry: Node, kind: Kind) -> tuple[Case | None, list[str]]:
-    """An entry with a filter; None where its filter is part of no name, with the warning that says so."""
+    """Read an entry with a filter, and its warnings. A filter that is part of no name gives None and a warning."""
     keys = entry.mapping()
     if given(keys, "value") is None:
         raise entry.error("has no value; expected filter and value")
@@ -179,8 +181,11 @@ def _number(node: Node) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors that a slice of a module makes up: those of a stack, or None for all, and in it of a range of layers,
-    both ends counted, or None for all; the last part has no end, since what follows the layers belongs to it."""
+    """The tensors that a slice of a module covers.
+
+    `stack` is their stack; None for all stacks. `layers` is their range of layers, both ends included; None for all
+    layers. The last part has no end, because tensors after the layers belong to it.
+    """
 
     stack: str | None = None
     layers: tuple[int, int | None] | None = None

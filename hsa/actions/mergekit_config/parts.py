@@ -1,4 +1,4 @@
-"""The parts of a model that a file of mergekit's treats apart: slices of layers in their places, and stacks."""
+"""The parts of a model that a mergekit file treats separately: slices of layers, which stay in place, and stacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hsa.errors import shown
 
 @dataclass(frozen=True)
 class PartOfModel:
-    """Tensors with parameters of their own: which they are, and the module and the slice that set the parameters."""
+    """Tensors with parameters of their own: which tensors, and the module and the slice that set the parameters."""
 
     part: Part
     module: Module
@@ -21,7 +21,7 @@ class PartOfModel:
 
 
 def read_parts(document: Document) -> tuple[list[PartOfModel], dict[str | None, int]]:
-    """The parts of the model that have parameters of their own, and the layers that slices count."""
+    """The parts of the model that have parameters of their own, and the number of layers in each stack's slices."""
     parts: list[PartOfModel] = []
     layers: dict[str | None, int] = {}
     several = len(document.modules) > 1
@@ -58,7 +58,7 @@ def _models(each: Slice, base: Model | None) -> list[Model]:
 
 
 def _check_in_place(each: Slice, begin: int) -> int:
-    """The end of the output's layers after a slice. RequestError where layers move."""
+    """The end of the output's layers after a slice. Raises RequestError if layers move."""
     for source in each.sources:
         if source.layers is None:
             return 0

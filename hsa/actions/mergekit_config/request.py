@@ -1,4 +1,4 @@
-"""What a file of mergekit's asks for, in the terms of this package: method, models in order, settings, and origins."""
+"""Translate a mergekit file into this package's terms: method, models in order, settings, and where each comes from."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from hsa.system.strict_yaml import parse
 from hsa.system.types import PathLike
 
 MAX_BYTES = 1 << 20
-"""The largest file that is read: mergekit's are of some kilobytes."""
+"""The size of the largest file that is read; mergekit's files take some kilobytes."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load(path: PathLike) -> ConfigRequest:
-    """Read a file of mergekit's. Opens no model.
+    """Read a mergekit file, without opening any model.
 
-    Raises SourceError where the file cannot be read, and RequestError, which names the line and the key, for what
+    Raises SourceError if the file cannot be read. Raises RequestError, which names the line and the key, for what
     mergekit would refuse and for what cannot be done here.
     """
     where = Path(path)
@@ -57,7 +57,7 @@ def loads(data: bytes, where: str) -> ConfigRequest:
 
 
 class _Reader:
-    """The reading of one document."""
+    """Reads one document."""
 
     def __init__(self, document: Document, where: str) -> None:
         self.document, self.where = document, where
@@ -114,7 +114,7 @@ class _Reader:
     # --- models -------------------------------------------------------------------------------------------------------
 
     def _models(self) -> tuple[Model | None, tuple[Model, ...]]:
-        """Base, where it is none of the merged models, and those in mergekit's order."""
+        """Base, unless it is one of the merged models, and the merged models in mergekit's order."""
         document, method = self.document, self.method
         named = document.models
         base = document.base
@@ -146,7 +146,7 @@ class _Reader:
         return base, self._in_roles(others) if method.has_roles else others
 
     def _check_adapters(self, base: Model | None) -> None:
-        """Adapters stand on base."""
+        """Raise RequestError for an adapter on a model other than base."""
         for source in (source for each in self.document.slices for source in each.sources):
             if source.model.lora is None or (base is not None and source.model.name == base.name):
                 continue
@@ -170,7 +170,7 @@ class _Reader:
         )
 
     def _in_roles(self, others: tuple[Model, ...]) -> tuple[Model, ...]:
-        """Primary before the secondaries, as their parameters say."""
+        """The models with primary before the secondaries, as their parameters say."""
         roles: dict[Model, tuple[Node, Any]] = {}
         for each in self.document.slices:
             for source in each.sources:
@@ -205,7 +205,7 @@ class _Reader:
         return found
 
     def _tokenizer(self, donor: Model) -> tuple[Model, bool]:
-        """Whose tokenizer the output has, and whether the file asks for a vocabulary made of several."""
+        """The model whose tokenizer the output has, and whether the file asks for a vocabulary built from several."""
         source = given(self.document.keys, "tokenizer_source")
         tokenizer = given(self.document.keys, "tokenizer")
         if source is not None and tokenizer is not None:
@@ -234,8 +234,10 @@ class _Reader:
 
 
 def path_of(model: Model) -> tuple[PathLike, str | None]:
-    """What to open for a model: a path where something of that name exists, as in mergekit, else a hub id with its
-    revision; and a note, or None."""
+    """What to open for a model, and a note or None.
+
+    It is a path if something of that name exists, as in mergekit, otherwise a hub id with its revision.
+    """
     name = model.lora or model.name
     if os.path.lexists(name.path):
         note = f"{name.path} exists here, so that its revision {name.revision} says nothing" if name.revision else None

@@ -1,4 +1,4 @@
-"""Which models of a file with `merge_method: hsa` are primary and secondaries."""
+"""Choose primary and the secondaries among the models of a file with `merge_method: hsa`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ M = TypeVar("M")
 
 
 def assign(others: Sequence[tuple[M, object]]) -> dict[Role, M]:
-    """Which of the models besides base is primary, and which are secondaries.
+    """Choose which of the models besides base is primary, and which are secondaries.
 
     Args:
         others: in the YAML's order, each model with the role that its parameters name, or None. Primary is the model
-            with that role, else the first one without any; all others are secondaries in their order.
+            with that role, otherwise the first without a role; all others are secondaries in their order.
 
     Raises RequestError.
 

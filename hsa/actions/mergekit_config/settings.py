@@ -1,4 +1,4 @@
-"""The settings of a method, from the parameters of all scopes of a file of mergekit's."""
+"""Read the settings of a method from the parameters in all scopes of a mergekit file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hsa.errors import RequestError
 
 
 class SettingsReader:
-    """Reads the settings of one document. `places` say where in the file each stands, `warnings` what is ignored."""
+    """Reads the settings of one document. `places` says where in the file each one is, `warnings` what is ignored."""
 
     def __init__(self, document: Document, method: MergekitMethod, parts: Sequence[PartOfModel]) -> None:
         self.document, self.method, self.parts = document, method, parts
@@ -31,7 +31,7 @@ class SettingsReader:
         self.warnings: list[str] = []
 
     def read(self, models: Sequence[Model]) -> dict[str, Any]:
-        """The settings of the method under their names in Python. RequestError where one has no value."""
+        """The settings of the method by their names in Python. Raises RequestError if one has no value."""
         settings: dict[str, Any] = {}
         for parameter in self.method.parameters:
             if parameter.scope == "shared":
@@ -54,7 +54,7 @@ class SettingsReader:
         return tuple(parameter.default if value is None else value for value in values)
 
     def _value(self, parameter: Parameter, model: Model | None) -> Any:
-        """The value of a parameter, of a model where it has one for each; None where the file does not set it."""
+        """The value of a parameter, for one model if each model has its own; None if the file does not set it."""
         by_part: list[tuple[Part, list[Case]]] = []
         is_set = False
         for each in self.parts:
@@ -106,7 +106,7 @@ class SettingsReader:
             raise RequestError(f"{place} differs among tensors; {parameter.name} has one value for all here")
 
     def _warn_of_ignored(self) -> None:
-        """Warn of parameters that mergekit does not read where they stand, though it checks their form."""
+        """Warn about parameters that mergekit does not read at that place, though it checks their form."""
         scopes = [scope for each in self.parts for scope in (each.module.parameters, each.slice.parameters)]
         for scope in (self.document.parameters, *scopes):
             for name, node in scope.items():

@@ -1,4 +1,4 @@
-"""What a file of mergekit's asks of its models, by their headers and small files: layers, stacks, vocabularies."""
+"""Check the models of a mergekit file by their headers and small files: layers, stacks, vocabularies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hsa.system.strict_json import parse_json
 
 
 def check_sources(config: ConfigRequest, sources: Sources, tally: Tally) -> Findings:
-    """Notes on how the output differs from mergekit's. RequestError where the models do not fit the file."""
+    """Notes on how the output differs from mergekit's. Raises RequestError if the models do not fit the file."""
     _check_layers(config, sources)
     vocabulary_notes = _check_vocabularies(config, sources, tally) if config.same_vocabulary else ()
     return Findings((*vocabulary_notes, *_notes(config, sources)))
@@ -64,7 +64,7 @@ def _check_layers(config: ConfigRequest, sources: Sources) -> None:
 
 
 def _check_modules(config: ConfigRequest, stacks: Mapping[str, int]) -> None:
-    """Every stack of the models must have its module; the name of a single one says nothing."""
+    """Raise RequestError unless every stack of the models has its module; a single module may have any name."""
     if len(config.modules) == len(stacks) == 1:
         return
     if set(config.modules) != set(stacks):
@@ -75,7 +75,7 @@ def _check_modules(config: ConfigRequest, stacks: Mapping[str, int]) -> None:
 
 
 def layer_counts(source: Checkpoint) -> dict[str, int]:
-    """The layers of each stack of a model, by its tensors."""
+    """The number of layers in each stack of a model, by its tensors."""
     counts: dict[str, int] = {}
     for name in source.tensors:
         place = source.architecture.layer_of(name)
@@ -89,9 +89,11 @@ def layer_counts(source: Checkpoint) -> dict[str, int]:
 
 
 def _check_vocabularies(config: ConfigRequest, sources: Sources, tally: Tally) -> Iterator[str]:
-    """Notes on rows of the embedding that stand for no token. RequestError unless all tokenizers have one vocabulary,
-    and all embeddings as many rows, in which there is room for it. A model without a tokenizer is taken to have base's,
-    as in mergekit."""
+    """Notes on rows of the embedding that belong to no token.
+
+    Raises RequestError unless all tokenizers have one vocabulary, and all embeddings have the same number of rows,
+    enough for the vocabulary. A model without a tokenizer is taken to have base's, as in mergekit.
+    """
     first: tuple[str, Mapping[str, int]] | None = None
     for source in sources:
         vocabulary = read_vocabulary(source, tally)

@@ -1,1 +1,1 @@
-"""Merges of models that are in memory: their tensors as sources and as the place of the result."""
+"""Merges of models in memory: their tensors as sources and as the destination of the result."""

@@ -1,11 +1,12 @@
-"""Whether a loaded model was merged already, so that merged values are not taken for a source's unnoticed.
+"""Detect that a loaded model was already merged, so that merged values are not mistaken for a source's.
 
-There are two signs of it, for two costs:
+There are two signs of it, at different costs:
 
-- Versions: a tensor counts as merged while its version is the one after the writing; torch raises it with every change
-  in place. It costs nothing, so `hsa.Merger` keeps it at each `apply_`. Copies of a tensor do not have it.
-- Values: some of the merged values, kept on the modules. They stay with a copy or cast of the model, and cost reading
-  every target, so `hsa_merge_`, which merges a model once, keeps them.
+- Versions: a tensor counts as merged while its version is the one right after the write; torch increments the version
+  with every in-place change. This costs nothing, so `hsa.Merger` records it at each `apply_`. Copies of a tensor do not
+  have it.
+- Values: some of the merged values, stored on the modules. They survive a copy or cast of the model, but checking them
+  reads every target, so `hsa_merge_`, which merges a model once, stores them.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _MARK = "_hsa_merged"
 """Attribute of a module whose weight or bias was merged: some of the merged values, by the parameter's name."""
 
 _MARKED_ELEMENTS = 256
-"""Of each tensor, spread over all of its heads."""
+"""The number of elements stored of each tensor, spread over all of its heads."""
 
 
 class WrittenTensors:
-    """The tensors that one `Merger` writes in one model, and their versions after the last time."""
+    """The tensors that one `Merger` writes in one model, and their versions after the last write."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._versions: list[int | None] = [None] * len(tensors)
@@ -34,7 +35,7 @@ class WrittenTensors:
             _RECORDS[tensor] = (self, number)
 
     def update(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Keep the versions of these tensors, which were written just now, in the order of the first time."""
+        """Record the versions of these tensors, which were just written, in the order given to the constructor."""
         self._versions = [_version(tensor) for tensor in tensors]
 
     def holds(self, number: int, tensor: torch.Tensor) -> bool:
@@ -49,7 +50,7 @@ def holds_a_merge(tensor: torch.Tensor) -> bool:
 
 
 def forget(tensors: Iterable[torch.Tensor]) -> None:
-    """Take what these tensors hold for values like any others."""
+    """Treat the values in these tensors as not merged."""
     for tensor in tensors:
         _RECORDS.pop(tensor, None)  # type: ignore[no-untyped-call]
 
@@ -64,7 +65,7 @@ _RECORDS = WeakIdKeyDictionary()
 def mark_modules(
     model: torch.nn.Module, targets: Mapping[str, LoadedTensor], original_values: Mapping[str, torch.Tensor]
 ) -> None:
-    """Keep some merged values of each target on its module; nothing where they are the `original_values` by name."""
+    """Store some merged values of each target on its module; none if they equal the `original_values` by name."""
     for stored, _, tensor in targets.values():
         module, _, part = stored.rpartition(".")
         values, owner = some_values(tensor), model.get_submodule(module)
@@ -75,7 +76,7 @@ def mark_modules(
 
 
 def find_marked(model: torch.nn.Module, targets: Mapping[str, LoadedTensor]) -> str | None:
-    """The name of the first target that still holds the values that `mark_modules` kept; None where none does."""
+    """The name of the first target that still holds the values that `mark_modules` stored; None if there is none."""
     for stored, _, tensor in targets.values():
         module, _, part = stored.rpartition(".")
         merged = getattr(model.get_submodule(module), _MARK, {}).get(part)

@@ -1,6 +1,6 @@
-"""Loaded models and state dicts: their targets by name, and which of them a merge can neither read nor write.
+"""Loaded models and state dicts: their targets by name, and those that a merge can neither read nor write.
 
-Imports neither transformers nor peft: a model is known by its attributes.
+Imports neither transformers nor peft: a model is recognised by its attributes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Model = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
 class LoadedTensor(NamedTuple):
-    """A tensor of a model: the name that the model has it under, its canonical name, and what is there."""
+    """A tensor of a model: its name in the model, its canonical name, and the tensor itself."""
 
     stored: str
     name: str
@@ -32,11 +32,10 @@ MERGE_ADAPTERS = "call merge_and_unload() of the PeftModel and give the model th
 def entries_of(
     label: str, model: Model, architecture: Architecture, expected: str = "a loaded model or a state dict"
 ) -> list[LoadedTensor]:
-    """Every parameter and buffer that a checkpoint holds, tied ones under each name; of a state dict every item.
+    """Every parameter and buffer that a checkpoint of a model contains, tied ones under each name; all of a state dict.
 
     Names are read as those of a model of this family, without what wrappers such as torch.compile, DataParallel or FSDP
-    add. Raises RequestError for
-    anything else, in which it says what was `expected`, and for a name that is no text.
+    add. Raises RequestError for any other object, saying what was `expected`, and for a name that is not a string.
     """
     if not isinstance(model, (torch.nn.Module, Mapping)):
         raise RequestError(f"{label}: expected {expected}, got {type(model).__name__}")
@@ -64,9 +63,9 @@ def _items(model: Model) -> Iterator[tuple[str, Any]]:
 
 
 def config_of(model: object) -> Mapping[str, Any]:
-    """What the config.json of a loaded model says; empty for a state dict, and for a model without a config.
+    """The content of a loaded model's config.json; empty for a state dict, and for a model without a config.
 
-    DataParallel and its like have the model in `module`; torch.compile's wrapper passes `config` on by itself.
+    DataParallel and similar wrappers keep the model in `module`; torch.compile's wrapper forwards `config` itself.
     """
     for holder in (model, getattr(model, "module", None)):
         config = getattr(holder, "config", None)
@@ -76,8 +75,10 @@ def config_of(model: object) -> Mapping[str, Any]:
 
 
 def architecture_of_model(model: object, otherwise: Architecture | None) -> Architecture:
-    """The family of a loaded model by its config. A state dict, or a model without a config, is of the family
-    `otherwise`, or, where that is None, of the one that its names tell."""
+    """The family of a loaded model, by its config.
+
+    A state dict, or a model without a config, is of the family `otherwise`; if that is None, its tensor names decide.
+    """
     config = config_of(model)
     if config:
         return architecture_of(config)
@@ -87,8 +88,10 @@ def architecture_of_model(model: object, otherwise: Architecture | None) -> Arch
 
 
 def without_tied_output(entries: Sequence[LoadedTensor], architecture: Architecture) -> list[LoadedTensor]:
-    """The entries without the output projection where it is the embedding itself, which checkpoints store once; of a
-    family that does not say which tensors may be tied, without every tensor that is an earlier one itself."""
+    """The entries without the output projection, if it is the embedding itself, which checkpoints store once.
+
+    If a family does not list which tensors may be tied, every tensor that is an alias of an earlier one is left out.
+    """
     if not architecture.lists_tensors:
         return _without_aliases(entries)
     by_name = {entry.name: entry.tensor for entry in entries}
@@ -118,12 +121,12 @@ def _without_aliases(entries: Sequence[LoadedTensor]) -> list[LoadedTensor]:
 def targets_of(
     label: str, model: Model, entries: Sequence[LoadedTensor], architecture: Architecture, preset: Preset | None
 ) -> dict[str, LoadedTensor]:
-    """The targets of a model or state dict by canonical name, each a plain tensor with its data in memory; without a
-    preset every tensor that a merge can compute with.
+    """The targets of a model or state dict by canonical name, each a plain tensor with its data in memory.
 
-    `entries` is what `entries_of` gives of the model. Raises RequestError, which names the tensor, where one is no
-    tensor, has no data (meta device, offloaded), is of a class or dtype of its own (quantised, distributed, sparse), or
-    is there twice; and where adapters change what the tensors mean.
+    Without a preset, the targets are all tensors that a merge can compute with. `entries` is the result of `entries_of`
+    for the model. Raises RequestError, which names the tensor, if one is not a tensor, has no data (meta device,
+    offloaded), is of a special class or dtype (quantised, distributed, sparse), or appears twice; and if adapters
+    change what the tensors mean.
     """
     _refuse_adapters(label, model, entries)
     targets: dict[str, LoadedTensor] = {}
@@ -143,7 +146,7 @@ def targets_of(
 
 
 def tensor_instead_of(entries: Sequence[LoadedTensor], target: str) -> str | None:
-    """What a model has where a target should be, such as `q_proj.parametrizations.weight.original0`; or None."""
+    """What a model has in place of a target, such as `q_proj.parametrizations.weight.original0`; None if nothing."""
     module, _, part = target.rpartition(".")
     for entry in entries:
         _, inside, rest = f".{entry.name}".partition(f".{module}.")
@@ -153,7 +156,7 @@ def tensor_instead_of(entries: Sequence[LoadedTensor], target: str) -> str | Non
 
 
 def has_addresses(tensor: Any) -> bool:
-    """Whether the elements lie at addresses that the tensor can say: no subclass that gathers or computes them."""
+    """Whether the tensor knows the addresses of its elements, unlike subclasses that gather or compute them."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
         return False
     return not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
@@ -181,7 +184,10 @@ def _require_readable(label: str, name: str, tensor: Any) -> None:
 
 
 def _refuse_adapters(label: str, model: Model, entries: Sequence[LoadedTensor]) -> None:
-    """PEFT's layers keep the original in `base_layer`; `peft_config` alone may outlast their unloading."""
+    """Raise RequestError if a model has PEFT adapters.
+
+    PEFT's layers keep the original in `base_layer`; `peft_config` alone may remain after they are unloaded.
+    """
     if isinstance(model, torch.nn.Module):
         wrapper = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
         if wrapper or any(hasattr(module, "base_layer") for module in model.modules()):

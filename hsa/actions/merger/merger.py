@@ -1,6 +1,7 @@
-"""`Merger`: the target tensors of the sources, resident, for many merges with other parameters.
+"""`Merger`: keep the target tensors of the sources in memory, for many merges with different parameters.
 
-What a method measures does not depend on its settings, such as HSA's scores on k, lambda or alpha: it is measured once.
+What a method measures does not depend on its settings (HSA's scores do not depend on k, lambda or alpha), so it is
+measured once.
 """
 
 from __future__ import annotations
@@ -60,37 +61,39 @@ class Merger:
 
     Each source is a checkpoint directory (or a file or adapter that `hsa.merge` takes), an id on the Hub (`org/name`,
     `org/name@revision`), a state dict, or a loaded Whisper model. Their target tensors are copied, so that a source may
-    be changed, or be the model that `apply_` writes to. A method without targets merges every tensor of floating-point
-    numbers, and all of them are kept in memory.
+    be changed later, or be the model that `apply_` writes to. A method without targets merges every floating-point
+    tensor, and all of them are kept in memory.
 
     Args:
         {sources}
-        method: the name of the method. Each takes the settings of its own. Those of them that decide which tensors are
-            merged, or from what, are given here; the others to `merge`, `apply_`, `check` and `save`.
+        method: the name of the method. Each method takes its own settings. The settings that decide which tensors are
+            merged, or from what, are given here; the others are given to `merge`, `apply_`, `check` and `save`.
         {settings}
         backend, device: where to compute, as for `hsa.merge`; `device="cuda"` keeps the targets on that GPU, where
             writing into a model on the same device allocates nothing after the first call with that model.
-        threads: worker threads on the CPU, 1 to 256; by default the usable cores and one more.
+        threads: worker threads on the CPU, 1 to 256; by default the usable cores plus one.
 
-    HSA needs `num_heads` and `num_layers` where all of its sources are state dicts, which say nothing of heads.
+    HSA needs `num_heads` and `num_layers` if all of its sources are state dicts, which say nothing about heads.
 
-    `backend` and `device` are what was chosen, `notes` what is to say of the sources, `warnings` what may be a mistake:
-    sources exchanged, given twice, not of one base or merged already, and a model written to whose other tensors are
-    not the anchor's. Each warning is also given as a HsaWarning, which Python's filters can make an error.
+    `backend` and `device` are those that were chosen. `notes` are about the sources. `warnings` are possible mistakes:
+    sources that are swapped, given twice, not of one base or already merged, and a model written to whose other tensors
+    are not the anchor's. Each warning is also issued as an HsaWarning, which Python's filters can turn into an error.
 
     Merged values are those of `hsa.merge` with exact numerics, bit for bit, whatever torch's default device and grad or
     inference mode are.
 
     Raises:
         RequestError: an argument is out of range; a source is neither a path nor a model nor a state dict, holds PEFT
-            adapters, or a target of it is no plain tensor with data (on the meta device, offloaded, quantised,
-            distributed, sparse) or is there under two names.
+            adapters, or has a target that is not a plain tensor with data (on the meta device, offloaded, quantised,
+            distributed, sparse) or that appears under two names.
         SourceError, MismatchError, NonFiniteError, BackendUnavailable, MachineError: as for `hsa.merge`.
 
     Example:
-        >>> merger = hsa.Merger("whisper-small", "m1", "m2")  # doctest: +SKIP
-        >>> for lam in (0.1, 0.5, 0.9):  # doctest: +SKIP
-        ...     measure(merger.apply_(model, lam=lam))
+        >>> from transformers import WhisperForConditionalGeneration
+        >>> model = WhisperForConditionalGeneration.from_pretrained("m1")
+        >>> merger = hsa.Merger("whisper-small", "m1", "m2")
+        >>> for lam in (0.1, 0.5, 0.9):
+        ...     model = merger.apply_(model, lam=lam)  # then measure the model
     """
 
     @declared_keywords(MERGER)
@@ -201,12 +204,12 @@ class Merger:
 
     @declared_keywords(CHECK)
     def check(self, *arguments: Any, **values: Any) -> Findings:
-        """What is to say of a merge with these parameters, which is not made for it.
+        """Findings about a merge with these parameters, without making it.
 
         {settings}
 
-        `notes` say how much is merged; `warnings` that the output would be next to primary. Mistakes that the sources
-        tell, whatever the parameters, are in `Merger.warnings`. Raises RequestError.
+        `notes` say how much is merged; `warnings` say if the output would be almost primary. Mistakes in the sources,
+        which do not depend on the parameters, are in `Merger.warnings`. Raises RequestError.
         """
         outcomes = self._outcomes(self._with(CHECK, arguments, values))
         method = self._targets.method
@@ -221,7 +224,7 @@ class Merger:
         Raises RequestError for values out of range, NonFiniteError for a merged value that overflows.
         """
         targets = self._with(MERGE, arguments, values)
-        with torch.inference_mode(False):  # tensors that a caller may go on with outside of it
+        with torch.inference_mode(False):  # so that a caller can use the tensors outside of it
             out = [
                 torch.empty(task.shape, dtype=getattr(torch, NAMES[task.out_code]), device="cpu")
                 for task in targets.tasks
@@ -237,19 +240,19 @@ class Merger:
 
         Every target is written whole, from the sources alone: what the model held there before does not matter. The
         values are rounded once to the dtype of the model's own tensors, which stay the same objects; autograd sees that
-        they changed. Tensors that are no target are left as they are, so the model should be the anchor's. When a model
-        is first met, up to 32 elements of each of them are compared with the anchor's; where some differ, a HsaWarning
-        says so.
+        they changed. Tensors that are not targets are left as they are, so the model should be the anchor's. When a
+        model is first seen, up to 32 elements of each of these tensors are compared with the anchor's; if some differ,
+        an HsaWarning says so.
 
-        Either all targets are written or none. After one of the errors below the model is as it was. An interrupt
-        (Ctrl-C) that comes while targets are written takes effect when all of them are. Only where the machine itself
-        fails halfway, for example out of memory, is a MachineError raised that says that some targets are written.
+        The write is atomic: either all targets are written or none. After one of the errors below, the model is
+        unchanged. An interrupt (Ctrl-C) during the write takes effect when all targets are written. Only if the machine
+        itself fails halfway, for example out of memory, a MachineError says that some targets are written.
 
         Raises:
             RequestError: a parameter is out of range; `model` is neither a model nor a state dict, holds PEFT adapters,
-                or a target of it is no plain float32, float16 or bfloat16 tensor with data (see `Merger`), has several
-                elements in one place (as after `expand`), or shares memory with another tensor of the model (tied,
-                overlapping).
+                or has a target that is not a plain float32, float16 or bfloat16 tensor with data (see `Merger`), that
+                has several elements at one address (as after `expand`), or that shares memory with another tensor of
+                the model (tied, overlapping).
             MismatchError: a target is missing from the model or has another shape.
             NonFiniteError: a merged value overflows the dtype of the model.
         """
@@ -267,8 +270,8 @@ class Merger:
         {settings}
         {options}
 
-        The sources are read again. Raises RequestError where one of them was given as a model or a state dict, which
-        have no files to take the rest of the output from; and what `hsa.merge` raises.
+        The sources are read again. Raises RequestError if one of them was given as a model or a state dict, which have
+        no files to take the rest of the output from. Also raises what `hsa.merge` raises.
         """
         paths = {role: path for role, path in self._given.items() if path is not None}
         in_memory = [role for role in self._given if role not in paths]
@@ -282,7 +285,7 @@ class Merger:
         return run_merge(Request(paths, output, settings, **{**self._run, **options}))
 
     def _with(self, call: Call, positional: Sequence[Any], values: Mapping[str, Any]) -> Targets:
-        """The targets under the settings that a call is given; what is planned of them stays."""
+        """The targets under the settings that a call is given; their plan stays as it is."""
         settings = self._targets.settings
         changed = candidate_settings(call, type(settings), positional, values)
         candidate = replace(settings, **changed)
@@ -295,8 +298,10 @@ class Merger:
             raise RequestError(f"method {method.name} scores no heads, so a Merger of it has no {name}; use check")
 
     def _outcomes(self, targets: Targets) -> list[Outcome]:
-        """What merges of these targets come to, by what was measured alone; without digests, and without decisions
-        where a setting is not given yet."""
+        """The outcomes of merging these targets, from the measurements alone.
+
+        They have no digests, and no decisions while a setting is missing.
+        """
         method, outcomes, settings = targets.method, [], targets.settings
         for task, measured in zip(targets.tasks, self._measured, strict=True):
             decision = None
@@ -309,7 +314,7 @@ class Merger:
         return outcomes
 
     def _warn_of_other_tensors(self, entries: Sequence[LoadedTensor]) -> None:
-        """Say where a model's other tensors are not primary's."""
+        """Warn if a model's other tensors are not primary's."""
         difference = differing_tensors(self._other_samples, sample_model(entries, self._stored))
         if difference is None:
             return
@@ -327,7 +332,7 @@ class Merger:
 def _read(
     sources: Mapping[Role, Any], settings: Settings, hub: Hub, shared: SharedTensors
 ) -> dict[Role, SourceTargets]:
-    """The targets of the sources, of which those that have no config take another's."""
+    """Read the targets of the sources; a source without a config takes that of another."""
     preset: Preset | None = getattr(settings, "targets", None)
     counts = (getattr(settings, name, None) for name in ("num_heads", "num_layers"))
     by_role, config_owner = share_config(
@@ -340,8 +345,8 @@ def _read(
 
 
 def _refuse_more_than_targets(targets: Targets, sources: Sources) -> None:
-    """RequestError for settings under which tensors change that are no target, which stay as they are in a model; and
-    for methods that work on whole tensors."""
+    """Raise RequestError for settings that change tensors other than targets, which a Merger leaves as they are in a
+    model, and for methods that work on whole tensors."""
     method, finder = targets.method, TaskFinder(targets.method, targets.settings, sources)
     if not method.elementwise:
         raise RequestError("a Merger keeps exact numerics in memory; use hsa.merge for numerics 'reference'")
@@ -365,7 +370,7 @@ def _make_resident(
 
 
 def _targets_digest(role: Role, data: Mapping[str, Array], tasks: Sequence[TensorTask]) -> str:
-    """The digest over a source's target tensors that a record has."""
+    """The digest of a source's target tensors, as a record has it."""
     return tensors_digest(
         [
             (task.name, task.sources[role].code, task.sources[role].shape, tensor_digest(task, role, data[task.name]))

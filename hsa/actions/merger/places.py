@@ -1,4 +1,4 @@
-"""Where tensors lie in a model: found again by their names, from the model down, without a look at other tensors."""
+"""The places of tensors in a model: found again by name, from the model down, without looking at other tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hsa.actions.merger.loaded_models import Model
 _CHILDREN = attrgetter("_modules")
 
 Places = Callable[[Any], "list[torch.Tensor] | None"]
-"""Gives the tensors of a model in their places; None where there is nothing in one of them."""
+"""Returns the tensors of a model in these places; None if one of the places is empty."""
 
 
 def places_of(model: Model, tensors: Sequence[torch.Tensor]) -> Places:
@@ -27,7 +27,7 @@ def places_of(model: Model, tensors: Sequence[torch.Tensor]) -> Places:
 
 
 class _Keys:
-    """Places in a state dict of so many tensors."""
+    """Places in a state dict with this number of tensors."""
 
     def __init__(self, keys: Sequence[str], count: int) -> None:
         self._keys, self._count = keys, count
@@ -42,10 +42,10 @@ class _Keys:
 
 
 class _Parts:
-    """Places in a module: the modules on the way from the model down, each with its parent and its name there, and for
-    each tensor its module and name. A module that was put in another's place is another place.
+    """Places in a module: the modules on the path from the model down, each with its parent and its name there, and for
+    each tensor its module and name. If a module was replaced by another, its place no longer matches.
 
-    Nothing here keeps a module, so that a model can be freed. All look-ups of one kind are made by one call.
+    Modules are only referenced weakly, so that a model can be freed. All lookups of one kind are made in one call.
     """
 
     def __init__(self, model: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> None:
@@ -83,7 +83,7 @@ class _Parts:
                 return None
             held = map(getattr, map(modules.__getitem__, self._owners), self._kinds)
             tensors: list[Any] = list(map(dict.get, held, self._parts))
-        except (AttributeError, TypeError):  # a module that is gone, or none of torch's
+        except (AttributeError, TypeError):  # a module that was freed, or that is not torch's
             return None
         return None if any(map(is_, tensors, repeat(None))) else tensors
 

@@ -1,4 +1,4 @@
-"""Read the sources of a `Merger`: checkpoints, loaded models and state dicts, and what they lend each other."""
+"""Read the sources of a `Merger`: checkpoints, loaded models and state dicts, and the config that they share."""
 
 from __future__ import annotations
 
@@ -48,8 +48,11 @@ _ALREADY_MERGED = (
 
 @dataclass(frozen=True)
 class SourceTargets:
-    """A source's targets: what a plan needs to know of them, and their bytes by canonical name; of the anchor also
-    samples of its other tensors, and of an output of hsa how it was merged."""
+    """A source's targets: what a plan needs to know of them, and their bytes by canonical name.
+
+    `others` are samples of the anchor's other tensors. `earlier_merge` says how a source that is an output of hsa was
+    merged.
+    """
 
     checkpoint: Checkpoint
     data: Mapping[str, Array]
@@ -62,12 +65,12 @@ class SourceTargets:
 def read_sources(
     sources: Mapping[Role, ModelSource], preset: Preset | None, hub: Hub, shared: SharedTensors
 ) -> dict[Role, SourceTargets]:
-    """The targets of every source; without a preset every tensor that a merge can compute with.
+    """Read the targets of every source; without a preset, every tensor that a merge can compute with.
 
-    Those of checkpoints are taken from `shared`, into which they are read where they are not there yet.
+    Those of checkpoints are taken from `shared`; what is not there yet is read into it.
 
-    Names in a state dict are read as those of the other sources' family; where all sources are such, a preset is one of
-    the default family's, and without a preset the names of the first tell the family.
+    Names in a state dict are read as those of the other sources' family. If all sources are state dicts, a preset is
+    one of the default family; without a preset, the names in the first source decide the family.
     """
     by_role: dict[Role, SourceTargets] = {}
     architecture = None if preset is None else default()
@@ -89,8 +92,8 @@ def _read_source(
     base: ModelSource | None,
     architecture: Architecture | None,
 ) -> SourceTargets:
-    """A source's targets. `base` is the model that an adapter was trained on, `architecture` the family of a model
-    that does not say it."""
+    """Read a source's targets. `base` is the model that an adapter was trained on, `architecture` the family of a model
+    that does not give it itself."""
     if not isinstance(source, (str, os.PathLike)):
         return _read_model(role, source, preset, architecture_of_model(source, architecture))
     with ExitStack() as stack:
@@ -120,7 +123,7 @@ def _read_model(role: Role, source: Model, preset: Preset | None, architecture: 
     for stored, name, tensor in entries:
         if name in targets:
             data[name] = bytes_of(tensor.detach().to("cpu", copy=True).contiguous())
-        if isinstance(tensor, torch.Tensor):  # no number of a training step, or the like
+        if isinstance(tensor, torch.Tensor):  # not the number of a training step, or the like
             code = CODE_OF.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
             nbytes = data[name].nbytes if name in targets else 0
             refs[name] = TensorRef(stored, code, tuple(tensor.shape), 0, 0, nbytes)
@@ -133,7 +136,7 @@ def _read_model(role: Role, source: Model, preset: Preset | None, architecture: 
 
 
 def checked_model(source: SourceTargets, config_owner: Role | None) -> SourceTargets:
-    """A model without the names of its family that are not merged: a plan goes through all that are left.
+    """A model without those tensors of its family that are not merged, because a plan visits all tensors that are left.
 
     Raises MismatchError for shapes of the anchor that its config, or that of `config_owner`, does not allow.
     """
@@ -151,10 +154,10 @@ def checked_model(source: SourceTargets, config_owner: Role | None) -> SourceTar
 def share_config(
     sources: Mapping[Role, SourceTargets], num_heads: int | None, num_layers: int | None, *, by_heads: bool
 ) -> tuple[dict[Role, SourceTargets], Role | None]:
-    """The sources, those without a config with that of another, and whose it is.
+    """The sources, with a config for those that have none, and the role of the source that it comes from.
 
-    It is nobody's for state dicts alone, for which the caller gives both counts; where nothing is merged `by_heads`,
-    their names say as much as is needed.
+    If all sources are state dicts, there is no such source, and the caller gives both counts. If nothing is merged
+    `by_heads`, the tensor names are enough.
     """
     owner = next((role for role, source in sources.items() if source.has_config), None)
     if owner is not None:
@@ -182,7 +185,7 @@ def share_config(
 
 
 def _layers_by_names(sources: Mapping[Role, SourceTargets], stack: str) -> int:
-    """How many layers a stack has by the names of the sources' tensors."""
+    """The number of layers of a stack, by the names of the sources' tensors."""
     places = [
         source.checkpoint.architecture.place(name) for source in sources.values() for name in source.checkpoint.tensors
     ]

@@ -1,4 +1,4 @@
-"""Which tensors share memory: two of them, or the elements of one."""
+"""Find tensors that share memory with one another, or whose own elements do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hsa.system.dtypes import Array
 
 @dataclass(frozen=True)
 class Span:
-    """A tensor of a group by name, and the addresses from its first byte to behind its last, on its device."""
+    """A named tensor of a group, and its range of addresses on its device: from its first byte to one past its last."""
 
     device: str
     start: int
@@ -36,8 +36,8 @@ def spans(group: str, entries: Iterable[LoadedTensor]) -> Iterator[Span]:
 def first_shared(all_spans: Iterable[Span], apart: Mapping[str, Collection[str]]) -> tuple[str, str] | None:
     """The names of two tensors that share memory though their groups must not; None if there are none.
 
-    `apart` maps a group to the groups that it must not share memory with. Tensors whose elements lie between each
-    other's, as the column blocks of one matrix do, share none.
+    `apart` maps a group to the groups that it must not share memory with. Tensors whose elements are interleaved, such
+    as column blocks of one matrix, share none.
     """
     pairs = {pair for one, others in apart.items() for other in others for pair in ((one, other), (other, one))}
     earlier: list[Span] = []
@@ -51,7 +51,7 @@ def first_shared(all_spans: Iterable[Span], apart: Mapping[str, Collection[str]]
 
 
 def repeats_elements(tensor: torch.Tensor) -> bool:
-    """Whether several elements may lie in one place, as those of `expand` do: writing one writes the others."""
+    """Whether several elements may have the same address, as after `expand`: writing one writes the others."""
     reach = 0
     for step, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if length > 1 and step <= reach:
@@ -61,7 +61,7 @@ def repeats_elements(tensor: torch.Tensor) -> bool:
 
 
 def _have_common_elements(one: Span, other: Span) -> bool:
-    """For two spans that overlap: exact where the elements of both are of one size and aligned alike, else True."""
+    """Whether overlapping spans have common elements: exact for elements of the same size and alignment, else True."""
     size = one.tensor.element_size()
     if other.tensor.element_size() != size or (one.start - other.start) % size:
         return True
@@ -75,7 +75,7 @@ def _dense(span: Span) -> bool:
 
 
 def _places(span: Span, size: int) -> Array:
-    """The place of every element, in elements from address 0 on, int64 of the tensor's shape."""
+    """The address of every element, counted in elements from address 0: int64, of the tensor's shape."""
     places: Array = np.array(span.start // size, np.int64)
     for length, step in zip(span.tensor.shape, span.tensor.stride(), strict=True):
         places = places[..., None] + np.arange(length, dtype=np.int64) * step

@@ -1,4 +1,4 @@
-"""Tensors of checkpoints that several `Merger`s of the same sources have in common, each in memory once."""
+"""Tensors of checkpoints that several `Merger`s of the same sources share, each in memory once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hsa.system.dtypes import ARITHMETIC, Array
 class SharedTensors:
     """The bytes of checkpoints' tensors, uint8, read once and then shared. Nobody may write to them.
 
-    A checkpoint is known by its files as they were when it was opened, whatever role it has: a file that has changed
-    since is another one.
+    A checkpoint is identified by its files as they were when it was opened, whatever its role: a file that has changed
+    since counts as another one.
 
     Example:
         >>> shared = SharedTensors()
@@ -47,6 +47,6 @@ class SharedTensors:
 
 
 def _files_of(checkpoint: Checkpoint) -> tuple[object, ...]:
-    base = getattr(checkpoint, "base", None)  # an adapter's tensors are base's with the adapter on them
+    base = getattr(checkpoint, "base", None)  # an adapter's tensors are base's with the adapter applied
     files = [(shard.source.path, shard.source.fingerprint) for shard in checkpoint.shards]
     return (checkpoint.path, *files, *(() if base is None else _files_of(base)))

@@ -1,8 +1,8 @@
-"""A spot check: whether a loaded model's other tensors are primary's, from a few elements of each.
+"""A spot check that a loaded model's other tensors are primary's, by a few elements of each.
 
-`hsa.Merger` writes the targets of a model and nothing else, so the result is the merge only where the rest of the model
-is primary's. Of every tensor the first `ELEMENTS` elements of its middle row are compared: about 1100 small reads of
-primary for large-v3. A model that differs elsewhere alone is not noticed.
+`hsa.Merger` writes only the targets of a model, so the result is the merge only if the rest of the model is primary's.
+The first `ELEMENTS` elements of the middle row of every tensor are compared: about 1100 small reads of primary for
+large-v3. A model that differs only elsewhere is not noticed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hsa.sources.checkpoint import Checkpoint
 from hsa.system.dtypes import NAMES, size
 
 ELEMENTS = 32
-"""Of each tensor. Fine-tuning moves nearly every element of a tensor that it trains."""
+"""The number of elements compared in each tensor. Fine-tuning moves nearly every element of a tensor that it trains."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class SpotDifference:
-    """How a model's other tensors differ from primary's: the first one's name and how, how many, and of how many."""
+    """How a model's other tensors differ from primary's: the first tensor's name and its difference, how many tensors
+    differ, and how many were compared."""
 
     name: str
     how: str
@@ -39,7 +40,7 @@ class SpotDifference:
 
 
 def sample_checkpoint(checkpoint: Checkpoint, targets: Collection[str]) -> dict[str, Sample]:
-    """Samples of the tensors that are no target, by canonical name, in the order of the files. Raises SourceError."""
+    """Samples of the tensors that are not targets, by canonical name, in the order of the files. Raises SourceError."""
     samples = {}
     for name, ref in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].shard, item[1].offset)):
         if name in targets or ref.code not in NAMES or 0 in ref.shape:
@@ -55,7 +56,8 @@ def sample_checkpoint(checkpoint: Checkpoint, targets: Collection[str]) -> dict[
 
 
 def sample_model(entries: Iterable[LoadedTensor], targets: Collection[str]) -> dict[str, Sample]:
-    """The same of a loaded model's tensors; those without elements in memory, and integers, are left out."""
+    """Samples of a loaded model's tensors that are not targets, without integers and tensors that have no data in
+    memory."""
     shapes: dict[str, tuple[int, ...]] = {}
     rows_by_kind: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
     for _, name, tensor in entries:

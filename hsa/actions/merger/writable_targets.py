@@ -1,4 +1,4 @@
-"""Find the target tensors of a model that a merge is written into, and check the model when it is first met."""
+"""Find the target tensors of a model that a merge is written into, and check the model when it is first seen."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from hsa.errors import MismatchError, RequestError
 from hsa.methods.tensors import TensorTask
 
 MAX_LAYOUTS = 4
-"""Models whose checks are remembered: a search writes to one again and again."""
+"""The number of models whose checks are cached: a search writes to the same model again and again."""
 
 _KIND = attrgetter("__class__", "dtype", "shape", "device")
 
 _STORAGE_USES = getattr(torch._C, "_storage_Use_Count", None)
-"""How many tensors share a storage, which torch counts since 2.1."""
+"""Counts the tensors that share a storage; torch has it since 2.1."""
 
 
 @dataclass(frozen=True)
 class _ModelLayout:
-    """A model as it was checked: the addresses of all its tensors, and its targets: what they are and where."""
+    """A model as it was checked: the addresses of all its tensors, and the kinds and positions of its targets."""
 
     addresses: tuple[int, ...]
     kinds: tuple[tuple[Any, ...], ...]
@@ -46,8 +46,7 @@ class _ModelLayout:
 
 @dataclass(frozen=True)
 class _KnownModel:
-    """A model whose targets are found by their names: which it is, how they are found, what they were, and the
-    record."""
+    """A model whose targets are found by name: its id, the places of the targets, their last state, and the record."""
 
     model: int
     places: Callable[[Any], list[torch.Tensor] | None]
@@ -58,10 +57,10 @@ class _KnownModel:
 class WritableTargets:
     """Finds the tensors to write in a model or state dict.
 
-    A model is checked whole when it is first met, and again when an address of any of its tensors, or a dtype, shape or
-    stride of a target, has changed. To ask 1,259 tensors takes milliseconds, so they are not asked while the targets
-    are the same tensors in the same places and neither Python nor torch counts another reference to one of them or to
-    its memory: nothing new can share it.
+    All tensors of a model are checked when it is first seen, and again when an address of any of its tensors, or a
+    dtype, shape or stride of a target, has changed. Looking at 1,259 tensors takes milliseconds. It is skipped while
+    the targets are the same tensors in the same places, and neither Python nor torch counts another reference to one of
+    them or to its memory, because then nothing new can share it.
     """
 
     def __init__(self, tasks: Sequence[TensorTask], architecture: Architecture, preset: Preset | None) -> None:
@@ -72,7 +71,7 @@ class WritableTargets:
     def find(
         self, model: Model, on_new_model: Callable[[Sequence[LoadedTensor]], None]
     ) -> tuple[list[torch.Tensor], WrittenTensors]:
-        """The model's own tensor for every target, and the record to renew when they are written.
+        """The model's own tensor for every target, and the record to update once they are written.
 
         `on_new_model` gets the entries of a model that is new, after its checks. Raises RequestError, MismatchError.
         """
@@ -80,7 +79,7 @@ class WritableTargets:
         found = None if known is None else known.places(model)
         if known is not None and found is not None and _state(found) == known.state:
             return found, known.record
-        del found  # a reference to each tensor, where references are counted
+        del found  # it refers to each tensor, and references are counted below
         targets, record = self._find_among_all(model, on_new_model)
         if _STORAGE_USES is not None:
             known = _KnownModel(id(model), places_of(model, targets), _state(targets), record)
@@ -91,7 +90,7 @@ class WritableTargets:
     def _find_among_all(
         self, model: Model, on_new_model: Callable[[Sequence[LoadedTensor]], None]
     ) -> tuple[list[torch.Tensor], WrittenTensors]:
-        """The same by the addresses of every tensor of the model."""
+        """Like `find`, but by the addresses of all tensors of the model."""
         tensors = list(_tensors_of(model)) if isinstance(model, (torch.nn.Module, Mapping)) else []
         addresses = tuple(map(_address, tensors))
         for layout in self._layouts:
@@ -145,7 +144,7 @@ class WritableTargets:
 
 
 def require_own_memory(targets: Mapping[str, LoadedTensor], entries: Sequence[LoadedTensor]) -> None:
-    """Raise RequestError where a target of a model shares memory with another tensor of it.
+    """Raise RequestError if a target of a model shares memory with another of the model's tensors.
 
     `targets` has canonical names as keys, `entries` is everything that the model holds.
     """
@@ -161,7 +160,7 @@ def require_own_memory(targets: Mapping[str, LoadedTensor], entries: Sequence[Lo
 
 
 def _tensors_of(model: Model) -> Iterator[Any]:
-    """Every tensor that a model holds, some twice, in an order that depends on nothing else."""
+    """Every tensor that a model holds, some twice, in an order that depends only on the model."""
     if isinstance(model, Mapping):
         yield from model.values()
         return
@@ -180,7 +179,7 @@ def _address(tensor: Any) -> int:
     """Where a tensor's elements begin; -1 for what has no address."""
     try:
         return int(tensor.data_ptr())
-    except (AttributeError, RuntimeError):  # no tensor, or a class of tensors that computes its elements
+    except (AttributeError, RuntimeError):  # not a tensor, or a tensor class that computes its elements
         return -1
 
 
@@ -189,7 +188,7 @@ def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _state(targets: list[torch.Tensor]) -> tuple[Any, ...]:
-    """What tensors are and where they lie, and how many references there are to each and to its memory."""
+    """The kinds and addresses of tensors, and the number of references to each and to its memory."""
     references = list(map(sys.getrefcount, targets))
     addresses = list(map(torch.Tensor.data_ptr, targets))
     uses = [_STORAGE_USES(tensor.untyped_storage()._cdata) for tensor in targets]  # type: ignore[misc]

@@ -1,1 +1,1 @@
-"""Models on the Hugging Face Hub: what is needed of them, fetched and kept in a cache."""
+"""Models on the Hugging Face Hub: fetch what is needed of them, and keep it in a cache."""

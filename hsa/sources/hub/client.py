@@ -1,10 +1,10 @@
 """Open hub ids as sources: `org/name`, with an optional `@revision`, becomes a checkpoint.
 
-The revision is resolved to a commit first, and every file is that commit's. Small files, and weights that are needed
-whole, come through huggingface_hub and its cache. Of weights of which only targets are needed, headers and target
-ranges come by range requests into a cache of this package. Pickle weights and adapters come whole.
+The revision is resolved to a commit first, and every file comes from that commit. huggingface_hub and its cache provide
+the small files, and weights that are needed whole. If only targets of the weights are needed, headers and target ranges
+are fetched by range requests into a cache of this package. Pickle weights and adapters are fetched whole.
 
-Nothing of huggingface_hub is imported before there is a hub id to look up. Its token goes to the Hub alone, and into no
+huggingface_hub is imported only when there is a hub id to look up. Its token is sent only to the Hub and appears in no
 message.
 """
 
@@ -56,7 +56,7 @@ from hsa.system.types import PathLike
 
 
 class Hub:
-    """One run's access to the Hub: a repository is looked up once.
+    """One run's access to the Hub; each repository is looked up only once.
 
     `bars` shows huggingface_hub's progress bars on a terminal.
     """
@@ -80,7 +80,7 @@ class Hub:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know."""
+        """Messages to the user."""
         return self._downloads.notes
 
     def open(
@@ -92,10 +92,10 @@ class Hub:
         claimed: str | None = None,
         base: Checkpoint | None = None,
     ) -> Checkpoint:
-        """Open a source, local or on the Hub. `needs` says what is needed of it; `base` is what an adapter stands on.
+        """Open a source, local or on the Hub. `needs` says what is needed of it; `base` is the base of an adapter.
 
-        Raises what `open_checkpoint` does; for a hub id also SourceError (no such repository, revision or file, no
-        access) and MachineError (the Hub cannot be reached, the disk is full).
+        Raises what `open_checkpoint` raises. For a hub id, also raises SourceError (no such repository, revision or
+        file, no access) and MachineError (the Hub cannot be reached, the disk is full).
         """
         hub_id = find_id(path)
         if hub_id is None:
@@ -112,7 +112,7 @@ class Hub:
         return without_tied_copy(open_checkpoint(role, directory, tally, claimed, parts, repo.files))
 
     def is_adapter(self, role: Role, path: PathLike) -> bool:
-        """Whether a source, local or on the Hub, is an adapter on base. Raises what `open` does for a hub id."""
+        """Whether a source, local or on the Hub, is an adapter on base. For a hub id, raises what `open` raises."""
         hub_id = find_id(path)
         if hub_id is None:
             return bool(os.fspath(path)) and is_adapter(path)
@@ -136,7 +136,7 @@ class Hub:
                 )
             return repo
         repo = load_repo(hub_id) if self._unreachable else None
-        if repo is not None:  # the Hub was asked for another source already, again and again
+        if repo is not None:  # all attempts for another source have already failed
             return self._from_cache(role, repo)
         revision, timeout = hub_id.revision, constants.HF_HUB_DOWNLOAD_TIMEOUT
         try:
@@ -163,7 +163,7 @@ class Hub:
         return repo
 
     def _adapter(self, role: Role, repo: Repo, needs: Needs) -> Path:
-        """Download an adapter's files, which are small beside base's; returns their directory."""
+        """Download an adapter's files, which are small compared to base's; returns their directory."""
         weights = [name for name in ADAPTER_WEIGHTS if name in repo.files][:1]
         self._downloads.small_files(role, repo, PROCESSOR_FILES if needs.assets else ())
         for name in (ADAPTER_CONFIG, *weights):
@@ -171,7 +171,7 @@ class Hub:
         return directory
 
     def _checkpoint(self, role: Role, repo: Repo, needs: Needs) -> tuple[Path, Mapping[str, PartialWeights]]:
-        """Fetch what is needed of a checkpoint; returns its directory, and the weights files that are there in part."""
+        """Fetch what is needed of a checkpoint. Returns its directory, and the weights files that are partly there."""
         if CONFIG not in repo.files:
             if not repo.complete:
                 raise missing_offline(role, repo, CONFIG)
@@ -199,7 +199,7 @@ class Hub:
         return directory, {}
 
     def _weights_files(self, role: Role, repo: Repo) -> tuple[Format, list[str]]:
-        """How a repository stores its weights, and the files that hold them: safetensors wherever there are any."""
+        """Return a repository's weights format, and the files that hold the weights; safetensors are preferred."""
         for form in (SAFETENSORS, PICKLES):
             if form.weights in repo.files:
                 return form, [form.weights]
@@ -229,7 +229,7 @@ class Hub:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Without huggingface_hub's progress bars, unless they are wanted."""
+        """Suppress huggingface_hub's progress bars, unless they are wanted."""
         from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
         if self._bars or are_progress_bars_disabled():

@@ -12,7 +12,7 @@ from hsa.sources.roles import Role
 
 
 class Downloads:
-    """What one run downloads: `fetched` counts bytes received by role, `notes` is what the user should know."""
+    """The downloads of one run: `fetched` counts received bytes by role, `notes` are messages to the user."""
 
     def __init__(self) -> None:
         self.fetched: dict[str, int] = {}
@@ -34,7 +34,7 @@ class Downloads:
         self._totals[role] = f"{repo.id} at commit {repo.commit}"
 
     def file(self, role: Role, repo: Repo, name: str) -> Path:
-        """The path of a file in huggingface_hub's cache, to which it is downloaded if it is not there."""
+        """Return the path of a file in huggingface_hub's cache, and download the file if it is not there."""
         from huggingface_hub import hf_hub_download
 
         path = cached_path(repo, name)
@@ -47,7 +47,7 @@ class Downloads:
         return path
 
     def small_files(self, role: Role, repo: Repo, names: Iterable[str]) -> None:
-        """Fetch small files that may be missing; offline, those that no run has fetched are left out with a note."""
+        """Fetch small files that may be missing. Offline, those that no run has fetched are left out with a note."""
         present = [name for name in names if name in repo.files]
         absent = [name for name in present if repo.offline and not cached_path(repo, name)]
         if absent:
@@ -62,7 +62,7 @@ class Downloads:
 
 
 def missing_offline(role: Role, repo: Repo, what: str) -> MachineError:
-    """The error for what neither the cache holds nor the Hub can be asked for."""
+    """Return the error for something that is not in the cache while the Hub cannot be asked."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

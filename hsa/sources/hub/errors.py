@@ -14,15 +14,15 @@ from hsa.sources.roles import Role
 from hsa.system.descriptors import reason
 
 CACHE_FULL = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
-"""What the disk under the cache may say."""
+"""Errors that the disk under the cache may report."""
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What huggingface_hub and the HTTP library below it raise on an answer that does not have the form they expect."""
+"""Raised by huggingface_hub and the HTTP library below it for an answer of an unexpected form."""
 
 
 @contextmanager
 def map_hub_errors(role: Role, hub_id: HubId) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line that says what to do."""
+    """Turn errors of huggingface_hub into one line that says what to do."""
     try:
         yield
     except HsaError:
@@ -31,7 +31,7 @@ def map_hub_errors(role: Role, hub_id: HubId) -> Iterator[None]:
         mapped = _explain(error, role, hub_id)
         if mapped is None:
             raise
-        raise mapped from None  # the library's own text may repeat what a server says, and link with signatures
+        raise mapped from None  # the library's own text may contain a server's output and signed links
 
 
 def _explain(error: Exception, role: Role, hub_id: HubId) -> HsaError | None:

@@ -12,11 +12,11 @@ from hsa.sources.safetensors import Header
 
 @dataclass(frozen=True)
 class Needs:
-    """What is needed of a source's weights: all, or the headers and the targets of a preset
-    (of none: every tensor).
+    """The parts of a source's weights that are needed: all, or the headers and the targets of a preset.
 
-    `headers_only`: nothing but the headers now; what else a merge would fetch is counted. `compare`: the tensors too
-    that reference numerics compare to plan. `assets`: the tokenizer and processor files as well.
+    Without a preset, every tensor is a target. `headers_only`: fetch only the headers now, and count what a merge would
+    fetch later. `compare`: also fetch the tensors that reference numerics compare to plan. `assets`: also fetch the
+    tokenizer and processor files.
     """
 
     need: Literal["whole", "targets"]

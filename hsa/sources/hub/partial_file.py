@@ -1,8 +1,8 @@
-"""Cache ranges of a remote file: the data in a sparse file, and beside it the list of ranges that are whole.
+"""Cache ranges of a remote file: the data in a sparse file, and beside it the list of complete ranges.
 
-The list is replaced only after the data that it names is on disk, so whatever ends a run, what it names is there.
-A damaged list counts as an empty one. The data never has the name of a weights file, so that no program takes a file
-with holes for a checkpoint.
+The list is replaced only after its data is on disk, so it is correct however a run ends. A damaged list counts as an
+empty one. The data file never has the name of a weights file, so that no program takes a file with holes for a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def _map_cache_errors(path: Path, needed: int | None = None) -> AbstractContextManager[None]:
-    """Errors of writing to the cache, which say how to move it."""
+    """Map errors of writing to the cache to errors that say how to move it."""
     return fsio.map_write_errors(path, needed, REMEDY)
 
 
 def save_record(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a small JSON file in one step, with a digest of itself; MachineError when the disk fails."""
+    """Write a small JSON file atomically, with a digest of itself; MachineError if the disk fails."""
     text = json.dumps({**document, "sha256": _digest(document)}, indent=1).encode("ascii")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")  # on another node a pid may be the same
     with _map_cache_errors(path):
@@ -50,7 +50,7 @@ def save_record(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def load_record(path: Path) -> dict[str, Any] | None:
-    """What `save_record` wrote; None when there is nothing, or it is damaged."""
+    """Read what `save_record` wrote; None if it is missing or damaged."""
     try:
         document = json.loads(path.read_bytes())
         if isinstance(document, dict) and document.pop("sha256", None) == _digest(document):
@@ -67,8 +67,8 @@ def _digest(document: Mapping[str, Any]) -> str:
 class PartialFile:
     """Ranges of a remote file of `size` bytes that `etag` identifies, kept in `folder`.
 
-    `ranges` are those that are whole. A process that adds some holds a lock while it does. Readers need none: what is
-    whole is never written again. Raises MachineError when the disk fails.
+    `ranges` are the complete ones. A process holds a lock while it adds ranges. Readers need no lock, since a complete
+    range is never written again. Raises MachineError if the disk fails.
     """
 
     def __init__(self, folder: Path, name: str, size: int, etag: str) -> None:
@@ -84,7 +84,7 @@ class PartialFile:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Wait until no other process adds to the file, read anew what is whole, and keep others out."""
+        """Hold the exclusive lock on the file, and reload the complete ranges. Waits for other processes that add."""
         with _map_cache_errors(self._lock):
             self._lock.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -105,7 +105,7 @@ class PartialFile:
         return subtract(ranges, self.ranges)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Put fetched bytes in their place, inside `locked`; `commit` makes them count."""
+        """Write fetched bytes at their offset, inside `locked`. They count only after `commit`."""
         with _map_cache_errors(self.path, len(data)):
             if self._data is None:
                 self._data = self._open_data()
@@ -116,7 +116,7 @@ class PartialFile:
         self._uncommitted.append((offset, offset + len(data)))
 
     def commit(self) -> None:
-        """Make what was written last, and add it to the list."""
+        """Make recent writes durable, and add them to the list."""
         if self._data is None or not self._uncommitted:
             return
         with _map_cache_errors(self.path):
@@ -127,7 +127,7 @@ class PartialFile:
         self._uncommitted.clear()
 
     def _open_data(self) -> int:
-        """The data file open for writing; one without its list is worth nothing and makes way for a new one."""
+        """Open the data file for writing. Data without a list is worthless and is replaced by a new file."""
         if not self.ranges:
             self._record.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
@@ -153,7 +153,7 @@ class PartialFile:
 
 
 def _wait(lock: int) -> None:
-    """Lock an open file; where the filesystem has no locks, two runs may fetch the same bytes at the same time."""
+    """Lock an open file. On a filesystem without locks, two runs may fetch the same bytes at the same time."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:

@@ -21,22 +21,22 @@ HEADER_GUESS = 256 << 10
 """Bytes of the first request to a file; the header of large-v3 has 150 kB."""
 
 GAP = 1 << 20
-"""Bytes between two ranges that are fetched with them sooner than asking twice: about one round trip's worth."""
+"""The largest gap between two ranges, in bytes, that is fetched to save a request: about one round trip's worth."""
 
 WASTE = 100
-"""Of a file's bytes at most one in so many are fetched only because they lie between two ranges."""
+"""At most one in so many bytes of a file is fetched only because it lies between two ranges."""
 
 COMMIT = 16 << 20
-"""Bytes after which what was fetched is committed, so that a killed run goes on from there."""
+"""Bytes after which fetched data is committed, so that a killed run resumes there."""
 
 ATTEMPTS = 5
-"""Tries without a single byte of progress before a fetch gives up."""
+"""Attempts without a single byte of progress before a fetch gives up."""
 
 PAUSE = 0.25
-"""Seconds before the second try, doubled for each one after it."""
+"""Seconds before the second attempt, doubled for each later one."""
 
 MAX_DIGITS = 20
-"""Digits of a byte's place in a Content-Range."""
+"""The most digits of a byte offset in a Content-Range."""
 
 REDIRECTS = 10
 _MOVED = {301, 302, 303, 307, 308}
@@ -49,7 +49,7 @@ class RangesUnsupported(Exception):
 
 
 class TransientError(Exception):
-    """A failure that another try may not meet; the text says what. `wait`: seconds that the server asks for."""
+    """A failure that may not recur on a retry; the text describes it. `wait`: seconds that the server asks for."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -57,7 +57,7 @@ class TransientError(Exception):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another try may help: a network failure or a server that is busy or broken for now."""
+    """Whether a retry may help: a network failure, or a server that is temporarily busy or broken."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -66,7 +66,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def network_error() -> type[Exception]:
-    """The HTTP library's class of every failed request; which library it is depends on huggingface_hub's version."""
+    """The HTTP library's base class for failed requests. The version of huggingface_hub decides which library it is."""
     from huggingface_hub.errors import HfHubHTTPError
 
     http_error: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -74,19 +74,19 @@ def network_error() -> type[Exception]:
 
 
 def invalid_url_error() -> type[Exception]:
-    """The HTTP library's class for an address that it cannot use, which is no failed request to it."""
+    """The HTTP library's class for an unusable address, which it does not count as a failed request."""
     invalid: type[Exception] = import_module(network_error().__module__.partition(".")[0]).InvalidURL
     return invalid
 
 
 def back_off(failures: int, error: BaseException) -> None:
-    """Wait before the next try: PAUSE, doubled each time up to 8 s, or as long as the server asks for, up to 30 s."""
+    """Wait before a retry: PAUSE, doubled each time up to 8 s, or the time that the server asks for, up to 30 s."""
     requested = error.wait if isinstance(error, TransientError) else 0.0
     time.sleep(max(min(8.0, PAUSE * 2.0 ** (failures - 1)), min(30.0, requested)))
 
 
 def retry(work: Callable[[], Any]) -> Any:
-    """What `work` returns, tried again while its failures are transient."""
+    """Return the result of `work`, retried while its failures are transient."""
     failures = 0
     while True:
         try:
@@ -111,7 +111,7 @@ def _etag(text: str | None) -> str | None:
 class RemoteFile:
     """A file of a repository at one commit. `label` names it in messages; `headers` carry the token, if there is one.
 
-    `link` is where the Hub's last redirect led, with the headers that go there: no token goes to another host.
+    `link` is the target of the Hub's last redirect, with the headers to send there: no token goes to another host.
     """
 
     label: str
@@ -125,10 +125,10 @@ class RemoteFile:
     def fetch(
         self, partial: PartialFile, ranges: Iterable[Range], advance: Callable[[int], None], *, prefix: bool = False
     ) -> None:
-        """Bring ranges into `partial`, whose exclusive lock is held; `advance` gets every count of bytes received.
+        """Fetch ranges into `partial`, whose exclusive lock is held; `advance` gets every count of bytes received.
 
-        With `prefix`, the beginning of a file is taken from a server without range support too: it sends the whole
-        file, and the connection is closed once enough of it is here.
+        With `prefix`, the beginning of a file is accepted even from a server without range support. Such a server sends
+        the whole file, and the connection is closed once enough of it has arrived.
 
         Raises RangesUnsupported, SourceChanged, MachineError, and huggingface_hub's errors.
         """
@@ -162,7 +162,7 @@ class RemoteFile:
             partial.commit()
 
     def _stream(self, start: int, stop: int, prefix: bool) -> Generator[bytes, None, None]:
-        """Chunks from `start` on, up to `stop` or fewer where the server says so."""
+        """Yield chunks from `start` to `stop`, or to an earlier end if the server says so."""
         from huggingface_hub.utils import get_session
 
         url, headers = self.link or (self.url, self.headers)
@@ -182,7 +182,7 @@ class RemoteFile:
         raise MachineError(f"{self.label}: more than {REDIRECTS} redirects; is HF_ENDPOINT right?")
 
     def _target(self, url: str, location: str) -> str:
-        """Where a redirect leads; MachineError for an address that is none, or that leaves HTTP or HTTPS."""
+        """Return a redirect's target; MachineError for an invalid address, or for one that leaves HTTP or HTTPS."""
         with suppress(ValueError):
             target = urljoin(url, location)
             scheme, host, _ = _origin(target)
@@ -217,7 +217,7 @@ class RemoteFile:
         else:
             raise TransientError(f"the server answered {status}, expected 206")
         for chunk in response.iter_raw():
-            if start == end:  # the loop goes on to here: a body read to its end leaves the connection usable
+            if start == end:  # only checked on the next chunk: a body read to its end leaves the connection usable
                 return
             chunk = chunk[: end - start]
             if chunk:
@@ -227,7 +227,7 @@ class RemoteFile:
             raise TransientError(f"the connection ended at byte {start}, expected {end}")
 
     def _end(self, content_range: str, start: int, stop: int) -> int:
-        """Where the body of a 206 ends; it must begin where it was asked to and belong to a file of the known size."""
+        """Return the end of a 206's body. The body must begin at `start` and belong to a file of the known size."""
         span, _, size = content_range.removeprefix("bytes ").partition("/")
         first, _, last = span.partition("-")
         digits = all(text.isdecimal() and len(text) <= MAX_DIGITS for text in (first, last))

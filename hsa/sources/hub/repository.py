@@ -1,6 +1,6 @@
-"""A repository on the Hub at one commit: its id, what is known of it, and that record for offline runs.
+"""A repository on the Hub at one commit: its id, what is known of it, and the record of both for offline runs.
 
-Records and ranges of weights lie in this package's own cache: `HSA_CACHE`, else the directory `hsa` in `HF_HOME`.
+Records and ranges of weights are in this package's own cache: `HSA_CACHE`, else the directory `hsa` in `HF_HOME`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository, and the branch, tag or commit asked for; None is the main branch."""
+    """A repository, and the requested branch, tag or commit; None is the main branch."""
 
     repo: str
     revision: str | None = None
 
 
 def parse_id(text: str) -> HubId | None:
-    """The hub id that a text has the form of; None for any other text."""
+    """Parse a text as a hub id; None if it does not have that form."""
     name, at, revision = text.partition("@")
     if not is_hub_id(name) or (at and (not REVISION.fullmatch(revision) or ".." in revision)):
         return None
@@ -41,10 +41,11 @@ def parse_id(text: str) -> HubId | None:
 
 
 def find_id(path: PathLike) -> HubId | None:
-    """The hub id that a source means; None for a path.
+    """Return the hub id that a source means; None for a path.
 
-    A path is every Path object, whatever exists on this machine, and `org/name` where a directory `org` exists: a typo
-    in a local path is then found at once, and not after the Hub was asked. `org/name@main` always means the Hub's.
+    A source is a path if it is a Path object, if it exists on this machine, or if it is `org/name` and a directory
+    `org` exists. So a typo in a local path is found at once, before the Hub is asked. `org/name@main` always means the
+    Hub's.
     """
     if not isinstance(path, str) or os.path.lexists(path):
         return None
@@ -55,10 +56,10 @@ def find_id(path: PathLike) -> HubId | None:
 
 @dataclass
 class Repo:
-    """A repository at a commit. `files` are its names, `weights` the etag and size of weights files as far as known.
+    """A repository at a commit. `files` are its file names, `weights` the known etags and sizes of weights files.
 
-    `offline`: the Hub is not asked about it. `complete`: `files` are all that there are, and not those alone that the
-    cache happens to hold.
+    `offline`: the Hub is not asked about it. `complete`: `files` are all files of the repository, not only those that
+    the cache happens to hold.
     """
 
     id: str
@@ -75,7 +76,7 @@ class Repo:
 
 
 def cache_directory() -> Path:
-    """Where ranges of weights are kept; it may be removed at any time when no merge runs."""
+    """Return the directory for ranges of weights; it may be removed at any time when no merge runs."""
     from huggingface_hub import constants
 
     directory = os.environ.get(CACHE_VARIABLE)
@@ -112,13 +113,14 @@ def save_repo(repo: Repo, hub_id: HubId | None = None) -> None:
 
 
 def try_to_save_repo(repo: Repo, hub_id: HubId | None = None) -> None:
-    """As `save_repo`, but without an error where the disk fails: a cache may be read-only."""
+    """Save as `save_repo` does, but ignore failures of the disk: a cache may be read-only."""
     with suppress(MachineError):
         save_repo(repo, hub_id)
 
 
 def load_repo(hub_id: HubId) -> Repo | None:
-    """The commit that a revision had last time, here or in huggingface_hub's cache, with what is known of it."""
+    """Return the commit that a revision last resolved to, with what is known of it. Reads huggingface_hub's cache
+    too."""
     from huggingface_hub import constants
 
     revision = hub_id.revision or "main"
@@ -141,7 +143,7 @@ def load_repo(hub_id: HubId) -> Repo | None:
 
 
 def cached_path(repo: Repo, name: str) -> Path | None:
-    """A file's place in huggingface_hub's cache; None where it is not there whole."""
+    """Return a file's path in huggingface_hub's cache; None if the whole file is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repo.id, name, revision=repo.commit)

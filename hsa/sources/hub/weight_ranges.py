@@ -22,13 +22,13 @@ from hsa.system.fsio import SourceFile, Tally
 from hsa.system.ranges import Range, coalesce, total
 
 MAX_FILE = 1 << 43
-"""Bytes of a weights file that a server may claim: 8 TiB, a thousand times what any speech model has."""
+"""The largest weights file that a server may claim, in bytes: 8 TiB, a thousand times any speech model's."""
 
 
 class WeightRanges:
-    """The weights files of which one run fetches ranges; what the Hub says of a file is asked for once.
+    """The weights files of which one run fetches ranges. The Hub is asked about each file only once.
 
-    `pending` counts bytes by role that a merge would still fetch. `bars` shows progress bars on a terminal.
+    `pending` counts the bytes, by role, that a merge would still fetch. `bars` shows progress bars on a terminal.
     """
 
     def __init__(self, downloads: Downloads, *, bars: bool) -> None:
@@ -41,7 +41,7 @@ class WeightRanges:
     ) -> Mapping[str, PartialWeights]:
         """Fetch headers and the tensors that are needed now, and count the bytes that a merge would still fetch.
 
-        Raises RangesUnsupported where the Hub does not serve ranges or does not say how large a file is.
+        Raises RangesUnsupported if the Hub does not serve ranges or does not say how large a file is.
         """
         files = {name: self._file(role, repo, name) for name in weights}
         headers = {name: self._header(role, repo, *files[name]) for name in weights}
@@ -72,7 +72,7 @@ class WeightRanges:
     def _fetch(
         self, role: Role, repo: Repo, remote: RemoteFile, partial: PartialFile, ranges: list[Range], *, prefix: bool
     ) -> None:
-        """Fetch those of the ranges that are not in the cache."""
+        """Fetch the ranges that are not in the cache."""
         if not partial.missing(ranges):
             return
         if repo.offline:
@@ -88,7 +88,7 @@ class WeightRanges:
             remote.fetch(partial, ranges, on_bytes, prefix=prefix)
 
     def _file(self, role: Role, repo: Repo, name: str) -> tuple[RemoteFile, PartialFile]:
-        """A weights file on the Hub, and its cached part; RangesUnsupported where the Hub does not give its size."""
+        """Return a weights file on the Hub, and its cached part; RangesUnsupported if the Hub gives no size."""
         key = (repo.id, repo.commit, name)
         if key not in self._files:
             remote = self._remote_file(role, repo, name)
@@ -134,7 +134,7 @@ class WeightRanges:
 
 
 def _tensor_ranges(header: Header, plain: Mapping[str, str], is_needed: Callable[[str], bool]) -> list[Range]:
-    """The bytes of the tensors whose `plain` names are needed."""
+    """Return the byte ranges of the tensors whose `plain` names are needed."""
     origin = len(header.raw)
     return [(origin + entry.start, origin + entry.stop) for entry in header.entries if is_needed(plain[entry.name])]
 
