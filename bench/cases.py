@@ -51,5 +51,5 @@ FULL = tuple(MergeCase(shape, dtype, rounds=5, slow_rounds=3) for shape in SIZES
 """The cases of `make bench-full`, however long they take."""
 
 CAVEATS = """Few clips of synthetic voices that training and test share: intervals hold for such speech and no other.
-No validation split chose the parameters, so the best row is no claim: measure on your own data what serves it."""
+The best row may be best by chance: measure on your own recordings which merge serves them."""
 """What a reader of word error rates must know."""

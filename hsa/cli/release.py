@@ -34,7 +34,7 @@ def release(
     debug: options.Debug = False,
     **values: Any,
 ) -> int:
-    """Build TREE/<group>/<name> for each merge of a recipe, and an index; what stands already is verified."""
+    """Build TREE/<group>/<name> for each merge of a recipe, and an index. Finished merges are verified."""
     from hsa.releases.plan import plan_release
     from hsa.releases.release import release as build_release
 
